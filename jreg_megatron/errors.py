@@ -1,0 +1,42 @@
+"""How a user's mistake ends: one clear line on every node, exit code 2, no traceback, no hang."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 2
+"""Process exit status for a user's mistake, as argparse uses it."""
+
+_GRACE_SECONDS = 10.0
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for.
+
+    The message is one line that names the setting, the value found and the fix, for example
+    ``--jreg-coeff is -0.1; it must be a finite number >= 0``.
+    """
+
+
+@contextmanager
+def user_errors_exit() -> Iterator[None]:
+    """Turn a :class:`UserError` into one line on standard error and exit status 2.
+
+    Every rank of a job usually finds the same mistake at the same time. The first rank of each node
+    speaks at once; the others wait a moment, so that the launcher ends them while they wait and the
+    line appears once a node. A mistake that only one rank finds is still printed, after that moment.
+
+    Raises:
+        SystemExit: with status 2, in place of a :class:`UserError`.
+    """
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            time.sleep(_GRACE_SECONDS)
+        print(f"jreg_megatron: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)

@@ -1,0 +1,206 @@
+"""What Megatron's loop asks of a script: data, batches and the loss of a GPT-style language model.
+
+Megatron-LM keeps this in ``pretrain_gpt.py``, which no wheel contains. This is plain language-model
+pretraining on ``.bin/.idx`` data or mock data, with every parallelism of the wheel. What that script can
+do beyond it is refused by name in :func:`refuse_other_tasks`; ``pretrain_gpt.py`` itself is the way then.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, get_tokenizer
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor, nn
+
+from jreg_megatron.errors import UserError
+
+_OTHER_TASKS = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+    "logits_load_dir": "--logits-load-dir",
+    "logits_save_dir": "--logits-save-dir",
+    "per_dataset_sequences_path": "--per-dataset-sequences-path",
+    "perform_rl_step": "--perform-rl-step",
+    "modelopt_enabled": "--modelopt-enabled",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+}
+
+_SPIKE = 10.0
+
+
+def refuse_other_tasks(args: argparse.Namespace) -> None:
+    """Refuse what only Megatron-LM's own scripts can do.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name, flag in _OTHER_TASKS.items():
+        if getattr(args, name, None):
+            raise UserError(
+                f"{flag} is not part of jreg_megatron.pretrain, which does plain pretraining; leave it out"
+            )
+
+
+def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Training, validation and test set of the sizes asked for, built where they are needed."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    is_built_here = partial(_needs_data, vp_stage)
+    train, validation, test = BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, config).build()
+    return train, validation, test
+
+
+# Every rank builds (or skips) its own part, rather than tensor-parallel rank 0 alone.
+datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
+    """Run a micro-batch through this stage; returns its output and the function that makes the loss."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch.get("labels"),
+        loss_mask=batch.get("loss_mask"),
+    )
+    return output, partial(_loss, batch.get("loss_mask"))
+
+
+def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+    """The ranks of a pipeline that hold the word embedding: first, last if tied, and multi-token prediction."""
+    ranks = {pipeline_ranks[0]}
+    if len(pipeline_ranks) > 1:
+        args = get_args()
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pipeline_ranks[-1])
+        ranks.update(get_mtp_ranks(pipeline_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+def _predicts_several_tokens(vp_stage: int | None) -> bool:
+    config = core_transformer_config_from_args(get_args())
+    return bool(
+        mtp_on_this_rank(
+            layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+    )
+
+
+def _sees_tokens(vp_stage: int | None) -> bool:
+    return is_first_or_last_pipeline_stage(vp_stage) or _predicts_several_tokens(vp_stage)
+
+
+def _needs_data(vp_stage: int | None) -> bool:
+    return mpu.get_tensor_model_parallel_rank() == 0 and _sees_tokens(vp_stage)
+
+
+def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | None]:
+    """This rank's share of the next micro-batch; empty on middle pipeline stages."""
+    if not _sees_tokens(vp_stage):
+        return {}
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+        # The broadcast below looks these up too; they belong to packed sequences.
+        batch = dict.fromkeys(
+            ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+        )
+        sample = next(data_iterator)
+        batch |= {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=_predicts_several_tokens(vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    shared: dict[str, Tensor | None] = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return shared
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the unmasked token losses, their number, and both for the log."""
+    loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1).float())
+    num_tokens = loss_mask.sum().detach().to(torch.int)
+    _check_loss(loss)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def _check_loss(loss: Tensor) -> None:
+    """Hand the loss to Megatron's guard against NaN, Inf and, if asked, spikes."""
+    args = get_args()
+    guard = get_rerun_state_machine()
+    tests: list[tuple[str, Any, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        tests += [("NaN in the loss", torch.isnan, True), ("Inf in the loss", torch.isinf, True)]
+    if args.check_for_spiky_loss:
+        is_spike = partial(guard.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        tests += [("a spike in the loss", is_spike, False)]
+    for what, is_bad, fatal in tests:
+        # Tolerance 0: the forward pass is deterministic, so a rerun has to give the same.
+        guard.validate_result(
+            result=loss, rejection_func=is_bad, message=f"found {what}", tolerance=0.0, fatal=fatal
+        )

@@ -1,0 +1,84 @@
+"""What is logged: mean displacement per layer, and what follows from it, equal at every layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jreg_megatron.formulas import jump_rate
+
+
+@dataclass(frozen=True)
+class JRegMetrics:
+    """Displacement of the whole model over the measured tokens. Unscaled: no lambda, no loss scale."""
+
+    displacement: Tensor
+    """Mean over tokens of Psi_l for layers 1..L, ``[L]`` float64 on the CPU, each in [0, 1]."""
+    jreg_loss: float
+    """``sum_l w_l * Psi_l``, before lambda."""
+    jump_rate: float
+    """zeta_L, the last layer's jump, in hundredths of displacement; NaN for a model of one layer."""
+
+    def scalars(self, per_layer: bool) -> dict[str, float]:
+        """The values by the names they are logged under."""
+        named = {"jreg loss": self.jreg_loss, "jump rate": self.jump_rate}
+        if per_layer:
+            digits = max(2, len(str(len(self.displacement))))
+            for number, value in enumerate(self.displacement.tolist(), start=1):
+                named[f"jreg/displacement_layer_{number:0{digits}d}"] = value
+        return named
+
+
+class DisplacementMeter:
+    """Sums displacement per layer on the device; one all-reduce makes it the whole model's.
+
+    Each rank adds what it saw: for every layer the sum of Psi and the number of tokens. Both are summed
+    over *all* ranks and then divided. Ranks that hold copies of the same tokens (tensor parallelism
+    without sequence parallelism) count alike above and below the line, shards (sequence, context, data
+    parallelism) add up, and a layer that a pipeline stage does not hold has zeros there. So the mean is
+    the same at every layout, and every rank takes part with a buffer of the same shape.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
+
+    def add(self, layer_number: int, psi_sum: Tensor, num_tokens: int) -> None:
+        """Add a layer's displacement of one micro-batch; no host synchronisation.
+
+        Args:
+            layer_number: 1-based over the whole model.
+            psi_sum: sum of Psi over this rank's tokens, float64 scalar.
+            num_tokens: how many these are.
+        """
+        self._sums[0, layer_number - 1] += psi_sum
+        self._sums[1, layer_number - 1] += num_tokens
+
+    def reset(self) -> None:
+        """Forget everything added so far."""
+        self._sums.zero_()
+
+    def reduce(self, weights: Tensor, group: dist.ProcessGroup | None = None) -> JRegMetrics | None:
+        """Mean over everything that any rank has added since the last reset. A collective call.
+
+        Args:
+            weights: the regularizer's layer weights, ``[L]`` float64.
+            group: the ranks that hold the model together; by default all.
+
+        Returns:
+            The metrics, the same on every rank; None if some layer was not measured.
+        """
+        total = self._sums.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total, group=group)
+        psi_sum, num_tokens = total.cpu()
+        if (num_tokens == 0).any():
+            return None
+        mean = psi_sum / num_tokens
+        return JRegMetrics(
+            displacement=mean,
+            jreg_loss=float(weights @ mean),
+            jump_rate=float(jump_rate(mean)) if len(mean) > 1 else float("nan"),
+        )

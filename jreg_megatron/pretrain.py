@@ -1,0 +1,95 @@
+"""Entry point: ``torchrun ... -m jreg_megatron.pretrain <Megatron's arguments> --jreg-coeff 0.1``.
+
+Runs ``pretrain`` of the installed ``megatron.training`` with its own arguments, optimizer, schedules,
+checkpoints and logs, on a ``GPTModel`` with JREG attached. Without a CUDA device, or with ``--cpu``, the
+same command runs on the CPU with gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import NoReturn
+
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.settings import JRegConfig
+
+CPU_FLAG = "--cpu"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train; ``argv`` as after the program's name, by default the process's own."""
+    started = time.time()
+    with user_errors_exit():
+        _run(sys.argv[1:] if argv is None else argv, started)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's arguments; returns the parser."""
+    JRegConfig.add_arguments(parser)
+    group = parser.add_argument_group("jreg_megatron.pretrain")
+    group.add_argument(
+        CPU_FLAG,
+        action="store_true",
+        help="run on the CPU with gloo; the default where there is no CUDA device",
+    )
+
+    def refuse(message: str) -> NoReturn:
+        # argparse would print the usage of some hundred flags before the line that matters.
+        raise UserError(f"{message}; --help lists all arguments")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _run(argv: list[str], started: float) -> None:
+    import torch
+
+    if CPU_FLAG in argv or not torch.cuda.is_available():
+        from jreg_megatron import cpu
+
+        cpu.enable()
+        if os.environ.get("RANK", "0") == "0":
+            print(cpu.announcement(argv), flush=True)
+        argv = cpu.with_cpu_flags(argv)
+    # Megatron reads its arguments from here.
+    sys.argv = [sys.argv[0], *argv]
+
+    from megatron.core.enums import ModelType
+    from megatron.training import arguments, pretrain, set_startup_timestamps, training
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from jreg_megatron import gpt_pretraining, preflight
+    from jreg_megatron.training_loop import JRegInTrainingLoop
+
+    asked = arguments.parse_args(add_arguments)
+    config = JRegConfig.from_args(asked)
+    gpt_pretraining.refuse_other_tasks(asked)
+    if not (asked.use_checkpoint_args or asked.yaml_cfg):
+        preflight.check_arguments(asked)
+        config.layer_weights(asked.num_layers)
+    try:
+        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+    except AssertionError as error:
+        raise UserError(
+            f"Megatron refuses the arguments: {error or 'an assertion without a message'}"
+        ) from error
+
+    set_startup_timestamps(program_start=started, main_entry=time.time())
+    model_config = gpt_config_from_args(args)
+    loop = JRegInTrainingLoop(config)
+    loop.install(training)
+    model_config.post_wrap_hooks.append(loop.attach_to)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_pretraining.datasets,
+        ModelType.encoder_or_decoder,
+        gpt_pretraining.forward_step,
+        get_embedding_ranks=gpt_pretraining.embedding_ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""All settings of the regularizer: one frozen dataclass for Python, YAML and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jreg_megatron import formulas
+from jreg_megatron.errors import UserError
+
+WEIGHT_RULES = ("softmax", "last", "uniform")
+FINAL_STATES = ("pre_norm", "post_norm")
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a setting: ``measure_interval`` -> ``--jreg-measure-interval``."""
+    return "--jreg-" + name.replace("_", "-")
+
+
+def _weights_from_text(text: str) -> str | tuple[float, ...]:
+    """``softmax`` stays a name, ``0,0.5,0.5`` becomes numbers; anything else is left for the checks."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
+def _setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class JRegConfig:
+    """Settings of the jump-suppressing regularizer: ``loss = CE + coeff * sum_l w_l * Psi_l``.
+
+    Iterations are 1-based, as Megatron's log counts them. Every field is a command-line flag too
+    (``--jreg-coeff`` and so on, see :meth:`add_arguments`) and a key for :meth:`from_mapping`.
+
+    Raises:
+        UserError: for a value that is not allowed; the message names the setting, the value and the fix.
+    """
+
+    coeff: float = _setting(
+        0.0,
+        "lambda, the strength of the regularizer, >= 0. At 0 the displacement is only measured and no "
+        "gradient changes. The paper's value is not published: sweep it.",
+        float,
+        "LAMBDA",
+    )
+    alpha: float = _setting(
+        3.0,
+        "sharpness of the softmax layer weights, >= 0: 0 weighs all layers alike, larger values put more "
+        "on the last layers.",
+        float,
+    )
+    weights: str | tuple[float, ...] = _setting(
+        "softmax",
+        "layer weights: 'softmax' of alpha * layer number (the paper's), 'last' (layer L alone), 'uniform' "
+        "(1/L each), or one number per layer, comma-separated, first layer first, used as they stand.",
+        _weights_from_text,
+        "RULE",
+    )
+    final_state: str = _setting(
+        "pre_norm",
+        "which state counts as the last layer's output: 'pre_norm', the residual stream itself, or "
+        "'post_norm', after the final norm. The paper does not say; the numbers differ several-fold.",
+    )
+    start_iteration: int = _setting(1, "first training iteration with the regularizer.", int, "N")
+    stop_iteration: int | None = _setting(
+        None, "first training iteration without it again; by default it never stops.", int, "N"
+    )
+    warmup_iterations: int = _setting(
+        0, "the coefficient rises linearly over this many iterations from the start.", int, "N"
+    )
+    measure_interval: int = _setting(
+        1, "measure the displacement in every N-th training iteration; validation always does.", int, "N"
+    )
+    log_per_layer: bool = _setting(
+        False, "also log each layer as jreg/displacement_layer_NN to TensorBoard and W&B.", bool
+    )
+
+    def __post_init__(self) -> None:
+        _require("coeff", self.coeff, _is_finite(self.coeff) and self.coeff >= 0, "a finite number >= 0")
+        _require("alpha", self.alpha, _is_finite(self.alpha) and self.alpha >= 0, "a finite number >= 0")
+        if isinstance(self.weights, str):
+            rules = ", ".join(WEIGHT_RULES)
+            known = self.weights in WEIGHT_RULES
+            _require("weights", self.weights, known, f"one of {rules}, or one number per layer")
+        else:
+            numbers = tuple(self.weights)
+            allowed = len(numbers) > 0 and all(_is_finite(w) and w >= 0 for w in numbers)
+            _require("weights", _shown(numbers), allowed, "finite numbers >= 0, one per layer")
+            # A list from YAML or Python becomes what the frozen dataclass can hash and compare.
+            object.__setattr__(self, "weights", tuple(float(w) for w in numbers))
+        _require("final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES))
+        for name, least in (("start_iteration", 1), ("warmup_iterations", 0), ("measure_interval", 1)):
+            value = getattr(self, name)
+            _require(name, value, _is_integer(value) and value >= least, f"a whole number >= {least}")
+        if self.stop_iteration is not None:
+            after = _is_integer(self.stop_iteration) and self.stop_iteration > self.start_iteration
+            fix = f"a whole number above {flag_of('start_iteration')} ({self.start_iteration}), or left out"
+            _require("stop_iteration", self.stop_iteration, after, fix)
+        _require("log_per_layer", self.log_per_layer, isinstance(self.log_per_layer, bool), "true or false")
+
+    def layer_weights(self, num_layers: int) -> Tensor:
+        """The weights ``w_1..w_L`` of the regularizer.
+
+        Returns:
+            ``[num_layers]`` float64; sums to 1 except for explicit numbers, which are used as given.
+
+        Raises:
+            UserError: if explicit weights are not one per layer.
+        """
+        if not isinstance(self.weights, str):
+            fix = f"{num_layers} numbers, one for each layer of the model, not {len(self.weights)}"
+            _require("weights", _shown(self.weights), len(self.weights) == num_layers, fix)
+            return torch.tensor(self.weights, dtype=torch.float64)
+        if self.weights == "last":
+            weights = torch.zeros(num_layers, dtype=torch.float64)
+            weights[-1] = 1.0
+            return weights
+        return formulas.layer_weights(num_layers, 0.0 if self.weights == "uniform" else self.alpha)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the coefficient or the measuring depends on the iteration."""
+        constant = self.start_iteration == 1 and self.stop_iteration is None and self.warmup_iterations == 0
+        return self.measure_interval != 1 or (self.coeff > 0 and not constant)
+
+    def coeff_at(self, iteration: int) -> float:
+        """lambda in training iteration ``iteration`` (1-based): 0 before the start and from the stop on.
+
+        With a warm-up of N iterations the first one has ``coeff / N`` and the N-th the full ``coeff``.
+        """
+        step = iteration - self.start_iteration + 1
+        if step < 1 or (self.stop_iteration is not None and iteration >= self.stop_iteration):
+            return 0.0
+        return self.coeff * min(1.0, step / self.warmup_iterations) if self.warmup_iterations else self.coeff
+
+    def measures_at(self, iteration: int) -> bool:
+        """Whether training iteration ``iteration`` (1-based) measures the displacement."""
+        return iteration % self.measure_interval == 0
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> JRegConfig:
+        """Build from field names and values, as YAML gives them.
+
+        Raises:
+            UserError: for an unknown name, with the nearest known one, or a value that is not allowed.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+                raise UserError(f"unknown JREG setting '{name}'; {fix}")
+        return cls(**settings)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add one ``--jreg-...`` flag per setting, in a group of their own; returns the parser."""
+        group = parser.add_argument_group(
+            "JREG, the jump-suppressing regularizer",
+            "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)",
+        )
+        for f in fields(cls):
+            if f.metadata["parse"] is bool:
+                group.add_argument(flag_of(f.name), action="store_true", help=f.metadata["help"])
+                continue
+            group.add_argument(
+                flag_of(f.name),
+                type=f.metadata["parse"],
+                default=f.default,
+                metavar=f.metadata["metavar"],
+                help=f"{f.metadata['help']} Default: {_default_text(f)}.",
+            )
+        return parser
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> JRegConfig:
+        """Build from a namespace that a parser with :meth:`add_arguments` filled.
+
+        Raises:
+            UserError: for a value that is not allowed.
+        """
+        return cls(**{f.name: getattr(args, f"jreg_{f.name}") for f in fields(cls)})
+
+
+def _default_text(f: Field[Any]) -> str:
+    assert f.default is not MISSING
+    return "none" if f.default is None else str(f.default)
+
+
+def _shown(numbers: tuple[Any, ...]) -> str:
+    return ",".join(str(n) for n in numbers)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(name: str, value: Any, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise UserError(f"{flag_of(name)} (JRegConfig.{name}) is {value}; it must be {what}")

@@ -1,0 +1,91 @@
+"""The autograd node adds the regularizer's gradient and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jreg_megatron.penalty import add_displacement_gradient, measure_displacement
+
+COEFFICIENT, FACTOR = 0.7, 0.3
+
+
+def reference_gradients(
+    h_in: torch.Tensor, h_out: torch.Tensor, upstream: torch.Tensor
+) -> list[torch.Tensor]:
+    """Autograd in float64 on the textbook formula, with an upstream loss that is linear in h_out."""
+    a, b = (h.detach().double().requires_grad_() for h in (h_in, h_out))
+    psi = (1 - F.cosine_similarity(a, b, dim=-1)) / 2
+    (COEFFICIENT * FACTOR * psi.sum() + (upstream.double() * b).sum()).backward()
+    return [a.grad, b.grad]  # type: ignore[list-item]
+
+
+def node_gradients(h_in: torch.Tensor, h_out: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+    a, b = (h.detach().clone().requires_grad_() for h in (h_in, h_out))
+    out, _ = add_displacement_gradient(a, b, torch.tensor([COEFFICIENT]), FACTOR)
+    (upstream * out).sum().backward()
+    return [a.grad, b.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("turn", [1e-3, 0.1, 3.0])
+def test_gradients_equal_autograd_on_the_textbook_formula(turn: float) -> None:
+    torch.manual_seed(0)
+    h_in = torch.randn(64, 2, 96)
+    h_out = h_in + turn * torch.randn_like(h_in)
+    upstream = 0.01 * torch.randn_like(h_in)
+    ours, reference = (f(h_in, h_out, upstream) for f in (node_gradients, reference_gradients))
+    for got, expected in zip(ours, reference, strict=True):
+        # What float32 states can tell: the gradient's direction is the difference of two unit vectors.
+        assert (got.double() - expected).norm() / expected.norm() < max(2e-6, 2e-7 / turn)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    h_in, h_out, upstream = (torch.randn(32, 1, 128).to(dtype) for _ in range(3))
+    reference = reference_gradients(h_in, h_out, upstream)
+    for got, expected in zip(node_gradients(h_in, h_out, upstream), reference, strict=True):
+        assert got.dtype is dtype
+        torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_the_forward_value_is_the_very_same_tensor_value_and_the_sum_is_that_of_psi() -> None:
+    h_in, h_out = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
+    out, psi_sum = add_displacement_gradient(h_in, h_out, torch.tensor([1.0]), 1.0)
+    assert torch.equal(out, h_out)
+    expected = ((1 - F.cosine_similarity(h_in.double(), h_out.double(), dim=-1)) / 2).sum()
+    assert psi_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert measure_displacement(h_in, h_out).item() == psi_sum.item()
+
+
+def test_the_coefficient_is_read_in_the_backward_pass_so_a_buffer_can_be_refilled() -> None:
+    buffer = torch.tensor([123.0])
+    h_in, h_out = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
+    out, _ = add_displacement_gradient(h_in, h_out, buffer, FACTOR)
+    buffer.fill_(COEFFICIENT)
+    upstream = torch.zeros_like(h_in)
+    (upstream * out).sum().backward()
+    assert torch.equal(h_out.grad, node_gradients(h_in, h_out, upstream)[1])  # type: ignore[arg-type]
+
+
+def test_rows_of_norm_zero_get_no_gradient_from_the_regularizer() -> None:
+    h_in, h_out = torch.randn(3, 8), torch.randn(3, 8)
+    h_in[0] = 0
+    h_out[1] = 0
+    upstream = torch.randn(3, 8)
+    grad_in, grad_out = node_gradients(h_in, h_out, upstream)
+    assert (grad_in[:2] == 0).all() and (grad_in[2] != 0).any()
+    assert torch.equal(grad_out[:2], upstream[:2]) and not torch.equal(grad_out[2], upstream[2])
+
+
+def test_gradcheck_in_float64() -> None:
+    def loss_and_penalty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return COEFFICIENT * FACTOR * (1 - F.cosine_similarity(a, b, dim=-1)).sum() / 2
+
+    a, b = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = torch.autograd.grad(loss_and_penalty(a, b), (a, b))
+    coefficient = torch.tensor([COEFFICIENT], dtype=torch.float64)
+    out, _ = add_displacement_gradient(a, b, coefficient, FACTOR)
+    got = torch.autograd.grad((0 * out).sum(), (a, b))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)

@@ -1,0 +1,116 @@
+"""One dataclass of settings: from Python, YAML and the command line, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from jreg_megatron import JRegConfig, UserError, layer_weights
+from jreg_megatron.settings import flag_of
+
+
+def from_command_line(*argv: str) -> JRegConfig:
+    return JRegConfig.from_args(JRegConfig.add_arguments(argparse.ArgumentParser()).parse_args(argv))
+
+
+def test_command_line_mapping_and_python_give_the_same_settings() -> None:
+    expected = JRegConfig(
+        coeff=0.1,
+        alpha=0.5,
+        weights=(0.0, 1.0),
+        final_state="post_norm",
+        stop_iteration=9,
+        log_per_layer=True,
+    )
+    assert expected == from_command_line(
+        *("--jreg-coeff", "0.1", "--jreg-alpha", "0.5", "--jreg-weights", "0,1", "--jreg-log-per-layer"),
+        *("--jreg-final-state", "post_norm", "--jreg-stop-iteration", "9"),
+    )
+    assert expected == JRegConfig.from_mapping(
+        {"coeff": 0.1, "alpha": 0.5, "weights": [0, 1], "final_state": "post_norm"}
+        | {"stop_iteration": 9, "log_per_layer": True}
+    )
+
+
+def test_without_flags_the_settings_are_the_defaults() -> None:
+    assert from_command_line() == JRegConfig()
+
+
+def test_every_setting_is_a_flag_in_a_group_of_its_own() -> None:
+    text = JRegConfig.add_arguments(argparse.ArgumentParser()).format_help()
+    group = text[text.index("JREG, the jump-suppressing regularizer") :]
+    for f in fields(JRegConfig):
+        assert flag_of(f.name) in group
+
+
+def test_settings_cannot_be_changed_once_made() -> None:
+    with pytest.raises(FrozenInstanceError):
+        JRegConfig().coeff = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("coeff", -0.1),
+        ("coeff", math.nan),
+        ("coeff", math.inf),
+        ("coeff", "0.1"),
+        ("alpha", -1.0),
+        ("alpha", math.nan),
+        ("weights", "sofmax"),
+        ("weights", ()),
+        ("weights", (1.0, -1.0)),
+        ("weights", (1.0, math.nan)),
+        ("final_state", "after"),
+        ("start_iteration", 0),
+        ("stop_iteration", 1),
+        ("warmup_iterations", -1),
+        ("measure_interval", 0),
+        ("measure_interval", 1.5),
+        ("log_per_layer", "yes"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_setting_value_and_fix(setting: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        JRegConfig(**{setting: value})
+    line = str(caught.value)
+    assert flag_of(setting) in line and "must be" in line and "\n" not in line
+    assert str(value) in line or isinstance(value, tuple)
+
+
+def test_a_start_after_the_stop_names_both() -> None:
+    with pytest.raises(UserError, match=r"--jreg-stop-iteration .* is 5; .*--jreg-start-iteration \(10\)"):
+        JRegConfig(start_iteration=10, stop_iteration=5)
+
+
+def test_a_misspelt_name_in_yaml_gets_the_nearest_one() -> None:
+    with pytest.raises(UserError, match="'coef'; did you mean 'coeff'"):
+        JRegConfig.from_mapping({"coef": 0.1})
+
+
+def test_layer_weights_follow_the_rule() -> None:
+    assert JRegConfig(alpha=2.0).layer_weights(4).equal(layer_weights(4, 2.0))
+    assert JRegConfig(weights="last").layer_weights(4).tolist() == [0, 0, 0, 1]
+    assert JRegConfig(weights="uniform", alpha=9.0).layer_weights(4).tolist() == pytest.approx([0.25] * 4)
+    assert JRegConfig(weights=(1, 2, 3)).layer_weights(3).tolist() == [1, 2, 3]
+
+
+def test_a_weights_list_of_the_wrong_length_names_both_lengths() -> None:
+    with pytest.raises(UserError, match=r"--jreg-weights .* is 1.0,2.0; it must be 3 numbers.* not 2"):
+        JRegConfig(weights=(1, 2)).layer_weights(3)
+
+
+def test_the_coefficient_follows_start_warmup_and_stop() -> None:
+    config = JRegConfig(coeff=0.8, start_iteration=3, warmup_iterations=4, stop_iteration=9)
+    at = [config.coeff_at(iteration) for iteration in range(1, 11)]
+    assert at == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0, 0])
+    assert JRegConfig(coeff=0.8).coeff_at(1) == 0.8
+
+
+def test_measuring_follows_the_interval() -> None:
+    config = JRegConfig(measure_interval=3)
+    assert [n for n in range(1, 10) if config.measures_at(n)] == [3, 6, 9]
