@@ -233,4 +233,5 @@ def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Cal
             "the number of micro-batches is not known: Megatron's calculator is not initialized; "
             "give attach(..., num_microbatches=) the number or a function that tells it"
         )
-    return calculator.get_num_microbatches
+    count: Callable[[], int] = calculator.get_num_microbatches
+    return count

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
 
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 3.0
 
 
 class UserError(ValueError):

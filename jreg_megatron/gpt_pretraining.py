@@ -104,18 +104,19 @@ def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
     timers("batch-generator", log_level=2).start()
     batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    loss_mask: Any = batch.get("loss_mask")
     output = model(
         batch.get("tokens"),
         batch.get("position_ids"),
         batch.get("attention_mask"),
         labels=batch.get("labels"),
-        loss_mask=batch.get("loss_mask"),
+        loss_mask=loss_mask,
     )
-    return output, partial(_loss, batch.get("loss_mask"))
+    return output, partial(_loss, loss_mask)
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
-    """The ranks of a pipeline that hold the word embedding: first, last if tied, and multi-token prediction."""
+    """The ranks of a pipeline that hold the word embedding: first, last if tied, and those of MTP layers."""
     ranks = {pipeline_ranks[0]}
     if len(pipeline_ranks) > 1:
         args = get_args()

@@ -10,6 +10,14 @@ from torch import Tensor
 
 from jreg_megatron.formulas import jump_rate
 
+LOSS_NAME = "jreg loss"
+RATE_NAME = "jump rate"
+
+
+def displacement_name(layer_number: int, num_layers: int) -> str:
+    """The name under which a layer's displacement is logged; equally long for all layers of a model."""
+    return f"jreg/displacement_layer_{layer_number:0{max(2, len(str(num_layers)))}d}"
+
 
 @dataclass(frozen=True)
 class JRegMetrics:
@@ -24,11 +32,11 @@ class JRegMetrics:
 
     def scalars(self, per_layer: bool) -> dict[str, float]:
         """The values by the names they are logged under."""
-        named = {"jreg loss": self.jreg_loss, "jump rate": self.jump_rate}
+        named = {LOSS_NAME: self.jreg_loss, RATE_NAME: self.jump_rate}
         if per_layer:
-            digits = max(2, len(str(len(self.displacement))))
+            layers = len(self.displacement)
             for number, value in enumerate(self.displacement.tolist(), start=1):
-                named[f"jreg/displacement_layer_{number:0{digits}d}"] = value
+                named[displacement_name(number, layers)] = value
         return named
 
 

@@ -66,8 +66,11 @@ class Tap:
 
 def unwrap(chunk: nn.Module) -> nn.Module:
     """The model chunk inside DDP and Float16Module wrappers."""
-    while not hasattr(chunk, "decoder") and isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module
+    while not hasattr(chunk, "decoder"):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        chunk = inner
     return chunk
 
 
@@ -183,7 +186,7 @@ def _tap_layer(
 def _wrap_bias_dropout_add(
     layer: Any, name: str, around: Callable[..., Tensor], undo: list[Callable[[], None]]
 ) -> None:
-    """Replace ``layer.name``, a factory ``(training, fused) -> add``, by one whose ``add`` runs inside ``around``."""
+    """Replace the factory ``layer.name(training, fused) -> add`` by one whose ``add`` runs inside ``around``."""
     factory = getattr(layer, name)
 
     @functools.wraps(factory)

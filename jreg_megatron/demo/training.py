@@ -1,0 +1,119 @@
+"""The demo's model and its training runs: ``torchrun -m jreg_megatron.pretrain`` as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jreg_megatron.demo.data import DemoData
+from jreg_megatron.errors import UserError
+from jreg_megatron.settings import JRegConfig
+
+TENSOR_PARALLEL = 2
+PIPELINE_PARALLEL = 2
+NUM_LAYERS = 8
+
+# A Llama, scaled down: pre-norm RMSNorm, SwiGLU, rotary positions, untied head, no biases.
+_MODEL = f"""
+    --num-layers {NUM_LAYERS} --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 6
+    --seq-length 256 --max-position-embeddings 256
+    --normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+"""
+_OPTIMIZER = """
+    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+    --micro-batch-size 4 --global-batch-size 8
+"""
+_LAYOUT = f"""
+    --tensor-model-parallel-size {TENSOR_PARALLEL} --pipeline-model-parallel-size {PIPELINE_PARALLEL}
+    --sequence-parallel
+"""
+_LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jreg-log-per-layer"
+
+_ITERATION = re.compile(r"\biteration\s+(\d+)/")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the demo."""
+
+    name: str
+    config: JRegConfig
+    iterations: int
+    folder: Path
+    seed: int = 1234
+    num_layers: int = NUM_LAYERS
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the run's TensorBoard files."""
+        return self.folder / "tensorboard"
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.folder / "train.log"
+
+    def command(self, data: DemoData) -> list[str]:
+        """The torchrun command, without the path of the Python in use."""
+        config = self.config
+        return [
+            *("-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(TENSOR_PARALLEL * PIPELINE_PARALLEL)),
+            *("-m", "jreg_megatron.pretrain", "--cpu"),
+            *_MODEL.split(),
+            *_OPTIMIZER.split(),
+            *_LAYOUT.split(),
+            *_LOGGING.split(),
+            *data.megatron_arguments(),
+            *("--data-cache-path", str(data.train_prefix.parent / "cache")),
+            *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
+            *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
+            *("--jreg-coeff", str(config.coeff), "--jreg-alpha", str(config.alpha)),
+        ]
+
+    def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
+        """Train to the end; ``on_iteration`` is told the number of each iteration that was logged.
+
+        Raises:
+            UserError: if the run fails; names the log and its last line that says why.
+        """
+        self.folder.mkdir(parents=True)
+        # More threads than one a rank only fight over the cores of a laptop.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with (
+            self.log.open("w") as log,
+            subprocess.Popen(
+                [sys.executable, *self.command(data)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    if found := _ITERATION.search(line):
+                        on_iteration(int(found[1]))
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode != 0:
+            raise UserError(
+                f"the {self.name} run ended with status {process.returncode}: {self._last_error()}; "
+                f"all it printed is in {self.log}"
+            )
+
+    def _last_error(self) -> str:
+        errors = [line.strip() for line in self.log.read_text().splitlines() if "rror" in line]
+        return errors[0] if errors else "no error was printed"

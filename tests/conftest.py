@@ -1,0 +1,74 @@
+"""Fixtures that several test files share: a tiny dataset and one set of initial weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import TOY, run_ranks
+
+torch.set_num_threads(1)  # the ranks of a test have two cores to share
+
+ITERATIONS, BATCH, MICRO_BATCH, LENGTH, VOCABULARY = 10, 8, 2, 32, 256
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a Megatron dataset of 20,000 random tokens below 255 in documents of 100, 255 ending each."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("data") / "toy"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, size=(200, 100))
+    tokens[:, -1] = VOCABULARY - 1
+    for document in tokens:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def toy_arguments(toy_data: Path) -> list[str]:
+    """Command line of the toy model on the toy dataset, without its length of training."""
+    return [*TOY, "--data-path", str(toy_data), "--split", "90,10,0"]
+
+
+@pytest.fixture(scope="session")
+def initial_weights(toy_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the toy model's initial weights, for every layout to start from."""
+    folder = tmp_path_factory.mktemp("initial")
+    run_ranks(
+        [*toy_arguments, "--train-iters", 1, "--lr", 0, "--min-lr", 0, "--save", folder, "--save-interval", 1]
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_steps(toy_data: Path) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """What Megatron's loop sees on the toy dataset: per step the micro-batches of (tokens, labels) [b, s]."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class Tokenizer:
+        vocab_size, eod, pad, unique_identifiers = VOCABULARY, VOCABULARY - 1, -1, {"class": "test"}
+
+    config = GPTDatasetConfig(
+        random_seed=3,
+        sequence_length=LENGTH,
+        blend=([str(toy_data)], None),
+        split="90,10,0",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    sizes = [ITERATIONS * BATCH, 0, 0]
+    samples = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    steps = []
+    for step in range(ITERATIONS):
+        rows = [samples[step * BATCH + row] for row in range(BATCH)]
+        tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels"))
+        steps.append(list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)))
+    return steps

