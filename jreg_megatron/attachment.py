@@ -193,28 +193,34 @@ def attach(
             "the settings depend on the iteration (start, stop, warm-up or measure interval); "
             "give attach(..., iteration=) a function that tells it, 1-based"
         )
-    refuse_unsupported(chunks, config)
+    refuse_unsupported(chunks[0].config, config)
     return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
 
 
-def refuse_unsupported(chunks: Sequence[nn.Module], config: JRegConfig) -> None:
-    """Refuse by name what would give wrong numbers.
+def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
+    """Refuse by name what would give wrong numbers, or has not been shown to give right ones.
+
+    Args:
+        model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
+        config: the settings.
 
     Raises:
-        UserError: naming the setting of the model that JREG does not support, and what to do.
+        UserError: naming the setting that JREG does not support, and what to do.
     """
-    model_config: Any = chunks[0].config
-    is_full_recompute = getattr(model_config, "recompute_granularity", None) == "full"
+
+    def value(name: str) -> Any:
+        return getattr(model_config, name, None)
+
     unsupported = {
-        "overlap_moe_expert_parallel_comm": getattr(model_config, "overlap_moe_expert_parallel_comm", False),
-        "enable_hyper_connections": getattr(model_config, "enable_hyper_connections", False),
-        "fine_grained_activation_offloading": getattr(
-            model_config, "fine_grained_activation_offloading", False
+        "overlap_moe_expert_parallel_comm": value("overlap_moe_expert_parallel_comm"),
+        "enable_hyper_connections": value("enable_hyper_connections"),
+        "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
+        "use_megatron_fsdp": value("use_megatron_fsdp"),
+        "use_torch_fsdp2": value("use_torch_fsdp2"),
+        "cuda_graph_impl 'full_iteration'": value("cuda_graph_impl") == "full_iteration",
+        "recompute_granularity 'full' together with final_state 'post_norm'": (
+            value("recompute_granularity") == "full" and config.final_state == "post_norm"
         ),
-        "cuda_graph_impl='full_iteration'": getattr(model_config, "cuda_graph_impl", None)
-        == "full_iteration",
-        "recompute_granularity='full' with final_state 'post_norm'": is_full_recompute
-        and config.final_state == "post_norm",
     }
     for name, is_used in unsupported.items():
         if is_used:

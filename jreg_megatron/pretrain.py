@@ -13,6 +13,7 @@ import sys
 import time
 from typing import NoReturn
 
+from jreg_megatron.dataset_helper import use_built_helper
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.settings import JRegConfig
 
@@ -58,15 +59,24 @@ def _run(argv: list[str], started: float) -> None:
     sys.argv = [sys.argv[0], *argv]
 
     from megatron.core.enums import ModelType
-    from megatron.training import arguments, pretrain, set_startup_timestamps, training
+    from megatron.training import (
+        arguments,
+        get_tensorboard_writer,
+        pretrain,
+        set_startup_timestamps,
+        training,
+    )
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from jreg_megatron import gpt_pretraining, preflight
+    from jreg_megatron.attachment import refuse_unsupported
     from jreg_megatron.training_loop import JRegInTrainingLoop
 
+    use_built_helper()
     asked = arguments.parse_args(add_arguments)
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
+    refuse_unsupported(asked, config)
     if not (asked.use_checkpoint_args or asked.yaml_cfg):
         preflight.check_arguments(asked)
         config.layer_weights(asked.num_layers)
@@ -89,6 +99,9 @@ def _run(argv: list[str], started: float) -> None:
         gpt_pretraining.forward_step,
         get_embedding_ranks=gpt_pretraining.embedding_ranks,
     )
+    if (writer := get_tensorboard_writer()) is not None:
+        # Megatron flushes after training, before the last evaluation.
+        writer.flush()
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def _tap_layer(
 def _wrap_bias_dropout_add(
     layer: Any, name: str, around: Callable[..., Tensor], undo: list[Callable[[], None]]
 ) -> None:
-    """Replace the factory ``layer.name(training, fused) -> add`` by one whose ``add`` runs inside ``around``."""
+    """Replace the factory ``layer.name(training, fused) -> add`` by one whose ``add`` runs in ``around``."""
     factory = getattr(layer, name)
 
     @functools.wraps(factory)

@@ -59,6 +59,7 @@ class JRegConfig:
         "sharpness of the softmax layer weights, >= 0: 0 weighs all layers alike, larger values put more "
         "on the last layers.",
         float,
+        "ALPHA",
     )
     weights: str | tuple[float, ...] = _setting(
         "softmax",

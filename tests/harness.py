@@ -20,56 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TOY = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "64",
-    "--ffn-hidden-size",
-    "96",
-    "--num-attention-heads",
-    "4",
-    "--seq-length",
-    "32",
-    "--max-position-embeddings",
-    "32",
-    "--make-vocab-size-divisible-by",
-    "8",
-    "--normalization",
-    "RMSNorm",
-    "--swiglu",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--init-method-std",
-    "0.02",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "8",
-    "--lr",
-    "1e-3",
-    "--lr-decay-style",
-    "constant",
-    "--log-interval",
-    "1",
-    "--eval-interval",
-    "100",
-    "--eval-iters",
-    "0",
-    "--seed",
-    "3",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "255",
-]
-"""A Llama small enough for eight ranks on two cores. Vocabulary 256 with the tokenizer's end token."""
+TOY = """
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
+    --seq-length 32 --max-position-embeddings 32 --make-vocab-size-divisible-by 8
+    --normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+    --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant
+    --log-interval 1 --eval-interval 100 --eval-iters 0 --seed 3
+    --tokenizer-type NullTokenizer --vocab-size 256
+""".split()
+"""A Llama small enough for eight ranks on two cores; token 255 ends a document."""
 
 # The fork server is a fresh interpreter; before Python 3.13 it drops the path that pytest has set up.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""What came out of the demo: ``summary.json``, a table and a picture, read from the runs' TensorBoard files."""
+"""What came out of the demo, read from TensorBoard files: ``summary.json``, a table and a picture."""
 
 from __future__ import annotations
 
@@ -43,16 +43,13 @@ class Outcome:
             return {event.step: event.value for event in events.Scalars(f"{tag} validation")}
 
         loss, rate = history("lm loss"), history(RATE_NAME)
-        layers = run.num_layers
+        layers, last = run.num_layers, max(loss)
         return cls(
             run=run,
             iterations=list(loss),
             validation_loss=list(loss.values()),
             jump_rate=[rate[iteration] for iteration in loss],
-            displacement=[
-                list(history(displacement_name(number, layers)).values())[-1]
-                for number in range(1, layers + 1)
-            ],
+            displacement=[history(displacement_name(n, layers))[last] for n in range(1, layers + 1)],
         )
 
     def summary(self) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "layout": {
             "tensor": TENSOR_PARALLEL,
             "pipeline": PIPELINE_PARALLEL,
-            "sequence_parallel": True,
+            "sequence_parallel": False,
             "context": 1,
             "data": 1,
         },
@@ -137,11 +134,8 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
         by_layer.plot(layers, [100 * psi for psi in outcome.displacement], **style)
         rate.plot(outcome.iterations, outcome.jump_rate, **style)
         loss.plot(outcome.iterations, outcome.validation_loss, **style)
-    by_layer.set(
-        title="How far each layer turns the state, at the end",
-        xlabel="layer",
-        ylabel=r"displacement $\Psi_l$ x 100",
-    )
+    by_layer.set(title="How far each layer turns the state, at the end", xlabel="layer")
+    by_layer.set_ylabel(r"displacement $\Psi_l$ x 100")
     # The first layer turns the embedding many times further than any other; linear axes would hide the rest.
     by_layer.set_yscale("log")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))

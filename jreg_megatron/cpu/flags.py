@@ -1,0 +1,135 @@
+"""The Megatron flags that a CPU needs, those it has no use for, and those it cannot honour."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from jreg_megatron.errors import UserError
+
+FLAGS: tuple[str, ...] = (
+    "--distributed-backend",
+    "gloo",
+    "--transformer-impl",
+    "local",
+    "--attention-backend",
+    "unfused",
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--cuda-graph-impl",
+    "none",
+    "--num-workers",
+    "0",
+)
+"""Appended to the command line, where argparse lets the last value win."""
+
+_IGNORED: dict[str, int] = {
+    "--use-flash-attn": 0,
+    "--tp-comm-overlap": 0,
+    "--tp-comm-overlap-cfg": 1,
+    "--fp8-format": 1,
+    "--fp8-param-gather": 0,
+    "--fp4-format": 1,
+    "--fp4-param-gather": 0,
+    "--te-rng-tracker": 0,
+    "--use-transformer-engine-op-fuser": 0,
+    "--use-te-activation-func": 0,
+    "--enable-cuda-graph": 0,
+    "--external-cuda-graph": 0,
+    "--optimizer-cuda-graph": 0,
+    "--use-precision-aware-optimizer": 0,
+    "--optimizer-cpu-offload": 0,
+    "--cpu-offloading-num-layers": 1,
+    "--fine-grained-activation-offloading": 0,
+    "--init-model-with-meta-device": 0,
+    "--moe-grouped-gemm": 0,
+    "--moe-permute-fusion": 0,
+    "--moe-router-fusion": 0,
+    "--pipeline-model-parallel-comm-backend": 1,
+    "--nccl-communicator-config-path": 1,
+    "--use-nccl-ub": 0,
+    "--use-sharp": 0,
+    "--sharp-enabled-group": 1,
+    "--high-priority-stream-groups": 1,
+}
+"""Kernels, number formats, memory and network features of a GPU, with the number of values each flag takes.
+
+They have no counterpart that argparse would let win, so they leave the command line.
+"""
+
+_REFUSED: dict[str, str] = {
+    "--use-megatron-fsdp": "use --use-distributed-optimizer",
+    "--use-torch-fsdp2": "use --use-distributed-optimizer",
+    "--apply-layernorm-1p": "leave it out",
+}
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The value that argparse would give ``flag``, or None where it is absent."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == flag:
+            found = argv[i + 1] if i + 1 < len(argv) else ""
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """``argv`` without what a CPU ignores, and what it ignores."""
+    kept: list[str] = []
+    ignored: list[str] = []
+    i = 0
+    while i < len(argv):
+        flag, equals, _ = argv[i].partition("=")
+        length = 1
+        if flag in _IGNORED and not equals:
+            length += _IGNORED[flag]
+        (ignored if flag in _IGNORED else kept).extend(argv[i : i + length])
+        i += length
+    return kept, ignored
+
+
+def with_cpu_flags(argv: list[str]) -> list[str]:
+    """The command line that a CPU can run, for the one that a GPU would.
+
+    Args:
+        argv: arguments of a Megatron script, without the script's name.
+
+    Returns:
+        ``argv`` without the flags that only choose a GPU's kernels, and with :data:`FLAGS` behind it.
+
+    Raises:
+        UserError: for what has no counterpart on a CPU.
+    """
+    for flag, instead in _REFUSED.items():
+        if flag in argv:
+            raise UserError(f"{flag} does not run on a CPU, and this is CPU mode; {instead}")
+    context_parallel = _value(argv, "--context-parallel-size")
+    if context_parallel not in (None, "1"):
+        raise UserError(
+            f"--context-parallel-size is {context_parallel}, but its attention comes "
+            "from Transformer Engine, which CPU mode does without; set it to 1"
+        )
+    if tuple(argv[-len(FLAGS) :]) == FLAGS:
+        return argv
+    return [*_split(argv)[0], *FLAGS]
+
+
+def announcement(argv: list[str]) -> str:
+    """One line that says what CPU mode replaces in the command line ``argv``."""
+    ignored = _split(argv)[1]
+    for flag, value in pairwise(FLAGS):
+        asked = None if value.startswith("--") else _value(argv, flag)
+        if asked not in (None, value) and flag != "--num-workers":
+            ignored.append(f"{flag} {asked}")
+    line = (
+        "CPU mode: no CUDA device here, so gloo and torch-only layers replace NCCL, "
+        "Transformer Engine and fused kernels"
+    )
+    return f"{line} ({' '.join(ignored)} ignored)" if ignored else line

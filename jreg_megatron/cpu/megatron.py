@@ -1,0 +1,78 @@
+"""The few places inside Megatron that refuse a CPU although nothing they do needs CUDA."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from jreg_megatron.dataset_helper import use_built_helper
+
+
+def import_without_compilation() -> None:
+    """Import Megatron with ``torch.compile`` doing nothing: compiling costs more than it saves here."""
+
+    def no_compile(function: Any = None, **_: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    torch.compile = no_compile  # type: ignore[assignment]
+    import megatron.training  # noqa: F401
+
+
+def install() -> None:
+    """Patch Megatron in this process, for good."""
+    import megatron.training
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    # Megatron has an argument for runs without CUDA, which its training loop does not pass on.
+    initialize = partial(megatron.training.initialize.initialize_megatron, allow_no_cuda=True)
+    for module in (megatron.training, megatron.training.initialize, megatron.training.training):
+        module.initialize_megatron = initialize
+
+    # It draws a number of random values that depends on the layout, from what is here the generator of
+    # the initial weights too, to warm up kernels that are not compiled here.
+    megatron.training.initialize._warmup_jit_function = lambda tp_size=None: None
+
+    use_built_helper()
+
+    # They reach for the CUDA generator through torch._C.
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    # Here the GPU's generator is the CPU's, so the warning for it to stay put in a fork is void.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+
+    # torch's norms are local to a token: all that sequence parallelism asks of them is the mark by which
+    # Megatron finds the parameters whose gradients the ranks must sum.
+    # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
+    filesystem_async.get_write_results_queue = partial(filesystem_async.get_write_results_queue, "fork")
+
+    # Loading asks torch's own AdamW for its step before it has taken one.
+    shard = DistributedOptimizer.sharded_state_dict
+
+    @wraps(shard)
+    def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return shard(self, model, is_loading, *args, **kwargs)
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+
+    build = WrappedTorchNorm.__new__
+
+    @wraps(build)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm: torch.nn.Module = build(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(new)

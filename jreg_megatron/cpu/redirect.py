@@ -1,0 +1,138 @@
+"""What Megatron asks of ``torch.cuda`` and of CUDA tensors, answered by the CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def _on_cpu(device: Any) -> Any:
+    """``device``, or the CPU where it names a CUDA device."""
+    if isinstance(device, torch.device):
+        return _CPU if device.type == "cuda" else device
+    if isinstance(device, str):
+        return _CPU if device.startswith("cuda") else device
+    return device
+
+
+def _itself(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _no_op() -> Callable[..., None]:
+    # A new function each time: torch._dynamo keeps one rule per function that it finds in torch.cuda.
+    return lambda *_, **__: None
+
+
+def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    # Megatron's optimizers sort parameters by the strings 'torch.cuda.FloatTensor' and the like.
+    answer = tensor.type(*args, **kwargs)
+    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+
+_METHODS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.cuda: _itself,
+    torch.Tensor.pin_memory: _itself,
+    torch.Tensor.record_stream: _nothing,
+    torch.Tensor.type: _type,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every torch call that names a CUDA device runs on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        method = _METHODS.get(func)
+        if method is not None:
+            return method(*args, **(kwargs or {}))
+        if func is torch.Tensor.to:
+            args = tuple(map(_on_cpu, args))
+        if not kwargs:
+            return func(*args)
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream or an event of a device that does everything in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _nothing
+
+
+_STREAM = _Stream()
+
+
+def install() -> None:
+    """Redirect CUDA to the CPU in this process, for good."""
+    cuda = torch.cuda
+    answers: dict[str, Any] = {
+        "device_count": lambda: 1,
+        "current_device": lambda: _CPU,
+        "set_device": _no_op(),
+        "synchronize": _no_op(),
+        "empty_cache": _no_op(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *_: _STREAM,
+        "default_stream": lambda *_: _STREAM,
+        "stream": lambda *_: nullcontext(),
+        "set_stream": _no_op(),
+        "cudart": lambda: _STREAM,
+        "check_error": _no_op(),
+        "is_current_stream_capturing": lambda: False,
+        # Compute capability 10 frees Megatron of wishes about CUDA's launch queue.
+        "get_device_capability": lambda *_: (10, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(name="cpu", major=10, minor=0),
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        # Not torch.manual_seed: that one calls torch.cuda again.
+        "manual_seed": torch.default_generator.manual_seed,
+        "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 0,
+        "device_memory_used": lambda *_: 0,
+        "memory_stats": lambda *_: {},
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, answer)
+    cuda.random.get_rng_state = answers["get_rng_state"]
+    cuda.nvtx.range_push = _no_op()
+    cuda.nvtx.range_pop = _no_op()
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+
+    # A loader draws its workers' seed from what is here the GPU's generator too. After a resume that would
+    # shift the dropout masks.
+    loader = torch.utils.data.DataLoader
+    build = loader.__init__
+
+    @wraps(build)
+    def with_own_generator(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(torch.initial_seed())
+
+    loader.__init__ = with_own_generator  # type: ignore[method-assign]
+
+    # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]

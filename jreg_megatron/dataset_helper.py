@@ -1,0 +1,17 @@
+"""Let Megatron start from its wheel, where its C++ dataset helper is built already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def use_built_helper() -> None:
+    """Keep Megatron's start-up from running ``make``, if there is nothing to make.
+
+    A source tree compiles the helper on first use. The wheel brings it compiled and leaves the Makefile
+    out, yet start-up (0.19) runs ``make`` there all the same and ends the process when that fails.
+    """
+    from megatron.core.datasets import utils
+
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None

@@ -1,0 +1,271 @@
+"""Megatron's own training loop keeps its promises on a CPU.
+
+The file is also the script that these tests train with: a minimal ``pretrain_gpt.py`` on
+``megatron.training``. All runs share one process's import of Megatron, so they start within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jreg_megatron.cpu import FLAGS, announcement, with_cpu_flags
+from jreg_megatron.errors import UserError
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 --mock-data "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-iters 8 --train-iters 4 "
+    "--log-interval 1 --eval-interval 100 --eval-iters 1 --tensorboard-dir {root}/{name} "
+)
+TP = "--tensor-model-parallel-size 2 "
+PP = "--pipeline-model-parallel-size 2 "
+SP = "--sequence-parallel "
+VPP = PP + "--num-layers-per-virtual-pipeline-stage 1 "
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1 "
+SAVED = "--save {root}/checkpoint --save-interval 2 --load {root}/checkpoint --ckpt-format torch_dist "
+
+RUNS: dict[str, tuple[int, str]] = {
+    "one rank": (1, ""),
+    "tp": (2, TP),
+    "tp, sp": (2, TP + SP),
+    "dp": (2, ""),
+    "dp, distributed optimizer, overlap": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "fp16": (1, "--fp16 --initial-loss-scale 1048576 --train-iters 8"),
+    "tp, pp, sp, bf16": (4, TP + PP + SP + "--bf16 --use-distributed-optimizer"),
+    "vpp, dropout": (2, VPP + DROPOUT),
+    "vpp, dropout, first half": (2, VPP + DROPOUT + SAVED + "--exit-interval 2"),
+    "vpp, dropout, second half": (2, VPP + DROPOUT + SAVED),
+}
+
+
+def slug(name: str) -> str:
+    """The name of a run without blanks, for a command line."""
+    return name.replace(", ", "-").replace(" ", "_")
+
+
+def pretrain_script() -> None:
+    """Train GPT on made-up text with ``megatron.training``, as told by ``sys.argv``."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    class Text(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            length = get_args().seq_length
+            text = torch.randint(127, (length + 1,), generator=torch.Generator().manual_seed(index)) // 8
+            return {"tokens": text[:-1], "labels": text[1:], "position_ids": torch.arange(length)}
+
+    def datasets(_: Any, vp_stage: int | None = None) -> tuple[Text, Text, Text]:
+        return Text(), Text(), Text()
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+
+    def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total = output.float().sum()
+        count = torch.tensor(output.numel(), dtype=torch.int, device="cuda")
+        return total, count, {"lm loss": torch.stack([total.detach(), count])}
+
+    def step(iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        batch = {name: value.cuda(non_blocking=True) for name, value in next(iterator).items()}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(loss)
+
+    args = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets, ModelType.encoder_or_decoder, step)
+
+
+def run_all(root: str) -> None:
+    """Run every entry of ``RUNS``, each in ranks of its own; the output goes to ``root``."""
+    from jreg_megatron.cpu import enable
+    from jreg_megatron.cpu.launch import fork_ranks
+
+    enable()
+    for name, (ranks, arguments) in RUNS.items():
+        log = os.open(f"{root}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        sys.argv = [
+            "pretrain",
+            *with_cpu_flags((MODEL + arguments).format(root=root, name=slug(name)).split()),
+        ]
+
+        def work(log: int = log) -> None:
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            pretrain_script()
+
+        code = fork_ranks(ranks, work)
+        os.write(log, f"exit status {code}\n".encode())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the logs of all runs."""
+    root = tmp_path_factory.mktemp("cpu_mode")
+    # A process of its own: what CPU mode changes is for the life of the process.
+    subprocess.run([sys.executable, "-W", "ignore", __file__, "--all", str(root)], check=True, timeout=600)
+    return root
+
+
+def losses(root: Path, name: str, what: str = "lm loss") -> list[float]:
+    """What Megatron wrote to TensorBoard, once per iteration.
+
+    The console does not do: its second line is the mean of the first two iterations.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = (root / f"{name}.log").read_text()
+    assert log.endswith("exit status 0\n"), log[-3000:]
+    events = EventAccumulator(str(root / slug(name))).Reload()
+    return [event.value for event in events.Scalars(what)]
+
+
+def test_tensor_and_sequence_parallelism_do_not_change_the_losses(root: Path) -> None:
+    reference = losses(root, "one rank")
+    assert len(reference) == 4
+    assert reference[-1] < reference[0] - 0.5, "the model learns"
+    assert losses(root, "tp") == pytest.approx(reference, rel=2e-6)
+    assert losses(root, "tp, sp") == pytest.approx(reference, rel=2e-6)
+
+
+def test_data_parallelism_and_the_distributed_optimizer_do_not_change_the_losses(root: Path) -> None:
+    reference = losses(root, "one rank")
+    assert losses(root, "dp") == pytest.approx(reference, rel=2e-6)
+    assert losses(root, "dp, distributed optimizer, overlap") == pytest.approx(reference, rel=2e-6)
+
+
+def test_full_recompute_gives_bit_identical_losses(root: Path) -> None:
+    assert losses(root, "full recompute") == losses(root, "one rank")
+
+
+def test_dynamic_loss_scale_halves_until_fp16_gradients_are_finite(root: Path) -> None:
+    scales = losses(root, "fp16", "loss-scale")
+    assert scales[0] == 2**20
+    assert scales[-1] < scales[0]
+    assert all(after in (before, before / 2) for before, after in pairwise(scales))
+    trained = losses(root, "fp16")
+    assert len(trained) == 8
+    assert trained[-1] < trained[0] - 0.1
+
+
+def test_bf16_trains_under_tensor_pipeline_and_sequence_parallelism(root: Path) -> None:
+    trained = losses(root, "tp, pp, sp, bf16")
+    assert trained[-1] < trained[0] - 0.5
+
+
+def test_a_resumed_run_continues_bit_identically(root: Path) -> None:
+    straight = losses(root, "vpp, dropout")
+    assert len(straight) == 4
+    assert losses(root, "vpp, dropout, first half") == straight[:2]
+    assert losses(root, "vpp, dropout, second half") == straight[2:]
+    assert list((root / "checkpoint" / "iter_0000004").glob("*.distcp"))
+
+
+def test_evaluation_follows_training(root: Path) -> None:
+    assert re.search(
+        r"validation loss at iteration 4 .*lm loss value: \d", (root / "vpp, dropout.log").read_text()
+    )
+
+
+def test_the_redirection_adds_no_warnings(root: Path) -> None:
+    log = (root / "vpp, dropout.log").read_text()
+    assert "RNG state changed" not in log
+    assert "pin_memory' argument" not in log
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m jreg_megatron.cpu`` with these arguments."""
+    command = [sys.executable, "-W", "ignore", "-m", "jreg_megatron.cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_any_script_runs_with_the_cpu_flags_behind_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, torch, neighbour\n"
+        "import jreg_megatron.cpu\n"
+        "jreg_megatron.cpu.enable()\n"
+        "assert __name__ == '__main__'\n"
+        "there = torch.ones(2, device='cuda').cuda().to('cuda:0', non_blocking=True)\n"
+        "print(json.dumps([os.environ['RANK'], sys.argv, str(there.device), there.type()]))\n"
+        "sys.exit(3 if '--fail' in sys.argv else 0)\n"
+    )
+    (tmp_path / "neighbour.py").write_text("")
+    done = run_module("--nproc", "2", str(script), "--use-flash-attn", "--lr", "1", "--fail")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("CPU mode: ")
+    for line in done.stdout.splitlines()[1:]:
+        rank, argv, device, kind = json.loads(line)
+        assert rank in "01"
+        assert argv == [str(script), "--lr", "1", "--fail", *FLAGS]
+        assert (device, kind) == ("cpu", "torch.cuda.FloatTensor")
+
+
+def test_a_missing_script_is_one_line() -> None:
+    done = run_module("no_such_script.py")
+    assert done.returncode == 2
+    assert "no_such_script.py" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_importing_the_package_imports_no_megatron() -> None:
+    code = "import sys, jreg_megatron.cpu; sys.exit('megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_cpu_flags_come_last_and_once() -> None:
+    argv = with_cpu_flags(["--lr", "1"])
+    assert argv == ["--lr", "1", *FLAGS]
+    assert with_cpu_flags(argv) == argv
+
+
+def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
+    argv = [
+        "--fp8-format",
+        "hybrid",
+        "--tp-comm-overlap",
+        "--lr",
+        "1",
+        "--transformer-impl=transformer_engine",
+    ]
+    assert with_cpu_flags(argv) == ["--lr", "1", "--transformer-impl=transformer_engine", *FLAGS]
+    line = announcement(argv)
+    assert "\n" not in line
+    for ignored in ("--fp8-format hybrid", "--tp-comm-overlap", "--transformer-impl transformer_engine"):
+        assert ignored in line
+    assert "ignored" not in announcement(["--lr", "1", "--distributed-backend", "gloo"])
+
+
+@pytest.mark.parametrize(
+    "flags", ["--use-megatron-fsdp", "--context-parallel-size 2", "--context-parallel-size=2"]
+)
+def test_what_a_cpu_cannot_honour_is_refused_by_name(flags: str) -> None:
+    with pytest.raises(UserError, match=re.split("[ =]", flags)[0]):
+        with_cpu_flags(flags.split())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--all"]:
+        run_all(sys.argv[2])
+    else:
+        pretrain_script()
