@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
     sys.argv = [sys.argv[0], *cpu.with_cpu_flags(argv)]
 
     from megatron.core.enums import ModelType
-    from megatron.training import arguments, pretrain
+    from megatron.training import arguments, get_tensorboard_writer, pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from jreg_megatron import gpt_pretraining
@@ -26,3 +26,5 @@ def main(argv: list[str]) -> None:
         gpt_pretraining.forward_step,
         get_embedding_ranks=gpt_pretraining.embedding_ranks,
     )
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.flush()  # Megatron does so before the last evaluation

@@ -53,16 +53,7 @@ def install() -> None:
     # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
     filesystem_async.get_write_results_queue = partial(filesystem_async.get_write_results_queue, "fork")
 
-    # Loading asks torch's own AdamW for its step before it has taken one.
-    shard = DistributedOptimizer.sharded_state_dict
-
-    @wraps(shard)
-    def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return shard(self, model, is_loading, *args, **kwargs)
-
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    _let_the_distributed_optimizer_resume(DistributedOptimizer)
 
     build = WrappedTorchNorm.__new__
 
@@ -76,3 +67,28 @@ def install() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:
+    """Mend three slips on a path that Megatron takes only where Apex and Transformer Engine are missing."""
+    shard, load = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
+
+    @wraps(shard)
+    def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        # It asks torch's AdamW for the number of its step, which a new one has not yet.
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return shard(self, model, is_loading, *args, **kwargs)
+
+    @wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        # It copies into parameters, which torch allows outside of autograd only.
+        with torch.no_grad():
+            load(self, state_dict)
+        # It leaves the number of the step with the parameter groups, where AdamW does not look for it.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+    optimizer_class.sharded_state_dict = sharded_state_dict
+    optimizer_class.load_state_dict = load_state_dict
