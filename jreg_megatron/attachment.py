@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from jreg_megatron.errors import UserError
 from jreg_megatron.metrics import DisplacementMeter, JRegMetrics
 from jreg_megatron.penalty import add_displacement_gradient, measure_displacement
-from jreg_megatron.residual_stream import tap_residual_stream, unwrap
+from jreg_megatron.residual_stream import decoder_layers, tap_residual_stream, unwrap
 from jreg_megatron.settings import JRegConfig
 
 _HANDLE = "_jreg_handle"
@@ -193,6 +193,8 @@ def attach(
             "the settings depend on the iteration (start, stop, warm-up or measure interval); "
             "give attach(..., iteration=) a function that tells it, 1-based"
         )
+    for chunk in chunks:
+        decoder_layers(chunk)
     refuse_unsupported(chunks[0].config, config)
     return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
 

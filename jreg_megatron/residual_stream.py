@@ -87,14 +87,19 @@ def tap_residual_stream(chunks: Sequence[nn.Module], observer: ResidualStreamObs
     Raises:
         UserError: if a chunk is not built as a ``GPTModel`` is; the message names what was looked for.
     """
-    layers = [_decoder_layers(unwrap(chunk)) for chunk in chunks]
+    layers = [decoder_layers(unwrap(chunk)) for chunk in chunks]
     tap = Tap(tuple(layer.layer_number for chunk_layers in layers for layer in chunk_layers))
     for chunk, chunk_layers in zip(map(unwrap, chunks), layers, strict=True):
         _tap_chunk(chunk, chunk_layers, observer, tap._undo)
     return tap
 
 
-def _decoder_layers(chunk: nn.Module) -> list[Any]:
+def decoder_layers(chunk: nn.Module) -> list[Any]:
+    """The transformer layers of an unwrapped model chunk, in order.
+
+    Raises:
+        UserError: if the chunk is not built as a ``GPTModel`` is; the message names what was looked for.
+    """
     decoder = getattr(chunk, "decoder", None)
     layers = getattr(decoder, "layers", None)
     if layers is None:

@@ -24,6 +24,19 @@ LAYOUTS = {
         4,
         ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel"),
     ),
+    "DP2 with the distributed optimizer": (2, ("--use-distributed-optimizer",)),
+    "PP2 with two virtual stages each": (
+        2,
+        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+    ),
+    "PP2 with full recompute": (
+        2,
+        (
+            *("--pipeline-model-parallel-size", 2, "--recompute-granularity", "full"),
+            *("--recompute-method", "uniform", "--recompute-num-layers", 2),
+        ),
+    ),
+    "TP2 with per-token loss": (2, ("--tensor-model-parallel-size", 2, "--calculate-per-token-loss")),
 }
 
 Log = dict[str, list[float]]
