@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="run on the CPU with gloo; the default where there is no CUDA device",
     )
 
+    for action in parser._actions:
+        # Some of Megatron's help texts hold a bare percent sign (0.19.2), at which --help breaks off.
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            action.help = str(action.help).replace("%", "%%")
+
     def refuse(message: str) -> NoReturn:
         # argparse would print the usage of some hundred flags before the line that matters.
         raise UserError(f"{message}; --help lists all arguments")

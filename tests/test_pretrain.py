@@ -80,6 +80,14 @@ def test_measuring_every_second_iteration_logs_the_same_values_there(
     assert second["lm loss"] == every["lm loss"]
 
 
+def test_help_shows_megatrons_arguments_and_jregs_in_a_group_of_its_own() -> None:
+    output = run_ranks(["--help"]).output[0]
+    assert "--tensor-model-parallel-size" in output
+    group = output[output.index("JREG, the jump-suppressing regularizer") :]
+    assert "--jreg-coeff LAMBDA" in group
+    assert "--jreg-log-per-layer" in group
+
+
 MISTAKES = {
     "a negative coeff": (
         ["--jreg-coeff", -0.1],
