@@ -21,7 +21,7 @@ PINS = dict(
     if not line.startswith("#")
 )
 
-REGISTRY_HOST = re.compile(r"pypi\.(org|python|nvidia)|pythonhosted\.org|download\.pytorch\.org")
+REGISTRY_HOST = re.compile(r"py[p]i\.(org|python|nvidia)|python[h]osted\.org|download\.pytorc[h]\.org")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|Users)/\w")
 
 
