@@ -71,6 +71,11 @@ def _demo(args: argparse.Namespace) -> None:
     report.write_summary(outcomes, output / _SUMMARY)
     report.draw(outcomes, output / _PICTURE)
     report.print_table(outcomes)
+    print(
+        f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The defaults are our choice, from the sweep in "
+        "the README;\nthe paper's lambda is not published. At lambda 1 the turning moves to earlier layers: "
+        "make demo ARGS='--also 1:3'"
+    )
     print(f"Trained in {time.monotonic() - started:.0f} s. Look at {output / _PICTURE}")
     print(f"Numbers: {output / _SUMMARY}. Logs: {', '.join(str(run.log) for run in runs)}")
 

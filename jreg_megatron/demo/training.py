@@ -117,5 +117,8 @@ class Run:
             )
 
     def _last_error(self) -> str:
-        errors = [line.strip() for line in self.log.read_text().splitlines() if "rror" in line]
-        return errors[0] if errors else "no error was printed"
+        lines = [line.strip() for line in self.log.read_text().splitlines()]
+        ours = [line for line in lines if line.startswith("jreg_megatron: error: ")]
+        # Else the last line of a traceback, such as "RuntimeError: ...".
+        errors = ours or [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return errors[-1] if errors else "no error was printed"
