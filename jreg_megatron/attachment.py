@@ -219,9 +219,15 @@ def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
         "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
         "use_megatron_fsdp": value("use_megatron_fsdp"),
         "use_torch_fsdp2": value("use_torch_fsdp2"),
-        "cuda_graph_impl 'full_iteration'": value("cuda_graph_impl") == "full_iteration",
+        # A graph replays the choice of whether to regularize and to measure that it was captured with.
+        f"cuda_graph_impl '{value('cuda_graph_impl')}'": value("cuda_graph_impl") not in (None, "none"),
         "recompute_granularity 'full' together with final_state 'post_norm'": (
             value("recompute_granularity") == "full" and config.final_state == "post_norm"
+        ),
+        # The final norm may then be on another stage than the last layer's input.
+        "a pipeline layout of your own together with final_state 'post_norm'": (
+            config.final_state == "post_norm"
+            and bool(value("pipeline_model_parallel_layout") or value("account_for_loss_in_pipeline_split"))
         ),
     }
     for name, is_used in unsupported.items():

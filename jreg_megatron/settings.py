@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -95,9 +95,11 @@ class JRegConfig:
             known = self.weights in WEIGHT_RULES
             _require("weights", self.weights, known, f"one of {rules}, or one number per layer")
         else:
+            is_list = isinstance(self.weights, list | tuple)
+            _require("weights", self.weights, is_list, "a rule's name or a list of numbers, one per layer")
             numbers = tuple(self.weights)
-            allowed = len(numbers) > 0 and all(_is_finite(w) and w >= 0 for w in numbers)
-            _require("weights", _shown(numbers), allowed, "finite numbers >= 0, one per layer")
+            allowed = all(_is_finite(w) and w >= 0 for w in numbers) and any(numbers)
+            _require("weights", _shown(numbers), allowed, "finite numbers >= 0, one per layer, not all 0")
             # A list from YAML or Python becomes what the frozen dataclass can hash and compare.
             object.__setattr__(self, "weights", tuple(float(w) for w in numbers))
         _require("final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES))
@@ -204,7 +206,7 @@ def _shown(numbers: tuple[Any, ...]) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: Any) -> bool:

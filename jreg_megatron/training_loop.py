@@ -20,6 +20,11 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
 from jreg_megatron.settings import JRegConfig
 
+_NOT_SEEN = (
+    "JREG saw no state of some layer in an iteration that it should have measured, so that layer is not "
+    "regularized either; the run is stopped: leave out what changes how layers run, or JREG"
+)
+
 
 class JRegInTrainingLoop:
     """Attaches JREG when Megatron's loop has built its model and reports for it while the loop runs."""
@@ -75,7 +80,10 @@ class JRegInTrainingLoop:
 
         is_first = named.get("is_first_iteration", False)
         is_interval_end = iteration % get_args().log_interval == 0
-        metrics = self.handle.reduce_training_metrics() if is_interval_end or is_first else None
+        is_reporting = is_interval_end or is_first
+        metrics = self.handle.reduce_training_metrics() if is_reporting else None
+        if is_reporting and metrics is None and self._config.measures_at(iteration):
+            raise UserError(_NOT_SEEN)
         if metrics is not None:
             scalars = metrics.scalars(self._config.log_per_layer)
             if is_interval_end:
@@ -106,7 +114,11 @@ class JRegInTrainingLoop:
     def _around_evaluate(self, evaluate: Callable[..., Any], *args: Any, **named: Any) -> Any:
         self.handle.validation_meter.reset()
         result = evaluate(*args, **named)
-        self._validations.append(self.handle.reduce_validation_metrics())
+        metrics = self.handle.reduce_validation_metrics()
+        timed_out = result[-1]
+        if metrics is None and not timed_out:
+            raise UserError(_NOT_SEEN)
+        self._validations.append(metrics)
         return result
 
     def _around_evaluate_and_print_results(
