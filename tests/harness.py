@@ -44,10 +44,6 @@ class Finished:
     status: list[int]
     output: list[str]
 
-    def scalars(self, folder: Path) -> dict[str, list[float]]:
-        """All TensorBoard scalars under ``folder``, by tag, in order of the iteration."""
-        return read_scalars(folder)
-
 
 def run_ranks(
     argv: Sequence[object],
