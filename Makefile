@@ -12,7 +12,10 @@ BEGUN := $(VENV)/.installing
 # To pass on, as in: make demo ARGS=--help; make test ARGS='-k formulas'
 ARGS :=
 
-.PHONY: help venv demo test test-slow lint format check constraints clean distclean
+# Older Megatron-Cores that attach works with; the newest is in constraints.txt.
+OLDER := 0.16.1 0.17.1 0.18.2
+
+.PHONY: help venv demo test test-slow test-versions layouts mutations lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -28,6 +31,22 @@ test: $(STAMP)  ## Run the fast tests
 test-slow: $(STAMP)  ## Run all tests, the slow ones too
 	@$(PY) -m pytest -m '' $(ARGS)
 
+test-versions: $(STAMP) $(OLDER:%=.versions/%)  ## Run the tests of attach with older Megatron-Cores
+	@for version in $(OLDER); do
+	    echo "Megatron-Core $$version"
+	    PYTHONPATH=$(CURDIR)/.versions/$$version $(PY) -m pytest tests/test_equivalence.py tests/test_attach.py $(ARGS)
+	done
+
+.versions/%: $(STAMP)
+	@rm -rf $@
+	$(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@ megatron-core==$*
+
+layouts: $(STAMP)  ## Compare every layout with the reference and write the README's table of them
+	@$(PY) tests/layout_table.py
+
+mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
+	@$(PY) tests/mutations.py $(ARGS)
+
 lint: $(STAMP)  ## Check style and types
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -37,7 +56,7 @@ format: $(STAMP)  ## Rewrite the code in the project's style
 	@$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-check: lint test  ## Run what CI runs
+check: lint test test-versions  ## Run what CI runs
 
 # No $(STAMP): it must work when the old pins no longer fit pyproject.toml.
 constraints:  ## Resolve the newest versions into constraints.txt
@@ -49,7 +68,7 @@ clean:  ## Remove runs and caches
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv too
-	@rm -rf $(VENV) .uv
+	@rm -rf $(VENV) .uv .versions
 
 # The first Python that will do makes .venv; where there is none, uv fetches one. A python3.12 on PATH may be a
 # pyenv shim that cannot run, so each is asked. Megatron-Core has wheels for 3.12 and 3.13 only.

@@ -25,12 +25,19 @@ tokens and, like cross-entropy's, its gradient is already the whole one: ``S = 1
 that the loss mask lets through in the whole batch. So ``k = g * lambda * w_l``: every token counts,
 masked ones too, and where a mask is used the effective lambda is larger by all/unmasked.
 
+*Unmasked tokens only* (``tokens="unmasked"``). JREG then averages as Megatron averages cross-entropy:
+over the ``m`` unmasked tokens of a context-parallel rank's part of a micro-batch, and over these parts.
+Each unmasked token gets ``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss.
+All ranks that share that part by sequence parallelism hold its whole mask, so each can count ``m``.
+
 None of this needs a collective, and nothing in it is known only on some ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -39,11 +46,33 @@ from torch import Tensor, nn
 
 from jreg_megatron.errors import UserError
 from jreg_megatron.metrics import DisplacementMeter, JRegMetrics
-from jreg_megatron.penalty import add_displacement_gradient, measure_displacement
-from jreg_megatron.residual_stream import decoder_layers, tap_residual_stream, unwrap
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.penalty import add_displacement_gradient, add_input_gradient, measure_displacement
+from jreg_megatron.residual_stream import (
+    last_stage_has_a_layer,
+    num_layers,
+    residual_layers,
+    tap_residual_stream,
+    unwrap,
+)
+from jreg_megatron.settings import JRegConfig, flag_of
+from jreg_megatron.support import NO_LAYER_FOR_POST_NORM, refuse_fsdp, refuse_unsupported
 
 _HANDLE = "_jreg_handle"
+
+
+@dataclass
+class _Microbatch:
+    """What is settled for a micro-batch when it goes forward, and still holds when layers are recomputed."""
+
+    is_training: bool
+    is_regularizing: bool
+    is_measuring: bool
+    mask: Tensor | None
+    """``[s, b]``: which tokens of this rank count; None if all do."""
+    token_weights: Tensor | None
+    """``[s, b]``: what each counts for in the loss."""
+    normed: Tensor | None = None
+    """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
 
 
 class JRegHandle:
@@ -60,69 +89,106 @@ class JRegHandle:
         model_config: Any = chunks[0].config
         device = next((p.device for chunk in chunks for p in chunk.parameters()), torch.device("cpu"))
         self.config = config
-        self.weights = config.layer_weights(model_config.num_layers)
+        layers = num_layers(chunks[0])
+        self.weights = config.layer_weights(layers)
         """Layer weights ``w_1..w_L``, ``[L]`` float64 on the CPU."""
-        self.training_meter = DisplacementMeter(model_config.num_layers, device)
-        self.validation_meter = DisplacementMeter(model_config.num_layers, device)
+        self.training_meter = DisplacementMeter(layers, device)
+        self.validation_meter = DisplacementMeter(layers, device)
         self._weight_of = self.weights.tolist()
         self._model_config = model_config
         self._num_microbatches = num_microbatches
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
-        sharing_ranks = model_config.tensor_model_parallel_size if model_config.sequence_parallel else 1
-        self._sequence_parallel_size: int = sharing_ranks
+        self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
         self._coefficient = torch.zeros(1, device=device)
-        self._is_regularizing = False
-        self._is_measuring = True
-        self._is_training = True
         self._tap = tap_residual_stream(chunks, self)
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
 
     # -- what the residual stream tells ------------------------------------------------------------
 
-    def begin_microbatch(self, training: bool) -> None:
-        """Settle for this micro-batch whether to regularize and to measure, and how strongly."""
-        self._is_training = training
-        if not training:
-            self._is_regularizing, self._is_measuring = False, True
-            return
-        iteration = self._iteration() if self._iteration is not None else None
+    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> _Microbatch | None:
+        """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
+        if self.config.tokens == "unmasked" and loss_mask is None and not training:
+            return None  # text is being generated
+        iteration = self._iteration() if training and self._iteration is not None else None
         coeff = self.config.coeff if iteration is None else self.config.coeff_at(iteration)
-        self._is_measuring = iteration is None or self.config.measures_at(iteration)
-        self._is_regularizing = coeff > 0
-        if self._is_regularizing:
+        is_regularizing = training and coeff > 0
+        if is_regularizing:
             self._fill_coefficient(coeff)
+        mask = token_weights = None
+        if self.config.tokens == "unmasked":
+            mask, token_weights = self._token_weights(loss_mask)
+        return _Microbatch(
+            is_training=training,
+            is_regularizing=is_regularizing,
+            is_measuring=iteration is None or self.config.measures_at(iteration),
+            mask=mask,
+            token_weights=token_weights,
+        )
 
-    def layer(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+    def layer(
+        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
+    ) -> Tensor:
         """Measure and regularize a layer; the last one only if its state counts before the norm."""
         is_last = layer_number == len(self._weight_of)
         if is_last and self.config.final_state == "post_norm":
-            return layer_output
-        return self._observe(layer_number, layer_input, layer_output)
+            if microbatch.normed is None:
+                return layer_output
+            (normed, microbatch.normed) = microbatch.normed, None
+            return add_input_gradient(
+                layer_output, layer_input, normed, *self._strength(microbatch, layer_number, layer_output)
+            )
+        return self._observe(microbatch, layer_number, layer_input, layer_output)
 
-    def final_norm(self, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
+    def final_norm(
+        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, normed: Tensor
+    ) -> Tensor:
         """Measure and regularize the last layer if its state counts after the norm."""
         if self.config.final_state == "pre_norm":
             return normed
-        return self._observe(layer_number, layer_input, normed)
+        if self._has_gradient(microbatch, layer_number) and not layer_input.requires_grad:
+            microbatch.normed = normed.detach()
+        return self._observe(microbatch, layer_number, layer_input, normed)
 
-    def _observe(self, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
-        weight = self._weight_of[layer_number - 1]
-        num_tokens = h_out.shape[0] * h_out.shape[1]
-        if self._is_regularizing and weight > 0:
-            factor = weight
-            if not self._model_config.calculate_per_token_loss:
-                factor /= num_tokens * self._sequence_parallel_size
-            h_out, psi_sum = add_displacement_gradient(h_in, h_out, self._coefficient, factor)
-        elif self._is_measuring:
-            psi_sum = measure_displacement(h_in, h_out)
-        if self._is_measuring:
-            meter = self.training_meter if self._is_training else self.validation_meter
-            meter.add(layer_number, psi_sum, num_tokens)
+    def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
+        if self._has_gradient(microbatch, layer_number):
+            strength = self._strength(microbatch, layer_number, h_out)
+            h_out, psi = add_displacement_gradient(h_in, h_out, *strength)
+        elif microbatch.is_measuring:
+            psi = measure_displacement(h_in, h_out)
+        if microbatch.is_measuring:
+            meter = self.training_meter if microbatch.is_training else self.validation_meter
+            meter.add(layer_number, psi, microbatch.mask)
         return h_out
+
+    def _has_gradient(self, microbatch: _Microbatch, layer_number: int) -> bool:
+        return microbatch.is_regularizing and self._weight_of[layer_number - 1] > 0
+
+    def _strength(
+        self, microbatch: _Microbatch, layer_number: int, state: Tensor
+    ) -> tuple[Tensor, float, Tensor | None]:
+        """``k`` of the derivation above, as coefficient (of the step), factor and weights of the tokens."""
+        factor = self._weight_of[layer_number - 1]
+        if microbatch.token_weights is None and not self._model_config.calculate_per_token_loss:
+            factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size
+        return self._coefficient, factor, microbatch.token_weights
+
+    def _token_weights(self, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This rank's part of the loss mask, ``[s, b]``, and what each token then counts for."""
+        if loss_mask is None:
+            raise UserError(
+                f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this "
+                "pipeline stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
+            )
+        mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
+        weights = mask if self._model_config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
+        if self._sequence_parallel_size > 1:
+            rank, size = self._sequence_parallel_rank, self._sequence_parallel_size
+            mask, weights = (x.chunk(size)[rank] for x in (mask, weights))
+        return mask, weights
 
     def _fill_coefficient(self, coeff: float) -> None:
         per_token = self._model_config.calculate_per_token_loss
@@ -132,6 +198,11 @@ class JRegHandle:
             self._coefficient.copy_(grad_scale(self._coefficient.clone()))
 
     # -- what the user asks ------------------------------------------------------------------------
+
+    @property
+    def captured(self) -> str:
+        """Where in this rank's part of the model the residual stream is seen, for a report."""
+        return ", ".join(self._tap.places) or "no layer on this rank"
 
     def reduce_training_metrics(self) -> JRegMetrics | None:
         """Metrics over the training micro-batches since :meth:`reset_training_metrics`. Collective."""
@@ -148,10 +219,11 @@ class JRegHandle:
         return metrics
 
     def detach(self) -> None:
-        """Leave the model as it was before :func:`attach`."""
+        """Leave the model as it was before :func:`attach`. A second call does nothing."""
         self._tap.remove()
         for chunk in self._chunks:
-            delattr(chunk, _HANDLE)
+            if getattr(chunk, _HANDLE, None) is self:
+                delattr(chunk, _HANDLE)
 
 
 def attach(
@@ -183,7 +255,10 @@ def attach(
         UserError: if JREG is attached already, if the model or a setting is not supported, or if
             something is missing that the settings need.
     """
-    chunks = [unwrap(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+    given = [model] if isinstance(model, nn.Module) else list(model)
+    for chunk in given:
+        refuse_fsdp(chunk)
+    chunks = [unwrap(chunk) for chunk in given]
     if not chunks:
         raise UserError("the list of model chunks is empty; attach JREG after the model is built")
     if any(hasattr(chunk, _HANDLE) for chunk in chunks):
@@ -194,52 +269,35 @@ def attach(
             "give attach(..., iteration=) a function that tells it, 1-based"
         )
     for chunk in chunks:
-        decoder_layers(chunk)
+        residual_layers(chunk)
     refuse_unsupported(chunks[0].config, config)
+    if config.final_state == "post_norm" and not last_stage_has_a_layer(chunks[0]):
+        raise UserError(NO_LAYER_FOR_POST_NORM)
     return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
 
 
-def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
-    """Refuse by name what would give wrong numbers, or has not been shown to give right ones.
+def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:
+    """Among how many ranks sequence parallelism shares a sequence, and which of them this one is."""
+    if not chunk.config.sequence_parallel:
+        return 1, 0
+    group = getattr(getattr(chunk, "pg_collection", None), "tp", None)
+    if group is None:
+        from megatron.core import parallel_state
 
-    Args:
-        model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
-        config: the settings.
-
-    Raises:
-        UserError: naming the setting that JREG does not support, and what to do.
-    """
-
-    def value(name: str) -> Any:
-        return getattr(model_config, name, None)
-
-    unsupported = {
-        "overlap_moe_expert_parallel_comm": value("overlap_moe_expert_parallel_comm"),
-        "enable_hyper_connections": value("enable_hyper_connections"),
-        "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
-        "use_megatron_fsdp": value("use_megatron_fsdp"),
-        "use_torch_fsdp2": value("use_torch_fsdp2"),
-        # A graph replays the choice of whether to regularize and to measure that it was captured with.
-        f"cuda_graph_impl '{value('cuda_graph_impl')}'": value("cuda_graph_impl") not in (None, "none"),
-        "recompute_granularity 'full' together with final_state 'post_norm'": (
-            value("recompute_granularity") == "full" and config.final_state == "post_norm"
-        ),
-        # The final norm may then be on another stage than the last layer's input.
-        "a pipeline layout of your own together with final_state 'post_norm'": (
-            config.final_state == "post_norm"
-            and bool(value("pipeline_model_parallel_layout") or value("account_for_loss_in_pipeline_split"))
-        ),
-    }
-    for name, is_used in unsupported.items():
-        if is_used:
-            raise UserError(f"JREG does not support {name} yet; turn it off")
+        group = parallel_state.get_tensor_model_parallel_group()
+    return group.size(), group.rank()
 
 
 def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Callable[[], int]:
-    if isinstance(num_microbatches, int):
-        return lambda: num_microbatches
-    if num_microbatches is not None:
+    if callable(num_microbatches):
         return num_microbatches
+    if num_microbatches is not None:
+        if not isinstance(num_microbatches, Integral) or num_microbatches < 1:
+            raise UserError(
+                f"attach(..., num_microbatches={num_microbatches!r}) must be a whole number >= 1, or a "
+                "function that tells it"
+            )
+        return lambda: num_microbatches
     from megatron.core import num_microbatches_calculator as calculator
 
     if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:

@@ -102,7 +102,7 @@ def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
     """Run a micro-batch through this stage; returns its output and the function that makes the loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), _micro_batch_size(model))
     timers("batch-generator").stop()
     loss_mask: Any = batch.get("loss_mask")
     output = model(
@@ -142,14 +142,54 @@ def _sees_tokens(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or _predicts_several_tokens(vp_stage)
 
 
+def _needs_loss_mask() -> bool:
+    """Whether JREG looks at the loss mask, which Megatron gives to the last pipeline stage only."""
+    return bool(getattr(get_args(), "jreg_tokens", "all") == "unmasked")
+
+
 def _needs_data(vp_stage: int | None) -> bool:
-    return mpu.get_tensor_model_parallel_rank() == 0 and _sees_tokens(vp_stage)
+    return mpu.get_tensor_model_parallel_rank() == 0 and (_sees_tokens(vp_stage) or _needs_loss_mask())
 
 
-def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | None]:
-    """This rank's share of the next micro-batch; empty on middle pipeline stages."""
-    if not _sees_tokens(vp_stage):
+def _micro_batch_size(model: nn.Module) -> int:
+    """Sequences of a micro-batch, of which an evaluation may have another number."""
+    args = get_args()
+    size = None if model.training else getattr(args, "eval_micro_batch_size", None)
+    return int(size or args.micro_batch_size)
+
+
+def _next_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> dict[str, Tensor | None]:
+    """This rank's share of the next micro-batch; on middle pipeline stages at most the loss mask."""
+    sample: dict[str, Any] = {}
+    if _needs_data(vp_stage):
+        sample = next(data_iterator)
+    batch = _batch_on_this_tensor_rank(sample, vp_stage, micro_batch_size) if _sees_tokens(vp_stage) else {}
+    if _needs_loss_mask() and batch.get("loss_mask") is None:
+        batch["loss_mask"] = _loss_mask_on_this_tensor_rank(sample, micro_batch_size)
+    if not batch:
         return {}
+    shared: dict[str, Tensor | None] = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return shared
+
+
+def _loss_mask_on_this_tensor_rank(sample: dict[str, Any], micro_batch_size: int) -> Tensor:
+    """The loss mask ``[b, s]`` of the tensor-parallel rank that read the sample."""
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        mask: Tensor = sample["loss_mask"].float().cuda(non_blocking=True)
+    else:
+        mask = torch.empty(micro_batch_size, get_args().seq_length, device=torch.cuda.current_device())
+    torch.distributed.broadcast(
+        mask, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
+    )
+    return mask
+
+
+def _batch_on_this_tensor_rank(
+    sample: dict[str, Any], vp_stage: int | None, micro_batch_size: int
+) -> dict[str, Any]:
+    """What this stage needs of the sample that its first tensor-parallel rank has read."""
     args = get_args()
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -158,9 +198,8 @@ def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | 
         batch = dict.fromkeys(
             ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
         )
-        sample = next(data_iterator)
         batch |= {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
-    batch = get_batch_on_this_tp_rank(
+    shared: dict[str, Any] = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -169,15 +208,12 @@ def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | 
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=_predicts_several_tokens(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    shared: dict[str, Tensor | None] = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
     return shared
 

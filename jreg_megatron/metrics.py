@@ -39,6 +39,11 @@ class JRegMetrics:
                 named[displacement_name(number, layers)] = value
         return named
 
+    def layers_not_finite(self) -> str:
+        """Numbers of the layers whose displacement is NaN, as text; one NaN or Inf in a state makes it so."""
+        bad = (~torch.isfinite(self.displacement)).nonzero().flatten() + 1
+        return " ".join(map(str, bad.tolist()))
+
 
 class DisplacementMeter:
     """Sums displacement per layer on the device; one all-reduce makes it the whole model's.
@@ -51,18 +56,22 @@ class DisplacementMeter:
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
+        # Sum of Psi, number of tokens, and how often the layer was seen.
+        self._sums = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
 
-    def add(self, layer_number: int, psi_sum: Tensor, num_tokens: int) -> None:
+    def add(self, layer_number: int, psi: Tensor, mask: Tensor | None = None) -> None:
         """Add a layer's displacement of one micro-batch; no host synchronisation.
 
         Args:
             layer_number: 1-based over the whole model.
-            psi_sum: sum of Psi over this rank's tokens, float64 scalar.
-            num_tokens: how many these are.
+            psi: Psi of this rank's tokens, ``[s, b]``.
+            mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
-        self._sums[0, layer_number - 1] += psi_sum
-        self._sums[1, layer_number - 1] += num_tokens
+        if mask is not None:
+            psi = torch.where(mask > 0, psi * mask, 0.0)  # what is left out may be NaN
+        self._sums[0, layer_number - 1] += psi.sum(dtype=torch.float64)
+        self._sums[1, layer_number - 1] += psi.numel() if mask is None else mask.sum(dtype=torch.float64)
+        self._sums[2, layer_number - 1] += 1
 
     def reset(self) -> None:
         """Forget everything added so far."""
@@ -76,13 +85,13 @@ class DisplacementMeter:
             group: the ranks that hold the model together; by default all.
 
         Returns:
-            The metrics, the same on every rank; None if some layer was not measured.
+            The metrics, the same on every rank, NaN if no token counted; None if some layer was not seen.
         """
         total = self._sums.clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total, group=group)
-        psi_sum, num_tokens = total.cpu()
-        if (num_tokens == 0).any():
+        psi_sum, num_tokens, times_seen = total.cpu()
+        if (times_seen == 0).any():
             return None
         mean = psi_sum / num_tokens
         return JRegMetrics(

@@ -52,6 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _require_training_loop() -> None:
+    """Refuse a Megatron-Core whose wheel does not hold the training loop, or an older form of it."""
+    from megatron.core import __version__ as core
+
+    from jreg_megatron.cpu import has_training_loop
+
+    if not has_training_loop() or tuple(map(int, core.split(".")[:2])) < (0, 19):
+        raise UserError(
+            f"Megatron-Core {core.partition('+')[0]} is installed, and jreg_megatron.pretrain needs the "
+            "training loop of 0.19 or later; upgrade it, or use jreg_megatron.attach, which works since 0.16"
+        )
+
+
 def _run(argv: list[str], started: float) -> None:
     import torch
 
@@ -62,6 +75,7 @@ def _run(argv: list[str], started: float) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(cpu.announcement(argv), flush=True)
         argv = cpu.with_cpu_flags(argv)
+    _require_training_loop()
     # Megatron reads its arguments from here.
     sys.argv = [sys.argv[0], *argv]
 
@@ -76,7 +90,7 @@ def _run(argv: list[str], started: float) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from jreg_megatron import gpt_pretraining, preflight
-    from jreg_megatron.attachment import refuse_unsupported
+    from jreg_megatron.support import refuse_unsupported
     from jreg_megatron.training_loop import JRegInTrainingLoop
 
     use_built_helper()
@@ -89,13 +103,12 @@ def _run(argv: list[str], started: float) -> None:
         config.layer_weights(asked.num_layers)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-    except AssertionError as error:
-        raise UserError(
-            f"Megatron refuses the arguments: {error or 'an assertion without a message'}"
-        ) from error
+        model_config = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        said = " ".join(str(error).split()) or "an assertion without a message; --help lists all arguments"
+        raise UserError(f"Megatron refuses the arguments: {said}") from error
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    model_config = gpt_config_from_args(args)
     loop = JRegInTrainingLoop(config)
     loop.install(training)
     model_config.post_wrap_hooks.append(loop.attach_to)

@@ -9,21 +9,35 @@ input as ``residual``, and what ``mlp_bda(...)(...)`` returns is the layer's out
 version from 0.14 on. Forward hooks on the layer would not do: what they return is a view, which the
 pipeline refuses to free; after ``mlp_bda`` the layer itself makes the tensor viewless.
 
+What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
+has sub-layers; there, a layer is an attention sub-layer and the MLP or experts behind it, so that a pattern
+of such pairs gives the numbers of the ``GPTModel`` with the same weights.
+
 Counted once. Under full recompute a layer's forward runs twice, first without gradients; only the run
-that builds the graph is reported. In evaluation the only run is reported.
+that builds the graph is reported. (Which one it is must be asked outside of the layer: it calls its
+bias-dropout-add with gradients on in both.) That run happens in the backward pass, outside of the model's
+forward, when other micro-batches may have gone forward already. Which one it belongs to is told by its
+input: the checkpoint keeps the tensor that the first run started from, and the second starts from the same
+memory. The final norm runs once, before the last layer is recomputed; then it is shown that layer's input
+without a graph. In evaluation the only run is reported.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from jreg_megatron.errors import UserError
+
+MODELS = ("GPTModel", "HybridModel", "MambaModel")
+"""Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
 
 LAYER_PARTS = ("self_attn_bda", "mlp_bda", "layer_number")
 """What a Megatron layer must have for its residual stream to be seen."""
@@ -32,18 +46,29 @@ LAYER_PARTS = ("self_attn_bda", "mlp_bda", "layer_number")
 class ResidualStreamObserver(Protocol):
     """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence."""
 
-    def begin_microbatch(self, training: bool) -> None:
-        """A model chunk starts the forward pass of a micro-batch."""
+    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> Any:
+        """A model chunk starts the forward pass of a micro-batch.
 
-    def layer(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        Args:
+            training: whether a backward pass will follow.
+            loss_mask: what the model was called with, ``[b, s]``, if anything.
+
+        Returns:
+            Whatever belongs to this micro-batch; it comes back with each of its layers.
+        """
+
+    def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.
 
         Returns:
             The tensor to carry on with in place of ``layer_output``.
         """
 
-    def final_norm(self, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
+    def final_norm(self, microbatch: Any, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
         """The final norm has run on the output of the last layer, whose input is ``layer_input``.
+
+        Where the last layer is still to be recomputed, ``layer_input`` has no graph, and :meth:`layer` is
+        called afterwards, in the backward pass.
 
         Returns:
             The tensor to carry on with in place of ``normed``.
@@ -56,6 +81,8 @@ class Tap:
 
     layer_numbers: tuple[int, ...]
     """The layers that this rank holds, 1-based over the whole model."""
+    places: tuple[str, ...] = ()
+    """Where layers' inputs and outputs are seen, each kind of layer once."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def remove(self) -> None:
@@ -85,107 +112,211 @@ def tap_residual_stream(chunks: Sequence[nn.Module], observer: ResidualStreamObs
         The tap, to be kept and removed.
 
     Raises:
-        UserError: if a chunk is not built as a ``GPTModel`` is; the message names what was looked for.
+        UserError: if a chunk is not built as is known here; the message names what was looked for.
     """
-    layers = [decoder_layers(unwrap(chunk)) for chunk in chunks]
-    tap = Tap(tuple(layer.layer_number for chunk_layers in layers for layer in chunk_layers))
-    for chunk, chunk_layers in zip(map(unwrap, chunks), layers, strict=True):
-        _tap_chunk(chunk, chunk_layers, observer, tap._undo)
+    chunks = [unwrap(chunk) for chunk in chunks]
+    layers = [residual_layers(chunk) for chunk in chunks]
+    all_layers = [layer for chunk_layers in layers for layer in chunk_layers]
+    kinds = dict.fromkeys((type(layer.first).__name__, type(layer.last).__name__) for layer in all_layers)
+    tap = Tap(
+        tuple(layer.number for layer in all_layers),
+        tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
+    )
+    for chunk, chunk_layers in zip(chunks, layers, strict=True):
+        _ChunkTap(chunk, observer, tap._undo).put_on(chunk_layers)
     return tap
 
 
-def decoder_layers(chunk: nn.Module) -> list[Any]:
-    """The transformer layers of an unwrapped model chunk, in order.
+@dataclass(frozen=True)
+class ResidualLayer:
+    """A layer of a model chunk, as far as the residual stream goes."""
+
+    number: int
+    """1-based over the whole model."""
+    first: Any
+    """The module whose ``self_attn_bda`` adds to the layer's input."""
+    last: Any
+    """The module whose ``mlp_bda`` returns the layer's output; in a ``GPTModel`` the same."""
+
+
+def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
+    """The layers of an unwrapped model chunk, in order.
 
     Raises:
-        UserError: if the chunk is not built as a ``GPTModel`` is; the message names what was looked for.
+        UserError: if the chunk is not built as a ``GPTModel`` is, or as a ``HybridModel`` of pairs of
+            attention and MLP; the message names what was looked for.
     """
-    decoder = getattr(chunk, "decoder", None)
-    layers = getattr(decoder, "layers", None)
-    if layers is None:
+    modules = getattr(getattr(chunk, "decoder", None), "layers", None)
+    if modules is None or not any(kind.__name__ in MODELS for kind in type(chunk).__mro__):
         raise UserError(
-            f"the model is a {type(chunk).__name__}, which has no decoder.layers; "
-            "a Megatron-Core GPTModel is supported"
+            f"JREG does not support a {type(chunk).__name__}; it must be a Megatron-Core GPTModel or "
+            "HybridModel, or derived from one"
         )
-    for layer in layers:
-        missing = [part for part in LAYER_PARTS if not hasattr(layer, part)]
+    pattern = _hybrid_pattern(chunk)
+    if pattern is not None:
+        _refuse_unpaired(pattern, chunk.config)
+    for module in modules:
+        missing = [part for part in LAYER_PARTS if not hasattr(module, part)]
         if missing:
             raise UserError(
-                f"the model's layers are {type(layer).__name__}, which has no {' and no '.join(missing)}; "
+                f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
                 "the TransformerLayer of Megatron-Core 0.16 or later is supported"
             )
-    return list(layers)
+    if pattern is None:
+        return [ResidualLayer(module.layer_number, module, module) for module in modules]
+    pairs = zip(modules[::2], modules[1::2], strict=True)
+    return [ResidualLayer(mlp.layer_number // 2, attention, mlp) for attention, mlp in pairs]
 
 
-def _tap_chunk(
-    chunk: nn.Module,
-    layers: Iterable[Any],
-    observer: ResidualStreamObserver,
-    undo: list[Callable[[], None]],
-) -> None:
-    undo.append(
-        chunk.register_forward_pre_hook(lambda module, _: observer.begin_microbatch(module.training)).remove
-    )
-    last_input = _Slot()
-    final_norm: nn.Module | None = chunk.decoder.final_layernorm  # type: ignore[union-attr,assignment]
-    for layer in layers:
-        is_last = layer.layer_number == layer.config.num_layers
-        keep = last_input if is_last and final_norm is not None else None
-        _tap_layer(layer, observer, keep, undo)
-    if final_norm is not None:
-
-        def after_final_norm(norm: nn.Module, _: Any, normed: Tensor) -> Tensor | None:
-            if not last_input.is_filled:
-                return None
-            number = chunk.config.num_layers  # type: ignore[union-attr]
-            return observer.final_norm(number, last_input.take(), normed)  # type: ignore[arg-type]
-
-        undo.append(final_norm.register_forward_hook(after_final_norm).remove)
+def num_layers(chunk: Any) -> int:
+    """How many layers the whole model has that an unwrapped chunk is part of."""
+    count: int = chunk.config.num_layers
+    return count if _hybrid_pattern(chunk) is None else count // 2
 
 
-class _Slot:
-    """Holds a layer's input from the start of the layer until its output is there."""
-
-    def __init__(self) -> None:
-        self._state: Tensor | None = None
-
-    @property
-    def is_filled(self) -> bool:
-        return self._state is not None
-
-    def put(self, state: Tensor) -> None:
-        self._state = state
-
-    def take(self) -> Tensor:
-        state, self._state = self._state, None
-        assert state is not None
-        return state
+def last_stage_has_a_layer(chunk: Any) -> bool:
+    """Whether a hybrid model's last pipeline stage holds a layer; of other models the settings tell."""
+    pattern = _hybrid_pattern(chunk)
+    return pattern is None or bool(pattern.rpartition("|")[2])
 
 
-def _tap_layer(
-    layer: Any, observer: ResidualStreamObserver, keep_input: _Slot | None, undo: list[Callable[[], None]]
-) -> None:
-    slot = _Slot()
+def _hybrid_pattern(chunk: Any) -> str | None:
+    """A ``HybridModel``'s pattern of sub-layers without multi-token prediction; None for other models."""
+    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
+    return pattern.partition("/")[0] if isinstance(pattern, str) else None
 
-    def counts() -> bool:
-        return torch.is_grad_enabled() or not layer.training
 
-    def on_input(add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
-        if counts():
-            slot.put(residual)
+def _refuse_unpaired(pattern: str, config: Any) -> None:
+    """Refuse, on every rank alike, a pattern whose layers are not whole pairs on every stage."""
+    stages = pattern.split("|")
+    sizes = [len(stage) for stage in stages]
+    if len(stages) == 1:
+        # Without bars Megatron deals sub-layers out evenly, the first and the last stage apart if asked.
+        ends = [config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage]
+        given = [size for size in ends if size is not None]
+        others = config.pipeline_model_parallel_size - len(given)
+        sizes = [*given, (len(pattern) - sum(given)) // others] if others else given
+    if any(size % 2 for size in sizes) or not all(re.fullmatch(r"(\*[-E])*", stage) for stage in stages):
+        raise UserError(
+            f"JREG does not support the hybrid layer pattern {pattern}; it must be made of pairs of "
+            "attention and MLP ('*-') or attention and experts ('*E'), whole on every pipeline stage"
+        )
+    if config.recompute_granularity == "full" and (
+        config.recompute_method != "uniform" or config.recompute_num_layers % 2
+    ):
+        raise UserError(
+            f"JREG does not support --recompute-method {config.recompute_method} with "
+            f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model, since it parts "
+            "attention from MLP; take uniform and an even number"
+        )
+
+
+class _ChunkTap:
+    """The taps on one model chunk and the micro-batch that is running through it."""
+
+    def __init__(self, chunk: Any, observer: ResidualStreamObserver, undo: list[Callable[[], None]]) -> None:
+        self.observer = observer
+        self.microbatch: Any = None
+        """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
+        self.is_in_forward = False
+        self._chunk = chunk
+        self._undo = undo
+        # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
+        # long as the reference is kept, no other memory has that identity, although it may have been freed.
+        self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
+        # What the final norm is compared with: set by the last layer, if both are in this chunk.
+        self.last_layer: tuple[Any, Tensor] | None = None
+
+    def put_on(self, layers: Iterable[ResidualLayer]) -> None:
+        chunk, undo = self._chunk, self._undo
+        undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
+        undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
+        final_norm = getattr(chunk.decoder, "final_layernorm", None)
+        if final_norm is None:
+            final_norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
+        for layer in layers:
+            is_last = layer.number == num_layers(chunk)
+            tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
+            undo.append(layer.first.register_forward_pre_hook(tap.before_layer, with_kwargs=True).remove)
+            _wrap_bias_dropout_add(layer.first, "self_attn_bda", tap.on_input, undo)
+            _wrap_bias_dropout_add(layer.last, "mlp_bda", tap.on_output, undo)
+        if final_norm is not None:
+            undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
+
+    def remember(self, state: Tensor) -> None:
+        """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
+        storage = StorageWeakRef(state.untyped_storage())  # type: ignore[no-untyped-call]
+        self._checkpointed[storage.cdata] = (storage, self.microbatch)
+
+    def recall(self, state: Tensor) -> None:
+        """A layer is recomputed from ``state``: find its micro-batch, or go on with the layer's before."""
+        found = self._checkpointed.pop(state.untyped_storage()._cdata, None)
+        if found is not None:
+            self.microbatch = found[1]
+
+    def _before_chunk(self, chunk: nn.Module, _: Any, named: dict[str, Any]) -> None:
+        gone = [key for key, (storage, _) in self._checkpointed.items() if _is_gone(storage)]
+        for key in gone:
+            del self._checkpointed[key]
+        is_counted = torch.is_grad_enabled() or not chunk.training
+        loss_mask = named.get("loss_mask")
+        self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
+        self.is_in_forward = True
+
+    def _after_chunk(self, chunk: nn.Module, *_: Any) -> None:
+        self.is_in_forward = False
+        self.microbatch = self.last_layer = None
+
+    def _after_final_norm(self, norm: nn.Module, _: Any, normed: Tensor) -> Tensor | None:
+        if self.last_layer is None:
+            return None
+        (microbatch, layer_input), self.last_layer = self.last_layer, None
+        return self.observer.final_norm(microbatch, num_layers(self._chunk), layer_input, normed)
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
+
+
+class _LayerTap:
+    """Joins the input and the output of a layer, and both with the micro-batch that they belong to."""
+
+    def __init__(self, layer: ResidualLayer, chunk: _ChunkTap, feeds_final_norm: bool) -> None:
+        self._layer = layer
+        self._chunk = chunk
+        self._feeds_final_norm = feeds_final_norm
+        # Of the run under way; None outside of one and where the run does not count.
+        self._microbatch: Any = None
+        self._input: Tensor | None = None
+        self._will_be_rerun = False
+
+    def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        chunk = self._chunk
+        state = named["hidden_states"] if "hidden_states" in named else given[0]
+        self._will_be_rerun = module.training and not torch.is_grad_enabled()
+        if self._will_be_rerun and chunk.microbatch is not None:
+            chunk.remember(state)
+        elif not chunk.is_in_forward and module.training:
+            chunk.recall(state)
+        self._microbatch, self._input = chunk.microbatch, None
+
+    def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
+        if self._microbatch is not None:
+            self._input = residual
         return add(x_with_bias, residual, *rest)
 
-    def on_output(add: Callable[..., Tensor], *operands: Any) -> Tensor:
+    def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
         layer_output = add(*operands)
-        if not slot.is_filled:
+        microbatch, layer_input = self._microbatch, self._input
+        self._microbatch = self._input = None
+        if microbatch is None or layer_input is None:
             return layer_output
-        layer_input = slot.take()
-        if keep_input is not None:
-            keep_input.put(layer_input)
-        return observer.layer(layer.layer_number, layer_input, layer_output)
-
-    _wrap_bias_dropout_add(layer, "self_attn_bda", on_input, undo)
-    _wrap_bias_dropout_add(layer, "mlp_bda", on_output, undo)
+        if self._feeds_final_norm and self._chunk.is_in_forward:
+            shown = layer_input.detach() if self._will_be_rerun else layer_input
+            self._chunk.last_layer = (microbatch, shown)
+        if self._will_be_rerun:
+            return layer_output
+        return self._chunk.observer.layer(microbatch, self._layer.number, layer_input, layer_output)
 
 
 def _wrap_bias_dropout_add(

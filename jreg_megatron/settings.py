@@ -17,6 +17,7 @@ from jreg_megatron.errors import UserError
 
 WEIGHT_RULES = ("softmax", "last", "uniform")
 FINAL_STATES = ("pre_norm", "post_norm")
+TOKENS = ("all", "unmasked")
 
 
 def flag_of(name: str) -> str:
@@ -73,6 +74,11 @@ class JRegConfig:
         "which state counts as the last layer's output: 'pre_norm', the residual stream itself, or "
         "'post_norm', after the final norm. The paper does not say; the numbers differ several-fold.",
     )
+    tokens: str = _setting(
+        "all",
+        "which tokens the regularizer and its metrics count: 'all', or 'unmasked', those that the loss mask "
+        "lets through, averaged as cross-entropy is.",
+    )
     start_iteration: int = _setting(1, "first training iteration with the regularizer.", int, "N")
     stop_iteration: int | None = _setting(
         None, "first training iteration without it again; by default it never stops.", int, "N"
@@ -103,6 +109,7 @@ class JRegConfig:
             # A list from YAML or Python becomes what the frozen dataclass can hash and compare.
             object.__setattr__(self, "weights", tuple(float(w) for w in numbers))
         _require("final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES))
+        _require("tokens", self.tokens, self.tokens in TOKENS, " or ".join(TOKENS))
         for name, least in (("start_iteration", 1), ("warmup_iterations", 0), ("measure_interval", 1)):
             value = getattr(self, name)
             _require(name, value, _is_integer(value) and value >= least, f"a whole number >= {least}")

@@ -76,7 +76,7 @@ class JRegInTrainingLoop:
         *rest: Any,
         **named: Any,
     ) -> Any:
-        from megatron.training import get_args
+        from megatron.training import get_args, print_rank_last
 
         is_first = named.get("is_first_iteration", False)
         is_interval_end = iteration % get_args().log_interval == 0
@@ -106,6 +106,9 @@ class JRegInTrainingLoop:
             *rest,
             **named,
         )
+        if metrics is not None and (bad := metrics.layers_not_finite()):
+            # Megatron's line leaves out what is NaN.
+            print_rank_last(f" JREG at iteration {iteration} | displacement not finite in layers: {bad} | ")
         # A value that was not measured in the next interval must be absent there, not zero.
         for name in (LOSS_NAME, RATE_NAME):
             total_loss_dict.pop(name, None)

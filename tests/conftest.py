@@ -45,9 +45,23 @@ def initial_weights(toy_arguments: list[str], tmp_path_factory: pytest.TempPathF
     return folder
 
 
+Steps = list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+
+
 @pytest.fixture(scope="session")
-def toy_steps(toy_data: Path) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """What Megatron's loop sees on the toy dataset: per step the micro-batches of (tokens, labels) [b, s]."""
+def toy_steps(toy_data: Path) -> Steps:
+    """What Megatron's loop sees on the toy dataset: per step the micro-batches of
+    (tokens, labels, loss mask), ``[b, s]`` each."""
+    return read_steps(toy_data, eod_mask_loss=False)
+
+
+@pytest.fixture(scope="session")
+def toy_masked_steps(toy_data: Path) -> Steps:
+    """The same with the loss of every document's last token left out."""
+    return read_steps(toy_data, eod_mask_loss=True)
+
+
+def read_steps(data: Path, eod_mask_loss: bool) -> Steps:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -57,18 +71,19 @@ def toy_steps(toy_data: Path) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     config = GPTDatasetConfig(
         random_seed=3,
         sequence_length=LENGTH,
-        blend=([str(toy_data)], None),
+        blend=([str(data)], None),
         split="90,10,0",
         tokenizer=Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=eod_mask_loss,
     )
     sizes = [ITERATIONS * BATCH, 0, 0]
     samples = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
     steps = []
     for step in range(ITERATIONS):
         rows = [samples[step * BATCH + row] for row in range(BATCH)]
-        tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels"))
-        steps.append(list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)))
+        keys = ("tokens", "labels", "loss_mask")
+        parts = (torch.stack([row[key] for row in rows]).split(MICRO_BATCH) for key in keys)
+        steps.append(list(zip(*parts, strict=True)))
     return steps

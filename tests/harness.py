@@ -11,7 +11,6 @@ import os
 import pickle
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jreg_megatron.cpu.launch import free_port
 
 TOY = """
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
@@ -63,7 +64,7 @@ def run_ranks(
         check: fail if a rank does not end with status 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
         arguments = [str(argument) for argument in argv]
         ranks = [
@@ -140,9 +141,3 @@ def _call_pickled(argv: list[str]) -> None:
     (Path(folder) / f"result{dist.get_rank()}").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,7 @@ from jreg_megatron import cpu  # noqa: E402
 
 cpu.enable()
 
-import megatron.training.models.gpt  # noqa: E402, F401
-import tensorboard.summary  # noqa: E402, F401
+if cpu.has_training_loop():
+    import tensorboard.summary  # noqa: F401
 
-from jreg_megatron import gpt_pretraining, pretrain, training_loop  # noqa: E402, F401
+    from jreg_megatron import gpt_pretraining, pretrain, training_loop  # noqa: F401

@@ -10,7 +10,7 @@ from harness import run_function
 from jreg_megatron import JRegConfig, UserError
 
 
-def build_model() -> Any:
+def build_model(recompute: str = "none") -> Any:
     """A two-layer GPTModel on one rank, in this process."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -20,6 +20,7 @@ def build_model() -> Any:
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
+    full: Any = {"recompute_granularity": "full", "recompute_method": recompute, "recompute_num_layers": 1}
     config = TransformerConfig(
         num_layers=2,
         hidden_size=16,
@@ -27,19 +28,26 @@ def build_model() -> Any:
         use_cpu_initialization=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        **({} if recompute == "none" else full),
     )
     return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=8)
 
 
-def step(model: Any) -> tuple[Any, dict[str, Any]]:
-    """Loss and gradients of one micro-batch."""
+def forward(model: Any, loss_mask: Any = None) -> Any:
+    """Loss of one micro-batch."""
     import torch
 
     tokens = torch.arange(16).view(2, 8)
     positions = torch.arange(8).expand(2, 8)
     causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    labels = tokens.roll(-1, dims=1)
+    return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask).mean()
+
+
+def step(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Loss and gradients of one micro-batch."""
     model.zero_grad()
-    loss = model(tokens, positions, causal, labels=tokens.roll(-1, dims=1)).mean()
+    loss = forward(model)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -85,6 +93,49 @@ def only_measures_with_coeff_zero() -> None:
     assert handle.reduce_validation_metrics() is None, "a second call starts from nothing"
 
 
+def counts_only_unmasked_tokens() -> None:
+    import math
+
+    import torch
+
+    from jreg_megatron import attach
+
+    model = build_model()
+    handle = attach(model, JRegConfig(coeff=1.0, tokens="unmasked"), num_microbatches=1)
+    tokens, positions = torch.arange(16).view(2, 8), torch.arange(8).expand(2, 8)
+    mask = torch.ones(2, 8)
+    mask[0, :5] = 0
+    loss = model(tokens, positions, None, labels=tokens, loss_mask=mask).mean()
+    mask.fill_(1)  # a caller may use its buffer again before the backward pass
+    loss.backward()
+    assert handle.training_meter._sums[1].tolist() == [11, 11]
+    handle.reset_training_metrics()
+    # A micro-batch without any token is no error and adds no gradient.
+    _, plain = step(build_model_like(model))
+    loss = forward(model, torch.zeros(2, 8))
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, plain[name]), name
+    metrics = handle.reduce_training_metrics()
+    assert metrics is not None and math.isnan(metrics.jreg_loss)
+    # Text may be generated in between, without a mask.
+    model.eval()
+    with torch.no_grad():
+        model(tokens, positions, None)
+    assert handle.reduce_validation_metrics() is None
+
+
+def build_model_like(model: Any) -> Any:
+    """A copy of the model without JREG."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    copy = build_model()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def refuses_by_name() -> list[str]:
     from torch import nn
 
@@ -104,12 +155,103 @@ def refuses_by_name() -> list[str]:
         refusal(model, JRegConfig(weights=(1, 2, 3)), num_microbatches=1),
         refusal(model, JRegConfig(coeff=1.0, warmup_iterations=5), num_microbatches=1),
     ]
-    model.config.recompute_granularity = "full"
-    lines.append(refusal(model, JRegConfig(final_state="post_norm"), num_microbatches=1))
-    model.config.recompute_granularity = None
+    lines.append(refusal(model, JRegConfig(), num_microbatches=0))
+    lines.append(refusal(model, JRegConfig(), num_microbatches=2.5))
+    handle = attach(model, JRegConfig(tokens="unmasked"), num_microbatches=1)
+    with pytest.raises(UserError) as caught:
+        step(model)
+    lines.append(str(caught.value))
+    handle.detach()
+    handle.detach()
     attach(model, JRegConfig(), num_microbatches=1)
     lines.append(refusal(model, JRegConfig(), num_microbatches=1))
     return lines
+
+
+def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tuple[Any, int, bool]]:
+    """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
+    import torch
+
+    from jreg_megatron.residual_stream import tap_residual_stream
+
+    model = build_model(recompute)
+    told: list[tuple[Any, int, bool]] = []
+
+    class Observer:
+        count = 0
+
+        def begin_microbatch(self, training: bool, loss_mask: Any) -> int:
+            self.count += 1
+            return self.count
+
+        def layer(self, microbatch: int, number: int, layer_input: Any, layer_output: Any) -> Any:
+            told.append((microbatch, number, layer_output.requires_grad))
+            return layer_output
+
+        def final_norm(self, microbatch: int, number: int, layer_input: Any, normed: Any) -> Any:
+            told.append((microbatch, -number, normed.requires_grad))
+            return normed
+
+    tap = tap_residual_stream([model], Observer())
+    if is_disorderly:
+        forward(model)  # a backward pass never comes
+        told.clear()
+        sum(forward(model) for _ in range(2)).backward()  # the last one first
+    else:
+        losses = [forward(model) for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None], None)  # counts for nothing
+    tap.remove()
+    return told
+
+
+def refusals_of_settings() -> list[str]:
+    """The line for each unsupported setting, in the order of UNSUPPORTED."""
+    from torch import nn
+
+    from jreg_megatron import attach
+
+    model = build_model()
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+    lines = []
+    for name, value, final_state in UNSUPPORTED:
+        before = getattr(model.config, name, None)
+        setattr(model.config, name, value)
+        with pytest.raises(UserError) as caught:
+            attach(model, JRegConfig(final_state=final_state), num_microbatches=1)
+        lines.append(str(caught.value))
+        setattr(model.config, name, before)
+    with pytest.raises(UserError) as caught:
+        attach(FullyShardedDataParallel(), JRegConfig(), num_microbatches=1)
+    lines.append(str(caught.value))
+    attach(model, JRegConfig(), num_microbatches=1)  # nothing of all this is left
+    return lines
+
+
+UNSUPPORTED = [
+    ("overlap_moe_expert_parallel_comm", True, "pre_norm"),
+    ("enable_hyper_connections", True, "pre_norm"),
+    ("fine_grained_activation_offloading", True, "pre_norm"),
+    ("hybrid_context_parallel", True, "pre_norm"),
+    ("distribute_saved_activations", True, "pre_norm"),
+    ("use_megatron_fsdp", True, "pre_norm"),
+    ("use_torch_fsdp2", True, "pre_norm"),
+    ("heterogeneous_block_specs", True, "pre_norm"),
+    ("cuda_graph_impl", "local", "pre_norm"),
+    ("cuda_graph_impl", "transformer_engine", "pre_norm"),
+    ("cuda_graph_impl", "full_iteration", "pre_norm"),
+    ("enable_cuda_graph", True, "pre_norm"),
+    ("external_cuda_graph", True, "pre_norm"),
+    ("pipeline_model_parallel_layout", "Ett|L", "post_norm"),
+    ("pipeline_model_parallel_layout", [["embedding", "decoder", "decoder"], ["loss"]], "post_norm"),
+]
 
 
 def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it() -> None:
@@ -120,20 +262,54 @@ def test_with_coeff_zero_gradients_are_untouched_and_displacement_is_measured() 
     run_function(only_measures_with_coeff_zero)
 
 
+def test_unmasked_tokens_alone_count_however_few_they_are() -> None:
+    run_function(counts_only_unmasked_tokens)
+
+
 def test_attach_refuses_by_name_what_it_cannot_do() -> None:
     (lines,) = run_function(refuses_by_name)
     for line, named in zip(
         lines,
         (
             "list of model chunks is empty",
-            "a Linear, which has no decoder.layers",
+            "does not support a Linear",
             "number of micro-batches is not known",
             "--jreg-weights",
             "iteration=",
-            "recompute_granularity 'full'",
+            "num_microbatches=0",
+            "num_microbatches=2.5",
+            "without a loss mask on this pipeline stage",
             "attached to this model already",
         ),
         strict=True,
     ):
         assert named in line
         assert "\n" not in line
+
+
+def test_every_unsupported_setting_is_refused_by_its_name() -> None:
+    (lines,) = run_function(refusals_of_settings)
+    names = [name for name, *_ in UNSUPPORTED] + ["FullyShardedDataParallel"]
+    for line, name in zip(lines, names, strict=True):
+        named = {
+            "heterogeneous_block_specs": "heterogeneous layers",
+            "pipeline_model_parallel_layout": "'post_norm' with no layer on the last pipeline stage",
+        }.get(name, name)
+        assert line.startswith("JREG does not support ") and named in line and "\n" not in line
+
+
+@pytest.mark.parametrize("recompute", ["none", "uniform", "block"])
+def test_each_layer_is_seen_once_per_microbatch_and_as_part_of_its_own(recompute: str) -> None:
+    (told,) = run_function(sees_each_layer_once, 1, recompute)
+    # Layers 1 and 2, and the final norm as -2: each once for each micro-batch, on the run with a graph.
+    assert sorted(told) == [(microbatch, number, True) for microbatch in (1, 2) for number in (-2, 1, 2)]
+    if recompute == "uniform":
+        recomputed = [microbatch for microbatch, number, _ in told if number > 0]
+        assert recomputed == [1, 1, 2, 2], "in the backward pass, micro-batch by micro-batch"
+
+
+def test_a_recomputed_layer_belongs_to_its_own_microbatch_in_any_order_and_after_an_abandoned_forward() -> (
+    None
+):
+    (told,) = run_function(sees_each_layer_once, 1, "uniform", True)
+    assert [microbatch for microbatch, number, _ in told if number > 0] == [3, 3, 2, 2]

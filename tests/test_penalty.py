@@ -50,13 +50,24 @@ def test_gradients_in_half_precision_are_rounded_once(dtype: torch.dtype) -> Non
         torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_the_forward_value_is_the_very_same_tensor_value_and_the_sum_is_that_of_psi() -> None:
+def test_the_forward_value_is_unchanged_and_psi_of_every_token_comes_with_it() -> None:
     h_in, h_out = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
-    out, psi_sum = add_displacement_gradient(h_in, h_out, torch.tensor([1.0]), 1.0)
+    out, psi = add_displacement_gradient(h_in, h_out, torch.tensor([1.0]), 1.0)
     assert torch.equal(out, h_out)
-    expected = ((1 - F.cosine_similarity(h_in.double(), h_out.double(), dim=-1)) / 2).sum()
-    assert psi_sum.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert measure_displacement(h_in, h_out).item() == psi_sum.item()
+    expected = (1 - F.cosine_similarity(h_in.double(), h_out.double(), dim=-1)) / 2
+    torch.testing.assert_close(psi.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(measure_displacement(h_in, h_out), psi)
+
+
+def test_each_tokens_gradient_is_times_its_weight() -> None:
+    h_in, h_out, upstream = (torch.randn(4, 2, 8) for _ in range(3))
+    weights = torch.tensor([[0.0, 1.0], [2.0, 0.5], [0.0, 0.0], [1.0, 3.0]])
+    a, b = (h.clone().requires_grad_() for h in (h_in, h_out))
+    out, _ = add_displacement_gradient(a, b, torch.tensor([COEFFICIENT]), FACTOR, weights)
+    (upstream * out).sum().backward()
+    plain_in, plain_out = node_gradients(h_in, h_out, upstream)
+    torch.testing.assert_close(a.grad, weights[..., None] * plain_in)
+    torch.testing.assert_close(b.grad - upstream, weights[..., None] * (plain_out - upstream))
 
 
 def test_the_coefficient_is_read_in_the_backward_pass_so_a_buffer_can_be_refilled() -> None:

@@ -112,6 +112,15 @@ MISTAKES = {
     ),
     "an unknown flag": (["--jreg-coef", 0.1], r"unrecognized arguments: --jreg-coef"),
     "what only Megatron itself checks": (["--clone-scatter-output-in-embedding", "--fp16", "--bf16"], r""),
+    "no kind of full recompute": (("--recompute-granularity", "full"), "Megatron refuses .*recompute"),
+    "two precisions": (
+        ("--bf16", "--fp16"),
+        "Megatron refuses the arguments: an assertion without a message",
+    ),
+    "post_norm without a last layer": (
+        (*PIPELINE, "--pipeline-model-parallel-layout", "Etttt|L", "--jreg-final-state", "post_norm"),
+        "'post_norm' with no layer on the last pipeline stage; use 'pre_norm'",
+    ),
 }
 
 
@@ -140,3 +149,29 @@ def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str
     )
     assert run.returncode != 0
     assert run.stderr.count("jreg_megatron: error: --jreg-coeff") == 1
+
+
+def pretrain_without_a_training_loop(_: list[str]) -> None:
+    from jreg_megatron import cpu, pretrain
+
+    cpu.has_training_loop = lambda: False
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(["--cpu"])
+    assert ended.value.code == 2
+
+
+def test_a_megatron_core_without_training_loop_is_named_with_what_works_instead() -> None:
+    run = run_ranks([], entry="test_pretrain:pretrain_without_a_training_loop")
+    (line,) = [line for line in run.output[0].splitlines() if "error" in line]
+    assert "needs the training loop of 0.19 or later" in line and "jreg_megatron.attach" in line
+
+
+def test_an_evaluation_may_have_another_micro_batch_size_under_tensor_parallelism(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *TENSOR, "--train-iters", 2, "--eval-interval", 2, "--eval-iters", 1]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "same"], 2)
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "other", "--eval-micro-batch-size", 1], 2)
+    same, other = read_scalars(tmp_path / "same"), read_scalars(tmp_path / "other")
+    for name in ("lm loss validation", "jreg loss validation"):
+        assert other[name] == pytest.approx(same[name], rel=1e-5), name

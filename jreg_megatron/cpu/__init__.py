@@ -7,11 +7,13 @@ here is imported by a run on GPUs.
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
+from pathlib import Path
 
 from jreg_megatron.cpu.flags import FLAGS, announcement, with_cpu_flags
 
-__all__ = ["FLAGS", "announcement", "enable", "with_cpu_flags"]
+__all__ = ["FLAGS", "announcement", "enable", "has_training_loop", "with_cpu_flags"]
 
 
 @cache
@@ -25,3 +27,12 @@ def enable() -> None:
     megatron.import_without_compilation()
     redirect.install()
     megatron.install()
+
+
+def has_training_loop() -> bool:
+    """Whether ``megatron.training`` comes with ``megatron.core``; wheels before 0.19 hold the core only."""
+    import megatron.core
+
+    loop = importlib.util.find_spec("megatron.training")
+    root = Path(megatron.core.__file__).parents[1]
+    return bool(loop and loop.origin and Path(loop.origin).parents[1] == root)

@@ -110,12 +110,6 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
     for flag, instead in _REFUSED.items():
         if flag in argv:
             raise UserError(f"{flag} does not run on a CPU, and this is CPU mode; {instead}")
-    context_parallel = _value(argv, "--context-parallel-size")
-    if context_parallel not in (None, "1"):
-        raise UserError(
-            f"--context-parallel-size is {context_parallel}, but its attention comes "
-            "from Transformer Engine, which CPU mode does without; set it to 1"
-        )
     if tuple(argv[-len(FLAGS) :]) == FLAGS:
         return argv
     return [*_split(argv)[0], *FLAGS]

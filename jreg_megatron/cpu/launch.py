@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -9,7 +10,11 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+
+_GRACE_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
 def fork_ranks(count: int, work: Callable[[], None]) -> int:
@@ -23,7 +28,8 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
         work: what every rank runs; it finds its rank where torchrun would put it, in the environment.
 
     Returns:
-        0, or the exit status of the first rank that failed; the others are ended then.
+        0, or the exit status of the first rank that failed (128 + N after signal N); the others are ended
+        then.
     """
     # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
     import megatron.core.tokenizers.text  # noqa: F401
@@ -32,7 +38,7 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
 
     os.environ.update(
         MASTER_ADDR="localhost",
-        MASTER_PORT=str(_free_port()),
+        MASTER_PORT=str(free_port()),
         WORLD_SIZE=str(count),
         LOCAL_WORLD_SIZE=str(count),
     )
@@ -51,30 +57,61 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
             rank.start()
         return _first_failure(ranks)
     finally:
-        for rank in ranks:
-            if rank.is_alive():
-                rank.terminate()
+        _end(ranks)
+        gc.unfreeze()
 
 
 def _run_rank(rank: int, work: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_the_parent()
+    # What a killed rank has forked, such as the helper of Megatron's checkpoints, would hold its sockets and
+    # pipes open, so that neither the other ranks nor the launcher could see that it is gone.
+    os.register_at_fork(after_in_child=end_with_the_parent)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     work()
 
 
+def end_with_the_parent() -> None:
+    """Have this process killed when its parent dies (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
     """Wait until all ranks have ended, or one has failed; its exit status, or 0."""
-    running = list(ranks)
+    running = dict(enumerate(ranks))
     while running:
-        multiprocessing.connection.wait([rank.sentinel for rank in running])
-        for rank in [rank for rank in running if not rank.is_alive()]:
-            running.remove(rank)
-            if rank.exitcode:
-                return rank.exitcode if rank.exitcode > 0 else 128 - rank.exitcode
+        ready = multiprocessing.connection.wait([rank.sentinel for rank in running.values()])
+        ended = {}
+        for number in [number for number, rank in running.items() if rank.sentinel in ready]:
+            rank = running.pop(number)
+            rank.join()  # its pipe is closed a moment before it is gone
+            ended[number] = rank.exitcode
+        # A rank that was killed could say nothing, and its loss makes the others fail: it comes first.
+        status, number = min((status or 0, number) for number, status in ended.items())
+        if status < 0:
+            what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
+            print(f"jreg_megatron: error: {what}; the other ranks are ended too", file=sys.stderr, flush=True)
+            return 128 - status
+        if status := max(status or 0 for status in ended.values()):
+            return status
     return 0
 
 
-def _free_port() -> int:
+def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
+    """End the ranks that still run; one that does not heed SIGTERM in time is killed, as by torchrun."""
+    running = [rank for rank in ranks if rank.is_alive()]
+    for rank in running:
+        rank.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in running:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        if rank.is_alive():
+            rank.kill()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import multiprocessing
+from collections import defaultdict
 from functools import partial, wraps
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
+from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.dataset_helper import use_built_helper
 
 
@@ -19,16 +23,58 @@ def import_without_compilation() -> None:
         return (lambda decorated: decorated) if function is None else function
 
     torch.compile = no_compile  # type: ignore[assignment]
-    import megatron.training  # noqa: F401
+    import megatron.core.models.gpt.gpt_model
+
+    from jreg_megatron.cpu import has_training_loop
+
+    if has_training_loop():
+        import megatron.training  # noqa: F401
 
 
 def install() -> None:
     """Patch Megatron in this process, for good."""
-    import megatron.training
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.moe import moe_utils
+
+    from jreg_megatron.cpu import attention, has_training_loop
+
+    if has_training_loop():
+        _install_in_training_loop()
+
+    # They reach for the CUDA generator through torch._C.
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    # Here the GPU's generator is the CPU's, so the warning for it to stay put in a fork is void.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+
+    # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
+    filesystem_async.get_write_results_queue = partial(_write_results_queue, filesystem_async)
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 asks for it without having looked for Transformer Engine
+
+    attention.install()
+    let_torch_norms_be_sequence_parallel()
+    _let_the_distributed_optimizer_resume(DistributedOptimizer)
+
+
+def _write_results_queue(filesystem_async: Any, mode: str = "") -> Any:
+    """The queue to Megatron's checkpoint helper, which here is forked and ends with this process.
+
+    Were it to outlive a killed rank, it would hold that rank's sockets open and let the others wait.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(initializer=end_with_the_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
+
+
+def _install_in_training_loop() -> None:
+    import megatron.training
 
     # Megatron has an argument for runs without CUDA, which its training loop does not pass on.
     initialize = partial(megatron.training.initialize.initialize_megatron, allow_no_cuda=True)
@@ -41,19 +87,13 @@ def install() -> None:
 
     use_built_helper()
 
-    # They reach for the CUDA generator through torch._C.
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
-    # Here the GPU's generator is the CPU's, so the warning for it to stay put in a fork is void.
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+def let_torch_norms_be_sequence_parallel() -> None:
+    """Lift a refusal: torch's norms are local to a token, and that is all sequence parallelism asks of them.
 
-    # torch's norms are local to a token: all that sequence parallelism asks of them is the mark by which
-    # Megatron finds the parameters whose gradients the ranks must sum.
-    # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
-    filesystem_async.get_write_results_queue = partial(filesystem_async.get_write_results_queue, "fork")
-
-    _let_the_distributed_optimizer_resume(DistributedOptimizer)
+    They only need the mark by which Megatron finds the parameters whose gradients the ranks must sum.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     build = WrappedTorchNorm.__new__
 
@@ -70,8 +110,9 @@ def install() -> None:
 
 
 def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:
-    """Mend three slips on a path that Megatron takes only where Apex and Transformer Engine are missing."""
+    """Mend four slips on a path that Megatron takes only where Apex and Transformer Engine are missing."""
     shard, load = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
+    fill = optimizer_class._set_main_param_and_optimizer_states
 
     @wraps(shard)
     def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -90,5 +131,11 @@ def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:
             for parameter in group["params"]:
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
+    @wraps(fill)
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
+        # It looks for AdamW's step among the tensors of a checkpoint that has it elsewhere (see above).
+        fill(self, model_param, defaultdict(lambda: None, tensors))
+
+    optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
     optimizer_class.sharded_state_dict = sharded_state_dict
     optimizer_class.load_state_dict = load_state_dict

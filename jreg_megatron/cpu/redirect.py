@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -51,6 +52,38 @@ _METHODS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_BACKWARD = (torch.autograd.backward, torch.Tensor.backward)
+
+
+def _run_backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+    gradient: Any = None,
+) -> None:
+    """What ``torch.autograd.backward`` and ``Tensor.backward`` do, without asking a mode again."""
+
+    def several(given: Any) -> tuple[Any, ...]:
+        return (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
+
+    tensors, gradients = several(tensors), several(grad_tensors if gradient is None else gradient)
+    gradients = gradients if len(gradients) == len(tensors) else (None,) * len(tensors)
+    torch.autograd.Variable._execution_engine.run_backward(
+        tensors,
+        tuple(
+            torch.ones_like(tensor) if gradient is None and tensor.requires_grad else gradient
+            for tensor, gradient in zip(tensors, gradients, strict=True)
+        ),
+        create_graph if retain_graph is None else retain_graph,
+        create_graph,
+        () if inputs is None else several(inputs),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Every torch call that names a CUDA device runs on the CPU."""
 
@@ -58,12 +91,18 @@ class _CudaMeansCpu(TorchFunctionMode):
         method = _METHODS.get(func)
         if method is not None:
             return method(*args, **(kwargs or {}))
+        if func in _BACKWARD:
+            # torch leaves this mode for what runs in here, but a layer that is recomputed needs it too.
+            with self:
+                return _run_backward(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
             args = tuple(map(_on_cpu, args))
         if not kwargs:
             return func(*args)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
@@ -132,7 +171,24 @@ def install() -> None:
 
     loader.__init__ = with_own_generator  # type: ignore[method-assign]
 
+    _let_sends_hold_their_memory()
+
     # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+
+
+def _let_sends_hold_their_memory() -> None:
+    """Keep what is being sent until it is, also where the sender lets go of it before.
+
+    Megatron before 0.18 frees a stage's output while its send is under way. On a GPU the memory's next
+    user waits in the same stream; here it would overwrite what the next stage has yet to receive.
+    """
+    send = distributed_c10d.isend
+
+    @wraps(send)
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return send(tensor.detach(), *args, **kwargs)  # the same memory, which the request now owns too
+
+    distributed_c10d.isend = torch.distributed.isend = isend

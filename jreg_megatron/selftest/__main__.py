@@ -1,0 +1,268 @@
+"""``torchrun --nproc-per-node N -m jreg_megatron.selftest``: is JREG exact at every layout, here?"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.selftest.layouts import Layout, layouts_for
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the self-test; the exit status is 0 if every layout passed, 1 if one failed, 2 for a mistake."""
+    with user_errors_exit():
+        options = _parse(sys.argv[1:] if argv is None else argv)
+        world_size = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
+        layouts = layouts_for(
+            world_size,
+            tensor=options.tp,
+            pipeline=options.pp,
+            context=options.cp,
+            expert=options.ep,
+            precision=options.precision,
+        )
+        if options.transformer_impl == "transformer_engine":
+            layouts = [layout for layout in layouts if layout.model != "hybrid"]
+    if options.list:
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(layout.name for layout in layouts))
+        return 0
+    _silence()
+    if options.nproc:
+        from jreg_megatron import cpu
+        from jreg_megatron.cpu.launch import fork_ranks
+
+        cpu.enable()
+        return fork_ranks(options.nproc, lambda: sys.exit(_test(layouts, options)))
+    return _test(layouts, options)
+
+
+def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
+    timeout = timedelta(seconds=options.timeout)
+    _start(options.cpu or bool(options.nproc), timeout)
+    _print(*_about_this_machine(options))
+    return _run(layouts, options.transformer_impl, timeout)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jreg_megatron.selftest",
+        description="One training step of a toy model with JREG at many layouts, with the Megatron-Core "
+        "installed here; every parameter's gradient, the losses and each layer's displacement are compared "
+        "with a model in plain torch that each rank computes alone, in float64.",
+        epilog="Every way to cut the model over the ranks is tried, unless told which.",
+    )
+    for flag, what in (
+        ("--tp", "tensor-parallel"),
+        ("--pp", "pipeline-parallel"),
+        ("--cp", "context-parallel"),
+        ("--ep", "expert-parallel"),
+    ):
+        parser.add_argument(flag, type=int, metavar="N", help=f"only layouts with this {what} size")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="all layouts in this type; by default fp32, and one each in bf16 and fp16. 16-bit steps may be "
+        "twice as far from float64 as the plain model in the same type is",
+    )
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default="local",
+        help="whose layers; Transformer Engine computes float32 in TF32, so take bf16 with it",
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="run on the CPU; the default where there is no CUDA device"
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine's CPU; for a run without torchrun",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="a rank that waits longer for another one gives up the layout. Default: 60",
+    )
+    parser.add_argument("--list", action="store_true", help="list the layouts and exit")
+    options = parser.parse_args(argv)
+    _refuse_mistakes(options)
+    return options
+
+
+def _refuse_mistakes(options: argparse.Namespace) -> None:
+    if options.transformer_impl == "transformer_engine":
+        if options.precision in (None, "fp32"):
+            raise UserError(
+                "--transformer-impl transformer_engine computes float32 in TF32, which nothing exact can be "
+                "compared with; add --precision bf16"
+            )
+        if find_spec("transformer_engine") is None:
+            raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
+    for name in ("tp", "pp", "cp", "ep"):
+        size = getattr(options, name)
+        if size is not None and size < 1:
+            raise UserError(f"--{name} is {size}; it must be >= 1")
+    if not 0 < options.timeout < 86400:
+        raise UserError(
+            f"--timeout is {options.timeout:g}; it must be a number of seconds above 0, below a day"
+        )
+    if options.nproc is not None:
+        if "RANK" in os.environ:
+            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+        if options.nproc < 1:
+            raise UserError(f"--nproc is {options.nproc}; it must be >= 1")
+    else:
+        rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        is_alone = rank is None and world_size is None
+        if not is_alone and not (rank and rank.isdecimal() and world_size and world_size.isdecimal()):
+            raise UserError(
+                f"the environment has RANK={rank} and WORLD_SIZE={world_size}; start the ranks with "
+                "torchrun, or unset both"
+            )
+
+
+def _silence() -> None:
+    """Only the report is to be read: Megatron warns of what the toy model does on purpose."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _start(wants_cpu: bool, timeout: timedelta) -> None:
+    """Make ready the device, Megatron and the process group."""
+    from_torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in from_torchrun.items():
+        os.environ.setdefault(name, value)
+    if wants_cpu or not torch.cuda.is_available():
+        from jreg_megatron import cpu
+
+        cpu.enable()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    from jreg_megatron.cpu import attention, megatron
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Without Transformer Engine, so that float32 is float32: what Megatron then lacks is added here.
+    attention.install()
+    megatron.let_torch_norms_be_sequence_parallel()
+    dist.init_process_group("nccl", timeout=timeout)
+
+
+def _about_this_machine(options: argparse.Namespace) -> list[str]:
+    import megatron.core
+
+    from jreg_megatron import __version__
+
+    # Behind the plus is the commit of whatever repository this is run in.
+    core, _, _ = megatron.core.__version__.partition("+")
+    versions = [f"jreg_megatron {__version__}", f"Megatron-Core {core}"]
+    versions.append(f"torch {torch.__version__}")
+    absent = []
+    for module, what in (("transformer_engine", "Transformer Engine"), ("apex", "Apex")):
+        try:
+            versions.append(f"{what} {getattr(__import__(module), '__version__', '')}".strip())
+        except Exception:
+            absent.append(what)
+    device = torch.cuda.get_device_name() if dist.get_backend() == "nccl" else "CPU"
+    lines = [
+        ", ".join(versions),
+        f"{dist.get_world_size()} ranks on {device} with {dist.get_backend()}, "
+        f"{options.transformer_impl} layers",
+    ]
+    if absent:
+        lines.append(f"Not here, so not tested: {', '.join(absent)}")
+    if not _has_hybrid_model():
+        lines.append("Not in this Megatron-Core: HybridModel")
+    lines.append("Largest relative differences to the model in plain torch:")
+    return lines
+
+
+def _has_hybrid_model() -> bool:
+    try:
+        import megatron.core.models.hybrid.hybrid_model  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> int:
+    from jreg_megatron.selftest.compare import compare_step
+
+    layouts = [layout for layout in layouts if layout.model != "hybrid" or _has_hybrid_model()]
+    width = max(len(layout.name) for layout in layouts)
+    _print(f"{'layout':{width}}  {'loss':>8}  {'gradient':>8}  {'allowed':>8}  seconds")
+    passed, failed, captured, reasons = 0, 0, set(), []
+    # A rank that has failed waits here for the others, who wait in the layout's groups for it, and longer.
+    verdicts: Any = dist.new_group(backend="gloo", timeout=3 * timeout)
+    for layout in layouts:
+        started = time.monotonic()
+        error, row = "", ""
+        try:
+            comparison = compare_step(layout, transformer_impl, timeout)
+            captured.add(comparison.captured)
+            found, limit = comparison.found, comparison.limit
+            row = f"{found.losses:8.1e}  {found.gradient:8.1e}  {limit.gradient:8.1e}"
+            if names := found.exceeds(limit):
+                error = f"{', '.join(names)} differ; worst: {found.worst_parameter}"
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}".splitlines()[0]
+            if os.environ.get("JREG_SELFTEST_TRACEBACK"):
+                traceback.print_exc()
+        of_ranks: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, error, group=verdicts)
+        errors = _each_once(of_ranks)
+        seconds = time.monotonic() - started
+        verdict = "FAIL" if errors else "PASS"
+        _print(f"{layout.name:{width}}  {row or '-':>28}  {seconds:7.1f}  {verdict}")
+        if errors:
+            failed += 1
+            reasons += [f"{layout.name}: {each}" for each in errors]
+        else:
+            passed += 1
+        if len(set(of_ranks)) > 1:
+            reasons.append("Stopped: some ranks failed apart from others, which may have broken their groups")
+            break
+    if captured:
+        _print(f"Captured: {'; '.join(sorted(captured))}")
+    _print(*reasons)
+    not_run = len(layouts) - passed - failed
+    _print(
+        f"{len(layouts)} layouts: {passed} passed, {failed} failed{f', {not_run} not run' if not_run else ''}"
+    )
+    dist.destroy_process_group()
+    return 1 if failed else 0
+
+
+def _each_once(errors: list[str]) -> list[str]:
+    """What went wrong, by rank; each error once, with the first rank that had it."""
+    first_rank = {each: rank for rank, each in reversed(list(enumerate(errors))) if each}
+    return [f"{each} (rank {rank})" for each, rank in first_rank.items()]
+
+
+def _print(*lines: str) -> None:
+    if dist.get_rank() == 0:
+        for line in lines:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""How far a step is from the reference, and how far it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.selftest.step import DTYPES, run_step
+from jreg_megatron.selftest.toy import (
+    STACKED,
+    Batch,
+    Place,
+    Step,
+    draw_batch,
+    draw_weights,
+    reference_step,
+    shape_of,
+)
+
+TOLERANCE = 1e-5
+"""Relative difference that float32 may have to float64."""
+HALF_MARGIN = 2.0
+"""A 16-bit step may be this many times as far from float64 as the reference in the same type is."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences of a step to the reference, each a norm of the difference over the norm."""
+
+    lm_loss: float
+    jreg_loss: float
+    displacement: float
+    """The worst layer's."""
+    jump_rate: float
+    gradient: float
+    """The worst parameter's; every layer's is counted by itself."""
+    worst_parameter: str
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The differences by name."""
+        return {name: getattr(self, name) for name in _VALUES}
+
+    @property
+    def losses(self) -> float:
+        """The largest of all but the gradient's."""
+        return max(value for name, value in self.values.items() if name != "gradient")
+
+    def exceeds(self, limit: Difference) -> list[str]:
+        """The names of the values that are above those of ``limit``, or not numbers."""
+        return [name for name, value in self.values.items() if not value <= getattr(limit, name)]
+
+
+_VALUES = [f.name for f in fields(Difference) if f.name != "worst_parameter"]
+
+
+def _limit(values: dict[str, float]) -> Difference:
+    return Difference(**values, worst_parameter="")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A step at a layout beside the reference."""
+
+    found: Difference
+    limit: Difference
+    """How large the differences may be."""
+    captured: str
+    """Where in the model the residual stream was seen."""
+
+
+def compare_step(
+    layout: Layout, transformer_impl: str = "local", timeout: timedelta = timedelta(minutes=1)
+) -> Comparison:
+    """Run a step at the layout on the ranks of the default process group, and compare it. Collective.
+
+    A rank that the others leave waiting for ``timeout`` raises.
+    """
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    weights = {name: value.to(device) for name, value in draw_weights(shape_of(layout)).items()}
+    batch = draw_batch(layout.masked).to(device)
+    exact, limit = _expected(layout, weights, batch)
+    step = run_step(layout, weights, batch, transformer_impl, timeout)
+
+    def sum_over_ranks(sums: Tensor) -> None:
+        on_device = sums.to(device)
+        dist.all_reduce(on_device)
+        sums.copy_(on_device)
+
+    return Comparison(difference(step, exact, sum_over_ranks), limit, step.captured)
+
+
+def _expected(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple[Step, Difference]:
+    """The reference in float64, and how far a step of the layout in its type may be from it."""
+    exact = reference_step(layout, weights, batch, torch.float64)
+    dtype = DTYPES[layout.precision]
+    if dtype == torch.float32:
+        return exact, _limit(dict.fromkeys(_VALUES, TOLERANCE))
+    in_type = difference(reference_step(layout, weights, batch, dtype), exact)
+    # A value can be right by luck, so none is held to less than a share of the type's own rounding.
+    least = torch.finfo(dtype).eps / 4
+    limits = {name: HALF_MARGIN * max(value, least) for name, value in in_type.values.items()}
+    return exact, _limit(limits)
+
+
+def difference(
+    found: Step, exact: Step, sum_over_ranks: Callable[[Tensor], None] | None = None
+) -> Difference:
+    """Compare a step with the reference.
+
+    Args:
+        found: the step; a rank's own pieces of the gradients will do.
+        exact: the reference, with whole gradients.
+        sum_over_ranks: where the pieces are on several ranks, sums a float64 CPU tensor over them in place.
+
+    Raises:
+        AssertionError: if no rank holds some part of some parameter.
+    """
+    wanted = {
+        _row(name, place): (name, place, gradient.double().cpu()) for name, place, gradient in exact.gradients
+    }
+    number = {row: i for i, row in enumerate(wanted)}
+    # Squared difference, squared norm and number of elements; copies count above and below the line.
+    sums = torch.zeros(len(wanted), 3, dtype=torch.float64)
+    for name, place, piece in found.gradients:
+        row = _row(name, place)
+        own = wanted[row][2][place[len(wanted[row][1]) :]]
+        error = (piece.double().cpu() - own).square().sum()
+        sums[number[row]] += torch.tensor([error, own.square().sum(), own.numel()], dtype=torch.float64)
+    if sum_over_ranks is not None:
+        sum_over_ranks(sums)
+    missing = [row for row, (*_, whole) in wanted.items() if sums[number[row], 2] < whole.numel()]
+    assert not missing, f"no rank holds all of {', '.join(missing)}"
+    relative = (sums[:, 0] / sums[:, 1]).sqrt().nan_to_num(nan=float("inf"))
+    worst = int(relative.argmax())
+    layers = zip(found.displacement.tolist(), exact.displacement.tolist(), strict=True)
+    return Difference(
+        lm_loss=_relative(found.lm_loss, exact.lm_loss),
+        jreg_loss=_relative(found.jreg_loss, exact.jreg_loss),
+        displacement=max(_relative(*layer) for layer in layers),
+        jump_rate=_relative(found.jump_rate, exact.jump_rate),
+        gradient=float(relative[worst]),
+        worst_parameter=list(wanted)[worst],
+    )
+
+
+def _row(name: str, place: Place) -> str:
+    """A parameter's name, with its 1-based layer where it is one of several layers'."""
+    return f"{name} of layer {int(place[0]) + 1}" if name.startswith(STACKED) else name  # type: ignore[arg-type]
+
+
+def _relative(found: float, wanted: float) -> float:
+    return abs(found - wanted) / abs(wanted) if found == found else float("inf")

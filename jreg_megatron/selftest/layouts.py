@@ -1,0 +1,259 @@
+"""The ways in which Megatron can cut and run a model, as one value: a layout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jreg_megatron.errors import UserError
+
+NUM_LAYERS = 4
+LENGTH = 32
+"""Tokens of a sequence."""
+BATCH = 16
+"""Sequences of a step, over all data-parallel replicas and micro-batches."""
+NUM_EXPERTS = 4
+NUM_HEADS = 4
+
+PIPELINE_LAYOUTS = {2: "Etttt|L", 4: "Et|tt|t|L"}
+"""By number of (virtual) stages: a pipeline layout with uneven stages, the last without any layer."""
+
+UNEVEN = (1, 3)
+"""Layers of two stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the toy model is cut and run. Sizes go by the names of Megatron's arguments, shortened."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    """Model chunks per pipeline stage."""
+    context: int = 1
+    expert: int = 1
+    """Of the ranks that hold different data (data and context parallelism), those that share the experts."""
+    data: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    num_microbatches: int = 2
+    split: str = "even"
+    """How layers are dealt out to pipeline stages: even, uneven (fewer on the first), embedding and loss
+    (each counts as a layer), layout (a pipeline layout of one's own, the loss alone on the last stage)."""
+    recompute: str = "none"
+    """none, selective, uniform (full) or block (full)."""
+    per_token_loss: bool = False
+    masked: bool = False
+    """Whether the loss mask leaves tokens out, unevenly."""
+    tokens: str = "all"
+    """Which tokens JREG counts: all or unmasked."""
+    final_state: str = "pre_norm"
+    precision: str = "fp32"
+    """fp32, bf16, or fp16 with a loss scale."""
+    model: str = "gpt"
+    """gpt (dense Llama), moe, mtp (with a layer of multi-token prediction) or hybrid (HybridModel)."""
+    tied: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the layout needs."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted."""
+        return self.pipeline * self.virtual
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of a micro-batch."""
+        return BATCH // (self.data * self.num_microbatches)
+
+    def refusal(self) -> str | None:
+        """Why Megatron, JREG or the toy model's size rules the layout out; None where it can run."""
+        return next((rule.reason for rule in RULES if not rule.holds(self)), None)
+
+    @property
+    def name(self) -> str:
+        """What differs from one rank doing everything, in a few words."""
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "CP": self.context}
+        sizes |= {"EP": self.expert, "DP": self.data}
+        words = [f"{letters}{size}" for letters, size in sizes.items() if size > 1] or ["one rank"]
+        words += ["SP"] * self.sequence_parallel
+        words += ["distributed optimizer"] * self.distributed_optimizer
+        words += ["1 micro-batch"] * (self.num_microbatches == 1)
+        words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
+        words += [f"{self.split} split"] * (self.split != "even")
+        words += [f"{self.recompute} recompute"] * (self.recompute != "none")
+        words += ["per-token loss"] * self.per_token_loss
+        words += ["masked tokens"] * self.masked
+        words += ["JREG on unmasked tokens"] * (self.tokens != "all")
+        words += [self.final_state] * (self.final_state != "pre_norm")
+        words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
+        words += ["tied"] * self.tied
+        words += [self.precision] * (self.precision != "fp32")
+        return " ".join(words[:1]) + "".join(f", {word}" for word in words[1:])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What has to hold for a layout to run."""
+
+    names: tuple[str, ...]
+    """The layout's fields that it is about."""
+    holds: Callable[[Layout], bool]
+    reason: str
+
+
+def _rule(names: str, reason: str, holds: Callable[[Layout], bool]) -> Rule:
+    return Rule(tuple(names.split()), holds, reason)
+
+
+RULES = (
+    _rule("virtual pipeline", "virtual stages need a pipeline", lambda x: x.virtual == 1 or x.pipeline > 1),
+    _rule(
+        "virtual pipeline num_microbatches",
+        "the interleaved schedule needs a multiple of the pipeline's size of micro-batches",
+        lambda x: x.virtual == 1 or x.num_microbatches % x.pipeline == 0,
+    ),
+    _rule(
+        "split pipeline virtual",
+        "the toy model's layers don't divide so",
+        lambda x: {
+            "even": NUM_LAYERS % x.stages == 0,
+            "layout": x.stages in PIPELINE_LAYOUTS,
+        }.get(x.split, x.pipeline == 2 and x.virtual == 1),
+    ),
+    _rule(
+        "sequence_parallel tensor",
+        "sequence parallelism needs tensor parallelism",
+        lambda x: x.tensor > 1 or not x.sequence_parallel,
+    ),
+    _rule("tensor", "the attention heads don't divide", lambda x: NUM_HEADS % x.tensor == 0),
+    _rule(
+        "context tensor", "the sequence doesn't divide", lambda x: LENGTH % (2 * x.context * x.tensor) == 0
+    ),
+    _rule(
+        "data num_microbatches",
+        "the batch doesn't divide",
+        lambda x: BATCH % (x.data * x.num_microbatches) == 0,
+    ),
+    _rule(
+        "expert data context",
+        "experts are shared among ranks of data and context parallelism",
+        lambda x: (x.data * x.context) % x.expert == 0 and NUM_EXPERTS % x.expert == 0,
+    ),
+    _rule("expert model", "only a MoE model has experts", lambda x: x.expert == 1 or x.model == "moe"),
+    _rule(
+        "model tensor sequence_parallel",
+        "Megatron trains MoE with tensor parallelism only with sequence parallelism",
+        lambda x: x.model != "moe" or x.tensor == 1 or x.sequence_parallel,
+    ),
+    _rule(
+        "model precision",
+        "rounding sends tokens to other experts, so there is nothing exact to compare with",
+        lambda x: x.model != "moe" or x.precision == "fp32",
+    ),
+    _rule(
+        "model tied pipeline",
+        "Megatron cannot name the tied weights of multi-token prediction in a pipeline",
+        lambda x: x.model != "mtp" or not x.tied or x.pipeline == 1,
+    ),
+    _rule(
+        "model split",
+        "a HybridModel's pipeline is cut by its pattern",
+        lambda x: x.model != "hybrid" or x.split in ("even", "uneven"),
+    ),
+    _rule(
+        "model recompute",
+        "full recompute by block parts attention from MLP in a HybridModel, and it has no selective one",
+        lambda x: x.model != "hybrid" or x.recompute in ("none", "uniform"),
+    ),
+    _rule(
+        "final_state split model",
+        "JREG refuses post_norm where no layer is on the final norm's pipeline stage",
+        lambda x: x.final_state == "pre_norm" or x.split != "layout" or x.model == "mtp",
+    ),
+)
+
+
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"model": "moe", "expert": 2},
+    {"recompute": "uniform", "masked": True, "tokens": "unmasked"},
+    {"per_token_loss": True, "masked": True},
+    {"virtual": 2, "num_microbatches": 4},
+    {"model": "hybrid"},
+    {"model": "mtp"},
+    {"final_state": "post_norm", "recompute": "block"},
+    {"split": "layout", "tied": True},
+    {"split": "uneven", "recompute": "selective"},
+    {"precision": "bf16"},
+    {"precision": "fp16", "num_microbatches": 1},
+    {"per_token_loss": True, "masked": True, "tokens": "unmasked", "final_state": "post_norm"},
+)
+"""What is tried beside sizes: each on some sizes, the first on those that are left."""
+
+
+def layouts_for(
+    world_size: int,
+    *,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    context: int | None = None,
+    expert: int | None = None,
+    precision: str | None = None,
+) -> list[Layout]:
+    """Layouts that use all ranks: every way to cut the model into the given sizes, and every mode once.
+
+    Args:
+        world_size: the number of ranks.
+        tensor, pipeline, context, expert: sizes that are not to be varied.
+        precision: the type of all layouts; by default as the modes have it.
+
+    Raises:
+        UserError: if the toy model cannot be cut so.
+    """
+    powers = [2**n for n in range(world_size.bit_length())]
+    sizes = [
+        {"tensor": t, "pipeline": p, "context": c, "data": world_size // (t * p * c)}
+        for t, p, c in itertools.product(*([n] if n else powers for n in (tensor, pipeline, context)))
+        if world_size % (t * p * c) == 0
+    ]
+
+    def allowed(cut: dict[str, int], mode: dict[str, Any]) -> Layout | None:
+        values = {"num_microbatches": 2 if cut["data"] < BATCH else 1, **cut, **mode}
+        values["sequence_parallel"] = cut["tensor"] > 1
+        values["distributed_optimizer"] = cut["data"] * cut["context"] > 1
+        if expert and expert > 1:
+            values = {"model": "moe", **values, "expert": expert}
+        if precision:
+            values["precision"] = precision
+        layout = Layout(**values)
+        return layout if layout.refusal() is None else None
+
+    if not any(allowed(cut, mode) for cut in sizes for mode in MODES):
+        asked = {"--tp": tensor, "--pp": pipeline, "--cp": context, "--ep": expert}
+        given = " ".join(f"{flag} {n}" for flag, n in asked.items() if n) or "all sizes"
+        raise UserError(
+            f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
+            f"{LENGTH} tokens, {BATCH} sequences) cannot be cut over {world_size} ranks with {given}"
+            f"{f' in {precision}' if precision else ''}; take sizes that are powers of two and at most 4, "
+            "another number of ranks, or fp32 for experts"
+        )
+    waiting = list(MODES)
+
+    def next_layout(cut: dict[str, int]) -> Layout | None:
+        for mode in waiting:
+            if layout := allowed(cut, mode):
+                waiting.remove(mode)
+                return layout
+        return None
+
+    # Every cut has a layout, and where modes are left over, further ones.
+    chosen = [next_layout(cut) or allowed(cut, {}) for cut in sizes]
+    while more := [layout for cut in sizes if (layout := next_layout(cut))]:
+        chosen += more
+    return list(dict.fromkeys(layout for layout in chosen if layout))

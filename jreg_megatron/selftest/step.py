@@ -1,0 +1,337 @@
+"""One training step of the toy model with the installed Megatron-Core, cut and run as a layout says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jreg_megatron.attachment import attach
+from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
+from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
+from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, jreg_config, shape_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run_step(
+    layout: Layout,
+    weights: dict[str, Tensor],
+    batch: Batch,
+    transformer_impl: str,
+    timeout: timedelta,
+) -> Step:
+    """Build the model at the layout, run forward and backward with JREG, finish the gradients.
+
+    The default process group must have ``layout.world_size`` ranks. Megatron's parallel state is set up
+    for the step and taken down after it. A collective call; a rank that the others leave waiting for
+    ``timeout`` raises.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=_expert_tensor_size(layout),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+        get_embedding_ranks=functools.partial(_embedding_ranks, layout),
+    )
+    try:
+        step = _run_step(layout, weights, batch, transformer_impl)
+        # Groups that are left standing make every later step slower; no rank may still need them.
+        dist.barrier()
+        for group in parallel_state._global_process_group_list or ():
+            if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
+                dist.destroy_process_group(group)
+        return step
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transformer_impl: str) -> Step:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(1)
+    config = _transformer_config(layout, transformer_impl)
+    chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
+    _set_weights(chunks, weights)
+    wrapped = _wrap(layout, config, chunks)
+    handle = attach(wrapped, jreg_config(layout), num_microbatches=layout.num_microbatches)
+    if layout.precision == "fp16":
+        config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
+    config.finalize_model_grads_func = finalize_model_grads
+
+    def batches() -> Iterator[Batch]:
+        data_rank = parallel_state.get_data_parallel_rank()
+        context_rank = parallel_state.get_context_parallel_rank()
+        device = next(wrapped[0].parameters()).device
+        for number in range(layout.num_microbatches):
+            yield batch.part(layout, data_rank, number, context_rank).to(device)
+
+    iterators = [batches() for _ in wrapped]
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if layout.virtual > 1 else iterators[0],
+        model=wrapped if layout.virtual > 1 else wrapped[0],
+        num_microbatches=layout.num_microbatches,
+        seq_length=LENGTH,
+        micro_batch_size=layout.micro_batch_size,
+        forward_only=False,
+    )
+    total = torch.stack([*reports, torch.zeros(2, dtype=torch.float64).to(batch.tokens.device)]).sum(0)
+    dist.all_reduce(total)
+    metrics = handle.reduce_training_metrics()
+    assert metrics is not None, "JREG saw no state of some layer"
+    _gather_gradients(wrapped)
+    scale = _loss_scale(layout)
+    return Step(
+        lm_loss=float(total[0] / total[1]),
+        displacement=metrics.displacement,
+        jreg_loss=metrics.jreg_loss,
+        jump_rate=metrics.jump_rate,
+        captured=handle.captured,
+        gradients=[
+            (name, where, gradient / scale)
+            for name, where, gradient in _pieces(chunks, lambda parameter: parameter.main_grad)
+        ],
+    )
+
+
+def _expert_tensor_size(layout: Layout) -> int:
+    """Experts that are not shared out are cut like the rest; before 0.19 Megatron loses gradients else."""
+    return layout.tensor if layout.expert == 1 else 1
+
+
+def _loss_scale(layout: Layout) -> float:
+    """As large as float16 bears; with per-token loss, the division by the tokens comes after it."""
+    return 1.0 if layout.precision != "fp16" else 4.0 if layout.per_token_loss else 1024.0
+
+
+def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape = shape_of(layout)
+    dtype = DTYPES[layout.precision]
+    options: dict[str, Any] = {}
+    per_layer = 2 if layout.model == "hybrid" else 1  # what Megatron counts as layers
+    if layout.split == "uneven" and layout.model != "hybrid":
+        options["num_layers_in_first_pipeline_stage"] = UNEVEN[0]
+    elif layout.split == "embedding and loss":
+        options |= {"account_for_embedding_in_pipeline_split": True}
+        options |= {"account_for_loss_in_pipeline_split": True}
+    elif layout.split == "layout":
+        stages = PIPELINE_LAYOUTS[layout.stages]
+        stages = stages.replace("L", "mL") if shape.mtp_num_layers else stages
+        options["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(stages, layout.pipeline)
+    if layout.recompute == "selective":
+        modules = ["core_attn", "moe" if shape.num_experts else "mlp"]
+        if transformer_impl == "transformer_engine":
+            modules.append("layernorm")
+        options |= {"recompute_granularity": "selective", "recompute_modules": modules}
+    elif layout.recompute != "none":
+        options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
+        options |= {"recompute_num_layers": per_layer}
+    if shape.num_experts:
+        options |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_router_topk": shape.top_k,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+            "moe_ffn_hidden_size": shape.ffn_hidden_size,
+            "expert_tensor_parallel_size": _expert_tensor_size(layout),
+        }
+    if shape.mtp_num_layers:
+        options |= {"mtp_num_layers": shape.mtp_num_layers}
+        options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
+    return TransformerConfig(
+        num_layers=shape.num_layers * per_layer,
+        is_hybrid_model=layout.model == "hybrid",
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=EPS,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        # Batched exchange would mix up messages where the stages before and after are one rank.
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
+        deallocate_pipeline_outputs=True,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=layout.per_token_loss,
+        bf16=layout.precision == "bf16",
+        fp16=layout.precision == "fp16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **options,
+    )
+
+
+def _embedding_ranks(layout: Layout, pipeline_ranks: list[int], *_: Any) -> list[int]:
+    """The ranks of a pipeline that hold a word embedding: the first, and the last if tied or with MTP."""
+    ends = {pipeline_ranks[0]} | ({pipeline_ranks[-1]} if layout.tied or layout.model == "mtp" else set())
+    return sorted(ends)
+
+
+def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    chunk = index if layout.virtual > 1 else None
+    options: dict[str, Any] = {
+        "vocab_size": shape_of(layout).vocab_size,
+        "max_sequence_length": LENGTH,
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        "share_embeddings_and_output_weights": layout.tied,
+        "position_embedding_type": "rope",
+        "rotary_base": int(ROPE_BASE),
+        "vp_stage": chunk,
+    }
+    if layout.model == "hybrid":
+        from jreg_megatron.selftest import hybrid
+
+        sizes = UNEVEN if layout.split == "uneven" else [NUM_LAYERS // layout.stages] * layout.stages
+        pattern = "|".join(hybrid.PAIR * size for size in sizes)
+        return hybrid.build_chunk(config, pattern, **options)
+    experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
+    te = transformer_impl == "transformer_engine"
+    if te:
+        layer = specs.get_gpt_layer_with_transformer_engine_spec(**experts)
+    else:
+        layer = specs.get_gpt_layer_local_spec(**experts, normalization="RMSNorm")
+    if config.mtp_num_layers:
+        options["mtp_block_spec"] = specs.get_gpt_mtp_block_spec(
+            config, layer, use_transformer_engine=te, vp_stage=chunk
+        )
+    return GPTModel(config, layer, **options)
+
+
+def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Module]:
+    """As Megatron's loop does it: the model's own type, then data parallelism."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    if torch.cuda.is_available():
+        for chunk in chunks:
+            chunk.cuda()
+    if layout.precision != "fp32":
+        halved: list[nn.Module] = [Float16Module(config, chunk) for chunk in chunks]
+    else:
+        halved = chunks
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+    )
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in halved]
+
+
+def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    part = next(batches)
+    position_ids = torch.arange(part.tokens.shape[1], device=part.tokens.device).expand_as(part.tokens)
+    output = model(part.tokens, position_ids, None, labels=part.labels, loss_mask=part.loss_mask)
+
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = (losses.float() * part.loss_mask).sum()
+        count = part.loss_mask.sum()
+        return total, count.int(), torch.stack((total.detach(), count)).double()
+
+    return output, loss
+
+
+def _gather_gradients(wrapped: list[nn.Module]) -> None:
+    """Complete every rank's gradients where the distributed optimizer left each with a shard."""
+    for model in wrapped:
+        ddp: Any = model
+        if not ddp.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def _set_weights(chunks: list[nn.Module], weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, where, data in _pieces(chunks, lambda parameter: parameter):
+            data.copy_(weights[name][where])
+
+
+def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator[tuple[str, Place, Tensor]]:
+    """``value(parameter)`` of every parameter, cut as Megatron's checkpoints cut the parameter.
+
+    Yields:
+        The parameter's name in a checkpoint, the place in it that this rank holds, and the value there.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    def cut(entry: Any) -> Iterator[Any]:
+        if isinstance(entry, ShardedTensorFactory):
+            entry = entry.build()
+        if isinstance(entry, ShardedTensor):
+            yield entry
+        elif isinstance(entry, dict):
+            for part in entry.values():
+                yield from cut(part)
+        elif isinstance(entry, list):
+            for part in entry:
+                yield from cut(part)
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    for chunk in chunks:
+        is_hybrid = hasattr(chunk, "hybrid_layer_pattern")
+        for entry in chunk.sharded_state_dict(metadata=metadata).values():  # type: ignore[operator]
+            if not isinstance(getattr(entry, "data", None), nn.Parameter):
+                continue  # extra state of Transformer Engine
+            data = value(entry.data)
+            changes: dict[str, Any] = {"data": data}
+            if isinstance(entry, ShardedTensor):
+                changes["dtype"] = data.dtype
+            for piece in cut(dataclasses.replace(entry, **changes)):
+                yield *_place(piece.key, piece.global_slice(), is_hybrid), piece.data
+
+
+_NUMBERED = re.compile(r"(decoder\.layers\.)(\d+)\.")
+
+
+def _place(key: str, where: Place, is_hybrid: bool) -> tuple[str, Place]:
+    """A parameter by the name that a ``GPTModel`` of alike layers has for it, and its place there."""
+    key = key.replace("decoder.final_norm.", "decoder.final_layernorm.")
+    if numbered := _NUMBERED.match(key):
+        number = int(numbered[2]) // (2 if is_hybrid else 1)
+        key, where = _NUMBERED.sub(r"\1", key), (number, *where)
+    key = key.replace(".mtp_model_layer.", ".transformer_layer.")
+    return key.replace(".pre_mlp_layernorm.weight", f".{MLP_NORM}"), where

@@ -1,0 +1,197 @@
+"""The toy model's weights and batch, the same on every rank, and what the reference computes from them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.selftest.layouts import BATCH, LENGTH, NUM_EXPERTS, NUM_HEADS, NUM_LAYERS, Layout
+from jreg_megatron.selftest.reference import ReferenceLlama, Shape, displacements, shifted
+from jreg_megatron.settings import JRegConfig
+
+VOCABULARY = 64
+MTP_LOSS_SCALING_FACTOR = 0.5
+
+STACKED = "decoder.layers."
+"""What the names of parameters begin with that are stacked along the layers."""
+
+COEFF, ALPHA = 20.0, 0.7
+"""So strong that the regularizer's gradient is about as large as cross-entropy's."""
+
+
+def jreg_config(layout: Layout) -> JRegConfig:
+    """The settings that every layout is run with."""
+    return JRegConfig(coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens)
+
+
+def shape_of(layout: Layout) -> Shape:
+    """Sizes of the toy model that a layout runs."""
+    return Shape(
+        num_layers=NUM_LAYERS,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=NUM_HEADS,
+        vocab_size=VOCABULARY,
+        num_experts=NUM_EXPERTS if layout.model == "moe" else 0,
+        mtp_num_layers=1 if layout.model == "mtp" else 0,
+        tied=layout.tied,
+    )
+
+
+def draw_weights(shape: Shape) -> dict[str, Tensor]:
+    """Float32 weights on the CPU, each drawn by its name; large enough that layers turn their input."""
+    weights = {}
+    for name, size in shape.parameters().items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randn(size, generator=generator)
+        weights[name] = 1 + 0.1 * drawn if "norm" in name else 0.12 * drawn
+    last = weights["decoder.layers.self_attention.linear_proj.weight"]
+    last[-1] *= 4  # a jump at the last layer
+    return weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one training step, ``[BATCH, LENGTH]`` each."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    """1.0 where a token's loss counts, else 0.0."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(field.to(device) for field in (self.tokens, self.labels, self.loss_mask)))
+
+    def part(self, layout: Layout, data_rank: int, micro_batch: int, context_rank: int) -> Batch:
+        """What a rank sees of a micro-batch, ``[micro batch, LENGTH / context]``."""
+        rows = self.rows(layout, data_rank, micro_batch)
+        columns = positions(layout, context_rank)
+        return Batch(*(field[rows][:, columns] for field in (self.tokens, self.labels, self.loss_mask)))
+
+    @staticmethod
+    def rows(layout: Layout, data_rank: int, micro_batch: int) -> slice:
+        """Which sequences are in a replica's micro-batch."""
+        first = (data_rank * layout.num_microbatches + micro_batch) * layout.micro_batch_size
+        return slice(first, first + layout.micro_batch_size)
+
+
+def positions(layout: Layout, context_rank: int) -> Tensor:
+    """Positions that a context-parallel rank holds: Megatron gives each an early and a late piece."""
+    pieces = torch.arange(LENGTH).chunk(2 * layout.context)
+    return torch.cat((pieces[context_rank], pieces[2 * layout.context - 1 - context_rank]))
+
+
+def draw_batch(masked: bool) -> Batch:
+    """The same random sequences for every layout; with ``masked``, some tokens are left out of the loss."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+    loss_mask = torch.ones(BATCH, LENGTH)
+    if masked:
+        # Unevenly over sequences and positions, so that no two ranks or micro-batches have equally many.
+        share = torch.linspace(0.1, 0.9, BATCH)[:, None] * torch.linspace(0.3, 1.2, LENGTH)
+        loss_mask = (torch.rand(BATCH, LENGTH, generator=generator) > share).float()
+    return Batch(drawn[:, :-1], drawn[:, 1:], loss_mask)
+
+
+Place = tuple[int | slice, ...]
+"""Where in a parameter a piece of it lies."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step gave."""
+
+    lm_loss: float
+    displacement: Tensor
+    """Mean over the counted tokens of Psi_l, ``[L]`` float64 on the CPU."""
+    jreg_loss: float
+    jump_rate: float
+    gradients: Sequence[tuple[str, Place, Tensor]]
+    """The gradient of every parameter, in pieces: its name in a checkpoint, the place, the piece.
+
+    Layers are pieces of their own. A rank of a model cut in parts has its parts; the rest of a step is the
+    same on every rank."""
+    captured: str = ""
+    """Where in the model the residual stream was seen."""
+
+
+def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dtype: torch.dtype) -> Step:
+    """The step in plain torch in one process. Of the layout it uses what changes the loss by definition.
+
+    That is which tokens are averaged together: cross-entropy is a mean over each rank's part of each
+    micro-batch, and then over these; with per-token loss it is one mean over all unmasked tokens.
+    """
+    model = ReferenceLlama(shape_of(layout), weights, dtype)
+    states = model.states(batch.tokens)
+    normed = model.final_norm(states[-1])
+    losses = model.token_losses(normed, batch.labels)
+    wide = losses.dtype
+    share = _token_shares(layout, batch.loss_mask.to(wide), batch.loss_mask.to(wide))
+    loss = (share * losses).sum()
+    lm_loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+    ahead = batch.loss_mask.to(wide)
+    for losses_ahead in model.predicted_ahead(normed, batch.tokens, batch.labels):
+        ahead = shifted(ahead)
+        share_ahead = _token_shares(layout, ahead, batch.loss_mask.to(wide))
+        factor = MTP_LOSS_SCALING_FACTOR / model.shape.mtp_num_layers
+        loss = loss + factor * (share_ahead * losses_ahead).sum()
+
+    psi = displacements([*states[:-1], normed] if layout.final_state == "post_norm" else states)
+    alphas = ALPHA * torch.arange(1, NUM_LAYERS + 1, dtype=torch.float64)
+    layer_weights = (alphas.exp() / alphas.exp().sum()).to(wide).to(psi.device)
+    if layout.tokens == "unmasked":
+        counted, psi_share = batch.loss_mask.to(wide), share
+    else:
+        counted = torch.ones_like(losses)
+        psi_share = counted / (batch.loss_mask.sum() if layout.per_token_loss else losses.numel())
+    loss = loss + COEFF * torch.einsum("l,lbs,bs->", layer_weights, psi.to(wide), psi_share)
+    loss.backward()  # type: ignore[no-untyped-call]
+
+    displacement = ((psi.detach() * counted).sum((1, 2)) / counted.sum()).double().cpu()
+    return Step(
+        lm_loss=lm_loss.item(),
+        displacement=displacement,
+        jreg_loss=float(layer_weights.double().cpu() @ displacement),
+        jump_rate=100 * max(0.0, float(displacement[-1] - displacement[-2])),
+        gradients=[
+            (name, place, parameter.grad[place])
+            for name, parameter in model.parameters.items()
+            if parameter.grad is not None
+            for place in _layers(name, parameter)
+        ],
+    )
+
+
+def _layers(name: str, parameter: Tensor) -> list[Place]:
+    is_stacked = name.startswith(STACKED)
+    return [(layer,) for layer in range(len(parameter))] if is_stacked else [()]
+
+
+def _token_shares(layout: Layout, mask: Tensor, loss_mask: Tensor) -> Tensor:
+    """What each token's loss counts for in the step's loss, ``[BATCH, LENGTH]``.
+
+    Args:
+        layout: says which tokens are averaged together.
+        mask: the tokens that this loss has.
+        loss_mask: the tokens that cross-entropy has; a loss further ahead has fewer, but the same weight.
+    """
+    share = torch.zeros_like(mask)
+    parts = layout.data * layout.num_microbatches * layout.context
+    for data_rank in range(layout.data):
+        for micro_batch in range(layout.num_microbatches):
+            for context_rank in range(layout.context):
+                rows = Batch.rows(layout, data_rank, micro_batch)
+                columns = positions(layout, context_rank)
+                part, own = mask[rows][:, columns], loss_mask[rows][:, columns]
+                mean = part / part.sum().clamp(min=1)
+                if layout.per_token_loss:
+                    share[rows, columns] = mean * own.sum() / loss_mask.sum()
+                else:
+                    share[rows, columns] = mean / parts
+    return share

@@ -1,0 +1,72 @@
+"""The layouts that are compared with the reference in every run of the tests."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from covertable import make
+
+from jreg_megatron.selftest.layouts import RULES, Layout, Rule
+
+MAX_RANKS = 8
+
+VALUES: dict[str, list[Any]] = {
+    "tensor": [1, 2],
+    "pipeline": [1, 2, 4],
+    "context": [1, 2],
+    "data": [1, 2],
+    "virtual": [1, 2],
+    "split": ["even", "uneven", "embedding and loss", "layout"],
+    "model": ["gpt", "moe", "mtp", "hybrid"],
+    "recompute": ["none", "selective", "uniform", "block"],
+    "precision": ["fp32", "bf16", "fp16"],
+    "num_microbatches": [2, 1, 4],
+    "sequence_parallel": [False, True],
+    "expert": [1, 2],
+    "final_state": ["pre_norm", "post_norm"],
+    "distributed_optimizer": [False, True],
+    "per_token_loss": [False, True],
+    "masked": [False, True],
+    "tokens": ["all", "unmasked"],
+    "tied": [False, True],
+}
+
+NAMED = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(context=2),
+    Layout(pipeline=2),
+    Layout(pipeline=2, virtual=2),
+    Layout(data=2),
+    Layout(data=2, distributed_optimizer=True),
+    Layout(model="moe", data=2, expert=2),
+    Layout(tensor=2, pipeline=2, context=2, sequence_parallel=True),
+    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, distributed_optimizer=True),
+    Layout(model="moe", tensor=2, sequence_parallel=True, data=4, expert=4, distributed_optimizer=True),
+    Layout(tensor=2, sequence_parallel=True, masked=True, tokens="unmasked"),
+    Layout(tensor=2, sequence_parallel=True, context=2, masked=True, tokens="unmasked", per_token_loss=True),
+    Layout(pipeline=4, recompute="uniform", num_microbatches=4, masked=True, tokens="unmasked"),
+    Layout(pipeline=2, recompute="uniform", num_microbatches=4, final_state="post_norm"),
+]
+"""What a reader looks for first, and what takes more than two things together to go wrong."""
+
+
+@cache
+def rows() -> list[Layout]:
+    """The named layouts, and as many more as it takes for every pair of two fields' values to occur."""
+    sizes = Rule(
+        ("tensor", "pipeline", "context", "data"), lambda layout: layout.world_size <= MAX_RANKS, "too large"
+    )
+    constraints = [
+        {
+            "operator": "fn",
+            "requires": list(rule.names),
+            # A row may be incomplete, but has what the rule is about.
+            "evaluate": lambda row, rule=rule: rule.holds(Layout(**{name: row[name] for name in rule.names})),
+        }
+        for rule in (*RULES, sizes)
+    ]
+    pairwise = make(VALUES, constraints=constraints)
+    return list(dict.fromkeys([*NAMED, *(Layout(**row) for row in pairwise)]))

@@ -1,0 +1,199 @@
+"""Do the tests bite? Each small fault below is put into a copy of the package, and a test must fail.
+
+``make mutations`` prints, for every fault, the first test that caught it; its status is 1 if one went
+through. The faults are those that users of auxiliary losses in Megatron have met, and their like.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change to one file of the package: each text must stand there once."""
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+
+
+FACTOR = "factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size"
+
+FAULTS = [
+    Fault(
+        "drop the 1/M of gradient accumulation",
+        "attachment.py",
+        (("coeff / self._num_microbatches()", "coeff"),),
+    ),
+    Fault(
+        "count both runs of a recomputed layer",
+        "residual_stream.py",
+        (
+            (
+                "self._will_be_rerun = module.training and not torch.is_grad_enabled()",
+                "self._will_be_rerun = False",
+            ),
+        ),
+    ),
+    Fault(
+        "take any micro-batch for the one recomputed",
+        "residual_stream.py",
+        (
+            (
+                "            self.microbatch = found[1]\n",
+                "            self.microbatch = self.microbatch or found[1]\n",
+            ),
+        ),
+    ),
+    Fault(
+        "forget context parallelism",
+        "attachment.py",
+        ((FACTOR, f"{FACTOR} * self._model_config.context_parallel_size"),),
+    ),
+    Fault(
+        "average over each rank's own tokens under sequence parallelism",
+        "attachment.py",
+        ((FACTOR, FACTOR.replace(" * self._sequence_parallel_size", "")),),
+    ),
+    Fault(
+        "number layers within the stage",
+        "residual_stream.py",
+        (
+            (
+                "[ResidualLayer(module.layer_number, module, module) for module in modules]",
+                "[ResidualLayer(i, module, module) for i, module in enumerate(modules, 1)]",
+            ),
+        ),
+    ),
+    Fault("turn the sign", "penalty.py", (("-0.5 * ctx.factor", "0.5 * ctx.factor"),)),
+    Fault(
+        "keep the stage output that the pipeline frees",
+        "penalty.py",
+        (
+            (
+                "        return h_out, psi\n",
+                "        ctx.kept = h_out.clone()\n        return ctx.kept, psi\n",
+            ),
+            (
+                "        psi = psi.unsqueeze(-1)\n",
+                "        psi = psi.unsqueeze(-1)\n        h_out = ctx.kept\n",
+            ),
+        ),
+    ),
+    Fault(
+        "forget the loss scale of fp16",
+        "attachment.py",
+        (("if grad_scale is not None:", "if False:"),),
+    ),
+    Fault(
+        "average although the loss is per token",
+        "attachment.py",
+        (
+            (
+                "microbatch.token_weights is None and not self._model_config.calculate_per_token_loss",
+                "microbatch.token_weights is None",
+            ),
+        ),
+    ),
+    Fault(
+        "take another rank's part of the mask",
+        "attachment.py",
+        (("x.chunk(size)[rank]", "x.chunk(size)[0]"),),
+    ),
+    Fault(
+        "regularize masked tokens too",
+        "attachment.py",
+        (
+            (
+                "return self._coefficient, factor, microbatch.token_weights",
+                "return self._coefficient, factor, None",
+            ),
+        ),
+    ),
+    Fault(
+        "leave the layer's input out of the gradient",
+        "penalty.py",
+        (("if ctx.needs_input_grad[0]:", "if False:"),),
+    ),
+    Fault(
+        "drop the input's gradient of a recomputed last layer after the norm",
+        "penalty.py",
+        (("return carried\n", "return carrier\n"),),
+    ),
+    Fault(
+        "pair a hybrid model's sub-layers one off",
+        "residual_stream.py",
+        (("mlp.layer_number // 2, attention, mlp", "mlp.layer_number // 2, mlp, mlp"),),
+    ),
+    Fault(
+        "log what one rank saw",
+        "metrics.py",
+        (("dist.all_reduce(total, group=group)", "pass"),),
+    ),
+    Fault(
+        "count a micro-batch instead of its tokens",
+        "metrics.py",
+        (("psi.numel() if mask is None", "1 if mask is None"),),
+    ),
+]
+
+
+def first_failure(fault: Fault, folder: Path) -> str | None:
+    """The first test that fails with the fault in the package, or None if all pass."""
+    package = folder / "jreg_megatron"
+    shutil.copytree(ROOT / "jreg_megatron", package, ignore=shutil.ignore_patterns("__pycache__"))
+    file = package / fault.file
+    text = file.read_text()
+    for old, new in fault.changes:
+        assert text.count(old) == 1, f"{fault.name}: {fault.file} holds {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    file.write_text(text)
+    # -P: not the working folder, which holds the package without the fault.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *TESTS,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    assert run.returncode == 1 and found, run.stdout[-3000:] + run.stderr[-3000:]
+    return found[1]
+
+
+def main() -> int:
+    """Try the faults whose name holds the words of the command line, or all."""
+    words = " ".join(sys.argv[1:])
+    faults = [fault for fault in FAULTS if words in fault.name]
+    missed = 0
+    for fault in faults:
+        with tempfile.TemporaryDirectory() as folder:
+            caught_by = first_failure(fault, Path(folder))
+        missed += caught_by is None
+        print(f"{fault.name}\n    {'caught by ' + caught_by if caught_by else 'NOT CAUGHT'}", flush=True)
+    print(f"{len(faults)} faults: {len(faults) - missed} caught, {missed} not")
+    return 1 if missed or not faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What counts as a layer, and which models are refused by name before anything runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from jreg_megatron import UserError
+from jreg_megatron.residual_stream import last_stage_has_a_layer, num_layers, residual_layers
+
+
+class HybridModel(nn.Module):
+    """As much of Megatron's as is looked at: a stage's sub-layers, which know their number."""
+
+    def __init__(self, pattern: str, first: int, count: int, **settings: Any) -> None:
+        super().__init__()
+        self.hybrid_layer_pattern = pattern
+        self.config = SimpleNamespace(
+            **{
+                "num_layers": sum(pattern.partition("/")[0].count(kind) for kind in "*-EM"),
+                "num_layers_in_first_pipeline_stage": None,
+                "num_layers_in_last_pipeline_stage": None,
+                "pipeline_model_parallel_size": 1,
+                "recompute_granularity": None,
+                "recompute_method": None,
+                "recompute_num_layers": None,
+            }
+            | settings
+        )
+        self.decoder = SimpleNamespace(layers=[self._layer(first + i) for i in range(count)])
+
+    @staticmethod
+    def _layer(number: int) -> Any:
+        return SimpleNamespace(layer_number=number, self_attn_bda=None, mlp_bda=None)
+
+
+def test_a_layer_of_a_hybrid_model_is_attention_with_the_mlp_behind_it_numbered_over_all_stages() -> None:
+    second_stage = HybridModel("*-*-|*-*E/*-/*-", first=5, count=4)
+    layers = residual_layers(second_stage)
+    assert num_layers(second_stage) == 4
+    assert [layer.number for layer in layers] == [3, 4]
+    assert [(layer.first.layer_number, layer.last.layer_number) for layer in layers] == [(5, 6), (7, 8)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ("M-*-", {}),
+        ("**--", {}),
+        ("*-*", {}),
+        ("*-*|-*-", {"pipeline_model_parallel_size": 2}),
+        ("*-*-*-", {"pipeline_model_parallel_size": 2}),  # three sub-layers each
+        ("*-*-*-", {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}),
+    ],
+)
+def test_a_hybrid_pattern_that_is_not_whole_pairs_on_every_stage_is_refused(
+    pattern: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        residual_layers(HybridModel(pattern, 1, 2, **settings))
+    assert f"hybrid layer pattern {pattern};" in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "count"), [("block", 2), ("uniform", 1), ("uniform", 3)])
+def test_full_recompute_that_parts_attention_from_mlp_is_refused(method: str, count: int) -> None:
+    settings = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
+    with pytest.raises(UserError, match=f"--recompute-method {method} with --recompute-num-layers {count}"):
+        residual_layers(HybridModel("*-*-", 1, 4, **settings))
+    settings |= {"recompute_method": "uniform", "recompute_num_layers": 2}
+    assert len(residual_layers(HybridModel("*-*-", 1, 4, **settings))) == 2
+
+
+def test_a_hybrid_model_whose_last_stage_is_empty_is_known() -> None:
+    assert last_stage_has_a_layer(HybridModel("*-|*-", 1, 2))
+    assert not last_stage_has_a_layer(HybridModel("*-*-|", 1, 4))
+
+
+def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:
+    class Derived(HybridModel):
+        pass
+
+    assert residual_layers(Derived("*-", 1, 2))
+
+    class Vision(nn.Module):
+        decoder = SimpleNamespace(layers=[])
+
+    with pytest.raises(UserError, match="does not support a Vision; it must be a Megatron-Core GPTModel"):
+        residual_layers(Vision())

@@ -1,0 +1,102 @@
+"""The self-test that users run on their own machines: what it tries, what it says, how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from harness import run_ranks
+
+from jreg_megatron.selftest.layouts import layouts_for
+
+ENTRY = "jreg_megatron.selftest.__main__:main"
+
+
+def run(ranks: int, *argv: str, entry: str = ENTRY) -> tuple[int, str]:
+    """Status and report of the self-test on that many ranks."""
+    finished = run_ranks(argv, ranks, entry=entry, check=False, timeout=200)
+    return max(finished.status), finished.output[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_layout_passes_on(ranks: int) -> None:
+    _, report = run(ranks)
+    names = [layout.name for layout in layouts_for(ranks)]
+    assert [row for row in report.splitlines() if row.endswith(("PASS", "FAIL"))] == [
+        row for name in names for row in report.splitlines() if row.startswith(name + "  ")
+    ]
+    assert f"{len(names)} layouts: {len(names)} passed, 0 failed" in report
+    assert "TransformerLayer.self_attn_bda to TransformerLayer.mlp_bda" in report
+    assert re.search(r"^jreg_megatron \S+, Megatron-Core 0\.\S+, torch \S+", report, re.MULTILINE)
+
+
+def with_half_the_gradient(argv: list[str]) -> int:
+    from jreg_megatron import penalty
+    from jreg_megatron.selftest.__main__ import main
+
+    node = penalty._AddDisplacementGradient
+    backward = node.backward
+
+    def half(ctx: Any, *gradients: Any) -> Any:
+        ctx.factor /= 2
+        return backward(ctx, *gradients)
+
+    node.backward = staticmethod(half)
+    return main(argv)
+
+
+def broken_on_one_rank(argv: list[str]) -> int:
+    from jreg_megatron.selftest import step
+    from jreg_megatron.selftest.__main__ import main
+
+    build = step._build_chunk
+
+    def build_chunk(*args: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("the second rank cannot build a model")
+        return build(*args)
+
+    step._build_chunk = build_chunk
+    return main(argv)
+
+
+def test_a_wrong_gradient_fails_every_layout_and_the_report_names_the_worst_parameter() -> None:
+    _, report = run(2, "--tp", "2", entry="test_selftest:with_half_the_gradient")
+    assert "PASS" not in report
+    assert re.search(r"^TP2, SP.*: gradient differ; worst: \S+weight.* \(rank 0\)$", report, re.MULTILINE)
+    assert re.search(r"^\d+ layouts: 0 passed, \d+ failed$", report, re.MULTILINE)
+
+
+def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
+    argv = ["--pp", "2", "--precision", "bf16", "--timeout", "3"]
+    _, report = run(2, *argv, entry="test_selftest:broken_on_one_rank")
+    assert "RuntimeError: the second rank cannot build a model (rank 1)" in report
+    assert re.search(r"^\d+ layouts: 0 passed, 1 failed, \d+ not run$", report, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--pp", "0"], "--pp is 0; it must be >= 1"),
+        (["--timeout", "nan"], "--timeout is nan; it must be"),
+        (["--tp", "8"], "cannot be cut over 2 ranks with --tp 8"),
+        (["--transformer-impl", "transformer_engine"], "add --precision bf16"),
+        (["--nproc", "2"], "--nproc is for a run without torchrun"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv: list[str], says: str) -> None:
+    status, report = run(2, *argv)
+    assert status == 2
+    assert says in report and "Traceback" not in report
+
+
+def test_the_exit_status_tells_and_one_command_starts_all_ranks() -> None:
+    command = [sys.executable, "-m", "jreg_megatron.selftest", "--nproc", "2", "--tp", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert " 0 failed" in finished.stdout
+    assert "Warning" not in finished.stderr
