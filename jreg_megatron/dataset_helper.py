@@ -1,8 +1,8 @@
-"""Let Megatron start from its wheel, where its C++ dataset helper is built already."""
+"""Let Megatron start where its C++ dataset helper is built already, as in its wheel."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib.util
 
 
 def use_built_helper() -> None:
@@ -13,5 +13,5 @@ def use_built_helper() -> None:
     """
     from megatron.core.datasets import utils
 
-    if not Path(utils.__file__).with_name("Makefile").exists():
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         utils.compile_helpers = lambda: None

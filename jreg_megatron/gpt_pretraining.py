@@ -28,6 +28,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor, nn
 
 from jreg_megatron.errors import UserError
+from jreg_megatron.training_loop import GIVES_LOSS_MASK
 
 _OTHER_TASKS = {
     "sft": "--sft",
@@ -113,6 +114,9 @@ def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
         loss_mask=loss_mask,
     )
     return output, partial(_loss, loss_mask)
+
+
+setattr(forward_step, GIVES_LOSS_MASK, True)
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from jreg_megatron.dataset_helper import use_built_helper
 from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.launch import with_a_flag
 from jreg_megatron.settings import JRegConfig
 
 CPU_FLAG = "--cpu"
@@ -28,8 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's arguments; returns the parser."""
-    JRegConfig.add_arguments(parser)
+    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and JREG's flags; returns the parser."""
     group = parser.add_argument_group("jreg_megatron.pretrain")
     group.add_argument(
         CPU_FLAG,
@@ -77,7 +77,7 @@ def _run(argv: list[str], started: float) -> None:
         argv = cpu.with_cpu_flags(argv)
     _require_training_loop()
     # Megatron reads its arguments from here.
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *with_a_flag(argv)]
 
     from megatron.core.enums import ModelType
     from megatron.training import (
@@ -85,15 +85,14 @@ def _run(argv: list[str], started: float) -> None:
         get_tensorboard_writer,
         pretrain,
         set_startup_timestamps,
-        training,
     )
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from jreg_megatron import gpt_pretraining, preflight
+    from jreg_megatron import gpt_pretraining, preflight, training_loop
     from jreg_megatron.support import refuse_unsupported
-    from jreg_megatron.training_loop import JRegInTrainingLoop
 
     use_built_helper()
+    training_loop.install()
     asked = arguments.parse_args(add_arguments)
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
@@ -109,9 +108,6 @@ def _run(argv: list[str], started: float) -> None:
         raise UserError(f"Megatron refuses the arguments: {said}") from error
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    loop = JRegInTrainingLoop(config)
-    loop.install(training)
-    model_config.post_wrap_hooks.append(loop.attach_to)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_pretraining.datasets,

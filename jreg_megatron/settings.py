@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,9 +21,12 @@ FINAL_STATES = ("pre_norm", "post_norm")
 TOKENS = ("all", "unmasked")
 
 
+FLAG_PREFIX = "--jreg-"
+
+
 def flag_of(name: str) -> str:
     """The command-line flag of a setting: ``measure_interval`` -> ``--jreg-measure-interval``."""
-    return "--jreg-" + name.replace("_", "-")
+    return FLAG_PREFIX + name.replace("_", "-")
 
 
 def _weights_from_text(text: str) -> str | tuple[float, ...]:
@@ -168,30 +172,56 @@ class JRegConfig:
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-                raise UserError(f"unknown JREG setting '{name}'; {fix}")
+                raise UserError(f"unknown JREG setting '{name}'; {_nearest(name, known)}")
         return cls(**settings)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add one ``--jreg-...`` flag per setting, in a group of their own; returns the parser."""
+        """Add one ``--jreg-...`` flag per setting, in a group of their own; returns the parser.
+
+        A flag that is not given leaves nothing in the namespace, so a job without JREG does not know of it.
+        """
         group = parser.add_argument_group(
             "JREG, the jump-suppressing regularizer",
             "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)",
         )
         for f in fields(cls):
             if f.metadata["parse"] is bool:
-                group.add_argument(flag_of(f.name), action="store_true", help=f.metadata["help"])
+                group.add_argument(
+                    flag_of(f.name), action="store_true", default=SUPPRESS, help=f.metadata["help"]
+                )
                 continue
             group.add_argument(
                 flag_of(f.name),
                 type=f.metadata["parse"],
-                default=f.default,
+                default=SUPPRESS,
                 metavar=f.metadata["metavar"],
                 help=f"{f.metadata['help']} Default: {_default_text(f)}.",
             )
         return parser
+
+    @classmethod
+    def check_flags(cls, argv: list[str]) -> None:
+        """Check the ``--jreg-...`` flags among a command line's words, before anything else is parsed.
+
+        Raises:
+            UserError: for an unknown flag, with the nearest known one, or a value that is not allowed.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+
+        def refuse(message: str) -> NoReturn:
+            raise UserError(message)
+
+        parser.error = refuse  # type: ignore[method-assign]
+        namespace, rest = cls.add_arguments(parser).parse_known_args(argv)
+        for flag in (word.partition("=")[0] for word in rest if word.startswith(FLAG_PREFIX)):
+            raise UserError(f"unknown flag {flag}; {_nearest(flag, [flag_of(f.name) for f in fields(cls)])}")
+        cls.from_args(namespace)
+
+    @classmethod
+    def is_in(cls, args: argparse.Namespace) -> bool:
+        """Whether any of the flags was given."""
+        return any(hasattr(args, f"jreg_{f.name}") for f in fields(cls))
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> JRegConfig:
@@ -200,7 +230,13 @@ class JRegConfig:
         Raises:
             UserError: for a value that is not allowed.
         """
-        return cls(**{f.name: getattr(args, f"jreg_{f.name}") for f in fields(cls)})
+        names = {f.name: f"jreg_{f.name}" for f in fields(cls)}
+        return cls(**{name: getattr(args, key) for name, key in names.items() if hasattr(args, key)})
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _default_text(f: Field[Any]) -> str:

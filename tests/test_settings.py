@@ -92,7 +92,7 @@ def test_a_start_after_the_stop_names_both() -> None:
 
 
 def test_a_misspelt_name_in_yaml_gets_the_nearest_one() -> None:
-    with pytest.raises(UserError, match="'coef'; did you mean 'coeff'"):
+    with pytest.raises(UserError, match="'coef'; did you mean coeff"):
         JRegConfig.from_mapping({"coef": 0.1})
 
 

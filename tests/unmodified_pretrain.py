@@ -28,3 +28,7 @@ def main(argv: list[str]) -> None:
     )
     if (writer := get_tensorboard_writer()) is not None:
         writer.flush()  # Megatron does so before the last evaluation
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

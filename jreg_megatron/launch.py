@@ -1,0 +1,70 @@
+"""JREG in an existing Megatron job, which stays as it is.
+
+``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 0.1`` runs the script with
+the Megatron that it would find by itself, its parser knowing the ``--jreg-...`` flags, JREG attached to the
+model that it builds, and the values in its log. Without a CUDA device, or with ``--cpu``, it runs on the CPU,
+where ``python -m jreg_megatron.launch --nproc N SCRIPT.py ARGS...`` starts the ranks faster than torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+import torch
+
+from jreg_megatron import script
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.settings import FLAG_PREFIX, JRegConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script that ``argv`` names, by default the process's own, with JREG in its training loop."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jreg_megatron.launch",
+        description="Run a Megatron training script with JREG in it. The --jreg flags stand among the "
+        "script's ARGS; without any, displacement is only measured.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU; the default without CUDA")
+    options = JRegConfig.add_arguments(script.add_arguments(parser)).parse_args(argv)
+    with user_errors_exit():
+        if JRegConfig.is_in(options):
+            raise UserError(
+                "a --jreg flag stands before the script; put it behind, among the script's arguments"
+            )
+        options.arguments = with_a_flag(options.arguments)
+        JRegConfig.check_flags(options.arguments)
+        script.run(options, options.cpu or not torch.cuda.is_available(), _make_ready)
+        _refuse_to_end_unattached()
+
+
+def with_a_flag(argv: list[str]) -> list[str]:
+    """``argv``, with ``--jreg-coeff 0`` behind it if it has none of JREG's flags: then JREG measures."""
+    is_asked = any(word.startswith(FLAG_PREFIX) for word in argv)
+    return argv if is_asked else [*argv, f"{FLAG_PREFIX}coeff", "0"]
+
+
+def _make_ready() -> None:
+    from jreg_megatron import training_loop
+
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.training") is None:
+        raise UserError(
+            "there is no megatron.training beside the script or on Python's path; run the script of a "
+            "Megatron-LM tree, put the tree on PYTHONPATH, or install megatron-core 0.19 or later"
+        )
+    training_loop.install()
+
+
+def _refuse_to_end_unattached() -> None:
+    from jreg_megatron import training_loop
+
+    if not training_loop.is_attached():
+        raise UserError(
+            "the script has ended and JREG was never attached: it built no model by "
+            "megatron.training.training.setup_model_and_optimizer; use jreg_megatron.attach in its code"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Run a Megatron script of the user's as ``python SCRIPT.py ARGS`` would, on GPUs or on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jreg_megatron.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what names the script, and with ``--nproc`` the ranks to run it on; returns the parser."""
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="on a CPU: ranks to fork; without it, one rank of torchrun's"
+    )
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="a Megatron script, such as pretrain_gpt.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    return parser
+
+
+def run(options: argparse.Namespace, on_cpu: bool, make_ready: Callable[[], None] | None = None) -> None:
+    """Run the script in this process, or with ``--nproc`` in processes forked from it.
+
+    Args:
+        options: what a parser with :func:`add_arguments` made of the command line.
+        on_cpu: redirect CUDA to the CPU, and give the script the flags that this needs.
+        make_ready: called when the script's Megatron can be imported, before the script starts.
+
+    Raises:
+        UserError: if there is no such script, or an option does not fit the others.
+        SystemExit: with the script's status.
+    """
+    from jreg_megatron import cpu
+
+    script, arguments = options.script, options.arguments
+    if not options.is_module and not os.path.isfile(script):
+        raise UserError(f"script {script} not found; give the path of a Megatron script")
+    if options.nproc is not None:
+        if "RANK" in os.environ:
+            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+        if not on_cpu:
+            raise UserError("--nproc is for CPU mode; start GPU ranks with torchrun")
+        if options.nproc < 1:
+            raise UserError(f"--nproc is {options.nproc}; it must be >= 1")
+    if on_cpu:
+        if os.environ.get("RANK", "0") == "0":
+            print(cpu.announcement(arguments), flush=True)
+        arguments = cpu.with_cpu_flags(arguments)
+    sys.argv = [script, *arguments]
+    if not options.is_module:
+        _take_modules_from(Path(script).resolve().parent)
+    # Only now: a script in a Megatron tree gets that tree.
+    if on_cpu:
+        cpu.enable()
+    if make_ready is not None:
+        make_ready()
+
+    def work() -> None:
+        if options.is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
+
+    if options.nproc is None:
+        work()
+    else:
+        from jreg_megatron.cpu.launch import fork_ranks
+
+        sys.exit(fork_ranks(options.nproc, work))
+
+
+def _take_modules_from(folder: Path) -> None:
+    """Put the script's folder first on the path, for which ``python -m`` has put the working directory."""
+    if not sys.flags.safe_path and sys.path[:1] in ([os.getcwd()], [""]):
+        del sys.path[0]
+    sys.path.insert(0, str(folder))

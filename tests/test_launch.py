@@ -1,0 +1,215 @@
+"""``jreg_megatron.launch`` puts JREG into a script that knows nothing of it, or says why it cannot."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from harness import Finished, read_scalars, run_ranks
+
+SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
+LAUNCH = "jreg_megatron.launch:main"
+RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
+CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+
+
+def launch(*argv: object, world_size: int = 1, check: bool = True, timeout: float = 120) -> Finished:
+    return run_ranks(argv, world_size, entry=LAUNCH, check=check, timeout=timeout)
+
+
+def refusal(run: Finished) -> str:
+    """The one line by which every rank ends."""
+    lines = []
+    for output in run.output:
+        assert "Traceback" not in output, output
+        lines += [line for line in output.splitlines() if line.startswith("jreg_megatron: error: ")]
+    assert set(run.status) == {2} and len(lines) == len(run.status) and len(set(lines)) == 1, run
+    return lines[0]
+
+
+def test_a_launched_script_gives_the_same_values_as_jreg_megatron_pretrain(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *CUT, "--train-iters", 3, "--eval-interval", 3, "--eval-iters", 1]
+    argv += ["--jreg-coeff", 0.5, "--jreg-alpha", 0.5, "--jreg-log-per-layer", "--tensorboard-dir"]
+    run = launch(SCRIPT, *argv, tmp_path / "launched", world_size=4)
+    run_ranks([*argv, tmp_path / "ours"], 4)
+    launched, ours = read_scalars(tmp_path / "launched"), read_scalars(tmp_path / "ours")
+    for tag in (
+        *("lm loss", "grad-norm", "jreg loss", "jump rate", "jreg/displacement_layer_04"),
+        *("jreg loss validation", "jump rate validation"),
+    ):
+        assert launched[tag] == ours[tag] and len(launched[tag]) > 0, tag
+    assert "JREG attached: lambda 0.5" in run.output[0]
+    assert re.search(r"iteration +3/.*\| jreg loss: \S+ \|", run.output[-1])
+
+
+def test_with_coeff_zero_or_no_flag_the_script_is_bit_identical_to_itself(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *CUT, "--train-iters", 3, "--eval-interval", 2, "--eval-iters", 1, "--bf16"]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "own"], 4, entry="unmodified_pretrain:main")
+    launch(SCRIPT, *argv, "--tensorboard-dir", tmp_path / "zero", "--jreg-coeff", 0, world_size=4)
+    launch(SCRIPT, *argv, "--tensorboard-dir", tmp_path / "none", world_size=4)
+    own = read_scalars(tmp_path / "own")
+    assert "jreg loss" not in own
+    for name in ("zero", "none"):
+        values = read_scalars(tmp_path / name)
+        for tag in ("lm loss", "grad-norm", "lm loss validation"):
+            assert values[tag] == own[tag] and len(own[tag]) > 0, tag
+        assert len(values["jreg loss"]) == 3
+
+
+MISTAKES = {
+    "a value that is not allowed": (("--jreg-coeff", -1), r"--jreg-coeff .* is -1.0; it must be"),
+    "text for a number": (("--jreg-coeff", "high"), "argument --jreg-coeff: invalid float value: 'high'"),
+    "an unknown flag": (("--jreg-coef", 1), "unknown flag --jreg-coef; did you mean --jreg-coeff?"),
+    "what JREG does not support": (
+        ("--jreg-coeff", 1, *RECOMPUTE, "--distribute-saved-activations", *CUT[:2]),
+        "JREG does not support distribute_saved_activations yet",
+    ),
+    "weights for another depth": (("--jreg-weights", "0,0,1"), r"--jreg-weights .* 4 numbers.* not 3"),
+    "a loss mask that the script has on one stage only": (
+        ("--jreg-tokens", "unmasked", "--pipeline-model-parallel-size", 2),
+        "the script gives its model the loss mask on the last pipeline stage only",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_every_rank_with_one_line(mistake: str, toy_arguments: list[str]) -> None:
+    flags, expected = MISTAKES[mistake]
+    script = LOSS_MASK_ON_LAST_STAGE if "loss mask" in mistake else SCRIPT
+    run = launch(script, *toy_arguments, "--train-iters", 2, *flags, world_size=2, check=False)
+    assert re.search(expected, refusal(run)), refusal(run)
+
+
+def test_a_flag_before_the_script_is_told_where_it_belongs() -> None:
+    line = refusal(launch("--jreg-coeff", 1, SCRIPT, check=False))
+    assert "put it behind" in line
+
+
+def test_a_script_that_is_not_there_is_named() -> None:
+    assert "script no/such.py not found" in refusal(launch("no/such.py", check=False))
+
+
+# -- a tree that has drifted -----------------------------------------------------------------------
+
+LOSS_MASK_ON_LAST_STAGE = Path(__file__)
+"""This file is a script too: the unmodified one, but its forward step says nothing of a loss mask."""
+
+HOOKED = {
+    "megatron.training.arguments": ("add_megatron_arguments",),
+    "megatron.training.training": (
+        *("setup_model_and_optimizer", "train", "training_log", "evaluate", "evaluate_and_print_results"),
+    ),
+}
+
+
+def rename_and_launch(argv: list[str]) -> None:
+    """``module:function`` has another name in this tree."""
+    from jreg_megatron import launch
+
+    (target, *rest) = argv
+    module_name, name = target.split(":")
+    module = __import__(module_name, fromlist=["_"])
+    setattr(module, f"{name}_v2", vars(module)[name])
+    delattr(module, name)
+    launch.main(rest)
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in HOOKED.items() for name in names])
+def test_a_tree_that_has_renamed_a_function_is_refused_by_its_name(module: str, name: str) -> None:
+    argv = [f"{module}:{name}", SCRIPT, "--jreg-coeff", 1]
+    run = run_ranks(argv, 2, entry="test_launch:rename_and_launch", check=False)
+    assert f"{module} has no function {name} (" in refusal(run)
+
+
+def change_training_log_and_launch(argv: list[str]) -> None:
+    from megatron.training import training
+
+    from jreg_megatron import launch
+
+    def training_log(losses: Any, iteration: int, skipped_iter: int) -> None: ...
+
+    training.training_log = training_log
+    launch.main(argv)
+
+
+def test_a_tree_whose_function_has_other_arguments_is_refused_by_their_names() -> None:
+    argv = [SCRIPT, "--jreg-coeff", 1]
+    line = refusal(run_ranks(argv, entry="test_launch:change_training_log_and_launch", check=False))
+    assert "training_log has no argument total_loss_dict, is_first_iteration" in line
+    assert "it has losses, iteration, skipped_iter" in line
+
+
+def build_otherwise_and_launch(argv: list[str]) -> None:
+    """This tree's ``pretrain`` builds its model by a function of its own."""
+    from megatron.training import training
+
+    from jreg_megatron import launch
+
+    own = training.setup_model_and_optimizer
+    source = training.pretrain.__globals__
+
+    def pretrain(*args: Any, **named: Any) -> None:
+        decorated, source["setup_model_and_optimizer"] = source["setup_model_and_optimizer"], own
+        training_pretrain(*args, **named)
+        source["setup_model_and_optimizer"] = decorated
+
+    training_pretrain = training.pretrain
+    training.pretrain = sys.modules["megatron.training"].pretrain = pretrain
+    launch.main(argv)
+
+
+def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_arguments: list[str]) -> None:
+    argv = [SCRIPT, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 1]
+    run = run_ranks(argv, 2, entry="test_launch:build_otherwise_and_launch", check=False)
+    assert "JREG was not attached to the model that Megatron built" in refusal(run)
+    assert not re.search(r"iteration +1/", run.output[-1])
+
+
+def test_a_script_that_trains_nothing_does_not_end_as_if_it_had(tmp_path: Path) -> None:
+    script = tmp_path / "idle.py"
+    script.write_text("print('idle')\n")
+    assert "the script has ended and JREG was never attached" in refusal(launch(script, check=False))
+
+
+# -- how it is installed ---------------------------------------------------------------------------
+
+
+def install_beside_copies(_: list[str]) -> None:
+    from megatron.training import training
+
+    from jreg_megatron import training_loop
+
+    originals = {name: getattr(training, name) for name in HOOKED["megatron.training.training"]}
+    importer = sys.modules["megatron.fork"] = ModuleType("megatron.fork")
+    importer.evaluate = training.evaluate
+    importer.train = lambda: None  # another function of the same name
+    another = importer.train
+    training_loop.install()
+    for name, original in originals.items():
+        assert getattr(training, name).__wrapped__ is original, name
+    assert importer.evaluate is training.evaluate
+    assert importer.train is another
+    once = training.evaluate
+    training_loop.install()
+    assert training.evaluate is once, "decorated twice"
+
+
+def test_copies_of_a_function_are_rebound_and_the_original_is_kept() -> None:
+    run_ranks([], entry="test_launch:install_beside_copies")
+
+
+if __name__ == "__main__":
+    from jreg_megatron import gpt_pretraining
+    from jreg_megatron.training_loop import GIVES_LOSS_MASK
+
+    delattr(gpt_pretraining.forward_step, GIVES_LOSS_MASK)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
