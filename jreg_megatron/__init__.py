@@ -8,6 +8,7 @@ imports Megatron.
 from jreg_megatron.attachment import JRegHandle, attach
 from jreg_megatron.errors import UserError
 from jreg_megatron.formulas import displacement, jump_rate, layer_weights
+from jreg_megatron.metrics import JRegMetrics
 from jreg_megatron.settings import JRegConfig
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JRegConfig",
     "JRegHandle",
+    "JRegMetrics",
     "UserError",
     "attach",
     "displacement",

@@ -155,6 +155,11 @@ def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
     pattern = _hybrid_pattern(chunk)
     if pattern is not None:
         _refuse_unpaired(pattern, chunk.config)
+    elif not any(kind.__name__ == "GPTModel" for kind in type(chunk).__mro__):
+        raise UserError(
+            f"JREG does not support a {type(chunk).__name__} without a hybrid layer pattern; give one, such "
+            "as --hybrid-override-pattern '*-*-*-*-'"
+        )
     for module in modules:
         missing = [part for part in LAYER_PARTS if not hasattr(module, part)]
         if missing:

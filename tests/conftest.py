@@ -16,17 +16,22 @@ ITERATIONS, BATCH, MICRO_BATCH, LENGTH, VOCABULARY = 10, 8, 2, 32, 256
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a Megatron dataset of 20,000 random tokens below 255 in documents of 100, 255 ending each."""
+    """Prefix of the toy dataset."""
+    prefix = tmp_path_factory.mktemp("data") / "toy"
+    write_toy_data(prefix)
+    return prefix
+
+
+def write_toy_data(prefix: Path) -> None:
+    """A Megatron dataset of 20,000 random tokens below 255 in documents of 100, 255 ending each."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix = tmp_path_factory.mktemp("data") / "toy"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, size=(200, 100))
     tokens[:, -1] = VOCABULARY - 1
     for document in tokens:
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 @pytest.fixture(scope="session")

@@ -264,6 +264,15 @@ def test_the_cpu_flags_come_last_and_once() -> None:
     assert with_cpu_flags(argv) == argv
 
 
+def test_a_hybrid_models_spec_is_exchanged_for_one_without_transformer_engine() -> None:
+    theirs = ["--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", "--lr", "1"]
+    local = ("--spec", "jreg_megatron.cpu.hybrid", "stack_spec")
+    assert with_cpu_flags(theirs) == [*theirs, *local, *FLAGS]
+    assert "--spec" in announcement(theirs)
+    own = ["--spec", "my.specs", "stack_spec"]
+    assert with_cpu_flags(own) == [*own, *FLAGS]
+
+
 def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
     argv = [
         "--fp8-format",

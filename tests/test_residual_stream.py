@@ -78,6 +78,14 @@ def test_a_hybrid_model_whose_last_stage_is_empty_is_known() -> None:
     assert not last_stage_has_a_layer(HybridModel("*-*-|", 1, 4))
 
 
+def test_a_hybrid_model_without_a_pattern_is_refused() -> None:
+    # Before 0.17 Megatron can deal out sub-layers by their ratios alone.
+    model = HybridModel("*-", 1, 2)
+    model.hybrid_layer_pattern = None
+    with pytest.raises(UserError, match="HybridModel without a hybrid layer pattern"):
+        residual_layers(model)
+
+
 def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:
     class Derived(HybridModel):
         pass

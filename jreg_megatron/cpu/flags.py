@@ -62,6 +62,13 @@ _IGNORED: dict[str, int] = {
 They have no counterpart that argparse would let win, so they leave the command line.
 """
 
+_SPECS = (
+    ("megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"),
+    ("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
+)
+"""The specs of hybrid models that need Transformer Engine; see ``hybrid.py``."""
+_LOCAL_SPEC = ("--spec", "jreg_megatron.cpu.hybrid", "stack_spec")
+
 _REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "use --use-distributed-optimizer",
     "--use-torch-fsdp2": "use --use-distributed-optimizer",
@@ -112,7 +119,11 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
             raise UserError(f"{flag} does not run on a CPU, and this is CPU mode; {instead}")
     if tuple(argv[-len(FLAGS) :]) == FLAGS:
         return argv
-    return [*_split(argv)[0], *FLAGS]
+    return [*_split(argv)[0], *(_LOCAL_SPEC if _names_a_spec(argv) else ()), *FLAGS]
+
+
+def _names_a_spec(argv: list[str]) -> bool:
+    return any(("--spec", *spec) == tuple(argv[i : i + 3]) for spec in _SPECS for i in range(len(argv)))
 
 
 def announcement(argv: list[str]) -> str:
@@ -122,6 +133,8 @@ def announcement(argv: list[str]) -> str:
         asked = None if value.startswith("--") else _value(argv, flag)
         if asked not in (None, value) and flag != "--num-workers":
             ignored.append(f"{flag} {asked}")
+    if _names_a_spec(argv):
+        ignored.append("--spec")
     line = (
         "CPU mode: no CUDA device here, so gloo and torch-only layers replace NCCL, "
         "Transformer Engine and fused kernels"

@@ -221,11 +221,13 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
         "vp_stage": chunk,
     }
     if layout.model == "hybrid":
-        from jreg_megatron.selftest import hybrid
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        from jreg_megatron.cpu.hybrid import stack_spec
 
         sizes = UNEVEN if layout.split == "uneven" else [NUM_LAYERS // layout.stages] * layout.stages
-        pattern = "|".join(hybrid.PAIR * size for size in sizes)
-        return hybrid.build_chunk(config, pattern, **options)
+        pattern = "|".join("*-" * size for size in sizes)
+        return HybridModel(config, stack_spec, hybrid_layer_pattern=pattern, **options)
     experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     te = transformer_impl == "transformer_engine"
     if te:

@@ -1,0 +1,94 @@
+"""A hybrid model's stack of sub-layers without Transformer Engine: attention and MLP.
+
+Megatron has its specs for Transformer Engine only. ``--spec jreg_megatron.cpu.hybrid stack_spec`` is the same
+in torch, for Megatron-Core 0.16 to the newest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models import backends
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from jreg_megatron.errors import UserError, user_errors_exit
+
+stack: Any
+submodules: Any
+try:
+    from megatron.core.models.hybrid import hybrid_block
+
+    stack, submodules = hybrid_block.HybridStack, hybrid_block.HybridStackSubmodules
+except ImportError:  # before 0.18
+    from megatron.core.ssm import mamba_block
+
+    stack, submodules = mamba_block.MambaStack, mamba_block.MambaStackSubmodules
+
+
+class LocalStack(stack):  # type: ignore[misc]
+    """Megatron's stack, whose final norm is otherwise Transformer Engine's whatever the spec says."""
+
+    def __init__(self, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **{**kwargs, "post_layer_norm": False})
+        with user_errors_exit():
+            if any(isinstance(layer, IdentityOp) for layer in self.layers):
+                raise UserError(
+                    "CPU mode runs hybrid models of attention ('*') and MLP ('-') only; leave other "
+                    "sub-layers out of the hybrid layer pattern"
+                )
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = WrappedTorchNorm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+
+def _mlp() -> Any:
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=parts)
+    return ModuleSpec(module=MLP, submodules=parts)  # before 0.18
+
+
+stack_spec = ModuleSpec(
+    module=LocalStack,
+    submodules=submodules(
+        attention_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=WrappedTorchNorm,
+                self_attention=ModuleSpec(
+                    module=SelfAttention,
+                    params={"attn_mask_type": AttnMaskType.causal},
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=ColumnParallelLinear,
+                        core_attention=backends.LocalSpecProvider().core_attention(),
+                        linear_proj=RowParallelLinear,
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+            ),
+        ),
+        mlp_layer=ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=_mlp(),
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            ),
+        ),
+    ),
+)
+"""Takes the names of weights that Transformer Engine's spec gives them, so checkpoints fit both."""

@@ -1,0 +1,120 @@
+"""``patches/apply.sh`` puts JREG into a Megatron tree and takes it out again, or changes nothing.
+
+No Megatron-LM tree is at hand here, but the wheel holds the two files that are patched. The trees themselves
+are tried by ``ways_in.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import megatron.core
+import pytest
+from harness import read_scalars, run_ranks
+
+PATCHES = Path(__file__).parents[1] / "patches"
+SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
+PATCHED = ("megatron/training/arguments.py", "megatron/training/training.py")
+WHEEL = Path(megatron.core.__file__).parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree that can be imported: the wheel's Megatron, its ``training`` a copy."""
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "core").symlink_to(WHEEL / "megatron" / "core")
+    shutil.copytree(WHEEL / "megatron" / "training", tmp_path / "megatron" / "training")
+    return tmp_path
+
+
+def apply(*argv: object, status: int = 0) -> str:
+    command = [PATCHES / "apply.sh", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done
+    return done.stdout + done.stderr
+
+
+def contents(tree: Path) -> list[bytes]:
+    return [(tree / name).read_bytes() for name in PATCHED]
+
+
+def test_a_patched_tree_is_reverted_to_what_it_was(tree: Path) -> None:
+    before = contents(tree)
+    assert "fits" in apply("--check", tree)
+    assert contents(tree) == before
+    assert "Applied megatron-lm/core_v0.19" in apply(tree)
+    patched = contents(tree)
+    assert patched != before
+    assert "already" in apply(tree)
+    assert contents(tree) == patched
+    assert "Reverted" in apply("--revert", tree)
+    assert contents(tree) == before
+    assert "nothing to revert" in apply("--revert", tree, status=2)
+
+
+def test_a_tree_inside_another_repository_is_patched_all_the_same(tree: Path) -> None:
+    vendored = tree / "third_party" / "megatron-lm"
+    vendored.mkdir(parents=True)
+    (tree / "megatron").rename(vendored / "megatron")
+    subprocess.run(["git", "init", "--quiet", tree], check=True)
+    before = contents(vendored)
+    apply(vendored)
+    assert contents(vendored) != before
+
+
+def test_a_tree_that_the_patch_does_not_fit_stays_as_it_is(tree: Path) -> None:
+    training = tree / PATCHED[1]
+    training.write_text(training.read_text().replace("def training_log(", "def log_training("))
+    before = contents(tree)
+    said = apply(tree, status=2)
+    assert "does not fit" in said and "nothing was changed" in said
+    assert contents(tree) == before
+
+
+def test_what_is_no_megatron_tree_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path} is no Megatron-LM tree" in apply(tmp_path, status=2)
+
+
+def test_every_patch_adds_the_same_eight_lines() -> None:
+    added = []
+    for patch in sorted(PATCHES.glob("megatron-lm/*/jreg.patch")):
+        lines = patch.read_text().splitlines()
+        assert not any(re.match(r"-(?!--)", line) for line in lines), f"{patch} removes a line"
+        added.append([line for line in lines if re.match(r"\+[^+]", line)])
+    assert len(added) >= 5
+    assert all(len(lines) == 8 and lines == added[0] for lines in added)
+
+
+def run(tree: Path, *argv: object) -> str:
+    command = [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", "2", SCRIPT, *argv]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_patched_tree_trains_as_launched_with_the_flags_and_as_its_own_without(
+    toy_arguments: list[str], tree: Path, tmp_path: Path
+) -> None:
+    apply(tree)
+    argv = [*toy_arguments, "--pipeline-model-parallel-size", 2, "--train-iters", 3]
+    argv += ["--eval-interval", 3, "--eval-iters", 1]
+    jreg = ("--jreg-coeff", 0.5, "--jreg-alpha", 0.5)
+    board = "--tensorboard-dir"
+    assert "JREG attached" in run(tree, *argv, *jreg, board, tmp_path / "patched")
+    run_ranks([SCRIPT, *argv, *jreg, board, tmp_path / "launched"], 2, entry="jreg_megatron.launch:main")
+    assert "JREG" not in run(tree, *argv, board, tmp_path / "without")
+    run_ranks([*argv, board, tmp_path / "own"], 2, entry="unmodified_pretrain:main")
+    logs = {name: read_scalars(tmp_path / name) for name in ("patched", "launched", "without", "own")}
+    for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm", "jreg loss validation"):
+        assert logs["patched"][tag] == logs["launched"][tag] and len(logs["patched"][tag]) > 0, tag
+    for tag in ("lm loss", "grad-norm", "lm loss validation"):
+        assert logs["without"][tag] == logs["own"][tag] and len(logs["own"][tag]) > 0, tag
+    assert "jreg loss" not in logs["without"]
