@@ -236,9 +236,9 @@ def attach(
 ) -> JRegHandle:
     """Attach JREG to a built Megatron-Core model. Changes no forward value and no state dict.
 
-    Call it on every rank, on the model or the list of its virtual pipeline chunks, before or after they
-    are wrapped by ``Float16Module`` and DDP. With ``config.coeff == 0`` it only measures. The fp16 loss
-    scale is taken from ``model.config.grad_scale_func``, where Megatron's loop puts it.
+    A collective call, on the model or the list of its virtual pipeline chunks, before or after they are
+    wrapped by ``Float16Module`` and DDP. With ``config.coeff == 0`` it only measures. The fp16 loss scale is
+    taken from ``model.config.grad_scale_func``, where Megatron's loop puts it.
 
     Args:
         model: a ``GPTModel``, or the list of this rank's chunks.
@@ -268,12 +268,31 @@ def attach(
             "the settings depend on the iteration (start, stop, warm-up or measure interval); "
             "give attach(..., iteration=) a function that tells it, 1-based"
         )
+    _refuse_everywhere(lambda: _refuse_model(chunks, config), group)
+    return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
+
+
+def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
     for chunk in chunks:
         residual_layers(chunk)
     refuse_unsupported(chunks[0].config, config)
     if config.final_state == "post_norm" and not last_stage_has_a_layer(chunks[0]):
         raise UserError(NO_LAYER_FOR_POST_NORM)
-    return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
+
+
+def _refuse_everywhere(check: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Make a check that may fail on some ranks only fail on all, so that none waits for the others."""
+    refusal = ""
+    try:
+        check()
+    except UserError as error:
+        refusal = str(error)
+    refusals = [refusal]
+    if dist.is_available() and dist.is_initialized():
+        refusals *= dist.get_world_size(group)
+        dist.all_gather_object(refusals, refusal, group=group)
+    if first := next(filter(None, refusals), ""):
+        raise UserError(first)
 
 
 def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:

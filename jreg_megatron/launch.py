@@ -35,8 +35,13 @@ def main(argv: list[str] | None = None) -> None:
             )
         options.arguments = with_a_flag(options.arguments)
         JRegConfig.check_flags(options.arguments)
-        script.run(options, options.cpu or not torch.cuda.is_available(), _make_ready)
-        _refuse_to_end_unattached()
+        asks_for_help = {"-h", "--help"} & set(options.arguments)
+        script.run(
+            options,
+            on_cpu=options.cpu or not torch.cuda.is_available(),
+            make_ready=_make_ready,
+            check_at_end=(lambda: None) if asks_for_help else _refuse_to_end_unattached,
+        )
 
 
 def with_a_flag(argv: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import UserError, user_errors_exit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -23,13 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, on_cpu: bool, make_ready: Callable[[], None] | None = None) -> None:
+def run(
+    options: argparse.Namespace,
+    on_cpu: bool,
+    make_ready: Callable[[], None] = lambda: None,
+    check_at_end: Callable[[], None] = lambda: None,
+) -> None:
     """Run the script in this process, or with ``--nproc`` in processes forked from it.
 
     Args:
         options: what a parser with :func:`add_arguments` made of the command line.
         on_cpu: redirect CUDA to the CPU, and give the script the flags that this needs.
         make_ready: called when the script's Megatron can be imported, before the script starts.
+        check_at_end: called in every rank where the script has ended well.
 
     Raises:
         UserError: if there is no such script, or an option does not fit the others.
@@ -57,14 +63,20 @@ def run(options: argparse.Namespace, on_cpu: bool, make_ready: Callable[[], None
     # Only now: a script in a Megatron tree gets that tree.
     if on_cpu:
         cpu.enable()
-    if make_ready is not None:
-        make_ready()
+    make_ready()
 
     def work() -> None:
-        if options.is_module:
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(script, run_name="__main__")
+        with user_errors_exit():
+            try:
+                if options.is_module:
+                    runpy.run_module(script, run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(script, run_name="__main__")
+            except SystemExit as end:
+                if not end.code:
+                    check_at_end()
+                raise
+            check_at_end()
 
     if options.nproc is None:
         work()

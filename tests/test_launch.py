@@ -174,10 +174,18 @@ def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_
     assert not re.search(r"iteration +1/", run.output[-1])
 
 
-def test_a_script_that_trains_nothing_does_not_end_as_if_it_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", "import sys; sys.exit()", "raise SystemExit(0)"])
+def test_a_script_that_trains_nothing_does_not_end_as_if_it_had(end: str, tmp_path: Path) -> None:
     script = tmp_path / "idle.py"
-    script.write_text("print('idle')\n")
+    script.write_text(f"print('idle')\n{end}\n")
     assert "the script has ended and JREG was never attached" in refusal(launch(script, check=False))
+
+
+def test_a_scripts_own_failure_keeps_its_status(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text("raise SystemExit(3)\n")
+    run = launch(script, check=False)
+    assert run.status == [3] and "JREG" not in run.output[0]
 
 
 # -- how it is installed ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import run_function
 from torch import nn
 
 from jreg_megatron import UserError
@@ -84,6 +85,22 @@ def test_a_hybrid_model_without_a_pattern_is_refused() -> None:
     model.hybrid_layer_pattern = None
     with pytest.raises(UserError, match="HybridModel without a hybrid layer pattern"):
         residual_layers(model)
+
+
+def attach_where_one_rank_has_another_model() -> str:
+    import torch.distributed as dist
+
+    from jreg_megatron import JRegConfig, attach
+
+    pattern = "*-*-" if dist.get_rank() == 0 else "M-*-"
+    with pytest.raises(UserError) as refusal:
+        attach(HybridModel(pattern, 1, 4), JRegConfig())
+    return str(refusal.value)
+
+
+def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
+    said = run_function(attach_where_one_rank_has_another_model, 2, timeout=60)
+    assert len(set(said)) == 1 and "hybrid layer pattern M-*-" in said[0]
 
 
 def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:
