@@ -14,6 +14,8 @@ ARGS :=
 
 # Older Megatron-Cores that attach works with; the newest is in constraints.txt.
 OLDER := 0.16.1 0.17.1 0.18.2
+# The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
+BRIDGE := .versions/bridge-0.6.2
 
 .PHONY: help venv demo test test-slow test-versions layouts mutations lint format check constraints clean distclean
 
@@ -31,15 +33,21 @@ test: $(STAMP)  ## Run the fast tests
 test-slow: $(STAMP)  ## Run all tests, the slow ones too
 	@$(PY) -m pytest -m '' $(ARGS)
 
-test-versions: $(STAMP) $(OLDER:%=.versions/%)  ## Run the tests of attach with older Megatron-Cores
+test-versions: $(STAMP) $(OLDER:%=.versions/%) $(BRIDGE)  ## Run tests with older Megatron-Cores and Megatron-Bridge
 	@for version in $(OLDER); do
 	    echo "Megatron-Core $$version"
 	    PYTHONPATH=$(CURDIR)/.versions/$$version $(PY) -m pytest tests/test_equivalence.py tests/test_attach.py $(ARGS)
 	done
+	echo "Megatron-Bridge $(BRIDGE:.versions/bridge-%=%)"
+	PYTHONPATH=$(CURDIR)/$(BRIDGE) $(PY) -m pytest tests/real_bridge.py tests/test_bridge.py $(ARGS)
+
+FETCH = rm -rf $@; $(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@
+
+.versions/bridge-%: $(STAMP)
+	@$(FETCH) megatron-bridge==$*
 
 .versions/%: $(STAMP)
-	@rm -rf $@
-	$(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@ megatron-core==$*
+	@$(FETCH) megatron-core==$*
 
 layouts: $(STAMP)  ## Compare every layout with the reference and write the README's table of them
 	@$(PY) tests/layout_table.py

@@ -1,0 +1,205 @@
+"""JREG in Megatron-Bridge, the training loop of NVIDIA's NeMo framework: two lines of a recipe's script.
+
+    from jreg_megatron.bridge import JRegCallback, JRegConfig
+
+    pretrain(config, forward_step, callbacks=[JRegCallback(config, JRegConfig(coeff=0.1))])
+
+Bridge finds a callback's events by their names, so importing this needs no Bridge. Written for and tested
+with Megatron-Bridge 0.6.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from jreg_megatron.attachment import JRegHandle, attach
+from jreg_megatron.errors import UserError
+from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
+from jreg_megatron.residual_stream import unwrap
+from jreg_megatron.settings import JRegConfig
+from jreg_megatron.support import refuse_unsupported
+from jreg_megatron.training_loop import start_up_line
+
+__all__ = ["JRegCallback", "JRegConfig"]
+
+_NOT_ATTACHED = (
+    "JREG is not attached to the model that Megatron-Bridge trains; the run is stopped: give JRegCallback "
+    "the same config as pretrain, and give it to pretrain among the callbacks"
+)
+_NOT_SEEN = (
+    "JREG saw no state of some layer that it should have measured, so that layer is not regularized either; "
+    "the run is stopped: leave out what changes how layers run, or JREG"
+)
+
+
+class JRegCallback:
+    """Attaches JREG as soon as Bridge has built its model, and reports while Bridge's loop runs.
+
+    Per log interval there is one all-reduce, one console line of the last rank, and the same values in
+    TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One all-reduce
+    after the first step of a run makes sure that every layer is seen. Other steps have none.
+
+    Make one callback per call of ``pretrain`` or ``finetune``.
+    """
+
+    def __init__(self, config: Any, settings: JRegConfig) -> None:
+        """Refuse what JREG does not support, and ask Bridge's model configuration for the built model.
+
+        What Bridge itself changes in the configuration later is refused when the model is built.
+
+        Args:
+            config: the ``ConfigContainer`` that ``pretrain`` is given too.
+            settings: JREG's own.
+
+        Raises:
+            UserError: if a setting of Bridge is not supported, or ``config`` is no ``ConfigContainer``.
+        """
+        self._settings = settings
+        self._handle: JRegHandle | None = None
+        self._chunks: list[nn.Module] = []
+        self._state: Any = None
+        self._is_first_step = True
+        for part in ("model", "ddp", "dist", "comm_overlap"):
+            refuse_unsupported(getattr(config, part, None), settings)
+
+        # A function, for a copy of the configuration shall not copy this object and the model with it.
+        def attach_to(model: list[nn.Module]) -> list[nn.Module]:
+            self._attach(model)
+            return model
+
+        _when_built(getattr(config, "model", None), attach_to)
+
+    @property
+    def handle(self) -> JRegHandle:
+        """The handle of the attached model.
+
+        Raises:
+            UserError: if nothing is attached, so that no run goes on silently without JREG.
+        """
+        if self._handle is None:
+            raise UserError(_NOT_ATTACHED)
+        return self._handle
+
+    # -- Bridge's events ---------------------------------------------------------------------------
+
+    def on_train_start(self, context: Any) -> None:
+        """Make sure that the model to be trained is the one with JREG.
+
+        Raises:
+            UserError: if it is not.
+        """
+        if [unwrap(chunk) for chunk in context.model] != self._chunks:
+            raise UserError(_NOT_ATTACHED)
+        self._state = context.state
+        self._is_first_step = True
+        self.handle.reset_training_metrics()
+
+    def on_train_step_end(self, context: Any) -> None:
+        """At the end of a log interval report the mean over its micro-batches. Collective.
+
+        Raises:
+            UserError: if a layer was not seen that should have been measured.
+        """
+        iteration = self._iteration()
+        is_measured = self._settings.measures_at(iteration)
+        is_interval_end = iteration % context.state.cfg.logger.log_interval == 0
+        is_first_step, self._is_first_step = self._is_first_step, False
+        if not (is_interval_end or (is_first_step and is_measured)):
+            return
+        metrics = self.handle.reduce_training_metrics()
+        if metrics is None and is_measured:
+            raise UserError(_NOT_SEEN)
+        if is_interval_end:
+            self.handle.reset_training_metrics()
+            if metrics is not None:
+                self._report(context.state, metrics, iteration, "")
+
+    def on_eval_start(self, context: Any) -> None:
+        """Begin a validation."""
+        self.handle.validation_meter.reset()
+
+    def on_eval_end(self, context: Any) -> None:
+        """Report the mean over the validation's micro-batches. Collective.
+
+        Raises:
+            UserError: if some layer was not seen.
+        """
+        self._report_evaluation(context.state, " validation")
+
+    def on_test_start(self, context: Any) -> None:
+        """Begin a test."""
+        self.on_eval_start(context)
+
+    def on_test_end(self, context: Any) -> None:
+        """Report the mean over the test's micro-batches. Collective.
+
+        Raises:
+            UserError: if some layer was not seen.
+        """
+        self._report_evaluation(context.state, " test")
+
+    # -- what they do ------------------------------------------------------------------------------
+
+    def _attach(self, model: list[nn.Module]) -> None:
+        self._handle = attach(model, self._settings, iteration=self._iteration)
+        self._chunks = [unwrap(chunk) for chunk in model]
+        if _rank() == 0:
+            print(start_up_line(self._settings, self._handle), flush=True)
+
+    def _iteration(self) -> int:
+        """The training iteration under way, 1-based; Bridge counts it after ``on_train_step_end``."""
+        if self._state is None:  # the model is trained, but no event has come
+            raise UserError(_NOT_ATTACHED)
+        return int(self._state.train_state.step) + 1
+
+    def _report_evaluation(self, state: Any, suffix: str) -> None:
+        metrics = self.handle.reduce_validation_metrics()
+        if metrics is None:
+            raise UserError(_NOT_SEEN)
+        self._report(state, metrics, int(state.train_state.step), suffix)
+
+    def _report(self, state: Any, metrics: JRegMetrics, iteration: int, suffix: str) -> None:
+        """Log under the metrics' names with ``suffix``; Bridge keeps its writers on the last rank alone."""
+        scalars = metrics.scalars(self._settings.log_per_layer)
+        if _rank() == _num_ranks() - 1:
+            shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
+            if bad := metrics.layers_not_finite():
+                shown.append(f"displacement not finite in layers: {bad}")
+            print(f" JREG{suffix} at iteration {iteration} | {' | '.join(shown)} |", flush=True)
+        named = {f"{name}{suffix}": value for name, value in scalars.items()}
+        if writer := state.tensorboard_logger:
+            for name, value in named.items():
+                writer.add_scalar(name, value, iteration)
+            writer.flush()  # Bridge does so before the last validation only
+        if wandb := state.wandb_logger:
+            wandb.log(named, iteration)
+        for logger in (state.mlflow_logger, state.comet_logger):
+            if logger:
+                logger.log_metrics(named, step=iteration)
+
+
+def _when_built(model_config: Any, hook: Any) -> None:
+    """Have ``hook`` called with all of a rank's chunks, once they are on their device and wrapped.
+
+    The hooks before wrapping come too early: there the model is not on its device yet.
+    """
+    if hasattr(model_config, "register_post_wrap_hook"):  # a model provider
+        model_config.register_post_wrap_hook(hook)
+    elif hasattr(model_config, "post_wrap_hooks"):  # a ModelConfig with a ModelBuilder
+        model_config.post_wrap_hooks.append(hook)
+    else:
+        raise UserError(
+            f"config.model is a {type(model_config).__name__}, which has no hook for the built model; "
+            "JRegCallback(config, settings) takes the ConfigContainer of Megatron-Bridge 0.6"
+        )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,172 @@
+"""JREG in Megatron-Bridge itself, version 0.6.2: what `make test-versions` runs beside tests/test_bridge.py.
+
+Its name keeps it out of `make test`, for which Bridge is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from harness import read_scalars, run_function
+
+from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.bridge import JRegCallback
+
+harness._context.set_forkserver_preload(["bridge_toy"])
+
+SETTINGS = JRegConfig(coeff=5.0, alpha=1.0, start_iteration=3, log_per_layer=True)
+LOGGED = [("", 2), (" validation", 2), ("", 4), *[(" validation", 4)] * 2, (" test", 4)]
+
+
+def attached_by_hand(config: Any, settings: JRegConfig) -> Any:
+    """A callback that attaches JREG with ``attach`` and keeps its metrics at the end of every second step."""
+    from bridge_toy import Callback
+
+    class ByHand(Callback):  # type: ignore[misc]
+        def attach_to(self, model: Any) -> Any:
+            self.metrics: list[Any] = []
+            self.step = 0
+            self.handle = attach(model, settings, iteration=lambda: self.step)
+            return model
+
+        def on_train_step_start(self, context: Any) -> None:
+            self.step = context.state.train_state.step + 1
+
+        def on_train_step_end(self, context: Any) -> None:
+            if self.step % 2 == 0:
+                self.metrics.append(self.handle.reduce_training_metrics())
+                self.handle.reset_training_metrics()
+
+    callback = ByHand()
+    if hasattr(config.model, "post_wrap_hooks"):
+        config.model.post_wrap_hooks.append(callback.attach_to)
+    else:
+        config.model.register_post_wrap_hook(callback.attach_to)
+    return callback
+
+
+def three_runs(folder: Path, options: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """Train with the callback, with ``attach`` and without JREG: the first's lines, the second's metrics."""
+    from bridge_toy import recipe, train
+
+    config = recipe(folder / "callback", **options)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(config, [JRegCallback(config, SETTINGS)])
+    config = recipe(folder / "attach", **options)
+    by_hand = attached_by_hand(config, SETTINGS)
+    train(config, [by_hand])
+    train(recipe(folder / "without", **options), [])
+    return [line for line in printed.getvalue().splitlines() if "JREG" in line], by_hand.metrics
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cut": (1, 2, 2)}, {"cut": (2, 1, None), "with_builder": True}],
+    ids=["provider, PP2, VPP2", "builder, TP2, SP"],
+)
+def test_two_lines_of_a_recipe_train_and_log_as_attach_does(tmp_path: Path, options: dict[str, Any]) -> None:
+    (first_rank, _), (last_rank, metrics) = run_function(three_runs, 2, tmp_path, options)
+    with_callback, by_hand, without = (
+        read_scalars(tmp_path / name) for name in ("callback", "attach", "without")
+    )
+    assert with_callback["lm loss"] == by_hand["lm loss"]
+    assert with_callback["grad-norm"] == by_hand["grad-norm"]
+    assert with_callback["grad-norm"][:2] == without["grad-norm"][:2]
+    assert with_callback["grad-norm"][2] > 1.01 * without["grad-norm"][2], "it starts in iteration 3"
+
+    for tag in metrics[0].scalars(per_layer=True):
+        expected = [interval.scalars(per_layer=True)[tag] for interval in metrics]
+        assert with_callback[tag] == pytest.approx(expected, rel=1e-6), tag
+        assert len(with_callback[f"{tag} validation"]) == 3  # after iterations 2 and 4, and after training
+        assert len(with_callback[f"{tag} test"]) == 1
+    logged = set(with_callback) - set(without)
+    assert len(logged) == 3 * (2 + 4)
+
+    (attached,) = first_rank
+    assert attached.startswith("> JREG attached: lambda 5, alpha 1, last state pre_norm, 4 layers")
+    for line, (suffix, iteration) in zip(last_rank, LOGGED, strict=True):
+        assert line.startswith(f" JREG{suffix} at iteration {iteration} |")
+    assert f"jreg loss: {metrics[0].jreg_loss:.6E} | jump rate: {metrics[0].jump_rate:.6E} |" in last_rank[0]
+
+
+def train_and_resume(folder: Path) -> None:
+    from bridge_toy import recipe, train
+
+    for name, first_step in (("whole", None), ("resumed", 2)):
+        config = recipe(folder / name, cut=(1, 2, 2))
+        config.checkpoint.save_interval = 2
+        config.checkpoint.save = str(folder / f"{name} checkpoints")
+        config.checkpoint.load = str(folder / "whole checkpoints")
+        config.checkpoint.ckpt_step = first_step
+        train(config, [JRegCallback(config, SETTINGS)])
+
+
+def test_a_resumed_run_goes_on_at_its_iteration_of_the_schedule(tmp_path: Path) -> None:
+    run_function(train_and_resume, 2, tmp_path)
+    whole, resumed = (read_scalars(tmp_path / name) for name in ("whole", "resumed"))
+    for tag, steps in (("lm loss", 2), ("grad-norm", 2), ("jreg loss", 1), ("jump rate", 1)):
+        assert len(resumed[tag]) == steps
+        assert resumed[tag] == whole[tag][-steps:], tag
+
+
+def train_refused(folder: Path) -> list[str]:
+    from bridge_toy import Callback, recipe, train
+
+    class Steps(Callback):  # type: ignore[misc]
+        count = 0
+
+        def on_train_step_end(self, context: Any) -> None:
+            self.count += 1
+
+    def refusal(config: Any, callbacks: list[Any]) -> str:
+        steps = Steps()
+        with pytest.raises(UserError) as caught:
+            train(config, [steps, *callbacks])
+        assert steps.count == 0
+        return str(caught.value)
+
+    changed = recipe(folder)
+    callback = JRegCallback(changed, SETTINGS)
+    changed.model.distribute_saved_activations = True  # as Bridge may do, once it has the recipe
+    forgotten = recipe(folder)
+    JRegCallback(forgotten, SETTINGS)
+    return [
+        refusal(recipe(folder), [JRegCallback(recipe(folder), SETTINGS)]),
+        refusal(forgotten, []),
+        refusal(changed, [callback]),
+    ]
+
+
+def test_no_step_is_trained_without_the_regularizer_on_any_rank(tmp_path: Path) -> None:
+    for other_config, forgotten, changed in run_function(train_refused, 2, tmp_path):
+        assert "same config as pretrain" in other_config
+        assert "among the callbacks" in forgotten
+        assert "does not support distribute_saved_activations" in changed
+
+
+def names_in_bridge(folder: Path) -> tuple[set[str], set[str], set[str]]:
+    import dataclasses
+
+    from bridge_toy import recipe
+    from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
+    from megatron.bridge.training.state import GlobalState
+
+    manager = CallbackManager()
+    manager.add(JRegCallback(recipe(folder), SETTINGS))
+    events = {event for event in manager.events if manager.list_callbacks(event)}
+    return events, {field.name for field in dataclasses.fields(CallbackContext)}, set(dir(GlobalState))
+
+
+def test_bridge_has_the_names_that_the_contract_tests_mirror(tmp_path: Path) -> None:
+    import test_bridge
+
+    ((events, context, state),) = run_function(names_in_bridge, 1, tmp_path)
+    assert events == {name for name in dir(JRegCallback) if name.startswith("on_")}
+    assert events <= set(test_bridge.EVENTS)
+    assert set(vars(test_bridge.Context)["__annotations__"]) <= context
+    assert set(vars(test_bridge.State)["__annotations__"]) <= state

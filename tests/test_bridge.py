@@ -1,0 +1,329 @@
+"""JREG in Megatron-Bridge as a contract: Bridge is not installed here, so what it does is mirrored.
+
+Mirrored is version 0.6.2: `callbacks.CallbackManager.add`, the order of events in `pretrain`, `train` and
+`eval.evaluate`, the hooks of `model_provider.ModelProviderMixin`, and who holds which writer. That Bridge
+has these names, and the same promises with Bridge itself, are in real_bridge.py (`make test-versions`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_attach
+import torch
+import torch.distributed as dist
+from harness import run_function
+
+from jreg_megatron import JRegConfig, JRegHandle, UserError
+from jreg_megatron.bridge import JRegCallback
+from jreg_megatron.selftest import compare, step
+from jreg_megatron.selftest.compare import Comparison
+from jreg_megatron.selftest.layouts import Layout
+
+EVENTS = (
+    *("on_data_init_start", "on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end"),
+    *("on_eval_start", "on_eval_step_start", "on_eval_step_end", "on_eval_end"),
+    *("on_test_start", "on_test_step_start", "on_test_step_end", "on_test_end", "on_checkpoint_save"),
+)
+
+
+class Provider:
+    """A model provider, as far as it has hooks."""
+
+    cuda_graph_impl = "none"
+
+    def __init__(self) -> None:
+        self._post_wrap_hooks: list[Callable[[Any], Any]] = []
+
+    def register_post_wrap_hook(self, hook: Callable[[Any], Any]) -> None:
+        self._post_wrap_hooks.append(hook)
+
+    def provide_distributed_model(self, built: list[Any]) -> list[Any]:
+        for hook in self._post_wrap_hooks:
+            built = hook(built)
+        return built
+
+
+def container(**parts: Any) -> Any:
+    """A ``ConfigContainer``, as far as JREG reads it."""
+    empty = SimpleNamespace()
+    given = {"model": Provider(), "ddp": empty, "dist": empty, "comm_overlap": None}
+    return SimpleNamespace(**given | parts, logger=SimpleNamespace(log_interval=2))
+
+
+class Writer:
+    """TensorBoard, W&B, MLflow or Comet: keeps ``{iteration: {name: value}}``."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert not self.rows.setdefault(step, {}).keys() & values.keys(), "logged twice"
+        self.rows[step] |= values
+
+    log_metrics = log
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.log({name: value}, step)
+
+    def flush(self) -> None:
+        pass
+
+
+@dataclass
+class State:
+    """Bridge's ``GlobalState``; the writers are there on the last rank only."""
+
+    cfg: Any
+    train_state: Any = field(default_factory=lambda: SimpleNamespace(step=0))
+    tensorboard_logger: Writer | None = None
+    wandb_logger: Writer | None = None
+    mlflow_logger: Writer | None = None
+    comet_logger: Writer | None = None
+
+
+@dataclass
+class Context:
+    state: State
+    model: list[Any]
+
+
+class Manager:
+    """Bridge's ``CallbackManager``: events are found by the names of a callback's methods."""
+
+    def __init__(self, callback: Any, state: State, model: list[Any]) -> None:
+        self.context = Context(state, model)
+        self.methods = {event: getattr(callback, event) for event in EVENTS if hasattr(callback, event)}
+        assert all(method.__func__ for method in self.methods.values())
+
+    def fire(self, event: str) -> None:
+        if event in self.methods:
+            self.methods[event](self.context)
+
+
+def evaluate(manager: Manager, event: str, micro_batches: Callable[[], None]) -> None:
+    for chunk in manager.context.model:
+        chunk.eval()
+    manager.fire(f"on_{event}_start")
+    with torch.no_grad():
+        micro_batches()
+    manager.fire(f"on_{event}_end")
+    for chunk in manager.context.model:
+        chunk.train()
+
+
+# -- the step ------------------------------------------------------------------------------------------
+
+
+def compare_step_in_bridge(layout: Layout) -> Comparison:
+    """A step at the layout and its reference, where the step's JREG comes from the callback."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    def attach(model: list[Any], settings: JRegConfig, num_microbatches: int) -> JRegHandle:
+        calculator.init_num_microbatches_calculator(dist.get_rank(), None, num_microbatches, 1, 1)
+        config = container()
+        callback = JRegCallback(config, settings)
+        built = config.model.provide_distributed_model(model)
+        Manager(callback, State(config), built).fire("on_train_start")
+        return callback.handle
+
+    step.attach = attach  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    return compare.compare_step(layout)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=2, sequence_parallel=True),
+        Layout(pipeline=2, virtual=2, num_microbatches=4, precision="fp16"),
+    ],
+    ids=lambda layout: layout.name,
+)
+def test_step_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(compare_step_in_bridge, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit)
+
+
+# -- the log -------------------------------------------------------------------------------------------
+
+
+def run_four_iterations() -> dict[str, Any]:
+    """Train a model of two layers for four iterations on two data-parallel ranks, and note what happens."""
+    model = test_attach.build_model()
+    seen: list[list[float]] = []
+
+    def note_displacement(layer: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+        cosine = torch.cosine_similarity(named["hidden_states"].double(), output[0].double(), dim=-1)
+        seen[-1][layer.layer_number - 1] = ((1 - cosine) / 2).mean().item()
+
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(note_displacement, with_kwargs=True)
+
+    def micro_batches() -> None:
+        for _ in range(2):
+            seen.append([0.0, 0.0])
+            tokens = torch.randint(0, 32, (2, 8))
+            loss = model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens).mean()
+            if torch.is_grad_enabled():
+                loss.backward()
+
+    collectives = [0]
+    all_reduce = dist.all_reduce
+
+    def counted(*args: Any, **named: Any) -> Any:
+        collectives[0] += 1
+        return all_reduce(*args, **named)
+
+    config = container()
+    callback = JRegCallback(config, JRegConfig(coeff=0.1, alpha=1.0, log_per_layer=True))
+    state = State(config)
+    if dist.get_rank() == 1:
+        state = State(config, state.train_state, *(Writer() for _ in range(4)))
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.init_num_microbatches_calculator(dist.get_rank(), None, 8, 2, 2)
+    torch.manual_seed(dist.get_rank())
+    reductions = []
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        manager = Manager(callback, state, config.model.provide_distributed_model([model]))
+        manager.fire("on_train_start")
+        for _ in range(4):
+            micro_batches()
+            patch.setattr(dist, "all_reduce", counted)
+            before = collectives[0]
+            manager.fire("on_train_step_end")
+            reductions.append(collectives[0] - before)
+            state.train_state.step += 1
+        manager.fire("on_train_end")
+        evaluate(manager, "eval", micro_batches)
+        evaluate(manager, "test", micro_batches)
+    writers = [state.tensorboard_logger, state.wandb_logger, state.mlflow_logger, state.comet_logger]
+    return {
+        "displacement": seen,
+        "reductions": reductions,
+        "rows": [writer and writer.rows for writer in writers],
+        "printed": printed.getvalue().splitlines(),
+    }
+
+
+def test_each_log_interval_and_each_validation_is_logged_once_with_the_mean_over_all_ranks() -> None:
+    first, last = run_function(run_four_iterations, 2)
+    assert first["rows"] == [None] * 4
+    assert all(rows == last["rows"][0] for rows in last["rows"])
+
+    def expected(micro_batches: slice, suffix: str) -> Iterator[tuple[str, float]]:
+        both = torch.tensor([first["displacement"][micro_batches], last["displacement"][micro_batches]])
+        psi = both.double().mean(dim=(0, 1))
+        weights = torch.tensor([1.0, 2.0], dtype=torch.float64).softmax(0)
+        yield f"jreg loss{suffix}", (weights * psi).sum().item()
+        yield f"jump rate{suffix}", 100 * max(0.0, (psi[1] - psi[0]).item())
+        yield f"jreg/displacement_layer_01{suffix}", psi[0].item()
+        yield f"jreg/displacement_layer_02{suffix}", psi[1].item()
+
+    rows = last["rows"][0]
+    assert set(rows) == {2, 4}
+    assert rows[2] == pytest.approx(dict(expected(slice(0, 4), "")), rel=1e-5)
+    after_training = (
+        *expected(slice(4, 8), ""),
+        *expected(slice(8, 10), " validation"),
+        *expected(slice(10, 12), " test"),
+    )
+    assert rows[4] == pytest.approx(dict(after_training), rel=1e-5)
+
+    # After the first step of a run it is made sure that all layers are seen.
+    assert first["reductions"] == last["reductions"] == [1, 1, 0, 1]
+    (attached,) = first["printed"]
+    assert attached.startswith("> JREG attached: lambda 0.1, alpha 1, last state pre_norm, 2 layers")
+    assert len(last["printed"]) == 4
+    assert last["printed"][0] == (
+        f" JREG at iteration 2 | jreg loss: {rows[2]['jreg loss']:.6E} | "
+        f"jump rate: {rows[2]['jump rate']:.6E} |"
+    )
+    assert last["printed"][-1].startswith(" JREG test at iteration 4 |")
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------
+
+
+def loses_a_layer_or_is_not_used() -> list[str]:
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.init_num_microbatches_calculator(0, None, 2, 2, 1)
+    model = test_attach.build_model()
+    config = container()
+    callback = JRegCallback(config, JRegConfig(coeff=0.1))
+
+    def refusal(function: Callable[[], object]) -> str:
+        with pytest.raises(UserError) as caught:
+            function()
+        return str(caught.value)
+
+    manager = Manager(callback, State(config), [model])
+    said = [refusal(lambda: manager.fire("on_train_start")), refusal(lambda: manager.fire("on_eval_start"))]
+    config.model.provide_distributed_model([model])
+    said.append(refusal(lambda: test_attach.step(model)))
+    manager.context.model = [torch.nn.Identity()]
+    said.append(refusal(lambda: manager.fire("on_train_start")))
+    manager.context.model = [model]
+    manager.fire("on_train_start")
+    said.append(refusal(lambda: manager.fire("on_train_step_end")))
+    return said
+
+
+def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() -> None:
+    ((not_built, not_built_for_validation, no_events, other_model, not_seen),) = run_function(
+        loses_a_layer_or_is_not_used, 1
+    )
+    for said in (not_built, not_built_for_validation, no_events, other_model):
+        assert said.startswith("JREG is not attached to the model that Megatron-Bridge trains")
+    assert not_seen.startswith("JREG saw no state of some layer")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("model", "enable_hyper_connections"),
+        ("model", "fine_grained_activation_offloading"),
+        ("ddp", "use_megatron_fsdp"),
+        ("dist", "use_torch_fsdp2"),
+        ("comm_overlap", "overlap_moe_expert_parallel_comm"),
+    ],
+)
+def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, setting: str) -> None:
+    config = container(comm_overlap=SimpleNamespace())
+    setattr(getattr(config, part), setting, True)
+    with pytest.raises(UserError, match=f"JREG does not support {setting} yet"):
+        JRegCallback(config, JRegConfig())
+
+
+def test_the_model_configuration_alone_is_refused() -> None:
+    with pytest.raises(UserError, match="takes the ConfigContainer"):
+        JRegCallback(Provider(), JRegConfig())
+
+
+def test_a_copy_of_the_configuration_copies_no_model_and_attaches_too() -> None:
+    config = container()
+    callback = JRegCallback(config, JRegConfig())
+    copied = copy.deepcopy(config)
+    assert copied.model._post_wrap_hooks == config.model._post_wrap_hooks
+    attached: list[Any] = []
+    callback._attach = attached.append  # type: ignore[method-assign]
+    assert copied.model.provide_distributed_model(["chunk"]) == ["chunk"]
+    assert attached == [["chunk"]]
+
+
+def test_a_recipe_can_import_it_before_megatron() -> None:
+    program = "import sys, jreg_megatron.bridge; print(any(n.startswith('megatron.') for n in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
