@@ -76,13 +76,20 @@ setup.set_jit_fusion_options = lambda *_: None  # it warms up kernels that are n
 LENGTH = 32
 
 
-def recipe(folder: Path, *, with_builder: bool = False, cut: Sequence[int] = (1, 1, None)) -> Any:
+def recipe(
+    folder: Path,
+    *,
+    with_builder: bool = False,
+    cut: Sequence[int | None] = (1, 1, None),
+    precision: str | None = None,
+) -> Any:
     """Bridge's ``ConfigContainer`` of a Llama of four layers: 4 iterations of 4 micro-batches on mock data.
 
     Args:
         folder: for TensorBoard.
         with_builder: describe the model by a ``ModelConfig``, not by a model provider.
         cut: tensor, pipeline and virtual pipeline size.
+        precision: Bridge's name of a mixed precision; by default float32.
     """
     tensor, pipeline, virtual = cut
     transformer: dict[str, Any] = {
@@ -150,6 +157,7 @@ def recipe(folder: Path, *, with_builder: bool = False, cut: Sequence[int] = (1,
         checkpoint=bridge.CheckpointConfig(),
         rng=bridge.RNGConfig(seed=3),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
+        mixed_precision=precision,
     )
 
 

@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py"]
+TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
+BRIDGE = ("tests/test_bridge.py",)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Fault:
     name: str
     file: str
     changes: tuple[tuple[str, str], ...]
+    tests: Sequence[str] = TESTS
 
 
 FACTOR = "factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size"
@@ -146,6 +149,46 @@ FAULTS = [
         "metrics.py",
         (("psi.numel() if mask is None", "1 if mask is None"),),
     ),
+    Fault(
+        "call an iteration of Bridge by the number of the one before",
+        "bridge.py",
+        (("train_state.step) + 1", "train_state.step)"),),
+        BRIDGE,
+    ),
+    Fault(
+        "reduce for Bridge in every step",
+        "bridge.py",
+        (("if not (is_interval_end or (is_first_step and is_measured)):", "if False:"),),
+        BRIDGE,
+    ),
+    Fault(
+        "log again for Bridge what was logged before",
+        "bridge.py",
+        (
+            (
+                "        if is_interval_end:\n            self.handle.reset_training_metrics()\n",
+                "        if is_interval_end:\n",
+            ),
+        ),
+        BRIDGE,
+    ),
+    Fault(
+        "let Bridge train another model than the one with JREG",
+        "bridge.py",
+        (("if [unwrap(chunk) for chunk in context.model] != self._chunks:", "if False:"),),
+        BRIDGE,
+    ),
+    Fault(
+        "let Bridge train where its events do not come",
+        "bridge.py",
+        (
+            (
+                "            raise UserError(_NOT_ATTACHED)\n        return int",
+                "            return 1\n        return int",
+            ),
+        ),
+        BRIDGE,
+    ),
 ]
 
 
@@ -170,7 +213,7 @@ def first_failure(fault: Fault, folder: Path) -> str | None:
         "--no-header",
         "-p",
         "no:cacheprovider",
-        *TESTS,
+        *fault.tests,
     ]
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

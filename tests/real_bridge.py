@@ -66,8 +66,8 @@ def three_runs(folder: Path, options: dict[str, Any]) -> tuple[list[str], list[A
 
 @pytest.mark.parametrize(
     "options",
-    [{"cut": (1, 2, 2)}, {"cut": (2, 1, None), "with_builder": True}],
-    ids=["provider, PP2, VPP2", "builder, TP2, SP"],
+    [{"cut": (1, 2, 2)}, {"cut": (2, 1, None), "with_builder": True, "precision": "bf16_mixed"}],
+    ids=["provider, PP2, VPP2", "builder, TP2, SP, bf16"],
 )
 def test_two_lines_of_a_recipe_train_and_log_as_attach_does(tmp_path: Path, options: dict[str, Any]) -> None:
     (first_rank, _), (last_rank, metrics) = run_function(three_runs, 2, tmp_path, options)
