@@ -42,7 +42,9 @@ class JRegCallback:
     TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One all-reduce
     after the first step of a run makes sure that every layer is seen. Other steps have none.
 
-    Make one callback per call of ``pretrain`` or ``finetune``.
+    Make one callback per call of ``pretrain`` or ``finetune``. Bridge's forward steps give the model no loss
+    mask: with ``tokens="unmasked"`` they end at the first micro-batch in a :class:`UserError`, and a forward
+    step is needed that gives it on every pipeline stage.
     """
 
     def __init__(self, config: Any, settings: JRegConfig) -> None:
