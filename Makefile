@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo test test-slow test-versions layouts mutations lint format check constraints clean distclean
+.PHONY: help venv demo test test-slow test-versions layouts ways-in mutations lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -51,6 +51,9 @@ FETCH = rm -rf $@; $(PY) -m uv pip install --quiet --python $(PY) --no-deps --ta
 
 layouts: $(STAMP)  ## Compare every layout with the reference and write the README's table of them
 	@$(PY) tests/layout_table.py
+
+ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatron-LM) in every way; write the README's table
+	@$(PY) tests/ways_in.py $(CLONE) $(ARGS)
 
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)

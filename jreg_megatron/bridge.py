@@ -20,7 +20,7 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
 from jreg_megatron.residual_stream import unwrap
 from jreg_megatron.settings import JRegConfig
-from jreg_megatron.support import refuse_unsupported
+from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
 from jreg_megatron.training_loop import start_up_line
 
 __all__ = ["JRegCallback", "JRegConfig"]
@@ -28,10 +28,6 @@ __all__ = ["JRegCallback", "JRegConfig"]
 _NOT_ATTACHED = (
     "JREG is not attached to the model that Megatron-Bridge trains; the run is stopped: give JRegCallback "
     "the same config as pretrain, and give it to pretrain among the callbacks"
-)
-_NOT_SEEN = (
-    "JREG saw no state of some layer that it should have measured, so that layer is not regularized either; "
-    "the run is stopped: leave out what changes how layers run, or JREG"
 )
 
 
@@ -113,7 +109,7 @@ class JRegCallback:
             return
         metrics = self.handle.reduce_training_metrics()
         if metrics is None and is_measured:
-            raise UserError(_NOT_SEEN)
+            raise UserError(LAYER_NOT_SEEN)
         if is_interval_end:
             self.handle.reset_training_metrics()
             if metrics is not None:
@@ -160,7 +156,7 @@ class JRegCallback:
     def _report_evaluation(self, state: Any, suffix: str) -> None:
         metrics = self.handle.reduce_validation_metrics()
         if metrics is None:
-            raise UserError(_NOT_SEEN)
+            raise UserError(LAYER_NOT_SEEN)
         self._report(state, metrics, int(state.train_state.step), suffix)
 
     def _report(self, state: Any, metrics: JRegMetrics, iteration: int, suffix: str) -> None:

@@ -16,6 +16,11 @@ NO_LAYER_FOR_POST_NORM = (
     "or put a layer there"
 )
 
+LAYER_NOT_SEEN = (
+    "JREG saw no state of some layer in an iteration that it should have measured, so that layer is not "
+    "regularized either; the run is stopped: leave out what changes how layers run, or JREG"
+)
+
 
 def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
     """Refuse by name what would give wrong numbers, or has not been shown to give right ones.

@@ -23,15 +23,11 @@ from jreg_megatron.attachment import JRegHandle, attach
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
 from jreg_megatron.settings import FLAG_PREFIX, JRegConfig, flag_of
-from jreg_megatron.support import refuse_unsupported
+from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
 
 GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
 """Attribute of a forward step function that gives the model the loss mask on every pipeline stage."""
 
-_NOT_SEEN = (
-    "JREG saw no state of some layer in an iteration that it should have measured, so that layer is not "
-    "regularized either; the run is stopped: leave out what changes how layers run, or JREG"
-)
 _NOT_ATTACHED = "JREG was not attached to the model that Megatron built; the run is stopped"
 
 Function = Callable[..., Any]
@@ -197,7 +193,7 @@ def measure_validation(evaluate: Function) -> Function:
         timed_out = result[-1]
         if metrics is None and not timed_out:
             with user_errors_exit():
-                raise UserError(_NOT_SEEN)
+                raise UserError(LAYER_NOT_SEEN)
         attached.validations.append(metrics)
         return result
 
@@ -322,7 +318,7 @@ def _end_of_interval(
         return None
     metrics = attached.handle.reduce_training_metrics()
     if metrics is None and attached.config.measures_at(iteration):
-        raise UserError(_NOT_SEEN)
+        raise UserError(LAYER_NOT_SEEN)
     if metrics is not None:
         scalars = metrics.scalars(attached.config.log_per_layer)
         if is_interval_end:

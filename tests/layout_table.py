@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
+import readme
 from layout_rows import rows
 from layout_step import on_ranks
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- layouts: written by make layouts -->", "<!-- end of layouts -->"
+NAME = "layouts"
 
 
 def listed_layouts() -> list[str]:
     """The layouts' names in the README."""
-    return re.findall(r"^\| ([^|]+?) \| \d+ \|", _table(README.read_text()), re.MULTILINE)
-
-
-def _table(text: str) -> str:
-    return text[text.index(BEGIN) : text.index(END)]
+    return re.findall(r"^\| ([^|]+?) \| \d+ \|", readme.read(NAME), re.MULTILINE)
 
 
 def main() -> None:
     """Run every layout and write the table."""
-    lines = ["| layout | ranks | losses | gradient | gradient allowed |", "|---|---|---|---|---|"]
+    table = [["layout", "ranks", "losses", "gradient", "gradient allowed"]]
     for layout in rows():
         found, limit = on_ranks(layout)
         assert not found.exceeds(limit), f"{layout.name}: {found} exceeds {limit}"
-        numbers = f"{found.losses:.0e} | {found.gradient:.0e} | {limit.gradient:.0e}"
-        lines.append(f"| {layout.name} | {layout.world_size} | {numbers} |")
-        print(lines[-1], flush=True)
-    where = f"Megatron-Core {version('megatron-core')}, torch {version('torch')}, CPU with gloo"
-    lines += ["", f"{where}, {datetime.now(UTC):%Y-%m-%d}."]
-    text = README.read_text()
-    README.write_text(text.replace(_table(text), BEGIN + "\n\n" + "\n".join(lines) + "\n\n"))
+        numbers = (f"{number:.0e}" for number in (found.losses, found.gradient, limit.gradient))
+        table.append([layout.name, str(layout.world_size), *numbers])
+        print(*table[-1], sep=" | ", flush=True)
+    readme.write(NAME, table, f"Megatron-Core {version('megatron-core')}")
 
 
 if __name__ == "__main__":

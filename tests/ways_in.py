@@ -4,7 +4,8 @@
 
 CLONE is a git clone of Megatron-LM. For each tag its scripts run ten steps at TP2 x PP2 on the CPU: as they
 are, by the launcher and with the patch applied; and the example of a loop of one's own runs those of
-``pretrain_gpt.py`` on the tree's ``megatron.core``. Prints a table; the exit status is 1 if two ways differ.
+``pretrain_gpt.py`` on the tree's ``megatron.core``. Without a TAG all are tried and the table goes into the
+README; the exit status is the number of rows in which two ways differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import readme
 from harness import TOY, read_scalars
 
 ROOT = Path(__file__).parents[1]
@@ -129,18 +131,21 @@ def loop_of_ones_own(tree: Path, data: Path, folder: Path) -> Log:
 
 def main() -> int:
     clone, *tags = sys.argv[1:]
-    names = ("tree", "script", *VALUES, "largest difference", "coeff 0 is its own", "")
-    rows = [names]
+    table = [("tree", "script", *VALUES, "largest difference", "coeff 0 is its own", "")]
     with tempfile.TemporaryDirectory() as folder:
         for tag in tags or TAGS:
             for row in compare(Path(clone).resolve(), tag, Path(folder)):
-                rows.append(row)
+                table.append(row)
                 print(*row, sep=" | ", flush=True)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    for row in rows:
-        print("| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |")
-    return int(any(row[-1] == "FAIL" for row in rows))
+    if failed := [row for row in table if row[-1] == "FAIL"]:
+        return len(failed)
+    if not tags:
+        commit = ["git", "-C", clone, "rev-parse", "--short=9", TAGS[-1]]
+        last = subprocess.run(commit, check=True, capture_output=True, text=True).stdout.strip()
+        readme.write(
+            "ways in", [row[:-1] for row in table], f"Megatron-LM at these tags, {TAGS[-1]} at {last}"
+        )
+    return 0
 
 
 if __name__ == "__main__":
