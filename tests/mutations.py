@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
 BRIDGE = ("tests/test_bridge.py",)
+LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
+CPU = ("tests/test_cpu_mode.py",)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Fault:
     file: str
     changes: tuple[tuple[str, str], ...]
     tests: Sequence[str] = TESTS
+
+    def put_into(self, text: str) -> str:
+        """The file's text with the fault."""
+        for old, new in self.changes:
+            assert text.count(old) == 1, f"{self.name}: {self.file} holds {text.count(old)} times {old!r}"
+            text = text.replace(old, new)
+        return text
 
 
 FACTOR = "factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size"
@@ -150,6 +159,30 @@ FAULTS = [
         (("psi.numel() if mask is None", "1 if mask is None"),),
     ),
     Fault(
+        "train on where nothing has attached JREG",
+        "training_loop.py",
+        (("        raise UserError(_NOT_ATTACHED)\n", "        return None\n"),),
+        LOOP,
+    ),
+    Fault(
+        "leave other modules with the functions that know nothing of JREG",
+        "training_loop.py",
+        (('if other.__name__.startswith("megatron.") and', "if other is module and"),),
+        LOOP,
+    ),
+    Fault(
+        "begin a schedule an iteration late",
+        "training_loop.py",
+        (("int(get_args().curr_iteration) + 1", "int(get_args().curr_iteration)"),),
+        LOOP,
+    ),
+    Fault(
+        "free what is still being sent",
+        "cpu/redirect.py",
+        (("send(tensor.detach(), ", "send(tensor, "),),
+        CPU,
+    ),
+    Fault(
         "call an iteration of Bridge by the number of the one before",
         "bridge.py",
         (("train_state.step) + 1", "train_state.step)"),),
@@ -197,11 +230,7 @@ def first_failure(fault: Fault, folder: Path) -> str | None:
     package = folder / "jreg_megatron"
     shutil.copytree(ROOT / "jreg_megatron", package, ignore=shutil.ignore_patterns("__pycache__"))
     file = package / fault.file
-    text = file.read_text()
-    for old, new in fault.changes:
-        assert text.count(old) == 1, f"{fault.name}: {fault.file} holds {text.count(old)} times {old!r}"
-        text = text.replace(old, new)
-    file.write_text(text)
+    file.write_text(fault.put_into(file.read_text()))
     # -P: not the working folder, which holds the package without the fault.
     command = [
         sys.executable,

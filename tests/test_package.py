@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from mutations import FAULTS, Fault
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -67,3 +68,9 @@ def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
         if REGISTRY_HOST.search(line) or MACHINE_PATH.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_of_make_mutations_still_finds_its_place(fault: Fault) -> None:
+    code = (ROOT / "jreg_megatron" / fault.file).read_text()
+    assert fault.put_into(code) != code
