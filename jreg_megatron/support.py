@@ -39,6 +39,9 @@ def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
     unsupported = {
         "overlap_moe_expert_parallel_comm": value("overlap_moe_expert_parallel_comm"),
         "enable_hyper_connections": value("enable_hyper_connections"),
+        "enable_mhc_connections": value("enable_mhc_connections"),  # its name on main
+        # It adds the residual within attention and MLP, in evaluation before 0.18 and in inference.
+        "inference_fuse_tp_communication": value("inference_fuse_tp_communication"),
         "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
         "hybrid_context_parallel": value("hybrid_context_parallel"),
         # It takes away the tensor by which a recomputed layer's micro-batch is recognized.
