@@ -323,7 +323,15 @@ def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator
             if isinstance(entry, ShardedTensor):
                 changes["dtype"] = data.dtype
             for piece in cut(dataclasses.replace(entry, **changes)):
-                yield *_place(piece.key, piece.global_slice(), is_hybrid), piece.data
+                yield *_place(piece.key, _slice(piece), is_hybrid), piece.data
+
+
+def _slice(piece: Any) -> Place:
+    """Where in a parameter a piece of a checkpoint lies; axes that only number pieces come first."""
+    numbers = piece.global_offset[: piece.prepend_axis_num]
+    offsets = piece.global_offset[piece.prepend_axis_num :]
+    lengths = piece.local_shape
+    return (*numbers, *(slice(at, at + length) for at, length in zip(offsets, lengths, strict=True)))
 
 
 _NUMBERED = re.compile(r"(decoder\.layers\.)(\d+)\.")
