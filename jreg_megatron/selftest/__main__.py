@@ -33,8 +33,6 @@ def main(argv: list[str] | None = None) -> int:
             expert=options.ep,
             precision=options.precision,
         )
-        if options.transformer_impl == "transformer_engine":
-            layouts = [layout for layout in layouts if layout.model != "hybrid"]
     if options.list:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(layout.name for layout in layouts))

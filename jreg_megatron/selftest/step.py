@@ -220,16 +220,18 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
         "rotary_base": int(ROPE_BASE),
         "vp_stage": chunk,
     }
+    te = transformer_impl == "transformer_engine"
     if layout.model == "hybrid":
         from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-        from jreg_megatron.cpu.hybrid import stack_spec
-
+        if te:
+            from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
+        else:
+            from jreg_megatron.cpu.hybrid import stack_spec
         sizes = UNEVEN if layout.split == "uneven" else [NUM_LAYERS // layout.stages] * layout.stages
         pattern = "|".join("*-" * size for size in sizes)
         return HybridModel(config, stack_spec, hybrid_layer_pattern=pattern, **options)
     experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
-    te = transformer_impl == "transformer_engine"
     if te:
         layer = specs.get_gpt_layer_with_transformer_engine_spec(**experts)
     else:
