@@ -36,7 +36,8 @@ test-slow: $(STAMP)  ## Run all tests, the slow ones too
 test-versions: $(STAMP) $(OLDER:%=.versions/%) $(BRIDGE)  ## Run tests with older Megatron-Cores and Megatron-Bridge
 	@for version in $(OLDER); do
 	    echo "Megatron-Core $$version"
-	    PYTHONPATH=$(CURDIR)/.versions/$$version $(PY) -m pytest tests/test_equivalence.py tests/test_attach.py $(ARGS)
+	    PYTHONPATH=$(CURDIR)/.versions/$$version $(PY) -m pytest tests/test_equivalence.py tests/test_attach.py \
+	        tests/test_transformer_engine.py $(ARGS)
 	done
 	echo "Megatron-Bridge $(BRIDGE:.versions/bridge-%=%)"
 	PYTHONPATH=$(CURDIR)/$(BRIDGE) $(PY) -m pytest tests/real_bridge.py tests/test_bridge.py $(ARGS)
