@@ -21,7 +21,7 @@ from torch import Tensor
 from jreg_megatron import JRegConfig, JRegMetrics, attach  # JREG
 
 NUM_MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
-LAYERS, HIDDEN, FFN, HEADS, LENGTH, VOCABULARY = 4, 64, 96, 4, 32, 272
+LAYERS, HIDDEN, FFN, HEADS, LENGTH, VOCABULARY = 4, 64, 96, 4, 32, 256
 LR, DECAY = 1e-3, 0.01
 SEED = 3
 
