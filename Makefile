@@ -42,19 +42,21 @@ test-versions: $(STAMP) $(OLDER:%=.versions/%) $(BRIDGE)  ## Run tests with olde
 	echo "Megatron-Bridge $(BRIDGE:.versions/bridge-%=%)"
 	PYTHONPATH=$(CURDIR)/$(BRIDGE) $(PY) -m pytest tests/real_bridge.py tests/test_bridge.py $(ARGS)
 
-FETCH = rm -rf $@; $(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@
+# Beside its place first: what is cut short must not pass for whole.
+fetch = rm -rf $@ $@.part; $(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@.part $(1); mv $@.part $@
 
 .versions/bridge-%: $(STAMP)
-	@$(FETCH) megatron-bridge==$*
+	@$(call fetch,megatron-bridge==$*)
 
 .versions/%: $(STAMP)
-	@$(FETCH) megatron-core==$*
+	@$(call fetch,megatron-core==$*)
 
 layouts: $(STAMP)  ## Compare every layout with the reference and write the README's table of them
 	@$(PY) tests/layout_table.py
 
 ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatron-LM) in every way; write the README's table
-	@$(PY) tests/ways_in.py $(CLONE) $(ARGS)
+	@test -n "$(CLONE)" || { echo "Name a clone: make ways-in CLONE=path/to/Megatron-LM" >&2; exit 2; }
+	$(PY) tests/ways_in.py $(CLONE) $(ARGS)
 
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)

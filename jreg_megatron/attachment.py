@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,12 @@ from jreg_megatron.residual_stream import (
     unwrap,
 )
 from jreg_megatron.settings import JRegConfig, flag_of
-from jreg_megatron.support import NO_LAYER_FOR_POST_NORM, refuse_fsdp, refuse_unsupported
+from jreg_megatron.support import (
+    LAYER_NOT_SEEN,
+    NO_LAYER_FOR_POST_NORM,
+    refuse_fsdp,
+    refuse_unsupported,
+)
 
 _HANDLE = "_jreg_handle"
 
@@ -100,6 +105,8 @@ class JRegHandle:
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
+        self._reported: int | None = None  # the iteration that the last log interval ended with
+        self._is_seen_whole = False
         self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
         self._coefficient = torch.zeros(1, device=device)
@@ -204,6 +211,49 @@ class JRegHandle:
         """Where in this rank's part of the model the residual stream is seen, for a report."""
         return ", ".join(self._tap.places) or "no layer on this rank"
 
+    def describe(self) -> str:
+        """One line that says what was attached."""
+        config, weights = self.config, self.weights.tolist()
+        doing = f"lambda {config.coeff:g}" if config.coeff > 0 else "measuring only (lambda 0)"
+        rule = f"alpha {config.alpha:g}" if config.weights == "softmax" else f"{config.weights} weights"
+        return (
+            f"> JREG attached: {doing}, {rule}, last state {config.final_state}, {len(weights)} layers, "
+            f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}"
+        )
+
+    def end_iteration(self, iteration: int, is_interval_end: bool = True) -> JRegMetrics | None:
+        """To be called after every training iteration; at the end of a log interval it gives its metrics.
+
+        A collective call there, and after the first iteration that measures, to make sure that every layer
+        is seen; else it does nothing.
+
+        Args:
+            iteration: 1-based.
+            is_interval_end: whether a log interval ends with it; the next begins anew.
+
+        Returns:
+            Metrics over the interval so far; None if it is not at its end, or nothing was measured in it.
+
+        Raises:
+            UserError: if some layer was not seen in an iteration that should have measured it.
+        """
+        # Told from the settings, not from what this rank saw: all ranks must come to the same.
+        begun = iteration - 1 if self._reported is None else self._reported
+        has_measured = any(self.config.measures_at(i) for i in range(begun + 1, iteration + 1))
+        if self._reported is None:
+            self._reported = begun
+        if is_interval_end:
+            self._reported = iteration
+        if not (is_interval_end or (has_measured and not self._is_seen_whole)):
+            return None
+        metrics = self.reduce_training_metrics()
+        if metrics is None and has_measured:
+            raise UserError(LAYER_NOT_SEEN)
+        self._is_seen_whole = self._is_seen_whole or metrics is not None
+        if is_interval_end:
+            self.reset_training_metrics()
+        return metrics
+
     def reduce_training_metrics(self) -> JRegMetrics | None:
         """Metrics over the training micro-batches since :meth:`reset_training_metrics`. Collective."""
         return self.training_meter.reduce(self.weights, self._group)
@@ -256,43 +306,53 @@ def attach(
             something is missing that the settings need.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
-    for chunk in given:
-        refuse_fsdp(chunk)
     chunks = [unwrap(chunk) for chunk in given]
+
+    def check() -> Callable[[], int]:
+        for chunk in given:
+            refuse_fsdp(chunk)
+        if iteration is None and config.has_schedule:
+            raise UserError(
+                "the settings depend on the iteration (start, stop, warm-up or measure interval); "
+                "give attach(..., iteration=) a function that tells it, 1-based"
+            )
+        _refuse_model(chunks, config)
+        return _microbatch_counter(num_microbatches)
+
+    counter = _alike_on_every_rank(check, group)
+    return JRegHandle(config, chunks, counter, iteration, group)
+
+
+def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
     if not chunks:
         raise UserError("the list of model chunks is empty; attach JREG after the model is built")
     if any(hasattr(chunk, _HANDLE) for chunk in chunks):
         raise UserError("JREG is attached to this model already; call detach() on its handle first")
-    if iteration is None and config.has_schedule:
-        raise UserError(
-            "the settings depend on the iteration (start, stop, warm-up or measure interval); "
-            "give attach(..., iteration=) a function that tells it, 1-based"
-        )
-    _refuse_everywhere(lambda: _refuse_model(chunks, config), group)
-    return JRegHandle(config, chunks, _microbatch_counter(num_microbatches), iteration, group)
-
-
-def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
     for chunk in chunks:
         residual_layers(chunk)
     refuse_unsupported(chunks[0].config, config)
+    config.layer_weights(num_layers(chunks[0]))
     if config.final_state == "post_norm" and not last_stage_has_a_layer(chunks[0]):
         raise UserError(NO_LAYER_FOR_POST_NORM)
 
 
-def _refuse_everywhere(check: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Make a check that may fail on some ranks only fail on all, so that none waits for the others."""
-    refusal = ""
+def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """``check()``; where it fails on some ranks only, it fails on all, so that none waits for the others."""
+    refusal, error, result = "", None, None
     try:
-        check()
-    except UserError as error:
-        refusal = str(error)
+        result = check()
+    except Exception as caught:
+        error = caught
+        refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
     refusals = [refusal]
     if dist.is_available() and dist.is_initialized():
         refusals *= dist.get_world_size(group)
         dist.all_gather_object(refusals, refusal, group=group)
+    if error is not None and not isinstance(error, UserError):
+        raise error
     if first := next(filter(None, refusals), ""):
         raise UserError(first)
+    return cast(T, result)
 
 
 def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:

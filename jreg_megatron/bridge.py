@@ -21,7 +21,6 @@ from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
 from jreg_megatron.residual_stream import unwrap
 from jreg_megatron.settings import JRegConfig
 from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
-from jreg_megatron.training_loop import start_up_line
 
 __all__ = ["JRegCallback", "JRegConfig"]
 
@@ -59,7 +58,6 @@ class JRegCallback:
         self._handle: JRegHandle | None = None
         self._chunks: list[nn.Module] = []
         self._state: Any = None
-        self._is_first_step = True
         for part in ("model", "ddp", "dist", "comm_overlap"):
             refuse_unsupported(getattr(config, part, None), settings)
 
@@ -92,7 +90,6 @@ class JRegCallback:
         if [unwrap(chunk) for chunk in context.model] != self._chunks:
             raise UserError(_NOT_ATTACHED)
         self._state = context.state
-        self._is_first_step = True
         self.handle.reset_training_metrics()
 
     def on_train_step_end(self, context: Any) -> None:
@@ -102,18 +99,10 @@ class JRegCallback:
             UserError: if a layer was not seen that should have been measured.
         """
         iteration = self._iteration()
-        is_measured = self._settings.measures_at(iteration)
         is_interval_end = iteration % context.state.cfg.logger.log_interval == 0
-        is_first_step, self._is_first_step = self._is_first_step, False
-        if not (is_interval_end or (is_first_step and is_measured)):
-            return
-        metrics = self.handle.reduce_training_metrics()
-        if metrics is None and is_measured:
-            raise UserError(LAYER_NOT_SEEN)
-        if is_interval_end:
-            self.handle.reset_training_metrics()
-            if metrics is not None:
-                self._report(context.state, metrics, iteration, "")
+        metrics = self.handle.end_iteration(iteration, is_interval_end)
+        if is_interval_end and metrics is not None:
+            self._report(context.state, metrics, iteration, "")
 
     def on_eval_start(self, context: Any) -> None:
         """Begin a validation."""
@@ -145,7 +134,7 @@ class JRegCallback:
         self._handle = attach(model, self._settings, iteration=self._iteration)
         self._chunks = [unwrap(chunk) for chunk in model]
         if _rank() == 0:
-            print(start_up_line(self._settings, self._handle), flush=True)
+            print(self._handle.describe(), flush=True)
 
     def _iteration(self) -> int:
         """The training iteration under way, 1-based; Bridge counts it after ``on_train_step_end``."""

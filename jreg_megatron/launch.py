@@ -15,25 +15,28 @@ import torch
 
 from jreg_megatron import script
 from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.settings import FLAG_PREFIX, JRegConfig
+from jreg_megatron.settings import JRegConfig, flag_of
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script that ``argv`` names, by default the process's own, with JREG in its training loop."""
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.launch",
-        description="Run a Megatron training script with JREG in it. The --jreg flags stand among the "
-        "script's ARGS; without any, displacement is only measured.",
+        usage="python -m jreg_megatron.launch [-h] [--cpu] [--nproc N] [-m] SCRIPT ARGS... [--jreg-... ...]",
+        description="Run a Megatron training script with JREG in it. The --jreg flags stand behind SCRIPT, "
+        "among its ARGS; without any, displacement is only measured.",
         allow_abbrev=False,
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU; the default without CUDA")
     options = JRegConfig.add_arguments(script.add_arguments(parser)).parse_args(argv)
     with user_errors_exit():
         if JRegConfig.is_in(options):
+            given = next(name for name in vars(options) if name.startswith("jreg_"))
             raise UserError(
-                "a --jreg flag stands before the script; put it behind, among the script's arguments"
+                f"{flag_of(given.removeprefix('jreg_'))} stands before {options.script}; put it behind, "
+                "among the script's arguments"
             )
-        options.arguments = with_a_flag(options.arguments)
+        options.arguments = JRegConfig.with_a_flag(options.arguments)
         JRegConfig.check_flags(options.arguments)
         asks_for_help = {"-h", "--help"} & set(options.arguments)
         script.run(
@@ -42,12 +45,6 @@ def main(argv: list[str] | None = None) -> None:
             make_ready=_make_ready,
             check_at_end=(lambda: None) if asks_for_help else _refuse_to_end_unattached,
         )
-
-
-def with_a_flag(argv: list[str]) -> list[str]:
-    """``argv``, with ``--jreg-coeff 0`` behind it if it has none of JREG's flags: then JREG measures."""
-    is_asked = any(word.startswith(FLAG_PREFIX) for word in argv)
-    return argv if is_asked else [*argv, f"{FLAG_PREFIX}coeff", "0"]
 
 
 def _make_ready() -> None:

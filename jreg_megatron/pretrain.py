@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from jreg_megatron.dataset_helper import use_built_helper
 from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.launch import with_a_flag
 from jreg_megatron.settings import JRegConfig
 
 CPU_FLAG = "--cpu"
@@ -72,12 +71,12 @@ def _run(argv: list[str], started: float) -> None:
         from jreg_megatron import cpu
 
         cpu.enable()
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(cpu.announcement(argv), flush=True)
         argv = cpu.with_cpu_flags(argv)
     _require_training_loop()
     # Megatron reads its arguments from here.
-    sys.argv = [sys.argv[0], *with_a_flag(argv)]
+    sys.argv = [sys.argv[0], *JRegConfig.with_a_flag(argv)]
 
     from megatron.core.enums import ModelType
     from megatron.training import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -15,7 +16,7 @@ from jreg_megatron.errors import UserError, user_errors_exit
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what names the script, and with ``--nproc`` the ranks to run it on; returns the parser."""
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="on a CPU: ranks to fork; without it, one rank of torchrun's"
+        "--nproc", type=int, metavar="N", help="fork N ranks, on the CPU; without it, be one of torchrun's"
     )
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="a Megatron script, such as pretrain_gpt.py")
@@ -44,8 +45,7 @@ def run(
     from jreg_megatron import cpu
 
     script, arguments = options.script, options.arguments
-    if not options.is_module and not os.path.isfile(script):
-        raise UserError(f"script {script} not found; give the path of a Megatron script")
+    _refuse_script(script, options.is_module)
     if options.nproc is not None:
         if "RANK" in os.environ:
             raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
@@ -54,7 +54,7 @@ def run(
         if options.nproc < 1:
             raise UserError(f"--nproc is {options.nproc}; it must be >= 1")
     if on_cpu:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(cpu.announcement(arguments), flush=True)
         arguments = cpu.with_cpu_flags(arguments)
     sys.argv = [script, *arguments]
@@ -91,3 +91,22 @@ def _take_modules_from(folder: Path) -> None:
     if not sys.flags.safe_path and sys.path[:1] in ([os.getcwd()], [""]):
         del sys.path[0]
     sys.path.insert(0, str(folder))
+
+
+def _refuse_script(script: str, is_module: bool) -> None:
+    if is_module:
+        try:
+            is_found = importlib.util.find_spec(script) is not None
+        except ImportError:
+            is_found = False
+        if not is_found:
+            raise UserError(f"module {script} not found; give the name of a module on Python's path")
+        return
+    if not os.path.isfile(script):
+        raise UserError(f"script {script} not found; give the path of a Megatron script")
+    try:
+        compile(Path(script).read_bytes(), script, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{script} is no Python script ({error}); give the Python script itself, such as pretrain_gpt.py"
+        ) from None

@@ -77,11 +77,13 @@ class JRegConfig:
         "pre_norm",
         "which state counts as the last layer's output: 'pre_norm', the residual stream itself, or "
         "'post_norm', after the final norm. The paper does not say; the numbers differ several-fold.",
+        metavar="STATE",
     )
     tokens: str = _setting(
         "all",
         "which tokens the regularizer and its metrics count: 'all', or 'unmasked', those that the loss mask "
         "lets through, averaged as cross-entropy is.",
+        metavar="TOKENS",
     )
     start_iteration: int = _setting(1, "first training iteration with the regularizer.", int, "N")
     stop_iteration: int | None = _setting(
@@ -199,6 +201,12 @@ class JRegConfig:
                 help=f"{f.metadata['help']} Default: {_default_text(f)}.",
             )
         return parser
+
+    @classmethod
+    def with_a_flag(cls, argv: list[str]) -> list[str]:
+        """``argv``, with ``--jreg-coeff 0`` behind it if it has none of the flags: then JREG measures."""
+        is_asked = any(word.startswith(FLAG_PREFIX) for word in argv)
+        return argv if is_asked else [*argv, flag_of("coeff"), "0"]
 
     @classmethod
     def check_flags(cls, argv: list[str]) -> None:

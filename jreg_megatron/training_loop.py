@@ -14,6 +14,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,10 @@ from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
 GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
 """Attribute of a forward step function that gives the model the loss mask on every pipeline stage."""
 
-_NOT_ATTACHED = "JREG was not attached to the model that Megatron built; the run is stopped"
+_NOT_ATTACHED = (
+    "JREG is not attached to the model, since megatron.training.training.setup_model_and_optimizer was not "
+    "called before train_step or evaluate; the run is stopped: call it, or use jreg_megatron.attach in code"
+)
 
 Function = Callable[..., Any]
 
@@ -46,6 +50,12 @@ class _Attached:
 @dataclass
 class _Loop:
     attached: _Attached | None = None
+    must_be_asked: bool = False
+    """Whether JREG's flags must be among Megatron's arguments: the launcher has seen them."""
+    last_step: int | None = None
+    """The iteration of the last training step."""
+    decorated: dict[str, Function] = field(default_factory=dict)
+    """The functions as they were, by their names in Megatron."""
 
 
 _loop = _Loop()
@@ -59,7 +69,8 @@ def is_attached() -> bool:
 def install() -> None:
     """Decorate the functions of ``megatron.training`` in this process; those that a patch decorated stay.
 
-    Other modules of Megatron that have imported a function by its name get the decorated one too.
+    Other modules of Megatron that have imported a function by its name get the decorated one too. From then
+    on a model is refused that is built without any of JREG's flags.
 
     Raises:
         UserError: if Megatron has no such function, or one that is called otherwise.
@@ -69,7 +80,7 @@ def install() -> None:
     decorators: list[tuple[ModuleType, Callable[[Function], Function], str]] = [
         (arguments, add_arguments, "add_megatron_arguments"),
         (training, attach_to_model, "setup_model_and_optimizer"),
-        (training, require_attached, "train"),
+        (training, require_attached, "train_step"),
         (training, log_training, "training_log"),
         (training, measure_validation, "evaluate"),
         (training, log_validation, "evaluate_and_print_results"),
@@ -83,10 +94,12 @@ def install() -> None:
             )
         if hasattr(function, _MARK):
             continue
+        _check_arguments(name, function)
         decorated = decorate(function)
-        for other in list(sys.modules.values()):
-            if other.__name__.startswith("megatron.") and vars(other).get(name) is function:
+        for key, other in list(sys.modules.items()):
+            if key.startswith("megatron.") and getattr(other, "__dict__", {}).get(name) is function:
                 setattr(other, name, decorated)
+    _loop.must_be_asked = True
 
 
 # -- the decorators --------------------------------------------------------------------------------
@@ -109,51 +122,43 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
     def with_jreg(*args: Any, **named: Any) -> Any:
         from megatron.training import get_args, print_rank_0
 
-        _loop.attached = None
+        _loop.attached = _loop.last_step = None
         with user_errors_exit():
             config = config_of(get_args())
             if config is not None:
+                _refuse_another_megatron()
+                for name, function in _loop.decorated.items():
+                    _check_arguments(name, function)
                 refuse_unsupported(get_args(), config)
         built = setup_model_and_optimizer(*args, **named)
         if config is not None:
             with user_errors_exit():
                 handle = attach(built[0], config, iteration=_current_iteration)
             _loop.attached = _Attached(config, handle)
-            print_rank_0(start_up_line(config, handle))
+            print_rank_0(handle.describe())
         return built
 
     return with_jreg
 
 
-def require_attached(train: Function) -> Function:
-    """Stop before the first step if JREG is asked for and nothing has attached it."""
-    look_up = _arguments_of(train, "forward_step_func")
+def require_attached(train_step: Function) -> Function:
+    """Stop before a step that JREG would not be in, or whose iteration it could not tell."""
+    look_up = _arguments_of("train_step", train_step)
 
-    @_decorating(train)
+    @_decorating(train_step)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        from megatron.training import get_args
-
         with user_errors_exit():
             attached = _expected()
-            if attached is not None and attached.config.tokens == "unmasked":
-                (forward_step,) = look_up(args, named)
-                if get_args().pipeline_model_parallel_size > 1 and not hasattr(forward_step, GIVES_LOSS_MASK):
-                    raise UserError(
-                        f"{flag_of('tokens')} is 'unmasked', and the script gives its model the loss mask on "
-                        "the last pipeline stage only; leave the setting at 'all', use one pipeline stage, "
-                        "or give the mask on every stage and say so on the forward step function: "
-                        f"forward_step.{GIVES_LOSS_MASK} = True"
-                    )
-        return train(*args, **named)
+            if attached is not None:
+                _check_step(attached.config, *look_up(args, named))
+        return train_step(*args, **named)
 
     return with_jreg
 
 
 def log_training(training_log: Function) -> Function:
     """Let JREG's values join Megatron's console line, TensorBoard and W&B: one reduction per log interval."""
-    look_up = _arguments_of(
-        training_log, "total_loss_dict", "iteration", "skipped_iter", "is_first_iteration"
-    )
+    look_up = _arguments_of("training_log", training_log)
 
     @_decorating(training_log)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -161,9 +166,9 @@ def log_training(training_log: Function) -> Function:
             attached = _expected()
         if attached is None:
             return training_log(*args, **named)
-        totals, iteration, is_skipped, is_first = look_up(args, named)
         with user_errors_exit():
-            metrics = _end_of_interval(attached, totals, iteration, is_skipped, is_first)
+            totals, iteration, is_skipped = look_up(args, named)
+            metrics = _end_iteration(attached, totals, iteration, is_skipped)
         result = training_log(*args, **named)
         if metrics is not None and (bad := metrics.layers_not_finite()):
             from megatron.training import print_rank_last
@@ -190,11 +195,11 @@ def measure_validation(evaluate: Function) -> Function:
         attached.handle.validation_meter.reset()
         result = evaluate(*args, **named)
         metrics = attached.handle.reduce_validation_metrics()
-        timed_out = result[-1]
-        if metrics is None and not timed_out:
+        is_timed_out = result[-1]
+        if metrics is None and not is_timed_out:
             with user_errors_exit():
                 raise UserError(LAYER_NOT_SEEN)
-        attached.validations.append(metrics)
+        attached.validations.append(None if is_timed_out else metrics)
         return result
 
     return with_jreg
@@ -202,7 +207,7 @@ def measure_validation(evaluate: Function) -> Function:
 
 def log_validation(evaluate_and_print_results: Function) -> Function:
     """Print the values of every validation set and write them to TensorBoard and W&B."""
-    look_up = _arguments_of(evaluate_and_print_results, "prefix", "iteration", "write_to_tensorboard")
+    look_up = _arguments_of("evaluate_and_print_results", evaluate_and_print_results)
 
     @_decorating(evaluate_and_print_results)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -238,24 +243,39 @@ def _decorating(function: Function) -> Callable[[Function], Function]:
     return decorate
 
 
-def _arguments_of(function: Function, *names: str) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
-    """A look-up of a call's arguments by name, wherever a version of the function has them.
+_READ = {
+    "train_step": ("forward_step_func",),
+    "training_log": ("total_loss_dict", "iteration", "skipped_iter"),
+    "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
+}
+"""The arguments that are read of a function's calls, by their names in Megatron."""
+
+
+def _check_arguments(name: str, function: Function) -> None:
+    """Refuse what stands for Megatron's function ``name`` and lacks an argument that is read here.
 
     Raises:
-        UserError: if the function has no such argument.
+        UserError: naming the arguments.
     """
-    signature = inspect.signature(function)
-    if missing := [name for name in names if name not in signature.parameters]:
+    has = inspect.signature(function).parameters
+    if missing := [argument for argument in _READ.get(name, ()) if argument not in has]:
         raise UserError(
-            f"{function.__module__}.{function.__name__} has no argument {', '.join(missing)} "
+            f"{function.__module__}.{name} has no argument {', '.join(missing)} "
             f"({inspect.getfile(function)}), which JREG reads in Megatron's training loop from 0.16 on; it "
-            f"has {', '.join(signature.parameters)}; use jreg_megatron.attach in the code instead"
+            f"has {', '.join(has)}; use jreg_megatron.attach in the code instead"
         )
+
+
+def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
+    """A look-up of what a call gives for the arguments that are read, wherever a version has them."""
+    # Not checked here: a patched tree that has drifted must still run its jobs without JREG.
+    _loop.decorated[name] = function
+    signature = inspect.signature(function)
 
     def look_up(args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
         bound = signature.bind(*args, **named)
         bound.apply_defaults()
-        return [bound.arguments[name] for name in names]
+        return [bound.arguments[argument] for argument in _READ[name]]
 
     return look_up
 
@@ -272,21 +292,12 @@ def config_of(args: Namespace) -> JRegConfig | None:
     if JRegConfig.is_in(args):
         return JRegConfig.from_args(args)
     # With --yaml-cfg Megatron takes all arguments from the file.
-    if given := [word for word in sys.argv[1:] if word.startswith(FLAG_PREFIX)]:
-        raise UserError(f"{given[0]} is given, but is not among Megatron's arguments; leave out --yaml-cfg")
+    if _loop.must_be_asked or any(word.startswith(FLAG_PREFIX) for word in sys.argv[1:]):
+        raise UserError(
+            f"{FLAG_PREFIX}... is not among Megatron's arguments any more: the script has put together its "
+            "own, or takes them from a file (--yaml-cfg); give the --jreg flags to Megatron's parser"
+        )
     return None
-
-
-def start_up_line(config: JRegConfig, handle: JRegHandle) -> str:
-    """One line that says what was attached."""
-    weights = handle.weights.tolist()
-    top = " ".join(f"{w:.3g}" for w in weights[-4:])
-    doing = f"lambda {config.coeff:g}" if config.coeff > 0 else "measuring only (lambda 0)"
-    rule = f"alpha {config.alpha:g}" if config.weights == "softmax" else f"{config.weights} weights"
-    return (
-        f"> JREG attached: {doing}, {rule}, last state {config.final_state}, {len(weights)} layers, "
-        f"weights of the last {min(4, len(weights))}: {top}"
-    )
 
 
 def _expected() -> _Attached | None:
@@ -302,23 +313,20 @@ def _expected() -> _Attached | None:
     return _loop.attached
 
 
-def _end_of_interval(
-    attached: _Attached, totals: dict[str, Any], iteration: int, is_skipped: int, is_first: bool
+def _end_iteration(
+    attached: _Attached, totals: dict[str, Any], iteration: int, is_skipped: int
 ) -> JRegMetrics | None:
-    """At the end of a log interval (and in the first iteration) put its values among Megatron's totals."""
+    """At the end of a log interval put its values among the totals that Megatron prints."""
     from megatron.training import get_args
 
     if iteration != _current_iteration():
         raise UserError(
             f"Megatron logs iteration {iteration}, while its args.curr_iteration told JREG "
-            f"{_current_iteration()}; this training loop is none that JREG knows"
+            f"{_current_iteration()}, so it cannot tell its schedule; set args.curr_iteration before each "
+            "step as Megatron does, or use jreg_megatron.attach in the code"
         )
     is_interval_end = iteration % get_args().log_interval == 0
-    if not (is_interval_end or is_first):
-        return None
-    metrics = attached.handle.reduce_training_metrics()
-    if metrics is None and attached.config.measures_at(iteration):
-        raise UserError(LAYER_NOT_SEEN)
+    metrics = attached.handle.end_iteration(iteration, is_interval_end)
     if metrics is not None:
         scalars = metrics.scalars(attached.config.log_per_layer)
         if is_interval_end:
@@ -327,16 +335,60 @@ def _end_of_interval(
         advanced = totals.get("advanced iterations", 0) + (0 if is_skipped else 1)
         for name in (LOSS_NAME, RATE_NAME):
             totals[name] = torch.tensor([scalars[name] * max(1, advanced)], dtype=torch.float64)
-    if is_interval_end:
-        attached.handle.reset_training_metrics()
     return metrics
 
 
-def _current_iteration() -> int:
-    """The training iteration under way, 1-based as in the log."""
+def _check_step(config: JRegConfig, forward_step: Function) -> None:
+    """Refuse a training step whose iteration does not advance, or without a mask that JREG needs."""
     from megatron.training import get_args
 
-    return int(get_args().curr_iteration) + 1
+    iteration = _current_iteration()
+    if iteration == _loop.last_step:
+        raise UserError(
+            f"two training steps came with args.curr_iteration {iteration - 1}, so JREG cannot tell its "
+            "schedule; set it before each step as Megatron does, or use jreg_megatron.attach in the code"
+        )
+    _loop.last_step = iteration
+    is_cut = get_args().pipeline_model_parallel_size > 1
+    if config.tokens == "unmasked" and is_cut and not hasattr(forward_step, GIVES_LOSS_MASK):
+        raise UserError(
+            f"{flag_of('tokens')} is 'unmasked', and the script gives its model the loss mask on the last "
+            "pipeline stage only; leave the setting at 'all', use one pipeline stage, or give the mask on "
+            f"every stage and say so on the forward step function: forward_step.{GIVES_LOSS_MASK} = True"
+        )
+
+
+def _refuse_another_megatron() -> None:
+    """Refuse to go on with a Megatron that was imported before the script put another one in front of it."""
+    import megatron.core
+
+    loaded = Path(megatron.core.__file__).resolve()
+    for folder in sys.path:
+        found = Path(folder or ".", "megatron", "core", "__init__.py").resolve()
+        if found.exists():
+            if found != loaded:
+                raise UserError(
+                    f"the script puts {folder} in front of Python's path, but Megatron was imported before, "
+                    f"from {loaded.parents[2]}; set PYTHONPATH to {folder} instead"
+                )
+            return
+
+
+def _current_iteration() -> int:
+    """The training iteration under way, 1-based as in the log.
+
+    Raises:
+        UserError: if Megatron does not tell.
+    """
+    from megatron.training import get_args
+
+    before: int | None = getattr(get_args(), "curr_iteration", None)
+    if before is None:
+        raise UserError(
+            "Megatron's args.curr_iteration is not set, so JREG cannot tell its schedule; set it before each "
+            "step as Megatron does, or use jreg_megatron.attach in the code"
+        )
+    return before + 1
 
 
 def _validation_suffixes(args: Any) -> list[str]:

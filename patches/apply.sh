@@ -20,7 +20,7 @@ case ${1-} in
     -*) fail "unknown option $1; known are --check and --revert" ;;
 esac
 test $# = 1 || fail "give one Megatron-LM tree; usage: patches/apply.sh [--check | --revert] TREE"
-tree=$1
+tree=$(cd -P "$1" 2>/dev/null && pwd) || fail "$1 is not a folder"
 command -v git >/dev/null || fail "git is not installed, and the patch is applied by it"
 
 info=$tree/megatron/core/package_info.py
@@ -42,7 +42,7 @@ fi
 name=megatron-lm/$(basename "$(dirname "$patch")")/jreg.patch
 
 # As if the tree were in no repository: a tree that is vendored in a larger one is patched alike.
-git_apply() { (cd "$tree" && GIT_CEILING_DIRECTORIES=$(dirname "$PWD") git apply "$@" "$patch"); }
+git_apply() { (cd -P "$tree" && GIT_CEILING_DIRECTORIES=$(dirname "$PWD") git apply "$@" "$patch"); }
 
 if git_apply --reverse --check 2>/dev/null; then
     if test $action = revert; then
@@ -52,6 +52,10 @@ if git_apply --reverse --check 2>/dev/null; then
         echo "$tree (Megatron-Core $version) has $name already"
     fi
     exit
+fi
+if grep -qs '^@jreg\.' "$tree"/megatron/training/{arguments,training}.py; then
+    fail "$tree has a part of $name, or another version of it; nothing was changed. Take its lines out by hand (they" \
+        "begin with @jreg. and 'from jreg_megatron'), or restore megatron/training/{arguments,training}.py"
 fi
 test $action != revert || fail "$tree does not have $name, so there is nothing to revert"
 if ! said=$(git_apply --check 2>&1); then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Write the patch for a tag (or branch) of Megatron-LM: patches/write.sh CLONE TAG
 set -euo pipefail
+test $# = 2 || { echo "usage: patches/write.sh CLONE TAG" >&2; exit 2; }
 clone=$(realpath "$1") tag=$2
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
@@ -16,7 +17,7 @@ sed -i -e "0,/^import torch\$/s//&\n\n$import/" -e 's/^def add_megatron_argument
     megatron/training/arguments.py
 sed -i -e "0,/^import torch.distributed\$/s//&\n\n$import/" \
     -e 's/^def setup_model_and_optimizer(/@jreg.attach_to_model\n&/' \
-    -e 's/^def train(/@jreg.require_attached\n&/' \
+    -e 's/^def train_step(/@jreg.require_attached\n&/' \
     -e 's/^def training_log(/@jreg.log_training\n&/' \
     -e 's/^def evaluate(/@jreg.measure_validation\n&/' \
     -e 's/^def evaluate_and_print_results(/@jreg.log_validation\n&/' \

@@ -167,13 +167,13 @@ FAULTS = [
     Fault(
         "leave other modules with the functions that know nothing of JREG",
         "training_loop.py",
-        (('if other.__name__.startswith("megatron.") and', "if other is module and"),),
+        (('if key.startswith("megatron.") and', "if other is module and"),),
         LOOP,
     ),
     Fault(
         "begin a schedule an iteration late",
         "training_loop.py",
-        (("int(get_args().curr_iteration) + 1", "int(get_args().curr_iteration)"),),
+        (("    return before + 1\n", "    return before\n"),),
         LOOP,
     ),
     Fault(
@@ -189,21 +189,21 @@ FAULTS = [
         BRIDGE,
     ),
     Fault(
-        "reduce for Bridge in every step",
-        "bridge.py",
-        (("if not (is_interval_end or (is_first_step and is_measured)):", "if False:"),),
-        BRIDGE,
+        "reduce in every step",
+        "attachment.py",
+        (("if not (is_interval_end or (has_measured and not self._is_seen_whole)):", "if False:"),),
+        (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(
-        "log again for Bridge what was logged before",
-        "bridge.py",
+        "log again what was logged before",
+        "attachment.py",
         (
             (
-                "        if is_interval_end:\n            self.handle.reset_training_metrics()\n",
-                "        if is_interval_end:\n",
+                "        if is_interval_end:\n            self.reset_training_metrics()\n",
+                "",
             ),
         ),
-        BRIDGE,
+        (*BRIDGE, *LOOP),
     ),
     Fault(
         "let Bridge train another model than the one with JREG",

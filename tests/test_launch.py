@@ -98,6 +98,13 @@ def test_a_script_that_is_not_there_is_named() -> None:
     assert "script no/such.py not found" in refusal(launch("no/such.py", check=False))
 
 
+def test_what_is_no_python_script_or_module_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text("torchrun --nproc-per-node 8 pretrain_gpt.py\n")
+    assert "train.sh is no Python script (" in refusal(launch(script, check=False))
+    assert "module no_such_module not found" in refusal(launch("-m", "no_such_module", check=False))
+
+
 # -- a tree that has drifted -----------------------------------------------------------------------
 
 LOSS_MASK_ON_LAST_STAGE = Path(__file__)
@@ -106,7 +113,8 @@ LOSS_MASK_ON_LAST_STAGE = Path(__file__)
 HOOKED = {
     "megatron.training.arguments": ("add_megatron_arguments",),
     "megatron.training.training": (
-        *("setup_model_and_optimizer", "train", "training_log", "evaluate", "evaluate_and_print_results"),
+        *("setup_model_and_optimizer", "train_step", "training_log", "evaluate"),
+        "evaluate_and_print_results",
     ),
 }
 
@@ -130,22 +138,33 @@ def test_a_tree_that_has_renamed_a_function_is_refused_by_its_name(module: str, 
     assert f"{module} has no function {name} (" in refusal(run)
 
 
-def change_training_log_and_launch(argv: list[str]) -> None:
+def change_and_launch(argv: list[str]) -> None:
+    """A function of this tree has other arguments."""
     from megatron.training import training
 
     from jreg_megatron import launch
 
-    def training_log(losses: Any, iteration: int, skipped_iter: int) -> None: ...
+    (name, *rest) = argv
 
-    training.training_log = training_log
-    launch.main(argv)
+    def changed(losses: Any, iteration: int, skipped_iter: int) -> None: ...
+
+    changed.__name__ = name
+    setattr(training, name, changed)
+    launch.main(rest)
 
 
-def test_a_tree_whose_function_has_other_arguments_is_refused_by_their_names() -> None:
-    argv = [SCRIPT, "--jreg-coeff", 1]
-    line = refusal(run_ranks(argv, entry="test_launch:change_training_log_and_launch", check=False))
-    assert "training_log has no argument total_loss_dict, is_first_iteration" in line
-    assert "it has losses, iteration, skipped_iter" in line
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("train_step", "forward_step_func"),
+        ("training_log", "total_loss_dict"),
+        ("evaluate_and_print_results", "prefix, write_to_tensorboard"),
+    ],
+)
+def test_a_tree_whose_function_has_other_arguments_is_refused_by_their_names(name: str, missing: str) -> None:
+    run = run_ranks([name, SCRIPT, "--jreg-coeff", 1], entry="test_launch:change_and_launch", check=False)
+    assert f"{name} has no argument {missing} (" in refusal(run)
+    assert "it has losses, iteration, skipped_iter" in refusal(run)
 
 
 def build_otherwise_and_launch(argv: list[str]) -> None:
@@ -170,8 +189,47 @@ def build_otherwise_and_launch(argv: list[str]) -> None:
 def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_arguments: list[str]) -> None:
     argv = [SCRIPT, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 1]
     run = run_ranks(argv, 2, entry="test_launch:build_otherwise_and_launch", check=False)
-    assert "JREG was not attached to the model that Megatron built" in refusal(run)
+    assert "JREG is not attached to the model, since megatron.training" in refusal(run)
     assert not re.search(r"iteration +1/", run.output[-1])
+
+
+FLAGS_LOST = """
+import runpy, sys
+sys.argv = [word for word in sys.argv if word not in ("--jreg-coeff", "7")]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+OTHER_MEGATRON = """
+import runpy, sys
+sys.path.insert(0, {tree!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+STUCK = """
+import runpy, sys
+from argparse import Namespace
+Namespace.curr_iteration = property(lambda self: 0, lambda self, value: None)
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "expected"),
+    [
+        (FLAGS_LOST, "--jreg-... is not among Megatron's arguments any more"),
+        (OTHER_MEGATRON, "in front of Python's path, but Megatron was imported before"),
+        (STUCK, "two training steps came with args.curr_iteration 0"),
+    ],
+)
+def test_a_wrapper_that_would_leave_jreg_out_is_stopped(
+    wrapper: str, expected: str, toy_arguments: list[str], tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "megatron" / "core").mkdir(parents=True)
+    (tree / "megatron" / "core" / "__init__.py").touch()
+    script = tmp_path / "wrapper.py"
+    script.write_text(wrapper.format(script=str(SCRIPT), tree=str(tree)))
+    run = launch(script, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 7, check=False)
+    assert expected in refusal(run)
+    assert not re.search(r"iteration +[12]/", run.output[-1]) or wrapper == STUCK
 
 
 @pytest.mark.parametrize("end", ["", "import sys; sys.exit()", "raise SystemExit(0)"])
@@ -199,13 +257,14 @@ def install_beside_copies(_: list[str]) -> None:
     originals = {name: getattr(training, name) for name in HOOKED["megatron.training.training"]}
     importer = sys.modules["megatron.fork"] = ModuleType("megatron.fork")
     importer.evaluate = training.evaluate
-    importer.train = lambda: None  # another function of the same name
-    another = importer.train
+    sys.modules["megatron.absent"] = None  # as Python lets one forbid an import
+    importer.train_step = lambda: None  # another function of the same name
+    another = importer.train_step
     training_loop.install()
     for name, original in originals.items():
         assert getattr(training, name).__wrapped__ is original, name
     assert importer.evaluate is training.evaluate
-    assert importer.train is another
+    assert importer.train_step is another
     once = training.evaluate
     training_loop.install()
     assert training.evaluate is once, "decorated twice"

@@ -11,11 +11,16 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import megatron.core
 import pytest
+import readme
 from harness import read_scalars, run_ranks
+from megatron.training import global_vars
+
+from jreg_megatron import training_loop
 
 PATCHES = Path(__file__).parents[1] / "patches"
 SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
@@ -67,6 +72,17 @@ def test_a_tree_inside_another_repository_is_patched_all_the_same(tree: Path) ->
     assert contents(vendored) != before
 
 
+def test_a_tree_behind_a_link_into_another_repository_is_patched_all_the_same(tree: Path) -> None:
+    (tree / "repository").mkdir()
+    (tree / "megatron").rename(tree / "repository" / "megatron")
+    subprocess.run(["git", "init", "--quiet", tree], check=True)
+    link = tree / "link"
+    link.symlink_to(tree / "repository")
+    before = contents(link)
+    apply(link)
+    assert contents(link) != before
+
+
 def test_a_tree_that_the_patch_does_not_fit_stays_as_it_is(tree: Path) -> None:
     training = tree / PATCHED[1]
     training.write_text(training.read_text().replace("def training_log(", "def log_training("))
@@ -88,6 +104,23 @@ def test_every_patch_adds_the_same_eight_lines() -> None:
         added.append([line for line in lines if re.match(r"\+[^+]", line)])
     assert len(added) >= 5
     assert all(len(lines) == 8 and lines == added[0] for lines in added)
+
+
+def test_the_readme_shows_every_patched_tree() -> None:
+    shown = re.findall(r"^\| (\S+) \| pretrain_gpt.py \|", readme.read("ways in"), re.MULTILINE)
+    assert shown == sorted(patch.parent.name for patch in PATCHES.glob("megatron-lm/*/jreg.patch"))
+
+
+def test_a_patched_function_that_has_drifted_still_runs_a_job_without_jreg() -> None:
+    @training_loop.log_training
+    def training_log(losses: dict[str, float]) -> str:
+        return f"logged {losses}"
+
+    global_vars.set_args(Namespace())
+    try:
+        assert training_log({}) == "logged {}"
+    finally:
+        global_vars.destroy_global_vars()
 
 
 def run(tree: Path, *argv: object) -> str:

@@ -94,7 +94,7 @@ def attach_where_one_rank_has_another_model() -> str:
 
     pattern = "*-*-" if dist.get_rank() == 0 else "M-*-"
     with pytest.raises(UserError) as refusal:
-        attach(HybridModel(pattern, 1, 4), JRegConfig())
+        attach(HybridModel(pattern, 1, 4), JRegConfig(), num_microbatches=1)
     return str(refusal.value)
 
 

@@ -1,8 +1,8 @@
 """Megatron's own training loop on a CPU: gloo for NCCL, torch-only layers for fused kernels.
 
 Megatron-Core names CUDA by hand in a few hundred places. :func:`enable` redirects those names to the
-CPU for the life of the process; :data:`FLAGS` choose the code paths that need no CUDA kernel. Nothing
-here is imported by a run on GPUs.
+CPU for the life of the process; :data:`FLAGS` choose the code paths that need no CUDA kernel. A run on
+GPUs redirects nothing; only the self-test takes from here what Megatron lacks without Transformer Engine.
 """
 
 from __future__ import annotations

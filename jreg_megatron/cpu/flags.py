@@ -135,8 +135,5 @@ def announcement(argv: list[str]) -> str:
             ignored.append(f"{flag} {asked}")
     if _names_a_spec(argv):
         ignored.append("--spec")
-    line = (
-        "CPU mode: no CUDA device here, so gloo and torch-only layers replace NCCL, "
-        "Transformer Engine and fused kernels"
-    )
+    line = "CPU mode: gloo and torch-only layers replace NCCL, Transformer Engine and fused kernels"
     return f"{line} ({' '.join(ignored)} ignored)" if ignored else line

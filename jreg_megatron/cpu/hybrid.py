@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.errors import UserError
 
 stack: Any
 submodules: Any
@@ -40,12 +40,11 @@ class LocalStack(stack):  # type: ignore[misc]
 
     def __init__(self, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, submodules, *args, **{**kwargs, "post_layer_norm": False})
-        with user_errors_exit():
-            if any(isinstance(layer, IdentityOp) for layer in self.layers):
-                raise UserError(
-                    "CPU mode runs hybrid models of attention ('*') and MLP ('-') only; leave other "
-                    "sub-layers out of the hybrid layer pattern"
-                )
+        if any(isinstance(layer, IdentityOp) for layer in self.layers):
+            raise UserError(
+                "CPU mode runs hybrid models of attention ('*') and MLP ('-') only; leave other sub-layers "
+                "out of the hybrid layer pattern"
+            )
         self.post_layer_norm = True
         if self.post_process:
             self.final_norm = WrappedTorchNorm(

@@ -69,7 +69,10 @@ def _run_backward(
         return (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
 
     tensors, gradients = several(tensors), several(grad_tensors if gradient is None else gradient)
-    gradients = gradients if len(gradients) == len(tensors) else (None,) * len(tensors)
+    gradients = (None,) * len(tensors) if gradients == (None,) else gradients
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient is None and tensor.requires_grad and tensor.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
     torch.autograd.Variable._execution_engine.run_backward(
         tensors,
         tuple(
@@ -111,6 +114,12 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *_: Any) -> float:
+        return 0.0
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _nothing

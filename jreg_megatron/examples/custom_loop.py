@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m jreg_megatron.examples.custom_loop --tensor 2 --pipeline 2
 
-trains a small Llama on made-up text, on GPUs or, where there are none, on the CPU. The lines that JREG adds
-are marked ``# JREG``; all others stand in such a loop without it.
+trains a small Llama on made-up text, on GPUs or, where there are none, on the CPU. What JREG needs in such a
+loop is marked ``# JREG``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jreg_megatron import JRegConfig, JRegMetrics, attach  # JREG
+from jreg_megatron.errors import UserError, user_errors_exit
 
 NUM_MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
 LAYERS, HIDDEN, FFN, HEADS, LENGTH, VOCABULARY = 4, 64, 96, 4, 32, 256
@@ -30,7 +31,9 @@ Batch = dict[str, Tensor]
 
 
 def initialize(tensor: int, pipeline: int) -> None:
-    """Process group, Megatron's parallel state and random seeds, for one rank that torchrun has started."""
+    """Process group, Megatron's parallel state and random seeds, for one of torchrun's ranks."""
+    if "RANK" not in os.environ:
+        raise UserError("RANK is not set; start the program with torchrun --nproc-per-node N -m ...")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
@@ -104,6 +107,7 @@ def train(
     batches: Iterator[Batch], steps: int, jreg: JRegConfig
 ) -> Iterator[tuple[float | None, JRegMetrics | None]]:
     """Train, and yield each step's cross-entropy (known on the last pipeline stage) and JREG's values."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -146,12 +150,13 @@ def train(
         )
         optimizer.step()
         scheduler.step(increment=1)
-        metrics = handle.reduce_training_metrics()  # JREG; collective
-        handle.reset_training_metrics()  # JREG
-        yield (
-            float(sum(total / count for total, count in reports)) / len(reports) if reports else None,
-            metrics,
-        )
+        metrics = handle.end_iteration(step)  # JREG; collective
+        lm_loss = None
+        if reports:  # on the last pipeline stage
+            sums = torch.stack(list(reports)).sum(0)
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+            lm_loss = float(sums[0] / sums[1])
+        yield lm_loss, metrics
 
 
 def made_up_text() -> Iterator[Batch]:
@@ -169,18 +174,23 @@ def made_up_text() -> Iterator[Batch]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train for some steps and print a line for each."""
-    parser = argparse.ArgumentParser(description="Train a small Llama with JREG in a loop of one's own.")
+    parser = argparse.ArgumentParser(
+        prog="python -m jreg_megatron.examples.custom_loop",
+        description="Train a small Llama with JREG in a loop of one's own.",
+    )
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size. Default: 1")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size. Default: 1")
-    parser.add_argument("--steps", type=int, default=20, help="Default: 20")
-    options = JRegConfig.add_arguments(parser).parse_args(argv)
-    initialize(options.tensor, options.pipeline)
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    results = train(made_up_text(), options.steps, JRegConfig.from_args(options))
-    for step, (lm_loss, metrics) in enumerate(results, start=1):
-        if is_last and metrics is not None:
-            print(f"step {step:3} | lm loss {lm_loss:.4f} | jreg loss {metrics.jreg_loss:.6f}", end=" | ")
-            print(f"jump rate {metrics.jump_rate:.4f}", flush=True)
+    parser.add_argument("--steps", type=int, default=20, help="training steps. Default: 20")
+    JRegConfig.add_arguments(parser)  # JREG
+    options = parser.parse_args(argv)
+    with user_errors_exit():
+        jreg = JRegConfig.from_args(options)  # JREG
+        initialize(options.tensor, options.pipeline)
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        for step, (lm_loss, metrics) in enumerate(train(made_up_text(), options.steps, jreg), start=1):
+            if is_last and metrics is not None:
+                print(f"step {step:3} | lm loss {lm_loss:.4f} | jreg loss {metrics.jreg_loss:.6f}", end=" | ")
+                print(f"jump rate {metrics.jump_rate:.4f}", flush=True)
     dist.destroy_process_group()
 
 
