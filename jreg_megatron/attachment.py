@@ -105,7 +105,7 @@ class JRegHandle:
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
-        self._reported: int | None = None  # the iteration that the last log interval ended with
+        self._has_measured = False  # in this log interval
         self._is_seen_whole = False
         self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
@@ -238,20 +238,16 @@ class JRegHandle:
             UserError: if some layer was not seen in an iteration that should have measured it.
         """
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
-        begun = iteration - 1 if self._reported is None else self._reported
-        has_measured = any(self.config.measures_at(i) for i in range(begun + 1, iteration + 1))
-        if self._reported is None:
-            self._reported = begun
-        if is_interval_end:
-            self._reported = iteration
-        if not (is_interval_end or (has_measured and not self._is_seen_whole)):
+        self._has_measured = self._has_measured or self.config.measures_at(iteration)
+        if not (is_interval_end or (self._has_measured and not self._is_seen_whole)):
             return None
         metrics = self.reduce_training_metrics()
-        if metrics is None and has_measured:
+        if metrics is None and self._has_measured:
             raise UserError(LAYER_NOT_SEEN)
         self._is_seen_whole = self._is_seen_whole or metrics is not None
         if is_interval_end:
             self.reset_training_metrics()
+            self._has_measured = False
         return metrics
 
     def reduce_training_metrics(self) -> JRegMetrics | None:

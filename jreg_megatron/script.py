@@ -43,16 +43,14 @@ def run(
         SystemExit: with the script's status.
     """
     from jreg_megatron import cpu
+    from jreg_megatron.cpu.launch import check_nproc, fork_ranks
 
     script, arguments = options.script, options.arguments
     _refuse_script(script, options.is_module)
     if options.nproc is not None:
-        if "RANK" in os.environ:
-            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+        check_nproc(options.nproc)
         if not on_cpu:
             raise UserError("--nproc is for CPU mode; start GPU ranks with torchrun")
-        if options.nproc < 1:
-            raise UserError(f"--nproc is {options.nproc}; it must be >= 1")
     if on_cpu:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(cpu.announcement(arguments), flush=True)
@@ -81,8 +79,6 @@ def run(
     if options.nproc is None:
         work()
     else:
-        from jreg_megatron.cpu.launch import fork_ranks
-
         sys.exit(fork_ranks(options.nproc, work))
 
 

@@ -147,10 +147,9 @@ def require_attached(train_step: Function) -> Function:
 
     @_decorating(train_step)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        with user_errors_exit():
-            attached = _expected()
-            if attached is not None:
-                _check_step(attached.config, *look_up(args, named))
+        attached = _expected()
+        if attached is not None:
+            _check_step(attached.config, *look_up(args, named))
         return train_step(*args, **named)
 
     return with_jreg
@@ -162,13 +161,11 @@ def log_training(training_log: Function) -> Function:
 
     @_decorating(training_log)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        with user_errors_exit():
-            attached = _expected()
+        attached = _expected()
         if attached is None:
             return training_log(*args, **named)
-        with user_errors_exit():
-            totals, iteration, is_skipped = look_up(args, named)
-            metrics = _end_iteration(attached, totals, iteration, is_skipped)
+        totals, iteration, is_skipped = look_up(args, named)
+        metrics = _end_iteration(attached, totals, iteration, is_skipped)
         result = training_log(*args, **named)
         if metrics is not None and (bad := metrics.layers_not_finite()):
             from megatron.training import print_rank_last
@@ -188,8 +185,7 @@ def measure_validation(evaluate: Function) -> Function:
 
     @_decorating(evaluate)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        with user_errors_exit():
-            attached = _expected()
+        attached = _expected()
         if attached is None:
             return evaluate(*args, **named)
         attached.handle.validation_meter.reset()
@@ -300,6 +296,7 @@ def config_of(args: Namespace) -> JRegConfig | None:
     return None
 
 
+@user_errors_exit()
 def _expected() -> _Attached | None:
     """What is attached; None if JREG was not asked for.
 
@@ -313,6 +310,7 @@ def _expected() -> _Attached | None:
     return _loop.attached
 
 
+@user_errors_exit()
 def _end_iteration(
     attached: _Attached, totals: dict[str, Any], iteration: int, is_skipped: int
 ) -> JRegMetrics | None:
@@ -338,6 +336,7 @@ def _end_iteration(
     return metrics
 
 
+@user_errors_exit()
 def _check_step(config: JRegConfig, forward_step: Function) -> None:
     """Refuse a training step whose iteration does not advance, or without a mask that JREG needs."""
     from megatron.training import get_args

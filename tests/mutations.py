@@ -191,7 +191,7 @@ FAULTS = [
     Fault(
         "reduce in every step",
         "attachment.py",
-        (("if not (is_interval_end or (has_measured and not self._is_seen_whole)):", "if False:"),),
+        (("if not (is_interval_end or (self._has_measured and not self._is_seen_whole)):", "if False:"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(

@@ -13,8 +13,22 @@ import sys
 import time
 from collections.abc import Callable
 
+from jreg_megatron.errors import UserError
+
 _GRACE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
+
+
+def check_nproc(count: int) -> None:
+    """Refuse a ``--nproc`` that :func:`fork_ranks` cannot start.
+
+    Raises:
+        UserError: under torchrun, or for less than one rank.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+    if count < 1:
+        raise UserError(f"--nproc is {count}; it must be >= 1")
 
 
 def fork_ranks(count: int, work: Callable[[], None]) -> int:

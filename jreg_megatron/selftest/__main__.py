@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from jreg_megatron.cpu.launch import check_nproc, fork_ranks
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
@@ -40,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     _silence()
     if options.nproc:
         from jreg_megatron import cpu
-        from jreg_megatron.cpu.launch import fork_ranks
 
         cpu.enable()
         return fork_ranks(options.nproc, lambda: sys.exit(_test(layouts, options)))
@@ -121,10 +121,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             f"--timeout is {options.timeout:g}; it must be a number of seconds above 0, below a day"
         )
     if options.nproc is not None:
-        if "RANK" in os.environ:
-            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
-        if options.nproc < 1:
-            raise UserError(f"--nproc is {options.nproc}; it must be >= 1")
+        check_nproc(options.nproc)
     else:
         rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
         is_alone = rank is None and world_size is None
