@@ -22,17 +22,25 @@ def check_arguments(args: Namespace) -> None:
     heterogeneous layers nothing is checked, since what counts is then still to be read from elsewhere.
 
     Raises:
-        UserError: for the first mistake found, in the order of :data:`CHECKS`.
+        UserError: for the first mistake found, sizes before data.
     """
-    if getattr(args, "yaml_cfg", None) is not None or args.use_checkpoint_args:
+    if _is_read_elsewhere(args):
         return
-    if args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json:
-        return
-    for check in CHECKS:
+    for check in (*SIZE_CHECKS, *DATA_CHECKS):
         check(args)
 
 
-CHECKS: tuple[Callable[[Namespace], None], ...] = (
+def _is_read_elsewhere(args: Namespace) -> bool:
+    """Whether what counts is still to be read from a file or a checkpoint."""
+    return bool(
+        getattr(args, "yaml_cfg", None) is not None
+        or args.use_checkpoint_args
+        or args.heterogeneous_layers_config_path
+        or args.heterogeneous_layers_config_encoded_json
+    )
+
+
+SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.required_sizes,
     training.parallel_sizes,
     training.training_length,
@@ -50,10 +58,14 @@ CHECKS: tuple[Callable[[Namespace], None], ...] = (
     division.interleaving,
     division.sequence_length,
     division.batch_sizes,
+)
+"""The checks that need the arguments alone; each may rely on those before it."""
+
+DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_source,
     vocabulary.tokenizer,
     vocabulary.vocabulary_sizes,
     data.data_files,
     vocabulary.token_ids,
 )
-"""The checks in their order: cheap before dear, and each may rely on those before it."""
+"""The checks that look into files, cheap before dear; they rely on :data:`SIZE_CHECKS`."""

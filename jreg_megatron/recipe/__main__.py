@@ -1,0 +1,124 @@
+"""Check, announce and start a run: ``python -m jreg_megatron.recipe``, called by ``recipes/*.sh``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.recipe import command
+from jreg_megatron.recipe.request import Rendezvous, Request
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what ``argv`` asks for; a run that starts takes this process over."""
+    with user_errors_exit():
+        request = Request.from_words(sys.argv[1:] if argv is None else argv)
+        if request.smoke is None:
+            _train(request)
+        else:
+            _smoke(request)
+
+
+def _train(request: Request) -> None:
+    from jreg_megatron import preflight
+    from jreg_megatron.recipe import announcement, machine, plan
+
+    rendezvous = Rendezvous.from_environment(request)
+    gpus = machine.Gpus.of_this_node()  # before CPU mode, in which this process only plans
+    _import_megatron()
+    flags = _flags(request)
+    asked = plan.parse(flags, request.world_size)
+    for check in preflight.SIZE_CHECKS:
+        check(asked)
+    planned = plan.make(flags, request.world_size)
+
+    def check_files() -> str:
+        for check in preflight.DATA_CHECKS:
+            check(asked)
+        return machine.check_training_data(asked, planned.tokens, request.epochs)
+
+    rows = announcement.rows(request, planned)
+    findings: dict[str, Callable[[], str]] = {
+        "data": check_files,
+        "memory": partial(machine.check_memory, planned, gpus),
+        "checkpoints": partial(machine.check_disk, planned),
+        "this node": partial(machine.check_gpus, request, gpus),
+    }
+    for name, find in findings.items():
+        try:
+            rows[name] = find()
+        except UserError as error:
+            if not request.dry_run:
+                raise
+            rows[name] = f"would be refused: {error}"
+    ranks = command.on_gpus(request.gpus, request.nodes, rendezvous, flags)
+    if rendezvous is None or rendezvous.node_rank == 0:
+        announcement.show(request, rows)
+    if request.dry_run:
+        print(command.as_text(ranks, os.environ))
+    elif machine.last_checkpoint(asked.load) >= planned.iterations:
+        print(f"{request.run} has all of its {planned.iterations:,} iterations; nothing to do")
+    else:
+        _become(ranks, asked)
+
+
+def _smoke(request: Request) -> None:
+    from jreg_megatron.recipe import plan, smoke
+
+    assert request.smoke is not None
+    _import_megatron()
+    flags, run = _flags(request), request.run / "smoke"
+    asked = plan.parse(flags, request.world_size)
+    flags += smoke.flags(asked, run, request.smoke)
+    if smoke.start_clean_if_finished(plan.parse(flags, smoke.ranks(asked)), run):
+        print(f"Starting clean: removed the finished run in {run}")
+    ranks = command.on_the_cpu(smoke.ranks(asked), flags)
+    print(f"Smoke: a toy of {request.recipe.stem} on {smoke.ranks(asked)} CPU ranks; its files go to {run}")
+    if request.dry_run:
+        print(command.as_text(ranks, os.environ))
+    else:
+        _become(ranks, plan.parse(flags, smoke.ranks(asked)))
+
+
+def _import_megatron() -> None:
+    """Import Megatron in CPU mode, for this process only plans; what it misses here is no news."""
+    from jreg_megatron import cpu
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cpu.enable()
+
+
+def _flags(request: Request) -> list[str]:
+    """The recipe's flags, the iterations that its tokens make, and the user's flags."""
+    from jreg_megatron.recipe import plan
+
+    args = plan.parse([*request.flags, *request.user_flags], request.world_size)
+    for name in ("global_batch_size", "seq_length"):
+        if not getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is missing in {request.recipe}; give it a number >= 1"
+            )
+    iterations = request.tokens // (args.global_batch_size * args.seq_length)
+    if iterations < 1:
+        raise UserError(f"TOKENS is {request.tokens}, which is less than one batch; raise it")
+    return [*request.flags, "--train-iters", str(iterations), *request.user_flags]
+
+
+def _become(ranks: Sequence[str], args: Namespace) -> None:
+    """Let the small supervisor take the place of this process, which has all of Megatron in memory."""
+    sys.stdout.flush()
+    supervisor = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
+    watched = ["--iterations", str(args.train_iters), "--checkpoints", str(Path(args.save))]
+    os.execv(sys.executable, [*supervisor, *watched, "--", *ranks])
+
+
+if __name__ == "__main__":
+    main()

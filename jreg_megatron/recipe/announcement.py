@@ -1,0 +1,55 @@
+"""One table of what a run will be, and for how long."""
+
+from __future__ import annotations
+
+from jreg_megatron.recipe.machine import last_checkpoint
+from jreg_megatron.recipe.plan import Plan, number_as_text, seconds_as_text
+from jreg_megatron.recipe.request import Request
+
+_WIDTH = 118
+
+
+def rows(request: Request, plan: Plan) -> dict[str, str]:
+    """What the plan alone says: a name and a text for each row."""
+    args = plan.args
+    coeff = getattr(args, "jreg_coeff", 0.0)
+    jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 3.0):g}"
+    division = " x ".join(
+        f"{short} {size}"
+        for short, size in (
+            ("TP", args.tensor_model_parallel_size),
+            ("PP", args.pipeline_model_parallel_size),
+            ("CP", args.context_parallel_size),
+            ("DP", args.data_parallel_size),
+        )
+    )
+    steps = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    hours = plan.flops / request.world_size / (request.tflops * 1e12)
+    done = last_checkpoint(args.load)
+    return {
+        "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, "
+        f"vocabulary {args.padded_vocab_size:,}",
+        "JREG": jreg if coeff else "lambda 0: the jump is measured, nothing is changed",
+        "length": f"{number_as_text(plan.tokens)} tokens ({plan.tokens / plan.parameters:.0f} a parameter): "
+        f"{plan.iterations:,} iterations of {args.global_batch_size:,} sequences of {args.seq_length:,}"
+        + (f"; going on from iteration {done:,}" if done else ""),
+        "layout": f"{request.nodes} x {request.gpus} GPUs: {division}; {steps} micro-batches of "
+        f"{args.micro_batch_size} a step",
+        "time": f"about {seconds_as_text(hours)}, {plan.flops:.1e} operations, if each GPU makes "
+        f"{request.tflops:g} TFLOP/s" + (f" ({1 - done / plan.iterations:.0%} of it left)" if done else ""),
+    }
+
+
+def show(request: Request, found: dict[str, str]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{request.recipe.stem}, {request.variant}, in {request.run}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, text in found.items():
+        table.add_row(name, Text(text))
+    Console(width=_WIDTH).print(table)

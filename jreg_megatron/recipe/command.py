@@ -1,0 +1,59 @@
+"""The command that starts the ranks of a node."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jreg_megatron.recipe.request import Rendezvous
+
+_MODULE = ("-m", "jreg_megatron.pretrain")
+_SHOWN = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
+
+
+def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequence[str]) -> list[str]:
+    """``torchrun`` of this Python, for this node's ranks.
+
+    SIGTERM is left to the ranks, which save first; torchrun would end them after half a minute.
+    """
+    where = (
+        ["--standalone"]
+        if rendezvous is None
+        else [
+            *("--nnodes", str(nodes), "--node-rank", str(rendezvous.node_rank)),
+            *("--master-addr", rendezvous.address, "--master-port", str(rendezvous.port)),
+        ]
+    )
+    torchrun = [*_torchrun(), *where, "--nproc-per-node", str(gpus)]
+    if _torchrun_takes_signals():
+        torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+    return [*torchrun, *_MODULE, *flags]
+
+
+def on_the_cpu(ranks: int, flags: Sequence[str]) -> list[str]:
+    """Forked ranks on this machine's CPU."""
+    return [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(ranks), *_MODULE, "--cpu", *flags]
+
+
+def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command as a shell takes it, a flag a line, with the variables that it depends on."""
+    lines, line = [], [f"{name}={shlex.quote(environment[name])}" for name in _SHOWN if name in environment]
+    for word in command:
+        if word.startswith("--"):
+            lines.append(" ".join(line))
+            line = []
+        line.append(shlex.quote(word))
+    return " \\\n    ".join([*lines, " ".join(line)])
+
+
+def _torchrun() -> list[str]:
+    beside = Path(sys.executable).with_name("torchrun")
+    return [str(beside)] if beside.exists() else [sys.executable, "-m", "torch.distributed.run"]
+
+
+def _torchrun_takes_signals() -> bool:
+    from torch.distributed.run import get_args_parser
+
+    return any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions)

@@ -1,0 +1,135 @@
+"""Whether this machine and these files can carry a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.preflight.data import local_prefixes, read_index_of
+from jreg_megatron.recipe.plan import Plan, number_as_text
+from jreg_megatron.recipe.request import Request
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of this node."""
+
+    count: int
+    name: str = ""
+    bytes: int | None = None
+    """Memory of the smallest, or None where the driver does not say."""
+
+    @classmethod
+    def of_this_node(cls) -> Gpus:
+        """Ask torch for their number and the driver for the rest, which leaves no context on a GPU."""
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count or shutil.which("nvidia-smi") is None:
+            return cls(count)
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        rows = [row.rpartition(", ") for row in told.splitlines()]
+        sizes = [int(size) * 2**20 for _, _, size in rows if size.strip().isdecimal()]
+        return cls(count, rows[0][0] if rows else "", min(sizes, default=None))
+
+
+def check_gpus(request: Request, gpus: Gpus) -> str:
+    """The GPUs of this node, as text.
+
+    Raises:
+        UserError: if there are fewer than the run starts ranks.
+    """
+    if gpus.count < request.gpus:
+        raise UserError(
+            f"GPUS is {request.gpus}, but this node has {gpus.count}; set GPUS to what it has, "
+            "or try the recipe with --smoke, which runs on the CPU"
+        )
+    return f"{request.gpus} of {gpus.count} x {gpus.name or 'GPU'}"
+
+
+def check_memory(plan: Plan, gpus: Gpus) -> str:
+    """What the fullest GPU will hold, as text.
+
+    Raises:
+        UserError: if weights, gradients and optimizer alone do not fit.
+    """
+    total = plan.state_bytes + plan.activation_bytes
+    state, activations = number_as_text(plan.state_bytes, "B"), number_as_text(plan.activation_bytes, "B")
+    text = (
+        f"about {number_as_text(total, 'B')} a GPU: {state} weights, gradients, optimizer, "
+        f"{activations} activations (Megatron's estimate)"
+    )
+    if gpus.bytes is None:
+        return text
+    has = number_as_text(gpus.bytes, "B")
+    if plan.state_bytes > gpus.bytes:
+        raise UserError(
+            f"weights, gradients and optimizer take {state} a GPU, and {gpus.name} has {has}; "
+            "raise TP or PP, or train on more GPUs"
+        )
+    if total > gpus.bytes:
+        return f"{text}; more than the {has} of {gpus.name}: lower MICRO_BATCH if it runs out"
+    return f"{text} of {has}"
+
+
+def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
+    """How much of the training data the run reads, as text.
+
+    Megatron begins again at the end of the data without a word.
+
+    Raises:
+        UserError: if it would read them more than ``epochs`` times.
+    """
+    training = [(flag, p) for flag, p in local_prefixes(args) if flag in ("--train-data-path", "--data-path")]
+    if not training:
+        return "not on this machine, so not looked into"
+    there = sum(read_index_of(flag, prefix).tokens for flag, prefix in training)
+    passes = tokens / there
+    if passes > epochs:
+        raise UserError(
+            f"TOKENS is {tokens:,}, but {training[0][1]} holds {there:,}: {passes:.2f} passes over the data, "
+            f"and EPOCHS allows {epochs:g}; prepare more, lower TOKENS, or set EPOCHS={math.ceil(passes)}"
+        )
+    return f"{number_as_text(there)} tokens, read {passes:.2f} times"
+
+
+def last_checkpoint(folder: str | Path | None) -> int:
+    """Iteration of the checkpoint in a folder that Megatron would go on from; 0 where there is none."""
+    try:
+        text = (Path(folder or "") / "latest_checkpointed_iteration.txt").read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+def check_disk(plan: Plan) -> str:
+    """How much of the disk the checkpoints still to come will take, as text.
+
+    Raises:
+        UserError: if that is more than is free, or the folder cannot be written.
+    """
+    if plan.args.save is None:
+        return "none"
+    folder = Path(plan.args.save).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"RUN leads to {plan.args.save}, and {folder} cannot be written; name another folder")
+    done = last_checkpoint(plan.args.load)
+    # A new checkpoint is whole before the one before it is removed.
+    still = len([i for i in plan.saved_iterations if i > done]) + 1
+    needed, free = still * plan.checkpoint_bytes, shutil.disk_usage(folder).free
+    text = f"{still} x {number_as_text(plan.checkpoint_bytes, 'B')}, {number_as_text(free, 'B')} free"
+    if needed > free:
+        raise UserError(
+            f"checkpoints will take {number_as_text(needed, 'B')} ({text}) in {plan.args.save}; "
+            "free some, set RUN to another disk, or raise --save-retain-interval"
+        )
+    return text

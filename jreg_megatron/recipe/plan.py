@@ -1,0 +1,193 @@
+"""What a run will be: its flags read by Megatron itself, its model counted without memory for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.settings import JRegConfig
+
+_SAVED_BYTES = 14
+"""Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that follow from its flags."""
+
+    args: Namespace
+    """The arguments as Megatron validates them, with CPU mode's choices of kernels."""
+    parameters: int
+    """Parameters of the whole model, embedding rows for padding included."""
+    flops: float
+    """Floating-point operations of the whole training, as Megatron counts them."""
+    state_bytes: float
+    """Weights, gradients and optimizer on the fullest GPU, by Megatron's estimate."""
+    activation_bytes: float
+    """Activations on it, by Megatron's estimate."""
+
+    @property
+    def iterations(self) -> int:
+        """Training iterations."""
+        return int(self.args.train_iters)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return int(self.iterations * self.args.global_batch_size * self.args.seq_length)
+
+    @property
+    def seconds(self) -> float:
+        """Operations per GPU; divide by what one achieves per second."""
+        return self.flops / int(self.args.world_size)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint with the optimizer's state, under bf16."""
+        return self.parameters * _SAVED_BYTES
+
+    @property
+    def saved_iterations(self) -> list[int]:
+        """Iterations whose checkpoints are kept to the end."""
+        args = self.args
+        if args.save is None:
+            return []
+        every = args.save_retain_interval or args.save_interval
+        return sorted({*range(every, self.iterations + 1, every), self.iterations})
+
+
+def parse(flags: list[str], world_size: int) -> Namespace:
+    """Megatron's arguments, read but not validated, for that many ranks.
+
+    Raises:
+        UserError: for flags that Megatron or JREG does not know, or values that JREG does not take.
+    """
+    from megatron.training import arguments
+
+    from jreg_megatron.pretrain import add_arguments as add_pretrain_arguments
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        return JRegConfig.add_arguments(add_pretrain_arguments(parser))
+
+    with _as_rank_zero_of(world_size, flags):
+        args: Namespace = arguments.parse_args(add_arguments)
+    JRegConfig.from_args(args)
+    return args
+
+
+def make(flags: list[str], world_size: int) -> Plan:
+    """Let Megatron validate the flags, and count.
+
+    Raises:
+        UserError: with Megatron's words, for what it refuses.
+    """
+    from megatron.training import arguments
+    from megatron.training.theoretical_memory_usage import (
+        compute_activation_memory,
+        compute_weight_and_optimizer_memory,
+    )
+    from megatron.training.training import num_floating_point_operations
+
+    from jreg_megatron import cpu
+
+    args = parse(cpu.with_cpu_flags(flags), world_size)
+    try:
+        with _as_rank_zero_of(world_size, flags):
+            arguments.validate_args(args)
+    except (AssertionError, ValueError) as error:
+        said = " ".join(str(error).split()) or "an assertion without a message"
+        raise UserError(f"Megatron refuses the arguments: {said}") from error
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    return Plan(
+        args=args,
+        parameters=count_parameters(args),
+        flops=args.train_iters * float(num_floating_point_operations(args, args.global_batch_size)),
+        state_bytes=compute_weight_and_optimizer_memory(args),
+        activation_bytes=compute_activation_memory(args, micro_batches) / args.context_parallel_size,
+    )
+
+
+def count_parameters(args: Namespace) -> int:
+    """Parameters of the model that Megatron would build, by building it on torch's meta device."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+    config = gpt_config_from_args(args)
+    config.transformer = dataclasses.replace(
+        config.transformer,
+        tensor_model_parallel_size=1,
+        sequence_parallel=False,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        pipeline_dtype=None,
+        **dict.fromkeys(_STAGES),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with torch.device("meta"):
+        model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+_STAGES = (
+    "virtual_pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
+
+
+@contextlib.contextmanager
+def _as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
+    """Megatron takes its command line and its place in a job from the process, and prints all arguments."""
+    argv, environment = sys.argv, {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    sys.argv = [argv[0], *flags]
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def seconds_as_text(seconds: float) -> str:
+    """A duration as a person says it: ``52 h``, ``8 days``, ``40 min``."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 3 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number_as_text(number: float, unit: str = "") -> str:
+    """A large number to three digits: ``10.0B``, ``80.0 GB``."""
+    names: list[Any] = [(1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")]
+    space = " " if unit else ""
+    for size, name in names:
+        if number >= size:
+            return f"{number / size:.3g}{space}{name}{unit}"
+    return f"{number:.0f}{space}{unit}"

@@ -1,0 +1,67 @@
+"""A recipe's flags with a toy's sizes, so that the whole of it runs on a CPU in a minute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from jreg_megatron.recipe.machine import last_checkpoint
+
+_LENGTH = 64
+_MOST_RANKS = 4
+
+
+def ranks(args: Namespace) -> int:
+    """Ranks of the toy: one model's, and twice that where it stays small, for data parallelism."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return int(model * 2 if model * 2 <= _MOST_RANKS else model)
+
+
+def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
+    """Flags that shrink the run of ``args`` and put it on the demo's data, to be set behind the recipe's.
+
+    Heads and their groups stay, so that what tensor parallelism asks of them is asked of the toy too.
+    """
+    from jreg_megatron.demo.data import prepare
+
+    data = prepare(Path("runs/data"))
+    heads, stages = args.num_attention_heads, args.pipeline_model_parallel_size
+    layers = max(2, stages * (args.num_virtual_stages_per_pipeline_rank or 1))
+    replicas = ranks(args) // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    vocabulary = json.loads((data.train_prefix.parent / "manifest.json").read_text())["recipe"]["vocab_size"]
+    toy: dict[str, object] = {
+        "num-layers": layers,
+        "hidden-size": 8 * heads,
+        "ffn-hidden-size": 16 * heads,
+        "seq-length": _LENGTH,
+        "max-position-embeddings": _LENGTH,
+        "padded-vocab-size": vocabulary,
+        "micro-batch-size": 1,
+        "global-batch-size": 2 * replicas * stages,
+        "train-iters": iterations,
+        "lr-warmup-iters": 1,
+        "eval-interval": 2,
+        "eval-iters": 1,
+        "log-interval": 1,
+        "tensorboard-log-interval": 1,
+        "save-interval": 2,
+        "save-retain-interval": 2,
+        "train-data-path": data.train_prefix,
+        "valid-data-path": data.validation_prefix,
+        "tokenizer-model": data.tokenizer_model,
+        "data-cache-path": run / "data_cache",
+        "tensorboard-dir": run / "tensorboard",
+        "save": run / "checkpoints",
+        "load": run / "checkpoints",
+    }
+    return [word for name, value in toy.items() for word in (f"--{name}", str(value))]
+
+
+def start_clean_if_finished(args: Namespace, run: Path) -> bool:
+    """Remove what an earlier run left that came to its end; True if there was one."""
+    finished = last_checkpoint(args.load) >= int(args.train_iters)
+    if finished:
+        shutil.rmtree(run)
+    return finished

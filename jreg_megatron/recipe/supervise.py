@@ -1,0 +1,122 @@
+"""Stand between a scheduler and the ranks of a node: hand on its signals, and say how the run ended.
+
+``python -m jreg_megatron.recipe.supervise --iterations N --checkpoints FOLDER -- COMMAND...``; a recipe
+becomes this process. SIGTERM (a preemption, ``scancel``, an evicted pod) and SIGUSR1 (Slurm's ``--signal``)
+reach each rank as SIGTERM, on which Megatron finishes the iteration, saves and ends on all nodes. torchrun
+itself would give the ranks thirty seconds and then kill them in the middle of their checkpoint.
+
+The exit status is 0 when all iterations are done, 75 (``EX_TEMPFAIL``) when the run has saved and ended
+before, so that a scheduler can start it again, and otherwise the command's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from jreg_megatron.cpu.launch import end_with_the_parent
+
+UNFINISHED = os.EX_TEMPFAIL
+"""Exit status of a run that has saved and can go on: 75."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_POLL_SECONDS = 0.5
+
+
+def run(command: list[str], is_finished: Callable[[], bool]) -> int:
+    """Run the command to its end; returns the exit status described above."""
+    asked: list[signal.Signals] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, remember) for number in _SIGNALS}
+    try:
+        with subprocess.Popen(command, preexec_fn=_prepare) as process:  # noqa: PLW1509
+            told: set[int] = set()
+            while True:
+                try:
+                    status = process.wait(_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    if asked:
+                        _tell_ranks(process.pid, told, asked[0])
+                except KeyboardInterrupt:
+                    continue  # the ranks had it too
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked and status == 128 + signal.SIGTERM:
+        status = 0
+    if status == 0 and not is_finished():
+        why = f"on {asked[0].name}" if asked else "before its last iteration"
+        _say(f"the run has saved and ended {why}; the same command goes on")
+        return UNFINISHED
+    return 128 - status if status < 0 else status
+
+
+def _prepare() -> None:
+    """In the command's process: end when this one is killed, and leave both signals to be handed on.
+
+    A scheduler may send a signal to every process of a job; what is ignored here is ignored in the ranks,
+    until Megatron has its handler of SIGTERM in place.
+    """
+    end_with_the_parent()
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _tell_ranks(launcher: int, told: set[int], asked: signal.Signals) -> None:
+    """Send SIGTERM once to each rank that is ready for it."""
+    try:
+        ranks = psutil.Process(launcher).children()
+    except psutil.NoSuchProcess:
+        return
+    for rank in ranks:
+        if rank.pid not in told and _catches(rank.pid, signal.SIGTERM):
+            if not told:
+                _say(f"{asked.name}: the ranks finish their iteration, save and end")
+            told.add(rank.pid)
+            rank.send_signal(signal.SIGTERM)
+
+
+def _catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for the signal (by Linux's list of those caught)."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _say(what: str) -> None:
+    print(f"jreg_megatron: {what}", flush=True)
+
+
+def main() -> None:
+    """Run the command named on the command line; exit with the status described above."""
+    parser = argparse.ArgumentParser(prog="python -m jreg_megatron.recipe.supervise", description=__doc__)
+    parser.add_argument("--iterations", type=int, required=True)
+    parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+
+    from jreg_megatron.recipe.machine import last_checkpoint
+
+    def is_finished() -> bool:
+        return last_checkpoint(options.checkpoints) >= int(options.iterations)
+
+    sys.exit(run(options.command[1:], is_finished))
+
+
+if __name__ == "__main__":
+    main()

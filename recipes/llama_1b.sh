@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# A Llama of 1B parameters, pretrained with JREG or without it.
+#
+#   recipes/llama_1b.sh jreg|baseline [--dry-run | --smoke] [-- MORE MEGATRON FLAGS]
+#
+# Every knob is in this file; what is written ${NAME:-value} can be set in the environment too.
+# recipes/README.md tells how to start it on one node, on several, by Slurm and on Kubernetes.
+# The paper publishes no shape, data, batch, learning rate or lambda that we know of: these are our choices.
+set -euo pipefail
+VARIANT=${1:-}
+
+# JREG: all that the two variants differ in. At lambda 0 the jump is measured and nothing is changed.
+LAMBDA=${LAMBDA:-0.1}   # not published; the best of the small sweep in the README. Sweep it: recipes/README.md
+ALPHA=${ALPHA:-3}       # said to be best on most tasks
+if [[ $VARIANT == baseline ]]; then LAMBDA=0; fi
+
+# Files
+DATA=${DATA:-data/fineweb_edu_100bt}            # made by recipes/fineweb_edu.sh 100BT
+TOKENIZER=${TOKENIZER:-$DATA/tokenizer.model}   # SentencePiece, at most 32,000 pieces
+RUN=${RUN:-runs/llama_1b_$VARIANT}              # checkpoints, TensorBoard, index cache; the same on all nodes
+
+# Length: 100B tokens, 100 a parameter, five times compute-optimal (20, arXiv 2203.15556), since models of this
+# size are trained beyond it in practice and the jump grows with training.
+SEED=${SEED:-1234}
+SEQUENCE=2048
+BATCH=2048              # sequences: 4.19M tokens, as a sibling paper of two of the authors (arXiv 2603.16127)
+TOKENS=${TOKENS:-100000000000}
+EPOCHS=${EPOCHS:-1}     # passes over the data that are allowed
+
+# Machines. MASTER_ADDR, MASTER_PORT and NODE_RANK are asked for when there are several nodes.
+NODES=${NODES:-1}
+GPUS=${GPUS:-8}         # per node
+TP=${TP:-1} PP=${PP:-1} CP=${CP:-1}             # the rest is data parallel, the fastest for a model that fits
+MICRO_BATCH=${MICRO_BATCH:-8}                   # sequences per GPU at a time, for 80 GB
+TFLOPS=${TFLOPS:-400}   # what a GPU achieves per second, only to say how long it will take
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # Megatron asks for it before Blackwell
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+FLAGS=(
+    # Architecture: TinyLlama's width, heads and groups (arXiv 2401.02385), 20 of its 22 layers, which would
+    # make 1.10B. 1,011,959,808 parameters.
+    --num-layers 20 --hidden-size 2048 --ffn-hidden-size 5632
+    --num-attention-heads 32 --group-query-attention --num-query-groups 4
+    --seq-length "$SEQUENCE" --max-position-embeddings "$SEQUENCE"
+    --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
+    --position-embedding-type rope --rotary-base 10000
+    --untie-embeddings-and-output-weights --padded-vocab-size 32000
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+
+    # Optimizer: AdamW with the betas, decay and clipping of Llama (arXiv 2302.13971).
+    --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --weight-decay 0.1 --clip-grad 1.0
+
+    # Schedule: peak and warm-up of the sibling paper, then a cosine to a tenth.
+    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 1000
+    --global-batch-size "$BATCH" --micro-batch-size "$MICRO_BATCH" --seed "$SEED"
+
+    # Data
+    --train-data-path "$DATA/train_text_document" --valid-data-path "$DATA/validation_text_document"
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER"
+    --data-cache-path "$RUN/data_cache" --num-workers 2 --no-create-attention-mask-in-dataloader
+
+    # Parallelism
+    --tensor-model-parallel-size "$TP" --sequence-parallel --pipeline-model-parallel-size "$PP"
+    --context-parallel-size "$CP"
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+
+    # Precision and kernels: gradients are kept and reduced in fp32, Megatron's default with bf16.
+    --bf16 --transformer-impl transformer_engine --cross-entropy-loss-fusion
+    --manual-gc --manual-gc-interval 100
+
+    # Checkpoints: the last one to go on from, and ten over the run, since the jump grows over training.
+    --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500
+    --save-retain-interval 2000
+    --exit-signal-handler
+
+    # Evaluation and logging
+    --eval-interval 500 --eval-iters 20 --log-interval 10 --log-throughput
+    --tensorboard-dir "$RUN/tensorboard" --tensorboard-log-interval 10
+
+    --jreg-coeff "$LAMBDA" --jreg-alpha "$ALPHA" --jreg-log-per-layer
+)
+exec "$(dirname "$0")/run.sh" \
+    --recipe "$0" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \
+    --tokens "$TOKENS" --epochs "$EPOCHS" -- "${FLAGS[@]}" ::: "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Hand a recipe's flags to `python -m jreg_megatron.recipe`, by the first Python here that has what it needs:
+# $PYTHON, else python3 (of the container, or of an activated environment), else this checkout's .venv.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
+    if PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -c '
+import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in ("jreg_megatron", "megatron", "torch")))' 2>/dev/null
+    then
+        PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m jreg_megatron.recipe "$@"
+    fi
+done
+echo "jreg_megatron: error: ${PYTHON:-python3} has no jreg_megatron with torch and megatron-core;" \
+    "run make venv in $root, or set PYTHON to a Python that has them" >&2
+exit 2
