@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Llama of 1B parameters, pretrained with JREG or without it.
 #
-#   recipes/llama_1b.sh jreg|baseline [--dry-run | --smoke] [-- MORE MEGATRON FLAGS]
+#   recipes/llama_1b.sh jreg|baseline [--dry-run] [--smoke] [-- MORE MEGATRON FLAGS]
 #
 # Every knob is in this file; what is written ${NAME:-value} can be set in the environment too.
 # recipes/README.md tells how to start it on one node, on several, by Slurm and on Kubernetes.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.recipe import command
+from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
 
 
@@ -63,7 +64,7 @@ def _train(request: Request) -> None:
         announcement.show(request, rows)
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
-    elif machine.last_checkpoint(asked.load) >= planned.iterations:
+    elif last_checkpoint(asked.load) >= planned.iterations:
         print(f"{request.run} has all of its {planned.iterations:,} iterations; nothing to do")
     else:
         _become(ranks, asked)
@@ -77,14 +78,15 @@ def _smoke(request: Request) -> None:
     flags, run = _flags(request), request.run / "smoke"
     asked = plan.parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
-    if smoke.start_clean_if_finished(plan.parse(flags, smoke.ranks(asked)), run):
-        print(f"Starting clean: removed the finished run in {run}")
     ranks = command.on_the_cpu(smoke.ranks(asked), flags)
     print(f"Smoke: a toy of {request.recipe.stem} on {smoke.ranks(asked)} CPU ranks; its files go to {run}")
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
-    else:
-        _become(ranks, plan.parse(flags, smoke.ranks(asked)))
+        return
+    toy = plan.parse(flags, smoke.ranks(asked))
+    if smoke.start_clean_if_finished(toy, run):
+        print("Starting clean: removed the finished run there")
+    _become(ranks, toy)
 
 
 def _import_megatron() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jreg_megatron.recipe.machine import last_checkpoint
+from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text, seconds_as_text
 from jreg_megatron.recipe.request import Request
 

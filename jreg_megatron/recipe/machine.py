@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jreg_megatron.errors import UserError
 from jreg_megatron.preflight.data import local_prefixes, read_index_of
+from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.recipe.request import Request
 
@@ -98,15 +99,6 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
             f"and EPOCHS allows {epochs:g}; prepare more, lower TOKENS, or set EPOCHS={math.ceil(passes)}"
         )
     return f"{number_as_text(there)} tokens, read {passes:.2f} times"
-
-
-def last_checkpoint(folder: str | Path | None) -> int:
-    """Iteration of the checkpoint in a folder that Megatron would go on from; 0 where there is none."""
-    try:
-        text = (Path(folder or "") / "latest_checkpointed_iteration.txt").read_text().strip()
-    except OSError:
-        return 0
-    return int(text) if text.isdecimal() else 0
 
 
 def check_disk(plan: Plan) -> str:

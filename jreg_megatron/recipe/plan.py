@@ -102,13 +102,14 @@ def make(flags: list[str], world_size: int) -> Plan:
     try:
         with _as_rank_zero_of(world_size, flags):
             arguments.validate_args(args)
+        parameters = count_parameters(args)
     except (AssertionError, ValueError) as error:
         said = " ".join(str(error).split()) or "an assertion without a message"
         raise UserError(f"Megatron refuses the arguments: {said}") from error
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return Plan(
         args=args,
-        parameters=count_parameters(args),
+        parameters=parameters,
         flops=args.train_iters * float(num_floating_point_operations(args, args.global_batch_size)),
         state_bytes=compute_weight_and_optimizer_memory(args),
         activation_bytes=compute_activation_memory(args, micro_batches) / args.context_parallel_size,
@@ -185,7 +186,7 @@ def seconds_as_text(seconds: float) -> str:
 
 def number_as_text(number: float, unit: str = "") -> str:
     """A large number to three digits: ``10.0B``, ``80.0 GB``."""
-    names: list[Any] = [(1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")]
+    names: list[Any] = [(1e15, "P"), (1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")]
     space = " " if unit else ""
     for size, name in names:
         if number >= size:

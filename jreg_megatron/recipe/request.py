@@ -131,7 +131,7 @@ def _options_parser() -> argparse.ArgumentParser:
 def _user_parser(recipe: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=str(recipe),
-        usage="%(prog)s jreg|baseline [--dry-run | --smoke [N]] [-- MORE MEGATRON FLAGS]",
+        usage="%(prog)s jreg|baseline [--dry-run] [--smoke [N]] [-- MORE MEGATRON FLAGS]",
         description="Pretrain with JREG, or the baseline: the same run with lambda 0. The knobs stand in the "
         "recipe; those written ${NAME:-value} can be set in the environment. The same command goes on after "
         "a crash. SIGTERM and SIGUSR1 save first; the status is then 75.",
@@ -139,9 +139,8 @@ def _user_parser(recipe: Path) -> argparse.ArgumentParser:
     )
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
-    way.add_argument(
+    parser.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
+    parser.add_argument(
         "--smoke",
         type=_count("--smoke"),
         nargs="?",

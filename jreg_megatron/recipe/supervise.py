@@ -23,6 +23,7 @@ from types import FrameType
 import psutil
 
 from jreg_megatron.cpu.launch import end_with_the_parent
+from jreg_megatron.recipe.checkpoints import last_checkpoint
 
 UNFINISHED = os.EX_TEMPFAIL
 """Exit status of a run that has saved and can go on: 75."""
@@ -109,8 +110,6 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-
-    from jreg_megatron.recipe.machine import last_checkpoint
 
     def is_finished() -> bool:
         return last_checkpoint(options.checkpoints) >= int(options.iterations)

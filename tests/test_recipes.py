@@ -1,0 +1,431 @@
+"""What the files in ``recipes/`` promise: sizes, layouts, early checks, going on after a crash."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import kubernetes_validate
+import pytest
+import yaml
+from harness import Finished, read_scalars, run_ranks
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.recipe import machine
+from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.recipe.plan import Plan
+from jreg_megatron.recipe.request import Rendezvous, Request
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# Llama's parameters by hand: per layer queries and output, keys and values, the three matrices of SwiGLU and
+# two norms; then embedding, output layer and final norm.
+SIZES = {
+    "llama_170m": (170e6, 12 * (2 * 768**2 + 2 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768 * 64_001),
+    "llama_1b": (1e9, 20 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 5632 + 2 * 2048) + 2048 * 64_001),
+    "llama_3b4": (3.4e9, 32 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072 * 64_001),
+}
+LAYOUTS = ({"TP": 2}, {"PP": 2})
+
+
+@pytest.fixture(scope="session")
+def words_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """What a recipe hands to ``python -m jreg_megatron.recipe``, seen by a stand-in for Python."""
+    stand_in = tmp_path_factory.mktemp("stand-in") / "python"
+    stand_in.write_text('#!/bin/sh\ntest "$1" = -c || printf "%s\\0" "$@"\n')
+    stand_in.chmod(0o755)
+
+    def words(recipe: str, *typed: object, **knobs: object) -> list[str]:
+        environment = os.environ | {name: str(value) for name, value in knobs.items()}
+        run = subprocess.run(
+            [RECIPES / f"{recipe}.sh", *map(str, typed)],
+            env=environment | {"PYTHON": str(stand_in)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        module, *rest = run.stdout.split("\0")[1:-1]
+        assert module == "jreg_megatron.recipe"
+        return rest
+
+    return words
+
+
+def plan(words: list[str], check: bool = True) -> Finished:
+    """Do what the recipe's Python does, in a process that has imported Megatron."""
+    return run_ranks(words, entry="jreg_megatron.recipe.__main__:main", check=check, timeout=120)
+
+
+def command_in(printed: str) -> str:
+    found = re.search(r"^(\w+=\S+ )*\S+bin/(torchrun|python)", printed, re.MULTILINE)
+    assert found, printed
+    return printed[found.start() :]
+
+
+def ranks_and_flags(printed: str) -> tuple[int, list[str]]:
+    """Number of ranks and Megatron's flags of the command that a dry run prints last."""
+    command = shlex.split(command_in(printed).replace("\\\n", " "))
+    module = command.index("jreg_megatron.pretrain")
+    number = {"--nproc", "--nproc-per-node"} & set(command[:module])
+    return int(command[command.index(number.pop()) + 1]), command[module + 1 :]
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_a_recipe_names_its_exact_number_of_parameters_which_is_its_size(
+    recipe: str, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    about, exact = SIZES[recipe]
+    printed = plan(words_of(recipe, "jreg", "--dry-run", RUN=tmp_path)).output[0]
+    (counted,) = re.findall(r"([\d,]+) parameters", printed)
+    assert int(counted.replace(",", "")) == exact
+    assert exact == pytest.approx(about, rel=0.05)
+    assert f"{exact:,} parameters" in (RECIPES / f"{recipe}.sh").read_text()
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_baseline_and_jreg_differ_in_lambda_and_their_folder_alone(
+    recipe: str, words_of: Callable[..., list[str]]
+) -> None:
+    ours, baseline = words_of(recipe, "jreg"), words_of(recipe, "baseline")
+    assert len(ours) == len(baseline)
+    differences = [(a, b) for a, b in zip(ours, baseline, strict=True) if a != b]
+    assert ("0.1", "0") in differences and ("jreg", "baseline") in differences
+    for one, other in set(differences) - {("0.1", "0")}:
+        assert one.replace(f"{recipe}_jreg", f"{recipe}_baseline").replace("jreg", "baseline") == other
+    at = next(at for at, pair in enumerate(zip(ours, baseline, strict=True)) if pair == ("0.1", "0"))
+    assert ours[at - 1] == "--jreg-coeff"
+
+
+@pytest.mark.parametrize("variant", ["jreg", "baseline"])
+@pytest.mark.parametrize("recipe", SIZES)
+def test_a_dry_run_prints_the_torchrun_command_with_every_flag(
+    recipe: str, variant: str, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = words_of(recipe, variant, "--dry-run", "--", "--lr", "1e-4", RUN=tmp_path / "run")
+    printed = plan(words).output[0]
+    command = command_in(printed)
+    assert "bin/torchrun" in command and "--standalone" in command
+    ranks, flags = ranks_and_flags(printed)
+    assert ranks == 8
+    asked = words[words.index("--") + 1 : words.index(":::")]
+    iterations = words[words.index("--tokens") + 1]
+    batch, length = (int(asked[asked.index(name) + 1]) for name in ("--global-batch-size", "--seq-length"))
+    assert flags == [*asked, "--train-iters", str(int(iterations) // (batch * length)), "--lr", "1e-4"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("variant", ["jreg", "baseline"])
+@pytest.mark.parametrize("recipe", SIZES)
+def test_megatron_reads_every_flag_of_a_recipe_and_trains_a_toy_with_them(
+    recipe: str, variant: str, layout: dict[str, int], words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = words_of(recipe, variant, "--dry-run", "--smoke", RUN=tmp_path, **layout)
+    ranks, flags = ranks_and_flags(plan(words).output[0])
+    assert ranks == 4  # two of the model, for two replicas
+    run_ranks(flags, ranks)
+    logged = read_scalars(tmp_path / "smoke" / "tensorboard")
+    assert len(logged["lm loss"]) == len(logged["jump rate"]) == 4
+    assert len(logged["lm loss validation"]) >= 2
+    sizes = {"TP": "tensor-model-parallel-size", "PP": "pipeline-model-parallel-size"}
+    for name, size in layout.items():
+        assert flags[flags.index(f"--{sizes[name]}") + 1] == str(size)
+
+
+def test_a_killed_run_started_again_by_the_same_command_has_the_losses_of_one_that_went_through(
+    words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = words_of("llama_170m", "jreg", "--dry-run", "--smoke", 14, RUN=tmp_path / "whole")
+    ranks, flags = ranks_and_flags(plan(words).output[0])
+    run_ranks(flags, ranks)
+    whole = read_scalars(tmp_path / "whole" / "smoke" / "tensorboard")
+
+    command = [RECIPES / "llama_170m.sh", "jreg", "--smoke", "14"]
+    environment = os.environ | {"RUN": str(tmp_path / "killed"), "PYTHON": sys.executable}
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        run = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        while not re.search(r"iteration +[5-9]/", log.read_text()):
+            assert run.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    checkpoints = tmp_path / "killed" / "smoke" / "checkpoints"
+    assert 2 <= last_checkpoint(checkpoints) < 14
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    resumed = read_scalars(tmp_path / "killed" / "smoke" / "tensorboard")
+    for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
+        assert len(whole[tag]) == 14
+        # What the killed run had logged after its last checkpoint comes again.
+        assert sorted(set(resumed[tag])) == sorted(set(whole[tag])), tag
+
+
+MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
+    "no variant": ((), {}, r"required: jreg\|baseline"),
+    "another variant": (("jerg",), {}, r"invalid choice: 'jerg'"),
+    "an unknown option": (("jreg", "--dryrun"), {}, "unrecognized arguments: --dryrun"),
+    "a flag that Megatron does not know": (("jreg", "--", "--lrr", 1), {}, "unrecognized arguments: --lrr"),
+    "tokens in words": (("jreg",), {"TOKENS": "10B"}, "TOKENS is 10B; it must be a whole number >= 1"),
+    "fewer tokens than a batch": (
+        ("jreg",),
+        {"TOKENS": 1000},
+        "TOKENS is 1000, which is less than one batch",
+    ),
+    "no GPU": (("jreg",), {}, "--tokenizer-model is .*, which is not a file"),
+    "no nodes": (("jreg",), {"NODES": 0}, "NODES is 0; it must be a whole number >= 1"),
+    "a layout that the GPUs do not make": (
+        ("jreg",),
+        {"TP": 3},
+        r"--tensor-model-parallel-size 3 .*8",
+    ),
+    "layers that stages cannot share": (("jreg",), {"PP": 8}, r"--num-layers 12 is not divisible by .* 8"),
+    "a batch that the GPUs cannot share": (
+        ("jreg",),
+        {"MICRO_BATCH": 24},
+        r"--global-batch-size is 256; it must be a multiple",
+    ),
+    "a lambda below 0": (("jreg",), {"LAMBDA": -1}, r"--jreg-coeff .* is -1\.0; it must be a finite number"),
+    "a flag that Megatron refuses": (
+        ("jreg", "--", "--recompute-granularity", "full"),
+        {},
+        "Megatron refuses the arguments: .*recompute",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_a_recipe_with_one_clear_line_before_anything_starts(
+    mistake: str, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    typed, knobs, expected = MISTAKES[mistake]
+    run = plan(words_of("llama_170m", *typed, **{"RUN": tmp_path / "run"} | knobs), check=False)
+    assert run.status == [2]
+    (line,) = run.output[0].splitlines()
+    assert line.startswith("jreg_megatron: error: ")
+    assert re.search(expected, line), line
+    assert not (tmp_path / "run").exists()
+
+
+NODE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NODE_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing; NODES is 2, so each node needs the host name"),
+        ({"MASTER_PORT": "high"}, "MASTER_PORT is high; it must be a TCP port"),
+        ({"NODE_RANK": "2"}, "NODE_RANK is 2; NODES is 2, so each node needs its own number there, 0 to 1"),
+        ({"NODE_RANK": ""}, "NODE_RANK is missing; NODES is 2"),
+    ],
+)
+def test_nodes_that_could_not_meet_are_refused(changes: dict[str, str], expected: str) -> None:
+    words = "--recipe x.sh --run x --nodes 2 --gpus 8 --tokens 1 -- ::: jreg".split()
+    with pytest.raises(UserError, match=expected):
+        Rendezvous.from_environment(Request.from_words(words), NODE | changes)
+
+
+SHORT = ("--", "--lr-warmup-iters", 0)
+
+
+@pytest.fixture(scope="module")
+def demo_data() -> Path:
+    from jreg_megatron.demo.data import prepare
+
+    return prepare(Path("runs/data")).train_prefix.parent
+
+
+def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    knobs = {"DATA": demo_data, "RUN": tmp_path / "run", "TOKENS": 4_000_000}
+    run = plan(words_of("llama_170m", "jreg", *SHORT, **knobs), check=False)
+    assert run.status == [2]
+    assert re.search(
+        r"TOKENS is [\d,]+, but .*train_text_document holds .* passes .* EPOCHS=2", run.output[0]
+    )
+    printed = plan(words_of("llama_170m", "jreg", "--dry-run", *SHORT, EPOCHS=2, **knobs)).output[0]
+    assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    knobs = {"DATA": demo_data, "RUN": tmp_path, "EPOCHS": 1e6}
+    words = words_of("llama_170m", "jreg", "--", "--padded-vocab-size", 4000, **knobs)
+    run = plan(words, check=False)
+    assert run.status == [2]
+    assert re.search(r"--padded-vocab-size is 4000, but the tokenizer has 4096 tokens", run.output[0])
+
+
+def test_a_node_without_enough_gpus_is_refused_and_pointed_to_the_smoke_run(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = plan(
+        words_of("llama_170m", "jreg", *SHORT, DATA=demo_data, RUN=tmp_path, TOKENS=10**6), check=False
+    )
+    assert run.status == [2]
+    assert re.search(r"GPUS is 8, but this node has \d; .*--smoke", run.output[0])
+
+
+def test_a_run_that_is_complete_says_so_and_starts_nothing(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = words_of("llama_170m", "jreg", "--dry-run", *SHORT, DATA=demo_data, RUN=tmp_path, TOKENS=10**6)
+    _, flags = ranks_and_flags(plan(words).output[0])
+    assert flags[flags.index("--train-iters") + 1] == "1"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
+    printed = plan(words).output[0]
+    assert "going on from iteration 1" in printed
+
+
+A_PLAN = Plan(
+    args=SimpleNamespace(  # type: ignore[arg-type]
+        save="runs/x",
+        load="runs/x",
+        save_interval=500,
+        save_retain_interval=2000,
+        train_iters=5000,
+        world_size=8,
+    ),
+    parameters=10**9,
+    flops=1e20,
+    state_bytes=8e9,
+    activation_bytes=30e9,
+)
+
+
+def test_weights_that_no_gpu_can_hold_are_refused_and_activations_warned_of() -> None:
+    told = machine.check_memory(A_PLAN, machine.Gpus(8, "H100", 80 * 10**9))
+    assert told.startswith("about 38 GB a GPU: 8 GB weights") and told.endswith("of 80 GB")
+    assert "lower MICRO_BATCH" in machine.check_memory(A_PLAN, machine.Gpus(8, "A30", 24 * 10**9))
+    with pytest.raises(UserError, match=r"take 8 GB a GPU, and GTX has 6 GB; raise TP or PP"):
+        machine.check_memory(A_PLAN, machine.Gpus(8, "GTX", 6 * 10**9))
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> None:
+    args = SimpleNamespace(**vars(A_PLAN.args) | {"save": tmp_path / "run", "load": tmp_path / "run"})
+    here = replace(A_PLAN, args=args, parameters=10**6)  # type: ignore[arg-type]
+    # Kept are those of 2000, 4000 and 5000; one more is written before its forerunner is removed.
+    assert here.saved_iterations == [2000, 4000, 5000]
+    assert machine.check_disk(here).startswith("4 x 14 MB, ")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("4500")
+    assert machine.check_disk(here).startswith("2 x 14 MB, ")
+    with pytest.raises(UserError, match=r"checkpoints will take 2.8 PB \(2 x 1.4 PB, .* free\)"):
+        machine.check_disk(replace(here, parameters=10**14))
+
+
+def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_says_go_on(
+    tmp_path: Path,
+) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, signal, time\n"
+        "os.write(1, b'up\\n')\n"
+        "time.sleep(1)\n"  # as long as this, there is no handler
+        "got = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "os.write(1, b'ready\\n')\n"
+        "deadline = time.monotonic() + 60\n"
+        "while not got and time.monotonic() < deadline: time.sleep(0.05)\n"
+        "time.sleep(1.5)\n"
+        "os.write(1, b'got %d\\n' % len(got))\n"
+    )
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import subprocess, sys\n"
+        f"ranks = [subprocess.Popen([sys.executable, {str(rank)!r}]) for _ in range(2)]\n"
+        "sys.exit(max(rank.wait() for rank in ranks))\n"
+    )
+    # A signal to the whole job also reaches a rank by itself, where that has a handler already.
+    for number, when, times in ((signal.SIGUSR1, "up", "1"), (signal.SIGTERM, "ready", "[12]")):
+        process = subprocess.Popen(
+            [*supervisor(tmp_path), sys.executable, str(launcher)],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout
+        seen: list[str] = []
+        while seen.count(f"{when}\n") < 2:
+            seen.append(process.stdout.readline())
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 75, output
+        assert len(re.findall(f"got {times}$", output, re.MULTILINE)) == 2, output
+        assert f"the run has saved and ended on {number.name}; the same command goes on" in output
+
+
+def supervisor(checkpoints: Path) -> list[str]:
+    module = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
+    return [*module, "--iterations", "5", "--checkpoints", str(checkpoints), "--"]
+
+
+def test_a_run_that_ends_well_or_badly_by_itself_keeps_its_status(tmp_path: Path) -> None:
+    def status(*command: str) -> int:
+        return subprocess.run([*supervisor(tmp_path), *command], capture_output=True, check=False).returncode
+
+    assert status("false") == 1
+    assert status("bash", "-c", "kill -KILL $$") == 137
+    assert status("true") == 75  # no checkpoint of iteration 5
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert status("true") == 0
+
+
+def test_a_slurm_job_starts_the_recipe_on_every_node_and_is_requeued_when_it_has_saved(
+    tmp_path: Path,
+) -> None:
+    tools = {
+        "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$LOG"; fi',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
+        'for node in 0 1; do SLURM_NODEID=$node "$@" || status=$?; done; exit ${status:-0}',
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(log),
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    show = 'echo "$NODE_RANK of $NODES x $GPUS at $MASTER_ADDR:$MASTER_PORT" >> "$LOG"; exit '
+    for status in (0, 75, 1):
+        log.write_text("")
+        run = subprocess.run(
+            [RECIPES / "slurm.sh", "bash", "-c", f"{show}{status}"], env=environment, check=False
+        )
+        assert run.returncode == status
+        started = ["0 of 2 x 4 at node7:20041", "1 of 2 x 4 at node7:20041"]
+        assert log.read_text().splitlines() == started + (["requeue 41"] if status == 75 else [])
+
+
+def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path) -> None:
+    documents = list(yaml.safe_load_all((RECIPES / "kubernetes.yaml").read_text()))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.31", strict=True)
+    service, job = documents
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
+    words = ["--recipe", "x.sh", "--run", "x", "--nodes", environment["NODES"], "--gpus", environment["GPUS"]]
+    request = Request.from_words([*words, "--tokens", "1", "--", ":::", container["args"][1]])
+    assert request.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
+    # A pod of an indexed job is called JOB-INDEX, and found as JOB-INDEX.SERVICE.
+    name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
+    assert pod["subdomain"] == subdomain and service["spec"]["selector"] == {"job-name": name}
+    assert Rendezvous.from_environment(request, environment) == Rendezvous(f"{name}-0.{subdomain}", 29500, 1)
+    assert (RECIPES / f"{container['args'][0]}.sh").exists()
