@@ -13,6 +13,7 @@ import sys
 import time
 from typing import NoReturn
 
+from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.dataset_helper import use_built_helper
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.settings import JRegConfig
@@ -67,6 +68,9 @@ def _require_training_loop() -> None:
 def _run(argv: list[str], started: float) -> None:
     import torch
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank that outlived a killed torchrun would write into the folder of the run that comes after it.
+        end_with_the_parent()
     if CPU_FLAG in argv or not torch.cuda.is_available():
         from jreg_megatron import cpu
 

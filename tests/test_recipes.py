@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 from harness import Finished, read_scalars, run_ranks
@@ -22,6 +23,7 @@ from harness import Finished, read_scalars, run_ranks
 from jreg_megatron.errors import UserError
 from jreg_megatron.recipe import machine
 from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.recipe.command import on_gpus
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.recipe.request import Rendezvous, Request
 
@@ -364,6 +366,45 @@ def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_sa
         assert process.returncode == 75, output
         assert len(re.findall(f"got {times}$", output, re.MULTILINE)) == 2, output
         assert f"the run has saved and ended on {number.name}; the same command goes on" in output
+
+
+@pytest.fixture
+def under_torchrun(
+    words_of: Callable[..., list[str]], tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A toy on two ranks that torchrun started as on GPUs, past its fourth iteration; its run folder."""
+    words = words_of("llama_170m", "jreg", "--dry-run", "--smoke", 200, RUN=tmp_path)
+    _, flags = ranks_and_flags(plan(words).output[0])
+    command = on_gpus(2, 1, None, [*flags, "--cpu"])
+    with subprocess.Popen([*supervisor(tmp_path), *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if re.search(r"iteration +4/", line):
+                break
+        yield process, tmp_path / "smoke"
+        process.kill()
+
+
+def test_sigterm_to_a_run_under_torchrun_saves_the_iteration_it_was_in(
+    under_torchrun: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, run = under_torchrun
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output[-3000:]
+    last = int(re.findall(r"iteration +(\d+)/", "iteration 4/" + output)[-1])
+    assert last_checkpoint(run / "checkpoints") == last
+
+
+def test_no_rank_outlives_a_run_under_torchrun_that_is_killed(
+    under_torchrun: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, _ = under_torchrun
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len([p for p in family if "jreg_megatron.pretrain" in p.cmdline()]) >= 3
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
 
 
 def supervisor(checkpoints: Path) -> list[str]:
