@@ -18,6 +18,10 @@ if [[ $VARIANT == baseline ]]; then LAMBDA=0; fi
 DATA=${DATA:-data/fineweb_edu_100bt}            # made by recipes/fineweb_edu.sh 100BT
 TOKENIZER=${TOKENIZER:-$DATA/tokenizer.model}   # SentencePiece, at most 32,000 pieces
 RUN=${RUN:-runs/llama_1b_$VARIANT}              # checkpoints, TensorBoard, index cache; the same on all nodes
+TEXT=(--train-data-path "$DATA/train_text_document" --valid-data-path "$DATA/validation_text_document")
+if [[ -n ${BLEND:-} ]]; then                    # or a list of datasets, which inspect --blend writes
+    TEXT=(--data-args-path "$BLEND" --split "999,1,0")
+fi
 
 # Length: 100B tokens, 100 a parameter, five times compute-optimal (20, arXiv 2203.15556), since models of this
 # size are trained beyond it in practice and the jump grows with training.
@@ -55,7 +59,7 @@ FLAGS=(
     --global-batch-size "$BATCH" --micro-batch-size "$MICRO_BATCH" --seed "$SEED"
 
     # Data
-    --train-data-path "$DATA/train_text_document" --valid-data-path "$DATA/validation_text_document"
+    "${TEXT[@]}"
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER"
     --data-cache-path "$RUN/data_cache" --num-workers 2 --no-create-attention-mask-in-dataloader
 

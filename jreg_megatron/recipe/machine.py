@@ -88,7 +88,8 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
     Raises:
         UserError: if it would read them more than ``epochs`` times.
     """
-    training = [(flag, p) for flag, p in local_prefixes(args) if flag in ("--train-data-path", "--data-path")]
+    held_out = ("--valid-data-path", "--test-data-path")
+    training = [(flag, prefix) for flag, prefix in local_prefixes(args) if flag not in held_out]
     if not training:
         return "not on this machine, so not looked into"
     there = sum(read_index_of(flag, prefix).tokens for flag, prefix in training)
