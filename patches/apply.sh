@@ -45,7 +45,7 @@ name=megatron-lm/$(basename "$(dirname "$patch")")/jreg.patch
 git_apply() { (cd -P "$tree" && GIT_CEILING_DIRECTORIES=$(dirname "$PWD") git apply "$@" "$patch"); }
 
 if git_apply --reverse --check 2>/dev/null; then
-    if test $action = revert; then
+    if test "$action" = revert; then
         git_apply --reverse
         echo "Reverted $name in $tree"
     else
@@ -57,13 +57,13 @@ if grep -qs '^@jreg\.' "$tree"/megatron/training/{arguments,training}.py; then
     fail "$tree has a part of $name, or another version of it; nothing was changed. Take its lines out by hand (they" \
         "begin with @jreg. and 'from jreg_megatron'), or restore megatron/training/{arguments,training}.py"
 fi
-test $action != revert || fail "$tree does not have $name, so there is nothing to revert"
+test "$action" != revert || fail "$tree does not have $name, so there is nothing to revert"
 if ! said=$(git_apply --check 2>&1); then
     echo "$said" >&2
     fail "$name does not fit $tree (Megatron-Core $version); nothing was changed. Take the launcher (python -m" \
         "jreg_megatron.launch), or write the eight lines by hand: patches/README.md says what each is for"
 fi
-if test $action = check; then
+if test "$action" = check; then
     echo "$name fits $tree (Megatron-Core $version)"
     exit
 fi
