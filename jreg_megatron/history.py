@@ -1,0 +1,74 @@
+"""What a run measured on its validation set, read back from its TensorBoard files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.metrics import RATE_NAME, displacement_name
+
+_VALIDATION = " validation"
+_LOSS = "lm loss" + _VALIDATION
+_LAYER = re.compile(re.escape(displacement_name(1, 1)).replace("01", r"\d+") + _VALIDATION)
+_SETTING = "/text_summary"
+
+
+@dataclass(frozen=True)
+class History:
+    """Validation over a run's training."""
+
+    iterations: list[int]
+    """When it was evaluated, rising."""
+    validation_loss: list[float]
+    """Cross-entropy in nats per token, one for each of :attr:`iterations`."""
+    jump_rate: list[float]
+    """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
+    displacement: list[float]
+    """Per layer 1..L at the end, each in [0, 1]; empty without ``--jreg-log-per-layer``."""
+    settings: dict[str, str]
+    """Megatron's arguments as the run had them in the end, as text; ``jreg_coeff`` and its like included."""
+
+    @classmethod
+    def read(cls, folder: Path) -> History:
+        """Read all TensorBoard files of a run, also those of a run that was resumed.
+
+        Raises:
+            UserError: if there are none, or they hold no validation with JREG's measurements.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not there; train with --tensorboard-dir")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        tags = events.Tags()
+
+        def history(tag: str) -> dict[int, float]:
+            # The loop evaluates once more after the last iteration; the later value stands.
+            return {event.step: event.value for event in events.Scalars(tag)}
+
+        missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(tags["scalars"])
+        if missing:
+            raise UserError(
+                f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data"
+            )
+        loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
+        # Numbers are padded to one length, so that names sort as layers do.
+        layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, tags["scalars"]))]
+        # What a killed run has half written does not count.
+        iterations = sorted(set(loss).intersection(rate, *layers))
+        if not iterations:
+            raise UserError(f"{folder} holds no whole validation; let the run go on")
+        texts = [tag for tag in tags["tensors"] if tag.endswith(_SETTING)]
+        return cls(
+            iterations=iterations,
+            validation_loss=[loss[iteration] for iteration in iterations],
+            jump_rate=[rate[iteration] for iteration in iterations],
+            displacement=[layer[iterations[-1]] for layer in layers],
+            settings={
+                tag.removesuffix(_SETTING): events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+                for tag in texts
+            },
+        )

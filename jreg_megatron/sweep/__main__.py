@@ -1,0 +1,264 @@
+"""Train a recipe over a grid of lambda, alpha and seeds, and draw the result.
+
+Every seed gets a baseline (lambda 0), and every run is the recipe itself, in a folder of its own. The same
+command goes on after a crash. Without a RECIPE the sweep that --output holds goes on as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.recipe.request import SMOKE_ITERATIONS
+from jreg_megatron.settings import JRegConfig
+from jreg_megatron.sweep import grid, slurm
+from jreg_megatron.sweep.grid import Sweep, node_rank
+
+_NEEDED = ("matplotlib", "rich", "tqdm")
+
+
+@dataclass
+class _Options(argparse.Namespace):
+    recipe: Path | None
+    coeff: list[float] | None
+    alpha: list[float] | None
+    seeds: list[int] | None
+    output: Path | None
+    smoke: int | None
+    slurm: bool
+    slurm_options: str
+    only: int | None
+    report: bool
+    dry_run: bool
+    flags: list[str]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what ``argv`` asks for."""
+    with user_errors_exit():
+        sys.exit(_main(_options(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(options: _Options) -> int:
+    _check_packages()
+    sweep = _sweep(options)
+    if options.report:
+        _report(sweep)
+        return 0
+    if options.only is not None:
+        return _train_one(sweep, options)
+    if options.slurm:
+        return _submit(sweep, options)
+    nodes = os.environ.get("NODES", "1")
+    if nodes != "1":
+        raise UserError(f"NODES is {nodes}, but the queue is this node's alone; use --slurm, or unset NODES")
+    if options.dry_run:
+        _show_queue(sweep)
+        return 0
+    from jreg_megatron.recipe.supervise import UNFINISHED
+    from jreg_megatron.sweep.queue import train_all
+
+    sweep.save()
+    status = train_all(sweep)
+    if status != UNFINISHED and len(sweep.unfinished) < len(sweep.runs):
+        _report(sweep)
+    return status
+
+
+def _train_one(sweep: Sweep, options: _Options) -> int:
+    assert options.only is not None
+    number = slurm.task_number() if options.only == _TASK else options.only
+    if number >= len(sweep.runs):
+        raise UserError(f"--only is {number}; {sweep.file} has runs 0 to {len(sweep.runs) - 1}")
+    run = sweep.runs[number]
+    if options.dry_run:
+        print(_as_line(sweep, run))
+        return 0
+    from jreg_megatron.sweep.queue import train_one
+
+    if options.recipe is not None and node_rank() == 0:
+        sweep.save()
+    status = train_one(sweep, run)
+    if status == 0 and node_rank() == 0:
+        _report(sweep)
+    return status
+
+
+def _submit(sweep: Sweep, options: _Options) -> int:
+    if not sweep.unfinished:
+        print(f"All {len(sweep.runs)} runs of the sweep are finished; nothing to submit")
+        _report(sweep)
+        return 0
+    words = slurm.command(sweep, options.slurm_options)
+    if options.dry_run:
+        print(shlex.join(words))
+        return 0
+    slurm.check()
+    sweep.save()
+    print(slurm.submit(words))
+    print(
+        f"{len(sweep.unfinished)} runs, one in each task; each draws the result anew when it ends. "
+        f"By hand: python -m jreg_megatron.sweep --output {shlex.quote(str(sweep.output))} --report"
+    )
+    return 0
+
+
+def _report(sweep: Sweep) -> None:
+    from jreg_megatron.sweep.report import report
+
+    report(sweep)
+
+
+def _show_queue(sweep: Sweep) -> None:
+    """A line per run, as a shell takes it; what is finished is a comment."""
+    for run in sweep.runs:
+        print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
+
+
+def _as_line(sweep: Sweep, run: grid.SweepRun) -> str:
+    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in sweep.settings(run).items())
+    return f"{settings} {shlex.join(sweep.command(run))}"
+
+
+def _sweep(options: _Options) -> Sweep:
+    """The sweep that is asked for: a new one, one that gains runs, or the one that the output holds."""
+    if options.recipe is None:
+        for name in ("coeff", "alpha", "seeds", "smoke"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} is given without a RECIPE; name one such as recipes/llama_170m.sh")
+        if options.flags:
+            raise UserError(
+                "Megatron flags are given without a RECIPE; name one such as recipes/llama_170m.sh"
+            )
+        if options.output is None:
+            raise UserError(
+                "RECIPE is missing; name one such as recipes/llama_170m.sh, or an --output to go on with"
+            )
+        sweep = Sweep.load(options.output)
+        if not options.report:
+            sweep.check()
+        return sweep
+    name = options.recipe.stem + ("" if options.smoke is None else "_smoke")
+    output = options.output or Path("runs") / f"sweep_{name}"
+    if options.coeff is None:
+        raise UserError("--coeff is missing; name the lambdas to try, as in --coeff 0.01 0.03 0.1 0.3 1")
+    return grid.make(
+        options.recipe,
+        output,
+        coeffs=options.coeff,
+        alphas=options.alpha or [JRegConfig().alpha],
+        seeds=options.seeds or [_SEED],
+        smoke=options.smoke,
+        flags=options.flags,
+    )
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} is not installed; pip install 'jreg_megatron[analysis]'")
+
+
+_SEED = 1234
+_TASK = -1
+
+
+def _options(argv: list[str]) -> _Options:
+    at = argv.index("--") if "--" in argv else len(argv)
+    options = _parser().parse_args(argv[:at])
+    return _Options(**vars(options), flags=argv[at + 1 :])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jreg_megatron.sweep",
+        usage="%(prog)s RECIPE --coeff LAMBDA... [--alpha ALPHA...] [--seeds SEED...] [--output FOLDER]\n"
+        "           [--smoke [N]] [--slurm] [--dry-run] [-- MORE MEGATRON FLAGS]\n"
+        "       %(prog)s --output FOLDER [--slurm | --only N | --report]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="for example recipes/llama_170m.sh"
+    )
+    parser.add_argument(
+        "--coeff", type=float, nargs="+", metavar="LAMBDA", help="the lambdas to try, each > 0"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        nargs="+",
+        metavar="ALPHA",
+        help=f"the alphas to try with each (default: {JRegConfig().alpha:g})",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help=f"train all of it with each seed (default: {_SEED})",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where runs and result are kept (default: runs/sweep_ and the recipe's name); another grid "
+        "of the same recipe adds its runs to those that are there",
+    )
+    parser.add_argument(
+        "--smoke",
+        type=_whole("--smoke", 1),
+        nargs="?",
+        const=SMOKE_ITERATIONS,
+        metavar="N",
+        help=f"toys on this machine's CPU, N iterations each (default {SMOKE_ITERATIONS})",
+    )
+    parser.add_argument(
+        "--slurm", action="store_true", help="submit an array of jobs, one a run, instead of training here"
+    )
+    parser.add_argument(
+        "--slurm-options",
+        default="",
+        metavar="WORDS",
+        help="further options for sbatch, as in '--nodes 2 --time 1-0'; SBATCH_* variables count too",
+    )
+    parser.add_argument(
+        "--only",
+        type=_whole("--only", 0),
+        nargs="?",
+        const=_TASK,
+        metavar="N",
+        help="train one run, by its number in sweep.json, from 0 (default: that of this task of an array)",
+    )
+    parser.add_argument("--report", action="store_true", help="only draw what is finished")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be started")
+    return parser
+
+
+def _whole(flag: str, least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{flag} is {text or 'empty'}; it must be a whole number >= {least}"
+            )
+        return int(text)
+
+    return parse
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help says what there is")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Which runs a sweep is made of, and where it keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.settings import JRegConfig, flag_of
+
+SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
+"""What a recipe must take from the environment so that it can be swept."""
+
+# Knobs that say on which machine a run is trained. The others must stay the same for all runs of a sweep.
+_MACHINE = {"NODES", "GPUS", "TP", "PP", "CP", "MICRO_BATCH", "TFLOPS", "PYTHON"}
+_MACHINE |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
+_KNOB = re.compile(r"\$\{([A-Z][A-Z0-9_]*):-")
+_OWN_FLAGS = (flag_of("coeff"), flag_of("alpha"), "--seed", "--save", "--load", "--tensorboard-dir")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    seed: int
+    coeff: float = 0.0
+    """lambda; 0 is the baseline."""
+    alpha: float | None = None
+    """None for the baseline, which has no layer weights."""
+
+    @property
+    def name(self) -> str:
+        """Its folder: ``coeff0.1_alpha3_seed1`` or ``baseline_seed1``."""
+        if self.alpha is None:
+            return f"baseline_seed{self.seed}"
+        return f"coeff{as_text(self.coeff)}_alpha{as_text(self.alpha)}_seed{self.seed}"
+
+    @property
+    def variant(self) -> str:
+        """The recipe's variant: ``jreg`` or ``baseline``."""
+        return "baseline" if self.alpha is None else "jreg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A recipe and the runs of it, as ``sweep.json`` in the output folder keeps them."""
+
+    output: Path
+    recipe: Path
+    smoke: int | None
+    """Iterations of toy runs on the CPU, or None for the real ones."""
+    flags: tuple[str, ...]
+    """Megatron flags behind the recipe's, the same for all runs."""
+    knobs: dict[str, str]
+    """The recipe's knobs that were set in the environment, without those that are the machine's."""
+    runs: tuple[SweepRun, ...]
+
+    @property
+    def file(self) -> Path:
+        """Where the sweep itself is kept."""
+        return self.output / "sweep.json"
+
+    def folder(self, run: SweepRun) -> Path:
+        """What the recipe gets as RUN."""
+        return self.output / run.name
+
+    def tensorboard(self, run: SweepRun) -> Path:
+        """Folder of the run's TensorBoard files."""
+        return self.folder(run) / ("tensorboard" if self.smoke is None else "smoke/tensorboard")
+
+    def log(self, run: SweepRun) -> Path:
+        """What the run has printed; other nodes than the first add their number."""
+        rank = node_rank()
+        return self.folder(run) / (f"train_node{rank}.log" if rank else "train.log")
+
+    def finished_file(self, run: SweepRun) -> Path:
+        """There when the recipe has ended with status 0, which it does after its last iteration."""
+        return self.folder(run) / "finished"
+
+    def is_finished(self, run: SweepRun) -> bool:
+        """Whether the run has come to its end."""
+        return self.finished_file(run).exists()
+
+    @property
+    def unfinished(self) -> list[SweepRun]:
+        """The runs still to be trained, in their order."""
+        return [run for run in self.runs if not self.is_finished(run)]
+
+    def command(self, run: SweepRun) -> list[str]:
+        """The recipe with its words, for :meth:`environment`."""
+        smoke = [] if self.smoke is None else ["--smoke", str(self.smoke)]
+        return [
+            os.path.join(".", self.recipe),
+            run.variant,
+            *smoke,
+            *(["--", *self.flags] if self.flags else []),
+        ]
+
+    def settings(self, run: SweepRun) -> dict[str, str]:
+        """The recipe's knobs for a run."""
+        jreg = {"LAMBDA": as_text(run.coeff)} | ({} if run.alpha is None else {"ALPHA": as_text(run.alpha)})
+        return {**self.knobs, **jreg, "SEED": str(run.seed), "RUN": str(self.folder(run))}
+
+    def environment(self, run: SweepRun) -> dict[str, str]:
+        """The recipe's environment for a run; its Python is this one unless PYTHON names another."""
+        inherited = {name: value for name, value in os.environ.items() if name not in SWEPT}
+        return {"PYTHON": sys.executable} | inherited | self.settings(run)
+
+    def save(self) -> None:
+        """Write ``sweep.json``, whole or not at all."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        kept = dataclasses.asdict(self) | {"recipe": str(self.recipe)}
+        del kept["output"]
+        write_whole(self.file, json.dumps(kept, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, output: Path) -> Sweep:
+        """Read ``sweep.json``.
+
+        Raises:
+            UserError: if there is none, or it is no sweep.
+        """
+        file = output / "sweep.json"
+        try:
+            kept: dict[str, Any] = json.loads(file.read_text())
+            runs = tuple(SweepRun(**run) for run in kept.pop("runs"))
+            kept |= {"recipe": Path(kept["recipe"]), "flags": tuple(kept["flags"])}
+            return cls(output=output, runs=runs, **kept)
+        except FileNotFoundError:
+            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start one") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} cannot be read as a sweep ({error}); name another --output") from error
+
+    def check(self) -> None:
+        """See that the sweep can go on here as it began; knobs that are not set now are as they were.
+
+        Raises:
+            UserError: if the recipe is gone, or a knob has another value now.
+        """
+        check_recipe(self.recipe)
+        for name, value in knobs_of(self.recipe, os.environ).items():
+            before = self.knobs.get(name)
+            if before != value:
+                had = "without it" if before is None else f"with {before}"
+                raise UserError(
+                    f"{name} is {value}, but the sweep in {self.output} began {had}; "
+                    f"unset {name}, or name another --output"
+                )
+
+    def joined(self) -> Sweep:
+        """This sweep behind the one that its output folder holds: the runs of both, in a lasting order.
+
+        Raises:
+            UserError: if that one has another recipe, other flags, or other iterations of a smoke.
+        """
+        if not self.file.exists():
+            return self
+        before = Sweep.load(self.output)
+        before.check()
+        for what, now, then in (
+            ("RECIPE", str(self.recipe), str(before.recipe)),
+            ("Megatron flags", " ".join(self.flags) or "none", " ".join(before.flags) or "none"),
+            ("--smoke", self.smoke or "not given", before.smoke or "not given"),
+        ):
+            if now != then and not (what == "RECIPE" and self.recipe.resolve() == before.recipe.resolve()):
+                verb = "are" if what.endswith("s") else "is"
+                raise UserError(
+                    f"{what} {verb} {now}, but the sweep in {self.output} has {then}; name another --output"
+                )
+        new = [run for run in self.runs if run not in before.runs]
+        return dataclasses.replace(before, runs=(*before.runs, *new))
+
+
+def make(
+    recipe: Path,
+    output: Path,
+    *,
+    coeffs: Sequence[float],
+    alphas: Sequence[float],
+    seeds: Sequence[int],
+    smoke: int | None = None,
+    flags: Sequence[str] = (),
+) -> Sweep:
+    """The grid, and for each seed a baseline before it, with what ``output`` holds of the same sweep.
+
+    Raises:
+        UserError: for a setting that JREG does not take, a value given twice, a file that is no recipe,
+            flags that the sweep sets itself, or another sweep in ``output``.
+    """
+    check_recipe(recipe)
+    for name, values in (("--coeff", coeffs), ("--alpha", alphas), ("--seeds", seeds)):
+        twice = next((value for n, value in enumerate(values) if value in values[:n]), None)
+        if twice is not None:
+            raise UserError(f"{name} names {twice:g} twice; name each value once")
+    for coeff in coeffs:
+        for alpha in alphas:
+            JRegConfig(coeff=coeff, alpha=alpha)
+    if 0 in coeffs:
+        raise UserError("--coeff names 0, the baseline, which is trained for every seed anyway; leave it out")
+    for seed in seeds:
+        if seed < 1:
+            raise UserError(f"--seeds names {seed}; Megatron wants whole numbers >= 1")
+    for flag in (word.partition("=")[0] for word in flags):
+        if flag in _OWN_FLAGS:
+            raise UserError(f"{flag} stands behind --, but the sweep gives each run its own; leave it out")
+    JRegConfig.check_flags(list(flags))
+    runs = [
+        run
+        for seed in seeds
+        for run in (SweepRun(seed), *(SweepRun(seed, coeff, alpha) for alpha in alphas for coeff in coeffs))
+    ]
+    knobs = knobs_of(recipe, os.environ)
+    return Sweep(
+        output=output, recipe=recipe, smoke=smoke, flags=tuple(flags), knobs=knobs, runs=tuple(runs)
+    ).joined()
+
+
+def check_recipe(recipe: Path) -> None:
+    """Refuse what cannot be started with the settings of a run.
+
+    Raises:
+        UserError: if it is no program, or does not mention each of :data:`SWEPT`.
+    """
+    if not recipe.is_file() or not os.access(recipe, os.X_OK):
+        why = "that cannot be executed" if recipe.exists() else "that is not there"
+        raise UserError(f"RECIPE is {recipe}, a file {why}; name one such as recipes/llama_170m.sh")
+    known = set(re.findall(r"\w+", _text(recipe)))
+    if missing := [name for name in SWEPT if name not in known]:
+        raise UserError(
+            f"RECIPE is {recipe}, which takes no {', '.join(missing)} from the environment; "
+            "name one such as recipes/llama_170m.sh"
+        )
+
+
+def knobs_of(recipe: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """The knobs of a recipe, written ``${NAME:-value}`` in it, that the environment sets for all runs."""
+    lines = [line for line in _text(recipe).splitlines() if not line.lstrip().startswith("#")]
+    names = set(_KNOB.findall("\n".join(lines))) - _MACHINE - set(SWEPT)
+    return {name: environment[name] for name in sorted(names) if environment.get(name)}
+
+
+def node_rank() -> int:
+    """Number of this node among those of its job."""
+    return int(os.environ.get("NODE_RANK") or 0)
+
+
+def as_text(value: float) -> str:
+    """A number as people write it, and exactly: ``3``, ``0.1``."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put a file in its place at once, so that nobody reads half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _text(recipe: Path) -> str:
+    try:
+        return recipe.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"RECIPE is {recipe}, which cannot be read: {error.strerror}") from error

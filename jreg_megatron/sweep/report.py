@@ -1,0 +1,107 @@
+"""A sweep's result as a table, and all of its files: ``summary.json``, ``sweep.png``, ``sweep.svg``."""
+
+from __future__ import annotations
+
+from jreg_megatron.sweep import picture
+from jreg_megatron.sweep.grid import Sweep, write_whole
+from jreg_megatron.sweep.queue import locked
+from jreg_megatron.sweep.results import Estimate, Results, Setting, interval_name, write_summary
+
+_WIDTH = 118
+_LAYERS_SHOWN = 4
+_NAMES_SHOWN = 4
+
+
+def report(sweep: Sweep) -> None:
+    """Write the files for what is finished, and print the table.
+
+    Raises:
+        UserError: if no run is finished.
+    """
+    with locked(sweep.output / ".report.lock", wait=True):  # tasks of an array end when they like
+        results = Results.read(sweep)
+        write_whole(sweep.output / "summary.json", write_summary(results))
+        drawn = picture.draw(results, sweep.output / "sweep")
+    print_table(results)
+    print(f"Picture: {', '.join(map(str, drawn))}. Numbers: {sweep.output / 'summary.json'}")
+
+
+def print_table(results: Results) -> None:
+    """Print each setting's last validation, what is best, and what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=_WIDTH)
+    table = Table(title=picture.title(results), title_justify="left", caption_justify="left")
+    layers = len(
+        results.baseline.displacement or (results.settings[0].displacement if results.settings else [])
+    )
+    first = max(1, layers - _LAYERS_SHOWN + 1)
+    for column in ("lambda", "alpha", "seeds", "loss", "against the baseline", "jump rate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if layers:
+        table.add_column(f"Psi {first} to {layers}, x 100", no_wrap=True)
+    for setting in ([results.baseline] if results.baseline.histories else []) + results.settings:
+        psi = " ".join(f"{100 * value:.3g}" for value in setting.displacement[first - 1 :])
+        table.add_row(
+            "0" if setting.alpha is None else f"{setting.coeff:g}",
+            "" if setting.alpha is None else f"{setting.alpha:g}",
+            str(len(setting.histories)),
+            "" if setting.loss is None else f"{setting.loss.mean:.4f}",
+            "" if setting.alpha is None else _with_interval(setting.difference, "+.4f"),
+            _with_interval(setting.jump_rate, ".3f"),
+            *([psi] if layers else []),
+            style="bold" if setting is results.best else None,
+        )
+    console.print(table)
+    for line in conclusions(results):
+        console.print(Text(line))
+
+
+def conclusions(results: Results) -> list[str]:
+    """What the numbers allow to say, a sentence or two each."""
+    lines = [_of_the_best(results)]
+    if any(s.loss is not None and s.loss.n > 1 for s in (results.baseline, *results.settings)):
+        lines.append(f"In brackets: {interval_name()}; the loss is compared between runs of the same seed.")
+    for why in dict.fromkeys(results.left_out.values()):
+        names = [name for name, reason in results.left_out.items() if reason == why]
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        lines.append(f"Not counted: {', '.join(names[:_NAMES_SHOWN])}{more}: {why}.")
+    for name, values in results.disagreements.items():
+        lines.append(f"Compare with care: {name} is not the same in all runs: {', '.join(values)}.")
+    return lines
+
+
+def _of_the_best(results: Results) -> str:
+    best = results.best
+    if best is None or best.difference is None:
+        return "No run can be compared yet: it and the baseline of its seed must both be finished."
+    difference, tried = best.difference, results.as_often_tried
+    among = (
+        f" of the {len(tried)} settings that {_count(difference.n, 'seed')} tried" if len(tried) > 1 else ""
+    )
+    found = f"Lowest loss against the baseline{among}: {name_of(best)}, {_with_interval(difference, '+.4f')}."
+    if difference.low is None or difference.high is None:
+        return f"{found} With one seed nobody knows how much of it is chance: add --seeds."
+    if difference.low <= 0 <= difference.high:
+        return f"{found} The interval contains 0: not told apart from the baseline."
+    chosen = " The best of several looks better than it is: confirm it with new seeds." if among else ""
+    return f"{found} The interval does not contain 0.{chosen}"
+
+
+def name_of(setting: Setting) -> str:
+    """``lambda 0.1, alpha 3``."""
+    return f"lambda {setting.coeff:g}, alpha {setting.alpha:g}"
+
+
+def _with_interval(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return "no pair yet"
+    if estimate.low is None:
+        return f"{estimate.mean:{form}}"
+    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,307 @@
+"""What a sweep has found so far: each finished run against the baseline of its seed, and over the seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.history import History
+from jreg_megatron.settings import JRegConfig
+from jreg_megatron.sweep.grid import Sweep, SweepRun
+
+CONFIDENCE = 0.95
+
+_PACKAGES = ("jreg_megatron", "megatron-core", "torch")
+# Arguments that differ between runs of one sweep, or between two starts of a run. What a start finds out
+# (the iteration it goes on from, the rank that writes) is no setting either.
+_OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
+_FOUND_OUT = {"iteration", "rank", "local_rank", "consumed_train_samples", "consumed_valid_samples"}
+_FOUND_OUT |= {"skipped_train_samples", "num_floating_point_operations_so_far", "nodes", "hostname"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, with how far it is known."""
+
+    mean: float
+    low: float | None
+    """Lower end of the interval, see :func:`interval_name`; None for one seed."""
+    high: float | None
+    n: int
+    """Number of seeds."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate | None:
+        """The mean of one value a seed, and its 95% t interval; None for no value.
+
+        Without SciPy the interval is the smallest and the largest value.
+        """
+        n = len(values)
+        if n == 0:
+            return None
+        mean = math.fsum(values) / n
+        if n == 1:
+            return cls(mean, None, None, n)
+        factor = _t_factor(n)
+        if factor is None:
+            return cls(mean, min(values), max(values), n)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        half = factor * spread / math.sqrt(n)
+        return cls(mean, mean - half, mean + half, n)
+
+
+def interval_name() -> str:
+    """What the ends of an :class:`Estimate` are."""
+    return "smallest to largest seed" if _t_factor(2) is None else "95% t interval over seeds"
+
+
+def _t_factor(n: int) -> float | None:
+    """Student's t for ``n`` values, or None without SciPy."""
+    try:
+        from scipy.special import stdtrit  # type: ignore[import-untyped,unused-ignore]  # not stats: it takes seconds
+    except ImportError:
+        return None
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """lambda and alpha, with its finished runs by seed."""
+
+    coeff: float
+    alpha: float | None
+    """None for the baseline."""
+    histories: dict[int, History]
+    baselines: dict[int, History]
+    """The finished baselines by seed."""
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Last validation loss by seed, in nats per token."""
+        return {seed: history.validation_loss[-1] for seed, history in self.histories.items()}
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Last validation loss less that of the baseline with the same seed, where both are finished."""
+        return {
+            seed: loss - self.baselines[seed].validation_loss[-1]
+            for seed, loss in self.losses.items()
+            if seed in self.baselines
+        }
+
+    @property
+    def jump_rates(self) -> dict[int, float]:
+        """Last zeta_L by seed, in hundredths of displacement."""
+        return {seed: history.jump_rate[-1] for seed, history in self.histories.items()}
+
+    @cached_property
+    def loss(self) -> Estimate | None:
+        """Last validation loss over the seeds."""
+        return Estimate.of(list(self.losses.values()))
+
+    @cached_property
+    def difference(self) -> Estimate | None:
+        """Paired difference to the baseline over the seeds; below 0 is better than the baseline."""
+        return Estimate.of(list(self.differences.values()))
+
+    @cached_property
+    def jump_rate(self) -> Estimate | None:
+        """zeta_L over the seeds."""
+        return Estimate.of(list(self.jump_rates.values()))
+
+    @property
+    def displacement(self) -> list[float]:
+        """Psi of layers 1..L at the end, mean over the seeds."""
+        layers = zip(*(history.displacement for history in self.histories.values()), strict=True)
+        return [math.fsum(layer) / len(layer) for layer in layers]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report shows."""
+
+    sweep: Sweep
+    histories: dict[SweepRun, History]
+    """The runs that count."""
+    left_out: dict[str, str]
+    """Why each of the others does not, by the run's name."""
+
+    @classmethod
+    def read(cls, sweep: Sweep) -> Results:
+        """Read the runs that are finished.
+
+        Raises:
+            UserError: if none is.
+        """
+        histories, left_out = {}, {}
+        for run in sweep.runs:
+            try:
+                histories[run] = _read(sweep, run)
+            except UserError as error:
+                left_out[run.name] = str(error)
+        if histories:
+            last = max(history.iterations[-1] for history in histories.values())
+            for run, history in list(histories.items()):
+                if history.iterations[-1] != last:
+                    left_out[run.name] = f"its last validation is at iteration {history.iterations[-1]:,}"
+                    del histories[run]
+        if not histories:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+            raise UserError(f"nothing to show in {sweep.output} yet ({why})")
+        return cls(sweep, histories, left_out)
+
+    @property
+    def iterations(self) -> int:
+        """Training iterations of each run, up to its last validation."""
+        return next(iter(self.histories.values())).iterations[-1]
+
+    @property
+    def final_state(self) -> str:
+        """Which state counts as the last layer's output: ``pre_norm`` or ``post_norm``."""
+        history = next(iter(self.histories.values()))
+        return history.settings.get("jreg_final_state", JRegConfig().final_state)
+
+    @cached_property
+    def baseline(self) -> Setting:
+        """The runs at lambda 0."""
+        found = {run.seed: history for run, history in self.histories.items() if run.alpha is None}
+        return Setting(0.0, None, found, found)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """The other runs with a result, by alpha and lambda."""
+        pairs = {(run.alpha, run.coeff) for run in self.histories if run.alpha is not None}
+        return [
+            Setting(
+                coeff,
+                alpha,
+                {
+                    run.seed: h
+                    for run, h in self.histories.items()
+                    if (run.alpha, run.coeff) == (alpha, coeff)
+                },
+                self.baseline.histories,
+            )
+            for alpha, coeff in sorted(pairs)
+        ]
+
+    @property
+    def alphas(self) -> list[float]:
+        """The alphas with a result, rising."""
+        return sorted({setting.alpha for setting in self.settings if setting.alpha is not None})
+
+    @cached_property
+    def as_often_tried(self) -> list[Setting]:
+        """The settings that most seeds have compared with the baseline."""
+        most = max((s.difference.n for s in self.settings if s.difference), default=0)
+        return [s for s in self.settings if s.difference and s.difference.n == most]
+
+    @property
+    def best(self) -> Setting | None:
+        """The lowest mean difference to the baseline among :attr:`as_often_tried`."""
+        return min(
+            self.as_often_tried, key=lambda s: s.difference.mean if s.difference else math.inf, default=None
+        )
+
+    @cached_property
+    def disagreements(self) -> dict[str, list[str]]:
+        """Arguments of Megatron, beside those swept, that are not the same in all runs, with their values."""
+        all_settings = [history.settings for history in self.histories.values() if history.settings]
+        names = {name for settings in all_settings for name in settings} - _OWN - _FOUND_OUT
+        values = {name: sorted({s.get(name, "not given") for s in all_settings}) for name in sorted(names)}
+        return {name: found for name, found in values.items() if len(found) > 1}
+
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        return {
+            "recipe": str(self.sweep.recipe),
+            "smoke": self.sweep.smoke,
+            "flags": list(self.sweep.flags),
+            "knobs": self.sweep.knobs,
+            "iterations": self.iterations,
+            "final_state": self.final_state,
+            "interval": interval_name(),
+            "baseline": self._setting_summary(self.baseline),
+            "settings": [self._setting_summary(setting) for setting in self.settings],
+            "lowest_validation_loss": None
+            if self.best is None
+            else {"coeff": self.best.coeff, "alpha": self.best.alpha},
+            "runs": {run.name: self._run_summary(run, history) for run, history in self.histories.items()},
+            "left_out": self.left_out,
+            "arguments_that_differ": self.disagreements,
+            "versions": _versions(),
+        }
+
+    def _run_summary(self, run: SweepRun, history: History) -> dict[str, Any]:
+        rows = zip(history.iterations, history.validation_loss, history.jump_rate, strict=True)
+        return {
+            **dataclasses.asdict(run),
+            "validation_loss": history.validation_loss[-1],
+            "jump_rate": history.jump_rate[-1],
+            "displacement": history.displacement,
+            "history": [
+                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
+                for iteration, loss, rate in rows
+            ],
+        }
+
+    def _setting_summary(self, setting: Setting) -> dict[str, Any]:
+        def shown(estimate: Estimate | None) -> dict[str, Any] | None:
+            return None if estimate is None else dataclasses.asdict(estimate)
+
+        paired = {} if setting.alpha is None else {"difference_to_baseline": shown(setting.difference)}
+        return {
+            "coeff": setting.coeff,
+            "alpha": setting.alpha,
+            "seeds": sorted(setting.histories),
+            "validation_loss": shown(setting.loss),
+            **paired,
+            "jump_rate": shown(setting.jump_rate),
+            "displacement": setting.displacement,
+        }
+
+
+def write_summary(results: Results) -> str:
+    """``summary.json`` as text."""
+    return json.dumps(results.summary(), indent=2) + "\n"
+
+
+def _read(sweep: Sweep, run: SweepRun) -> History:
+    """A finished run's history.
+
+    Raises:
+        UserError: saying why the run does not count.
+    """
+    if not sweep.is_finished(run):
+        raise UserError("unfinished" if sweep.log(run).exists() else "not started")
+    history = History.read(sweep.tensorboard(run))
+    if not all(map(math.isfinite, _numbers(history))):
+        raise UserError(f"its validation loss is {history.validation_loss[-1]}, so it has diverged")
+    asked = {"jreg_coeff": run.coeff, "seed": run.seed}
+    asked |= {} if run.alpha is None else {"jreg_alpha": run.alpha}
+    for name, value in asked.items():
+        had = history.settings.get(name)
+        if had is not None and float(had) != value:
+            raise UserError(f"the recipe trained it with {name} {had}; it must take it from the environment")
+    return history
+
+
+def _numbers(history: History) -> Iterable[float]:
+    return (history.validation_loss[-1], history.jump_rate[-1], *history.displacement)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[package] = "not installed"
+    return found
