@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo test test-slow test-versions layouts ways-in mutations lint format check constraints clean distclean
+.PHONY: help venv demo test test-slow test-versions layouts ways-in preprocess-comparison mutations lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -58,6 +58,10 @@ ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatr
 	@test -n "$(CLONE)" || { echo "Name a clone: make ways-in CLONE=path/to/Megatron-LM" >&2; exit 2; }
 	$(PY) tests/ways_in.py $(CLONE) $(ARGS)
 
+preprocess-comparison: $(STAMP)  ## Race the data command against the tool of CLONE (of Megatron-LM)
+	@test -n "$(CLONE)" || { echo "Name a clone: make preprocess-comparison CLONE=path/to/Megatron-LM" >&2; exit 2; }
+	$(PY) tests/preprocess_comparison.py $(CLONE) $(ARGS)
+
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)
 
@@ -65,6 +69,7 @@ lint: $(STAMP)  ## Check style and types
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	find . -name '*.sh' -not -path './.*' -exec $(VENV)/bin/shellcheck {} +
 
 format: $(STAMP)  ## Rewrite the code in the project's style
 	@$(PY) -m ruff check --fix-only .
@@ -75,7 +80,7 @@ check: lint test test-versions  ## Run what CI runs
 # No $(STAMP): it must work when the old pins no longer fit pyproject.toml.
 constraints:  ## Resolve the newest versions into constraints.txt
 	@UV_CUSTOM_COMPILE_COMMAND='make constraints' $(PY) -m uv pip compile --quiet --upgrade --no-annotate \
-	    --python $(PY) --extra analysis --extra demo --extra dev --output-file constraints.txt pyproject.toml
+	    --python $(PY) --extra analysis --extra data --extra demo --extra dev --output-file constraints.txt pyproject.toml
 
 clean:  ## Remove runs and caches
 	@rm -rf runs dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -117,7 +122,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	echo "Installing torch and megatron-core into $(VENV) (several GB, a few minutes)"
 	pip_install() { $(PY) -m pip install -qq --disable-pip-version-check "$$@"; }
-	set -- --constraint constraints.txt --editable '.[demo,dev]'
+	set -- --constraint constraints.txt --editable '.[analysis,data,demo,dev]'
 	pip_install --constraint constraints.txt uv || true
 	$(PY) -m uv pip install --quiet --python $(PY) "$$@" || { echo "Trying again with pip"; pip_install "$$@"; }
 	mv $(BEGUN) $@

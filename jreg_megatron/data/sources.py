@@ -1,0 +1,275 @@
+"""The files that text comes from: which they are, in what order, and how to open them."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from jreg_megatron.data.extra import need
+from jreg_megatron.errors import UserError
+
+FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
+"""What a file may be, and the endings by which it is known; ``.gz`` and ``.zst`` may follow those of text."""
+
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+_ENDS = 1 << 20
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file as it was when it was found.
+
+    Attributes:
+        path: absolute path, or the URL of a file on the Hugging Face hub.
+        format: ``jsonl``, ``parquet`` or ``text``.
+        compression: ``gz``, ``zst`` or nothing.
+        size: bytes on disk.
+        modified: nanoseconds since 1970; 0 on the hub, where the URL holds the revision.
+        ends: SHA-256 of the first and the last MiB; reading all of a corpus for a sum would take hours.
+    """
+
+    path: str
+    format: str
+    compression: str
+    size: int
+    modified: int
+    ends: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine."""
+        return "://" not in self.path
+
+
+def find_sources(inputs: Iterable[str], kind: str | None = None) -> list[Source]:
+    """The files that ``inputs`` name, in that order.
+
+    A folder stands for the files below it whose ending is known, sorted by path, hidden ones left out; a
+    pattern for its matches, sorted.
+
+    Args:
+        inputs: files, folders and patterns such as ``data/*.jsonl``.
+        kind: one of :data:`FORMATS` for all files, whatever their ending; None to go by the ending.
+
+    Raises:
+        UserError: if something is missing, unreadable, of unknown kind, or named twice.
+    """
+    paths: list[str] = []
+    for name in inputs:
+        paths += _expand(name, kind)
+    if not paths:
+        raise UserError(
+            "no input is given; name files, folders or patterns, before flags that take several words"
+        )
+    seen: dict[str, str] = {}
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            also = "" if seen[real] == path else f" (as {seen[real]} too)"
+            raise UserError(f"{path} is given twice{also}; name it once")
+        seen[real] = path
+    return [local_source(path, kind) for path in paths]
+
+
+def local_source(path: str, kind: str | None = None) -> Source:
+    """The file at ``path``.
+
+    Raises:
+        UserError: if it cannot be read, or its ending is not known and ``kind`` is None.
+    """
+    kind, compression = kind_of(path, kind)
+    with readable(path), open(path, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        ends = _digest_of_ends(stream, status.st_size)
+    return Source(os.path.abspath(path), kind, compression, status.st_size, status.st_mtime_ns, ends)
+
+
+def hub_source(url: str) -> Source:
+    """The file of a dataset on the Hugging Face hub, or of one that lies in a local folder."""
+    if "://" not in url:
+        return local_source(url)
+    fsspec = need("fsspec", "--hub")
+    kind, compression = kind_of(url, None)
+    with readable(url):
+        return Source(url, kind, compression, fsspec.url_to_fs(url)[0].size(url), 0, "")
+
+
+def kind_of(path: str, kind: str | None) -> tuple[str, str]:
+    """Format and compression of a file, by its ending.
+
+    Raises:
+        UserError: if the ending is not known and ``kind`` is None, or the kind cannot be compressed so.
+    """
+    endings = [ending.lower() for ending in PurePosixPath(path).suffixes]
+    compression = _COMPRESSIONS.get(endings.pop(), "") if endings and endings[-1] in _COMPRESSIONS else ""
+    if kind is None:
+        kind = next((name for name, known in FORMATS.items() if endings and endings[-1] in known), None)
+    if kind is None:
+        raise UserError(f"{path} has none of the endings {_known()}; tell what it is with --format")
+    if kind == "parquet" and compression:
+        raise UserError(
+            f"{path} is Parquet inside .{compression}; unpack it first, Parquet is compressed itself"
+        )
+    return kind, compression
+
+
+def refuse_changed(sources: Iterable[Source]) -> None:
+    """Raises:
+    UserError: for a file that is no longer as it was found.
+    """
+    for source in sources:
+        if source.is_local and local_source(source.path, source.format) != source:
+            raise UserError(
+                f"{source.path} changed while it was read; run the command again when it is at rest"
+            )
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file for reading: its content unpacked, and the file itself, whose ``tell()`` is what was read.
+
+    Raises:
+        UserError: naming the file, for what goes wrong inside the block: cut short, not what its ending
+            says, or unreadable.
+    """
+    with readable(source.path):
+        raw = _open(source)
+        with raw:
+            if source.compression == "gz":
+                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw
+            elif source.compression == "zst":
+                yield io.BufferedReader(_Zstandard(raw), _BUFFER), raw
+            else:
+                yield raw, raw
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what goes wrong in reading ``path`` into one line that names it."""
+    try:
+        yield
+    except EOFError as error:
+        raise UserError(f"{path} is cut short ({error}); fetch it again") from error
+    except (gzip.BadGzipFile, zlib.error, _NotZstandard) as error:
+        raise UserError(f"{path} is damaged or not what its ending says ({error}); fetch it again") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError, TimeoutError, ConnectionError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); correct the path or its access"
+        ) from error
+
+
+def _expand(name: str, kind: str | None) -> list[str]:
+    if os.path.isdir(name):
+        found = sorted(path for path in _files_below(name) if kind or _is_known(path))
+        if not found:
+            raise UserError(
+                f"{name} has no file with one of the endings {_known()}; name its files and --format"
+            )
+        return found
+    if os.path.lexists(name):
+        return [name]
+    found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
+    if not found:
+        what = "matches no file" if glob.has_magic(name) else "does not exist"
+        raise UserError(f"{name} {what}; correct the path")
+    return found
+
+
+def _files_below(name: str) -> Iterator[str]:
+    for folder, below, files in os.walk(name, onerror=_refuse):
+        below[:] = [part for part in below if not part.startswith(".")]
+        yield from (os.path.join(folder, file) for file in files if not file.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
+
+
+def _is_known(path: str) -> bool:
+    endings = PurePosixPath(path.lower()).suffixes
+    if endings and endings[-1] in _COMPRESSIONS:
+        endings.pop()
+    return bool(endings) and any(endings[-1] in known for known in FORMATS.values())
+
+
+def _known() -> str:
+    return " ".join(ending for known in FORMATS.values() for ending in known) + " (and .gz, .zst behind them)"
+
+
+def _digest_of_ends(stream: IO[bytes], size: int) -> str:
+    digest = hashlib.sha256(stream.read(_ENDS))
+    if size > _ENDS:
+        stream.seek(max(_ENDS, size - _ENDS))
+        digest.update(stream.read(_ENDS))
+    return digest.hexdigest()
+
+
+def _open(source: Source) -> IO[bytes]:
+    if source.is_local:
+        return open(source.path, "rb", buffering=_BUFFER)
+    fsspec = need("fsspec", "--hub")
+    stream: IO[bytes] = fsspec.open(source.path, "rb", block_size=16 * _BUFFER).open()
+    return stream
+
+
+class _NotZstandard(Exception):
+    pass
+
+
+class _Zstandard(io.RawIOBase):
+    """All frames of a ``.zst`` file, one behind the other.
+
+    The reader of the ``zstandard`` package takes the end of a file that was cut short for its end.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._ready = raw, memoryview(b"")
+        self._zstandard: Any = need("zstandard", "reading .zst files")
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._raw.read(1 << 17)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._ready = memoryview(b"".join(self._unpack(packed)))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _unpack(self, packed: bytes) -> Iterator[bytes]:
+        while packed:
+            if self._frame is None:
+                self._frame = self._zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                yield self._frame.decompress(packed)
+            except self._zstandard.ZstdError as error:
+                raise _NotZstandard(error) from error
+            packed = b""
+            if self._frame.eof:
+                packed, self._frame = self._frame.unused_data, None
+
+
+@contextmanager
+def writable(folder: os.PathLike[str], flag: str) -> Iterator[None]:
+    """Turn what goes wrong in writing to ``folder``, which ``flag`` names, into one line."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{flag}: {folder} cannot be written to ({error.strerror}); correct it") from error

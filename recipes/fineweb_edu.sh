@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# FineWeb-Edu as Megatron's token files, for the recipes beside this file.
+#
+#   recipes/fineweb_edu.sh 10BT     for llama_170m.sh: 10 billion tokens
+#   recipes/fineweb_edu.sh 100BT    for llama_1b.sh and llama_3b4.sh: 100 billion tokens
+#
+# Everything goes to $DATA: tokenizer.model, train_text_document.bin/.idx and validation_text_document.bin/.idx,
+# each with a manifest that says what it was made of. It is read from the Hugging Face hub range by range, so
+# the text itself takes no room on the disk. Killed at any time, the same command goes on from where it was.
+#
+# What it takes: 2 bytes a token on disk, so 20 GB or 200 GB, and as many pieces of work as the corpus has
+# 64 MB. A core does 0.6 to 0.9 million tokens a second (tests/preprocess_comparison.py measures yours), so
+# 10BT is 3 to 5 core hours and 100BT 31 to 46; divide by the cores. The network has to bring the text as
+# fast: a core eats 2 to 3 MB of Parquet a second. If it does not, fetch a copy first and name it as SOURCE:
+#   hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir fineweb
+#   SOURCE=fineweb/sample/10BT recipes/fineweb_edu.sh 10BT
+set -euo pipefail
+SAMPLE=${1:-}
+if [[ $SAMPLE != 10BT && $SAMPLE != 100BT ]] || (($# > 1)); then
+    echo "jreg_megatron: error: the sample is '$*'; give 10BT or 100BT" >&2
+    exit 2
+fi
+DATA=${DATA:-data/fineweb_edu_${SAMPLE,,}}      # where the recipes look for it
+SOURCE=${SOURCE:-}                              # a folder of the sample's Parquet files, instead of the hub
+TOKENIZER=${TOKENIZER:-}                        # a SentencePiece model of yours, instead of training one
+VOCABULARY=${VOCABULARY:-32000}                 # pieces, if one is trained: what the recipes' models have rows for
+SAMPLED=${SAMPLED:-268435456}                   # bytes of text to train it on, from 256 places in the corpus
+VALIDATION=${VALIDATION:-0.0005}                # share of the documents held out: 5M or 50M tokens
+MAX_REFUSED=${MAX_REFUSED:-0}                   # stop at more bad records than this; there should be none
+WORKERS=${WORKERS:-$(nproc)}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+found=
+for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
+    if "$python" -c 'import jreg_megatron.data, megatron, sentencepiece' 2>/dev/null; then
+        found=yes
+        break
+    fi
+done
+if [[ -z $found ]]; then
+    echo "jreg_megatron: error: ${PYTHON:-python3} has no jreg_megatron with megatron-core and sentencepiece;" \
+        "run make venv in $root, or set PYTHON to a Python that has them" >&2
+    exit 2
+fi
+
+if [[ -n $SOURCE ]]; then
+    input=("$SOURCE")
+else
+    input=(--hub HuggingFaceFW/fineweb-edu --subset "sample-$SAMPLE")
+fi
+if [[ -z $TOKENIZER ]]; then
+    TOKENIZER=$DATA/tokenizer.model
+    "$python" -m jreg_megatron.data tokenizer "${input[@]}" --output "$TOKENIZER" \
+        --vocab-size "$VOCABULARY" --sample-bytes "$SAMPLED"
+elif [[ ! -f $TOKENIZER ]]; then
+    echo "jreg_megatron: error: TOKENIZER is $TOKENIZER, which is not a file; correct the path" >&2
+    exit 2
+elif [[ ! $TOKENIZER -ef $DATA/tokenizer.model ]]; then
+    mkdir -p "$DATA"
+    cp "$TOKENIZER" "$DATA/tokenizer.model"
+fi
+"$python" -m jreg_megatron.data prepare "${input[@]}" --tokenizer-model "$DATA/tokenizer.model" \
+    --output "$DATA/train" --validation-share "$VALIDATION" --validation-output "$DATA/validation" \
+    --workers "$WORKERS" --max-refused "$MAX_REFUSED"
+"$python" -m jreg_megatron.data inspect --quick "$DATA/train_text_document" "$DATA/validation_text_document"

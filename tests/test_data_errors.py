@@ -1,0 +1,359 @@
+"""Broken input of every kind ends in one line that names it, with status 2, and nothing looks done then."""
+# A table has a row to a line.
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_toy import call, documents, hugging_face_folder, sentencepiece_model, start, write_jsonl
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with good things to break: text, two tokenizers and a prepared dataset."""
+    folder = tmp_path_factory.mktemp("ground")
+    write_jsonl(folder / "text.jsonl", documents(100))
+    sentencepiece_model(folder / "tokenizer.model")
+    sentencepiece_model(folder / "small.model", 380)
+    hugging_face_folder(folder / "hugging_face")
+    good = ["--tokenizer-model", folder / "tokenizer.model", "--output", folder / "good"]
+    assert call("prepare", folder / "text.jsonl", *good) == 0
+    return folder
+
+
+@dataclass
+class Case:
+    """A way to break something.
+
+    Attributes:
+        name: what is broken.
+        argv: the command; {} stands for a fresh copy of the good things.
+        line: a regular expression for the line, without its beginning.
+        damage: done in the copy before.
+        before: done in the process that runs the command, before it.
+    """
+
+    name: str
+    argv: str
+    line: str
+    damage: Callable[[Path], Any] = lambda folder: None
+    before: Callable[[Path], Any] = field(default=lambda folder: None)
+
+
+PREPARE = "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/out"
+
+
+def prepare(source: str, more: str = "") -> str:
+    return f"prepare {source} --tokenizer-model {{}}/tokenizer.model --output {{}}/out {more}"
+
+
+def write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name: str, size: int) -> Callable[[Path], Any]:
+    return lambda folder: os.truncate(
+        folder / name, size if size >= 0 else os.stat(folder / name).st_size + size
+    )
+
+
+def patch(name: str, offset: int, content: bytes) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        with (folder / name).open("r+b") as stream:
+            stream.seek(offset)
+            stream.write(content)
+
+    return damage
+
+
+def gz(name: str, cut_to: int) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(
+        gzip.compress((folder / "text.jsonl").read_bytes())[:cut_to]
+    )
+
+
+def zst(name: str, cut_to: int) -> Callable[[Path], Any]:
+    import zstandard
+
+    def damage(folder: Path) -> None:
+        packed = zstandard.ZstdCompressor().compress((folder / "text.jsonl").read_bytes())
+        (folder / name).write_bytes(packed[:cut_to])
+
+    return damage
+
+
+def parquet(
+    name: str, values: list[Any], cut_to: int | None = None, break_at: int | None = None
+) -> Callable[[Path], Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    def damage(folder: Path) -> None:
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), folder / name)
+        content = bytearray((folder / name).read_bytes()[:cut_to])
+        if break_at is not None:
+            content[break_at : break_at + 40] = b"\xff" * 40
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def no_root(folder: Path) -> None:
+    """Go on as nobody, since root may read everything."""
+    folder.chmod(0o777)
+    if os.getuid() == 0:
+        for path in (folder, *folder.parents):
+            if path.stat().st_uid == 0 and path != Path("/") and path != Path("/tmp"):
+                path.chmod(path.stat().st_mode | 0o055)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def no_writing(folder: Path) -> None:
+    (folder / "closed").mkdir()
+    (folder / "closed").chmod(0o555)
+
+
+def full_after(size: int) -> Callable[[Path], Any]:
+    """Let files grow to ``size`` bytes only, as on a full disk."""
+    return lambda folder: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def disk_of(free: int) -> Callable[[Path], Any]:
+    """Let the disk have ``free`` bytes."""
+
+    def before(folder: Path) -> None:
+        shutil.disk_usage = lambda path: type("Usage", (), {"free": free})()  # type: ignore[assignment,return-value]
+
+    return before
+
+
+def without(package: str) -> Callable[[Path], Any]:
+    def before(folder: Path) -> None:
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules[package] = None  # type: ignore[assignment]
+
+    return before
+
+
+def offline(folder: Path) -> None:
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def grow_while_reading(folder: Path) -> None:
+    """Let somebody append to the source as soon as a piece is done."""
+    from jreg_megatron.data import assembly
+
+    real = assembly.Assembly.add
+
+    def add(self: Any, number: int, result: Any) -> None:
+        with (folder / "text.jsonl").open("a") as stream:
+            stream.write("\n")
+        real(self, number, result)
+
+    assembly.Assembly.add = add  # type: ignore[method-assign]
+
+
+def die_in_a_worker(folder: Path) -> None:
+    from jreg_megatron.data.encode import Encoder
+
+    Encoder.__call__ = lambda self, task, report: os._exit(1)  # type: ignore[method-assign,assignment]
+
+
+def many(*damages: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+IDX, BIN = "good_text_document.idx", "good_text_document.bin"
+INSPECT = "inspect {}/good_text_document"
+
+CASES = [
+    # What the input is.
+    Case("no input", prepare(""), r"no input is given; name files"),
+    Case("input that is not there", prepare("{}/nowhere.jsonl"), r"\S+/nowhere.jsonl does not exist; correct"),
+    Case("pattern without match", prepare("{}/no*.jsonl"), r"\S+/no\*.jsonl matches no file; correct"),
+    Case("folder without text", prepare("{}/empty"), r"\S+/empty has no file with one of the endings .jsonl",
+         lambda folder: (folder / "empty").mkdir()),
+    Case("unknown ending", prepare("{}/text.csv"), r"\S+/text.csv has none of the endings .*--format",
+         write("text.csv", b"a,b\n")),
+    Case("the same file twice", prepare("{}/text.jsonl {}/*.jsonl"), r"\S+/text.jsonl is given twice; name it once"),
+    Case("the same file by a link", prepare("{}/a.jsonl {}/text.jsonl"), r"\S+/text.jsonl is given twice \(as \S+/a.jsonl too\)",
+         lambda folder: (folder / "a.jsonl").symlink_to(folder / "text.jsonl")),
+    Case("dangling link", prepare("{}/a.jsonl"), r"\S+/a.jsonl cannot be read \(No such file",
+         lambda folder: (folder / "a.jsonl").symlink_to(folder / "gone")),
+    Case("input without permission", prepare("{}/text.jsonl"), r"\S+/text.jsonl cannot be read \(Permission denied\); correct",
+         lambda folder: (folder / "text.jsonl").chmod(0), no_root),
+    Case("empty file", prepare("{}/empty.jsonl"), r"\S+/empty.jsonl holds no text under 'text'; give other", write("empty.jsonl", b"")),
+    Case("only empty texts", prepare("{}/empty.jsonl"), r"\S+/empty.jsonl holds no text under 'text'",
+         write("empty.jsonl", b'{"text": ""}\n')),
+    Case("input that grows", prepare("{}/text.jsonl"), r"\S+/text.jsonl changed while it was read; run", before=grow_while_reading),
+    # What is in it.
+    Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is cut short \(.*\); fetch it again", gz("a.jsonl.gz", 2000)),
+    Case("gzip that is none", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged or not what its ending says \(Not a gzipped",
+         write("a.jsonl.gz", b'{"text": "plain"}\n')),
+    Case("damaged gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged",
+         many(gz("a.jsonl.gz", 10**9), patch("a.jsonl.gz", 1000, b"\0" * 100))),
+    Case("truncated zst", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is cut short \(.*\); fetch it again", zst("a.jsonl.zst", 2000)),
+    Case("zst that is none", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is damaged or not what its ending says",
+         write("a.jsonl.zst", b'{"text": "plain"}\n')),
+    Case("invalid UTF-8", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 2 is not UTF-8 \(byte 11 of the line: invalid start byte\), "
+         r"and more than --max-refused 0 records are refused; correct", write("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n')),
+    Case("no JSON", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 1 is not JSON \(Expecting value", write("a.jsonl", b"text\n")),
+    Case("no object", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 1 is not an object \(the line holds a number\)", write("a.jsonl", b"3\n")),
+    Case("missing field", prepare("{}/text.jsonl", "--keys body"), r"\S+/text.jsonl line 1 is no such key \(the object has no 'body'\)"),
+    Case("field of another type", prepare("{}/text.jsonl", "--keys id"), r"\S+/text.jsonl line 1 is not text \('id' is a number\)"),
+    Case("lone surrogate", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 1 is lone surrogate \('\\ud83d' at character 2\)",
+         write("a.jsonl", b'{"text": "x\\ud83d"}\n')),
+    Case("record too large", prepare("{}/text.jsonl", "--max-record-bytes 20"), r"\S+/text.jsonl line \d+ is too large \(over the 20 bytes of --max-record-bytes\)"),
+    Case("text file in another encoding", prepare("{}/a.txt"), r"\S+/a.txt line 2 is not UTF-8 \(byte 2 of the line", write("a.txt", b"one\nt\xe4o")),
+    Case("Parquet without the column", prepare("{}/a.parquet", "--keys body"), r"\S+/a.parquet has no column body, only text; name one", parquet("a.parquet", ["a"])),
+    Case("Parquet column of numbers", prepare("{}/a.parquet"), r"\S+/a.parquet has a column text of int64, not of text", parquet("a.parquet", [1])),
+    Case("null in Parquet", prepare("{}/a.parquet"), r"\S+/a.parquet line 2 is not text \('text' is a null\)", parquet("a.parquet", ["a", None])),
+    Case("truncated Parquet", prepare("{}/a.parquet"), r"\S+/a.parquet is not a whole Parquet file \(.*\); fetch", parquet("a.parquet", ["a"] * 99, cut_to=100)),
+    Case("damaged Parquet", prepare("{}/a.parquet"), r"\S+/a.parquet is not a whole Parquet file \(.*\); fetch",
+         parquet("a.parquet", documents(500), break_at=8)),
+    Case("Parquet inside gzip", prepare("{}/a.parquet.gz"), r"\S+/a.parquet.gz is Parquet inside .gz; unpack", write("a.parquet.gz", b"")),
+    Case("unknown hub dataset", prepare("", "--hub nobody/nothing"), r"--hub nobody/nothing cannot be found \(.*\); correct the name, or the way to the hub", before=offline),
+    Case("hub and files", prepare("{}/text.jsonl", "--hub nobody/nothing"), r"--hub nobody/nothing and \S+/text.jsonl exclude each other"),
+    Case("missing extra", prepare("{}/a.parquet"), r"reading Parquet needs the package pyarrow, which is not installed; install it with: pip install jreg_megatron\[data\]",
+         parquet("a.parquet", ["a"]), without("pyarrow")),
+    # The tokenizer.
+    Case("no tokenizer", "prepare {}/text.jsonl --tokenizer-model {}/no.model --output {}/out", r"--tokenizer-model is \S+/no.model, which is not a file; correct"),
+    Case("wrong tokenizer file", "prepare {}/text.jsonl --tokenizer-model {}/text.jsonl --output {}/out", r"--tokenizer-model is \S+/text.jsonl, which is not a SentencePiece model; correct"),
+    Case("SentencePiece as Hugging Face", f"{PREPARE} --tokenizer-type HuggingFaceTokenizer", r"--tokenizer-model \S+/tokenizer.model cannot be loaded as HuggingFaceTokenizer|"
+         r"--tokenizer-model is \S+/tokenizer.model, which has no tokenizer_config.json"),
+    Case("broken Hugging Face folder", "prepare {}/text.jsonl --tokenizer-model {}/hugging_face --tokenizer-type HuggingFaceTokenizer --output {}/out",
+         r"--tokenizer-model \S+/hugging_face cannot be loaded as HuggingFaceTokenizer \(", write("hugging_face/tokenizer.json", b"{}")),
+    Case("vocabulary larger than the text", "tokenizer {}/a.txt --output {}/new.model --vocab-size 9999", r"--vocab-size is 9999, which SentencePiece cannot make \(.*\)", write("a.txt", b"a few words")),
+    # The output.
+    Case("output is a folder", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}", r"--output is \S+, which is a folder; give the prefix"),
+    Case("output under a file", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/text.jsonl/out", r"--output is \S+, but its folder cannot be made \(.*\); correct it"),
+    Case("output without permission", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/closed/out", r"--output is \S+/closed/out, but its folder cannot be written to; correct it", no_writing, no_root),
+    Case("folder in the place of the manifest", PREPARE, r"\S+/out.manifest.json is a folder, but a file has to go there; remove it", lambda folder: (folder / "out.manifest.json").mkdir()),
+    Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not, so it was not made by this command; remove it",
+         write("out_text_document.bin", b"precious")),
+    Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but about 0.0 GB are needed, as the first documents are; make room", before=disk_of(1000)),
+    Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ takes no more data \(File too large\); make room and run the same command again: what is finished is kept", before=full_after(1500)),
+    Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ takes no more data \(File too large\); make room", before=full_after(4000)),
+    Case("worker that dies", PREPARE, r"a worker ended with exit status 1 in \S+/text.jsonl, perhaps for want of memory; run the same command again, with fewer --workers", before=die_in_a_worker),
+    Case("held out, but where", f"{PREPARE} --validation-share 0.1", r"--validation-share and --validation-output belong together; give both"),
+    Case("nothing held out", f"{PREPARE} --validation-share 1e-9 --validation-output {{}}/v", r"--validation-share 1e-09 holds no text out of 100 documents; raise it"),
+    Case("all held out", f"{PREPARE} --validation-share 1.5 --validation-output {{}}/v", r"--validation-share is 1.5; it must be from 0 to below 1"),
+    Case("one place for both", f"{PREPARE} --validation-share 0.5 --validation-output {{}}/out", r"--validation-output is \S+/out, as is --output; give another"),
+    Case("no workers", f"{PREPARE} --workers 0", r"--workers is 0; it must be >= 1"),
+    # What inspect finds.
+    Case("no token file", "inspect {}/nothing", r"\S+/nothing.idx is not a file; correct the prefix"),
+    Case("file instead of a prefix", f"inspect {{}}/{IDX}", r"\S+/good_text_document.idx.idx is not a file; leave .idx out"),
+    Case("folder without token files", "inspect {}/hugging_face", r"\S+/hugging_face has no .idx file in it; name"),
+    Case("foreign idx", INSPECT, r"\S+.idx is not a Megatron index; make", write(IDX, b"something else altogether")),
+    Case("idx of another version", INSPECT, r"\S+.idx has version 2 and token type 8, which Megatron does not read", patch(IDX, 9, struct.pack("<Q", 2))),
+    Case("idx of an unknown type", INSPECT, r"\S+.idx has version 1 and token type 77, which", patch(IDX, 17, b"\x4d")),
+    Case("idx of real numbers", INSPECT, r"\S+.bin is cut short|\S+.idx tells of float32, which are no token ids", patch(IDX, 17, b"\x07")),
+    Case("idx cut in its header", INSPECT, r"\S+.idx is cut short; make", cut(IDX, 20)),
+    Case("idx cut at its end", INSPECT, r"\S+.idx is cut short; make", cut(IDX, -8)),
+    Case("idx with more behind it", INSPECT, r"\S+.idx has \d+ bytes, \d+ are in its lists", lambda folder: (folder / IDX).write_bytes((folder / IDX).read_bytes() + b"12345")),
+    Case("truncated bin", INSPECT, r"\S+.bin is cut short: \d+ bytes of the \d+ that \S+.idx lists; copy", cut(BIN, -2)),
+    Case("bin of another idx", INSPECT, r"\S+.bin has \d+ bytes, but \S+.idx lists \d+: they do not belong together", lambda folder: (folder / BIN).write_bytes((folder / BIN).read_bytes() * 2)),
+    Case("missing bin", INSPECT, r"\S+.bin is not a file; correct", lambda folder: (folder / BIN).unlink()),
+    Case("negative length", INSPECT, r"\S+.idx is damaged: sequence 5 has -1 tokens; make", patch(IDX, 34 + 4 * 5, struct.pack("<i", -1))),
+    Case("position out of order", INSPECT, r"\S+.idx is damaged: sequence 7 is said to start at byte 0, but the one before ends at \d+", patch(IDX, 34 + 400 + 8 * 7, struct.pack("<q", 0))),
+    Case("document out of bounds", INSPECT, r"\S+.idx is damaged: its documents are sequences 0 to 999 of 100", patch(IDX, 34 + 1200 + 8 * 100, struct.pack("<q", 999))),
+    Case("no documents", INSPECT, r"\S+.idx is damaged: it has no list of documents; make", patch(IDX, 26, struct.pack("<Q", 0))),
+    Case("document that ends before it starts", INSPECT, r"\S+.idx is damaged: document 9 ends before it starts", patch(IDX, 34 + 1200 + 8 * 10, struct.pack("<q", 3))),
+    Case("other tokens than the manifest tells", INSPECT, r"\S+.bin is not what \S+/good.manifest.json tells: its SHA-256 differs; copy", patch(BIN, 10, b"\x11\x00")),
+    Case("token beyond the vocabulary", INSPECT, r"\S+.bin holds the id 65535 as token 5, but the tokenizer has 400 tokens; give the tokenizer that made the data", patch(BIN, 10, b"\xff\xff")),
+    Case("tokenizer of another vocabulary", f"{INSPECT} --tokenizer-model {{}}/small.model", r"\S+.bin holds the id 3\d\d as token \d+, but the tokenizer has 380 tokens; give"),
+    Case("blend with a space in a path", "inspect {}/spaced --blend {}/list", r"\S+/spaced/a b has a space in it, which Megatron's list cannot hold; move it",
+         lambda folder: [(folder / "spaced").mkdir(), *(shutil.copy(folder / f"good_text_document.{e}", folder / "spaced" / f"a b.{e}") for e in ("bin", "idx"))]),
+    Case("blend that cannot be written", f"{INSPECT} --blend {{}}/no/list", r"--blend is \S+/no/list, which cannot be written"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_it_ends_in_one_line_that_names_it(case: Case, ground: Path, tmp_path: Path) -> None:
+    folder, errors = tmp_path / "copy", tmp_path / "errors"
+    shutil.copytree(ground, folder)
+    case.damage(folder)
+    argv = case.argv.replace("{}", str(folder)).split()
+    errors.touch()
+    errors.chmod(0o666)
+    run = start(argv, lambda: case.before(folder), errors=errors)
+    run.join(60)
+    if run.exitcode is None:
+        run.kill()
+    (line,) = errors.read_text().splitlines()
+    assert run.exitcode == 2
+    assert re.match("jreg_megatron: error: (?:" + case.line + ")", line), line
+    for ending in ("manifest.json", "lock", "refused.jsonl"):
+        assert not (folder / f"out.{ending}").is_file(), "it looks finished"
+    for name in ("out_text_document.idx", "new.model"):
+        assert not (folder / name).exists(), "it looks finished"
+
+
+def test_after_a_full_disk_the_same_command_goes_on(ground: Path, tmp_path: Path) -> None:
+    argv = ["prepare", ground / "text.jsonl", "--tokenizer-model", ground / "tokenizer.model"]
+    argv += ["--output", tmp_path / "good", "--piece-bytes", "2000"]
+    run = start(argv, lambda: full_after(4000)(tmp_path), errors=tmp_path / "errors")
+    run.join(60)
+    assert run.exitcode == 2
+    assert call(*argv) == 0
+    for ending in ("bin", "idx"):
+        name = f"good_text_document.{ending}"
+        assert (tmp_path / name).read_bytes() == (ground / name).read_bytes()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield
+    finally:
+        # Lazily, for the failed run's open files are closed only when its exception is forgotten.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_named(
+    ground: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--tokenizer-model", ground / "tokenizer.model", "--output", tmp_path / "disk" / "out"]
+    write_jsonl(tmp_path / "text.jsonl", documents(2000))
+    with small_disk(tmp_path / "disk"):
+        assert call("prepare", tmp_path / "text.jsonl", *argv) == 2
+        assert "disk has 0.0 GB free, but about 0.0 GB are needed" in capfd.readouterr().err
+        assert call("prepare", tmp_path / "text.jsonl", *argv, "--no-disk-check") == 2
+        assert "disk takes no more data (No space left on device); make room" in capfd.readouterr().err
+
+
+def test_every_bad_record_has_a_kind_of_its_own() -> None:
+    from jreg_megatron.data.records import KINDS
+
+    shown = {kind for kind in KINDS for case in CASES if f"is {kind} " in case.line}
+    assert shown == set(KINDS)
+    assert np.unique([case.name for case in CASES]).size == len(CASES) >= 20

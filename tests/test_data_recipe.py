@@ -1,0 +1,76 @@
+"""recipes/fineweb_edu.sh as a user starts it, on a small corpus in the place of FineWeb-Edu."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_toy import documents
+
+from jreg_megatron.data.index_file import read_index
+
+pytest.importorskip("megatron.core")
+pyarrow = pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def run(*argv: str, **environment: object) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"PYTHON": sys.executable} | {k: str(v) for k, v in environment.items()}
+    return subprocess.run(
+        ["bash", str(RECIPES / "fineweb_edu.sh"), *argv],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=variables,
+        timeout=300,
+    )
+
+
+def test_it_makes_the_files_that_the_training_recipes_look_for(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    texts = documents(400)
+    table = pyarrow.table({"text": texts, "score": [3.0] * len(texts)})
+    (tmp_path / "source").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "source" / "000_00000.parquet", row_group_size=50)
+    settings = {
+        "SOURCE": tmp_path / "source",
+        "DATA": tmp_path / "data",
+        "VOCABULARY": 400,
+        "VALIDATION": 0.1,
+    }
+    done = run("10BT", **settings)
+    assert done.returncode == 0, done.stderr
+    counts = {}
+    recipe = (RECIPES / "llama_170m.sh").read_text()
+    for split in ("train", "validation"):
+        assert f"$DATA/{split}_text_document" in recipe
+        counts[split] = read_index(f"{tmp_path}/data/{split}_text_document").documents
+    assert sum(counts.values()) == 400
+    assert 20 < counts["validation"] < 60
+    assert "TOKENIZER:-$DATA/tokenizer.model" in recipe
+    assert (tmp_path / "data" / "tokenizer.model").is_file()
+    assert json.loads((tmp_path / "data" / "train.manifest.json").read_text())["vocab_size"] == 400
+    again = run("10BT", **settings)
+    assert again.returncode == 0, again.stderr
+    assert "is done already" in again.stdout
+
+
+@pytest.mark.parametrize("argv", [(), ("350BT",), ("10BT", "100BT")])
+def test_another_sample_is_refused_by_name(argv: tuple[str, ...]) -> None:
+    done = run(*argv)
+    assert done.returncode == 2
+    assert done.stderr == f"jreg_megatron: error: the sample is '{' '.join(argv)}'; give 10BT or 100BT\n"
+
+
+def test_a_missing_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    done = run("10BT", TOKENIZER=tmp_path / "none.model", DATA=tmp_path / "data")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"jreg_megatron: error: TOKENIZER is {tmp_path}/none.model, which is not a file; correct the path"
+    )
