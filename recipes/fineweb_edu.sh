@@ -29,20 +29,8 @@ VALIDATION=${VALIDATION:-0.0005}                # share of the documents held ou
 MAX_REFUSED=${MAX_REFUSED:-0}                   # stop at more bad records than this; there should be none
 WORKERS=${WORKERS:-$(nproc)}
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
-found=
-for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
-    if "$python" -c 'import jreg_megatron.data, megatron, sentencepiece' 2>/dev/null; then
-        found=yes
-        break
-    fi
-done
-if [[ -z $found ]]; then
-    echo "jreg_megatron: error: ${PYTHON:-python3} has no jreg_megatron with megatron-core and sentencepiece;" \
-        "run make venv in $root, or set PYTHON to a Python that has them" >&2
-    exit 2
-fi
+export OMP_NUM_THREADS=1
+data=("$(dirname "$0")/run.sh" jreg_megatron.data)
 
 if [[ -n $SOURCE ]]; then
     input=("$SOURCE")
@@ -51,7 +39,7 @@ else
 fi
 if [[ -z $TOKENIZER ]]; then
     TOKENIZER=$DATA/tokenizer.model
-    "$python" -m jreg_megatron.data tokenizer "${input[@]}" --output "$TOKENIZER" \
+    "${data[@]}" tokenizer "${input[@]}" --output "$TOKENIZER" \
         --vocab-size "$VOCABULARY" --sample-bytes "$SAMPLED"
 elif [[ ! -f $TOKENIZER ]]; then
     echo "jreg_megatron: error: TOKENIZER is $TOKENIZER, which is not a file; correct the path" >&2
@@ -60,7 +48,7 @@ elif [[ ! $TOKENIZER -ef $DATA/tokenizer.model ]]; then
     mkdir -p "$DATA"
     cp "$TOKENIZER" "$DATA/tokenizer.model"
 fi
-"$python" -m jreg_megatron.data prepare "${input[@]}" --tokenizer-model "$DATA/tokenizer.model" \
+"${data[@]}" prepare "${input[@]}" --tokenizer-model "$DATA/tokenizer.model" \
     --output "$DATA/train" --validation-share "$VALIDATION" --validation-output "$DATA/validation" \
     --workers "$WORKERS" --max-refused "$MAX_REFUSED"
-"$python" -m jreg_megatron.data inspect --quick "$DATA/train_text_document" "$DATA/validation_text_document"
+"${data[@]}" inspect --quick "$DATA/train_text_document" "$DATA/validation_text_document"

@@ -83,6 +83,6 @@ FLAGS=(
 
     --jreg-coeff "$LAMBDA" --jreg-alpha "$ALPHA" --jreg-log-per-layer
 )
-exec "$(dirname "$0")/run.sh" \
+exec "$(dirname "$0")/run.sh" jreg_megatron.recipe \
     --recipe "$0" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \
     --tokens "$TOKENS" --epochs "$EPOCHS" -- "${FLAGS[@]}" ::: "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Hand a recipe's flags to `python -m jreg_megatron.recipe`, by the first Python here that has what it needs:
-# $PYTHON, else python3 (of the container, or of an activated environment), else this checkout's .venv.
+# Run `python -m MODULE ARGS...` of this checkout, by the first Python here that has what it needs: $PYTHON, else
+# python3 (of the container, or of an activated environment), else the one in .venv.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -9,7 +9,7 @@ for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
 import importlib.util, sys
 sys.exit(any(importlib.util.find_spec(name) is None for name in ("jreg_megatron", "megatron", "torch")))' 2>/dev/null
     then
-        PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m jreg_megatron.recipe "$@"
+        PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m "$@"
     fi
 done
 echo "jreg_megatron: error: ${PYTHON:-python3} has no jreg_megatron with torch and megatron-core;" \
