@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo test test-slow test-versions layouts ways-in preprocess-comparison mutations lint format check constraints clean distclean
+.PHONY: help venv demo test test-slow test-versions layouts ways-in preprocess-comparison mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -64,6 +64,12 @@ preprocess-comparison: $(STAMP)  ## Race the data command against the tool of CL
 
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)
+
+image:  ## Build the image for clusters, with Docker
+	@docker/build.sh cluster $(ARGS)
+
+image-cpu:  ## Build the small image for a CPU, with Docker
+	@docker/build.sh cpu $(ARGS)
 
 lint: $(STAMP)  ## Check style and types
 	@$(PY) -m ruff check .

@@ -13,8 +13,8 @@ import pytest
 from data_toy import ODD, call, documents, sentencepiece_model, start, write_jsonl
 
 from jreg_megatron.data import encode, workers
-from jreg_megatron.data.lock import lock
 from jreg_megatron.errors import UserError
+from jreg_megatron.lock import lock
 
 pytest.importorskip("megatron.core")
 
@@ -185,10 +185,10 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
 
 def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     for _ in range(2):
-        with lock(tmp_path / "lock", "it"):
+        with lock(tmp_path / "lock", "it is made", "go"):
             assert (tmp_path / "lock").exists()
         assert not (tmp_path / "lock").exists()
-    with pytest.raises(UserError), lock(tmp_path / "lock", "it"):
+    with pytest.raises(UserError), lock(tmp_path / "lock", "it is made", "go"):
         raise UserError("from inside")
     assert not (tmp_path / "lock").exists()
 

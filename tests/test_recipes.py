@@ -407,6 +407,23 @@ def test_no_rank_outlives_a_run_under_torchrun_that_is_killed(
     assert not alive
 
 
+def test_a_second_run_in_the_same_folder_is_refused_by_name_while_the_first_one_lives(tmp_path: Path) -> None:
+    *command, _ = supervisor(tmp_path)
+    command += ["--lock", str(tmp_path / "run"), "--"]
+    with subprocess.Popen([*command, "sleep", "60"]) as first:
+        while not (tmp_path / "run" / "run.lock").exists() or not (tmp_path / "run" / "run.lock").read_text():
+            time.sleep(0.05)
+        second = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert re.fullmatch(
+            rf"jreg_megatron: error: .*run is being trained by process {first.pid} on .*; wait for its end, "
+            r"or set RUN to another folder\n",
+            second.stderr,
+        )
+        first.kill()
+    assert subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 75
+
+
 def supervisor(checkpoints: Path) -> list[str]:
     module = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
     return [*module, "--iterations", "5", "--checkpoints", str(checkpoints), "--"]

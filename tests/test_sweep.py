@@ -310,7 +310,7 @@ def test_a_killed_queue_leaves_no_run_behind_and_two_do_not_train_the_same_run(
     with start(*words) as queue:
         recipe = toy.waits()
         assert sweep(*words) == 2
-        assert "another process is training" in capsys.readouterr().err
+        assert "baseline_seed1 is being trained by process" in capsys.readouterr().err
         queue.kill()
     eventually(lambda: not psutil.pid_exists(recipe) or psutil.Process(recipe).status() == "zombie")
     toy.plan({})

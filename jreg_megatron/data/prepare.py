@@ -22,13 +22,13 @@ from jreg_megatron import __version__
 from jreg_megatron.data import assembly, encode, hub, pieces, sources, tokenizing, workers
 from jreg_megatron.data.assembly import Assembly
 from jreg_megatron.data.encode import Encoder, Recipe
-from jreg_megatron.data.lock import lock
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.records import Reader
 from jreg_megatron.data.sources import Source
 from jreg_megatron.data.token_file import token_type
 from jreg_megatron.data.tokenizing import Tokenizer, TokenizerSettings
 from jreg_megatron.errors import UserError
+from jreg_megatron.lock import lock
 
 _LAYOUT = 1  # raise it when files change for a reason that the rest of the fingerprint does not show
 _SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0
@@ -100,7 +100,8 @@ def prepare(options: Options) -> Outcome:
         "settings": asdict(options.recipe) | {"keys": list(options.recipe.keys), "piece_bytes": piece_bytes},
     }
     fingerprint = hashlib.sha256(json.dumps([_LAYOUT, asked], sort_keys=True).encode()).hexdigest()
-    with lock(Path(f"{options.output}.lock"), str(options.output)):
+    being_made = f"{options.output} is being made"
+    with lock(Path(f"{options.output}.lock"), being_made, "choose another --output"):
         folder = _work_folder(options, fingerprint, asked)
         if folder is None:
             return Outcome(_read(options.manifest), made=False)

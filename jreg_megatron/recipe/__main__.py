@@ -67,7 +67,8 @@ def _train(request: Request) -> None:
     elif last_checkpoint(asked.load) >= planned.iterations:
         print(f"{request.run} has all of its {planned.iterations:,} iterations; nothing to do")
     else:
-        _become(ranks, asked)
+        is_first = rendezvous is None or rendezvous.node_rank == 0
+        _become(ranks, asked, request.run if is_first else None)
 
 
 def _smoke(request: Request) -> None:
@@ -86,7 +87,7 @@ def _smoke(request: Request) -> None:
     toy = plan.parse(flags, smoke.ranks(asked))
     if smoke.start_clean_if_finished(toy, run):
         print("Starting clean: removed the finished run there")
-    _become(ranks, toy)
+    _become(ranks, toy, run)
 
 
 def _import_megatron() -> None:
@@ -114,11 +115,15 @@ def _flags(request: Request) -> list[str]:
     return [*request.flags, "--train-iters", str(iterations), *request.user_flags]
 
 
-def _become(ranks: Sequence[str], args: Namespace) -> None:
-    """Let the small supervisor take the place of this process, which has all of Megatron in memory."""
+def _become(ranks: Sequence[str], args: Namespace, run: Path | None) -> None:
+    """Let the small supervisor take the place of this process, which has all of Megatron in memory.
+
+    On the first node it keeps other runs out of the folder ``run``.
+    """
     sys.stdout.flush()
     supervisor = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
     watched = ["--iterations", str(args.train_iters), "--checkpoints", str(Path(args.save))]
+    watched += ["--lock", str(run)] if run is not None else []
     os.execv(sys.executable, [*supervisor, *watched, "--", *ranks])
 
 

@@ -12,17 +12,20 @@ before, so that a scheduler can start it again, and otherwise the command's own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from jreg_megatron.cpu.launch import end_with_the_parent
+from jreg_megatron.errors import user_errors_exit
+from jreg_megatron.lock import lock
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 
 UNFINISHED = os.EX_TEMPFAIL
@@ -108,13 +111,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jreg_megatron.recipe.supervise", description=__doc__)
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("--lock", type=Path, metavar="FOLDER", help="let no other run be trained in it")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
 
     def is_finished() -> bool:
         return last_checkpoint(options.checkpoints) >= int(options.iterations)
 
-    sys.exit(run(options.command[1:], is_finished))
+    with user_errors_exit(), _alone(options.lock):
+        sys.exit(run(options.command[1:], is_finished))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Keep a second start of the same command out: two runs in one folder would spoil its checkpoints."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "run.lock", f"{folder} is being trained", "set RUN to another folder"):
+        yield
 
 
 if __name__ == "__main__":

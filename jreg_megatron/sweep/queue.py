@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import signal
 import subprocess
@@ -11,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from tqdm import tqdm
 
 from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.errors import EXIT_CODE, UserError
+from jreg_megatron.errors import EXIT_CODE
+from jreg_megatron.lock import lock
 from jreg_megatron.recipe.plan import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.sweep.grid import Sweep, SweepRun, node_rank
@@ -169,26 +167,6 @@ def _alone(sweep: Sweep, run: SweepRun) -> Iterator[None]:
     if node_rank():
         yield
         return
-    with locked(sweep.folder(run) / ".lock", wait=False) as held:
-        if not held:
-            raise UserError(
-                f"another process is training {sweep.folder(run)}; wait for its end, or name another --output"
-            )
+    folder = sweep.folder(run)
+    with lock(folder / ".lock", f"{folder} is being trained", "name another --output"):
         yield
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock file until the end of the block; False where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        except OSError:  # a file system without locks
-            held = True
-        yield held
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from jreg_megatron.lock import lock
 from jreg_megatron.sweep import picture
 from jreg_megatron.sweep.grid import Sweep, write_whole
-from jreg_megatron.sweep.queue import locked
 from jreg_megatron.sweep.results import Estimate, Results, Setting, interval_name, write_summary
 
 _WIDTH = 118
@@ -18,7 +18,8 @@ def report(sweep: Sweep) -> None:
     Raises:
         UserError: if no run is finished.
     """
-    with locked(sweep.output / ".report.lock", wait=True):  # tasks of an array end when they like
+    # Tasks of an array end when they like.
+    with lock(sweep.output / ".report.lock", "the report is drawn", "name another --output", wait=True):
         results = Results.read(sweep)
         write_whole(sweep.output / "summary.json", write_summary(results))
         drawn = picture.draw(results, sweep.output / "sweep")

@@ -1,4 +1,4 @@
-"""One run at a time on one output."""
+"""One process at a time on one output."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from jreg_megatron.errors import UserError
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Path, what: str, instead: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the file ``path`` while the block runs; it is made before and removed after.
 
-    The lock is this process's alone, so that it ends with it, however it ends, and workers do not keep it.
+    The lock is this process's alone: it ends with it, however it ends, and its children do not keep it.
+
+    Args:
+        path: the lock's file, in a folder that is there.
+        what: what must not be done twice, for the message: ``runs/x is being trained``.
+        instead: what the user can do but wait: ``choose another --output``.
+        wait: wait for the other process rather than refuse.
 
     Raises:
         UserError: naming ``what`` and the process, if another one holds it.
@@ -23,13 +29,11 @@ def lock(path: Path, what: str) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise UserError(
-                f"{what} is being made by {holder}; wait for it, or choose another --output"
-            ) from error
+            raise UserError(f"{what} by {holder}; wait for its end, or {instead}") from error
         except OSError:
             break  # a file system without locks: then it is up to the user
         if _is_still(path, descriptor):

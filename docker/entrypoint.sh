@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# What a container of jreg_megatron runs: a recipe, a tool, or any other command.
+#
+#   llama_1b jreg [--dry-run | --smoke] [-- MORE MEGATRON FLAGS]
+#   selftest --nproc 2
+#   data prepare --help
+#   bash
+#
+# Recipes and tools take --help. Results go to /workspace/runs: mount a folder there to keep them.
+set -euo pipefail
+home=$(cd "$(dirname "$0")/.." && pwd)
+
+recipes=()
+for file in "$home"/recipes/*.sh; do
+    name=$(basename "$file" .sh)
+    # run and slurm start a recipe; they are none.
+    if [[ -x $file && $name != run && $name != slurm ]]; then recipes+=("$name"); fi
+done
+tools=(data demo launch pretrain selftest sweep)
+if [[ -d $home/tests ]] && python -c 'import pytest' 2>/dev/null; then tools+=(test); fi
+known="recipes: ${recipes[*]}; tools: ${tools[*]}"
+
+name=${1---help}
+if [[ $name == -h || $name == --help ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    echo "${known/; /$'\n'}"
+    exit
+fi
+shift || true
+# Each is exec'ed, so that a scheduler's SIGTERM reaches it.
+if [[ " ${recipes[*]} " == *" $name "* ]]; then
+    exec "$home/recipes/$name.sh" "$@"
+elif [[ $name == test && " ${tools[*]} " == *" test "* ]]; then
+    # From the source's folder, to which the image's user cannot write
+    export HYPOTHESIS_STORAGE_DIRECTORY=$PWD/.hypothesis
+    cd "$home"
+    exec python -m pytest -p no:cacheprovider "$@"
+elif [[ " ${tools[*]} " == *" $name "* ]]; then
+    exec python -m "jreg_megatron.$name" "$@"
+elif command -v -- "$name" >/dev/null; then
+    exec "$name" "$@"
+fi
+echo "entrypoint.sh: error: there is no recipe, tool or command '$name' here; $known" >&2
+exit 2
