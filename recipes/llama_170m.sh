@@ -76,11 +76,11 @@ FLAGS=(
     --exit-signal-handler
 
     # Evaluation and logging
-    --eval-interval 500 --eval-iters 20 --log-interval 10 --log-throughput
+    --eval-interval 500 --eval-iters 8 --log-interval 10 --log-throughput
     --tensorboard-dir "$RUN/tensorboard" --tensorboard-log-interval 10
 
     --jreg-coeff "$LAMBDA" --jreg-alpha "$ALPHA" --jreg-log-per-layer
 )
 exec "$(dirname "$0")/run.sh" jreg_megatron.recipe \
-    --recipe "$0" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \
+    --recipe "$0" --variant="$VARIANT" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \
     --tokens "$TOKENS" --epochs "$EPOCHS" -- "${FLAGS[@]}" ::: "$@"

@@ -4,7 +4,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
+candidates=(python3 "$root/.venv/bin/python")
+if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+for python in "${candidates[@]}"; do
     if PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -c '
 import importlib.util, sys
 sys.exit(any(importlib.util.find_spec(name) is None for name in ("jreg_megatron", "megatron", "torch")))' 2>/dev/null

@@ -7,7 +7,8 @@
 #
 #   SRUN_OPTIONS="--container-image=jreg.sqsh --container-mounts=$PWD --container-workdir=$PWD" sbatch ...
 #
-# Ten minutes before the time limit, and on a preemption, the run saves, and the job is put in the queue again.
+# Ten minutes before the time limit, and on a preemption, the run saves, and the job is put in the queue again; so
+# give it much more time than that.
 # Options on sbatch's command line win over those below. Any command can stand for the recipe.
 #SBATCH --job-name=jreg
 #SBATCH --nodes=1

@@ -254,7 +254,7 @@ CASES = [
     Case("output under a file", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/text.jsonl/out", r"--output is \S+, but its folder cannot be made \(.*\); correct it"),
     Case("output without permission", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/closed/out", r"--output is \S+/closed/out, but its folder cannot be written to; correct it", no_writing, no_root),
     Case("folder in the place of the manifest", PREPARE, r"\S+/out.manifest.json is a folder, but a file has to go there; remove it", lambda folder: (folder / "out.manifest.json").mkdir()),
-    Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not, so it was not made by this command; remove it",
+    Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not name it, so it was not made by this command; remove it",
          write("out_text_document.bin", b"precious")),
     Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but about 0.0 GB are needed, as the first documents are; make room", before=disk_of(1000)),
     Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ takes no more data \(File too large\); make room and run the same command again: what is finished is kept", before=full_after(1500)),

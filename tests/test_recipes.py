@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import shlex
@@ -195,6 +197,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
         {"MICRO_BATCH": 24},
         r"--global-batch-size is 256; it must be a multiple",
     ),
+    "an option before the variant": (
+        ("--dry-run", "baseline"),
+        {},
+        "baseline stands behind --dry-run; it comes first: .* baseline --dry-run",
+    ),
     "a lambda below 0": (("jreg",), {"LAMBDA": -1}, r"--jreg-coeff .* is -1\.0; it must be a finite number"),
     "a flag that Megatron refuses": (
         ("jreg", "--", "--recompute-granularity", "full"),
@@ -230,7 +237,7 @@ NODE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NODE_RANK": "1"}
     ],
 )
 def test_nodes_that_could_not_meet_are_refused(changes: dict[str, str], expected: str) -> None:
-    words = "--recipe x.sh --run x --nodes 2 --gpus 8 --tokens 1 -- ::: jreg".split()
+    words = "--recipe x.sh --variant jreg --run x --nodes 2 --gpus 8 --tokens 1 -- ::: jreg".split()
     with pytest.raises(UserError, match=expected):
         Rendezvous.from_environment(Request.from_words(words), NODE | changes)
 
@@ -252,7 +259,7 @@ def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
     run = plan(words_of("llama_170m", "jreg", *SHORT, **knobs), check=False)
     assert run.status == [2]
     assert re.search(
-        r"TOKENS is [\d,]+, but .*train_text_document holds .* passes .* EPOCHS=2", run.output[0]
+        r"TOKENS is [\d,]+, but there are .* passes over .*train_text_document, .* EPOCHS=2", run.output[0]
     )
     printed = plan(words_of("llama_170m", "jreg", "--dry-run", *SHORT, EPOCHS=2, **knobs)).output[0]
     assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
@@ -288,6 +295,94 @@ def test_a_run_that_is_complete_says_so_and_starts_nothing(
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
     printed = plan(words).output[0]
     assert "going on from iteration 1" in printed
+
+
+def blend_of(path: Path, *parts: object) -> Path:
+    path.write_text(" ".join(map(str, parts)))
+    return path
+
+
+def test_passes_over_the_data_follow_the_weights_of_a_blend_and_its_split(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    train, small = demo_data / "train_text_document", demo_data / "validation_text_document"
+    sizes = {path: Path(f"{path}.bin").stat().st_size / 2 for path in (train, small)}
+    step = 256 * 2048
+    for parts, passes in (
+        ((0.5, train, 0.5, small), step * 0.5 / (0.999 * sizes[small])),
+        ((train, small), step / (0.999 * sum(sizes.values()))),
+    ):
+        knobs = {"BLEND": blend_of(tmp_path / "blend.txt", *parts), "EPOCHS": 100, "TOKENS": step}
+        words = words_of(
+            "llama_170m", "jreg", "--dry-run", *SHORT, DATA=demo_data, RUN=tmp_path / "run", **knobs
+        )
+        printed = plan(words).output[0]
+        assert f"read at most {passes:.2f} times" in printed
+        # A toy has its own data, so that the rest can be tried.
+        smoke = plan(words_of("llama_170m", "jreg", "--smoke", "--dry-run", RUN=tmp_path / "run", **knobs))
+        assert "--data-args-path" not in smoke.output[0]
+
+
+def test_a_tokenizer_that_did_not_make_the_data_is_refused(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    for name in ("train_text_document.bin", "train_text_document.idx"):
+        (tmp_path / name).symlink_to(demo_data.absolute() / name)
+    for name in ("validation_text_document.bin", "validation_text_document.idx", "tokenizer.model"):
+        (tmp_path / name).symlink_to(demo_data.absolute() / name)
+    made_with = {"tokenizer_model": "other.model", "sha256": "0" * 64}
+    (tmp_path / "train.manifest.json").write_text(json.dumps({"tokenizer": made_with}))
+    words = words_of("llama_170m", "jreg", *SHORT, DATA=tmp_path, RUN=tmp_path / "run", TOKENS=10**6)
+    run = plan(words, check=False)
+    assert run.status == [2]
+    assert re.search(
+        r"--tokenizer-model is .*tokenizer.model, but .* made with another one, other.model", run.output[0]
+    )
+
+
+def test_a_folder_that_holds_another_run_is_refused_by_what_differs(
+    words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    from jreg_megatron.recipe import identity
+
+    args = argparse.Namespace(seed=1234, train_iters=19073, jreg_coeff=0.1, jreg_alpha=3.0, num_layers=12)
+    identity.keep(tmp_path, args)
+    identity.refuse_another(tmp_path, args)
+    identity.refuse_another(tmp_path / "new", args)
+    for name, value, expected in (
+        ("jreg_coeff", 0.7, r"--jreg-coeff 0.1, and now it is 0.7; set RUN to another folder"),
+        ("seed", 9, "--seed 1234, and now it is 9"),
+        ("train_iters", 5, "--train-iters 19073, and now it is 5"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            identity.refuse_another(tmp_path, argparse.Namespace(**vars(args) | {name: value}))
+    run = plan(words_of("llama_170m", "jreg", RUN=tmp_path, LAMBDA=0.7), check=False)
+    assert run.status == [2]
+    assert "holds a run with --" in run.output[0]
+
+
+def test_a_signal_before_training_starts_nothing_and_says_that_it_can_be_started_again(
+    tmp_path: Path,
+) -> None:
+    environment = os.environ | {"RUN": str(tmp_path), "PYTHON": sys.executable}
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        with subprocess.Popen(
+            [RECIPES / "llama_170m.sh", "jreg", "--smoke"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as run:
+            # It has its handlers when it imports Megatron.
+            while "jreg_megatron.recipe" not in " ".join(psutil.Process(run.pid).cmdline()) or not any(
+                "libtorch" in part.path for part in psutil.Process(run.pid).memory_maps()
+            ):
+                time.sleep(0.05)
+            run.send_signal(number)
+            output, _ = run.communicate(timeout=60)
+        assert run.returncode == status, output
+        assert "Traceback" not in output
+        assert ("SIGTERM before training began" in output) == (number == signal.SIGTERM)
 
 
 A_PLAN = Plan(
@@ -479,7 +574,18 @@ def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
-    words = ["--recipe", "x.sh", "--run", "x", "--nodes", environment["NODES"], "--gpus", environment["GPUS"]]
+    words = [
+        "--recipe",
+        "x.sh",
+        "--variant",
+        "jreg",
+        "--run",
+        "x",
+        "--nodes",
+        environment["NODES"],
+        "--gpus",
+        environment["GPUS"],
+    ]
     request = Request.from_words([*words, "--tokens", "1", "--", ":::", container["args"][1]])
     assert request.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
     # A pod of an indexed job is called JOB-INDEX, and found as JOB-INDEX.SERVICE.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -120,15 +121,23 @@ def refuse_foreign(targets: list[Path], manifest: Path, folders: list[Path]) -> 
     """Raises:
     UserError: for a token file in the place of an output that no run of this command made.
     """
-    if manifest.exists() or any((folder / _MANIFEST).exists() for folder in folders):
-        return
+    known = {name for path in (manifest, *(f / _MANIFEST for f in folders)) for name in _outputs_of(path)}
     for target in targets:
+        if os.path.relpath(target, manifest.parent) in known:
+            continue
         for ending in (".bin", ".idx"):
             if os.path.lexists(f"{target}{ending}"):
                 raise UserError(
-                    f"{target}{ending} exists, but {manifest} does not, so it was not made by this command; "
-                    "remove it or choose another --output"
+                    f"{target}{ending} exists, but {manifest} does not name it, so it was not made by this "
+                    "command; remove it or choose another --output"
                 )
+
+
+def _outputs_of(manifest: Path) -> list[str]:
+    try:
+        return list(json.loads(manifest.read_text())["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def is_complete(folder: Path) -> bool:

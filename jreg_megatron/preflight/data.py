@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.preflight.asked import flag_of, given, is_number, one_line, read_text
 
 _SPLITS = ("train", "valid", "test")
+_DEFAULT_SPLIT = "969,30,1"  # Megatron's
 _SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -48,7 +50,7 @@ def local_prefixes(args: Namespace) -> Iterator[tuple[str, str]]:
         return
     seen = set()
     for flag, entries in _blends(args):
-        for prefix in _without_weights(flag, entries):
+        for _, prefix in _weighted(flag, entries):
             if "://" not in prefix and prefix not in seen:
                 seen.add(prefix)
                 yield flag, prefix
@@ -76,19 +78,35 @@ def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
                 yield f"{flag} ({split})", [str(entry) for entry in entries]
 
 
-def _without_weights(flag: str, entries: list[str]) -> list[str]:
-    """The prefixes of a blend: all entries, or every second one behind its weight."""
+def training_blends(args: Namespace) -> Iterator[tuple[str, float, list[tuple[float | None, str]]]]:
+    """The training data: the flag, the share of each dataset that is not held out, weights and prefixes."""
+    if args.mock_data or args.sft:
+        return
+    parts = [float(part) for part in re.split(r"[,/]", args.split or _DEFAULT_SPLIT)]
+    for flag, entries in _blends(args):
+        name = flag.partition(" ")[0]
+        if name in ("--valid-data-path", "--test-data-path") or flag.endswith(("(valid)", "(test)")):
+            continue
+        is_split = name in ("--data-path", "--data-args-path")
+        yield flag, parts[0] / sum(parts) if is_split else 1.0, _weighted(flag, entries)
+
+
+def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
+    """A blend's prefixes, each behind its weight, or all with None."""
     if not entries:
         raise UserError(f"{flag} is empty; name the prefix of .bin/.idx files behind it")
     if len(entries) % 2 == 0:
         weights = [is_number(entry) for entry in entries[::2]]
         if all(weights):
-            return [entry.strip() for entry in entries[1::2]]
+            return [
+                (float(weight), prefix.strip())
+                for weight, prefix in zip(entries[::2], entries[1::2], strict=True)
+            ]
         if any(weights):
             raise UserError(
                 f"{flag} is {' '.join(entries)}; give a weight before every prefix or before none"
             )
-    return [entry.strip() for entry in entries]
+    return [(None, entry.strip()) for entry in entries]
 
 
 def read_index_of(flag: str, prefix: str) -> Index:

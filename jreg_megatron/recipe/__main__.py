@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.recipe import command
+from jreg_megatron.recipe import command, identity
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
+from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
 
 
 def main(argv: list[str] | None = None) -> None:
     """Do what ``argv`` asks for; a run that starts takes this process over."""
-    with user_errors_exit():
+    for number in SIGNALS:
+        signal.signal(number, _nothing_started)
+    with user_errors_exit(), _quiet_interrupt():
         request = Request.from_words(sys.argv[1:] if argv is None else argv)
         if request.smoke is None:
             _train(request)
         else:
             _smoke(request)
+
+
+def _nothing_started(number: int, _: object) -> NoReturn:
+    name = signal.Signals(number).name
+    print(f"jreg_megatron: {name} before training began; the same command starts it", flush=True)
+    os._exit(UNFINISHED)
+
+
+@contextlib.contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _train(request: Request) -> None:
@@ -38,11 +58,16 @@ def _train(request: Request) -> None:
     asked = plan.parse(flags, request.world_size)
     for check in preflight.SIZE_CHECKS:
         check(asked)
+    identity.refuse_another(request.run, asked)
+    if not request.dry_run and last_checkpoint(asked.save) >= asked.train_iters:
+        print(f"{request.run} has all of its {asked.train_iters:,} iterations; nothing to do")
+        return
     planned = plan.make(flags, request.world_size)
 
     def check_files() -> str:
         for check in preflight.DATA_CHECKS:
             check(asked)
+        machine.check_tokenizer(asked)
         return machine.check_training_data(asked, planned.tokens, request.epochs)
 
     rows = announcement.rows(request, planned)
@@ -64,8 +89,6 @@ def _train(request: Request) -> None:
         announcement.show(request, rows)
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
-    elif last_checkpoint(asked.load) >= planned.iterations:
-        print(f"{request.run} has all of its {planned.iterations:,} iterations; nothing to do")
     else:
         is_first = rendezvous is None or rendezvous.node_rank == 0
         _become(ranks, asked, request.run if is_first else None)
@@ -76,7 +99,7 @@ def _smoke(request: Request) -> None:
 
     assert request.smoke is not None
     _import_megatron()
-    flags, run = _flags(request), request.run / "smoke"
+    flags, run = smoke.without_data(_flags(request)), request.run / "smoke"
     asked = plan.parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
     ranks = command.on_the_cpu(smoke.ranks(asked), flags)
@@ -85,8 +108,8 @@ def _smoke(request: Request) -> None:
         print(command.as_text(ranks, os.environ))
         return
     toy = plan.parse(flags, smoke.ranks(asked))
-    if smoke.start_clean_if_finished(toy, run):
-        print("Starting clean: removed the finished run there")
+    if smoke.start_clean(toy, run):
+        print("Starting clean: removed the earlier run there, which was finished or another one")
     _become(ranks, toy, run)
 
 
@@ -120,10 +143,14 @@ def _become(ranks: Sequence[str], args: Namespace, run: Path | None) -> None:
 
     On the first node it keeps other runs out of the folder ``run``.
     """
+    if run is not None:
+        identity.keep(run, args)
     sys.stdout.flush()
     supervisor = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
     watched = ["--iterations", str(args.train_iters), "--checkpoints", str(Path(args.save))]
     watched += ["--lock", str(run)] if run is not None else []
+    # What comes before the supervisor has its handlers waits for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execv(sys.executable, [*supervisor, *watched, "--", *ranks])
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from argparse import Namespace
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.errors import UserError
-from jreg_megatron.preflight.data import local_prefixes, read_index_of
+from jreg_megatron.preflight.data import local_prefixes, read_index_of, training_blends
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.recipe.request import Request
@@ -88,18 +91,51 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
     Raises:
         UserError: if it would read them more than ``epochs`` times.
     """
-    held_out = ("--valid-data-path", "--test-data-path")
-    training = [(flag, prefix) for flag, prefix in local_prefixes(args) if flag not in held_out]
-    if not training:
+    there, most, fullest = 0.0, 0.0, ""
+    for flag, share, blend in training_blends(args):
+        if any("://" in prefix for _, prefix in blend):
+            return "not on this machine, so not looked into"
+        sizes = [share * read_index_of(flag, prefix).tokens for _, prefix in blend]
+        # Without weights each dataset is read as often as the others.
+        weights = [size if weight is None else weight for (weight, _), size in zip(blend, sizes, strict=True)]
+        for (_, prefix), weight, size in zip(blend, weights, sizes, strict=True):
+            passes = tokens * weight / sum(weights) / size
+            if passes > most:
+                most, fullest = passes, prefix
+        there += sum(sizes)
+    if not fullest:
         return "not on this machine, so not looked into"
-    there = sum(read_index_of(flag, prefix).tokens for flag, prefix in training)
-    passes = tokens / there
-    if passes > epochs:
+    if most > epochs:
         raise UserError(
-            f"TOKENS is {tokens:,}, but {training[0][1]} holds {there:,}: {passes:.2f} passes over the data, "
-            f"and EPOCHS allows {epochs:g}; prepare more, lower TOKENS, or set EPOCHS={math.ceil(passes)}"
+            f"TOKENS is {tokens:,}, but there are {there:,.0f} to train on: {most:.2f} passes over "
+            f"{fullest}, and EPOCHS allows {epochs:g}; prepare more, lower TOKENS, or set "
+            f"EPOCHS={math.ceil(most)}"
         )
-    return f"{number_as_text(there)} tokens, read {passes:.2f} times"
+    return f"{number_as_text(there)} tokens, read {'at most ' if len(sizes) > 1 else ''}{most:.2f} times"
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """Hold the tokenizer's file against the one that the data's manifests say they were made with.
+
+    Raises:
+        UserError: naming both, if it is another one.
+    """
+    if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
+        return
+    with open(args.tokenizer_model, "rb") as stream:
+        ours = hashlib.file_digest(stream, "sha256").hexdigest()
+    for flag, prefix in local_prefixes(args):
+        manifest = Path(re.sub(r"_[^_]+_document$", ".manifest.json", prefix))
+        try:
+            made_with = json.loads(manifest.read_text())["tokenizer"]
+            other = made_with["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if other != ours:
+            raise UserError(
+                f"--tokenizer-model is {args.tokenizer_model}, but {prefix} of {flag} was made with another "
+                f"one, {made_with['tokenizer_model']} (says {manifest}); give that one"
+            )
 
 
 def check_disk(plan: Plan) -> str:

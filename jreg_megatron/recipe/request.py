@@ -59,7 +59,12 @@ class Request:
         options = _options_parser().parse_args(own)
         asked, _, user_flags = _partition(typed, _FLAGS_FOLLOW)
         choice = _user_parser(options.recipe).parse_args(asked)
-        return cls(**vars(options), **vars(choice), flags=tuple(flags), user_flags=tuple(user_flags))
+        if options.variant != choice.variant:
+            raise UserError(
+                f"{choice.variant} stands behind {options.variant}; it comes first: "
+                f"{options.recipe} {choice.variant} {options.variant}"
+            )
+        return cls(**vars(options) | vars(choice), flags=tuple(flags), user_flags=tuple(user_flags))
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def _options_parser() -> argparse.ArgumentParser:
     )
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe, for messages", required=True)
+    parser.add_argument("--variant", metavar="NAME", help="as the recipe has read it", required=True)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="where the run is kept", required=True)
     parser.add_argument("--nodes", type=_count("NODES"), metavar="N", help="number of nodes", default=1)
     parser.add_argument("--gpus", type=_count("GPUS"), metavar="N", help="GPUs of each node", default=8)

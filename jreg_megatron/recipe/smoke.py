@@ -7,10 +7,15 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from jreg_megatron.recipe import identity
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 
 _LENGTH = 64
 _MOST_RANKS = 4
+_DATA = (
+    *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--data-args-path"),
+    *("--per-split-data-args-path", "--split", "--mock-data"),
+)
 
 
 def ranks(args: Namespace) -> int:
@@ -59,9 +64,21 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
     return [word for name, value in toy.items() for word in (f"--{name}", str(value))]
 
 
-def start_clean_if_finished(args: Namespace, run: Path) -> bool:
-    """Remove what an earlier run left that came to its end; True if there was one."""
-    finished = last_checkpoint(args.load) >= int(args.train_iters)
-    if finished:
+def without_data(flags: list[str]) -> list[str]:
+    """The flags but those that name data, for a toy has its own."""
+    kept: list[str] = []
+    dropping = False
+    for word in flags:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in _DATA
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def start_clean(args: Namespace, run: Path) -> bool:
+    """Remove an earlier run that came to its end or was another one; True if there was one."""
+    is_over = last_checkpoint(args.load) >= int(args.train_iters) or bool(identity.difference(run, args))
+    if is_over:
         shutil.rmtree(run)
-    return finished
+    return is_over

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -31,8 +33,10 @@ from jreg_megatron.recipe.checkpoints import last_checkpoint
 UNFINISHED = os.EX_TEMPFAIL
 """Exit status of a run that has saved and can go on: 75."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends to have a run save and end."""
 _POLL_SECONDS = 0.5
+_INTERRUPT_SECONDS = 5.0
 
 
 def run(command: list[str], is_finished: Callable[[], bool]) -> int:
@@ -42,10 +46,15 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
     def remember(number: int, _: FrameType | None) -> None:
         asked.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, remember) for number in _SIGNALS}
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
+        if asked:
+            _say(f"{asked[0].name} before training began; the same command starts it")
+            return UNFINISHED
         with subprocess.Popen(command, preexec_fn=_prepare) as process:  # noqa: PLW1509
             told: set[int] = set()
+            interrupted = math.inf
             while True:
                 try:
                     status = process.wait(_POLL_SECONDS)
@@ -53,8 +62,12 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
                 except subprocess.TimeoutExpired:
                     if asked:
                         _tell_ranks(process.pid, told, asked[0])
+                    if time.monotonic() > interrupted:
+                        process.send_signal(signal.SIGINT)
+                        interrupted = math.inf
                 except KeyboardInterrupt:
-                    continue  # the ranks had it too
+                    # A terminal sends it to the ranks too; if nobody did, it is handed on.
+                    interrupted = time.monotonic() + _INTERRUPT_SECONDS
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -74,7 +87,7 @@ def _prepare() -> None:
     until Megatron has its handler of SIGTERM in place.
     """
     end_with_the_parent()
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -83,6 +83,8 @@ def _of_the_best(results: Results) -> str:
         f" of the {len(tried)} settings that {_count(difference.n, 'seed')} tried" if len(tried) > 1 else ""
     )
     found = f"Lowest loss against the baseline{among}: {name_of(best)}, {_with_interval(difference, '+.4f')}."
+    if difference.mean >= 0:
+        return f"{found} No setting is below the baseline."
     if difference.low is None or difference.high is None:
         return f"{found} With one seed nobody knows how much of it is chance: add --seeds."
     if difference.low <= 0 <= difference.high:
