@@ -183,6 +183,19 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
     assert contents(tmp_path) == whole
 
 
+def test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own(
+    source: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(source, model, tmp_path / "out")
+    alone = argv[: argv.index("--validation-share")]
+    assert call(*alone) == 0
+    theirs = tmp_path / "out_valid_text_document.bin"
+    theirs.write_bytes(b"theirs")
+    assert call(*argv) == 2
+    assert f"{theirs} exists, but {tmp_path / 'out.manifest.json'} does not name it" in capfd.readouterr().err
+    assert theirs.read_bytes() == b"theirs"
+
+
 def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     for _ in range(2):
         with lock(tmp_path / "lock", "it is made", "go"):
