@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jreg_megatron.errors import UserError
 from jreg_megatron.metrics import RATE_NAME, displacement_name
@@ -29,6 +30,19 @@ class History:
     """Per layer 1..L at the end, each in [0, 1]; empty without ``--jreg-log-per-layer``."""
     settings: dict[str, str]
     """Megatron's arguments as the run had them in the end, as text; ``jreg_coeff`` and its like included."""
+
+    def summary(self) -> dict[str, Any]:
+        """A run's part of a ``summary.json``: the last values, and the two curves."""
+        rows = zip(self.iterations, self.validation_loss, self.jump_rate, strict=True)
+        return {
+            "validation_loss": self.validation_loss[-1],
+            "jump_rate": self.jump_rate[-1],
+            "displacement": self.displacement,
+            "history": [
+                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
+                for iteration, loss, rate in rows
+            ],
+        }
 
     @classmethod
     def read(cls, folder: Path) -> History:

@@ -34,18 +34,10 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """The run's part of ``summary.json``."""
-        config, history = self.run.config, self.history
+        config = self.run.config
         return {
             **({"coeff": config.coeff, "alpha": config.alpha} if config.coeff > 0 else {}),
-            "validation_loss": history.validation_loss[-1],
-            "jump_rate": history.jump_rate[-1],
-            "displacement": history.displacement,
-            "history": [
-                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
-                for iteration, loss, rate in zip(
-                    history.iterations, history.validation_loss, history.jump_rate, strict=True
-                )
-            ],
+            **self.history.summary(),
         }
 
     @property

@@ -85,12 +85,12 @@ def _train(request: Request) -> None:
                 raise
             rows[name] = f"would be refused: {error}"
     ranks = command.on_gpus(request.gpus, request.nodes, rendezvous, flags)
-    if rendezvous is None or rendezvous.node_rank == 0:
+    is_first = rendezvous is None or rendezvous.node_rank == 0
+    if is_first:
         announcement.show(request, rows)
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
     else:
-        is_first = rendezvous is None or rendezvous.node_rank == 0
         _become(ranks, asked, request.run if is_first else None)
 
 
@@ -102,12 +102,13 @@ def _smoke(request: Request) -> None:
     flags, run = smoke.without_data(_flags(request)), request.run / "smoke"
     asked = plan.parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
-    ranks = command.on_the_cpu(smoke.ranks(asked), flags)
-    print(f"Smoke: a toy of {request.recipe.stem} on {smoke.ranks(asked)} CPU ranks; its files go to {run}")
+    world_size = smoke.ranks(asked)
+    ranks = command.on_the_cpu(world_size, flags)
+    print(f"Smoke: a toy of {request.recipe.stem} on {world_size} CPU ranks; its files go to {run}")
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
         return
-    toy = plan.parse(flags, smoke.ranks(asked))
+    toy = plan.parse(flags, world_size)
     if smoke.start_clean(toy, run):
         print("Starting clean: removed the earlier run there, which was finished or another one")
     _become(ranks, toy, run)

@@ -24,7 +24,7 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
         )
     )
     steps = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    hours = plan.flops / request.world_size / (request.tflops * 1e12)
+    seconds = plan.flops / request.world_size / (request.tflops * 1e12)
     done = last_checkpoint(args.load)
     return {
         "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, "
@@ -35,7 +35,7 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
         + (f"; going on from iteration {done:,}" if done else ""),
         "layout": f"{request.nodes} x {request.gpus} GPUs: {division}; {steps} micro-batches of "
         f"{args.micro_batch_size} a step",
-        "time": f"about {seconds_as_text(hours)}, {plan.flops:.1e} operations, if each GPU makes "
+        "time": f"about {seconds_as_text(seconds)}, {plan.flops:.1e} operations, if each GPU makes "
         f"{request.tflops:g} TFLOP/s" + (f" ({1 - done / plan.iterations:.0%} of it left)" if done else ""),
     }
 

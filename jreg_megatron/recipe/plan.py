@@ -45,11 +45,6 @@ class Plan:
         return int(self.iterations * self.args.global_batch_size * self.args.seq_length)
 
     @property
-    def seconds(self) -> float:
-        """Operations per GPU; divide by what one achieves per second."""
-        return self.flops / int(self.args.world_size)
-
-    @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint with the optimizer's state, under bf16."""
         return self.parameters * _SAVED_BYTES

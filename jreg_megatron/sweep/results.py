@@ -240,17 +240,7 @@ class Results:
         }
 
     def _run_summary(self, run: SweepRun, history: History) -> dict[str, Any]:
-        rows = zip(history.iterations, history.validation_loss, history.jump_rate, strict=True)
-        return {
-            **dataclasses.asdict(run),
-            "validation_loss": history.validation_loss[-1],
-            "jump_rate": history.jump_rate[-1],
-            "displacement": history.displacement,
-            "history": [
-                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
-                for iteration, loss, rate in rows
-            ],
-        }
+        return dataclasses.asdict(run) | history.summary()
 
     def _setting_summary(self, setting: Setting) -> dict[str, Any]:
         def shown(estimate: Estimate | None) -> dict[str, Any] | None:
