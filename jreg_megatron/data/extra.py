@@ -1,23 +1,16 @@
-"""Packages that only some inputs need."""
+"""Packages of the extra ``data``."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron import extras
 
 
 def need(package: str, purpose: str) -> Any:
-    """Import a package of the extra ``data``.
+    """Import a package that only some inputs need.
 
     Raises:
         UserError: if it is not installed, with the command that installs it.
     """
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{purpose} needs the package {error.name}, which is not installed; "
-            "install it with: pip install jreg_megatron[data]"
-        ) from error
+    return extras.need(package, purpose, "data")

@@ -121,6 +121,24 @@ def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[tuple[int
         yield number, stop - start, tokenizer.decode(ids)
 
 
+def documents(prefix: str) -> Iterator[numpy.ndarray]:
+    """The token ids of each document of a file, mapped and not loaded.
+
+    Raises:
+        UserError: naming the file, if it is missing, damaged or holds no token ids.
+    """
+    index = read_index(prefix)
+    if index.dtype.startswith("float"):
+        raise UserError(f"{prefix}.idx tells of {index.dtype}, which are no token ids; name token files")
+    _check_sizes(prefix, index)
+    arrays = _Arrays(prefix, index)
+    arrays.check_sequences()
+    tokens = _tokens(prefix, index)
+    for number in range(index.documents):
+        start, stop = arrays.document(number)
+        yield tokens[start:stop]
+
+
 def write_blend(path: Path, prefixes: list[str]) -> None:
     """Write the list for Megatron's ``--data-args-path``. Without weights it blends by the files' lengths.
 

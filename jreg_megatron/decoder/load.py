@@ -1,0 +1,91 @@
+"""Loading a model that a user named, of whichever kind."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jreg_megatron.decoder.reference import Reference
+from jreg_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from jreg_megatron.decoder.decoder import Decoder
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Define ``--device``, ``--dtype`` and ``--trust-remote-code``."""
+    group = parser.add_argument_group("how to run the models")
+    group.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:1, or auto to spread over all GPUs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with a model of the hub"
+    )
+
+
+def check_device(device: str) -> None:
+    """Raises:
+    UserError: if this machine has no such device.
+    """
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device is {device}, which this machine does not have; give cpu, or a device that torch sees"
+        ) from error
+    if kind == "meta":
+        raise UserError("--device is meta, which computes nothing; give cpu or cuda")
+
+
+def load(reference: Reference, *, dtype: str, device: str, trust_remote_code: bool = False) -> Decoder:
+    """Load a checkpoint.
+
+    Args:
+        reference: one that :func:`find_models` gave.
+        dtype: of the weights, one of :data:`DTYPES`.
+        device: a device of torch's, or ``auto``.
+        trust_remote_code: run code that comes with a model of the hub.
+
+    Raises:
+        UserError: if it cannot be loaded, or is not a causal decoder.
+    """
+    import torch
+
+    weights = getattr(torch, dtype)
+    decoder: Decoder
+    if reference.is_megatron:
+        from jreg_megatron.decoder.megatron import load_megatron
+
+        if device == "auto":
+            raise UserError(
+                f"--device is auto, and {reference.at} is a Megatron checkpoint; give cpu or cuda"
+            )
+        decoder = load_megatron(
+            Path(reference.source), reference.step, dtype=weights, device=torch.device(device)
+        )
+        return replace(decoder, name=reference.name)
+    from jreg_megatron.decoder.hugging_face import load_hugging_face
+
+    decoder = load_hugging_face(
+        reference.source,
+        name=reference.name,
+        revision=reference.revision,
+        dtype=weights,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return replace(decoder, step=reference.step) if reference.step is not None else decoder

@@ -1,0 +1,143 @@
+"""Which checkpoints a folder of Megatron's holds, without torch or Megatron."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jreg_megatron.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What Megatron calls a checkpoint of weights alone, which no training has saved."""
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_FINISHED = "metadata.json"  # Megatron writes it behind all weights
+_FORMAT = "torch_dist"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The folder of one finished ``torch_dist`` checkpoint."""
+
+    path: Path
+    step: int | None
+    """Iteration; None for a release."""
+
+    @classmethod
+    def find(cls, folder: Path, step: int | None = None) -> CheckpointFolder:
+        """The checkpoint of an iteration, by default of the last one that Megatron would go on from.
+
+        Args:
+            folder: what a training was given as ``--save``, or one ``iter_...`` folder in it.
+            step: iteration; of an ``iter_...`` folder it must be its own.
+
+        Raises:
+            UserError: if it is not there, not finished, or in another format.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; name a Megatron training's --save folder")
+        own = step_of(folder)
+        if own is not None or folder.name == RELEASE:
+            if step not in (None, own):
+                raise UserError(f"--step is {step}, but {folder} is one checkpoint; leave --step out")
+            return cls._whole(folder, own)
+        if step is not None:
+            place = folder / f"iter_{step:07d}"
+            if not place.is_dir():
+                raise UserError(f"--step is {step}, but {folder} has {_listed(megatron_steps(folder))}")
+            return cls._whole(place, step)
+        latest = _latest(folder)
+        if latest == RELEASE:
+            return cls._whole(folder / RELEASE, None)
+        steps = megatron_steps(folder)
+        if latest is not None and (folder / f"iter_{int(latest):07d}").is_dir():
+            return cls._whole(folder / f"iter_{int(latest):07d}", int(latest))
+        if not steps:
+            unfinished = sorted(path for path in folder.iterdir() if step_of(path) is not None)
+            if unfinished:
+                return cls._whole(unfinished[-1], step_of(unfinished[-1]))
+            raise UserError(f"{folder} holds no checkpoint of Megatron's; name a training's --save folder")
+        return cls._whole(folder / f"iter_{steps[-1]:07d}", steps[-1])
+
+    @classmethod
+    def _whole(cls, place: Path, step: int | None) -> CheckpointFolder:
+        _refuse_other_formats(place)
+        return cls(place, step)
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder is a Megatron training's, or one checkpoint of it, in any of Megatron's formats."""
+    if not folder.is_dir():
+        return False
+    if (folder / TRACKER).is_file():
+        return True
+    if step_of(folder) is not None or folder.name == RELEASE:
+        return (folder / _FINISHED).is_file() or (folder / ".metadata").is_file() or _is_legacy(folder)
+    return any(step_of(path) is not None for path in folder.iterdir())
+
+
+def megatron_steps(folder: Path) -> list[int]:
+    """Iterations of a training's finished checkpoints, rising; of an ``iter_...`` folder its own."""
+    own = step_of(folder)
+    if own is not None:
+        return [own] if _is_finished(folder) else []
+    if not folder.is_dir():
+        return []
+    found = ((step_of(path), path) for path in folder.iterdir())
+    return sorted(step for step, path in found if step is not None and _is_finished(path))
+
+
+def step_of(path: Path) -> int | None:
+    """The iteration that a checkpoint's folder is named for; None for other names."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
+def _is_finished(place: Path) -> bool:
+    return (place / _FINISHED).is_file() and (place / ".metadata").is_file()
+
+
+def _is_legacy(place: Path) -> bool:
+    return any(place.glob("mp_rank_*"))
+
+
+def _refuse_other_formats(place: Path) -> None:
+    if _is_legacy(place):
+        raise UserError(
+            f"{place} is in Megatron's old format 'torch', which only its own layout can read; convert it "
+            "with --ckpt-convert-format torch_dist"
+        )
+    if (place / "run_config.yaml").is_file():
+        raise UserError(
+            f"{place} is a checkpoint of Megatron-Bridge (run_config.yaml); export it with Bridge's "
+            "AutoBridge, and name the Hugging Face folder"
+        )
+    if not (place / _FINISHED).is_file():
+        is_fsdp = " or it is in FSDP's format" if (place / ".metadata").is_file() else ""
+        raise UserError(f"{place} has no {_FINISHED}: its saving broke off{is_fsdp}; name another --step")
+    try:
+        backend = json.loads((place / _FINISHED).read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place / _FINISHED} cannot be read; name another --step") from error
+    if backend != _FORMAT:
+        raise UserError(f"{place} is in the format {backend}, and only {_FORMAT} can be read; convert it")
+    if not (place / ".metadata").is_file():
+        raise UserError(f"{place} has no .metadata, so its weights cannot be found; name another --step")
+
+
+def _latest(folder: Path) -> str | None:
+    try:
+        text = (folder / TRACKER).read_text().strip()
+    except OSError:
+        return None
+    return text if text.isdecimal() or text == RELEASE else None
+
+
+def _listed(steps: list[int]) -> str:
+    if not steps:
+        return "no finished checkpoint"
+    shown = steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]
+    return "those of " + ", ".join(map(str, shown))

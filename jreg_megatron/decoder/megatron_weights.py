@@ -1,0 +1,215 @@
+"""What a ``torch_dist`` checkpoint holds, read in one process whatever layout has saved it.
+
+A checkpoint is data here: of its pickles only torch's and Megatron's own records are built.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from jreg_megatron.decoder.megatron_folder import CheckpointFolder
+from jreg_megatron.errors import UserError
+
+_COMMON = "common_state/shard_0_1"
+_OLD_COMMON = "common.pt"  # before 0.19
+
+_TRAINING_ONLY = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
+_PREDICTS_AHEAD = "mtp."
+_EXTRA_STATE = "_extra_state"  # scales of number formats
+
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+"""A norm's name, and its name where Transformer Engine has fused it with the linear layer behind it."""
+
+
+class Checkpoint:
+    """An opened checkpoint: its common state, and the names and shapes of its weights."""
+
+    def __init__(self, place: CheckpointFolder) -> None:
+        """Read all but the weights; Megatron has to be imported before.
+
+        Raises:
+            UserError: if a file is missing or damaged, or names what is no data.
+        """
+        self.place = place
+        folder = self.folder = place.path
+        with damage_refused(folder):
+            self._metadata = _Reader(folder).read_metadata()
+            self.common = self._read_common()
+        if "args" not in self.common:
+            raise UserError(
+                f"{folder} does not say how its model was made (no Megatron arguments in it); "
+                "name a checkpoint of Megatron's own training loop"
+            )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Megatron's arguments by name, as the training had them when it saved."""
+        return dict(vars(self.common["args"]))
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the model's weights by the names they are saved under; layers may be stacked."""
+        return {name: entry.size for name, entry in self._weights.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first weight that is listed."""
+        return next(iter(self._weights.values())).properties.dtype
+
+    @cached_property
+    def _weights(self) -> dict[str, TensorStorageMetadata]:
+        return {
+            name: entry
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and not name.startswith(_TRAINING_ONLY)
+            and _EXTRA_STATE not in name
+        }
+
+    def load_into(self, model: nn.Module) -> None:
+        """Fill all parameters and buffers of a ``GPTModel`` that this process has whole.
+
+        Raises:
+            UserError: if model and checkpoint do not have the same weights, or a file is damaged.
+        """
+        from megatron.core import dist_checkpointing, parallel_state
+        from megatron.core.dist_checkpointing import ShardedObject
+
+        metadata = dict(self.common.get("content_metadata") or {})
+        metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        wanted = {
+            name: entry
+            for name, entry in cast(Any, model).sharded_state_dict(metadata=metadata).items()
+            if not isinstance(entry, ShardedObject)
+        }
+        self._match_names(wanted)
+        with damage_refused(self.folder):
+            loaded = dist_checkpointing.load(
+                {"model": wanted}, str(self.folder), validate_access_integrity=False
+            )
+        missing, _ = model.load_state_dict(loaded["model"], strict=False)
+        missing = [name for name in missing if _EXTRA_STATE not in name]
+        if missing:
+            raise UserError(f"{self.folder} gives no weights for {_some(missing)}; it cannot be read")
+
+    def _match_names(self, wanted: dict[str, Any]) -> None:
+        saved = set(self.shapes)
+        for entry in wanted.values():
+            if entry.key not in saved:
+                entry.key = _other_name(entry.key, saved)
+        used = {entry.key for entry in wanted.values()}
+        if missing := sorted(used - saved):
+            raise UserError(f"{self.folder} holds no {_some(missing)}, which its arguments ask for")
+        left = sorted(name for name in saved - used if not name.startswith(_PREDICTS_AHEAD))
+        if left:
+            raise UserError(
+                f"{self.folder} holds {_some(left)}, which Megatron's torch-only layers have no place for; "
+                "its layers cannot be built here"
+            )
+
+    def _read_common(self) -> dict[str, Any]:
+        old = self.folder / _OLD_COMMON
+        if old.is_file():
+            return dict(torch.load(old, map_location="cpu", weights_only=True))
+        if _COMMON not in self._metadata.state_dict_metadata:
+            raise UserError(f"{self.folder} has no {_OLD_COMMON}, so its arguments are not known")
+        state = {_COMMON: io.BytesIO()}
+        load_distributed(
+            state, storage_reader=_Reader(self.folder), planner=_SafePlanner(False, False), no_dist=True
+        )
+        common: Any = state[_COMMON]
+        if isinstance(common, io.BytesIO):  # saved within what was saved
+            common.seek(0)
+            common = torch.load(common, map_location="cpu", weights_only=True)
+        return dict(common[0])
+
+
+class _Reader(FileSystemReader):
+    """Torch's reader, which takes nothing but data from the file that lists the weights."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        return metadata
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Torch's planner, which builds no object that Megatron has not declared to be harmless."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _MODULES = ("metadata", "planner", "filesystem")
+
+    def find_class(self, module: str, name: str) -> Any:
+        package, _, last = module.rpartition(".")
+        if package == "torch.distributed.checkpoint" and last in self._MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | type(torch.Size)):
+            return getattr(torch, name)
+        elif (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no record of torch's")
+
+
+@contextmanager
+def damage_refused(folder: Path) -> Iterator[None]:
+    """Turn what torch and Megatron raise about files into one line that names the checkpoint.
+
+    Raises:
+        UserError: in place of their errors.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # CheckpointException is no Exception of Python's.
+    except (Exception, CheckpointException) as error:
+        raise UserError(
+            f"{folder} cannot be read: {_in_one_line(error)}; is a file missing or cut short?"
+        ) from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        cause = next(iter(error.failures.values()))[0]
+        return _in_one_line(cause)
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said[:200]
+
+
+def _other_name(name: str, saved: set[str]) -> str:
+    for plain, fused in _FUSED_NORMS.items():
+        for ours, theirs in ((plain, fused), (fused, plain)):
+            other = name.replace(ours, theirs)
+            if other != name and other in saved:
+                return other
+    return name
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,171 @@
+"""Which models a user means: ``[NAME=]MODEL[@REVISION,...]``, found without importing torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jreg_megatron.errors import UserError
+
+GGUF_ENDING = ".gguf"
+ALL = "all"
+
+MODEL_HELP = (
+    "[NAME=]MODEL[@REVISION,...]: a name on the Hugging Face hub, a folder, a .gguf file, or the --save "
+    "folder of a Megatron training. @ takes revisions on the hub, or iterations of a training; @all takes "
+    "all of them"
+)
+"""What a MODEL may be, for ``--help``."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model that a user named: one checkpoint of it.
+
+    Attributes:
+        name: what to call it; the same for all checkpoints of a series.
+        source: name on the hub, folder or file.
+        revision: on the hub; None for the default, and for what is on this machine.
+        step: iteration of a Megatron checkpoint; None for the latest.
+        is_megatron: whether it is a folder of Megatron checkpoints.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    step: int | None = None
+    is_megatron: bool = False
+
+    @property
+    def at(self) -> str:
+        """The name, with the revision or iteration, for messages."""
+        which = self.revision if self.step is None else self.step
+        return self.name if which is None else f"{self.name}@{which}"
+
+
+def find_models(models: Sequence[str]) -> list[Reference]:
+    """The checkpoints that the arguments name, in order.
+
+    Raises:
+        UserError: for a path or an iteration that is not there.
+    """
+    groups = [_expand(model) for model in models]
+    names = Counter(group[0].name for group in groups)
+    # Two models of one name are called by what the user gave.
+    return [
+        replace(reference, name=given) if names[reference.name] > 1 else reference
+        for given, group in zip(models, groups, strict=True)
+        for reference in group
+    ]
+
+
+def step_of(text: str) -> int | None:
+    """The training step that a revision or a folder's name tells: ``step1000``, ``checkpoint-500``."""
+    found = re.search(r"(?:step|checkpoint|iter)[-_]?0*(\d+)", Path(text).name)
+    return int(found[1]) if found else None
+
+
+def _expand(model: str) -> list[Reference]:
+    name, model = _split(model, "=")
+    if not model:
+        raise UserError("a MODEL is empty; give a name on the hub, a folder or a file")
+    given_revisions, source = "", model
+    if not Path(model).expanduser().exists() and "@" in model:
+        source, _, given_revisions = model.rpartition("@")
+    revisions = [part for part in given_revisions.split(",") if part]
+    path = Path(source).expanduser()
+    if path.exists():
+        return _on_this_machine(name, path, revisions)
+    if (
+        source.endswith(GGUF_ENDING)
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or not source
+    ):
+        raise UserError(f"{source or model!r} does not exist; correct the path, or give a name on the hub")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UserError(f"{source!r} is neither a path that exists nor a name on the hub; correct it")
+    if revisions == [ALL]:
+        revisions = _hub_revisions(source)
+    wanted: list[str | None] = [*revisions] or [None]
+    return [Reference(name or source, source, revision) for revision in wanted]
+
+
+def _on_this_machine(name: str, path: Path, revisions: list[str]) -> list[Reference]:
+    from jreg_megatron.decoder.megatron import is_megatron, megatron_steps
+
+    name = name or _short_name(path)
+    if is_megatron(path):
+        steps = _pick(path, megatron_steps(path), revisions) if revisions else [None]
+        return [Reference(name, str(path), step=step, is_megatron=True) for step in steps]
+    # Trainers of transformers save checkpoint-500, checkpoint-1000, ...
+    saved = {
+        int(child.name.rpartition("-")[2]): child
+        for child in path.glob("checkpoint-*")
+        if child.name.rpartition("-")[2].isdecimal()
+    }
+    if saved and (revisions or not (path / "config.json").is_file()):
+        steps = _pick(path, sorted(saved), revisions or [str(max(saved))])
+        return [Reference(name, str(saved[step]), step=step) for step in steps if step is not None]
+    if revisions:
+        raise UserError(
+            f"@{','.join(revisions)} asks for checkpoints of {path}, which is no series of them; leave it out"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} holds no model: neither a config.json of transformers nor Megatron's "
+            "latest_checkpointed_iteration.txt; name the folder that the model was saved to"
+        )
+    if path.is_file() and path.suffix != GGUF_ENDING:
+        raise UserError(
+            f"{path} is not a model file that is read here; give a .gguf file or a model's folder"
+        )
+    return [Reference(name, str(path))]
+
+
+def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int | None]:
+    if wanted == [ALL]:
+        return list(steps)
+    picked = []
+    for text in wanted:
+        if not text.isdecimal() or int(text) not in steps:
+            there = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+            raise UserError(f"@{text} is no checkpoint of {path}; there are {there or 'none'}")
+        picked.append(int(text))
+    return list(picked)
+
+
+def _hub_revisions(source: str) -> list[str]:
+    """The branches of a model that tell a training step, in its order."""
+    import huggingface_hub
+
+    try:
+        branches = [branch.name for branch in huggingface_hub.list_repo_refs(source).branches]
+    except Exception as error:  # the hub's client raises those of several libraries below it
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{source}@all needs the hub, which did not answer ({said}); name the revisions"
+        ) from error
+    with_steps = [(step, branch) for branch in branches if (step := step_of(branch)) is not None]
+    if not with_steps:
+        raise UserError(f"{source}@all: none of its branches tells a step; name revisions: {source}@A,B")
+    return [branch for _, branch in sorted(with_steps)]
+
+
+def _split(model: str, mark: str) -> tuple[str, str]:
+    if mark not in model or Path(model).expanduser().exists():
+        return "", model
+    before, _, after = model.partition(mark)
+    return before, after
+
+
+def _short_name(path: Path) -> str:
+    path = path.absolute()
+    if path.suffix == GGUF_ENDING:
+        return path.stem
+    if re.fullmatch(r"checkpoints?|iter_\d+|checkpoint-\d+", path.name) and path.parent.name:
+        return _short_name(path.parent)
+    return path.name

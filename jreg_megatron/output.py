@@ -1,0 +1,100 @@
+"""What a tool leaves for other programs: JSON and CSV files, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.errors import UserError
+
+STDOUT = "-"
+
+
+def add_output_arguments(parser: ArgumentParser, csv: bool = True) -> None:
+    """Define ``--json``, ``--csv`` and ``--quiet``."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="FILE", help="write all figures as JSON; - for standard output")
+    if csv:
+        group.add_argument("--csv", metavar="FILE", help="write them as CSV; - for standard output")
+    group.add_argument("--quiet", action="store_true", help="no table, no progress bar, no notes")
+
+
+def check_outputs(**paths: str | None) -> None:
+    """Refuse, before any time is spent, files that could not be written; ``paths`` by flag.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    given = {flag: path for flag, path in paths.items() if path is not None}
+    for flag, path in given.items():
+        if path == STDOUT:
+            continue
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir():
+            raise UserError(f"--{flag} is {path}, which is a folder; name a file")
+        if not folder.is_dir():
+            raise UserError(f"--{flag} is {path}, but there is no folder {folder}; make it first")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--{flag} is {path}, but {folder} cannot be written to; name another folder")
+    if len(set(given.values())) < len(given):
+        raise UserError(f"{' and '.join('--' + flag for flag in given)} name one file; name one for each")
+
+
+def console(args: Namespace) -> Any:
+    """Where tables go: standard output, unless ``--json -`` or ``--csv -`` writes there."""
+    from rich.console import Console
+
+    return Console(stderr=STDOUT in (args.json, getattr(args, "csv", None)))
+
+
+def write_json(path: str, document: Any) -> None:
+    """Write a document as JSON to a file, or to standard output for ``-``.
+
+    Raises:
+        ValueError: if it holds NaN or Infinity, which JSON has no words for.
+    """
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows, whose keys are the columns, as CSV to a file, or to standard output for ``-``."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file so that it is there whole or not at all; ``-`` is standard output."""
+    if path == STDOUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    place = Path(path)
+    temporary = place.with_name(f".{place.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed, this one first."""
+    found = {}
+    for package in ("jreg_megatron", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,289 @@
+"""What is known of a model by its structure: layers, final norm, head; and which models a user means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import FAMILIES, LAYERS, VOCABULARY, small_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jreg_megatron.decoder.hugging_face import decoder_of, load_hugging_face
+from jreg_megatron.decoder.load import check_device
+from jreg_megatron.decoder.reference import find_models, step_of
+from jreg_megatron.errors import UserError
+
+
+class Recorder:
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, Tensor] = {}
+        self.normed: Tensor | None = None
+
+    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
+        self.states.setdefault(number - 1, layer_input)
+        self.states[number] = layer_output
+
+    def final_norm(self, normed: Tensor) -> None:
+        self.normed = normed
+
+
+def decoder(family: str, **more: Any) -> Any:
+    return decoder_of(small_model(family, **more), None, name=family, source=family)
+
+
+TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_every_family_are_those_that_transformers_itself_returns(family: str) -> None:
+    model = small_model(family)
+    found = decoder_of(model, None, name=family, source=family)
+    seen = Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    with torch.no_grad():
+        returned = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    assert found.num_layers == LAYERS
+    for number in range(LAYERS):
+        torch.testing.assert_close(seen.states[number], returned[number])
+    # Its last entry is behind the final norm.
+    assert seen.normed is not None
+    torch.testing.assert_close(seen.normed, returned[LAYERS])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_is_seen_before_the_final_norm(family: str) -> None:
+    found = decoder(family)
+    seen = Recorder()
+    with found.observed(seen), torch.no_grad():
+        found.run(TOKENS)
+        normed = found.final_norm(seen.states[LAYERS])
+    torch.testing.assert_close(normed, seen.normed)
+    assert not torch.allclose(normed, seen.states[LAYERS], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_out_the_last_layer_gives_the_models_own_logits(family: str) -> None:
+    found = decoder(family)
+    seen = Recorder()
+    with found.observed(seen):
+        logits = found.logits(TOKENS)
+    torch.testing.assert_close(found.read_out(seen.states[LAYERS]), logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "deepseek_v3"])
+def test_leaving_a_layer_out_is_the_model_built_without_it(family: str) -> None:
+    found = decoder(family)
+    with found.without_layer(LAYERS):
+        logits = found.logits(TOKENS)
+    shorter = small_model(family, num_hidden_layers=LAYERS - 1)
+    whole = found.model.state_dict()
+    shorter.load_state_dict({name: whole[name] for name in shorter.state_dict()})
+    with torch.no_grad():
+        torch.testing.assert_close(logits, shorter(input_ids=TOKENS).logits)
+    assert not torch.allclose(found.logits(TOKENS), logits, atol=1e-2)
+
+
+def test_layers_beyond_those_that_the_model_uses_are_not_counted() -> None:
+    model = small_model("llama")
+    model.config.num_hidden_layers = 2
+    assert decoder_of(model, None, name="short", source="short").num_layers == 2
+
+
+def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)
+    found = decoder_of(Gemma3ForConditionalGeneration(config).eval(), None, name="both", source="both")
+    assert (found.num_layers, found.hidden_size) == (3, 32)
+
+
+def test_a_model_without_a_final_norm_has_the_same_state_before_and_after() -> None:
+    config = AutoConfig.for_model(
+        "openai-gpt", n_embd=32, n_layer=3, n_head=4, vocab_size=VOCABULARY, n_positions=64
+    )
+    found = decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="gpt", source="gpt")
+    seen = Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    assert seen.normed is not None
+    torch.testing.assert_close(seen.normed, seen.states[3])
+
+
+def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
+    config = AutoConfig.for_model(
+        "bert",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=VOCABULARY,
+    )
+    with pytest.raises(UserError, match="looks at tokens to come"):
+        decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="bert", source="bert")
+
+
+def test_a_model_without_layers_is_refused_saying_what_was_looked_for() -> None:
+    model = small_model("llama")
+    model.model.layers = nn.ModuleList([nn.ModuleList(list(model.model.layers))])
+    model.model.layers.__class__ = _Nested
+    with pytest.raises(UserError, match=r"looked for a ModuleList .*; it has ") as refused:
+        decoder_of(_Flat(model), None, name="odd", source="odd")
+    assert "\n" not in str(refused.value)
+
+
+class _Nested(nn.ModuleList):
+    def __getitem__(self, index: Any) -> Any:
+        return list(super().__getitem__(0))[index]
+
+
+class _Flat(nn.Module):
+    """A model whose only list of modules is never called."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = like.config, like.device, like.dtype
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.unused = nn.ModuleList([nn.Linear(8, 8)])
+        self.base_model = self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        class Out:
+            logits = self.embedding(input_ids)
+
+        return Out
+
+
+def test_a_saved_folder_loads_in_the_type_asked_for(tmp_path: Path) -> None:
+    small_model("qwen3").save_pretrained(tmp_path / "small")
+    loaded = load_hugging_face(
+        str(tmp_path / "small"),
+        name="small",
+        revision=None,
+        dtype=torch.bfloat16,
+        device="cpu",
+        trust_remote_code=False,
+    )
+    assert (loaded.dtype, loaded.num_layers, loaded.tokenizer) == (torch.bfloat16, LAYERS, None)
+    assert loaded.logits(TOKENS).dtype == torch.bfloat16
+
+
+def test_code_that_comes_with_a_model_does_not_run_unless_asked(tmp_path: Path) -> None:
+    folder, witness = tmp_path / "own_code", tmp_path / "it_ran"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"model_type": "own_kind", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}'
+    )
+    (folder / "own.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        _load(folder)
+    assert not witness.exists()
+
+
+def _load(source: Path | str) -> Any:
+    return load_hugging_face(
+        str(source), name="x", revision=None, dtype=torch.float32, device="cpu", trust_remote_code=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"config.json": "{"}, "cannot be loaded"),
+        ({"config.json": '{"model_type": "t5"}'}, "cannot be loaded as a causal language model"),
+        ({"config.json": '{"model_type": "nothing_known"}'}, "cannot be loaded"),
+        ({"config.json": '{"model_type": "llama"}'}, "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_causal_model_is_one_line(
+    tmp_path: Path, content: dict[str, str], said: str
+) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said) as refused:
+        _load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_broken_gguf_file_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(UserError, match=r"broken\.gguf cannot be loaded") as refused:
+        _load(tmp_path / "broken.gguf")
+    assert "\n" not in str(refused.value)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_names_are_short_and_those_that_collide_are_the_whole_path(tmp_path: Path) -> None:
+    one, other = _folder(tmp_path / "a" / "same"), _folder(tmp_path / "b" / "same")
+    third = _folder(tmp_path / "c")
+    found = find_models([str(one), str(other), f"mine={third}", "Qwen/Qwen3-0.6B@main"])
+    assert [each.name for each in found] == [str(one), str(other), "mine", "Qwen/Qwen3-0.6B"]
+    assert [each.revision for each in found] == [None, None, None, "main"]
+
+
+def test_checkpoints_of_a_trainer_are_a_series_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (1000, 200, 50):
+        _folder(tmp_path / "run" / f"checkpoint-{step}")
+    assert [each.step for each in find_models([f"{tmp_path / 'run'}@all"])] == [50, 200, 1000]
+    assert [each.step for each in find_models([f"{tmp_path / 'run'}@200,50"])] == [200, 50]
+    (latest,) = find_models([str(tmp_path / "run")])
+    assert (latest.step, latest.name) == (1000, "run")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("./nowhere", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("model.gguf", "does not exist"),
+        ("name=", "a MODEL is empty"),
+        ("", "a MODEL is empty"),
+        ("what is this", "neither a path that exists nor a name on the hub"),
+        ("{tmp}/run@7", r"@7 is no checkpoint of .*; there are 50, 200"),
+        ("{tmp}/run@x", "is no checkpoint of"),
+        ("{tmp}/empty", "holds no model"),
+        ("{tmp}/plain@all", "no series"),
+        ("{tmp}/weights.pt", "not a model file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, said: str) -> None:
+    for step in (50, 200):
+        _folder(tmp_path / "run" / f"checkpoint-{step}")
+    _folder(tmp_path / "plain")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=said):
+        find_models([model.replace("{tmp}", str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [("step1000", 1000), ("stage1-step500-tokens2B", 500), ("/x/checkpoint-20", 20), ("main", None)],
+)
+def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
+    assert step_of(text) == step
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--device is {device}")):
+        check_device(device)
