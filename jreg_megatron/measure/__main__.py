@@ -1,0 +1,187 @@
+"""``jreg-megatron measure``: how far each layer of a model turns its state, and the last one jumps."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron import output
+from jreg_megatron.decoder.load import add_model_arguments
+from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
+
+FORMAT = "jreg_megatron measurement"
+
+_INTERRUPTED = 130
+_DEFAULT_TOKENS = 512
+
+_EXAMPLES = """examples:
+  jreg-megatron measure Qwen/Qwen3-0.6B
+  jreg-megatron measure runs/170m/checkpoints@all --json training.json
+  jreg-megatron measure baseline=runs/a jreg=runs/b --text held_out.jsonl --max-tokens 2048
+  jreg-megatron measure EleutherAI/pythia-160m@step1000,step16000,step143000 --json pythia.json
+Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is layer l's displacement; zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the jump
+rate, both of the mean over texts of the means over tokens. jreg-megatron report draws what --json holds.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write what is asked for.
+
+    Raises:
+        SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    with user_errors_exit():
+        try:
+            _measure(args)
+        except KeyboardInterrupt:
+            print("\nInterrupted; models that were finished are in --json and --csv", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="jreg-megatron measure",
+        description="Measure how far each layer turns the residual stream, in any decoder-only model.",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    text, which = add_text_arguments(parser)
+    which.add_argument(
+        "--last-validation",
+        action="store_true",
+        help="the samples that a Megatron training saw at its last validation, whole",
+    )
+    text.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"the first N tokens of each text; 0 for all (default: {_DEFAULT_TOKENS})",
+    )
+    text.add_argument(
+        "--drop-first-token",
+        action="store_true",
+        help="leave each sequence's first token out of the main figures; JSON and CSV hold both",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)"
+    )
+    output.add_output_arguments(parser)
+    parser.add_argument("--layers", action="store_true", help="print a line for each layer, too")
+    return parser
+
+
+def _measure(args: Namespace) -> None:
+    references = _checked(args)
+    texts = [] if args.last_validation else texts_of(args)
+    from jreg_megatron.decoder.load import check_device, load
+    from jreg_megatron.measure.measurement import entry, measure
+
+    check_device(args.device)
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 1,
+        "text": _description(args),
+        "versions": output.versions("torch", "transformers", "megatron-core"),
+        "models": [],
+    }
+    models: list[dict[str, Any]] = document["models"]
+    try:
+        for number, reference in enumerate(references, start=1):
+            with _progress(args, f"{reference.at}: loading ({number}/{len(references)})") as bar:
+                decoder = load(
+                    reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+                )
+                bar.set_description(f"{reference.at} ({number}/{len(references)})")
+                bar.reset()
+                measurement = measure(
+                    decoder,
+                    _last_validation(reference) if args.last_validation else texts,
+                    max_tokens=None if args.last_validation else args.max_tokens or None,
+                    batch_size=args.batch_size,
+                    on_tokens=bar.update,
+                )
+                settings = _settings(reference)
+                models.append(entry(decoder, measurement, args.drop_first_token, settings=settings))
+                del decoder
+            # After each one: what is finished stays if a later one fails.
+            _write(args, document, to_stdout=False)
+    finally:
+        if models:
+            _write(args, document, to_stdout=True)
+            _print(args, models)
+
+
+def _checked(args: Namespace) -> list[Reference]:
+    output.check_outputs(json=args.json, csv=args.csv)
+    if args.max_tokens is None:
+        args.max_tokens = _DEFAULT_TOKENS
+    elif args.last_validation:
+        raise UserError("--max-tokens and --last-validation exclude each other: its samples are taken whole")
+    if args.max_tokens < 0:
+        raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    references = find_models(args.models)
+    for reference in references:
+        if args.last_validation and not reference.is_megatron:
+            raise UserError(f"--last-validation needs Megatron checkpoints, and {reference.source} is none")
+    return references
+
+
+def _last_validation(reference: Reference) -> Iterable[Text]:
+    from jreg_megatron.decoder.megatron import last_validation
+
+    samples = last_validation(Path(reference.source), reference.step)
+    return (Text(f"validation sample {number}", ids) for number, ids in enumerate(samples.numpy(), start=1))
+
+
+def _settings(reference: Reference) -> dict[str, str]:
+    if not reference.is_megatron:
+        return {}
+    from jreg_megatron.decoder.megatron import megatron_settings
+
+    return megatron_settings(Path(reference.source), reference.step)
+
+
+def _description(args: Namespace) -> dict[str, Any]:
+    if args.last_validation:
+        return {"source": "the samples of each training's last validation", "max_tokens": None}
+    return {"source": describe(args), "max_tokens": args.max_tokens or None}
+
+
+def _progress(args: Namespace, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=" tokens", unit_scale=True, disable=args.quiet or None, dynamic_ncols=True)
+
+
+def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
+    from jreg_megatron.measure.table import csv_rows
+
+    if args.json is not None and (args.json == output.STDOUT) == to_stdout:
+        output.write_json(args.json, document)
+    if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
+        output.write_csv(args.csv, csv_rows(document["models"]))
+
+
+def _print(args: Namespace, models: list[dict[str, Any]]) -> None:
+    if args.quiet:
+        return
+    from jreg_megatron.measure.table import print_layers, print_summary
+
+    console = output.console(args)
+    print_summary(console, models)
+    for model in models if args.layers else []:
+        print_layers(console, model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A model's measurement: its figures, and how they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.errors import UserError
+from jreg_megatron.formulas import jump_rate
+from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
+from jreg_megatron.texts import Text
+from jreg_megatron.windows import batches, windows
+
+FINAL_STATES = ("pre_norm", "post_norm")
+"""The two conventions for the last layer's output: before and after the final norm."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, by one choice about each sequence's first token.
+
+    Each is the mean over texts of their means over tokens. A dict has an entry for each of
+    :data:`FINAL_STATES`; they differ in the last layer only.
+    """
+
+    texts: int
+    tokens: int
+    displacement: dict[str, list[float]]
+    """Psi_l of layers 1..L, in [0, 1]."""
+    displacement_std: dict[str, list[float]]
+    """Its standard deviation over tokens, every text weighing the same."""
+    jump_rate: dict[str, float | None]
+    """zeta_L of the mean displacement, in hundredths; None for a model of one layer."""
+    jump_rate_from: dict[str, list[float | None]]
+    """zeta_l of layers 1..L; the first is None, since Psi_0 does not exist."""
+    block_influence: dict[str, list[float]]
+    """``1 - mean cos``, in [0, 2] (ShortGPT, arXiv 2403.03853)."""
+    angular_distance: dict[str, list[float]]
+    """Mean of ``arccos(cos) / pi``, in [0, 1] (arXiv 2403.17887, which takes a text's last token alone)."""
+    norm: dict[str, list[float]]
+    """Mean length of h_0 .. h_L."""
+
+    @classmethod
+    def of(cls, mean: Tensor, texts: int, tokens: int) -> Figures:
+        """From the means of :class:`~jreg_megatron.measure.statistics.TextStatistics`, ``[4, L + 2]``."""
+        last = mean.shape[1] - 2
+        states = dict(zip(FINAL_STATES, (last, last + 1), strict=True))
+        by_state = {
+            state: torch.cat((mean[:, :last], mean[:, at : at + 1]), 1) for state, at in states.items()
+        }
+        psi = {state: each[PSI, 1:] for state, each in by_state.items()}
+        rates = {state: [_rate(each, layer) for layer in range(1, last + 1)] for state, each in psi.items()}
+        return cls(
+            texts=texts,
+            tokens=tokens,
+            displacement={state: each.tolist() for state, each in psi.items()},
+            displacement_std={
+                state: (each[PSI_SQUARED, 1:] - each[PSI, 1:].square()).clamp(min=0).sqrt().tolist()
+                for state, each in by_state.items()
+            },
+            jump_rate={state: each[-1] for state, each in rates.items()},
+            jump_rate_from=rates,
+            block_influence={state: (2 * each).tolist() for state, each in psi.items()},
+            angular_distance={state: each[ANGLE, 1:].tolist() for state, each in by_state.items()},
+            norm={state: each[NORM].tolist() for state, each in by_state.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a model, with each sequence's first token and without it."""
+
+    with_first_token: Figures
+    without_first_token: Figures | None
+    """None if no text has a second token."""
+
+
+def measure(
+    decoder: Decoder,
+    texts: Iterable[Text],
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Run texts through a model and measure how far each layer turns each token's state.
+
+    Texts longer than the model's context are cut into sequences that know nothing of each other.
+
+    Args:
+        decoder: the model.
+        texts: read once, in order; memory does not grow with their number.
+        max_tokens: only so many first tokens of each; None for all.
+        batch_size: sequences that run side by side.
+        on_tokens: is told the number of tokens of each batch when it is done.
+
+    Raises:
+        UserError: if there is no token, an id is not the model's, or a state is NaN or infinite.
+    """
+    statistics = TextStatistics()
+    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
+    sequences = windows(texts, encode, decoder.vocab_size, max_tokens, decoder.max_length)
+    for batch in batches(sequences, batch_size):
+        of_batch = BatchStatistics(batch, decoder.num_layers)
+        with decoder.observed(of_batch):
+            decoder.run(batch.tokens)
+        first, rest = of_batch.sums()
+        _refuse_non_finite(first + rest, decoder.name)
+        for place, window in enumerate(batch.windows):
+            statistics.add(window, first[..., place], rest[..., place])
+        if on_tokens is not None:
+            on_tokens(int(batch.lengths.sum()))
+    both = [
+        Figures.of(torch.as_tensor(mean.total) / mean.texts, mean.texts, mean.tokens) if mean.texts else None
+        for mean in (statistics.with_first, statistics.without_first)
+    ]
+    if both[0] is None:
+        raise UserError("there is no text with a token in it; give --text files that hold some")
+    return Measurement(both[0], both[1])
+
+
+def _rate(psi: Tensor, layer: int) -> float | None:
+    return None if layer == 1 else float(jump_rate(psi, layer))
+
+
+def _refuse_non_finite(sums: Tensor, name: str) -> None:
+    finite = sums.isfinite().all(dim=0).all(dim=-1)
+    if not finite.all():
+        place = int((~finite).nonzero()[0])
+        where = f"layer {place}" if place < len(finite) - 1 else "the final norm"
+        raise UserError(
+            f"{name}: the states behind {'the embedding' if place == 0 else where} hold NaN or Inf; the "
+            "weights are damaged, or too large for this --dtype"
+        )
+
+
+def entry(decoder: Decoder, measurement: Measurement, drop_first: bool, **more: Any) -> dict[str, Any]:
+    """A model's entry in the JSON; ``more`` are further fields.
+
+    Raises:
+        UserError: if the first token is to be dropped and no text has a second one.
+    """
+    from dataclasses import asdict
+
+    chosen = measurement.without_first_token if drop_first else measurement.with_first_token
+    if chosen is None:
+        raise UserError("--drop-first-token leaves nothing: no text has a second token; give longer texts")
+    blocks = {
+        "with_first_token": measurement.with_first_token,
+        "without_first_token": measurement.without_first_token,
+    }
+    return {
+        "name": decoder.name,
+        "source": decoder.source,
+        "kind": decoder.kind,
+        "revision": decoder.revision,
+        "step": decoder.step,
+        "num_layers": decoder.num_layers,
+        "hidden_size": decoder.hidden_size,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "device": str(decoder.device),
+        "first_token": "dropped" if drop_first else "kept",
+        **more,
+        **asdict(chosen),
+        **{name: None if block is None else asdict(block) for name, block in blocks.items()},
+    }

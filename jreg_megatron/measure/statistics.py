@@ -1,0 +1,122 @@
+"""Running statistics of every layer over tokens and texts, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.formulas import displacement_of_units, unit_rows
+from jreg_megatron.windows import Batch, Window
+
+PSI, PSI_SQUARED, ANGLE, NORM = range(4)
+"""What is averaged over tokens: displacement, its square, ``arccos(cos) / pi``, and the state's norm."""
+
+
+@dataclass(frozen=True)
+class _Directions:
+    state: Tensor
+    unit: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, state: Tensor) -> _Directions:
+        unit, inverse = unit_rows(state)
+        norm = torch.where(inverse == 0, 0.0, 1 / inverse)
+        return cls(state, unit, norm.squeeze(-1))
+
+
+@dataclass
+class BatchStatistics:
+    """Sums over the tokens of one batch. Observes a decoder's forward pass.
+
+    Its places are the states h_0, h_1 .. h_L and, last, the final norm's output taken for h_L.
+    """
+
+    batch: Batch
+    num_layers: int
+    _sums: list[Tensor] = field(default_factory=list)
+    _mask: Tensor | None = None
+    _before: _Directions | None = None
+
+    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
+        """Add what layer ``number`` did; states are ``[b, s, h]``."""
+        before = self._before
+        if before is None or not _is_same(before.state, layer_input):
+            before = _Directions.of(layer_input.to(layer_output.device))
+        if number == 1:
+            self._add(torch.zeros_like(before.norm), before.norm)
+        after = _Directions.of(layer_output)
+        self._add(displacement_of_units(before.unit, after.unit), after.norm)
+        # The final norm's output is compared with the same input as the last layer's.
+        self._before = before if number == self.num_layers else after
+
+    def final_norm(self, normed: Tensor) -> None:
+        """Add the final norm's output as if it were the last layer's."""
+        assert self._before is not None
+        after = _Directions.of(normed)
+        self._add(displacement_of_units(self._before.unit.to(normed.device), after.unit), after.norm)
+        self._before = None
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Over the first token and over the other tokens of each sequence, ``[4, L + 2, b]`` float64 each."""
+        assert len(self._sums) == self.num_layers + 2, "a layer ran twice, or not at all"
+        first, rest = torch.stack([both.cpu() for both in self._sums], dim=2).unbind(0)
+        return first, rest
+
+    def _add(self, psi: Tensor, norm: Tensor) -> None:
+        if self._mask is None or self._mask.device != psi.device:
+            places = torch.arange(psi.shape[1], device=psi.device)
+            self._mask = places < self.batch.lengths.to(psi.device)[:, None]
+        # arccos(cos) of cos = 1 - 2 psi, in the form that is exact for small angles.
+        angle = psi.clamp(0, 1).sqrt().asin() * (2 / math.pi)
+        values = torch.stack((psi, psi.square(), angle, norm)).double()
+        values = torch.where(self._mask, values, 0.0)  # what is behind the end may be anything
+        self._sums.append(torch.stack((values[..., 0], values[..., 1:].sum(dim=-1))))
+
+
+@dataclass
+class _Mean:
+    """The mean over texts of their means over tokens."""
+
+    total: Tensor | float = 0.0
+    texts: int = 0
+    tokens: int = 0
+
+    def add(self, sums: Tensor, tokens: int) -> None:
+        if tokens:
+            self.total = self.total + sums / tokens
+            self.texts += 1
+            self.tokens += tokens
+
+
+@dataclass
+class TextStatistics:
+    """Means over texts. A text's windows are added in order; it counts when its last one is there."""
+
+    with_first: _Mean = field(default_factory=_Mean)
+    without_first: _Mean = field(default_factory=_Mean)
+    _first: Tensor | float = 0.0
+    _rest: Tensor | float = 0.0
+    _tokens: int = 0
+    _windows: int = 0
+
+    def add(self, window: Window, first: Tensor, rest: Tensor) -> None:
+        """Add a sequence's sums over its first token and over the others, ``[4, L + 2]`` each."""
+        self._first, self._rest = self._first + first, self._rest + rest
+        self._tokens += len(window.ids)
+        self._windows += 1
+        if not window.is_last:
+            return
+        assert isinstance(self._rest, Tensor)
+        self.with_first.add(self._first + self._rest, self._tokens)
+        self.without_first.add(self._rest, self._tokens - self._windows)
+        self._first = self._rest = 0.0
+        self._tokens = self._windows = 0
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    # `a` is held, so its memory belongs to no other tensor.
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -1,0 +1,105 @@
+"""What a measurement looks like on a terminal and as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+FINAL_STATES = {"pre_norm": "before", "post_norm": "after"}
+
+_BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
+_COLUMNS, _LEAST_BARS = 54, 8
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each checkpoint: jump rate and last displacement, by both conventions."""
+    with_steps = any(model["step"] is not None for model in models)
+    table = Table(
+        title="The last layer's jump, before and after the final norm", title_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("model", overflow="fold")
+    for column in (["step"] if with_steps else []) + ["L", "zeta_L", "after", "Psi_L", "after"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * with_steps
+    if room >= _LEAST_BARS:
+        table.add_column("Psi from layer 2 on" if room > max(map(_layers, models)) else "Psi at the end")
+    for model in models:
+        rates, psi = model["jump_rate"], model["displacement"]
+        table.add_row(
+            model["name"],
+            *(["" if model["step"] is None else f"{model['step']:,}"] if with_steps else []),
+            str(model["num_layers"]),
+            *(_number(rates[state], 3) for state in FINAL_STATES),
+            *(_number(psi[state][-1], 4) for state in FINAL_STATES),
+            *([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []),
+        )
+    console.print(table)
+
+
+def print_layers(console: Console, model: dict[str, Any]) -> None:
+    """Print a line for each layer: Psi and its spread over tokens, zeta from there on, angle, norm."""
+    at = "" if model["step"] is None else f" at step {model['step']:,}"
+    table = Table(title=f"{model['name']}{at}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("layer")
+    for column in ("Psi", "std", "zeta", "angle/pi", "norm"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("0", "", "", "", "", _number(model["norm"]["pre_norm"][0], 2))
+    last = model["num_layers"] - 1
+    for index in range(model["num_layers"]):
+        states = ["pre_norm"] if index < last else list(FINAL_STATES)
+        for state in states:
+            note = f" ({FINAL_STATES[state]} norm)" if index == last else ""
+            table.add_row(
+                f"{index + 1}{note}",
+                _number(model["displacement"][state][index], 4),
+                _number(model["displacement_std"][state][index], 4),
+                _number(model["jump_rate_from"][state][index], 2),
+                _number(model["angular_distance"][state][index], 4),
+                _number(model["norm"][state][index + 1], 2),
+            )
+    console.print(table)
+
+
+def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each checkpoint, choice of the first token, convention and layer; empty where nothing is."""
+    return [row for model in models for row in _rows(model)]
+
+
+def _rows(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    head = {key: model[key] for key in ("name", "source", "revision", "step")}
+    for first_token, block in _BLOCKS.items():
+        figures = model[block]
+        for state in FINAL_STATES if figures else ():
+            for index in range(model["num_layers"]):
+                yield {
+                    **head,
+                    "first_token": first_token,
+                    "final_state": state,
+                    "layer": index + 1,
+                    "displacement": figures["displacement"][state][index],
+                    "displacement_std": figures["displacement_std"][state][index],
+                    "jump_rate_from": figures["jump_rate_from"][state][index],
+                    "block_influence": figures["block_influence"][state][index],
+                    "angular_distance": figures["angular_distance"][state][index],
+                    "norm": figures["norm"][state][index + 1],
+                }
+
+
+def _layers(model: dict[str, Any]) -> int:
+    return int(model["num_layers"])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _bars(values: Sequence[float], width: int) -> str:
+    """A bar for each value, from 0 to the greatest; the last ones where there is no room for all."""
+    shown = values[-width:]
+    top = max(shown, default=0.0) or 1.0
+    return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in shown)
