@@ -56,6 +56,11 @@ class Run:
         return self.folder / "tensorboard"
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of the trained model: one checkpoint, of the end."""
+        return self.folder / "checkpoints"
+
+    @property
     def log(self) -> Path:
         """What the run printed."""
         return self.folder / "train.log"
@@ -77,6 +82,7 @@ class Run:
             *("--data-cache-path", str(data.train_prefix.parent / "cache")),
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
             *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
+            *("--save", str(self.checkpoints), "--save-interval", str(self.iterations)),
             *("--jreg-coeff", str(config.coeff), "--jreg-alpha", str(config.alpha)),
         ]
 

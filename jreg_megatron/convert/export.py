@@ -1,0 +1,215 @@
+"""``jreg-megatron export``: a Megatron checkpoint as a Llama folder of Hugging Face."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.megatron_folder import CheckpointFolder
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.extras import need
+from jreg_megatron.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+
+if TYPE_CHECKING:
+    from jreg_megatron.decoder.decoder import Decoder
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+_MARKS = ("config.json",)
+_CHECKED_TOKENS = 64
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+"""Largest difference of logits, for logits of size one."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export what ``argv`` names."""
+    options = _parser().parse_args(argv)
+    with user_errors_exit():
+        check_outputs(json=options.json)
+        check_place(options.output, _MARKS, options.overwrite)
+        CheckpointFolder.find(options.checkpoints, options.step)
+        need("transformers", "export", "analysis")
+        report = export(options)
+        if options.json:
+            write_json(options.json, report)
+        if not options.quiet and options.json != STDOUT:
+            _print(report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jreg-megatron export",
+        description="Write a Megatron torch_dist checkpoint of a Llama, saved at any layout, as a folder "
+        "that transformers, vLLM and others load: safetensors, config and tokenizer. Needs no GPU.",
+        epilog="The exported files are loaded again at the end: their logits must be the checkpoint's, and "
+        "their tokenizer's ids those of the training's tokenizer.",
+    )
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="a training's --save folder")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make")
+    parser.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as saved)")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument(
+        "--tokenizer-model", metavar="PATH", help="where the training's tokenizer is now, if it has moved"
+    )
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="export weights and config alone")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
+    add_output_arguments(parser, csv=False)
+    return parser
+
+
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """Export, check what was written, and say what it is.
+
+    Raises:
+        UserError: for what a Llama cannot express, or files that are missing or damaged.
+    """
+    import torch
+
+    from jreg_megatron.convert.llama import Llama
+    from jreg_megatron.convert.tokenizer import begin_of_text, save_tokenizer
+    from jreg_megatron.convert.weights import to_hugging_face
+    from jreg_megatron.decoder.megatron import open_checkpoint
+    from jreg_megatron.decoder.megatron_decoder import decoder_of
+    from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
+
+    device = torch.device("cpu")
+    checkpoint = open_checkpoint(options.checkpoints, options.step, device)
+    what = str(checkpoint.place.path)
+    refuse_other_models(checkpoint.arguments, what)
+    padded = padded_vocab_size(checkpoint.shapes)
+    args = all_arguments(checkpoint.arguments)
+    llama = Llama.from_megatron(args, padded, what)
+    tokenizer = _tokenizer(checkpoint.arguments, options)
+    llama = replace(llama, vocab_size=min(tokenizer.vocab_size, padded) if tokenizer else padded)
+    dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
+    decoder = decoder_of(
+        checkpoint, dtype=getattr(torch, dtype), device=device, source=str(options.checkpoints)
+    )
+    config = llama.hugging_face_config(
+        dtype,
+        begin_of_text(tokenizer) if tokenizer else None,
+        tokenizer.end_of_text if tokenizer else None,
+    )
+    with made_beside(options.output) as folder:
+        weights = to_hugging_face(decoder.model.state_dict(), llama)
+        _save_model(folder, config, weights)
+        _add_older_names(folder / "config.json", llama.rope_settings())
+        notes = save_tokenizer(tokenizer, folder) if tokenizer else []
+        from transformers import AutoModelForCausalLM
+
+        written = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        difference = largest_difference(decoder, written, llama.vocab_size)
+        refuse_difference(difference, dtype, "exported")
+    return {
+        "format": "jreg_megatron export",
+        "version": 1,
+        "source": str(options.checkpoints),
+        "step": checkpoint.place.step,
+        "output": str(options.output),
+        "dtype": dtype,
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "vocab_size": llama.vocab_size,
+        "rows_of_padding_left_out": padded - llama.vocab_size,
+        "mtp_layers_left_out": args.mtp_num_layers or 0,
+        "tokenizer": tokenizer.settings.tokenizer_model if tokenizer else None,
+        "largest_logit_difference": difference.largest,
+        "notes": notes,
+        "versions": versions("megatron-core", "torch", "transformers"),
+    }
+
+
+def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:
+    from jreg_megatron.data.tokenizing import TYPES
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+
+    if options.no_tokenizer or arguments.get("tokenizer_type") == "NullTokenizer":
+        return None
+    kind, place = arguments.get("tokenizer_type"), options.tokenizer_model or arguments.get("tokenizer_model")
+    if kind not in TYPES:
+        raise UserError(f"the training's --tokenizer-type {kind} cannot be exported; give --no-tokenizer")
+    tokenizer = TrainingTokenizer.of(arguments | {"tokenizer_model": place})
+    if tokenizer is None:
+        raise UserError(
+            f"the training's tokenizer {place} is not there; say where it is with --tokenizer-model, "
+            "or give --no-tokenizer"
+        )
+    return tokenizer
+
+
+def _save_model(folder: Path, config: Any, weights: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+        missing = [name for name in missing if name != "lm_head.weight"]
+    assert not missing and not unexpected, (missing, unexpected)
+    model.save_pretrained(folder)
+
+
+def _add_older_names(path: Path, settings: dict[str, Any]) -> None:
+    """Transformers 5 keeps rotary settings elsewhere, and older programs would take 10,000 in silence."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | config, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between the logits of a Megatron model and of its counterpart in Hugging Face."""
+
+    largest: float
+    logits: float
+    """The largest logit, without its sign."""
+
+
+def largest_difference(decoder: Decoder, model: Any, vocab_size: int) -> Difference:
+    """Compare the logits of two models at every position of a random sequence."""
+    import torch
+
+    length = min(_CHECKED_TOKENS, decoder.max_length or _CHECKED_TOKENS)
+    ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+    ours = decoder.logits(ids)[..., :vocab_size].float()
+    return Difference(float((theirs - ours).abs().max()), float(ours.abs().max()))
+
+
+def refuse_difference(difference: Difference, dtype: str, what: str) -> None:
+    """Let rounding pass.
+
+    Raises:
+        UserError: for more than that.
+    """
+    if not difference.largest <= _TOLERANCE[dtype] * max(1.0, difference.logits):
+        raise UserError(
+            f"the {what} model's logits differ by up to {difference.largest:g} from those it was made from, "
+            "which is more than rounding, so nothing was written; please report it"
+        )
+
+
+def _print(report: dict[str, Any]) -> None:
+    step = f" at step {report['step']}" if report["step"] is not None else ""
+    print(f"{report['source']}{step} -> {report['output']}")
+    print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
+    if report["rows_of_padding_left_out"]:
+        print(f"Left out: {report['rows_of_padding_left_out']} rows of padding behind the vocabulary")
+    if report["mtp_layers_left_out"]:
+        print(f"Left out: {report['mtp_layers_left_out']} layers that predict further ahead (MTP)")
+    print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}", end="")
+    print("; the tokenizer gives the same ids" if report["tokenizer"] else "; no tokenizer")
+    for note in report["notes"]:
+        print(f"Note: {note}")
+
+
+if __name__ == "__main__":
+    main()

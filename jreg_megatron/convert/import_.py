@@ -1,0 +1,193 @@
+"""``jreg-megatron import``: a Llama folder of Hugging Face as a Megatron checkpoint to train on from."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jreg_megatron.convert.export import DTYPES, largest_difference, refuse_difference
+from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.megatron_folder import RELEASE, TRACKER
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.extras import need
+from jreg_megatron.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+
+if TYPE_CHECKING:
+    from jreg_megatron.convert.llama import Llama
+
+_WIDTH = 100
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Import what ``argv`` names."""
+    options = _parser().parse_args(argv)
+    with user_errors_exit():
+        check_outputs(json=options.json)
+        check_place(options.output, (TRACKER,), options.overwrite)
+        if not (options.folder / "config.json").is_file():
+            raise UserError(f"{options.folder} has no config.json; name a Llama's Hugging Face folder")
+        need("transformers", "import", "analysis")
+        report = import_folder(options)
+        if options.json:
+            write_json(options.json, report)
+        if not options.quiet and options.json != STDOUT:
+            _print(report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jreg-megatron import",
+        description="Write a Llama of Hugging Face as a Megatron torch_dist checkpoint, which training loads "
+        "at any layout, and print the Megatron flags that describe the model. Needs no GPU.",
+        epilog="What was written is loaded again at the end: its logits must be the Hugging Face model's.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and safetensors of a Llama")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make, for Megatron's --load")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as saved)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in OUTPUT")
+    add_output_arguments(parser, csv=False)
+    return parser
+
+
+def import_folder(options: argparse.Namespace) -> dict[str, Any]:
+    """Import, check what was written, and say what it is.
+
+    Raises:
+        UserError: for what Megatron cannot express, or files that are missing or damaged.
+    """
+    import torch
+
+    from jreg_megatron.convert.llama import Llama
+    from jreg_megatron.convert.weights import to_megatron
+    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.megatron_model import import_megatron
+
+    device = torch.device("cpu")
+    what = str(options.folder)
+    config = _config(options.folder)
+    llama = Llama.from_hugging_face(config, what)
+    import_megatron(device)
+    model = _load(options.folder, options.dtype)
+    dtype = model.dtype
+    weights = to_megatron(model.state_dict(), llama)
+    flags = [*llama.megatron_flags(), *_tokenizer_flags(options.folder, llama)]
+    with made_beside(options.output) as folder:
+        (folder / RELEASE).mkdir()
+        _save(folder / RELEASE, weights, llama, flags, dtype)
+        # Behind all weights, as Megatron does it: this file is what makes the folder a checkpoint.
+        (folder / TRACKER).write_text(f"{RELEASE}\n")
+        decoder = load_megatron(folder, dtype=dtype, device=device)
+        name = str(dtype).removeprefix("torch.")
+        difference = largest_difference(decoder, model, llama.vocab_size)
+        refuse_difference(difference, name, "imported")
+    return {
+        "format": "jreg_megatron import",
+        "version": 1,
+        "source": what,
+        "output": str(options.output),
+        "dtype": name,
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "vocab_size": llama.vocab_size,
+        "megatron_flags": ["--load", str(options.output.absolute()), "--finetune", *flags],
+        "largest_logit_difference": difference.largest,
+        "versions": versions("megatron-core", "torch", "transformers"),
+    }
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}") from error
+
+
+def _load(folder: Path, dtype: str | None) -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, info = LlamaForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
+        )
+    except Exception as error:  # of safetensors, torch or transformers
+        raise UserError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    for kind, has in (("missing_keys", "holds no"), ("mismatched_keys", "holds another size of")):
+        if info.get(kind):
+            raise UserError(f"{folder} {has} {min(map(str, info[kind]))}, which its config.json asks for")
+    if info.get("unexpected_keys"):
+        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, for which a Llama has no place")
+    return model.eval()
+
+
+def _tokenizer_flags(folder: Path, llama: Llama) -> list[str]:
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder.absolute())]
+    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(llama.vocab_size)]
+
+
+def _save(folder: Path, weights: dict[str, Any], llama: Llama, flags: list[str], dtype: Any) -> None:
+    """One ``torch_dist`` checkpoint of the weights, with the arguments that describe them."""
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from jreg_megatron.cpu import FLAGS
+    from jreg_megatron.decoder import megatron_model as building
+    from jreg_megatron.recipe.plan import parse
+
+    args = parse([*FLAGS, *flags], world_size=1)
+    # The rows of padding depend on the training's layout; Megatron adds them when it loads.
+    args.padded_vocab_size, args.params_dtype = llama.vocab_size, dtype
+    args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    building.single_process()
+    with building.without_noise():
+        model: Any = building.build(building.model_arguments(vars(args), dtype, llama.vocab_size)).to(dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, (missing, unexpected)
+    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+    sharded = model.sharded_state_dict(metadata=metadata | {"dp_cp_group": group})
+    with building.without_noise():
+        dist_checkpointing.save({"model": sharded} | common, str(folder), content_metadata=metadata)
+    # Where Megatron-Core before 0.19 looks for it; the newest reads either.
+    torch.save(common | {"content_metadata": metadata}, folder / "common.pt")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(f"{report['source']} -> {report['output']}")
+    print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
+    print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}")
+    print("Train on with these flags, and your own for data, length, batch, optimizer and layout:\n")
+    print(in_lines(report["megatron_flags"]))
+
+
+def in_lines(flags: list[str]) -> str:
+    """Flags as lines to paste into a shell script, each with its values."""
+    groups: list[str] = []
+    for word in map(shlex.quote, flags):
+        if word.startswith("--"):
+            groups.append(word)
+        else:
+            groups[-1] += f" {word}"
+    lines = [""]
+    for group in groups:
+        if lines[-1] and len(lines[-1]) + len(group) >= _WIDTH:
+            lines.append("")
+        lines[-1] += f" {group}" if lines[-1] else group
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

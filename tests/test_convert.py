@@ -1,0 +1,381 @@
+"""Between Megatron and Hugging Face, against transformers' own Llama and what trainings logged."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import TOY, read_scalars, run_function, run_ranks
+
+from jreg_megatron import UserError
+from jreg_megatron.convert import export, import_
+from jreg_megatron.convert.llama import LLAMA3_ROPE, Llama
+from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.speeches import is_validation, read_speeches
+
+LAYOUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+
+
+def _vocabulary() -> bytes:
+    from jreg_megatron.data import vocabulary
+
+    speeches = list(read_speeches().items())[:12]
+    return vocabulary.train((line for _, text in speeches for line in text.split("\n") if line), 512)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 512 pieces, made as the demo's."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(_vocabulary())
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(toy_data: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with grouped queries, heads wider than usual and padding, trained at TP2 x PP2."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    own = {"--tokenizer-type": "SentencePieceTokenizer", "--make-vocab-size-divisible-by": "96"}
+    flags = [own.get(before, word) for before, word in zip(["", *TOY], TOY, strict=False)]
+    size = flags.index("--vocab-size")
+    del flags[size : size + 2]
+    options = ("--group-query-attention", "--num-query-groups", 2, "--kv-channels", 24, "--rotary-base", 5000)
+    run_ranks(
+        [
+            *(*flags, "--tokenizer-model", tokenizer_model, "--data-path", toy_data, "--split", "80,20,0"),
+            *("--train-iters", 2, "--save", folder, "--save-interval", 2, "--use-distributed-optimizer"),
+            *("--norm-epsilon", 1e-4, *LAYOUT, *options),
+        ],
+        4,
+    )
+    return folder
+
+
+def run(module: Any, *argv: object) -> dict[str, Any]:
+    """A command's report; called in a process of its own."""
+    options = module._parser().parse_args([str(word) for word in argv])
+    report: dict[str, Any] = module.export(options) if module is export else module.import_folder(options)
+    return report
+
+
+def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits.clone()
+
+
+def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
+    """Export a checkpoint, import that, export it again, and compare the three."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    device = torch.device("cpu")
+    reports = [
+        run(export, checkpoints, work / "first"),
+        run(import_, work / "first", work / "imported"),
+        run(export, work / "imported", work / "second"),
+    ]
+    tokens = torch.randint(512, (3, 32), generator=torch.Generator().manual_seed(1))
+    decoder = load_megatron(checkpoints, dtype=torch.float32, device=device)
+    imported = load_megatron(work / "imported", dtype=torch.float32, device=device)
+    theirs = logits_of(work / "first", tokens)
+    first, second = (load_file(work / name / "model.safetensors") for name in ("first", "second"))
+    tokenizer = AutoTokenizer.from_pretrained(work / "first")
+    speeches = read_speeches()
+    assert decoder.tokenizer is not None
+    return {
+        "reports": reports,
+        "exported": (decoder.logits(tokens)[..., :512] - theirs).abs().max().item(),
+        "imported": (imported.logits(tokens) - theirs).abs().max().item(),
+        "same weights": first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first),
+        "other ids": [
+            name
+            for name, text in speeches.items()
+            if is_validation(name) and tokenizer(text)["input_ids"] != decoder.tokenizer.encode(text)
+        ],
+        "other text": [
+            name
+            for name, text in speeches.items()
+            if is_validation(name) and tokenizer.decode(tokenizer(text)["input_ids"]) != text
+        ],
+        "ids": (tokenizer.bos_token_id, tokenizer.eos_token_id, decoder.end_of_text),
+        "generation": GenerationConfig.from_pretrained(work / "first").eos_token_id,
+        "vocabulary": (decoder.vocab_size, imported.vocab_size, decoder.logits(tokens).shape[-1]),
+    }
+
+
+@pytest.fixture(scope="module")
+def both_ways(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    work = tmp_path_factory.mktemp("work")
+    (result,) = run_function(there_and_back, 1, checkpoints, work)
+    return result, work
+
+
+def test_logits_are_equal_at_every_position_both_ways(both_ways: tuple[dict[str, Any], Path]) -> None:
+    result, _ = both_ways
+    assert result["exported"] < 1e-4
+    assert result["imported"] < 1e-4
+    assert all(report["largest_logit_difference"] < 1e-4 for report in result["reports"])
+
+
+def test_weights_that_came_from_a_folder_go_back_bit_for_bit(both_ways: tuple[dict[str, Any], Path]) -> None:
+    assert both_ways[0]["same weights"]
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_training(both_ways: tuple[dict[str, Any], Path]) -> None:
+    result, _ = both_ways
+    assert result["other ids"] == []
+    assert result["other text"] == []
+    assert result["ids"] == (1, 2, 2)
+    assert result["generation"] == 2
+
+
+def test_padding_behind_the_vocabulary_stays_behind(both_ways: tuple[dict[str, Any], Path]) -> None:
+    result, _ = both_ways
+    assert result["vocabulary"] == (512, 512, 576)
+    assert [report.get("rows_of_padding_left_out") for report in result["reports"]] == [64, None, 0]
+
+
+def test_older_programs_find_the_rotary_base_and_the_tokenizer(
+    both_ways: tuple[dict[str, Any], Path],
+) -> None:
+    folder = both_ways[1] / "first"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_theta"], config["head_dim"], config["rms_norm_eps"]) == (5000.0, 24, 1e-4)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
+
+
+def test_training_goes_on_from_an_import_at_another_layout_with_the_printed_flags(
+    both_ways: tuple[dict[str, Any], Path], toy_data: Path, tmp_path: Path
+) -> None:
+    result, work = both_ways
+    flags = result["reports"][1]["megatron_flags"]
+    assert flags[: flags.index("--finetune") + 1] == ["--load", str(work / "imported"), "--finetune"]
+    run_ranks(
+        [
+            *(*flags, "--data-path", toy_data, "--split", "80,20,0", "--seq-length", 32, *LAYOUT),
+            *("--micro-batch-size", 2, "--global-batch-size", 8, "--lr", 0, "--min-lr", 0, "--seed", 3),
+            *(
+                "--train-iters",
+                1,
+                "--eval-iters",
+                1,
+                "--eval-interval",
+                1,
+                "--make-vocab-size-divisible-by",
+                8,
+            ),
+            *("--save", tmp_path / "saved", "--save-interval", 1),
+            *("--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1),
+        ],
+        4,
+    )
+    logged = read_scalars(tmp_path / "tensorboard")["lm loss validation"][-1]
+    ((tokens, labels),) = run_function(validation_of, 1, tmp_path / "saved")
+    loss = torch.nn.functional.cross_entropy(
+        logits_of(work / "first", tokens).flatten(0, 1), labels.flatten()
+    )
+    assert logged == pytest.approx(loss.item(), abs=1e-5)
+
+
+def validation_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    from jreg_megatron.decoder.megatron import open_checkpoint
+    from jreg_megatron.decoder.megatron_validation import last_validation_samples
+
+    samples = last_validation_samples(open_checkpoint(folder, None, torch.device("cpu")))
+    return samples.tokens, samples.labels
+
+
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "tied, one group": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "all biases, head_dim 16": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "Llama 3.1": {
+        **{"rope_theta": 500000.0, "rope_scaling": dict(LLAMA3_ROPE), "max_position_embeddings": 128},
+        "num_key_value_heads": 2,
+    },
+    "linear": {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+}
+
+
+def kinds_there_and_back(work: Path) -> dict[str, tuple[float, bool, list[str]]]:
+    """For each kind of Llama: difference of logits, whether the weights came back, flags of Megatron."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    found = {}
+    for name, options in KINDS.items():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**(SIZES | options))).eval()
+        for key, parameter in model.named_parameters():
+            # Norms and biases that are not one and zero, and scores that are not all alike.
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.3)
+        theirs, ours, back = work / name, work / f"{name} in Megatron", work / f"{name} back"
+        model.save_pretrained(theirs)
+        flags = run(import_, theirs, ours)["megatron_flags"]
+        run(export, ours, back)
+        tokens = torch.randint(100, (2, 64), generator=torch.Generator().manual_seed(2))
+        decoder = load_megatron(ours, dtype=torch.float32, device=torch.device("cpu"))
+        with torch.inference_mode():
+            expected = model(input_ids=tokens).logits
+        before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
+        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        found[name] = (float((decoder.logits(tokens) - expected).abs().max()), same, flags)
+    return found
+
+
+def test_every_kind_of_llama_goes_to_megatron_and_back(tmp_path: Path) -> None:
+    (found,) = run_function(kinds_there_and_back, 1, tmp_path)
+    for name, (difference, same, _) in found.items():
+        assert difference < 1e-4, name
+        assert same, name
+    assert "--use-rope-scaling" in found["Llama 3.1"][2]
+    assert "--untie-embeddings-and-output-weights" not in found["tied, one group"][2]
+
+
+MEGATRON = {
+    **{"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "kv_channels": 8},
+    **{"group_query_attention": False, "max_position_embeddings": 64, "layernorm_epsilon": 1e-5},
+    **{"rotary_base": 10000, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None},
+    **{"untie_embeddings_and_output_weights": True, "add_bias_linear": False, "add_qkv_bias": False},
+    **{"num_experts": None, "normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope"},
+}
+
+
+@pytest.mark.parametrize(
+    ("has", "line"),
+    [
+        ({"num_experts": 8}, "mixture of experts"),
+        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"swiglu": False}, "SwiGLU"),
+        ({"qk_layernorm": True}, "--qk-layernorm"),
+        ({"multi_latent_attention": True}, "multi-latent attention"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type"),
+        ({"rotary_percent": 0.5}, "--rotary-percent"),
+        ({"rotary_interleaved": True}, "--rotary-interleaved"),
+        ({"add_qkv_bias": True}, "--add-qkv-bias"),
+        ({"window_size": (16, 0)}, "--window-size"),
+        ({"num_attention_heads": 5}, "multiple"),
+    ],
+)
+def test_what_a_llama_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
+    Llama.from_megatron(Namespace(**MEGATRON), 100, "runs/x")
+    with pytest.raises(UserError, match=f"^runs/x .*{line}.* cannot be exported$"):
+        Llama.from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("has", "line"),
+    [
+        ({"model_type": "mistral"}, "of type mistral"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"attention_bias": True}, "biases in attention or MLP alone"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
+    ],
+)
+def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
+    plain = SIZES | {
+        **{"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        **{"rope_theta": 10000.0, "rope_scaling": None, "num_key_value_heads": 2, "head_dim": None},
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    }
+    assert Llama.from_hugging_face(Namespace(**plain), "x").num_query_groups == 2
+    with pytest.raises(UserError, match=line):
+        Llama.from_hugging_face(Namespace(**(plain | has)), "x")
+
+
+def command(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"jreg_megatron.convert.{name}", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_existing_folder_is_left_alone_and_the_line_says_why(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        check_place(tmp_path / "notes", ("config.json",), overwrite=True)
+    (tmp_path / "notes" / "config.json").touch()
+    with pytest.raises(UserError, match=r"must not mix.*--overwrite"):
+        check_place(tmp_path / "notes", ("config.json",), overwrite=False)
+    check_place(tmp_path / "notes", ("config.json",), overwrite=True)
+    (tmp_path / "empty").mkdir()
+    check_place(tmp_path / "empty", ("config.json",), overwrite=False)
+    check_place(tmp_path / "new" / "deep", ("config.json",), overwrite=False)
+
+
+def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = command("export", tmp_path / "nothing", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"jreg_megatron: error: {tmp_path / 'nothing'} is not a folder; "
+        "name a Megatron training's --save folder\n"
+    )
+    done = command("import_", tmp_path, tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "has no config.json" in done.stderr
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal\n"
+        "from jreg_megatron.convert.place import made_beside\n"
+        f"with made_beside(pathlib.Path({str(tmp_path / 'out')!r})) as folder:\n"
+        "    (folder / 'config.json').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert next(tmp_path.iterdir()).name.endswith(".part")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def broken_off() -> None:
+        with made_beside(output) as folder:
+            (folder / "half").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken_off()
+    assert list(tmp_path.iterdir()) == []
+    with made_beside(output) as folder:
+        (folder / "whole").touch()
+        assert not output.exists()
+    assert [path.name for path in output.iterdir()] == ["whole"]
+    with made_beside(output) as folder:
+        (folder / "newer").touch()
+    assert [path.name for path in output.iterdir()] == ["newer"]
+    assert list(tmp_path.iterdir()) == [output]

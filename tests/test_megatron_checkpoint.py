@@ -1,0 +1,388 @@
+"""Checkpoints of real trainings at several layouts, against what those trainings logged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import TOY, read_scalars, run_function, run_ranks
+
+from jreg_megatron import UserError
+from jreg_megatron.decoder.megatron_folder import CheckpointFolder, is_megatron, megatron_steps
+from jreg_megatron.metrics import displacement_name
+
+LAYERS = 4
+VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")
+SAVED = ("--save-interval", 2)
+
+
+class Displacements:
+    """Observes a decoder: sums over tokens of (1 - cos) / 2 between a layer's input and output."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, float] = {}
+        self.after_norm = 0.0
+        self.tokens = 0
+
+    def layer(self, number: int, layer_input: torch.Tensor, layer_output: torch.Tensor) -> None:
+        self.sums[number] = self.sums.get(number, 0.0) + self.turned(layer_input, layer_output)
+        self.tokens += layer_input[..., 0].numel() if number == 1 else 0
+        self.last_input = layer_input
+
+    def final_norm(self, normed: torch.Tensor) -> None:
+        self.after_norm += self.turned(self.last_input, normed)
+
+    @staticmethod
+    def turned(before: torch.Tensor, after: torch.Tensor) -> float:
+        cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        return float(((1 - cosine) / 2).sum())
+
+
+def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint's decoder gives on its last validation; runs in a process of its own."""
+    from jreg_megatron.decoder.megatron import last_validation, load_megatron, open_checkpoint
+    from jreg_megatron.decoder.megatron_validation import last_validation_samples
+
+    device = torch.device("cpu")
+    decoder = load_megatron(folder, step, dtype=torch.float32, device=device)
+    samples = last_validation_samples(open_checkpoint(folder, step, device))
+    assert torch.equal(last_validation(folder, step), samples.tokens)
+    seen, loss = Displacements(), 0.0
+    for tokens, labels, mask in zip(samples.tokens, samples.labels, samples.loss_mask, strict=True):
+        with decoder.observed(seen):
+            logits = decoder.logits(tokens[None])[0]
+        loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="none") @ mask)
+    alone, longer = samples.tokens[:1, :5], samples.tokens[:1, :9]
+    return {
+        "decoder": (decoder.name, decoder.step, decoder.num_layers, decoder.vocab_size, decoder.max_length),
+        "loss": loss / float(samples.loss_mask.sum()),
+        "pre_norm": [seen.sums[number] / seen.tokens for number in range(1, decoder.num_layers + 1)],
+        "post_norm": seen.after_norm / seen.tokens,
+        "later tokens": (decoder.logits(alone) - decoder.logits(longer)[:, :5]).abs().max().item(),
+        "read out": _read_out_difference(decoder, longer),
+        "without layer": _without_layer_difference(decoder, longer),
+    }
+
+
+def _read_out_difference(decoder: Any, tokens: torch.Tensor) -> float:
+    class Last:
+        def layer(self, _: int, __: torch.Tensor, layer_output: torch.Tensor) -> None:
+            self.state = layer_output
+
+        def final_norm(self, _: torch.Tensor) -> None: ...
+
+    last = Last()
+    with decoder.observed(last):
+        decoder.run(tokens)
+    return float((decoder.read_out(last.state) - decoder.logits(tokens)).abs().max())
+
+
+def _without_layer_difference(decoder: Any, tokens: torch.Tensor) -> float:
+    whole = decoder.logits(tokens)
+    with decoder.without_layer(2):
+        return float((decoder.logits(tokens) - whole).abs().max())
+
+
+def train(folder: Path, data: Path, world_size: int, *flags: object, without: str = "") -> Path:
+    """A short training with validation, less those flags of the toy; returns its folder of checkpoints."""
+    toy = f" {' '.join(TOY)} "
+    for group in without.split(" --") if without else []:
+        toy = toy.replace(f" --{group.removeprefix('--')} ", " ")
+    argv = [*toy.split(), "--data-path", data, "--split", "80,20,0", *VALIDATED, *SAVED, *flags]
+    saved = folder / "checkpoints"
+    run_ranks([*argv, "--save", saved, "--tensorboard-dir", folder / "tensorboard"], world_size)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def series(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of iterations 2, 4 and 5: grouped queries, TP2 x PP2, distributed optimizer."""
+    layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
+    options = ("--group-query-attention", "--num-query-groups", 2, "--use-distributed-optimizer")
+    run = tmp_path_factory.mktemp("runs") / "grouped"
+    return train(run, toy_data, 4, "--train-iters", 5, "--eod-mask-loss", *layout, *options)
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    return read_scalars(folder.parent / "tensorboard")[f"{tag} validation"]
+
+
+def expect_as_logged(found: dict[str, Any], folder: Path, number: int, final_state: str = "pre_norm") -> None:
+    """Hold what a decoder gave against the validation of that number, in the order of logging."""
+    assert found["loss"] == pytest.approx(logged(folder, "lm loss")[number], abs=1e-5)
+    expected = [logged(folder, displacement_name(layer, LAYERS))[number] for layer in range(1, LAYERS + 1)]
+    ours = found["pre_norm"] if final_state == "pre_norm" else [*found["pre_norm"][:-1], found["post_norm"]]
+    assert ours == pytest.approx(expected, abs=1e-5)
+    assert found["later tokens"] < 1e-5, "a token's logits do not depend on those behind it"
+    assert found["read out"] < 1e-5
+    assert found["without layer"] > 1e-4
+
+
+def test_a_checkpoint_gives_the_loss_and_displacement_of_the_last_validation(series: Path) -> None:
+    (found,) = run_function(observed, 1, series)
+    assert found["decoder"] == ("grouped", 5, LAYERS, 256, 32)
+    expect_as_logged(found, series, -1)
+
+
+def test_a_step_of_a_series_gives_what_its_own_validation_logged(series: Path) -> None:
+    (found,) = run_function(observed, 1, series, 4)
+    assert found["decoder"][1] == 4
+    expect_as_logged(found, series, 1)
+
+
+LLAMA = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope"
+RUNS: dict[str, tuple[int, str, str]] = {
+    "a tied Llama in virtual stages": (
+        2,
+        "--untie-embeddings-and-output-weights",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--jreg-final-state post_norm",
+    ),
+    "a GPT-2 in uneven stages": (
+        2,
+        f"{LLAMA} --normalization RMSNorm",
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+    ),
+    "a mixture of experts, one dense layer first": (
+        2,
+        "",
+        "--expert-model-parallel-size 2 --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0]+[1]*3 "
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-ffn-hidden-size 48 "
+        "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
+    ),
+    "norms of queries and keys, and a layer that predicts further ahead": (
+        1,
+        "",
+        "--qk-layernorm --mtp-num-layers 1",
+    ),
+}
+"""By name: ranks, flags of the toy that are left out, and flags that are added."""
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def other_run(
+    request: pytest.FixtureRequest, toy_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A training of another model at another layout: its checkpoints and the flags it was trained with."""
+    world_size, without, flags = RUNS[request.param]
+    folder = tmp_path_factory.mktemp("other")
+    return train(folder, toy_data, world_size, "--train-iters", 2, *flags.split(), without=without), flags
+
+
+def test_every_model_and_layout_gives_what_its_training_logged(other_run: tuple[Path, str]) -> None:
+    folder, flags = other_run
+    (found,) = run_function(observed, 1, folder)
+    expect_as_logged(found, folder, -1, "post_norm" if "post_norm" in flags else "pre_norm")
+
+
+def exported(folder: Path, output: Path) -> str | float:
+    """The line that the export is refused with, or how far transformers' logits are from the decoder's."""
+    from jreg_megatron.convert import export
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    try:
+        export.export(export._parser().parse_args([str(folder), str(output)]))
+    except UserError as error:
+        assert not output.exists()
+        return str(error)
+    from transformers import LlamaForCausalLM
+
+    tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(1))
+    decoder = load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        theirs = LlamaForCausalLM.from_pretrained(output)(input_ids=tokens).logits
+    return float((decoder.logits(tokens) - theirs).abs().max())
+
+
+def test_a_llama_is_exported_and_another_model_refused_by_name(
+    other_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, flags = other_run
+    (found,) = run_function(exported, 1, folder, tmp_path / "out")
+    refused = {
+        "--decoder-first-pipeline-num-layers": "has another norm than RMSNorm (--normalization)",
+        "--num-experts": "is a mixture of experts (--num-experts)",
+        "--qk-layernorm": "has norms of queries and keys (--qk-layernorm)",
+    }
+    named = [line for flag, line in refused.items() if flag in flags]
+    if named:
+        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face has not"
+        assert str(found).startswith(expected)
+    else:
+        assert isinstance(found, float) and found < 1e-4
+
+
+def loaded_again_and_again(folders: list[Path], times: int) -> tuple[list[list[int]], list[int]]:
+    """Hidden states' shapes of several models loaded in turn, and the process's memory after each round."""
+    import psutil
+
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    tokens = torch.arange(12).reshape(2, 6)
+    shapes, memory = [], []
+    for _ in range(times):
+        for folder in folders:
+            decoder = load_megatron(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+            assert decoder.dtype == torch.bfloat16
+            shapes.append(list(decoder.logits(tokens).shape))
+        memory.append(psutil.Process().memory_info().rss)
+    return shapes, memory
+
+
+def test_many_checkpoints_load_in_one_process_and_memory_stays_flat(series: Path, tmp_path: Path) -> None:
+    ((shapes, memory),) = run_function(loaded_again_and_again, 1, [series, series / "iter_0000002"], 12)
+    assert shapes == [[2, 6, 256]] * 24
+    assert memory[-1] - memory[3] < 4 << 20
+
+
+def refusals(folders: dict[str, Path]) -> dict[str, str]:
+    """The line that each folder is refused with."""
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    lines = dict.fromkeys(folders, "was loaded")
+    for name, folder in folders.items():
+        try:
+            load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
+        except UserError as error:
+            lines[name] = str(error)
+    return lines
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_damage_is_one_line_and_no_weight_is_made_up(series: Path, tmp_path: Path) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(series / "iter_0000005", tmp_path / name / "iter_0000005"))
+
+    cut, gone, unlisted, evil, old = map(damaged, ("cut", "gone", "unlisted", "evil", "old"))
+    for file in cut.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 20])
+    min(gone.glob("*.distcp")).unlink()
+    metadata = pickle.loads((unlisted / ".metadata").read_bytes())
+    del metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    (unlisted / ".metadata").write_bytes(pickle.dumps(metadata))
+    (evil / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    torch.save({"args": Evil(tmp_path / "executed")}, old / "common.pt")
+
+    (lines,) = run_function(
+        refusals, 1, {"cut": cut, "gone": gone, "unlisted": unlisted, "evil": evil, "old": old}
+    )
+    assert not any("\n" in line for line in lines.values())
+    for name in ("cut", "gone", "evil", "old"):
+        assert f"{tmp_path / name}/iter_0000005 cannot be read: " in lines[name]
+    assert "holds no decoder.layers.mlp.linear_fc2.weight" in lines["unlisted"]
+    assert not (tmp_path / "executed").exists(), "a checkpoint is data, and no code of it is run"
+
+
+def test_steps_and_kinds_of_folders_are_told_without_torch(series: Path) -> None:
+    code = (
+        "import sys, json; from pathlib import Path; "
+        "from jreg_megatron.decoder.megatron import is_megatron, megatron_steps; "
+        f"p = Path({str(series)!r}); print(json.dumps([is_megatron(p), is_megatron(p / 'iter_0000004'), "
+        "is_megatron(p.parent), megatron_steps(p), megatron_steps(p / 'iter_0000004')])); "
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [True, True, False, [2, 4, 5], [4]]
+
+
+def test_a_checkpoint_whose_saving_broke_off_does_not_count(series: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(series, tmp_path / "run"))
+    (folder / "iter_0000004" / "metadata.json").unlink()
+    assert megatron_steps(folder) == [2, 5]
+    with pytest.raises(UserError, match=r"iter_0000004 .*saving broke off"):
+        CheckpointFolder.find(folder, 4)
+    with pytest.raises(UserError, match=r"--step is 3, but .* has those of 2, 5"):
+        CheckpointFolder.find(folder, 3)
+    assert CheckpointFolder.find(folder).step == 5
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    assert CheckpointFolder.find(folder).step == 2, "the one that Megatron would go on from"
+    assert CheckpointFolder.find(folder / "iter_0000005").step == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [
+        ("mp_rank_00/model_optim_rng.pt", "", "old format 'torch'"),
+        ("run_config.yaml", "", "Megatron-Bridge"),
+        (".metadata", "", "FSDP's format"),
+        ("metadata.json", '{"sharded_backend": "zarr"}', "format zarr"),
+        ("metadata.json", "{", "metadata.json cannot be read"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path: Path, file: str, text: str, line: str) -> None:
+    place = tmp_path / "iter_0000010" / file
+    place.parent.mkdir(parents=True)
+    place.write_text(text)
+    assert is_megatron(tmp_path)
+    with pytest.raises(UserError, match=line):
+        CheckpointFolder.find(tmp_path)
+
+
+def saved_otherwise(folder: Path, work: Path) -> float:
+    """Difference of logits to the same model as other programs would save it.
+
+    Norms have names of their own and lack the one that ``--apply-layernorm-1p`` adds, and some of Megatron's
+    arguments have their older names.
+    """
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from jreg_megatron.decoder.megatron import load_megatron, open_checkpoint
+
+    device = torch.device("cpu")
+    decoder: Any = load_megatron(folder, dtype=torch.float32, device=device)
+    args = open_checkpoint(folder, None, device).common["args"]
+    args.norm_epsilon = args.layernorm_epsilon
+    args.apply_layernorm_1p, args.disable_bias_linear = True, True
+    for name in ("layernorm_epsilon", "layernorm_zero_centered_gamma", "add_bias_linear"):
+        delattr(args, name)
+    tokens = torch.arange(20).reshape(2, 10)
+    expected = decoder.logits(tokens).clone()
+    for module in decoder.model.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.weight.sub_(1)
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    weights = decoder.model.sharded_state_dict(metadata=groups)
+    for entry in weights.values():
+        entry.key = entry.key.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+        entry.key = entry.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    place = work / "iter_0000005"
+    place.mkdir()
+    dist_checkpointing.save({"model": weights, "args": args, "iteration": 5}, str(place))
+    again = load_megatron(work, dtype=torch.float32, device=device)
+    return float((again.logits(tokens) - expected).abs().max())
+
+
+def test_other_names_of_norms_and_norms_around_zero_are_understood(series: Path, tmp_path: Path) -> None:
+    (difference,) = run_function(saved_otherwise, 1, series, tmp_path)
+    assert difference < 1e-6
+
+
+def settings_and_lost_tokenizer(folder: Path) -> tuple[dict[str, str], bool]:
+    from jreg_megatron.decoder.megatron import megatron_settings
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+
+    lost = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(folder / "gone.model")}
+    return megatron_settings(folder), TrainingTokenizer.of(lost) is None
+
+
+def test_settings_of_the_training_are_read_and_a_lost_tokenizer_is_no_failure(series: Path) -> None:
+    ((settings, is_none),) = run_function(settings_and_lost_tokenizer, 1, series)
+    expected = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
+    assert settings.items() >= expected.items()
+    assert is_none
