@@ -1,0 +1,182 @@
+"""``jreg-megatron evaluate``: what models and their middle layers can do, and what two of them differ in."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from jreg_megatron import output
+from jreg_megatron.decoder.load import add_model_arguments, check_device, load
+from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
+from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
+
+if TYPE_CHECKING:
+    from jreg_megatron.evaluate.evaluation import Evaluation
+
+FORMAT = "jreg_megatron evaluation"
+PARTS = ("tasks", "read-out", "layer-drop")
+
+_INTERRUPTED = 130
+_DEFAULT_TOKENS = 512
+
+_EXAMPLES = """examples:
+  jreg-megatron evaluate Qwen/Qwen3-0.6B --tasks paper --device cuda --dtype bfloat16
+  jreg-megatron evaluate baseline=runs/a jreg=runs/b --json evaluation.json
+  jreg-megatron evaluate runs/a runs/b --parts read-out --text held_out.jsonl --max-tokens 2048
+  jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
+Two models are compared on the same samples and texts: bootstrap intervals; McNemar's exact test for
+accuracies, a permutation test for the rest; p-values adjusted for several tasks or layers (Benjamini and
+Hochberg). With fewer than 6 samples or texts there is neither. jreg-megatron report draws what --json holds.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate models, and write what is asked for.
+
+    Raises:
+        SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    with user_errors_exit():
+        try:
+            _run(args)
+        except KeyboardInterrupt:
+            print("\nInterrupted; models that were finished are in --json and --csv", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+
+
+def _run(args: Namespace) -> None:
+    references = _checked(args)
+    texts = [] if args.parts == ["tasks"] else texts_of(args)
+    check_device(args.device)
+    done: list[Evaluation] = []
+    with TemporaryDirectory(prefix="jreg_megatron-tasks-") as folder:
+        tasks = _tasks(args, Path(folder))
+        try:
+            for reference in references:
+                done.append(_evaluate(args, reference, tasks, texts))
+        finally:
+            if done:  # even if a later model fails: hours may be in it
+                _write(args, done)
+
+
+def _checked(args: Namespace) -> list[Reference]:
+    output.check_outputs(json=args.json, csv=args.csv)
+    if not args.parts:
+        raise UserError(f"--parts names none; the parts are {', '.join(PARTS)}")
+    if not args.tasks:
+        raise UserError("--tasks names none; give speeches, paper or a task of the harness")
+    for part in args.parts:
+        if part not in PARTS:
+            raise UserError(f"--parts names {part!r}; the parts are {', '.join(PARTS)}")
+    if args.max_tokens < 0 or args.max_tokens == 1:
+        raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
+    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be at least 1")
+    return find_models(args.models)
+
+
+def _tasks(args: Namespace, folder: Path) -> dict[str, Any]:
+    if "tasks" not in args.parts:
+        return {}
+    from jreg_megatron.evaluate.tasks import load_tasks
+
+    return load_tasks(args.tasks, args.include_path, folder)
+
+
+def _evaluate(
+    args: Namespace, reference: Reference, tasks: dict[str, Any], texts: Iterable[Text]
+) -> Evaluation:
+    from jreg_megatron.evaluate.evaluation import evaluate
+    from jreg_megatron.evaluate.layers import Options
+
+    decoder = load(reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
+    options = Options(args.max_tokens or None, args.batch_size, args.quiet)
+    return evaluate(decoder, args.parts, tasks=tasks, limit=args.limit, texts=texts, options=options)
+
+
+def _write(args: Namespace, done: list[Evaluation]) -> None:
+    from jreg_megatron.evaluate.evaluation import compare, document
+    from jreg_megatron.evaluate.show import csv_rows, print_tables
+
+    found = {
+        "format": FORMAT,
+        "version": 1,
+        "versions": output.versions("torch", "transformers", "megatron-core", "lm_eval", "scipy"),
+        "limit": args.limit,
+        "max_tokens": args.max_tokens or None,
+    }
+    comparison = compare(*done) if len(done) == 2 else None
+    found |= document(done, comparison, describe(args))
+    if args.json is not None:
+        output.write_json(args.json, found)
+    if args.csv is not None:
+        output.write_csv(args.csv, list(csv_rows(found)))
+    if not args.quiet:
+        print_tables(output.console(args), found)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="jreg-megatron evaluate",
+        description="What a model can do: zero-shot tasks, the loss when each layer is read out by the final "
+        "norm and the head, and the loss without each layer. Two models are compared.",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--parts",
+        type=_names,
+        default=list(PARTS),
+        metavar="PART,...",
+        help=f"what to do, of {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
+    )
+    tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks",
+        type=_names,
+        default=["speeches"],
+        metavar="TASK,...",
+        help="speeches: small tasks made of held-out speeches, which need no network and are no public "
+        "benchmark (the default); paper: ARC-easy, ARC-challenge, BoolQ, HellaSwag, OpenBookQA, PIQA "
+        "and WinoGrande, zero-shot, from the Hugging Face hub; or any task or group of the harness",
+    )
+    tasks.add_argument(
+        "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"
+    )
+    tasks.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder of your own task files; may be given again",
+    )
+    text, _ = add_text_arguments(parser)
+    text.add_argument(
+        "--max-tokens",
+        type=int,
+        default=_DEFAULT_TOKENS,
+        metavar="N",
+        help="the first N tokens of each text; 0 for all (default: %(default)s)",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)"
+    )
+    output.add_output_arguments(parser)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    main()

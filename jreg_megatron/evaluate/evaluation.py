@@ -1,0 +1,220 @@
+"""All that is found out about a model, and about what two of them differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.evaluate import layers, paired
+from jreg_megatron.evaluate.layers import Options, PerText
+from jreg_megatron.evaluate.paired import Difference
+from jreg_megatron.evaluate.scoring import check_decoder
+from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
+from jreg_megatron.texts import Text
+
+PARTS = ("tasks", "read-out", "layer-drop")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of one model; a part that was not asked for is None."""
+
+    name: str
+    source: str
+    kind: str
+    revision: str | None
+    step: int | None
+    num_layers: int
+    dtype: str
+    device: str
+    tasks: dict[str, TaskResult] | None
+    read_out: PerText | None
+    """Its C readings are layers 0..L."""
+    layer_drop: PerText | None
+    """Its C readings are without layer 1..L, then the whole model."""
+
+    @property
+    def at(self) -> str:
+        """The name, with the revision or step if there is one."""
+        which = self.step if self.revision is None else self.revision
+        return self.name if which is None else f"{self.name}@{which}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of the second model to the first; a part that cannot be compared is None, and a note says why."""
+
+    models: tuple[str, str]
+    tasks: dict[str, Difference]
+    overall: Difference | None
+    overall_tasks: list[str]
+    """Those whose mean :attr:`overall` is: all that are measured by a share."""
+    read_out: list[Difference] | None
+    """Of the loss behind layer 0..L."""
+    notes: list[str]
+
+
+def evaluate(
+    decoder: Decoder,
+    parts: Iterable[str],
+    *,
+    tasks: Mapping[str, Any],
+    limit: int | None,
+    texts: Iterable[Text],
+    options: Options,
+) -> Evaluation:
+    """Evaluate a model.
+
+    Args:
+        decoder: the model.
+        parts: of :data:`PARTS`.
+        tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
+        limit: samples of each task; None for all.
+        texts: for the parts about layers.
+        options: how they are run.
+
+    Raises:
+        UserError: if a part cannot be done with this model; before anything is run where that can be seen.
+    """
+    parts = set(parts)
+    check_decoder(decoder)
+    return Evaluation(
+        name=decoder.name,
+        source=decoder.source,
+        kind=decoder.kind,
+        revision=decoder.revision,
+        step=decoder.step,
+        num_layers=decoder.num_layers,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        device=str(decoder.device),
+        # What may be refused for want of a tokenizer first.
+        tasks=run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)
+        if "tasks" in parts
+        else None,
+        read_out=layers.read_out(decoder, texts, options) if "read-out" in parts else None,
+        layer_drop=layers.layer_drop(decoder, texts, options) if "layer-drop" in parts else None,
+    )
+
+
+def compare(a: Evaluation, b: Evaluation) -> Comparison:
+    """What ``b`` differs from ``a`` in, on the samples and texts that both have seen."""
+    notes: list[str] = []
+    of_tasks: dict[str, Difference] = {}
+    shares = {}
+    for name, first in (a.tasks or {}).items():
+        second = (b.tasks or {})[name]
+        assert first.samples == second.samples
+        of_tasks[name] = paired.compare(first.amounts, second.amounts, first.weights)
+        if paired.is_share(first.amounts, first.weights) and first.higher_is_better:
+            shares[name] = (first.amounts, second.amounts)
+    if few := [name for name, found in of_tasks.items() if found.p_value is None]:
+        notes.append(_too_few("samples", ", ".join(few)))
+    return Comparison(
+        models=(a.name, b.name) if a.name != b.name else (a.at, b.at),
+        tasks=of_tasks,
+        overall=paired.compare_mean(list(shares.values())) if shares else None,
+        overall_tasks=list(shares),
+        read_out=_compare_read_out(a, b, notes),
+        notes=notes,
+    )
+
+
+def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Difference] | None:
+    first, second = a.read_out, b.read_out
+    if first is None or second is None:
+        return None
+    if a.num_layers != b.num_layers:
+        notes.append(
+            f"Read-out is not compared: {a.at} has {a.num_layers} layers, {b.at} has {b.num_layers}."
+        )
+        return None
+    if first.ids != second.ids:
+        notes.append(
+            "Read-out is not compared: the tokenizers cut the texts differently, so a loss per token is not "
+            "the same thing; the task speeches_bits_per_byte compares the whole models."
+        )
+        return None
+    if len(first.tokens) < paired.FEWEST:
+        notes.append(_too_few("texts", f"the read-out ({len(first.tokens)})"))
+        return None
+    return [
+        paired.compare(first.loss[:, layer], second.loss[:, layer], first.tokens)
+        for layer in range(a.num_layers + 1)
+    ]
+
+
+def _too_few(what: str, where: str) -> str:
+    return f"Too few {what} for an interval or a test (fewer than {paired.FEWEST}): {where}."
+
+
+def document(evaluations: list[Evaluation], comparison: Comparison | None, text: str) -> dict[str, Any]:
+    """All of it for JSON, without the name of the format; ``text`` says what was read."""
+    return {
+        "models": [_model(evaluation, text) for evaluation in evaluations],
+        "comparison": None if comparison is None else _comparison(comparison),
+    }
+
+
+def _model(e: Evaluation, text: str) -> dict[str, Any]:
+    names = ("name", "source", "kind", "revision", "step", "num_layers", "dtype", "device")
+    found: dict[str, Any] = {name: getattr(e, name) for name in names}
+    found["tasks"] = {
+        name: {
+            "metric": task.metric,
+            "value": task.value,
+            "interval": paired.interval(task.amounts, task.weights),
+            "samples": len(task.samples),
+            "higher_is_better": task.higher_is_better,
+            "chance": task.chance,
+            "other_metrics": task.others,
+        }
+        for name, task in (e.tasks or {}).items()
+    }
+    found["read_out"] = e.read_out and {
+        "text": text,
+        "texts": len(e.read_out.names),
+        "tokens": int(e.read_out.tokens.sum()),
+        "loss": e.read_out.mean(e.read_out.loss),
+        "accuracy": e.read_out.mean(e.read_out.correct),
+        "agreement": e.read_out.mean(e.read_out.agreed),
+    }
+    if e.layer_drop is None:
+        return found | {"layer_drop": None}
+    *loss, unchanged = e.layer_drop.mean(e.layer_drop.loss)
+    return found | {"layer_drop": {"loss": loss, "unchanged": unchanged}}
+
+
+def _comparison(c: Comparison) -> dict[str, Any]:
+    of_tasks = _adjusted(list(c.tasks.values()))
+    of_layers: dict[str, Any] | None = None
+    if c.read_out is not None:
+        rows = _adjusted(c.read_out)
+        of_layers = {
+            key: [row[key] for row in rows] for key in ("difference", "interval", "p_value", "p_adjusted")
+        }
+        of_layers["texts"] = c.read_out[0].samples
+    return {
+        "models": c.models,
+        "confidence": paired.CONFIDENCE,
+        "tasks": dict(zip(c.tasks, of_tasks, strict=True)),
+        "overall": c.overall and _difference(c.overall) | {"tasks": c.overall_tasks},
+        "read_out": of_layers,
+        "notes": c.notes,
+    }
+
+
+def _adjusted(differences: list[Difference]) -> list[dict[str, Any]]:
+    """Differences for JSON, with the p-values adjusted for there being several."""
+    tested = [found.p_value for found in differences if found.p_value is not None]
+    corrected = iter(paired.adjusted(tested))
+    return [
+        _difference(found) | {"p_adjusted": None if found.p_value is None else next(corrected)}
+        for found in differences
+    ]
+
+
+def _difference(found: Difference) -> dict[str, Any]:
+    row = asdict(found)
+    return {"difference": row.pop("value"), **row}

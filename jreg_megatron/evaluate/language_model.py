@@ -1,0 +1,122 @@
+"""A decoder as lm-evaluation-harness wants to see a model. Importing this takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_MAX_LENGTH
+from tqdm import tqdm
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.errors import UserError
+from jreg_megatron.evaluate.scoring import final_states, padded, score
+
+Request = tuple[Any, list[int], list[int]]
+"""Whatever names it, the ids of the context and those to be scored."""
+
+
+class DecoderLM(TemplateLM):  # type: ignore[misc]
+    """Log-likelihoods from a :class:`Decoder`, whatever it was made of.
+
+    Texts too long for the model lose their beginning, as in the harness's own models.
+    """
+
+    def __init__(self, decoder: Decoder, batch_size: int, quiet: bool) -> None:
+        """Raises :class:`UserError` for a model without a tokenizer."""
+        super().__init__()
+        if decoder.tokenizer is None:
+            raise UserError(f"{decoder.name} has no tokenizer, which tasks need; leave them out with --parts")
+        self._decoder, self._batch_size, self._quiet = decoder, batch_size, quiet
+        self._encode = decoder.tokenizer.encode
+        self._begin = self._encode("")
+        self._max_length = decoder.max_length or DEFAULT_MAX_LENGTH
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that stands before a text: what texts begin with, or else what ends them."""
+        if self._begin:
+            return self._begin[-1]
+        if self._decoder.end_of_text is None:
+            raise UserError(f"the tokenizer of {self._decoder.name} has no token that begins or ends a text")
+        return self._decoder.end_of_text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text, without those that begin every text if ``add_special_tokens`` is False."""
+        ids = self._encode(string)
+        return ids[len(self._begin) :] if add_special_tokens is False else ids
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats of each continuation, and whether greedy decoding would give it."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood in nats of each text, cut into pieces of the model's length."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._max_length,
+                context_len=1,
+            )
+            for pair in pairs:
+                windows.append((None, *utils.make_disjoint_window(pair)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += loglikelihood
+        return sums
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Not offered; such tasks are refused by name when they are loaded."""
+        raise NotImplementedError("text is not generated")
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, **more: Any
+    ) -> list[tuple[float, bool]]:
+        for _, _, wanted in requests:
+            if not 0 < len(wanted) <= self._max_length:
+                raise UserError(
+                    f"a task has a continuation of {len(wanted)} tokens, and {self._decoder.name} takes 1 to "
+                    f"{self._max_length}; leave the task out"
+                )
+        # The longest first: if memory falls short it does so at once, and rows of a batch are of like length.
+        order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(
+            total=len(requests),
+            desc=f"{self._decoder.name}: tasks",
+            unit=" requests",
+            leave=False,
+            disable=self._quiet or None,
+        ) as bar:
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                for number, answer in zip(batch, self._answers([requests[n] for n in batch]), strict=True):
+                    answers[number] = answer
+                bar.update(len(batch))
+        return answers
+
+    @torch.inference_mode()
+    def _answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each request's last part, and whether each id of it is the most likely."""
+        kept = [(context + wanted)[-(self._max_length + 1) :] for _, context, wanted in requests]
+        lengths = [len(wanted) for _, _, wanted in requests]
+        states = final_states(self._decoder, padded([ids[:-1] for ids in kept], self._decoder.device))
+        spots = [
+            (row, len(ids) - 1 - length + offset)
+            for row, (ids, length) in enumerate(zip(kept, lengths, strict=True))
+            for offset in range(length)
+        ]
+        rows, columns = zip(*spots, strict=True)
+        wanted = [kept[row][column + 1] for row, column in spots]
+        targets = torch.tensor(wanted, device=states.device)
+        scores = score(self._decoder.head, states[list(rows), list(columns)], targets, self._decoder)
+        hits = torch.split(scores.top == targets, lengths)
+        losses = torch.split(scores.loss.double(), lengths)
+        return [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(losses, hits, strict=True)]

@@ -1,0 +1,177 @@
+"""What a model's middle layers know, and what each layer is worth: early exit, and layers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.errors import UserError
+from jreg_megatron.evaluate.scoring import Scores, final_states, score
+from jreg_megatron.texts import Text
+from jreg_megatron.windows import batches, windows
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PerText:
+    """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
+
+    names: list[str]
+    """The texts."""
+    tokens: Floats
+    """``[T]``, how many tokens were predicted."""
+    ids: list[int]
+    """``[T]``, a hash of each text's tokens: two models whose are the same can be compared token by token."""
+    loss: Floats
+    """``[T, C]`` in nats."""
+    correct: Floats
+    """``[T, C]``, how often the most likely token came."""
+    agreed: Floats
+    """``[T, C]``, how often the most likely token was that of the whole model."""
+
+    def mean(self, sums: Floats) -> list[float]:
+        """Per token, for each of C."""
+        values: list[float] = (sums.sum(0) / self.tokens.sum()).tolist()
+        return values
+
+
+def read_out(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
+    """Predict each text from the states behind layer 0 (the embedding) to L, read out by final norm and head.
+
+    Raises:
+        UserError: for texts that are too short or not this model's, and logits that are not finite.
+    """
+
+    def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
+        reader = _Reader(decoder, kept, targets)
+        with decoder.observed(reader):
+            decoder.run(ids)
+        return reader.scores
+
+    return _measure(decoder, texts, options, readings, "read-out")
+
+
+def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
+    """Predict each text without layer 1, ... without layer L, and by the whole model, in this order.
+
+    Raises:
+        UserError: as :func:`read_out`.
+    """
+
+    def final(ids: Tensor, kept: Tensor, targets: Tensor) -> Scores:
+        return score(decoder.head, final_states(decoder, ids)[:, :-1][kept], targets, decoder)
+
+    def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
+        scores = []
+        for number in range(1, decoder.num_layers + 1):
+            with decoder.without_layer(number):
+                scores.append(final(ids, kept, targets))
+        return [*scores, final(ids, kept, targets)]
+
+    return _measure(decoder, texts, options, readings, "layer drop")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How texts are run."""
+
+    max_tokens: int | None
+    """First tokens of each text that are used, in windows of the model's length; None for all."""
+    batch_size: int
+    """Sequences at a time."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass
+class _Reader:
+    """Reads every layer out while the model runs, so that no states are kept."""
+
+    decoder: Decoder
+    kept: Tensor
+    """``[b, s - 1]``, which positions predict a token."""
+    targets: Tensor
+    """``[n]``, the tokens they predict."""
+    scores: list[Scores] = field(default_factory=list)
+
+    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
+        if number == 1:
+            self._read(layer_input)
+        self._read(layer_output)
+
+    def final_norm(self, normed: Tensor) -> None:
+        pass  # told of each read-out's too
+
+    def _read(self, states: Tensor) -> None:
+        at = states[:, :-1][self.kept.to(states.device)]
+        self.scores.append(score(self.decoder.read_out, at, self.targets, self.decoder))
+
+
+Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]
+"""Given ids ``[b, s]``, which positions ``[b, s - 1]`` predict, and the tokens ``[n]`` that they predict: the
+scores of each reading of the model, the whole model's last."""
+
+
+@torch.inference_mode()
+def _measure(
+    decoder: Decoder, texts: Iterable[Text], options: Options, readings: Readings, what: str
+) -> PerText:
+    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
+    names: list[str] = []
+
+    def named() -> Iterator[Text]:
+        for text in texts:
+            names.append(text.name)
+            yield text
+
+    sequences = windows(named(), encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
+    found: dict[int, _Sums] = {}
+    total = len(texts) if isinstance(texts, Sized) else None
+    hidden = options.quiet or None
+    with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
+        for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
+            ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
+            kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
+            targets = ids[:, 1:][kept]
+            scores = readings(ids, kept, targets)
+            whole = scores[-1].top
+            table = torch.stack(
+                [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
+            )
+            parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
+            for window, part in zip(batch.windows, parts, strict=True):
+                found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
+            bar.update(batch.windows[-1].text + 1 - bar.n)
+    if not found:
+        raise UserError("there is no text with a second token, so none to predict; give longer texts")
+    loss, correct, agreed = np.moveaxis(np.stack([text.sums for text in found.values()]), -1, 0)
+    return PerText(
+        names=[names[number] for number in found],
+        tokens=np.array([text.tokens for text in found.values()], dtype=float),
+        ids=[text.hash for text in found.values()],
+        loss=loss,
+        correct=correct,
+        agreed=agreed,
+    )
+
+
+@dataclass
+class _Sums:
+    """Of one text, window by window."""
+
+    tokens: int = 0
+    hash: int = 0
+    sums: Floats = field(default_factory=lambda: np.zeros(()))
+
+    def add(self, ids: NDArray[np.int64], sums: Floats) -> None:
+        self.tokens += len(ids) - 1
+        self.hash = hash((self.hash, *ids.tolist()))
+        self.sums = self.sums + sums

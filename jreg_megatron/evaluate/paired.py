@@ -1,0 +1,144 @@
+"""Intervals and tests over samples, by scipy: of one model, and of the difference of two on the same samples.
+
+A figure is a sum of amounts over a sum of weights: the mean where all weights are 1, nats per token where the
+weights are tokens.
+
+Intervals are percentile bootstraps that draw whole samples. For a share (such as an accuracy) of one model it
+is Wilson's interval, which is right at 0 and 1 too, where a bootstrap has no width.
+
+Tests are two-sided. For two shares it is McNemar's exact test: a binomial test on the samples that only one
+model gets right. For anything else it is a permutation test that swaps the models' results sample by sample:
+it assumes no distribution, and tests the very figure that is reported, as a t-test and Wilcoxon's do not.
+:func:`adjusted` corrects for several tests by Benjamini and Hochberg's bound on the false discovery rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+CONFIDENCE = 0.95
+FEWEST = 6
+"""With fewer samples there is no interval: a bootstrap of them is too narrow, and no test can reach 0.05."""
+
+_RESAMPLES = 9999
+_SEED = 20
+_BATCH = 1 << 22  # numbers held at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the second model to the first, on the same samples."""
+
+    value: float
+    interval: Interval | None
+    """None for fewer than :data:`FEWEST` samples."""
+    p_value: float | None
+    """The same."""
+    samples: int
+
+
+def interval(amounts: Floats, weights: Floats) -> Interval | None:
+    """Of ``sum(amounts) / sum(weights)``, both ``[n]``; None for fewer than :data:`FEWEST` samples."""
+    from scipy import stats
+
+    if len(amounts) < FEWEST:
+        return None
+    if is_share(amounts, weights):
+        found = stats.binomtest(int(amounts.sum()), len(amounts)).proportion_ci(CONFIDENCE, "wilson")
+        return float(found.low), float(found.high)
+    return _bootstrap([(amounts, weights)])
+
+
+def compare(a: Floats, b: Floats, weights: Floats) -> Difference:
+    """The difference of ``b`` to ``a``, amounts ``[n]`` of the same samples with the same weights ``[n]``."""
+    from scipy import stats
+
+    value = float((b - a).sum() / weights.sum())
+    if len(a) < FEWEST:
+        return Difference(value, None, None, len(a))
+    if is_share(a, weights) and is_share(b, weights):
+        only_a, only_b = int((a > b).sum()), int((b > a).sum())
+        p_value = float(stats.binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    else:
+        p_value = _permutation(a, b)
+    return Difference(value, _bootstrap([(b - a, weights)]), p_value, len(a))
+
+
+def compare_mean(pairs: Sequence[tuple[Floats, Floats]]) -> Difference:
+    """The mean over tasks of the differences of shares, given each task's ``a`` and ``b`` ``[n]``.
+
+    Samples are drawn and swapped within each task, since the tasks are given and their samples are chance.
+    """
+    value = float(np.mean([(b - a).mean() for a, b in pairs]))
+    size = sum(len(a) for a, _ in pairs)
+    if min(len(a) for a, _ in pairs) < FEWEST:
+        return Difference(value, None, None, size)
+    found = _bootstrap([(b - a, np.ones(len(a))) for a, b in pairs])
+    # Divided by its task's size, a sample counts in a plain sum as it does in the mean of the means.
+    first, second = (np.concatenate([pair[side] / len(pair[side]) for pair in pairs]) for side in (0, 1))
+    return Difference(value, found, _permutation(first, second), size)
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """The p-values of tests made together, raised: of those below x, about a share x are there by chance."""
+    from scipy import stats
+
+    values: list[float] = stats.false_discovery_control(p_values).tolist() if p_values else []
+    return values
+
+
+def is_share(amounts: Floats, weights: Floats) -> bool:
+    """Whether every sample is right or wrong."""
+    return bool(np.isin(amounts, (0.0, 1.0)).all() and (weights == 1).all())
+
+
+def _bootstrap(groups: list[tuple[Floats, Floats]]) -> Interval:
+    """Of the mean over groups of ``sum(amounts) / sum(weights)``; draws within groups."""
+    from scipy import stats
+
+    # scipy draws one array by another independently; indices keep amounts and weights together.
+    def statistic(*drawn: NDArray[np.int64], axis: int = -1) -> Floats:
+        figures = [
+            amounts[index].sum(axis) / weights[index].sum(axis)
+            for index, (amounts, weights) in zip(drawn, groups, strict=True)
+        ]
+        mean: Floats = np.mean(figures, axis=0)
+        return mean
+
+    found = stats.bootstrap(
+        [np.arange(len(amounts)) for amounts, _ in groups],
+        statistic,
+        n_resamples=_RESAMPLES,
+        batch=_batch(sum(len(amounts) for amounts, _ in groups)),
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _permutation(a: Floats, b: Floats) -> float:
+    from scipy import stats
+
+    found = stats.permutation_test(
+        (a, b),
+        lambda first, second, axis: (second - first).sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=_batch(len(a)),
+        rng=np.random.default_rng(_SEED),
+    )
+    return float(found.pvalue)
+
+
+def _batch(samples: int) -> int:
+    return max(1, _BATCH // samples)

@@ -1,0 +1,172 @@
+"""An evaluation's document as tables for people and rows for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+_READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
+
+
+def print_tables(console: Any, document: dict[str, Any]) -> None:
+    """Print tasks, layers, and the notes on what was compared."""
+    from rich.text import Text
+
+    models, comparison = document["models"], document["comparison"]
+    labels = [label(model) for model in models]
+    if models[0]["tasks"]:
+        console.print(_tasks_table(models, labels))
+        if comparison:
+            console.print(_difference_table(comparison, "Differences by task", _by_task(comparison)))
+    if any(model["read_out"] or model["layer_drop"] for model in models):
+        for model, name in zip(models, labels, strict=True):
+            console.print(_layers_table(model, name))
+        if comparison and comparison["read_out"]:
+            by_layer = dict(zip(map(str, count()), _by_layer(comparison["read_out"]), strict=False))
+            console.print(_difference_table(comparison, "Loss read out by layer", by_layer))
+    for line in _remarks(document):
+        console.print(Text(line))
+
+
+def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row for each figure, for CSV."""
+    for model in document["models"]:
+        of_model = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
+        for name, task in model["tasks"].items():
+            yield _row(of_model, "tasks", name, task["metric"], task["value"], task)
+        for metric in ("loss", "accuracy", "agreement"):
+            for layer, value in enumerate((model["read_out"] or {}).get(metric, [])):
+                yield _row(of_model, "read_out", layer, metric, value)
+        for layer, value in enumerate((model["layer_drop"] or {}).get("loss", []), start=1):
+            yield _row(of_model, "layer_drop", layer, "loss", value)
+    comparison = document["comparison"]
+    if comparison is None:
+        return
+    first, second = comparison["models"]
+    of_pair = {"model": f"{second} - {first}", "step": None, "revision": None}
+    for name, found in comparison["tasks"].items():
+        metric = document["models"][0]["tasks"][name]["metric"]
+        yield _row(of_pair, "tasks", name, metric, found["difference"], found)
+    if found := comparison["overall"]:
+        yield _row(of_pair, "tasks", "overall", "mean", found["difference"], found)
+    for layer, found in enumerate(_by_layer(comparison["read_out"])):
+        yield _row(of_pair, "read_out", layer, "loss", found["difference"], found)
+
+
+def label(model: dict[str, Any]) -> str:
+    """The name of a model, with its revision or step."""
+    which = model["step"] if model["revision"] is None else model["revision"]
+    return str(model["name"]) if which is None else f"{model['name']}@{which}"
+
+
+def _row(
+    of: dict[str, Any],
+    part: str,
+    item: object,
+    metric: str,
+    value: float,
+    found: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    found = found or {}
+    low, high = found.get("interval") or (None, None)
+    return of | {
+        **{"part": part, "item": item, "metric": metric, "value": value, "low": low, "high": high},
+        **{key: found.get(key) for key in ("samples", "p_value", "p_adjusted")},
+    }
+
+
+def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Any:
+    from rich.markup import escape
+
+    table = _table("Tasks", "task", "samples", "chance", *map(escape, labels))
+    for name, task in models[0]["tasks"].items():
+        chance = "" if task["chance"] is None else f"{task['chance']:.3f}"
+        cells = [_value(model["tasks"][name]) for model in models]
+        table.add_row(f"{escape(name)}\n{task['metric']}", str(task["samples"]), chance, *cells)
+    return table
+
+
+def _layers_table(model: dict[str, Any], name: str) -> Any:
+    from rich.markup import escape
+
+    read_out, layer_drop = model["read_out"] or {}, model["layer_drop"]
+    columns = {
+        title: [f"{value:.4f}" for value in read_out[key]]
+        for key, title in _READ_OUT_TITLES.items()
+        if key in read_out
+    }
+    if layer_drop:
+        columns["loss without it"] = ["", *(f"{value:.4f}" for value in layer_drop["loss"])]
+    table = _table(f"Layers of {escape(name)}", "layer", *columns)
+    for layer, cells in enumerate(zip(*columns.values(), strict=True)):
+        table.add_row(str(layer), *cells)
+    unchanged = f" Nothing left out: {layer_drop['unchanged']:.4f}" if layer_drop else ""
+    table.caption = f"Loss in nats per token.{unchanged}"
+    return table
+
+
+def _difference_table(comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]) -> Any:
+    from rich.markup import escape
+
+    first, second = map(escape, comparison["models"])
+    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p, adjusted")
+    table = _table(f"{title}: {second} - {first}", *columns)
+    table.caption = f"From, to: {comparison['confidence']:.0%} interval"
+    for name, difference in found.items():
+        numbers = [difference["difference"], *(difference["interval"] or (None, None))]
+        cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
+        p_value = difference.get("p_adjusted", difference["p_value"])
+        table.add_row(escape(name), *cells, "" if p_value is None else _p(p_value))
+    return table
+
+
+def _remarks(document: dict[str, Any]) -> list[str]:
+    lines = []
+    models, comparison = document["models"], document["comparison"]
+    if lower := [name for name, task in models[0]["tasks"].items() if not task["higher_is_better"]]:
+        lines.append(f"Lower is better: {', '.join(lower)}.")
+    if any(name.startswith("speeches_") for name in models[0]["tasks"]):
+        lines.append("speeches_* are made of held-out speeches; they are no public benchmark.")
+    if models[0]["tasks"] or (comparison and comparison["read_out"]):
+        lines.append("Below a figure: its 95% interval.")
+    if comparison:
+        lines += comparison["notes"]
+    elif len(models) > 2:
+        lines.append("Differences are computed where two models are given.")
+    return lines
+
+
+def _by_task(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = dict(comparison["tasks"])
+    if comparison["overall"] and len(comparison["overall"]["tasks"]) > 1:
+        found["mean of accuracies"] = comparison["overall"]
+    return found
+
+
+def _by_layer(read_out: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if read_out is None:
+        return []
+    keys = ("difference", "interval", "p_value", "p_adjusted")
+    columns = zip(*(read_out[key] for key in keys), strict=True)
+    return [dict(zip(keys, column, strict=True)) | {"samples": read_out["texts"]} for column in columns]
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _value(task: dict[str, Any]) -> str:
+    if task["interval"] is None:
+        return f"{task['value']:.3f}"
+    low, high = task["interval"]
+    return f"{task['value']:.3f}\n{low:.3f}–{high:.3f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "< 0.001"

@@ -1,0 +1,157 @@
+"""Tasks for lm-evaluation-harness made of held-out speeches, which need no network. No public benchmark.
+
+They tell models of one kind apart, and a trained model from one that knows nothing. Their figures compare
+with nothing that others publish.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.texts import Text
+
+SPEECH_TASKS = {
+    "speeches_continuation": "which of four passages goes on with a speech; the others are of other speeches",
+    "speeches_last_word": "which of four words ends a sentence; all of them were said just before",
+    "speeches_bits_per_byte": "bits per byte of the first 4,000 characters of each speech",
+}
+"""Names, and what each asks."""
+
+_SEED = 1790
+_PER_SPEECH = 10
+_CONTEXT_WORDS = (40, 120)
+_ENDING_WORDS = (12, 50)
+_CHOICES = 4
+_CHARACTERS = 4000
+_SPACE_AFTER_SENTENCE = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z])")
+_WORD = re.compile(r"\b[a-z]{5,}\b")
+_LAST_WORD = re.compile(r"(.*) ([a-z]{5,})[.!?]")
+
+_COMMON = """\
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+  cache_dir: {cache}
+test_split: test
+metadata:
+  version: 1.0
+"""
+_YAML = {
+    "speeches_continuation": """\
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "speeches_last_word": """\
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
+    "speeches_bits_per_byte": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - {metric: bits_per_byte}
+""",
+}
+
+
+def write_speech_tasks(folder: Path, speeches: list[Text]) -> None:
+    """Write each task as YAML and JSON lines, as ``lm_eval --include_path`` reads them too."""
+    makers: dict[str, Callable[[list[Text], random.Random], list[dict[str, Any]]]] = {
+        "speeches_continuation": _continuations,
+        "speeches_last_word": _last_words,
+        "speeches_bits_per_byte": _beginnings,
+    }
+    for name, make in makers.items():
+        rng = random.Random(_SEED)
+        samples = make(speeches, rng)
+        rng.shuffle(samples)  # so that the first N are of all speeches
+        data = folder / f"{name}.jsonl"
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        data.write_text("".join(lines), encoding="utf-8")
+        common = _COMMON.format(
+            data=json.dumps(str(data.absolute())), cache=json.dumps(str(folder / ".cache"))
+        )
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{_YAML[name]}", encoding="utf-8")
+
+
+def _continuations(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]]:
+    passages = {speech.name: _some(list(_passages(speech)), rng) for speech in speeches}
+    samples = []
+    for name, own in passages.items():
+        foreign = [ending for other, pairs in passages.items() if other != name for _, ending in pairs]
+        for context, ending in own:
+            samples.append({"speech": name, "context": context, **_choose(ending, foreign, rng)})
+    return samples
+
+
+def _last_words(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]]:
+    samples = []
+    for speech in speeches:
+        found = []
+        for passage, _ in _passages(speech):
+            match = _LAST_WORD.fullmatch(passage)
+            said = set(_WORD.findall(match[1])) if match else set()
+            # Greedy decoding, as LAMBADA has it, is no use: of 40 such words a model of 135M got one.
+            if match and match[2] in said and len(said) >= _CHOICES:
+                found.append({"speech": speech.name, "context": match[1], **_choose(match[2], said, rng)})
+        samples += _some(found, rng)
+    return samples
+
+
+def _beginnings(speeches: list[Text], _: random.Random) -> list[dict[str, Any]]:
+    return [{"speech": speech.name, "text": _content(speech)[:_CHARACTERS]} for speech in speeches]
+
+
+def _passages(speech: Text) -> Iterator[tuple[str, str]]:
+    """Passages of whole sentences that do not overlap, each with the sentences that follow it."""
+    sentences = _SPACE_AFTER_SENTENCE.split(" ".join(_content(speech).split()))
+    while sentences:
+        context, sentences = _take(sentences, _CONTEXT_WORDS[0])
+        ending, sentences = _take(sentences, _ENDING_WORDS[0])
+        sizes = len(context.split()), len(ending.split())
+        limits = _CONTEXT_WORDS, _ENDING_WORDS
+        if all(low <= size <= high for size, (low, high) in zip(sizes, limits, strict=True)):
+            yield context, ending
+
+
+def _take(sentences: list[str], least: int) -> tuple[str, list[str]]:
+    """Sentences of at least so many words together, and those left over."""
+    words = 0
+    for number, sentence in enumerate(sentences, start=1):
+        words += len(sentence.split())
+        if words >= least:
+            return " ".join(sentences[:number]), sentences[number:]
+    return " ".join(sentences), []
+
+
+def _choose(right: str, among: Collection[str], rng: random.Random) -> dict[str, Any]:
+    """Choices, and which of them is right."""
+    choices = rng.sample(sorted(set(among) - {right}), _CHOICES - 1)
+    gold = rng.randrange(_CHOICES)
+    choices.insert(gold, right)
+    return {"choices": choices, "gold": gold}
+
+
+def _some[T](of: list[T], rng: random.Random) -> list[T]:
+    return rng.sample(of, min(_PER_SPEECH, len(of)))
+
+
+def _content(speech: Text) -> str:
+    assert isinstance(speech.content, str)
+    return speech.content

@@ -1,0 +1,197 @@
+"""Zero-shot tasks of lm-evaluation-harness: finding them, running them, and keeping each sample's result."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.errors import UserError
+from jreg_megatron.evaluate.paired import Floats
+from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
+from jreg_megatron.extras import need
+from jreg_megatron.texts import held_out_speeches
+
+SETS = {
+    "speeches": tuple(SPEECH_TASKS),
+    "paper": ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande"),
+}
+"""Names that stand for several tasks: those that need no network, and those that papers report."""
+
+_METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
+"""The first of these that a task has is the one reported."""
+_BITS = "bits_per_byte"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model gave on a task; the figure is ``amounts.sum() / weights.sum()``."""
+
+    metric: str
+    higher_is_better: bool
+    amounts: Floats
+    """``[n]``: 0 or 1 for an accuracy, bits for bits per byte."""
+    weights: Floats
+    """``[n]``: 1, or bytes."""
+    samples: list[str]
+    """``[n]``, the harness's hash of each sample."""
+    chance: float | None
+    """What guessing gives, where there are choices."""
+    others: dict[str, float]
+    """Further figures of the task, by metric."""
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return float(self.amounts.sum() / self.weights.sum())
+
+
+def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Find tasks and their data.
+
+    Args:
+        names: tasks and groups of tasks of the harness, and keys of :data:`SETS`.
+        include_path: folders of the user's own task files.
+        folder: an empty one that stays until the tasks have run.
+
+    Returns:
+        The harness's tasks by name.
+
+    Raises:
+        UserError: for an unknown name, a task that cannot be scored here, and data that cannot be had.
+    """
+    wanted = list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
+    for path in include_path:
+        if not Path(path).is_dir():
+            raise UserError(f"--include-path is {path}, which is no folder; name a folder of task files")
+    need("lm_eval", "evaluating on tasks", "analysis")
+    datasets = need("datasets", "evaluating on tasks", "analysis")
+    from lm_eval.tasks import TaskManager
+
+    folders = list(include_path)
+    if set(wanted) & set(SPEECH_TASKS):
+        write_speech_tasks(folder, held_out_speeches())
+        folders.append(str(folder))
+    # Looking through the harness's own thousands of task files takes seconds, which only some need.
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(wanted) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=folders)
+    for name in wanted:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*SETS, *SPEECH_TASKS, *manager.all_tasks], n=3)
+            like = f"; did you mean {', '.join(near)}" if near else ""
+            raise UserError(f"--tasks names {name}, which is no task{like}? `lm_eval ls tasks` lists them")
+    datasets.disable_progress_bars()
+    tasks: dict[str, Any] = {}
+    for name in wanted:
+        tasks |= _load(manager, name)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            raise UserError(f"the task {name} has the model write text, which is not done here; leave it out")
+        if not set(task.aggregation()) & set(_METRICS):
+            found = ", ".join(task.aggregation())
+            raise UserError(f"the task {name} is measured by {found}, which is not done here; leave it out")
+        if task.config.num_fewshot is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=1234)
+    return tasks
+
+
+def run_tasks(
+    tasks: Mapping[str, Any], decoder: Decoder, *, batch_size: int, limit: int | None, quiet: bool
+) -> dict[str, TaskResult]:
+    """Run tasks of :func:`load_tasks` on a model.
+
+    Args:
+        tasks: by name.
+        decoder: must have a tokenizer.
+        batch_size: requests at a time.
+        limit: the first so many samples of each task; None for all.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: if the model has no tokenizer or gives logits that are not finite.
+    """
+    from lm_eval.evaluator import evaluate
+
+    from jreg_megatron.evaluate.language_model import DecoderLM
+
+    with _silent():
+        found = evaluate(
+            DecoderLM(decoder, batch_size, quiet),
+            {"tasks": dict(tasks), "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return {name: _result(task, found["samples"][name]) for name, task in tasks.items()}
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    try:
+        with _silent():
+            tasks: dict[str, Any] = manager.load([name])["tasks"]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(
+            f"the data of the task {name} cannot be had; it comes from the Hugging Face hub: load it once "
+            f"with a network, or take --tasks speeches, which needs none ({said})"
+        ) from error
+    return tasks
+
+
+def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
+    # Where a task filters answers in several ways, the first counts.
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    metric, *others = [name for name in _METRICS if name in samples[0]]
+    amounts, weights = _column(samples, metric)
+    has_choices = task.OUTPUT_TYPE == "multiple_choice"
+    choices = [len(task.doc_to_choice(sample["doc"])) for sample in samples] if has_choices else []
+    return TaskResult(
+        metric=metric,
+        higher_is_better=metric != _BITS,
+        amounts=amounts,
+        weights=weights,
+        samples=[sample["doc_hash"] for sample in samples],
+        chance=float(np.mean(1 / np.array(choices))) if has_choices else None,
+        others={name: _figure(samples, name) for name in others},
+    )
+
+
+def _column(samples: list[dict[str, Any]], metric: str) -> tuple[Floats, Floats]:
+    """Amounts and weights of a metric, one of each for each sample."""
+    values = np.array([sample[metric] for sample in samples], dtype=float)
+    if metric == _BITS:  # pairs of log-likelihood in nats and bytes
+        return values[:, 0] / -np.log(2), values[:, 1]
+    return values, np.ones(len(values))
+
+
+def _figure(samples: list[dict[str, Any]], metric: str) -> float:
+    amounts, weights = _column(samples, metric)
+    return float(amounts.sum() / weights.sum())
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bars and remarks of the harness, and none of the hub's about tries that failed."""
+    import lm_eval.api.task as module
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, bar = [logger.level for logger in loggers], module.tqdm
+    module.tqdm = partial(bar, disable=True)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,293 @@
+"""What layers know and are worth, against plain torch; and what two models differ in, against hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluate_toy import CONTEXT, VOCABULARY, toy_model, toy_tokenizer
+from small_models import small_model
+from torch import Tensor
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.errors import UserError
+from jreg_megatron.evaluate import paired, scoring
+from jreg_megatron.evaluate.evaluation import compare, evaluate
+from jreg_megatron.evaluate.layers import Options, PerText, layer_drop, read_out
+from jreg_megatron.evaluate.paired import compare as compare_figures
+from jreg_megatron.texts import Text
+
+LENGTHS = (5, 40, 17, 2, 23, 9, 31)
+OPTIONS = Options(max_tokens=None, batch_size=3, quiet=True)
+
+
+def toy(layers: int = 3, seed: int = 0, tokenizer: Any = None) -> Decoder:
+    return decoder_of(toy_model(layers, seed), tokenizer, name=f"toy {seed}", source="toy")
+
+
+def ids(length: int, below: int = VOCABULARY, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(0, below, length).tolist()
+
+
+def token_texts(below: int = VOCABULARY) -> list[Text]:
+    return [Text(f"text {length}", ids(length, below)) for length in LENGTHS]
+
+
+def cross_entropy(logits: Tensor, tokens: list[int]) -> list[float]:
+    """Nats of each token but the first, in float64, of logits ``[s, V]``."""
+    log_probabilities = logits.double().log_softmax(-1)
+    return [-float(log_probabilities[at, token]) for at, token in enumerate(tokens[1:])]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_read_out_is_the_cross_entropy_of_each_layers_state_by_final_norm_and_head(family: str) -> None:
+    model = small_model(family)
+    vocabulary = model.config.vocab_size
+    texts = token_texts(vocabulary)
+    found = read_out(decoder_of(model, None, name=family, source=family), texts, OPTIONS)
+
+    backbone = model.base_model
+    layers, norm = (backbone.h, backbone.ln_f) if family == "gpt2" else (backbone.layers, backbone.norm)
+    for number, text in enumerate(texts):
+        states: list[Tensor] = []
+        hooks = [layers[0].register_forward_pre_hook(lambda _, args, states=states: states.append(args[0]))]
+        for layer in layers:
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda _, __, out, states=states: states.append(out[0] if isinstance(out, tuple) else out)
+                )
+            )
+        with torch.no_grad():
+            whole = model(input_ids=torch.tensor([text.content]), use_cache=False).logits[0]
+            for hook in hooks:
+                hook.remove()
+            logits = [model.lm_head(norm(state))[0] for state in states]
+        logits[-1] = whole
+        for layer, of_layer in enumerate(logits):
+            expected = cross_entropy(of_layer, text.content)
+            assert found.loss[number, layer] == pytest.approx(sum(expected), rel=1e-5)
+            top = of_layer[:-1].argmax(-1)
+            assert found.correct[number, layer] == int((top == torch.tensor(text.content[1:])).sum())
+            assert found.agreed[number, layer] == int((top == whole[:-1].argmax(-1)).sum())
+    assert found.tokens.tolist() == [length - 1 for length in LENGTHS]
+
+
+def test_reading_out_the_last_layer_gives_the_loss_that_transformers_itself_computes() -> None:
+    model = toy_model()
+    found = read_out(decoder_of(model, None, name="toy", source="toy"), token_texts(), OPTIONS)
+    for number, text in enumerate(token_texts()):
+        tokens = torch.tensor([text.content])
+        with torch.no_grad():
+            loss = float(model(input_ids=tokens, labels=tokens).loss)
+        assert found.loss[number, -1] / found.tokens[number] == pytest.approx(loss, rel=1e-5)
+    assert found.agreed[:, -1].tolist() == found.tokens.tolist()
+
+
+def test_leaving_a_layer_out_gives_the_loss_of_the_model_built_without_it() -> None:
+    whole = toy(layers=3)
+    found = layer_drop(whole, token_texts(), OPTIONS)
+    weights = whole.model.state_dict()
+    for dropped in range(3):
+        kept = [layer for layer in range(3) if layer != dropped]
+        shorter = toy(layers=2)
+        new = {name: value for name, value in weights.items() if ".layers." not in name}
+        for to, layer in enumerate(kept):
+            for name, value in weights.items():
+                if f".layers.{layer}." in name:
+                    new[name.replace(f".layers.{layer}.", f".layers.{to}.")] = value
+        shorter.model.load_state_dict(new)
+        expected = read_out(shorter, token_texts(), OPTIONS)
+        np.testing.assert_allclose(found.loss[:, dropped], expected.loss[:, -1], rtol=1e-5)
+    np.testing.assert_allclose(found.loss[:, -1], read_out(whole, token_texts(), OPTIONS).loss[:, -1])
+    assert abs(found.loss[:, 0] - found.loss[:, -1]).max() > 0.1
+
+
+def test_neither_batches_nor_pieces_of_the_logits_change_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = read_out(toy(), token_texts(), replace(OPTIONS, batch_size=1))
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 3 * VOCABULARY)
+    other = read_out(toy(), token_texts(), replace(OPTIONS, batch_size=7))
+    np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
+    assert (one.correct == other.correct).all() and one.ids == other.ids
+
+
+def test_logits_are_never_held_for_more_than_a_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, widths = toy(), []
+
+    def head(states: Tensor) -> Tensor:
+        widths.append(states.shape[0] * states.shape[1])
+        return whole.head(states)
+
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * VOCABULARY)
+    read_out(replace(whole, head=head), token_texts(), replace(OPTIONS, batch_size=7))
+    assert max(widths) == 16
+
+
+def test_a_text_longer_than_the_models_context_is_read_in_windows() -> None:
+    text = ids(2 * CONTEXT + 10)
+    found = read_out(toy(), [Text("long", text)], OPTIONS)
+    windows = [text[:CONTEXT], text[CONTEXT : 2 * CONTEXT], text[2 * CONTEXT :]]
+    apart = read_out(toy(), [Text(f"{n}", window) for n, window in enumerate(windows)], OPTIONS)
+    np.testing.assert_allclose(found.loss[0], apart.loss.sum(0), rtol=1e-6)
+    assert found.tokens.tolist() == [2 * CONTEXT + 10 - 3]
+
+
+def test_only_the_first_tokens_of_each_text_are_read_if_asked() -> None:
+    short = read_out(toy(), [Text("a", ids(40)[:12])], OPTIONS)
+    cut = read_out(toy(), [Text("a", ids(40))], replace(OPTIONS, max_tokens=12))
+    np.testing.assert_allclose(short.loss, cut.loss)
+
+
+def test_texts_without_a_second_token_are_left_out() -> None:
+    texts = [Text("empty", []), Text("one", [3]), *token_texts(), Text("last", [4])]
+    found = read_out(toy(), texts, OPTIONS)
+    assert found.names == [text.name for text in token_texts()]
+    np.testing.assert_allclose(found.loss, read_out(toy(), token_texts(), OPTIONS).loss, rtol=1e-5)
+
+
+def test_no_text_with_a_second_token_is_refused() -> None:
+    with pytest.raises(UserError, match="no text with a second token"):
+        read_out(toy(), [Text("one", [3])], OPTIONS)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_the_models_name() -> None:
+    broken = toy()
+    broken.model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(UserError, match="toy 0 gives logits that are not finite"):
+        read_out(broken, token_texts(), OPTIONS)
+    with pytest.raises(UserError, match="toy 0 gives logits that are not finite"):
+        evaluated(broken)
+
+
+def test_a_model_whose_head_does_more_than_is_known_is_refused_by_name() -> None:
+    model = toy()
+    for wrong in (
+        replace(model, head=lambda states: 1.01 * model.head(states)),
+        replace(model, logits=lambda tokens: torch.tanh(model.logits(tokens) / 30) * 30),
+    ):
+        with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\) cannot be evaluated"):
+            evaluated(wrong)
+
+
+def evaluated(decoder: Decoder, texts: list[Text] | None = None) -> Any:
+    texts = token_texts() if texts is None else texts
+    return evaluate(decoder, ["read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS)
+
+
+def test_a_model_compared_with_itself_differs_by_nothing() -> None:
+    found = compare(evaluated(toy()), evaluated(toy()))
+    assert found.read_out is not None and len(found.read_out) == 4
+    for difference in found.read_out:
+        assert (difference.value, difference.interval, difference.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_models_are_compared_layer_by_layer_over_texts() -> None:
+    a, b = evaluated(toy(seed=0)), evaluated(toy(seed=1))
+    found = compare(a, b).read_out
+    assert found is not None
+    for layer, difference in enumerate(found):
+        expected = (b.read_out.loss[:, layer] - a.read_out.loss[:, layer]).sum() / a.read_out.tokens.sum()
+        assert difference.value == pytest.approx(expected)
+        assert difference.samples == len(LENGTHS)
+        assert difference.interval is not None
+        assert difference.interval[0] <= difference.value <= difference.interval[1]
+
+
+def test_read_outs_that_cannot_be_compared_are_refused_by_name() -> None:
+    a = evaluated(toy())
+    deeper = compare(a, evaluated(toy(layers=4)))
+    assert deeper.read_out is None and "toy 0 has 3 layers, toy 0 has 4" in deeper.notes[0]
+    few = [evaluated(toy(), token_texts()[:3])] * 2
+    assert compare(*few).read_out is None and "Too few texts" in compare(*few).notes[0]
+    text = [Text(f"text {n}", f"Fellow citizens, number {n}") for n in range(7)]
+    plain, begun = (evaluated(toy(tokenizer=toy_tokenizer(begins)), text) for begins in (False, True))
+    assert compare(plain, plain).read_out is not None
+    different = compare(plain, begun)
+    assert different.read_out is None and "tokenizers cut the texts differently" in different.notes[0]
+
+
+ONES = np.ones(40)
+
+
+def shares(*, both: int, only_a: int, only_b: int) -> tuple[Any, Any]:
+    neither = 40 - both - only_a - only_b
+    a = np.repeat([1.0, 1.0, 0.0, 0.0], [both, only_a, only_b, neither])
+    b = np.repeat([1.0, 0.0, 1.0, 0.0], [both, only_a, only_b, neither])
+    return a, b
+
+
+def test_the_test_of_two_accuracies_is_mcnemars_exact_one() -> None:
+    found = compare_figures(*shares(both=20, only_a=1, only_b=9), ONES)
+    assert found.value == pytest.approx(8 / 40)
+    assert found.p_value == pytest.approx(2 * (comb(10, 0) + comb(10, 1)) / 2**10)
+
+
+def test_accuracies_of_the_same_samples_have_a_p_value_of_one() -> None:
+    a, _ = shares(both=20, only_a=0, only_b=0)
+    found = compare_figures(a, a, ONES)
+    assert (found.value, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_the_permutation_test_of_a_few_samples_is_exact() -> None:
+    a = np.arange(8.0)
+    # All eight differ in one direction: of the 256 swaps only this one and its mirror are as extreme.
+    assert compare_figures(a, a + np.linspace(0.1, 0.9, 8), np.ones(8)).p_value == pytest.approx(2 / 256)
+
+
+def test_fewer_than_six_samples_get_neither_interval_nor_test() -> None:
+    found = compare_figures(np.arange(5.0), np.arange(5.0) + 1, np.ones(5))
+    assert (found.value, found.interval, found.p_value) == (1.0, None, None)
+    assert paired.interval(np.ones(5), np.ones(5)) is None
+
+
+def test_samples_are_drawn_together_with_their_weights() -> None:
+    weights = np.array([1.0, 100.0, 3.0, 50.0, 7.0, 900.0, 2.0])
+    assert paired.interval(0.25 * weights, weights) == pytest.approx((0.25, 0.25))
+
+
+def test_an_accuracy_of_one_still_has_an_interval_with_a_width() -> None:
+    # Wilson's: n / (n + z^2).
+    assert paired.interval(np.ones(10), np.ones(10)) == pytest.approx((10 / (10 + 1.959964**2), 1.0))
+
+
+def test_the_interval_covers_a_known_difference_about_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(100):
+        a = rng.normal(size=50)
+        b = a + 0.3 + rng.normal(scale=0.5, size=50)
+        low, high = compare_figures(a, b, np.ones(50)).interval or (0, 0)
+        hits += low <= 0.3 <= high
+    assert 90 <= hits <= 99
+
+
+def test_every_task_counts_alike_in_the_overall_difference() -> None:
+    a, b = shares(both=10, only_a=0, only_b=8)
+    short_a, short_b = np.array([1.0, 1.0, 1, 1, 0, 0, 0, 0]), np.array([1.0, 1.0, 1, 0, 0, 0, 0, 0])
+    found = paired.compare_mean([(a, b), (short_a, short_b)])
+    assert found.value == pytest.approx((8 / 40 - 1 / 8) / 2)
+    assert found.interval is not None and found.interval[0] < found.value < found.interval[1]
+    same = paired.compare_mean([(a, a), (short_a, short_a)])
+    assert (same.value, same.interval, same.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_the_overall_test_weighs_samples_as_the_overall_difference_does() -> None:
+    small = np.array([0.0] * 6), np.array([1.0, 1, 0, 0, 0, 0])
+    large = np.array([1.0, 1, *[0.0] * 10]), np.zeros(12)
+    found = paired.compare_mean([small, large])
+    assert found.value == pytest.approx((2 / 6 - 2 / 12) / 2)
+    # Swapped at random, two of 1/6 and two of 1/12 come to 1/6 or more in 6 cases of 16; both ways, in 12.
+    assert found.p_value == pytest.approx(12 / 16, abs=0.03)
+
+
+def test_p_values_of_several_tests_are_adjusted_as_benjamini_and_hochberg_say() -> None:
+    # Sorted: 0.01 * 3 / 1, 0.03 * 3 / 2, 0.04 * 3 / 3; none above the next larger one's.
+    assert paired.adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+
+
+def test_means_weigh_every_token_alike() -> None:
+    found = PerText(["a", "b"], np.array([1.0, 3.0]), [0, 0], *[np.array([[4.0], [0.0]])] * 3)
+    assert found.mean(found.loss) == [1.0]
