@@ -1,0 +1,1 @@
+"""``jreg-megatron report``: measurements, evaluations and training runs as one page."""

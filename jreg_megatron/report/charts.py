@@ -1,0 +1,284 @@
+"""Two kinds of picture, as Vega-Lite: lines with a marker per value, and a heat map.
+
+Every field that a chart reads has a name of ours, so that nothing in the input is ever read as an
+expression, a field or an address: names of models are values, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import altair as alt
+import vl_convert
+
+Row = dict[str, str | float | int | None]
+
+# The Okabe-Ito palette, told apart in every kind of colour vision; grey for its black, which also shows on
+# a dark page.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676")
+# Paths of Vega's symbols, which the page draws in its legends; one more than colours, so that pairs differ.
+SYMBOLS = {
+    "circle": "M5,0A5,5,0,1,1,-5,0A5,5,0,1,1,5,0Z",
+    "square": "M-4.5,-4.5h9v9h-9Z",
+    "triangle-up": "M0,-5L5.5,4.5H-5.5Z",
+    "diamond": "M0,-6L5.5,0L0,6L-5.5,0Z",
+    "cross": "M-5.5,-2h3.5v-3.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5Z",
+    "triangle-down": "M0,5L5.5,-4.5H-5.5Z",
+    "triangle-right": "M5,0L-4.5,5.5V-5.5Z",
+    "triangle-left": "M-5,0L4.5,5.5V-5.5Z",
+}
+BANDS = 8
+"""Bands of more models than these would hide each other."""
+DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+_WIDTH, _HEIGHT = 720, 330
+_LEGEND_COLUMNS_WIDTH = 200
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model looks in every figure."""
+
+    colour: str
+    symbol: str
+    dash: tuple[int, ...]
+
+    @classmethod
+    def of(cls, number: int) -> Style:
+        """The look of model ``number``, from 0; the first 168 are all different."""
+        colours, symbols = len(COLOURS), len(SYMBOLS)
+        dash = DASHES[number // (colours * symbols) % len(DASHES)]
+        return cls(COLOURS[number % colours], list(SYMBOLS)[number % symbols], dash)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a chart."""
+
+    title: str
+    format: str = ".4~g"
+    """Of its values, in d3's words."""
+    whole: bool = False
+    """Whether its values are integers."""
+    scale: Literal["linear", "log", "symlog"] = "linear"
+    zero: bool = False
+    """Whether a linear axis begins at 0."""
+    ticks: tuple[float, ...] = ()
+    """Of an axis that is not linear."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture without its size, colours of the page and rows."""
+
+    spec: dict[str, Any]
+    rows: list[Row]
+
+    def interactive(self) -> dict[str, Any]:
+        """The specification for the page: as wide as its place, without legend and background."""
+        return self._with(width="container", background=None)
+
+    def svg(self, name: str) -> str:
+        """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
+        return _convert(self._with(width=_WIDTH, background=None), name)
+
+    def pictures(self, title: str, **chosen: str) -> tuple[str, bytes]:
+        """SVG and PNG that stand alone: on white, with title and legend, and with parameters as chosen."""
+        spec = self._with(width=_WIDTH, background="white")
+        spec["title"] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
+        spec["padding"] = 14
+        spec["params"] = [
+            p | ({"value": chosen[p["name"]]} if p["name"] in chosen else {}) for p in spec["params"]
+        ]
+        spec = json.loads(json.dumps(spec))
+        for layer in spec.get("layer", []):
+            for channel in ("color", "shape", "strokeDash"):
+                if "legend" in (encoding := layer.get("encoding", {}).get(channel, {})):
+                    encoding["legend"] = _legend(spec)
+        svg = _convert(spec, "figure")
+        return svg, vl_convert.svg_to_png(svg, scale=2)
+
+    def _with(self, **changes: Any) -> dict[str, Any]:
+        return self.spec | {"datasets": {"rows": self.rows}} | changes
+
+
+def _legend(spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "orient": "bottom",
+        "title": None,
+        "columns": _WIDTH // _LEGEND_COLUMNS_WIDTH,
+        "labelLimit": _LEGEND_COLUMNS_WIDTH + 60,
+        "symbolSize": 70,
+        "symbolOpacity": 1,
+        "symbolLimit": 0,
+    }
+
+
+def log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """A few round numbers from ``low`` to ``high``, both above 0, at factors that look even."""
+    decades = math.log10(high / low)
+    mantissas = (1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{mantissa}e{exponent}") for exponent in exponents for mantissa in mantissas]
+    return tuple(tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high)
+
+
+def _convert(spec: dict[str, Any], name: str) -> str:
+    """An SVG whose ids begin with ``name``; Vega counts them on from picture to picture."""
+    svg: str = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, allowed_base_urls=[])
+    for number, identity in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))):
+        svg = svg.replace(f'id="{identity}"', f'id="{name}-{number}"')
+        svg = svg.replace(f"url(#{identity})", f"url(#{name}-{number})")
+    return svg
+
+
+def lines(
+    rows: list[Row],
+    models: Sequence[tuple[str, Style]],
+    x: Axis,
+    y: Axis,
+    *,
+    choices: dict[str, str] | None = None,
+    band: bool = False,
+    rule: float | None = None,
+) -> Chart:
+    """A line for each model through its values, with a marker on each.
+
+    Args:
+        rows: ``model``, ``x``, ``y``, with ``band`` also ``low`` and ``high``, and a field for each choice.
+        models: label and look, in order.
+        x, y: the axes.
+        choices: fields of which only the rows with a chosen value are shown, and what is chosen at first.
+        band: fill from ``low`` to ``high``; of more than :data:`BANDS` models only where one is picked.
+        rule: draw a horizontal line there.
+    """
+    choices = choices or {}
+    labels, styles = [label for label, _ in models], [style for _, style in models]
+    picked = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
+    colour = alt.Color("model:N", legend=None).scale(domain=labels, range=[s.colour for s in styles])
+    shape = alt.Shape("model:N", legend=None).scale(domain=labels, range=[s.symbol for s in styles])
+    dash = alt.StrokeDash("model:N", legend=None).scale(domain=labels, range=[list(s.dash) for s in styles])
+    opacity = alt.condition(picked, alt.value(1), alt.value(0.12))
+    base = alt.Chart().encode(x=_position(alt.X("x:Q"), x), color=colour)
+    tooltip = [
+        alt.Tooltip("model:N", title="model"),
+        alt.Tooltip("x:Q", title=x.title, format="," if x.whole else x.format),
+        alt.Tooltip("y:Q", title=y.title, format=y.format),
+        *(
+            alt.Tooltip(f"{field}:Q", title=title, format=y.format)
+            for field, title in {"low": "band from", "high": "band to"}.items()
+            if band
+        ),
+    ]
+    vertical = _position(alt.Y("y:Q"), y)
+    layers: list[alt.Chart] = []
+    faint = min(0.22, 0.6 / len(models)) if len(models) <= BANDS else 0
+    if band:
+        layers.append(
+            base.mark_area().encode(
+                y=_position(alt.Y("low:Q"), y),
+                y2="high:Q",
+                opacity=alt.value(0),
+            )
+        )
+    if rule is not None:
+        layers.append(alt.Chart().mark_rule(strokeDash=[4, 4], color="#767676").encode(y=alt.datum(rule)))
+    layers.append(base.mark_line(strokeWidth=2).encode(y=vertical, strokeDash=dash, opacity=opacity))
+    layers.append(
+        base.mark_point(filled=True, size=46).encode(
+            y=vertical, shape=shape, opacity=opacity, tooltip=tooltip
+        )
+    )
+    chart = alt.layer(*layers, data=alt.NamedData("rows"))
+    filters = [f"datum.{name} === {name}" for name in choices]
+    filters += ["scale !== 'log' || datum.y > 0"] if y.scale == "log" else []
+    spec = _finish(chart, filters)
+    if band:
+        spec["layer"][0]["encoding"]["opacity"]["condition"] = [
+            {"test": "length(picked) == 0", "value": faint},
+            {"test": picked, "value": 0.25},
+        ]
+    spec["params"] = [
+        {"name": "picked", "value": []},
+        *({"name": name, "value": value} for name, value in choices.items()),
+        *([{"name": "scale", "value": "log"}] if y.scale == "log" else []),
+    ]
+    return Chart(spec, rows)
+
+
+def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
+    """Layers over training steps, the displacement as colour on a logarithmic scale from low to high.
+
+    Args:
+        rows: ``step``, ``layer``, ``state`` and ``value``, which is above 0.
+        low, high: ends of the colour scale; equal for all maps of a page.
+        height: in pixels.
+    """
+    scale = alt.Scale(type="log", domain=[low, high], scheme="viridis", clamp=True)
+    legend = alt.Legend(title="displacement", format=".2~g", gradientLength=min(height, 200), tickCount=4)
+    chart = (
+        alt.Chart(alt.NamedData("rows"))
+        .mark_rect()
+        .encode(
+            x=alt.X("step:O", title="training step").axis(
+                labelAngle=0, labelOverlap=True, labelSeparation=6, format=","
+            ),
+            y=alt.Y("layer:O", title="layer", sort="descending").axis(labelOverlap=True, labelSeparation=6),
+            color=alt.Color("value:Q", scale=scale, legend=legend),
+            tooltip=[
+                alt.Tooltip("step:O", title="training step", format=","),
+                alt.Tooltip("layer:O", title="layer"),
+                alt.Tooltip("exact:Q", title="displacement", format=".4~g"),
+            ],
+        )
+    )
+    spec = _finish(chart, ["datum.state === state"], height)
+    spec["params"] = [{"name": "state", "value": "pre_norm"}]
+    return Chart(spec, rows)
+
+
+def _position(channel: Any, axis: Axis) -> Any:
+    form = ",d" if axis.whole else ".6~g"
+    if axis.ticks:
+        # The page takes scale and ticks away when it changes the axis to a linear one.
+        scale = alt.Scale(type=axis.scale, nice=False, padding=10)
+        ticks = alt.Axis(format=form, values=axis.ticks, labelOverlap=True, labelSeparation=6)
+    elif axis.whole:
+        scale = alt.Scale(nice=False, zero=False, padding=8)
+        ticks = alt.Axis(format=form, labelOverlap=True, labelSeparation=6, tickMinStep=1)
+    else:
+        scale, ticks = alt.Scale(zero=axis.zero), alt.Axis(format=form, tickCount=6)
+    return channel.title(axis.title).scale(scale).axis(ticks)
+
+
+def _finish(chart: alt.TopLevelMixin, filters: list[str], height: int = _HEIGHT) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.to_dict()
+    grey = "#5b6470"
+    spec["config"] = {
+        "font": _FONT,
+        "aria": False,
+        "view": {"stroke": None},
+        "axis": {
+            "gridColor": "#e3e6ea",
+            "domainColor": "#8a929c",
+            "tickColor": "#8a929c",
+            "labelColor": grey,
+            "titleColor": grey,
+            "labelFontSize": 12,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "titlePadding": 8,
+        },
+        "legend": {"labelColor": grey, "titleColor": grey, "labelFontSize": 12, "titleFontWeight": "normal"},
+        "title": {"color": "#1b1f24"},
+    }
+    spec["height"] = height
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    spec["transform"] = [{"filter": text} for text in filters]
+    return spec

@@ -1,0 +1,106 @@
+"""What goes on the page, in which order; a part without numbers is left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jreg_megatron.report import tables
+from jreg_megatron.report.check import shortened
+from jreg_megatron.report.figures import Figure, figures
+from jreg_megatron.report.inputs import Comparison, Inputs
+from jreg_megatron.report.models import LABEL_LENGTH, Model, models_of
+from jreg_megatron.report.page import Section
+
+_OF = {
+    "layers": ("displacement",),
+    "training": ("jump_rate", "validation_loss"),
+    "maps": ("heat_map",),
+    "middle": ("read_out", "early_exit", "layer_drop"),
+}
+_FEW = 12
+_TITLES = {
+    "layers": "Displacement",
+    "training": "Over training",
+    "maps": "Layers over training",
+    "middle": "Middle layers",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All parts of a page."""
+
+    subtitle: str
+    sections: list[Section]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """In order of the page."""
+        return [figure for section in self.sections for figure in section.figures]
+
+
+def compose(inputs: Inputs) -> Report:
+    """The page's parts."""
+    models = models_of(inputs)
+    compared = [_labelled(comparison, models) for comparison in inputs.comparisons]
+    drawn = figures(models, compared)
+    sections = [
+        Section(
+            "summary",
+            "In short",
+            "Ψ, the displacement, says how far a layer turns the state, from 0 to 1. ζ, the jump rate, says "
+            "how much further the last layer turns it than the layer before, in hundredths. Both depend on "
+            "whether the last layer's output is taken before or after the final norm, so each is named.",
+            tables=(tables.headline(models),),
+        )
+    ]
+    for name, prefixes in _OF.items():
+        mine = tuple(figure for figure in drawn if figure.name.startswith(prefixes))
+        if mine:
+            sections.append(Section(name, _TITLES[name], figures=mine))
+    scores = [tables.tasks(models), *(tables.comparison(*entry) for entry in compared)]
+    found = tuple(table for table in scores if table is not None)
+    if found:
+        notes = tuple(shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes)
+        sections.append(Section("tasks", "Tasks", _about_tasks(inputs), tables=found, notes=notes))
+    differing, every = tables.settings(models)
+    if every:
+        shown = () if differing is None else (differing,)
+        sections.append(Section("settings", "Settings", tables=shown, folded=(every,)))
+    sources = tables.sources(models)
+    few = () if sources is None or len(sources.rows) > _FEW else (sources,)
+    many = () if sources is None or few else (sources,)
+    files = (tables.files(models), *few)
+    conventions = (
+        "A measurement takes the last layer's output both before and after the final norm; a training run "
+        "logs the one that its settings ask for. A first token that is dropped counts in no mean."
+    )
+    sections.append(Section("sources", "Where the numbers come from", conventions, tables=files, folded=many))
+    count = f"{len(models)} model" + ("" if len(models) == 1 else "s")
+    return Report(count, sections)
+
+
+def _about_tasks(inputs: Inputs) -> str:
+    text = "Scores with their intervals in brackets."
+    if inputs.comparisons:
+        text += (
+            " A difference is one model less the other, on the same samples; a small p value says that "
+            "chance alone would seldom make it so large; adjusted, it allows for several tests."
+        )
+    return text
+
+
+def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, str, str]:
+    """A comparison with the labels of its two models, which its file knows by name, or name@step."""
+    there = [model for model in models if comparison.file in {origin.file for origin in model.origins}]
+    labels: list[str] = []
+    for name in comparison.models:
+        known = [model.label for model in there if name in {model.name, *_places(model)}]
+        free = [label for label in known if label not in labels]
+        labels.append((free or known or [shortened(name, LABEL_LENGTH)])[0])
+    return comparison, labels[0], labels[1]
+
+
+def _places(model: Model) -> set[str]:
+    origins = [entry.origin for entry in model.evaluated]
+    return {f"{origin.name}@{origin.revision or origin.step}" for origin in origins}

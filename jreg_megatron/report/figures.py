@@ -1,0 +1,448 @@
+"""The figures of a report: pure functions of its models, each with its caption and its numbers as a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines, log_ticks
+from jreg_megatron.report.inputs import STATES, Comparison, ReadOut
+from jreg_megatron.report.models import Model
+from jreg_megatron.report.tables import Table
+
+STATE_WORDS = {"pre_norm": "before the final norm", "post_norm": "after the final norm"}
+FIRST_WORDS = {"dropped": "left out", "kept": "counted"}
+_DWARFS = 8.0
+"""The largest displacement over the median one, from which on a linear axis hides most layers."""
+_PSI = "displacement Ψ"
+_STEP, _LAYER = Axis("training step", whole=True), Axis("layer", whole=True)
+_MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A few of a figure's rows to be shown at a time."""
+
+    field: str
+    title: str
+    options: dict[str, str]
+    """What is shown on the page for each value; the first is chosen at first."""
+
+    @property
+    def first(self) -> str:
+        """The value chosen at first."""
+        return next(iter(self.options))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with all that is said about it."""
+
+    name: str
+    """For files and addresses; of small letters, digits and underscores."""
+    title: str
+    caption: str
+    chart: Chart
+    table: Table
+    models: tuple[tuple[str, Style], ...] = ()
+    """Of its legend; empty if it has none."""
+    choices: tuple[Choice, ...] = ()
+
+
+Looks = dict[str, Style]
+
+
+def figures(models: Sequence[Model], comparisons: Sequence[tuple[Comparison, str, str]]) -> list[Figure]:
+    """All figures that there are numbers for.
+
+    Args:
+        models: with their labels.
+        comparisons: each with the labels of its two models.
+    """
+    looks = {model.label: Style.of(index) for index, model in enumerate(models)}
+    found: list[Figure | None] = [
+        displacement(models, looks),
+        displacement_in_training(models, looks),
+        jump_rate(models, looks),
+        jump_rate_in_training(models, looks),
+        *heat_maps(models),
+        validation_loss(models, looks),
+        *read_outs(models, looks),
+        *(
+            read_out_difference(comparison, a, b, "" if index == 0 else f"_{index + 1}")
+            for index, (comparison, a, b) in enumerate(comparisons)
+        ),
+        layer_drop(models, looks),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def displacement(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """Displacement per layer as measured, with its spread over tokens."""
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    values: list[float] = []
+    firsts: list[str] = []
+    for model in models:
+        if not model.measured:
+            continue
+        entry = model.measured[-1]
+        firsts.append(entry.first_token)
+        for (first, state), block in entry.layers.items():
+            values += [psi for psi in block.displacement if psi > 0]
+            numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
+            for layer, (psi, spread) in numbers:
+                row: Row = {"model": model.label, "x": layer, "y": psi, "state": state, "first": first}
+                row |= {"spread": spread if block.spread else None, "low": psi, "high": psi}
+                rows.append(row)
+                if first == entry.first_token:
+                    last = layer == entry.origin.num_layers
+                    name = f"{layer}, {STATE_WORDS[state]}" if last else str(layer)
+                    columns.setdefault(model.label, {})[name] = psi
+    if not rows:
+        return None
+    floor = min(values, default=1e-9) / 2
+    for row in rows:
+        if isinstance(row["spread"], float) and isinstance(row["y"], float):
+            row["low"], row["high"] = max(floor, row["y"] - row["spread"]), row["y"] + row["spread"]
+    log = _dwarfed(values)
+    first = max(dict.fromkeys(firsts), key=firsts.count)
+    order = sorted({str(row["first"]) for row in rows}, key=lambda value: value != first)
+    choices = [_states(STATES)]
+    if len(order) > 1:
+        choices.append(
+            Choice("first", "first token of a text", {value: FIRST_WORDS[value] for value in order})
+        )
+    if log:
+        choices.append(Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}))
+    band = any(row["spread"] is not None for row in rows)
+    shown = _shown(rows, looks)
+    return Figure(
+        "displacement",
+        "How far each layer turns the state",
+        "Displacement Ψ is half of one minus the cosine between a layer's input and its output: 0 leaves the "
+        "direction as it is, 0.5 is a right angle. A last point far above the one before is the jump."
+        + (" The band is one standard deviation over tokens" if band else "")
+        + ((": pick a model to see its own." if len(shown) > BANDS else ".") if band else "")
+        + (" The axis is logarithmic: equal distances are equal factors." if log else "")
+        + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else ""),
+        lines(
+            rows,
+            shown,
+            _LAYER,
+            _vertical(_PSI, rows, log),
+            choices={choice.field: choice.first for choice in choices if choice.field != "scale"},
+            band=band,
+        ),
+        Table.of("Displacement Ψ of each layer, mean over tokens", "layer", columns),
+        shown,
+        tuple(choices),
+    )
+
+
+def displacement_in_training(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """Displacement per layer at the last validation of runs."""
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    for model in models:
+        for layer, psi in enumerate(model.run.displacement if model.run else (), start=1):
+            rows.append({"model": model.label, "x": layer, "y": psi})
+            columns.setdefault(model.label, {})[str(layer)] = psi
+    if not rows:
+        return None
+    log = _dwarfed([float(row["y"] or 0) for row in rows if row["y"]])
+    shown = _shown(rows, looks)
+    return Figure(
+        "displacement_in_training",
+        "How far each layer turns the state, at the end of training",
+        "Displacement Ψ of each layer as training logged it at the last validation. The last layer's output "
+        f"is taken {_of_runs(models)}." + (" The axis is logarithmic." if log else ""),
+        lines(rows, shown, _LAYER, _vertical(_PSI, rows, log)),
+        Table.of("Displacement Ψ of each layer at the last validation", "layer", columns),
+        shown,
+        (Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}),) if log else (),
+    )
+
+
+def jump_rate(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """zeta_L of models that were measured at several steps."""
+    rows: list[Row] = []
+    columns: dict[str, dict[int, float]] = {}
+    for model in models:
+        for entry in model.measured if model.is_series else ():
+            for state in STATES:
+                rate = entry.layers[entry.first_token, state].jump_rate
+                if entry.origin.step is None or rate is None:
+                    continue
+                rows.append({"model": model.label, "x": entry.origin.step, "y": rate, "state": state})
+                name = f"{model.label}, {STATE_WORDS[state]}"
+                columns.setdefault(name, {})[entry.origin.step] = rate
+    if not rows:
+        return None
+    shown, choice = _shown(rows, looks), _states(STATES)
+    return Figure(
+        "jump_rate",
+        "The last layer's jump over training",
+        "Jump rate ζ: how much further the last layer turns the state than the layer before it, in "
+        "hundredths of displacement. Measured on checkpoints; 0 is no jump.",
+        lines(rows, shown, _steps(rows), Axis("jump rate ζ", zero=True), choices={"state": choice.first}),
+        _by_step("Jump rate ζ at each step", columns),
+        shown,
+        (choice,),
+    )
+
+
+def jump_rate_in_training(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """zeta_L as runs logged it."""
+    rows, columns = _of_histories(models, lambda model: model.run.jump_rate if model.run else ())
+    if not rows:
+        return None
+    shown = _shown(rows, looks)
+    return Figure(
+        "jump_rate_in_training",
+        "The last layer's jump, as training logged it",
+        "Jump rate ζ on validation data: how much further the last layer turns the state than the layer "
+        f"before it, in hundredths of displacement. The last layer's output is taken {_of_runs(models)}.",
+        lines(rows, shown, _steps(rows), Axis("jump rate ζ", zero=True)),
+        _by_step("Jump rate ζ at each validation", columns),
+        shown,
+    )
+
+
+def validation_loss(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """Validation loss of runs."""
+    rows, columns = _of_histories(models, lambda model: model.run.validation_loss if model.run else ())
+    if not rows:
+        return None
+    shown = _shown(rows, looks)
+    return Figure(
+        "validation_loss",
+        "Validation loss over training",
+        "Cross-entropy on held-out text; lower is better.",
+        lines(rows, shown, _steps(rows), Axis("loss (nats per token)")),
+        _by_step("Validation loss, nats per token", columns),
+        shown,
+    )
+
+
+def heat_maps(models: Sequence[Model]) -> list[Figure]:
+    """Displacement over layers and steps, one map for each model that was measured at several."""
+    series = [model for model in models if model.is_series]
+    values = [
+        psi
+        for model in series
+        for entry in model.measured
+        for state in STATES
+        for psi in entry.layers[entry.first_token, state].displacement
+        if psi > 0
+    ]
+    low, high = min(values, default=1e-3), max(values, default=1.0)
+    if low == high:
+        low /= 2
+    return [_heat_map(model, f"heat_map_{index}", low, high) for index, model in enumerate(series, start=1)]
+
+
+def _heat_map(model: Model, name: str, low: float, high: float) -> Figure:
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    for entry in model.measured:
+        if entry.origin.step is None:
+            continue
+        step = entry.origin.step
+        for state in STATES:
+            for layer, psi in enumerate(entry.layers[entry.first_token, state].displacement, start=1):
+                row: Row = {"step": step, "layer": layer, "state": state}
+                rows.append(row | {"value": max(psi, low), "exact": psi})
+                words = f"{layer}, {STATE_WORDS[state]}" if layer == entry.origin.num_layers else str(layer)
+                columns.setdefault(f"step {step:,}", {})[words] = psi
+    return Figure(
+        name,
+        f"Where the turning is, over training: {model.label}",
+        "Each column is a checkpoint, each row a layer, the last one on top; brighter turns the state "
+        "further. The colours are logarithmic and the same in all maps of this page.",
+        heat_map(
+            rows,
+            low=low,
+            high=high,
+            height=min(max(_MAP_LEAST, _MAP_ROW * (model.num_layers or 1)), _MAP_MOST),
+        ),
+        Table.of("Displacement Ψ by layer and step", "layer", columns),
+        (),
+        (_states(STATES),),
+    )
+
+
+def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
+    """Loss, accuracy and agreement behind each layer."""
+    about = (
+        "The state behind each layer goes through the final norm and the head, as if the model ended there"
+    )
+    return [
+        _read_out(
+            models,
+            looks,
+            "read_out_loss",
+            "What the middle layers already know",
+            f"{about}. Lower loss in the middle means more is known earlier. Layer 0 is the embedding.",
+            Axis("loss (nats per token)"),
+            lambda read_out: read_out.loss,
+        ),
+        _read_out(
+            models,
+            looks,
+            "early_exit_accuracy",
+            "Right predictions, leaving after each layer",
+            f"{about}: the share of next tokens predicted right. Higher is better.",
+            Axis("accuracy", zero=True),
+            lambda read_out: read_out.accuracy,
+        ),
+        _read_out(
+            models,
+            looks,
+            "early_exit_agreement",
+            "Predictions that are final, leaving after each layer",
+            f"{about}: the share of tokens for which it predicts what the whole model predicts.",
+            Axis("agreement", zero=True),
+            lambda read_out: read_out.agreement,
+        ),
+    ]
+
+
+def _read_out(
+    models: Sequence[Model],
+    looks: Looks,
+    name: str,
+    title: str,
+    caption: str,
+    axis: Axis,
+    pick: Callable[[ReadOut], tuple[float, ...] | None],
+) -> Figure | None:
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    for model in models:
+        read_out = next((e.read_out for e in reversed(model.evaluated) if e.read_out is not None), None)
+        for layer, value in enumerate((pick(read_out) or ()) if read_out else ()):
+            rows.append({"model": model.label, "x": layer, "y": value})
+            columns.setdefault(model.label, {})[str(layer)] = value
+    if not rows:
+        return None
+    shown = _shown(rows, looks)
+    table = Table.of(f"{title}: {axis.title}", "layer", columns)
+    return Figure(name, title, caption, lines(rows, shown, _LAYER, axis), table, shown)
+
+
+def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> Figure | None:
+    """Difference of the loss behind each layer between two models, with its interval."""
+    if not comparison.read_out:
+        return None
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    label = "difference"
+    for layer, difference in enumerate(comparison.read_out):
+        low, high = difference.interval or (difference.value, difference.value)
+        rows.append({"model": label, "x": layer, "y": difference.value, "low": low, "high": high})
+        parts = {"difference": difference.value, "from": low, "to": high}
+        parts |= {} if difference.p_value is None else {"p value": difference.p_value}
+        parts |= {} if difference.p_adjusted is None else {"p value, adjusted": difference.p_adjusted}
+        for column, value in parts.items():
+            columns.setdefault(column, {})[str(layer)] = value
+    return Figure(
+        f"read_out_difference{suffix}",
+        "Which model's middle layers know more",
+        f"Loss behind each layer of {b} less that of {a}; below 0, {b} is better. The band is the "
+        f"{comparison.confidence:.0%} interval: where it does not touch 0, it is hardly chance.",
+        lines(rows, [(label, Style.of(0))], _LAYER, Axis("difference in loss"), band=True, rule=0),
+        Table.of("Difference in loss behind each layer", "layer", columns),
+    )
+
+
+def layer_drop(models: Sequence[Model], looks: Looks) -> Figure | None:
+    """How much worse a model gets without one of its layers."""
+    rows: list[Row] = []
+    columns: dict[str, dict[str, float]] = {}
+    for model in models:
+        drop = next((e.layer_drop for e in reversed(model.evaluated) if e.layer_drop is not None), None)
+        for layer, loss in enumerate(drop.loss if drop else (), start=1):
+            rise = loss - (drop.unchanged if drop else 0)
+            rows.append({"model": model.label, "x": layer, "y": rise})
+            columns.setdefault(model.label, {})[str(layer)] = rise
+    if not rows:
+        return None
+    log = _dwarfed([float(row["y"] or 0) for row in rows if float(row["y"] or 0) > 0])
+    log = log and all(float(row["y"] or 0) > 0 for row in rows)
+    shown = _shown(rows, looks)
+    return Figure(
+        "layer_drop",
+        "What each layer is needed for",
+        "How much the loss rises when this one layer is left out; near 0 the layer does little."
+        + (" The axis is logarithmic." if log else ""),
+        lines(rows, shown, _LAYER, _vertical("rise of the loss (nats per token)", rows, log)),
+        Table.of("Rise of the loss without each layer, nats per token", "layer", columns),
+        shown,
+        (Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}),) if log else (),
+    )
+
+
+def _of_histories(
+    models: Sequence[Model], pick: Callable[[Model], Iterable[float]]
+) -> tuple[list[Row], dict[str, dict[int, float]]]:
+    rows: list[Row] = []
+    columns: dict[str, dict[int, float]] = {}
+    for model in models:
+        for step, value in zip(model.run.iterations if model.run else (), pick(model), strict=True):
+            if math.isfinite(value):
+                rows.append({"model": model.label, "x": step, "y": value})
+            columns.setdefault(model.label, {})[step] = value
+    return rows, columns
+
+
+def _shown(rows: list[Row], looks: Looks) -> tuple[tuple[str, Style], ...]:
+    there = {row["model"] for row in rows}
+    return tuple((label, style) for label, style in looks.items() if label in there)
+
+
+def _dwarfed(values: Sequence[float]) -> bool:
+    """Whether a linear axis would hide most of the values."""
+    return bool(values) and max(values) > _DWARFS * statistics.median(values)
+
+
+def _vertical(title: str, rows: list[Row], log: bool) -> Axis:
+    if not log:
+        return Axis(title)
+    values = [float(row.get(key) or 0) for row in rows for key in ("low", "y", "high")]
+    return Axis(title, scale="log", ticks=log_ticks(min(value for value in values if value > 0), max(values)))
+
+
+def _steps(rows: list[Row]) -> Axis:
+    """The axis of steps; logarithmic where they were chosen so, as Pythia's."""
+    steps = sorted({float(row["x"] or 0) for row in rows})
+    if len(steps) < 5 or steps[-1] < 20 * statistics.median(steps):
+        return _STEP
+    some = [step for step in steps if step > 0]
+    ticks = log_ticks(some[0], some[-1])
+    if steps[0] > 0:
+        return Axis("training step", whole=True, scale="log", ticks=ticks)
+    return Axis("training step", whole=True, scale="symlog", ticks=(0, *ticks))
+
+
+def _states(states: Sequence[str]) -> Choice:
+    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in states})
+
+
+def _of_runs(models: Sequence[Model]) -> str:
+    states = dict.fromkeys(model.run.final_state for model in models if model.run)
+    if len(states) == 1:
+        return STATE_WORDS[next(iter(states))]
+    named = {state: [m.label for m in models if m.run and m.run.final_state == state] for state in states}
+    return " and ".join(f"{STATE_WORDS[state]} in {', '.join(labels)}" for state, labels in named.items())
+
+
+def _by_step(caption: str, columns: dict[str, dict[int, float]]) -> Table:
+    steps = sorted({step for column in columns.values() for step in column})
+    ordered = {
+        name: {f"{step:,}": column[step] for step in steps if step in column}
+        for name, column in columns.items()
+    }
+    return Table.of(caption, "step", ordered, order=[f"{step:,}" for step in steps])

@@ -1,0 +1,94 @@
+"""The page: one HTML file with everything in it that it needs, and no way out to a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from jreg_megatron.report.charts import SYMBOLS, VEGA_LITE
+from jreg_megatron.report.figures import Figure
+from jreg_megatron.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; at least one of its figures, tables and folded tables is there."""
+
+    name: str
+    title: str
+    intro: str = ""
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    folded: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The page as text.
+
+    Scripts run only if their hash is in the page's Content-Security-Policy, which also forbids every
+    connection; Vega's expressions go through its interpreter, so that no text is ever compiled to a script.
+    """
+    figures = [figure for section in sections for figure in section.figures]
+    scripts = [_asset("page.js")]
+    scripts += [_library(), _asset("figures.js")] if figures else []
+    environment = jinja2.Environment(
+        loader=jinja2.BaseLoader(),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(_asset("page.html.jinja")).render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        style=Markup(_asset("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts),
+        data=Markup(_embedded({figure.name: _for_script(figure) for figure in figures})),
+        pictures={figure.name: Markup(figure.chart.svg(figure.name)) for figure in figures},
+        symbols=SYMBOLS,
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _for_script(figure: Figure) -> dict[str, Any]:
+    return {"spec": figure.chart.interactive()}
+
+
+def _embedded(data: Any) -> str:
+    """JSON that no HTML parser takes for a tag."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
+    # Inside a string both spellings are one; outside of strings neither occurs.
+    return re.sub(r"<(?=/script|script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)
+
+
+def _asset(name: str) -> str:
+    return (files("jreg_megatron.report") / name).read_text(encoding="utf-8")

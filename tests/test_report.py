@@ -1,0 +1,523 @@
+"""What ``jreg_megatron.report`` promises of its input, its numbers and its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_toy import (
+    LAYERS,
+    MODELS,
+    STEPS,
+    TASKS,
+    evaluation,
+    measurement,
+    psi,
+    summary,
+    write,
+    write_events,
+)
+
+pytest.importorskip("altair", reason="the report needs the extra 'report'")
+pytest.importorskip("vl_convert", reason="the report needs the extra 'report'")
+
+from jreg_megatron.report.__main__ import main
+
+
+class Page(HTMLParser):
+    """A page's sections, its tables by their caption, and all of its text outside of scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.figures: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] = []
+        self._at, self._caption = "", ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag in ("section", "figure"):
+            (self.sections if tag == "section" else self.figures).append(found["id"] or "")
+        elif tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        self._at = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+        self._at = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._at in ("td", "th"):
+            self._rows[-1][-1] += data
+        elif self._at == "caption":
+            self._caption += data
+
+    def column(self, caption: str, name: str) -> list[str]:
+        """A column's cells, from top to bottom."""
+        head, *rows = self.tables[caption]
+        return [row[head.index(name)] for row in rows]
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
+    """Run the command in a folder of its own; returns the page."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Page:
+        monkeypatch.setattr(sys, "argv", ["jreg-megatron report", *map(str, words)])
+        main()
+        return Page(tmp_path / "report.html")
+
+    return run
+
+
+def refusal(report: Callable[..., Page], capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line with which the command refuses its input."""
+    with pytest.raises(SystemExit) as stop:
+        report(*words)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("jreg_megatron: error: ")
+    return printed.err
+
+
+HEADLINE = "The last state of each model"
+
+
+def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page]) -> None:
+    page = report(
+        write(Path("m.json"), measurement(steps=STEPS)),
+        write(Path("e.json"), evaluation()),
+        write(Path("summary.json"), summary(("short", "short with jreg"))),
+        write_events(Path("big run/tensorboard"), {100: 3.0, 200: 2.5}),
+    )
+    assert page.sections == [
+        *("summary", "layers", "training", "maps", "middle", "tasks", "settings", "sources")
+    ]
+    assert page.figures == [
+        *(
+            "displacement",
+            "displacement_in_training",
+            "jump_rate",
+            "jump_rate_in_training",
+            "validation_loss",
+        ),
+        *("heat_map_1", "heat_map_2", "read_out_loss", "early_exit_accuracy", "early_exit_agreement"),
+        *("read_out_difference", "layer_drop"),
+    ]
+    assert page.column(HEADLINE, "model") == [*MODELS, "short", "short with jreg", "big run"]
+    assert page.column("Files", "what") == ["measurement", "evaluation", "training run", "training run"]
+
+
+@pytest.mark.parametrize(
+    ("document", "sections", "figures"),
+    [
+        (measurement(), {"layers"}, {"displacement"}),
+        (summary(), {"layers", "training"}, {"validation_loss"}),
+        (evaluation(), {"middle", "tasks"}, {"read_out_loss", "layer_drop"}),
+    ],
+    ids=["measurement", "summary", "evaluation"],
+)
+def test_a_part_without_numbers_is_not_on_the_page(
+    report: Callable[..., Page], document: dict[str, Any], sections: set[str], figures: set[str]
+) -> None:
+    page = report(write(Path("input.json"), document))
+    assert set(page.sections) - {"summary", "settings", "sources"} == sections
+    assert figures <= set(page.figures)
+    assert all(len(rows) > 1 for rows in page.tables.values())
+
+
+def test_a_model_with_nothing_but_scores_has_no_empty_parts(report: Callable[..., Page]) -> None:
+    document = evaluation(("a", "b"))
+    for model in document["models"]:
+        del model["read_out"], model["layer_drop"]
+    document["comparison"] = None
+    page = report(write(Path("e.json"), document))
+    assert page.sections == ["summary", "tasks", "sources"]
+    assert page.figures == []
+    assert page.tables[HEADLINE][0] == ["model", "layers L"]
+
+
+def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -> None:
+    document = measurement()
+    page = report(
+        write(Path("m.json"), document),
+        write(Path("e.json"), evaluation()),
+        write(Path("summary.json"), summary(("x", "y"))),
+    )
+    first = document["models"][0]
+    before = first["displacement"]["pre_norm"]
+    assert float(page.column(HEADLINE, "ζ before the final norm")[0]) == pytest.approx(
+        first["jump_rate"]["pre_norm"], rel=1e-3
+    )
+    assert float(page.column(HEADLINE, "ζ after it")[0]) == pytest.approx(
+        first["jump_rate"]["post_norm"], rel=1e-3
+    )
+    assert page.column(HEADLINE, "λ") == ["0", "0.1", "0", "0.1"]
+    assert page.column(HEADLINE, "validation loss") == ["–", "–", "5.500", "5.500"]
+    per_layer = "Displacement Ψ of each layer, mean over tokens"
+    assert page.column(per_layer, "layer") == [
+        *map(str, range(1, LAYERS)),
+        *(f"{LAYERS}, {when} the final norm" for when in ("before", "after")),
+    ]
+    cells = [float(cell) for cell in page.column(per_layer, "baseline")]
+    assert cells == pytest.approx([*before, first["displacement"]["post_norm"][-1]], rel=1e-3)
+    assert page.column("Tasks; intervals in brackets", "jreg")[0] == "0.5300 (0.5100 to 0.5500)"
+    differences = "jreg less baseline, on the same samples"
+    assert page.column(differences, "task") == [*TASKS, "mean of tasks"]
+    assert page.column(differences, "95% interval")[-1] == "+0.00400 to +0.0180"
+    assert page.column(differences, "p value") == ["0.080"] * len(TASKS) + ["< 0.001"]
+    assert page.column("Validation loss, nats per token", "step") == [f"{step:,}" for step in STEPS]
+
+
+def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:
+    document = measurement()
+    document["models"][1]["settings"] |= {"jreg_alpha": "3", "seed": "7"}
+    page = report(write(Path("m.json"), document))
+    assert page.column("Settings that differ", "setting") == ["jreg_coeff"]
+    assert page.column("All settings", "setting") == ["jreg_alpha", "jreg_coeff", "lr", "seed"]
+    assert page.column("All settings", "baseline") == ["3.0", "0.0", "0.0006", "–"]
+
+
+def test_a_measurement_and_an_evaluation_of_one_source_are_one_model(report: Callable[..., Page]) -> None:
+    page = report(write(Path("m.json"), measurement()), write(Path("e.json"), evaluation()))
+    assert page.column(HEADLINE, "model") == list(MODELS)
+
+
+def test_a_run_belongs_to_the_model_of_its_name(report: Callable[..., Page]) -> None:
+    page = report(
+        write(Path("m.json"), measurement(("baseline",), layers=4)),
+        write_events(Path("baseline/tensorboard"), {100: 3.0, 200: 2.5}),
+        write_events(Path("jreg/tensorboard"), {100: 3.1, 200: 2.6}),
+    )
+    assert page.column(HEADLINE, "model") == ["baseline", "jreg"]
+    assert page.column(HEADLINE, "validation loss") == ["2.500", "2.600"]
+
+
+def test_two_inputs_with_one_name_are_told_apart(report: Callable[..., Page]) -> None:
+    page = report(
+        write(Path("m.json"), measurement(("model",), source="a/model")),
+        write(Path("n.json"), measurement(("model",), source="b/model")),
+        write_events(Path("east/run/tensorboard"), {100: 3.0}),
+        write_events(Path("west/run/tensorboard"), {100: 3.0}),
+    )
+    assert page.column(HEADLINE, "model") == [
+        *("model (a/model)", "model (b/model)"),
+        *("run (east/run/tensorboard)", "run (west/run/tensorboard)"),
+    ]
+
+
+def test_one_source_measured_twice_is_told_apart_by_its_files(report: Callable[..., Page]) -> None:
+    for folder in ("one", "two"):
+        Path(folder).mkdir()
+    page = report(
+        write(Path("one/m.json"), measurement(("model",))), write(Path("two/m.json"), measurement(("model",)))
+    )
+    assert page.column(HEADLINE, "model") == ["model (one/m.json)", "model (two/m.json)"]
+
+
+def test_an_input_given_twice_counts_once(report: Callable[..., Page]) -> None:
+    path = write(Path("m.json"), measurement())
+    assert report(path, path.resolve()).column(HEADLINE, "model") == list(MODELS)
+
+
+def test_steps_in_several_files_are_one_series(report: Callable[..., Page]) -> None:
+    files = [write(Path(f"{step}.json"), measurement(("a",), (step,))) for step in (900, 100, 500)]
+    page = report(*files)
+    assert page.column("Jump rate ζ at each step", "step") == ["100", "500", "900"]
+    assert page.column(HEADLINE, "step") == ["900"]
+
+
+def test_checkpoints_of_one_name_that_were_evaluated_are_compared_by_their_step(
+    report: Callable[..., Page],
+) -> None:
+    document = evaluation(("a", "a"))
+    for model, step in zip(document["models"], (100, 200), strict=True):
+        model["step"] = step
+    compared = document["comparison"]
+    compared["models"] = ["a@100", "a@200"]
+    compared["notes"] = ["Too few <samples>."]
+    compared["tasks"]["boolq"] |= {"p_adjusted": 0.16}
+    compared["read_out"]["p_value"][3] = compared["read_out"]["interval"][3] = None
+    page = report(write(Path("m.json"), measurement(("a",), (100, 200))), write(Path("e.json"), document))
+    assert page.column(HEADLINE, "model") == ["a (step 200)", "a (step 100)"]
+    assert page.column("a (step 200) less a (step 100), on the same samples", "p value, adjusted") == [
+        *("–", "0.160", "–", "–", "–")
+    ]
+    assert page.column("Difference in loss behind each layer", "p value")[2:5] == ["0.04000", "–", "0.04000"]
+    assert "<li>Too few &lt;samples&gt;.</li>" in Path("report.html").read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "m.json", measurement(steps=(1, 2)))
+    write(tmp_path / "summary.json", summary())
+    pages = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "jreg_megatron.report", "m.json", "summary.json"]
+        command += ["--quiet", "--output", seed]
+        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == done.stderr == ""
+        pages.append((tmp_path / seed).read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_help_needs_no_heavy_package(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        "from jreg_megatron.report.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print([p for p in ('torch', 'altair', 'vl_convert') if p in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_figures_are_written_as_svg_and_png_on_white(report: Callable[..., Page]) -> None:
+    from PIL import Image
+
+    page = report(write(Path("m.json"), measurement(steps=STEPS)), "--figures", "a/b", "--title", "T")
+    files = {path.name for path in Path("a/b").iterdir()}
+    stems = {f"{name}_{state}" for name in page.figures for state in ("pre_norm", "post_norm")}
+    assert files == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
+    assert {name.rsplit("_", 2)[0] for name in stems} == {
+        "displacement",
+        "jump_rate",
+        "heat_map_1",
+        "heat_map_2",
+    }
+    for path in Path("a/b").glob("*.svg"):
+        root = ElementTree.parse(path).getroot()
+        assert root.find("{http://www.w3.org/2000/svg}rect").get("fill") == "white"  # type: ignore[union-attr]
+    for path in Path("a/b").glob("*.png"):
+        with Image.open(path) as image:
+            assert image.width >= 1400 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    pictures = [Path(f"a/b/displacement_{state}.svg").read_bytes() for state in ("pre_norm", "post_norm")]
+    assert pictures[0] != pictures[1]
+
+
+def test_the_pictures_do_not_depend_on_those_before_them(report: Callable[..., Page]) -> None:
+    path = write(Path("m.json"), measurement(("a",), (1, 2), layers=3))
+    drawn = []
+    for folder in ("one", "two"):
+        report(path, "--figures", folder)
+        drawn.append(
+            {p.name: p.read_bytes() for p in Path(folder).iterdir()} | {"": Path("report.html").read_bytes()}
+        )
+    assert drawn[0] == drawn[1]
+
+
+def test_a_run_that_diverged_is_shown_as_far_as_it_went(report: Callable[..., Page]) -> None:
+    page = report(write_events(Path("run"), {100: 3.0, 200: float("nan")}))
+    assert page.column(HEADLINE, "validation loss") == ["not finite"]
+    assert page.column("Validation loss, nats per token", "run") == ["3.000", "not finite"]
+
+
+def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Callable[..., Page]) -> None:
+    document = measurement(("still",))
+    for block in (document["models"][0], document["models"][0]["with_first_token"]):
+        for values in block["displacement"].values():
+            values[1:] = [0.0] * (LAYERS - 1)
+    page = report(write(Path("m.json"), document), write(Path("n.json"), measurement(("one",), layers=1)))
+    assert page.column(HEADLINE, "ζ before the final norm")[1] == "–"
+    assert page.column(HEADLINE, "last Ψ after it")[0] == "0.000"
+
+
+Path_ = Sequence[str | int]
+_NAN, _FIRST = float("nan"), ("models", 0)
+WRONG: list[tuple[str, dict[str, Any], Path_, Any, str]] = [
+    (
+        "nan",
+        measurement(),
+        (*_FIRST, "displacement", "pre_norm", 3),
+        _NAN,
+        "models[0].displacement.pre_norm[3]",
+    ),
+    (
+        "infinity",
+        measurement(),
+        (*_FIRST, "jump_rate", "post_norm"),
+        float("inf"),
+        "models[0].jump_rate.post_norm",
+    ),
+    (
+        "negative",
+        measurement(),
+        (*_FIRST, "displacement", "post_norm", 0),
+        -0.1,
+        "must be a finite number in 0..1",
+    ),
+    (
+        "above 1",
+        measurement(),
+        (*_FIRST, "displacement_std", "pre_norm", 0),
+        1.5,
+        "displacement_std.pre_norm[0]",
+    ),
+    ("a string", measurement(), (*_FIRST, "displacement", "pre_norm", 0), "0.1", 'pre_norm[0] is "0.1"'),
+    ("true", measurement(), (*_FIRST, "displacement", "pre_norm", 0), True, "pre_norm[0] is true"),
+    (
+        "huge",
+        measurement(),
+        (*_FIRST, "displacement", "pre_norm", 0),
+        10**400,
+        "pre_norm[0] is a number too large",
+    ),
+    (
+        "too long",
+        measurement(),
+        (*_FIRST, "displacement", "pre_norm"),
+        [0.1] * 31,
+        "must be a list of 30 numbers",
+    ),
+    ("unshown", measurement(), (*_FIRST, "norm", "pre_norm"), [1.0] * 30, "norm.pre_norm is a list of 30"),
+    (
+        "no list",
+        measurement(),
+        (*_FIRST, "displacement", "pre_norm"),
+        {},
+        "displacement.pre_norm is an object",
+    ),
+    ("null", measurement(), (*_FIRST, "displacement"), None, "models[0].displacement is null"),
+    (
+        "other",
+        measurement(),
+        (*_FIRST, "with_first_token", "displacement", "pre_norm", 1),
+        7,
+        "with_first_token.",
+    ),
+    ("no layers", measurement(), (*_FIRST, "num_layers"), 0, "num_layers is 0; it must be an integer >= 1"),
+    ("half a layer", measurement(), (*_FIRST, "num_layers"), 29.5, "num_layers is 29.5"),
+    ("step", measurement(), (*_FIRST, "step"), "100", 'models[0].step is "100"'),
+    ("name", measurement(), (*_FIRST, "name"), 7, "models[0].name is 7; it must be a text"),
+    ("kind", measurement(), (*_FIRST, "kind"), "onnx", "must be hugging_face or gguf or megatron"),
+    ("no models", measurement(), ("models",), [], "models is a list of 0"),
+    ("newer", measurement(), ("version",), 2, "version is 2; it must be 1"),
+    ("setting", measurement(), (*_FIRST, "settings", "a.b[0]"), [], 'models[0].settings["a.b[0]"] is a list'),
+    (
+        "interval",
+        evaluation(),
+        (*_FIRST, "tasks", "boolq", "interval"),
+        [2, 1],
+        "the lower end before the upper",
+    ),
+    (
+        "score",
+        evaluation(),
+        (*_FIRST, "tasks", "boolq", "value"),
+        None,
+        "models[0].tasks.boolq.value is null",
+    ),
+    ("endless", evaluation(), (*_FIRST, "tasks", "boolq", "value"), float("inf"), "boolq.value is Infinity"),
+    ("read-out", evaluation(), (*_FIRST, "read_out", "loss"), [1.0] * 30, "read_out.loss is a list of 30"),
+    ("p value", evaluation(), ("comparison", "overall", "p_value"), 1.5, "comparison.overall.p_value is 1.5"),
+    ("drop", evaluation(), (*_FIRST, "layer_drop", "loss", 2), -1, "layer_drop.loss[2] is -1"),
+    (
+        "run",
+        summary(),
+        ("runs", "jreg", "history", 1, "validation_loss"),
+        _NAN,
+        "runs.jreg.history[1].validation",
+    ),
+    ("state", summary(), ("final_state",), "middle", "must be pre_norm or post_norm"),
+    ("no history", summary(), ("runs", "jreg", "history"), [], "at least one validation"),
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "place", "value", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG]
+)
+def test_a_wrong_value_is_named_with_its_file_and_field(
+    report: Callable[..., Page],
+    capsys: pytest.CaptureFixture[str],
+    document: dict[str, Any],
+    place: Path_,
+    value: Any,
+    said: str,
+) -> None:
+    document = copy.deepcopy(document)
+    at: Any = document
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    Path("report.html").write_text("of yesterday")
+    line = refusal(report, capsys, write(Path("wrong.json"), document))
+    assert "wrong.json: " in line and said in line
+    assert Path("report.html").read_text() == "of yesterday"
+    assert sorted(path.name for path in Path().iterdir()) == ["report.html", "wrong.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is no JSON: line 1, column 1"),
+        (b'{"format": "jreg_megatron measurement"', "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON: it is not UTF-8"),
+        (b"[" * 200_000, "is no JSON that can be read"),
+        (b"1" * 5000, "is no JSON that can be read"),
+        (b"[]", "the whole is a list of 0"),
+        (b'"text"', 'the whole is "text"'),
+        (b"{}", "is neither a measurement"),
+        (b'{"format": "jreg_megatron measurement"}', "version is missing"),
+        (b'{"format": ["jreg_megatron measurement"]}', "is neither a measurement"),
+        (b'{"runs": []}', "is neither a measurement"),
+    ],
+)
+def test_a_file_of_no_known_format_is_refused_in_one_line(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    Path("x.json").write_bytes(content)
+    assert said in refusal(report, capsys, "x.json")
+
+
+def test_places_without_input_are_refused_in_one_line(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    Path("events.out.tfevents.1").touch()
+    Path("broken").mkdir()
+    Path("broken/events.out.tfevents.1").write_bytes(b"no event at all" * 20)
+    assert "no such\\nfile cannot be read" in refusal(report, capsys, "no such\nfile")
+    assert "empty is a folder without TensorBoard files" in refusal(report, capsys, "empty")
+    assert "name the folder that it lies in" in refusal(report, capsys, "events.out.tfevents.1")
+    assert "broken holds no" in refusal(report, capsys, "broken")
+    good = write(Path("m.json"), measurement())
+    assert "--output is empty, which is a folder" in refusal(report, capsys, good, "--output", "empty")
+    assert "--figures is m.json" in refusal(report, capsys, good, "--figures", "m.json")
+    assert not Path("report.html").exists()
+
+
+def test_a_folder_of_the_demo_stands_for_its_summary(report: Callable[..., Page]) -> None:
+    Path("demo").mkdir()
+    write(Path("demo/summary.json"), summary())
+    assert report("demo").column(HEADLINE, "model") == list(MODELS)
+
+
+def test_what_the_tool_says_is_where_the_page_is(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(Path("m.json"), measurement())
+    report(path)
+    assert capsys.readouterr().out == "Page: report.html\n"
+    report(path, "--quiet")
+    assert capsys.readouterr().out == ""
+    assert psi(0, 1)[-1] > psi(1, 1)[-1] and json.loads(path.read_text())["version"] == 1
