@@ -11,6 +11,7 @@ from contextlib import contextmanager
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
 
+_INTERRUPTED = 130  # as a shell has it for SIGINT
 _GRACE_SECONDS = 3.0
 
 
@@ -23,15 +24,17 @@ class UserError(ValueError):
 
 
 @contextmanager
-def user_errors_exit() -> Iterator[None]:
+def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
     """Turn a :class:`UserError` into one line on standard error and exit status 2.
+
+    With ``interrupted``, Ctrl-C ends with these words and status 130.
 
     Every rank of a job usually finds the same mistake at the same time. The first rank of each node
     speaks at once; the others wait a moment, so that the launcher ends them while they wait and the
     line appears once a node. A mistake that only one rank finds is still printed, after that moment.
 
     Raises:
-        SystemExit: with status 2, in place of a :class:`UserError`.
+        SystemExit: with status 2, in place of a :class:`UserError`, or 130 for Ctrl-C.
     """
     try:
         yield
@@ -40,3 +43,8 @@ def user_errors_exit() -> Iterator[None]:
             time.sleep(_GRACE_SECONDS)
         print(f"jreg_megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        print(f"\nInterrupted; {interrupted}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,6 @@ from jreg_megatron.data.hub import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
 from jreg_megatron.errors import UserError, user_errors_exit
 
-_INTERRUPTED = 130
-
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command.
@@ -26,12 +23,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit():
-        try:
-            args.command(args)
-        except KeyboardInterrupt:
-            print("\nInterrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+    with user_errors_exit("the same command goes on from here"):
+        args.command(args)
 
 
 def _prepare(args: Namespace) -> None:

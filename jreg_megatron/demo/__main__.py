@@ -78,6 +78,8 @@ def _demo(args: argparse.Namespace) -> None:
     )
     print(f"Trained in {time.monotonic() - started:.0f} s. Look at {output / _PICTURE}")
     print(f"Numbers: {output / _SUMMARY}. Logs: {', '.join(str(run.log) for run in runs)}")
+    models = " ".join(f"{run.name}={run.checkpoints}" for run in runs[:2])
+    print(f"Compare the two models layer by layer: jreg-megatron evaluate {models}")
 
 
 def _train(run: Run, data: DemoData, bar: tqdm, done: int) -> None:

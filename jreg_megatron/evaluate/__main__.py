@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 FORMAT = "jreg_megatron evaluation"
 PARTS = ("tasks", "read-out", "layer-drop")
 
-_INTERRUPTED = 130
 _DEFAULT_TOKENS = 512
 
 _EXAMPLES = """examples:
@@ -42,12 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit():
-        try:
-            _run(args)
-        except KeyboardInterrupt:
-            print("\nInterrupted; models that were finished are in --json and --csv", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+    with user_errors_exit("models that were finished are in --json and --csv"):
+        _run(args)
 
 
 def _run(args: Namespace) -> None:

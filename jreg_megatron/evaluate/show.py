@@ -131,6 +131,10 @@ def _remarks(document: dict[str, Any]) -> list[str]:
     if models[0]["tasks"] or (comparison and comparison["read_out"]):
         lines.append("Below a figure: its 95% interval.")
     if comparison:
+        lines.append(
+            "Intervals and tests are over samples and texts, not over training seeds: trained anew, the "
+            "models may differ by more or less."
+        )
         lines += comparison["notes"]
     elif len(models) > 2:
         lines.append("Differences are computed where two models are given.")

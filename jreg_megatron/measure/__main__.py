@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,6 @@ from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
 
 FORMAT = "jreg_megatron measurement"
 
-_INTERRUPTED = 130
 _DEFAULT_TOKENS = 512
 
 _EXAMPLES = """examples:
@@ -36,12 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit():
-        try:
-            _measure(args)
-        except KeyboardInterrupt:
-            print("\nInterrupted; models that were finished are in --json and --csv", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+    with user_errors_exit("models that were finished are in --json and --csv"):
+        _measure(args)
 
 
 def _parser() -> ArgumentParser:

@@ -54,7 +54,7 @@ def _report(args: argparse.Namespace) -> None:
     check_outputs(output=args.output)
     folder = _made(args.figures) if args.figures else None
     for package in ("altair", "jinja2", "vl_convert"):
-        need(package, "report", "report")
+        need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render
     from jreg_megatron.report.reading import read

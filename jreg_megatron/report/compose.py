@@ -85,7 +85,8 @@ def _about_tasks(inputs: Inputs) -> str:
     if inputs.comparisons:
         text += (
             " A difference is one model less the other, on the same samples; a small p value says that "
-            "chance alone would seldom make it so large; adjusted, it allows for several tests."
+            "chance alone would seldom make it so large; adjusted, it allows for several tests. Chance is "
+            "that of the samples: the same models trained anew, with other seeds, may differ by more or less."
         )
     return text
 

@@ -352,7 +352,8 @@ def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> 
         f"read_out_difference{suffix}",
         "Which model's middle layers know more",
         f"Loss behind each layer of {b} less that of {a}; below 0, {b} is better. The band is the "
-        f"{comparison.confidence:.0%} interval: where it does not touch 0, it is hardly chance.",
+        f"{comparison.confidence:.0%} interval over texts: where it does not touch 0, other texts "
+        "would hardly change the sign. Training anew, with another seed, might.",
         lines(rows, [(label, Style.of(0))], _LAYER, Axis("difference in loss"), band=True, rule=0),
         Table.of("Difference in loss behind each layer", "layer", columns),
     )
