@@ -17,6 +17,8 @@ from jreg_megatron.errors import UserError
 
 STDOUT = "-"
 
+_LONGEST_NAME = 255
+
 
 def add_output_arguments(parser: ArgumentParser, csv: bool = True) -> None:
     """Define ``--json``, ``--csv`` and ``--quiet``."""
@@ -37,8 +39,11 @@ def check_outputs(**paths: str | None) -> None:
     for flag, path in given.items():
         if path == STDOUT:
             continue
-        folder = Path(path).absolute().parent
-        if Path(path).is_dir():
+        place = Path(path)
+        folder = place.absolute().parent
+        if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            raise UserError(f"--{flag} names a file of {len(place.name)} letters; name a shorter one")
+        if place.is_dir():
             raise UserError(f"--{flag} is {path}, which is a folder; name a file")
         if not folder.is_dir():
             raise UserError(f"--{flag} is {path}, but there is no folder {folder}; make it first")
@@ -75,18 +80,44 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file so that it is there whole or not at all; ``-`` is standard output."""
+    """Write a file so that it is there whole or not at all; ``-`` is standard output.
+
+    A link stays and what it leads to is written; a pipe or a device is written to as it is.
+
+    Raises:
+        UserError: if the disk is full or the place cannot be written to after all.
+    """
     if path == STDOUT:
+        _write_to_stdout(text)
+        return
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_text(text, encoding="utf-8")
+            return
+        place = Path(os.path.realpath(path))
+        temporary = place.with_name(f".{place.name}-{os.getpid()}"[-_LONGEST_NAME:])
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room or name another file"
+        ) from error
+
+
+def _write_to_stdout(text: str) -> None:
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
-        return
-    place = Path(path)
-    temporary = place.with_name(f".{place.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as `head` has. Python would complain again when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise UserError(
+            f"standard output takes no more ({error.strerror}); write to a file elsewhere"
+        ) from error
 
 
 def versions(*packages: str) -> dict[str, str]:

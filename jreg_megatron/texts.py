@@ -125,11 +125,16 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
     which.add_argument(
         "--text",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="files, folders or patterns: text, JSON lines (.gz, .zst too), Parquet; or .bin/.idx prefixes",
     )
     which.add_argument(
-        "--speeches", nargs="+", metavar="NAME", help="State of the Union speeches, such as 1862-Lincoln-1"
+        "--speeches",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="State of the Union speeches, such as 1862-Lincoln-1",
     )
     group.add_argument(
         "--key", default=DEFAULT_KEY, help="field of JSON lines, column of Parquet (default: %(default)s)"

@@ -133,6 +133,63 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="bert", source="bert")
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_that_was_made_a_decoder_has_no_final_norm(family: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=VOCABULARY, is_decoder=True, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    found = decoder_of(model, None, name=family, source=family)
+    seen = Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    with torch.no_grad():
+        returned = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    for number in range(4):
+        torch.testing.assert_close(seen.states[number], returned[number])
+    torch.testing.assert_close(seen.normed, returned[3])
+
+
+def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
+    class Twice(nn.Module):
+        """Normalizes the embedding by the final norm, as nanochat does."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.embedding, self.norm = model.model.embed_tokens, model.model.norm
+
+        def forward(self, ids: Tensor) -> Tensor:
+            normed: Tensor = self.norm(self.embedding(ids))
+            return normed
+
+    model = small_model("llama")
+    found = decoder_of(model, None, name="twice", source="twice")
+    model.model.set_input_embeddings(Twice(model))
+    calls: list[Tensor] = []
+
+    class Counter(Recorder):
+        def final_norm(self, normed: Tensor) -> None:
+            calls.append(normed)
+            super().final_norm(normed)
+
+    seen = Counter()
+    with found.observed(seen):
+        found.run(TOKENS)
+        found.run(TOKENS)
+    assert len(calls) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(calls[0], model.model.norm(seen.states[LAYERS]))
+
+
+def test_a_projection_behind_the_layers_is_no_norm() -> None:
+    model = small_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
+    found = decoder_of(model, None, name="opt", source="opt")
+    seen = Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    assert isinstance(found.final_norm, nn.Identity)
+    torch.testing.assert_close(seen.normed, seen.states[LAYERS])
+
+
 def test_a_model_without_layers_is_refused_saying_what_was_looked_for() -> None:
     model = small_model("llama")
     model.model.layers = nn.ModuleList([nn.ModuleList(list(model.model.layers))])
@@ -199,6 +256,60 @@ def _load(source: Path | str) -> Any:
     )
 
 
+def _change_weights(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()},
+            r"hold no lm_head\.weight and \d+ more, .*; they do hold _orig_mod\.",
+        ),
+        (
+            lambda weights: {name: weight for name, weight in weights.items() if ".layers.3." not in name},
+            r"hold no model\.layers\.3\.",
+        ),
+        (
+            lambda weights: {name: weight for name, weight in weights.items() if name != "model.norm.weight"},
+            r"hold no model\.norm\.weight, which its config\.json asks for",
+        ),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.ones(7)},
+            r"hold model\.norm\.weight of size \[7\], and its config\.json asks for \[32\]",
+        ),
+    ],
+)
+def test_weights_that_are_not_in_the_files_are_refused_and_never_random(
+    tmp_path: Path, change: Any, said: str
+) -> None:
+    small_model("llama").save_pretrained(tmp_path)
+    _change_weights(tmp_path, change)
+    with pytest.raises(UserError, match=said) as refused:
+        _load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_tied_weights_that_are_saved_once_are_no_missing_weights(tmp_path: Path) -> None:
+    small_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert _load(tmp_path).num_layers == LAYERS
+
+
+def test_layers_that_the_config_leaves_out_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("llama").save_pretrained(tmp_path)
+    _change_weights(
+        tmp_path, lambda weights: weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}
+    )
+    assert _load(tmp_path).num_layers == LAYERS
+    assert "such as model.layers.4.mlp.up_proj.weight; they are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -249,6 +360,14 @@ def test_checkpoints_of_a_trainer_are_a_series_in_the_order_of_their_steps(tmp_p
     assert (latest.step, latest.name) == (1000, "run")
 
 
+def test_a_path_may_hold_the_marks_of_names_and_revisions(tmp_path: Path) -> None:
+    _folder(tmp_path / "lr=0.1" / "run" / "checkpoint-5")
+    _folder(tmp_path / "a@b=c")
+    series, plain = find_models([f"{tmp_path}/lr=0.1/run@5", f"{tmp_path}/a@b=c"])
+    assert (series.name, series.step) == ("run", 5)
+    assert plain.name == "a@b=c"
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -283,7 +402,7 @@ def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
     assert step_of(text) == step
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--device is {device}")):
         check_device(device)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -330,6 +331,41 @@ def test_csv_on_standard_output_and_quiet_say_nothing_else(
     out, err = capsys.readouterr()
     assert len(list(csv.DictReader(io.StringIO(out)))) == 4 * LAYERS
     assert err == ""
+
+
+def test_a_flag_given_twice_adds_texts(folder: Path, text: Path, tmp_path: Path) -> None:
+    run(folder, "--text", text, "--text", text, "--json", tmp_path / "out.json", "--quiet")
+    assert json.loads((tmp_path / "out.json").read_text())["models"][0]["texts"] == 2 * len(IDS)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(folder: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "latest.json").symlink_to("real.json")
+    run(folder, "--text", text, "--json", tmp_path / "latest.json", "--quiet")
+    assert (tmp_path / "latest.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["models"][0]["name"] == "tiny"
+
+
+def test_a_pipe_is_written_to_and_stays(folder: Path, text: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        run(folder, "--text", text, "--json", pipe, "--quiet")
+        assert reader.stdout is not None
+        assert json.load(reader.stdout)["models"][0]["name"] == "tiny"
+    assert pipe.is_fifo()
+
+
+def test_a_full_disk_is_one_line_and_the_other_file_is_written(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full here")
+    with pytest.raises(SystemExit) as ended:
+        run(folder, "--text", text, "--json", "/dev/full", "--csv", tmp_path / "out.csv", "--quiet")
+    assert ended.value.code == 2
+    assert "/dev/full cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 4 * LAYERS
 
 
 def test_a_series_has_an_entry_for_each_step(folder: Path, text: Path, tmp_path: Path) -> None:

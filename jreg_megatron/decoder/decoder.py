@@ -50,6 +50,7 @@ class Decoder:
     """Layers 1..L. Each takes the residual stream as its first argument and returns it, or a tuple or
     list that begins with it."""
     final_norm: nn.Module
+    """``nn.Identity`` where there is none; the two conventions for the last layer are then the same."""
     head: Callable[[Tensor], Tensor]
     """Logits ``[b, s, V]`` of states ``[b, s, h]`` behind the final norm, all that the model does to them
     (such as a soft cap) included."""
@@ -83,19 +84,30 @@ class Decoder:
         def outward(states: Tensor) -> Tensor:
             return states.transpose(0, 1) if self.sequence_first else states
 
+        is_through = False  # a norm may run elsewhere too: it is the final one behind the last layer
+
         def tell(number: int) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                observer.layer(number, outward(stream_in(args, kwargs)), outward(stream_out(output)))
+                nonlocal is_through
+                layer_output = outward(stream_out(output))
+                observer.layer(number, outward(stream_in(args, kwargs)), layer_output)
+                is_through = number == self.num_layers
+                if is_through and isinstance(self.final_norm, nn.Identity):
+                    observer.final_norm(layer_output)
 
             return hook
+
+        def tell_normed(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal is_through
+            if is_through:
+                is_through = False
+                observer.final_norm(outward(output))
 
         hooks = [
             layer.register_forward_hook(tell(number), with_kwargs=True)
             for number, layer in enumerate(self.layers, start=1)
         ]
-        hooks.append(
-            self.final_norm.register_forward_hook(lambda _, __, output: observer.final_norm(outward(output)))
-        )
+        hooks.append(self.final_norm.register_forward_hook(tell_normed))
         try:
             yield
         finally:

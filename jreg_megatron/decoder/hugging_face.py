@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +77,16 @@ def load_hugging_face(
     if device == "auto":
         need("accelerate", "--device auto", "analysis")
     with _one_line(source, revision, trust_remote_code), _silent(transformers, is_gguf):
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source_of, dtype=dtype, device_map="auto" if device == "auto" else None, **where
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source_of,
+            dtype=dtype,
+            device_map="auto" if device == "auto" else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **where,
         )
         tokenizer = _tokenizer(transformers, source_of, where)
+    _refuse_random_weights(info, source)
     model = model.eval().requires_grad_(False)
     if device != "auto":
         model = model.to(device)
@@ -113,13 +122,10 @@ def decoder_of(
         return out
 
     structure = find_structure(model, logits, config.vocab_size, name)
-    without_head = model.get_submodule(structure.place.rpartition(".")[0])
-    final_norm = structure.final_norm or nn.Identity()
+    without_head = _without_head(model, structure.place)
 
     def run(tokens: Tensor) -> None:
-        out = without_head(input_ids=tokens.to(device), use_cache=False)
-        if structure.final_norm is None:
-            final_norm(out.last_hidden_state)
+        without_head(input_ids=tokens.to(device), use_cache=False)
 
     return Decoder(
         name=name,
@@ -129,7 +135,7 @@ def decoder_of(
         step=step_of(revision or source),
         model=model,
         layers=structure.layers,
-        final_norm=final_norm,
+        final_norm=structure.final_norm or nn.Identity(),
         head=_head(model, config),
         run=torch.inference_mode()(run),
         logits=torch.inference_mode()(logits),
@@ -137,10 +143,51 @@ def decoder_of(
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
         vocab_size=config.vocab_size,
         hidden_size=structure.hidden_size,
-        max_length=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+        max_length=_max_length(config),
         device=device,
         dtype=model.dtype,
     )
+
+
+def _max_length(config: Any) -> int | None:
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((int(length) for length in lengths if length and length > 0), None)
+
+
+def _without_head(model: nn.Module, place: str) -> nn.Module:
+    """The innermost module around the layers that takes token ids; most models have one without the head."""
+    while place:
+        place = place.rpartition(".")[0]
+        module = model.get_submodule(place)
+        if "input_ids" in signature(module.forward).parameters:
+            return module
+    return model
+
+
+def _refuse_random_weights(info: Any, source: str) -> None:
+    """Raises:
+    UserError: if transformers has drawn weights that the files do not hold, which it only warns of.
+    """
+    if missing := sorted(map(str, info["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        unused = sorted(map(str, info["unexpected_keys"]))
+        instead = f"; they do hold {unused[0]}, which has no place in it" if unused else ""
+        raise UserError(
+            f"the files of {source} hold no {missing[0]}{more}, which its config.json asks for{instead}"
+        )
+    if mismatched := sorted(info["mismatched_keys"], key=str):
+        name, saved, wanted = mismatched[0]
+        raise UserError(
+            f"the files of {source} hold {name} of size {list(saved)}, and its config.json asks for "
+            f"{list(wanted)}; one of the two is not this model's"
+        )
+    layers = [name for name in map(str, info["unexpected_keys"]) if re.search(r"\.(layers|h)\.\d+\.", name)]
+    if layers:
+        print(
+            f"Note: {source} holds weights that its config.json has no place for, such as {min(layers)}; "
+            "they are left out",
+            file=sys.stderr,
+        )
 
 
 def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor]:

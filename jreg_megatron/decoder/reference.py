@@ -156,7 +156,10 @@ def _hub_revisions(source: str) -> list[str]:
 
 
 def _split(model: str, mark: str) -> tuple[str, str]:
-    if mark not in model or Path(model).expanduser().exists():
+    # A path may hold the mark itself.
+    if mark not in model or any(
+        Path(path).expanduser().exists() for path in (model, model.rpartition("@")[0] or model)
+    ):
         return "", model
     before, _, after = model.partition(mark)
     return before, after

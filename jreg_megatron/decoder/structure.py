@@ -69,8 +69,7 @@ def find_structure(model: nn.Module, run: Callable[[Tensor], Any], vocab_size: i
     last = calls_of_layers[-1]
     assert last.state_out is not None
     _refuse_lookahead(last.state_out, name)
-    after = calls[calls.index(last) + 1 :]
-    norm = next((call.module for call in after if _is_same(call.state_in, last.state_out)), None)
+    norm = _final_norm(calls[calls.index(last) + 1 :], last.state_out)
     return Structure([call.module for call in calls_of_layers], place, norm, last.state_out.shape[-1])
 
 
@@ -122,6 +121,15 @@ def _longest_chain(model: nn.Module, calls: list[_Call]) -> tuple[str, list[_Cal
         if handed_on and len(ran) > len(best[1]):
             best = (name, ran)
     return best
+
+
+def _final_norm(calls: list[_Call], state: Tensor) -> nn.Module | None:
+    """What first changes the last layer's output, if it is a norm: no weights but a scale and a shift."""
+    for call in calls:
+        if _is_same(call.state_in, state) and not _is_same(call.state_out, state):
+            has_matrix = any(parameter.ndim > 1 for parameter in call.module.parameters())
+            return None if has_matrix else call.module
+    return None
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit("models that were finished are in --json and --csv"):
+    with user_errors_exit("what was finished is in --json and --csv, if they were given"):
         _measure(args)
 
 
@@ -160,10 +160,12 @@ def _progress(args: Namespace, what: str) -> Any:
 def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
     from jreg_megatron.measure.table import csv_rows
 
-    if args.json is not None and (args.json == output.STDOUT) == to_stdout:
-        output.write_json(args.json, document)
-    if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
-        output.write_csv(args.csv, csv_rows(document["models"]))
+    try:
+        if args.json is not None and (args.json == output.STDOUT) == to_stdout:
+            output.write_json(args.json, document)
+    finally:  # one full disk need not cost both
+        if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
+            output.write_csv(args.csv, csv_rows(document["models"]))
 
 
 def _print(args: Namespace, models: list[dict[str, Any]]) -> None:
