@@ -16,7 +16,7 @@ for file in "$home"/recipes/*.sh; do
     # run and slurm start a recipe; they are none.
     if [[ -x $file && $name != run && $name != slurm ]]; then recipes+=("$name"); fi
 done
-tools=(data demo launch pretrain selftest sweep)
+tools=(data demo evaluate export import launch measure pretrain report selftest sweep)
 if [[ -d $home/tests ]] && python -c 'import pytest' 2>/dev/null; then tools+=(test); fi
 known="recipes: ${recipes[*]}; tools: ${tools[*]}"
 
@@ -36,7 +36,7 @@ elif [[ $name == test && " ${tools[*]} " == *" test "* ]]; then
     cd "$home"
     exec python -m pytest -p no:cacheprovider "$@"
 elif [[ " ${tools[*]} " == *" $name "* ]]; then
-    exec python -m "jreg_megatron.$name" "$@"
+    exec python -m jreg_megatron.cli "$name" "$@"
 elif command -v -- "$name" >/dev/null; then
     exec "$name" "$@"
 fi

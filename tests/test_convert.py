@@ -318,18 +318,33 @@ def command(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_training_is_never_overwritten(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = tmp_path / "checkpoints"
+    (training / "iter_0000100").mkdir(parents=True)
+    (training / "latest_checkpointed_iteration.txt").write_text("100")
+    (training / "config.json").touch()
+    main = export.main if command == "export" else import_.main
+    with pytest.raises(SystemExit):
+        main([str(training), str(training), "--overwrite"])
+    assert "holds " in capsys.readouterr().err
+    assert (training / "iter_0000100").is_dir()
+
+
 def test_an_existing_folder_is_left_alone_and_the_line_says_why(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").touch()
-    with pytest.raises(UserError, match="holds other files"):
-        check_place(tmp_path / "notes", ("config.json",), overwrite=True)
     (tmp_path / "notes" / "config.json").touch()
     with pytest.raises(UserError, match=r"must not mix.*--overwrite"):
-        check_place(tmp_path / "notes", ("config.json",), overwrite=False)
-    check_place(tmp_path / "notes", ("config.json",), overwrite=True)
+        check_place(tmp_path / "notes", ("config.*",), overwrite=False)
+    check_place(tmp_path / "notes", ("config.*",), overwrite=True)
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"which holds mine\.txt"):
+        check_place(tmp_path / "notes", ("config.*",), overwrite=True)
     (tmp_path / "empty").mkdir()
-    check_place(tmp_path / "empty", ("config.json",), overwrite=False)
-    check_place(tmp_path / "new" / "deep", ("config.json",), overwrite=False)
+    check_place(tmp_path / "empty", ("config.*",), overwrite=False)
+    check_place(tmp_path / "new" / "deep", ("config.*",), overwrite=False)
 
 
 def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:

@@ -175,7 +175,34 @@ def test_a_model_whose_head_does_more_than_is_known_is_refused_by_name() -> None
 
 def evaluated(decoder: Decoder, texts: list[Text] | None = None) -> Any:
     texts = token_texts() if texts is None else texts
-    return evaluate(decoder, ["read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS)
+    (found,) = evaluate(decoder, ["read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS)
+    return found
+
+
+def test_what_a_finished_part_found_is_known_before_the_next_begins() -> None:
+    parts = evaluate(
+        toy(), ["read-out", "layer-drop"], tasks={}, limit=None, texts=token_texts(), options=OPTIONS
+    )
+    first = next(parts)
+    assert first.read_out is not None and first.layer_drop is None
+    second = next(parts)
+    assert second.read_out is first.read_out and second.layer_drop is not None
+
+
+def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("tasks ran")
+
+    monkeypatch.setattr("jreg_megatron.evaluate.evaluation.run_tasks", never)
+    texts = [*token_texts(), Text("odd", [1, 10**6])]
+    with pytest.raises(UserError, match="odd holds the id 1000000"):
+        next(evaluate(toy(), ["tasks", "read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS))
+
+
+def test_models_of_which_one_lacks_a_part_are_compared_in_the_rest() -> None:
+    whole = evaluated(toy())
+    found = compare(whole, replace(whole, read_out=None))
+    assert (found.read_out, found.tasks, found.overall) == (None, {}, None)
 
 
 def test_a_model_compared_with_itself_differs_by_nothing() -> None:
@@ -207,7 +234,7 @@ def test_read_outs_that_cannot_be_compared_are_refused_by_name() -> None:
     plain, begun = (evaluated(toy(tokenizer=toy_tokenizer(begins)), text) for begins in (False, True))
     assert compare(plain, plain).read_out is not None
     different = compare(plain, begun)
-    assert different.read_out is None and "tokenizers cut the texts differently" in different.notes[0]
+    assert different.read_out is None and "models cut the texts differently" in different.notes[0]
 
 
 ONES = np.ones(40)

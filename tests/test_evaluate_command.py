@@ -71,7 +71,7 @@ def test_two_models_are_evaluated_compared_and_written(
 
     rows = list(csv.DictReader(files[1].open()))
     values = [float(row["value"]) for row in rows if row["model"] == "second" and row["part"] == "layer_drop"]
-    assert values == b["layer_drop"]["loss"]
+    assert values == [*b["layer_drop"]["loss"], b["layer_drop"]["unchanged"]]
     assert {row["model"] for row in rows} == {"first", "second", "second - first"}
     printed = capsys.readouterr().out
     assert "speeches_continuation" in printed and "no public benchmark" in printed

@@ -198,6 +198,12 @@ def test_a_metric_that_is_no_mean_is_refused_by_name(tmp_path: Path) -> None:
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
+def test_a_mean_that_the_task_takes_otherwise_is_refused_by_name(tmp_path: Path) -> None:
+    folder = own_task(tmp_path / "own", metric_list=[{"metric": "acc", "aggregation": "median"}])
+    with pytest.raises(UserError, match=r"the task mine is measured by acc \(median\)"):
+        load_tasks(["mine"], [str(folder)], tmp_path)
+
+
 def test_an_unknown_task_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tasks names hellaswagg, which is no task; did you mean hellaswag"):
         load_tasks(["hellaswagg"], [], tmp_path)
@@ -218,7 +224,9 @@ def test_data_that_cannot_be_had_is_one_line_that_names_task_and_way_out(
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError) as refused:
         load_tasks(["mine"], [str(folder)], tmp_path)
-    assert str(refused.value).startswith("the data of the task mine cannot be had")
+    assert str(refused.value).startswith(
+        "the task mine cannot be loaded (ConnectionError: Couldn't reach the hub)"
+    )
     assert "--tasks speeches" in str(refused.value) and "\n" not in str(refused.value)
 
 

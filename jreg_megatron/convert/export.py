@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
-_MARKS = ("config.json",)
+_OWN = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "vocab.*",
+        "merges.txt",
+        "added_tokens.json",
+    ),
+)
 _CHECKED_TOKENS = 64
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """Largest difference of logits, for logits of size one."""
@@ -28,9 +38,9 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 def main(argv: list[str] | None = None) -> None:
     """Export what ``argv`` names."""
     options = _parser().parse_args(argv)
-    with user_errors_exit():
+    with user_errors_exit("nothing was written"):
         check_outputs(json=options.json)
-        check_place(options.output, _MARKS, options.overwrite)
+        check_place(options.output, _OWN, options.overwrite)
         CheckpointFolder.find(options.checkpoints, options.step)
         need("transformers", "export", "analysis")
         report = export(options)

@@ -23,9 +23,9 @@ _WIDTH = 100
 def main(argv: list[str] | None = None) -> None:
     """Import what ``argv`` names."""
     options = _parser().parse_args(argv)
-    with user_errors_exit():
+    with user_errors_exit("nothing was written"):
         check_outputs(json=options.json)
-        check_place(options.output, (TRACKER,), options.overwrite)
+        check_place(options.output, (RELEASE, TRACKER), options.overwrite)
         if not (options.folder / "config.json").is_file():
             raise UserError(f"{options.folder} has no config.json; name a Llama's Hugging Face folder")
         need("transformers", "import", "analysis")

@@ -147,6 +147,8 @@ class Llama:
         base = float(rope["rope_theta"])
         if base != int(base):
             raise refuse(f"has a rope_theta of {base}, no whole number")
+        if kind == "linear" and rope["factor"] != int(rope["factor"]):
+            raise refuse(f"divides positions by {rope['factor']}, no whole number")
         return cls(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,

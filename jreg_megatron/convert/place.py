@@ -6,32 +6,37 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from jreg_megatron.errors import UserError
 
 
-def check_place(output: Path, marks: tuple[str, ...], overwrite: bool) -> None:
+def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:
     """Refuse an output folder that could not be written, or that would bury something else.
 
     Args:
         output: the folder to make.
-        marks: files of which one shows that an earlier run of the same command made the folder.
-        overwrite: whether such a folder may be replaced.
+        own: patterns of the names that an earlier run of the same command leaves in it.
+        overwrite: whether a folder that holds such names alone may be replaced.
 
     Raises:
         UserError: naming the folder.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"OUTPUT is {output}, which is no folder; name a new one")
-    if output.is_dir() and any(output.iterdir()):
-        if not any((output / mark).is_file() for mark in marks):
-            raise UserError(f"OUTPUT is {output}, which holds other files; name a new folder")
-        if not overwrite:
-            raise UserError(
-                f"OUTPUT is {output}, which holds a model already, and two models' files must not mix; "
-                "name a new folder, or give --overwrite to replace it"
-            )
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in own)]
+    if others:
+        raise UserError(
+            f"OUTPUT is {output}, which holds {others[0]}, and not a model that this command has made alone; "
+            "name a new folder"
+        )
+    if held and not overwrite:
+        raise UserError(
+            f"OUTPUT is {output}, which holds a model already, and two models' files must not mix; "
+            "name a new folder, or give --overwrite to replace it"
+        )
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -54,11 +59,15 @@ def made_beside(output: Path) -> Iterator[Path]:
             output.rename(old)
         part.rename(output)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if not error.strerror:  # no file system's, but a library's own
+    except Exception as error:
+        # Some libraries tell of a full disk in words of their own.
+        said = getattr(error, "strerror", None) or (
+            "No space left" in str(error) and "No space left on device"
+        )
+        if not said or isinstance(error, UserError):
             raise
         raise UserError(
-            f"OUTPUT {output} cannot be written ({error.strerror}); free the disk or name another"
+            f"OUTPUT {output} cannot be written ({said}); free the disk or name another"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

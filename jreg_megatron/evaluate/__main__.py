@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit("models that were finished are in --json and --csv"):
+    with user_errors_exit("what was finished is in --json and --csv, if they were given"):
         _run(args)
 
 
@@ -52,10 +52,11 @@ def _run(args: Namespace) -> None:
     with TemporaryDirectory(prefix="jreg_megatron-tasks-") as folder:
         tasks = _tasks(args, Path(folder))
         try:
-            for reference in references:
-                done.append(_evaluate(args, reference, tasks, texts))
+            for number, reference in enumerate(references):
+                for so_far in _evaluate(args, reference, tasks, texts):
+                    done[number:] = [so_far]
         finally:
-            if done:  # even if a later model fails: hours may be in it
+            if done:  # even if a later model or part fails: hours may be in it
                 _write(args, done)
 
 
@@ -86,7 +87,7 @@ def _tasks(args: Namespace, folder: Path) -> dict[str, Any]:
 
 def _evaluate(
     args: Namespace, reference: Reference, tasks: dict[str, Any], texts: Iterable[Text]
-) -> Evaluation:
+) -> Iterator[Evaluation]:
     from jreg_megatron.evaluate.evaluation import evaluate
     from jreg_megatron.evaluate.layers import Options
 

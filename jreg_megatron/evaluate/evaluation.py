@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jreg_megatron.decoder.decoder import Decoder
@@ -19,7 +19,7 @@ PARTS = ("tasks", "read-out", "layer-drop")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of one model; a part that was not asked for is None."""
+    """Of one model; a part that was not asked for, or not finished, is None."""
 
     name: str
     source: str
@@ -29,10 +29,10 @@ class Evaluation:
     num_layers: int
     dtype: str
     device: str
-    tasks: dict[str, TaskResult] | None
-    read_out: PerText | None
+    tasks: dict[str, TaskResult] | None = None
+    read_out: PerText | None = None
     """Its C readings are layers 0..L."""
-    layer_drop: PerText | None
+    layer_drop: PerText | None = None
     """Its C readings are without layer 1..L, then the whole model."""
 
     @property
@@ -64,15 +64,15 @@ def evaluate(
     limit: int | None,
     texts: Iterable[Text],
     options: Options,
-) -> Evaluation:
-    """Evaluate a model.
+) -> Iterator[Evaluation]:
+    """Evaluate a model; yields what is known so far after each part, so that no later part can lose it.
 
     Args:
         decoder: the model.
         parts: of :data:`PARTS`.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
-        texts: for the parts about layers.
+        texts: for the parts about layers; read once more for each part.
         options: how they are run.
 
     Raises:
@@ -80,7 +80,9 @@ def evaluate(
     """
     parts = set(parts)
     check_decoder(decoder)
-    return Evaluation(
+    if parts - {"tasks"}:
+        layers.check_texts(decoder, texts, options)
+    found = Evaluation(
         name=decoder.name,
         source=decoder.source,
         kind=decoder.kind,
@@ -89,13 +91,14 @@ def evaluate(
         num_layers=decoder.num_layers,
         dtype=str(decoder.dtype).removeprefix("torch."),
         device=str(decoder.device),
-        # What may be refused for want of a tokenizer first.
-        tasks=run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)
-        if "tasks" in parts
-        else None,
-        read_out=layers.read_out(decoder, texts, options) if "read-out" in parts else None,
-        layer_drop=layers.layer_drop(decoder, texts, options) if "layer-drop" in parts else None,
     )
+    if "tasks" in parts:
+        results = run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)
+        yield (found := replace(found, tasks=results))
+    if "read-out" in parts:
+        yield (found := replace(found, read_out=layers.read_out(decoder, texts, options)))
+    if "layer-drop" in parts:
+        yield replace(found, layer_drop=layers.layer_drop(decoder, texts, options))
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
@@ -103,8 +106,8 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     notes: list[str] = []
     of_tasks: dict[str, Difference] = {}
     shares = {}
-    for name, first in (a.tasks or {}).items():
-        second = (b.tasks or {})[name]
+    results = zip_tasks(a.tasks or {}, b.tasks or {})
+    for name, first, second in results:
         assert first.samples == second.samples
         of_tasks[name] = paired.compare(first.amounts, second.amounts, first.weights)
         if paired.is_share(first.amounts, first.weights) and first.higher_is_better:
@@ -121,6 +124,15 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     )
 
 
+def zip_tasks(
+    a: Mapping[str, TaskResult], b: Mapping[str, TaskResult]
+) -> Iterator[tuple[str, TaskResult, TaskResult]]:
+    """Name and both results of every task that both models have run."""
+    for name in a:
+        if name in b:
+            yield name, a[name], b[name]
+
+
 def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Difference] | None:
     first, second = a.read_out, b.read_out
     if first is None or second is None:
@@ -132,8 +144,9 @@ def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Di
         return None
     if first.ids != second.ids:
         notes.append(
-            "Read-out is not compared: the tokenizers cut the texts differently, so a loss per token is not "
-            "the same thing; the task speeches_bits_per_byte compares the whole models."
+            "Read-out is not compared: the models cut the texts differently (another tokenizer or another "
+            "longest sequence), so a loss per token is not the same thing; the task speeches_bits_per_byte "
+            "compares the whole models."
         )
         return None
     if len(first.tokens) < paired.FEWEST:

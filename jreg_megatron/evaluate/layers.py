@@ -19,6 +19,8 @@ from jreg_megatron.windows import batches, windows
 
 Floats = NDArray[np.float64]
 
+_NOTHING = "there is no text with a second token, so none to predict; give longer texts"
+
 
 @dataclass(frozen=True)
 class PerText:
@@ -41,6 +43,18 @@ class PerText:
         """Per token, for each of C."""
         values: list[float] = (sums.sum(0) / self.tokens.sum()).tolist()
         return values
+
+
+def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> None:
+    """Cut all texts into tokens, to find what is wrong with them before hours are spent.
+
+    Raises:
+        UserError: for a text that cannot be read, ids that are not the model's, and nothing to predict.
+    """
+    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
+    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
+    if not max((len(window.ids) > 1 for window in sequences), default=False):
+        raise UserError(_NOTHING)
 
 
 def read_out(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
@@ -151,7 +165,7 @@ def _measure(
                 found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
             bar.update(batch.windows[-1].text + 1 - bar.n)
     if not found:
-        raise UserError("there is no text with a second token, so none to predict; give longer texts")
+        raise UserError(_NOTHING)
     loss, correct, agreed = np.moveaxis(np.stack([text.sums for text in found.values()]), -1, 0)
     return PerText(
         names=[names[number] for number in found],

@@ -77,7 +77,14 @@ def check_decoder(decoder: Decoder) -> None:
     with torch.inference_mode():
         with decoder.observed(seen):
             decoder.run(ids)
-        own, read = decoder.logits(ids).float(), decoder.read_out(seen.layer_output).float()
+        own = decoder.logits(ids).float()
+        try:
+            read = decoder.read_out(seen.layer_output).float()
+        except RuntimeError as error:  # a projection between them
+            raise UserError(
+                f"{decoder.name} ({type(decoder.model).__name__}) cannot be evaluated: its head does not "
+                "take the states behind its layers"
+            ) from error
     off, size = float((own - read).abs().max()), float(own.abs().max())
     if not off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size and own.isfinite().all():
         raise UserError(

@@ -35,11 +35,17 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         of_model = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
         for name, task in model["tasks"].items():
             yield _row(of_model, "tasks", name, task["metric"], task["value"], task)
+            for metric, value in task["other_metrics"].items():
+                yield _row(of_model, "tasks", name, metric, value)
+            if task["chance"] is not None:
+                yield _row(of_model, "tasks", name, "chance", task["chance"])
         for metric in ("loss", "accuracy", "agreement"):
             for layer, value in enumerate((model["read_out"] or {}).get(metric, [])):
                 yield _row(of_model, "read_out", layer, metric, value)
         for layer, value in enumerate((model["layer_drop"] or {}).get("loss", []), start=1):
             yield _row(of_model, "layer_drop", layer, "loss", value)
+        if model["layer_drop"]:
+            yield _row(of_model, "layer_drop", "none", "loss", model["layer_drop"]["unchanged"])
     comparison = document["comparison"]
     if comparison is None:
         return
@@ -82,7 +88,7 @@ def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Any:
     table = _table("Tasks", "task", "samples", "chance", *map(escape, labels))
     for name, task in models[0]["tasks"].items():
         chance = "" if task["chance"] is None else f"{task['chance']:.3f}"
-        cells = [_value(model["tasks"][name]) for model in models]
+        cells = [_value(model["tasks"][name]) if name in model["tasks"] else "" for model in models]
         table.add_row(f"{escape(name)}\n{task['metric']}", str(task["samples"]), chance, *cells)
     return table
 
@@ -110,14 +116,14 @@ def _difference_table(comparison: dict[str, Any], title: str, found: dict[str, d
     from rich.markup import escape
 
     first, second = map(escape, comparison["models"])
-    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p, adjusted")
+    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
     table = _table(f"{title}: {second} - {first}", *columns)
     table.caption = f"From, to: {comparison['confidence']:.0%} interval"
     for name, difference in found.items():
         numbers = [difference["difference"], *(difference["interval"] or (None, None))]
         cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
-        p_value = difference.get("p_adjusted", difference["p_value"])
-        table.add_row(escape(name), *cells, "" if p_value is None else _p(p_value))
+        p_values = [difference["p_value"], difference.get("p_adjusted")]
+        table.add_row(escape(name), *cells, *("" if each is None else _p(each) for each in p_values))
     return table
 
 

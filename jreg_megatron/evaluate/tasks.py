@@ -88,7 +88,10 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, [*SETS, *SPEECH_TASKS, *manager.all_tasks], n=3)
             like = f"; did you mean {', '.join(near)}" if near else ""
-            raise UserError(f"--tasks names {name}, which is no task{like}? `lm_eval ls tasks` lists them")
+            unread = "; task files that are no valid YAML are passed over" if include_path else ""
+            raise UserError(
+                f"--tasks names {name}, which is no task{like}? `lm_eval ls tasks` lists them{unread}"
+            )
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
     for name in wanted:
@@ -96,8 +99,8 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             raise UserError(f"the task {name} has the model write text, which is not done here; leave it out")
-        if not set(task.aggregation()) & set(_METRICS):
-            found = ", ".join(task.aggregation())
+        if not _metrics_of(task):
+            found = ", ".join(f"{metric} ({how.__name__})" for metric, how in task.aggregation().items())
             raise UserError(f"the task {name} is measured by {found}, which is not done here; leave it out")
         if task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
@@ -139,20 +142,33 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     try:
         with _silent():
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of the harness, of datasets, of a task's own code or templates
         said = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(
-            f"the data of the task {name} cannot be had; it comes from the Hugging Face hub: load it once "
-            f"with a network, or take --tasks speeches, which needs none ({said})"
+            f"the task {name} cannot be loaded ({type(error).__name__}: {said}); if its data are on the "
+            "Hugging Face hub, load them once with a network, or take --tasks speeches, which needs none"
         ) from error
     return tasks
+
+
+def _metrics_of(task: Any) -> list[str]:
+    """The metrics of a task that are a mean over samples, or bits over bytes, in the order of preference."""
+    from lm_eval.api.metrics import bits_per_byte, mean
+
+    how = task.aggregation()
+    return [name for name in _METRICS if how.get(name) in (mean, bits_per_byte)]
 
 
 def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
     # Where a task filters answers in several ways, the first counts.
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    metric, *others = [name for name in _METRICS if name in samples[0]]
+    metric, *others = [name for name in _metrics_of(task) if name in samples[0]]
     amounts, weights = _column(samples, metric)
+    if amounts.shape != weights.shape or not (np.isfinite(amounts).all() and np.isfinite(weights).all()):
+        raise UserError(
+            f"the task {task.config.task} gives no number for {metric} of each sample; mend it, or leave it "
+            "out"
+        )
     has_choices = task.OUTPUT_TYPE == "multiple_choice"
     choices = [len(task.doc_to_choice(sample["doc"])) for sample in samples] if has_choices else []
     return TaskResult(
