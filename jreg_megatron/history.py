@@ -63,6 +63,8 @@ class History:
             # The loop evaluates once more after the last iteration; the later value stands.
             return {event.step: event.value for event in events.Scalars(tag)}
 
+        if not any(tags[kind] for kind in ("scalars", "tensors")):
+            raise UserError(f"{folder} holds no events; its files are empty or damaged, name another folder")
         missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(tags["scalars"])
         if missing:
             raise UserError(

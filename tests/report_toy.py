@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+HEADLINE = "The last state of each model"
 LAYERS = 30
 STEPS = (100, 200, 300, 400, 500, 600, 700, 800)
 MODELS = ("baseline", "jreg")
@@ -175,7 +180,11 @@ def write(path: Path, document: Any) -> Path:
 
 
 def write_events(
-    folder: Path, losses: Mapping[int, float], layers: int = 4, settings: Mapping[str, str] | None = None
+    folder: Path,
+    losses: Mapping[int, float],
+    layers: int = 4,
+    settings: Mapping[str, str] | None = None,
+    displacement: Sequence[float] | None = None,
 ) -> Path:
     """TensorBoard files such as Megatron's, with a validation loss by iteration."""
     writer = EventFileWriter(str(folder))
@@ -191,7 +200,73 @@ def write_events(
     for step, loss in losses.items():
         add(step, tag="lm loss validation", simple_value=loss)
         add(step, tag="jump rate validation", simple_value=step / 1000)
-        for layer, value in enumerate(psi(0, 1, layers), start=1):
+        for layer, value in enumerate(displacement or psi(0, 1, layers), start=1):
             add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)
     writer.close()
     return folder
+
+
+class Page(HTMLParser):
+    """A page's sections, its tables by their caption, and all of its text outside of scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.figures: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] = []
+        self._at, self._caption = "", ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag in ("section", "figure"):
+            (self.sections if tag == "section" else self.figures).append(found["id"] or "")
+        elif tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        self._at = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+        self._at = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._at in ("td", "th"):
+            self._rows[-1][-1] += data
+        elif self._at == "caption":
+            self._caption += data
+
+    def table(self, caption: str) -> list[list[str]]:
+        """The one table whose caption begins so."""
+        (found,) = (rows for whole, rows in self.tables.items() if whole.startswith(caption))
+        return found
+
+    def column(self, caption: str, name: str) -> list[str]:
+        """A column's cells, from top to bottom."""
+        head, *rows = self.table(caption)
+        return [row[head.index(name)] for row in rows]
+
+
+def page_of(*words: object) -> Page:
+    """Run the command in the current folder; returns the page."""
+    from jreg_megatron.report.__main__ import main
+
+    with patch.object(sys, "argv", ["jreg-megatron report", *map(str, words)]):
+        main()
+    return Page(Path("report.html"))
+
+
+def refusal(report: Callable[..., Page], capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line with which the command refuses its input."""
+    with pytest.raises(SystemExit) as stop:
+        report(*words)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("jreg_megatron: error: ")
+    return printed.err

@@ -9,19 +9,22 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_toy import (
+    HEADLINE,
     LAYERS,
     MODELS,
     STEPS,
     TASKS,
+    Page,
     evaluation,
     measurement,
+    page_of,
     psi,
+    refusal,
     summary,
     write,
     write_events,
@@ -30,75 +33,12 @@ from report_toy import (
 pytest.importorskip("altair", reason="the report needs the extra 'report'")
 pytest.importorskip("vl_convert", reason="the report needs the extra 'report'")
 
-from jreg_megatron.report.__main__ import main
-
-
-class Page(HTMLParser):
-    """A page's sections, its tables by their caption, and all of its text outside of scripts."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.sections: list[str] = []
-        self.figures: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self._rows: list[list[str]] = []
-        self._at, self._caption = "", ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if tag in ("section", "figure"):
-            (self.sections if tag == "section" else self.figures).append(found["id"] or "")
-        elif tag == "table":
-            self._rows, self._caption = [], ""
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._rows[-1].append("")
-        self._at = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "table":
-            self.tables[self._caption] = self._rows
-        self._at = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._at in ("td", "th"):
-            self._rows[-1][-1] += data
-        elif self._at == "caption":
-            self._caption += data
-
-    def column(self, caption: str, name: str) -> list[str]:
-        """A column's cells, from top to bottom."""
-        head, *rows = self.tables[caption]
-        return [row[head.index(name)] for row in rows]
-
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
     """Run the command in a folder of its own; returns the page."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Page:
-        monkeypatch.setattr(sys, "argv", ["jreg-megatron report", *map(str, words)])
-        main()
-        return Page(tmp_path / "report.html")
-
-    return run
-
-
-def refusal(report: Callable[..., Page], capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line with which the command refuses its input."""
-    with pytest.raises(SystemExit) as stop:
-        report(*words)
-    assert stop.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1 and printed.err.startswith("jreg_megatron: error: ")
-    return printed.err
-
-
-HEADLINE = "The last state of each model"
+    return page_of
 
 
 def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page]) -> None:
@@ -152,7 +92,7 @@ def test_a_model_with_nothing_but_scores_has_no_empty_parts(report: Callable[...
     page = report(write(Path("e.json"), document))
     assert page.sections == ["summary", "tasks", "sources"]
     assert page.figures == []
-    assert page.tables[HEADLINE][0] == ["model", "layers L"]
+    assert page.table(HEADLINE)[0] == ["model", "layers L"]
 
 
 def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -> None:
@@ -171,7 +111,7 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
         first["jump_rate"]["post_norm"], rel=1e-3
     )
     assert page.column(HEADLINE, "λ") == ["0", "0.1", "0", "0.1"]
-    assert page.column(HEADLINE, "validation loss") == ["–", "–", "5.500", "5.500"]
+    assert page.column(HEADLINE, "validation loss") == ["–", "–", "5.5000", "5.5000"]
     per_layer = "Displacement Ψ of each layer, mean over tokens"
     assert page.column(per_layer, "layer") == [
         *map(str, range(1, LAYERS)),
@@ -183,7 +123,7 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     differences = "jreg less baseline, on the same samples"
     assert page.column(differences, "task") == [*TASKS, "mean of tasks"]
     assert page.column(differences, "95% interval")[-1] == "+0.00400 to +0.0180"
-    assert page.column(differences, "p value") == ["0.080"] * len(TASKS) + ["< 0.001"]
+    assert page.column(differences, "p") == ["0.0800"] * len(TASKS) + ["< 0.001"]
     assert page.column("Validation loss, nats per token", "step") == [f"{step:,}" for step in STEPS]
 
 
@@ -201,14 +141,14 @@ def test_a_measurement_and_an_evaluation_of_one_source_are_one_model(report: Cal
     assert page.column(HEADLINE, "model") == list(MODELS)
 
 
-def test_a_run_belongs_to_the_model_of_its_name(report: Callable[..., Page]) -> None:
+def test_a_run_belongs_to_the_model_of_its_name_beside_it(report: Callable[..., Page]) -> None:
     page = report(
-        write(Path("m.json"), measurement(("baseline",), layers=4)),
+        write(Path("m.json"), measurement(("baseline",), (200,), 4, source="{}/checkpoints")),
         write_events(Path("baseline/tensorboard"), {100: 3.0, 200: 2.5}),
         write_events(Path("jreg/tensorboard"), {100: 3.1, 200: 2.6}),
     )
     assert page.column(HEADLINE, "model") == ["baseline", "jreg"]
-    assert page.column(HEADLINE, "validation loss") == ["2.500", "2.600"]
+    assert page.column(HEADLINE, "validation loss") == ["2.5000", "2.6000"]
 
 
 def test_two_inputs_with_one_name_are_told_apart(report: Callable[..., Page]) -> None:
@@ -220,7 +160,7 @@ def test_two_inputs_with_one_name_are_told_apart(report: Callable[..., Page]) ->
     )
     assert page.column(HEADLINE, "model") == [
         *("model (a/model)", "model (b/model)"),
-        *("run (east/run/tensorboard)", "run (west/run/tensorboard)"),
+        *("run (east/run)", "run (west/run)"),
     ]
 
 
@@ -258,10 +198,10 @@ def test_checkpoints_of_one_name_that_were_evaluated_are_compared_by_their_step(
     compared["read_out"]["p_value"][3] = compared["read_out"]["interval"][3] = None
     page = report(write(Path("m.json"), measurement(("a",), (100, 200))), write(Path("e.json"), document))
     assert page.column(HEADLINE, "model") == ["a (step 200)", "a (step 100)"]
-    assert page.column("a (step 200) less a (step 100), on the same samples", "p value, adjusted") == [
+    assert page.column("a (step 200) less a (step 100), on the same samples", "p, adjusted") == [
         *("–", "0.160", "–", "–", "–")
     ]
-    assert page.column("Difference in loss behind each layer", "p value")[2:5] == ["0.04000", "–", "0.04000"]
+    assert page.column("Difference in loss behind each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
     assert "<li>Too few &lt;samples&gt;.</li>" in Path("report.html").read_text()
 
 
@@ -329,7 +269,7 @@ def test_the_pictures_do_not_depend_on_those_before_them(report: Callable[..., P
 def test_a_run_that_diverged_is_shown_as_far_as_it_went(report: Callable[..., Page]) -> None:
     page = report(write_events(Path("run"), {100: 3.0, 200: float("nan")}))
     assert page.column(HEADLINE, "validation loss") == ["not finite"]
-    assert page.column("Validation loss, nats per token", "run") == ["3.000", "not finite"]
+    assert page.column("Validation loss, nats per token", "run") == ["3.0000", "not finite"]
 
 
 def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Callable[..., Page]) -> None:
@@ -499,7 +439,7 @@ def test_places_without_input_are_refused_in_one_line(
     assert "no such\\nfile cannot be read" in refusal(report, capsys, "no such\nfile")
     assert "empty is a folder without TensorBoard files" in refusal(report, capsys, "empty")
     assert "name the folder that it lies in" in refusal(report, capsys, "events.out.tfevents.1")
-    assert "broken holds no" in refusal(report, capsys, "broken")
+    assert "broken holds no events" in refusal(report, capsys, "broken")
     good = write(Path("m.json"), measurement())
     assert "--output is empty, which is a folder" in refusal(report, capsys, good, "--output", "empty")
     assert "--figures is m.json" in refusal(report, capsys, good, "--figures", "m.json")
@@ -521,3 +461,83 @@ def test_what_the_tool_says_is_where_the_page_is(
     report(path, "--quiet")
     assert capsys.readouterr().out == ""
     assert psi(0, 1)[-1] > psi(1, 1)[-1] and json.loads(path.read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("given", ["own.json", "./sub/../own.json", "link.json"])
+def test_an_output_that_is_an_input_is_refused(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    Path("sub").mkdir()
+    path = write(Path("own.json"), measurement())
+    Path("link.json").symlink_to(path)
+    content = path.read_bytes()
+    assert f"--output is {given}, which is an input" in refusal(report, capsys, path, "--output", given)
+    assert path.read_bytes() == content
+
+
+def test_an_output_within_an_input_folder_is_refused(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("demo").mkdir()
+    path = write(Path("demo/summary.json"), summary())
+    assert "which is an input" in refusal(report, capsys, "demo", "--output", path)
+    events = next(write_events(Path("run"), {1: 3.0}).iterdir())
+    assert "which is an input" in refusal(report, capsys, "run", "--output", events)
+    report("demo", "run", "--figures", "demo")
+    assert path.is_file() and len(list(Path("demo").glob("*.svg"))) == 3
+
+
+def test_a_page_on_standard_output_is_nothing_but_the_page(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(Path("m.json"), measurement())
+    report(path)
+    page = Path("report.html").read_text()
+    capsys.readouterr()
+    report(path, "--output", "-")
+    assert capsys.readouterr().out == page
+
+
+def test_an_interruption_ends_in_one_line_without_a_page(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jreg_megatron.report.page.render", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        report(write(Path("m.json"), measurement()))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nInterrupted; nothing was written\n"
+    assert sorted(path.name for path in Path().iterdir()) == ["m.json"]
+
+
+def test_names_that_the_system_cannot_open_are_refused_in_one_line(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, good = "n" * 300, write(Path("m.json"), measurement())
+    Path("loop").symlink_to("loop")
+    Path("folder/events.out.tfevents.1").mkdir(parents=True)
+    assert "cannot be read: File name too long" in refusal(report, capsys, long)
+    assert "loop cannot be read: Too many levels of symbolic links" in refusal(report, capsys, "loop")
+    assert "folder is a folder without TensorBoard files" in refusal(report, capsys, "folder")
+    assert "--output " in refusal(report, capsys, good, "--output", long)
+    assert "--figures is nnn" in refusal(report, capsys, good, "--figures", long)
+
+
+def test_a_folder_with_a_pictures_name_is_refused_before_the_page_is_written(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f/displacement_post_norm.png").mkdir(parents=True)
+    line = refusal(report, capsys, write(Path("m.json"), measurement(layers=3)), "--figures", "f")
+    assert "--figures is f, where displacement_post_norm.png is a folder" in line
+    assert not Path("report.html").exists() and len(list(Path("f").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no event at all" * 300])
+def test_event_files_without_events_are_called_damaged_or_empty(
+    report: Callable[..., Page], capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    Path("run").mkdir()
+    Path("run/events.out.tfevents.1").write_bytes(content)
+    assert "run holds no events; its files are empty or damaged" in refusal(report, capsys, "run")

@@ -11,11 +11,11 @@ import pytest
 from report_toy import (
     HEADLINE,
     LAYERS,
-    STEPS,
     Page,
     evaluation,
     measurement,
     page_of,
+    summary,
     write,
     write_events,
 )
@@ -36,7 +36,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pag
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:
     """A measurement whose file puts first what was measured with the first token."""
     for model in document["models"]:
-        model |= model["with_first_token"] | {"first_token": "kept"}
+        model.update(model["with_first_token"], first_token="kept")
     return document
 
 
@@ -90,7 +90,7 @@ def test_all_tables_use_one_convention_for_the_first_token_and_name_it(report: C
     assert page.column("Jump rate ζ at each step", "d, before the final norm")[-1] == f"{rate:#.4g}"
     assert page.column("Displacement Ψ by layer and step", "step 2")[-2] == f"{last:#.4g}"
     numbers = [name for name in page.tables if name.startswith((PER_LAYER, "Jump rate", "Displacement"))]
-    assert len(numbers) == 4 and all("first token kept" in name for name in numbers)
+    assert len(numbers) == 3 and all("first token kept" in name for name in numbers)
 
 
 def test_what_was_measured_in_one_way_only_is_shown_so_and_says_it(report: Callable[..., Page]) -> None:
@@ -117,11 +117,11 @@ def test_scores_of_other_metrics_or_samples_stand_in_rows_of_their_own(report: C
     document["models"][1]["tasks"]["boolq"] |= {"metric": "acc_norm", "samples": 10}
     page = report(write(Path("e.json"), document))
     rows = [row for row in page.table("Tasks")[1:] if row[0] == "boolq"]
-    assert [row[:3] for row in rows] == [
-        ["boolq", "acc, higher is better", "2,376"],
-        ["boolq", "acc_norm, higher is better", "10"],
+    assert [row[:4] for row in rows] == [
+        ["boolq", "acc", "higher", "2,376"],
+        ["boolq", "acc_norm", "higher", "10"],
     ]
-    assert [[cell == "–" for cell in row[3:]] for row in rows] == [[False, True, False], [True, False, True]]
+    assert [[cell == "–" for cell in row[4:]] for row in rows] == [[False, True, False], [True, False, True]]
     assert page.column("Tasks", "task").count("piqa") == 1
 
 
@@ -140,6 +140,16 @@ def test_a_figure_over_other_texts_says_that_they_differ(report: Callable[..., P
     report(write(Path("e.json"), document))
     said = "the texts differ: baseline: held-out speeches, 20,000 tokens; jreg: tiny.txt, 30 tokens."
     assert captions().count(said) == 4  # three read-outs and the layers left out
+    report(Path("e.json"), "--figures", "f")
+    pictures = [svg.stem for svg in Path("f").glob("*.svg") if "different texts" in svg.read_text()]
+    assert sorted(pictures) == ["early_exit_accuracy", "early_exit_agreement", "layer_drop", "read_out_loss"]
+    other = measurement(("other",), layers=3)
+    other["text"]["source"] = "tiny.txt"
+    first = write(Path("m.json"), measurement(("a",), layers=3))
+    report(first)
+    assert "read the same text" not in captions()
+    report(first, write(Path("n.json"), other))
+    assert captions().count("Not all models read the same text") == 1
 
 
 def test_a_run_of_another_experiment_does_not_join_a_model_of_its_name(report: Callable[..., Page]) -> None:
@@ -172,8 +182,6 @@ def test_a_run_joins_the_checkpoints_beside_it_in_it_and_those_that_it_saved(
 
 
 def test_a_run_of_a_summary_joins_the_checkpoints_below_its_folder(report: Callable[..., Page]) -> None:
-    from report_toy import summary
-
     files = [write(Path("m.json"), measurement(("jreg",), (800,), 8, source="demo/{}/checkpoints"))]
     for name in ("demo", "other"):
         Path(name).mkdir()

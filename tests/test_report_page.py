@@ -162,6 +162,32 @@ def test_a_click_in_the_legend_picks_a_model_in_every_figure(rich: Path, open_pa
     playwright.expect(opened.page.locator(f".live {faint}")).to_have_count(0)
 
 
+def test_a_model_picked_elsewhere_fades_nothing_when_an_axis_changes(rich: Path, open_page: Any) -> None:
+    opened = open_page(rich)
+    opened.page.locator("#validation_loss button.model").first.click()
+    figure = opened.page.locator("#displacement")
+    ticks = figure.locator(".live .role-axis-label").nth(1)
+    before = ticks.text_content()
+    figure.get_by_label("linear").check()
+    playwright.expect(ticks).not_to_have_text(before)
+    assert (
+        figure.locator(".live .mark-symbol[class*=marks] > path[opacity='1']").count() == len(MODELS) * LAYERS
+    )
+
+
+def test_every_name_of_many_models_can_be_seen(tmp_path: Path, open_page: Any) -> None:
+    for count in (30, 60):
+        names = [f"a model with a rather long name, number {number}" for number in range(count)]
+        path = made(tmp_path, write(tmp_path / "m.json", measurement(names, layers=3)))
+        opened = open_page(path, viewport={"width": 600, "height": 800})
+        legend = opened.page.locator("#displacement .legend")
+        hidden = "one => one.scrollHeight - one.clientHeight"
+        assert legend.evaluate(hidden) <= 0
+        opened.page.emulate_media(media="print")
+        assert legend.evaluate(hidden) <= 0
+        assert all(button.is_visible() for button in legend.locator("button").all())
+
+
 def test_controls_change_what_is_drawn_and_hovering_shows_values(rich: Path, open_page: Any) -> None:
     opened = open_page(rich)
     figure = opened.page.locator("#displacement")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need
-from jreg_megatron.output import check_outputs, write_text
+from jreg_megatron.output import STDOUT, check_outputs, write_text
 from jreg_megatron.report.check import printable
 
 if TYPE_CHECKING:
@@ -22,14 +23,16 @@ An INPUT is one of these, in any number and mixture:
   summary.json   what the demo or a sweep wrote
   a folder       TensorBoard files of a training run, or a folder with tensorboard/ or summary.json in it
 
-Entries of one name that differ in their step are shown over training. The page opens in any browser, needs
-no network and can be printed. Exit status: 0 written, 2 a mistake in the command or the input.
+Entries of one name that differ in their step are shown over training, if they were measured alike. A
+training run joins the model of its name whose checkpoints lie in its folder or are its --save. The page
+opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a mistake in the
+command or the input.
 """
 
 
 def main() -> None:
     """Write the page."""
-    with user_errors_exit():
+    with user_errors_exit("nothing was written"):
         _report(_arguments())
 
 
@@ -51,21 +54,47 @@ def _arguments() -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> None:
-    check_outputs(output=args.output)
+    from jreg_megatron.report.reading import files_read, read
+
+    paths = [Path(text) for text in args.inputs]
+    with _named(f"--output is {printable(args.output)}"):
+        check_outputs(output=args.output)
+    inputs = files_read(paths)
+    if args.output != STDOUT and os.path.realpath(args.output) in inputs:
+        raise UserError(f"--output is {printable(args.output)}, which is an input; name another file")
     folder = _made(args.figures) if args.figures else None
     for package in ("altair", "jinja2", "vl_convert"):
         need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render
-    from jreg_megatron.report.reading import read
 
-    report = compose(read([Path(text) for text in args.inputs]))
-    write_text(args.output, render(printable(args.title), report.subtitle, report.sections))
-    pictures = _write_pictures(report.figures, folder) if folder else 0
-    if not args.quiet:
+    report = compose(read(paths))
+    pictures = {} if folder is None else {folder / name: data for name, data in _drawn(report.figures)}
+    for path in pictures:
+        if os.path.isdir(path) or os.path.realpath(path) in inputs:
+            what = "a folder" if os.path.isdir(path) else "an input"
+            raise UserError(
+                f"--figures is {printable(args.figures)}, where {path.name} is {what}; name another folder"
+            )
+    page = render(printable(args.title), report.subtitle, report.sections)
+    with _named(f"--output is {printable(args.output)}"):
+        write_text(args.output, page)
+    for path, data in pictures.items():
+        with _named(f"--figures is {printable(args.figures)}"):
+            _write(path, data)
+    if not args.quiet and args.output != STDOUT:
         print(f"Page: {printable(args.output)}")
         if pictures:
-            print(f"Pictures: {pictures}, each as SVG and PNG, in {printable(args.figures)}")
+            print(f"Pictures: {len(pictures) // 2}, each as SVG and PNG, in {printable(args.figures)}")
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Name the setting whose file the system refused."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{setting}, which cannot be written: {error.strerror}; name another") from error
 
 
 def _made(text: str) -> Path:
@@ -77,21 +106,25 @@ def _made(text: str) -> Path:
     return folder
 
 
-def _write_pictures(figures: Sequence[Figure], folder: Path) -> int:
-    """Write each figure, one for each choice of the last layer; returns how many."""
-    count = 0
+def _drawn(figures: Sequence[Figure]) -> Iterator[tuple[str, bytes]]:
+    """Each figure, one for each choice of the last layer, as files with their names."""
     for figure in figures:
         states = next((choice.options for choice in figure.choices if choice.field == "state"), None)
         for state, words in (states or {"": ""}).items():
             name = f"{figure.name}_{state}" if states else figure.name
             title = f"{figure.title} ({words})" if states else figure.title
-            svg, png = figure.chart.pictures(title, **({"state": state} if states else {}))
-            write_text(str(folder / f"{name}.svg"), svg)
-            temporary = folder / f".{name}.png-{os.getpid()}"
-            temporary.write_bytes(png)
-            temporary.replace(folder / f"{name}.png")
-            count += 1
-    return count
+            svg, png = figure.chart.pictures(title, figure.convention, **({"state": state} if states else {}))
+            yield f"{name}.svg", svg.encode()
+            yield f"{name}.png", png
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,11 @@ class Chart:
         """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
         return _convert(self._with(width=_WIDTH, background=None), name)
 
-    def pictures(self, title: str, **chosen: str) -> tuple[str, bytes]:
-        """SVG and PNG that stand alone: on white, with title and legend, and with parameters as chosen."""
+    def pictures(self, title: str, subtitle: str = "", **chosen: str) -> tuple[str, bytes]:
+        """SVG and PNG that stand alone: on white, with titles and legend, and with parameters as chosen."""
         spec = self._with(width=_WIDTH, background="white")
         spec["title"] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
+        spec["title"] |= {"subtitle": subtitle, "subtitleFontSize": 12} if subtitle else {}
         spec["padding"] = 14
         spec["params"] = [
             p | ({"value": chosen[p["name"]]} if p["name"] in chosen else {}) for p in spec["params"]

@@ -8,7 +8,8 @@ from jreg_megatron.report import tables
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.figures import Figure, figures
 from jreg_megatron.report.inputs import Comparison, Inputs
-from jreg_megatron.report.models import LABEL_LENGTH, Model, models_of
+from jreg_megatron.report.labels import LENGTH, label
+from jreg_megatron.report.models import Model, convention, models_of
 from jreg_megatron.report.page import Section
 
 _OF = {
@@ -42,8 +43,10 @@ class Report:
 def compose(inputs: Inputs) -> Report:
     """The page's parts."""
     models = models_of(inputs)
+    label(models)
+    first = convention(models)
     compared = [_labelled(comparison, models) for comparison in inputs.comparisons]
-    drawn = figures(models, compared)
+    drawn = figures(models, compared, first)
     sections = [
         Section(
             "summary",
@@ -51,7 +54,7 @@ def compose(inputs: Inputs) -> Report:
             "Ψ, the displacement, says how far a layer turns the state, from 0 to 1. ζ, the jump rate, says "
             "how much further the last layer turns it than the layer before, in hundredths. Both depend on "
             "whether the last layer's output is taken before or after the final norm, so each is named.",
-            tables=(tables.headline(models),),
+            tables=(tables.headline(models, first),),
         )
     ]
     for name, prefixes in _OF.items():
@@ -98,7 +101,7 @@ def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, 
     for name in comparison.models:
         known = [model.label for model in there if name in {model.name, *_places(model)}]
         free = [label for label in known if label not in labels]
-        labels.append((free or known or [shortened(name, LABEL_LENGTH)])[0])
+        labels.append((free or known or [shortened(name, LENGTH)])[0])
     return comparison, labels[0], labels[1]
 
 

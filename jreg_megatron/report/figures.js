@@ -6,6 +6,10 @@
   const chosen = new Map();
   const picked = new Set();
 
+  // Only what a figure shows counts for it: a model picked elsewhere does not fade all of its lines.
+  const pickedIn = (name) => [...document.getElementById(name).querySelectorAll("button.model")]
+    .map((button) => button.dataset.model).filter((label) => picked.has(label));
+
   const makeLinear = (spec) => {
     for (const { encoding: { y } } of spec.layer) {
       if (y && y.scale) {
@@ -20,7 +24,7 @@
     const spec = structuredClone(figures[name].spec);
     const values = chosen.get(name) || {};
     for (const param of spec.params) {
-      if (param.name === "picked") param.value = [...picked];
+      if (param.name === "picked") param.value = pickedIn(name);
       else if (param.name in values) param.value = values[param.name];
     }
     if (values.scale === "linear") makeLinear(spec);
@@ -68,10 +72,7 @@
       for (const other of buttons) other.setAttribute("aria-pressed", String(picked.has(other.dataset.model)));
       for (const [name, { view }] of views) {
         if (figures[name].spec.params.some((param) => param.name === "picked")) {
-          // Only what a figure shows counts for it: a model picked elsewhere does not fade all of its lines.
-          const here = [...document.getElementById(name).querySelectorAll("button.model")]
-            .map((other) => other.dataset.model).filter((label) => picked.has(label));
-          view.signal("picked", here).runAsync();
+          view.signal("picked", pickedIn(name)).runAsync();
         }
       }
     });

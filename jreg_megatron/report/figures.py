@@ -6,18 +6,21 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines, log_ticks
-from jreg_megatron.report.inputs import STATES, Comparison, ReadOut
+from jreg_megatron.report.check import shortened
+from jreg_megatron.report.inputs import STATES, Comparison, Evaluated, Measured, ReadOut
 from jreg_megatron.report.models import Model
-from jreg_megatron.report.tables import Table
+from jreg_megatron.report.tables import LOSS, Table, known, p_value
 
 STATE_WORDS = {"pre_norm": "before the final norm", "post_norm": "after the final norm"}
-FIRST_WORDS = {"dropped": "left out", "kept": "counted"}
 _DWARFS = 8.0
 """The largest displacement over the median one, from which on a linear axis hides most layers."""
+_TEXTS_DIFFER = "The models read different texts."
 _PSI = "displacement Ψ"
 _STEP, _LAYER = Axis("training step", whole=True), Axis("layer", whole=True)
+_LOSS = Axis("loss (nats per token)", format=".5~g")
 _MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
 
 
@@ -49,25 +52,30 @@ class Figure:
     models: tuple[tuple[str, Style], ...] = ()
     """Of its legend; empty if it has none."""
     choices: tuple[Choice, ...] = ()
+    convention: str = ""
+    """What a picture that stands alone has to say of how it was measured; empty if nothing."""
 
 
 Looks = dict[str, Style]
 
 
-def figures(models: Sequence[Model], comparisons: Sequence[tuple[Comparison, str, str]]) -> list[Figure]:
+def figures(
+    models: Sequence[Model], comparisons: Sequence[tuple[Comparison, str, str]], first: str
+) -> list[Figure]:
     """All figures that there are numbers for.
 
     Args:
         models: with their labels.
         comparisons: each with the labels of its two models.
+        first: whether the numbers are with the first token kept or dropped.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found: list[Figure | None] = [
-        displacement(models, looks),
+        displacement(models, looks, first),
         displacement_in_training(models, looks),
-        jump_rate(models, looks),
+        jump_rate(models, looks, first),
         jump_rate_in_training(models, looks),
-        *heat_maps(models),
+        *heat_maps(models, first),
         validation_loss(models, looks),
         *read_outs(models, looks),
         *(
@@ -79,28 +87,26 @@ def figures(models: Sequence[Model], comparisons: Sequence[tuple[Comparison, str
     return [figure for figure in found if figure is not None]
 
 
-def displacement(models: Sequence[Model], looks: Looks) -> Figure | None:
+def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
     """Displacement per layer as measured, with its spread over tokens."""
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
     values: list[float] = []
-    firsts: list[str] = []
-    for model in models:
-        if not model.measured:
-            continue
-        entry = model.measured[-1]
-        firsts.append(entry.first_token)
-        for (first, state), block in entry.layers.items():
-            values += [psi for psi in block.displacement if psi > 0]
-            numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
-            for layer, (psi, spread) in numbers:
-                row: Row = {"model": model.label, "x": layer, "y": psi, "state": state, "first": first}
-                row |= {"spread": spread if block.spread else None, "low": psi, "high": psi}
-                rows.append(row)
-                if first == entry.first_token:
-                    last = layer == entry.origin.num_layers
-                    name = f"{layer}, {STATE_WORDS[state]}" if last else str(layer)
-                    columns.setdefault(model.label, {})[name] = psi
+    last_ones = {model.label: model.measured[-1] for model in models if model.measured}
+    there = {kind for entry in last_ones.values() for kind, _ in entry.layers}
+    order = sorted(there, key=lambda kind: kind != first)
+    for (label, entry), kind, state in product(last_ones.items(), order, STATES):
+        block = entry.layers[entry.first_for(kind), state]
+        values += [psi for psi in block.displacement if psi > 0]
+        numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
+        for layer, (psi, spread) in numbers:
+            row: Row = {"model": label, "x": layer, "y": psi, "state": state, "first": kind}
+            row |= {"spread": spread if block.spread else None, "low": psi, "high": psi}
+            rows.append(row)
+            if kind == order[0]:
+                last = layer == entry.origin.num_layers
+                name = f"{layer}, {STATE_WORDS[state]}" if last else str(layer)
+                columns.setdefault(_named(label, entry, kind), {})[name] = psi
     if not rows:
         return None
     floor = min(values, default=1e-9) / 2
@@ -108,13 +114,9 @@ def displacement(models: Sequence[Model], looks: Looks) -> Figure | None:
         if isinstance(row["spread"], float) and isinstance(row["y"], float):
             row["low"], row["high"] = max(floor, row["y"] - row["spread"]), row["y"] + row["spread"]
     log = _dwarfed(values)
-    first = max(dict.fromkeys(firsts), key=firsts.count)
-    order = sorted({str(row["first"]) for row in rows}, key=lambda value: value != first)
     choices = [_states(STATES)]
     if len(order) > 1:
-        choices.append(
-            Choice("first", "first token of a text", {value: FIRST_WORDS[value] for value in order})
-        )
+        choices.append(Choice("first", "first token of each text", {kind: kind for kind in order}))
     if log:
         choices.append(Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}))
     band = any(row["spread"] is not None for row in rows)
@@ -127,7 +129,10 @@ def displacement(models: Sequence[Model], looks: Looks) -> Figure | None:
         + (" The band is one standard deviation over tokens" if band else "")
         + ((": pick a model to see its own." if len(shown) > BANDS else ".") if band else "")
         + (" The axis is logarithmic: equal distances are equal factors." if log else "")
-        + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else ""),
+        + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else "")
+        + (f" {_tokens(order[0])}" if len(order) == 1 else "")
+        + _one_only(last_ones.items(), order)
+        + _texts_measured(last_ones.values()),
         lines(
             rows,
             shown,
@@ -136,23 +141,25 @@ def displacement(models: Sequence[Model], looks: Looks) -> Figure | None:
             choices={choice.field: choice.first for choice in choices if choice.field != "scale"},
             band=band,
         ),
-        Table.of("Displacement Ψ of each layer, mean over tokens", "layer", columns),
+        Table.of(f"Displacement Ψ of each layer, mean over tokens, first token {order[0]}", "layer", columns),
         shown,
         tuple(choices),
+        _tokens(order[0]),
     )
 
 
 def displacement_in_training(models: Sequence[Model], looks: Looks) -> Figure | None:
     """Displacement per layer at the last validation of runs."""
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
     for model in models:
         for layer, psi in enumerate(model.run.displacement if model.run else (), start=1):
-            rows.append({"model": model.label, "x": layer, "y": psi})
-            columns.setdefault(model.label, {})[str(layer)] = psi
+            if known(psi) is not None:
+                rows.append({"model": model.label, "x": layer, "y": psi})
+            columns.setdefault(model.label, {})[str(layer)] = known(psi)
     if not rows:
         return None
-    log = _dwarfed([float(row["y"] or 0) for row in rows if row["y"]])
+    log = _dwarfed([float(row["y"] or 0) for row in rows if float(row["y"] or 0) > 0])
     shown = _shown(rows, looks)
     return Figure(
         "displacement_in_training",
@@ -166,18 +173,18 @@ def displacement_in_training(models: Sequence[Model], looks: Looks) -> Figure | 
     )
 
 
-def jump_rate(models: Sequence[Model], looks: Looks) -> Figure | None:
+def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
     """zeta_L of models that were measured at several steps."""
     rows: list[Row] = []
     columns: dict[str, dict[int, float]] = {}
     for model in models:
         for entry in model.measured if model.is_series else ():
             for state in STATES:
-                rate = entry.layers[entry.first_token, state].jump_rate
+                rate = entry.layers[entry.first_for(first), state].jump_rate
                 if entry.origin.step is None or rate is None:
                     continue
                 rows.append({"model": model.label, "x": entry.origin.step, "y": rate, "state": state})
-                name = f"{model.label}, {STATE_WORDS[state]}"
+                name = f"{_named(model.label, entry, first)}, {STATE_WORDS[state]}"
                 columns.setdefault(name, {})[entry.origin.step] = rate
     if not rows:
         return None
@@ -186,11 +193,13 @@ def jump_rate(models: Sequence[Model], looks: Looks) -> Figure | None:
         "jump_rate",
         "The last layer's jump over training",
         "Jump rate ζ: how much further the last layer turns the state than the layer before it, in "
-        "hundredths of displacement. Measured on checkpoints; 0 is no jump.",
+        f"hundredths of displacement. Measured on checkpoints; 0 is no jump. {_tokens(first)}"
+        + _one_only(((m.label, entry) for m in models if m.is_series for entry in m.measured), (first,)),
         lines(rows, shown, _steps(rows), Axis("jump rate ζ", zero=True), choices={"state": choice.first}),
-        _by_step("Jump rate ζ at each step", columns),
+        _by_step(f"Jump rate ζ at each step, first token {first}", columns),
         shown,
         (choice,),
+        _tokens(first),
     )
 
 
@@ -221,13 +230,13 @@ def validation_loss(models: Sequence[Model], looks: Looks) -> Figure | None:
         "validation_loss",
         "Validation loss over training",
         "Cross-entropy on held-out text; lower is better.",
-        lines(rows, shown, _steps(rows), Axis("loss (nats per token)")),
-        _by_step("Validation loss, nats per token", columns),
+        lines(rows, shown, _steps(rows), _LOSS),
+        _by_step("Validation loss, nats per token", columns, LOSS),
         shown,
     )
 
 
-def heat_maps(models: Sequence[Model]) -> list[Figure]:
+def heat_maps(models: Sequence[Model], first: str) -> list[Figure]:
     """Displacement over layers and steps, one map for each model that was measured at several."""
     series = [model for model in models if model.is_series]
     values = [
@@ -235,42 +244,46 @@ def heat_maps(models: Sequence[Model]) -> list[Figure]:
         for model in series
         for entry in model.measured
         for state in STATES
-        for psi in entry.layers[entry.first_token, state].displacement
+        for psi in entry.layers[entry.first_for(first), state].displacement
         if psi > 0
     ]
     low, high = min(values, default=1e-3), max(values, default=1.0)
     if low == high:
         low /= 2
-    return [_heat_map(model, f"heat_map_{index}", low, high) for index, model in enumerate(series, start=1)]
+    return [
+        _heat_map(model, first, f"heat_map_{index}", low, high) for index, model in enumerate(series, start=1)
+    ]
 
 
-def _heat_map(model: Model, name: str, low: float, high: float) -> Figure:
+def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> Figure:
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
     for entry in model.measured:
         if entry.origin.step is None:
             continue
         step = entry.origin.step
         for state in STATES:
-            for layer, psi in enumerate(entry.layers[entry.first_token, state].displacement, start=1):
+            for layer, psi in enumerate(entry.layers[entry.first_for(first), state].displacement, start=1):
                 row: Row = {"step": step, "layer": layer, "state": state}
                 rows.append(row | {"value": max(psi, low), "exact": psi})
                 words = f"{layer}, {STATE_WORDS[state]}" if layer == entry.origin.num_layers else str(layer)
-                columns.setdefault(f"step {step:,}", {})[words] = psi
+                columns.setdefault(_named(f"step {step:,}", entry, first), {})[words] = psi
     return Figure(
         name,
         f"Where the turning is, over training: {model.label}",
         "Each column is a checkpoint, each row a layer, the last one on top; brighter turns the state "
-        "further. The colours are logarithmic and the same in all maps of this page.",
+        f"further. The colours are logarithmic and the same in all maps of this page. {_tokens(first)}"
+        + _one_only(((model.label, entry) for entry in model.measured), (first,)),
         heat_map(
             rows,
             low=low,
             high=high,
             height=min(max(_MAP_LEAST, _MAP_ROW * (model.num_layers or 1)), _MAP_MOST),
         ),
-        Table.of("Displacement Ψ by layer and step", "layer", columns),
+        Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
         (),
         (_states(STATES),),
+        _tokens(first),
     )
 
 
@@ -286,7 +299,7 @@ def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
             "read_out_loss",
             "What the middle layers already know",
             f"{about}. Lower loss in the middle means more is known earlier. Layer 0 is the embedding.",
-            Axis("loss (nats per token)"),
+            _LOSS,
             lambda read_out: read_out.loss,
         ),
         _read_out(
@@ -320,17 +333,25 @@ def _read_out(
     pick: Callable[[ReadOut], tuple[float, ...] | None],
 ) -> Figure | None:
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
+    used: dict[str, Evaluated] = {}
     for model in models:
-        read_out = next((e.read_out for e in reversed(model.evaluated) if e.read_out is not None), None)
-        for layer, value in enumerate((pick(read_out) or ()) if read_out else ()):
+        entry = next((e for e in reversed(model.evaluated) if e.read_out and pick(e.read_out)), None)
+        if entry is not None:
+            used[model.label] = entry
+        for layer, value in enumerate((pick(entry.read_out) or ()) if entry and entry.read_out else ()):
             rows.append({"model": model.label, "x": layer, "y": value})
             columns.setdefault(model.label, {})[str(layer)] = value
     if not rows:
         return None
     shown = _shown(rows, looks)
-    table = Table.of(f"{title}: {axis.title}", "layer", columns)
-    return Figure(name, title, caption, lines(rows, shown, _LAYER, axis), table, shown)
+    form = LOSS if axis is _LOSS else "#.4g"
+    table = Table.of(f"{title}: {axis.title}", "layer", columns, form=form)
+    other = _other_texts(used)
+    chart = lines(rows, shown, _LAYER, axis)
+    return Figure(
+        name, title, caption + other, chart, table, shown, convention=_TEXTS_DIFFER if other else ""
+    )
 
 
 def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> Figure | None:
@@ -338,14 +359,14 @@ def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> 
     if not comparison.read_out:
         return None
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
     label = "difference"
     for layer, difference in enumerate(comparison.read_out):
         low, high = difference.interval or (difference.value, difference.value)
         rows.append({"model": label, "x": layer, "y": difference.value, "low": low, "high": high})
-        parts = {"difference": difference.value, "from": low, "to": high}
-        parts |= {} if difference.p_value is None else {"p value": difference.p_value}
-        parts |= {} if difference.p_adjusted is None else {"p value, adjusted": difference.p_adjusted}
+        parts: dict[str, float | str] = {"difference": difference.value, "from": low, "to": high}
+        parts |= {} if difference.p_value is None else {"p": p_value(difference.p_value)}
+        parts |= {} if difference.p_adjusted is None else {"p, adjusted": p_value(difference.p_adjusted)}
         for column, value in parts.items():
             columns.setdefault(column, {})[str(layer)] = value
     return Figure(
@@ -362,9 +383,13 @@ def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> 
 def layer_drop(models: Sequence[Model], looks: Looks) -> Figure | None:
     """How much worse a model gets without one of its layers."""
     rows: list[Row] = []
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float | str | None]] = {}
+    used: dict[str, Evaluated] = {}
     for model in models:
-        drop = next((e.layer_drop for e in reversed(model.evaluated) if e.layer_drop is not None), None)
+        entry = next((e for e in reversed(model.evaluated) if e.layer_drop is not None), None)
+        drop = entry.layer_drop if entry else None
+        if entry is not None:
+            used[model.label] = entry
         for layer, loss in enumerate(drop.loss if drop else (), start=1):
             rise = loss - (drop.unchanged if drop else 0)
             rows.append({"model": model.label, "x": layer, "y": rise})
@@ -378,11 +403,13 @@ def layer_drop(models: Sequence[Model], looks: Looks) -> Figure | None:
         "layer_drop",
         "What each layer is needed for",
         "How much the loss rises when this one layer is left out; near 0 the layer does little."
-        + (" The axis is logarithmic." if log else ""),
+        + (" The axis is logarithmic." if log else "")
+        + (other := _other_texts(used)),
         lines(rows, shown, _LAYER, _vertical("rise of the loss (nats per token)", rows, log)),
         Table.of("Rise of the loss without each layer, nats per token", "layer", columns),
         shown,
         (Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}),) if log else (),
+        _TEXTS_DIFFER if other else "",
     )
 
 
@@ -397,6 +424,53 @@ def _of_histories(
                 rows.append({"model": model.label, "x": step, "y": value})
             columns.setdefault(model.label, {})[step] = value
     return rows, columns
+
+
+def _tokens(first: str) -> str:
+    return f"First token of each text {first}."
+
+
+def _named(name: str, entry: Measured, first: str) -> str:
+    """A column's name, which says where its numbers are not of the convention that was asked for."""
+    counted = entry.first_for(first)
+    return name if counted == first else f"{name}, first token {counted}"
+
+
+def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> str:
+    """What a caption says of those that were not measured in both ways."""
+    found: dict[str, list[str]] = {}
+    for label, entry in entries:
+        for kind in order:
+            counted = entry.first_for(kind)
+            if counted != kind and label not in found.setdefault(counted, []):
+                found[counted].append(label)
+    return "".join(
+        f" Measured only with the first token {counted}, and shown so: {', '.join(labels)}."
+        for counted, labels in found.items()
+    )
+
+
+def _texts_measured(entries: Iterable[Measured]) -> str:
+    """What a caption says where not all models were measured on the same text."""
+    texts = {
+        tuple(item for item in entry.conditions.items() if item[0].startswith("text ")) for entry in entries
+    }
+    return " Not all models read the same text; the files at the end say which." if len(texts) > 1 else ""
+
+
+def _other_texts(used: dict[str, Evaluated]) -> str:
+    """What a caption says where not all models read the same text."""
+    texts: dict[str, list[str]] = {}
+    for label, entry in used.items():
+        read_out = entry.read_out
+        words = [shortened(read_out.text, 80)] if read_out and read_out.text else []
+        words += [f"{read_out.tokens:,} tokens"] if read_out and read_out.tokens is not None else []
+        words += [f"max_tokens {entry.how['max tokens']}"] if "max tokens" in entry.how else []
+        texts.setdefault(", ".join(words) or "a text that the file does not name", []).append(label)
+    if len(texts) < 2:
+        return ""
+    each = "; ".join(f"{', '.join(labels)}: {words}" for words, labels in texts.items())
+    return f" Not comparable as they stand, for the texts differ: {each}."
 
 
 def _shown(rows: list[Row], looks: Looks) -> tuple[tuple[str, Style], ...]:
@@ -440,10 +514,10 @@ def _of_runs(models: Sequence[Model]) -> str:
     return " and ".join(f"{STATE_WORDS[state]} in {', '.join(labels)}" for state, labels in named.items())
 
 
-def _by_step(caption: str, columns: dict[str, dict[int, float]]) -> Table:
+def _by_step(caption: str, columns: dict[str, dict[int, float]], form: str = "#.4g") -> Table:
     steps = sorted({step for column in columns.values() for step in column})
     ordered = {
         name: {f"{step:,}": column[step] for step in steps if step in column}
         for name, column in columns.items()
     }
-    return Table.of(caption, "step", ordered, order=[f"{step:,}" for step in steps])
+    return Table.of(caption, "step", ordered, order=[f"{step:,}" for step in steps], form=form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 STATES = ("pre_norm", "post_norm")
 """Which state counts as the last layer's output: before or after the final norm."""
@@ -50,6 +51,18 @@ class Measured:
     layers: dict[tuple[str, str], Layers]
     """By first token and state."""
 
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What has to be the same for two measurements to be points of one series."""
+        text = {
+            name: value for name, value in self.how.items() if name == "dtype" or name.startswith("text ")
+        }
+        return {"first token": self.first_token} | text
+
+    def first_for(self, wanted: str) -> str:
+        """``wanted``, a key of :data:`FIRST_TOKEN`, or the other one where only that was measured."""
+        return wanted if (wanted, STATES[0]) in self.layers else self.first_token
+
 
 @dataclass(frozen=True)
 class Score:
@@ -69,6 +82,8 @@ class ReadOut:
     """Predictions read out behind layers 0..L through the final norm and the head."""
 
     text: str
+    tokens: int | None
+    """How many were predicted."""
     loss: tuple[float, ...] | None
     """Cross-entropy in nats per token."""
     accuracy: tuple[float, ...] | None
@@ -92,6 +107,8 @@ class Evaluated:
     """One model of an evaluation."""
 
     origin: Origin
+    how: dict[str, str]
+    """What the file says of the evaluation: text, limit and so on."""
     tasks: dict[str, Score]
     read_out: ReadOut | None
     layer_drop: LayerDrop | None
@@ -134,6 +151,8 @@ class Run:
     """A training run."""
 
     file: str
+    folder: Path
+    """What belongs to the run lies in it."""
     name: str
     iterations: tuple[int, ...]
     validation_loss: tuple[float, ...]
@@ -141,7 +160,7 @@ class Run:
     jump_rate: tuple[float, ...]
     """zeta_L as training logged it."""
     displacement: tuple[float, ...]
-    """Psi_l of layers 1..L at the last validation; may be empty."""
+    """Psi_l of layers 1..L at the last validation, not finite where the run had diverged; may be empty."""
     final_state: str
     """One of :data:`STATES`."""
     settings: dict[str, str]

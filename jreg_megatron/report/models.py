@@ -1,15 +1,16 @@
-"""Which numbers belong to one model, and a label for it that no other has."""
+"""Which numbers belong to one model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from pathlib import Path
 
-from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import FIRST_TOKEN, STATES, Evaluated, Inputs, Layers, Measured, Origin, Run
+from jreg_megatron.report.inputs import Evaluated, Inputs, Measured, Origin, Run
 
-LABEL_LENGTH = 48
+_STEP_OF_REVISION = re.compile(r"[-_.]?step[-_]?\d+(-tokens[\w.]*)?", re.IGNORECASE)
 
 
 @dataclass
@@ -18,11 +19,11 @@ class Model:
 
     name: str
     measured: list[Measured] = field(default_factory=list)
-    """By training step."""
+    """By training step, all under the same conditions."""
     evaluated: list[Evaluated] = field(default_factory=list)
     run: Run | None = None
     label: str = ""
-    """Printable, at most :data:`LABEL_LENGTH` characters, and unlike every other model's."""
+    """Printable, short, and unlike every other model's."""
 
     @property
     def origins(self) -> list[Origin]:
@@ -47,24 +48,18 @@ class Model:
         """Whether it was measured at several steps."""
         return len({entry.origin.step for entry in self.measured} - {None}) > 1
 
-    def last(self, state: str) -> Layers | None:
-        """The last measurement, of the tokens that its file puts first."""
-        return self.measured[-1].layers[self.measured[-1].first_token, state] if self.measured else None
-
     @property
-    def blocks(self) -> Iterator[tuple[Measured, str, str, Layers]]:
-        """Every measurement with its first token, state and numbers."""
-        for entry in self.measured:
-            for first in FIRST_TOKEN:
-                for state in STATES:
-                    if (first, state) in entry.layers:
-                        yield entry, first, state, entry.layers[first, state]
+    def step(self) -> int | None:
+        """Of the last measurement; without one, of the last evaluation or of the run's end."""
+        for entries in (self.measured, self.evaluated):
+            if entries:
+                return entries[-1].origin.step
+        return self.run.iterations[-1] if self.run else None
 
     def matches(self, other: Model) -> bool:
         """Whether the two can be one model: some source is the same, and no step is there twice."""
-        sources = {(o.source, o.num_layers) for o in self.origins}
-        has_one = bool(sources & {(o.source, o.num_layers) for o in other.origins})
-        return has_one and not _clash(self, other)
+        keys = [{(o.source, o.num_layers, without_step(o)) for o in model.origins} for model in (self, other)]
+        return bool(keys[0] & keys[1]) and not _clash(self, other)
 
     def take(self, other: Model) -> None:
         """Add what is known of the same model."""
@@ -73,10 +68,11 @@ class Model:
 
 
 def models_of(inputs: Inputs) -> list[Model]:
-    """The models, in the order of the inputs.
+    """The models, in the order of the inputs, still without labels.
 
-    Measurements of one name in one file are one model, a series over its steps. Between files they are one
-    if a source is the same too. An evaluation belongs to the last step, a run to the one model of its name.
+    Measurements of one name in one file are one model, a series over its steps, if they were made under the
+    same conditions and of the same revision but for the step. Between files they are one if a source is the
+    same too. An evaluation belongs to the last step, a run to the model of its name that it trained.
     """
     models: list[Model] = []
     for model in _within_files(inputs):
@@ -86,17 +82,26 @@ def models_of(inputs: Inputs) -> list[Model]:
         else:
             home.take(model)
     for run in inputs.runs:
-        same = [m for m in models if m.name == run.name]
-        alone = len(same) == 1 and sum(other.name == run.name for other in inputs.runs) == 1
-        if alone and (not run.displacement or same[0].num_layers == len(run.displacement)):
-            same[0].run = run
-        else:
+        home = next((m for m in models if m.run is None and _trained(run, m)), None)
+        if home is None:
             models.append(Model(run.name, run=run))
+        else:
+            home.run = run
     for model in models:
         model.measured.sort(key=lambda entry: _order(entry.origin))
         model.evaluated.sort(key=lambda entry: _order(entry.origin))
-    _label(models)
     return models
+
+
+def convention(models: Sequence[Model]) -> str:
+    """Whether a page's numbers are with the first token kept or dropped: as all were measured, or kept."""
+    firsts = {entry.first_token for model in models for entry in model.measured}
+    return firsts.pop() if len(firsts) == 1 else "kept"
+
+
+def without_step(origin: Origin) -> str:
+    """A revision without its step: ``stage1`` of ``stage1-step1000-tokens5B``; empty if nothing is left."""
+    return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
 def _within_files(inputs: Inputs) -> Iterator[Model]:
@@ -110,11 +115,11 @@ def _within_files(inputs: Inputs) -> Iterator[Model]:
 
 
 def _put(model: Model, found: list[Model]) -> None:
-    origin = model.origins[0]
+    def key(origin: Origin) -> tuple[object, ...]:
+        return origin.file, origin.name, origin.num_layers, without_step(origin)
+
     for other in found:
-        first = other.origins[0]
-        same = (first.file, first.name, first.num_layers) == (origin.file, origin.name, origin.num_layers)
-        if same and not _clash(model, other):
+        if key(other.origins[0]) == key(model.origins[0]) and not _clash(model, other):
             other.take(model)
             return
     found.append(model)
@@ -126,50 +131,29 @@ def _order(origin: Origin) -> tuple[bool, int]:
 
 
 def _clash(a: Model, b: Model) -> bool:
-    """Whether the two cannot be one model: an evaluation stands beside the last step, and there is one."""
+    """Whether the two cannot be one model.
+
+    A series has one point for each step, all under the same conditions; an evaluation stands beside the last
+    step, and there is one.
+    """
     steps = [{entry.origin.step for entry in model.measured} for model in (a, b)]
     if steps[0] & steps[1] or (a.evaluated and b.evaluated):
+        return True
+    if a.measured and b.measured and a.measured[0].conditions != b.measured[0].conditions:
         return True
     last = max((step for step in steps[0] | steps[1] if step is not None), default=None)
     evaluated = {entry.origin.step for entry in (*a.evaluated, *b.evaluated)}
     return bool(last is not None and evaluated - {None, last})
 
 
-def _label(models: list[Model]) -> None:
-    """Names; where several models have one, with what tells them apart in brackets."""
-    taken: set[str] = set()
-    for model in models:
-        twins = [twin for twin in models if twin.name == model.name]
-        label = model.name
-        if len(twins) > 1:
-            ways = (way for way in (_source, _step, _file) if len(set(map(way, twins))) == len(twins))
-            place = next(ways, _file)
-            tail = _tail(place(model), [place(twin) for twin in twins if twin is not model])
-            label = f"{shortened(label, LABEL_LENGTH // 2)} ({tail})"
-        model.label = shortened(label, LABEL_LENGTH)
-        for number in count(2):
-            if model.label not in taken:
-                break
-            model.label = f"{shortened(label, LABEL_LENGTH - 6)} #{number}"
-        taken.add(model.label)
-
-
-def _source(model: Model) -> str:
-    return model.origins[0].source if model.origins else _file(model)
-
-
-def _step(model: Model) -> str:
-    origin = model.origins[-1] if model.origins else None
-    return "" if origin is None else origin.revision or f"step {origin.step}"
-
-
-def _file(model: Model) -> str:
-    return model.origins[0].file if model.origins else model.run.file if model.run else ""
-
-
-def _tail(text: str, others: list[str]) -> str:
-    """The shortest end of a path that no other path has; the whole if there is none."""
-    parts = text.split("/")
-    tails = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
-    alone = (tail for tail in tails if not any(f"/{other}".endswith(f"/{tail}") for other in others))
-    return shortened(next(alone, text), LABEL_LENGTH // 2 - 3)
+def _trained(run: Run, model: Model) -> bool:
+    """Whether a run trained a model: it has its name, its layers, and lies beside or around its source."""
+    if run.name != model.name or (run.displacement and model.num_layers != len(run.displacement)):
+        return False
+    # What is no path here is the name of a model on a hub.
+    sources = [o.source for o in model.origins if o.kind != "hugging_face" or os.path.exists(o.source)]
+    places = {Path(os.path.realpath(source)) for source in sources}
+    saved = run.settings.get("save")
+    if saved and (saved in sources or Path(os.path.realpath(saved)) in places):
+        return True
+    return any(run.folder == place or run.folder in place.parents for place in places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,18 +36,37 @@ def read(paths: Sequence[Path]) -> Inputs:
         UserError: that names the file and the field, for what is in none of the formats.
     """
     inputs = Inputs()
-    for path in {path.resolve(): path for path in paths}.values():
+    for path in {os.path.realpath(path): path for path in paths}.values():
         _add(inputs, path)
     return inputs
 
 
+def files_read(paths: Sequence[Path]) -> set[str]:
+    """The files of which :func:`read` reads, as absolute paths without links."""
+    found: set[Path] = set()
+    for path in paths:
+        if not os.path.isdir(path):
+            found.add(path)
+        elif (events := _events(path)) is not None:
+            found.update(events.glob("*tfevents*"))
+        else:
+            found.add(path / "summary.json")
+    return {os.path.realpath(path) for path in found}
+
+
+def _events(path: Path) -> Path | None:
+    """The folder with TensorBoard files that a folder stands for."""
+    places = (path, path / "tensorboard")
+    return next((place for place in places if any(map(os.path.isfile, place.glob("*tfevents*")))), None)
+
+
 def _add(inputs: Inputs, path: Path) -> None:
-    if path.is_dir():
-        events = next((f for f in (path, path / "tensorboard") if any(f.glob("*tfevents*"))), None)
+    if os.path.isdir(path):
+        events = _events(path)
         if events is not None:
             inputs.runs.append(_tensorboard(events))
             return
-        if not (path / "summary.json").is_file():
+        if not os.path.isfile(path / "summary.json"):
             raise UserError(
                 f"{printable(str(path))} is a folder without TensorBoard files (events.out.tfevents.*) "
                 "and without summary.json; name the folder that holds them"
@@ -57,7 +77,7 @@ def _add(inputs: Inputs, path: Path) -> None:
     whole = Field.read(path)
     kind = whole.get("format")
     if kind is None and isinstance(whole.value.get("runs"), dict):
-        inputs.runs.extend(_summary(whole))
+        inputs.runs.extend(_summary(whole, Path(os.path.realpath(path)).parent))
     elif kind is not None and kind.value == _MEASUREMENT:
         inputs.measured.extend(_models(whole, _measured))
     elif kind is not None and kind.value == _EVALUATION:
@@ -117,7 +137,10 @@ def _measured(model: Field, whole: Field) -> Measured:
     origin = _origin(model, whole)
     first = model["first_token"].one_of(*FIRST_TOKEN)
     text = whole.get("text")
-    how = {f"text {name}".replace("_", " "): value for name, value in _texts(text).items()}
+    how = {
+        f"text {name}".replace("_", " "): "none" if value == "null" else value
+        for name, value in _texts(text).items()
+    }
     for key in _HOW:
         value = model.get(key)
         if value is not None:
@@ -149,8 +172,19 @@ def _evaluated(model: Field, whole: Field) -> Evaluated:
     origin = _origin(model, whole)
     tasks, drop = model.get("tasks"), model.get("layer_drop")
     read_out = model.get("read_out")
+    how = {}
+    if read_out is not None:
+        if (text := read_out.get("text")) is not None:
+            how["read-out text"] = text.text()
+        if (tokens := read_out.get("tokens")) is not None:
+            how["read-out tokens"] = f"{tokens.whole():,}"
+    for key, words in {"limit": "limit", "max_tokens": "max tokens"}.items():
+        if key in whole.value:
+            value = whole.get(key)
+            how[words] = "none" if value is None else f"{value.number(0):,.10g}"
     return Evaluated(
         origin,
+        how,
         tasks={} if tasks is None else {name: _score(task) for name, task in tasks.fields().items()},
         read_out=None if read_out is None else _read_out(read_out, origin.num_layers),
         layer_drop=None
@@ -177,9 +211,10 @@ def _read_out(field: Field, num_layers: int) -> ReadOut:
         found = field.get(key)
         return None if found is None else found.numbers(num_layers + 1, 0, high)
 
-    text = field.get("text")
+    text, tokens = field.get("text"), field.get("tokens")
     return ReadOut(
         text="" if text is None else text.text(),
+        tokens=None if tokens is None else tokens.whole(),
         loss=numbers("loss", float("inf")),
         accuracy=numbers("accuracy", 1),
         agreement=numbers("agreement", 1),
@@ -250,9 +285,11 @@ def _tensorboard(folder: Path) -> Run:
     state = history.settings.get("jreg_final_state", JRegConfig().final_state)
     if state not in STATES:
         raise UserError(f"{printable(str(folder))}: its jreg_final_state is {printable(state)}")
+    home = place.parent if place.name == "tensorboard" else place
     return Run(
         file=printable(str(folder)),
-        name=place.parent.name if place.name == "tensorboard" else place.name,
+        folder=home,
+        name=home.name,
         iterations=tuple(history.iterations),
         validation_loss=tuple(history.validation_loss),
         jump_rate=tuple(history.jump_rate),
@@ -263,7 +300,7 @@ def _tensorboard(folder: Path) -> Run:
     )
 
 
-def _summary(whole: Field) -> list[Run]:
+def _summary(whole: Field, folder: Path) -> list[Run]:
     """The runs of a ``summary.json`` of the demo or of a sweep."""
     state = whole["final_state"].one_of(*STATES)
     common = {"iterations": str(whole["iterations"].whole(low=1))}
@@ -283,6 +320,7 @@ def _summary(whole: Field) -> list[Run]:
         runs.append(
             Run(
                 file=whole.file,
+                folder=folder,
                 name=name,
                 iterations=tuple(point["iteration"].whole() for point in history),
                 validation_loss=tuple(point["validation_loss"].number(0) for point in history),

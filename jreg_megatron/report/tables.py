@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATES, Comparison, Difference
+from jreg_megatron.report.inputs import STATES, Comparison, Difference, Score
 from jreg_megatron.report.models import Model
 
 NOTHING = "–"
+HEADLINE = "The last state of each model"
+LOSS = "#.5g"
 _CELL, _LONG_CELL = 160, 300
 _ABREAST, _NAMED = 8, 4
+_THRESHOLDS = (0.001, 0.01, 0.05, 0.1)
+"""Which p values are held against; rounding carries none over."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,19 @@ class Table:
         cls,
         caption: str,
         corner: str,
-        columns: Mapping[str, Mapping[str, float]],
+        columns: Mapping[str, Mapping[str, float | str | None]],
         order: Iterable[str] = (),
+        form: str = "#.4g",
     ) -> Table:
-        """A table of numbers given by column and row."""
+        """A table of numbers given by column and row; a text stands as it is."""
         names = dict.fromkeys([*order, *(name for column in columns.values() for name in column)])
         if not order:
             names = dict.fromkeys(sorted(names, key=_natural))
-        rows = tuple((name, *(number(column.get(name)) for column in columns.values())) for name in names)
+
+        def cell(value: float | str | None) -> str:
+            return value if isinstance(value, str) else number(value, form)
+
+        rows = tuple((name, *(cell(column.get(name)) for column in columns.values())) for name in names)
         return cls(caption, (corner, *columns), rows)
 
 
@@ -47,7 +56,7 @@ def _natural(name: str) -> tuple[int, bool]:
 
 
 def number(value: float | None, form: str = "#.4g") -> str:
-    """A number to four digits."""
+    """A number to four digits, or as ``form`` says."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -56,38 +65,69 @@ def number(value: float | None, form: str = "#.4g") -> str:
     return f"{value:,.0f}" if "e+" in shown else shown.rstrip(".")
 
 
-def headline(models: Sequence[Model]) -> Table:
-    """What is asked first, a row for each model."""
+def loss(value: float | None) -> str:
+    """A loss to five digits, as differences are small."""
+    return number(value, LOSS)
+
+
+def known(value: float) -> float | None:
+    """None in place of what is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def headline(models: Sequence[Model], first: str) -> Table:
+    """What is asked first, a row for each model; ``first`` says whether first tokens are kept or dropped."""
     columns: dict[str, list[str]] = {}
     for model in models:
-        before, after = (model.last(state) for state in STATES)
-        run = model.run
-        logged = {run.final_state: run.jump_rate[-1]} if run and not model.measured else {}
-        turned = (
-            {run.final_state: run.displacement[-1]} if run and run.displacement and not model.measured else {}
-        )
-        step = model.origins[-1].step if model.origins else run.iterations[-1] if run else None
-        row = {
-            "step": NOTHING if step is None else f"{step:,}",
-            "layers L": NOTHING if model.num_layers is None else str(model.num_layers),
-            "ζ before the final norm": number(before.jump_rate if before else logged.get("pre_norm")),
-            "ζ after it": number(after.jump_rate if after else logged.get("post_norm")),
-            "last Ψ before the final norm": number(
-                before.displacement[-1] if before else turned.get("pre_norm")
-            ),
-            "last Ψ after it": number(after.displacement[-1] if after else turned.get("post_norm")),
-            "validation loss": number(run.validation_loss[-1] if run else None),
-            "λ": _setting(model, "jreg_coeff"),
-            "α": _setting(model, "jreg_alpha"),
-        }
-        for name, cell in row.items():
+        for name, cell in _headline_row(model, first).items():
             columns.setdefault(name, []).append(cell)
-    return _without_empty("The last state of each model", {"model": [m.label for m in models]} | columns)
+    caption = HEADLINE
+    if any(model.measured for model in models):
+        caption += f"; measurements with the first token of each text {first}"
+    return _without_empty(caption, {"model": [m.label for m in models]} | columns)
+
+
+def _headline_row(model: Model, first: str) -> dict[str, str]:
+    step, run, entry = model.step, model.run, model.measured[-1] if model.measured else None
+    row = {
+        "step": NOTHING if step is None else f"{step:,}",
+        "layers L": NOTHING if model.num_layers is None else str(model.num_layers),
+    }
+    words = {"pre_norm": ("ζ before the final norm", "last Ψ before the final norm")}
+    words["post_norm"] = ("ζ after it", "last Ψ after it")
+    # All jump rates come before the displacements.
+    row |= {words[state][place]: NOTHING for place in (0, 1) for state in STATES}
+    if entry:
+        counted = entry.first_for(first)
+        mark = "" if counted == first else f" (first token {counted})"
+        for state, (rate, turn) in words.items():
+            layers = entry.layers[counted, state]
+            row[rate] = NOTHING if layers.jump_rate is None else number(layers.jump_rate) + mark
+            row[turn] = number(layers.displacement[-1]) + mark
+    loss_cell = NOTHING
+    if run:
+        at = run.iterations.index(step) if step in run.iterations else -1
+        loss_cell = loss(run.validation_loss[at]) + _mark(run.iterations[at], step)
+        if not entry:
+            rate, turn = words[run.final_state]
+            row[rate] = number(run.jump_rate[at]) + _mark(run.iterations[at], step)
+            if run.displacement and known(run.displacement[-1]) is not None:
+                row[turn] = number(run.displacement[-1]) + _mark(run.iterations[-1], step)
+    return row | {
+        "validation loss": loss_cell,
+        "λ": _setting(model, "jreg_coeff"),
+        "α": _setting(model, "jreg_alpha"),
+    }
+
+
+def _mark(step: int, of_row: int | None) -> str:
+    """What is said beside a value of another step than its row's."""
+    return "" if step == of_row else f" (step {step:,})"
 
 
 def _setting(model: Model, name: str) -> str:
     plain = _plain(model.settings.get(name, NOTHING))
-    return f"{plain:g}" if isinstance(plain, float) else shortened(plain, 24)
+    return shortened(plain, 24) if isinstance(plain, str) else f"{plain:g}"
 
 
 def tasks(models: Sequence[Model]) -> Table | None:
@@ -100,23 +140,31 @@ def tasks(models: Sequence[Model]) -> Table | None:
     if not scores:
         return None
     columns: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for found in scores.values() for name in found):
-        some = next(found[name] for found in scores.values() if name in found)
-        better = "higher" if some.higher_is_better else "lower"
-        row = {
-            "task": shortened(name, _CELL),
-            "metric": f"{shortened(some.metric, 24)}, {better} is better",
-            "samples": NOTHING if some.samples is None else f"{some.samples:,}",
-            "chance": number(some.chance),
-        }
-        for column, cell in row.items():
-            columns.setdefault(column, []).append(cell)
-        for label, found in scores.items():
-            score = found.get(name)
-            cell = f"{number(score.value)}{_interval(score.interval)}" if score else NOTHING
-            # Apart from the columns above, whatever a model is called.
-            columns.setdefault(f"\0{label}", []).append(cell)
+    names = dict.fromkeys(name for found in scores.values() for name in found)
+    for name in names:
+        # Only what was scored in one way, on as many samples, stands in one row.
+        for way in dict.fromkeys(_way(found[name]) for found in scores.values() if name in found):
+            metric, higher, samples, chance = way
+            row = {
+                "task": shortened(name, _CELL),
+                "metric": shortened(metric, 24),
+                "better": "higher" if higher else "lower",
+                "samples": NOTHING if samples is None else f"{samples:,}",
+                "chance": number(chance),
+            }
+            for column, cell in row.items():
+                columns.setdefault(column, []).append(cell)
+            for label, found in scores.items():
+                score = found.get(name)
+                same = score is not None and _way(score) == way
+                cell = f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
+                # Apart from the columns above, whatever a model is called.
+                columns.setdefault(f"\0{label}", []).append(cell)
     return _without_empty("Tasks; intervals in brackets", columns)
+
+
+def _way(score: Score) -> tuple[str, bool, int | None, float | None]:
+    return score.metric, score.higher_is_better, score.samples, score.chance
 
 
 def comparison(compared: Comparison, a: str, b: str) -> Table | None:
@@ -132,8 +180,8 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
             "difference": number(difference.value, "+#.3g"),
             f"{compared.confidence:.0%} interval": _interval(difference.interval, "+#.3g").strip(" ()")
             or NOTHING,
-            "p value": _p_value(difference.p_value),
-            "p value, adjusted": _p_value(difference.p_adjusted),
+            "p": p_value(difference.p_value),
+            "p, adjusted": p_value(difference.p_adjusted),
             "samples": NOTHING if difference.samples is None else f"{difference.samples:,}",
         }
         for column, cell in row.items():
@@ -148,8 +196,15 @@ def _without_empty(caption: str, columns: Mapping[str, Sequence[str]]) -> Table:
     return Table(caption, names, tuple(zip(*kept.values(), strict=True)))
 
 
-def _p_value(value: float | None) -> str:
-    return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+def p_value(value: float | None) -> str:
+    """A p value to three digits, or to as many as keep it on its side of the usual thresholds."""
+    if value is None:
+        return NOTHING
+    if value < 0.001:
+        return "< 0.001"
+    shown = [f"{value:#.{digits}g}" for digits in range(3, 18)]
+    sides = [value < threshold for threshold in _THRESHOLDS]
+    return next(text for text in shown if [float(text) < threshold for threshold in _THRESHOLDS] == sides)
 
 
 def settings(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
@@ -180,11 +235,15 @@ def _differ(models: Sequence[Model], name: str) -> bool:
     return len({_plain(model.settings[name]) for model in models if name in model.settings}) > 1
 
 
-def _plain(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _plain(text: str) -> int | float | str:
+    """A setting as a number, if it is one: 3 and 3.0 are equal, large integers only if every digit is."""
+    for kind in (int, float):
+        try:
+            plain = kind(text)
+        except ValueError:
+            continue
+        return plain if math.isfinite(plain) and "_" not in text else text.lower()
+    return text
 
 
 def files(models: Sequence[Model]) -> Table:
@@ -196,7 +255,12 @@ def files(models: Sequence[Model]) -> Table:
             key = (entry.origin.file, "measurement", how, _pairs(entry.origin.versions))
             rows.setdefault(key, {})[model.label] = None
         for evaluated in model.evaluated:
-            key = (evaluated.origin.file, "evaluation", NOTHING, _pairs(evaluated.origin.versions))
+            key = (
+                evaluated.origin.file,
+                "evaluation",
+                _pairs(evaluated.how),
+                _pairs(evaluated.origin.versions),
+            )
             rows.setdefault(key, {})[model.label] = None
         if model.run:
             state = "before" if model.run.final_state == "pre_norm" else "after"
