@@ -137,6 +137,30 @@ def test_a_step_of_a_series_gives_what_its_own_validation_logged(series: Path) -
     expect_as_logged(found, series, 1)
 
 
+def measured(output: Path, *words: object) -> list[dict[str, Any]]:
+    """The models in the JSON of ``jreg-megatron measure``; runs in a process of its own."""
+    from jreg_megatron.measure.__main__ import main
+
+    main([*map(str, words), "--quiet", "--json", str(output)])
+    models: list[dict[str, Any]] = json.loads(output.read_text())["models"]
+    return models
+
+
+def test_the_command_measures_a_series_as_training_logged_it(series: Path, tmp_path: Path) -> None:
+    ((first, second, last),) = run_function(
+        measured, 1, tmp_path / "series.json", f"{series}@all", "--last-validation"
+    )
+    assert [(each["name"], each["step"]) for each in (first, second, last)] == [
+        *(("grouped", 2), ("grouped", 4), ("grouped", 5))
+    ]
+    for number, each in ((0, first), (1, second), (-1, last)):
+        for layer in range(1, LAYERS + 1):
+            expected = logged(series, displacement_name(layer, LAYERS))[number]
+            assert each["displacement"]["pre_norm"][layer - 1] == pytest.approx(expected, abs=1e-5)
+        assert each["jump_rate"]["pre_norm"] == pytest.approx(logged(series, "jump rate")[number], abs=1e-3)
+        assert each["settings"]["jreg_coeff"] == "0.1"
+
+
 LLAMA = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope"
 RUNS: dict[str, tuple[int, str, str]] = {
     "a tied Llama in virtual stages": (
