@@ -21,6 +21,9 @@ TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalenc
 BRIDGE = ("tests/test_bridge.py",)
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CPU = ("tests/test_cpu_mode.py",)
+MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
+EVALUATE = ("tests/test_evaluate.py",)
+CONVERT = ("tests/test_convert.py",)
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,70 @@ FAULTS = [
             ),
         ),
         BRIDGE,
+    ),
+    Fault(
+        "measure padding as if it were text",
+        "measure/statistics.py",
+        (("values = torch.where(self._mask, values, 0.0)", "values = values + 0 * self._mask"),),
+        MEASURE,
+    ),
+    Fault(
+        "compare the normed state with the last layer's output",
+        "measure/statistics.py",
+        (("self._before = before if number == self.num_layers else after", "self._before = after"),),
+        MEASURE,
+    ),
+    Fault(
+        "measure all tokens alike, whatever text they are in",
+        "measure/statistics.py",
+        (("self.total = self.total + sums / tokens", "self.total = self.total + sums"),),
+        MEASURE,
+    ),
+    Fault(
+        "leave out the first token of a text, not of each sequence",
+        "measure/statistics.py",
+        (
+            (
+                "self.without_first.add(self._rest, self._tokens - self._windows)",
+                "self.without_first.add(self._rest, self._tokens - 1)",
+            ),
+        ),
+        MEASURE,
+    ),
+    Fault(
+        "take a norm before the layers for the final one",
+        "decoder/decoder.py",
+        (("            if is_through:\n", "            if True:\n"),),
+        MEASURE,
+    ),
+    Fault(
+        "take the norm in front of the head for a layer's own",
+        "decoder/structure.py",
+        (("return None if has_matrix else call.module", "return call.module"),),
+        MEASURE,
+    ),
+    Fault(
+        "let random weights pass where the files hold none",
+        "decoder/hugging_face.py",
+        (('    if missing := sorted(map(str, info["missing_keys"])):', "    if missing := []:"),),
+        MEASURE,
+    ),
+    Fault(
+        "score the token itself, not the one behind it",
+        "evaluate/layers.py",
+        (("targets = ids[:, 1:][kept]", "targets = ids[:, :-1][kept]"),),
+        EVALUATE,
+    ),
+    Fault(
+        "swap gate and up projection",
+        "convert/weights.py",
+        (
+            (
+                '_SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")',
+                '_SEPARATE_GATE_UP = ("mlp.up_proj", "mlp.gate_proj")',
+            ),
+        ),
+        CONVERT,
     ),
 ]
 
