@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -358,6 +359,30 @@ def test_checkpoints_of_a_trainer_are_a_series_in_the_order_of_their_steps(tmp_p
     assert [each.step for each in find_models([f"{tmp_path / 'run'}@200,50"])] == [200, 50]
     (latest,) = find_models([str(tmp_path / "run")])
     assert (latest.step, latest.name) == (1000, "run")
+
+
+def test_all_revisions_of_a_model_on_the_hub_are_its_branches_by_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("main", "step512", "step1000", "step1", "float16")
+    refs = SimpleNamespace(branches=[SimpleNamespace(name=name) for name in names])
+    monkeypatch.setattr("huggingface_hub.list_repo_refs", lambda _: refs)
+    found = find_models(["EleutherAI/pythia-70m@all"])
+    assert [each.revision for each in found] == ["step1", "step512", "step1000"]
+    assert {each.name for each in found} == {"EleutherAI/pythia-70m"}
+
+
+def test_a_hub_that_does_not_answer_is_one_line_that_says_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(_: str) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_refs", unreachable)
+    with pytest.raises(
+        UserError, match=r"needs the hub, which did not answer \(no network\); name the revisions"
+    ):
+        find_models(["EleutherAI/pythia-70m@all"])
 
 
 def test_a_path_may_hold_the_marks_of_names_and_revisions(tmp_path: Path) -> None:
