@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder
     from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
 _OWN = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *(

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.convert.export import DTYPES, largest_difference, refuse_difference
+from jreg_megatron.convert.export import largest_difference, refuse_difference
 from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.decoder.megatron_folder import RELEASE, TRACKER
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need

@@ -14,8 +14,6 @@ from jreg_megatron.evaluate.scoring import check_decoder
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
 from jreg_megatron.texts import Text
 
-PARTS = ("tasks", "read-out", "layer-drop")
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -69,7 +67,7 @@ def evaluate(
 
     Args:
         decoder: the model.
-        parts: of :data:`PARTS`.
+        parts: of ``tasks``, ``read-out`` and ``layer-drop``.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
         texts: for the parts about layers; read once more for each part.
