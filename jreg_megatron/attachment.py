@@ -35,6 +35,7 @@ None of this needs a collective, and nothing in it is known only on some ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -44,9 +45,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jreg_megatron import kernels
 from jreg_megatron.errors import UserError
+from jreg_megatron.kernels import Kernels
 from jreg_megatron.metrics import DisplacementMeter, JRegMetrics
-from jreg_megatron.penalty import add_displacement_gradient, add_input_gradient, measure_displacement
+from jreg_megatron.penalty import Strength, add_displacement_gradient, add_input_gradient
 from jreg_megatron.residual_stream import (
     last_stage_has_a_layer,
     num_layers,
@@ -90,16 +93,18 @@ class JRegHandle:
         num_microbatches: Callable[[], int],
         iteration: Callable[[], int] | None,
         group: dist.ProcessGroup | None,
+        kernels: Kernels,
     ) -> None:
         model_config: Any = chunks[0].config
-        device = next((p.device for chunk in chunks for p in chunk.parameters()), torch.device("cpu"))
+        device = _first_parameter(chunks).device
         self.config = config
         layers = num_layers(chunks[0])
         self.weights = config.layer_weights(layers)
         """Layer weights ``w_1..w_L``, ``[L]`` float64 on the CPU."""
         self.training_meter = DisplacementMeter(layers, device)
         self.validation_meter = DisplacementMeter(layers, device)
-        self._weight_of = self.weights.tolist()
+        self._weight_of = config.gradient_weights(layers).tolist()
+        self._kernels = kernels
         self._model_config = model_config
         self._num_microbatches = num_microbatches
         self._iteration = iteration
@@ -111,6 +116,7 @@ class JRegHandle:
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
         self._coefficient = torch.zeros(1, device=device)
         self._tap = tap_residual_stream(chunks, self)
+        self._holds_weight = any(self._weight_of[number - 1] > 0 for number in self._tap.layer_numbers)
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
 
@@ -122,7 +128,7 @@ class JRegHandle:
             return None  # text is being generated
         iteration = self._iteration() if training and self._iteration is not None else None
         coeff = self.config.coeff if iteration is None else self.config.coeff_at(iteration)
-        is_regularizing = training and coeff > 0
+        is_regularizing = training and coeff > 0 and self._holds_weight
         if is_regularizing:
             self._fill_coefficient(coeff)
         mask = token_weights = None
@@ -145,9 +151,8 @@ class JRegHandle:
             if microbatch.normed is None:
                 return layer_output
             (normed, microbatch.normed) = microbatch.normed, None
-            return add_input_gradient(
-                layer_output, layer_input, normed, *self._strength(microbatch, layer_number, layer_output)
-            )
+            strength = self._strength(microbatch, layer_number, layer_output)
+            return add_input_gradient(layer_output, layer_input, normed, strength)
         return self._observe(microbatch, layer_number, layer_input, layer_output)
 
     def final_norm(
@@ -161,27 +166,27 @@ class JRegHandle:
         return self._observe(microbatch, layer_number, layer_input, normed)
 
     def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
-        if self._has_gradient(microbatch, layer_number):
-            strength = self._strength(microbatch, layer_number, h_out)
-            h_out, psi = add_displacement_gradient(h_in, h_out, *strength)
-        elif microbatch.is_measuring:
-            psi = measure_displacement(h_in, h_out)
+        meter = self.training_meter if microbatch.is_training else self.validation_meter
+        on_psi = None
         if microbatch.is_measuring:
-            meter = self.training_meter if microbatch.is_training else self.validation_meter
-            meter.add(layer_number, psi, microbatch.mask)
+            on_psi = functools.partial(meter.add, layer_number, mask=microbatch.mask)
+        # What is frozen up to here has no backward pass to do it in.
+        if self._has_gradient(microbatch, layer_number) and h_out.requires_grad:
+            strength = self._strength(microbatch, layer_number, h_out)
+            return add_displacement_gradient(h_in, h_out, strength, on_psi)
+        if on_psi is not None:
+            on_psi(self._kernels.displacement(h_in, h_out))
         return h_out
 
     def _has_gradient(self, microbatch: _Microbatch, layer_number: int) -> bool:
         return microbatch.is_regularizing and self._weight_of[layer_number - 1] > 0
 
-    def _strength(
-        self, microbatch: _Microbatch, layer_number: int, state: Tensor
-    ) -> tuple[Tensor, float, Tensor | None]:
+    def _strength(self, microbatch: _Microbatch, layer_number: int, state: Tensor) -> Strength:
         """``k`` of the derivation above, as coefficient (of the step), factor and weights of the tokens."""
         factor = self._weight_of[layer_number - 1]
         if microbatch.token_weights is None and not self._model_config.calculate_per_token_loss:
             factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size
-        return self._coefficient, factor, microbatch.token_weights
+        return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
 
     def _token_weights(self, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """This rank's part of the loss mask, ``[s, b]``, and what each token then counts for."""
@@ -218,8 +223,15 @@ class JRegHandle:
         rule = f"alpha {config.alpha:g}" if config.weights == "softmax" else f"{config.weights} weights"
         return (
             f"> JREG attached: {doing}, {rule}, last state {config.final_state}, {len(weights)} layers, "
-            f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}"
+            f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}, "
+            f"{self._gradient_text()}kernels {self._kernels.name}"
         )
+
+    def _gradient_text(self) -> str:
+        if self.config.coeff == 0:
+            return ""
+        regularized = sum(weight > 0 for weight in self._weight_of)
+        return f"gradient in {regularized} of them, " if regularized < len(self._weight_of) else ""
 
     def end_iteration(self, iteration: int, is_interval_end: bool = True) -> JRegMetrics | None:
         """To be called after every training iteration; at the end of a log interval it gives its metrics.
@@ -304,7 +316,7 @@ def attach(
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
 
-    def check() -> Callable[[], int]:
+    def check() -> tuple[Callable[[], int], Kernels]:
         for chunk in given:
             refuse_fsdp(chunk)
         if iteration is None and config.has_schedule:
@@ -313,10 +325,18 @@ def attach(
                 "give attach(..., iteration=) a function that tells it, 1-based"
             )
         _refuse_model(chunks, config)
-        return _microbatch_counter(num_microbatches)
+        counter = _microbatch_counter(num_microbatches)
+        parameter = _first_parameter(chunks)
+        width = cast(Any, chunks[0]).config.hidden_size
+        return counter, kernels.choose(config.kernels, parameter.device, width, parameter.dtype)
 
-    counter = _alike_on_every_rank(check, group)
-    return JRegHandle(config, chunks, counter, iteration, group)
+    counter, chosen = _alike_on_every_rank(check, group)
+    return JRegHandle(config, chunks, counter, iteration, group, chosen)
+
+
+def _first_parameter(chunks: Sequence[nn.Module]) -> Tensor:
+    """Some parameter of this rank, for its device and its type; a stage may have none."""
+    return next((p for chunk in chunks for p in chunk.parameters()), torch.empty(0))
 
 
 def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:

@@ -57,7 +57,8 @@ def unit_rows(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def displacement_of_units(u: Tensor, v: Tensor) -> Tensor:
     """Displacement ``[...]`` between rows that :func:`unit_rows` made, ``[..., h]`` each."""
-    has_no_direction = (u == 0).all(dim=-1) | (v == 0).all(dim=-1)
+    norm_u, norm_v = (torch.linalg.vector_norm(unit.detach(), dim=-1) for unit in (u, v))
+    has_no_direction = torch.minimum(norm_u, norm_v) == 0
     return torch.where(has_no_direction, 0.5, (u - v).square().sum(dim=-1) / 4)
 
 

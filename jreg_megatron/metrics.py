@@ -56,8 +56,10 @@ class DisplacementMeter:
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        # Sum of Psi, number of tokens, and how often the layer was seen.
-        self._sums = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
+        # For each layer the sum of Psi, the number of tokens, and how often the layer was seen.
+        self._sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=device)
+        self._psi_sum_of, self._counts_of = self._sums[:, 0].unbind(), self._sums[:, 1:].unbind()
+        self._whole_counts: dict[int, Tensor] = {}
 
     def add(self, layer_number: int, psi: Tensor, mask: Tensor | None = None) -> None:
         """Add a layer's displacement of one micro-batch; no host synchronisation.
@@ -67,11 +69,19 @@ class DisplacementMeter:
             psi: Psi of this rank's tokens, ``[s, b]``.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
-        if mask is not None:
-            psi = torch.where(mask > 0, psi * mask, 0.0)  # what is left out may be NaN
-        self._sums[0, layer_number - 1] += psi.sum(dtype=torch.float64)
-        self._sums[1, layer_number - 1] += psi.numel() if mask is None else mask.sum(dtype=torch.float64)
-        self._sums[2, layer_number - 1] += 1
+        psi_sum, counts = self._psi_sum_of[layer_number - 1], self._counts_of[layer_number - 1]
+        if mask is None:
+            psi_sum += psi.sum(dtype=torch.float64)
+            counts += self._counts(psi.numel())
+        else:
+            psi_sum += torch.where(mask > 0, psi * mask, 0.0).sum(dtype=torch.float64)  # left out may be NaN
+            counts += torch.stack((mask.sum(dtype=torch.float64), mask.new_ones((), dtype=torch.float64)))
+
+    def _counts(self, num_tokens: int) -> Tensor:
+        """A micro-batch's tokens, seen once, on the device; a run has few sizes of micro-batches."""
+        if num_tokens not in self._whole_counts:
+            self._whole_counts[num_tokens] = self._sums.new_tensor((num_tokens, 1))
+        return self._whole_counts[num_tokens]
 
     def reset(self) -> None:
         """Forget everything added so far."""
@@ -90,7 +100,7 @@ class DisplacementMeter:
         total = self._sums.clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total, group=group)
-        psi_sum, num_tokens, times_seen = total.cpu()
+        psi_sum, num_tokens, times_seen = total.cpu().unbind(dim=1)
         if (times_seen == 0).any():
             return None
         mean = psi_sum / num_tokens

@@ -18,6 +18,7 @@ from jreg_megatron.errors import UserError
 
 WEIGHT_RULES = ("softmax", "last", "uniform")
 FINAL_STATES = ("pre_norm", "post_norm")
+KERNELS = ("auto", "triton", "torch")
 TOKENS = ("all", "unmasked")
 
 
@@ -79,6 +80,13 @@ class JRegConfig:
         "'post_norm', after the final norm. The paper does not say; the numbers differ several-fold.",
         metavar="STATE",
     )
+    negligible_weight: float = _setting(
+        1e-6,
+        "layers whose weights together are at most this share of all weights get no gradient, the lightest "
+        "first: lambda times so much of the loss, at most, is not seen by the optimizer. 0 leaves none out.",
+        float,
+        "SHARE",
+    )
     tokens: str = _setting(
         "all",
         "which tokens the regularizer and its metrics count: 'all', or 'unmasked', those that the loss mask "
@@ -94,6 +102,12 @@ class JRegConfig:
     )
     measure_interval: int = _setting(
         1, "measure the displacement in every N-th training iteration; validation always does.", int, "N"
+    )
+    kernels: str = _setting(
+        "auto",
+        "what computes displacement and gradients: 'triton', fused, on a GPU; 'torch' anywhere; or 'auto', "
+        "which takes triton where it runs.",
+        metavar="KERNELS",
     )
     log_per_layer: bool = _setting(
         False, "also log each layer as jreg/displacement_layer_NN to TensorBoard and W&B.", bool
@@ -115,7 +129,12 @@ class JRegConfig:
             # A list from YAML or Python becomes what the frozen dataclass can hash and compare.
             object.__setattr__(self, "weights", tuple(float(w) for w in numbers))
         _require("final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES))
+        share = self.negligible_weight
+        _require(
+            "negligible_weight", share, _is_finite(share) and 0 <= share < 1, "a number >= 0 and below 1"
+        )
         _require("tokens", self.tokens, self.tokens in TOKENS, " or ".join(TOKENS))
+        _require("kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
         for name, least in (("start_iteration", 1), ("warmup_iterations", 0), ("measure_interval", 1)):
             value = getattr(self, name)
             _require(name, value, _is_integer(value) and value >= least, f"a whole number >= {least}")
@@ -143,6 +162,26 @@ class JRegConfig:
             weights[-1] = 1.0
             return weights
         return formulas.layer_weights(num_layers, 0.0 if self.weights == "uniform" else self.alpha)
+
+    def gradient_weights(self, num_layers: int) -> Tensor:
+        """:meth:`layer_weights`, with 0 for layers whose gradient is left out.
+
+        Those are the lightest ones, as many as weigh at most ``negligible_weight`` of all together. Since no
+        displacement is above 1, they hold at most ``coeff * negligible_weight * sum(w)`` of the loss; and
+        since its gradient at a state ``h`` is no longer than ``1 / (2 |h|)``, at most so much over ``2 |h|``
+        of a token's gradient.
+
+        Returns:
+            ``[num_layers]`` float64.
+
+        Raises:
+            UserError: if explicit weights are not one per layer.
+        """
+        weights = self.layer_weights(num_layers)
+        order = weights.argsort(stable=True)
+        is_left_out = weights[order].cumsum(0) <= self.negligible_weight * weights.sum()
+        weights[order[is_left_out]] = 0.0
+        return weights
 
     @property
     def has_schedule(self) -> bool:

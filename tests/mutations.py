@@ -21,6 +21,7 @@ TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalenc
 BRIDGE = ("tests/test_bridge.py",)
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CPU = ("tests/test_cpu_mode.py",)
+KERNELS = ("tests/test_kernels.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 EVALUATE = ("tests/test_evaluate.py",)
 CONVERT = ("tests/test_convert.py",)
@@ -91,18 +92,66 @@ FAULTS = [
             ),
         ),
     ),
-    Fault("turn the sign", "penalty.py", (("-0.5 * ctx.factor", "0.5 * ctx.factor"),)),
+    Fault("turn the sign", "kernels/eager.py", (("(-0.5 * factor)", "(0.5 * factor)"),)),
+    Fault(
+        "turn the sign in the fused kernel",
+        "kernels/programs.py",
+        (("(-0.5 * factor)", "(0.5 * factor)"),),
+        KERNELS,
+    ),
+    Fault(
+        "give rows of norm zero a gradient in the fused kernel",
+        "kernels/programs.py",
+        (
+            (
+                "        psi = tl.where(has_no_direction, 0.5, square / 4)\n"
+                "        scale = tl.where(has_no_direction, 0.0, scale)\n"
+                "        twice = (2 * psi)[:, None]\n        if NEEDS",
+                "        psi = tl.where(has_no_direction, 0.5, square / 4)\n"
+                "        twice = (2 * psi)[:, None]\n        if NEEDS",
+            ),
+        ),
+        KERNELS,
+    ),
+    Fault(
+        "walk a transposed state as if it were contiguous",
+        "kernels/programs.py",
+        (("(rows % batch).to(tl.int64) * stride_b", "(rows % batch).to(tl.int64) * (stride_s // batch)"),),
+        KERNELS,
+    ),
+    Fault(
+        "forget the tail of a row wider than a tile",
+        "kernels/programs.py",
+        (("for start in range(0, WIDTH, COLUMNS):", "for start in range(0, WIDTH - COLUMNS, COLUMNS):"),),
+        KERNELS,
+    ),
+    Fault(
+        "leave out the heaviest layers in place of the lightest",
+        "settings.py",
+        (("weights.argsort(stable=True)", "weights.argsort(stable=True, descending=True)"),),
+        ("tests/test_settings.py",),
+    ),
+    Fault(
+        "measure a regularized layer in no pass",
+        "attachment.py",
+        (
+            (
+                "return add_displacement_gradient(h_in, h_out, strength, on_psi)",
+                "return add_displacement_gradient(h_in, h_out, strength)",
+            ),
+        ),
+    ),
     Fault(
         "keep the stage output that the pipeline frees",
         "penalty.py",
         (
             (
-                "        return h_out, psi\n",
-                "        ctx.kept = h_out.clone()\n        return ctx.kept, psi\n",
+                "        return h_out\n",
+                "        ctx.kept = h_out.clone()\n        return ctx.kept\n",
             ),
             (
-                "        psi = psi.unsqueeze(-1)\n",
-                "        psi = psi.unsqueeze(-1)\n        h_out = ctx.kept\n",
+                "        if ctx.on_psi is not None:\n",
+                "        h_out = ctx.kept\n        if ctx.on_psi is not None:\n",
             ),
         ),
     ),
@@ -131,15 +180,20 @@ FAULTS = [
         "attachment.py",
         (
             (
-                "return self._coefficient, factor, microbatch.token_weights",
-                "return self._coefficient, factor, None",
+                "Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)",
+                "Strength(self._kernels, self._coefficient, factor, None)",
             ),
         ),
     ),
     Fault(
         "leave the layer's input out of the gradient",
         "penalty.py",
-        (("if ctx.needs_input_grad[0]:", "if False:"),),
+        (
+            (
+                "        return grad_in, grad_total, None, None\n",
+                "        return None, grad_total, None, None\n",
+            ),
+        ),
     ),
     Fault(
         "drop the input's gradient of a recomputed last layer after the norm",
@@ -159,7 +213,7 @@ FAULTS = [
     Fault(
         "count a micro-batch instead of its tokens",
         "metrics.py",
-        (("psi.numel() if mask is None", "1 if mask is None"),),
+        (("self._counts(psi.numel())", "self._counts(1)"),),
     ),
     Fault(
         "train on where nothing has attached JREG",

@@ -93,6 +93,55 @@ def only_measures_with_coeff_zero() -> None:
     assert handle.reduce_validation_metrics() is None, "a second call starts from nothing"
 
 
+def works_where_there_is_work(recompute: str) -> None:
+    import torch
+
+    from jreg_megatron import attach
+    from jreg_megatron.kernels import eager
+
+    called: list[str] = []
+
+    class Recorded(eager.TorchKernels):
+        def displacement(self, *states: Any) -> Any:
+            called.append("displacement")
+            return super().displacement(*states)
+
+        def gradients(self, *given: Any) -> Any:
+            called.append("gradients")
+            return super().gradients(*given)
+
+    eager.KERNELS = Recorded()
+    model = build_model(recompute)
+    now = {"iteration": 0}
+    # Of two layers at alpha 20 the first one weighs 2e-9.
+    config = JRegConfig(coeff=1.0, alpha=20.0, measure_interval=10)
+    handle = attach(model, config, num_microbatches=1, iteration=lambda: now["iteration"])
+    assert "gradient in 1 of them" in handle.describe()
+    for iteration, in_forward in ((9, []), (10, ["displacement"])):
+        now["iteration"] = iteration
+        called.clear()
+        loss = forward(model)
+        # Under full recompute the run that counts is in the backward pass.
+        assert called == (in_forward if recompute == "none" else []), iteration
+        loss.backward()
+        assert sorted(called) == [*in_forward, "gradients"], iteration
+    assert handle.reduce_training_metrics() is not None
+    handle.detach()
+    handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0, negligible_weight=0.0), num_microbatches=1)
+    called.clear()
+    step(model)
+    assert called == ["gradients"] * 2, "measured with the gradient, in one go"
+    metrics = handle.reduce_training_metrics()
+    assert metrics is not None and torch.isfinite(metrics.displacement).all()
+    handle.detach()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if recompute == "none":
+        handle = attach(model, JRegConfig(coeff=1.0), num_microbatches=1)
+        forward(model)
+        assert handle.reduce_training_metrics() is not None, "what is frozen is measured all the same"
+
+
 def counts_only_unmasked_tokens() -> None:
     import math
 
@@ -108,7 +157,7 @@ def counts_only_unmasked_tokens() -> None:
     loss = model(tokens, positions, None, labels=tokens, loss_mask=mask).mean()
     mask.fill_(1)  # a caller may use its buffer again before the backward pass
     loss.backward()
-    assert handle.training_meter._sums[1].tolist() == [11, 11]
+    assert handle.training_meter._sums[:, 1].tolist() == [11, 11]
     handle.reset_training_metrics()
     # A micro-batch without any token is no error and adds no gradient.
     _, plain = step(build_model_like(model))
@@ -262,6 +311,13 @@ def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it(
 
 def test_with_coeff_zero_gradients_are_untouched_and_displacement_is_measured() -> None:
     run_function(only_measures_with_coeff_zero)
+
+
+@pytest.mark.parametrize("recompute", ["none", "uniform"])
+def test_a_step_that_does_not_measure_works_for_layers_with_weight_alone_and_in_the_backward_pass(
+    recompute: str,
+) -> None:
+    run_function(works_where_there_is_work, 1, recompute)
 
 
 def test_unmasked_tokens_alone_count_however_few_they_are() -> None:

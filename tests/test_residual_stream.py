@@ -22,6 +22,7 @@ class HybridModel(nn.Module):
         self.config = SimpleNamespace(
             **{
                 "num_layers": sum(pattern.partition("/")[0].count(kind) for kind in "*-EM"),
+                "hidden_size": 8,
                 "num_layers_in_first_pipeline_stage": None,
                 "num_layers_in_last_pipeline_stage": None,
                 "pipeline_model_parallel_size": 1,

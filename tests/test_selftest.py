@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def with_half_the_gradient(argv: list[str]) -> int:
     backward = node.backward
 
     def half(ctx: Any, *gradients: Any) -> Any:
-        ctx.factor /= 2
+        ctx.strength = replace(ctx.strength, factor=ctx.strength.factor / 2)
         return backward(ctx, *gradients)
 
     node.backward = staticmethod(half)

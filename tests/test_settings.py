@@ -8,6 +8,9 @@ from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jreg_megatron import JRegConfig, UserError, layer_weights
 from jreg_megatron.settings import flag_of
@@ -101,6 +104,32 @@ def test_layer_weights_follow_the_rule() -> None:
     assert JRegConfig(weights="last").layer_weights(4).tolist() == [0, 0, 0, 1]
     assert JRegConfig(weights="uniform", alpha=9.0).layer_weights(4).tolist() == pytest.approx([0.25] * 4)
     assert JRegConfig(weights=(1, 2, 3)).layer_weights(3).tolist() == [1, 2, 3]
+
+
+@given(
+    layers=st.integers(1, 80),
+    alpha=st.floats(0, 10),
+    share=st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 0.3]),
+)
+def test_the_lightest_layers_are_left_out_as_many_as_weigh_no_more_than_the_stated_share(
+    layers: int, alpha: float, share: float
+) -> None:
+    config = JRegConfig(alpha=alpha, negligible_weight=share)
+    weights, kept = config.layer_weights(layers), config.gradient_weights(layers)
+    left_out = kept == 0
+    assert torch.equal(kept[~left_out], weights[~left_out])
+    assert weights[left_out].sum() <= share
+    # Weights rise with the layer: those left out are the first ones, and one more would be too much.
+    first_kept = int(left_out.sum())
+    assert first_kept < layers and bool(left_out[:first_kept].all())
+    assert weights[: first_kept + 1].sum() > share
+
+
+def test_at_alpha_3_the_last_five_layers_have_a_gradient_however_many_there_are() -> None:
+    for layers in (12, 20, 32):
+        assert int((JRegConfig(alpha=3.0).gradient_weights(layers) > 0).sum()) == 5
+    every = JRegConfig(weights=(1e-12, 3e-12), coeff=1e12).gradient_weights(2)
+    assert every.tolist() == [1e-12, 3e-12], "a share, not a size"
 
 
 def test_a_weights_list_of_the_wrong_length_names_both_lengths() -> None:

@@ -1,0 +1,118 @@
+"""Displacement and its gradients over whole states: in plain torch, or as one fused kernel each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.errors import UserError
+from jreg_megatron.kernels import eager
+from jreg_megatron.settings import flag_of
+
+_CHECKED_ROWS = 16
+
+
+class Kernels(Protocol):
+    """What both ways offer. States are ``[..., h]`` of any floating type, those of one call on one device."""
+
+    @property
+    def name(self) -> str:
+        """For a report, such as ``torch`` or ``triton 3.9.0``."""
+
+    def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
+        """Psi ``[...]`` of every token as in :func:`jreg_megatron.formulas.displacement`, without a graph."""
+
+    def gradients(
+        self,
+        h_in: Tensor,
+        h_out: Tensor,
+        grad_out: Tensor,
+        coefficient: Tensor,
+        factor: float,
+        token_weights: Tensor | None = None,
+        needs_grad_in: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The gradients of ``coefficient * factor * sum of weight * Psi``, the output's on top of its own.
+
+        ``Psi = (1 - u.v) / 2`` with ``u = a / |a|``, ``v = b / |b|`` has the gradients
+        ``dPsi/da = -(v - (u.v) u) / (2 |a|)`` and ``dPsi/db = -(u - (u.v) v) / (2 |b|)``. With
+        ``u.v = 1 - 2 Psi`` the brackets are ``(v - u) + 2 Psi u`` and ``(u - v) + 2 Psi v``, which keeps
+        their digits where the two states nearly agree. Rows of norm zero get zero.
+
+        Args:
+            h_in: the layer's input ``[..., h]``.
+            h_out: the layer's output, same shape; the type may differ.
+            grad_out: gradient that has come to ``h_out``, same shape.
+            coefficient: float tensor of one element on the states' device.
+            factor: what the coefficient is multiplied by.
+            token_weights: ``[...]``, what each token counts for; by default each counts 1.
+            needs_grad_in: whether the gradient for ``h_in`` is wanted.
+
+        Returns:
+            The gradient for ``h_in`` in its type (None if not wanted), ``grad_out`` plus the gradient for
+            ``h_out`` in that one's type, and Psi ``[...]`` as :meth:`displacement` gives it. Computed in
+            float32 (float64 for float64 states) and rounded once.
+        """
+
+
+def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> Kernels:
+    """The kernels for a model: Triton's on a GPU, after they have shown there that their numbers are right.
+
+    Args:
+        kind: "auto", "triton" or "torch".
+        device: where the states are.
+        width: their hidden size.
+        dtype: their type.
+
+    Raises:
+        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
+    """
+    if kind == "torch":
+        return eager.KERNELS
+    if kind == "auto" and device.type != "cuda":
+        return eager.KERNELS
+    why_not = ""
+    try:
+        from jreg_megatron.kernels import fused
+
+        if device.type == "cuda" or fused.IS_INTERPRETED:
+            _check(fused.KERNELS, device, width, dtype)
+            return fused.KERNELS
+        why_not = f"Triton has no kernels for {device.type}"
+    except UserError:
+        raise
+    except Exception as error:  # Triton compiles here for the first time: no compiler, no driver, no room
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if kind == "triton":
+        raise UserError(
+            f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
+        )
+    return eager.TorchKernels(f"torch, as {why_not}")
+
+
+def _check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
+    """Compare kernels with plain torch on a few rows, on the very device, width and type.
+
+    Raises:
+        UserError: if they differ by more than the type's rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(_CHECKED_ROWS, 1, width, generator=generator) for _ in range(3))
+    h_in, turned, grad_out = (rows.to(device, dtype) for rows in drawn)
+    h_out = h_in + 0.1 * turned
+    coefficient = torch.ones(1, device=device)
+    given = (h_in, h_out, grad_out, coefficient, 1.0)
+    ours = [kernels.displacement(h_in, h_out), *kernels.gradients(*given)]
+    right = [eager.KERNELS.displacement(h_in, h_out), *eager.KERNELS.gradients(*given)]
+    for got, expected in zip(ours, right, strict=True):
+        assert got is not None and expected is not None
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        if not error <= max(1e-6, torch.finfo(got.dtype).eps):
+            raise UserError(
+                f"the kernels of {kernels.name} give wrong numbers on {device} for width {width} in {dtype} "
+                f"(relative error {float(error):.1g}); set {flag_of('kernels')} to 'torch', and report it"
+            )

@@ -1,0 +1,169 @@
+"""The Triton programs: displacement and its gradients for a tile of rows.
+
+Every number is read once and written once: a row that fits into the tile stays in registers, so norms,
+Psi and gradients come from one reading; a wider one is read again for each, from the cache. No atomics: a
+result never varies. ``COMPUTE`` is the type that is computed in. The strides count elements of a state
+``[s, b, h]``, whose hidden axis is contiguous, as is all that is written.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows_of(rows, batch, stride_s, stride_b):
+    """Where a tile's rows begin in a state ``[s, b, h]``, in elements."""
+    return (rows // batch).to(tl.int64) * stride_s + (rows % batch).to(tl.int64) * stride_b
+
+
+@triton.jit
+def _inverse_norm(square, COMPUTE: tl.constexpr):
+    """``1 / sqrt(square)``, rounded as torch rounds it; 0 for a row of norm zero."""
+    if COMPUTE == tl.float32:  # noqa: SIM108, SIM300 (Triton compiles the branch that is taken)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(square))
+    else:
+        inverse = 1.0 / tl.sqrt(square)
+    return tl.where(square == 0, 0.0, inverse)
+
+
+@triton.jit
+def _looped_norms(in_rows, out_rows, column, is_row, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """Squared norms and ``|u - v|^2`` of rows that are wider than a tile."""
+    square_in = tl.zeros(is_row.shape, COMPUTE)
+    square_out = tl.zeros(is_row.shape, COMPUTE)
+    for start in range(0, WIDTH, column.shape[1]):
+        mask = is_row[:, None] & (start + column < WIDTH)
+        h_in = tl.load(in_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+        h_out = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+        square_in += tl.sum(h_in * h_in, axis=1)
+        square_out += tl.sum(h_out * h_out, axis=1)
+    inverse_in = _inverse_norm(square_in, COMPUTE)[:, None]
+    inverse_out = _inverse_norm(square_out, COMPUTE)[:, None]
+    square = tl.zeros(is_row.shape, COMPUTE)
+    for start in range(0, WIDTH, column.shape[1]):
+        mask = is_row[:, None] & (start + column < WIDTH)
+        h_in = tl.load(in_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+        h_out = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+        difference = h_in * inverse_in - h_out * inverse_out
+        square += tl.sum(difference * difference, axis=1)
+    return square_in, square_out, square
+
+
+@triton.jit
+def displacement_kernel(
+    in_ptr,
+    out_ptr,
+    psi_ptr,
+    num_rows,
+    batch,
+    in_s,
+    in_b,
+    out_s,
+    out_b,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Psi of a tile of rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    column = tl.arange(0, COLUMNS)[None, :]
+    in_rows = (in_ptr + _rows_of(row, batch, in_s, in_b))[:, None]
+    out_rows = (out_ptr + _rows_of(row, batch, out_s, out_b))[:, None]
+    if WIDTH <= COLUMNS:
+        mask = is_row[:, None] & (column < WIDTH)
+        h_in = tl.load(in_rows + column, mask=mask, other=0.0).to(COMPUTE)
+        h_out = tl.load(out_rows + column, mask=mask, other=0.0).to(COMPUTE)
+        square_in = tl.sum(h_in * h_in, axis=1)
+        square_out = tl.sum(h_out * h_out, axis=1)
+        u = h_in * _inverse_norm(square_in, COMPUTE)[:, None]
+        v = h_out * _inverse_norm(square_out, COMPUTE)[:, None]
+        square = tl.sum((u - v) * (u - v), axis=1)
+    else:
+        square_in, square_out, square = _looped_norms(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
+    psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
+    tl.store(psi_ptr + row, psi, mask=is_row)
+
+
+@triton.jit
+def gradients_kernel(
+    in_ptr,
+    out_ptr,
+    grad_ptr,
+    coefficient_ptr,
+    weight_ptr,
+    grad_in_ptr,
+    total_ptr,
+    psi_ptr,
+    factor,
+    num_rows,
+    batch,
+    in_s,
+    in_b,
+    out_s,
+    out_b,
+    grad_s,
+    grad_b,
+    weight_s,
+    weight_b,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    NEEDS_GRAD_IN: tl.constexpr,
+):
+    """Psi of a tile of rows, the gradient for the input, and the incoming plus that for the output."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    column = tl.arange(0, COLUMNS)[None, :]
+    in_rows = (in_ptr + _rows_of(row, batch, in_s, in_b))[:, None]
+    out_rows = (out_ptr + _rows_of(row, batch, out_s, out_b))[:, None]
+    grad_rows = (grad_ptr + _rows_of(row, batch, grad_s, grad_b))[:, None]
+    grad_in_rows = (grad_in_ptr + row.to(tl.int64) * WIDTH)[:, None]
+    total_rows = (total_ptr + row.to(tl.int64) * WIDTH)[:, None]
+    scale = tl.load(coefficient_ptr).to(COMPUTE) * (-0.5 * factor)
+    if HAS_WEIGHTS:
+        weights = tl.load(weight_ptr + _rows_of(row, batch, weight_s, weight_b), mask=is_row, other=0.0)
+        scale *= weights.to(COMPUTE)
+    if WIDTH <= COLUMNS:
+        mask = is_row[:, None] & (column < WIDTH)
+        h_in = tl.load(in_rows + column, mask=mask, other=0.0).to(COMPUTE)
+        h_out = tl.load(out_rows + column, mask=mask, other=0.0).to(COMPUTE)
+        grad = tl.load(grad_rows + column, mask=mask, other=0.0)
+        square_in = tl.sum(h_in * h_in, axis=1)
+        square_out = tl.sum(h_out * h_out, axis=1)
+        inverse_in = _inverse_norm(square_in, COMPUTE)
+        inverse_out = _inverse_norm(square_out, COMPUTE)
+        u = h_in * inverse_in[:, None]
+        v = h_out * inverse_out[:, None]
+        square = tl.sum((u - v) * (u - v), axis=1)
+        has_no_direction = (square_in == 0) | (square_out == 0)
+        psi = tl.where(has_no_direction, 0.5, square / 4)
+        scale = tl.where(has_no_direction, 0.0, scale)
+        twice = (2 * psi)[:, None]
+        if NEEDS_GRAD_IN:
+            grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
+            tl.store(grad_in_rows + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
+        total = grad.to(COMPUTE) + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
+        tl.store(total_rows + column, total.to(total_ptr.dtype.element_ty), mask=mask)
+    else:
+        square_in, square_out, square = _looped_norms(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
+        inverse_in = _inverse_norm(square_in, COMPUTE)
+        inverse_out = _inverse_norm(square_out, COMPUTE)
+        has_no_direction = (square_in == 0) | (square_out == 0)
+        psi = tl.where(has_no_direction, 0.5, square / 4)
+        scale = tl.where(has_no_direction, 0.0, scale)
+        twice = (2 * psi)[:, None]
+        for start in range(0, WIDTH, COLUMNS):
+            mask = is_row[:, None] & (start + column < WIDTH)
+            u = tl.load(in_rows + start + column, mask=mask, other=0.0).to(COMPUTE) * inverse_in[:, None]
+            v = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE) * inverse_out[:, None]
+            grad = tl.load(grad_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+            if NEEDS_GRAD_IN:
+                grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
+                tl.store(grad_in_rows + start + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
+            total = grad + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
+            tl.store(total_rows + start + column, total.to(total_ptr.dtype.element_ty), mask=mask)
+    tl.store(psi_ptr + row, psi, mask=is_row)

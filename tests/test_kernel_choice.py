@@ -1,0 +1,60 @@
+"""Which kernels a model gets, and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+
+from jreg_megatron import JRegConfig, UserError
+from jreg_megatron.kernels import _check, eager
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_gets_torch_and_the_start_up_line_says_so(toy_arguments: list[str]) -> None:
+    run = run_ranks([*toy_arguments, "--train-iters", 1, "--jreg-coeff", 0.1])
+    (line,) = (line for line in run.output[0].splitlines() if line.startswith("> JREG attached"))
+    assert line.endswith(", kernels torch")
+
+
+def test_triton_on_a_cpu_is_refused_in_one_line(toy_arguments: list[str]) -> None:
+    run = run_ranks([*toy_arguments, "--train-iters", 1, "--jreg-kernels", "triton"], check=False)
+    assert run.status == [2]
+    (line,) = (line for line in run.output[0].splitlines() if line.startswith("jreg_megatron: error"))
+    assert "--jreg-kernels is 'triton', but Triton has no kernels for cpu; take 'torch'" in line
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UserError, match=r"kernels\) is cuda; it must be auto, triton, torch"):
+        JRegConfig(kernels="cuda")
+
+
+@dataclass(frozen=True)
+class Wrong(eager.TorchKernels):
+    """Off by a hundredth in one of the three numbers."""
+
+    name: str = "wrong"
+    which: int = 0
+
+    def displacement(self, *states: torch.Tensor) -> torch.Tensor:
+        return super().displacement(*states) * (1.01 if self.which == 0 else 1.0)
+
+    def gradients(self, *given: Any) -> Any:
+        results = super().gradients(*given)
+        return tuple(x * (1.01 if n == self.which else 1.0) for n, x in enumerate(results, start=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_give_wrong_numbers_on_the_machine_are_refused_before_the_training(
+    dtype: torch.dtype,
+) -> None:
+    _check(eager.KERNELS, CPU, 96, dtype)
+    for which in range(4):
+        with pytest.raises(
+            UserError, match=r"kernels of wrong give wrong numbers on cpu for width 96 in torch"
+        ):
+            _check(Wrong(which=which), CPU, 96, dtype)
