@@ -70,7 +70,7 @@ class _AddDisplacementGradient(torch.autograd.Function):
         ctx.save_for_backward(h_in, h_out, strength.token_weights)
         # The coefficient is not saved: refilling it between steps must not trip autograd's version check.
         ctx.strength, ctx.on_psi = strength, on_psi
-        return h_out
+        return h_out.detach()  # returned as it is, it would be a view, which the pipeline refuses to free
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class _AddInputGradient(torch.autograd.Function):
     def forward(ctx: Any, carrier: Tensor, h_in: Tensor, h_out: Tensor, strength: Strength) -> Tensor:
         ctx.save_for_backward(h_in, h_out, strength.token_weights)
         ctx.strength = strength
-        return carrier
+        return carrier.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

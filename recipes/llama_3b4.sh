@@ -83,6 +83,7 @@ FLAGS=(
     --tensorboard-dir "$RUN/tensorboard" --tensorboard-log-interval 10
 
     --jreg-coeff "$LAMBDA" --jreg-alpha "$ALPHA" --jreg-log-per-layer
+    --jreg-measure-interval 10  # as the log: each line shows the one iteration that was measured
 )
 exec "$(dirname "$0")/run.sh" jreg_megatron.recipe \
     --recipe "$0" --variant="$VARIANT" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \

@@ -92,7 +92,7 @@ FAULTS = [
             ),
         ),
     ),
-    Fault("turn the sign", "kernels/eager.py", (("(-0.5 * factor)", "(0.5 * factor)"),)),
+    Fault("turn the sign", "kernels/eager.py", (("(0.5 * factor)", "(-0.5 * factor)"),)),
     Fault(
         "turn the sign in the fused kernel",
         "kernels/programs.py",
@@ -100,17 +100,9 @@ FAULTS = [
         KERNELS,
     ),
     Fault(
-        "give rows of norm zero a gradient in the fused kernel",
+        "divide by the norm of rows that have none in the fused kernel",
         "kernels/programs.py",
-        (
-            (
-                "        psi = tl.where(has_no_direction, 0.5, square / 4)\n"
-                "        scale = tl.where(has_no_direction, 0.0, scale)\n"
-                "        twice = (2 * psi)[:, None]\n        if NEEDS",
-                "        psi = tl.where(has_no_direction, 0.5, square / 4)\n"
-                "        twice = (2 * psi)[:, None]\n        if NEEDS",
-            ),
-        ),
+        (("    return tl.where(square == 0, 0.0, inverse)", "    return inverse"),),
         KERNELS,
     ),
     Fault(
@@ -146,12 +138,12 @@ FAULTS = [
         "penalty.py",
         (
             (
-                "        return h_out\n",
-                "        ctx.kept = h_out.clone()\n        return ctx.kept\n",
+                "        return h_out.detach()  #",
+                "        ctx.kept = h_out.clone()\n        return ctx.kept  #",
             ),
             (
-                "        if ctx.on_psi is not None:\n",
-                "        h_out = ctx.kept\n        if ctx.on_psi is not None:\n",
+                "        strength: Strength = ctx.strength\n        grad_in, grad_total",
+                "        h_out = ctx.kept\n        strength: Strength = ctx.strength\n        grad_in, grad_total",
             ),
         ),
     ),

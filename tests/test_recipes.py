@@ -349,6 +349,8 @@ def test_a_folder_that_holds_another_run_is_refused_by_what_differs(
     identity.keep(tmp_path, args)
     identity.refuse_another(tmp_path, args)
     identity.refuse_another(tmp_path / "new", args)
+    seen_otherwise = {"jreg_measure_interval": 10, "jreg_kernels": "torch", "jreg_log_per_layer": True}
+    identity.refuse_another(tmp_path, argparse.Namespace(**vars(args) | seen_otherwise))
     for name, value, expected in (
         ("jreg_coeff", 0.7, r"--jreg-coeff 0.1, and now it is 0.7; set RUN to another folder"),
         ("seed", 9, "--seed 1234, and now it is 9"),

@@ -22,7 +22,7 @@ class TorchKernels:
         has_no_direction = torch.minimum(norm_in, norm_out) == 0
         # 0/0 where a row has no direction; _psi puts its own value there.
         difference = (a * norm_in.reciprocal_()).addcmul_(b, norm_out.reciprocal_(), value=-1)
-        return _psi(difference, has_no_direction).squeeze(-1)
+        return _psi(_norms(difference).square_(), has_no_direction)
 
     @torch.no_grad()
     def gradients(
@@ -43,16 +43,18 @@ class TorchKernels:
             inverse.reciprocal_().masked_fill_(has_no_direction, 0.0)
         u, v = a * inverse_in, b * inverse_out
         difference = u - v
-        psi = _psi(difference, has_no_direction)
-        strength = coefficient.to(a.dtype) * (-0.5 * factor)
+        square = _norms(difference).square_()
+        twice_psi = square * 0.5
+        strength = coefficient.to(a.dtype) * (0.5 * factor)
         if token_weights is not None:
             strength = strength * token_weights.unsqueeze(-1)
-        twice = 2 * psi
         grad_in = None
         if needs_grad_in:
-            grad_in = u.mul_(twice).sub_(difference).mul_(inverse_in.mul_(strength)).to(h_in.dtype)
-        total = v.mul_(twice).add_(difference).mul_(inverse_out.mul_(strength)).add_(grad_out)
-        return grad_in, total.to(h_out.dtype), psi.squeeze(-1)
+            bracket = torch.addcmul(difference, u, twice_psi, value=-1)
+            grad_in = bracket.mul_(inverse_in.mul_(strength)).to(h_in.dtype)
+        bracket = difference.addcmul_(v, twice_psi)
+        total = torch.addcmul(grad_out.to(a.dtype), bracket, inverse_out.mul_(strength), value=-1)
+        return grad_in, total.to(h_out.dtype), _psi(square, has_no_direction)
 
 
 KERNELS = TorchKernels()
@@ -60,7 +62,7 @@ KERNELS = TorchKernels()
 
 def computed_in(h_in: Tensor, h_out: Tensor) -> torch.dtype:
     """The type that is computed in: float32, or float64 if a state has it."""
-    return torch.promote_types(torch.promote_types(h_in.dtype, h_out.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (h_in.dtype, h_out.dtype) else torch.float32
 
 
 def _widened(h_in: Tensor, h_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,6 @@ def _norms(h: Tensor) -> Tensor:
     return norms
 
 
-def _psi(difference: Tensor, has_no_direction: Tensor) -> Tensor:
-    """``|u - v|^2 / 4`` of unit rows, ``[..., 1]``; see :func:`jreg_megatron.formulas.displacement`."""
-    psi: Tensor = _norms(difference).square_().mul_(0.25).masked_fill_(has_no_direction, 0.5)
-    return psi
+def _psi(square: Tensor, has_no_direction: Tensor) -> Tensor:
+    """``|u - v|^2 / 4`` of unit rows; see :func:`jreg_megatron.formulas.displacement`."""
+    return square.mul_(0.25).masked_fill_(has_no_direction, 0.5).squeeze(-1)

@@ -122,6 +122,7 @@ class TritonKernels:
                 COLUMNS=tile.columns,
                 COMPUTE=_TYPES[compute],
                 num_warps=tile.num_warps,
+                enable_fp_fusion=False,  # a GPU rounds as the interpreter does, whatever Triton's default
                 **options,
             )
 

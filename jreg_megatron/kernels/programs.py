@@ -139,9 +139,7 @@ def gradients_kernel(
         u = h_in * inverse_in[:, None]
         v = h_out * inverse_out[:, None]
         square = tl.sum((u - v) * (u - v), axis=1)
-        has_no_direction = (square_in == 0) | (square_out == 0)
-        psi = tl.where(has_no_direction, 0.5, square / 4)
-        scale = tl.where(has_no_direction, 0.0, scale)
+        psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
         twice = (2 * psi)[:, None]
         if NEEDS_GRAD_IN:
             grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
@@ -152,9 +150,7 @@ def gradients_kernel(
         square_in, square_out, square = _looped_norms(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
         inverse_in = _inverse_norm(square_in, COMPUTE)
         inverse_out = _inverse_norm(square_out, COMPUTE)
-        has_no_direction = (square_in == 0) | (square_out == 0)
-        psi = tl.where(has_no_direction, 0.5, square / 4)
-        scale = tl.where(has_no_direction, 0.0, scale)
+        psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
         twice = (2 * psi)[:, None]
         for start in range(0, WIDTH, COLUMNS):
             mask = is_row[:, None] & (start + column < WIDTH)

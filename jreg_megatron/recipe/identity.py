@@ -15,6 +15,8 @@ _NAMES = (
     *("padded_vocab_size", "seq_length", "seed", "train_iters", "global_batch_size", "lr", "min_lr"),
     *("lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split", "tokenizer_model"),
 )
+_OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval"}
+"""JREG's flags that change what is seen of a training, not the training."""
 
 
 def of(args: Namespace) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def difference(folder: Path, args: Namespace) -> str | None:
     except (OSError, ValueError):
         return None
     asked = of(args)
-    for name in sorted(held.keys() | asked.keys()):
+    for name in sorted((held.keys() | asked.keys()) - _OBSERVING):
         if held.get(name) != asked.get(name):
             return f"{name} {held.get(name)}, and now it is {asked.get(name)}"
     return None

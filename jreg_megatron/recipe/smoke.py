@@ -51,6 +51,7 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
         "eval-iters": 1,
         "log-interval": 1,
         "tensorboard-log-interval": 1,
+        "jreg-measure-interval": 1,
         "save-interval": 2,
         "save-retain-interval": 2,
         "train-data-path": data.train_prefix,
