@@ -142,8 +142,8 @@ FAULTS = [
                 "        ctx.kept = h_out.clone()\n        return ctx.kept  #",
             ),
             (
-                "        strength: Strength = ctx.strength\n        grad_in, grad_total",
-                "        h_out = ctx.kept\n        strength: Strength = ctx.strength\n        grad_in, grad_total",
+                "        grad_in, grad_total, psi = strength",
+                "        h_out = ctx.kept\n        grad_in, grad_total, psi = strength",
             ),
         ),
     ),

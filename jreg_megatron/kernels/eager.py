@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_LONGEST_SUM, _SHORTEST_PIECE = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def _widened(h_in: Tensor, h_out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norms(h: Tensor) -> Tensor:
+    width = h.shape[-1]
+    piece = math.gcd(width, _LONGEST_SUM)
+    if width > _LONGEST_SUM and piece >= _SHORTEST_PIECE:
+        # A CPU adds up a row nearly one by one; in two steps a wide one keeps its last digits.
+        h = torch.linalg.vector_norm(h.reshape(*h.shape[:-1], -1, piece), dim=-1)
     norms: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     return norms
 

@@ -18,7 +18,7 @@ from jreg_megatron.kernels.programs import displacement_kernel, gradients_kernel
 WIDEST = 8192
 """Elements of a row that are held in registers."""
 
-_LOOPED_BLOCK = 4096
+_LOOPED_BLOCK = 2048
 _SMALLEST_TILE = 1024
 _PER_THREAD = 16
 """Elements of each state per thread: two 16-byte loads in half precision."""

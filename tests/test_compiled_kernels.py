@@ -1,0 +1,202 @@
+"""What Triton makes of the kernels for GPUs that are not here, launched as the package launches them.
+
+The launches are real up to the last step: the driver is one that only names its GPU, the states are on
+the ``meta`` device, and what would run there is compiled and looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from jreg_megatron.kernels import fused
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTHS = (768, 2048, 3072, 3200, 4096, 8192)
+TYPES = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (FP32, BF16), (BF16, FP32))
+METHODS = ("displacement", "gradients")
+
+# An SM's registers and how many warps it can hold; the least of sm_80 to sm_120.
+SM_REGISTERS, SM_WARPS = 65536, {80: 64, 90: 64, 100: 64, 103: 64, 120: 48}
+
+FAST = [
+    *product(METHODS, (80, 90, 100), (768, 2048, 3200, 8192), TYPES[:1]),
+    *product(METHODS, (90,), (3200,), TYPES[1:]),
+    *product(METHODS, (100,), (12288,), TYPES[2:3]),
+]
+ALL = [*product(METHODS, SM_WARPS, (*WIDTHS, 12288), TYPES)]
+
+
+@dataclass(frozen=True)
+class OfflineDriver:
+    """Names the GPU to compile for, in the place of Triton's driver."""
+
+    arch: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass
+class Compiled:
+    """A kernel as the GPU would get it."""
+
+    kernel: Any
+    sass: str
+    registers: int
+    stack: int
+    local: int
+
+    @property
+    def num_warps(self) -> int:
+        return int(self.kernel.metadata.num_warps)
+
+    def accesses(self, what: str) -> list[int]:
+        """The width in bytes of every load (``LDG``) from or store (``STG``) to global memory."""
+        found = re.findall(rf"\b{what}\.E(?:\.\w+)*", self.sass)
+        bits = (re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in found)
+        return [int(match[1]) // 8 if match else 4 for match in bits]
+
+    def resident_blocks(self, arch: int) -> int:
+        """How many programs an SM holds at a time; registers are given out to warps by 256."""
+        of_warp = -(-self.registers * 32 // 256) * 256
+        return min(SM_REGISTERS // (of_warp * self.num_warps), SM_WARPS[arch] // self.num_warps)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path) -> Iterator[None]:
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield
+
+
+def compiled(arch: int, method: str, *given: Any, **named: Any) -> Compiled:
+    """What ``KERNELS.method(*given)`` would run."""
+    assert not fused.IS_INTERPRETED
+    kernels = []
+    run = triton.JITFunction.run
+
+    def only_compile(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        kernels.append(run(self, *args, warmup=True, **options))
+
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(arch)),
+        mock.patch.object(triton.JITFunction, "run", only_compile),
+    ):
+        getattr(fused.KERNELS, method)(*given, **named)
+    (kernel,) = kernels
+    cubin = Path(triton.knobs.cache.dir) / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = (re.search(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(match[1]) for match in found if match)
+    return Compiled(kernel, kernel.asm["sass"], registers, stack, local)
+
+
+def on_meta(width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """A state ``[2048, 4, h]`` of a GPU that is not here."""
+    if transposed:
+        return torch.empty(4, 2048, width, dtype=dtype, device="meta").transpose(0, 1)
+    return torch.empty(2048, 4, width, dtype=dtype, device="meta")
+
+
+def operands(method: str, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Any, ...]:
+    h_in, h_out = (on_meta(width, dtype) for dtype in dtypes)
+    if method == "displacement":
+        return h_in, h_out
+    return h_in, h_out, torch.empty_like(h_out), torch.empty(1, device="meta"), 0.3
+
+
+def assert_good(
+    found: Compiled, method: str, arch: int, width: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    spills = re.findall(r"\b(?:STL|LDL)\b", found.sass)
+    assert (found.stack, found.local, spills) == (0, 0, []), "nothing spills"
+    size_in, size_out = (dtype.itemsize for dtype in dtypes)
+    is_gradients = method == "gradients"
+    threads, rows = 32 * found.num_warps, fused.tile_for(width).rows
+    # Of the states and gradients each number is read and written once, 16 bytes or more at a time.
+    for what, of_a_column, scalars in (
+        ("LDG", size_in + (2 if is_gradients else 1) * size_out, 1),  # the coefficient
+        ("STG", size_in + size_out if is_gradients else 0, 1),  # Psi
+    ):
+        accesses = found.accesses(what)
+        wide = [size for size in accesses if size >= 16]
+        assert len(accesses) - len(wide) <= scalars, f"{what} of {accesses} bytes"
+        if width <= fused.WIDEST:
+            held = rows * triton.next_power_of_2(width)
+            assert rows * width * of_a_column <= sum(wide) * threads <= held * of_a_column
+        elif what == "STG":
+            assert wide or not is_gradients
+    assert ".ftz" not in found.kernel.asm["ptx"], "tiny rows keep their digits"
+    if is_gradients and BF16 in dtypes:
+        assert re.search(r"cvt\.rn\.bf16", found.kernel.asm["ptx"]), "rounds to the nearest"
+    assert ".rz." not in found.kernel.asm["ptx"]
+    # While one program waits in its reductions another one must load. Where a row takes 16 warps the
+    # registers of one program with gradients fill an SM: there its own 48 KB are on their way at once.
+    blocks = found.resident_blocks(arch)
+    assert blocks * found.num_warps >= 16, f"{found.registers} registers"
+    assert blocks >= 2 or (is_gradients and found.num_warps == 16)
+    assert found.kernel.metadata.shared <= 16384
+
+
+@pytest.mark.parametrize(("method", "arch", "width", "dtypes"), FAST, ids=str)
+def test_compiled_ahead_nothing_spills_and_memory_is_read_16_bytes_at_a_time(
+    method: str, arch: int, width: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    found = compiled(arch, method, *operands(method, width, dtypes))
+    assert_good(found, method, arch, width, dtypes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "arch", "width", "dtypes"), [case for case in ALL if case not in FAST], ids=str
+)
+def test_compiled_ahead_for_every_gpu_width_and_type_it_is_as_good(
+    method: str, arch: int, width: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    found = compiled(arch, method, *operands(method, width, dtypes))
+    assert_good(found, method, arch, width, dtypes)
+
+
+def test_a_transposed_state_and_an_expanded_gradient_are_read_as_fast() -> None:
+    states = [on_meta(2048, BF16, transposed=True) for _ in range(2)]
+    coefficient = torch.empty(1, device="meta")
+    found = compiled(90, "gradients", *states, on_meta(2048, BF16), coefficient, 0.3)
+    assert_good(found, "gradients", 90, 2048, (BF16, BF16))
+
+
+def test_token_weights_cost_one_load_and_leaving_out_the_inputs_gradient_saves_its_stores() -> None:
+    given = operands("gradients", 2048, (BF16, BF16))
+    plain = compiled(90, "gradients", *given)
+    weighted = compiled(90, "gradients", *given, torch.empty(2048, 4, device="meta"))
+    assert len(weighted.accesses("LDG")) == len(plain.accesses("LDG")) + 1
+    half = compiled(90, "gradients", *given, needs_grad_in=False)
+    assert (sum(plain.accesses("STG")) - 4) == 2 * (sum(half.accesses("STG")) - 4)
+
+
+def test_arithmetic_is_not_fused_so_a_gpu_rounds_as_the_interpreter_does() -> None:
+    for method in METHODS:
+        found = compiled(90, method, *operands(method, 2048, (BF16, BF16)))
+        assert not found.kernel.metadata.enable_fp_fusion
+        assert "fma." not in found.kernel.asm["ptx"]
