@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost mutations image image-cpu lint format check constraints clean distclean
+.PHONY: help venv demo test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -70,6 +70,9 @@ preprocess-comparison: $(STAMP)  ## Race the data command against the tool of CL
 measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
 	@test -n "$(MODEL)" || { echo "Name a model: make measure-cost MODEL=path/or/name" >&2; exit 2; }
 	$(PY) tests/measure_cost.py $(MODEL) $(ARGS)
+
+bench: $(STAMP)  ## Measure what JREG adds to a training step here; ARGS=growth, ARGS=kernel
+	@$(PY) -m jreg_megatron.bench $(or $(ARGS),step)
 
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)

@@ -1,0 +1,118 @@
+"""``python -m jreg_megatron.bench``: what JREG costs, on this machine."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from typing import Any
+
+from jreg_megatron import output
+from jreg_megatron.errors import UserError, user_errors_exit
+
+_EXAMPLES = """examples:
+  python -m jreg_megatron.bench step                            the demo's model, 3 minutes on a CPU
+  torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
+  python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
+  python -m jreg_megatron.bench growth --json growth.json
+  python -m jreg_megatron.bench show growth.json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit status is 0, or 2 for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    with user_errors_exit("nothing was written"):
+        ours, more = _split(argv)
+        args = _parser().parse_args(ours)
+        if more and args.part not in ("step", "growth"):
+            raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
+        if args.part != "show":
+            output.check_outputs(json=args.json)
+        run: Callable[[Namespace, list[str], list[str]], int] = args.run
+        return run(args, more, argv)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The benchmark's own words, and those behind ``--``."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def _parser() -> ArgumentParser:
+    from jreg_megatron.bench import growth, kernel, options
+
+    parser = ArgumentParser(
+        prog="python -m jreg_megatron.bench",
+        description="Measure what JREG costs, beside the same work without it in the same run.",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    about: dict[str, tuple[str, Callable[[ArgumentParser], None], Any]] = {
+        "kernel": ("displacement and gradients by themselves", kernel.add_arguments, _kernel),
+        "step": ("Megatron's training step, unmodified and with JREG", options.add_step_arguments, _step),
+        "growth": ("the step's cost over model sizes and pipeline stages", growth.add_arguments, _growth),
+    }
+    for name, (what, add_arguments, run) in about.items():
+        part = parts.add_parser(name, help=what, description=f"Measure {what}.")
+        add_arguments(part)
+        output.add_output_arguments(part, csv=False)
+        part.set_defaults(run=run)
+        if name != "kernel":
+            part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
+    show = parts.add_parser("show", help="print what --json has written", description="Print results.")
+    show.add_argument("files", nargs="+", metavar="FILE")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _kernel(args: Namespace, more: list[str], argv: list[str]) -> int:
+    from jreg_megatron.bench import kernel
+
+    _finish(args, argv, "kernel", kernel.run(args)["kernel"])
+    return 0
+
+
+def _step(args: Namespace, more: list[str], argv: list[str]) -> int:
+    from jreg_megatron.bench import step_run
+
+    return step_run.run(args, more, lambda figures: _finish(args, argv, "step", figures))
+
+
+def _growth(args: Namespace, more: list[str], argv: list[str]) -> int:
+    from jreg_megatron.bench import growth
+
+    figures = growth.run(args, more)
+    _finish(args, argv, "growth", figures, figures.pop("machine"))
+    return 0
+
+
+def _finish(
+    args: Namespace,
+    argv: list[str],
+    part: str,
+    figures: dict[str, Any],
+    machine: dict[str, Any] | None = None,
+) -> None:
+    from jreg_megatron.bench import results, table
+
+    document = results.document(argv, part, figures, machine or results.machine())
+    if not args.quiet:
+        table.print_document(output.console(args), document)
+    if args.json is not None:
+        output.write_json(args.json, document)
+
+
+def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
+    from rich.console import Console
+
+    from jreg_megatron.bench import results, table
+
+    for document in [results.read(path) for path in args.files]:
+        table.print_document(Console(), document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""How JREG's cost grows with layers, width, sequence and pipeline stages: a step measured at each size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED
+from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
+from jreg_megatron.errors import UserError
+
+_AXES = {"layers": "num_layers", "width": "hidden_size", "sequence": "sequence"}
+STAGES = "stages"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size on one axis; the others are the model's own."""
+
+    axis: str
+    value: int
+    options: tuple[str, ...]
+    """Of ``bench step``."""
+    ranks: int = 1
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Define the options of ``bench growth``."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="NAME",
+        help=f"where to start: {', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
+    )
+    for axis in (*_AXES, STAGES):
+        default = "1, 2 and 4" if axis == STAGES else "half, the model's own, and twice it"
+        what = "pipeline stages, one rank each" if axis == STAGES else axis
+        parser.add_argument(
+            f"--{axis}", metavar="N,...", help=f"{what} to measure at; none to leave out (default: {default})"
+        )
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step")
+    parser.add_argument("--dtype", metavar="TYPE", help="fp32, bf16 or fp16")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=45,
+        metavar="S",
+        help="of timed steps at each size, beside half a minute to start (default: %(default)g)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
+
+
+def run(args: Namespace, more: list[str]) -> dict[str, Any]:
+    """Measure the step at each size, in a process of its own.
+
+    Returns:
+        ``points``: axis, value and the costs of each; ``machine``, as the first run found it.
+
+    Raises:
+        UserError: for a mistake in the options, or where a run ends with one.
+    """
+    points = list(_points(args))
+    for axis in {point.axis: None for point in points}:
+        if sum(point.axis == axis for point in points) < 2:
+            raise UserError(f"--{axis} is {getattr(args, axis)}; growth needs two sizes, or none")
+    if not points:
+        raise UserError("every axis is none; leave one in")
+    from tqdm import tqdm
+
+    measured: dict[tuple[str, ...], dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    machine: dict[str, Any] = {}
+    for point in tqdm(points, desc="sizes", unit="", disable=args.quiet or None, dynamic_ncols=True):
+        if point.options not in measured:
+            measured[point.options] = _step(point, args, more)
+        found = measured[point.options]
+        machine = machine or found["machine"]
+        rows.append({"axis": point.axis, "value": point.value, **costs(found["step"])})
+    return {"points": rows, "machine": machine}
+
+
+def costs(step: dict[str, Any]) -> dict[str, Any]:
+    """What measuring and JREG add to the unmodified step.
+
+    Returns:
+        By way: ``ratio``, with its ``confidence_95``; ``milliseconds`` a step, with the same interval;
+        ``bytes`` of peak memory on the rank that has most more; for JREG ``bytes_per_token_layer``, the same
+        for each token of a micro-batch and layer with a gradient.
+    """
+    unmodified = step["median_seconds"][UNMODIFIED]
+    found: dict[str, Any] = {"unmodified_seconds": unmodified, "tokens": step["tokens"]}
+    for way in (MEASURE, JREG):
+        interval = step["spread"][way]["confidence_95"]
+        extra = [
+            max(with_it[rank] - without[rank] for rank in range(len(without)))
+            for with_it, without in (
+                (step["peak_bytes"][way][kind], step["peak_bytes"][UNMODIFIED][kind]) for kind in KINDS
+            )
+        ]
+        found[way] = {
+            "ratio": step["ratio"][way],
+            "confidence_95": interval,
+            "milliseconds": 1e3 * unmodified * (step["ratio"][way] - 1),
+            "milliseconds_95": [1e3 * unmodified * (limit - 1) for limit in interval],
+            "bytes": max(extra),
+        }
+    places = step["tokens"] * max(1, step["weighted_layers"])
+    found[JREG]["bytes_per_token_layer"] = found[JREG]["bytes"] / places
+    return found
+
+
+def _points(args: Namespace) -> Iterator[Point]:
+    shape = find_shape(args.model)
+    if shape is None:
+        raise UserError(f"--model is {args.model}; it must be one of {', '.join(SHAPES)}, or a recipe's name")
+    for axis, name in _AXES.items():
+        own: int = getattr(shape, name)
+        for value in _values(args, axis, [own // 2, own, 2 * own]):
+            options = () if value == own else (f"--{axis}", str(value))
+            yield Point(axis, value, options)
+    for value in _values(args, STAGES, _stages(shape)):
+        yield Point(STAGES, value, () if value == 1 else ("--pp", str(value)), ranks=value)
+
+
+def _stages(shape: Shape) -> list[int]:
+    return [stages for stages in (1, 2, 4) if shape.num_layers % stages == 0]
+
+
+def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
+    text = getattr(args, axis)
+    if text is None:
+        return default
+    if text == "none":
+        return []
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise UserError(f"--{axis} is {text}; it must be whole numbers >= 1 with commas, or none")
+    return values
+
+
+def _step(point: Point, args: Namespace, more: list[str]) -> dict[str, Any]:
+    """The document of ``bench step`` at a point."""
+    on_cpu = args.cpu or not _has_cuda()
+    options = ["--model", args.model, "--seconds", str(args.seconds), "--ways", f"{MEASURE},{JREG}"]
+    for name in ("micro_batch", "micro_batches", "dtype"):
+        value = getattr(args, name)
+        options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    launcher = ["-m"]
+    if on_cpu:
+        options += ["--cpu"] if point.ranks == 1 else ["--nproc", str(point.ranks)]
+    elif point.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.ranks}", "-m"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "step.json"
+        command = [sys.executable, *launcher, "jreg_megatron.bench", "step", *options, *point.options]
+        command += ["--quiet", "--json", str(result), *(["--", *more] if more else [])]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
+        if done.returncode != 0 or not result.is_file():
+            raise UserError(
+                f"the step at {point.axis} {point.value} ended with status {done.returncode}: "
+                f"{_why(done.stderr)}"
+            )
+        document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return document
+
+
+def _why(printed: str) -> str:
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    ours = [line.partition("error: ")[2] for line in lines if line.startswith("jreg_megatron: error: ")]
+    return (ours or lines or ["nothing was printed"])[-1]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

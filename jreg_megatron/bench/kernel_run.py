@@ -1,0 +1,326 @@
+"""The kernels by themselves, and a layer's whole work in other ways: time and bytes, interleaved."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jreg_megatron.kernels import Kernels, choose
+from jreg_megatron.penalty import Strength, add_displacement_gradient
+
+JREG, AUTOGRAD, COMPILED, CHUNKED = "jreg", "autograd", "compiled", "chunked"
+ABOUT = {
+    JREG: "as in training: nothing in the forward pass, one kernel in the backward pass",
+    AUTOGRAD: "the textbook formula, differentiated by torch",
+    COMPILED: "the same by torch.compile",
+    CHUNKED: "the same in chunks of {rows} rows, their gradients computed in the forward pass",
+}
+
+CHUNK_ROWS = 1024
+COEFFICIENT, FACTOR = 0.1, 1e-4
+
+_FEWEST_ROUNDS = 3
+_WARM_UP = 3
+_FLUSHED = 8
+"""So many times what the L2 cache holds is read between two timed runs."""
+_HEAD_START = 1_000_000
+"""Clock cycles that the device waits, while the host launches what is timed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and for how long."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    rounds: int
+    seconds: float
+    """No round of a width begins after so long."""
+
+
+class Tensors:
+    """A layer's states ``[tokens, h]``, and what has come to both from the rest of the model."""
+
+    def __init__(self, sizes: Sizes, width: int) -> None:
+        generator = torch.Generator(sizes.device).manual_seed(0)
+
+        def drawn() -> Tensor:
+            shape = (sizes.tokens, width)
+            return torch.randn(shape, generator=generator, device=sizes.device).to(sizes.dtype)
+
+        self.h_in = drawn().requires_grad_()
+        self.h_out = (self.h_in.detach() + 0.3 * drawn()).requires_grad_()
+        self.grad_in, self.grad_out = drawn().mul_(0.01), drawn().mul_(0.01)
+        self.coefficient = torch.full((1,), COEFFICIENT, device=sizes.device)
+
+
+Way = Callable[[Tensors], tuple[Tensor, ...]]
+"""Returns the gradients of ``h_in`` and ``h_out``, the regularizer's on top of those from the model."""
+
+
+def bytes_moved(tensors: Tensors) -> dict[str, int]:
+    """What each kernel must read and write at least, in bytes."""
+    state, tokens = tensors.h_in.numel() * tensors.h_in.element_size(), tensors.h_in.shape[0]
+    psi = 4 * tokens
+    return {"displacement": 2 * state + psi, "gradients": 5 * state + psi}
+
+
+def textbook(h_in: Tensor, h_out: Tensor) -> Tensor:
+    """The regularizer of a layer before its weight: the sum of Psi over tokens, in float32."""
+    return ((1 - F.cosine_similarity(h_in.float(), h_out.float(), dim=-1)) / 2).sum()
+
+
+def with_jreg(kernels: Kernels) -> Way:
+    """The way of this package."""
+
+    def way(t: Tensors) -> tuple[Tensor, ...]:
+        strength = Strength(kernels, t.coefficient, FACTOR)
+        out = add_displacement_gradient(t.h_in, t.h_out, strength)
+        return torch.autograd.grad((out, t.h_in), (t.h_in, t.h_out), (t.grad_out, t.grad_in))
+
+    return way
+
+
+def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
+    """A way whose regularizer has a value in the forward pass, by which autograd goes back."""
+
+    def way(t: Tensors) -> tuple[Tensor, ...]:
+        loss = (t.coefficient * FACTOR * regularizer(t.h_in, t.h_out)).sum()
+        outputs = (loss, t.h_in, t.h_out)
+        return torch.autograd.grad(outputs, (t.h_in, t.h_out), (None, t.grad_in, t.grad_out))
+
+    return way
+
+
+class _Chunked(torch.autograd.Function):
+    """As Liger's losses: gradients come in the forward pass, so that only a chunk's temporaries live."""
+
+    @staticmethod
+    def forward(ctx: Any, h_in: Tensor, h_out: Tensor) -> Tensor:
+        grads = [torch.empty_like(h) for h in (h_in, h_out)]
+        total = torch.zeros((), device=h_in.device)
+        chunks = zip(*(torch.split(h, CHUNK_ROWS) for h in (h_in, h_out, *grads)), strict=True)
+        for rows_in, rows_out, to_in, to_out in chunks:
+            rows = [rows.detach().requires_grad_() for rows in (rows_in, rows_out)]
+            with torch.enable_grad():
+                loss = textbook(*rows)
+            for to, grad in zip((to_in, to_out), torch.autograd.grad(loss, rows), strict=True):
+                to.copy_(grad)
+            total += loss.detach()
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+
+
+def with_chunks(h_in: Tensor, h_out: Tensor) -> Tensor:
+    """:func:`textbook` in chunks of rows."""
+    total: Tensor = _Chunked.apply(h_in, h_out)
+    return total
+
+
+def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, Any]:
+    """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
+    names: dict[str, None] = {}
+    by_width, notes = {}, _notes(sizes)
+    for width in widths:
+        kernels = choose("auto", sizes.device, width, sizes.dtype)
+        names[kernels.name] = None
+        tensors = Tensors(sizes, width)
+        ways = {JREG: with_jreg(kernels), AUTOGRAD: with_autograd(textbook)}
+        compiled, why_not = _compiled(tensors) if with_compile else (None, "--no-compile")
+        if compiled is not None:
+            ways[COMPILED] = compiled
+        elif (note := f"{COMPILED} is left out: {why_not}.") not in notes:
+            notes.append(note)
+        ways[CHUNKED] = with_autograd(with_chunks)
+        by_width[str(width)] = _of_width(sizes, tensors, kernels, ways)
+    used = {name for of in by_width.values() for name in of["ways"]}
+    return {
+        **_about(sizes, "; ".join(names), by_width, notes),
+        "tuned": False,
+        "about": {name: what.format(rows=CHUNK_ROWS) for name, what in ABOUT.items() if name in used},
+    }
+
+
+def _of_width(sizes: Sizes, tensors: Tensors, kernels: Kernels, ways: dict[str, Way]) -> dict[str, Any]:
+    moved = bytes_moved(tensors)
+    runs = _kernel_runs(kernels, tensors)
+    copied = list(runs)
+    for name in copied:
+        runs[f"copy {name}"] = _copy(moved[name], sizes.device)
+    for name, way in ways.items():
+        runs[name] = partial(way, tensors)
+    seconds = interleaved(sizes, runs)
+    of_kernels = {}
+    for name in copied:
+        pairs = list(zip(seconds[f"copy {name}"], seconds[name], strict=True))
+        of_kernels[name] = {
+            **_times(seconds[name]),
+            "bytes": moved[name],
+            "bytes_per_second": moved[name] / median(seconds[name]),
+            "copy_seconds": median(seconds[f"copy {name}"]),
+            "share_of_copy": median(copy / ours for copy, ours in pairs),
+        }
+    of_ways = {}
+    for name in ways:
+        ratios = [its / ours for its, ours in zip(seconds[name], seconds[JREG], strict=True)]
+        of_ways[name] = {**_times(seconds[name]), "ratio": median(ratios)}
+    return {"rounds": len(seconds[JREG]), "kernels": of_kernels, "ways": of_ways}
+
+
+def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
+    """The Triton kernels with every tile that makes sense, by width, the fastest first."""
+    from jreg_megatron.kernels import fused
+
+    by_width = {}
+    for width in widths:
+        tensors = Tensors(sizes, width)
+        moved = bytes_moved(tensors)
+        runs: dict[Any, Callable[[], Any]] = {}
+        for tile in tiles_for(width):
+            of_tile = _kernel_runs(fused.TritonKernels(tile=tile), tensors)
+            try:
+                for once in of_tile.values():
+                    once()
+            except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                continue
+            runs |= {(name, tile): once for name, once in of_tile.items()}
+        seconds = interleaved(sizes, runs)
+        tiles: dict[str, list[dict[str, Any]]] = {}
+        for (name, tile), its in sorted(seconds.items(), key=lambda of: median(of[1])):
+            tiles.setdefault(name, []).append(
+                {
+                    **{"rows": tile.rows, "columns": tile.columns, "num_warps": tile.num_warps},
+                    "in_use": tile == fused.tile_for(width),
+                    **_times(its),
+                    "bytes_per_second": moved[name] / median(its),
+                }
+            )
+        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": tiles}
+    return {**_about(sizes, fused.KERNELS.name, by_width, _notes(sizes)), "tuned": True}
+
+
+def tiles_for(width: int) -> list[Any]:
+    """Tiles worth a try: 4 to 64 elements a thread, of whole rows, or of a part of one at a time."""
+    from jreg_megatron.kernels import fused
+
+    whole = 1 << (width - 1).bit_length()
+    shapes = [(rows, whole) for rows in (1, 2, 4, 8)]
+    shapes += [(1, columns) for columns in (2048, 4096, 8192) if columns < whole]
+    tiles = {
+        fused.Tile(rows, columns, num_warps): None
+        for rows, columns in shapes
+        for num_warps in (1, 2, 4, 8, 16, 32)
+        if 4 <= rows * columns / (32 * num_warps) <= 64
+    }
+    return list({fused.tile_for(width): None} | tiles)
+
+
+def interleaved(sizes: Sizes, runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
+    """Seconds of each run in each round; the order is drawn anew in each."""
+    seconds_of = _cuda_clock(sizes.device) if sizes.device.type == "cuda" else _cpu_clock
+    for once in runs.values():
+        for _ in range(_WARM_UP if sizes.device.type == "cuda" else 1):
+            once()
+    order, generator = list(runs), random.Random(0)
+    found: dict[Any, list[float]] = {name: [] for name in runs}
+    began = time.monotonic()
+    for number in range(sizes.rounds):
+        if number >= _FEWEST_ROUNDS and time.monotonic() - began > sizes.seconds:
+            break
+        generator.shuffle(order)
+        for name in order:
+            found[name].append(seconds_of(runs[name]))
+    return found
+
+
+def _cpu_clock(once: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    once()
+    return time.perf_counter() - began
+
+
+def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    other = torch.ones(max(_FLUSHED * cache, 2**28) // 4, device=device)
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def seconds_of(once: Callable[[], Any]) -> float:
+        other.sum()  # reads: what is left in the cache need not be written back while the clock runs
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+        started.record()
+        once()
+        ended.record()
+        ended.synchronize()
+        return float(started.elapsed_time(ended)) / 1e3
+
+    return seconds_of
+
+
+def _kernel_runs(kernels: Kernels, t: Tensors) -> dict[str, Callable[[], Any]]:
+    h_in, h_out = t.h_in.detach(), t.h_out.detach()
+    return {
+        "displacement": lambda: kernels.displacement(h_in, h_out),
+        "gradients": lambda: kernels.gradients(h_in, h_out, t.grad_out, t.coefficient, FACTOR),
+    }
+
+
+def _copy(moved: int, device: torch.device) -> Callable[[], Any]:
+    """A copy that reads and writes so many bytes together."""
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def _compiled(tensors: Tensors) -> tuple[Way | None, str]:
+    """The textbook formula compiled, run once; or None, and why."""
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(variable, "0") == "1":
+            return None, f"{variable}=1"
+    torch._dynamo.reset()  # of another width: it would compile for any from the second one on
+    way = with_autograd(torch.compile(textbook, dynamic=False))
+    try:
+        way(tensors)
+    except Exception as error:  # no compiler, no Triton, ...: whatever stops it here, it is only a comparison
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None, f"it does not run here ({type(error).__name__}: {str(error).strip().split(chr(10))[0]})"
+    return way, ""
+
+
+def _times(seconds: list[float]) -> dict[str, Any]:
+    low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {"seconds": median(seconds), "quartiles": [low, high]}
+
+
+def _about(sizes: Sizes, kernels: str, by_width: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    return {
+        "kernels": kernels,
+        "device": sizes.device.type,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "tokens": sizes.tokens,
+        "widths": by_width,
+        "notes": notes,
+    }
+
+
+def _notes(sizes: Sizes) -> list[str]:
+    if sizes.device.type == "cuda":
+        return ["Time on the device, by events; its cache holds other data when the clock starts."]
+    return ["Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."]

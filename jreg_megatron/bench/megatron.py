@@ -1,0 +1,166 @@
+"""Megatron's training loop around the steps that are measured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, TextIO
+
+from jreg_megatron.bench.options import DTYPES, Setup
+from jreg_megatron.errors import UserError
+
+_NEVER = 10**9
+
+# On a GPU without Transformer Engine and Apex, torch's own kernels do what theirs would.
+_LOCAL = """
+    --transformer-impl local --attention-backend unfused --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
+"""
+
+
+def make_ready(on_cpu: bool) -> None:
+    """Import Megatron, for the CPU or for GPUs, without its warnings."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from jreg_megatron import cpu
+    from jreg_megatron.dataset_helper import use_built_helper
+
+    if on_cpu:
+        cpu.enable()
+        import torch
+
+        if "OMP_NUM_THREADS" not in os.environ:
+            # As under torchrun. More threads than free cores make times that say nothing.
+            torch.set_num_threads(1)
+    else:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
+        if not _has_transformer_engine():
+            from jreg_megatron.cpu import attention, megatron
+
+            attention.install()
+            megatron.let_torch_norms_be_sequence_parallel()
+    if not cpu.has_training_loop():
+        raise UserError(
+            "bench step needs Megatron's training loop, which Megatron-Core's wheel has from 0.19 on; "
+            "upgrade it"
+        )
+    use_built_helper()
+
+
+def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
+    """Megatron's command line for at most so many steps."""
+    shape = setup.shape
+    sizes = {
+        "--seq-length": shape.sequence,
+        "--max-position-embeddings": shape.sequence,
+        "--micro-batch-size": shape.micro_batch,
+        "--global-batch-size": shape.micro_batch * shape.micro_batches * setup.data_parallel,
+        "--tensor-model-parallel-size": setup.tensor_parallel,
+        "--pipeline-model-parallel-size": setup.pipeline_parallel,
+        "--context-parallel-size": setup.context_parallel,
+        "--vocab-size": shape.vocab_size - 1,  # and one for the end of a document
+        "--train-iters": steps,
+        "--log-interval": _NEVER,
+        "--eval-interval": _NEVER,
+        "--eval-iters": 0,
+        "--manual-gc-interval": 100,
+    }
+    argv = [*shape.megatron_arguments(), *DTYPES[setup.dtype]]
+    argv += [word for flag, size in sizes.items() for word in (flag, str(size))]
+    argv += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--manual-gc"]
+    # So slow that the model stays what it is.
+    argv += ["--lr", "1e-6", "--lr-decay-style", "constant"]
+    if shape.recipe and setup.tensor_parallel > 1:
+        argv.append("--sequence-parallel")
+    if not on_cpu:
+        argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()
+    argv += setup.megatron_arguments
+    if on_cpu:
+        from jreg_megatron import cpu
+
+        argv = cpu.with_cpu_flags(argv)
+    return argv
+
+
+def train(argv: list[str], train_step: Any) -> None:
+    """Run Megatron's ``pretrain`` with this in place of its ``train_step``.
+
+    Args:
+        argv: its command line.
+        train_step: called with Megatron's, gives what stands for it.
+
+    Raises:
+        UserError: for arguments that cannot be.
+    """
+    single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    if "MASTER_PORT" not in os.environ:
+        from jreg_megatron.cpu.launch import free_port
+
+        single["MASTER_PORT"] = str(free_port())
+    for name, value in single.items():
+        os.environ.setdefault(name, value)
+
+    from megatron.core.enums import ModelType
+    from megatron.training import arguments, pretrain, training
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from jreg_megatron import gpt_pretraining, preflight
+    from jreg_megatron.pretrain import add_arguments
+    from jreg_megatron.support import refuse_unsupported
+
+    sys.argv = [sys.argv[0], *argv]
+    asked = arguments.parse_args(add_arguments)
+    gpt_pretraining.refuse_other_tasks(asked)
+    preflight.check_arguments(asked)
+    made = train_step(training.train_step)
+    refuse_unsupported(asked, made.measured.config)
+    try:
+        args: Namespace = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        model_config = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        said = " ".join(str(error).split()) or "an assertion without a message"
+        raise UserError(f"Megatron refuses the arguments: {said}") from error
+    training.train_step = made
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_pretraining.datasets,
+        ModelType.encoder_or_decoder,
+        gpt_pretraining.forward_step,
+        get_embedding_ranks=gpt_pretraining.embedding_ranks,
+    )
+
+
+@contextlib.contextmanager
+def quiet(is_verbose: bool) -> Iterator[TextIO]:
+    """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        terminal = stack.enter_context(os.fdopen(os.dup(2), "w"))
+        if not is_verbose:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            saved = [os.dup(descriptor) for descriptor in (1, 2)]
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            stack.callback(_restore, saved)
+        yield terminal
+
+
+def _restore(saved: list[int]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor, copy in zip((1, 2), saved, strict=True):
+        os.dup2(copy, descriptor)
+        os.close(copy)
+
+
+def _has_transformer_engine() -> bool:
+    return find_spec("transformer_engine") is not None

@@ -1,0 +1,263 @@
+"""What can be asked of ``bench step``, checked before any time is spent."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jreg_megatron.bench.names import EVERY_STEP, NAIVE, UNMODIFIED, WAYS
+from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
+from jreg_megatron.errors import UserError
+
+if TYPE_CHECKING:  # it brings torch, for which --help should not wait
+    from jreg_megatron.settings import JRegConfig
+
+COEFF, ALPHA = 0.1, 3.0
+DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
+
+# What this tool sets by its own options, or what would take other work into the timed steps.
+_OWN = {
+    "--num-layers": "--layers",
+    "--seq-length": "--sequence",
+    "--micro-batch-size": "--micro-batch",
+    "--global-batch-size": "--micro-batches",
+    "--bf16": "--dtype bf16",
+    "--fp16": "--dtype fp16",
+    "--tensor-model-parallel-size": "--tp",
+    "--pipeline-model-parallel-size": "--pp",
+    "--context-parallel-size": "--cp",
+    "--train-iters": "--rounds",
+    "--jreg-measure-interval": "--measure-interval",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A step to be measured."""
+
+    shape: Shape
+    dtype: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    context_parallel: int
+    world_size: int
+    config: JRegConfig
+    ways: tuple[str, ...]
+    rounds: int
+    seconds: float
+    megatron_arguments: tuple[str, ...]
+    """More of the user's."""
+
+    def ways_and_notes(self) -> tuple[list[str], list[str]]:
+        """The ways that can be run, and why others cannot."""
+        why_not = self._why_no_naive()
+        if why_not is None or NAIVE not in self.ways:
+            return list(self.ways), []
+        return [way for way in self.ways if way != NAIVE], [f"{NAIVE} is left out: {why_not}."]
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas of the model."""
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.shape.micro_batch * self.shape.sequence
+
+    def _why_no_naive(self) -> str | None:
+        if self.world_size > 1:
+            return "it needs the whole model and all tokens on one rank"
+        if any(word.startswith("--recompute") for word in self.megatron_arguments):
+            return "its hooks fire twice where layers are recomputed"
+        if self.config.final_state != "pre_norm" or self.config.tokens != "all":
+            return "it knows the state before the final norm and all tokens only"
+        return None
+
+
+def add_step_arguments(parser: ArgumentParser) -> None:
+    """Define the options of ``bench step``."""
+    model = parser.add_argument_group("model and layout")
+    model.add_argument(
+        "--model",
+        default="demo",
+        metavar="NAME",
+        help=f"{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
+    )
+    for flag, of_what in (
+        ("--layers", "layers; by default the model's"),
+        ("--width", "hidden size; a multiple of the model's heads. The feed-forward size grows with it"),
+        ("--sequence", "tokens of a sequence; by default the model's"),
+        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 4 of 2,048)"),
+        ("--micro-batches", "micro-batches of a step (demo: 2, else 4)"),
+    ):
+        model.add_argument(flag, type=int, metavar="N", help=of_what)
+    model.add_argument(
+        "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
+    )
+    for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
+        model.add_argument(flag, type=int, default=1, metavar="N", help=f"{what}-parallel size (default: 1)")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--measure-interval",
+        type=int,
+        default=10,
+        metavar="N",
+        help="'measure' and 'jreg' measure in every N-th step; 'jreg_every_step' in each (default: 10)",
+    )
+    run.add_argument(
+        "--ways",
+        metavar="NAME,...",
+        help=f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
+    )
+    run.add_argument(
+        "--rounds",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="at most N rounds, rounded up to whole log and measure intervals. In a round run measure, jreg "
+        "and one of the other ways, and the unmodified step before and after each (default: %(default)s)",
+    )
+    run.add_argument(
+        "--seconds",
+        type=float,
+        default=160,
+        metavar="S",
+        help="no interval of rounds is begun that would end later (default: %(default)g)",
+    )
+    run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
+    run.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine's CPU; for a run without torchrun",
+    )
+    run.add_argument("--verbose", action="store_true", help="show what Megatron prints")
+
+
+def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Setup:
+    """What the options and the arguments behind ``--`` ask for.
+
+    Raises:
+        UserError: for a mistake, naming option, value and fix.
+    """
+    shape = _shape(args)
+    for name in ("tp", "pp", "cp", "measure_interval", "rounds"):
+        _require_at_least_one(name, getattr(args, name))
+    if not 0 < args.seconds < 86400:
+        raise UserError(f"--seconds is {args.seconds:g}; it must be above 0 and below a day")
+    parts = args.tp * args.pp * args.cp
+    if world_size % parts:
+        raise UserError(
+            f"--tp {args.tp} x --pp {args.pp} x --cp {args.cp} is {parts}, which does not divide the "
+            f"{world_size} rank{'s' * (world_size > 1)}; add --nproc {parts} on a CPU, or start as many with "
+            "torchrun"
+        )
+    if shape.num_layers % args.pp:
+        raise UserError(
+            f"--pp is {args.pp}, which does not divide the {shape.num_layers} layers; set --layers"
+        )
+    config, rest = _jreg(args, more)
+    for flag in (word.partition("=")[0] for word in more):
+        if flag in _OWN:
+            raise UserError(f"{flag} cannot be given behind --; use {_OWN[flag]}")
+    return Setup(
+        shape=shape,
+        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
+        tensor_parallel=args.tp,
+        pipeline_parallel=args.pp,
+        context_parallel=args.cp,
+        world_size=world_size,
+        config=config,
+        ways=tuple(_ways(args)),
+        rounds=args.rounds,
+        seconds=args.seconds,
+        megatron_arguments=tuple(rest),
+    )
+
+
+def _ways(args: Namespace) -> list[str]:
+    known = [name for name in WAYS if name != UNMODIFIED]
+    ways = known if args.ways is None else args.ways.split(",")
+    for way in ways:
+        if way not in known:
+            raise UserError(f"--ways is {args.ways}; it must be some of {','.join(known)}")
+    if args.measure_interval == 1:
+        ways = [way for way in ways if way != EVERY_STEP]  # JREG is this
+    return ways
+
+
+def world_size_of(args: Namespace) -> int:
+    """How many ranks there are or will be.
+
+    Raises:
+        UserError: if the environment tells half of it, or ``--nproc`` does not fit.
+    """
+    if args.nproc is not None:
+        from jreg_megatron.cpu.launch import check_nproc
+
+        check_nproc(args.nproc)
+        return int(args.nproc)
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and size is None:
+        return 1
+    if not (rank and rank.isdecimal() and size and size.isdecimal()):
+        raise UserError(
+            f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
+            "unset both"
+        )
+    return int(size)
+
+
+def _shape(args: Namespace) -> Shape:
+    shape = find_shape(args.model)
+    if shape is None:
+        recipes = [known.recipe for known in SHAPES.values() if known.recipe]
+        raise UserError(f"--model is {args.model}; it must be one of {', '.join([*SHAPES, *recipes])}")
+    changes = {
+        "num_layers": ("layers", args.layers),
+        "hidden_size": ("width", args.width),
+        "sequence": ("sequence", args.sequence),
+        "micro_batch": ("micro_batch", args.micro_batch),
+        "micro_batches": ("micro_batches", args.micro_batches),
+    }
+    for option, value in changes.values():
+        _require_at_least_one(option, value)
+    if args.width is not None:
+        if args.width % (2 * shape.num_attention_heads):
+            raise UserError(
+                f"--width is {args.width}; it must be a multiple of {2 * shape.num_attention_heads}, since "
+                f"the model has {shape.num_attention_heads} attention heads of even size"
+            )
+        shape = replace(shape, ffn_hidden_size=round(shape.ffn_hidden_size * args.width / shape.hidden_size))
+    return replace(shape, **{name: value for name, (_, value) in changes.items() if value is not None})
+
+
+def _jreg(args: Namespace, more: list[str]) -> tuple[JRegConfig, list[str]]:
+    """JREG's settings, and Megatron's arguments among those behind ``--``."""
+    from jreg_megatron.settings import JRegConfig, flag_of
+
+    JRegConfig.check_flags(more)
+    parser = JRegConfig.add_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
+    given, rest = parser.parse_known_args(more)
+    config = JRegConfig.from_args(given)
+    config = replace(
+        config,
+        coeff=getattr(given, "jreg_coeff", COEFF),
+        alpha=getattr(given, "jreg_alpha", ALPHA),
+        measure_interval=args.measure_interval,
+    )
+    for name in ("start_iteration", "stop_iteration", "warmup_iterations"):
+        if hasattr(given, f"jreg_{name}"):
+            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has none; leave it out")
+    if config.coeff == 0:
+        raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
+    config.layer_weights(_shape(args).num_layers)
+    return config, rest
+
+
+def _require_at_least_one(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"--{option.replace('_', '-')} is {value}; it must be >= 1")

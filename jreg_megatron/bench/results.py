@@ -1,0 +1,88 @@
+"""A benchmark's result as a JSON document: what it was measured on and with, and the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron import output
+from jreg_megatron.errors import UserError
+
+FORMAT, VERSION = "jreg_megatron benchmark", 1
+PARTS = ("kernel", "step", "growth")
+
+_WITH_VALUE, _ALONE = ("--json", "--csv"), ("--quiet", "--verbose")
+
+
+def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """The document of one run: ``argv`` made the figures of ``part`` on ``machine``."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "command": command(argv),
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "versions": output.versions("megatron-core", "torch", "triton", "transformer-engine", "apex"),
+        part: figures,
+    }
+
+
+def command(argv: list[str]) -> str:
+    """The command that makes the figures again, without where they went."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in _WITH_VALUE:
+            next(words, None)
+        elif word not in _ALONE and not word.startswith(tuple(f"{flag}=" for flag in _WITH_VALUE)):
+            kept.append(word)
+    return shlex.join(["python", "-m", "jreg_megatron.bench", *kept])
+
+
+def machine() -> dict[str, Any]:
+    """The device in use, the processor and how busy it is with other work."""
+    import torch
+
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+    if torch.version.cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def read(path: str) -> dict[str, Any]:
+    """A document that :func:`document` made.
+
+    Raises:
+        UserError: if it cannot be read, or is none.
+    """
+    try:
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it holds no JSON"
+        raise UserError(f"{path} cannot be read ({why}); name a file that --json has written") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not set(PARTS) & set(found):
+        raise UserError(f"{path} is no result of the benchmark; name a file that bench --json has written")
+    if found.get("version") != VERSION:
+        raise UserError(f"{path} has version {found.get('version')}, and this reads {VERSION}; run it again")
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,228 @@
+"""The cost of a training step: Megatron's own, run in turn without JREG, with it, and in the naive way.
+
+Megatron's ``pretrain`` builds and drives everything as in a training run; only its ``train_step`` is replaced
+by one that runs the step in one of several ways and takes its time. All ways share one model. Every second
+step is unmodified, and each other one is compared with the two around it: what else the machine does lasts
+longer than a step and hits all three.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from jreg_megatron.bench.counting import Counts, count
+from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
+from jreg_megatron.bench.ratios import median_ratio
+from jreg_megatron.bench.variants import LOG_INTERVAL, Variant, make_variants
+from jreg_megatron.settings import JRegConfig
+
+WARM_UP = (LOG_INTERVAL, 1)
+"""Iterations before the timed ones, with measuring and without."""
+IN_EVERY_ROUND = (MEASURE, JREG)
+"""The variants that a round has beside one of the others."""
+
+
+def whole_rounds(config: JRegConfig) -> int:
+    """Rounds after which steps that measure and steps that log have had their share."""
+    return math.lcm(LOG_INTERVAL, config.measure_interval)
+
+
+def most_steps(rounds: int, config: JRegConfig) -> int:
+    """How many training steps so many rounds take at most."""
+    per_round = 2 * (len(IN_EVERY_ROUND) + 1)
+    return len(WAYS) * (len(WARM_UP) + 3) + 1 + per_round * (rounds + whole_rounds(config))
+
+
+@dataclass
+class Measured:
+    """What a rank has measured."""
+
+    config: JRegConfig
+    names: list[str] = field(default_factory=list)
+    """The variant of each timed step, in the order in which they ran."""
+    is_measuring: list[bool] = field(default_factory=list)
+    """Whether the iteration was one in which ``config`` measures."""
+    wall: list[float] = field(default_factory=list)
+    """Seconds of each."""
+    processor: list[float] = field(default_factory=list)
+    """Seconds of this process's threads in each."""
+    counts: dict[str, dict[str, Counts]] = field(default_factory=dict)
+    """Of each variant's ordinary and logging step."""
+
+
+class InterleavedSteps:
+    """Stands for Megatron's ``train_step``: runs the variants in turn and ends the training when done.
+
+    Args:
+        train_step: Megatron's.
+        config: JREG's settings.
+        ways: names of the variants to run.
+        rounds: at most so many, rounded up to :func:`whole_rounds`.
+        seconds: that the timed steps may take together, but for the first of those.
+        on_step: told of each step, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        config: JRegConfig,
+        ways: Collection[str],
+        rounds: int,
+        seconds: float,
+        on_step: Callable[[], None],
+    ) -> None:
+        self.measured = Measured(config)
+        self._train_step = train_step
+        self._ways = ways
+        self._rounds = rounds
+        self._seconds = seconds
+        self._on_step = on_step
+        self._plan: Iterator[Callable[..., Any]] | None = None
+        self._next: Callable[..., Any] | None = None
+
+    def __call__(self, forward_step: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        """One training step; called by Megatron's loop."""
+        if self._plan is None:
+            self._plan = self._steps(make_variants(model, self.measured.config, self._ways))
+            self._next = next(self._plan)
+        assert self._next is not None
+        result = self._next(forward_step, data_iterator, model, *rest, **named)
+        self._on_step()
+        self._next = next(self._plan, None)
+        if self._next is None:
+            from megatron.training import get_args
+
+            get_args().train_iters = get_args().curr_iteration + 1
+        return result
+
+    def _steps(self, variants: dict[str, Variant]) -> Iterator[Callable[..., Any]]:
+        for iteration in WARM_UP:
+            for variant in variants.values():
+                yield self._running(variant, iteration)
+        yield from self._timed_steps(variants)
+        yield self._counted(variants[UNMODIFIED], 1, UNMODIFIED, KINDS[0])  # the profiler's own first time
+        for kind, iteration in zip(KINDS, (1, LOG_INTERVAL), strict=True):
+            for name, variant in variants.items():
+                yield self._counted(variant, iteration, name, kind)
+
+    def _timed_steps(self, variants: dict[str, Variant]) -> Iterator[Callable[..., Any]]:
+        shuffle = random.Random(0).shuffle  # the same on every rank
+        iterations = dict.fromkeys(variants, 0)
+        others = [name for name in variants if name not in (UNMODIFIED, *IN_EVERY_ROUND)]
+        whole = whole_rounds(self.measured.config)
+        began = time.monotonic()
+        yield self._timed(variants[UNMODIFIED], UNMODIFIED, 1)
+        for number in range(1, self._rounds + whole):
+            names = [name for name in IN_EVERY_ROUND if name in variants]
+            names += others[number % len(others) :][:1] if others else []
+            shuffle(names)
+            for name in names:
+                iterations[name] += 1
+                yield self._timed(variants[name], name, iterations[name])
+                yield self._timed(variants[UNMODIFIED], UNMODIFIED, 1)
+            if number % whole == 0:
+                would_end = (time.monotonic() - began) * (number + whole) / number
+                if _any_rank(number >= self._rounds or would_end > self._seconds):
+                    return
+
+    def _timed(self, variant: Variant, name: str, iteration: int) -> Callable[..., Any]:
+        measured = self.measured
+
+        def around(step: Callable[[], Any]) -> Any:
+            dist.barrier()
+            torch.cuda.synchronize()
+            wall, processor = time.perf_counter(), time.process_time()
+            result = step()
+            torch.cuda.synchronize()
+            measured.processor.append(time.process_time() - processor)
+            measured.wall.append(time.perf_counter() - wall)
+            measured.names.append(name)
+            measured.is_measuring.append(measured.config.measures_at(iteration))
+            return result
+
+        return self._running(variant, iteration, around)
+
+    def _counted(self, variant: Variant, iteration: int, name: str, kind: str) -> Callable[..., Any]:
+        def around(step: Callable[[], Any]) -> Any:
+            result, counts = count(step)
+            self.measured.counts.setdefault(name, {})[kind] = counts
+            return result
+
+        return self._running(variant, iteration, around)
+
+    def _running(
+        self,
+        variant: Variant,
+        iteration: int,
+        around: Callable[[Callable[[], Any]], Any] = lambda step: step(),
+    ) -> Callable[..., Any]:
+        """A training step with the variant, which is put on before and taken off after ``around``."""
+
+        def run(forward_step: Any, *rest: Any, **named: Any) -> Any:
+            of_variant = variant.forward_step(forward_step)
+
+            def step() -> Any:
+                result = self._train_step(of_variant, *rest, **named)
+                variant.after_step(iteration)
+                return result
+
+            with variant.on(iteration):
+                return around(step)
+
+        return run
+
+
+def _any_rank(flag: bool) -> bool:
+    told = torch.tensor(float(flag), device=torch.cuda.current_device())
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:
+    """What the ranks have measured together.
+
+    Args:
+        measured: of each rank, in order.
+        by_processor_time: take the ratios of processor time, on the rank that needs most; else of wall time,
+            on the rank that is done last.
+    """
+    first = measured[0]
+    names, is_measuring = np.array(first.names), np.array(first.is_measuring)
+    wall = np.max([each.wall for each in measured], axis=0)
+    processor = np.max([each.processor for each in measured], axis=0)
+    seconds = processor if by_processor_time else wall
+    around = (seconds[:-2] + seconds[2:]) / 2
+    ratios = seconds[1:-1] / around
+    found = {}
+    for name in first.counts:
+        chosen = names[1:-1] == name
+        if name != UNMODIFIED:
+            found[name] = median_ratio(ratios[chosen], is_measuring[1:-1][chosen])
+    return {
+        "ratio": {name: of_name.pop("ratio") for name, of_name in found.items()},
+        "spread": found,
+        "clock": "processor" if by_processor_time else "wall",
+        "median_seconds": {name: float(np.median(seconds[names == name])) for name in first.counts},
+        **{
+            what: _of_ranks(measured, what)
+            for what in ("peak_bytes", "kernels", "collectives", "synchronisations")
+        },
+        "steps": {"variant": first.names, "wall": wall.tolist(), "processor": processor.tolist()},
+    }
+
+
+def _of_ranks(measured: Sequence[Measured], what: str) -> dict[str, dict[str, list[int]]]:
+    """By variant and kind of step, one number a rank."""
+    return {
+        name: {kind: [getattr(each.counts[name][kind], what) for each in measured] for kind in kinds}
+        for name, kinds in measured[0].counts.items()
+    }

@@ -1,0 +1,98 @@
+"""``bench step``: start the ranks, train, gather what they measured."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from jreg_megatron.bench import megatron
+from jreg_megatron.bench.options import Setup, setup_of, world_size_of
+
+
+def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
+    """Measure; ``finish`` gets the figures on the first rank. Returns the exit status.
+
+    Raises:
+        UserError: for a mistake in the options.
+    """
+    world_size = world_size_of(args)
+    on_cpu = bool(args.cpu or args.nproc) or not _has_cuda()
+    setup = setup_of(args, more, world_size, on_cpu)
+    megatron.make_ready(on_cpu)
+
+    def work() -> None:
+        figures = _measure(setup, on_cpu, args.quiet, args.verbose)
+        if figures is not None:
+            finish(figures)
+
+    if args.nproc is None or args.nproc == 1:
+        work()
+        return 0
+    from jreg_megatron.cpu.launch import fork_ranks
+    from jreg_megatron.errors import user_errors_exit
+
+    def rank() -> None:
+        with user_errors_exit():
+            work()
+
+    return fork_ranks(args.nproc, rank)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> dict[str, Any] | None:
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from jreg_megatron.bench.step import InterleavedSteps, most_steps, summarize
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    made: list[InterleavedSteps] = []
+    with megatron.quiet(is_verbose) as terminal:
+        hidden = is_quiet or not is_first or is_verbose
+        bar = tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True)
+
+        def stand_in(train_step: Callable[..., Any]) -> InterleavedSteps:
+            steps = InterleavedSteps(
+                train_step,
+                setup.config,
+                ways=setup.ways_and_notes()[0],
+                rounds=setup.rounds,
+                seconds=setup.seconds,
+                on_step=lambda: bar.update() and None,
+            )
+            made.append(steps)
+            return steps
+
+        megatron.train(megatron.arguments_of(setup, most_steps(setup.rounds, setup.config), on_cpu), stand_in)
+        bar.close()
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, made[0].measured)
+        dist.destroy_process_group()
+    if not is_first:
+        return None
+    return {**summarize(of_ranks, by_processor_time=on_cpu), **_about(setup)}
+
+
+def _about(setup: Setup) -> dict[str, Any]:
+    return {
+        "model": asdict(setup.shape),
+        "dtype": setup.dtype,
+        "layout": {
+            "ranks": setup.world_size,
+            "tensor": setup.tensor_parallel,
+            "pipeline": setup.pipeline_parallel,
+            "context": setup.context_parallel,
+        },
+        "tokens": setup.tokens,
+        "jreg": asdict(setup.config),
+        "weighted_layers": int((setup.config.gradient_weights(setup.shape.num_layers) > 0).sum()),
+        "notes": setup.ways_and_notes()[1],
+    }

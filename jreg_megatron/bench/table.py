@@ -1,0 +1,148 @@
+"""A benchmark's figures on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
+
+COUNTED = {
+    "peak_bytes": "peak MiB",
+    "kernels": "kernels",
+    "collectives": "collectives",
+    "synchronisations": "syncs",
+}
+"""What is counted in a step, and its column."""
+
+_MIB = 2**20
+_KERNELS = {
+    "processor": "Kernels are torch's operations that call no other; syncs, tensors' values read by Python.",
+    "wall": "Kernels are what ran on the device, copies aside; syncs, the host's waits for it.",
+}
+_CLOCKS = {
+    "processor": "seconds of processor time, on the rank that needs most",
+    "wall": "seconds, on the rank that is done last",
+}
+
+
+def print_document(console: Console, document: dict[str, Any]) -> None:
+    """Print what a run has found, and what it was found on."""
+    console.print(_about(document), highlight=False, soft_wrap=True)
+    if "step" in document:
+        print_step(console, document["step"])
+    if "growth" in document:
+        print_growth(console, document["growth"])
+    if "kernel" in document:
+        from jreg_megatron.bench import kernel
+
+        kernel.print_table(console, document["kernel"])
+
+
+def print_step(console: Console, step: dict[str, Any]) -> None:
+    """Print a line for each way to run a training step: its time, and what it does."""
+    console.print(_sizes(step), highlight=False, soft_wrap=True)
+    times = _table("Time of a step over that of the unmodified steps before and after it")
+    for column in ("way", "ratio", "95% interval", "steps", "seconds"):
+        times.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for name, seconds in step["median_seconds"].items():
+        if name == UNMODIFIED:
+            times.add_row(name, "1", "", "", f"{seconds:.4g}")
+            continue
+        spread = step["spread"][name]
+        low, high = spread["confidence_95"]
+        ratio = f"{step['ratio'][name]:.4f}"
+        times.add_row(name, ratio, f"{low:.4f} {high:.4f}", str(spread["steps"]), f"{seconds:.4g}")
+    console.print(times)
+    settings = {"coeff": step["jreg"]["coeff"], "interval": step["jreg"]["measure_interval"]}
+    width = max(map(len, step["median_seconds"]))
+    for name in step["median_seconds"]:
+        console.print(f" {name:{width}}  {WAYS[name].format(**settings)}", highlight=False, soft_wrap=True)
+    for note in (f"Times are the median {_CLOCKS[step['clock']]}.", *step["notes"]):
+        console.print(f" {note}", highlight=False, soft_wrap=True)
+    _print_counts(console, step)
+
+
+def _print_counts(console: Console, step: dict[str, Any]) -> None:
+    counts = _table("Beyond an unmodified step; behind the slash, a step that measures and logs")
+    counts.add_column("way", no_wrap=True)
+    for column in COUNTED.values():
+        counts.add_column(column, justify="right", no_wrap=True)
+    for name in step["median_seconds"]:
+        counts.add_row(name, *(_counted(step, what, name) for what in COUNTED))
+    console.print(counts)
+    console.print(" The most on any rank. " + _KERNELS[step["clock"]], highlight=False, soft_wrap=True)
+
+
+def print_growth(console: Console, growth: dict[str, Any]) -> None:
+    """Print a line for each size and way."""
+    table = _table("What a step costs beyond an unmodified one, in milliseconds of it and bytes")
+    for column in ("axis", "value", "way", "unmodified", "more", "95% interval", "ratio", "bytes"):
+        is_text = column in ("axis", "way")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    axis = None
+    for point in growth["points"]:
+        if axis not in (None, point["axis"]):
+            table.add_section()
+        axis = point["axis"]
+        of_point = (axis, f"{point['value']:,}")
+        for way in (MEASURE, JREG):
+            cost = point[way]
+            low, high = cost["milliseconds_95"]
+            memory = f"{cost['bytes_per_token_layer']:.1f}" if way == JREG else ""
+            before = f"{1e3 * point['unmodified_seconds']:.1f}"
+            more = (f"{cost['milliseconds']:.1f}", f"{low:.1f} {high:.1f}", f"{cost['ratio']:.4f}", memory)
+            table.add_row(*of_point, way, before, *more)
+            of_point = ("", "")
+    console.print(table)
+    console.print(
+        " Bytes of peak memory on the rank that has most more, for each token of a micro-batch and layer "
+        "with a gradient.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _about(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    on = machine.get("device") or f"{machine['processor']}, {machine['cores']} cores, {threads} a rank"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return f"$ {document['command']}\n{document['date']}, {on}\n{versions}"
+
+
+def _sizes(step: dict[str, Any]) -> str:
+    model, layout = step["model"], step["layout"]
+    parts = "".join(
+        f", {name}-parallel {layout[name]}" for name in ("tensor", "pipeline", "context") if layout[name] > 1
+    )
+    return (
+        f"{model['name']}: {model['num_layers']} layers of width {model['hidden_size']}, {step['dtype']}, "
+        f"{model['micro_batches']} micro-batches of {model['micro_batch']} x {model['sequence']} tokens on "
+        f"{layout['ranks']} {'ranks' if layout['ranks'] > 1 else 'rank'}{parts}; "
+        f"gradient in {step['weighted_layers']} layers"
+    )
+
+
+def _counted(step: dict[str, Any], what: str, name: str) -> str:
+    """Of the ordinary and the logging step, or once for both."""
+
+    def most(of: str, kind: str) -> int:
+        return int(max(step[what][of][kind]))
+
+    def shown(kind: str) -> str:
+        number = most(name, kind)
+        if name != UNMODIFIED:
+            number -= most(UNMODIFIED, kind)
+        sign = "" if name == UNMODIFIED else "+"
+        # A few KiB come and go with the profiler itself.
+        return f"{round(number / _MIB, 2) + 0.0:{sign}.2f}" if what == "peak_bytes" else f"{number:{sign},}"
+
+    return " / ".join(dict.fromkeys(map(shown, KINDS)))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD)

@@ -1,0 +1,127 @@
+"""The benchmark's ways to run a training step, looked at from inside of Megatron's loop."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = "--layers 4 --width 32 --sequence 16 --micro-batch 2 --micro-batches 2".split()
+UNGUARDED = ["--no-check-for-nan-in-loss-and-grad"]  # the guard knows of whole steps only
+
+
+def gradients(ways: list[str]) -> dict[str, Any]:
+    """The gradients of one batch in each way, one after the other on one model, and what is left on it."""
+    from jreg_megatron.bench import megatron, options
+    from jreg_megatron.bench.variants import make_variants
+
+    parser = ArgumentParser()
+    options.add_step_arguments(parser)
+    setup = options.setup_of(parser.parse_args([*TINY, "--layers", "8"]), UNGUARDED, 1, on_cpu=True)
+    found: dict[str, Any] = {}
+
+    def in_place_of(train_step: Any) -> Any:
+        def step(
+            forward_step: Any,
+            data: Any,
+            model: Any,
+            optimizer: Any,
+            schedule: Any,
+            config: Any,
+            run: Any,
+            **_: Any,
+        ) -> Any:
+            from megatron.training import get_args
+
+            batches = [next(data), next(data)]
+            variants = make_variants(model, setup.config, ways)
+
+            def gradient(way: str) -> Tensor:
+                model[0].zero_grad_buffer()
+                before = _anatomy(model[0])
+                with variants[way].on(1):
+                    found[f"touched {way}"] = _anatomy(model[0]) != before
+                    run(
+                        forward_step_func=variants[way].forward_step(forward_step),
+                        data_iterator=iter(batches),
+                        model=model,
+                        num_microbatches=2,
+                        seq_length=16,
+                        micro_batch_size=2,
+                        forward_only=False,
+                    )
+                found[f"left {way}"] = _anatomy(model[0]) != before
+                variants[way].after_step(1)
+                return torch.cat([p.main_grad.flatten().clone() for p in model[0].parameters()])
+
+            gradient("unmodified")  # the first pass leaves marks of Megatron's own
+            for way in ways:
+                found.setdefault(way, []).append(gradient(way))
+            get_args().train_iters = get_args().curr_iteration + 1
+            return train_step(forward_step, data, model, optimizer, schedule, config, run, **_)
+
+        step.measured = SimpleNamespace(config=setup.config)  # type: ignore[attr-defined]
+        return step
+
+    megatron.make_ready(on_cpu=True)
+    megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), in_place_of)
+    return found
+
+
+def _anatomy(model: Any) -> list[Any]:
+    """Hooks and own attributes of every module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [
+        (name, sorted(vars(module)), [len(getattr(module, kind)) for kind in hooks], _functions(module))
+        for name, module in model.named_modules()
+    ]
+
+
+def _functions(module: Any) -> list[Any]:
+    return [vars(module).get(name) for name in ("self_attn_bda", "mlp_bda")]
+
+
+def counted(_: object = None) -> dict[str, Any]:
+    """What is counted in a step that is known exactly, and its result."""
+    import torch.distributed as dist
+
+    from jreg_megatron.bench.counting import count
+
+    def step() -> float:
+        first = torch.ones(1 << 20)  # fill
+        second = first + first  # add
+        del first
+        third = second * second  # mul
+        dist.all_reduce(third)
+        dist.barrier()
+        return second[0].item() + third[0].item()
+
+    result, counts = count(step)
+    return {"result": result, **vars(counts)}
+
+
+def jreg_twice_as_slow(argv: list[str]) -> int:
+    """The benchmark, where whatever JREG's way runs takes twice as long."""
+    import time
+
+    from jreg_megatron.bench import variants
+    from jreg_megatron.bench.__main__ import main
+
+    on, after = variants.Attached.on, variants.Attached.after_step
+
+    def slow_after(self: Any, iteration: int) -> None:
+        if self._config.coeff > 0:
+            began = time.process_time()
+            while time.process_time() < began + SECONDS:
+                pass
+        after(self, iteration)
+
+    variants.Attached.after_step = slow_after  # type: ignore[method-assign]
+    assert on is variants.Attached.on
+    return main(argv)
+
+
+SECONDS = 0.1

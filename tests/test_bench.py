@@ -1,0 +1,396 @@
+"""The benchmark that users run: that it measures what it says, of what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import bench_steps
+import numpy as np
+import pytest
+from harness import Finished, run_function, run_ranks
+from rich.console import Console
+
+from jreg_megatron.bench import growth, results, table
+from jreg_megatron.bench.__main__ import main
+from jreg_megatron.bench.names import WAYS
+from jreg_megatron.bench.ratios import median_ratio
+from jreg_megatron.bench.shapes import SHAPES, find_shape
+from jreg_megatron.demo import training as demo
+from jreg_megatron.demo.data import prepare
+
+ROOT = Path(__file__).parents[1]
+ENTRY = "jreg_megatron.bench.__main__:main"
+KEPT = sorted((ROOT / "jreg_megatron/bench/results").glob("*.json"))
+
+
+def measured(folder: Path, *argv: str, ranks: int = 1, entry: str = ENTRY) -> tuple[dict[str, Any], Finished]:
+    """The document and the output of one log interval of a tiny model's steps."""
+    path = folder / "step.json"
+    words = ["step", *bench_steps.TINY, "--rounds", "1", "--json", path, *argv]
+    finished = run_ranks(words, ranks, entry=entry)
+    return json.loads(path.read_text()), finished
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Finished]:
+    """A whole run on one rank."""
+    return measured(tmp_path_factory.mktemp("one"))
+
+
+# The step
+
+
+def test_every_way_but_the_unmodified_has_a_ratio_and_its_spread(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    step = one_rank[0]["step"]
+    assert set(step["ratio"]) == set(step["spread"]) == set(WAYS) - {"unmodified"}
+    for name, ratio in step["ratio"].items():
+        low, high = step["spread"][name]["confidence_95"]
+        assert 0 < low <= high
+        assert ratio > 0
+
+
+def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    step = one_rank[0]["step"]
+    names, seconds = step["steps"]["variant"], step["steps"][step["clock"]]
+    assert step["clock"] == "processor"
+    assert set(names[::2]) == {"unmodified"}
+    assert "unmodified" not in names[1::2]
+    # Neither measures in some of its steps only, so the plain median is the ratio.
+    for way in ("unmodified_again", "naive"):
+        places = [i for i, name in enumerate(names) if name == way]
+        ratios = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in places]
+        assert step["ratio"][way] == pytest.approx(statistics.median(ratios))
+        assert step["spread"][way]["steps"] == len(ratios) == 3
+
+
+def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    step = one_rank[0]["step"]
+    names, seconds = np.array(step["steps"]["variant"]), np.array(step["steps"]["processor"])
+    ratios = 2 * seconds[1:-1] / (seconds[:-2] + seconds[2:])
+    for way in ("measure", "jreg"):
+        own = ratios[names[1:-1] == way]
+        assert len(own) == 10
+        expected = 0.9 * np.median(own[:9]) + 0.1 * own[9]
+        assert step["ratio"][way] == pytest.approx(expected)
+        assert step["kernels"][way]["logging"] > step["kernels"][way]["ordinary"]
+    assert step["kernels"]["measure"]["ordinary"] == step["kernels"]["unmodified"]["ordinary"]
+    assert step["kernels"]["jreg_every_step"]["ordinary"] > step["kernels"]["jreg"]["ordinary"]
+
+
+def test_jreg_waits_and_communicates_in_no_ordinary_step_and_reduces_once_where_it_logs(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    step = one_rank[0]["step"]
+    collectives, waits = step["collectives"], step["synchronisations"]
+    assert waits["unmodified"]["ordinary"][0] > 0, "the counting works"
+    for way in ("measure", "jreg", "jreg_every_step"):
+        assert collectives[way]["ordinary"] == collectives["unmodified"]["ordinary"]
+        assert waits[way]["ordinary"] == waits["unmodified"]["ordinary"]
+        assert collectives[way]["logging"][0] == collectives["unmodified"]["logging"][0] + 1
+
+
+def test_a_result_tells_what_made_it(one_rank: tuple[dict[str, Any], Finished]) -> None:
+    document, _ = one_rank
+    assert document["command"] == " ".join(
+        ["python -m jreg_megatron.bench step", *bench_steps.TINY, "--rounds 1"]
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", document["date"])
+    assert {"torch", "megatron-core", "jreg_megatron"} <= set(document["versions"])
+    assert document["machine"]["cores"] >= 1
+    step = document["step"]
+    assert step["model"]["num_layers"] == 4
+    assert step["tokens"] == 2 * 16
+    assert step["jreg"]["alpha"] == 3.0
+    assert step["jreg"]["measure_interval"] == 10
+
+
+def test_the_table_has_every_way_and_nothing_of_what_megatron_prints(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    document, finished = one_rank
+    printed = finished.output[0]
+    for way, ratio in document["step"]["ratio"].items():
+        assert re.search(rf"^ +{way} +{ratio:.4f} ", printed, re.MULTILINE)
+    assert "setting random seeds" not in printed
+    assert len(printed.splitlines()) < 50
+
+
+def test_what_a_way_does_more_shows_in_its_ratio_and_in_no_other(tmp_path: Path) -> None:
+    document, _ = measured(
+        tmp_path, "--ways", "unmodified_again,measure,jreg", entry="bench_steps:jreg_twice_as_slow"
+    )
+    step = document["step"]
+    plain = step["median_seconds"]["unmodified"]
+    assert step["ratio"]["jreg"] == pytest.approx(1 + bench_steps.SECONDS / plain, rel=0.25)
+    assert step["ratio"]["jreg"] > 1.5
+    assert step["ratio"]["measure"] < 1.3
+    assert step["ratio"]["unmodified_again"] < 1.3
+
+
+def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_was() -> None:
+    ways = ["unmodified", "naive", "jreg", "measure", "unmodified"]
+    ((found),) = run_function(bench_steps.gradients, 1, ways)
+    plain, again = found["unmodified"]
+    naive, jreg, measuring = (found[way][0] for way in ("naive", "jreg", "measure"))
+    assert (plain == again).all()
+    assert (plain == measuring).all()
+    assert [found[f"touched {way}"] for way in ways] == [False, True, True, True, False]
+    assert not any(found[f"left {way}"] for way in ways)
+    added = naive - plain
+    assert added.norm() > 1e-3 * plain.norm()
+    # In float32; what JREG leaves out of layers of negligible weight is below a millionth.
+    assert (jreg - naive).norm() < 1e-4 * added.norm()
+
+
+def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_path: Path) -> None:
+    document, _ = measured(tmp_path, "--pp", "2", "--ways", "jreg,naive", "--dtype", "bf16", ranks=2)
+    step = document["step"]
+    assert list(step["ratio"]) == ["jreg"]
+    assert "naive is left out" in step["notes"][0]
+    assert step["layout"] == {"ranks": 2, "tensor": 1, "pipeline": 2, "context": 1}
+    for way, least in (("jreg", 1), ("unmodified", 0)):
+        first, last = step["kernels"][way]["ordinary"]
+        plain_first, plain_last = step["kernels"]["unmodified"]["ordinary"]
+        assert first >= plain_first
+        assert last >= plain_last + least, "the last stage's layers have the weight"
+
+
+# Counting, ratios, models
+
+
+def test_kernels_collectives_reads_and_peak_memory_of_a_step_are_counted() -> None:
+    (found,) = run_function(bench_steps.counted, 1)
+    assert found["result"] == 6.0
+    assert found["collectives"] == 2
+    assert found["synchronisations"] == 2
+    # Two tensors of four MiB are alive at a time.
+    assert 8 << 20 <= found["peak_bytes"] < (8 << 20) + 100_000
+    # empty, fill, add, mul, and for each of two values read a view and the reading; empty in the barrier.
+    # What calls them (ones, select, item) does not count.
+    assert found["kernels"] == 4 + 2 * 2 + 1
+
+
+def test_a_ratio_withstands_disturbed_steps_and_its_interval_holds_the_truth() -> None:
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        ratios = generator.normal(1.02, 0.02, 100)
+        ratios[generator.random(100) < 0.03] *= 3
+        is_measuring = np.arange(1, 101) % 10 == 0
+        ratios[is_measuring] += 0.1
+        found = median_ratio(ratios, is_measuring)
+        assert found["ratio"] == pytest.approx(1.03, abs=0.015)
+        low, high = found["confidence_95"]
+        hits += low < 1.03 < high
+    assert hits > 170
+
+
+def flags_of(words: list[str]) -> dict[str, str | None]:
+    """Flags with their values; a flag without a value has None."""
+    found: dict[str, str | None] = {}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            found[word] = None if after.startswith("--") else after
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.recipe])
+def test_a_model_is_that_of_its_recipe(name: str) -> None:
+    shape = SHAPES[name]
+    text = (ROOT / f"recipes/{shape.recipe}.sh").read_text()
+    body = re.sub(r"\s#.*", "", text[text.index("FLAGS=(") :])
+    recipe = flags_of(body.split())
+    ours = flags_of(shape.megatron_arguments())
+    assert {flag: recipe.get(flag, "absent") for flag in ours} == ours
+    assert re.search(r"^SEQUENCE=(\d+)", text, re.MULTILINE)[1] == str(shape.sequence)  # type: ignore[index]
+    architecture = flags_of(body[: body.index("--optimizer")].split())
+    sizes = {"--seq-length", "--max-position-embeddings"}
+    assert set(architecture) - set(ours) == sizes, "what the recipe's architecture says, and this does not"
+    assert find_shape(str(shape.recipe)) is shape
+
+
+def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES["demo"]
+    theirs = flags_of([*demo._MODEL.split(), *demo._OPTIMIZER.split()])
+    ours = flags_of(shape.megatron_arguments())
+    own_defaults = {"--norm-epsilon": "1e-5", "--rotary-base": "10000"}  # Megatron's too
+    vocabulary = ours.pop("--padded-vocab-size")
+    assert {flag: theirs.get(flag, own_defaults.get(flag, "absent")) for flag in ours} == ours
+    assert vocabulary == str(prepare.__kwdefaults__["vocab_size"])
+    assert theirs["--seq-length"] == str(shape.sequence)
+    assert theirs["--micro-batch-size"] == str(shape.micro_batch)
+    assert theirs["--global-batch-size"] == str(shape.micro_batch * shape.micro_batches)
+    assert (demo.COEFF, demo.ALPHA) == (0.1, 3.0)
+
+
+# Growth
+
+
+def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, Any], Finished]) -> None:
+    step = one_rank[0]["step"] | {
+        "median_seconds": {"unmodified": 2.0},
+        "ratio": {"measure": 1.001, "jreg": 1.01},
+        "spread": {"measure": {"confidence_95": [0.9, 1.1]}, "jreg": {"confidence_95": [1.0, 1.02]}},
+        "peak_bytes": {
+            "unmodified": {"ordinary": [1000, 5000], "logging": [1000, 5000]},
+            "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
+            "jreg": {"ordinary": [1000, 8840], "logging": [1000, 8840]},
+        },
+        "tokens": 32,
+        "weighted_layers": 5,
+    }
+    found = growth.costs(step)
+    assert found["jreg"]["milliseconds"] == pytest.approx(20)
+    assert found["jreg"]["milliseconds_95"] == pytest.approx([0, 40])
+    assert found["jreg"]["bytes"] == 3840
+    assert found["jreg"]["bytes_per_token_layer"] == 3840 / 32 / 5
+    assert found["measure"]["bytes"] == 100
+
+
+@pytest.mark.slow
+def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
+    path = tmp_path / "growth.json"
+    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1 --seconds 0.1"
+    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", *axes.split(), "--json", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    points = json.loads(path.read_text())["growth"]["points"]
+    assert [(point["axis"], point["value"]) for point in points] == [
+        *(("layers", 2), ("layers", 4), ("sequence", 16), ("sequence", 32), ("stages", 1), ("stages", 2))
+    ]
+    assert points[3]["tokens"] == 32
+    assert "for each token" in run.stdout
+
+
+# What users see
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_a_kept_result_is_whole_and_can_be_shown(path: Path) -> None:
+    document = results.read(str(path))
+    assert document["command"].startswith("python -m jreg_megatron.bench ")
+    assert "/" not in document["command"]
+    shown(document)
+
+
+def shown(document: dict[str, Any]) -> str:
+    text = StringIO()
+    table.print_document(Console(file=text, width=100), document)
+    return text.getvalue()
+
+
+def test_a_shown_result_reads_as_the_run_printed_it(
+    one_rank: tuple[dict[str, Any], Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, finished = one_rank
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps(document))
+    assert main(["show", str(path)]) == 0
+    words = capsys.readouterr().out.split()
+    assert [word for word in words if word in finished.output[0]] == words
+    assert len(words) > 100
+
+
+def test_where_a_result_went_is_not_part_of_its_command() -> None:
+    words = "step --json somewhere/x.json --quiet --layers 2 --verbose --json=y.json -- --lr 1"
+    assert results.command(words.split()) == "python -m jreg_megatron.bench step --layers 2 -- --lr 1"
+
+
+REFUSED = {
+    "--model 7b": "--model is 7b; it must be one of demo, 170m, 1b, 3.4b, llama_170m",
+    "--layers 0": "--layers is 0; it must be >= 1",
+    "--rounds 0": "--rounds is 0; it must be >= 1",
+    "--micro-batches -1": "--micro-batches is -1; it must be >= 1",
+    "--measure-interval 0": "--measure-interval is 0; it must be >= 1",
+    "--seconds nan": "--seconds is nan; it must be above 0",
+    "--width 100": "--width is 100; it must be a multiple of 8",
+    "--ways jreg,fast": "--ways is jreg,fast; it must be some of unmodified_again,measure,jreg",
+    "--pp 2": "--pp 2 x --cp 1 is 2, which does not divide the 1 rank; add --nproc 2",
+    "--nproc 3 --pp 3": "--pp is 3, which does not divide the 8 layers",
+    "--nproc 0": "--nproc is 0; it must be >= 1",
+    "-- --num-layers 3": "--num-layers cannot be given behind --; use --layers",
+    "-- --jreg-measure-interval 3": "cannot be given behind --; use --measure-interval",
+    "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to be measured",
+    "-- --jreg-coef 1": "unknown flag --jreg-coef; did you mean --jreg-coeff?",
+    "-- --jreg-stop-iteration 5": "--jreg-stop-iteration is a schedule, and the benchmark has none",
+    "-- --jreg-weights 0,1": "it must be 8 numbers",
+    "--json /no/such/folder/x.json": "--json is /no/such/folder/x.json, but there is no folder",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_refused_in_one_line_before_megatron_starts(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["step", *words.split()])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("jreg_megatron: error: ")
+    assert REFUSED[words] in line
+
+
+def test_what_megatron_refuses_is_one_line(tmp_path: Path) -> None:
+    finished = run_ranks(["step", *bench_steps.TINY, "--", "--hidden-sise", 3], entry=ENTRY, check=False)
+    assert finished.status == [2]
+    (line,) = finished.output[0].splitlines()
+    assert "--hidden-sise" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "cannot be read"),
+        ("{}", "is no result"),
+        ('{"format": "jreg_megatron measurement"}', "is no result"),
+    ],
+)
+def test_what_is_no_result_is_refused(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["show", str(path)])
+    assert f"{path} {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axis", ["layers", "stages"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("4", "growth needs two sizes"), ("4,x", "must be whole numbers"), ("0,4", ">= 1")],
+)
+def test_a_mistaken_axis_of_growth_is_refused(
+    axis: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["growth", f"--{axis}", value])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--{axis} is {value}; " in line
+    assert expected in line
+
+
+@pytest.mark.parametrize("words", [["--help"], ["step", "--help"], ["growth", "--help"], ["show", "--help"]])
+def test_help_imports_neither_torch_nor_megatron(words: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['bench', *{words!r}]\n"
+        "try:\n    runpy.run_module('jreg_megatron.bench', run_name='__main__')\n"
+        "except SystemExit:\n    print('torch' in sys.modules, 'megatron' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False False"

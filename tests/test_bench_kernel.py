@@ -1,0 +1,159 @@
+"""``bench kernel``: every way it times does the same work, and its bytes are those that must be moved."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import in_interpreter
+from rich.console import Console
+
+from jreg_megatron import UserError
+from jreg_megatron.bench import kernel, kernel_run
+from jreg_megatron.kernels import eager
+
+CPU = torch.device("cpu")
+
+
+def figures_of(*words: str) -> dict[str, Any]:
+    parser = ArgumentParser()
+    kernel.add_arguments(parser)
+    return kernel.run(parser.parse_args(["--cpu", *words]))
+
+
+def printed(figures: dict[str, Any]) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        kernel.print_table(console, figures)
+    return capture.get()
+
+
+def tiny(dtype: torch.dtype) -> kernel_run.Tensors:
+    sizes = kernel_run.Sizes(CPU, dtype, tokens=kernel_run.CHUNK_ROWS + 5, rounds=1, seconds=1)
+    return kernel_run.Tensors(sizes, 12)
+
+
+def assert_same_work(way: kernel_run.Way, dtype: torch.dtype) -> None:
+    t = tiny(dtype)
+    a, b = (h.detach().double().requires_grad_() for h in (t.h_in, t.h_out))
+    loss = 1e-5 * ((1 - F.cosine_similarity(a, b, dim=-1)) / 2).sum()
+    outputs, upstream = (loss, a, b), (None, t.grad_in.double(), t.grad_out.double())
+    expected = torch.autograd.grad(outputs, (a, b), upstream)
+    # What this leaves out is seen: without the regularizer the gradients would be off by more.
+    for got, right, plain in zip(way(t), expected, upstream[1:], strict=True):
+        assert got.dtype is dtype
+        error, size = (got.double() - right).norm(), (right - plain).norm()
+        assert error < 2 * torch.finfo(dtype).eps * right.norm()
+        assert dtype is not torch.float32 or error < 0.1 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        kernel_run.with_jreg(eager.KERNELS),
+        kernel_run.with_autograd(kernel_run.textbook),
+        kernel_run.with_autograd(kernel_run.with_chunks),
+    ],
+    ids=[kernel_run.JREG, kernel_run.AUTOGRAD, kernel_run.CHUNKED],
+)
+def test_each_way_adds_the_regularizers_gradient_to_what_has_come(
+    way: kernel_run.Way, dtype: torch.dtype
+) -> None:
+    assert_same_work(way, dtype)
+
+
+@pytest.mark.slow
+def test_so_does_the_compiled_one() -> None:
+    way, why_not = kernel_run._compiled(tiny(torch.float32))
+    assert way is not None, why_not
+    assert_same_work(way, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(dtype: str, size: int) -> None:
+    words = f"--tokens 10 --widths 12,48 --rounds 4 --no-compile --dtype {dtype}"
+    figures = json.loads(json.dumps(figures_of(*words.split()), allow_nan=False))["kernel"]
+    assert list(figures["widths"]) == ["12", "48"] and figures["kernels"] == "torch"
+    for width, of in figures["widths"].items():
+        assert of["rounds"] == 4
+        # Two states read; two states and a gradient read and two gradients written; Psi of every token.
+        state = 10 * int(width) * size
+        expected = {"displacement": 2 * state + 40, "gradients": 5 * state + 40}
+        assert {name: found["bytes"] for name, found in of["kernels"].items()} == expected
+        for found in of["kernels"].values():
+            low, high = found["quartiles"]
+            assert 0 < low <= found["seconds"] <= high and found["share_of_copy"] > 0
+            assert found["bytes_per_second"] == pytest.approx(found["bytes"] / found["seconds"])
+        assert list(of["ways"]) == [kernel_run.JREG, kernel_run.AUTOGRAD, kernel_run.CHUNKED]
+        assert of["ways"][kernel_run.JREG]["ratio"] == 1
+    text = printed(figures)
+    assert "of the copy's" in text and "times JREG's" in text
+    assert "compiled is left out: --no-compile." in text
+
+
+def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    figures = figures_of(*"--tokens 3 --widths 8,16 --rounds 1".split())["kernel"]
+    assert [note for note in figures["notes"] if "left out" in note] == [
+        "compiled is left out: TORCHDYNAMO_DISABLE=1."
+    ]
+
+
+def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> None:
+    ran: list[str] = []
+    runs = {name: lambda name=name: ran.append(name) for name in "abc"}
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=1, rounds=7, seconds=60)
+    found = kernel_run.interleaved(sizes, runs)
+    rounds = [ran[start : start + 3] for start in range(3, len(ran), 3)]  # behind the warm-up
+    assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1, "the order changes"
+    assert all(len(times) == 7 for times in found.values())
+    short = kernel_run.Sizes(CPU, torch.float32, tokens=1, rounds=7, seconds=1e-9)
+    assert len(kernel_run.interleaved(short, runs)["a"]) == 3, "enough for a spread"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--widths 768,x", "--widths is 768,x; it must be numbers in 1..65536"),
+        ("--widths 0", "--widths is 0"),
+        ("--tokens 0", "--tokens is 0; it must be >= 1"),
+        ("--rounds -1", "--rounds is -1"),
+        ("--seconds nan", "--seconds is nan"),
+        ("--tune", "--tune times Triton's kernels, and there is no CUDA device here"),
+    ],
+)
+def test_a_mistake_is_one_line(words: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        figures_of(*words.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [1, 768, 3200, 8192, 20000])
+def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: int) -> None:
+    from jreg_megatron.kernels import fused
+
+    tiles = kernel_run.tiles_for(width)
+    assert tiles[0] == fused.tile_for(width) and len(set(tiles)) == len(tiles)
+    assert all(tile.columns & (tile.columns - 1) == 0 for tile in tiles)
+    assert width < 128 or len(tiles) > 8
+
+
+def tuned_in_interpreter() -> dict[str, Any]:
+    return kernel_run.tune(kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1), [100])
+
+
+def test_tuning_times_both_kernels_with_every_tile_and_shows_the_one_in_use() -> None:
+    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter)))
+    assert figures["tuned"]
+    for tiles in figures["widths"]["100"]["tiles"].values():
+        assert len(tiles) == len(kernel_run.tiles_for(100))
+        assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
+        assert sum(tile["in_use"] for tile in tiles) == 1
+    text = printed(figures)
+    assert "gradients  in use" in text and "displacement  in use" in text
