@@ -67,6 +67,11 @@ from jreg_megatron.support import (
 
 _HANDLE = "_jreg_handle"
 
+_MASK_OF_OTHER_TOKENS = (
+    f"{flag_of('tokens')} is 'unmasked', and the loss mask is for {{}} tokens, while this rank has {{}}; "
+    "call the model with a loss mask [b, s] of a number for each of its tokens"
+)
+
 
 @dataclass
 class _Microbatch:
@@ -166,6 +171,8 @@ class JRegHandle:
         return self._observe(microbatch, layer_number, layer_input, normed)
 
     def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
+        if microbatch.mask is not None and microbatch.mask.shape != h_out.shape[:2]:
+            raise UserError(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
         meter = self.training_meter if microbatch.is_training else self.validation_meter
         on_psi = None
         if microbatch.is_measuring:
@@ -195,6 +202,8 @@ class JRegHandle:
                 f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this "
                 "pipeline stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
             )
+        if loss_mask.dim() != 2:
+            raise UserError(_MASK_OF_OTHER_TOKENS.format([*loss_mask.shape], "[s, b]"))
         mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
         weights = mask if self._model_config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
         if self._sequence_parallel_size > 1:
@@ -247,7 +256,8 @@ class JRegHandle:
             Metrics over the interval so far; None if it is not at its end, or nothing was measured in it.
 
         Raises:
-            UserError: if some layer was not seen in an iteration that should have measured it.
+            UserError: if some layer was not seen in an iteration that should have measured it, or less often
+                than others.
         """
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
         self._has_measured = self._has_measured or self.config.measures_at(iteration)
@@ -312,6 +322,10 @@ def attach(
     Raises:
         UserError: if JREG is attached already, if the model or a setting is not supported, or if
             something is missing that the settings need.
+
+    A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
+    one in evaluation mode is measured as validation. A regularized layer is measured in the backward pass:
+    ask for metrics between steps.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jreg_megatron.errors import UserError
 from jreg_megatron.formulas import jump_rate
+
+LAYERS_SEEN_UNEQUALLY = (
+    "JREG saw some layers in more micro-batches than others, so their means would be over other tokens: a "
+    "regularized layer is measured in the backward pass, the others in the forward pass; ask for metrics "
+    "between steps, and after a forward pass without a backward pass, or a step that was broken off, call "
+    "reset_training_metrics() of the handle"
+)
 
 LOSS_NAME = "jreg loss"
 RATE_NAME = "jump rate"
@@ -96,6 +104,9 @@ class DisplacementMeter:
 
         Returns:
             The metrics, the same on every rank, NaN if no token counted; None if some layer was not seen.
+
+        Raises:
+            UserError: if some layers were seen more often than others, so that they stand for other tokens.
         """
         total = self._sums.clone()
         if dist.is_available() and dist.is_initialized():
@@ -103,6 +114,8 @@ class DisplacementMeter:
         psi_sum, num_tokens, times_seen = total.cpu().unbind(dim=1)
         if (times_seen == 0).any():
             return None
+        if times_seen.min() != times_seen.max():
+            raise UserError(LAYERS_SEEN_UNEQUALLY)
         mean = psi_sum / num_tokens
         return JRegMetrics(
             displacement=mean,

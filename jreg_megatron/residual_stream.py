@@ -232,6 +232,11 @@ class _ChunkTap:
         # What the final norm is compared with: set by the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
 
+    @property
+    def is_training(self) -> bool:
+        """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
+        return bool(self._chunk.decoder.training)
+
     def put_on(self, layers: Iterable[ResidualLayer]) -> None:
         chunk, undo = self._chunk, self._undo
         undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
@@ -298,10 +303,10 @@ class _LayerTap:
     def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         chunk = self._chunk
         state = named["hidden_states"] if "hidden_states" in named else given[0]
-        self._will_be_rerun = module.training and not torch.is_grad_enabled()
+        self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()
         if self._will_be_rerun and chunk.microbatch is not None:
             chunk.remember(state)
-        elif not chunk.is_in_forward and module.training:
+        elif not chunk.is_in_forward and chunk.is_training:
             chunk.recall(state)
         self._microbatch, self._input = chunk.microbatch, None
 

@@ -18,7 +18,8 @@ NO_LAYER_FOR_POST_NORM = (
 
 LAYER_NOT_SEEN = (
     "JREG saw no state of some layer in an iteration that it should have measured, so that layer is not "
-    "regularized either; the run is stopped: leave out what changes how layers run, or JREG"
+    "regularized either (or metrics were asked for before the backward pass); the run is stopped: leave out "
+    "what changes how layers run, such as layers that are frozen under full recompute, or JREG"
 )
 
 

@@ -57,7 +57,7 @@ FAULTS = [
         "residual_stream.py",
         (
             (
-                "self._will_be_rerun = module.training and not torch.is_grad_enabled()",
+                "self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()",
                 "self._will_be_rerun = False",
             ),
         ),
@@ -206,6 +206,16 @@ FAULTS = [
         "count a micro-batch instead of its tokens",
         "metrics.py",
         (("self._counts(psi.numel())", "self._counts(1)"),),
+    ),
+    Fault(
+        "ask a layer whether it is recomputed, not the block",
+        "residual_stream.py",
+        (("bool(self._chunk.decoder.training)", "bool(self._chunk.decoder.layers[-1].training)"),),
+    ),
+    Fault(
+        "take means over other tokens in some layers than in others",
+        "metrics.py",
+        (("if times_seen.min() != times_seen.max():", "if False:"),),
     ),
     Fault(
         "train on where nothing has attached JREG",

@@ -142,6 +142,56 @@ def works_where_there_is_work(recompute: str) -> None:
         assert handle.reduce_training_metrics() is not None, "what is frozen is measured all the same"
 
 
+def regularizes_layers_in_evaluation(final_state: str) -> None:
+    import torch
+
+    from jreg_megatron import attach
+
+    model = build_model("uniform")
+    model.config.recompute_num_layers = 2
+    handle = attach(model, JRegConfig(coeff=20.0, alpha=1.0, final_state=final_state), num_microbatches=1)
+    _, expected = step(model)
+    model.decoder.layers[-1].eval()  # without dropout it computes the same
+    _, found = step(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert handle.end_iteration(1) is not None
+
+
+def refuses_means_over_different_tokens() -> None:
+    from jreg_megatron import attach
+
+    model = build_model()
+    # Of two layers the last one alone has a gradient.
+    handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0), num_microbatches=1)
+    step(model)
+    loss = forward(model)
+    with pytest.raises(UserError, match="some layers in more micro-batches than others"):
+        handle.reduce_training_metrics()
+    loss.backward()
+    assert handle.reduce_training_metrics() is not None
+    forward(model)
+    handle.reset_training_metrics()
+    step(model)
+    assert handle.reduce_training_metrics() is not None
+
+
+def refuses_a_mask_of_other_tokens() -> None:
+    import torch
+
+    from jreg_megatron import attach
+
+    model = build_model()
+    attach(model, JRegConfig(coeff=1.0, tokens="unmasked"), num_microbatches=1)
+    for shape, told in (
+        ((1, 8), r"\[8, 1\] tokens.* has \[8, 2\]"),
+        ((16,), r"\[16\]"),
+        ((8, 2), r"\[2, 8\]"),
+    ):
+        with pytest.raises(UserError, match="the loss mask is for " + told):
+            forward(model, torch.ones(shape))
+
+
 def counts_only_unmasked_tokens() -> None:
     import math
 
@@ -318,6 +368,21 @@ def test_a_step_that_does_not_measure_works_for_layers_with_weight_alone_and_in_
     recompute: str,
 ) -> None:
     run_function(works_where_there_is_work, 1, recompute)
+
+
+@pytest.mark.parametrize("final_state", ["pre_norm", "post_norm"])
+def test_a_layer_that_is_set_to_evaluation_by_itself_is_recomputed_and_regularized_all_the_same(
+    final_state: str,
+) -> None:
+    run_function(regularizes_layers_in_evaluation, 1, final_state)
+
+
+def test_metrics_over_other_tokens_in_some_layers_than_in_others_are_refused() -> None:
+    run_function(refuses_means_over_different_tokens)
+
+
+def test_a_loss_mask_of_other_tokens_than_the_ranks_is_refused() -> None:
+    run_function(refuses_a_mask_of_other_tokens)
 
 
 def test_unmasked_tokens_alone_count_however_few_they_are() -> None:

@@ -45,8 +45,8 @@ class Kernels(Protocol):
             h_in: the layer's input ``[..., h]``.
             h_out: the layer's output, same shape; the type may differ.
             grad_out: gradient that has come to ``h_out``, same shape.
-            coefficient: float tensor of one element on the states' device.
-            factor: what the coefficient is multiplied by.
+            coefficient: float32 tensor of one element on the states' device.
+            factor: what the coefficient is multiplied by; the fused kernels take it in float32.
             token_weights: ``[...]``, what each token counts for; by default each counts 1.
             needs_grad_in: whether the gradient for ``h_in`` is wanted.
 
