@@ -83,7 +83,8 @@ class _AddDisplacementGradient(torch.autograd.Function):
             strength.coefficient,
             strength.factor,
             token_weights,
-            ctx.needs_input_grad[0],
+            needs_grad_in=ctx.needs_input_grad[0],
+            needs_psi=ctx.on_psi is not None,
         )
         if ctx.on_psi is not None:
             ctx.on_psi(psi)
@@ -102,6 +103,6 @@ class _AddInputGradient(torch.autograd.Function):
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
         grad_in, _, _ = strength.kernels.gradients(
-            h_in, h_out, grad, strength.coefficient, strength.factor, token_weights
+            h_in, h_out, grad, strength.coefficient, strength.factor, token_weights, needs_psi=False
         )
         return grad, grad_in, None, None

@@ -92,7 +92,7 @@ FAULTS = [
             ),
         ),
     ),
-    Fault("turn the sign", "kernels/eager.py", (("(0.5 * factor)", "(-0.5 * factor)"),)),
+    Fault("turn the sign", "kernels/eager.py", (("(-0.5 * factor)", "(0.5 * factor)"),)),
     Fault(
         "turn the sign in the fused kernel",
         "kernels/programs.py",

@@ -106,9 +106,9 @@ def works_where_there_is_work(recompute: str) -> None:
             called.append("displacement")
             return super().displacement(*states)
 
-        def gradients(self, *given: Any) -> Any:
+        def gradients(self, *given: Any, **named: Any) -> Any:
             called.append("gradients")
-            return super().gradients(*given)
+            return super().gradients(*given, **named)
 
     eager.KERNELS = Recorded()
     model = build_model(recompute)

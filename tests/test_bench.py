@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentParser
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,17 @@ import pytest
 from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
-from jreg_megatron.bench import growth, results, table
+from jreg_megatron import UserError
+from jreg_megatron.bench import growth, megatron, options, results, step, step_run, table
 from jreg_megatron.bench.__main__ import main
-from jreg_megatron.bench.names import WAYS
+from jreg_megatron.bench.counting import Counts
+from jreg_megatron.bench.names import KINDS, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.shapes import SHAPES, find_shape
+from jreg_megatron.bench.step import InterleavedSteps, Measured, summarize
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
+from jreg_megatron.settings import JRegConfig
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"
@@ -53,16 +60,18 @@ def test_every_way_but_the_unmodified_has_a_ratio_and_its_spread(
     step = one_rank[0]["step"]
     assert set(step["ratio"]) == set(step["spread"]) == set(WAYS) - {"unmodified"}
     for name, ratio in step["ratio"].items():
-        low, high = step["spread"][name]["confidence_95"]
-        assert 0 < low <= high
+        interval = step["spread"][name]["confidence_95"]
+        assert (interval is None) == (step["spread"][name]["steps"] < 10)
+        assert interval is None or 0 < interval[0] <= interval[1]
         assert ratio > 0
+    assert {name for name, of in step["spread"].items() if of["confidence_95"]} == {"measure", "jreg"}
 
 
 def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
     one_rank: tuple[dict[str, Any], Finished],
 ) -> None:
     step = one_rank[0]["step"]
-    names, seconds = step["steps"]["variant"], step["steps"][step["clock"]]
+    names, (seconds,) = step["steps"]["variant"], step["steps"][step["clock"]]
     assert step["clock"] == "processor"
     assert set(names[::2]) == {"unmodified"}
     assert "unmodified" not in names[1::2]
@@ -78,7 +87,7 @@ def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
     one_rank: tuple[dict[str, Any], Finished],
 ) -> None:
     step = one_rank[0]["step"]
-    names, seconds = np.array(step["steps"]["variant"]), np.array(step["steps"]["processor"])
+    names, seconds = np.array(step["steps"]["variant"]), np.array(step["steps"]["processor"][0])
     ratios = 2 * seconds[1:-1] / (seconds[:-2] + seconds[2:])
     for way in ("measure", "jreg"):
         own = ratios[names[1:-1] == way]
@@ -191,11 +200,117 @@ def test_a_ratio_withstands_disturbed_steps_and_its_interval_holds_the_truth() -
         ratios[generator.random(100) < 0.03] *= 3
         is_measuring = np.arange(1, 101) % 10 == 0
         ratios[is_measuring] += 0.1
-        found = median_ratio(ratios, is_measuring)
+        found = median_ratio(ratios, is_measuring, 0.1)
         assert found["ratio"] == pytest.approx(1.03, abs=0.015)
         low, high = found["confidence_95"]
         hits += low < 1.03 < high
     assert hits > 170
+
+
+def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        ratios = generator.normal(1.0, 0.02, 25)
+        is_measuring = np.arange(25) == 12
+        ratios[is_measuring] += 1
+        found = median_ratio(ratios, is_measuring, 0.5)
+        assert found["ratio"] == pytest.approx(1.5, abs=0.05)
+        low, high = found["confidence_95"]
+        hits += low < 1.5 < high
+    assert hits > 170
+    assert median_ratio(ratios[:9], is_measuring[:9], 0.5)["confidence_95"] is None
+
+
+def ranks_that_need(
+    *seconds: dict[str, float], noise: float = 0.01, wall: tuple[float, ...] = ()
+) -> list[Measured]:
+    """For each rank and way the seconds of a step, in fifty rounds."""
+    generator = np.random.default_rng(2)
+    made = []
+    for number, of_rank in enumerate(seconds):
+        rank = Measured(JRegConfig(measure_interval=10), counts=dict.fromkeys(of_rank, COUNTS))
+        ways = [way for way in of_rank if way != "unmodified"]
+        rank.names = ["unmodified", *(name for way in ways * 50 for name in (way, "unmodified"))]
+        rank.is_measuring = [False] * len(rank.names)
+        scatter = generator.normal(1, noise, len(rank.names))
+        rank.processor = [of_rank[name] * by for name, by in zip(rank.names, scatter, strict=True)]
+        rank.wall = [wall[number]] * len(rank.names) if wall else rank.processor
+        made.append(rank)
+    return made
+
+
+COUNTS = {kind: Counts(0, 0, 0, 0) for kind in KINDS}
+BUSY = {"unmodified": 2.0, "unmodified_again": 2.0, "jreg": 2.0}
+LAST = {"unmodified": 1.0, "unmodified_again": 1.0, "jreg": 1.4}
+
+
+def test_what_jreg_adds_on_a_rank_that_needs_less_is_seen_beside_what_the_busiest_needs() -> None:
+    found = summarize(ranks_that_need(BUSY, LAST, wall=(3.0, 2.0)), by_processor_time=True)
+    assert found["ratio"]["jreg"] == pytest.approx(1 + 0.4 / 2.0, abs=0.005)
+    low, high = found["spread"]["jreg"]["confidence_95"]
+    assert low < 1.2 < high
+    assert high - low < 0.02
+    assert found["spread"]["jreg"]["rank"] == 1
+    assert found["median_seconds"]["unmodified"] == pytest.approx(2, rel=0.02)
+    assert found["wall"]["jreg"]["ratio"] == 1
+    text = shown(document_of(found, ranks=2))
+    assert re.search(r"^ +jreg +1\.\d+ +\S+ \S+ +50 +\S+ +1 +1\.0000 *$", text, re.MULTILINE)
+    assert "rank that needs most more" in text
+
+
+def test_a_step_of_wall_time_ends_with_the_last_rank() -> None:
+    found = summarize(ranks_that_need(BUSY, LAST, noise=0), by_processor_time=False)
+    assert found["ratio"]["jreg"] == 1
+    assert "rank" not in found["spread"]["jreg"]
+
+
+def test_many_equal_ranks_have_no_difference_but_by_the_noise() -> None:
+    found = summarize(ranks_that_need(*[BUSY] * 8), by_processor_time=True)
+    for way in ("unmodified_again", "jreg"):
+        assert found["ratio"][way] == pytest.approx(1, abs=0.006)
+        low, high = found["spread"][way]["confidence_95"]
+        assert low < 1 < high
+    assert "too busy" not in shown(document_of(found, ranks=8))
+
+
+def test_a_machine_too_busy_for_the_ratios_is_noted_and_too_few_steps_have_no_interval() -> None:
+    busy = summarize(ranks_that_need(BUSY | {"unmodified_again": 2.2}), by_processor_time=True)
+    assert "The machine was too busy: unmodified_again" in shown(document_of(busy))
+    for way in busy["spread"].values():
+        way["confidence_95"] = None
+    text = shown(document_of(busy))
+    assert "too busy" not in text
+    assert text.count("too few") == 2
+
+
+def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
+    layout = {"ranks": ranks, "tensor": 1, "pipeline": ranks, "context": 1}
+    about = {"model": asdict(SHAPES["demo"]), "dtype": "fp32", "layout": layout, "weighted_layers": 6}
+    settings = {"coeff": 0.1, "measure_interval": 10}
+    step = {**figures, **about, "jreg": settings, "notes": [], "tokens": 512}
+    machine = {"processor": "none", "cores": 2, "threads": 1}
+    return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
+
+
+@pytest.mark.parametrize(("interval", "rounds"), [(100, 3), (10, 3), (1, 2)])
+def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
+    interval: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_any_rank", bool)
+    config = JRegConfig(coeff=0.1, measure_interval=interval)
+    ways = [way for way in WAYS if interval > 1 or way != "jreg_every_step"]
+    steps = InterleavedSteps(lambda: None, config, ways, rounds=1000, seconds=1e-9, on_step=lambda: None)
+    ran: list[tuple[str, int]] = []
+    monkeypatch.setattr(steps, "_timed", lambda _, name, iteration: ran.append((name, iteration)))
+    for _ in steps._timed_steps(dict.fromkeys(ways)):  # type: ignore[arg-type]
+        pass
+    assert {name for name, _ in ran} == set(ways)
+    for way in ("jreg", "measure"):
+        own = [iteration for name, iteration in ran if name == way]
+        assert len(own) == rounds
+        assert own[-1] % interval == 0
+        assert interval == 1 or all(iteration % interval for iteration in own[:-1])
 
 
 def flags_of(words: list[str]) -> dict[str, str | None]:
@@ -258,6 +373,33 @@ def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, 
     assert found["jreg"]["bytes"] == 3840
     assert found["jreg"]["bytes_per_token_layer"] == 3840 / 32 / 5
     assert found["measure"]["bytes"] == 100
+    step["spread"]["jreg"]["confidence_95"] = None
+    assert growth.costs(step)["jreg"]["milliseconds_95"] is None
+
+
+def test_sizes_measured_before_one_that_fails_are_printed_and_written(
+    one_rank: tuple[dict[str, Any], Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(point: growth.Point, *_: Any) -> dict[str, Any]:
+        if point.value == 8:
+            raise UserError("the step at layers 8 ended with status 1: no memory")
+        return one_rank[0]
+
+    monkeypatch.setattr(growth, "_step", measure)
+    path = tmp_path / "growth.json"
+    words = "growth --cpu --width none --sequence none --stages none --layers 2,4,8 --json"
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), str(path)])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "layers 8 ended with status 1: no memory; the sizes before it are kept" in printed.err
+    assert "Traceback" not in printed.err
+    assert "Unfinished: the step at layers 8" in printed.out
+    points = json.loads(path.read_text())["growth"]["points"]
+    assert [(point["axis"], point["value"]) for point in points] == [("layers", 2), ("layers", 4)]
 
 
 @pytest.mark.slow
@@ -321,6 +463,20 @@ REFUSED = {
     "--nproc 3 --pp 3": "--pp is 3, which does not divide the 8 layers",
     "--nproc 0": "--nproc is 0; it must be >= 1",
     "-- --num-layers 3": "--num-layers cannot be given behind --; use --layers",
+    "-- --hidden-size 256": "--hidden-size cannot be given behind --; use --width",
+    "-- --ffn-hidden-size=99": "--ffn-hidden-size belongs to the model, demo; leave it out",
+    "-- --num-attention-heads 2": "--num-attention-heads belongs to the model",
+    "-- --num-query-groups 2": "--num-query-groups belongs to the model",
+    "-- --vocab-size 99": "--vocab-size belongs to the model",
+    "-- --padded-vocab-size 99": "--padded-vocab-size belongs to the model",
+    "-- --exit-interval 9": "--exit-interval would end or skip steps that are to be measured; leave it out",
+    "-- --exit-duration-in-mins 1": "--exit-duration-in-mins would end",
+    "-- --exit-signal-handler": "--exit-signal-handler would end",
+    "-- --help": "--help would end",
+    "--rounds 100001": "--rounds is 100001; it must be in 1..100000",
+    "--measure-interval 101": "--measure-interval is 101; it must be in 1..100",
+    "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
+    "--ways jreg_every_step --measure-interval 1": "--ways is jreg_every_step, but with --measure-interval 1",
     "-- --jreg-measure-interval 3": "cannot be given behind --; use --measure-interval",
     "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to be measured",
     "-- --jreg-coef 1": "unknown flag --jreg-coef; did you mean --jreg-coeff?",
@@ -351,9 +507,41 @@ def test_what_megatron_refuses_is_one_line(tmp_path: Path) -> None:
     assert "--hidden-sise" in line
 
 
+@pytest.mark.parametrize("is_verbose", [False, True])
+def test_megatron_that_exits_before_all_is_measured_is_a_users_mistake(
+    is_verbose: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def exit_quietly() -> None:
+        with megatron.quiet(is_verbose):
+            os.write(1, b"why it exits\n\n")
+            sys.exit(0)
+
+    with pytest.raises(UserError) as caught:
+        exit_quietly()
+    last = "" if is_verbose else "; the last that it printed: why it exits"
+    assert str(caught.value) == f"Megatron ended the run with status 0 before all was measured{last}"
+    assert ("why" in capfd.readouterr().out) == is_verbose
+
+
+def test_training_that_ends_before_all_is_measured_is_a_users_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parser = ArgumentParser()
+    options.add_step_arguments(parser)
+    setup = options.setup_of(parser.parse_args([]), [], 1, on_cpu=True)
+    monkeypatch.setattr(megatron, "train", lambda _, stand_in: stand_in(None))
+    with pytest.raises(UserError, match="ended the training before all was measured, after 0 timed steps"):
+        step_run._measure(setup, on_cpu=True, is_quiet=True, is_verbose=False)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (json.dumps({"format": results.FORMAT, "version": 1, "step": {}}), "is no whole result"),
+        (
+            json.dumps({"format": results.FORMAT, "version": 1, "kernel": 3, "machine": []}),
+            "is no whole result",
+        ),
         ("", "cannot be read"),
         ("{}", "is no result"),
         ('{"format": "jreg_megatron measurement"}', "is no result"),
@@ -366,7 +554,26 @@ def test_what_is_no_result_is_refused(
     path.write_text(text)
     with pytest.raises(SystemExit):
         main(["show", str(path)])
-    assert f"{path} {expected}" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path} {expected}" in line
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True))))
+    show = f"'{sys.executable}' -m jreg_megatron.bench show '{path}'"
+    script = f"set -o pipefail; (sleep 1; {show}) | true"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+
+
+def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:
+    lines = [line.strip() for line in shown(one_rank[0]).splitlines()]
+    titles = [after - 2 for after, line in enumerate(lines) if line.startswith(("way ", "axis "))]
+    assert [lines[at] for at in titles] == [
+        "Step time over that of the unmodified steps around it",
+        "Beyond an unmodified step: ordinary / measures and logs",
+    ]
 
 
 @pytest.mark.parametrize("axis", ["layers", "stages"])
@@ -382,6 +589,26 @@ def test_a_mistaken_axis_of_growth_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--{axis} is {value}; " in line
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--stages 1,3", "no step can be run at stages 3: --pp is 3, which does not divide the 8 layers"),
+        ("--width 64,100", "no step can be run at width 100: --width is 100; it must be a multiple of 8"),
+        ("--seconds nan", "--seconds is nan"),
+        ("--layers 2,4 -- --exit-interval 9", "--exit-interval would end"),
+        ("--dtype fp64", "invalid choice: 'fp64'"),
+    ],
+)
+def test_a_size_that_no_step_can_have_is_refused_before_the_first_is_run(
+    words: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(growth, "_step", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["growth", "--cpu", *words.split()])
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["step", "--help"], ["growth", "--help"], ["show", "--help"]])

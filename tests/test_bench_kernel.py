@@ -75,7 +75,10 @@ def test_so_does_the_compiled_one() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
-def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(dtype: str, size: int) -> None:
+def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
+    dtype: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_run, "SHORTEST_COPY", 0.0)
     words = f"--tokens 10 --widths 12,48 --rounds 4 --no-compile --dtype {dtype}"
     figures = json.loads(json.dumps(figures_of(*words.split()), allow_nan=False))["kernel"]
     assert list(figures["widths"]) == ["12", "48"] and figures["kernels"] == "torch"
@@ -94,6 +97,12 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(dtyp
     text = printed(figures)
     assert "of the copy's" in text and "times JREG's" in text
     assert "compiled is left out: --no-compile." in text
+
+
+def test_a_copy_too_short_to_be_a_measure_gives_no_share_and_a_note() -> None:
+    figures = figures_of(*"--tokens 3 --widths 8 --rounds 1 --no-compile".split())["kernel"]
+    assert [found["share_of_copy"] for found in figures["widths"]["8"]["kernels"].values()] == [None, None]
+    assert "A copy of less than 50 us is no measure: give more --tokens." in printed(figures)
 
 
 def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +132,7 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
         ("--widths 768,x", "--widths is 768,x; it must be numbers in 1..65536"),
         ("--widths 0", "--widths is 0"),
         ("--tokens 0", "--tokens is 0; it must be >= 1"),
+        ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
         ("--tune", "--tune times Triton's kernels, and there is no CUDA device here"),

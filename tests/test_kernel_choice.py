@@ -43,8 +43,8 @@ class Wrong(eager.TorchKernels):
     def displacement(self, *states: torch.Tensor) -> torch.Tensor:
         return super().displacement(*states) * (1.01 if self.which == 0 else 1.0)
 
-    def gradients(self, *given: Any) -> Any:
-        results = super().gradients(*given)
+    def gradients(self, *given: Any, **named: Any) -> Any:
+        results = super().gradients(*given, **named)
         return tuple(x * (1.01 if n == self.which else 1.0) for n, x in enumerate(results, start=1))
 
 

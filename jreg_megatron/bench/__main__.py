@@ -85,6 +85,8 @@ def _growth(args: Namespace, more: list[str], argv: list[str]) -> int:
 
     figures = growth.run(args, more)
     _finish(args, argv, "growth", figures, figures.pop("machine"))
+    if figures["unfinished"] is not None:
+        raise UserError(f"{figures['unfinished']}; the sizes before it are kept")
     return 0
 
 
@@ -98,10 +100,11 @@ def _finish(
     from jreg_megatron.bench import results, table
 
     document = results.document(argv, part, figures, machine or results.machine())
-    if not args.quiet:
-        table.print_document(output.console(args), document)
     if args.json is not None:
         output.write_json(args.json, document)
+    if not args.quiet:
+        console = output.console(args)
+        _put_out(console, table.text_of(console, document))
 
 
 def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
@@ -109,9 +112,26 @@ def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
 
     from jreg_megatron.bench import results, table
 
-    for document in [results.read(path) for path in args.files]:
-        table.print_document(Console(), document)
+    console = Console()
+    texts = []
+    for path in args.files:
+        document = results.read(path)
+        try:
+            texts.append(table.text_of(console, document))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{path} is no whole result of this benchmark ({what}); name one that --json has written"
+            ) from None
+    _put_out(console, "".join(texts))
     return 0
+
+
+def _put_out(console: Any, text: str) -> None:
+    if console.stderr:
+        sys.stderr.write(text)
+    else:
+        output.write_text(output.STDOUT, text)
 
 
 if __name__ == "__main__":

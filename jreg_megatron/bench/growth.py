@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jreg_megatron.bench import options
 from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED
 from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
 from jreg_megatron.errors import UserError
@@ -48,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         )
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step")
-    parser.add_argument("--dtype", metavar="TYPE", help="fp32, bf16 or fp16")
+    parser.add_argument("--dtype", choices=options.DTYPES, help="by default bf16 on a GPU and fp32 on a CPU")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -63,36 +64,48 @@ def run(args: Namespace, more: list[str]) -> dict[str, Any]:
     """Measure the step at each size, in a process of its own.
 
     Returns:
-        ``points``: axis, value and the costs of each; ``machine``, as the first run found it.
+        ``points``: axis, value and the costs of each; ``machine``, as the first run found it;
+        ``unfinished``: None, or why the runs ended before the last point.
 
     Raises:
-        UserError: for a mistake in the options, or where a run ends with one.
+        UserError: for a mistake in the options, or where the first run ends with one.
     """
-    points = list(_points(args))
+    on_cpu = args.cpu or not _has_cuda()
+    points = list(_points(args, on_cpu))
     for axis in {point.axis: None for point in points}:
         if sum(point.axis == axis for point in points) < 2:
             raise UserError(f"--{axis} is {getattr(args, axis)}; growth needs two sizes, or none")
     if not points:
         raise UserError("every axis is none; leave one in")
+    for point in points:
+        _check(point, args, more, on_cpu)
     from tqdm import tqdm
 
     measured: dict[tuple[str, ...], dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
+    unfinished = None
     for point in tqdm(points, desc="sizes", unit="", disable=args.quiet or None, dynamic_ncols=True):
         if point.options not in measured:
-            measured[point.options] = _step(point, args, more)
+            try:
+                measured[point.options] = _step(point, args, more, on_cpu)
+            except UserError as error:
+                if not rows:
+                    raise
+                unfinished = str(error)
+                break
         found = measured[point.options]
         machine = machine or found["machine"]
         rows.append({"axis": point.axis, "value": point.value, **costs(found["step"])})
-    return {"points": rows, "machine": machine}
+    return {"points": rows, "machine": machine, "unfinished": unfinished}
 
 
 def costs(step: dict[str, Any]) -> dict[str, Any]:
     """What measuring and JREG add to the unmodified step.
 
     Returns:
-        By way: ``ratio``, with its ``confidence_95``; ``milliseconds`` a step, with the same interval;
+        By way: ``ratio``, with its ``confidence_95``, None of too few steps; ``milliseconds`` a step, with
+        the same interval;
         ``bytes`` of peak memory on the rank that has most more; for JREG ``bytes_per_token_layer``, the same
         for each token of a micro-batch and layer with a gradient.
     """
@@ -110,7 +123,7 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
             "ratio": step["ratio"][way],
             "confidence_95": interval,
             "milliseconds": 1e3 * unmodified * (step["ratio"][way] - 1),
-            "milliseconds_95": [1e3 * unmodified * (limit - 1) for limit in interval],
+            "milliseconds_95": interval and [1e3 * unmodified * (limit - 1) for limit in interval],
             "bytes": max(extra),
         }
     places = step["tokens"] * max(1, step["weighted_layers"])
@@ -118,21 +131,23 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _points(args: Namespace) -> Iterator[Point]:
+def _points(args: Namespace, on_cpu: bool) -> Iterator[Point]:
     shape = find_shape(args.model)
     if shape is None:
         raise UserError(f"--model is {args.model}; it must be one of {', '.join(SHAPES)}, or a recipe's name")
     for axis, name in _AXES.items():
         own: int = getattr(shape, name)
         for value in _values(args, axis, [own // 2, own, 2 * own]):
-            options = () if value == own else (f"--{axis}", str(value))
-            yield Point(axis, value, options)
-    for value in _values(args, STAGES, _stages(shape)):
+            yield Point(axis, value, () if value == own else (f"--{axis}", str(value)))
+    for value in _values(args, STAGES, _stages(shape, on_cpu)):
         yield Point(STAGES, value, () if value == 1 else ("--pp", str(value)), ranks=value)
 
 
-def _stages(shape: Shape) -> list[int]:
-    return [stages for stages in (1, 2, 4) if shape.num_layers % stages == 0]
+def _stages(shape: Shape, on_cpu: bool) -> list[int]:
+    """What can be run here; no less than two sizes, or none."""
+    most = 4 if on_cpu else _devices()
+    stages = [stages for stages in (1, 2, 4) if shape.num_layers % stages == 0 and stages <= most]
+    return stages if len(stages) > 1 else []
 
 
 def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
@@ -150,21 +165,37 @@ def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
     return values
 
 
-def _step(point: Point, args: Namespace, more: list[str]) -> dict[str, Any]:
-    """The document of ``bench step`` at a point."""
-    on_cpu = args.cpu or not _has_cuda()
-    options = ["--model", args.model, "--seconds", str(args.seconds), "--ways", f"{MEASURE},{JREG}"]
+def _words(point: Point, args: Namespace, on_cpu: bool) -> list[str]:
+    """The options of ``bench step`` at a point."""
+    words = ["--model", args.model, "--seconds", str(args.seconds), "--ways", f"{MEASURE},{JREG}"]
     for name in ("micro_batch", "micro_batches", "dtype"):
         value = getattr(args, name)
-        options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    launcher = ["-m"]
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     if on_cpu:
-        options += ["--cpu"] if point.ranks == 1 else ["--nproc", str(point.ranks)]
-    elif point.ranks > 1:
+        words += ["--cpu"] if point.ranks == 1 else ["--nproc", str(point.ranks)]
+    return [*words, *point.options]
+
+
+def _check(point: Point, args: Namespace, more: list[str], on_cpu: bool) -> None:
+    """Refuse what ``bench step`` would refuse at a point."""
+    parser = ArgumentParser()
+    options.add_step_arguments(parser)
+    try:
+        options.setup_of(parser.parse_args(_words(point, args, on_cpu)), more, point.ranks, on_cpu)
+    except UserError as error:
+        raise UserError(f"no step can be run at {point.axis} {point.value}: {error}") from None
+    if not on_cpu and point.ranks > (has := _devices()):
+        raise UserError(f"--{STAGES} has {point.ranks}, one GPU each, and there are {has}; leave it out")
+
+
+def _step(point: Point, args: Namespace, more: list[str], on_cpu: bool) -> dict[str, Any]:
+    """The document of ``bench step`` at a point."""
+    launcher = ["-m"]
+    if not on_cpu and point.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.ranks}", "-m"]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "step.json"
-        command = [sys.executable, *launcher, "jreg_megatron.bench", "step", *options, *point.options]
+        command = [sys.executable, *launcher, "jreg_megatron.bench", "step", *_words(point, args, on_cpu)]
         command += ["--quiet", "--json", str(result), *(["--", *more] if more else [])]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         done = subprocess.run(
@@ -183,6 +214,12 @@ def _why(printed: str) -> str:
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("jreg_megatron: error: ")]
     return (ours or lines or ["nothing was printed"])[-1]
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _has_cuda() -> bool:

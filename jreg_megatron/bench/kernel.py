@@ -82,9 +82,15 @@ def run(args: Namespace) -> dict[str, Any]:
         rounds=args.rounds or (20 if on_cpu else 200),
         seconds=args.seconds,
     )
-    if args.tune:
-        return {"kernel": kernel_run.tune(sizes, widths)}
-    return {"kernel": kernel_run.measure(sizes, widths, with_compile=not args.no_compile)}
+    kernel_run.check_memory(sizes, max(widths))
+    try:
+        if args.tune:
+            return {"kernel": kernel_run.tune(sizes, widths)}
+        return {"kernel": kernel_run.measure(sizes, widths, with_compile=not args.no_compile)}
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"--tokens is {args.tokens}, for which the memory does not suffice; give less"
+        ) from None
 
 
 def _widths(given: str) -> list[int]:
@@ -134,13 +140,15 @@ def print_table(console: Console, figures: dict[str, Any]) -> None:
             *("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"),
         )
         whole = table(
-            "All that a layer's regularizer does: forward, backward, adding to what has come to both states",
+            "All of a layer's regularizer, forward and backward",
             *("width", "way", "ms", "quartiles", "times JREG's"),
         )
         for width, of in figures["widths"].items():
             for name, found in of["kernels"].items():
                 rate = f"{found['bytes_per_second'] / 1e9:,.1f}"
-                kernels.add_row(width, name, *times(found), rate, f"{100 * found['share_of_copy']:.0f}%")
+                share = found["share_of_copy"]
+                shown = "-" if share is None else f"{100 * share:.0f}%"
+                kernels.add_row(width, name, *times(found), rate, shown)
             for name, found in of["ways"].items():
                 whole.add_row(width, name, *times(found), f"{found['ratio']:.2f}")
         console.print(kernels)

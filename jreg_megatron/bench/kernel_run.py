@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jreg_megatron.errors import UserError
 from jreg_megatron.kernels import Kernels, choose
 from jreg_megatron.penalty import Strength, add_displacement_gradient
 
@@ -28,6 +29,9 @@ ABOUT = {
 
 CHUNK_ROWS = 1024
 COEFFICIENT, FACTOR = 0.1, 1e-4
+
+SHORTEST_COPY = 50e-6
+"""Seconds of a copy on a CPU below which calls, and not bytes, take the time of the kernels beside it."""
 
 _FEWEST_ROUNDS = 3
 _WARM_UP = 3
@@ -132,6 +136,25 @@ def with_chunks(h_in: Tensor, h_out: Tensor) -> Tensor:
     return total
 
 
+def check_memory(sizes: Sizes, width: int) -> None:
+    """Refuse sizes that no run on this device could hold.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    if sizes.device.type == "cuda":
+        has = torch.cuda.get_device_properties(sizes.device).total_memory
+    else:
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Two states, what has come to both, two gradients; autograd's float32 copies of the states.
+    needs = sizes.tokens * width * (6 * sizes.dtype.itemsize + 2 * 4)
+    if needs > has:
+        raise UserError(
+            f"--tokens is {sizes.tokens}, which takes more than {needs / 2**30:,.0f} GiB at width {width}, "
+            f"and there are {has / 2**30:,.0f}; give less"
+        )
+
+
 def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, Any]:
     """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
     names: dict[str, None] = {}
@@ -148,6 +171,8 @@ def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, An
             notes.append(note)
         ways[CHUNKED] = with_autograd(with_chunks)
         by_width[str(width)] = _of_width(sizes, tensors, kernels, ways)
+    if any(found["share_of_copy"] is None for of in by_width.values() for found in of["kernels"].values()):
+        notes.append(f"A copy of less than {1e6 * SHORTEST_COPY:g} us is no measure: give more --tokens.")
     used = {name for of in by_width.values() for name in of["ways"]}
     return {
         **_about(sizes, "; ".join(names), by_width, notes),
@@ -175,6 +200,8 @@ def _of_width(sizes: Sizes, tensors: Tensors, kernels: Kernels, ways: dict[str, 
             "copy_seconds": median(seconds[f"copy {name}"]),
             "share_of_copy": median(copy / ours for copy, ours in pairs),
         }
+        if sizes.device.type == "cpu" and of_kernels[name]["copy_seconds"] < SHORTEST_COPY:
+            of_kernels[name]["share_of_copy"] = None
     of_ways = {}
     for name in ways:
         ratios = [its / ours for its, ours in zip(seconds[name], seconds[JREG], strict=True)]

@@ -11,7 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from jreg_megatron.bench.options import DTYPES, Setup
 from jreg_megatron.errors import UserError
@@ -140,18 +140,38 @@ def train(argv: list[str], train_step: Any) -> None:
 
 @contextlib.contextmanager
 def quiet(is_verbose: bool) -> Iterator[TextIO]:
-    """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error."""
+    """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error.
+
+    Raises:
+        UserError: where something in it exits, with what was printed last.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(os.fdopen(os.dup(2), "w"))
+        log = None
         if not is_verbose:
             log = stack.enter_context(tempfile.TemporaryFile())
             saved = [os.dup(descriptor) for descriptor in (1, 2)]
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             stack.callback(_restore, saved)
-        yield terminal
+        try:
+            yield terminal
+        except SystemExit as ended:
+            said = f"; the last that it printed: {_last_line(log)}" if log else ""
+            raise UserError(
+                f"Megatron ended the run with status {ended.code or 0} before all was measured{said}"
+            ) from None
+
+
+def _last_line(log: IO[bytes]) -> str:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - 10_000))
+    lines = log.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
 def _restore(saved: list[int]) -> None:

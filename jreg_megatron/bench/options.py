@@ -17,9 +17,13 @@ if TYPE_CHECKING:  # it brings torch, for which --help should not wait
 COEFF, ALPHA = 0.1, 3.0
 DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 
-# What this tool sets by its own options, or what would take other work into the timed steps.
+# Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
+_MOST_ROUNDS, _LONGEST_INTERVAL = 100_000, 100
+
+# What this tool sets by its own options.
 _OWN = {
     "--num-layers": "--layers",
+    "--hidden-size": "--width",
     "--seq-length": "--sequence",
     "--micro-batch-size": "--micro-batch",
     "--global-batch-size": "--micro-batches",
@@ -29,8 +33,21 @@ _OWN = {
     "--pipeline-model-parallel-size": "--pp",
     "--context-parallel-size": "--cp",
     "--train-iters": "--rounds",
+    "--train-samples": "--rounds",
     "--jreg-measure-interval": "--measure-interval",
 }
+# What belongs to the model by whose name the result goes.
+_OF_THE_MODEL = (
+    "--ffn-hidden-size",
+    "--num-attention-heads",
+    "--group-query-attention",
+    "--num-query-groups",
+    "--kv-channels",
+    "--vocab-size",
+    "--padded-vocab-size",
+)
+# What ends the training, or skips steps of it, before all has been measured.
+_ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,8 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="'measure' and 'jreg' measure in every N-th step; 'jreg_every_step' in each (default: 10)",
+        help=f"'measure' and 'jreg' measure in every N-th step, N in 1..{_LONGEST_INTERVAL}; "
+        "'jreg_every_step' in each (default: 10)",
     )
     run.add_argument(
         "--ways",
@@ -125,7 +143,8 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=160,
         metavar="S",
-        help="no interval of rounds is begun that would end later (default: %(default)g)",
+        help="after so long no round is begun but those in which each way has its first turn "
+        "(default: %(default)g). Starting, warming up and counting come on top",
     )
     run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
     run.add_argument(
@@ -146,6 +165,9 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
     shape = _shape(args)
     for name in ("tp", "pp", "cp", "measure_interval", "rounds"):
         _require_at_least_one(name, getattr(args, name))
+    for name, most in (("rounds", _MOST_ROUNDS), ("measure_interval", _LONGEST_INTERVAL)):
+        if (value := getattr(args, name)) > most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in 1..{most}")
     if not 0 < args.seconds < 86400:
         raise UserError(f"--seconds is {args.seconds:g}; it must be above 0 and below a day")
     parts = args.tp * args.pp * args.cp
@@ -163,7 +185,13 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
     for flag in (word.partition("=")[0] for word in more):
         if flag in _OWN:
             raise UserError(f"{flag} cannot be given behind --; use {_OWN[flag]}")
-    return Setup(
+        if flag in _OF_THE_MODEL:
+            raise UserError(
+                f"{flag} belongs to the model, {shape.name}; leave it out, or use --model or --width"
+            )
+        if flag.startswith(_ENDING):
+            raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
+    setup = Setup(
         shape=shape,
         dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
         tensor_parallel=args.tp,
@@ -176,6 +204,11 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
         seconds=args.seconds,
         megatron_arguments=tuple(rest),
     )
+    ways, notes = setup.ways_and_notes()
+    if not ways:
+        why = " and ".join(note.rstrip(".") for note in notes) or "with --measure-interval 1 that is jreg"
+        raise UserError(f"--ways is {args.ways}, but {why}; name another way too")
+    return setup
 
 
 def _ways(args: Namespace) -> list[str]:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from jreg_megatron.bench.counting import Counts, count
-from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
+from jreg_megatron.bench.names import AGAIN, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.variants import LOG_INTERVAL, Variant, make_variants
 from jreg_megatron.settings import JRegConfig
@@ -50,7 +51,7 @@ class Measured:
     names: list[str] = field(default_factory=list)
     """The variant of each timed step, in the order in which they ran."""
     is_measuring: list[bool] = field(default_factory=list)
-    """Whether the iteration was one in which ``config`` measures."""
+    """Whether it does what its variant does in one of ``measure_interval`` steps only."""
     wall: list[float] = field(default_factory=list)
     """Seconds of each."""
     processor: list[float] = field(default_factory=list)
@@ -67,7 +68,7 @@ class InterleavedSteps:
         config: JREG's settings.
         ways: names of the variants to run.
         rounds: at most so many, rounded up to :func:`whole_rounds`.
-        seconds: that the timed steps may take together, but for the first of those.
+        seconds: after which the round that runs is the last, if each variant has had its turn and measured.
         on_step: told of each step, for a progress bar.
     """
 
@@ -88,6 +89,11 @@ class InterleavedSteps:
         self._on_step = on_step
         self._plan: Iterator[Callable[..., Any]] | None = None
         self._next: Callable[..., Any] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps have run."""
+        return self._plan is not None and self._next is None
 
     def __call__(self, forward_step: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         """One training step; called by Megatron's loop."""
@@ -117,22 +123,31 @@ class InterleavedSteps:
     def _timed_steps(self, variants: dict[str, Variant]) -> Iterator[Callable[..., Any]]:
         shuffle = random.Random(0).shuffle  # the same on every rank
         iterations = dict.fromkeys(variants, 0)
+        always = [name for name in IN_EVERY_ROUND if name in variants]
         others = [name for name in variants if name not in (UNMODIFIED, *IN_EVERY_ROUND)]
-        whole = whole_rounds(self.measured.config)
+        interval, whole = self.measured.config.measure_interval, whole_rounds(self.measured.config)
+        # Rounds until each has had its turn.
+        turns = max(1, len(others))
+        is_late = False
         began = time.monotonic()
         yield self._timed(variants[UNMODIFIED], UNMODIFIED, 1)
         for number in range(1, self._rounds + whole):
-            names = [name for name in IN_EVERY_ROUND if name in variants]
+            if is_late and number >= turns:
+                # The last round: what has not measured yet does so now.
+                iterations |= {name: whole - 1 for name in always if iterations[name] < interval}
+            names = list(always)
             names += others[number % len(others) :][:1] if others else []
             shuffle(names)
             for name in names:
                 iterations[name] += 1
                 yield self._timed(variants[name], name, iterations[name])
                 yield self._timed(variants[UNMODIFIED], UNMODIFIED, 1)
-            if number % whole == 0:
-                would_end = (time.monotonic() - began) * (number + whole) / number
-                if _any_rank(number >= self._rounds or would_end > self._seconds):
-                    return
+            is_late = _any_rank(time.monotonic() - began > self._seconds)
+            have_measured = all(iterations[name] >= interval for name in always)
+            if is_late and number >= turns and have_measured:
+                return
+            if number % whole == 0 and number >= self._rounds:
+                return
 
     def _timed(self, variant: Variant, name: str, iteration: int) -> Callable[..., Any]:
         measured = self.measured
@@ -146,7 +161,8 @@ class InterleavedSteps:
             measured.processor.append(time.process_time() - processor)
             measured.wall.append(time.perf_counter() - wall)
             measured.names.append(name)
-            measured.is_measuring.append(measured.config.measures_at(iteration))
+            is_always_the_same = name in (UNMODIFIED, AGAIN, NAIVE)
+            measured.is_measuring.append(not is_always_the_same and measured.config.measures_at(iteration))
             return result
 
         return self._running(variant, iteration, around)
@@ -190,26 +206,46 @@ def _any_rank(flag: bool) -> bool:
 def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:
     """What the ranks have measured together.
 
+    A step takes as long as the last rank needs, so wall time is the longest of all ranks'. Processor time is
+    compared rank by rank, since the largest of all would hide what is added on any other rank: the median of
+    what a rank needs beyond its own steps before and after, over what the busiest rank needs there. The rank
+    with the largest is taken, with an interval for the largest: the ranks' own hold together at 95%.
+    Taking the largest of several adds some of the noise to it, as it does for ``unmodified_again``.
+
     Args:
         measured: of each rank, in order.
-        by_processor_time: take the ratios of processor time, on the rank that needs most; else of wall time,
-            on the rank that is done last.
+        by_processor_time: whether ``ratio`` and ``spread`` are of processor time; else of wall time.
+
+    Returns:
+        ``ratio`` and ``spread`` by variant, the latter of processor time of several ranks with the ``rank``
+        that needs most more; ``wall``, the same of wall time; ``median_seconds`` on the slowest rank; counts
+        by variant, kind of step and rank; all ``steps``, with seconds by rank.
     """
     first = measured[0]
     names, is_measuring = np.array(first.names), np.array(first.is_measuring)
-    wall = np.max([each.wall for each in measured], axis=0)
-    processor = np.max([each.processor for each in measured], axis=0)
-    seconds = processor if by_processor_time else wall
-    around = (seconds[:-2] + seconds[2:]) / 2
-    ratios = seconds[1:-1] / around
-    found = {}
-    for name in first.counts:
-        chosen = names[1:-1] == name
-        if name != UNMODIFIED:
-            found[name] = median_ratio(ratios[chosen], is_measuring[1:-1][chosen])
+    wall = np.array([each.wall for each in measured])
+    processor = np.array([each.processor for each in measured])
+    seconds = (processor if by_processor_time else wall).max(axis=0)
+    ways = [name for name in first.counts if name != UNMODIFIED]
+
+    def of_ways(ratios: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
+        share = 1 / first.config.measure_interval
+        found = {}
+        for name in ways:
+            chosen = names[1:-1] == name
+            of_ranks = [
+                median_ratio(ratio[chosen], is_measuring[1:-1][chosen], share, len(ratios))
+                for ratio in ratios
+            ]
+            found[name] = _largest(of_ranks)
+        return found
+
+    by_wall = of_ways(_ratios(wall.max(axis=0, keepdims=True)))
+    found = of_ways(_ratios(processor)) if by_processor_time else by_wall
     return {
-        "ratio": {name: of_name.pop("ratio") for name, of_name in found.items()},
-        "spread": found,
+        "ratio": {name: of_name["ratio"] for name, of_name in found.items()},
+        "spread": {name: _without_ratio(of_name) for name, of_name in found.items()},
+        "wall": by_wall,
         "clock": "processor" if by_processor_time else "wall",
         "median_seconds": {name: float(np.median(seconds[names == name])) for name in first.counts},
         **{
@@ -218,6 +254,26 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
         },
         "steps": {"variant": first.names, "wall": wall.tolist(), "processor": processor.tolist()},
     }
+
+
+def _ratios(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of steps ``[ranks, n]`` with those around them, ``[ranks, n - 2]``."""
+    around = (seconds[:, :-2] + seconds[:, 2:]) / 2
+    ratios: NDArray[np.float64] = 1 + (seconds[:, 1:-1] - around) / around.max(axis=0)
+    return ratios
+
+
+def _largest(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(of_ranks) == 1:
+        return of_ranks[0]
+    rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
+    intervals = [found["confidence_95"] for found in of_ranks]
+    together = None if None in intervals else [max(limits) for limits in zip(*intervals, strict=True)]
+    return {**of_ranks[rank], "confidence_95": together, "rank": rank}
+
+
+def _without_ratio(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "ratio"}
 
 
 def _of_ranks(measured: Sequence[Measured], what: str) -> dict[str, dict[str, list[int]]]:

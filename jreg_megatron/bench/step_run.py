@@ -52,6 +52,7 @@ def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> di
     from tqdm import tqdm
 
     from jreg_megatron.bench.step import InterleavedSteps, most_steps, summarize
+    from jreg_megatron.errors import UserError
 
     is_first = os.environ.get("RANK", "0") == "0"
     made: list[InterleavedSteps] = []
@@ -73,6 +74,12 @@ def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> di
 
         megatron.train(megatron.arguments_of(setup, most_steps(setup.rounds, setup.config), on_cpu), stand_in)
         bar.close()
+        if not made[0].is_done:
+            raise UserError(
+                "Megatron ended the training before all was measured, after "
+                f"{len(made[0].measured.names)} timed steps; leave out what ends it among the "
+                "arguments behind --"
+            )
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, made[0].measured)
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
+from jreg_megatron.bench.names import AGAIN, JREG, KINDS, MEASURE, UNMODIFIED, WAYS
 
 COUNTED = {
     "peak_bytes": "peak MiB",
@@ -28,6 +28,18 @@ _CLOCKS = {
     "wall": "seconds, on the rank that is done last",
 }
 
+_OF_RANKS = (
+    "The ratio is that of the rank that needs most more, each compared with itself; wall is that of the rank "
+    "that is done last."
+)
+
+
+def text_of(console: Console, document: dict[str, Any]) -> str:
+    """What :func:`print_document` would print."""
+    with console.capture() as capture:
+        print_document(console, document)
+    return capture.get()
+
 
 def print_document(console: Console, document: dict[str, Any]) -> None:
     """Print what a run has found, and what it was found on."""
@@ -45,29 +57,35 @@ def print_document(console: Console, document: dict[str, Any]) -> None:
 def print_step(console: Console, step: dict[str, Any]) -> None:
     """Print a line for each way to run a training step: its time, and what it does."""
     console.print(_sizes(step), highlight=False, soft_wrap=True)
-    times = _table("Time of a step over that of the unmodified steps before and after it")
-    for column in ("way", "ratio", "95% interval", "steps", "seconds"):
+    times = _table("Step time over that of the unmodified steps around it")
+    # Wall time too, where processor time is of one rank and says nothing of how ranks wait for each other.
+    by_rank = step["clock"] == "processor" and step["layout"]["ranks"] > 1
+    columns = ["way", "ratio", "95% interval", "steps", "seconds", *(("rank", "wall") if by_rank else ())]
+    for column in columns:
         times.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for name, seconds in step["median_seconds"].items():
         if name == UNMODIFIED:
-            times.add_row(name, "1", "", "", f"{seconds:.4g}")
+            times.add_row(name, "1", "", "", f"{seconds:.4g}", *(("", "1") if by_rank else ()))
             continue
         spread = step["spread"][name]
-        low, high = spread["confidence_95"]
-        ratio = f"{step['ratio'][name]:.4f}"
-        times.add_row(name, ratio, f"{low:.4f} {high:.4f}", str(spread["steps"]), f"{seconds:.4g}")
+        row = [name, f"{step['ratio'][name]:.4f}", _interval(spread["confidence_95"], ".4f")]
+        row += [str(spread["steps"]), f"{seconds:.4g}"]
+        row += [str(spread["rank"]), f"{step['wall'][name]['ratio']:.4f}"] if by_rank else []
+        times.add_row(*row)
     console.print(times)
     settings = {"coeff": step["jreg"]["coeff"], "interval": step["jreg"]["measure_interval"]}
     width = max(map(len, step["median_seconds"]))
     for name in step["median_seconds"]:
         console.print(f" {name:{width}}  {WAYS[name].format(**settings)}", highlight=False, soft_wrap=True)
-    for note in (f"Times are the median {_CLOCKS[step['clock']]}.", *step["notes"]):
+    clock = f"Times are the median {_CLOCKS[step['clock']]}."
+    of_ranks = [_OF_RANKS] if by_rank else []
+    for note in (clock, *of_ranks, *_too_noisy(step), *step["notes"]):
         console.print(f" {note}", highlight=False, soft_wrap=True)
     _print_counts(console, step)
 
 
 def _print_counts(console: Console, step: dict[str, Any]) -> None:
-    counts = _table("Beyond an unmodified step; behind the slash, a step that measures and logs")
+    counts = _table("Beyond an unmodified step: ordinary / measures and logs")
     counts.add_column("way", no_wrap=True)
     for column in COUNTED.values():
         counts.add_column(column, justify="right", no_wrap=True)
@@ -79,7 +97,7 @@ def _print_counts(console: Console, step: dict[str, Any]) -> None:
 
 def print_growth(console: Console, growth: dict[str, Any]) -> None:
     """Print a line for each size and way."""
-    table = _table("What a step costs beyond an unmodified one, in milliseconds of it and bytes")
+    table = _table("What a step costs beyond an unmodified one, in ms")
     for column in ("axis", "value", "way", "unmodified", "more", "95% interval", "ratio", "bytes"):
         is_text = column in ("axis", "way")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
@@ -91,10 +109,10 @@ def print_growth(console: Console, growth: dict[str, Any]) -> None:
         of_point = (axis, f"{point['value']:,}")
         for way in (MEASURE, JREG):
             cost = point[way]
-            low, high = cost["milliseconds_95"]
             memory = f"{cost['bytes_per_token_layer']:.1f}" if way == JREG else ""
             before = f"{1e3 * point['unmodified_seconds']:.1f}"
-            more = (f"{cost['milliseconds']:.1f}", f"{low:.1f} {high:.1f}", f"{cost['ratio']:.4f}", memory)
+            interval = _interval(cost["milliseconds_95"], ".1f")
+            more = (f"{cost['milliseconds']:.1f}", interval, f"{cost['ratio']:.4f}", memory)
             table.add_row(*of_point, way, before, *more)
             of_point = ("", "")
     console.print(table)
@@ -104,6 +122,23 @@ def print_growth(console: Console, growth: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if growth.get("unfinished") is not None:
+        console.print(f" Unfinished: {growth['unfinished']}.", highlight=False, soft_wrap=True)
+
+
+def _interval(limits: list[float] | None, form: str) -> str:
+    return "too few" if limits is None else " ".join(format(limit, form) for limit in limits)
+
+
+def _too_noisy(step: dict[str, Any]) -> list[str]:
+    """A note where the same as before shows a difference."""
+    limits = step["spread"].get(AGAIN, {}).get("confidence_95")
+    if limits is None or limits[0] <= 1 <= limits[1]:
+        return []
+    return [
+        f"The machine was too busy: {AGAIN}, which differs in nothing, has an interval without 1. Run it "
+        "again when less else runs, or for longer."
+    ]
 
 
 def _about(document: dict[str, Any]) -> str:

@@ -74,8 +74,9 @@ class TritonKernels:
         factor: float,
         token_weights: Tensor | None = None,
         needs_grad_in: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradients for both states, and Psi."""
+        needs_psi: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The gradients for both states, and Psi, which costs nothing here."""
         compute = computed_in(h_in, h_out)
         psi = torch.empty(h_in.shape[:-1], dtype=compute, device=h_in.device)
         total = torch.empty(h_out.shape, dtype=h_out.dtype, device=h_out.device)
