@@ -70,7 +70,7 @@ def run(args: Namespace, more: list[str]) -> dict[str, Any]:
     Raises:
         UserError: for a mistake in the options, or where the first run ends with one.
     """
-    on_cpu = args.cpu or not _has_cuda()
+    on_cpu = args.cpu or not options.has_cuda()
     points = list(_points(args, on_cpu))
     for axis in {point.axis: None for point in points}:
         if sum(point.axis == axis for point in points) < 2:
@@ -220,9 +220,3 @@ def _devices() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -222,6 +222,13 @@ def _ways(args: Namespace) -> list[str]:
     return ways
 
 
+def has_cuda() -> bool:
+    """Whether there is a CUDA device to measure on."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def world_size_of(args: Namespace) -> int:
     """How many ranks there are or will be.
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jreg_megatron.bench import megatron
-from jreg_megatron.bench.options import Setup, setup_of, world_size_of
+from jreg_megatron.bench.options import Setup, has_cuda, setup_of, world_size_of
 
 
 def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
@@ -19,7 +19,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
         UserError: for a mistake in the options.
     """
     world_size = world_size_of(args)
-    on_cpu = bool(args.cpu or args.nproc) or not _has_cuda()
+    on_cpu = bool(args.cpu or args.nproc) or not has_cuda()
     setup = setup_of(args, more, world_size, on_cpu)
     megatron.make_ready(on_cpu)
 
@@ -39,12 +39,6 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
             work()
 
     return fork_ranks(args.nproc, rank)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> dict[str, Any] | None:

@@ -83,11 +83,9 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
             _check(fused.KERNELS, device, width, dtype)
             return fused.KERNELS
         why_not = f"Triton has no kernels for {device.type}"
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # Triton compiles here for the first time: no compiler, no driver, no room
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if kind == "triton":
         raise UserError(
