@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
 
+_OURS = "jreg_megatron: error: "
+# The last line of a traceback, such as "RuntimeError: ..."; torchrun's own only says that a rank failed.
+_ERROR = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b(?<!ChildFailedError)")
 _INTERRUPTED = 130  # as a shell has it for SIGINT
 _GRACE_SECONDS = 3.0
 
@@ -21,6 +26,33 @@ class UserError(ValueError):
     The message is one line that names the setting, the value found and the fix, for example
     ``--jreg-coeff is -0.1; it must be a finite number >= 0``.
     """
+
+
+def print_error(message: str) -> None:
+    """Print the one line of an error."""
+    print(f"{_OURS}{message}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class LastError:
+    """Why a run failed, from the lines that it printed."""
+
+    _ours: str = ""
+    _error: str = ""
+    _last: str = ""
+
+    def read(self, line: str) -> None:
+        """Take in the next line."""
+        line = line.strip()
+        self._last = line or self._last
+        if line.startswith(_OURS):
+            self._ours = line.removeprefix(_OURS)
+        elif _ERROR.match(line):
+            self._error = line
+
+    def __str__(self) -> str:
+        """This package's own last error, else a traceback's last line, else the last line of all."""
+        return self._ours or self._error or self._last or "nothing was printed"
 
 
 @contextmanager
@@ -41,7 +73,7 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
             time.sleep(_GRACE_SECONDS)
-        print(f"jreg_megatron: error: {error}", file=sys.stderr, flush=True)
+        print_error(str(error))
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         if interrupted is None:

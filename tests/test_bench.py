@@ -177,6 +177,22 @@ def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_pat
         assert last >= plain_last + least, "the last stage's layers have the weight"
 
 
+def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(tmp_path: Path) -> None:
+    batch, sequence, width, in_flight = 4, 64, 64, 2
+    shape = f"--pp 2 --layers 4 --width {width} --sequence {sequence} --micro-batch {batch} --micro-batches 4"
+    all_weighted = "--seconds 0.1 -- --jreg-alpha 0".split()
+    document, _ = measured(tmp_path, *shape.split(), "--ways", "jreg", *all_weighted, ranks=2)
+    peak = document["step"]["peak_bytes"]
+    first, last = (
+        more - without
+        for more, without in zip(peak["jreg"]["ordinary"], peak["unmodified"]["ordinary"], strict=True)
+    )
+    tokens, layers = batch * sequence, 2
+    state, beside, profiler = 4 * tokens * width, 16 * tokens * layers, 8192
+    assert in_flight * state - profiler <= first <= (in_flight + 1) * state + beside + profiler
+    assert abs(last) <= profiler, "its highest is at the loss, before the first gradient"
+
+
 # Counting, ratios, models
 
 
@@ -364,20 +380,26 @@ def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, 
             "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
             "jreg": {"ordinary": [1000, 8840], "logging": [1000, 8840]},
         },
-        "tokens": 32,
-        "weighted_layers": 5,
     }
     found = growth.costs(step)
     assert found["jreg"]["milliseconds"] == pytest.approx(20)
     assert found["jreg"]["milliseconds_95"] == pytest.approx([0, 40])
     assert found["jreg"]["bytes"] == 3840
-    assert found["jreg"]["bytes_per_token_layer"] == 3840 / 32 / 5
     assert found["measure"]["bytes"] == 100
     step["spread"]["jreg"]["confidence_95"] = None
     assert growth.costs(step)["jreg"]["milliseconds_95"] is None
 
 
-def test_sizes_measured_before_one_that_fails_are_printed_and_written(
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (UserError("the step at layers 8 ended with status 1: no memory"), "status 1: no memory"),
+        (KeyboardInterrupt(), "interrupted at layers 8"),
+    ],
+)
+def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
+    end: BaseException,
+    why: str,
     one_rank: tuple[dict[str, Any], Finished],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -385,7 +407,7 @@ def test_sizes_measured_before_one_that_fails_are_printed_and_written(
 ) -> None:
     def measure(point: growth.Point, *_: Any) -> dict[str, Any]:
         if point.value == 8:
-            raise UserError("the step at layers 8 ended with status 1: no memory")
+            raise end
         return one_rank[0]
 
     monkeypatch.setattr(growth, "_step", measure)
@@ -395,9 +417,9 @@ def test_sizes_measured_before_one_that_fails_are_printed_and_written(
         main([*words.split(), str(path)])
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    assert "layers 8 ended with status 1: no memory; the sizes before it are kept" in printed.err
+    assert f"{why}; the sizes before it are kept" in printed.err
     assert "Traceback" not in printed.err
-    assert "Unfinished: the step at layers 8" in printed.out
+    assert f"Unfinished: {str(end) or why}" in printed.out
     points = json.loads(path.read_text())["growth"]["points"]
     assert [(point["axis"], point["value"]) for point in points] == [("layers", 2), ("layers", 4)]
 
@@ -413,7 +435,7 @@ def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
         *(("layers", 2), ("layers", 4), ("sequence", 16), ("sequence", 32), ("stages", 1), ("stages", 2))
     ]
     assert points[3]["tokens"] == 32
-    assert "for each token" in run.stdout
+    assert "of peak memory" in run.stdout
 
 
 # What users see

@@ -21,6 +21,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from jreg_megatron.errors import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
 from jreg_megatron.sweep.picture import compose
@@ -255,6 +256,22 @@ def test_without_scipy_the_interval_is_the_smallest_and_the_largest_seed(
     assert Estimate.of([1.0, 4.0, 2.5]) == Estimate(2.5, 1.0, 4.0, 3)
     assert Estimate.of([1.5]) == Estimate(1.5, None, None, 1)
     assert Estimate.of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ([], "nothing was printed"),
+        (["Killed", ""], "Killed"),
+        (["[rank1]: OSError: no disk", "ChildFailedError: rank 1", "bye"], "[rank1]: OSError: no disk"),
+        (["jreg_megatron: error: --lr is -1", "RuntimeError: a rank failed", "bye"], "--lr is -1"),
+    ],
+)
+def test_why_a_run_failed_is_our_line_else_an_errors_else_the_last(printed: list[str], why: str) -> None:
+    last_error = LastError()
+    for line in printed:
+        last_error.read(f"{line}\n")
+    assert str(last_error) == why
 
 
 def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(

@@ -16,7 +16,7 @@ from typing import Any
 from jreg_megatron.bench import options
 from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED
 from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import LastError, UserError
 
 _AXES = {"layers": "num_layers", "width": "hidden_size", "sequence": "sequence"}
 STAGES = "stages"
@@ -89,10 +89,10 @@ def run(args: Namespace, more: list[str]) -> dict[str, Any]:
         if point.options not in measured:
             try:
                 measured[point.options] = _step(point, args, more, on_cpu)
-            except UserError as error:
+            except (UserError, KeyboardInterrupt) as error:
                 if not rows:
                     raise
-                unfinished = str(error)
+                unfinished = str(error) or f"interrupted at {point.axis} {point.value}"
                 break
         found = measured[point.options]
         machine = machine or found["machine"]
@@ -106,8 +106,7 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
     Returns:
         By way: ``ratio``, with its ``confidence_95``, None of too few steps; ``milliseconds`` a step, with
         the same interval;
-        ``bytes`` of peak memory on the rank that has most more; for JREG ``bytes_per_token_layer``, the same
-        for each token of a micro-batch and layer with a gradient.
+        ``bytes`` of peak memory on the rank that has most more.
     """
     unmodified = step["median_seconds"][UNMODIFIED]
     found: dict[str, Any] = {"unmodified_seconds": unmodified, "tokens": step["tokens"]}
@@ -126,8 +125,6 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
             "milliseconds_95": interval and [1e3 * unmodified * (limit - 1) for limit in interval],
             "bytes": max(extra),
         }
-    places = step["tokens"] * max(1, step["weighted_layers"])
-    found[JREG]["bytes_per_token_layer"] = found[JREG]["bytes"] / places
     return found
 
 
@@ -202,18 +199,14 @@ def _step(point: Point, args: Namespace, more: list[str], on_cpu: bool) -> dict[
             command, env=environment, capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode != 0 or not result.is_file():
+            why = LastError()
+            for line in done.stderr.splitlines():
+                why.read(line)
             raise UserError(
-                f"the step at {point.axis} {point.value} ended with status {done.returncode}: "
-                f"{_why(done.stderr)}"
+                f"the step at {point.axis} {point.value} ended with status {done.returncode}: {why}"
             )
         document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return document
-
-
-def _why(printed: str) -> str:
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    ours = [line.partition("error: ")[2] for line in lines if line.startswith("jreg_megatron: error: ")]
-    return (ours or lines or ["nothing was printed"])[-1]
 
 
 def _devices() -> int:

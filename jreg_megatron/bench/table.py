@@ -98,7 +98,7 @@ def _print_counts(console: Console, step: dict[str, Any]) -> None:
 def print_growth(console: Console, growth: dict[str, Any]) -> None:
     """Print a line for each size and way."""
     table = _table("What a step costs beyond an unmodified one, in ms")
-    for column in ("axis", "value", "way", "unmodified", "more", "95% interval", "ratio", "bytes"):
+    for column in ("axis", "value", "way", "step", "more", "95% interval", "ratio", "MiB"):
         is_text = column in ("axis", "way")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     axis = None
@@ -109,7 +109,7 @@ def print_growth(console: Console, growth: dict[str, Any]) -> None:
         of_point = (axis, f"{point['value']:,}")
         for way in (MEASURE, JREG):
             cost = point[way]
-            memory = f"{cost['bytes_per_token_layer']:.1f}" if way == JREG else ""
+            memory = f"{round(cost['bytes'] / _MIB, 2) + 0.0:+.2f}"
             before = f"{1e3 * point['unmodified_seconds']:.1f}"
             interval = _interval(cost["milliseconds_95"], ".1f")
             more = (f"{cost['milliseconds']:.1f}", interval, f"{cost['ratio']:.4f}", memory)
@@ -117,8 +117,7 @@ def print_growth(console: Console, growth: dict[str, Any]) -> None:
             of_point = ("", "")
     console.print(table)
     console.print(
-        " Bytes of peak memory on the rank that has most more, for each token of a micro-batch and layer "
-        "with a gradient.",
+        " step: the unmodified one. MiB: of peak memory, on the rank that has most more.",
         highlight=False,
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import UserError, print_error
 
 _GRACE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
@@ -105,7 +105,7 @@ def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
         status, number = min((status or 0, number) for number, status in ended.items())
         if status < 0:
             what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
-            print(f"jreg_megatron: error: {what}; the other ranks are ended too", file=sys.stderr, flush=True)
+            print_error(f"{what}; the other ranks are ended too")
             return 128 - status
         if status := max(status or 0 for status in ended.values()):
             return status

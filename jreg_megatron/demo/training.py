@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import LastError, UserError
 from jreg_megatron.settings import JRegConfig
 
 TENSOR_PARALLEL = 2
@@ -90,11 +90,12 @@ class Run:
         """Train to the end; ``on_iteration`` is told the number of each iteration that was logged.
 
         Raises:
-            UserError: if the run fails; names the log and its last line that says why.
+            UserError: if the run fails; names the log and what in it says why.
         """
         self.folder.mkdir(parents=True)
         # More threads than one a rank only fight over the cores of a laptop.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        why = LastError()
         with (
             self.log.open("w") as log,
             subprocess.Popen(
@@ -111,6 +112,7 @@ class Run:
                 for line in process.stdout:
                     log.write(line)
                     log.flush()
+                    why.read(line)
                     if found := _ITERATION.search(line):
                         on_iteration(int(found[1]))
             except BaseException:
@@ -118,13 +120,6 @@ class Run:
                 raise
         if process.returncode != 0:
             raise UserError(
-                f"the {self.name} run ended with status {process.returncode}: {self._last_error()}; "
+                f"the {self.name} run ended with status {process.returncode}: {why}; "
                 f"all it printed is in {self.log}"
             )
-
-    def _last_error(self) -> str:
-        lines = [line.strip() for line in self.log.read_text().splitlines()]
-        ours = [line for line in lines if line.startswith("jreg_megatron: error: ")]
-        # Else the last line of a traceback, such as "RuntimeError: ...".
-        errors = ours or [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return errors[-1] if errors else "no error was printed"

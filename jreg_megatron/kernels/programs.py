@@ -27,8 +27,29 @@ def _inverse_norm(square, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _looped_norms(in_rows, out_rows, column, is_row, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
-    """Squared norms and ``|u - v|^2`` of rows that are wider than a tile."""
+def _psi(square_in, square_out, square):
+    """Psi from two squared norms and ``|u - v|^2``."""
+    return tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
+
+
+@triton.jit
+def _whole_rows(in_rows, out_rows, column, mask, COMPUTE: tl.constexpr):
+    """Of rows that fit into a tile: the unit vectors, the inverse norms, Psi."""
+    h_in = tl.load(in_rows + column, mask=mask, other=0.0).to(COMPUTE)
+    h_out = tl.load(out_rows + column, mask=mask, other=0.0).to(COMPUTE)
+    square_in = tl.sum(h_in * h_in, axis=1)
+    square_out = tl.sum(h_out * h_out, axis=1)
+    inverse_in = _inverse_norm(square_in, COMPUTE)
+    inverse_out = _inverse_norm(square_out, COMPUTE)
+    u = h_in * inverse_in[:, None]
+    v = h_out * inverse_out[:, None]
+    psi = _psi(square_in, square_out, tl.sum((u - v) * (u - v), axis=1))
+    return u, v, inverse_in, inverse_out, psi
+
+
+@triton.jit
+def _looped_rows(in_rows, out_rows, column, is_row, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """Of rows that are wider than a tile: the inverse norms, Psi."""
     square_in = tl.zeros(is_row.shape, COMPUTE)
     square_out = tl.zeros(is_row.shape, COMPUTE)
     for start in range(0, WIDTH, column.shape[1]):
@@ -37,16 +58,16 @@ def _looped_norms(in_rows, out_rows, column, is_row, WIDTH: tl.constexpr, COMPUT
         h_out = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
         square_in += tl.sum(h_in * h_in, axis=1)
         square_out += tl.sum(h_out * h_out, axis=1)
-    inverse_in = _inverse_norm(square_in, COMPUTE)[:, None]
-    inverse_out = _inverse_norm(square_out, COMPUTE)[:, None]
+    inverse_in = _inverse_norm(square_in, COMPUTE)
+    inverse_out = _inverse_norm(square_out, COMPUTE)
     square = tl.zeros(is_row.shape, COMPUTE)
     for start in range(0, WIDTH, column.shape[1]):
         mask = is_row[:, None] & (start + column < WIDTH)
         h_in = tl.load(in_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
         h_out = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
-        difference = h_in * inverse_in - h_out * inverse_out
+        difference = h_in * inverse_in[:, None] - h_out * inverse_out[:, None]
         square += tl.sum(difference * difference, axis=1)
-    return square_in, square_out, square
+    return inverse_in, inverse_out, _psi(square_in, square_out, square)
 
 
 @triton.jit
@@ -73,16 +94,9 @@ def displacement_kernel(
     out_rows = (out_ptr + _rows_of(row, batch, out_s, out_b))[:, None]
     if WIDTH <= COLUMNS:
         mask = is_row[:, None] & (column < WIDTH)
-        h_in = tl.load(in_rows + column, mask=mask, other=0.0).to(COMPUTE)
-        h_out = tl.load(out_rows + column, mask=mask, other=0.0).to(COMPUTE)
-        square_in = tl.sum(h_in * h_in, axis=1)
-        square_out = tl.sum(h_out * h_out, axis=1)
-        u = h_in * _inverse_norm(square_in, COMPUTE)[:, None]
-        v = h_out * _inverse_norm(square_out, COMPUTE)[:, None]
-        square = tl.sum((u - v) * (u - v), axis=1)
+        _, _, _, _, psi = _whole_rows(in_rows, out_rows, column, mask, COMPUTE)
     else:
-        square_in, square_out, square = _looped_norms(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
-    psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
+        _, _, psi = _looped_rows(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
     tl.store(psi_ptr + row, psi, mask=is_row)
 
 
@@ -129,17 +143,8 @@ def gradients_kernel(
         scale *= weights.to(COMPUTE)
     if WIDTH <= COLUMNS:
         mask = is_row[:, None] & (column < WIDTH)
-        h_in = tl.load(in_rows + column, mask=mask, other=0.0).to(COMPUTE)
-        h_out = tl.load(out_rows + column, mask=mask, other=0.0).to(COMPUTE)
-        grad = tl.load(grad_rows + column, mask=mask, other=0.0)
-        square_in = tl.sum(h_in * h_in, axis=1)
-        square_out = tl.sum(h_out * h_out, axis=1)
-        inverse_in = _inverse_norm(square_in, COMPUTE)
-        inverse_out = _inverse_norm(square_out, COMPUTE)
-        u = h_in * inverse_in[:, None]
-        v = h_out * inverse_out[:, None]
-        square = tl.sum((u - v) * (u - v), axis=1)
-        psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
+        grad = tl.load(grad_rows + column, mask=mask, other=0.0)  # asked for before the norms are waited for
+        u, v, inverse_in, inverse_out, psi = _whole_rows(in_rows, out_rows, column, mask, COMPUTE)
         twice = (2 * psi)[:, None]
         if NEEDS_GRAD_IN:
             grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
@@ -147,10 +152,7 @@ def gradients_kernel(
         total = grad.to(COMPUTE) + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
         tl.store(total_rows + column, total.to(total_ptr.dtype.element_ty), mask=mask)
     else:
-        square_in, square_out, square = _looped_norms(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
-        inverse_in = _inverse_norm(square_in, COMPUTE)
-        inverse_out = _inverse_norm(square_out, COMPUTE)
-        psi = tl.where((square_in == 0) | (square_out == 0), 0.5, square / 4)
+        inverse_in, inverse_out, psi = _looped_rows(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
         twice = (2 * psi)[:, None]
         for start in range(0, WIDTH, COLUMNS):
             mask = is_row[:, None] & (start + column < WIDTH)

@@ -14,7 +14,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.errors import EXIT_CODE
+from jreg_megatron.errors import EXIT_CODE, LastError
 from jreg_megatron.lock import lock
 from jreg_megatron.recipe.plan import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
@@ -22,9 +22,6 @@ from jreg_megatron.sweep.grid import Sweep, SweepRun, node_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
-_OURS = "jreg_megatron: error: "
-# The last line of a traceback, such as "RuntimeError: ..."; torchrun's own only says that a rank failed.
-_ERROR = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b(?<!ChildFailedError)")
 
 
 def train_all(sweep: Sweep) -> int:
@@ -113,8 +110,8 @@ def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
 
 
 def _run_recipe(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> tuple[int, str]:
-    """The recipe's exit status, and the last line that says why it failed."""
-    why, last = "", "nothing was printed"
+    """The recipe's exit status, and what it printed that says why it failed."""
+    why = LastError()
     try:
         process = subprocess.Popen(
             sweep.command(run),
@@ -143,13 +140,10 @@ def _run_recipe(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> t
             if found := _ITERATION.search(line):
                 bar.total = int(found[2])
                 bar.update(int(found[1]) - bar.n)
-            if line.strip():
-                last = line.strip()
-            if last.startswith(_OURS) or (_ERROR.match(last) and not why.startswith(_OURS)):
-                why = last
+            why.read(line)
         status = process.wait()
         signals.recipe = None
-    return (128 - status if status < 0 else status), why.removeprefix(_OURS) or last
+    return (128 - status if status < 0 else status), str(why)
 
 
 def _ended_by_a_scheduler(status: int) -> bool:
