@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
 
-_OURS = "jreg_megatron: error: "
-# The last line of a traceback, such as "RuntimeError: ..."; torchrun's own only says that a rank failed.
-_ERROR = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b(?<!ChildFailedError)")
+LINE_START = "jreg_megatron: error: "
+"""What the line of an error begins with."""
+
 _INTERRUPTED = 130  # as a shell has it for SIGINT
 _GRACE_SECONDS = 3.0
 
@@ -30,29 +28,7 @@ class UserError(ValueError):
 
 def print_error(message: str) -> None:
     """Print the one line of an error."""
-    print(f"{_OURS}{message}", file=sys.stderr, flush=True)
-
-
-@dataclass
-class LastError:
-    """Why a run failed, from the lines that it printed."""
-
-    _ours: str = ""
-    _error: str = ""
-    _last: str = ""
-
-    def read(self, line: str) -> None:
-        """Take in the next line."""
-        line = line.strip()
-        self._last = line or self._last
-        if line.startswith(_OURS):
-            self._ours = line.removeprefix(_OURS)
-        elif _ERROR.match(line):
-            self._error = line
-
-    def __str__(self) -> str:
-        """This package's own last error, else a traceback's last line, else the last line of all."""
-        return self._ours or self._error or self._last or "nothing was printed"
+    print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def console(args: Namespace) -> Any:
     """Where tables go: standard output, unless ``--json -`` or ``--csv -`` writes there."""
     from rich.console import Console
 
-    return Console(stderr=STDOUT in (args.json, getattr(args, "csv", None)))
+    # What is printed is no markup: "[rank1]" is a rank's name.
+    return Console(markup=False, stderr=STDOUT in (args.json, getattr(args, "csv", None)))
 
 
 def write_json(path: str, document: Any) -> None:

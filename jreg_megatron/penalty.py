@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jreg_megatron.errors import UserError
 from jreg_megatron.kernels import Kernels
 
 
@@ -62,6 +63,15 @@ def add_input_gradient(carrier: Tensor, h_in: Tensor, h_out: Tensor, strength: S
     return carried
 
 
+def _refuse_second_derivatives() -> None:
+    # torch's once_differentiable would not do: autograd.grad stays silent about it.
+    if torch.is_grad_enabled():
+        raise UserError(
+            "a backward pass with create_graph=True goes through a regularized layer, whose gradient has no "
+            "derivative here; leave it out, or detach JREG for that pass"
+        )
+
+
 class _AddDisplacementGradient(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,6 +84,7 @@ class _AddDisplacementGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
         grad_in, grad_total, psi = strength.kernels.gradients(
@@ -100,6 +111,7 @@ class _AddInputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
         grad_in, _, _ = strength.kernels.gradients(

@@ -259,7 +259,7 @@ FAULTS = [
         (
             (
                 "        if is_interval_end:\n            self.reset_training_metrics()\n",
-                "",
+                "        if is_interval_end:\n",
             ),
         ),
         (*BRIDGE, *LOOP),

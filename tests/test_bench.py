@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser
 from dataclasses import asdict
 from io import StringIO
@@ -16,6 +18,7 @@ from typing import Any
 
 import bench_steps
 import numpy as np
+import psutil
 import pytest
 from harness import Finished, run_function, run_ranks
 from rich.console import Console
@@ -28,13 +31,15 @@ from jreg_megatron.bench.names import KINDS, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.shapes import SHAPES, find_shape
 from jreg_megatron.bench.step import InterleavedSteps, Measured, summarize
+from jreg_megatron.bench.variants import kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.settings import JRegConfig
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"
-KEPT = sorted((ROOT / "jreg_megatron/bench/results").glob("*.json"))
+RESULTS = ROOT / "jreg_megatron/bench/results"
+KEPT = sorted(RESULTS.glob("*.json"))
 
 
 def measured(folder: Path, *argv: str, ranks: int = 1, entry: str = ENTRY) -> tuple[dict[str, Any], Finished]:
@@ -214,9 +219,9 @@ def test_a_ratio_withstands_disturbed_steps_and_its_interval_holds_the_truth() -
     for _ in range(200):
         ratios = generator.normal(1.02, 0.02, 100)
         ratios[generator.random(100) < 0.03] *= 3
-        is_measuring = np.arange(1, 101) % 10 == 0
-        ratios[is_measuring] += 0.1
-        found = median_ratio(ratios, is_measuring, 0.1)
+        kinds = np.where(np.arange(1, 101) % 10 == 0, "measures", "ordinary")
+        ratios[kinds == "measures"] += 0.1
+        found = median_ratio(ratios, kinds, {"ordinary": 0.9, "measures": 0.1})
         assert found["ratio"] == pytest.approx(1.03, abs=0.015)
         low, high = found["confidence_95"]
         hits += low < 1.03 < high
@@ -225,17 +230,40 @@ def test_a_ratio_withstands_disturbed_steps_and_its_interval_holds_the_truth() -
 
 def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
     generator = np.random.default_rng(1)
+    halves = {"ordinary": 0.5, "measures": 0.5}
     hits = 0
     for _ in range(200):
         ratios = generator.normal(1.0, 0.02, 25)
-        is_measuring = np.arange(25) == 12
-        ratios[is_measuring] += 1
-        found = median_ratio(ratios, is_measuring, 0.5)
+        kinds = np.where(np.arange(25) == 12, "measures", "ordinary")
+        ratios[kinds == "measures"] += 1
+        found = median_ratio(ratios, kinds, halves)
         assert found["ratio"] == pytest.approx(1.5, abs=0.05)
         low, high = found["confidence_95"]
         hits += low < 1.5 < high
     assert hits > 170
-    assert median_ratio(ratios[:9], is_measuring[:9], 0.5)["confidence_95"] is None
+    assert median_ratio(ratios[:9], kinds[:9], halves)["confidence_95"] is None
+    assert median_ratio(ratios[kinds == "ordinary"], kinds[kinds == "ordinary"], halves)["ratio"] < 1.05
+
+
+@pytest.mark.parametrize("interval", [1, 2, 7, 10, 20])
+def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(interval: int) -> None:
+    config = JRegConfig(measure_interval=interval)
+    rank = Measured(config, counts={"unmodified": COUNTS, "jreg": COUNTS})
+    rank.shares["jreg"] = step.shares_of_kinds(config, lambda iteration: kind_of_step(config, iteration))
+    costs = {"ordinary": 0.02, "measures": 0.05, "logs": 0.1, "measures and logs": 0.2}
+    whole = step.whole_rounds(config)
+    for iteration in range(1, whole + 1):
+        kind = kind_of_step(config, iteration)
+        rank.names += ["unmodified", "jreg"]
+        rank.kinds += ["ordinary", kind]
+        rank.wall += [1.0, 1 + costs[kind]]
+    rank.names, rank.kinds = [*rank.names, "unmodified"], [*rank.kinds, "ordinary"]
+    rank.wall = rank.processor = [*rank.wall, 1.0]
+    logs, measures = whole // 10, whole // interval
+    both = whole // math.lcm(10, interval)
+    cost = 0.1 * (logs - both) + 0.05 * (measures - both) + 0.2 * both
+    cost += 0.02 * (whole - logs - measures + both)
+    assert summarize([rank], by_processor_time=False)["ratio"]["jreg"] == pytest.approx(1 + cost / whole)
 
 
 def ranks_that_need(
@@ -248,7 +276,8 @@ def ranks_that_need(
         rank = Measured(JRegConfig(measure_interval=10), counts=dict.fromkeys(of_rank, COUNTS))
         ways = [way for way in of_rank if way != "unmodified"]
         rank.names = ["unmodified", *(name for way in ways * 50 for name in (way, "unmodified"))]
-        rank.is_measuring = [False] * len(rank.names)
+        rank.kinds = ["ordinary"] * len(rank.names)
+        rank.shares = {name: {"ordinary": 1.0} for name in of_rank}
         scatter = generator.normal(1, noise, len(rank.names))
         rank.processor = [of_rank[name] * by for name, by in zip(rank.names, scatter, strict=True)]
         rank.wall = [wall[number]] * len(rank.names) if wall else rank.processor
@@ -587,6 +616,45 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None
     script = f"set -o pipefail; (sleep 1; {show}) | true"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert run.stderr == ""
+
+
+def test_an_error_with_brackets_is_printed_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((RESULTS / "2026-11-25_cpu_growth.json").read_text())
+    why = "[rank1]: RuntimeError: [/builds/gloo/pair.cc:561] closed"
+    document["growth"]["unfinished"] = why
+    path = tmp_path / "growth.json"
+    path.write_text(json.dumps(document))
+    assert main(["show", str(path)]) == 0
+    assert f"Unfinished: {why}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["kernel", "growth"])
+def test_what_is_one_process_is_refused_under_torchrun(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        main([words])
+    assert ended.value.code == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
+    axes = "--layers 1,2 --width none --sequence none --stages none --seconds 60".split()
+    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", *axes, "--quiet"]
+    with subprocess.Popen(command, cwd=tmp_path) as growing:
+        steps: list[psutil.Process] = []
+        while not steps:
+            assert growing.poll() is None
+            time.sleep(0.2)
+            steps = psutil.Process(growing.pid).children()
+        growing.terminate()
+    _, left = psutil.wait_procs(steps, timeout=60)
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:

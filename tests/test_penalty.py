@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jreg_megatron import JRegConfig
+from jreg_megatron import JRegConfig, UserError
 from jreg_megatron.kernels import eager
 from jreg_megatron.penalty import Strength, add_displacement_gradient, add_input_gradient
 
@@ -112,6 +112,17 @@ def test_rows_of_norm_zero_get_no_gradient_from_the_regularizer() -> None:
     grad_in, grad_out = node_gradients(h_in, h_out, upstream)
     assert (grad_in[:2] == 0).all() and (grad_in[2] != 0).any()
     assert torch.equal(grad_out[:2], upstream[:2]) and not torch.equal(grad_out[2], upstream[2])
+
+
+@pytest.mark.parametrize("coefficient", [COEFFICIENT, 0.0])
+def test_a_derivative_of_the_gradient_is_refused_and_not_silently_wrong(coefficient: float) -> None:
+    h_in = torch.randn(4, 8, requires_grad=True)
+    states = h_in, h_in.square()
+    given = strength(torch.tensor([coefficient]))
+    for out in (add_displacement_gradient(*states, given), add_input_gradient(states[1], *states, given)):
+        with pytest.raises(UserError, match="create_graph"):
+            torch.autograd.grad(out.sum(), h_in, create_graph=True)
+        torch.autograd.grad(out.sum(), h_in, retain_graph=True)
 
 
 def test_gradcheck_in_float64() -> None:

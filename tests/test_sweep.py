@@ -21,7 +21,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from jreg_megatron.errors import LastError
+from jreg_megatron.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
 from jreg_megatron.sweep.picture import compose
@@ -258,12 +258,36 @@ def test_without_scipy_the_interval_is_the_smallest_and_the_largest_seed(
     assert Estimate.of([]) is None
 
 
+def root_cause(rank: int, traceback: str) -> list[str]:
+    """What torchrun prints last."""
+    others = ["  rank      : 0 (local_rank: 0)", "  exitcode  : 1 (pid: 6)"]
+    mine = [f"  rank      : {rank} (local_rank: {rank})", "  exitcode  : 1 (pid: 7)", "  error_file: <N/A>"]
+    return [
+        *others,
+        "Root Cause (first observed failure):",
+        "[0]:",
+        *mine,
+        f"  traceback : {traceback}",
+        "===",
+    ]
+
+
 @pytest.mark.parametrize(
     ("printed", "why"),
     [
         ([], "nothing was printed"),
         (["Killed", ""], "Killed"),
-        (["[rank1]: OSError: no disk", "ChildFailedError: rank 1", "bye"], "[rank1]: OSError: no disk"),
+        (["Error reading x, trying again", "Exception ignored in: <f>", "bye"], "bye"),
+        (["ValueError: x", "ImportError: sys.meta_path is None, going down"], "ValueError: x"),
+        (["[rank1]: OSError: no disk", "a.ChildFailedError: ", "bye"], "[rank1]: OSError: no disk"),
+        (
+            ["[rank2]: KeyError", "[rank2]: ValueError: x", "[rank0]: RuntimeError: y"],
+            "[rank2]: ValueError: x",
+        ),
+        (["[rank0]: OSError: lost", "[rank2]: KeyError", *root_cause(2, "exit")], "[rank2]: KeyError"),
+        (["[rank0]: OSError: lost", *root_cause(2, "Signal 9 (SIGKILL)")], "rank 2: Signal 9 (SIGKILL)"),
+        (["[rank0]: OSError: lost", *root_cause(2, "To enable")], "rank 2: exit code 1 (pid: 7)"),
+        (["[default1]:jreg_megatron: error: --lr is -1", "bye"], "--lr is -1"),
         (["jreg_megatron: error: --lr is -1", "RuntimeError: a rank failed", "bye"], "--lr is -1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(ours)
         if more and args.part not in ("step", "growth"):
             raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
+        if args.part != "step" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"bench {args.part} is one process; start it with python -m, without torchrun")
         if args.part != "show":
             output.check_outputs(json=args.json)
         run: Callable[[Namespace, list[str], list[str]], int] = args.run
@@ -100,11 +103,12 @@ def _finish(
     from jreg_megatron.bench import results, table
 
     document = results.document(argv, part, figures, machine or results.machine())
-    if args.json is not None:
-        output.write_json(args.json, document)
     if not args.quiet:
+        # First, so that a full disk does not take all.
         console = output.console(args)
         _put_out(console, table.text_of(console, document))
+    if args.json is not None:
+        output.write_json(args.json, document)
 
 
 def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
@@ -112,7 +116,7 @@ def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
 
     from jreg_megatron.bench import results, table
 
-    console = Console()
+    console = Console(markup=False)
     texts = []
     for path in args.files:
         document = results.read(path)

@@ -16,7 +16,8 @@ from typing import Any
 from jreg_megatron.bench import options
 from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED
 from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
-from jreg_megatron.errors import LastError, UserError
+from jreg_megatron.errors import UserError
+from jreg_megatron.last_error import LastError
 
 _AXES = {"layers": "num_layers", "width": "hidden_size", "sequence": "sequence"}
 STAGES = "stages"
@@ -154,7 +155,7 @@ def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
     if text == "none":
         return []
     try:
-        values = [int(word) for word in text.split(",")]
+        values = list(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
         values = [0]
     if min(values) < 1:
@@ -195,8 +196,16 @@ def _step(point: Point, args: Namespace, more: list[str], on_cpu: bool) -> dict[
         command = [sys.executable, *launcher, "jreg_megatron.bench", "step", *_words(point, args, on_cpu)]
         command += ["--quiet", "--json", str(result), *(["--", *more] if more else [])]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        from jreg_megatron.cpu.launch import end_with_the_parent
+
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            preexec_fn=end_with_the_parent,
         )
         if done.returncode != 0 or not result.is_file():
             why = LastError()

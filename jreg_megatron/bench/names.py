@@ -8,8 +8,8 @@ MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
 WAYS = {
     UNMODIFIED: "nothing attached",
     AGAIN: "the same once more: how much is noise",
-    MEASURE: "lambda 0, measuring in every {interval}th step",
-    JREG: "lambda {coeff:g}, measuring in every {interval}th step",
+    MEASURE: "lambda 0, measuring one step in {interval}",
+    JREG: "lambda {coeff:g}, measuring one step in {interval}",
     EVERY_STEP: "lambda {coeff:g}, measuring in every step",
     NAIVE: "all states kept, cosines by autograd at the end",
 }

@@ -122,7 +122,7 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=10,
         metavar="N",
-        help=f"'measure' and 'jreg' measure in every N-th step, N in 1..{_LONGEST_INTERVAL}; "
+        help=f"'measure' and 'jreg' measure one step in N, N in 1..{_LONGEST_INTERVAL}; "
         "'jreg_every_step' in each (default: 10)",
     )
     run.add_argument(

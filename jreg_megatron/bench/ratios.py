@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,44 +15,36 @@ _RESAMPLES = 2000
 
 
 def median_ratio(
-    ratios: NDArray[np.float64], is_measuring: NDArray[np.bool_], measuring_share: float, ranks: int = 1
+    ratios: NDArray[np.float64], kinds: NDArray[np.str_], shares: Mapping[str, float], ranks: int = 1
 ) -> dict[str, Any]:
     """The ratio of an average step, with its 95% confidence interval.
 
-    A step that measures and one that does not are two kinds: the medians of both kinds are averaged, weighted
-    by how many there are in training.
+    Steps that measure, or log, are of kinds of their own: the medians of all kinds are averaged, weighted by
+    how many there are in training. A kind that has no ratio does not count.
 
     Args:
         ratios: of each step to the unmodified ones around it.
-        is_measuring: which kind it is.
-        measuring_share: of training's steps, in 0..1; for ratios of both kinds.
+        kinds: of each.
+        shares: what share of training's steps each kind has.
         ranks: whose intervals are to hold the truth together, each then a wider one than for itself.
 
     Returns:
         ``ratio``; ``confidence_95``, from a bootstrap within each kind, or None for less than
         :data:`FEWEST` ratios; ``quartiles`` of the ratios; their number ``steps``.
     """
-    kinds = [
-        (share, kind)
-        for share, kind in (
-            (measuring_share, ratios[is_measuring]),
-            (1 - measuring_share, ratios[~is_measuring]),
-        )
-        if len(kind)
-    ]
-    if len(kinds) == 1:
-        kinds = [(1.0, kinds[0][1])]
-    residuals = np.concatenate([kind - np.median(kind) for _, kind in kinds])
+    of_kinds = [(share, ratios[kinds == name]) for name, share in shares.items() if name in kinds]
+    whole = sum(share for share, _ in of_kinds)
+    residuals = np.concatenate([kind - np.median(kind) for _, kind in of_kinds])
     generator = np.random.default_rng(0)
     resampled = np.zeros(_RESAMPLES)
     ratio = 0.0
-    for share, kind in kinds:
+    for share, kind in of_kinds:
         middle = float(np.median(kind))
         # A kind of few steps does not show how it scatters; then it is taken to scatter as all do.
         scatter = kind - middle if len(kind) >= FEWEST else residuals
         draws = generator.choice(scatter, size=(_RESAMPLES, len(kind)))
-        resampled += share * (middle + np.median(draws, axis=1))
-        ratio += share * middle
+        resampled += share / whole * (middle + np.median(draws, axis=1))
+        ratio += share / whole * middle
     tail = 2.5 / ranks
     interval = np.percentile(resampled, [tail, 100 - tail]).tolist()
     return {

@@ -67,7 +67,7 @@ def read(path: str) -> dict[str, Any]:
     """
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or "it holds no JSON"
         raise UserError(f"{path} cannot be read ({why}); name a file that --json has written") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not set(PARTS) & set(found):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from jreg_megatron.bench.counting import Counts, count
-from jreg_megatron.bench.names import AGAIN, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED, WAYS
+from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.variants import LOG_INTERVAL, Variant, make_variants
 from jreg_megatron.settings import JRegConfig
@@ -37,6 +38,13 @@ def whole_rounds(config: JRegConfig) -> int:
     return math.lcm(LOG_INTERVAL, config.measure_interval)
 
 
+def shares_of_kinds(config: JRegConfig, kind: Callable[[int], str]) -> dict[str, float]:
+    """What share of training's steps is of which kind; ``kind`` tells it of an iteration."""
+    whole = whole_rounds(config)
+    counts = Counter(kind(iteration) for iteration in range(1, whole + 1))
+    return {name: number / whole for name, number in counts.items()}
+
+
 def most_steps(rounds: int, config: JRegConfig) -> int:
     """How many training steps so many rounds take at most."""
     per_round = 2 * (len(IN_EVERY_ROUND) + 1)
@@ -50,8 +58,10 @@ class Measured:
     config: JRegConfig
     names: list[str] = field(default_factory=list)
     """The variant of each timed step, in the order in which they ran."""
-    is_measuring: list[bool] = field(default_factory=list)
-    """Whether it does what its variant does in one of ``measure_interval`` steps only."""
+    kinds: list[str] = field(default_factory=list)
+    """What sets it apart from others of its variant."""
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By variant, what share of training's steps each kind has."""
     wall: list[float] = field(default_factory=list)
     """Seconds of each."""
     processor: list[float] = field(default_factory=list)
@@ -111,6 +121,8 @@ class InterleavedSteps:
         return result
 
     def _steps(self, variants: dict[str, Variant]) -> Iterator[Callable[..., Any]]:
+        for name, variant in variants.items():
+            self.measured.shares[name] = shares_of_kinds(self.measured.config, variant.kind)
         for iteration in WARM_UP:
             for variant in variants.values():
                 yield self._running(variant, iteration)
@@ -161,8 +173,7 @@ class InterleavedSteps:
             measured.processor.append(time.process_time() - processor)
             measured.wall.append(time.perf_counter() - wall)
             measured.names.append(name)
-            is_always_the_same = name in (UNMODIFIED, AGAIN, NAIVE)
-            measured.is_measuring.append(not is_always_the_same and measured.config.measures_at(iteration))
+            measured.kinds.append(variant.kind(iteration))
             return result
 
         return self._running(variant, iteration, around)
@@ -222,19 +233,18 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
         by variant, kind of step and rank; all ``steps``, with seconds by rank.
     """
     first = measured[0]
-    names, is_measuring = np.array(first.names), np.array(first.is_measuring)
+    names, kinds = np.array(first.names), np.array(first.kinds)
     wall = np.array([each.wall for each in measured])
     processor = np.array([each.processor for each in measured])
     seconds = (processor if by_processor_time else wall).max(axis=0)
     ways = [name for name in first.counts if name != UNMODIFIED]
 
     def of_ways(ratios: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
-        share = 1 / first.config.measure_interval
         found = {}
         for name in ways:
             chosen = names[1:-1] == name
             of_ranks = [
-                median_ratio(ratio[chosen], is_measuring[1:-1][chosen], share, len(ratios))
+                median_ratio(ratio[chosen], kinds[1:-1][chosen], first.shares[name], len(ratios))
                 for ratio in ratios
             ]
             found[name] = _largest(of_ranks)

@@ -11,12 +11,19 @@ from torch import nn
 
 from jreg_megatron.attachment import attach
 from jreg_megatron.bench.naive import NaivePenalty
-from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, MEASURE, NAIVE, UNMODIFIED
+from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.residual_stream import residual_layers, tap_residual_stream, unwrap
 from jreg_megatron.settings import JRegConfig
 
+ORDINARY = KINDS[0]
 LOG_INTERVAL = 10
 """Iterations of a log interval, as in the demo and the recipes; at its end the metrics are reduced."""
+
+
+def kind_of_step(config: JRegConfig, iteration: int) -> str:
+    """What a step with these settings does beside the ordinary."""
+    does = ["measures"] * config.measures_at(iteration) + ["logs"] * (iteration % LOG_INTERVAL == 0)
+    return " and ".join(does) or ORDINARY
 
 
 class Variant:
@@ -26,6 +33,10 @@ class Variant:
     def on(self, iteration: int) -> Iterator[None]:
         """Have the model run this way in training iteration ``iteration``, 1-based."""
         yield
+
+    def kind(self, iteration: int) -> str:
+        """What sets an iteration's step apart from others of this way, as far as it takes time."""
+        return ORDINARY
 
     def forward_step(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """The forward step function to train with."""
@@ -56,6 +67,9 @@ class Attached(Variant):
             yield
         finally:
             tap.remove()
+
+    def kind(self, iteration: int) -> str:
+        return kind_of_step(self._config, iteration)
 
     def after_step(self, iteration: int) -> None:
         metrics = self.handle.end_iteration(iteration, iteration % LOG_INTERVAL == 0)

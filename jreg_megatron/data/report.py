@@ -14,9 +14,9 @@ def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
     """Print numbers, the lengths of documents, and samples as (number, tokens, beginning)."""
     console, table = need("rich.console", "inspect"), need("rich.table", "inspect")
     text, box = need("rich.text", "inspect"), need("rich.box", "inspect")
-    out = console.Console(highlight=False)
+    out = console.Console(highlight=False, markup=False)
     for name, value in _rows(summary).items():
-        out.print(f"{name:<11} {value}", markup=False, soft_wrap=True)
+        out.print(f"{name:<11} {value}", soft_wrap=True)
     lengths = table.Table(box=box.SIMPLE, title="Documents by length in tokens", title_justify="left")
     lengths.add_column("tokens", justify="right")
     lengths.add_column("documents", justify="right")

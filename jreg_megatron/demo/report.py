@@ -88,7 +88,7 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
             loss += f" ({outcome.history.validation_loss[-1] / base.history.validation_loss[-1] - 1:+.2%})"
         before, last = outcome.history.displacement[-2:]
         table.add_row(name, loss, f"{outcome.history.jump_rate[-1]:.3f}", f"{last:.4f}", f"{before:.4f}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.errors import LastError, UserError
+from jreg_megatron.errors import UserError
+from jreg_megatron.last_error import LastError
 from jreg_megatron.settings import JRegConfig
 
 TENSOR_PARALLEL = 2

@@ -79,9 +79,15 @@ def _displacement(a: Tensor, b: Tensor) -> Tensor:
 
 def _norms(h: Tensor) -> Tensor:
     width = h.shape[-1]
-    piece = math.gcd(width, _LONGEST_SUM)
-    if width > _LONGEST_SUM and piece >= _SHORTEST_PIECE:
-        # A CPU adds up a row nearly one by one; in two steps a wide one keeps its last digits.
+    if width > _LONGEST_SUM:
+        # A CPU adds up a row nearly one by one; in two steps or in float64 a wide one keeps its last digits.
+        piece = math.gcd(width, _LONGEST_SUM)
+        if piece < _SHORTEST_PIECE:
+            return _norm(h.double()).to(h.dtype)
         h = torch.linalg.vector_norm(h.reshape(*h.shape[:-1], -1, piece), dim=-1)
-    norms: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    return norms
+    return _norm(h)
+
+
+def _norm(h: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return norm

@@ -52,4 +52,4 @@ def show(request: Request, found: dict[str, str]) -> None:
     table.add_column()
     for name, text in found.items():
         table.add_row(name, Text(text))
-    Console(width=_WIDTH).print(table)
+    Console(width=_WIDTH, markup=False).print(table)

@@ -14,7 +14,8 @@ from types import FrameType
 from tqdm import tqdm
 
 from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.errors import EXIT_CODE, LastError
+from jreg_megatron.errors import EXIT_CODE
+from jreg_megatron.last_error import LastError
 from jreg_megatron.lock import lock
 from jreg_megatron.recipe.plan import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED

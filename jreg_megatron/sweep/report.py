@@ -33,7 +33,7 @@ def print_table(results: Results) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=_WIDTH)
+    console = Console(width=_WIDTH, markup=False)
     table = Table(title=picture.title(results), title_justify="left", caption_justify="left")
     layers = len(
         results.baseline.displacement or (results.settings[0].displacement if results.settings else [])
