@@ -52,10 +52,10 @@ class LastError:
         rank = cause.get("rank", "").partition(" ")[0]
         if not rank:
             return ""
-        if error := self._of_ranks.get(rank) or self._of_ranks.get(""):
-            return error
-        signal = cause.get("traceback", "")
-        return f"rank {rank}: {signal if signal.startswith('Signal') else 'exit code ' + cause['exitcode']}"
+        error, signal = self._of_ranks.get(rank), cause.get("traceback", "")
+        if error is None and signal.startswith("Signal"):
+            return f"rank {rank}: {signal}"
+        return error or self._of_ranks.get("") or f"rank {rank}: exit code {cause.get('exitcode')}"
 
     def _of_first_rank(self) -> str:
         return next((error for rank, error in self._of_ranks.items() if rank), self._of_ranks.get("", ""))

@@ -409,12 +409,19 @@ def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, 
             "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
             "jreg": {"ordinary": [1000, 8840], "logging": [1000, 8840]},
         },
+        "kernels": {
+            "unmodified": {"ordinary": [10, 20], "logging": [10, 21]},
+            "measure": {"ordinary": [10, 20], "logging": [14, 22]},
+            "jreg": {"ordinary": [13, 20], "logging": [17, 26]},
+        },
     }
     found = growth.costs(step)
     assert found["jreg"]["milliseconds"] == pytest.approx(20)
     assert found["jreg"]["milliseconds_95"] == pytest.approx([0, 40])
     assert found["jreg"]["bytes"] == 3840
     assert found["measure"]["bytes"] == 100
+    assert found["measure"]["kernels"] == [0, 4]
+    assert found["jreg"]["kernels"] == [3, 7]
     step["spread"]["jreg"]["confidence_95"] = None
     assert growth.costs(step)["jreg"]["milliseconds_95"] is None
 

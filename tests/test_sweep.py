@@ -287,6 +287,8 @@ def root_cause(rank: int, traceback: str) -> list[str]:
         (["[rank0]: OSError: lost", "[rank2]: KeyError", *root_cause(2, "exit")], "[rank2]: KeyError"),
         (["[rank0]: OSError: lost", *root_cause(2, "Signal 9 (SIGKILL)")], "rank 2: Signal 9 (SIGKILL)"),
         (["[rank0]: OSError: lost", *root_cause(2, "To enable")], "rank 2: exit code 1 (pid: 7)"),
+        (["ValueError: x", *root_cause(2, "Signal 9 (SIGKILL)")], "rank 2: Signal 9 (SIGKILL)"),
+        (["ValueError: x", *root_cause(2, "To enable")], "ValueError: x"),
         (["[default1]:jreg_megatron: error: --lr is -1", "bye"], "--lr is -1"),
         (["jreg_megatron: error: --lr is -1", "RuntimeError: a rank failed", "bye"], "--lr is -1"),
     ],

@@ -28,8 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(ours)
         if more and args.part not in ("step", "growth"):
             raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
-        if args.part != "step" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"bench {args.part} is one process; start it with python -m, without torchrun")
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if args.part != "step" and ranks != "1":
+            raise UserError(
+                f"bench {args.part} is one process, and WORLD_SIZE is {ranks}; start it without torchrun"
+            )
         if args.part != "show":
             output.check_outputs(json=args.json)
         run: Callable[[Namespace, list[str], list[str]], int] = args.run

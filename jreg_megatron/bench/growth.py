@@ -107,26 +107,32 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
     Returns:
         By way: ``ratio``, with its ``confidence_95``, None of too few steps; ``milliseconds`` a step, with
         the same interval;
-        ``bytes`` of peak memory on the rank that has most more.
+        ``bytes`` of peak memory and ``kernels``, ordinary and logging, on the rank that has most more.
     """
     unmodified = step["median_seconds"][UNMODIFIED]
     found: dict[str, Any] = {"unmodified_seconds": unmodified, "tokens": step["tokens"]}
     for way in (MEASURE, JREG):
         interval = step["spread"][way]["confidence_95"]
-        extra = [
-            max(with_it[rank] - without[rank] for rank in range(len(without)))
-            for with_it, without in (
-                (step["peak_bytes"][way][kind], step["peak_bytes"][UNMODIFIED][kind]) for kind in KINDS
-            )
-        ]
         found[way] = {
             "ratio": step["ratio"][way],
             "confidence_95": interval,
             "milliseconds": 1e3 * unmodified * (step["ratio"][way] - 1),
             "milliseconds_95": interval and [1e3 * unmodified * (limit - 1) for limit in interval],
-            "bytes": max(extra),
+            "bytes": max(_most_more(step["peak_bytes"], way)),
+            "kernels": _most_more(step["kernels"], way),
         }
     return found
+
+
+def _most_more(counted: dict[str, dict[str, list[int]]], way: str) -> list[int]:
+    """Beyond the unmodified step, on the rank that has most more, by kind of step."""
+    return [
+        max(
+            more - without
+            for more, without in zip(counted[way][kind], counted[UNMODIFIED][kind], strict=True)
+        )
+        for kind in KINDS
+    ]
 
 
 def _points(args: Namespace, on_cpu: bool) -> Iterator[Point]:

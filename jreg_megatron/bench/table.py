@@ -98,26 +98,28 @@ def _print_counts(console: Console, step: dict[str, Any]) -> None:
 def print_growth(console: Console, growth: dict[str, Any]) -> None:
     """Print a line for each size and way."""
     table = _table("What a step costs beyond an unmodified one, in ms")
-    for column in ("axis", "value", "way", "step", "more", "95% interval", "ratio", "MiB"):
-        is_text = column in ("axis", "way")
+    for column in ("size", "way", "step", "more", "95% interval", "kernels", "MiB"):
+        is_text = column in ("size", "way")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     axis = None
     for point in growth["points"]:
         if axis not in (None, point["axis"]):
             table.add_section()
         axis = point["axis"]
-        of_point = (axis, f"{point['value']:,}")
+        size = f"{axis} {point['value']:,}"
         for way in (MEASURE, JREG):
             cost = point[way]
-            memory = f"{round(cost['bytes'] / _MIB, 2) + 0.0:+.2f}"
-            before = f"{1e3 * point['unmodified_seconds']:.1f}"
+            memory = f"{round(cost['bytes'] / _MIB, 2) + 0.0:.2f}"
+            before = f"{1e3 * point['unmodified_seconds']:.0f}"
             interval = _interval(cost["milliseconds_95"], ".1f")
-            more = (f"{cost['milliseconds']:.1f}", interval, f"{cost['ratio']:.4f}", memory)
-            table.add_row(*of_point, way, before, *more)
-            of_point = ("", "")
+            kernels = " ".join(f"{number:,}" for number in cost["kernels"])
+            more = (f"{cost['milliseconds']:.1f}", interval, kernels, memory)
+            table.add_row(size, way, before, *more)
+            size = ""
     console.print(table)
     console.print(
-        " step: the unmodified one. MiB: of peak memory, on the rank that has most more.",
+        " step: the unmodified one. kernels: of an ordinary step, and of one that measures and logs. "
+        "MiB: of peak memory. Both on the rank that has most more.",
         highlight=False,
         soft_wrap=True,
     )
