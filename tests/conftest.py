@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from harness import TOY, run_ranks
 
 torch.set_num_threads(1)  # the ranks of a test have two cores to share
+# In a shell's background Ctrl-C is ignored, which the processes that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ITERATIONS, BATCH, MICRO_BATCH, LENGTH, VOCABULARY = 10, 8, 2, 32, 256
 
