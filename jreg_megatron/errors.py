@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
@@ -15,7 +15,7 @@ LINE_START = "jreg_megatron: error: "
 """What the line of an error begins with."""
 
 _INTERRUPTED = 130  # as a shell has it for SIGINT
-_GRACE_SECONDS = 3.0
+_MOST_SECONDS_TO_WAIT = 30.0  # for a first rank that imports from a busy file system, and goes down slowly
 
 
 class UserError(ValueError):
@@ -37,9 +37,9 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
 
     With ``interrupted``, Ctrl-C ends with these words and status 130.
 
-    Every rank of a job usually finds the same mistake at the same time. The first rank of each node
-    speaks at once; the others wait a moment, so that the launcher ends them while they wait and the
-    line appears once a node. A mistake that only one rank finds is still printed, after that moment.
+    Every rank of a job usually finds the same mistake at about the same time. The first rank of each node
+    speaks at once; the others wait for the launcher to end them, so that the line appears once a node. A
+    mistake that the first rank does not find is printed too, after half a minute.
 
     Raises:
         SystemExit: with status 2, in place of a :class:`UserError`, or 130 for Ctrl-C.
@@ -48,7 +48,8 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            time.sleep(_GRACE_SECONDS)
+            with suppress(KeyboardInterrupt):
+                time.sleep(_MOST_SECONDS_TO_WAIT)
         print_error(str(error))
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jreg_megatron import errors
 from jreg_megatron.cpu.launch import free_port
 
 TOY = """
@@ -119,6 +120,7 @@ def _rank_main(entry: str, argv: list[str], rank: int, world_size: int, port: in
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    errors._MOST_SECONDS_TO_WAIT = 0.0  # nothing here ends a rank when another has failed
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

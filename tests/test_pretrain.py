@@ -151,6 +151,26 @@ def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str
     assert run.stderr.count("jreg_megatron: error: --jreg-coeff") == 1
 
 
+SLOW_TO_GO_DOWN = """
+import atexit, os, time
+from jreg_megatron.errors import UserError, user_errors_exit
+
+if os.environ["LOCAL_RANK"] == "0":
+    atexit.register(time.sleep, 5)
+with user_errors_exit():
+    raise UserError("--mistake is made; mend it")
+"""
+
+
+def test_a_mistake_is_shown_once_however_slowly_the_first_rank_goes_down(tmp_path: Path) -> None:
+    (tmp_path / "mistaken.py").write_text(SLOW_TO_GO_DOWN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "mistaken.py")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode != 0
+    assert run.stderr.count("jreg_megatron: error: --mistake is made; mend it") == 1
+
+
 def pretrain_without_a_training_loop(_: list[str]) -> None:
     from jreg_megatron import cpu, pretrain
 
