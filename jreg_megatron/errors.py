@@ -11,10 +11,12 @@ from contextlib import contextmanager, suppress
 EXIT_CODE = 2
 """Process exit status for a user's mistake, as argparse uses it."""
 
+INTERRUPTED = 130
+"""Process exit status after Ctrl-C, as a shell has it."""
+
 LINE_START = "jreg_megatron: error: "
 """What the line of an error begins with."""
 
-_INTERRUPTED = 130  # as a shell has it for SIGINT
 _MOST_SECONDS_TO_WAIT = 30.0  # for a first rank that imports from a busy file system, and goes down slowly
 
 
@@ -56,4 +58,4 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
         if interrupted is None:
             raise
         print(f"\nInterrupted; {interrupted}", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
