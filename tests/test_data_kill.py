@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from data_toy import ODD, call, documents, sentencepiece_model, start, write_jsonl
 
@@ -101,9 +102,10 @@ def test_killed_in_the_middle_of_the_pieces_it_makes_only_those_that_are_left(
     argv = command(source, model, tmp_path / "out")
     slow = start(argv, lambda: _slow_down(0.05))
     wait_for(lambda: len(list(tmp_path.glob("out.pieces-*/*.json"))) >= 3)
+    of_run = psutil.Process(slow.pid).children(recursive=True)
     os.kill(slow.pid or 0, signal.SIGKILL)
     slow.join(60)
-    time.sleep(1.5)  # the workers of a killed run see that it is gone
+    assert psutil.wait_procs(of_run, timeout=60)[1] == [], "workers outlive a killed run"
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.pieces-*/*.json")}
     pieces = -(-source.stat().st_size // 5000)
     assert 3 <= len(done) < pieces

@@ -501,9 +501,7 @@ def test_the_health_check_is_the_self_test_once_and_then_looks_at_the_gpus(tmp_p
 
     status, said = check(PYTHONPATH=ROOT)
     assert status == 0 and re.search(r"healthy: \d+ layouts: \d+ passed, 0 failed", said)
-    started = time.monotonic()
-    assert check() == (0, "healthy: the self-test has passed before\n")
-    assert time.monotonic() - started < 3
+    assert check(PYTHONPATH=broken.parent) == (0, "healthy: the self-test has passed before\n")
     gpus("GPU 0\\n")
     assert check() == (1, "unhealthy: the GPUs are not those of the start: GPU 0\n")
     gpus("GPU 1 has fallen off the bus", status=9)
