@@ -101,7 +101,7 @@ class JRegHandle:
         kernels: Kernels,
     ) -> None:
         model_config: Any = chunks[0].config
-        device = _first_parameter(chunks).device
+        device = _device_of(chunks)
         self.config = config
         layers = num_layers(chunks[0])
         self.weights = config.layer_weights(layers)
@@ -340,17 +340,39 @@ def attach(
             )
         _refuse_model(chunks, config)
         counter = _microbatch_counter(num_microbatches)
-        parameter = _first_parameter(chunks)
-        width = cast(Any, chunks[0]).config.hidden_size
-        return counter, kernels.choose(config.kernels, parameter.device, width, parameter.dtype)
+        device, model_config = _device_of(chunks), cast(Any, chunks[0]).config
+        dtypes = (p.dtype for chunk in chunks for p in chunk.parameters())
+        dtype = next(dtypes, model_config.params_dtype)
+        if model_config.fp32_residual_connection:
+            dtype = torch.float32
+        return counter, kernels.choose(config.kernels, device, model_config.hidden_size, dtype)
 
     counter, chosen = _alike_on_every_rank(check, group)
+    names = _of_every_rank(chosen.name, group)
+    if len(set(names)) > 1:
+        rank, other = next((rank, name) for rank, name in enumerate(names) if name != names[0])
+        raise UserError(
+            f"{flag_of('kernels')} is {config.kernels!r}, for which rank 0 would run {names[0]}, and rank "
+            f"{rank} {other}, so that one would wait for the other; mend that rank, or set it to 'torch'"
+        )
     return JRegHandle(config, chunks, counter, iteration, group, chosen)
 
 
-def _first_parameter(chunks: Sequence[nn.Module]) -> Tensor:
-    """Some parameter of this rank, for its device and its type; a stage may have none."""
-    return next((p for chunk in chunks for p in chunk.parameters()), torch.empty(0))
+def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
+    """Where this rank's part of the model is; of a stage that has no parameters, where it would be.
+
+    Raises:
+        UserError: if the model has still to be moved to where it is trained.
+    """
+    trained_on = torch.device("cpu")
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        trained_on = torch.device("cuda", torch.cuda.current_device())
+    device = next((p.device for chunk in chunks for p in chunk.parameters()), trained_on)
+    if device.type == "meta" or (device.type == "cpu" and trained_on.type == "cuda"):
+        raise UserError(
+            f"the model is still on the {device.type} device; move it to the GPU before JREG is attached"
+        )
+    return device
 
 
 def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
@@ -374,15 +396,20 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     except Exception as caught:
         error = caught
         refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
-    refusals = [refusal]
-    if dist.is_available() and dist.is_initialized():
-        refusals *= dist.get_world_size(group)
-        dist.all_gather_object(refusals, refusal, group=group)
+    refusals = _of_every_rank(refusal, group)
     if error is not None and not isinstance(error, UserError):
         raise error
     if first := next(filter(None, refusals), ""):
         raise UserError(first)
     return cast(T, result)
+
+
+def _of_every_rank(text: str, group: dist.ProcessGroup | None) -> list[str]:
+    texts = [text]
+    if dist.is_available() and dist.is_initialized():
+        texts *= dist.get_world_size(group)
+        dist.all_gather_object(texts, text, group=group)
+    return texts
 
 
 def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:

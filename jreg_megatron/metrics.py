@@ -88,7 +88,9 @@ class DisplacementMeter:
     def _counts(self, num_tokens: int) -> Tensor:
         """A micro-batch's tokens, seen once, on the device; a run has few sizes of micro-batches."""
         if num_tokens not in self._whole_counts:
-            self._whole_counts[num_tokens] = self._sums.new_tensor((num_tokens, 1))
+            counts = self._sums.new_ones(2)
+            counts[0] = num_tokens  # fills on the device; a tensor made of both would be copied to it
+            self._whole_counts[num_tokens] = counts
         return self._whole_counts[num_tokens]
 
     def reset(self) -> None:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from importlib.util import find_spec
 from typing import NoReturn
 
 from jreg_megatron.cpu.launch import end_with_the_parent
@@ -19,6 +20,8 @@ from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.settings import JRegConfig
 
 CPU_FLAG = "--cpu"
+APEX_FUSION = "fused_weight_gradient_mlp_cuda"
+"""Apex's module that Megatron's own linear layers need, unless told not to fuse gradient accumulation."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,13 +68,28 @@ def _require_training_loop() -> None:
         )
 
 
+def _refuse_without_nvidias_packages(asked: argparse.Namespace) -> None:
+    """Refuse what Megatron takes for granted on a GPU, and fails on while it builds the model."""
+    if asked.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl is transformer_engine, and Transformer Engine is not installed; install "
+            "jreg_megatron[te], or give --transformer-impl local"
+        )
+    if asked.gradient_accumulation_fusion and find_spec(APEX_FUSION) is None:
+        raise UserError(
+            f"Megatron's output layer fuses gradient accumulation by Apex's {APEX_FUSION}, which is not "
+            "installed; install NVIDIA's Apex, or give --no-gradient-accumulation-fusion"
+        )
+
+
 def _run(argv: list[str], started: float) -> None:
     import torch
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A rank that outlived a killed torchrun would write into the folder of the run that comes after it.
         end_with_the_parent()
-    if CPU_FLAG in argv or not torch.cuda.is_available():
+    on_cpu = CPU_FLAG in argv or not torch.cuda.is_available()
+    if on_cpu:
         from jreg_megatron import cpu
 
         cpu.enable()
@@ -97,6 +115,8 @@ def _run(argv: list[str], started: float) -> None:
     use_built_helper()
     training_loop.install()
     asked = arguments.parse_args(add_arguments)
+    if not on_cpu:
+        _refuse_without_nvidias_packages(asked)
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
     refuse_unsupported(asked, config)

@@ -20,6 +20,7 @@ import bench_steps
 import numpy as np
 import psutil
 import pytest
+import torch
 from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
@@ -581,12 +582,41 @@ def test_megatron_that_exits_before_all_is_measured_is_a_users_mistake(
     assert ("why" in capfd.readouterr().out) == is_verbose
 
 
+def default_setup() -> options.Setup:
+    parser = ArgumentParser()
+    options.add_step_arguments(parser)
+    return options.setup_of(parser.parse_args([]), [], 1, on_cpu=True)
+
+
+def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(megatron, "train", full)
+    with pytest.raises(UserError, match=r"does not fit \(CUDA out of memory\); give less --layers or"):
+        step_run._measure(default_setup(), on_cpu=True, is_quiet=True, is_verbose=False)
+
+
+def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = megatron.arguments_of(default_setup(), 3, on_cpu=False)
+    assert "--no-gradient-accumulation-fusion" in words and "unfused" in words
+    assert [note.split(",")[0][:22] for note in megatron.notes(on_cpu=False)] == [
+        "Without Transformer En",
+        "Without Apex the steps",
+    ]
+    assert megatron.notes(on_cpu=True) == []
+    monkeypatch.setattr(megatron, "find_spec", lambda name: name)
+    words = megatron.arguments_of(default_setup(), 3, on_cpu=False)
+    assert "--no-gradient-accumulation-fusion" not in words and "transformer_engine" in words
+    assert megatron.notes(on_cpu=False) == []
+
+
 def test_training_that_ends_before_all_is_measured_is_a_users_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parser = ArgumentParser()
-    options.add_step_arguments(parser)
-    setup = options.setup_of(parser.parse_args([]), [], 1, on_cpu=True)
+    setup = default_setup()
     monkeypatch.setattr(megatron, "train", lambda _, stand_in: stand_in(None))
     with pytest.raises(UserError, match="ended the training before all was measured, after 0 timed steps"):
         step_run._measure(setup, on_cpu=True, is_quiet=True, is_verbose=False)
@@ -662,6 +692,16 @@ def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
     for process in left:
         process.kill()
     assert left == []
+
+
+def test_where_the_profiler_sees_no_kernel_the_table_says_so(
+    one_rank: tuple[dict[str, Any], Finished],
+) -> None:
+    assert "CUPTI" not in shown(one_rank[0])
+    blind = json.loads(json.dumps(one_rank[0]))
+    for kinds in blind["step"]["kernels"].values():
+        kinds.update({kind: [0 for _ in ranks] for kind, ranks in kinds.items()})
+    assert "The profiler saw no kernel, so kernels and synchronisations are not" in shown(blind)
 
 
 def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from argparse import ArgumentParser
 from typing import Any
 
@@ -167,3 +168,44 @@ def test_tuning_times_both_kernels_with_every_tile_and_shows_the_one_in_use() ->
         assert sum(tile["in_use"] for tile in tiles) == 1
     text = printed(figures)
     assert "gradients  in use" in text and "displacement  in use" in text
+
+
+def test_tuning_with_no_tile_that_runs_says_why() -> None:
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
+    with pytest.raises(UserError, match=r"no tile of width 100 runs here \(\w+: .*\); leave --tune out"):
+        kernel_run.tune(sizes, [100])  # without the interpreter Triton finds no device
+
+
+class FakeEvent:
+    """Of a device whose clock makes a cycle a nanosecond."""
+
+    cycles = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0
+
+    def record(self) -> None:
+        self.at = FakeEvent.cycles
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return (other.at - self.at) / 1e6
+
+
+def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+
+    def sleep(cycles: int) -> None:
+        waits.append(cycles)
+        FakeEvent.cycles += cycles
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("L2", (), {"L2_cache_size": 1}))
+    clock = kernel_run._CudaClock(CPU)
+    launches = lambda: time.sleep(0.01)  # noqa: E731
+    assert clock(launches) == clock(launches) == 0.0
+    assert waits[-2] == waits[0] and waits[-1] > 2 * 10_000_000
+    assert clock(lambda: sleep(5_000_000)) == pytest.approx(0.005)

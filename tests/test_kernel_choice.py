@@ -9,8 +9,8 @@ import pytest
 import torch
 from harness import run_ranks
 
-from jreg_megatron import JRegConfig, UserError
-from jreg_megatron.kernels import _check, eager
+from jreg_megatron import JRegConfig, UserError, kernels
+from jreg_megatron.kernels import check, choose, eager
 
 CPU = torch.device("cpu")
 
@@ -52,9 +52,21 @@ class Wrong(eager.TorchKernels):
 def test_kernels_that_give_wrong_numbers_on_the_machine_are_refused_before_the_training(
     dtype: torch.dtype,
 ) -> None:
-    _check(eager.KERNELS, CPU, 96, dtype)
+    check(eager.KERNELS, CPU, 96, dtype)
     for which in range(4):
         with pytest.raises(
             UserError, match=r"kernels of wrong give wrong numbers on cpu for width 96 in torch"
         ):
-            _check(Wrong(which=which), CPU, 96, dtype)
+            check(Wrong(which=which), CPU, 96, dtype)
+
+
+@pytest.mark.parametrize("kind", ["auto", "triton"])
+def test_a_device_that_fails_in_the_self_check_ends_the_run_there(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(kernels, "check", fault)
+    with pytest.raises(UserError, match=r"make cuda:0 fail .*memory access was encountered.* to 'torch'"):
+        choose(kind, torch.device("cuda", 0), 96, torch.bfloat16)

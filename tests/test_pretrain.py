@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from harness import read_scalars, run_ranks
+
+from jreg_megatron import UserError, pretrain
 
 PIPELINE = ("--pipeline-model-parallel-size", 2)
 TENSOR = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
@@ -169,6 +172,29 @@ def test_a_mistake_is_shown_once_however_slowly_the_first_rank_goes_down(tmp_pat
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode != 0
     assert run.stderr.count("jreg_megatron: error: --mistake is made; mend it") == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "implementation", "expected"),
+    [
+        ("transformer_engine", "transformer_engine", "install jreg_megatron.te., or give --transformer-impl"),
+        ("transformer_engine", "local", None),
+        (pretrain.APEX_FUSION, "local", "install NVIDIA's Apex, or give --no-gradient-accumulation-fusion"),
+    ],
+)
+def test_on_a_gpu_nvidias_packages_that_megatron_takes_for_granted_are_asked_for_at_start_up(
+    missing: str, implementation: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "find_spec", lambda name: None if name == missing else name)
+    asked = Namespace(transformer_impl=implementation, gradient_accumulation_fusion=True)
+    if expected is None:
+        pretrain._refuse_without_nvidias_packages(asked)
+    else:
+        with pytest.raises(UserError, match=expected):
+            pretrain._refuse_without_nvidias_packages(asked)
+    pretrain._refuse_without_nvidias_packages(
+        Namespace(transformer_impl="local", gradient_accumulation_fusion=False)
+    )
 
 
 def pretrain_without_a_training_loop(_: list[str]) -> None:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from harness import run_function
 from torch import nn
 
-from jreg_megatron import UserError
+from jreg_megatron import JRegConfig, UserError, attach, attachment, kernels
 from jreg_megatron.residual_stream import last_stage_has_a_layer, num_layers, residual_layers
 
 
@@ -23,6 +25,8 @@ class HybridModel(nn.Module):
             **{
                 "num_layers": sum(pattern.partition("/")[0].count(kind) for kind in "*-EM"),
                 "hidden_size": 8,
+                "params_dtype": torch.float32,
+                "fp32_residual_connection": False,
                 "num_layers_in_first_pipeline_stage": None,
                 "num_layers_in_last_pipeline_stage": None,
                 "pipeline_model_parallel_size": 1,
@@ -89,10 +93,6 @@ def test_a_hybrid_model_without_a_pattern_is_refused() -> None:
 
 
 def attach_where_one_rank_has_another_model() -> str:
-    import torch.distributed as dist
-
-    from jreg_megatron import JRegConfig, attach
-
     pattern = "*-*-" if dist.get_rank() == 0 else "M-*-"
     with pytest.raises(UserError) as refusal:
         attach(HybridModel(pattern, 1, 4), JRegConfig(), num_microbatches=1)
@@ -102,6 +102,34 @@ def attach_where_one_rank_has_another_model() -> str:
 def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
     said = run_function(attach_where_one_rank_has_another_model, 2, timeout=60)
     assert len(set(said)) == 1 and "hybrid layer pattern M-*-" in said[0]
+
+
+def attach_where_triton_runs_on_one_rank_only() -> str:
+    found = kernels.eager.TorchKernels("triton 3" if dist.get_rank() == 0 else "torch, as a cache is full")
+    attachment.kernels.choose = lambda *_: found  # type: ignore[assignment]
+    with pytest.raises(UserError) as refusal:
+        attach(HybridModel("*-*-", 1, 4), JRegConfig(), num_microbatches=1)
+    return str(refusal.value)
+
+
+def test_ranks_that_would_run_different_kernels_are_refused() -> None:
+    said = run_function(attach_where_triton_runs_on_one_rank_only, 2, timeout=60)
+    assert len(set(said)) == 1
+    assert "--jreg-kernels" in said[0]
+    assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, so" in said[0]
+
+
+def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_stage_is_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert attachment._device_of([nn.Linear(1, 1)]) == torch.device("cpu")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=f"still on the {device} device; move it to the GPU before"):
+            attachment._device_of([nn.Linear(1, 1, device=device)])
+    assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
 
 
 def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:

@@ -45,7 +45,10 @@ def count(step: Callable[[], Any]) -> tuple[Any, Counts]:
     on_host = [event for event in events if event.device_type.name == "CPU"]
     if on_gpu:
         kernels = sum(
-            event.device_type.name == "CUDA" and not event.name.startswith(_NO_KERNELS) for event in events
+            event.device_type.name == "CUDA"
+            and not event.is_user_annotation
+            and not event.name.startswith(_NO_KERNELS)
+            for event in events
         )
         synchronisations = sum(event.name in _WAITS for event in on_host)
     else:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jreg_megatron.errors import UserError
-from jreg_megatron.kernels import Kernels, choose
+from jreg_megatron.kernels import Kernels, check, choose
 from jreg_megatron.penalty import Strength, add_displacement_gradient
 
 JREG, AUTOGRAD, COMPILED, CHUNKED = "jreg", "autograd", "compiled", "chunked"
@@ -31,14 +31,16 @@ CHUNK_ROWS = 1024
 COEFFICIENT, FACTOR = 0.1, 1e-4
 
 SHORTEST_COPY = 50e-6
-"""Seconds of a copy on a CPU below which calls, and not bytes, take the time of the kernels beside it."""
+"""Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
 
 _FEWEST_ROUNDS = 3
 _WARM_UP = 3
 _FLUSHED = 8
 """So many times what the L2 cache holds is read between two timed runs."""
-_HEAD_START = 1_000_000
-"""Clock cycles that the device waits, while the host launches what is timed."""
+_CYCLES = 1_000_000
+"""Of the device's clock: how long it waits at least, while the host launches what is timed."""
+_HEAD_START = 2.0
+"""It waits so many times what the host takes for that."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,14 @@ def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, An
             notes.append(note)
         ways[CHUNKED] = with_autograd(with_chunks)
         by_width[str(width)] = _of_width(sizes, tensors, kernels, ways)
-    if any(found["share_of_copy"] is None for of in by_width.values() for found in of["kernels"].values()):
+    of_kernels = [found for of in by_width.values() for found in of["kernels"].values()]
+    if any(found["share_of_copy"] is None for found in of_kernels):
         notes.append(f"A copy of less than {1e6 * SHORTEST_COPY:g} us is no measure: give more --tokens.")
+    elif any(found["copy_seconds"] < SHORTEST_COPY for found in of_kernels):
+        notes.append(
+            f"In less than {1e6 * SHORTEST_COPY:g} us starting and ending count, and what is written may "
+            "stay in the cache: the bandwidth of the memory shows with more --tokens."
+        )
     used = {name for of in by_width.values() for name in of["ways"]}
     return {
         **_about(sizes, "; ".join(names), by_width, notes),
@@ -218,16 +226,22 @@ def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
         tensors = Tensors(sizes, width)
         moved = bytes_moved(tensors)
         runs: dict[Any, Callable[[], Any]] = {}
+        why_not = ""
         for tile in tiles_for(width):
-            of_tile = _kernel_runs(fused.TritonKernels(tile=tile), tensors)
+            kernels = fused.TritonKernels(tile=tile)
+            of_tile = _kernel_runs(kernels, tensors)
             try:
+                check(kernels, sizes.device, width, sizes.dtype)
                 for once in of_tile.values():
                     once()
+            except (UserError, torch.OutOfMemoryError):
+                raise
             except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+                why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             runs |= {(name, tile): once for name, once in of_tile.items()}
+        if not runs:
+            raise UserError(f"no tile of width {width} runs here ({why_not}); leave --tune out")
         seconds = interleaved(sizes, runs)
         tiles: dict[str, list[dict[str, Any]]] = {}
         for (name, tile), its in sorted(seconds.items(), key=lambda of: median(of[1])):
@@ -261,10 +275,11 @@ def tiles_for(width: int) -> list[Any]:
 
 def interleaved(sizes: Sizes, runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
     """Seconds of each run in each round; the order is drawn anew in each."""
-    seconds_of = _cuda_clock(sizes.device) if sizes.device.type == "cuda" else _cpu_clock
+    seconds_of = _CudaClock(sizes.device) if sizes.device.type == "cuda" else _cpu_clock
     for once in runs.values():
-        for _ in range(_WARM_UP if sizes.device.type == "cuda" else 1):
-            once()
+        once()  # what is compiled is compiled here
+        for _ in range(_WARM_UP if sizes.device.type == "cuda" else 0):
+            seconds_of(once)
     order, generator = list(runs), random.Random(0)
     found: dict[Any, list[float]] = {name: [] for name in runs}
     began = time.monotonic()
@@ -283,21 +298,37 @@ def _cpu_clock(once: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    other = torch.ones(max(_FLUSHED * cache, 2**28) // 4, device=device)
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+class _CudaClock:
+    """Times by events what runs on the device, all of which the host has launched when the clock starts."""
 
-    def seconds_of(once: Callable[[], Any]) -> float:
-        other.sum()  # reads: what is left in the cache need not be written back while the clock runs
-        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._other = torch.ones(max(_FLUSHED * cache, 2**28) // 4, device=device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._launching: dict[Callable[[], Any], float] = {}
+        """Seconds that the host has taken for each run where it took least."""
+
+        def wait() -> None:
+            torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call]
+
+        self._cycles_per_second = _CYCLES / min(self._timed(wait) for _ in range(_WARM_UP))
+
+    def __call__(self, once: Callable[[], Any]) -> float:
+        self._other.sum()  # reads: what is left in the cache need not be written back while the clock runs
+        head_start = _HEAD_START * self._launching.get(once, 0.0) * self._cycles_per_second
+        torch.cuda._sleep(max(_CYCLES, round(head_start)))  # type: ignore[no-untyped-call]
+        return self._timed(once)
+
+    def _timed(self, once: Callable[[], Any]) -> float:
+        started, ended = self._events
         started.record()
+        began = time.perf_counter()
         once()
+        took = time.perf_counter() - began
+        self._launching[once] = min(took, self._launching.get(once, took))
         ended.record()
         ended.synchronize()
         return float(started.elapsed_time(ended)) / 1e3
-
-    return seconds_of
 
 
 def _kernel_runs(kernels: Kernels, t: Tensors) -> dict[str, Callable[[], Any]]:

@@ -46,6 +46,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 
 def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> dict[str, Any] | None:
+    import torch
     import torch.distributed as dist
     from tqdm import tqdm
 
@@ -70,7 +71,13 @@ def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> di
             made.append(steps)
             return steps
 
-        megatron.train(megatron.arguments_of(setup, most_steps(setup.rounds, setup.config), on_cpu), stand_in)
+        try:
+            megatron.train(
+                megatron.arguments_of(setup, most_steps(setup.rounds, setup.config), on_cpu), stand_in
+            )
+        except torch.OutOfMemoryError as error:
+            what = " ".join(str(error).split()).partition(". ")[0]
+            raise UserError(f"the model does not fit ({what}); give less --layers or --micro-batch") from None
         bar.close()
         if not made[0].is_done:
             raise UserError(
@@ -83,10 +90,10 @@ def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> di
         dist.destroy_process_group()
     if not is_first:
         return None
-    return {**summarize(of_ranks, by_processor_time=on_cpu), **_about(setup)}
+    return {**summarize(of_ranks, by_processor_time=on_cpu), **_about(setup, on_cpu)}
 
 
-def _about(setup: Setup) -> dict[str, Any]:
+def _about(setup: Setup, on_cpu: bool) -> dict[str, Any]:
     return {
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
@@ -99,5 +106,5 @@ def _about(setup: Setup) -> dict[str, Any]:
         "tokens": setup.tokens,
         "jreg": asdict(setup.config),
         "weighted_layers": int((setup.config.gradient_weights(setup.shape.num_layers) > 0).sum()),
-        "notes": setup.ways_and_notes()[1],
+        "notes": [*setup.ways_and_notes()[1], *megatron.notes(on_cpu)],
     }

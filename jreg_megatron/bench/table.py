@@ -79,7 +79,7 @@ def print_step(console: Console, step: dict[str, Any]) -> None:
         console.print(f" {name:{width}}  {WAYS[name].format(**settings)}", highlight=False, soft_wrap=True)
     clock = f"Times are the median {_CLOCKS[step['clock']]}."
     of_ranks = [_OF_RANKS] if by_rank else []
-    for note in (clock, *of_ranks, *_too_noisy(step), *step["notes"]):
+    for note in (clock, *of_ranks, *_too_noisy(step), *_unseen(step), *step["notes"]):
         console.print(f" {note}", highlight=False, soft_wrap=True)
     _print_counts(console, step)
 
@@ -139,6 +139,16 @@ def _too_noisy(step: dict[str, Any]) -> list[str]:
     return [
         f"The machine was too busy: {AGAIN}, which differs in nothing, has an interval without 1. Run it "
         "again when less else runs, or for longer."
+    ]
+
+
+def _unseen(step: dict[str, Any]) -> list[str]:
+    """A note where the profiler has not seen the device, so that counts of zero mean nothing."""
+    if all(any(ranks) for ranks in step["kernels"][UNMODIFIED].values()):
+        return []
+    return [
+        "The profiler saw no kernel, so kernels and synchronisations are not counted: CUPTI may need rights "
+        "here (the driver's NVreg_RestrictProfilingToAdminUsers=0)."
     ]
 
 

@@ -11,7 +11,9 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.kernels import eager
 from jreg_megatron.settings import flag_of
 
-_CHECKED_ROWS = 16
+_CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
+# Where an earlier torch than 2.8 has no name for it, it is among all the others.
+_DEVICE_FAULT: type[Exception] = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 
 
 class Kernels(Protocol):
@@ -69,7 +71,8 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         dtype: their type.
 
     Raises:
-        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
+        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers, or
+            make the device fail.
     """
     if kind == "torch":
         return eager.KERNELS
@@ -80,11 +83,16 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         from jreg_megatron.kernels import fused
 
         if device.type == "cuda" or fused.IS_INTERPRETED:
-            _check(fused.KERNELS, device, width, dtype)
+            check(fused.KERNELS, device, width, dtype)
             return fused.KERNELS
         why_not = f"Triton has no kernels for {device.type}"
     except (UserError, torch.OutOfMemoryError):
         raise
+    except _DEVICE_FAULT as error:  # the device is of no use to this process any more, to torch neither
+        raise UserError(
+            f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
+            f"set {flag_of('kernels')} to 'torch', and report it"
+        ) from error
     except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if kind == "triton":
@@ -94,21 +102,25 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
     return eager.TorchKernels(f"torch, as {why_not}")
 
 
-def _check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
-    """Compare kernels with plain torch in float64 on a few rows, on the very device, width and type.
+def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
+    """Compare kernels with plain torch in float64 on a few tokens, on the very device, width and type.
 
     Raises:
         UserError: if they differ by more than the type's rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(_CHECKED_ROWS, 1, width, generator=generator) for _ in range(3))
-    h_in, turned, grad_out = (rows.to(device, dtype) for rows in drawn)
+    drawn = (torch.randn(*_CHECKED_TOKENS, width, generator=generator) for _ in range(3))
+    h_in, turned, grad_out = (states.to(device, dtype) for states in drawn)
     h_out = h_in + turned
     coefficient = torch.ones(1, device=device)
-    given = (h_in, h_out, grad_out, coefficient, 1.0)
-    ours = [kernels.displacement(h_in, h_out), *kernels.gradients(*given)]
-    a, b, grad = (state.double() for state in (h_in, h_out, grad_out))
-    right = [eager.KERNELS.displacement(a, b), *eager.KERNELS.gradients(a, b, grad, coefficient, 1.0)]
+    weights = torch.rand(_CHECKED_TOKENS, generator=generator).to(device)
+
+    def numbers(by: Kernels, a: Tensor, b: Tensor, grad: Tensor) -> list[Tensor | None]:
+        unweighted = by.gradients(a, b, grad, coefficient, 1.0)
+        return [by.displacement(a, b), *unweighted, *by.gradients(a, b, grad, coefficient, 1.0, weights)]
+
+    ours = numbers(kernels, h_in, h_out, grad_out)
+    right = numbers(eager.KERNELS, h_in.double(), h_out.double(), grad_out.double())
     for got, expected in zip(ours, right, strict=True):
         assert got is not None and expected is not None
         error = (got.double() - expected).norm() / expected.norm()
