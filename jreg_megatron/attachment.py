@@ -349,11 +349,15 @@ def attach(
 
     counter, chosen = _alike_on_every_rank(check, group)
     names = _of_every_rank(chosen.name, group)
-    if len(set(names)) > 1:
-        rank, other = next((rank, name) for rank, name in enumerate(names) if name != names[0])
+    # Behind the comma is why, which may name a rank's own file.
+    kinds = [name.partition(",")[0] for name in names]
+    if len(set(kinds)) > 1:
+        at = next(at for at, kind in enumerate(kinds) if kind != kinds[0])
+        first, other = (at if group is None else dist.get_global_rank(group, at) for at in (0, at))
         raise UserError(
-            f"{flag_of('kernels')} is {config.kernels!r}, for which rank 0 would run {names[0]}, and rank "
-            f"{rank} {other}, so that one would wait for the other; mend that rank, or set it to 'torch'"
+            f"{flag_of('kernels')} is {config.kernels!r}, for which rank {first} would run {names[0]}, and "
+            f"rank {other} {names[at]}, so that one would wait for the other; make them alike, or set it "
+            "to 'torch'"
         )
     return JRegHandle(config, chunks, counter, iteration, group, chosen)
 
@@ -365,10 +369,11 @@ def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
         UserError: if the model has still to be moved to where it is trained.
     """
     trained_on = torch.device("cpu")
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+    backend = dist.get_backend() if dist.is_available() and dist.is_initialized() else ""
+    if "nccl" in backend or (backend == "undefined" and torch.cuda.is_available()):
         trained_on = torch.device("cuda", torch.cuda.current_device())
     device = next((p.device for chunk in chunks for p in chunk.parameters()), trained_on)
-    if device.type == "meta" or (device.type == "cpu" and trained_on.type == "cuda"):
+    if device.type == "meta" or (device.type == "cpu" and backend == "nccl"):
         raise UserError(
             f"the model is still on the {device.type} device; move it to the GPU before JREG is attached"
         )
@@ -393,6 +398,8 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     refusal, error, result = "", None, None
     try:
         result = check()
+    except kernels.DeviceFault:
+        raise  # NCCL could not tell the others
     except Exception as caught:
         error = caught
         refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"

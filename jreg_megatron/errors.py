@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ def print_error(message: str) -> None:
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
 
 
+def _wait_to_be_ended() -> None:
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's --exit-signal-handler would outlast it
+    try:
+        time.sleep(_MOST_SECONDS_TO_WAIT)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
 @contextmanager
 def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
     """Turn a :class:`UserError` into one line on standard error and exit status 2.
@@ -50,8 +60,7 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            with suppress(KeyboardInterrupt):
-                time.sleep(_MOST_SECONDS_TO_WAIT)
+            _wait_to_be_ended()
         print_error(str(error))
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:

@@ -70,7 +70,8 @@ def _require_training_loop() -> None:
 
 def _refuse_without_nvidias_packages(asked: argparse.Namespace) -> None:
     """Refuse what Megatron takes for granted on a GPU, and fails on while it builds the model."""
-    if asked.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+    layers_are_its = asked.transformer_impl == "transformer_engine" and asked.spec is None
+    if layers_are_its and find_spec("transformer_engine") is None:
         raise UserError(
             "--transformer-impl is transformer_engine, and Transformer Engine is not installed; install "
             "jreg_megatron[te], or give --transformer-impl local"

@@ -600,6 +600,7 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
 def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(megatron, "find_spec", lambda _: None)
     words = megatron.arguments_of(default_setup(), 3, on_cpu=False)
     assert "--no-gradient-accumulation-fusion" in words and "unfused" in words
     assert [note.split(",")[0][:22] for note in megatron.notes(on_cpu=False)] == [

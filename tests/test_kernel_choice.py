@@ -48,6 +48,29 @@ class Wrong(eager.TorchKernels):
         return tuple(x * (1.01 if n == self.which else 1.0) for n, x in enumerate(results, start=1))
 
 
+@dataclass(frozen=True)
+class Deaf(eager.TorchKernels):
+    """Hands on the gradient that has come to the output, with nothing added, or the wrong way round."""
+
+    name: str = "deaf"
+    times: float = 0.0
+
+    def gradients(self, a: Any, b: Any, grad_out: torch.Tensor, *given: Any, **named: Any) -> Any:
+        grad_in, total, psi = super().gradients(a, b, grad_out, *given, **named)
+        return grad_in, grad_out + self.times * (total - grad_out), psi
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [96, 4096, 12288])
+def test_the_self_check_knows_right_kernels_and_those_that_add_nothing_to_the_outputs_gradient(
+    width: int, dtype: torch.dtype
+) -> None:
+    check(eager.KERNELS, CPU, width, dtype)
+    for times in (0.0, -1.0, 0.9):
+        with pytest.raises(UserError, match="kernels of deaf give wrong numbers"):
+            check(Deaf(times=times), CPU, width, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_give_wrong_numbers_on_the_machine_are_refused_before_the_training(
     dtype: torch.dtype,
@@ -65,8 +88,11 @@ def test_a_device_that_fails_in_the_self_check_ends_the_run_there(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access\nwas encountered")
+        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
     monkeypatch.setattr(kernels, "check", fault)
-    with pytest.raises(UserError, match=r"make cuda:0 fail .*memory access was encountered.* to 'torch'"):
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(
+        kernels.DeviceFault, match=r"make cuda:0 fail .*memory access was encountered.* to 'torch'"
+    ):
         choose(kind, torch.device("cuda", 0), 96, torch.bfloat16)

@@ -155,9 +155,10 @@ def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str
 
 
 SLOW_TO_GO_DOWN = """
-import atexit, os, time
+import atexit, os, signal, time
 from jreg_megatron.errors import UserError, user_errors_exit
 
+signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's --exit-signal-handler, which makes a note
 if os.environ["LOCAL_RANK"] == "0":
     atexit.register(time.sleep, 5)
 with user_errors_exit():
@@ -186,14 +187,14 @@ def test_on_a_gpu_nvidias_packages_that_megatron_takes_for_granted_are_asked_for
     missing: str, implementation: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "find_spec", lambda name: None if name == missing else name)
-    asked = Namespace(transformer_impl=implementation, gradient_accumulation_fusion=True)
+    asked = Namespace(transformer_impl=implementation, spec=None, gradient_accumulation_fusion=True)
     if expected is None:
         pretrain._refuse_without_nvidias_packages(asked)
     else:
         with pytest.raises(UserError, match=expected):
             pretrain._refuse_without_nvidias_packages(asked)
     pretrain._refuse_without_nvidias_packages(
-        Namespace(transformer_impl="local", gradient_accumulation_fusion=False)
+        Namespace(transformer_impl="transformer_engine", spec=["a"], gradient_accumulation_fusion=False)
     )
 
 

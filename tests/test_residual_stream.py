@@ -104,16 +104,25 @@ def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
     assert len(set(said)) == 1 and "hybrid layer pattern M-*-" in said[0]
 
 
-def attach_where_triton_runs_on_one_rank_only() -> str:
-    found = kernels.eager.TorchKernels("triton 3" if dist.get_rank() == 0 else "torch, as a cache is full")
-    attachment.kernels.choose = lambda *_: found  # type: ignore[assignment]
-    with pytest.raises(UserError) as refusal:
+def refusal_of_kernels(names: list[str]) -> str | None:
+    """What attaching says where each rank would run those of its name; None if nothing before the model."""
+    attachment.kernels.choose = lambda *_: kernels.eager.TorchKernels(names[dist.get_rank()])  # type: ignore[assignment]
+    attachment.JRegHandle = lambda *_: None  # type: ignore[assignment,misc]
+    try:
         attach(HybridModel("*-*-", 1, 4), JRegConfig(), num_microbatches=1)
-    return str(refusal.value)
+    except UserError as refusal:
+        return str(refusal)
+    return None
+
+
+def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None:
+    names = ["torch, as there is no /tmp/rank0", "torch, as there is no /tmp/rank1"]
+    assert run_function(refusal_of_kernels, 2, names, timeout=60) == [None, None]
 
 
 def test_ranks_that_would_run_different_kernels_are_refused() -> None:
-    said = run_function(attach_where_triton_runs_on_one_rank_only, 2, timeout=60)
+    names = ["triton 3", "torch, as a cache is full"]
+    said = run_function(refusal_of_kernels, 2, names, timeout=60)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]
     assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, so" in said[0]
@@ -130,6 +139,9 @@ def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_st
         with pytest.raises(UserError, match=f"still on the {device} device; move it to the GPU before"):
             attachment._device_of([nn.Linear(1, 1, device=device)])
     assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
+    monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
+    assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
+    assert attachment._device_of([nn.Linear(1, 1)]) == torch.device("cpu")
 
 
 def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jreg_megatron.errors import UserError
-from jreg_megatron.kernels import Kernels, check, choose
+from jreg_megatron.kernels import Kernels, check, choose, refuse_fault
 from jreg_megatron.penalty import Strength, add_displacement_gradient
 
 JREG, AUTOGRAD, COMPILED, CHUNKED = "jreg", "autograd", "compiled", "chunked"
@@ -29,6 +29,9 @@ ABOUT = {
 
 CHUNK_ROWS = 1024
 COEFFICIENT, FACTOR = 0.1, 1e-4
+
+_MOST_CHUNKS = 16
+"""Of some 50 launches each; a device lets about a thousand wait."""
 
 SHORTEST_COPY = 50e-6
 """Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
@@ -228,7 +231,7 @@ def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
         runs: dict[Any, Callable[[], Any]] = {}
         why_not = ""
         for tile in tiles_for(width):
-            kernels = fused.TritonKernels(tile=tile)
+            kernels = fused.TritonKernels(f"{fused.KERNELS.name}, {tile}", tile)
             of_tile = _kernel_runs(kernels, tensors)
             try:
                 check(kernels, sizes.device, width, sizes.dtype)
@@ -237,6 +240,7 @@ def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
             except (UserError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
+                refuse_fault(sizes.device)
                 why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             runs |= {(name, tile): once for name, once in of_tile.items()}
@@ -299,7 +303,7 @@ def _cpu_clock(once: Callable[[], Any]) -> float:
 
 
 class _CudaClock:
-    """Times by events what runs on the device, all of which the host has launched when the clock starts."""
+    """Times by events what runs on the device, once the host has launched it all, or filled the queue."""
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -380,5 +384,8 @@ def _about(sizes: Sizes, kernels: str, by_width: dict[str, Any], notes: list[str
 
 def _notes(sizes: Sizes) -> list[str]:
     if sizes.device.type == "cuda":
-        return ["Time on the device, by events; its cache holds other data when the clock starts."]
+        notes = ["Time on the device, by events; its cache holds other data when the clock starts."]
+        if sizes.tokens > _MOST_CHUNKS * CHUNK_ROWS:
+            notes.append(f"{CHUNKED} launches more than a device queues, so its time is the host's too.")
+        return notes
     return ["Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."]

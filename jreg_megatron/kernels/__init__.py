@@ -12,8 +12,10 @@ from jreg_megatron.kernels import eager
 from jreg_megatron.settings import flag_of
 
 _CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
-# Where an earlier torch than 2.8 has no name for it, it is among all the others.
-_DEVICE_FAULT: type[Exception] = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+
+
+class DeviceFault(UserError):
+    """Kernels have made the device fail: this process can do no more on it, collectives neither."""
 
 
 class Kernels(Protocol):
@@ -71,8 +73,8 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         dtype: their type.
 
     Raises:
-        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers, or
-            make the device fail.
+        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
+        DeviceFault: if they make the device fail.
     """
     if kind == "torch":
         return eager.KERNELS
@@ -88,18 +90,31 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         why_not = f"Triton has no kernels for {device.type}"
     except (UserError, torch.OutOfMemoryError):
         raise
-    except _DEVICE_FAULT as error:  # the device is of no use to this process any more, to torch neither
-        raise UserError(
-            f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
-            f"set {flag_of('kernels')} to 'torch', and report it"
-        ) from error
     except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
+        refuse_fault(device)
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if kind == "triton":
         raise UserError(
             f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
         )
     return eager.TorchKernels(f"torch, as {why_not}")
+
+
+def refuse_fault(device: torch.device) -> None:
+    """Refuse to go on with a device on which nothing runs any more, whoever was told of it first.
+
+    Raises:
+        DeviceFault: if it is one.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceFault(
+            f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
+            f"set {flag_of('kernels')} to 'torch', and report it"
+        ) from error
 
 
 def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
@@ -113,11 +128,12 @@ def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype
     h_in, turned, grad_out = (states.to(device, dtype) for states in drawn)
     h_out = h_in + turned
     coefficient = torch.ones(1, device=device)
+    factor = float(width)  # so large that what is added is as large as what it is added to
     weights = torch.rand(_CHECKED_TOKENS, generator=generator).to(device)
 
     def numbers(by: Kernels, a: Tensor, b: Tensor, grad: Tensor) -> list[Tensor | None]:
-        unweighted = by.gradients(a, b, grad, coefficient, 1.0)
-        return [by.displacement(a, b), *unweighted, *by.gradients(a, b, grad, coefficient, 1.0, weights)]
+        unweighted = by.gradients(a, b, grad, coefficient, factor)
+        return [by.displacement(a, b), *unweighted, *by.gradients(a, b, grad, coefficient, factor, weights)]
 
     ours = numbers(kernels, h_in, h_out, grad_out)
     right = numbers(eager.KERNELS, h_in.double(), h_out.double(), grad_out.double())
