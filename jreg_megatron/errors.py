@@ -34,13 +34,20 @@ def print_error(message: str) -> None:
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """End on Ctrl-C with status 130 and no word, where another process says what there is to say."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
 def _wait_to_be_ended() -> None:
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's --exit-signal-handler would outlast it
-    try:
+    with quiet_interrupt():
         time.sleep(_MOST_SECONDS_TO_WAIT)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,14 +32,11 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
         work()
         return 0
     from jreg_megatron.cpu.launch import fork_ranks
-    from jreg_megatron.errors import INTERRUPTED, user_errors_exit
+    from jreg_megatron.errors import quiet_interrupt, user_errors_exit
 
     def rank() -> None:
-        try:
-            with user_errors_exit():
-                work()
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)  # the parent gets it too, and says so
+        with quiet_interrupt(), user_errors_exit():
+            work()
 
     return fork_ranks(args.nproc, rank)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.recipe import command, identity
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     """Do what ``argv`` asks for; a run that starts takes this process over."""
     for number in SIGNALS:
         signal.signal(number, _nothing_started)
-    with user_errors_exit(), _quiet_interrupt():
+    with user_errors_exit(), quiet_interrupt():
         request = Request.from_words(sys.argv[1:] if argv is None else argv)
         if request.smoke is None:
             _train(request)
@@ -37,14 +36,6 @@ def _nothing_started(number: int, _: object) -> NoReturn:
     name = signal.Signals(number).name
     print(f"jreg_megatron: {name} before training began; the same command starts it", flush=True)
     os._exit(UNFINISHED)
-
-
-@contextlib.contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def _train(request: Request) -> None:
