@@ -91,6 +91,7 @@ def test_a_device_that_fails_in_the_self_check_ends_the_run_there(
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
     monkeypatch.setattr(kernels, "check", fault)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     with pytest.raises(
         kernels.DeviceFault, match=r"make cuda:0 fail .*memory access was encountered.* to 'torch'"

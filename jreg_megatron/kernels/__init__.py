@@ -106,8 +106,8 @@ def refuse_fault(device: torch.device) -> None:
     Raises:
         DeviceFault: if it is one.
     """
-    if device.type != "cuda":
-        return
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return  # nothing has run there
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
