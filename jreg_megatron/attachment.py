@@ -348,17 +348,7 @@ def attach(
         return counter, kernels.choose(config.kernels, device, model_config.hidden_size, dtype)
 
     counter, chosen = _alike_on_every_rank(check, group)
-    names = _of_every_rank(chosen.name, group)
-    # Behind the comma is why, which may name a rank's own file.
-    kinds = [name.partition(",")[0] for name in names]
-    if len(set(kinds)) > 1:
-        at = next(at for at, kind in enumerate(kinds) if kind != kinds[0])
-        first, other = (at if group is None else dist.get_global_rank(group, at) for at in (0, at))
-        raise UserError(
-            f"{flag_of('kernels')} is {config.kernels!r}, for which rank {first} would run {names[0]}, and "
-            f"rank {other} {names[at]}, so that one would wait for the other; make them alike, or set it "
-            "to 'torch'"
-        )
+    _refuse_different_kernels(chosen, config, group)
     return JRegHandle(config, chunks, counter, iteration, group, chosen)
 
 
@@ -411,12 +401,26 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     return cast(T, result)
 
 
-def _of_every_rank(text: str, group: dist.ProcessGroup | None) -> list[str]:
-    texts = [text]
+def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.ProcessGroup | None) -> None:
+    ranks = _of_every_rank((chosen.kind, chosen.name), group)
+    (kind, name), *_ = ranks
+    for at, (other_kind, other_name) in enumerate(ranks):
+        if other_kind == kind:
+            continue
+        first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
+        raise UserError(
+            f"{flag_of('kernels')} is {config.kernels!r}, for which rank {first} would run {name}, and "
+            f"rank {other} {other_name}, so that one would wait for the other; make them alike, or set it "
+            "to 'torch'"
+        )
+
+
+def _of_every_rank[T](own: T, group: dist.ProcessGroup | None) -> list[T]:
+    of_all = [own]
     if dist.is_available() and dist.is_initialized():
-        texts *= dist.get_world_size(group)
-        dist.all_gather_object(texts, text, group=group)
-    return texts
+        of_all *= dist.get_world_size(group)
+        dist.all_gather_object(of_all, own, group=group)
+    return of_all
 
 
 def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:

@@ -57,6 +57,7 @@ class _AbsentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+del sys.modules["transformer_engine"]  # which CPU mode hides, and Bridge cannot do without
 sys.meta_path.append(_AbsentModules())
 
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig  # noqa: E402

@@ -258,6 +258,42 @@ def test_importing_the_package_imports_no_megatron() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_packages_whose_kernels_need_a_gpu_are_left_alone_where_they_are_installed(tmp_path: Path) -> None:
+    for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} found no GPU')")
+    done = subprocess.run(
+        [sys.executable, "-m", "jreg_megatron.selftest", "--nproc", "2", "--tp", "2"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+
+
+def norms_where_apex_is_installed() -> bool:
+    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from jreg_megatron.cpu.megatron import take_torch_norms
+
+    gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = FusedLayerNorm
+    take_torch_norms()
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    norms = layer.submodules.input_layernorm, layer.submodules.pre_mlp_layernorm
+    return {*norms, gpt_layer_specs.LNImpl, transformer_block.LayerNormImpl} == {WrappedTorchNorm}
+
+
+def test_without_transformer_engine_the_norms_are_torchs_where_apex_is_installed() -> None:
+    assert run_function(norms_where_apex_is_installed, 1) == [True]
+
+
 def test_the_cpu_flags_come_last_and_once() -> None:
     argv = with_cpu_flags(["--lr", "1"])
     assert argv == ["--lr", "1", *FLAGS]

@@ -104,9 +104,9 @@ def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
     assert len(set(said)) == 1 and "hybrid layer pattern M-*-" in said[0]
 
 
-def refusal_of_kernels(names: list[str]) -> str | None:
-    """What attaching says where each rank would run those of its name; None if nothing before the model."""
-    attachment.kernels.choose = lambda *_: kernels.eager.TorchKernels(names[dist.get_rank()])  # type: ignore[assignment]
+def refusal_of_kernels(by_rank: list[Any]) -> str | None:
+    """What attaching says where each rank would run its own; None if nothing before the model."""
+    attachment.kernels.choose = lambda *_: by_rank[dist.get_rank()]  # type: ignore[assignment]
     attachment.JRegHandle = lambda *_: None  # type: ignore[assignment,misc]
     try:
         attach(HybridModel("*-*-", 1, 4), JRegConfig(), num_microbatches=1)
@@ -116,13 +116,13 @@ def refusal_of_kernels(names: list[str]) -> str | None:
 
 
 def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None:
-    names = ["torch, as there is no /tmp/rank0", "torch, as there is no /tmp/rank1"]
-    assert run_function(refusal_of_kernels, 2, names, timeout=60) == [None, None]
+    by_rank = [kernels.eager.TorchKernels(f"there is no /tmp/rank{rank}") for rank in range(2)]
+    assert run_function(refusal_of_kernels, 2, by_rank, timeout=60) == [None, None]
 
 
 def test_ranks_that_would_run_different_kernels_are_refused() -> None:
-    names = ["triton 3", "torch, as a cache is full"]
-    said = run_function(refusal_of_kernels, 2, names, timeout=60)
+    by_rank = [SimpleNamespace(kind="triton", name="triton 3"), kernels.eager.TorchKernels("a cache is full")]
+    said = run_function(refusal_of_kernels, 2, by_rank, timeout=60)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]
     assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, so" in said[0]

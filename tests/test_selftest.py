@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
 from harness import run_ranks
 
+from jreg_megatron.errors import UserError
+from jreg_megatron.selftest import __main__ as selftest
 from jreg_megatron.selftest.layouts import layouts_for
 
 ENTRY = "jreg_megatron.selftest.__main__:main"
@@ -86,6 +89,7 @@ def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
         (["--timeout", "nan"], "--timeout is nan; it must be"),
         (["--tp", "8"], "cannot be cut over 2 ranks with --tp 8"),
         (["--transformer-impl", "transformer_engine"], "add --precision bf16"),
+        (["--transformer-impl", "transformer_engine", "--precision", "bf16"], "which is not installed"),
         (["--nproc", "2"], "--nproc is for a run without torchrun"),
     ],
 )
@@ -93,6 +97,16 @@ def test_a_mistake_is_one_line_and_status_2(argv: list[str], says: str) -> None:
     status, report = run(2, *argv)
     assert status == 2
     assert says in report and "Traceback" not in report
+
+
+def test_without_a_gpu_transformer_engine_is_refused_also_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selftest, "find_spec", lambda name: ModuleSpec(name, None))
+    argv = ["--transformer-impl", "transformer_engine", "--precision", "bf16"]
+    for on_cpu in ([], ["--cpu"], ["--nproc", "2"]):
+        with pytest.raises(UserError, match="transformer_engine, which runs on GPUs only; take local"):
+            selftest._parse([*argv, *on_cpu])
 
 
 def test_the_exit_status_tells_and_one_command_starts_all_ranks() -> None:

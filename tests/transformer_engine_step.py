@@ -69,7 +69,7 @@ def main(results: Path, names: list[str]) -> None:
     from jreg_megatron.selftest import __main__ as selftest
 
     selftest._silence()
-    selftest._start(True, timedelta(seconds=60))
+    selftest._start(True, "transformer_engine", timedelta(seconds=60))
     results.write_bytes(pickle.dumps({name: _run(CASES[name], stand_in.CALLS) for name in names}))
 
 

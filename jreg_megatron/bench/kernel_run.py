@@ -231,7 +231,7 @@ def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
         runs: dict[Any, Callable[[], Any]] = {}
         why_not = ""
         for tile in tiles_for(width):
-            kernels = fused.TritonKernels(f"{fused.KERNELS.name}, {tile}", tile)
+            kernels = fused.TritonKernels(tile)
             of_tile = _kernel_runs(kernels, tensors)
             try:
                 check(kernels, sizes.device, width, sizes.dtype)

@@ -47,7 +47,7 @@ def make_ready(on_cpu: bool) -> None:
             from jreg_megatron.cpu import attention, megatron
 
             attention.install()
-            megatron.let_torch_norms_be_sequence_parallel()
+            megatron.take_torch_norms()
     if not cpu.has_training_loop():
         raise UserError(
             "bench step needs Megatron's training loop, which Megatron-Core's wheel has from 0.19 on; "

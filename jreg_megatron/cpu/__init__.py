@@ -24,6 +24,7 @@ def enable() -> None:
     """
     from jreg_megatron.cpu import megatron, redirect
 
+    megatron.hide_packages_for_gpus()
     megatron.import_without_compilation()
     redirect.install()
     megatron.install()

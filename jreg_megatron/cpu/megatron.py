@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import multiprocessing
+import sys
 from collections import defaultdict
 from functools import partial, wraps
 from multiprocessing.managers import SyncManager
@@ -14,6 +15,14 @@ import torch
 
 from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.dataset_helper import use_built_helper
+
+_FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+
+
+def hide_packages_for_gpus() -> None:
+    """Have Megatron find none of the packages that it takes wherever they are installed."""
+    for name in _FOR_GPUS:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def import_without_compilation() -> None:
@@ -107,6 +116,17 @@ def let_torch_norms_be_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def take_torch_norms() -> None:
+    """Have layers without Transformer Engine take torch's norms on a GPU too, where Apex's refuse RMSNorm."""
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = WrappedTorchNorm
+    let_torch_norms_be_sequence_parallel()
 
 
 def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:

@@ -22,8 +22,12 @@ class Kernels(Protocol):
     """What both ways offer. States are ``[..., h]`` of any floating type, those of one call on one device."""
 
     @property
+    def kind(self) -> str:
+        """``torch`` or ``triton``: those of one kind are as fast as each other."""
+
+    @property
     def name(self) -> str:
-        """For a report, such as ``torch`` or ``triton 3.9.0``."""
+        """The kind and more of it for a report, such as ``triton 3.9.0``."""
 
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi ``[...]`` of every token as in :func:`jreg_megatron.formulas.displacement`, without a graph."""
@@ -97,7 +101,7 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         raise UserError(
             f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
         )
-    return eager.TorchKernels(f"torch, as {why_not}")
+    return eager.TorchKernels(why_not)
 
 
 def refuse_fault(device: torch.device) -> None:

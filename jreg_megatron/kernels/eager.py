@@ -15,7 +15,16 @@ _LONGEST_SUM, _SHORTEST_PIECE = 1024, 64
 class TorchKernels:
     """See :class:`jreg_megatron.kernels.Kernels`. In place where it can be: memory is what takes the time."""
 
-    name: str = "torch"
+    why: str = ""
+    """The reason for which they stand in for others, if they do."""
+
+    @property
+    def kind(self) -> str:
+        return "torch"
+
+    @property
+    def name(self) -> str:
+        return f"torch, as {self.why}" if self.why else "torch"
 
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:

@@ -51,9 +51,16 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 class TritonKernels:
     """See :class:`jreg_megatron.kernels.Kernels`."""
 
-    name: str = f"triton {triton.__version__}"
     tile: Tile | None = None
     """Instead of the one that :func:`tile_for` gives; for tuning."""
+
+    @property
+    def kind(self) -> str:
+        return "triton"
+
+    @property
+    def name(self) -> str:
+        return f"triton {triton.__version__}" + (f", {self.tile}" if self.tile else "")
 
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
     timeout = timedelta(seconds=options.timeout)
-    _start(options.cpu or bool(options.nproc), timeout)
+    _start(options.cpu or bool(options.nproc), options.transformer_impl, timeout)
     _print(*_about_this_machine(options))
     return _run(layouts, options.transformer_impl, timeout)
 
@@ -112,6 +112,8 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             )
         if find_spec("transformer_engine") is None:
             raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
+        if options.cpu or options.nproc or not torch.cuda.is_available():
+            raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
     for name in ("tp", "pp", "cp", "ep"):
         size = getattr(options, name)
         if size is not None and size < 1:
@@ -139,7 +141,7 @@ def _silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _start(wants_cpu: bool, timeout: timedelta) -> None:
+def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     """Make ready the device, Megatron and the process group."""
     from_torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in from_torchrun.items():
@@ -156,9 +158,9 @@ def _start(wants_cpu: bool, timeout: timedelta) -> None:
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.backends.cuda.matmul.allow_tf32 = False
-    # Without Transformer Engine, so that float32 is float32: what Megatron then lacks is added here.
-    attention.install()
-    megatron.let_torch_norms_be_sequence_parallel()
+    if transformer_impl == "local":  # so that float32 is float32: what Megatron then lacks is added here
+        attention.install()
+        megatron.take_torch_norms()
     dist.init_process_group("nccl", timeout=timeout)
 
 
