@@ -410,8 +410,8 @@ def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.P
         first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
         raise UserError(
             f"{flag_of('kernels')} is {config.kernels!r}, for which rank {first} would run {name}, and "
-            f"rank {other} {other_name}, so that one would wait for the other; make them alike, or set it "
-            "to 'torch'"
+            f"rank {other} {other_name}, which round differently and take other times; make them alike, or "
+            "set it to 'torch'"
         )
 
 

@@ -259,7 +259,7 @@ def test_importing_the_package_imports_no_megatron() -> None:
 
 
 def test_packages_whose_kernels_need_a_gpu_are_left_alone_where_they_are_installed(tmp_path: Path) -> None:
-    for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
+    for name in ("transformer_engine", "apex", "amp_C"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} found no GPU')")
     done = subprocess.run(
@@ -274,24 +274,25 @@ def test_packages_whose_kernels_need_a_gpu_are_left_alone_where_they_are_install
     assert " 0 failed" in done.stdout
 
 
-def norms_where_apex_is_installed() -> bool:
+def local_parts_where_transformer_engine_and_apex_are_installed() -> bool:
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
     from megatron.core.models import backends
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from jreg_megatron.cpu.megatron import take_torch_norms
+    from jreg_megatron.cpu.megatron import make_local_layers_torchs
 
     gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = FusedLayerNorm
-    take_torch_norms()
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    norms = layer.submodules.input_layernorm, layer.submodules.pre_mlp_layernorm
-    return {*norms, gpt_layer_specs.LNImpl, transformer_block.LayerNormImpl} == {WrappedTorchNorm}
+    moe_utils.te_general_gemm = lambda *_: None
+    make_local_layers_torchs()
+    norms = backends.LocalSpecProvider().layer_norm(), gpt_layer_specs.LNImpl, transformer_block.LayerNormImpl
+    return {*norms} == {WrappedTorchNorm} and moe_utils.te_general_gemm is None
 
 
-def test_without_transformer_engine_the_norms_are_torchs_where_apex_is_installed() -> None:
-    assert run_function(norms_where_apex_is_installed, 1) == [True]
+def test_local_layers_take_nothing_of_transformer_engine_and_apex_where_they_are_installed() -> None:
+    assert run_function(local_parts_where_transformer_engine_and_apex_are_installed, 1) == [True]
 
 
 def test_the_cpu_flags_come_last_and_once() -> None:

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -124,6 +125,27 @@ def test_a_dry_run_prints_the_torchrun_command_with_every_flag(
     batch, length = (int(asked[asked.index(name) + 1]) for name in ("--global-batch-size", "--seq-length"))
     assert flags == [*asked, "--train-iters", str(int(iterations) // (batch * length)), "--lr", "1e-4"]
     assert not (tmp_path / "run").exists()
+
+
+def plan_beside_transformer_engine(argv: list[str]) -> None:
+    from jreg_megatron.recipe.__main__ import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        about = Path(folder, "transformer_engine-2.9.0.dist-info", "METADATA")
+        about.parent.mkdir()
+        about.write_text("Name: transformer_engine\nVersion: 2.9.0\n")
+        sys.path.append(folder)
+        main(argv)
+
+
+def test_a_flag_that_needs_transformer_engine_is_taken_where_that_is_installed(
+    words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = words_of("llama_170m", "jreg", "--dry-run", "--", "--log-max-attention-logit", RUN=tmp_path)
+    refused = plan(words, check=False)
+    assert refused.status == [2] and "only supported with TE >= 2.9.0" in refused.output[0]
+    entry = "test_recipes:plan_beside_transformer_engine"
+    assert "--log-max-attention-logit" in ranks_and_flags(run_ranks(words, entry=entry).output[0])[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

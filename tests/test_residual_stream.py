@@ -121,7 +121,10 @@ def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None
 
 
 def test_ranks_that_would_run_different_kernels_are_refused() -> None:
-    by_rank = [SimpleNamespace(kind="triton", name="triton 3"), kernels.eager.TorchKernels("a cache is full")]
+    by_rank = [
+        SimpleNamespace(kind="triton 3", name="triton 3"),
+        kernels.eager.TorchKernels("a cache is full"),
+    ]
     said = run_function(refusal_of_kernels, 2, by_rank, timeout=60)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 
 from jreg_megatron.errors import UserError
@@ -99,12 +100,14 @@ def test_a_mistake_is_one_line_and_status_2(argv: list[str], says: str) -> None:
     assert says in report and "Traceback" not in report
 
 
-def test_without_a_gpu_transformer_engine_is_refused_also_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_on_a_cpu_transformer_engine_is_refused_also_where_it_is_installed(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selftest, "find_spec", lambda name: ModuleSpec(name, None))
     argv = ["--transformer-impl", "transformer_engine", "--precision", "bf16"]
-    for on_cpu in ([], ["--cpu"], ["--nproc", "2"]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for on_cpu in ([], ["--cpu"], ["--nproc", "2"])[has_gpu:]:
         with pytest.raises(UserError, match="transformer_engine, which runs on GPUs only; take local"):
             selftest._parse([*argv, *on_cpu])
 

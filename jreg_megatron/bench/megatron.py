@@ -44,10 +44,9 @@ def make_ready(on_cpu: bool) -> None:
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
         if not _has_transformer_engine():
-            from jreg_megatron.cpu import attention, megatron
+            from jreg_megatron.cpu.megatron import make_local_layers_torchs
 
-            attention.install()
-            megatron.take_torch_norms()
+            make_local_layers_torchs()
     if not cpu.has_training_loop():
         raise UserError(
             "bench step needs Megatron's training loop, which Megatron-Core's wheel has from 0.19 on; "

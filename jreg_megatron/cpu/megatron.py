@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import sys
 from collections import defaultdict
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.dataset_helper import use_built_helper
 
-_FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+_FOR_GPUS = ("transformer_engine", "apex", "amp_C")
 
 
 def hide_packages_for_gpus() -> None:
-    """Have Megatron find none of the packages that it takes wherever they are installed."""
+    """Have Megatron find none of the packages that it takes wherever they are, unless imported already."""
     for name in _FOR_GPUS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
@@ -45,9 +45,8 @@ def install() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
 
-    from jreg_megatron.cpu import attention, has_training_loop
+    from jreg_megatron.cpu import has_training_loop
 
     if has_training_loop():
         _install_in_training_loop()
@@ -62,11 +61,7 @@ def install() -> None:
     # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
     filesystem_async.get_write_results_queue = partial(_write_results_queue, filesystem_async)
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16 asks for it without having looked for Transformer Engine
-
-    attention.install()
-    let_torch_norms_be_sequence_parallel()
+    make_local_layers_torchs()
     _let_the_distributed_optimizer_resume(DistributedOptimizer)
 
 
@@ -97,7 +92,8 @@ def _install_in_training_loop() -> None:
     use_built_helper()
 
 
-def let_torch_norms_be_sequence_parallel() -> None:
+@cache
+def _let_torch_norms_be_sequence_parallel() -> None:
     """Lift a refusal: torch's norms are local to a token, and that is all sequence parallelism asks of them.
 
     They only need the mark by which Megatron finds the parameters whose gradients the ranks must sum.
@@ -118,15 +114,24 @@ def let_torch_norms_be_sequence_parallel() -> None:
     WrappedTorchNorm.__new__ = staticmethod(new)
 
 
-def take_torch_norms() -> None:
-    """Have layers without Transformer Engine take torch's norms on a GPU too, where Apex's refuse RMSNorm."""
+def make_local_layers_torchs() -> None:
+    """Have the layers of ``--transformer-impl local`` run in torch alone, for good, on a GPU too.
+
+    Where Transformer Engine or Apex is installed, Megatron takes some of it for these layers as well; where
+    neither is, it misses context parallelism and sequence-parallel norms.
+    """
     from megatron.core.models import backends
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from jreg_megatron.cpu import attention
+
+    attention.install()
     gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = WrappedTorchNorm
-    let_torch_norms_be_sequence_parallel()
+    _let_torch_norms_be_sequence_parallel()
+    moe_utils.te_general_gemm = None  # 0.16 misses the name where there is no Transformer Engine
 
 
 def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:

@@ -75,8 +75,12 @@ def import_megatron(device: torch.device) -> None:
     with without_noise():
         if device.type == "cpu":
             cpu.enable()
-        elif device.index is not None:
-            torch.cuda.set_device(device)
+        else:
+            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+
+            make_local_layers_torchs()
+            if device.index is not None:
+                torch.cuda.set_device(device)
     if not cpu.has_training_loop():
         raise UserError("Megatron's checkpoints need megatron-core 0.19 or later; upgrade it")
 

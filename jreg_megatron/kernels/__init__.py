@@ -23,11 +23,11 @@ class Kernels(Protocol):
 
     @property
     def kind(self) -> str:
-        """``torch`` or ``triton``: those of one kind are as fast as each other."""
+        """``torch``, or ``triton`` and its version: those of one kind round alike, and are as fast."""
 
     @property
     def name(self) -> str:
-        """The kind and more of it for a report, such as ``triton 3.9.0``."""
+        """The kind, and for a report what else there is to say of them."""
 
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi ``[...]`` of every token as in :func:`jreg_megatron.formulas.displacement`, without a graph."""
@@ -67,11 +67,11 @@ class Kernels(Protocol):
         """
 
 
-def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> Kernels:
+def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) -> Kernels:
     """The kernels for a model: Triton's on a GPU, after they have shown there that their numbers are right.
 
     Args:
-        kind: "auto", "triton" or "torch".
+        wanted: "auto", "triton" or "torch".
         device: where the states are.
         width: their hidden size.
         dtype: their type.
@@ -80,9 +80,9 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
         UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
         DeviceFault: if they make the device fail.
     """
-    if kind == "torch":
+    if wanted == "torch":
         return eager.KERNELS
-    if kind == "auto" and device.type != "cuda":
+    if wanted == "auto" and device.type != "cuda":
         return eager.KERNELS
     why_not = ""
     try:
@@ -97,7 +97,7 @@ def choose(kind: str, device: torch.device, width: int, dtype: torch.dtype) -> K
     except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
         refuse_fault(device)
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if kind == "triton":
+    if wanted == "triton":
         raise UserError(
             f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
         )

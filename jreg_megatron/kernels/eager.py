@@ -24,7 +24,7 @@ class TorchKernels:
 
     @property
     def name(self) -> str:
-        return f"torch, as {self.why}" if self.why else "torch"
+        return f"{self.kind}, as {self.why}" if self.why else self.kind
 
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:

@@ -56,11 +56,11 @@ class TritonKernels:
 
     @property
     def kind(self) -> str:
-        return "triton"
+        return f"triton {triton.__version__}"
 
     @property
     def name(self) -> str:
-        return f"triton {triton.__version__}" + (f", {self.tile}" if self.tile else "")
+        return f"{self.kind}, {self.tile}" if self.tile else self.kind
 
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,6 +114,11 @@ def _import_megatron() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     cpu.enable()
+    from megatron.core import utils
+
+    # CPU mode hides it, and the flags are checked for ranks that will have it.
+    with contextlib.suppress(PackageNotFoundError):
+        utils._te_version = utils.PkgVersion(version("transformer-engine"))
 
 
 def _flags(request: Request) -> list[str]:

@@ -112,7 +112,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             )
         if find_spec("transformer_engine") is None:
             raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
-        if options.cpu or options.nproc or not torch.cuda.is_available():
+        if not options.list and (options.cpu or options.nproc or not torch.cuda.is_available()):
             raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
     for name in ("tp", "pp", "cp", "ep"):
         size = getattr(options, name)
@@ -154,13 +154,12 @@ def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
             torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=timeout)
         return
-    from jreg_megatron.cpu import attention, megatron
-
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.backends.cuda.matmul.allow_tf32 = False
-    if transformer_impl == "local":  # so that float32 is float32: what Megatron then lacks is added here
-        attention.install()
-        megatron.take_torch_norms()
+    if transformer_impl == "local":
+        from jreg_megatron.cpu.megatron import make_local_layers_torchs
+
+        make_local_layers_torchs()  # so that float32 is float32
     dist.init_process_group("nccl", timeout=timeout)
 
 
@@ -186,7 +185,7 @@ def _about_this_machine(options: argparse.Namespace) -> list[str]:
         f"{options.transformer_impl} layers",
     ]
     if absent:
-        lines.append(f"Not here, so not tested: {', '.join(absent)}")
+        lines.append(f"Not in use here, so not tested: {', '.join(absent)}")
     if not _has_hybrid_model():
         lines.append("Not in this Megatron-Core: HybridModel")
     lines.append("Largest relative differences to the model in plain torch:")
