@@ -128,7 +128,7 @@ def test_ranks_that_would_run_different_kernels_are_refused() -> None:
     said = run_function(refusal_of_kernels, 2, by_rank, timeout=60)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]
-    assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, so" in said[0]
+    assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, which round" in said[0]
 
 
 def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_stage_is_on_it(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import sys
@@ -17,6 +19,7 @@ from jreg_megatron.errors import UserError, print_error
 
 _GRACE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
+_NOT_EPHEMERAL = range(20000, 32768)  # outgoing connections take higher ones, by Linux's default
 
 
 def check_nproc(count: int) -> None:
@@ -125,7 +128,11 @@ def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this machine that nothing listens on, and that no outgoing connection takes meanwhile."""
+    for port in random.SystemRandom().sample(_NOT_EPHEMERAL, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise UserError(
+        f"100 ports in {_NOT_EPHEMERAL.start}..{_NOT_EPHEMERAL.stop - 1} are all taken; free some"
+    )
