@@ -47,10 +47,12 @@ from torch import Tensor, nn
 
 from jreg_megatron import kernels
 from jreg_megatron.errors import UserError
+from jreg_megatron.first_step import FirstStep, of_every_rank
 from jreg_megatron.kernels import Kernels
 from jreg_megatron.metrics import DisplacementMeter, JRegMetrics
 from jreg_megatron.penalty import Strength, add_displacement_gradient, add_input_gradient
 from jreg_megatron.residual_stream import (
+    final_norm_of,
     last_stage_has_a_layer,
     num_layers,
     residual_layers,
@@ -70,6 +72,12 @@ _HANDLE = "_jreg_handle"
 _MASK_OF_OTHER_TOKENS = (
     f"{flag_of('tokens')} is 'unmasked', and the loss mask is for {{}} tokens, while this rank has {{}}; "
     "call the model with a loss mask [b, s] of a number for each of its tokens"
+)
+
+
+_NO_MASK = (
+    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this pipeline "
+    "stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
 )
 
 
@@ -99,6 +107,7 @@ class JRegHandle:
         iteration: Callable[[], int] | None,
         group: dist.ProcessGroup | None,
         kernels: Kernels,
+        is_count_given: bool,
     ) -> None:
         model_config: Any = chunks[0].config
         device = _device_of(chunks)
@@ -115,12 +124,18 @@ class JRegHandle:
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
+        # Megatron's own calculator tells its schedules too; what a caller gives may be another number.
+        self._checks_count = is_count_given and config.coeff > 0 and not model_config.calculate_per_token_loss
+        self._ran = self._told = 0  # micro-batches of this step: of all chunks, and as the caller tells
+        self._ran_per_told: float | None = None
         self._has_measured = False  # in this log interval
         self._is_seen_whole = False
         self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
         self._coefficient = torch.zeros(1, device=device)
-        self._tap = tap_residual_stream(chunks, self)
+        self._first_step = FirstStep(chunks, config.coeff, num_microbatches, group)
+        self._tap = tap_residual_stream(chunks, self, self._first_step.report)
+        self._first_step.start()
         self._holds_weight = any(self._weight_of[number - 1] > 0 for number in self._tap.layer_numbers)
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
@@ -129,7 +144,14 @@ class JRegHandle:
 
     def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> _Microbatch | None:
         """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
-        if self.config.tokens == "unmasked" and loss_mask is None and not training:
+        if training and not self._first_step.has_ended:
+            self._first_step.begin_training_microbatch()
+        if training and self._checks_count:
+            self._ran += 1
+            self._told = self._num_microbatches()
+        if self.config.tokens == "unmasked" and loss_mask is None:
+            if training:
+                self._miss_mask()
             return None  # text is being generated
         iteration = self._iteration() if training and self._iteration is not None else None
         coeff = self.config.coeff if iteration is None else self.config.coeff_at(iteration)
@@ -137,7 +159,7 @@ class JRegHandle:
         if is_regularizing:
             self._fill_coefficient(coeff)
         mask = token_weights = None
-        if self.config.tokens == "unmasked":
+        if self.config.tokens == "unmasked" and loss_mask is not None:
             mask, token_weights = self._token_weights(loss_mask)
         return _Microbatch(
             is_training=training,
@@ -195,13 +217,15 @@ class JRegHandle:
             factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size
         return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
 
-    def _token_weights(self, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _miss_mask(self) -> None:
+        """Refuse to train without a loss mask; in a pipeline's first step on all ranks, since they wait."""
+        is_pipeline = self._model_config.pipeline_model_parallel_size > 1
+        if not is_pipeline or self._first_step.has_ended:
+            raise UserError(_NO_MASK)
+        self._first_step.report(_NO_MASK)
+
+    def _token_weights(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the loss mask, ``[s, b]``, and what each token then counts for."""
-        if loss_mask is None:
-            raise UserError(
-                f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this "
-                "pipeline stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
-            )
         if loss_mask.dim() != 2:
             raise UserError(_MASK_OF_OTHER_TOKENS.format([*loss_mask.shape], "[s, b]"))
         mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
@@ -261,9 +285,11 @@ class JRegHandle:
         """
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
         self._has_measured = self._has_measured or self.config.measures_at(iteration)
+        self._settle_first_step()
+        self._check_count()
         if not (is_interval_end or (self._has_measured and not self._is_seen_whole)):
             return None
-        metrics = self.reduce_training_metrics()
+        metrics = self.training_meter.reduce(self.weights, self._group)
         if metrics is None and self._has_measured:
             raise UserError(LAYER_NOT_SEEN)
         self._is_seen_whole = self._is_seen_whole or metrics is not None
@@ -274,20 +300,45 @@ class JRegHandle:
 
     def reduce_training_metrics(self) -> JRegMetrics | None:
         """Metrics over the training micro-batches since :meth:`reset_training_metrics`. Collective."""
+        self._settle_first_step()
         return self.training_meter.reduce(self.weights, self._group)
 
     def reset_training_metrics(self) -> None:
         """Begin a new interval of training metrics."""
         self.training_meter.reset()
+        self._ran = 0
 
     def reduce_validation_metrics(self) -> JRegMetrics | None:
         """Metrics over the micro-batches seen in evaluation mode since the last call. Collective."""
+        self._settle_first_step()
         metrics = self.validation_meter.reduce(self.weights, self._group)
         self.validation_meter.reset()
         return metrics
 
+    def _settle_first_step(self) -> None:
+        if not self._first_step.has_ended:
+            self._first_step.settle()
+
+    def _check_count(self) -> None:
+        """Refuse a number of micro-batches that the caller tells and that has become another.
+
+        The first step may differ by a factor, if the loss was seen to be scaled by what is told.
+        """
+        ran, self._ran = self._ran / len(self._chunks), 0
+        if not ran:
+            return
+        if self._ran_per_told is None:
+            self._ran_per_told = ran / self._told if self._first_step.has_seen_scale else 1.0
+        if ran != self._told * self._ran_per_told:
+            raise UserError(
+                f"attach(..., num_microbatches=) tells {self._told}, and the step had {ran:g} micro-batches, "
+                f"so lambda was {self.config.coeff * ran / self._told:.4g} and not {self.config.coeff:g}; "
+                "give a function that tells the number of each step, and call end_iteration once a step"
+            )
+
     def detach(self) -> None:
         """Leave the model as it was before :func:`attach`. A second call does nothing."""
+        self._first_step.end()
         self._tap.remove()
         for chunk in self._chunks:
             if getattr(chunk, _HANDLE, None) is self:
@@ -349,7 +400,7 @@ def attach(
 
     counter, chosen = _alike_on_every_rank(check, group)
     _refuse_different_kernels(chosen, config, group)
-    return JRegHandle(config, chunks, counter, iteration, group, chosen)
+    return JRegHandle(config, chunks, counter, iteration, group, chosen, num_microbatches is not None)
 
 
 def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
@@ -379,8 +430,16 @@ def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
         residual_layers(chunk)
     refuse_unsupported(chunks[0].config, config)
     config.layer_weights(num_layers(chunks[0]))
-    if config.final_state == "post_norm" and not last_stage_has_a_layer(chunks[0]):
-        raise UserError(NO_LAYER_FOR_POST_NORM)
+    if config.final_state == "post_norm":
+        if not last_stage_has_a_layer(chunks[0]):
+            raise UserError(NO_LAYER_FOR_POST_NORM)
+        for chunk in chunks:
+            is_last = any(layer.number == num_layers(chunk) for layer in residual_layers(chunk))
+            if is_last and final_norm_of(chunk) is None:
+                raise UserError(
+                    f"{flag_of('final_state')} is post_norm, and the model has no final norm behind its last "
+                    "layer; use pre_norm"
+                )
 
 
 def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | None) -> T:
@@ -393,7 +452,7 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     except Exception as caught:
         error = caught
         refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
-    refusals = _of_every_rank(refusal, group)
+    refusals = of_every_rank(refusal, group)
     if error is not None and not isinstance(error, UserError):
         raise error
     if first := next(filter(None, refusals), ""):
@@ -402,7 +461,7 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
 
 
 def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.ProcessGroup | None) -> None:
-    ranks = _of_every_rank((chosen.kind, chosen.name), group)
+    ranks = of_every_rank((chosen.kind, chosen.name), group)
     (kind, name), *_ = ranks
     for at, (other_kind, other_name) in enumerate(ranks):
         if other_kind == kind:
@@ -413,14 +472,6 @@ def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.P
             f"rank {other} {other_name}, which round differently and take other times; make them alike, or "
             "set it to 'torch'"
         )
-
-
-def _of_every_rank[T](own: T, group: dist.ProcessGroup | None) -> list[T]:
-    of_all = [own]
-    if dist.is_available() and dist.is_initialized():
-        of_all *= dist.get_world_size(group)
-        dist.all_gather_object(of_all, own, group=group)
-    return of_all
 
 
 def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:

@@ -37,9 +37,9 @@ class JRegCallback:
     TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One all-reduce
     after the first step of a run makes sure that every layer is seen. Other steps have none.
 
-    Make one callback per call of ``pretrain`` or ``finetune``. Bridge's forward steps give the model no loss
-    mask: with ``tokens="unmasked"`` they end at the first micro-batch in a :class:`UserError`, and a forward
-    step is needed that gives it on every pipeline stage.
+    Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
+    loss mask: ``tokens="unmasked"`` needs one pipeline stage, and a forward step that calls the model with
+    ``loss_mask=``. Without it the first micro-batch ends in a :class:`UserError`.
     """
 
     def __init__(self, config: Any, settings: JRegConfig) -> None:
@@ -60,6 +60,12 @@ class JRegCallback:
         self._state: Any = None
         for part in ("model", "ddp", "dist", "comm_overlap"):
             refuse_unsupported(getattr(config, part, None), settings)
+        stages = getattr(getattr(config, "model", None), "pipeline_model_parallel_size", 1)
+        if settings.tokens == "unmasked" and stages > 1:
+            raise UserError(
+                f"JRegConfig.tokens is 'unmasked' with {stages} pipeline stages, and Megatron-Bridge has the "
+                "loss mask on the last stage only; leave it at 'all', or use one pipeline stage"
+            )
 
         # A function, for a copy of the configuration shall not copy this object and the model with it.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:

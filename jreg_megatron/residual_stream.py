@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from jreg_megatron.errors import UserError
+from jreg_megatron.layer_watch import LayerWatch
 
 MODELS = ("GPTModel", "HybridModel", "MambaModel")
 """Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
@@ -101,12 +102,18 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
-def tap_residual_stream(chunks: Sequence[nn.Module], observer: ResidualStreamObserver) -> Tap:
+def tap_residual_stream(
+    chunks: Sequence[nn.Module],
+    observer: ResidualStreamObserver,
+    report: Callable[[str], None] | None = None,
+) -> Tap:
     """Put an observer on a built model.
 
     Args:
         chunks: this rank's model chunks (one, or one per virtual pipeline stage), wrapped or not.
         observer: what is told about every layer.
+        report: is told in each chunk's first counted forward pass where a layer's own argument and return
+            are not the states that the observer sees. Later passes are not compared.
 
     Returns:
         The tap, to be kept and removed.
@@ -123,7 +130,7 @@ def tap_residual_stream(chunks: Sequence[nn.Module], observer: ResidualStreamObs
         tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
     )
     for chunk, chunk_layers in zip(chunks, layers, strict=True):
-        _ChunkTap(chunk, observer, tap._undo).put_on(chunk_layers)
+        _ChunkTap(chunk, observer, tap._undo).put_on(chunk_layers, report)
     return tap
 
 
@@ -171,6 +178,14 @@ def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
         return [ResidualLayer(module.layer_number, module, module) for module in modules]
     pairs = zip(modules[::2], modules[1::2], strict=True)
     return [ResidualLayer(mlp.layer_number // 2, attention, mlp) for attention, mlp in pairs]
+
+
+def final_norm_of(chunk: Any) -> nn.Module | None:
+    """An unwrapped chunk's final norm; None where it has none, or one that does nothing."""
+    norm = getattr(chunk.decoder, "final_layernorm", None)
+    if norm is None:
+        norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
+    return None if type(norm).__name__ in ("Identity", "IdentityOp") else norm
 
 
 def num_layers(chunk: Any) -> int:
@@ -231,25 +246,28 @@ class _ChunkTap:
         self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
         # What the final norm is compared with: set by the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
+        self._watched: list[_LayerTap] = []
 
     @property
     def is_training(self) -> bool:
         """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
         return bool(self._chunk.decoder.training)
 
-    def put_on(self, layers: Iterable[ResidualLayer]) -> None:
+    def put_on(self, layers: Iterable[ResidualLayer], report: Callable[[str], None] | None) -> None:
         chunk, undo = self._chunk, self._undo
         undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
         undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
-        final_norm = getattr(chunk.decoder, "final_layernorm", None)
-        if final_norm is None:
-            final_norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
+        final_norm = final_norm_of(chunk)
         for layer in layers:
             is_last = layer.number == num_layers(chunk)
             tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
             undo.append(layer.first.register_forward_pre_hook(tap.before_layer, with_kwargs=True).remove)
             _wrap_bias_dropout_add(layer.first, "self_attn_bda", tap.on_input, undo)
             _wrap_bias_dropout_add(layer.last, "mlp_bda", tap.on_output, undo)
+            if report is not None:
+                self._watched.append(tap)
+                tap.start_watch(chunk.config, report)
+                undo.append(tap.end_watch)
         if final_norm is not None:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
 
@@ -273,7 +291,11 @@ class _ChunkTap:
         self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
         self.is_in_forward = True
 
-    def _after_chunk(self, chunk: nn.Module, *_: Any) -> None:
+    def _after_chunk(self, chunk: nn.Module, _: Any, output: Any) -> None:
+        if output is not None and self.microbatch is not None:  # it was counted, and did not break off
+            for tap in self._watched:
+                tap.end_watch(is_complete=True)
+            self._watched.clear()
         self.is_in_forward = False
         self.microbatch = self.last_layer = None
 
@@ -282,6 +304,10 @@ class _ChunkTap:
             return None
         (microbatch, layer_input), self.last_layer = self.last_layer, None
         return self.observer.final_norm(microbatch, num_layers(self._chunk), layer_input, normed)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_gone(storage: StorageWeakRef) -> bool:
@@ -299,6 +325,25 @@ class _LayerTap:
         self._microbatch: Any = None
         self._input: Tensor | None = None
         self._will_be_rerun = False
+        self._watch: LayerWatch | None = None
+        self._stop_watching_returns: Callable[[], None] = _nothing
+
+    def start_watch(self, config: Any, report: Callable[[str], None]) -> None:
+        """Compare the layer's argument and return with what is tapped, in the passes that count."""
+        layer = self._layer
+        classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
+        self._watch = LayerWatch(layer.number, " and ".join(classes), config, report)
+        self._stop_watching_returns = layer.last.register_forward_hook(self._after_layer).remove
+
+    def end_watch(self, is_complete: bool = False) -> None:
+        watch, self._watch = self._watch, None
+        self._stop_watching_returns()
+        if watch is not None and is_complete:
+            watch.ended()
+
+    def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._watch is not None and self._chunk.microbatch is not None:
+            self._watch.returned(output)
 
     def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         chunk = self._chunk
@@ -309,16 +354,22 @@ class _LayerTap:
         elif not chunk.is_in_forward and chunk.is_training:
             chunk.recall(state)
         self._microbatch, self._input = chunk.microbatch, None
+        if self._watch is not None and chunk.microbatch is not None:
+            self._watch.given(state)
 
     def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
         if self._microbatch is not None:
             self._input = residual
+            if self._watch is not None:
+                self._watch.adds_to(residual)
         return add(x_with_bias, residual, *rest)
 
     def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
         layer_output = add(*operands)
         microbatch, layer_input = self._microbatch, self._input
         self._microbatch = self._input = None
+        if self._watch is not None and microbatch is not None:
+            self._watch.tapped(layer_output)
         if microbatch is None or layer_input is None:
             return layer_output
         if self._feeds_final_norm and self._chunk.is_in_forward:

@@ -17,9 +17,9 @@ NO_LAYER_FOR_POST_NORM = (
 )
 
 LAYER_NOT_SEEN = (
-    "JREG saw no state of some layer in an iteration that it should have measured, so that layer is not "
-    "regularized either (or metrics were asked for before the backward pass); the run is stopped: leave out "
-    "what changes how layers run, such as layers that are frozen under full recompute, or JREG"
+    "JREG saw no state of some layer in an iteration that it measures, so that layer is not regularized "
+    "either. Two causes are known: full recompute does not run a frozen layer again, and metrics were asked "
+    "for before the backward pass. The run is stopped; turn full recompute off, or leave JREG out"
 )
 
 

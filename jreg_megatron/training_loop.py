@@ -150,7 +150,8 @@ def require_attached(train_step: Function) -> Function:
         attached = _expected()
         if attached is not None:
             _check_step(attached.config, *look_up(args, named))
-        return train_step(*args, **named)
+        with user_errors_exit():  # of what the first step shows
+            return train_step(*args, **named)
 
     return with_jreg
 
@@ -190,7 +191,8 @@ def measure_validation(evaluate: Function) -> Function:
             return evaluate(*args, **named)
         attached.handle.validation_meter.reset()
         result = evaluate(*args, **named)
-        metrics = attached.handle.reduce_validation_metrics()
+        with user_errors_exit():
+            metrics = attached.handle.reduce_validation_metrics()
         is_timed_out = result[-1]
         if metrics is None and not is_timed_out:
             with user_errors_exit():

@@ -1,0 +1,221 @@
+"""What ``attach`` takes for granted, held against what happens in the first step. It costs nothing later.
+
+Two things are inferred from how a model is built and configured, and a job may do them otherwise.
+
+- Which state is a layer's input and output: :mod:`jreg_megatron.layer_watch` compares.
+- How the loss is scaled on its way to the parameters. That shows in the gradient at the model's output, the
+  losses of a micro-batch's tokens ``[b, s]``. It is, with ``g``, ``M`` of :mod:`jreg_megatron.attachment`,
+
+    averaged loss     g / M, summed over the tokens of a micro-batch that has any that count
+    per-token loss    g, for each token that counts
+
+What scales the gradient after that scales JREG's gradient too.
+
+A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
+the gradients, or where metrics are asked for. Then all ranks raise the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jreg_megatron.errors import UserError
+
+_MOST = 1.5
+"""A loss may weigh its tokens, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
+_EXACT = 0.01
+
+_NO_COUNT = (
+    "calculate_per_token_loss is on, and the loss function returns no number of tokens, so Megatron does not "
+    "divide JREG's gradient by it; return three values from the loss function (sum of the losses, number of "
+    "tokens, report), or turn calculate_per_token_loss off"
+)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a rank has seen in a step; gradients without fp16's loss scale. Zeros where it has no loss."""
+
+    finding: str
+    losses: int = 0
+    """How many micro-batches have had a backward pass from the tokens' losses."""
+    gradient: float = 0.0
+    """Of the tokens' losses, summed over the micro-batches."""
+    expected: float = 0.0
+    """What that should be if the loss is a mean over the tokens that count, or per token their sum."""
+    expected_of_all: float = 0.0
+    """What it should be if the mean is over all tokens."""
+    num_tokens: int = 0
+    """What the loss function has counted, for per-token loss."""
+
+
+class FirstStep:
+    """The checks of the first step."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        coeff: float,
+        num_microbatches: Callable[[], int],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Nothing is seen before :meth:`start`.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped; at least one.
+            coeff: lambda; at 0 the scale of the loss does not matter.
+            num_microbatches: what JREG divides by.
+            group: the ranks that hold the model together; None for all.
+        """
+        self._chunks = chunks
+        self._config: Any = chunks[0].config
+        self._coeff = coeff
+        self._num_microbatches = num_microbatches
+        self._group = group
+        self._finding = ""
+        self._is_training = False
+        self._runs = 0
+        self._gradients: list[Tensor] = []  # sum, how many are not 0, how many there are, by micro-batch
+        self._num_tokens: Tensor | None = None
+        self.has_seen_scale = False
+        """Whether the loss's gradient has shown its scale, and it was right."""
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all was seen, and found as expected."""
+        return not self._undo
+
+    def start(self) -> None:
+        """Watch the model's output. The taps of the layers must be on before, to be asked before."""
+        self._undo += [chunk.register_forward_hook(self._after_chunk).remove for chunk in self._chunks]
+
+    def end(self) -> None:
+        """Take everything off the model."""
+        while self._undo:
+            self._undo.pop()()
+
+    def report(self, finding: str) -> None:
+        """This rank has found something that makes JREG's numbers wrong. The first finding is told."""
+        self._finding = self._finding or finding
+
+    def begin_training_microbatch(self) -> None:
+        """A chunk starts the forward pass of a micro-batch that a backward pass will follow."""
+        self._runs += 1
+        if not self._is_training:
+            self._is_training = True
+            self._meet_before_the_optimizer()
+
+    def settle(self) -> None:
+        """Bring together what the ranks have seen. A collective call; the checks go on if it was too little.
+
+        Raises:
+            UserError: if a rank has found something; on every rank the same.
+        """
+        ranks = of_every_rank(self._seen(), self._group)
+        if finding := next((rank.finding for rank in ranks if rank.finding), ""):
+            raise UserError(finding)
+        if self._runs and (self._coeff == 0 or self._is_scale_right(ranks)):
+            self.end()
+        self._runs, self._num_tokens = 0, None
+        self._gradients.clear()
+
+    def _meet_before_the_optimizer(self) -> None:
+        finalize = self._finalize
+        if finalize is None:
+            return
+
+        @functools.wraps(finalize)
+        def settle_first(model: Any, num_tokens: Tensor | None = None, *args: Any, **named: Any) -> Any:
+            self._num_tokens = num_tokens
+            self.settle()
+            return finalize(model, num_tokens, *args, **named)
+
+        def restore() -> None:
+            if self._finalize is settle_first:
+                self._config.finalize_model_grads_func = finalize
+
+        self._config.finalize_model_grads_func = settle_first
+        self._undo.append(restore)
+
+    @property
+    def _finalize(self) -> Callable[..., Any] | None:
+        """What Megatron's schedules call on every rank behind the last backward pass."""
+        function: Callable[..., Any] | None = getattr(self._config, "finalize_model_grads_func", None)
+        return function
+
+    def _after_chunk(self, chunk: Any, _: Any, output: Any) -> None:
+        if not (chunk.training and torch.is_grad_enabled()):
+            return
+        if self._finding and self._finalize is None and self._config.pipeline_model_parallel_size == 1:
+            raise UserError(self._finding)  # no schedule: all ranks come here, with the same layers
+        is_loss = chunk.post_process and isinstance(output, Tensor) and output.dim() == 2
+        if is_loss and output.requires_grad and self._coeff > 0:
+            output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        total, counted = gradient.sum(dtype=torch.float64), gradient.count_nonzero().double()
+        self._gradients.append(torch.stack((total, counted, torch.full_like(total, gradient.numel()))))
+
+    def _seen(self) -> _Seen:
+        num_tokens = 0 if self._num_tokens is None else int(self._num_tokens)
+        if not self._gradients:
+            return _Seen(self._finding, num_tokens=num_tokens)
+        scale = self._config.grad_scale_func
+        loss_scale = 1.0 if scale is None else float(scale(torch.ones_like(self._gradients[0][:1])))
+        total, counted, size = torch.stack(self._gradients).cpu().unbind(dim=1)
+        if self._config.calculate_per_token_loss:
+            of_all = float(counted.sum())
+            expected = of_all if self._num_tokens is None else float(num_tokens)
+        else:
+            expected = float((total != 0).sum()) / self._num_microbatches()
+            of_all = float((counted / size).sum()) / self._num_microbatches()
+        gradient = float(total.sum()) / loss_scale
+        return _Seen(self._finding, len(total), gradient, expected, of_all, num_tokens)
+
+    def _is_scale_right(self, ranks: Sequence[_Seen]) -> bool:
+        """Whether the loss is scaled as JREG expects; False too if this step does not tell.
+
+        Raises:
+            UserError: if it is scaled otherwise.
+        """
+        gradient, expected, of_all = (
+            sum(getattr(rank, name) for rank in ranks) for name in ("gradient", "expected", "expected_of_all")
+        )
+        has_loss = any(rank.losses for rank in ranks)
+        is_uncounted = self._num_tokens is not None and not any(rank.num_tokens for rank in ranks)
+        if self._config.calculate_per_token_loss and is_uncounted and (gradient or not has_loss):
+            raise UserError(_NO_COUNT)
+        if not has_loss:
+            return True  # the loss is computed from logits, outside of the model
+        if not gradient or not math.isfinite(gradient):
+            return False  # no token counts, or fp16 has overflowed
+        told, ran = self._num_microbatches(), self._runs / len(self._chunks)
+        ratio = gradient / expected
+        is_exact = any(abs(gradient - wanted) <= _EXACT * wanted for wanted in (expected, of_all))
+        if is_exact or (1 / _MOST <= ratio <= _MOST and ran == told):
+            self.has_seen_scale = True
+            return True
+        raise UserError(
+            f"the gradient of the loss is {ratio:.4g} times what JREG expects with {told} micro-batches "
+            f"({ran:g} ran), so lambda would be {self._coeff / ratio:.4g} and not {self._coeff:g}; return "
+            "the sum of the losses and the number of tokens from the loss function, or give attach(..., "
+            "num_microbatches=) the number by which the mean loss of a micro-batch is divided"
+        )
+
+
+def of_every_rank[T](own: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What each rank of ``group`` (None: all) gives. A collective call."""
+    of_all = [own]
+    if dist.is_available() and dist.is_initialized():
+        of_all *= dist.get_world_size(group)
+        dist.all_gather_object(of_all, own, group=group)
+    return of_all

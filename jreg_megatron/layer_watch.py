@@ -1,0 +1,94 @@
+"""Is what a tap takes for a layer's input and output what the layer itself is given and returns?
+
+A subclass of Megatron's layer may change the state before it calls its base class, or behind the last
+bias-dropout-add. Then the tap sees another state than the next layer does. One forward pass shows it: the
+tensors must hold the same values in the same memory. Values alone would not do: what a layer adds may be zero
+in the first step, as behind a gate that starts at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FIX = "JREG cannot see this layer's states; use Megatron's TransformerLayer as it is, or leave JREG out"
+
+
+class LayerWatch:
+    """Compares a layer's own argument and return with what the tap sees, in one forward pass."""
+
+    def __init__(self, number: int, classes: str, config: Any, report: Callable[[str], None]) -> None:
+        self._name = f"layer {number} ({classes})"
+        self._hidden_size = config.hidden_size
+        # Transformer Engine's fused norm hands on the residual, maybe as a copy.
+        self._may_copy = getattr(config, "fused_residual_rmsnorm", False)
+        self._report = report
+        self._has_run = False
+        self._given: _Kept | None = None
+        self._tapped: _Kept | None = None
+
+    def given(self, state: Tensor) -> None:
+        """The layer is called with ``state``."""
+        if self._has_run:
+            self._report(
+                f"{self._name} runs more than once in a forward pass, so its input and output are not the "
+                "model's state before and after it; JREG does not support this; leave JREG out"
+            )
+        if state.shape[-1] != self._hidden_size:
+            self._report(
+                f"{self._name} has a residual stream of width {state.shape[-1]}, and the model's hidden "
+                f"size is {self._hidden_size}; JREG does not support a wider stream, such as that of "
+                "hyper-connections; leave it out, or JREG"
+            )
+        self._has_run, self._given, self._tapped = True, _Kept(state), None
+
+    def adds_to(self, residual: Tensor) -> None:
+        """The layer's first bias-dropout-add gets ``residual``: to the tap, the layer's input."""
+        if self._given is not None and not self._given.is_same(residual, self._may_copy):
+            self._report(f"{self._name} adds to another state than it is given; {_FIX}")
+        self._given = None
+
+    def tapped(self, state: Tensor) -> None:
+        """The layer's last bias-dropout-add returns ``state``: to the tap, the layer's output."""
+        self._tapped = _Kept(state)
+
+    def returned(self, output: Any) -> None:
+        """The layer returns ``output``: the state, or a tuple that begins with it."""
+        state = output[0] if isinstance(output, tuple) else output
+        if self._given is not None or self._tapped is None:
+            self._report(f"{self._name} does not add its residual by self_attn_bda and mlp_bda; {_FIX}")
+        elif not self._tapped.is_same(state):
+            self._report(f"{self._name} changes the state behind its last bias-dropout-add; {_FIX}")
+        self._given = self._tapped = None
+
+    def ended(self) -> None:
+        """The model's forward pass is over."""
+        if not self._has_run:
+            self._report(
+                f"{self._name} has not run in the first forward pass; JREG does not support layers that are "
+                "left out; leave JREG out"
+            )
+
+
+class _Kept:
+    """A state, and a copy of its values, since a layer may change it in place."""
+
+    def __init__(self, state: Tensor) -> None:
+        self._state = state.detach()  # so that no other tensor gets its memory
+        self._values = self._state.clone()
+
+    def is_same(self, other: Tensor, may_be_copy: bool = False) -> bool:
+        """Whether ``other`` is the state with the same values, or holds them in another type."""
+        if other.shape != self._values.shape:
+            return False
+        if (
+            other.dtype == self._values.dtype
+            and not may_be_copy
+            and other.data_ptr() != self._state.data_ptr()
+        ):
+            return False
+        narrow = min(other.dtype, self._values.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        return torch.allclose(other.to(narrow), self._values.to(narrow), rtol=0.0, atol=0.0, equal_nan=True)

@@ -1,0 +1,317 @@
+"""What ``attach`` infers is held against the first step: what differs is refused before the optimizer's.
+
+The models are the custom loop's example, the layers those of ``unknown_layers``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import run_function, run_ranks
+
+from jreg_megatron import JRegConfig, UserError, attach
+
+M = 4  # micro-batches of the example
+COEFF = 0.1
+
+
+def start(tensor: int = 1, pipeline: int = 1) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    tensor_parallel.model_parallel_cuda_manual_seed(3)
+
+
+def build(kind: str | None = None, **settings: Any) -> Any:
+    """The example's model, of layers of a kind."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from jreg_megatron.examples import custom_loop
+
+    local = gpt_layer_specs.get_gpt_layer_local_spec
+    if kind is not None:
+        import unknown_layers
+
+        gpt_layer_specs.get_gpt_layer_local_spec = lambda **_: unknown_layers.spec_of(kind)
+    (model,) = custom_loop.build_model()
+    gpt_layer_specs.get_gpt_layer_local_spec = local
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return model
+
+
+Loss = Callable[[Any, Any], Any]
+"""What the schedule takes for loss, of the tokens' losses and their mask."""
+
+
+def sums(losses: Any, mask: Any) -> Any:
+    return (losses * mask).sum(), mask.sum().int(), {}
+
+
+def mean(losses: Any, mask: Any) -> Any:
+    return (losses * mask).sum() / mask.sum(), {}
+
+
+def schedule(model: Any, loss: Loss = sums, count: int = M, mask: Callable[[int], Any] | None = None) -> None:
+    """Megatron's forward and backward passes over ``count`` micro-batches."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from jreg_megatron.examples import custom_loop
+
+    def batches() -> Iterator[Any]:
+        for number, batch in enumerate(custom_loop.made_up_text()):
+            yield batch if mask is None else batch | {"loss_mask": mask(number)}
+
+    def forward_step(batches: Iterator[Any], model: Any) -> Any:
+        batch = next(batches)
+        positions = torch.arange(custom_loop.LENGTH).expand_as(batch["tokens"])
+        losses = model(batch["tokens"], positions, None, labels=batch["labels"])
+        return losses, lambda losses: loss(losses, batch["loss_mask"])
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches(),
+        model=model,
+        num_microbatches=count,
+        seq_length=custom_loop.LENGTH,
+        micro_batch_size=custom_loop.MICRO_BATCH_SIZE,
+        forward_only=not torch.is_grad_enabled(),
+    )
+
+
+def refusal(run: Callable[..., Any], *args: Any, **named: Any) -> str:
+    """What a call is refused with; empty if it is not."""
+    try:
+        run(*args, **named)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def step(model: Any, handle: Any, iteration: int = 1, **named: Any) -> None:
+    """A training step without an optimizer."""
+    schedule(model, **named)
+    handle.end_iteration(iteration)
+
+
+# -- layers ------------------------------------------------------------------------------------------
+
+
+def unknown_layers_without_a_schedule() -> dict[str, str]:
+    import test_attach  # its model of two layers
+    import unknown_layers
+
+    start()
+    said = {}
+    for kind in unknown_layers.UNKNOWN:
+        model = build(kind).module
+        handle = attach(model, JRegConfig(), num_microbatches=1)
+        said[kind] = refusal(test_attach.forward, model)
+        handle.detach()
+        test_attach.forward(model)  # nothing is left
+    return said
+
+
+def test_a_layer_that_treats_the_stream_otherwise_is_refused_by_its_class_in_the_first_forward_pass() -> None:
+    (said,) = run_function(unknown_layers_without_a_schedule)
+    import unknown_layers
+
+    for kind, (layer, why) in unknown_layers.UNKNOWN.items():
+        assert said[kind].startswith(f"layer 1 ({layer.__name__}) {why}"), kind
+
+
+def unknown_layers_on_one_stage(kind: str) -> list[str]:
+    """A pipeline whose second stage alone has such layers: in training, and in evaluation alone."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed import finalize_model_grads
+
+    start(pipeline=2)
+    finished = []
+
+    def finalize(*args: Any, **named: Any) -> None:
+        finished.append(True)
+        finalize_model_grads(*args, **named)
+
+    model = build(kind if dist.get_rank() == 1 else None, finalize_model_grads_func=finalize)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    said = [refusal(schedule, model)]
+    assert not finished, "the optimizer may follow"
+    handle.detach()
+    assert model.config.finalize_model_grads_func is finalize
+    handle = attach(model, JRegConfig(), num_microbatches=M)
+    model.eval()
+    with torch.no_grad():
+        schedule(model)
+    said.append(refusal(handle.reduce_validation_metrics))
+    return said
+
+
+@pytest.mark.parametrize("kind", ["goes on", "adds by itself"])
+def test_what_one_pipeline_stage_finds_is_refused_on_all_before_the_gradients_are_finished(kind: str) -> None:
+    first, second = run_function(unknown_layers_on_one_stage, 2, kind, timeout=60)
+    assert first == second
+    assert all(line.startswith("layer 3 (") for line in first)
+
+
+def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[str], tmp_path: Path) -> None:
+    argv = [*toy_arguments, "--train-iters", 2, "--pipeline-model-parallel-size", 2]
+    argv += ["--save", tmp_path / "saved", "--save-interval", 1, "--jreg-measure-interval", 10]
+    argv += ["--spec", "unknown_layers", "goes_on_spec"]
+    run = run_ranks(argv, 2, check=False)
+    assert 2 in run.status and "Traceback" not in "".join(run.output)
+    lines = [line for output in run.output for line in output.splitlines() if "jreg_megatron: error" in line]
+    assert lines[0].startswith("jreg_megatron: error: layer 1 (GoesOn) changes the state behind")
+    assert not list(tmp_path.glob("saved/iter*"))
+
+
+def leaves_nothing_behind() -> tuple[Any, Any]:
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+
+    def hooks() -> list[int]:
+        return [len(module._forward_hooks) for module in model.modules()]
+
+    before = hooks()
+    schedule(model)
+    return (sum(before) - sum(hooks()), len(model.module.decoder.layers)), (
+        model.config.finalize_model_grads_func is finalize_model_grads,
+        refusal(step, model, handle),
+    )
+
+
+def test_after_the_first_step_nothing_of_the_checks_is_left() -> None:
+    (((removed, layers), (is_restored, said)),) = run_function(leaves_nothing_behind)
+    assert removed == layers + 1, "each layer's, and the model's output"
+    assert is_restored and not said
+
+
+# -- the scale of the loss -----------------------------------------------------------------------------
+
+
+def scales() -> dict[str, tuple[str, float]]:
+    """What each way to scale a loss is refused with, and lambda beside that of the same loss without JREG."""
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+
+    def halves(number: int) -> Any:
+        mask = torch.ones(2, 32)
+        mask[:, ::2] = 0
+        return mask
+
+    ways: dict[str, Any] = {
+        # name: number of micro-batches that attach is given, per-token loss, loss, mask
+        "sums": (M, False, sums, None),
+        "mean": (M, False, mean, None),
+        "sums, per token": (M, True, sums, None),
+        "mean, per token": (M, True, mean, None),
+        "half of the tokens": (M, False, sums, halves),
+        "half of the tokens, per token": (M, True, sums, halves),
+        "half of the tokens, mean over all": (M, False, lambda x, m: ((x * m).mean(), {}), halves),
+        "one micro-batch without tokens": (M, False, sums, lambda n: torch.full((2, 32), float(n > 0))),
+        "weighs its tokens": (M, False, lambda x, m: ((1.2 * x).mean(), {}), None),
+        "fp16": (M, False, sums, None),
+        "accumulated twice by the caller": (M, False, lambda x, m: (x.mean() / 2, {}), None),
+        "accumulated twice, and told": (2 * M, False, lambda x, m: (x.mean() / 2, {}), None),
+        "a sum that nobody divides": (M, False, lambda x, m: (x.sum(), {}), None),
+        "half of the micro-batches told": (M // 2, False, sums, None),
+        "one micro-batch more told": (M + 1, False, sums, None),
+    }
+    said = {}
+    for name, (told, per_token, loss, mask) in ways.items():
+        torch.manual_seed(3)
+        scale = 1024.0 if name == "fp16" else 1.0
+        model = build(
+            finalize_model_grads_func=finalize_model_grads,
+            calculate_per_token_loss=per_token,
+            grad_scale_func=lambda loss, scale=scale: loss * scale,
+        )
+        handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=told)
+        said[name] = refusal(step, model, handle, loss=loss, mask=mask)
+        handle.detach()
+    return said
+
+
+def test_a_loss_that_is_scaled_otherwise_is_refused_with_the_lambda_that_it_would_have() -> None:
+    (said,) = run_function(scales)
+    lambdas = {
+        "accumulated twice by the caller": "0.2",
+        "a sum that nobody divides": "0.001563",  # of 64 tokens
+        "half of the micro-batches told": "0.2",
+        "one micro-batch more told": "0.08",
+    }
+    for name, line in said.items():
+        if name == "mean, per token":
+            assert "calculate_per_token_loss is on, and the loss function returns no number of tokens" in line
+        elif name in lambdas:
+            assert f"so lambda would be {lambdas[name]} and not 0.1;" in line, name
+        else:
+            assert not line, name
+
+
+def waits_for_a_loss() -> list[Any]:
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    nothing = refusal(step, model, handle, mask=lambda _: torch.zeros(2, 32))
+    return [nothing, refusal(schedule, model, lambda losses, _: (losses.mean() / 2, {}))]
+
+
+def test_a_first_step_without_a_token_that_counts_leaves_the_check_to_the_next() -> None:
+    ((nothing, halved),) = run_function(waits_for_a_loss)
+    assert not nothing
+    assert "so lambda would be 0.2 and not 0.1" in halved
+
+
+def batch_ramps_up() -> list[str]:
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    said, now = [], {"count": 0}
+    for told in (lambda: now["count"], M):
+        model = build(finalize_model_grads_func=finalize_model_grads)
+        handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=told)
+        for iteration, now["count"] in enumerate((M, M, 2 * M), start=1):
+            said.append(refusal(step, model, handle, iteration, count=now["count"]))
+    return said
+
+
+def test_a_number_of_microbatches_that_is_told_once_and_grows_is_refused_in_the_step_where_it_does() -> None:
+    (said,) = run_function(batch_ramps_up)
+    assert not any(said[:5])
+    assert re.search(r"tells 4, and the step had 8 micro-batches, so lambda was 0.2 and not 0.1;", said[5])
+
+
+# -- a mask that is missing on some stage ------------------------------------------------------------------
+
+
+def mask_on_the_last_stage() -> str:
+    from megatron.core.distributed import finalize_model_grads
+
+    start(pipeline=2)
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    forward = model.module.forward
+    if model.module.post_process:
+        import torch
+
+        model.module.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
+    attach(model, JRegConfig(coeff=COEFF, tokens="unmasked"), num_microbatches=M)
+    return refusal(schedule, model)
+
+
+def test_a_loss_mask_that_one_stage_lacks_is_refused_on_all() -> None:
+    first, second = run_function(mask_on_the_last_stage, 2, timeout=60)
+    assert first == second and "without a loss mask on this pipeline stage" in first
