@@ -30,7 +30,8 @@ over the ``m`` unmasked tokens of a context-parallel rank's part of a micro-batc
 Each unmasked token gets ``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss.
 All ranks that share that part by sequence parallelism hold its whole mask, so each can count ``m``.
 
-None of this needs a collective, and nothing in it is known only on some ranks.
+None of this needs a collective, and nothing in it is known only on some ranks. That the loss is scaled so is
+looked at in the first step (:mod:`jreg_megatron.first_step`).
 """
 
 from __future__ import annotations
@@ -399,6 +400,7 @@ def attach(
         return counter, kernels.choose(config.kernels, device, model_config.hidden_size, dtype)
 
     counter, chosen = _alike_on_every_rank(check, group)
+    _refuse_other_numbers(chunks, group)
     _refuse_different_kernels(chosen, config, group)
     return JRegHandle(config, chunks, counter, iteration, group, chosen, num_microbatches is not None)
 
@@ -458,6 +460,21 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     if first := next(filter(None, refusals), ""):
         raise UserError(first)
     return cast(T, result)
+
+
+def _refuse_other_numbers(chunks: Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
+    """Refuse layers that are not numbered 1 to L: their numbers choose weights and rows of the metrics."""
+    own = [layer.number for chunk in chunks for layer in residual_layers(chunk)]
+    ranks = of_every_rank(own, group)
+    count = num_layers(chunks[0])
+    if {number for rank in ranks for number in rank} != {*range(1, count + 1)} or any(
+        len(rank) > len({*rank}) for rank in ranks
+    ):
+        numbers = " and ".join(dict.fromkeys(" ".join(map(str, rank)) for rank in ranks if rank))
+        raise UserError(
+            f"the model's layers have the numbers (layer_number) {numbers}, and its config.num_layers tells "
+            f"{count}; JREG needs each of 1 to {count} once"
+        )
 
 
 def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.ProcessGroup | None) -> None:

@@ -84,11 +84,8 @@ class _Kept:
         """Whether ``other`` is the state with the same values, or holds them in another type."""
         if other.shape != self._values.shape:
             return False
-        if (
-            other.dtype == self._values.dtype
-            and not may_be_copy
-            and other.data_ptr() != self._state.data_ptr()
-        ):
+        is_moved = other.data_ptr() != self._state.data_ptr()
+        if is_moved and other.dtype == self._values.dtype and not may_be_copy:
             return False
         narrow = min(other.dtype, self._values.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         return torch.allclose(other.to(narrow), self._values.to(narrow), rtol=0.0, atol=0.0, equal_nan=True)

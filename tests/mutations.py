@@ -25,6 +25,7 @@ KERNELS = ("tests/test_kernels.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 EVALUATE = ("tests/test_evaluate.py",)
 CONVERT = ("tests/test_convert.py",)
+FIRST_STEP = ("tests/test_first_step.py",)
 
 
 @dataclass(frozen=True)
@@ -344,6 +345,115 @@ FAULTS = [
             ),
         ),
         CONVERT,
+    ),
+    Fault(
+        "compare a layer's values and not its memory",
+        "layer_watch.py",
+        (("if is_moved and other.dtype", "if False and other.dtype"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "take a layer's state as it is after an in-place change",
+        "layer_watch.py",
+        (("self._values = self._state.clone()", "self._values = self._state"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer's input be another state",
+        "layer_watch.py",
+        (("not self._given.is_same(residual, self._may_copy)", "self._given is None"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer add its residual by itself",
+        "layer_watch.py",
+        (
+            ("if self._given is not None or self._tapped is None:", "if False:"),
+            ("elif not self._tapped", "elif self._tapped and not self._tapped"),
+        ),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer run twice",
+        "layer_watch.py",
+        (("if self._has_run:", "if False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer not run",
+        "layer_watch.py",
+        (("if not self._has_run:", "if False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let the stream be wider than the model",
+        "layer_watch.py",
+        (("if state.shape[-1] != self._hidden_size:", "if False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "tell what the first step shows on the rank that sees it alone",
+        "first_step.py",
+        (("ranks = of_every_rank(self._seen(), self._group)", "ranks = [self._seen()]"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "meet after the optimizer's step",
+        "first_step.py",
+        (("            self.settle()\n            return finalize", "            return finalize"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a per-token loss be counted by nobody",
+        "first_step.py",
+        (("is_uncounted and (gradient or not has_loss)", "False"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "do not look at the loss's scale",
+        "first_step.py",
+        (("is_exact = any(", "is_exact = True or any("),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "forget fp16's loss scale where the loss's is looked at",
+        "first_step.py",
+        (("gradient = float(total.sum()) / loss_scale", "gradient = float(total.sum())"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "take a step without tokens for a right one",
+        "first_step.py",
+        (
+            (
+                "if not gradient or not math.isfinite(gradient):\n            return False",
+                "if not gradient or not math.isfinite(gradient):\n            return True",
+            ),
+        ),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let the number of micro-batches become another",
+        "attachment.py",
+        (("if ran != self._told * self._ran_per_told:", "if False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "raise for a missing mask on one stage alone",
+        "attachment.py",
+        (("if not is_pipeline or self._first_step.has_ended:", "if True:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let layers have any numbers",
+        "attachment.py",
+        (("    _refuse_other_numbers(chunks, group)\n", ""),),
+    ),
+    Fault(
+        "let Bridge's stages start without the mask that they lack",
+        "bridge.py",
+        (('if settings.tokens == "unmasked" and stages > 1:', "if False:"),),
+        BRIDGE,
     ),
 ]
 

@@ -149,6 +149,66 @@ def test_no_step_is_trained_without_the_regularizer_on_any_rank(tmp_path: Path) 
         assert "does not support distribute_saved_activations" in changed
 
 
+def train_unmasked_in_two_stages(folder: Path) -> list[str]:
+    from bridge_toy import recipe
+
+    said = []
+    for with_builder in (False, True):
+        with pytest.raises(UserError) as caught:
+            JRegCallback(
+                recipe(folder, with_builder=with_builder, cut=(1, 2, None)), JRegConfig(tokens="unmasked")
+            )
+        said.append(str(caught.value))
+    JRegCallback(recipe(folder), JRegConfig(tokens="unmasked"))  # one stage: a forward step may give the mask
+    return said
+
+
+def test_unmasked_tokens_with_pipeline_stages_are_refused_before_a_model_is_built(tmp_path: Path) -> None:
+    (said,) = run_function(train_unmasked_in_two_stages, 1, tmp_path)
+    assert all(line.startswith("JRegConfig.tokens is 'unmasked' with 2 pipeline stages") for line in said)
+
+
+def gemma_4() -> str:
+    import torch
+    from bridge_toy import TransformerConfig  # noqa: F401  (what Bridge imports and is not here)
+    from megatron.bridge.models.gemma.gemma4_provider import Gemma4DenseProvider
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model = Gemma4DenseProvider(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=2,
+        num_query_groups=1,
+        num_global_query_groups=1,
+        kv_channels=16,
+        global_kv_channels=16,
+        num_kv_shared_layers=0,
+        seq_length=16,
+        vocab_size=63,
+        per_layer_embed_vocab_size=64,
+        per_layer_embed_dim=8,
+        bf16=False,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        transformer_impl="local",
+    ).provide()
+    attach(model, JRegConfig(coeff=0.1), num_microbatches=1)
+    tokens = torch.arange(32).view(2, 16)
+    with pytest.raises(UserError) as caught:
+        model(tokens, torch.arange(16).expand(2, 16), None, labels=tokens)
+    return str(caught.value)
+
+
+def test_a_stock_recipe_whose_layers_go_on_behind_their_mlp_is_refused_by_their_class() -> None:
+    (said,) = run_function(gemma_4)
+    assert said.startswith("layer 1 (Gemma4DenseTransformerLayer) changes the state behind its last bias")
+
+
 def names_in_bridge(folder: Path) -> tuple[set[str], set[str], set[str]]:
     import dataclasses
 

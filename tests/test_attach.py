@@ -256,6 +256,14 @@ def refuses_by_name() -> list[str]:
     ]
     lines.append(refusal(model, JRegConfig(), num_microbatches=0))
     lines.append(refusal(model, JRegConfig(), num_microbatches=2.5))
+    for holder, name, value in (
+        (model.decoder.layers[1], "layer_number", 1),
+        (model.config, "num_layers", 3),
+    ):
+        right = getattr(holder, name)
+        setattr(holder, name, value)
+        lines.append(refusal(model, JRegConfig(), num_microbatches=1))
+        setattr(holder, name, right)
     handle = attach(model, JRegConfig(tokens="unmasked"), num_microbatches=1)
     with pytest.raises(UserError) as caught:
         step(model)
@@ -401,6 +409,8 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
             "iteration=",
             "num_microbatches=0",
             "num_microbatches=2.5",
+            "numbers (layer_number) 1 1, and its config.num_layers tells 2",
+            "numbers (layer_number) 1 2, and its config.num_layers tells 3",
             "without a loss mask on this pipeline stage",
             "attached to this model already",
         ),

@@ -175,7 +175,7 @@ def run_four_iterations() -> dict[str, Any]:
             tokens = torch.randint(0, 32, (2, 8))
             loss = model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens).mean()
             if torch.is_grad_enabled():
-                loss.backward()
+                (loss / 2).backward()
 
     collectives = [0]
     all_reduce = dist.all_reduce
@@ -305,6 +305,14 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
     setattr(getattr(config, part), setting, True)
     with pytest.raises(UserError, match=f"JREG does not support {setting} yet"):
         JRegCallback(config, JRegConfig())
+
+
+def test_unmasked_tokens_with_pipeline_stages_are_refused_before_anything_is_built() -> None:
+    config = container()
+    config.model.pipeline_model_parallel_size = 2
+    with pytest.raises(UserError, match="'unmasked' with 2 pipeline stages"):
+        JRegCallback(config, JRegConfig(tokens="unmasked"))
+    JRegCallback(config, JRegConfig())
 
 
 def test_the_model_configuration_alone_is_refused() -> None:
