@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -129,7 +129,7 @@ class JRegHandle:
         self._checks_count = is_count_given and config.coeff > 0 and not model_config.calculate_per_token_loss
         self._ran = self._told = 0  # micro-batches of this step: of all chunks, and as the caller tells
         self._ran_per_told: float | None = None
-        self._has_measured = False  # in this log interval
+        self._measured: list[int] = []  # iterations of this log interval
         self._is_seen_whole = False
         self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
@@ -285,18 +285,30 @@ class JRegHandle:
                 than others.
         """
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
-        self._has_measured = self._has_measured or self.config.measures_at(iteration)
         self._settle_first_step()
         self._check_count()
-        if not (is_interval_end or (self._has_measured and not self._is_seen_whole)):
+        if self.config.measures_at(iteration):
+            self._measured.append(iteration)
+        if not (is_interval_end or (self._measured and not self._is_seen_whole)):
             return None
-        metrics = self.training_meter.reduce(self.weights, self._group)
-        if metrics is None and self._has_measured:
+        return self._metrics(is_interval_end)
+
+    def end_training(self) -> JRegMetrics | None:
+        """To be called where training ends: metrics over the log interval that this cuts off.
+
+        A collective call if :meth:`end_iteration` has still to give metrics for an iteration, else None.
+        """
+        return self._metrics(is_interval_end=True) if self._measured else None
+
+    def _metrics(self, is_interval_end: bool) -> JRegMetrics | None:
+        metrics = self.reduce_training_metrics()
+        if metrics is None and self._measured:
             raise UserError(LAYER_NOT_SEEN)
-        self._is_seen_whole = self._is_seen_whole or metrics is not None
+        if metrics is not None:
+            self._is_seen_whole = True
+            metrics = replace(metrics, iterations=tuple(self._measured))
         if is_interval_end:
             self.reset_training_metrics()
-            self._has_measured = False
         return metrics
 
     def reduce_training_metrics(self) -> JRegMetrics | None:
@@ -307,6 +319,7 @@ class JRegHandle:
     def reset_training_metrics(self) -> None:
         """Begin a new interval of training metrics."""
         self.training_meter.reset()
+        self._measured.clear()
         self._ran = 0
 
     def reduce_validation_metrics(self) -> JRegMetrics | None:

@@ -35,7 +35,10 @@ class JRegCallback:
 
     Per log interval there is one all-reduce, one console line of the last rank, and the same values in
     TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One all-reduce
-    after the first step of a run makes sure that every layer is seen. Other steps have none.
+    after the first step of a run makes sure that every layer is seen. Other steps have none. A log interval
+    that the last iteration or ``exit_interval`` cuts off is logged too. Of an exit on SIGTERM or after
+    ``exit_duration_in_mins`` Bridge does not tell: what was measured since the last line is then not logged,
+    and the first line after the resume names the iterations that it is about.
 
     Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
     loss mask: ``tokens="unmasked"`` needs one pipeline stage, and a forward step that calls the model with
@@ -104,11 +107,24 @@ class JRegCallback:
         Raises:
             UserError: if a layer was not seen that should have been measured.
         """
-        iteration = self._iteration()
-        is_interval_end = iteration % context.state.cfg.logger.log_interval == 0
-        metrics = self.handle.end_iteration(iteration, is_interval_end)
-        if is_interval_end and metrics is not None:
-            self._report(context.state, metrics, iteration, "")
+        iteration, config = self._iteration(), context.state.cfg
+        every, exit_interval = config.logger.log_interval, config.train.exit_interval
+        # After an exit no event comes.
+        is_end = iteration % every == 0 or bool(exit_interval and iteration % exit_interval == 0)
+        metrics = self.handle.end_iteration(iteration, is_end)
+        if is_end and metrics is not None:
+            interval = self._settings.measured_iterations(iteration, every)
+            self._report(context.state, metrics, iteration, "", interval)
+
+    def on_train_end(self, context: Any) -> None:
+        """Report the rest, where training ends within a log interval. Collective.
+
+        Raises:
+            UserError: if a layer was not seen that should have been measured.
+        """
+        metrics = self.handle.end_training()
+        if metrics is not None:
+            self._report(context.state, metrics, int(context.state.train_state.step), "", [])
 
     def on_eval_start(self, context: Any) -> None:
         """Begin a validation."""
@@ -154,14 +170,20 @@ class JRegCallback:
             raise UserError(LAYER_NOT_SEEN)
         self._report(state, metrics, int(state.train_state.step), suffix)
 
-    def _report(self, state: Any, metrics: JRegMetrics, iteration: int, suffix: str) -> None:
+    def _report(
+        self,
+        state: Any,
+        metrics: JRegMetrics,
+        iteration: int,
+        suffix: str,
+        interval: list[int] | None = None,
+    ) -> None:
         """Log under the metrics' names with ``suffix``; Bridge keeps its writers on the last rank alone."""
         scalars = metrics.scalars(self._settings.log_per_layer)
         if _rank() == _num_ranks() - 1:
             shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
-            if bad := metrics.layers_not_finite():
-                shown.append(f"displacement not finite in layers: {bad}")
-            print(f" JREG{suffix} at iteration {iteration} | {' | '.join(shown)} |", flush=True)
+            line = " | ".join([*shown, *metrics.remarks(interval)])
+            print(f" JREG{suffix} at iteration {iteration} | {line} |", flush=True)
         named = {f"{name}{suffix}": value for name, value in scalars.items()}
         if writer := state.tensorboard_logger:
             for name, value in named.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,8 @@ class JRegMetrics:
     """``sum_l w_l * Psi_l``, before lambda."""
     jump_rate: float
     """zeta_L, the last layer's jump, in hundredths of displacement; NaN for a model of one layer."""
+    iterations: tuple[int, ...] = ()
+    """Training iterations that measured it, if the loop has told them."""
 
     def scalars(self, per_layer: bool) -> dict[str, float]:
         """The values by the names they are logged under."""
@@ -47,10 +50,21 @@ class JRegMetrics:
                 named[displacement_name(number, layers)] = value
         return named
 
-    def layers_not_finite(self) -> str:
-        """Numbers of the layers whose displacement is NaN, as text; one NaN or Inf in a state makes it so."""
-        bad = (~torch.isfinite(self.displacement)).nonzero().flatten() + 1
-        return " ".join(map(str, bad.tolist()))
+    def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
+        """What a reader must know: layers without a value, and the iterations if they are not as expected.
+
+        Args:
+            interval: the iterations that a reader expects; None for no check.
+        """
+        said = []
+        # One NaN or Inf in a state makes the layer's mean NaN.
+        if bad := ((~torch.isfinite(self.displacement)).nonzero().flatten() + 1).tolist():
+            said.append(f"displacement not finite in layers: {' '.join(map(str, bad))}")
+        if interval is not None and self.iterations != tuple(interval):
+            count, first, last = len(self.iterations), self.iterations[0], self.iterations[-1]
+            named = f"{count} iterations, {first} to {last}" if count > 1 else f"iteration {first}"
+            said.append(f"measured in {named}")
+        return said
 
 
 class DisplacementMeter:

@@ -203,6 +203,11 @@ class JRegConfig:
         """Whether training iteration ``iteration`` (1-based) measures the displacement."""
         return iteration % self.measure_interval == 0
 
+    def measured_iterations(self, last: int, log_interval: int) -> list[int]:
+        """The iterations that a whole log interval measures; none if ``last`` does not end an interval."""
+        whole = range(last - log_interval + 1, last + 1)
+        return [*filter(self.measures_at, whole)] if last % log_interval == 0 else []
+
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> JRegConfig:
         """Build from field names and values, as YAML gives them.

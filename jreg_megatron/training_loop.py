@@ -1,9 +1,9 @@
-"""JREG in Megatron's training loop: a decorator for each of six functions of ``megatron.training``.
+"""JREG in Megatron's training loop: a decorator for each of seven functions of ``megatron.training``.
 
 They are the same from 0.16 on. :func:`install` decorates them in a running process, for the launcher and
-``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree. Either way nothing
-happens unless a ``--jreg-...`` flag is given. Megatron's loop is global to a process, so what is known of
-it here is too.
+``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree, all but the last one,
+which :func:`attach_to_model` adds. Either way nothing happens unless a ``--jreg-...`` flag is given.
+Megatron's loop is global to a process, so what is known of it here is too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from jreg_megatron.attachment import JRegHandle, attach
 from jreg_megatron.errors import UserError, user_errors_exit
@@ -77,29 +78,30 @@ def install() -> None:
     """
     from megatron.training import arguments, training
 
-    decorators: list[tuple[ModuleType, Callable[[Function], Function], str]] = [
-        (arguments, add_arguments, "add_megatron_arguments"),
-        (training, attach_to_model, "setup_model_and_optimizer"),
-        (training, require_attached, "train_step"),
-        (training, log_training, "training_log"),
-        (training, measure_validation, "evaluate"),
-        (training, log_validation, "evaluate_and_print_results"),
-    ]
-    for module, decorate, name in decorators:
-        function = getattr(module, name, None)
-        if function is None:
-            raise UserError(
-                f"{module.__name__} has no function {name} ({module.__file__}), by which JREG enters "
-                "Megatron's training loop from 0.16 on; use jreg_megatron.attach in the code instead"
-            )
-        if hasattr(function, _MARK):
-            continue
-        _check_arguments(name, function)
-        decorated = decorate(function)
-        for key, other in list(sys.modules.items()):
-            if key.startswith("megatron.") and getattr(other, "__dict__", {}).get(name) is function:
-                setattr(other, name, decorated)
+    _decorate(arguments, add_arguments, "add_megatron_arguments")
+    _decorate(training, attach_to_model, "setup_model_and_optimizer")
+    _decorate(training, require_attached, "train_step")
+    _decorate(training, log_training, "training_log")
+    _decorate(training, measure_validation, "evaluate")
+    _decorate(training, log_validation, "evaluate_and_print_results")
+    _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")
     _loop.must_be_asked = True
+
+
+def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name: str) -> None:
+    function = getattr(module, name, None)
+    if function is None:
+        raise UserError(
+            f"{module.__name__} has no function {name} ({module.__file__}), by which JREG enters "
+            "Megatron's training loop from 0.16 on; use jreg_megatron.attach in the code instead"
+        )
+    if hasattr(function, _MARK):
+        return
+    _check_arguments(name, function)
+    decorated = decorate(function)
+    for key, other in list(sys.modules.items()):
+        if key.startswith("megatron.") and getattr(other, "__dict__", {}).get(name) is function:
+            setattr(other, name, decorated)
 
 
 # -- the decorators --------------------------------------------------------------------------------
@@ -120,16 +122,18 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
 
     @_decorating(setup_model_and_optimizer)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        from megatron.training import get_args, print_rank_0
+        from megatron.training import get_args, print_rank_0, training
 
         _loop.attached = _loop.last_step = None
         with user_errors_exit():
             config = config_of(get_args())
             if config is not None:
                 _refuse_another_megatron()
+                _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")
                 for name, function in _loop.decorated.items():
                     _check_arguments(name, function)
                 refuse_unsupported(get_args(), config)
+                _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
         built = setup_model_and_optimizer(*args, **named)
         if config is not None:
             with user_errors_exit():
@@ -165,14 +169,10 @@ def log_training(training_log: Function) -> Function:
         attached = _expected()
         if attached is None:
             return training_log(*args, **named)
-        totals, iteration, is_skipped = look_up(args, named)
-        metrics = _end_iteration(attached, totals, iteration, is_skipped)
+        losses, totals, iteration, is_skipped = look_up(args, named)
+        remarks = _end_iteration(attached, losses, totals, iteration, is_skipped)
         result = training_log(*args, **named)
-        if metrics is not None and (bad := metrics.layers_not_finite()):
-            from megatron.training import print_rank_last
-
-            # Megatron's line leaves out what is NaN.
-            print_rank_last(f" JREG at iteration {iteration} | displacement not finite in layers: {bad} | ")
+        _print(iteration, remarks)
         # A value that is not measured in the next interval must be absent there, not zero.
         for name in (LOSS_NAME, RATE_NAME):
             totals.pop(name, None)
@@ -230,6 +230,24 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
     return with_jreg
 
 
+def log_before_the_end(checkpoint_and_decide_exit: Function) -> Function:
+    """Log what was measured since the last line, where training ends within a log interval."""
+    look_up = _arguments_of("checkpoint_and_decide_exit", checkpoint_and_decide_exit)
+
+    @_decorating(checkpoint_and_decide_exit)
+    def with_jreg(*args: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        is_over = checkpoint_and_decide_exit(*args, **named)  # alike on every rank
+        if _loop.attached is not None:
+            (iteration,) = look_up(args, named)
+            if is_over or iteration >= get_args().train_iters:
+                _end_training(_loop.attached, iteration)
+        return is_over
+
+    return with_jreg
+
+
 _MARK = "_jreg"
 
 
@@ -243,8 +261,9 @@ def _decorating(function: Function) -> Callable[[Function], Function]:
 
 _READ = {
     "train_step": ("forward_step_func",),
-    "training_log": ("total_loss_dict", "iteration", "skipped_iter"),
+    "training_log": ("loss_dict", "total_loss_dict", "iteration", "skipped_iter"),
     "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
+    "checkpoint_and_decide_exit": ("iteration",),
 }
 """The arguments that are read of a function's calls, by their names in Megatron."""
 
@@ -314,10 +333,10 @@ def _expected() -> _Attached | None:
 
 @user_errors_exit()
 def _end_iteration(
-    attached: _Attached, totals: dict[str, Any], iteration: int, is_skipped: int
-) -> JRegMetrics | None:
-    """At the end of a log interval put its values among the totals that Megatron prints."""
-    from megatron.training import get_args
+    attached: _Attached, losses: dict[str, Any], totals: dict[str, Any], iteration: int, is_skipped: int
+) -> list[str]:
+    """At the end of a log interval put its values among the totals that Megatron prints; returns remarks."""
+    from megatron.training import get_args, is_last_rank
 
     if iteration != _current_iteration():
         raise UserError(
@@ -325,17 +344,61 @@ def _end_iteration(
             f"{_current_iteration()}, so it cannot tell its schedule; set args.curr_iteration before each "
             "step as Megatron does, or use jreg_megatron.attach in the code"
         )
-    is_interval_end = iteration % get_args().log_interval == 0
+    log_interval = get_args().log_interval
+    is_interval_end = iteration % log_interval == 0
     metrics = attached.handle.end_iteration(iteration, is_interval_end)
-    if metrics is not None:
-        scalars = metrics.scalars(attached.config.log_per_layer)
-        if is_interval_end:
-            _write(scalars, iteration)
+    if metrics is None:
+        return []
+    scalars = metrics.scalars(attached.config.log_per_layer)
+    if is_interval_end:
+        _write(scalars, iteration)
+    if is_last_rank():  # the one that prints
+        # Behind Megatron's own: of all totals its main branch exports the first as the loss.
+        for name, loss in () if is_skipped else losses.items():
+            totals.setdefault(name, torch.zeros(1, device=loss.device))
         # training_log prints each total divided by the iterations that advanced since the last line.
         advanced = totals.get("advanced iterations", 0) + (0 if is_skipped else 1)
         for name in (LOSS_NAME, RATE_NAME):
-            totals[name] = torch.tensor([scalars[name] * max(1, advanced)], dtype=torch.float64)
-    return metrics
+            total = torch.tensor([scalars[name] * max(1, advanced)], dtype=torch.float64)
+            totals[name] = total.as_subclass(_Total)
+    interval = attached.config.measured_iterations(iteration, log_interval)
+    return metrics.remarks(interval if is_interval_end else None)
+
+
+class _Total(torch.Tensor):
+    """A total whose average Megatron prints, whatever it is."""
+
+    def item(self) -> _Average:
+        return _Average(super().item())
+
+
+class _Average(float):
+    """Passes for more than 0: Megatron 0.16 leaves out averages of 0, and all versions those that are NaN."""
+
+    def __truediv__(self, count: float) -> _Average:
+        return _Average(float(self) / count)
+
+    def __gt__(self, other: float) -> bool:
+        return True
+
+    __ge__ = __gt__
+
+
+@user_errors_exit()
+def _end_training(attached: _Attached, iteration: int) -> None:
+    metrics = attached.handle.end_training()
+    if metrics is not None:
+        scalars = metrics.scalars(attached.config.log_per_layer)
+        shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
+        _print(iteration, [*shown, *metrics.remarks([])])
+        _write(scalars, iteration)
+
+
+def _print(iteration: int, said: list[str]) -> None:
+    from megatron.training import print_rank_last
+
+    if said:
+        print_rank_last(f" JREG at iteration {iteration} | {' | '.join(said)} | ")
 
 
 @user_errors_exit()
@@ -373,6 +436,18 @@ def _refuse_another_megatron() -> None:
                     f"from {loaded.parents[2]}; set PYTHONPATH to {folder} instead"
                 )
             return
+
+
+def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:
+    """Nodes of a recipe add the flag each for itself, where Apex is not installed."""
+    ranks = [is_fused] * dist.get_world_size()
+    dist.all_gather_object(ranks, is_fused)
+    if len(set(ranks)) > 1:
+        raise UserError(
+            f"rank {ranks.index(False)} has --no-gradient-accumulation-fusion, and rank {ranks.index(True)} "
+            "has not, so their gradients would round differently; give the flag to all, or install NVIDIA's "
+            "Apex on all nodes"
+        )
 
 
 def _current_iteration() -> int:

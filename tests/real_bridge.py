@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,30 @@ def test_a_resumed_run_goes_on_at_its_iteration_of_the_schedule(tmp_path: Path) 
     for tag, steps in (("lm loss", 2), ("grad-norm", 2), ("jreg loss", 1), ("jump rate", 1)):
         assert len(resumed[tag]) == steps
         assert resumed[tag] == whole[tag][-steps:], tag
+
+
+def exit_and_resume(folder: Path) -> list[str]:
+    from bridge_toy import recipe, train
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for exit_interval in (2, None):
+            config = recipe(folder)
+            config.logger.log_interval = 3
+            config.train.exit_interval = exit_interval
+            config.checkpoint.save = config.checkpoint.load = str(folder / "checkpoints")
+            with pytest.raises(SystemExit) if exit_interval else contextlib.nullcontext():
+                train(config, [JRegCallback(config, SETTINGS)])
+    return re.findall(r"^ JREG at (iteration \d) .* (\| .*) \|$", printed.getvalue(), re.MULTILINE)
+
+
+def test_what_an_exit_cuts_off_is_logged_before_it_and_the_rest_after_the_resume(tmp_path: Path) -> None:
+    _, lines = run_function(exit_and_resume, 2, tmp_path)
+    assert lines == [
+        ("iteration 2", "| measured in 2 iterations, 1 to 2"),
+        ("iteration 3", "| measured in iteration 3"),
+        ("iteration 4", "| measured in iteration 4"),
+    ]
+    assert len(read_scalars(tmp_path)["jreg loss"]) == 3
 
 
 def train_refused(folder: Path) -> list[str]:

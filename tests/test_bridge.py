@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def container(**parts: Any) -> Any:
     """A ``ConfigContainer``, as far as JREG reads it."""
     empty = SimpleNamespace()
     given = {"model": Provider(), "ddp": empty, "dist": empty, "comm_overlap": None}
-    return SimpleNamespace(**given | parts, logger=SimpleNamespace(log_interval=2))
+    train = SimpleNamespace(exit_interval=None)
+    return SimpleNamespace(**given | parts, logger=SimpleNamespace(log_interval=2), train=train)
 
 
 class Writer:
@@ -157,10 +159,9 @@ def test_step_equals_the_reference_at(layout: Layout) -> None:
 # -- the log -------------------------------------------------------------------------------------------
 
 
-def run_four_iterations() -> dict[str, Any]:
-    """Train a model of two layers for four iterations on two data-parallel ranks, and note what happens."""
+def build_noting(seen: list[list[float]]) -> tuple[Any, Callable[[], None]]:
+    """A model of two layers, and a function that runs two micro-batches and notes their displacement."""
     model = test_attach.build_model()
-    seen: list[list[float]] = []
 
     def note_displacement(layer: Any, args: Any, named: dict[str, Any], output: Any) -> None:
         cosine = torch.cosine_similarity(named["hidden_states"].double(), output[0].double(), dim=-1)
@@ -177,6 +178,13 @@ def run_four_iterations() -> dict[str, Any]:
             if torch.is_grad_enabled():
                 (loss / 2).backward()
 
+    return model, micro_batches
+
+
+def run_four_iterations() -> dict[str, Any]:
+    """Train for four iterations on two data-parallel ranks, and note what happens."""
+    seen: list[list[float]] = []
+    model, micro_batches = build_noting(seen)
     collectives = [0]
     all_reduce = dist.all_reduce
 
@@ -251,6 +259,50 @@ def test_each_log_interval_and_each_validation_is_logged_once_with_the_mean_over
         f"jump rate: {rows[2]['jump rate']:.6E} |"
     )
     assert last["printed"][-1].startswith(" JREG test at iteration 4 |")
+
+
+def run_with_intervals_cut_off() -> list[Any]:
+    """Three iterations, an exit after the third, and four more after a resume; a log interval has two."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.init_num_microbatches_calculator(0, None, 2, 1, 1)
+    seen: list[list[float]] = []
+    model, micro_batches = build_noting(seen)
+    found = []
+    for first, last, interval in ((1, 3, 3), (4, 7, None)):
+        config = container()
+        config.train.exit_interval = interval
+        callback = JRegCallback(config, JRegConfig(coeff=0.1, alpha=1.0))
+        state = State(config, SimpleNamespace(step=first - 1), Writer())
+        manager = Manager(callback, state, config.model.provide_distributed_model([model]))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            manager.fire("on_train_start")
+            for _ in range(first, last + 1):
+                micro_batches()
+                manager.fire("on_train_step_end")
+                state.train_state.step += 1
+            if interval is None:  # after an exit there is no such event
+                manager.fire("on_train_end")
+        callback.handle.detach()
+        assert state.tensorboard_logger
+        found += [state.tensorboard_logger.rows, printed.getvalue().splitlines()]
+    return [seen, *found]
+
+
+def test_a_log_interval_that_an_exit_or_the_end_cuts_off_is_logged_and_its_iterations_are_named() -> None:
+    ((seen, before, said_before, after, said_after),) = run_function(run_with_intervals_cut_off)
+    logged, weights = before | after, torch.tensor([1.0, 2.0], dtype=torch.float64).softmax(0)
+    for last, micro_batches in {2: (0, 4), 3: (4, 6), 4: (6, 8), 6: (8, 12), 7: (12, 14)}.items():
+        psi = torch.tensor(seen[slice(*micro_batches)], dtype=torch.float64).mean(0)
+        expected = {
+            "jreg loss": (weights * psi).sum().item(),
+            "jump rate": 100 * max(0, (psi[1] - psi[0]).item()),
+        }
+        assert logged.pop(last) == pytest.approx(expected, rel=1e-5), last
+    assert not logged
+    named = re.findall(r"iteration (\d) .*\| (measured in .*) \|", "\n".join(said_before + said_after))
+    assert named == [(n, f"measured in iteration {n}") for n in "347"]
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------

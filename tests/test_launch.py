@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import runpy
 import sys
@@ -65,6 +67,59 @@ def test_with_coeff_zero_or_no_flag_the_script_is_bit_identical_to_itself(
         assert len(values["jreg loss"]) == 3
 
 
+def log_by_the_condition(argv: list[str]) -> None:
+    """Megatron's line has averages for which ``condition`` holds; the last layer turns nothing.
+
+    Prints which totals its line was made of.
+    """
+    from megatron.training import training
+
+    from jreg_megatron import launch
+
+    (condition, *rest) = argv
+    source = inspect.getsource(training.training_log)
+    assert source.count("if avg >= 0.0:") == 1
+    exec(source.replace("avg >= 0.0", condition), vars(training))
+    training_log, build = training.training_log, training.setup_model_and_optimizer
+
+    @functools.wraps(training_log)
+    def naming_totals(losses: Any, totals: dict[str, Any], *args: Any, **named: Any) -> Any:
+        result = training_log(losses, totals, *args, **named)
+        print("totals", [name for name in totals if not name.endswith("iterations")], flush=True)
+        return result
+
+    @functools.wraps(build)
+    def without_the_last_layer(*args: Any, **named: Any) -> Any:
+        built = build(*args, **named)
+        for layer in built[0][0].module.decoder.layers:
+            if layer.layer_number == 4:
+                for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+                    linear.weight.data.zero_()
+        return built
+
+    training.training_log, training.setup_model_and_optimizer = naming_totals, without_the_last_layer
+    launch.main(rest)
+
+
+@pytest.mark.parametrize("condition", ["avg > 0.0", "avg >= 0.0"], ids=["0.16", "0.17 and later"])
+@pytest.mark.parametrize(("layers", "rate"), [(4, "0.000000E+00"), (1, "NAN")])
+def test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses(
+    condition: str, layers: int, rate: str, toy_arguments: list[str]
+) -> None:
+    argv = [condition, SCRIPT, *toy_arguments, "--num-layers", layers, "--train-iters", 3]
+    argv += ["--lr", 0, "--min-lr", 0, "--pipeline-model-parallel-size", min(2, layers), "--log-interval", 2]
+    run = run_ranks(argv, min(2, layers), entry="test_launch:log_by_the_condition")
+    lines = [line for line in run.output[-1].splitlines() if re.search(r" iteration +\d/", line)]
+    assert len(lines) == 2  # that of the first iteration and that of the interval
+    for line in lines:
+        assert f" | jump rate: {rate} | " in line, line
+        assert re.search(r" lm loss: 5\.\d+E\+00 \| jreg loss: \d\.\d+E-\d+ \|", line), line
+    shown = re.findall("^totals (.*)", run.output[-1], re.MULTILINE)
+    assert shown == ["['lm loss', 'jreg loss', 'jump rate']"] * 2 + ["['lm loss']"]
+    if layers > 1:
+        assert "jreg loss" not in "".join(re.findall("^totals .*", run.output[0], re.MULTILINE))
+
+
 MISTAKES = {
     "a value that is not allowed": (("--jreg-coeff", -1), r"--jreg-coeff .* is -1.0; it must be"),
     "text for a number": (("--jreg-coeff", "high"), "argument --jreg-coeff: invalid float value: 'high'"),
@@ -114,7 +169,7 @@ HOOKED = {
     "megatron.training.arguments": ("add_megatron_arguments",),
     "megatron.training.training": (
         *("setup_model_and_optimizer", "train_step", "training_log", "evaluate"),
-        "evaluate_and_print_results",
+        *("evaluate_and_print_results", "checkpoint_and_decide_exit"),
     ),
 }
 
@@ -157,7 +212,7 @@ def change_and_launch(argv: list[str]) -> None:
     ("name", "missing"),
     [
         ("train_step", "forward_step_func"),
-        ("training_log", "total_loss_dict"),
+        ("training_log", "loss_dict, total_loss_dict"),
         ("evaluate_and_print_results", "prefix, write_to_tensorboard"),
     ],
 )

@@ -125,7 +125,8 @@ def test_a_patched_function_that_has_drifted_still_runs_a_job_without_jreg() -> 
 
 def run(tree: Path, *argv: object) -> str:
     command = [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", "2", SCRIPT, *argv]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), env=environment, cwd=tree, capture_output=True, text=True, check=False
     )
@@ -138,10 +139,12 @@ def test_a_patched_tree_trains_as_launched_with_the_flags_and_as_its_own_without
 ) -> None:
     apply(tree)
     argv = [*toy_arguments, "--pipeline-model-parallel-size", 2, "--train-iters", 3]
-    argv += ["--eval-interval", 3, "--eval-iters", 1]
+    argv += ["--eval-interval", 3, "--eval-iters", 1, "--log-interval", 2]
     jreg = ("--jreg-coeff", 0.5, "--jreg-alpha", 0.5)
     board = "--tensorboard-dir"
-    assert "JREG attached" in run(tree, *argv, *jreg, board, tmp_path / "patched")
+    patched = run(tree, *argv, *jreg, board, tmp_path / "patched")
+    assert "JREG attached" in patched
+    assert re.search(r"^ JREG at iteration 3 \| jreg loss: .* \| measured in iteration 3 \|", patched, re.M)
     run_ranks([SCRIPT, *argv, *jreg, board, tmp_path / "launched"], 2, entry="jreg_megatron.launch:main")
     assert "JREG" not in run(tree, *argv, board, tmp_path / "without")
     run_ranks([*argv, board, tmp_path / "own"], 2, entry="unmodified_pretrain:main")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
 
+SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
+NAMES = ("jreg loss", "jump rate")
 PIPELINE = ("--pipeline-model-parallel-size", 2)
 TENSOR = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 
@@ -81,6 +88,117 @@ def test_measuring_every_second_iteration_logs_the_same_values_there(
     every, second = read_scalars(tmp_path / "all"), read_scalars(tmp_path / "second")
     assert second["jump rate"] == every["jump rate"][1::2]
     assert second["lm loss"] == every["lm loss"]
+
+
+def means(each: dict[str, list[float]], *intervals: Sequence[int]) -> dict[str, list[float]]:
+    """What a log has for these intervals, where ``each`` has every iteration (1-based) by itself."""
+    layers = [f"jreg/displacement_layer_{layer:02d}" for layer in (3, 4)]
+    of = {tag: [np.mean([each[tag][i - 1] for i in some]) for some in intervals] for tag in layers}
+    before_last, last = of.values()
+    weighted = [np.mean([each["jreg loss"][i - 1] for i in some]) for some in intervals]
+    return {
+        "jreg loss": weighted,
+        "jump rate": [max(0, 100 * (a - b)) for a, b in zip(last, before_last, strict=True)],
+        **of,
+    }
+
+
+def said_by_jreg(output: str, logged: dict[str, list[float]] | None = None) -> list[str]:
+    """JREG's own lines; values at their beginning must be the last that were ``logged``, and are left out."""
+    lines = []
+    for line in re.findall(r"^ JREG at iteration (.*) \| $", output, re.MULTILINE):
+        found = re.fullmatch(r"(\d+ \| )jreg loss: (\S+) \| jump rate: (\S+) \| (.*)", line)
+        if found:
+            assert logged is not None
+            shown, expected = [float(found[2]), float(found[3])], [logged[t][-1] for t in NAMES]
+            assert shown == pytest.approx(expected, rel=1e-6)
+        lines.append(found[1] + "values | " + found[4] if found else line)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def every_iteration(
+    toy_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("every iteration")
+    argv = [*toy_arguments, *PIPELINE, "--train-iters", 11, "--jreg-log-per-layer"]
+    run = run_ranks([*argv, "--tensorboard-dir", folder], 2)
+    assert not said_by_jreg(run.output[1]), "each interval is whole"
+    return read_scalars(folder)
+
+
+def check_logged(
+    folder: Path, each: dict[str, list[float]], *intervals: Sequence[int]
+) -> dict[str, list[float]]:
+    logged = read_scalars(folder)
+    for tag, expected in means(each, *intervals).items():
+        assert logged[tag] == pytest.approx(expected, rel=1e-5, abs=1e-5), tag
+    return logged
+
+
+def test_a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations(
+    toy_arguments: list[str], every_iteration: dict[str, list[float]], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *PIPELINE, "--train-iters", 11, "--log-interval", 4, "--jreg-log-per-layer"]
+    argv += ["--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 100]
+    folder = tmp_path / "cut"
+    run = run_ranks([*argv, "--exit-interval", 6, "--tensorboard-dir", folder], 2)
+    logged = check_logged(folder, every_iteration, range(1, 5), (5, 6))
+    assert said_by_jreg(run.output[1], logged) == ["6 | values | measured in 2 iterations, 5 to 6"]
+
+    run = run_ranks([*argv, "--tensorboard-dir", tmp_path / "resumed"], 2)
+    logged = check_logged(tmp_path / "resumed", every_iteration, (7, 8), (9, 10, 11))
+    assert said_by_jreg(run.output[1], logged) == [
+        "8 | measured in 2 iterations, 7 to 8",
+        "11 | values | measured in 3 iterations, 9 to 11",
+    ]
+
+
+def launch_and_ask_to_end(argv: list[str]) -> None:
+    """A scheduler sends SIGTERM in iteration 7; the rank knows JREG by the launcher."""
+    from megatron.training import get_args, training
+
+    from jreg_megatron import launch
+
+    train_step = training.train_step
+
+    @functools.wraps(train_step)
+    def with_signal(*args: object, **named: object) -> object:
+        if get_args().curr_iteration == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **named)
+
+    training.train_step = with_signal
+    launch.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("log_interval", "intervals", "said"),
+    [(4, [(2, 4), (6,)], ["7 | values | measured in iteration 6"]), (6, [(2, 4, 6)], [])],
+)
+def test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it(
+    log_interval: int,
+    intervals: list[Sequence[int]],
+    said: list[str],
+    toy_arguments: list[str],
+    every_iteration: dict[str, list[float]],
+    tmp_path: Path,
+) -> None:
+    argv = [SCRIPT, *toy_arguments, *PIPELINE, "--train-iters", 11, "--log-interval", log_interval]
+    argv += ["--jreg-measure-interval", 2, "--jreg-log-per-layer", "--exit-signal-handler"]
+    run = run_ranks([*argv, "--tensorboard-dir", tmp_path], 2, entry="test_pretrain:launch_and_ask_to_end")
+    logged = check_logged(tmp_path, every_iteration, *intervals)
+    assert "exiting program after receiving SIGTERM" in run.output[0] + run.output[1]
+    assert said_by_jreg(run.output[1], logged) == said
+
+
+def test_a_log_interval_whose_last_iteration_is_skipped_says_that_the_next_line_is_about_both(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--train-iters", 6, "--log-interval", 2, "--iterations-to-skip", 4]
+    run = run_ranks([*argv, "--tensorboard-dir", tmp_path])
+    assert said_by_jreg(run.output[0]) == ["6 | measured in 3 iterations, 3 to 6"]
+    assert len(read_scalars(tmp_path)["jreg loss"]) == 2
 
 
 def test_help_shows_megatrons_arguments_and_jregs_in_a_group_of_its_own() -> None:

@@ -30,6 +30,7 @@ from jreg_megatron.recipe.command import on_gpus
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.recipe.request import Rendezvous, Request
 
+NO_FUSION = "--no-gradient-accumulation-fusion"
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Llama's parameters by hand: per layer queries and output, keys and values, the three matrices of SwiGLU and
 # two norms; then embedding, output layer and final norm.
@@ -123,8 +124,62 @@ def test_a_dry_run_prints_the_torchrun_command_with_every_flag(
     asked = words[words.index("--") + 1 : words.index(":::")]
     iterations = words[words.index("--tokens") + 1]
     batch, length = (int(asked[asked.index(name) + 1]) for name in ("--global-batch-size", "--seq-length"))
-    assert flags == [*asked, "--train-iters", str(int(iterations) // (batch * length)), "--lr", "1e-4"]
+    own = [*asked, "--train-iters", str(int(iterations) // (batch * length)), "--lr", "1e-4"]
+    assert flags == [*own, NO_FUSION]  # Apex is not installed here
     assert not (tmp_path / "run").exists()
+
+
+def plan_beside_apex(argv: list[str]) -> None:
+    from jreg_megatron.pretrain import APEX_FUSION
+    from jreg_megatron.recipe.__main__ import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"{APEX_FUSION}.py").touch()
+        sys.path.append(folder)
+        main(argv)
+
+
+@pytest.mark.parametrize(
+    ("entry", "typed", "count", "is_said"),
+    [
+        ("jreg_megatron.recipe.__main__:main", (), 1, True),
+        ("jreg_megatron.recipe.__main__:main", ("--", NO_FUSION), 1, False),
+        ("test_recipes:plan_beside_apex", (), 0, False),
+        ("test_recipes:plan_beside_apex", ("--", NO_FUSION), 1, False),
+    ],
+)
+def test_a_recipe_does_without_apex_where_there_is_none_and_says_so(
+    entry: str,
+    typed: tuple[str, ...],
+    count: int,
+    is_said: bool,
+    words_of: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    words = words_of("llama_170m", "jreg", "--dry-run", *typed, RUN=tmp_path)
+    printed = run_ranks(words, entry=entry, timeout=120).output[0]
+    assert ranks_and_flags(printed)[1].count(NO_FUSION) == count
+    assert len(re.findall(rf"added +│ {NO_FUSION}, .*Apex", printed)) == is_said
+
+
+def train_on_nodes_of_which_the_first_alone_has_apex(argv: list[str]) -> None:
+    from jreg_megatron import pretrain, training_loop
+
+    def take_a_gpus_arguments(args: argparse.Namespace, _: object) -> None:
+        args.gradient_accumulation_fusion = os.environ["RANK"] == "0"
+
+    training_loop.refuse_unsupported = take_a_gpus_arguments
+    pretrain.main(argv)
+
+
+def test_nodes_that_differ_in_apex_are_refused_on_every_rank(toy_arguments: list[str]) -> None:
+    argv = [*toy_arguments, "--train-iters", 1]
+    entry = "test_recipes:train_on_nodes_of_which_the_first_alone_has_apex"
+    run = run_ranks(argv, 2, entry=entry, check=False, timeout=60)
+    assert run.status == [2, 2]
+    for output in run.output:
+        assert "Traceback" not in output
+        assert f"jreg_megatron: error: rank 1 has {NO_FUSION}, and rank 0 has not" in output
 
 
 def plan_beside_transformer_engine(argv: list[str]) -> None:

@@ -55,6 +55,8 @@ def _train(request: Request) -> None:
     if not request.dry_run and last_checkpoint(asked.save) >= asked.train_iters:
         print(f"{request.run} has all of its {asked.train_iters:,} iterations; nothing to do")
         return
+    added = machine.flags_without_apex(asked)
+    flags += added
     planned = plan.make(flags, request.world_size)
 
     def check_files() -> str:
@@ -64,6 +66,8 @@ def _train(request: Request) -> None:
         return machine.check_training_data(asked, planned.tokens, request.epochs)
 
     rows = announcement.rows(request, planned)
+    if added:
+        rows["added"] = f"{' '.join(added)}, for Apex is not installed here (each node looks for itself)"
     findings: dict[str, Callable[[], str]] = {
         "data": check_files,
         "memory": partial(machine.check_memory, planned, gpus),

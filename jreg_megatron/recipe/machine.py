@@ -11,13 +11,21 @@ import shutil
 import subprocess
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from jreg_megatron.errors import UserError
 from jreg_megatron.preflight.data import local_prefixes, read_index_of, training_blends
+from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.recipe.request import Request
+
+
+def flags_without_apex(args: Namespace) -> list[str]:
+    """What Megatron must be told where Apex is not installed, unless ``args`` have it."""
+    is_missing = args.gradient_accumulation_fusion and find_spec(APEX_FUSION) is None
+    return ["--no-gradient-accumulation-fusion"] if is_missing else []
 
 
 @dataclass(frozen=True)
