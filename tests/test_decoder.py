@@ -91,12 +91,6 @@ def test_leaving_a_layer_out_is_the_model_built_without_it(family: str) -> None:
     assert not torch.allclose(found.logits(TOKENS), logits, atol=1e-2)
 
 
-def test_layers_beyond_those_that_the_model_uses_are_not_counted() -> None:
-    model = small_model("llama")
-    model.config.num_hidden_layers = 2
-    assert decoder_of(model, None, name="short", source="short").num_layers == 2
-
-
 def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -107,18 +101,6 @@ def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)
     found = decoder_of(Gemma3ForConditionalGeneration(config).eval(), None, name="both", source="both")
     assert (found.num_layers, found.hidden_size) == (3, 32)
-
-
-def test_a_model_without_a_final_norm_has_the_same_state_before_and_after() -> None:
-    config = AutoConfig.for_model(
-        "openai-gpt", n_embd=32, n_layer=3, n_head=4, vocab_size=VOCABULARY, n_positions=64
-    )
-    found = decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="gpt", source="gpt")
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    assert seen.normed is not None
-    torch.testing.assert_close(seen.normed, seen.states[3])
 
 
 def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
@@ -132,22 +114,6 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
     )
     with pytest.raises(UserError, match="looks at tokens to come"):
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="bert", source="bert")
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_encoder_that_was_made_a_decoder_has_no_final_norm(family: str) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-    config = AutoConfig.for_model(family, **sizes, vocab_size=VOCABULARY, is_decoder=True, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    found = decoder_of(model, None, name=family, source=family)
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    with torch.no_grad():
-        returned = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
-    for number in range(4):
-        torch.testing.assert_close(seen.states[number], returned[number])
-    torch.testing.assert_close(seen.normed, returned[3])
 
 
 def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
@@ -179,16 +145,6 @@ def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> N
     assert len(calls) == 2
     with torch.no_grad():
         torch.testing.assert_close(calls[0], model.model.norm(seen.states[LAYERS]))
-
-
-def test_a_projection_behind_the_layers_is_no_norm() -> None:
-    model = small_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
-    found = decoder_of(model, None, name="opt", source="opt")
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    assert isinstance(found.final_norm, nn.Identity)
-    torch.testing.assert_close(seen.normed, seen.states[LAYERS])
 
 
 def test_a_model_without_layers_is_refused_saying_what_was_looked_for() -> None:

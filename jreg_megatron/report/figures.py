@@ -96,6 +96,8 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
     there = {kind for entry in last_ones.values() for kind, _ in entry.layers}
     order = sorted(there, key=lambda kind: kind != first)
     for (label, entry), kind, state in product(last_ones.items(), order, STATES):
+        if state not in entry.states:
+            continue
         block = entry.layers[entry.first_for(kind), state]
         values += [psi for psi in block.displacement if psi > 0]
         numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
@@ -114,7 +116,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         if isinstance(row["spread"], float) and isinstance(row["y"], float):
             row["low"], row["high"] = max(floor, row["y"] - row["spread"]), row["y"] + row["spread"]
     log = _dwarfed(values)
-    choices = [_states(STATES)]
+    choices = [_states(rows)]
     if len(order) > 1:
         choices.append(Choice("first", "first token of each text", {kind: kind for kind in order}))
     if log:
@@ -132,6 +134,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else "")
         + (f" {_tokens(order[0])}" if len(order) == 1 else "")
         + _one_only(last_ones.items(), order)
+        + _without_norm(last_ones.items())
         + _texts_measured(last_ones.values()),
         lines(
             rows,
@@ -179,7 +182,7 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
     columns: dict[str, dict[int, float]] = {}
     for model in models:
         for entry in model.measured if model.is_series else ():
-            for state in STATES:
+            for state in entry.states:
                 rate = entry.layers[entry.first_for(first), state].jump_rate
                 if entry.origin.step is None or rate is None:
                     continue
@@ -188,13 +191,15 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
                 columns.setdefault(name, {})[entry.origin.step] = rate
     if not rows:
         return None
-    shown, choice = _shown(rows, looks), _states(STATES)
+    shown, choice = _shown(rows, looks), _states(rows)
+    series = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
     return Figure(
         "jump_rate",
         "The last layer's jump over training",
         "Jump rate ζ: how much further the last layer turns the state than the layer before it, in "
         f"hundredths of displacement. Measured on checkpoints; 0 is no jump. {_tokens(first)}"
-        + _one_only(((m.label, entry) for m in models if m.is_series for entry in m.measured), (first,)),
+        + _one_only(series, (first,))
+        + _without_norm(series),
         lines(rows, shown, _steps(rows), Axis("jump rate ζ", zero=True), choices={"state": choice.first}),
         _by_step(f"Jump rate ζ at each step, first token {first}", columns),
         shown,
@@ -243,7 +248,7 @@ def heat_maps(models: Sequence[Model], first: str) -> list[Figure]:
         psi
         for model in series
         for entry in model.measured
-        for state in STATES
+        for state in entry.states
         for psi in entry.layers[entry.first_for(first), state].displacement
         if psi > 0
     ]
@@ -262,7 +267,7 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         if entry.origin.step is None:
             continue
         step = entry.origin.step
-        for state in STATES:
+        for state in entry.states:
             for layer, psi in enumerate(entry.layers[entry.first_for(first), state].displacement, start=1):
                 row: Row = {"step": step, "layer": layer, "state": state}
                 rows.append(row | {"value": max(psi, low), "exact": psi})
@@ -273,7 +278,8 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         f"Where the turning is, over training: {model.label}",
         "Each column is a checkpoint, each row a layer, the last one on top; brighter turns the state "
         f"further. The colours are logarithmic and the same in all maps of this page. {_tokens(first)}"
-        + _one_only(((model.label, entry) for entry in model.measured), (first,)),
+        + _one_only(((model.label, entry) for entry in model.measured), (first,))
+        + _without_norm((model.label, entry) for entry in model.measured),
         heat_map(
             rows,
             low=low,
@@ -282,7 +288,7 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         ),
         Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
         (),
-        (_states(STATES),),
+        (_states(rows),),
         _tokens(first),
     )
 
@@ -450,6 +456,12 @@ def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> 
     )
 
 
+def _without_norm(entries: Iterable[tuple[str, Measured]]) -> str:
+    """What a caption says of models that are not among the numbers after the final norm."""
+    found = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
+    return f" No final norm, so shown before it alone: {', '.join(found)}." if found else ""
+
+
 def _texts_measured(entries: Iterable[Measured]) -> str:
     """What a caption says where not all models were measured on the same text."""
     texts = {
@@ -502,8 +514,10 @@ def _steps(rows: list[Row]) -> Axis:
     return Axis("training step", whole=True, scale="symlog", ticks=(0, *ticks))
 
 
-def _states(states: Sequence[str]) -> Choice:
-    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in states})
+def _states(rows: list[Row]) -> Choice:
+    """Between the last layer's states that there are numbers for."""
+    there = {row["state"] for row in rows}
+    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
 
 
 def _of_runs(models: Sequence[Model]) -> str:

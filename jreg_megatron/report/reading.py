@@ -147,10 +147,12 @@ def _measured(model: Field, whole: Field) -> Measured:
             how[key.replace("_", " ")] = (
                 value.text() if key in ("dtype", "device") else f"{value.whole(low=1):,}"
             )
-    layers = {(first, state): _layers(model, state, origin.num_layers) for state in STATES}
+    # A model without a final norm has no numbers after it.
+    states = STATES if STATES[1] in model["displacement"].fields() else STATES[:1]
+    layers = {(first, state): _layers(model, state, origin.num_layers) for state in states}
     for name, key in FIRST_TOKEN.items():
         if name != first and (block := model.get(key)) is not None:
-            layers |= {(name, state): _layers(block, state, origin.num_layers) for state in STATES}
+            layers |= {(name, state): _layers(block, state, origin.num_layers) for state in states}
     return Measured(origin, how, _texts(model.get("settings")), first, layers)
 
 

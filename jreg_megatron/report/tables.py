@@ -100,8 +100,8 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     if entry:
         counted = entry.first_for(first)
         mark = "" if counted == first else f" (first token {counted})"
-        for state, (rate, turn) in words.items():
-            layers = entry.layers[counted, state]
+        for state in entry.states:
+            (rate, turn), layers = words[state], entry.layers[counted, state]
             row[rate] = NOTHING if layers.jump_rate is None else number(layers.jump_rate) + mark
             row[turn] = number(layers.displacement[-1]) + mark
     loss_cell = NOTHING
