@@ -81,6 +81,7 @@ _ODD: dict[str, dict[str, Any]] = {
     | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "ffn_hidden_size": 48}
     | {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 1},
     "mllama": {"text_config": _SIZES | {"cross_attention_layers": [1]}},
+    "mpt": {"n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCABULARY},
     "inkling2_text": _SIZES | {"num_experts": 4},
 }
 

@@ -13,7 +13,7 @@ from small_models import FAMILIES, LAYERS, VOCABULARY, small_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jreg_megatron.decoder.hugging_face import decoder_of, load_hugging_face
+from jreg_megatron.decoder.hugging_face import HubTokenizer, decoder_of, load_hugging_face
 from jreg_megatron.decoder.load import check_device
 from jreg_megatron.decoder.reference import find_models, step_of
 from jreg_megatron.errors import UserError
@@ -256,15 +256,45 @@ def test_tied_weights_that_are_saved_once_are_no_missing_weights(tmp_path: Path)
     assert _load(tmp_path).num_layers == LAYERS
 
 
-def test_layers_that_the_config_leaves_out_are_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.norm.bias", "lm_head.bias"])
+def test_weights_that_the_config_leaves_out_are_said(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path)
-    _change_weights(
-        tmp_path, lambda weights: weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}
-    )
+    _change_weights(tmp_path, lambda weights: weights | {name: torch.ones(2)})
     assert _load(tmp_path).num_layers == LAYERS
-    assert "such as model.layers.4.mlp.up_proj.weight; they are left out" in capsys.readouterr().err
+    assert f"such as {name}; they are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("$A", [3, 4]),
+        ("<s> $A", [1, 3, 4]),
+        ("<s> $A </s>", [1, 3, 4]),
+        ("$A </s> </s>", [3, 4]),
+        ("<s> <s> $A", [1, 1, 3, 4]),
+    ],
+)
+def test_special_tokens_begin_a_text_and_never_end_it(template: str, expected: list[int]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "x": 3, "y": 4}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    found = HubTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert found.encode("x y") == expected
+    assert found.encode("") == expected[:-2]
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "length"),
+    [("mpt", {"max_seq_len": 48, "d_model": 32}, 48), ("whisper", {"max_target_positions": 48}, 48)],
+)
+def test_a_context_is_known_by_other_names_too(family: str, more: dict[str, Any], length: int) -> None:
+    assert decoder(family, **more).max_length == length
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def test_a_model_whose_head_does_more_than_is_known_cannot_be_read_out() -> None
         replace(model, head=lambda states: 1.01 * head_of(model, states)),
         replace(model, logits=lambda tokens: torch.tanh(model.logits(tokens) / 30) * 30),
         replace(model, final_norm=None),
+        replace(model, head=None),
     ):
         with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\) cannot be read out"):
             evaluated(wrong)
@@ -252,8 +253,9 @@ def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPa
 
 def test_models_of_which_one_lacks_a_part_are_compared_in_the_rest() -> None:
     whole = evaluated(toy())
-    found = compare(whole, replace(whole, read_out=None))
+    found = compare(whole, replace(whole, read_out=None, step=7))
     assert (found.read_out, found.tasks, found.overall) == (None, {}, None)
+    assert found.notes == ["Read-out is not compared: toy 0@7 has none."]
 
 
 def test_a_model_compared_with_itself_differs_by_nothing() -> None:

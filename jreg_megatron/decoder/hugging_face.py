@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,20 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that this model begins with."""
+        ids = self._ids(text)
+        return ids[: len(ids) - self._closing]
+
+    @cached_property
+    def _closing(self) -> int:
+        """How many special tokens it puts behind a text, which would be taken for a part of it."""
+        plain, ids = self._ids("a", add_special_tokens=False), self._ids("a")
+        starts = (at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain)
+        start = next(starts, None)
+        return 0 if start is None else len(ids) - start - len(plain)
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
         # verbose: it would warn of every text that is longer than the model's context.
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, verbose=False, **how)["input_ids"]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -158,7 +170,8 @@ def decoder_of(
 
 
 def _max_length(config: Any) -> int | None:
-    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    names = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    lengths = (getattr(config, name, None) for name in names)
     return next((int(length) for length in lengths if length and length > 0), None)
 
 
@@ -196,9 +209,9 @@ def _refuse_random_weights(info: Any, source: str) -> None:
     """Raises:
     UserError: if transformers has drawn weights that the files do not hold, which it only warns of.
     """
+    unused = sorted(map(str, info["unexpected_keys"]))
     if missing := sorted(map(str, info["missing_keys"])):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        unused = sorted(map(str, info["unexpected_keys"]))
         instead = f"; they do hold {unused[0]}, which has no place in it" if unused else ""
         raise UserError(
             f"the files of {source} hold no {missing[0]}{more}, which its config.json asks for{instead}"
@@ -209,17 +222,20 @@ def _refuse_random_weights(info: Any, source: str) -> None:
             f"the files of {source} hold {name} of size {list(saved)}, and its config.json asks for "
             f"{list(wanted)}; one of the two is not this model's"
         )
-    layers = [name for name in map(str, info["unexpected_keys"]) if re.search(r"\.(layers|h)\.\d+\.", name)]
-    if layers:
+    if unused:
         note(
-            f"{source} holds weights that its config.json has no place for, such as {min(layers)}; "
+            f"{source} holds weights that its config.json has no place for, such as {unused[0]}; "
             "they are left out"
         )
 
 
-def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor]:
-    """The output embedding, and what is done to its logits by the settings that transformers has for it."""
-    embedding = model.get_output_embeddings()
+def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
+    """The output embedding, and what is done to its logits by those settings for it that are known here.
+
+    Whether that is all shows against the model's own logits, before anything is read out.
+    """
+    if (embedding := model.get_output_embeddings()) is None:
+        return None
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)

@@ -141,6 +141,8 @@ def zip_tasks(
 def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Difference] | None:
     first, second = a.read_out, b.read_out
     if first is None or second is None:
+        if first or second:
+            notes.append(f"Read-out is not compared: {(b if first else a).at} has none.")
         return None
     if a.num_layers != b.num_layers:
         notes.append(

@@ -77,11 +77,13 @@ def read_out_error(decoder: Decoder) -> str | None:
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
     seen = _Last()
+    what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
+    if decoder.head is None:
+        return f"{what}its head was not found"
     with torch.inference_mode():
         with decoder.observed(seen):
             decoder.run(ids)
         own = decoder.logits(ids).float()
-        what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
         try:
             read = decoder.read_out(seen.layer_output).float()
         except RuntimeError:  # a projection between them

@@ -10,11 +10,10 @@ from itertools import product
 
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines, log_ticks
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATES, Comparison, Evaluated, Measured, ReadOut
+from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured, ReadOut
 from jreg_megatron.report.models import Model
 from jreg_megatron.report.tables import LOSS, Table, known, p_value
 
-STATE_WORDS = {"pre_norm": "before the final norm", "post_norm": "after the final norm"}
 _DWARFS = 8.0
 """The largest displacement over the median one, from which on a linear axis hides most layers."""
 _TEXTS_DIFFER = "The models read different texts."
@@ -103,7 +102,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
         for layer, (psi, spread) in numbers:
             row: Row = {"model": label, "x": layer, "y": psi, "state": state, "first": kind}
-            row |= {"spread": spread if block.spread else None, "low": psi, "high": psi}
+            row |= {"spread": spread if block.spread else None, "low": None, "high": None}
             rows.append(row)
             if kind == order[0]:
                 last = layer == entry.origin.num_layers
@@ -128,7 +127,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         "How far each layer turns the state",
         "Displacement Ψ is half of one minus the cosine between a layer's input and its output: 0 leaves the "
         "direction as it is, 0.5 is a right angle. A last point far above the one before is the jump."
-        + (" The band is one standard deviation over tokens" if band else "")
+        + (" The band is one standard deviation over tokens, cut off at the axis" if band else "")
         + ((": pick a model to see its own." if len(shown) > BANDS else ".") if band else "")
         + (" The axis is logarithmic: equal distances are equal factors." if log else "")
         + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else "")
@@ -147,7 +146,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         Table.of(f"Displacement Ψ of each layer, mean over tokens, first token {order[0]}", "layer", columns),
         shown,
         tuple(choices),
-        _tokens(order[0]),
+        _tokens(order[0]) + _without_norm(last_ones.items()),
     )
 
 
@@ -204,7 +203,7 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
         _by_step(f"Jump rate ζ at each step, first token {first}", columns),
         shown,
         (choice,),
-        _tokens(first),
+        _tokens(first) + _without_norm(series),
     )
 
 
@@ -289,7 +288,7 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
         (),
         (_states(rows),),
-        _tokens(first),
+        _tokens(first) + _without_norm((model.label, entry) for entry in model.measured),
     )
 
 
@@ -368,9 +367,9 @@ def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> 
     columns: dict[str, dict[str, float | str | None]] = {}
     label = "difference"
     for layer, difference in enumerate(comparison.read_out):
-        low, high = difference.interval or (difference.value, difference.value)
+        low, high = difference.interval or (None, None)
         rows.append({"model": label, "x": layer, "y": difference.value, "low": low, "high": high})
-        parts: dict[str, float | str] = {"difference": difference.value, "from": low, "to": high}
+        parts: dict[str, float | str | None] = {"difference": difference.value, "from": low, "to": high}
         parts |= {} if difference.p_value is None else {"p": p_value(difference.p_value)}
         parts |= {} if difference.p_adjusted is None else {"p, adjusted": p_value(difference.p_adjusted)}
         for column, value in parts.items():
