@@ -61,6 +61,13 @@ def console(args: Namespace) -> Any:
     return Console(markup=False, stderr=STDOUT in (args.json, getattr(args, "csv", None)))
 
 
+def note(text: str) -> None:
+    """Print a remark on standard error, on a line of its own beside a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"Note: {text}", file=sys.stderr)
+
+
 def write_json(path: str, document: Any) -> None:
     """Write a document as JSON to a file, or to standard output for ``-``.
 

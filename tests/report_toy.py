@@ -39,8 +39,9 @@ def measurement(
     steps: Sequence[int | None] = (None,),
     layers: int = LAYERS,
     source: str = "runs/{}/checkpoints",
+    without_norm: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What ``measure --json`` writes."""
+    """What ``measure --json`` writes; of some models it found no final norm."""
     return {
         "format": "jreg_megatron measurement",
         "version": 1,
@@ -56,9 +57,9 @@ def measurement(
                     "lr": "0.0006",
                 },
                 "first_token": "dropped",
-                **_block(dropped := psi(model, (place + 1) / len(steps), layers)),
-                "without_first_token": _block(dropped),
-                "with_first_token": _block([1.1 * value for value in dropped]),
+                **_block(dropped := psi(model, (place + 1) / len(steps), layers), name in without_norm),
+                "without_first_token": _block(dropped, name in without_norm),
+                "with_first_token": _block([1.1 * value for value in dropped], name in without_norm),
             }
             for model, name in enumerate(names)
             for place, step in enumerate(steps)
@@ -66,9 +67,9 @@ def measurement(
     }
 
 
-def _block(before: list[float]) -> dict[str, Any]:
+def _block(before: list[float], without_norm: bool) -> dict[str, Any]:
     after = [*before[:-1], min(1.0, 4.8 * before[-1])]
-    states = {"pre_norm": before, "post_norm": after}
+    states = {"pre_norm": before} | ({} if without_norm else {"post_norm": after})
 
     def both(function: Any) -> dict[str, Any]:
         return {state: function(values) for state, values in states.items()}
@@ -193,7 +194,10 @@ def write_events(
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=[Summary.Value(**value)]))
         writer.add_event(event)
 
-    for name, text in ({"jreg_coeff": "0.1", "jreg_alpha": "3.0"} | dict(settings or {})).items():
+    usual = {"jreg_coeff": "0.1", "jreg_alpha": "3.0", "jreg_final_state": "pre_norm"}
+    for name, text in (usual | dict(settings or {})).items():
+        if not text:  # not logged
+            continue
         tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
         plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
         add(0, tag=f"{name}/text_summary", tensor=tensor, metadata=plugin)

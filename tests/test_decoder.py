@@ -13,7 +13,7 @@ from small_models import FAMILIES, LAYERS, VOCABULARY, small_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jreg_megatron.decoder.hugging_face import decoder_of, load_hugging_face
+from jreg_megatron.decoder.hugging_face import HubTokenizer, decoder_of, load_hugging_face
 from jreg_megatron.decoder.load import check_device
 from jreg_megatron.decoder.reference import find_models, step_of
 from jreg_megatron.errors import UserError
@@ -91,12 +91,6 @@ def test_leaving_a_layer_out_is_the_model_built_without_it(family: str) -> None:
     assert not torch.allclose(found.logits(TOKENS), logits, atol=1e-2)
 
 
-def test_layers_beyond_those_that_the_model_uses_are_not_counted() -> None:
-    model = small_model("llama")
-    model.config.num_hidden_layers = 2
-    assert decoder_of(model, None, name="short", source="short").num_layers == 2
-
-
 def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -107,18 +101,6 @@ def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)
     found = decoder_of(Gemma3ForConditionalGeneration(config).eval(), None, name="both", source="both")
     assert (found.num_layers, found.hidden_size) == (3, 32)
-
-
-def test_a_model_without_a_final_norm_has_the_same_state_before_and_after() -> None:
-    config = AutoConfig.for_model(
-        "openai-gpt", n_embd=32, n_layer=3, n_head=4, vocab_size=VOCABULARY, n_positions=64
-    )
-    found = decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="gpt", source="gpt")
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    assert seen.normed is not None
-    torch.testing.assert_close(seen.normed, seen.states[3])
 
 
 def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
@@ -132,22 +114,6 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
     )
     with pytest.raises(UserError, match="looks at tokens to come"):
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="bert", source="bert")
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_encoder_that_was_made_a_decoder_has_no_final_norm(family: str) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-    config = AutoConfig.for_model(family, **sizes, vocab_size=VOCABULARY, is_decoder=True, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    found = decoder_of(model, None, name=family, source=family)
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    with torch.no_grad():
-        returned = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
-    for number in range(4):
-        torch.testing.assert_close(seen.states[number], returned[number])
-    torch.testing.assert_close(seen.normed, returned[3])
 
 
 def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
@@ -179,16 +145,6 @@ def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> N
     assert len(calls) == 2
     with torch.no_grad():
         torch.testing.assert_close(calls[0], model.model.norm(seen.states[LAYERS]))
-
-
-def test_a_projection_behind_the_layers_is_no_norm() -> None:
-    model = small_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
-    found = decoder_of(model, None, name="opt", source="opt")
-    seen = Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    assert isinstance(found.final_norm, nn.Identity)
-    torch.testing.assert_close(seen.normed, seen.states[LAYERS])
 
 
 def test_a_model_without_layers_is_refused_saying_what_was_looked_for() -> None:
@@ -300,15 +256,45 @@ def test_tied_weights_that_are_saved_once_are_no_missing_weights(tmp_path: Path)
     assert _load(tmp_path).num_layers == LAYERS
 
 
-def test_layers_that_the_config_leaves_out_are_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.norm.bias", "lm_head.bias"])
+def test_weights_that_the_config_leaves_out_are_said(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path)
-    _change_weights(
-        tmp_path, lambda weights: weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}
-    )
+    _change_weights(tmp_path, lambda weights: weights | {name: torch.ones(2)})
     assert _load(tmp_path).num_layers == LAYERS
-    assert "such as model.layers.4.mlp.up_proj.weight; they are left out" in capsys.readouterr().err
+    assert f"such as {name}; they are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("$A", [3, 4]),
+        ("<s> $A", [1, 3, 4]),
+        ("<s> $A </s>", [1, 3, 4]),
+        ("$A </s> </s>", [3, 4]),
+        ("<s> <s> $A", [1, 1, 3, 4]),
+    ],
+)
+def test_special_tokens_begin_a_text_and_never_end_it(template: str, expected: list[int]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "x": 3, "y": 4}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    found = HubTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert found.encode("x y") == expected
+    assert found.encode("") == expected[:-2]
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "length"),
+    [("mpt", {"max_seq_len": 48, "d_model": 32}, 48), ("whisper", {"max_target_positions": 48}, 48)],
+)
+def test_a_context_is_known_by_other_names_too(family: str, more: dict[str, Any], length: int) -> None:
+    assert decoder(family, **more).max_length == length
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_logits_are_never_held_for_more_than_a_few_positions(monkeypatch: pytest
 
     def head(states: Tensor) -> Tensor:
         widths.append(states.shape[0] * states.shape[1])
-        return whole.head(states)
+        return head_of(whole, states)
 
     monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * VOCABULARY)
     read_out(replace(whole, head=head), token_texts(), replace(OPTIONS, batch_size=7))
@@ -163,14 +163,66 @@ def test_weights_that_are_not_numbers_are_refused_by_the_models_name() -> None:
         evaluated(broken)
 
 
-def test_a_model_whose_head_does_more_than_is_known_is_refused_by_name() -> None:
+def head_of(model: Decoder, states: Tensor) -> Tensor:
+    assert model.head is not None
+    return model.head(states)
+
+
+def test_a_model_whose_head_does_more_than_is_known_cannot_be_read_out() -> None:
     model = toy()
     for wrong in (
-        replace(model, head=lambda states: 1.01 * model.head(states)),
+        replace(model, head=lambda states: 1.01 * head_of(model, states)),
         replace(model, logits=lambda tokens: torch.tanh(model.logits(tokens) / 30) * 30),
+        replace(model, final_norm=None),
+        replace(model, head=None),
     ):
-        with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\) cannot be evaluated"):
+        with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\) cannot be read out"):
             evaluated(wrong)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("bert", {}),
+        ("granite", {"logits_scaling": 1.0}),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ],
+)
+def test_read_out_is_left_out_by_name_where_it_would_be_wrong_and_the_rest_stays(
+    family: str, more: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model(family, **more)
+    decoder = decoder_of(model, None, name=family, source=family)
+    if family == "granite":
+        model.config.logits_scaling = 4.0  # in place of one by a name that is not known
+    parts, texts = ["read-out", "layer-drop"], token_texts(model.config.vocab_size)
+    (found,) = evaluate(decoder, parts, tasks={}, limit=None, texts=texts, options=OPTIONS)
+    err = capsys.readouterr().err
+    assert f"Note: {family} (" in err and "cannot be read out" in err and "left out" in err
+    assert found.read_out is None
+    for number, text in enumerate(texts):
+        ids = torch.tensor([text.content])
+        for index, layer in enumerate([*decoder.layers, None]):
+            hook = layer and layer.register_forward_hook(
+                lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+            )
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+            if hook:
+                hook.remove()
+            expected = sum(cross_entropy(logits, text.content))
+            assert found.layer_drop.loss[number, index] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_without_a_final_norm_is_read_out_by_its_head_alone() -> None:
+    model = small_model("openai-gpt")
+    found = read_out(decoder_of(model, None, name="gpt", source="gpt"), token_texts(96), OPTIONS)
+    for number, text in enumerate(token_texts(96)):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([text.content]), output_hidden_states=True).hidden_states
+            for layer, state in enumerate(states):
+                expected = cross_entropy(model.lm_head(state)[0], text.content)
+                assert found.loss[number, layer] == pytest.approx(sum(expected), rel=1e-5)
 
 
 def evaluated(decoder: Decoder, texts: list[Text] | None = None) -> Any:
@@ -201,8 +253,9 @@ def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPa
 
 def test_models_of_which_one_lacks_a_part_are_compared_in_the_rest() -> None:
     whole = evaluated(toy())
-    found = compare(whole, replace(whole, read_out=None))
+    found = compare(whole, replace(whole, read_out=None, step=7))
     assert (found.read_out, found.tasks, found.overall) == (None, {}, None)
+    assert found.notes == ["Read-out is not compared: toy 0@7 has none."]
 
 
 def test_a_model_compared_with_itself_differs_by_nothing() -> None:

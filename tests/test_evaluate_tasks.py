@@ -43,8 +43,10 @@ def samples_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("begins", [False, True])
-def test_results_are_those_of_the_harness_own_model(speech_tasks: dict[str, Any], begins: bool) -> None:
+@pytest.mark.parametrize(("begins", "more"), [(False, {}), (True, {}), (False, {"head": None})])
+def test_results_are_those_of_the_harness_own_model(
+    speech_tasks: dict[str, Any], begins: bool, more: dict[str, Any]
+) -> None:
     # Where texts begin with a token of their own, its rolling log-likelihood counts that one too.
     tasks = {name: task for name, task in speech_tasks.items() if not begins or "bits" not in name}
     own = harness(
@@ -59,7 +61,7 @@ def test_results_are_those_of_the_harness_own_model(speech_tasks: dict[str, Any]
         ]
         for name in tasks
     }
-    found = run(toy(begins), tasks)
+    found = run(replace(toy(begins), **more), tasks)
     for name, result in found.items():
         metrics = own["results"][name]
         assert result.value == pytest.approx(metrics[f"{result.metric},none"], rel=1e-5)

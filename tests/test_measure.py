@@ -307,6 +307,47 @@ def test_dropping_the_first_token_changes_the_main_figures(folder: Path, text: P
     assert entry["displacement"] != entry["with_first_token"]["displacement"]
 
 
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("openai-gpt", {}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("bert", {}),
+        ("inkling2_text", {}),
+    ],
+)
+def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
+    family: str, more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model(family, **more)
+    model.save_pretrained(tmp_path / "odd")
+    token_file.write_documents(tmp_path / "ids", iter(IDS[:1]), "uint16")
+    files = tmp_path / "out.json", tmp_path / "out.csv"
+    text = ("--text", tmp_path / "ids.bin")
+    run(tmp_path / "odd", *text, "--json", files[0], "--csv", files[1], "--layers")
+    out, err = capsys.readouterr()
+    assert "Note: no final norm runs on the last layer's output of odd" in err
+    assert "post_norm" not in files[0].read_text() + files[1].read_text() and "after norm" not in out
+    (entry,) = json.loads(files[0].read_text())["models"]
+    with torch.no_grad():
+        states = model(
+            input_ids=torch.tensor(IDS[:1]), output_hidden_states=True, use_cache=False
+        ).hidden_states
+    turned = [float((1 - cosine_similarity(a, b, dim=-1)).mean() / 2) for a, b in pairwise(states)]
+    # Of the odd one, transformers' last state is behind a norm of something else.
+    known = LAYERS - (family == "inkling2_text")
+    assert entry["displacement"]["pre_norm"][:known] == pytest.approx(turned[:known], rel=1e-4)
+    for name in ("displacement_std", "jump_rate", "jump_rate_from", "block_influence", "angular_distance"):
+        assert list(entry[name]) == list(entry["with_first_token"][name]) == ["pre_norm"]
+    assert len(entry["norm"]["pre_norm"]) == LAYERS + 1
+    assert len(list(csv.DictReader(files[1].open()))) == 2 * LAYERS
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["odd"])
+    assert row.split()[:4] == [
+        *("odd", str(LAYERS), f"{entry['jump_rate']['pre_norm']:.3f}"),
+        f"{entry['displacement']['pre_norm'][-1]:.4f}",
+    ]
+
+
 def test_token_files_give_the_figures_of_the_text_they_were_made_from(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:

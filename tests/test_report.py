@@ -255,6 +255,32 @@ def test_figures_are_written_as_svg_and_png_on_white(report: Callable[..., Page]
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize("without_norm", [("jreg",), ("baseline", "jreg")])
+def test_a_model_without_a_final_norm_has_no_numbers_after_it(
+    report: Callable[..., Page], without_norm: tuple[str, ...]
+) -> None:
+    document = measurement(steps=STEPS[-2:], without_norm=without_norm)
+    page = report(write(Path("m.json"), document), "--figures", "a")
+    some = len(without_norm) == 1
+    head = page.table(HEADLINE)[0]
+    for column in ("ζ after it", "last Ψ after it"):
+        if some:
+            first, second = page.column(HEADLINE, column)
+            assert (first, second) != ("–", "–") and second == "–"
+        else:
+            assert column not in head
+    last = document["models"][-1]["displacement"]["pre_norm"][-1]
+    assert float(page.column(HEADLINE, "last Ψ before the final norm")[1]) == pytest.approx(last, rel=1e-3)
+    cells = page.column("Displacement Ψ of each layer, mean over tokens", "jreg")
+    assert float(cells[LAYERS - 1]) == pytest.approx(last, rel=1e-3) and cells[LAYERS:] == ["–"] * some
+    assert not any("jreg, after" in column for column in page.table("Jump rate ζ at each step")[0])
+    text = Path("report.html").read_text()
+    # In the captions of the displacement, the jump rate and each such model's map.
+    assert text.count("No final norm, so shown before it alone") == 2 + len(without_norm)
+    assert Path("a/heat_map_1_post_norm.svg").exists() == some
+    assert not Path("a/heat_map_2_post_norm.svg").exists()
+
+
 def test_the_pictures_do_not_depend_on_those_before_them(report: Callable[..., Page]) -> None:
     path = write(Path("m.json"), measurement(("a",), (1, 2), layers=3))
     drawn = []
@@ -270,6 +296,32 @@ def test_a_run_that_diverged_is_shown_as_far_as_it_went(report: Callable[..., Pa
     page = report(write_events(Path("run"), {100: 3.0, 200: float("nan")}))
     assert page.column(HEADLINE, "validation loss") == ["not finite"]
     assert page.column("Validation loss, nats per token", "run") == ["3.0000", "not finite"]
+
+
+def test_a_run_that_does_not_say_which_state_it_logged_is_put_under_neither(
+    report: Callable[..., Page],
+) -> None:
+    page = report(
+        write_events(Path("bridge"), {100: 3.0}, settings={"jreg_final_state": ""}),
+        write_events(Path("post"), {100: 3.0}, settings={"jreg_final_state": "post_norm"}),
+    )
+    assert "ζ before the final norm" not in page.table(HEADLINE)[0]
+    assert page.column(HEADLINE, "ζ after it") == ["–", "0.1000"]
+    unknown, known = page.column("Files", "how")
+    assert unknown == "last layer before or after the final norm, which its logs do not say"
+    assert known == "last layer after the final norm"
+    assert (
+        "which its logs do not say in bridge and after the final norm in post."
+        in Path("report.html").read_text()
+    )
+
+
+def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page]) -> None:
+    document = evaluation()
+    document["comparison"]["read_out"]["interval"][5] = None
+    page = report(write(Path("e.json"), document))
+    row = page.table("Difference in loss behind each layer")[6]
+    assert row[0] == "5" and row[1] != "–" and row[2:4] == ["–", "–"]
 
 
 def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Callable[..., Page]) -> None:

@@ -28,7 +28,7 @@ class StateObserver(Protocol):
         """Layer ``number`` (1-based) has run; for the last one this is before the final norm."""
 
     def final_norm(self, normed: Tensor) -> None:
-        """The final norm has run on the output of the last layer."""
+        """The final norm, if there is one, has run on the output of the last layer."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Decoder:
     layers: Sequence[nn.Module]
     """Layers 1..L. Each takes the residual stream as its first argument and returns it, or a tuple or
     list that begins with it."""
-    final_norm: nn.Module
-    """``nn.Identity`` where there is none; the two conventions for the last layer are then the same."""
-    head: Callable[[Tensor], Tensor]
-    """Logits ``[b, s, V]`` of states ``[b, s, h]`` behind the final norm, all that the model does to them
-    (such as a soft cap) included."""
+    final_norm: nn.Module | None
+    """None where no norm runs on the last layer's output; there is no state behind it then."""
+    head: Callable[[Tensor], Tensor] | None
+    """Logits ``[b, s, V]`` of states ``[b, s, h]`` behind the final norm, or the last layer where there is
+    none, all that the model does to them (such as a soft cap) included. None where they are known to differ
+    from :attr:`logits`."""
     run: Callable[[Tensor], None]
     """Run token ids ``[b, s]`` through all layers and the final norm, for what an observer sees of it."""
     logits: Callable[[Tensor], Tensor]
@@ -92,8 +93,6 @@ class Decoder:
                 layer_output = outward(stream_out(output))
                 observer.layer(number, outward(stream_in(args, kwargs)), layer_output)
                 is_through = number == self.num_layers
-                if is_through and isinstance(self.final_norm, nn.Identity):
-                    observer.final_norm(layer_output)
 
             return hook
 
@@ -107,7 +106,8 @@ class Decoder:
             layer.register_forward_hook(tell(number), with_kwargs=True)
             for number, layer in enumerate(self.layers, start=1)
         ]
-        hooks.append(self.final_norm.register_forward_hook(tell_normed))
+        if self.final_norm is not None:
+            hooks.append(self.final_norm.register_forward_hook(tell_normed))
         try:
             yield
         finally:
@@ -131,6 +131,9 @@ class Decoder:
     @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:
         """Logits ``[b, s, V]`` of the states ``[b, s, h]`` behind any layer, by final norm and head."""
+        assert self.head is not None, "the head's own logits are not the model's"
+        if self.final_norm is None:
+            return self.head(states)
         if self.sequence_first:
             return self.head(self.final_norm(states.transpose(0, 1)).transpose(0, 1))
         return self.head(self.final_norm(states))

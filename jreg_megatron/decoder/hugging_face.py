@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.decoder import Decoder, stream_out
 from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
-from jreg_megatron.decoder.structure import find_structure
+from jreg_megatron.decoder.structure import Structure, find_structure
 from jreg_megatron.errors import UserError
 from jreg_megatron.extras import need
+from jreg_megatron.output import note
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -33,8 +33,20 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that this model begins with."""
+        ids = self._ids(text)
+        return ids[: len(ids) - self._closing]
+
+    @cached_property
+    def _closing(self) -> int:
+        """How many special tokens it puts behind a text, which would be taken for a part of it."""
+        plain, ids = self._ids("a", add_special_tokens=False), self._ids("a")
+        starts = (at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain)
+        start = next(starts, None)
+        return 0 if start is None else len(ids) - start - len(plain)
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
         # verbose: it would warn of every text that is longer than the model's context.
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, verbose=False, **how)["input_ids"]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -121,8 +133,16 @@ def decoder_of(
         out: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
         return out
 
-    structure = find_structure(model, logits, config.vocab_size, name)
-    without_head = _without_head(model, structure.place)
+    num_layers = _num_layers(config)
+    structure = find_structure(model, logits, config.vocab_size, name, num_layers)
+    if num_layers not in (None, len(structure.layers)):
+        note(
+            f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "
+            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken for them"
+        )
+    if not structure.feeds_head_alone:
+        note(f"the head of {name} reads more than its last layer's output; figures are of that output")
+    without_head = _without_head(model, structure)
 
     def run(tokens: Tensor) -> None:
         without_head(input_ids=tokens.to(device), use_cache=False)
@@ -135,14 +155,14 @@ def decoder_of(
         step=step_of(revision or source),
         model=model,
         layers=structure.layers,
-        final_norm=structure.final_norm or nn.Identity(),
+        final_norm=structure.final_norm,
         head=_head(model, config),
         run=torch.inference_mode()(run),
         logits=torch.inference_mode()(logits),
         tokenizer=None if tokenizer is None else HubTokenizer(tokenizer),
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
         vocab_size=config.vocab_size,
-        hidden_size=structure.hidden_size,
+        hidden_size=structure.output.shape[-1],
         max_length=_max_length(config),
         device=device,
         dtype=model.dtype,
@@ -150,27 +170,48 @@ def decoder_of(
 
 
 def _max_length(config: Any) -> int | None:
-    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    names = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    lengths = (getattr(config, name, None) for name in names)
     return next((int(length) for length in lengths if length and length > 0), None)
 
 
-def _without_head(model: nn.Module, place: str) -> nn.Module:
-    """The innermost module around the layers that takes token ids; most models have one without the head."""
-    while place:
-        place = place.rpartition(".")[0]
-        module = model.get_submodule(place)
-        if "input_ids" in signature(module.forward).parameters:
-            return module
-    return model
+def _num_layers(config: Any) -> int | None:
+    # Of an encoder-decoder family, num_hidden_layers is the encoder's.
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
+    """The innermost module that takes token ids to the last layer and the final norm; most have no head."""
+    needed = {structure.layers[-1], structure.final_norm} - {None}
+    around = [module for module in model.modules() if needed <= set(module.modules())]
+    inner = (module for module in reversed(around[1:]) if _runs_alike(module, structure))
+    return next(inner, model)
+
+
+def _runs_alike(module: nn.Module, structure: Structure) -> bool:
+    """Whether a part of the model makes of token ids what the whole makes of them."""
+    if "input_ids" not in signature(module.forward).parameters:
+        return False
+    seen: list[Tensor] = []
+    hook = structure.layers[-1].register_forward_hook(lambda _, __, output: seen.append(stream_out(output)))
+    try:
+        with torch.inference_mode():
+            module(input_ids=structure.tokens.to(structure.output.device), use_cache=False)
+    except Exception:  # it needs what the modules around it make of the ids
+        return False
+    finally:
+        hook.remove()
+    return len(seen) == 1 and torch.allclose(seen[0], structure.output, rtol=1e-3, equal_nan=True)
 
 
 def _refuse_random_weights(info: Any, source: str) -> None:
     """Raises:
     UserError: if transformers has drawn weights that the files do not hold, which it only warns of.
     """
+    unused = sorted(map(str, info["unexpected_keys"]))
     if missing := sorted(map(str, info["missing_keys"])):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        unused = sorted(map(str, info["unexpected_keys"]))
         instead = f"; they do hold {unused[0]}, which has no place in it" if unused else ""
         raise UserError(
             f"the files of {source} hold no {missing[0]}{more}, which its config.json asks for{instead}"
@@ -181,18 +222,20 @@ def _refuse_random_weights(info: Any, source: str) -> None:
             f"the files of {source} hold {name} of size {list(saved)}, and its config.json asks for "
             f"{list(wanted)}; one of the two is not this model's"
         )
-    layers = [name for name in map(str, info["unexpected_keys"]) if re.search(r"\.(layers|h)\.\d+\.", name)]
-    if layers:
-        print(
-            f"Note: {source} holds weights that its config.json has no place for, such as {min(layers)}; "
-            "they are left out",
-            file=sys.stderr,
+    if unused:
+        note(
+            f"{source} holds weights that its config.json has no place for, such as {unused[0]}; "
+            "they are left out"
         )
 
 
-def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor]:
-    """The output embedding, and what is done to its logits by the settings that transformers has for it."""
-    embedding = model.get_output_embeddings()
+def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
+    """The output embedding, and what is done to its logits by those settings for it that are known here.
+
+    Whether that is all shows against the model's own logits, before anything is read out.
+    """
+    if (embedding := model.get_output_embeddings()) is None:
+        return None
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)

@@ -1,22 +1,29 @@
 """Where the layers and the final norm of a model are, found by what they do and not by their names.
 
-A short forward pass shows it: the layers are the ``ModuleList`` whose members run one after the other,
-each on what the one before it returned; the final norm is what runs on the last one's output.
+Short forward passes show it. The layers are the ``ModuleList`` whose members run one after the other, each on
+what the one before it returned, and which hold all that mixes tokens: neither their input nor what is done to
+their output does. The final norm is a norm that runs on the last one's output, and all that the head sees
+comes through it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import count, pairwise
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from jreg_megatron.errors import UserError
 
-_LENGTH = 6
+_LENGTH, _AT = 6, 3
+"""Of the tokens that are run, and where their two rows differ."""
+_OTHERS = [at for at in range(_LENGTH) if at != _AT]
+_SLIGHT = 0.02
+"""Share of the difference between the rows' logits that may come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -25,121 +32,201 @@ class Structure:
 
     Attributes:
         layers: layers 1..L.
-        place: where they are in the model, such as ``model.layers``.
-        final_norm: None where nothing runs on the last layer's output (post-norm models).
-        hidden_size: width of the residual stream.
+        final_norm: None where no norm runs on the last layer's output, or not on it alone.
+        feeds_head_alone: whether the head sees nothing but the last layer's output.
+        tokens: the ids ``[2, s]`` that were run.
+        output: the last layer's states of them, ``[2, s, h]``.
     """
 
     layers: Sequence[nn.Module]
-    place: str
     final_norm: nn.Module | None
-    hidden_size: int
+    feeds_head_alone: bool
+    tokens: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
-    state_in: Tensor | None
-    state_out: Tensor | None
+    number: int
+    """Among the calls of this module, from 1."""
+    state_in: Tensor
+    state_out: Tensor
+    more_in: list[Tensor]
+    more_out: list[Tensor]
+    """Further states that it was given, and that it returned."""
 
 
-def find_structure(model: nn.Module, run: Callable[[Tensor], Any], vocab_size: int, name: str) -> Structure:
+def find_structure(
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    name: str,
+    num_layers: int | None = None,
+) -> Structure:
     """Run a few tokens and see which modules carry the residual stream.
 
     Args:
         model: the whole model, in evaluation mode.
-        run: runs token ids ``[b, s]`` through it.
+        run: logits ``[b, s, V]`` of token ids ``[b, s]``.
         vocab_size: ids below it are used.
         name: of the model, for messages.
+        num_layers: as its configuration says; None if it does not.
 
     Raises:
         UserError: if no layers are found, or the model looks at tokens to come; says what was looked for.
     """
-    # Two rows that differ in the last token alone: what comes before it must not see that.
+    # Two rows that differ in one token: what comes before it must not see that.
     tokens = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
-    tokens[1, -1] += 1
-    calls = _record(model, run, tokens)
-    place, calls_of_layers = _longest_chain(model, calls)
-    if not calls_of_layers:
+    tokens[1, _AT] += 1
+    calls, logits = _record(model, run, tokens)
+
+    def effect(call: _Call) -> tuple[bool, bool]:
+        return _effect(call, logits, lambda: run(tokens))
+
+    for chain in _chains(model, calls, num_layers):
+        first, last = chain[0], chain[-1]
+        # What mixes tokens is neither before them nor behind.
+        if _tells_apart(first.state_in) and (not _tells_apart(last.state_out) or _tells_apart(logits)):
+            is_last, is_all = effect(last)
+            # Beside the layers that the configuration counts there may be more, such as a skip to the head.
+            if is_last and (is_all or (len(chain) == num_layers and not _hands_on_more(chain))):
+                break
+    else:
+        wanted = "" if num_layers is None else f"{num_layers} by its configuration, "
         raise UserError(
             f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList whose "
-            "members run in order, each on the [batch, sequence, hidden] states that the last one returned; "
-            f"it has {_lists(model)}"
+            f"members, {wanted}run in order from the embedding to the head, each on the [batch, sequence, "
+            f"hidden] states that the last one returned; it has {_lists(model)}"
         )
-    last = calls_of_layers[-1]
-    assert last.state_out is not None
     _refuse_lookahead(last.state_out, name)
-    norm = _final_norm(calls[calls.index(last) + 1 :], last.state_out)
-    return Structure([call.module for call in calls_of_layers], place, norm, last.state_out.shape[-1])
+    behind = calls[calls.index(last) + 1 :] if is_all else []
+    norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
+    norm = next((call.module for call in norms), None)
+    return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out)
 
 
-def _record(model: nn.Module, run: Callable[[Tensor], Any], tokens: Tensor) -> list[_Call]:
-    """Every module's call that has states ``[b, s, h]`` on both sides, in the order in which they return."""
+def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
+    """Every module's call with states ``[b, s, h]`` on both sides, in the order of their ends; the logits."""
     calls: list[_Call] = []
+    numbers: Counter[nn.Module] = Counter()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        state_in = args[0] if args else kwargs.get("hidden_states")
-        state_out = output[0] if isinstance(output, tuple | list) and output else output
-        calls.append(_Call(module, _state(state_in, tokens), _state(state_out, tokens)))
+        numbers[module] += 1
+        first = args[0] if args else kwargs.get("hidden_states")
+        outputs = output if isinstance(output, tuple | list) and output else (output,)
+        if _is_state(first, tokens) and _is_state(outputs[0], tokens) and first.shape == outputs[0].shape:
+            more_in = [value for value in (*args[1:], *kwargs.values()) if _is_state(value, tokens)]
+            more_out = [value for value in outputs[1:] if _is_state(value, tokens)]
+            calls.append(_Call(module, numbers[module], first, outputs[0], more_in, more_out))
 
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
     try:
         with torch.inference_mode():
-            run(tokens)
+            logits = run(tokens)
     finally:
         for handle in hooks:
             handle.remove()
-    return [
-        call
-        for call in calls
-        if call.state_in is not None
-        and call.state_out is not None
-        and call.state_in.shape == call.state_out.shape
-    ]
+    return calls, logits.float()
 
 
-def _state(value: Any, tokens: Tensor) -> Tensor | None:
-    is_state = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == tokens.shape
-    return value if is_state and value.is_floating_point() else None
+@torch.inference_mode()
+def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[bool, bool]:
+    """What a call's output does to the logits: whether to those of its own token alone, and whether all.
+
+    It is swapped between the rows where their tokens differ, so that these logits should be swapped.
+    """
+    numbers = count(1)
+
+    def swap(_: nn.Module, __: Any, output: Any) -> Any:
+        if next(numbers) != call.number:
+            return None
+        state = (output[0] if isinstance(output, tuple | list) else output).clone()
+        state[:, _AT] = state[:, _AT].flip(0)
+        return type(output)((state, *output[1:])) if isinstance(output, tuple | list) else state
+
+    handle = call.module.register_forward_hook(swap)
+    try:
+        found = run().float()
+    finally:
+        handle.remove()
+    expected = logits.clone()
+    expected[:, _AT] = logits[:, _AT].flip(0)
+    off = found - expected
+    eps = 4 * torch.finfo(call.state_out.dtype).eps
+    apart = (logits[0] - logits[1])[_AT].norm()
+    # NaN is no ground for a refusal here: it is found in the states, and named.
+    return (
+        not bool(off[:, _OTHERS].norm() > min(eps, 1e-3) * logits.norm()),
+        not bool(off[:, _AT].norm() > _SLIGHT * apart + eps * logits.norm()),
+    )
 
 
-def _longest_chain(model: nn.Module, calls: list[_Call]) -> tuple[str, list[_Call]]:
-    """Name and calls of the longest list of modules that hand the stream on; the outermost of equal ones."""
+def _is_state(value: Any, tokens: Tensor) -> TypeGuard[Tensor]:
+    is_3d = isinstance(value, Tensor) and value.ndim == 3
+    return is_3d and value.shape[:2] == tokens.shape and value.is_floating_point()
+
+
+def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
+    """The calls of each list of modules that hand the stream on.
+
+    Those of ``num_layers`` come first, then the longest; the outermost of equal ones.
+    """
     by_module: dict[nn.Module, list[_Call]] = {}
     for call in calls:
         by_module.setdefault(call.module, []).append(call)
-    best: tuple[str, list[_Call]] = ("", [])
-    for name, modules in model.named_modules():
+    found = []
+    for modules in model.modules():
         if not isinstance(modules, nn.ModuleList):
             continue
         # Layers behind those that the model uses (config.num_hidden_layers) do not run.
-        chain = [by_module[module] for module in modules if module in by_module]
-        if any(len(of_one) != 1 for of_one in chain):
-            continue
-        ran = [of_one[0] for of_one in chain]
-        handed_on = all(_is_same(a.state_out, b.state_in) for a, b in pairwise(ran))
-        if handed_on and len(ran) > len(best[1]):
-            best = (name, ran)
-    return best
+        of_each = [by_module[module] for module in modules if module in by_module]
+        chain = [calls[0] for calls in of_each if len(calls) == 1]
+        handed_on = all(_is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+        if chain and len(chain) == len(of_each) and handed_on:
+            found.append(chain)
+    return sorted(found, key=lambda chain: (len(chain) != num_layers, -len(chain)))
 
 
-def _final_norm(calls: list[_Call], state: Tensor) -> nn.Module | None:
-    """What first changes the last layer's output, if it is a norm: no weights but a scale and a shift."""
-    for call in calls:
-        if _is_same(call.state_in, state) and not _is_same(call.state_out, state):
-            has_matrix = any(parameter.ndim > 1 for parameter in call.module.parameters())
-            return None if has_matrix else call.module
-    return None
+def _hands_on_more(chain: list[_Call]) -> bool:
+    """Whether a module gives the next one a second state, such as the sum of a stream and its last branch."""
+    pairs = pairwise(chain)
+    return any(_is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
 
 
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.shape != b.shape:
+def _tells_apart(states: Tensor) -> bool:
+    """Whether states are of one token each: the rows' differ only where their tokens do."""
+    first, second = states.float()
+    return not bool((first - second)[_OTHERS].norm() > 4 * torch.finfo(states.dtype).eps * first.norm())
+
+
+def _is_norm_of(call: _Call, state: Tensor) -> bool:
+    """Whether a call is of a norm and runs on ``state``.
+
+    A norm has no weights but a scale and a shift, and gives the same whatever the length of its input.
+    """
+    if not _is_same(call.state_in, state) or _is_same(call.state_out, state):
+        return False
+    if any(parameter.numel() > state.shape[-1] for parameter in call.module.parameters()):
+        return False
+    some = torch.randn(1, _LENGTH, state.shape[-1], generator=torch.Generator().manual_seed(0))
+    some = some.to(call.state_in)
+    try:
+        with torch.inference_mode():
+            once, twice = call.module(some)[:, :1].float(), call.module(2 * some[:, :1]).float()
+    except Exception:  # it takes more than states
+        return False
+    return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
         return False
     return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b.device), b)
 
 
 def _refuse_lookahead(states: Tensor, name: str) -> None:
-    first, second = states[:, :-1].float()
+    first, second = states[:, :_AT].float()
     # The rows may differ by rounding, for experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
         raise UserError(

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.layers import Options, PerText
 from jreg_megatron.evaluate.paired import Difference
-from jreg_megatron.evaluate.scoring import check_decoder
+from jreg_megatron.evaluate.scoring import read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
+from jreg_megatron.output import note
 from jreg_megatron.texts import Text
 
 
@@ -77,7 +79,12 @@ def evaluate(
         UserError: if a part cannot be done with this model; before anything is run where that can be seen.
     """
     parts = set(parts)
-    check_decoder(decoder)
+    if (error := read_out_error(decoder)) is not None:
+        if parts == {"read-out"}:
+            raise UserError(error)
+        if "read-out" in parts:
+            note(f"{error}; that part is left out")
+        parts, decoder = parts - {"read-out"}, replace(decoder, head=None)
     if parts - {"tasks"}:
         layers.check_texts(decoder, texts, options)
     found = Evaluation(
@@ -134,6 +141,8 @@ def zip_tasks(
 def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Difference] | None:
     first, second = a.read_out, b.read_out
     if first is None or second is None:
+        if first or second:
+            notes.append(f"Read-out is not compared: {(b if first else a).at} has none.")
         return None
     if a.num_layers != b.num_layers:
         notes.append(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
-from jreg_megatron.evaluate.scoring import final_states, padded, score
+from jreg_megatron.evaluate.scoring import padded, score_own
 
 Request = tuple[Any, list[int], list[int]]
 """Whatever names it, the ids of the context and those to be scored."""
@@ -107,7 +107,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         """Log-likelihood of each request's last part, and whether each id of it is the most likely."""
         kept = [(context + wanted)[-(self._max_length + 1) :] for _, context, wanted in requests]
         lengths = [len(wanted) for _, _, wanted in requests]
-        states = final_states(self._decoder, padded([ids[:-1] for ids in kept], self._decoder.device))
+        inputs = padded([ids[:-1] for ids in kept], self._decoder.device)
         spots = [
             (row, len(ids) - 1 - length + offset)
             for row, (ids, length) in enumerate(zip(kept, lengths, strict=True))
@@ -115,8 +115,8 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         ]
         rows, columns = zip(*spots, strict=True)
         wanted = [kept[row][column + 1] for row, column in spots]
-        targets = torch.tensor(wanted, device=states.device)
-        scores = score(self._decoder.head, states[list(rows), list(columns)], targets, self._decoder)
+        targets = torch.tensor(wanted, device=self._decoder.device)
+        scores = score_own(self._decoder, inputs, (rows, columns), targets)
         hits = torch.split(scores.top == targets, lengths)
         losses = torch.split(scores.loss.double(), lengths)
         return [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(losses, hits, strict=True)]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
-from jreg_megatron.evaluate.scoring import Scores, final_states, score
+from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.texts import Text
 from jreg_megatron.windows import batches, windows
 
@@ -81,7 +81,7 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> Per
     """
 
     def final(ids: Tensor, kept: Tensor, targets: Tensor) -> Scores:
-        return score(decoder.head, final_states(decoder, ids)[:, :-1][kept], targets, decoder)
+        return score_own(decoder, ids, kept.nonzero(as_tuple=True), targets)
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
         scores = []

@@ -50,12 +50,19 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
     return Scores(loss, torch.cat(tops))
 
 
-def final_states(decoder: Decoder, ids: Tensor) -> Tensor:
-    """The states ``[b, s, h]`` behind the final norm of ids ``[b, s]``."""
+def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]], targets: Tensor) -> Scores:
+    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` in n rows and columns.
+
+    Raises:
+        UserError: as :func:`score`.
+    """
+    rows, columns = at
+    if decoder.head is None:
+        return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
     seen = _Last()
     with torch.inference_mode(), decoder.observed(seen):
         decoder.run(ids)
-    return seen.normed
+    return score(decoder.head, seen.state[rows, columns], targets, decoder)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -64,43 +71,38 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def check_decoder(decoder: Decoder) -> None:
-    """Make sure that the last layer, read out by the final norm and the head, gives the model's own logits.
-
-    Raises:
-        UserError: naming the model, if it does not.
-    """
+def read_out_error(decoder: Decoder) -> str | None:
+    """Why no layer can be read out; None where final norm and head make the model's logits of the last."""
     ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
     seen = _Last()
+    what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
+    if decoder.head is None:
+        return f"{what}its head was not found"
     with torch.inference_mode():
         with decoder.observed(seen):
             decoder.run(ids)
         own = decoder.logits(ids).float()
         try:
             read = decoder.read_out(seen.layer_output).float()
-        except RuntimeError as error:  # a projection between them
-            raise UserError(
-                f"{decoder.name} ({type(decoder.model).__name__}) cannot be evaluated: its head does not "
-                "take the states behind its layers"
-            ) from error
+        except RuntimeError:  # a projection between them
+            return f"{what}its head does not take the states behind its layers"
     off, size = float((own - read).abs().max()), float(own.abs().max())
-    if not off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size and own.isfinite().all():
-        raise UserError(
-            f"{decoder.name} ({type(decoder.model).__name__}) cannot be evaluated: its last layer, read out "
-            f"by final norm and head, misses its logits by {off:.2g} of {size:.2g}"
-        )
+    if off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size or not own.isfinite().all():
+        return None
+    by = "head" if decoder.final_norm is None else "final norm and head"
+    return f"{what}its last layer's output by {by} misses its logits by {off:.2g} of {size:.2g}"
 
 
 class _Last:
-    """Keeps the states behind the last layer and behind the final norm."""
+    """Keeps the states behind the last layer, and those that the head takes."""
 
     layer_output: Tensor
-    normed: Tensor
+    state: Tensor
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        self.layer_output = layer_output
+        self.layer_output = self.state = layer_output
 
     def final_norm(self, normed: Tensor) -> None:
-        self.normed = normed
+        self.state = normed

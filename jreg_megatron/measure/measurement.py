@@ -13,11 +13,12 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
 from jreg_megatron.formulas import jump_rate
 from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
+from jreg_megatron.output import note
 from jreg_megatron.texts import Text
 from jreg_megatron.windows import batches, windows
 
 FINAL_STATES = ("pre_norm", "post_norm")
-"""The two conventions for the last layer's output: before and after the final norm."""
+"""The two conventions for the last layer's output: before and after the final norm, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Figures:
     """What was measured, by one choice about each sequence's first token.
 
     Each is the mean over texts of their means over tokens. A dict has an entry for each of
-    :data:`FINAL_STATES`; they differ in the last layer only.
+    :data:`FINAL_STATES`; they differ in the last layer only. Without a final norm there is no ``post_norm``.
     """
 
     texts: int
@@ -46,12 +47,14 @@ class Figures:
     """Mean length of h_0 .. h_L."""
 
     @classmethod
-    def of(cls, mean: Tensor, texts: int, tokens: int) -> Figures:
-        """From the means of :class:`~jreg_megatron.measure.statistics.TextStatistics`, ``[4, L + 2]``."""
-        last = mean.shape[1] - 2
-        states = dict(zip(FINAL_STATES, (last, last + 1), strict=True))
+    def of(cls, mean: Tensor, texts: int, tokens: int, last: int) -> Figures:
+        """From the means of :class:`~jreg_megatron.measure.statistics.TextStatistics`, ``[4, P]``.
+
+        ``last`` is the number of layers.
+        """
         by_state = {
-            state: torch.cat((mean[:, :last], mean[:, at : at + 1]), 1) for state, at in states.items()
+            state: torch.cat((mean[:, :last], mean[:, at : at + 1]), 1)
+            for state, at in zip(FINAL_STATES, range(last, mean.shape[1]), strict=False)
         }
         psi = {state: each[PSI, 1:] for state, each in by_state.items()}
         rates = {state: [_rate(each, layer) for layer in range(1, last + 1)] for state, each in psi.items()}
@@ -90,7 +93,8 @@ def measure(
 ) -> Measurement:
     """Run texts through a model and measure how far each layer turns each token's state.
 
-    Texts longer than the model's context are cut into sequences that know nothing of each other.
+    Texts longer than the model's context are cut into sequences that know nothing of each other. Says on
+    standard error if the model has no final norm.
 
     Args:
         decoder: the model.
@@ -102,21 +106,29 @@ def measure(
     Raises:
         UserError: if there is no token, an id is not the model's, or a state is NaN or infinite.
     """
+    has_final_norm = decoder.final_norm is not None
+    if not has_final_norm:
+        note(
+            f"no final norm runs on the last layer's output of {decoder.name}; its figures are without one "
+            "(pre_norm), and there is no post_norm"
+        )
     statistics = TextStatistics()
     encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
     sequences = windows(texts, encode, decoder.vocab_size, max_tokens, decoder.max_length)
     for batch in batches(sequences, batch_size):
-        of_batch = BatchStatistics(batch, decoder.num_layers)
+        of_batch = BatchStatistics(batch, decoder.num_layers, has_final_norm)
         with decoder.observed(of_batch):
             decoder.run(batch.tokens)
         first, rest = of_batch.sums()
-        _refuse_non_finite(first + rest, decoder.name)
+        _refuse_non_finite(first + rest, decoder)
         for place, window in enumerate(batch.windows):
             statistics.add(window, first[..., place], rest[..., place])
         if on_tokens is not None:
             on_tokens(int(batch.lengths.sum()))
     both = [
-        Figures.of(torch.as_tensor(mean.total) / mean.texts, mean.texts, mean.tokens) if mean.texts else None
+        Figures.of(torch.as_tensor(mean.total) / mean.texts, mean.texts, mean.tokens, decoder.num_layers)
+        if mean.texts
+        else None
         for mean in (statistics.with_first, statistics.without_first)
     ]
     if both[0] is None:
@@ -128,14 +140,14 @@ def _rate(psi: Tensor, layer: int) -> float | None:
     return None if layer == 1 else float(jump_rate(psi, layer))
 
 
-def _refuse_non_finite(sums: Tensor, name: str) -> None:
+def _refuse_non_finite(sums: Tensor, decoder: Decoder) -> None:
     finite = sums.isfinite().all(dim=0).all(dim=-1)
     if not finite.all():
         place = int((~finite).nonzero()[0])
-        where = f"layer {place}" if place < len(finite) - 1 else "the final norm"
+        where = f"layer {place}" if place <= decoder.num_layers else "the final norm"
         raise UserError(
-            f"{name}: the states behind {'the embedding' if place == 0 else where} hold NaN or Inf; the "
-            "weights are damaged, or too large for this --dtype"
+            f"{decoder.name}: the states behind {'the embedding' if place == 0 else where} hold NaN or Inf; "
+            "the weights are damaged, or too large for this --dtype"
         )
 
 

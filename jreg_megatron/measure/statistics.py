@@ -32,11 +32,13 @@ class _Directions:
 class BatchStatistics:
     """Sums over the tokens of one batch. Observes a decoder's forward pass.
 
-    Its places are the states h_0, h_1 .. h_L and, last, the final norm's output taken for h_L.
+    Its P places are the states h_0, h_1 .. h_L and, last, the final norm's output taken for h_L, if there is
+    a final norm.
     """
 
     batch: Batch
     num_layers: int
+    has_final_norm: bool = True
     _sums: list[Tensor] = field(default_factory=list)
     _mask: Tensor | None = None
     _before: _Directions | None = None
@@ -61,8 +63,9 @@ class BatchStatistics:
         self._before = None
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Over the first token and over the other tokens of each sequence, ``[4, L + 2, b]`` float64 each."""
-        assert len(self._sums) == self.num_layers + 2, "a layer ran twice, or not at all"
+        """Over the first token and over the other tokens of each sequence, ``[4, P, b]`` float64 each."""
+        places = self.num_layers + 1 + self.has_final_norm
+        assert len(self._sums) == places, "a layer ran twice, or not at all"
         first, rest = torch.stack([both.cpu() for both in self._sums], dim=2).unbind(0)
         return first, rest
 
@@ -104,7 +107,7 @@ class TextStatistics:
     _windows: int = 0
 
     def add(self, window: Window, first: Tensor, rest: Tensor) -> None:
-        """Add a sequence's sums over its first token and over the others, ``[4, L + 2]`` each."""
+        """Add a sequence's sums over its first token and over the others, ``[4, P]`` each."""
         self._first, self._rest = self._first + first, self._rest + rest
         self._tokens += len(window.ids)
         self._windows += 1

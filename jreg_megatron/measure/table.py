@@ -34,8 +34,8 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
             model["name"],
             *(["" if model["step"] is None else f"{model['step']:,}"] if with_steps else []),
             str(model["num_layers"]),
-            *(_number(rates[state], 3) for state in FINAL_STATES),
-            *(_number(psi[state][-1], 4) for state in FINAL_STATES),
+            *(_number(rates.get(state), 3) for state in FINAL_STATES),
+            *(_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES),
             *([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []),
         )
     console.print(table)
@@ -51,9 +51,9 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
     table.add_row("0", "", "", "", "", _number(model["norm"]["pre_norm"][0], 2))
     last = model["num_layers"] - 1
     for index in range(model["num_layers"]):
-        states = ["pre_norm"] if index < last else list(FINAL_STATES)
+        states = ["pre_norm"] if index < last else list(model["displacement"])
         for state in states:
-            note = f" ({FINAL_STATES[state]} norm)" if index == last else ""
+            note = f" ({FINAL_STATES[state]} norm)" if index == last and len(states) > 1 else ""
             table.add_row(
                 f"{index + 1}{note}",
                 _number(model["displacement"][state][index], 4),
@@ -74,7 +74,7 @@ def _rows(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head = {key: model[key] for key in ("name", "source", "revision", "step")}
     for first_token, block in _BLOCKS.items():
         figures = model[block]
-        for state in FINAL_STATES if figures else ():
+        for state in figures["displacement"] if figures else ():
             for index in range(model["num_layers"]):
                 yield {
                     **head,

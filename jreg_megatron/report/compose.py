@@ -75,8 +75,9 @@ def compose(inputs: Inputs) -> Report:
     many = () if sources is None or few else (sources,)
     files = (tables.files(models), *few)
     conventions = (
-        "A measurement takes the last layer's output both before and after the final norm; a training run "
-        "logs the one that its settings ask for. A first token that is dropped counts in no mean."
+        "A measurement takes the last layer's output both before and after the final norm, if there is one; "
+        "a training run logs the one that its settings ask for. A first token that is dropped counts in no "
+        "mean."
     )
     sections.append(Section("sources", "Where the numbers come from", conventions, tables=files, folded=many))
     count = f"{len(models)} model" + ("" if len(models) == 1 else "s")

@@ -10,11 +10,10 @@ from itertools import product
 
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines, log_ticks
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATES, Comparison, Evaluated, Measured, ReadOut
+from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured, ReadOut
 from jreg_megatron.report.models import Model
 from jreg_megatron.report.tables import LOSS, Table, known, p_value
 
-STATE_WORDS = {"pre_norm": "before the final norm", "post_norm": "after the final norm"}
 _DWARFS = 8.0
 """The largest displacement over the median one, from which on a linear axis hides most layers."""
 _TEXTS_DIFFER = "The models read different texts."
@@ -96,12 +95,14 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
     there = {kind for entry in last_ones.values() for kind, _ in entry.layers}
     order = sorted(there, key=lambda kind: kind != first)
     for (label, entry), kind, state in product(last_ones.items(), order, STATES):
+        if state not in entry.states:
+            continue
         block = entry.layers[entry.first_for(kind), state]
         values += [psi for psi in block.displacement if psi > 0]
         numbers = enumerate(zip(block.displacement, block.spread or block.displacement, strict=True), 1)
         for layer, (psi, spread) in numbers:
             row: Row = {"model": label, "x": layer, "y": psi, "state": state, "first": kind}
-            row |= {"spread": spread if block.spread else None, "low": psi, "high": psi}
+            row |= {"spread": spread if block.spread else None, "low": None, "high": None}
             rows.append(row)
             if kind == order[0]:
                 last = layer == entry.origin.num_layers
@@ -114,7 +115,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         if isinstance(row["spread"], float) and isinstance(row["y"], float):
             row["low"], row["high"] = max(floor, row["y"] - row["spread"]), row["y"] + row["spread"]
     log = _dwarfed(values)
-    choices = [_states(STATES)]
+    choices = [_states(rows)]
     if len(order) > 1:
         choices.append(Choice("first", "first token of each text", {kind: kind for kind in order}))
     if log:
@@ -126,12 +127,13 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         "How far each layer turns the state",
         "Displacement Ψ is half of one minus the cosine between a layer's input and its output: 0 leaves the "
         "direction as it is, 0.5 is a right angle. A last point far above the one before is the jump."
-        + (" The band is one standard deviation over tokens" if band else "")
+        + (" The band is one standard deviation over tokens, cut off at the axis" if band else "")
         + ((": pick a model to see its own." if len(shown) > BANDS else ".") if band else "")
         + (" The axis is logarithmic: equal distances are equal factors." if log else "")
         + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else "")
         + (f" {_tokens(order[0])}" if len(order) == 1 else "")
         + _one_only(last_ones.items(), order)
+        + _without_norm(last_ones.items())
         + _texts_measured(last_ones.values()),
         lines(
             rows,
@@ -144,7 +146,7 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         Table.of(f"Displacement Ψ of each layer, mean over tokens, first token {order[0]}", "layer", columns),
         shown,
         tuple(choices),
-        _tokens(order[0]),
+        _tokens(order[0]) + _without_norm(last_ones.items()),
     )
 
 
@@ -179,7 +181,7 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
     columns: dict[str, dict[int, float]] = {}
     for model in models:
         for entry in model.measured if model.is_series else ():
-            for state in STATES:
+            for state in entry.states:
                 rate = entry.layers[entry.first_for(first), state].jump_rate
                 if entry.origin.step is None or rate is None:
                     continue
@@ -188,18 +190,20 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
                 columns.setdefault(name, {})[entry.origin.step] = rate
     if not rows:
         return None
-    shown, choice = _shown(rows, looks), _states(STATES)
+    shown, choice = _shown(rows, looks), _states(rows)
+    series = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
     return Figure(
         "jump_rate",
         "The last layer's jump over training",
         "Jump rate ζ: how much further the last layer turns the state than the layer before it, in "
         f"hundredths of displacement. Measured on checkpoints; 0 is no jump. {_tokens(first)}"
-        + _one_only(((m.label, entry) for m in models if m.is_series for entry in m.measured), (first,)),
+        + _one_only(series, (first,))
+        + _without_norm(series),
         lines(rows, shown, _steps(rows), Axis("jump rate ζ", zero=True), choices={"state": choice.first}),
         _by_step(f"Jump rate ζ at each step, first token {first}", columns),
         shown,
         (choice,),
-        _tokens(first),
+        _tokens(first) + _without_norm(series),
     )
 
 
@@ -243,7 +247,7 @@ def heat_maps(models: Sequence[Model], first: str) -> list[Figure]:
         psi
         for model in series
         for entry in model.measured
-        for state in STATES
+        for state in entry.states
         for psi in entry.layers[entry.first_for(first), state].displacement
         if psi > 0
     ]
@@ -262,7 +266,7 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         if entry.origin.step is None:
             continue
         step = entry.origin.step
-        for state in STATES:
+        for state in entry.states:
             for layer, psi in enumerate(entry.layers[entry.first_for(first), state].displacement, start=1):
                 row: Row = {"step": step, "layer": layer, "state": state}
                 rows.append(row | {"value": max(psi, low), "exact": psi})
@@ -273,7 +277,8 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         f"Where the turning is, over training: {model.label}",
         "Each column is a checkpoint, each row a layer, the last one on top; brighter turns the state "
         f"further. The colours are logarithmic and the same in all maps of this page. {_tokens(first)}"
-        + _one_only(((model.label, entry) for entry in model.measured), (first,)),
+        + _one_only(((model.label, entry) for entry in model.measured), (first,))
+        + _without_norm((model.label, entry) for entry in model.measured),
         heat_map(
             rows,
             low=low,
@@ -282,8 +287,8 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
         ),
         Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
         (),
-        (_states(STATES),),
-        _tokens(first),
+        (_states(rows),),
+        _tokens(first) + _without_norm((model.label, entry) for entry in model.measured),
     )
 
 
@@ -362,9 +367,9 @@ def read_out_difference(comparison: Comparison, a: str, b: str, suffix: str) -> 
     columns: dict[str, dict[str, float | str | None]] = {}
     label = "difference"
     for layer, difference in enumerate(comparison.read_out):
-        low, high = difference.interval or (difference.value, difference.value)
+        low, high = difference.interval or (None, None)
         rows.append({"model": label, "x": layer, "y": difference.value, "low": low, "high": high})
-        parts: dict[str, float | str] = {"difference": difference.value, "from": low, "to": high}
+        parts: dict[str, float | str | None] = {"difference": difference.value, "from": low, "to": high}
         parts |= {} if difference.p_value is None else {"p": p_value(difference.p_value)}
         parts |= {} if difference.p_adjusted is None else {"p, adjusted": p_value(difference.p_adjusted)}
         for column, value in parts.items():
@@ -450,6 +455,12 @@ def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> 
     )
 
 
+def _without_norm(entries: Iterable[tuple[str, Measured]]) -> str:
+    """What a caption says of models that are not among the numbers after the final norm."""
+    found = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
+    return f" No final norm, so shown before it alone: {', '.join(found)}." if found else ""
+
+
 def _texts_measured(entries: Iterable[Measured]) -> str:
     """What a caption says where not all models were measured on the same text."""
     texts = {
@@ -502,8 +513,10 @@ def _steps(rows: list[Row]) -> Axis:
     return Axis("training step", whole=True, scale="symlog", ticks=(0, *ticks))
 
 
-def _states(states: Sequence[str]) -> Choice:
-    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in states})
+def _states(rows: list[Row]) -> Choice:
+    """Between the last layer's states that there are numbers for."""
+    there = {row["state"] for row in rows}
+    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
 
 
 def _of_runs(models: Sequence[Model]) -> str:

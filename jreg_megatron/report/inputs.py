@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STATES = ("pre_norm", "post_norm")
-"""Which state counts as the last layer's output: before or after the final norm."""
+"""Which state counts as the last layer's output: before or after the final norm, which a model may lack."""
+STATE_WORDS: dict[str | None, str] = {
+    "pre_norm": "before the final norm",
+    "post_norm": "after the final norm",
+    None: "before or after the final norm, which its logs do not say",
+}
 FIRST_TOKEN = {"kept": "with_first_token", "dropped": "without_first_token"}
 """Whether a text's first token was counted, and the block of a measurement that holds it."""
 
@@ -49,7 +54,12 @@ class Measured:
     first_token: str
     """The block that the file puts first, a key of :data:`FIRST_TOKEN`."""
     layers: dict[tuple[str, str], Layers]
-    """By first token and state."""
+    """By first token and state; of a model without a final norm by :data:`STATES`' first alone."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Those of :data:`STATES` that there are numbers for."""
+        return tuple(state for state in STATES if (self.first_token, state) in self.layers)
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -161,8 +171,8 @@ class Run:
     """zeta_L as training logged it."""
     displacement: tuple[float, ...]
     """Psi_l of layers 1..L at the last validation, not finite where the run had diverged; may be empty."""
-    final_state: str
-    """One of :data:`STATES`."""
+    final_state: str | None
+    """One of :data:`STATES`; None if the run does not say which it logged."""
     settings: dict[str, str]
     versions: dict[str, str]
 

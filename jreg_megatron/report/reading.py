@@ -147,10 +147,13 @@ def _measured(model: Field, whole: Field) -> Measured:
             how[key.replace("_", " ")] = (
                 value.text() if key in ("dtype", "device") else f"{value.whole(low=1):,}"
             )
-    layers = {(first, state): _layers(model, state, origin.num_layers) for state in STATES}
+    # A model without a final norm has no numbers after it.
+    has_norm = any(STATES[1] in model[key].fields() for key in ("displacement", "jump_rate"))
+    states = STATES if has_norm else STATES[:1]
+    layers = {(first, state): _layers(model, state, origin.num_layers) for state in states}
     for name, key in FIRST_TOKEN.items():
         if name != first and (block := model.get(key)) is not None:
-            layers |= {(name, state): _layers(block, state, origin.num_layers) for state in STATES}
+            layers |= {(name, state): _layers(block, state, origin.num_layers) for state in states}
     return Measured(origin, how, _texts(model.get("settings")), first, layers)
 
 
@@ -278,13 +281,12 @@ def _given(row: dict[str, Field], key: str) -> bool:
 
 def _tensorboard(folder: Path) -> Run:
     from jreg_megatron.history import History
-    from jreg_megatron.settings import JRegConfig
 
     history = History.read(folder)
     place = folder.resolve()
-    state = history.settings.get("jreg_final_state", JRegConfig().final_state)
-    if state not in STATES:
-        raise UserError(f"{printable(str(folder))}: its jreg_final_state is {printable(state)}")
+    state = history.settings.get("jreg_final_state")  # which a loop of one's own does not log
+    if state not in (*STATES, None):
+        raise UserError(f"{printable(str(folder))}: its jreg_final_state is {printable(str(state))}")
     home = place.parent if place.name == "tensorboard" else place
     return Run(
         file=printable(str(folder)),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATES, Comparison, Difference, Score
+from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Difference, Score
 from jreg_megatron.report.models import Model
 
 NOTHING = "–"
@@ -100,15 +100,15 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     if entry:
         counted = entry.first_for(first)
         mark = "" if counted == first else f" (first token {counted})"
-        for state, (rate, turn) in words.items():
-            layers = entry.layers[counted, state]
+        for state in entry.states:
+            (rate, turn), layers = words[state], entry.layers[counted, state]
             row[rate] = NOTHING if layers.jump_rate is None else number(layers.jump_rate) + mark
             row[turn] = number(layers.displacement[-1]) + mark
     loss_cell = NOTHING
     if run:
         at = run.iterations.index(step) if step in run.iterations else -1
         loss_cell = loss(run.validation_loss[at]) + _mark(run.iterations[at], step)
-        if not entry:
+        if not entry and run.final_state:
             rate, turn = words[run.final_state]
             row[rate] = number(run.jump_rate[at]) + _mark(run.iterations[at], step)
             if run.displacement and known(run.displacement[-1]) is not None:
@@ -263,8 +263,7 @@ def files(models: Sequence[Model]) -> Table:
             )
             rows.setdefault(key, {})[model.label] = None
         if model.run:
-            state = "before" if model.run.final_state == "pre_norm" else "after"
-            how = f"last layer {state} the final norm"
+            how = f"last layer {STATE_WORDS[model.run.final_state]}"
             key = (model.run.file, "training run", how, _pairs(model.run.versions))
             rows.setdefault(key, {})[model.label] = None
     return Table(

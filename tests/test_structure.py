@@ -1,0 +1,361 @@
+"""What is taken for the layers and the final norm, in real families and in models built to mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYERS, VOCABULARY, small_model
+from test_decoder import TOKENS, Recorder
+from torch import Tensor, nn
+
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.errors import UserError
+from jreg_megatron.evaluate.scoring import read_out_error
+
+WIDTH = 16
+
+
+def found_in(model: Any, name: str = "odd") -> Decoder:
+    return decoder_of(model, None, name=name, source=name)
+
+
+def refused(model: Any) -> str:
+    with pytest.raises(UserError, match="has no layers that were found") as error:
+        found_in(model)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def notes(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Note: ")]
+
+
+def seen_by(model: Any, found: Decoder) -> Recorder:
+    """What an observer sees; each layer's states must be those of a hook on that layer."""
+    by_hook: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: by_hook.append(_first(out))) for layer in found.layers
+    ]
+    seen = Recorder()
+    with found.observed(seen), torch.no_grad():
+        model(input_ids=TOKENS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for number, state in enumerate(by_hook, start=1):
+        torch.testing.assert_close(seen.states[number], state)
+    assert len(by_hook) == found.num_layers
+    return seen
+
+
+def _first(output: Any) -> Tensor:
+    state: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return state
+
+
+# Families of transformers
+
+
+@pytest.mark.parametrize("layers", [LAYERS, 1])
+def test_a_list_inside_a_model_of_several_streams_is_not_its_layers(layers: int) -> None:
+    # With one layer there are as many of that Linear as layers.
+    model = small_model("gemma3n_text", num_hidden_layers=layers, activation_sparsity_pattern=[0.0] * layers)
+    assert f"{layers} by its configuration" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "counted", "ran"),
+    [("longcat_flash", LAYERS, LAYERS // 2), ("mllama", LAYERS, LAYERS - 1)],
+)
+def test_layers_that_the_configuration_counts_otherwise_are_found_and_said(
+    family: str, counted: int, ran: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model(family)
+    found = found_in(model)
+    (note,) = notes(capsys)
+    assert f"counts {counted} layers" in note and f"run {ran} of" in note
+    assert found.num_layers == ran
+    with torch.no_grad():
+        states = model(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(seen_by(model, found).normed, states[-1])
+
+
+def test_a_model_that_was_cut_off_is_measured_and_its_configuration_contradicted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = small_model("llama")
+    model.model.layers = model.model.layers[:2]
+    assert found_in(model).num_layers == 2
+    (note,) = notes(capsys)
+    assert f"counts {LAYERS} layers; from its embedding to its head run 2" in note
+
+
+def test_layers_beyond_those_that_the_model_uses_are_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_model("llama")
+    model.config.num_hidden_layers = 2
+    assert found_in(model).num_layers == 2
+    assert notes(capsys) == []
+
+
+@pytest.mark.parametrize("family", ["bart", "whisper"])
+def test_the_decoder_of_an_encoder_decoder_family_is_counted_by_itself(
+    family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model(family, encoder_layers=2, decoder_layers=LAYERS)
+    assert found_in(model).num_layers == LAYERS
+    assert notes(capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "reads_out"),
+    [
+        ("openai-gpt", {}, True),
+        ("opt", {"do_layer_norm_before": False}, True),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, False),
+        ("bert", {}, False),
+        ("roberta", {}, False),
+        ("bart", {}, True),
+        ("inkling2_text", {}, False),
+    ],
+)
+def test_a_model_without_a_final_norm_on_its_last_layer_has_no_state_behind_one(
+    family: str, more: dict[str, Any], reads_out: bool
+) -> None:
+    model = small_model(family, **more)
+    found = found_in(model, family)
+    assert found.final_norm is None
+    seen = seen_by(model, found)
+    assert (found.num_layers, seen.normed) == (LAYERS, None)
+    error = read_out_error(found)
+    assert (error is None) == reads_out
+    if reads_out:
+        with torch.no_grad():
+            logits = model(input_ids=TOKENS, use_cache=False).logits
+        torch.testing.assert_close(found.read_out(seen.states[LAYERS]), logits)
+
+
+def test_a_head_that_reads_several_states_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    found_in(small_model("inkling2_text"))
+    (note,) = notes(capsys)
+    assert "the head of odd reads more than its last layer's output" in note
+
+
+# Models of our own
+
+
+class Layer(nn.Module):
+    """Adds to each token what it makes of the mean over it and those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        counts = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
+        return hidden_states + torch.tanh(self.linear(hidden_states.cumsum(1) / counts))
+
+
+class Stack(nn.Module):
+    """A list of modules that hand a state on, as one module."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, state: Any) -> Any:
+        for part in self.parts:
+            state = part(*state) if isinstance(state, tuple) else part(state)
+        return state
+
+
+class Streams(nn.Module):
+    """A layer with two streams ``[2, b, s, h]``; the chain inside it carries neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack(2)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return torch.stack((streams[1], streams[0] + self.inner(streams[0] - streams[1])))
+
+
+class Pair(nn.Module):
+    """A layer that hands on its branch and, beside it, the sum of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(branch + residual), branch + residual
+
+
+class Project(nn.Linear):
+    """A norm and weights in one."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        return super().forward(nn.functional.layer_norm(state, (WIDTH,)))
+
+
+class Odd(nn.Module):
+    """A language model of given parts; ``way`` leads from the embedding to what the head reads."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(
+        self, way: Callable[[Any, Tensor], Tensor], num_layers: int | None = LAYERS, **parts: nn.Module
+    ) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=VOCABULARY, get_text_config=lambda decoder: self.config)
+        if num_layers is not None:
+            self.config.num_hidden_layers = num_layers
+        self._way = way
+        self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.head(self._way(self, self.embedding(input_ids))))
+
+
+def stack(count: int = LAYERS, of: Callable[[], nn.Module] = Layer) -> Stack:
+    return Stack(*(of() for _ in range(count)))
+
+
+def linears(count: int = LAYERS) -> Stack:
+    return stack(count, lambda: nn.Linear(WIDTH, WIDTH))
+
+
+def two(state: Tensor) -> Tensor:
+    return torch.stack((state, 2 * state))
+
+
+def both(streams: Tensor) -> Tensor:
+    return streams[0] + streams[1]
+
+
+@pytest.mark.parametrize("number", [LAYERS, None])  # remote code may not say it
+def test_a_plain_model_is_found_without_a_note(
+    number: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), number, body=stack(), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    assert (list(found.layers), found.final_norm) == (list(model.body.parts), model.norm)
+    assert read_out_error(found) is None and notes(capsys) == []
+
+
+def test_layers_of_the_configurations_number_go_before_more_of_them_inside() -> None:
+    model = Odd(lambda m, x: m.body(x), 1, body=Stack(stack(6)))
+    assert list(found_in(model).layers) == list(model.body.parts)
+
+
+REFUSED: dict[str, Callable[[], Odd]] = {
+    # Each has a list that the number fits, or that carries a part of the stream.
+    "a projection of the embedding": lambda: Odd(
+        lambda m, x: both(m.body(two(m.first(x)))), first=linears(), body=stack(of=Streams)
+    ),
+    "a projection for the head": lambda: Odd(
+        lambda m, x: m.last(both(m.body(two(x)))), body=stack(of=Streams), last=linears()
+    ),
+    "a chain inside each layer": lambda: Odd(lambda m, x: both(m.body(two(x))), 2, body=stack(of=Streams)),
+    "two halves": lambda: Odd(lambda m, x: m.second(m.first(x)), first=stack(2), second=stack(2)),
+    "two halves, the first of the number": lambda: Odd(
+        lambda m, x: m.second(m.first(x)), 2, first=stack(2), second=stack(2)
+    ),
+    "a stream beside the layers": lambda: Odd(
+        lambda m, x: m.body(x) + both(m.beside(two(x))), body=stack(3), beside=stack(of=Streams)
+    ),
+    "a branch and its sum": lambda: Odd(lambda m, x: sum(m.body((x, x))), body=stack(of=Pair)),
+}
+
+
+@pytest.mark.parametrize("model", REFUSED.values(), ids=REFUSED)
+def test_a_list_that_does_not_carry_the_whole_stream_is_refused(model: Callable[[], Odd]) -> None:
+    assert "by its configuration" in refused(model())
+
+
+Way = Callable[[Any, Tensor, Tensor], Tensor]
+WAYS: dict[str, tuple[Way, bool, bool]] = {
+    # From the embedding x and the last layer's output h to the head: is there a final norm, and a read-out?
+    "norm": (lambda m, x, h: m.norm(h), True, True),
+    "a norm for something else first": (lambda m, x, h: m.norm(h) + 0 * m.other(h), True, True),
+    "weights before the norm": (lambda m, x, h: m.norm(m.linear(h)), False, False),
+    "a norm of more": (lambda m, x, h: m.norm(h + x), False, False),
+    "a norm beside": (lambda m, x, h: m.norm(h) + h, False, False),
+    "weights behind the norm": (lambda m, x, h: m.linear(m.norm(h)), True, False),
+    "norm and weights in one": (lambda m, x, h: m.project(h), False, False),
+    "no norm": (lambda m, x, h: m.tanh(h), False, False),
+    "weights": (lambda m, x, h: m.linear(h), False, False),
+    "a norm that is no module": (lambda m, x, h: torch.layer_norm(h, (WIDTH,)), False, False),
+    "nothing": (lambda m, x, h: h, False, True),
+}
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)], ids=["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(("way", "has_norm", "reads_out"), WAYS.values(), ids=WAYS)
+def test_the_final_norm_is_a_norm_of_the_last_layers_output_and_of_nothing_else(
+    way: Way, has_norm: bool, reads_out: bool, norm: nn.Module
+) -> None:
+    model = Odd(
+        lambda m, x: way(m, x, m.body(x)),
+        other=nn.LayerNorm(WIDTH),
+        body=stack(),
+        norm=norm,
+        tanh=nn.Tanh(),
+        linear=nn.Linear(WIDTH, WIDTH),
+        project=Project(WIDTH, WIDTH),
+    )
+    found = found_in(model)
+    assert list(found.layers) == list(model.body.parts)
+    assert found.final_norm is (norm if has_norm else None)
+    assert (read_out_error(found) is None) == reads_out
+
+
+def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
+
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            state: Tensor = self.body(self.embedding(input_ids))
+            return state
+
+    model = Odd(lambda m, x: m.norm(m.inner(m.ids)), inner=Inner(), norm=nn.LayerNorm(WIDTH))
+    model.register_forward_pre_hook(
+        lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True
+    )
+    found, seen = found_in(model), Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    assert seen.normed is not None
+
+
+def test_an_inner_module_that_makes_something_else_of_the_ids_is_not_run_alone() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
+
+        def forward(
+            self, input_ids: Tensor | None = None, embedded: Tensor | None = None, use_cache: bool = False
+        ) -> Any:
+            return self.body(self.embedding(input_ids) if embedded is None else embedded)
+
+    model = Odd(lambda m, x: m.inner(embedded=x), inner=Inner())
+    found, seen = found_in(model), Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.states[LAYERS], model.inner.body(model.embedding(TOKENS)))
