@@ -1,4 +1,4 @@
-"""Attention under context parallelism without Transformer Engine: keys and values are gathered."""
+"""The core attention of layers without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -7,24 +7,54 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+
+_SUMS_THE_GRADIENT = "copy_to_tensor_model_parallel_region"
+"""What a Megatron imports for latent attention that sums the gradient itself."""
 
 
 class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
-    """Megatron's core attention, for a sequence of which each context-parallel rank holds two pieces.
+    """Megatron's core attention with what Transformer Engine's has more, in torch.
 
-    Of ``2 * C`` equal pieces rank ``r`` of ``C`` holds piece ``r`` and piece ``2 * C - 1 - r``. Queries stay
-    where they are. Keys and values of all ranks are gathered and put in order; in the backward pass their
-    gradients are summed and scattered.
+    - Context parallelism: of ``2 * C`` equal pieces of a sequence rank ``r`` of ``C`` holds piece ``r`` and
+      piece ``2 * C - 1 - r``. Queries stay where they are. Keys and values of all ranks are gathered and put
+      in order; in the backward pass their gradients are summed and scattered.
+    - Widths of keys and of values that differ, as latent attention has them.
+    - A causal window that looks ahead nowhere, and back without an end if its first number is negative.
     """
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # The parent knows no context parallelism, and what it does needs none.
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1
-        super().__init__(alone, *args, **kwargs)
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        plain = copy.copy(config)
+        plain.context_parallel_size = 1  # the parent refuses more, and what it does needs none
+        plain.masked_softmax_fusion = False  # the fused kernel does not look at the mask
+        if k_channels is not None:
+            plain.kv_channels = k_channels
+        super().__init__(plain, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+        # Latent attention's heads share the rotated end of their keys. Under tensor parallelism Megatron's
+        # local layers lose what other ranks' heads add to its gradient (NVIDIA/Megatron-LM#1699).
+        is_unsummed = k_channels is not None and not hasattr(multi_latent_attention, _SUMS_THE_GRADIENT)
+        self._width_shared = config.qk_pos_emb_head_dim if is_unsummed else 0
+        self._looks_back: int | None = None
+        if self.attn_mask_type == AttnMaskType.causal and self.scale_mask_softmax.window_size is not None:
+            # The parent's window takes the queries for the last ones, looks ahead and drops other masks.
+            self._looks_back = self.scale_mask_softmax.window_size[0]
+            self.scale_mask_softmax.window_size = None
 
     def forward(
         self,
@@ -39,20 +69,28 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
 
         ``attention_mask`` is ``[b, 1, s / C, s]``, True where a query must not look; None means causal.
         """
+        if self._width_shared:
+            own, shared = key.tensor_split((-self._width_shared,), dim=-1)
+            key = torch.cat((own, copy_to_tensor_model_parallel_region(shared, group=self.tp_group)), dim=-1)
         group = parallel_state.get_context_parallel_group()
         size = group.size()
+        everywhere = torch.arange(key.shape[0] * size, device=query.device)
+        here = everywhere[-query.shape[0] :]
         if size > 1:
-            everywhere = torch.arange(query.shape[0] * size, device=query.device)
             pieces = everywhere.chunk(2 * size)
             held = [torch.cat((pieces[rank], pieces[2 * size - 1 - rank])) for rank in range(size)]
+            here = held[group.rank()]
             in_order = torch.cat(held).argsort()
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=group)[in_order]
                 for x in (key, value)
             )
-            if attention_mask is None:
-                is_later = everywhere > held[group.rank()][:, None]
-                attention_mask = is_later[None, None]
+        if self._looks_back is not None or (size > 1 and attention_mask is None):
+            distance = here[:, None] - everywhere
+            is_hidden = distance < 0
+            if self._looks_back is not None and self._looks_back >= 0:
+                is_hidden |= distance > self._looks_back
+            attention_mask = is_hidden[None, None] if attention_mask is None else attention_mask | is_hidden
         output: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
         return output
 

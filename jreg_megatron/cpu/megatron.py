@@ -109,6 +109,10 @@ def _let_torch_norms_be_sequence_parallel() -> None:
         norm: torch.nn.Module = build(cls, plain, *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            if config.multi_latent_attention and not config.sequence_parallel:
+                # Its norms stand before the heads part, so all ranks have the whole gradient. Megatron would
+                # sum that of q_layernorm, by its name; the mean changes nothing.
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)

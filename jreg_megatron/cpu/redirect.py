@@ -181,6 +181,7 @@ def install() -> None:
     loader.__init__ = with_own_generator  # type: ignore[method-assign]
 
     _let_sends_hold_their_memory()
+    _let_all_gathers_be_uneven()
 
     # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
     torch.use_deterministic_algorithms(True)
@@ -201,3 +202,32 @@ def _let_sends_hold_their_memory() -> None:
         return send(tensor.detach(), *args, **kwargs)  # the same memory, which the request now owns too
 
     distributed_c10d.isend = torch.distributed.isend = isend
+
+
+def _let_all_gathers_be_uneven() -> None:
+    """Gather pieces of different sizes, and end one gather before the next: NCCL does both, gloo neither.
+
+    Muon's distributed optimizer gathers weights so, and waits for its last gather only.
+    """
+    gather = distributed_c10d.all_gather
+
+    @wraps(gather)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        own = torch.distributed.get_rank(group)
+        if own < 0 or len({piece.shape for piece in tensor_list}) == 1:
+            works = [gather(tensor_list, tensor, group, async_op)]
+        else:
+            tensor_list[own].detach().copy_(tensor.detach().view_as(tensor_list[own]))
+            ranks = torch.distributed.get_process_group_ranks(group)
+            works = [
+                distributed_c10d.broadcast(piece.detach(), rank, group, async_op)
+                for rank, piece in zip(ranks, tensor_list, strict=True)
+            ]
+        for work in works:
+            if work is not None:
+                work.wait()
+        return works[-1]
+
+    distributed_c10d.all_gather = torch.distributed.all_gather = all_gather
