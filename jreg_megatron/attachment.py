@@ -284,9 +284,9 @@ class JRegHandle:
             UserError: if some layer was not seen in an iteration that should have measured it, or less often
                 than others.
         """
-        # Told from the settings, not from what this rank saw: all ranks must come to the same.
         self._settle_first_step()
         self._check_count()
+        # Told from the settings, not from what this rank saw: all ranks must come to the same.
         if self.config.measures_at(iteration):
             self._measured.append(iteration)
         if not (is_interval_end or (self._measured and not self._is_seen_whole)):
