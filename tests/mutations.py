@@ -26,6 +26,26 @@ MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 EVALUATE = ("tests/test_evaluate.py",)
 CONVERT = ("tests/test_convert.py",)
 FIRST_STEP = ("tests/test_first_step.py",)
+EXPORT = tuple(
+    f"tests/test_convert.py::{name}"
+    for name in (
+        "test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there",
+        "test_arguments_by_older_names_are_exported",
+        "test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it",
+    )
+)
+CHECKPOINT = tuple(
+    f"tests/test_megatron_checkpoint.py::{name}"
+    for name in (
+        "test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
+        "test_a_model_that_cannot_be_run_is_refused_by_name",
+        "test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
+        "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
+        "test_special_tokens_are_those_of_the_megatron_that_saved",
+        "test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation",
+    )
+)
+"""Those of the file that need no training."""
 
 
 @dataclass(frozen=True)
@@ -454,6 +474,137 @@ FAULTS = [
         "bridge.py",
         (('if settings.tokens == "unmasked" and stages > 1:', "if False:"),),
         BRIDGE,
+    ),
+    Fault(
+        "export rows of padding where no tokenizer is wanted",
+        "convert/export.py",
+        (("padded, tokenizer or TrainingTokenizer.of(checkpoint.arguments)", "padded, tokenizer"),),
+        EXPORT,
+    ),
+    Fault(
+        "export rows that may be padding without a word",
+        "convert/export.py",
+        (("if not (told or options.vocab_size):", "if False:"),),
+        EXPORT,
+    ),
+    Fault(
+        "take a vocabulary that is not the checkpoint's",
+        "convert/export.py",
+        (("(0 < asked <= rows and asked == (told or asked))", "(0 < asked)"),),
+        EXPORT,
+    ),
+    Fault(
+        "export a tokenizer with more tokens than the model has rows",
+        "convert/export.py",
+        (("if tokenizer and tokenizer.vocab_size > rows:", "if False:"),),
+        EXPORT,
+    ),
+    Fault(
+        "export the defaults of arguments that have older names",
+        "decoder/megatron_model.py",
+        (("saved = as_gpt(_by_todays_names(saved))", "saved = as_gpt(saved)"),),
+        EXPORT,
+    ),
+    Fault(
+        "refuse an export without naming a tool",
+        "convert/llama.py",
+        (('bridge_as(example) if example else "it cannot be exported"', '"it cannot be exported"'),),
+        EXPORT,
+    ),
+    Fault(
+        "forget the token that an older NullTokenizer adds",
+        "data/tokenizing.py",
+        (("return int(size) + adds_end", "return int(size)"),),
+        (*CHECKPOINT, "tests/test_preflight.py::test_token_beyond_the_vocabulary"),
+    ),
+    Fault(
+        "believe a --vocab-size that was not what was padded",
+        "decoder/megatron_tokenizer.py",
+        (("multiple and math.ceil(given / multiple) * multiple == rows", "multiple"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "let padding have its part in the loss",
+        "decoder/megatron_decoder.py",
+        (("[..., :vocab_size]", ""),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "take padding for vocabulary without a word",
+        "decoder/megatron_decoder.py",
+        (("    if vocab_size is None:\n", "    if False:\n"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "read the MLP of a hybrid model from the attention's sub-layer",
+        "decoder/megatron_hybrid.py",
+        ((" + found[2].startswith(_OF_THE_MLP)", ""),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "scale positions that a hybrid model does not scale",
+        "decoder/megatron_hybrid.py",
+        ((', "use_rope_scaling": False', ""),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "run hybrid models of any sub-layers",
+        "decoder/megatron_hybrid.py",
+        (("if not _PAIRS.fullmatch(pattern):", "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "run a hybrid model of its user's own layers",
+        "decoder/megatron_hybrid.py",
+        (("if spec and tuple(spec) not in HYBRID_SPECS:", "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "take a hybrid model's sub-layers for layers where those are numbered",
+        "decoder/megatron_hybrid.py",
+        (("        if arguments.get(name):\n", "        if False:\n"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "leave out norms of queries and keys that have no weights",
+        "decoder/megatron_model.py",
+        (('if arguments.get("qk_l2_norm") and not arguments.get("num_experts"):', "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "compute GELU otherwise than the kernels of the training",
+        "decoder/megatron_model.py",
+        (("        if args.gelu_by_tanh:\n", "        if False:\n"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "say nothing of arguments that this Megatron does not know",
+        "decoder/megatron_model.py",
+        (("    if told:\n", "    if False:\n"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "scale positions that an older script did not scale",
+        "decoder/megatron_model.py",
+        (("    if _SINCE_0_19 not in saved:\n", "    if False:\n"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "begin texts with tokens that the training's tokenizer left out",
+        "decoder/megatron_tokenizer.py",
+        (('if "legacy_tokenizer" in arguments and', "if False and"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "measure samples that are cut into documents as if they were whole",
+        "decoder/megatron_validation.py",
+        (
+            (
+                '    *("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),\n',
+                "",
+            ),
+        ),
+        CHECKPOINT,
     ),
 ]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_toy import LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
@@ -60,18 +61,25 @@ def checkpoints(toy_data: Path, tokenizer_model: Path, tmp_path_factory: pytest.
 
 
 def run(module: Any, *argv: object) -> dict[str, Any]:
-    """A command's report; called in a process of its own."""
+    """A command's report; called in a rank."""
     options = module._parser().parse_args([str(word) for word in argv])
     report: dict[str, Any] = module.export(options) if module is export else module.import_folder(options)
     return report
 
 
-def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of_export(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         return model(input_ids=tokens).logits.clone()
+
+
+def refusal(*argv: object) -> str:
+    """The line that an export is refused with."""
+    with pytest.raises(UserError) as caught:
+        run(export, *argv)
+    return str(caught.value)
 
 
 def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
@@ -90,14 +98,14 @@ def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     tokens = torch.randint(512, (3, 32), generator=torch.Generator().manual_seed(1))
     decoder = load_megatron(checkpoints, dtype=torch.float32, device=device)
     imported = load_megatron(work / "imported", dtype=torch.float32, device=device)
-    theirs = logits_of(work / "first", tokens)
+    theirs = logits_of_export(work / "first", tokens)
     first, second = (load_file(work / name / "model.safetensors") for name in ("first", "second"))
     tokenizer = AutoTokenizer.from_pretrained(work / "first")
     speeches = read_speeches()
     assert decoder.tokenizer is not None
     return {
         "reports": reports,
-        "exported": (decoder.logits(tokens)[..., :512] - theirs).abs().max().item(),
+        "exported": (decoder.logits(tokens) - theirs).abs().max().item(),
         "imported": (imported.logits(tokens) - theirs).abs().max().item(),
         "same weights": first.keys() == second.keys()
         and all(torch.equal(first[name], second[name]) for name in first),
@@ -145,8 +153,77 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(both_ways: tuple[dict[
 
 def test_padding_behind_the_vocabulary_stays_behind(both_ways: tuple[dict[str, Any], Path]) -> None:
     result, _ = both_ways
-    assert result["vocabulary"] == (512, 512, 576)
+    assert result["vocabulary"] == (512, 512, 512)
     assert [report.get("rows_of_padding_left_out") for report in result["reports"]] == [64, None, 0]
+
+
+def without_a_tokenizer(checkpoints: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Exports of checkpoints whose rows of padding only their arguments tell, or nothing."""
+    ids, found = some_tokens(), {}
+    model = made(work / "null")
+    own = logits_of(model, ids)[..., :130]
+    reports = [run(export, work / "null", work / "first"), run(import_, work / "first", work / "imported")]
+    reports.append(run(export, work / "imported", work / "second"))
+    found["null"] = [report["vocab_size"] for report in reports]
+    found["logits"] = [
+        float((logits_of_folder - own).abs().max())
+        for logits_of_folder in (logits_of_export(work / name, ids) for name in ("first", "second"))
+    ]
+    made(work / "old", remove=("null_tokenizer_eod_id",))
+    found["old"] = run(export, work / "old", work / "old export")["vocab_size"]
+    found["no tokenizer wanted"] = run(export, checkpoints, work / "weights", "--no-tokenizer")
+    lost = {"tokenizer_type": "SentencePieceTokenizer", "vocab_size": None, "tokenizer_model": "gone.model"}
+    made(work / "lost", **lost)
+    made(work / "narrow", **(lost | {"tokenizer_model": str(tokenizer)}))  # of 512 tokens
+    found["lost"] = run(export, work / "lost", work / "padded", "--no-tokenizer")
+    given = ("--no-tokenizer", "--vocab-size", 200)
+    found["given"] = run(export, work / "lost", work / "given", *given)
+    found["given logits"] = logits_of_export(work / "given", ids).shape[-1]
+    found["refused"] = {
+        "more than there are": refusal(work / "lost", work / "x", "--no-tokenizer", "--vocab-size", 257),
+        "none": refusal(work / "lost", work / "x", "--no-tokenizer", "--vocab-size", 0),
+        "other than told": refusal(work / "null", work / "x", "--vocab-size", 200),
+        "another tokenizer": refusal(work / "narrow", work / "x"),
+    }
+    return found
+
+
+def test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there(
+    checkpoints: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
+    (found,) = run_function(without_a_tokenizer, 1, checkpoints, tokenizer_model, tmp_path)
+    assert found["null"] == [130, 130, 130]
+    assert max(found["logits"]) < 1e-4
+    assert found["old"] == 131, "before 0.18 the NullTokenizer had a token of its own"
+    assert found["no tokenizer wanted"]["vocab_size"] == 512
+    assert found["no tokenizer wanted"]["notes"] == []
+    assert found["lost"]["vocab_size"] == 256
+    (note,) = found["lost"]["notes"]
+    assert "256" in note and "--vocab-size" in note
+    assert (found["given"]["vocab_size"], found["given"]["notes"], found["given logits"]) == (200, [], 200)
+    refused = found["refused"]
+    assert "--vocab-size is 257" in refused["more than there are"]
+    assert "--vocab-size is 0" in refused["none"]
+    assert "--vocab-size is 200" in refused["other than told"] and "130" in refused["other than told"]
+    assert "has 512 tokens" in refused["another tokenizer"] and "256" in refused["another tokenizer"]
+
+
+def of_an_older_megatron(work: Path) -> tuple[float, float]:
+    """The norm's epsilon that is exported, and the difference of logits, where it had its older name."""
+    ids = some_tokens()
+    flags = f"{LLAMA_FLAGS} --norm-epsilon 0.003"
+    rope = {"position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": True}
+    model = made(work / "old", flags, remove=("layernorm_epsilon",), norm_epsilon=0.003, **rope)
+    run(export, work / "old", work / "out")
+    epsilon = json.loads((work / "out" / "config.json").read_text())["rms_norm_eps"]
+    difference = logits_of_export(work / "out", ids) - logits_of(model, ids)[..., :130]
+    return epsilon, float(difference.abs().max())
+
+
+def test_arguments_by_older_names_are_exported(tmp_path: Path) -> None:
+    ((epsilon, difference),) = run_function(of_an_older_megatron, 1, tmp_path)
+    assert epsilon == 0.003
+    assert difference < 1e-4
 
 
 def test_older_programs_find_the_rotary_base_and_the_tokenizer(
@@ -188,7 +265,7 @@ def test_training_goes_on_from_an_import_at_another_layout_with_the_printed_flag
     logged = read_scalars(tmp_path / "tensorboard")["lm loss validation"][-1]
     ((tokens, labels),) = run_function(validation_of, 1, tmp_path / "saved")
     loss = torch.nn.functional.cross_entropy(
-        logits_of(work / "first", tokens).flatten(0, 1), labels.flatten()
+        logits_of_export(work / "first", tokens).flatten(0, 1), labels.flatten()
     )
     assert logged == pytest.approx(loss.item(), abs=1e-5)
 
@@ -267,25 +344,31 @@ MEGATRON = {
 
 
 @pytest.mark.parametrize(
-    ("has", "line"),
+    ("has", "named", "tool"),
     [
-        ({"num_experts": 8}, "mixture of experts"),
-        ({"normalization": "LayerNorm"}, "--normalization"),
-        ({"swiglu": False}, "SwiGLU"),
-        ({"qk_layernorm": True}, "--qk-layernorm"),
-        ({"multi_latent_attention": True}, "multi-latent attention"),
-        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type"),
-        ({"rotary_percent": 0.5}, "--rotary-percent"),
-        ({"rotary_interleaved": True}, "--rotary-interleaved"),
-        ({"add_qkv_bias": True}, "--add-qkv-bias"),
-        ({"window_size": (16, 0)}, "--window-size"),
-        ({"num_attention_heads": 5}, "multiple"),
+        ({"num_experts": 8}, "--num-experts", "Qwen3-MoE"),
+        ({"normalization": "LayerNorm"}, "--normalization", "Nemotron"),
+        ({"swiglu": False, "squared_relu": True}, "--squared-relu", "Nemotron"),
+        ({"swiglu": False, "quick_geglu": True}, "--quick-geglu", "gpt-oss"),
+        ({"swiglu": False}, "SwiGLU", None),
+        ({"qk_layernorm": True}, "--qk-layernorm", "Qwen3"),
+        ({"multi_latent_attention": True}, "multi-latent attention", "DeepSeek-V3"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type", None),
+        ({"rotary_percent": 0.5}, "--rotary-percent", "Nemotron"),
+        ({"rotary_interleaved": True}, "--rotary-interleaved", "ERNIE 4.5"),
+        ({"add_qkv_bias": True}, "--add-qkv-bias", "Qwen2"),
+        ({"window_size": (16, 0)}, "--window-size", "gpt-oss"),
+        ({"num_attention_heads": 5}, "multiple", None),
     ],
 )
-def test_what_a_llama_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
+def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
+    has: dict[str, Any], named: str, tool: str | None
+) -> None:
     Llama.from_megatron(Namespace(**MEGATRON), 100, "runs/x")
-    with pytest.raises(UserError, match=f"^runs/x .*{line}.* cannot be exported$"):
+    with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
         Llama.from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
+    assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
+    assert str(caught.value).endswith(tool or "cannot be exported")
 
 
 @pytest.mark.parametrize(

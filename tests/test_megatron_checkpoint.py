@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
@@ -90,14 +95,23 @@ def _without_layer_difference(decoder: Any, tokens: torch.Tensor) -> float:
         return float((decoder.logits(tokens) - whole).abs().max())
 
 
-def train(folder: Path, data: Path, world_size: int, *flags: object, without: str = "") -> Path:
-    """A short training with validation, less those flags of the toy; returns its folder of checkpoints."""
+def train(
+    folder: Path, data: Path, world_size: int, *flags: object, without: str = "", script: Path | None = None
+) -> Path:
+    """A short training with validation, less those flags of the toy; returns its folder of checkpoints.
+
+    It is ``jreg_megatron.pretrain``, or a script that is launched.
+    """
     toy = f" {' '.join(TOY)} "
     for group in without.split(" --") if without else []:
         toy = toy.replace(f" --{group.removeprefix('--')} ", " ")
     argv = [*toy.split(), "--data-path", data, "--split", "80,20,0", *VALIDATED, *SAVED, *flags]
     saved = folder / "checkpoints"
-    run_ranks([*argv, "--save", saved, "--tensorboard-dir", folder / "tensorboard"], world_size)
+    argv += ["--save", saved, "--tensorboard-dir", folder / "tensorboard"]
+    if script:
+        run_ranks([script, *argv], world_size, entry="jreg_megatron.launch:main")
+    else:
+        run_ranks(argv, world_size)
     return saved
 
 
@@ -206,10 +220,9 @@ def test_every_model_and_layout_gives_what_its_training_logged(other_run: tuple[
     expect_as_logged(found, folder, -1, "post_norm" if "post_norm" in flags else "pre_norm")
 
 
-def exported(folder: Path, output: Path) -> str | float:
-    """The line that the export is refused with, or how far transformers' logits are from the decoder's."""
+def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torch.Tensor:
+    """The line that the export is refused with, or the logits that transformers gives for ``ids``."""
     from jreg_megatron.convert import export
-    from jreg_megatron.decoder.megatron import load_megatron
 
     try:
         export.export(export._parser().parse_args([str(folder), str(output)]))
@@ -218,11 +231,21 @@ def exported(folder: Path, output: Path) -> str | float:
         return str(error)
     from transformers import LlamaForCausalLM
 
-    tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(1))
-    decoder = load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
     with torch.inference_mode():
-        theirs = LlamaForCausalLM.from_pretrained(output)(input_ids=tokens).logits
-    return float((decoder.logits(tokens) - theirs).abs().max())
+        logits: torch.Tensor = LlamaForCausalLM.from_pretrained(output)(input_ids=ids).logits
+    return logits.clone()
+
+
+def exported(folder: Path, output: Path) -> str | float:
+    """The line that the export is refused with, or how far transformers' logits are from the decoder's."""
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(1))
+    theirs = exported_logits(folder, output, ids)
+    if isinstance(theirs, str):
+        return theirs
+    decoder = load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
+    return float((decoder.logits(ids) - theirs).abs().max())
 
 
 def test_a_llama_is_exported_and_another_model_refused_by_name(
@@ -241,6 +264,118 @@ def test_a_llama_is_exported_and_another_model_refused_by_name(
         assert str(found).startswith(expected)
     else:
         assert isinstance(found, float) and found < 1e-4
+
+
+PATTERN = "--hybrid-layer-pattern"
+STACK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+
+
+def test_a_hybrid_model_of_pairs_is_measured_and_exported_as_its_training_had_it(
+    toy_data: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("unmodified_pretrain.py")
+    flags = (PATTERN, "*-*-|*-*-", *STACK.split(), "--pipeline-model-parallel-size", 2, "--train-iters", 2)
+    folder = train(tmp_path, toy_data, 2, *flags, without="--num-layers 4", script=script)
+    (found,) = run_function(observed, 1, folder)
+    assert found["decoder"][2:] == (LAYERS, 256, 32)
+    expect_as_logged(found, folder, -1)
+    (difference,) = run_function(exported, 1, folder, tmp_path / "out")
+    assert isinstance(difference, float) and difference < 1e-5
+    ((model,),) = run_function(measured, 1, tmp_path / "models.json", folder, "--last-validation")
+    expected = [logged(folder, displacement_name(layer, LAYERS))[-1] for layer in range(1, LAYERS + 1)]
+    assert model["displacement"]["pre_norm"] == pytest.approx(expected, abs=1e-5)
+
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a Llama in stages": (
+        f"{LLAMA_FLAGS} {PATTERN} *-*-*- {STACK} --group-query-attention --num-query-groups 2",
+        {"hybrid_layer_pattern": "*-|*-*-"},
+    ),
+    "scaled positions, of which no HybridModel is told": (
+        f"{LLAMA_FLAGS} {PATTERN} *-*- {STACK} --use-rope-scaling --rotary-base 500000",
+        {},
+    ),
+    "a GPT-2 by the old flag": (
+        f"{GPT2_FLAGS} --num-layers 4 --hybrid-override-pattern *-*- {STACK}",
+        {
+            "hybrid_layer_pattern": None,
+            "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
+        },
+    ),
+}
+"""Flags, and what the checkpoint says otherwise: the model is built in one process, by today's names."""
+
+
+def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What goes into each pair of a ``HybridModel`` and into its final norm, by plain hooks."""
+    states: list[torch.Tensor] = []
+
+    def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states.append(named["hidden_states"] if named else args[0])
+
+    for module in (*model.decoder.layers[::2], model.decoder.final_norm):
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    logits_of(model, ids)
+    return states
+
+
+def differences_to_hybrid_models(work: Path) -> dict[str, tuple[float, float, float]]:
+    """How far logits, displacements and an export's logits are from those of ``HybridModel`` itself."""
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    ids, found = some_tokens(), {}
+    for name, (flags, changes) in HYBRIDS.items():
+        model = made(work / name, flags.replace("--num-layers 2", ""), **changes)
+        expected = logits_of(model, ids)[..., :130]
+        turned = [Displacements.turned(a, b) for a, b in pairwise(states_of(model, ids))]
+        decoder = load_megatron(work / name, dtype=torch.float32, device=torch.device("cpu"))
+        seen = Displacements()
+        with decoder.observed(seen):
+            logits = decoder.logits(ids)
+        assert len(turned) == decoder.num_layers == len(seen.sums)
+        off = max(abs(seen.sums[number] - value) for number, value in enumerate(turned, start=1))
+        theirs = exported_logits(work / name, work / f"{name} exported", ids)
+        found[name] = (
+            float((logits - expected).abs().max()),
+            off / ids.numel(),
+            -1.0 if isinstance(theirs, str) else float((theirs - expected).abs().max()),
+        )
+    return found
+
+
+def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(tmp_path: Path) -> None:
+    (found,) = run_function(differences_to_hybrid_models, 1, tmp_path)
+    for name, (logits, displacement, export) in found.items():
+        assert logits < 1e-5 and displacement < 1e-6, name
+        assert (export == -1.0) if "GPT-2" in name else (0 <= export < 1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [
+        ({"hybrid_layer_pattern": "M*-M*-"}, ["M*-M*-", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "*E*-"}, ["*E*-", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "-*-*"}, ["-*-*", "AutoBridge"]),
+        ({"hybrid_override_pattern": "*-*"}, ["*-*", "AutoBridge"]),
+        ({"is_hybrid_model": True}, ["hybrid", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "*-", "spec": ["my.specs", "stack"]}, ["--spec my.specs stack"]),
+        ({"hybrid_layer_pattern": "*-*-", "no_rope_freq": [0, 0, 1, 0]}, ["--no-rope-freq [0, 0, 1, 0]"]),
+        ({"hybrid_layer_pattern": "*-*-", "window_attn_skip_freq": 2}, ["--window-attn-skip-freq 2"]),
+        ({"hybrid_layer_pattern": "*-*-", "multi_latent_attention": True}, ["latent", "AutoBridge"]),
+        ({"spec": ["my.specs", "layer"]}, ["--spec"]),
+        ({"multi_latent_attention": True}, ["latent", "AutoBridge", "DeepSeek-V3"]),
+        ({"qk_l2_norm": True}, ["--qk-l2-norm"]),
+    ],
+)
+def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
+    from jreg_megatron.decoder.megatron_model import refuse_other_models
+
+    for model in ({}, {"hybrid_layer_pattern": "*-|*-/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
+        refuse_other_models(model, "runs/x")
+    with pytest.raises(UserError) as caught:
+        refuse_other_models(has, "runs/x")
+    for part in ("runs/x", *said):
+        assert part in str(caught.value)
 
 
 def loaded_again_and_again(folders: list[Path], times: int) -> tuple[list[list[int]], list[int]]:
@@ -410,3 +545,138 @@ def test_settings_of_the_training_are_read_and_a_lost_tokenizer_is_no_failure(se
     expected = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
     assert settings.items() >= expected.items()
     assert is_none
+
+
+SINCE_0_18, SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
+GONE = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
+SAVED_BY: dict[str, dict[str, Any]] = {
+    "0.16": {
+        **{"async_tensor_model_parallel_allreduce": True, "enable_gloo_process_groups": True},
+        **{"langrl_inference_server_type": "inplace_megatron", "rl_parallel_generation_tasks": 512},
+        **{"scatter_gather_tensors_in_pipeline": True, "inference_max_batch_size": 8},
+        **{"disable_chunked_prefill": True, "inference_dynamic_batching_cuda_graph_max_tokens": 16384},
+    },
+    "main of August 2026": {
+        **{"moe_dispatch_fwd_dtype": "bf16", "moe_combine_bwd_dtype": "bf16", "mhc_num_residual_streams": 4},
+        **{"mhc_sinkhorn_iterations": 20, "mhc_init_gating_factor": 0.01, "gdp_num_householder": 3},
+        **{"batch_invariant_backend": "te_native", "save_tokenizer_assets": True, "megatron_fsdp_version": 1},
+    },
+}
+"""What other versions save without being told to, and 0.19 does not know."""
+
+
+def saved_by_others(work: Path) -> dict[str, Any]:
+    """How far logits are from those of Megatron's model, and what the user is told, by what was saved."""
+    from jreg_megatron.decoder.megatron import load_megatron
+
+    ids, found = some_tokens(), {}
+
+    def loaded(name: str, model: Any) -> Any:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            decoder = load_megatron(work / name, dtype=torch.float32, device=torch.device("cpu"))
+        logits = decoder.logits(ids)
+        off = float((logits - logits_of(model, ids)[..., : logits.shape[-1]]).abs().max())
+        found[name] = (off, decoder.vocab_size, logits.shape[-1], said.getvalue())
+
+    loaded("gelu", made(work / "gelu", GPT2_FLAGS))
+    for name, kernel in (("fused gelu", "bias_gelu_fusion"), ("gelu of TE", "use_te_activation_func")):
+        model = made(work / name, GPT2_FLAGS, **{kernel: True})
+        model.config.bias_activation_fusion = True
+        loaded(name, model)
+    name = "positions that a script of 0.18 does not scale"
+    loaded(name, made(work / name, remove=(SINCE_0_19,), rotary_seq_len_interpolation_factor=4))
+    name = "positions that are scaled"
+    loaded(name, made(work / name, f"{LLAMA_FLAGS} --rotary-seq-len-interpolation-factor 4"))
+    for name, arguments in SAVED_BY.items():
+        loaded(name, made(work / name, **arguments))
+    loaded("a fork", made(work / "a fork", residual_scale=0.5, logit_cap=None, use_rms_gate=False))
+    loaded("gone", made(work / "gone", **GONE, vocab_size=None))
+    return found
+
+
+def test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note(tmp_path: Path) -> None:
+    (found,) = run_function(saved_by_others, 1, tmp_path)
+    for name, (off, vocab_size, width, said) in found.items():
+        assert off < 1e-5, name
+        assert vocab_size == width == (256 if name == "gone" else 130), name
+        assert said.count("\n") == (name in ("a fork", "gone")), (name, said)
+    assert "--residual-scale 0.5" in found["a fork"][-1]
+    assert str(tmp_path / "gone") in found["gone"][-1] and "256 rows" in found["gone"][-1]
+
+
+PADDED = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1, "vocab_size": 130}
+TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
+    "the NullTokenizer": ({"tokenizer_type": "NullTokenizer", SINCE_0_18: None}, 256, 130),
+    "that before 0.18, with a token more": ({"tokenizer_type": "NullTokenizer"}, 256, 131),
+    "the multimodal one, with a token more": (
+        {"tokenizer_type": "NullMultimodalTokenizer", SINCE_0_18: None},
+        256,
+        131,
+    ),
+    "one with fewer rows than it should have": ({"tokenizer_type": "NullTokenizer"}, 128, 128),
+    "TikTokenizer": ({"tokenizer_type": "TikTokenizer"}, 256, 130),
+    "TikTokenizer by default": (
+        {"tokenizer_type": "TikTokenizer", "vocab_size": None},
+        2**17 + 128,
+        2**17,
+    ),
+    "a lost tokenizer of the size that was padded": (GONE, 256, 130),
+    "the same at two tensor ranks": (GONE | {"tensor_model_parallel_size": 2}, 256, 130),
+    "a lost tokenizer of another size": (GONE, 384, None),
+    "a lost tokenizer": (GONE | {"vocab_size": None}, 256, None),
+    "no tokenizer type, and nothing about padding": ({"make_vocab_size_divisible_by": 0}, 256, None),
+}
+"""Arguments beside those of PADDED, rows of the embedding, and how many of them are the vocabulary."""
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> None:
+    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+
+    more, rows, expected = TOLD[name]
+    assert vocab_size_of(PADDED | more, rows, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("saved", "without"),
+    [
+        ({"tokenizer_hf_no_include_special_tokens": False}, False),
+        ({"tokenizer_hf_no_include_special_tokens": True}, True),
+        ({"legacy_tokenizer": False, "tokenizer_hf_include_special_tokens": False}, True),
+        ({"legacy_tokenizer": False, "tokenizer_hf_include_special_tokens": True}, False),
+        ({"legacy_tokenizer": False}, True),
+        ({"legacy_tokenizer": True}, False),
+        ({}, False),
+    ],
+)
+def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, Any], without: bool) -> None:
+    from jreg_megatron.decoder.megatron_tokenizer import settings_of
+
+    named = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "folder"}
+    settings = settings_of(named | saved)
+    assert settings is not None and settings.tokenizer_hf_no_include_special_tokens is without
+    for other in ({"metadata_path": "x"}, {"tokenizer_sentencepiece_ignore_extra_whitespaces": False}):
+        assert settings_of(named | saved | other) is None
+
+
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [
+        ({"reset_position_ids": True}, "--reset-position-ids"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"mock_data": True}, "--mock-data"),
+        ({"train_iters": None}, "no training"),
+    ],
+)
+def test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation(
+    has: dict[str, Any], said: str
+) -> None:
+    from jreg_megatron.decoder.megatron_validation import _last_samples
+
+    plain = {"train_iters": 4, "eval_iters": 2, "eval_interval": 2, "dataloader_type": "single"}
+    plain |= {"eval_global_batch_size": None, "global_batch_size": 8}
+    assert _last_samples(Namespace(**plain), 2, 16, "runs/x") == (0, 16)
+    with pytest.raises(UserError, match=said):
+        _last_samples(Namespace(**(plain | has)), 2, 16, "runs/x")

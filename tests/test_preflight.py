@@ -376,6 +376,8 @@ def test_token_beyond_the_vocabulary(args_on: Make, write: Any) -> None:
     check_arguments(args_on(prefix, padded_vocab_size=129))
     assert "vocabulary is 101" in complaint(args_on(prefix, padded_vocab_size=101))
     assert "token id -1" in complaint(args_on(write([[-1]], "negative", numpy.int32)))
+    # It adds a token that ends a document, so that 129 are padded to 256.
+    check_arguments(args_on(prefix, tokenizer_type="NullMultimodalTokenizer", vocab_size=128))
 
 
 @pytest.mark.parametrize("place", [0, 1_500_000, 2_999_999])

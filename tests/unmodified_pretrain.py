@@ -14,13 +14,18 @@ def main(argv: list[str]) -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import arguments, get_tensorboard_writer, pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
 
     from jreg_megatron import gpt_pretraining
 
     args = arguments.parse_and_validate_args()
+    config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, config(args)),
         gpt_pretraining.datasets,
         ModelType.encoder_or_decoder,
         gpt_pretraining.forward_step,

@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer-model", metavar="PATH", help="where the training's tokenizer is now, if it has moved"
     )
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="export weights and config alone")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of the embedding to export, where neither tokenizer nor training tells them from padding",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
     add_output_arguments(parser, csv=False)
     return parser
@@ -86,6 +92,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from jreg_megatron.decoder.megatron import open_checkpoint
     from jreg_megatron.decoder.megatron_decoder import decoder_of
     from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, vocab_size_of
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
@@ -95,10 +102,18 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     args = all_arguments(checkpoint.arguments)
     llama = Llama.from_megatron(args, padded, what)
     tokenizer = _tokenizer(checkpoint.arguments, options)
-    llama = replace(llama, vocab_size=min(tokenizer.vocab_size, padded) if tokenizer else padded)
+    told = vocab_size_of(
+        checkpoint.arguments, padded, tokenizer or TrainingTokenizer.of(checkpoint.arguments)
+    )
+    _check_vocabulary(options.vocab_size, told, padded, tokenizer, what)
+    llama = replace(llama, vocab_size=told or options.vocab_size or padded)
     dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
     decoder = decoder_of(
-        checkpoint, dtype=getattr(torch, dtype), device=device, source=str(options.checkpoints)
+        checkpoint,
+        dtype=getattr(torch, dtype),
+        device=device,
+        source=str(options.checkpoints),
+        vocab_size=llama.vocab_size,
     )
     config = llama.hugging_face_config(
         dtype,
@@ -110,6 +125,11 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         _save_model(folder, config, weights)
         _add_older_names(folder / "config.json", llama.rope_settings())
         notes = save_tokenizer(tokenizer, folder) if tokenizer else []
+        if not (told or options.vocab_size):
+            notes.append(
+                f"nothing tells how many of the {padded} rows are vocabulary, so padding may be among them; "
+                "give --vocab-size or --tokenizer-model"
+            )
         from transformers import AutoModelForCausalLM
 
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -131,6 +151,20 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "notes": notes,
         "versions": versions("megatron-core", "torch", "transformers"),
     }
+
+
+def _check_vocabulary(
+    asked: int | None, told: int | None, rows: int, tokenizer: TrainingTokenizer | None, what: str
+) -> None:
+    if tokenizer and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size} tokens, and "
+            f"{what} has rows for {rows}, so it is not the training's; name that with --tokenizer-model, or "
+            "give --no-tokenizer"
+        )
+    if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
+        has = f"a vocabulary of {told}" if told else f"{rows} rows"
+        raise UserError(f"--vocab-size is {asked}, and {what} has {has}; leave it out or correct it")
 
 
 def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:
@@ -190,7 +224,7 @@ def largest_difference(decoder: Decoder, model: Any, vocab_size: int) -> Differe
     ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = decoder.logits(ids)[..., :vocab_size].float()
+    ours = decoder.logits(ids).float()
     return Difference(float((theirs - ours).abs().max()), float(ours.abs().max()))
 
 

@@ -144,7 +144,8 @@ def _save(folder: Path, weights: dict[str, Any], llama: Llama, flags: list[str],
 
     args = parse([*FLAGS, *flags], world_size=1)
     # The rows of padding depend on the training's layout; Megatron adds them when it loads.
-    args.padded_vocab_size, args.params_dtype = llama.vocab_size, dtype
+    args.vocab_size = args.padded_vocab_size = llama.vocab_size
+    args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     building.single_process()
     with building.without_noise():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jreg_megatron.decoder.megatron_folder import bridge_as
 from jreg_megatron.errors import UserError
 
 LLAMA3_ROPE = {
@@ -16,33 +17,35 @@ LLAMA3_ROPE = {
 }
 """What Megatron's ``--use-rope-scaling`` does; its training loop knows no other numbers."""
 
-# What a GPTModel of Megatron's may have and a Llama has not: argument, values that a Llama has, what it is.
-_ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("num_experts", (None,), "is a mixture of experts (--num-experts)"),
-    ("multi_latent_attention", (False,), "has multi-latent attention"),
-    ("normalization", ("RMSNorm",), "has another norm than RMSNorm (--normalization)"),
-    ("swiglu", (True,), "has another activation than SwiGLU (no --swiglu)"),
-    ("squared_relu", (False,), "has --squared-relu"),
-    ("quick_geglu", (False,), "has --quick-geglu"),
-    ("glu_linear_offset", (0, None), "has --glu-linear-offset"),
-    ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value"),
-    ("qk_layernorm", (False,), "has norms of queries and keys (--qk-layernorm)"),
-    ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)"),
+# What a GPTModel of Megatron's may have and a Llama has not: argument, values that a Llama has, what it is,
+# and a model of Megatron-Bridge's that has it too.
+_ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
+    ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
+    ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
+    ("normalization", ("RMSNorm",), "has another norm than RMSNorm (--normalization)", "Nemotron"),
+    ("squared_relu", (False,), "has --squared-relu", "Nemotron"),
+    ("quick_geglu", (False,), "has --quick-geglu", "gpt-oss"),
+    ("swiglu", (True,), "has another activation than SwiGLU (no --swiglu)", None),
+    ("glu_linear_offset", (0, None), "has --glu-linear-offset", "gpt-oss"),
+    ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value", "gpt-oss"),
+    ("qk_layernorm", (False,), "has norms of queries and keys (--qk-layernorm)", "Qwen3"),
+    ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)", None),
     (
         "position_embedding_type",
         ("rope",),
         "has other positions than rotary ones (--position-embedding-type)",
+        None,
     ),
-    ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)"),
-    ("rotary_interleaved", (False,), "has --rotary-interleaved"),
-    ("no_rope_freq", (None, 0), "has layers without positions (--no-rope-freq)"),
-    ("window_size", (None,), "has a sliding window (--window-size)"),
-    ("softmax_type", ("vanilla", None), "has another softmax (--softmax-type)"),
-    ("attention_output_gate", (False,), "has --attention-output-gate"),
-    ("apply_residual_connection_post_layernorm", (False,), "takes the residual behind the norm"),
-    ("experimental_attention_variant", (None,), "has --experimental-attention-variant"),
-    ("linear_attention_freq", (None,), "has linear attention"),
-    ("use_mup", (False,), "is scaled by MuP (--use-mup)"),
+    ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)", "Nemotron"),
+    ("rotary_interleaved", (False,), "has --rotary-interleaved", "ERNIE 4.5"),
+    ("no_rope_freq", (None, 0), "has layers without positions (--no-rope-freq)", "EXAONE 4.5"),
+    ("window_size", (None,), "has a sliding window (--window-size)", "gpt-oss"),
+    ("softmax_type", ("vanilla", None), "has another softmax (--softmax-type)", "gpt-oss"),
+    ("attention_output_gate", (False,), "has --attention-output-gate", "Qwen3-Next"),
+    ("apply_residual_connection_post_layernorm", (False,), "takes the residual behind the norm", None),
+    ("experimental_attention_variant", (None,), "has --experimental-attention-variant", "Qwen3-Next"),
+    ("linear_attention_freq", (None,), "has linear attention", "Qwen3-Next"),
+    ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),
 )
 
 
@@ -82,17 +85,16 @@ class Llama:
         Raises:
             UserError: naming what a ``LlamaForCausalLM`` cannot express.
         """
-        for name, allowed, is_other in _ONLY_IN_MEGATRON:
-            value = getattr(args, name, allowed[0])
-            if value not in allowed:
-                raise UserError(
-                    f"{what} {is_other}, which a Llama of Hugging Face has not; it cannot be exported"
-                )
+
+        def refuse(has: str, example: str | None) -> UserError:
+            instead = bridge_as(example) if example else "it cannot be exported"
+            return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
+
+        for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
+            if getattr(args, name, allowed[0]) not in allowed:
+                raise refuse(is_other, example)
         if getattr(args, "add_qkv_bias", False) and not args.add_bias_linear:
-            raise UserError(
-                f"{what} has biases in queries, keys and values alone (--add-qkv-bias), which a Llama of "
-                "Hugging Face has not; it cannot be exported"
-            )
+            raise refuse("has biases in queries, keys and values alone (--add-qkv-bias)", "Qwen2")
         if args.hidden_size % args.num_attention_heads:
             raise UserError(
                 f"{what} has {args.num_attention_heads} heads at a hidden size of {args.hidden_size}; a "

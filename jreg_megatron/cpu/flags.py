@@ -67,7 +67,9 @@ _SPECS = (
     ("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
 )
 """The specs of hybrid models that need Transformer Engine; see ``hybrid.py``."""
-_LOCAL_SPEC = ("--spec", "jreg_megatron.cpu.hybrid", "stack_spec")
+_LOCAL_SPEC = ("jreg_megatron.cpu.hybrid", "stack_spec")
+HYBRID_SPECS = (*_SPECS, _LOCAL_SPEC)
+"""All specs of hybrid models whose attention and MLP are those of Megatron's ``GPTModel``."""
 
 _REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "use --use-distributed-optimizer",
@@ -119,7 +121,7 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
             raise UserError(f"{flag} does not run on a CPU, and this is CPU mode; {instead}")
     if tuple(argv[-len(FLAGS) :]) == FLAGS:
         return argv
-    return [*_split(argv)[0], *(_LOCAL_SPEC if _names_a_spec(argv) else ()), *FLAGS]
+    return [*_split(argv)[0], *(("--spec", *_LOCAL_SPEC) if _names_a_spec(argv) else ()), *FLAGS]
 
 
 def _names_a_spec(argv: list[str]) -> bool:

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,9 @@ SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "L
 """Megatron's types that read a SentencePiece model."""
 TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 """Megatron's types that text can be prepared with here."""
+NULL_TYPES = ("NullTokenizer", "NullMultimodalTokenizer")
+"""Megatron's types without a vocabulary, for data that holds ids already."""
+_TIKTOKEN_DEFAULT_VOCAB = 2**17
 
 _HUGGING_FACE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -171,6 +174,22 @@ def build(settings: TokenizerSettings) -> Tokenizer:
         int(built.vocab_size),
         None if eod is None or eod < 0 else int(eod),
     )
+
+
+def told_vocab_size(arguments: Mapping[str, Any]) -> int | None:
+    """Tokens of those types whose size Megatron takes from ``--vocab-size``; None for other types.
+
+    Args:
+        arguments: Megatron's, by name, as some version of it has made them.
+    """
+    kind, size = arguments.get("tokenizer_type"), arguments.get("vocab_size")
+    if kind == "TikTokenizer":
+        return int(size or _TIKTOKEN_DEFAULT_VOCAB)
+    if kind not in NULL_TYPES or not size:
+        return None
+    # Before 0.18 the NullTokenizer added a token that ends a document. The multimodal one still does.
+    adds_end = kind != "NullTokenizer" or "null_tokenizer_eod_id" not in arguments
+    return int(size) + adds_end
 
 
 def load_hugging_face(settings: TokenizerSettings) -> Any:

@@ -22,6 +22,9 @@ def load_megatron(
 ) -> Decoder:
     """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel``.
 
+    Its logits are those of the vocabulary. Megatron's own loss also counts the probability of the rows of
+    padding behind it, so it is a little higher.
+
     Args:
         folder: what the training was given as ``--save``, or one ``iter_...`` folder in it.
         step: iteration; by default the last.
@@ -29,7 +32,8 @@ def load_megatron(
         device: on the CPU, what Megatron asks of CUDA is redirected for the life of the process.
 
     Raises:
-        UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``.
+        UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
+            nor a ``HybridModel`` whose sub-layers are pairs of attention and MLP.
     """
     from jreg_megatron.decoder.megatron_decoder import decoder_of
 

@@ -10,12 +10,27 @@ from torch import Tensor
 from jreg_megatron.decoder import megatron_model as building
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder
-from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.megatron_weights import Checkpoint
 
 
-def decoder_of(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, source: str) -> Decoder:
+def decoder_of(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    source: str,
+    vocab_size: int | None = None,
+) -> Decoder:
     """The model of an opened checkpoint, with its weights.
+
+    Args:
+        checkpoint: what to read.
+        dtype: of weights and states.
+        device: where it runs.
+        source: what the user has named.
+        vocab_size: rows of the embedding that are no padding; by default what the checkpoint tells, and
+            where it tells nothing the user is told so, and all rows count.
 
     Raises:
         UserError: as :func:`jreg_megatron.decoder.megatron.load_megatron`.
@@ -32,6 +47,13 @@ def decoder_of(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
         building.center_norms_at_one(model)
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     tokenizer = TrainingTokenizer.of(arguments)
+    vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
+    if vocab_size is None:
+        building.tell_once(
+            f"nothing tells how many of the {padded} rows of the embedding of {source} are vocabulary (no "
+            "tokenizer, no --vocab-size of the training), so padding may be among them and have its part in "
+            "the loss"
+        )
     return _decoder(
         model,
         name=_name(checkpoint.place),
@@ -39,12 +61,12 @@ def decoder_of(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
         step=checkpoint.place.step,
         tokenizer=tokenizer,
         end_of_text=tokenizer.end_of_text if tokenizer else None,
-        vocab_size=min(tokenizer.vocab_size, padded) if tokenizer else padded,
+        vocab_size=vocab_size or padded,
         max_length=args.max_position_embeddings,
     )
 
 
-def _decoder(model: Any, **known: Any) -> Decoder:
+def _decoder(model: Any, *, vocab_size: int, **known: Any) -> Decoder:
     # Then it ends behind the final norm, so that states are to be had without logits.
     model.post_process = False
     parameter = next(model.parameters())
@@ -66,7 +88,7 @@ def _decoder(model: Any, **known: Any) -> Decoder:
         weight = model.shared_embedding_or_output_weight() if tied else None
         out, _ = model.output_layer(normed.transpose(0, 1).contiguous(), weight=weight)
         scaled: Tensor = model._scale_logits(out)
-        return scaled.transpose(0, 1)
+        return scaled.transpose(0, 1)[..., :vocab_size]
 
     @torch.inference_mode()
     def logits(tokens: Tensor) -> Tensor:
@@ -81,6 +103,7 @@ def _decoder(model: Any, **known: Any) -> Decoder:
         head=head,
         run=run,
         logits=logits,
+        vocab_size=vocab_size,
         hidden_size=model.config.hidden_size,
         device=parameter.device,
         dtype=parameter.dtype,

@@ -68,6 +68,11 @@ class CheckpointFolder:
         return cls(place, step)
 
 
+def bridge_as(example: str) -> str:
+    """What exports a model that only Megatron-Bridge can, named with one of its Hugging Face models."""
+    return f"export it with Megatron-Bridge's AutoBridge, as a model with the same layers such as {example}"
+
+
 def is_megatron(folder: Path) -> bool:
     """Whether a folder is a Megatron training's, or one checkpoint of it, in any of Megatron's formats."""
     if not folder.is_dir():

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from jreg_megatron.decoder.megatron_folder import bridge_as
+from jreg_megatron.decoder.megatron_hybrid import as_gpt, refuse_other_hybrids
 from jreg_megatron.errors import UserError
 
-_NOT_A_MODEL_OF_OURS = {
-    "hybrid_layer_pattern": "is a hybrid model",
-    "hybrid_override_pattern": "is a hybrid model",
-    "is_hybrid_model": "is a hybrid model",
-    "spec": "has layers of its own (--spec)",
-    "heterogeneous_layers_config_path": "has layers that differ (--heterogeneous-layers-config-path)",
-    "yaml_cfg": "was configured by --yaml-cfg",
-    "use_megatron_fsdp": "was trained with Megatron-FSDP",
-    "use_torch_fsdp2": "was trained with FSDP2",
-    "enable_hyper_connections": "has hyper-connections, several residual streams",
-    "multi_latent_attention": "has multi-latent attention",
-    "experimental_attention_variant": "has --experimental-attention-variant",
-    "kitchen_config_file": "was trained with Kitchen's layers",
-}
+# Argument, what it is, and a model of Megatron-Bridge's that has the same.
+_NOT_A_MODEL_OF_OURS = (
+    ("spec", "has layers of its own (--spec)", None),
+    (
+        "heterogeneous_layers_config_path",
+        "has layers that differ (--heterogeneous-layers-config-path)",
+        "Llama-Nemotron",
+    ),
+    ("yaml_cfg", "was configured by --yaml-cfg", None),
+    ("use_megatron_fsdp", "was trained with Megatron-FSDP", None),
+    ("use_torch_fsdp2", "was trained with FSDP2", None),
+    ("enable_hyper_connections", "has hyper-connections, several residual streams", "DeepSeek-V4"),
+    ("enable_mhc_connections", "has hyper-connections, several residual streams", "DeepSeek-V4"),
+    ("multi_latent_attention", "has multi-latent attention", "DeepSeek-V3"),
+    ("experimental_attention_variant", "has --experimental-attention-variant", "Qwen3-Next"),
+    ("kitchen_config_file", "was trained with Kitchen's layers", None),
+)
 
 # What has no bearing on what the trained model computes: how it was cut, stored, moved, sped up.
 _RUNTIME = re.compile(
@@ -47,21 +54,40 @@ _RUNTIME = re.compile(
     r"|fused_residual|use_fused|disable_bf16|rank$|local_rank|world_size|load$|save$|lazy|cpu$|calculate_per_token"
     r"|hidden_dropout|attention_dropout|qk_clip|wgrad|defer_embedding|quant|modelopt"
 )
+# What a Megatron may know that the one in use does not, and has no bearing either.
+_NOT_OF_THE_MODEL = re.compile(
+    r"async_tensor|ckpt_|consumed_|curr_iteration|data_parallel|disable_(chunked|mamba_mem)|do_(train|valid|test)"
+    r"|enable_gloo|encoder_(tensor|pipeline)|export_|finetune_|(first|last)_pipeline|grpo_|iteration|jreg_"
+    r"|gdp_|keep_fp8|langrl|legacy_tokenizer|load_model_opt|megatron_fsdp|mhc_|moe_(combine|dispatch|extended)"
+    r"|muon_|num_floating|otel_"
+    r"|renormalize_blend|retriever_|retro_(?!add_retriever)|rl_|s3_|save_|scatter_gather|skipped_|standalone_embedding|teacher_"
+    r"|tiktoken_|tokenizer_|use_(custom_fsdp|dist_ckpt|gigatoken|layer_wise)|variable_seq"
+)
+_SINCE_0_19 = "stream_ckpt_dequant"
+"""An argument that every checkpoint of 0.19 or later has, and none before."""
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
-    """Refuse a checkpoint whose model is no plain ``GPTModel``.
+    """Refuse a checkpoint whose model is no plain ``GPTModel``, and no hybrid one of the same layers.
 
     Raises:
-        UserError: naming what it is.
+        UserError: naming what it is, and the tool that can export it.
     """
-    for name, is_one in _NOT_A_MODEL_OF_OURS.items():
+    refuse_other_hybrids(arguments, what)
+    arguments = as_gpt(arguments)
+    for name, is_one, example in _NOT_A_MODEL_OF_OURS:
         if arguments.get(name):
+            instead = bridge_as(example) if example else "export it with the tool that trained it"
             raise UserError(
-                f"{what} {is_one}, which Megatron's torch-only layers cannot run; export it with the tool "
-                "that trained it, and name the Hugging Face folder"
+                f"{what} {is_one}, which Megatron's torch-only layers cannot run; {instead}, and name the "
+                "Hugging Face folder"
             )
+    if arguments.get("qk_l2_norm") and not arguments.get("num_experts"):
+        raise UserError(
+            f"{what} has norms of queries and keys (--qk-l2-norm), which Megatron's torch-only layers leave "
+            "out; export it with the tool that trained it, and name the Hugging Face folder"
+        )
 
 
 def import_megatron(device: torch.device) -> None:
@@ -133,8 +159,10 @@ def padded_vocab_size(shapes: dict[str, torch.Size]) -> int:
 
 def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) -> Namespace:
     """Megatron's arguments for the model alone, in one process, in torch-only layers."""
-    saved = _by_todays_names(saved)
     args = all_arguments({name: value for name, value in saved.items() if not _RUNTIME.match(name)})
+    # Where Megatron or Transformer Engine fuse GELU with something, it is the approximation by tanh.
+    fuses = saved.get("bias_gelu_fusion") or saved.get("use_te_activation_func")
+    args.gelu_by_tanh = bool(fuses) and not (args.swiglu or args.squared_relu or args.quick_geglu)
     args.padded_vocab_size = vocab_size
     args.params_dtype = dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
@@ -143,21 +171,49 @@ def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) 
     args.use_cpu_initialization, args.perform_initialization = True, False
     args.layernorm_zero_centered_gamma = False  # added to the weights instead
     args.moe_router_load_balancing_type = _routing(saved.get("moe_router_load_balancing_type"))
+    return args
+
+
+def all_arguments(saved: dict[str, Any]) -> Namespace:
+    """The saved ones, with the defaults of the Megatron in use for those that the saving one did not know.
+
+    Those of a hybrid model become those of the ``GPTModel`` that computes the same. The user is told of
+    arguments that the Megatron in use does not know.
+    """
+    from jreg_megatron.cpu import FLAGS
+    from jreg_megatron.recipe.plan import parse
+
+    saved = as_gpt(_by_todays_names(saved))
+    args = parse(list(FLAGS), world_size=1)
+    unknown = {name: value for name, value in saved.items() if not hasattr(args, name)}
+    _tell_of_unknown(unknown)
+    for name in saved.keys() - unknown.keys():
+        setattr(args, name, saved[name])
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
     return args
 
 
-def all_arguments(saved: dict[str, Any]) -> Namespace:
-    """The saved ones, with the defaults of the Megatron in use for those that the saving one did not know."""
-    from jreg_megatron.cpu import FLAGS
-    from jreg_megatron.recipe.plan import parse
+def _tell_of_unknown(arguments: dict[str, Any]) -> None:
+    from megatron.core import __version__ as core
 
-    args = parse(list(FLAGS), world_size=1)
-    for name, value in saved.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
-    return args
+    told = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in sorted(arguments.items())
+        if value and not _RUNTIME.match(name) and not _NOT_OF_THE_MODEL.match(name)
+    ]
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        tell_once(
+            f"the training had {', '.join(told[:3])}{more}, which Megatron-Core {core} does not know; if it "
+            "changes what the model computes, the figures are not this model's"
+        )
+
+
+@cache
+def tell_once(note: str) -> None:
+    """Print a note for the user, on standard error."""
+    print(f"Note: {note}", file=sys.stderr, flush=True)
 
 
 def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
@@ -166,10 +222,13 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
         ("norm_epsilon", "layernorm_epsilon"),
         ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
     ):
-        if old in saved and new not in saved:
-            saved[new] = saved[old]
-    if "disable_bias_linear" in saved and "add_bias_linear" not in saved:
-        saved["add_bias_linear"] = not saved["disable_bias_linear"]
+        if old in saved:
+            saved.setdefault(new, saved.pop(old))
+    if "disable_bias_linear" in saved:
+        saved.setdefault("add_bias_linear", not saved.pop("disable_bias_linear"))
+    if _SINCE_0_19 not in saved:
+        # Older scripts had this flag and did not give it to the model.
+        saved["rotary_seq_len_interpolation_factor"] = None
     return saved
 
 
@@ -191,9 +250,10 @@ def build(args: Namespace) -> nn.Module:
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     try:
-        model: nn.Module = GPTModelBuilder(gpt_config_from_args(args)).build_model(
-            groups, pre_process=True, post_process=True
-        )
+        config = gpt_config_from_args(args)
+        if args.gelu_by_tanh:
+            config.transformer.activation_func = partial(nn.functional.gelu, approximate="tanh")
+        model: nn.Module = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data.tokenizing import TYPES, Tokenizer, TokenizerSettings, build
+from jreg_megatron.data.tokenizing import TYPES, Tokenizer, TokenizerSettings, build, told_vocab_size
 from jreg_megatron.errors import UserError
 
 
@@ -48,18 +49,45 @@ class TrainingTokenizer:
         return self._tokenizer.decode(ids)
 
 
+def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingTokenizer | None) -> int | None:
+    """How many of the embedding's ``rows`` are the vocabulary, without padding; None if nothing tells it.
+
+    Args:
+        arguments: Megatron's, as the training had them when it saved.
+        rows: of the embedding.
+        tokenizer: the training's, where it is still there.
+    """
+    size, given = told_vocab_size(arguments), arguments.get("vocab_size")
+    if tokenizer and tokenizer.vocab_size <= rows:  # else it is another one
+        size = tokenizer.vocab_size
+    elif size is None and given:
+        # Megatron pads the size of the tokenizer, of which --vocab-size may say something else.
+        multiple = arguments.get("make_vocab_size_divisible_by", 0)
+        multiple *= arguments.get("tensor_model_parallel_size", 0)
+        size = given if multiple and math.ceil(given / multiple) * multiple == rows else None
+    return None if size is None else min(size, rows)
+
+
 def settings_of(arguments: dict[str, Any]) -> TokenizerSettings | None:
     """What Megatron's arguments say about the tokenizer; None for a type that takes no text here."""
     kind, model = arguments.get("tokenizer_type"), arguments.get("tokenizer_model")
     if kind not in TYPES or not model:
         return None
+    if arguments.get("metadata_path") or arguments.get("tokenizer_metadata"):
+        return None  # may name another class
+    if not arguments.get("tokenizer_sentencepiece_ignore_extra_whitespaces", True):
+        return None  # not known to TokenizerSettings
+    if "legacy_tokenizer" in arguments and not arguments["legacy_tokenizer"]:  # 0.15 and 0.16
+        without_special_tokens = not arguments.get("tokenizer_hf_include_special_tokens")
+    else:
+        without_special_tokens = bool(arguments.get("tokenizer_hf_no_include_special_tokens"))
     settings = TokenizerSettings(
         kind,
         str(model),
         tuple(arguments.get("special_tokens") or arguments.get("tokenizer_special_tokens") or ()),
         bool(arguments.get("tokenizer_sentencepiece_legacy")),
         bool(arguments.get("tokenizer_hf_no_use_fast")),
-        bool(arguments.get("tokenizer_hf_no_include_special_tokens")),
+        without_special_tokens,
     )
     if settings.is_sentencepiece and not Path(settings.tokenizer_model).is_file():
         return None

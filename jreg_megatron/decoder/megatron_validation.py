@@ -16,6 +16,12 @@ from jreg_megatron.decoder.megatron_tokenizer import megatron_tokenizer
 from jreg_megatron.decoder.megatron_weights import Checkpoint
 from jreg_megatron.errors import UserError
 
+_OTHER_SAMPLES = (
+    *("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"),
+    # Their positions begin anew within a sample, or their tokens do not see the document before.
+    *("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
+)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -51,9 +57,11 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
 
 def _last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
     """Number of the first sample, and how many there were."""
+    if not args.train_iters:
+        raise UserError(f"{what} comes from no training; give texts")
     if not args.eval_iters or isinstance(args.eval_iters, list):
         raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
-    for flag in ("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"):
+    for flag in _OTHER_SAMPLES:
         if getattr(args, flag, None):
             raise UserError(
                 f"{what} was trained with --{flag.replace('_', '-')}, whose samples are not known here"

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder
+from jreg_megatron.decoder.megatron_hybrid import hybrid_name, pattern_of
 from jreg_megatron.errors import UserError
 
 _COMMON = "common_state/shard_0_1"
@@ -96,11 +97,16 @@ class Checkpoint:
 
         metadata = dict(self.common.get("content_metadata") or {})
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        is_hybrid = pattern_of(self.arguments) is not None
+        if is_hybrid:
+            metadata["non_homogeneous_layers"] = True  # each layer under a name of its own
         wanted = {
             name: entry
             for name, entry in cast(Any, model).sharded_state_dict(metadata=metadata).items()
             if not isinstance(entry, ShardedObject)
         }
+        for entry in wanted.values() if is_hybrid else ():
+            entry.key = hybrid_name(entry.key)
         self._match_names(wanted)
         with damage_refused(self.folder):
             loaded = dist_checkpointing.load(

@@ -8,13 +8,10 @@ import os
 from argparse import Namespace
 
 from jreg_megatron.data.index_file import Index
+from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
 from jreg_megatron.errors import UserError
 from jreg_megatron.preflight.asked import flag_of, tensor_parallel
 from jreg_megatron.preflight.data import local_prefixes, read_index_of
-
-_SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-_NULL_TYPES = ("NullTokenizer", "NullMultimodalTokenizer")
-_TIKTOKEN_DEFAULT_VOCAB = 2**17
 
 
 def tokenizer(args: Namespace) -> None:
@@ -22,13 +19,13 @@ def tokenizer(args: Namespace) -> None:
         raise UserError(
             "--tokenizer-type is missing; for example SentencePieceTokenizer with --tokenizer-model"
         )
-    if args.tokenizer_type in _NULL_TYPES and not args.vocab_size:
+    if args.tokenizer_type in NULL_TYPES and not args.vocab_size:
         raise UserError(f"--vocab-size is missing; --tokenizer-type {args.tokenizer_type} needs it")
-    if args.tokenizer_type in (*_SENTENCEPIECE_TYPES, "TikTokenizer", "HuggingFaceTokenizer", "SFTTokenizer"):
+    if args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer", "HuggingFaceTokenizer", "SFTTokenizer"):
         if args.tokenizer_model is None:
             raise UserError(f"--tokenizer-model is missing; --tokenizer-type {args.tokenizer_type} needs it")
         # For the other two types it may also be the name of a model on the hub.
-        must_be_file = args.tokenizer_type in (*_SENTENCEPIECE_TYPES, "TikTokenizer")
+        must_be_file = args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer")
         if must_be_file and not os.path.isfile(args.tokenizer_model):
             raise UserError(
                 f"--tokenizer-model is {args.tokenizer_model}, which is not a file; correct the path"
@@ -53,7 +50,9 @@ def vocabulary_sizes(args: Namespace) -> None:
     if args.padded_vocab_size is None and not args.pad_vocab_size and args.vocab_size is None:
         raise UserError("--vocab-size is missing; --no-pad-vocab-size needs it (or --padded-vocab-size)")
     size = _exact_tokenizer_size(args)
-    for name in ("vocab_size", "padded_vocab_size"):
+    # The size of other tokenizers comes from --vocab-size itself.
+    named = ("vocab_size",) if args.tokenizer_type in SENTENCEPIECE_TYPES else ()
+    for name in (*named, "padded_vocab_size"):
         value = getattr(args, name)
         if size is not None and value is not None and value < size:
             raise UserError(
@@ -113,12 +112,8 @@ def _exact_tokenizer_size(args: Namespace) -> int | None:
     """Number of tokens that Megatron's tokenizer will report, for the types where it is cheap to know."""
     if args.metadata_path is not None:
         return None  # it may name another tokenizer class
-    if args.tokenizer_type in _NULL_TYPES:
-        return int(args.vocab_size)
-    if args.tokenizer_type == "TikTokenizer":
-        return int(args.vocab_size or _TIKTOKEN_DEFAULT_VOCAB)
-    if args.tokenizer_type not in _SENTENCEPIECE_TYPES:
-        return None
+    if args.tokenizer_type not in SENTENCEPIECE_TYPES:
+        return told_vocab_size(vars(args))
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
