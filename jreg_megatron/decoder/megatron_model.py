@@ -205,7 +205,7 @@ def _tell_of_unknown(arguments: dict[str, Any]) -> None:
     from megatron.core import __version__ as core
 
     told = [
-        f"--{name.replace('_', '-')} {value}"
+        f"--{name.replace('_', '-')} {value!r:.40}"
         for name, value in sorted(arguments.items())
         if value and not _RUNTIME.match(name) and not _NOT_OF_THE_MODEL.match(name)
     ]
