@@ -512,6 +512,12 @@ FAULTS = [
         EXPORT,
     ),
     Fault(
+        "take Megatron's numbers for those that a Llama's config leaves out",
+        "convert/llama.py",
+        (("rope.get(name) != value:", "rope.get(name, value) != value:"),),
+        ("tests/test_convert.py::test_what_megatron_cannot_express_is_refused_by_name",),
+    ),
+    Fault(
         "forget the token that an older NullTokenizer adds",
         "data/tokenizing.py",
         (("return int(size) + adds_end", "return int(size)"),),
@@ -569,6 +575,29 @@ FAULTS = [
         "leave out norms of queries and keys that have no weights",
         "decoder/megatron_model.py",
         (('if arguments.get("qk_l2_norm") and not arguments.get("num_experts"):', "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "run experts whose weights lie otherwise",
+        "decoder/megatron_model.py",
+        (('    ("moe_mlp_glu_interleave_size", "has --moe-mlp-glu-interleave-size", None),\n', ""),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "choose experts by another rule than the training",
+        "decoder/megatron_model.py",
+        (
+            (
+                'if {"sinkhorn", "quantile_balancing"} & {*kinds} else "none"',
+                'if "sinkhorn" in kinds else "none"',
+            ),
+        ),
+        CHECKPOINT,
+    ),
+    Fault(
+        "say nothing of tokens that the experts drop",
+        "decoder/megatron_model.py",
+        (("    if factor := args.moe_expert_capacity_factor:\n", "    if factor := None:\n"),),
         CHECKPOINT,
     ),
     Fault(

@@ -379,6 +379,10 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
         ({"attention_bias": True}, "biases in attention or MLP alone"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+            "low_freq_factor None",
+        ),
     ],
 )
 def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:

@@ -365,6 +365,7 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
         ({"spec": ["my.specs", "layer"]}, ["--spec"]),
         ({"multi_latent_attention": True}, ["latent", "AutoBridge", "DeepSeek-V3"]),
         ({"qk_l2_norm": True}, ["--qk-l2-norm"]),
+        ({"num_experts": 4, "moe_mlp_glu_interleave_size": 32}, ["--moe-mlp-glu-interleave-size"]),
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
@@ -590,6 +591,13 @@ def saved_by_others(work: Path) -> dict[str, Any]:
     loaded(name, made(work / name, f"{LLAMA_FLAGS} --rotary-seq-len-interpolation-factor 4"))
     for name, arguments in SAVED_BY.items():
         loaded(name, made(work / name, **arguments))
+    experts = f"{LLAMA_FLAGS} --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type"
+    for name, flags in (
+        ("experts", "aux_loss --moe-aux-loss-coeff 0.01 --qk-l2-norm"),
+        ("quantiles", "quantile_balancing --moe-aux-loss-coeff 0"),
+        ("dropped tokens", "none --moe-expert-capacity-factor 1.0"),
+    ):
+        loaded(name, made(work / name, f"{experts} {flags}"))
     loaded("a fork", made(work / "a fork", residual_scale=0.5, logit_cap=None, use_rms_gate=False))
     loaded("gone", made(work / "gone", **GONE, vocab_size=None))
     return found
@@ -600,7 +608,8 @@ def test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note(tmp_path:
     for name, (off, vocab_size, width, said) in found.items():
         assert off < 1e-5, name
         assert vocab_size == width == (256 if name == "gone" else 130), name
-        assert said.count("\n") == (name in ("a fork", "gone")), (name, said)
+        assert said.count("\n") == (name in ("dropped tokens", "a fork", "gone")), (name, said)
+    assert "--moe-expert-capacity-factor 1.0" in found["dropped tokens"][-1]
     assert "--residual-scale 0.5" in found["a fork"][-1]
     assert str(tmp_path / "gone") in found["gone"][-1] and "256 rows" in found["gone"][-1]
 

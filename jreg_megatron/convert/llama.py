@@ -142,8 +142,8 @@ class Llama:
             raise refuse(f"has rotary positions scaled by {kind}")
         if kind == "llama3":
             for name, value in LLAMA3_ROPE.items():
-                if rope.get(name, value) != value:
-                    raise refuse(f"has {name} {rope[name]} for its rotary positions, not {value}")
+                if name != "rope_type" and rope.get(name) != value:
+                    raise refuse(f"has {name} {rope.get(name)} for its rotary positions, not {value}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise refuse("turns only a part of each head (partial_rotary_factor)")
         base = float(rope["rope_theta"])

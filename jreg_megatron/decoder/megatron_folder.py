@@ -69,8 +69,11 @@ class CheckpointFolder:
 
 
 def bridge_as(example: str) -> str:
-    """What exports a model that only Megatron-Bridge can, named with one of its Hugging Face models."""
-    return f"export it with Megatron-Bridge's AutoBridge, as a model with the same layers such as {example}"
+    """How Megatron-Bridge exports what a Llama is not; ``example`` is a model that it knows."""
+    return (
+        "export it with Megatron-Bridge's AutoBridge (load_megatron_model, then save_hf_pretrained), as a "
+        f"model with the same layers such as {example}"
+    )
 
 
 def is_megatron(folder: Path) -> bool:

@@ -36,6 +36,8 @@ _NOT_A_MODEL_OF_OURS = (
     ("multi_latent_attention", "has multi-latent attention", "DeepSeek-V3"),
     ("experimental_attention_variant", "has --experimental-attention-variant", "Qwen3-Next"),
     ("kitchen_config_file", "was trained with Kitchen's layers", None),
+    ("moe_mlp_glu_interleave_size", "has --moe-mlp-glu-interleave-size", None),
+    ("moe_shared_expert_glu_interleave_size", "has --moe-shared-expert-glu-interleave-size", None),
 )
 
 # What has no bearing on what the trained model computes: how it was cut, stored, moved, sped up.
@@ -170,6 +172,11 @@ def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) 
     args.hidden_dropout = args.attention_dropout = 0.0
     args.use_cpu_initialization, args.perform_initialization = True, False
     args.layernorm_zero_centered_gamma = False  # added to the weights instead
+    if factor := args.moe_expert_capacity_factor:
+        tell_once(
+            f"the experts drop tokens (--moe-expert-capacity-factor {factor}), so the figures of a text "
+            "depend on --batch-size and on the texts beside it"
+        )
     args.moe_router_load_balancing_type = _routing(saved.get("moe_router_load_balancing_type"))
     return args
 
@@ -198,7 +205,7 @@ def _tell_of_unknown(arguments: dict[str, Any]) -> None:
     from megatron.core import __version__ as core
 
     told = [
-        f"--{name.replace('_', '-')} {value}"
+        f"--{name.replace('_', '-')} {value!r:.40}"
         for name, value in sorted(arguments.items())
         if value and not _RUNTIME.match(name) and not _NOT_OF_THE_MODEL.match(name)
     ]
@@ -233,9 +240,9 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _routing(kind: Any) -> Any:
-    # Losses that balance the experts play no part here; Sinkhorn's algorithm chooses them.
+    # Losses that balance the experts play no part here; these two choose them.
     kinds = kind if isinstance(kind, list) else [kind]
-    return kind if "sinkhorn" in kinds else "none"
+    return kind if {"sinkhorn", "quantile_balancing"} & {*kinds} else "none"
 
 
 def build(args: Namespace) -> nn.Module:
