@@ -257,6 +257,84 @@ FAULTS = [
         LOOP,
     ),
     Fault(
+        "log nothing of a log interval that the run's end cuts off",
+        "training_loop.py",
+        (("if is_over or iteration >= get_args().train_iters:", "if False:"),),
+        ("tests/test_pretrain.py",),
+    ),
+    Fault(
+        "log a cut interval in patched trees never",
+        "training_loop.py",
+        (
+            (
+                '                _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")\n'
+                "                for name",
+                "                for name",
+            ),
+        ),
+        ("tests/test_patches.py",),
+    ),
+    Fault(
+        "log nothing of a log interval that an exit of Bridge cuts off",
+        "bridge.py",
+        (("bool(exit_interval and iteration % exit_interval == 0)", "False"),),
+        BRIDGE,
+    ),
+    Fault(
+        "log nothing of a log interval that the end of Bridge's training cuts off",
+        "bridge.py",
+        (("metrics = self.handle.end_training()", "metrics = None"),),
+        BRIDGE,
+    ),
+    Fault(
+        "let a part of a log interval pass for the whole",
+        "metrics.py",
+        (("if interval is not None and self.iterations != tuple(interval):", "if False:"),),
+        (*BRIDGE, *LOOP),
+    ),
+    Fault(
+        "name the iterations of the log interval before too",
+        "attachment.py",
+        (("        self._measured.clear()\n", ""),),
+        (*BRIDGE, *LOOP),
+    ),
+    Fault(
+        "leave a jump rate of 0 to Megatron 0.16",
+        "training_loop.py",
+        (("    def __gt__(self, other: float) -> bool:\n        return True\n\n    __ge__ = __gt__\n", ""),),
+        ("tests/test_launch.py",),
+    ),
+    Fault(
+        "stand in front of Megatron's losses",
+        "training_loop.py",
+        (("totals.setdefault(name, torch.zeros(1, device=loss.device))", "pass"),),
+        ("tests/test_launch.py",),
+    ),
+    Fault(
+        "start a recipe without Apex as if it were there",
+        "recipe/machine.py",
+        (("find_spec(APEX_FUSION) is None", "False"),),
+        ("tests/test_recipes.py",),
+    ),
+    Fault(
+        "start a recipe without fused gradients where Apex is there",
+        "recipe/machine.py",
+        (("find_spec(APEX_FUSION) is None", "True"),),
+        ("tests/test_recipes.py",),
+    ),
+    Fault(
+        "add a flag to a recipe without a word",
+        "recipe/__main__.py",
+        (("    if added:\n", "    if False:\n"),),
+        ("tests/test_recipes.py",),
+    ),
+    Fault(
+        "train on nodes of which some fuse gradient accumulation",
+        "training_loop.py",
+        (("    if len(set(ranks)) > 1:\n", "    if False:\n"),),
+        ("tests/test_recipes.py",),
+    ),
+    Fault(
         "free what is still being sent",
         "cpu/redirect.py",
         (("send(tensor.detach(), ", "send(tensor, "),),
@@ -271,7 +349,7 @@ FAULTS = [
     Fault(
         "reduce in every step",
         "attachment.py",
-        (("if not (is_interval_end or (self._has_measured and not self._is_seen_whole)):", "if False:"),),
+        (("if not (is_interval_end or (self._measured and not self._is_seen_whole)):", "if False:"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(
