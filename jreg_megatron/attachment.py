@@ -376,8 +376,8 @@ def attach(
     Args:
         model: a ``GPTModel``, or the list of this rank's chunks.
         config: the settings.
-        num_microbatches: micro-batches per training step of one data-parallel replica; by default
-            Megatron-Core's calculator is asked at each of them.
+        num_microbatches: by what the mean loss of a micro-batch is divided: the micro-batches of one
+            data-parallel replica in a training step. By default Megatron-Core's calculator is asked at each.
         iteration: tells the current training iteration, 1-based. Needed when the settings depend on it.
         group: the ranks among which the model and the batch are split, for metrics; by default all.
 
@@ -390,7 +390,8 @@ def attach(
 
     A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
     one in evaluation mode is measured as validation. A regularized layer is measured in the backward pass:
-    ask for metrics between steps.
+    ask for metrics between steps. What is taken for granted of layers and loss is compared with the first
+    step, which raises a ``UserError`` on every rank before the schedule finishes the gradients.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
