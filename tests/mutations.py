@@ -693,7 +693,7 @@ FAULTS = [
     Fault(
         "scale positions that an older script did not scale",
         "decoder/megatron_model.py",
-        (("    if _SINCE_0_19 not in saved:\n", "    if False:\n"),),
+        (("(_SINCE_0_19 if pattern_of(saved) is None else _SINCE_0_18)", "_SINCE_0_18"),),
         CHECKPOINT,
     ),
     Fault(

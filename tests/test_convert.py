@@ -157,8 +157,8 @@ def test_padding_behind_the_vocabulary_stays_behind(both_ways: tuple[dict[str, A
     assert [report.get("rows_of_padding_left_out") for report in result["reports"]] == [64, None, 0]
 
 
-def without_a_tokenizer(checkpoints: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
-    """Exports of checkpoints whose rows of padding only their arguments tell, or nothing."""
+def without_a_tokenizer(tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Exports of checkpoints whose rows of padding are told without a tokenizer that is exported, or not."""
     ids, found = some_tokens(), {}
     model = made(work / "null")
     own = logits_of(model, ids)[..., :130]
@@ -171,10 +171,12 @@ def without_a_tokenizer(checkpoints: Path, tokenizer: Path, work: Path) -> dict[
     ]
     made(work / "old", remove=("null_tokenizer_eod_id",))
     found["old"] = run(export, work / "old", work / "old export")["vocab_size"]
-    found["no tokenizer wanted"] = run(export, checkpoints, work / "weights", "--no-tokenizer")
     lost = {"tokenizer_type": "SentencePieceTokenizer", "vocab_size": None, "tokenizer_model": "gone.model"}
+    there = lost | {"tokenizer_model": str(tokenizer)}  # of 512 tokens
     made(work / "lost", **lost)
-    made(work / "narrow", **(lost | {"tokenizer_model": str(tokenizer)}))  # of 512 tokens
+    made(work / "narrow", **there)
+    made(work / "wide", LLAMA_FLAGS.replace("130", "600"), **there)
+    found["not wanted"] = run(export, work / "wide", work / "weights", "--no-tokenizer")
     found["lost"] = run(export, work / "lost", work / "padded", "--no-tokenizer")
     given = ("--no-tokenizer", "--vocab-size", 200)
     found["given"] = run(export, work / "lost", work / "given", *given)
@@ -189,14 +191,13 @@ def without_a_tokenizer(checkpoints: Path, tokenizer: Path, work: Path) -> dict[
 
 
 def test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there(
-    checkpoints: Path, tokenizer_model: Path, tmp_path: Path
+    tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    (found,) = run_function(without_a_tokenizer, 1, checkpoints, tokenizer_model, tmp_path)
+    (found,) = run_function(without_a_tokenizer, 1, tokenizer_model, tmp_path)
     assert found["null"] == [130, 130, 130]
     assert max(found["logits"]) < 1e-4
     assert found["old"] == 131, "before 0.18 the NullTokenizer had a token of its own"
-    assert found["no tokenizer wanted"]["vocab_size"] == 512
-    assert found["no tokenizer wanted"]["notes"] == []
+    assert (found["not wanted"]["vocab_size"], found["not wanted"]["notes"]) == (512, [])
     assert found["lost"]["vocab_size"] == 256
     (note,) = found["lost"]["notes"]
     assert "256" in note and "--vocab-size" in note

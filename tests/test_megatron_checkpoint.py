@@ -587,6 +587,10 @@ def saved_by_others(work: Path) -> dict[str, Any]:
         loaded(name, model)
     name = "positions that a script of 0.18 does not scale"
     loaded(name, made(work / name, remove=(SINCE_0_19,), rotary_seq_len_interpolation_factor=4))
+    name = "positions that a hybrid model of 0.18 does scale"
+    hybrid = LLAMA_FLAGS.replace("--num-layers 2", f"{PATTERN} *-*- {STACK}")
+    hybrid += " --rotary-seq-len-interpolation-factor 4"
+    loaded(name, made(work / name, hybrid, remove=(SINCE_0_19,)))
     name = "positions that are scaled"
     loaded(name, made(work / name, f"{LLAMA_FLAGS} --rotary-seq-len-interpolation-factor 4"))
     for name, arguments in SAVED_BY.items():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jreg_megatron.decoder.megatron_folder import bridge_as
-from jreg_megatron.decoder.megatron_hybrid import as_gpt, refuse_other_hybrids
+from jreg_megatron.decoder.megatron_hybrid import as_gpt, pattern_of, refuse_other_hybrids
 from jreg_megatron.errors import UserError
 
 # Argument, what it is, and a model of Megatron-Bridge's that has the same.
@@ -61,12 +61,11 @@ _NOT_OF_THE_MODEL = re.compile(
     r"async_tensor|ckpt_|consumed_|curr_iteration|data_parallel|disable_(chunked|mamba_mem)|do_(train|valid|test)"
     r"|enable_gloo|encoder_(tensor|pipeline)|export_|finetune_|(first|last)_pipeline|grpo_|iteration|jreg_"
     r"|gdp_|keep_fp8|langrl|legacy_tokenizer|load_model_opt|megatron_fsdp|mhc_|moe_(combine|dispatch|extended)"
-    r"|muon_|num_floating|otel_"
-    r"|renormalize_blend|retriever_|retro_(?!add_retriever)|rl_|s3_|save_|scatter_gather|skipped_|standalone_embedding|teacher_"
-    r"|tiktoken_|tokenizer_|use_(custom_fsdp|dist_ckpt|gigatoken|layer_wise)|variable_seq"
+    r"|muon_|num_floating|otel_|renormalize_blend|retriever_|retro_(?!add_retriever)|rl_|s3_|save_"
+    r"|scatter_gather|skipped_|standalone_embedding|teacher_|tiktoken_|tokenizer_|use_(custom_fsdp|dist_ckpt|gigatoken|layer_wise)|variable_seq"
 )
-_SINCE_0_19 = "stream_ckpt_dequant"
-"""An argument that every checkpoint of 0.19 or later has, and none before."""
+_SINCE_0_18, _SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
+"""Arguments that every checkpoint of that version or later has, and none before."""
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -233,8 +232,8 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
             saved.setdefault(new, saved.pop(old))
     if "disable_bias_linear" in saved:
         saved.setdefault("add_bias_linear", not saved.pop("disable_bias_linear"))
-    if _SINCE_0_19 not in saved:
-        # Older scripts had this flag and did not give it to the model.
+    # The scripts of older versions had this flag and did not give it to the model.
+    if (_SINCE_0_19 if pattern_of(saved) is None else _SINCE_0_18) not in saved:
         saved["rotary_seq_len_interpolation_factor"] = None
     return saved
 
