@@ -63,12 +63,16 @@ def _train(request: Request) -> None:
         machine.check_tokenizer(asked)
         return machine.check_training_data(asked, planned.tokens, request.epochs)
 
+    def check_node() -> str:
+        preflight.optimizer.package(asked.optimizer)
+        return machine.check_gpus(request, gpus)
+
     rows = announcement.rows(request, planned)
     findings: dict[str, Callable[[], str]] = {
         "data": check_files,
         "memory": partial(machine.check_memory, planned, gpus),
         "checkpoints": partial(machine.check_disk, planned),
-        "this node": partial(machine.check_gpus, request, gpus),
+        "this node": check_node,
     }
     for name, find in findings.items():
         try:
