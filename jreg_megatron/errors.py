@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 EXIT_CODE = 2
@@ -32,6 +33,27 @@ class UserError(ValueError):
 def print_error(message: str) -> None:
     """Print the one line of an error."""
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def megatrons_refusals(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn an exception by which Megatron refuses what it was asked for into a :class:`UserError`.
+
+    Args:
+        has_begun: whether training has, so that an exception is a fault and keeps its traceback.
+
+    Raises:
+        UserError: with Megatron's words, or the line of an assertion that has none.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
+        if has_begun():
+            raise
+        said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"Megatron refuses the arguments: {said}") from error
 
 
 @contextmanager

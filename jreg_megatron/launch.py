@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 
 import torch
 
 from jreg_megatron import script
+from jreg_megatron.cpu.flags import value_of
+from jreg_megatron.dataset_helper import compile_helper, use_built_helper
 from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.preflight import optimizer
 from jreg_megatron.settings import JRegConfig, flag_of
 
 
@@ -42,9 +46,15 @@ def main(argv: list[str] | None = None) -> None:
         script.run(
             options,
             on_cpu=options.cpu or not torch.cuda.is_available(),
+            before_import=_refuse_early,
             make_ready=_make_ready,
             check_at_end=(lambda: None) if asks_for_help else _refuse_to_end_unattached,
         )
+
+
+def _refuse_early() -> None:
+    optimizer.package(value_of(sys.argv, "--optimizer"))
+    compile_helper()
 
 
 def _make_ready() -> None:
@@ -56,6 +66,7 @@ def _make_ready() -> None:
             "Megatron-LM tree, put the tree on PYTHONPATH, or install megatron-core 0.19 or later"
         )
     training_loop.install()
+    use_built_helper()
 
 
 def _refuse_to_end_unattached() -> None:

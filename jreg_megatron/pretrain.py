@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from typing import NoReturn
 
 from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.dataset_helper import use_built_helper
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.dataset_helper import compile_helper, use_built_helper
+from jreg_megatron.errors import UserError, megatrons_refusals, user_errors_exit
 from jreg_megatron.settings import JRegConfig
 
 CPU_FLAG = "--cpu"
@@ -89,6 +89,7 @@ def _run(argv: list[str], started: float) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A rank that outlived a killed torchrun would write into the folder of the run that comes after it.
         end_with_the_parent()
+    compile_helper()
     on_cpu = CPU_FLAG in argv or not torch.cuda.is_available()
     if on_cpu:
         from jreg_megatron import cpu
@@ -104,6 +105,7 @@ def _run(argv: list[str], started: float) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import (
         arguments,
+        get_args,
         get_tensorboard_writer,
         pretrain,
         set_startup_timestamps,
@@ -121,24 +123,22 @@ def _run(argv: list[str], started: float) -> None:
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
     refuse_unsupported(asked, config)
+    preflight.check_arguments(asked)
     if not (asked.use_checkpoint_args or asked.yaml_cfg):
-        preflight.check_arguments(asked)
         config.layer_weights(asked.num_layers)
-    try:
+    with megatrons_refusals():
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
         model_config = gpt_config_from_args(args)
-    except (AssertionError, ValueError) as error:
-        said = " ".join(str(error).split()) or "an assertion without a message; --help lists all arguments"
-        raise UserError(f"Megatron refuses the arguments: {said}") from error
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        gpt_pretraining.datasets,
-        ModelType.encoder_or_decoder,
-        gpt_pretraining.forward_step,
-        get_embedding_ranks=gpt_pretraining.embedding_ranks,
-    )
+    with megatrons_refusals(has_begun=lambda: hasattr(get_args(), "curr_iteration")):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            gpt_pretraining.datasets,
+            ModelType.encoder_or_decoder,
+            gpt_pretraining.forward_step,
+            get_embedding_ranks=gpt_pretraining.embedding_ranks,
+        )
     if (writer := get_tensorboard_writer()) is not None:
         # Megatron flushes after training, before the last evaluation.
         writer.flush()

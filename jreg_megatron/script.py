@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def run(
     options: argparse.Namespace,
     on_cpu: bool,
+    before_import: Callable[[], None] = lambda: None,
     make_ready: Callable[[], None] = lambda: None,
     check_at_end: Callable[[], None] = lambda: None,
 ) -> None:
@@ -35,6 +36,7 @@ def run(
     Args:
         options: what a parser with :func:`add_arguments` made of the command line.
         on_cpu: redirect CUDA to the CPU, and give the script the flags that this needs.
+        before_import: called when the script's Megatron can be found, and nothing of it is imported.
         make_ready: called when the script's Megatron can be imported, before the script starts.
         check_at_end: called in every rank where the script has ended well.
 
@@ -59,6 +61,7 @@ def run(
     if not options.is_module:
         _take_modules_from(Path(script).resolve().parent)
     # Only now: a script in a Megatron tree gets that tree.
+    before_import()
     if on_cpu:
         cpu.enable()
     make_ready()

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import IO, Any, TextIO
 
 from jreg_megatron.bench.options import DTYPES, Setup
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import UserError, megatrons_refusals
 
 _NEVER = 10**9
 
@@ -125,12 +125,9 @@ def train(argv: list[str], train_step: Any) -> None:
     preflight.check_arguments(asked)
     made = train_step(training.train_step)
     refuse_unsupported(asked, made.measured.config)
-    try:
+    with megatrons_refusals():
         args: Namespace = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
         model_config = gpt_config_from_args(args)
-    except (AssertionError, ValueError) as error:
-        said = " ".join(str(error).split()) or "an assertion without a message"
-        raise UserError(f"Megatron refuses the arguments: {said}") from error
     training.train_step = made
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),

@@ -75,10 +75,12 @@ _REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "use --use-distributed-optimizer",
     "--use-torch-fsdp2": "use --use-distributed-optimizer",
     "--apply-layernorm-1p": "leave it out",
+    "--use-ring-exchange-p2p": "leave it out",
+    "--experimental-attention-variant": "leave it out",
 }
 
 
-def _value(argv: list[str], flag: str) -> str | None:
+def value_of(argv: list[str], flag: str) -> str | None:
     """The value that argparse would give ``flag``, or None where it is absent."""
     found = None
     for i, word in enumerate(argv):
@@ -117,7 +119,7 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
         UserError: for what has no counterpart on a CPU.
     """
     for flag, instead in _REFUSED.items():
-        if flag in argv:
+        if value_of(argv, flag) is not None:
             raise UserError(f"{flag} does not run on a CPU, and this is CPU mode; {instead}")
     if tuple(argv[-len(FLAGS) :]) == FLAGS:
         return argv
@@ -132,7 +134,7 @@ def announcement(argv: list[str]) -> str:
     """One line that says what CPU mode replaces in the command line ``argv``."""
     ignored = _split(argv)[1]
     for flag, value in pairwise(FLAGS):
-        asked = None if value.startswith("--") else _value(argv, flag)
+        asked = None if value.startswith("--") else value_of(argv, flag)
         if asked not in (None, value) and flag != "--num-workers":
             ignored.append(f"{flag} {asked}")
     if _names_a_spec(argv):

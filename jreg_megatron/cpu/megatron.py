@@ -45,6 +45,7 @@ def install() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     from jreg_megatron.cpu import has_training_loop
 
@@ -54,6 +55,16 @@ def install() -> None:
     # They reach for the CUDA generator through torch._C.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    # It takes its default, False, for a wish for FP8, which needs Transformer Engine.
+    checkpoint = random.CheckpointWithoutOutput
+    begin = checkpoint.__init__
+    checkpoint.__init__ = lambda self, fp8=None: begin(self, fp8 or None)
+
+    # It makes the arrays that an exchange of tokens takes of a GPU's tensors only.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    )
 
     # Here the GPU's generator is the CPU's, so the warning for it to stay put in a fork is void.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
@@ -107,6 +118,8 @@ def _let_torch_norms_be_sequence_parallel() -> None:
         plain = copy.copy(config)
         plain.sequence_parallel = False
         norm: torch.nn.Module = build(cls, plain, *args, **kwargs)
+        if config.fp32_residual_connection:
+            norm.register_forward_hook(lambda _, __, normed: normed.to(config.params_dtype))
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             if config.multi_latent_attention and not config.sequence_parallel:

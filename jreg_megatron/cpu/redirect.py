@@ -121,6 +121,9 @@ class _Stream:
     def elapsed_time(self, *_: Any) -> float:
         return 0.0
 
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _nothing
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
-from jreg_megatron.preflight import data, division, training, vocabulary
+from jreg_megatron.preflight import data, division, optimizer, training, vocabulary
 
 
 def check_arguments(args: Namespace) -> None:
     """Check the arguments as ``megatron.training.arguments.parse_args`` returns them, not yet validated.
 
     Nothing is changed in ``args``. With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of
-    heterogeneous layers nothing is checked, since what counts is then still to be read from elsewhere.
+    heterogeneous layers only the optimizer's package is looked for, since the rest that counts is then still
+    to be read from elsewhere.
 
     Raises:
         UserError: for the first mistake found, sizes before data.
     """
+    optimizer.package(args.optimizer)
     if _is_read_elsewhere(args):
         return
     for check in (*SIZE_CHECKS, *DATA_CHECKS):
@@ -46,6 +48,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.training_length,
     training.learning_rate,
     training.learning_rate_schedule,
+    optimizer.combination,
     training.evaluation,
     training.saving,
     division.world_size,

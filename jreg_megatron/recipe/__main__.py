@@ -65,6 +65,10 @@ def _train(request: Request) -> None:
         machine.check_tokenizer(asked)
         return machine.check_training_data(asked, planned.tokens, request.epochs)
 
+    def check_node() -> str:
+        preflight.optimizer.package(asked.optimizer)
+        return machine.check_gpus(request, gpus)
+
     rows = announcement.rows(request, planned)
     if added:
         rows["added"] = f"{' '.join(added)}, for Apex is not installed here (each node looks for itself)"
@@ -72,7 +76,7 @@ def _train(request: Request) -> None:
         "data": check_files,
         "memory": partial(machine.check_memory, planned, gpus),
         "checkpoints": partial(machine.check_disk, planned),
-        "this node": partial(machine.check_gpus, request, gpus),
+        "this node": check_node,
     }
     for name, find in findings.items():
         try:

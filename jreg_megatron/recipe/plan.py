@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.errors import megatrons_refusals
 from jreg_megatron.settings import JRegConfig
 
 _SAVED_BYTES = 14
@@ -94,13 +94,10 @@ def make(flags: list[str], world_size: int) -> Plan:
     from jreg_megatron import cpu
 
     args = parse(cpu.with_cpu_flags(flags), world_size)
-    try:
+    with megatrons_refusals():
         with _as_rank_zero_of(world_size, flags):
             arguments.validate_args(args)
         parameters = count_parameters(args)
-    except (AssertionError, ValueError) as error:
-        said = " ".join(str(error).split()) or "an assertion without a message"
-        raise UserError(f"Megatron refuses the arguments: {said}") from error
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return Plan(
         args=args,

@@ -1,4 +1,7 @@
-"""The step of ``layout_step`` with attention of other kinds, beside a reference that is written out here."""
+"""The step of ``layout_step`` with layers of other kinds, beside a reference.
+
+Where the kind computes something else than the self-test's model, the reference is written out here.
+"""
 
 from __future__ import annotations
 
@@ -118,6 +121,12 @@ KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     # Transformer Engine lets a causal window look ahead nowhere either.
     "window that would look ahead": (WindowLlama, {"window_size": (WINDOW, 2)}),
     "window without an end": (reference.ReferenceLlama, {"window_size": (-1, 0)}),
+    "fp32 residual": (reference.ReferenceLlama, {"fp32_residual_connection": True}),
+    "tokens exchanged": (reference.ReferenceLlama, {"moe_token_dispatcher_type": "alltoall"}),
+    "norms recomputed": (
+        reference.ReferenceLlama,
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    ),
 }
 
 
@@ -139,7 +148,7 @@ _local_spec, _shape_of = gpt_layer_specs.get_gpt_layer_local_spec, toy.shape_of
 def _compare_kind(layout: Layout, kind: str) -> Comparison:
     model, options = KINDS[kind]
     is_latent = model is LatentLlama
-    transformer_config.TransformerConfig = partial(_CONFIGS[is_latent], **options)
+    transformer_config.TransformerConfig = lambda **given: _CONFIGS[is_latent](**{**given, **options})
     gpt_layer_specs.get_gpt_layer_local_spec = partial(
         _local_spec, **dict.fromkeys(("multi_latent_attention", "qk_layernorm"), is_latent)
     )

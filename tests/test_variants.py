@@ -1,0 +1,27 @@
+"""In CPU mode layers of other kinds give a reference's loss, displacement and gradient too."""
+
+from __future__ import annotations
+
+import pytest
+from variant_step import KINDS, on_ranks
+
+from jreg_megatron.selftest.layouts import Layout
+
+ATTENTION = tuple(kind for kind in KINDS if "latent" in kind or "window" in kind)
+TP_SP_CP = Layout(tensor=2, sequence_parallel=True, context=2, distributed_optimizer=True)
+TP_SP_EP = Layout(tensor=2, sequence_parallel=True, data=2, model="moe", expert=2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"),
+    [
+        (Layout(tensor=2, pipeline=2, recompute="uniform"), ATTENTION),
+        (TP_SP_CP, (*ATTENTION, "norms recomputed")),
+        (TP_SP_EP, ("tokens exchanged",)),
+        (Layout(pipeline=2, precision="bf16"), ("fp32 residual",)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Layout) else "",
+)
+def test_step_equals_the_reference_at(layout: Layout, kinds: tuple[str, ...]) -> None:
+    for kind, (difference, limit) in on_ranks(layout, kinds).items():
+        assert not difference.exceeds(limit), f"{kind}: {difference} exceeds {limit}"
