@@ -23,6 +23,8 @@ LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CPU = ("tests/test_cpu_mode.py",)
 KERNELS = ("tests/test_kernels.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
+STRUCTURE = ("tests/test_structure.py",)
+REPORT = ("tests/test_report.py",)
 EVALUATE = ("tests/test_evaluate.py",)
 CONVERT = ("tests/test_convert.py",)
 FIRST_STEP = ("tests/test_first_step.py",)
@@ -416,10 +418,153 @@ FAULTS = [
         MEASURE,
     ),
     Fault(
-        "take the norm in front of the head for a layer's own",
+        "take a list behind the mixing of tokens for the layers",
         "decoder/structure.py",
-        (("return None if has_matrix else call.module", "return call.module"),),
+        (("if _tells_apart(chain[0].state_in):", "if True:"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take a list that hardly counts for the layers",
+        "decoder/structure.py",
+        (("is_alone and not bool(moved < _MUCH * apart)", "is_alone"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take a half of the layers for all",
+        "decoder/structure.py",
+        (("if is_last and (is_all", "if (is_all"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "measure layers beside which another stream runs",
+        "decoder/structure.py",
+        (("is_all or (len(chain)", "True or (len(chain)"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "measure a branch whose sum is handed on beside it",
+        "decoder/structure.py",
+        ((" and not _hands_on_more(chain)", ""),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take a longer list inside a layer for the layers",
+        "decoder/structure.py",
+        (("(len(chain) != num_layers, -len(chain))", "-len(chain)"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "count the encoder's layers",
+        "decoder/hugging_face.py",
+        (('("decoder_layers", "num_decoder_layers", ', "("),),
+        STRUCTURE,
+    ),
+    Fault(
+        "say nothing of layers that the configuration counts otherwise",
+        "decoder/hugging_face.py",
+        (("if num_layers not in (None, len(structure.layers)):", "if False:"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take weights for a norm",
+        "decoder/structure.py",
+        (("if any(parameter.numel() > state.shape[-1]", "if any(False"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take any module without weights for a norm",
+        "decoder/structure.py",
+        (("return not bool((once - twice).norm()", "return True or bool((once - twice).norm()"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "take a norm beside the way to the head for the final one",
+        "decoder/structure.py",
+        ((" and effect(call)[1])", ")"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "overlook a final norm of what was rounded",
+        "decoder/structure.py",
+        ((" or torch.equal(a.to(b), b) or torch.equal(a, b.to(a))", " or torch.equal(a, b)"),),
         MEASURE,
+    ),
+    Fault(
+        "leave the norm out of what is run",
+        "decoder/hugging_face.py",
+        (("{structure.layers[-1], structure.final_norm} - {None}", "{structure.layers[-1]}"),),
+        STRUCTURE,
+    ),
+    Fault(
+        "run a part of the model that makes something else of the ids",
+        "decoder/hugging_face.py",
+        (("return len(seen) == 1 and torch.allclose(", "return len(seen) == 1 or torch.allclose("),),
+        STRUCTURE,
+    ),
+    Fault(
+        "give the state before the norm as the one after it",
+        "measure/measurement.py",
+        (("range(last, mean.shape[1])", "(last, mean.shape[1] - 1)"),),
+        MEASURE,
+    ),
+    Fault(
+        "say nothing of a final norm that is not there",
+        "measure/measurement.py",
+        (("    if not has_final_norm:\n", "    if False:\n"),),
+        MEASURE,
+    ),
+    Fault(
+        "say nothing of weights outside of layers that have no place",
+        "decoder/hugging_face.py",
+        (("    if unused:\n", '    if unused and ".layers." in unused[0]:\n'),),
+        MEASURE,
+    ),
+    Fault(
+        "take closing tokens for a part of the text",
+        "decoder/hugging_face.py",
+        (("return ids[: len(ids) - self._closing]", "return ids"),),
+        MEASURE,
+    ),
+    Fault(
+        "know a context by its usual name alone",
+        "decoder/hugging_face.py",
+        (('"n_positions", "max_seq_len", "seq_length")', '"n_positions")'),),
+        MEASURE,
+    ),
+    Fault(
+        "read out through a head that is not the model's",
+        "evaluate/evaluation.py",
+        (("if (error := read_out_error(decoder)) is not None:", "if (error := None) is not None:"),),
+        EVALUATE,
+    ),
+    Fault(
+        "score the whole model by a head that is not its own",
+        "evaluate/evaluation.py",
+        (('parts - {"read-out"}, replace(decoder, head=None)', 'parts - {"read-out"}, decoder'),),
+        EVALUATE,
+    ),
+    Fault(
+        "call a state that a run does not name the one before the norm",
+        "report/reading.py",
+        (
+            (
+                'history.settings.get("jreg_final_state")',
+                'history.settings.get("jreg_final_state", "pre_norm")',
+            ),
+        ),
+        REPORT,
+    ),
+    Fault(
+        "draw an interval that is not there",
+        "report/figures.py",
+        (("difference.interval or (None, None)", "difference.interval or 2 * (difference.value,)"),),
+        REPORT,
+    ),
+    Fault(
+        "leave models without a final norm out without a word",
+        "report/figures.py",
+        (("for label, entry in entries if STATES[1] not in entry.states)", "for label, entry in ())"),),
+        REPORT,
     ),
     Fault(
         "let random weights pass where the files hold none",

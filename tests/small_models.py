@@ -82,6 +82,8 @@ _ODD: dict[str, dict[str, Any]] = {
     | {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 1},
     "mllama": {"text_config": _SIZES | {"cross_attention_layers": [1]}},
     "mpt": {"n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCABULARY},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "state_size": 8},
+    "zaya": _SIZES | {"num_experts": 4, "num_experts_per_tok": 1},
     "inkling2_text": _SIZES | {"num_experts": 4},
 }
 

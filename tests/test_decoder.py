@@ -78,6 +78,20 @@ def test_reading_out_the_last_layer_gives_the_models_own_logits(family: str) -> 
     torch.testing.assert_close(found.read_out(seen.states[LAYERS]), logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba", "zaya"])
+def test_a_stream_in_fp32_over_weights_in_bf16_is_read_out_too(family: str) -> None:
+    model = small_model(family).bfloat16()
+    found = decoder_of(model, None, name=family, source=family)
+    assert found.num_layers == LAYERS and found.final_norm is (
+        model.backbone.norm_f if family == "mamba" else model.model.norm
+    )
+    seen = Recorder()
+    with found.observed(seen):
+        logits = found.logits(TOKENS).float()
+    error = (found.read_out(seen.states[LAYERS]).float() - logits).norm() / logits.norm()
+    assert error < 0.01
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "deepseek_v3"])
 def test_leaving_a_layer_out_is_the_model_built_without_it(family: str) -> None:
     found = decoder(family)

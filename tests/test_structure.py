@@ -60,11 +60,12 @@ def _first(output: Any) -> Tensor:
 # Families of transformers
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [LAYERS, 1])
-def test_a_list_inside_a_model_of_several_streams_is_not_its_layers(layers: int) -> None:
+def test_a_list_inside_a_model_of_several_streams_is_not_its_layers(layers: int, dtype: torch.dtype) -> None:
     # With one layer there are as many of that Linear as layers.
     model = small_model("gemma3n_text", num_hidden_layers=layers, activation_sparsity_pattern=[0.0] * layers)
-    assert f"{layers} by its configuration" in refused(model)
+    assert f"{layers} by its configuration" in refused(model.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +265,14 @@ REFUSED: dict[str, Callable[[], Odd]] = {
     # Each has a list that the number fits, or that carries a part of the stream.
     "a projection of the embedding": lambda: Odd(
         lambda m, x: both(m.body(two(m.first(x)))), first=linears(), body=stack(of=Streams)
+    ),
+    "a projection that hardly counts": lambda: Odd(
+        lambda m, x: both(m.body(torch.stack((x, 1e-9 * m.first(x))))),
+        first=linears(),
+        body=stack(of=Streams),
+    ),
+    "layers for something else": lambda: Odd(
+        lambda m, x: both(m.body(two(x))) + 1e-3 * m.beside(x), body=stack(of=Streams), beside=stack()
     ),
     "a projection for the head": lambda: Odd(
         lambda m, x: m.last(both(m.body(two(x)))), body=stack(of=Streams), last=linears()

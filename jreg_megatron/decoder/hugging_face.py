@@ -236,12 +236,14 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     """
     if (embedding := model.get_output_embeddings()) is None:
         return None
+    kind = next((weight.dtype for weight in embedding.parameters() if weight.is_floating_point()), None)
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)
 
     def head(states: Tensor) -> Tensor:
-        logits: Tensor = embedding(states)
+        # Some models keep the residual stream in fp32 whatever the type of their weights.
+        logits: Tensor = embedding(states if kind is None else states.to(kind))
         if scale != 1.0:
             logits = logits * scale
         return torch.tanh(logits / cap) * cap if cap else logits

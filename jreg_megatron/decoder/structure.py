@@ -22,8 +22,9 @@ from jreg_megatron.errors import UserError
 _LENGTH, _AT = 6, 3
 """Of the tokens that are run, and where their two rows differ."""
 _OTHERS = [at for at in range(_LENGTH) if at != _AT]
-_SLIGHT = 0.02
-"""Share of the difference between the rows' logits that may come from elsewhere."""
+_SLIGHT, _MUCH = 0.02, 0.1
+"""Shares of the difference between the rows' logits: what may come from elsewhere where all comes from one
+module, and what must come from the last layer where not all does."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,8 @@ def find_structure(
         return _effect(call, logits, lambda: run(tokens))
 
     for chain in _chains(model, calls, num_layers):
-        first, last = chain[0], chain[-1]
-        # What mixes tokens is neither before them nor behind.
-        if _tells_apart(first.state_in) and (not _tells_apart(last.state_out) or _tells_apart(logits)):
+        last = chain[-1]
+        if _tells_apart(chain[0].state_in):
             is_last, is_all = effect(last)
             # Beside the layers that the configuration counts there may be more, such as a skip to the head.
             if is_last and (is_all or (len(chain) == num_layers and not _hands_on_more(chain))):
@@ -100,7 +100,7 @@ def find_structure(
             f"hidden] states that the last one returned; it has {_lists(model)}"
         )
     _refuse_lookahead(last.state_out, name)
-    behind = calls[calls.index(last) + 1 :] if is_all else []
+    behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
     return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out)
@@ -132,7 +132,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
 
 @torch.inference_mode()
 def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[bool, bool]:
-    """What a call's output does to the logits: whether to those of its own token alone, and whether all.
+    """What a call's output does to the logits: whether much to its own token's alone, and whether all.
 
     It is swapped between the rows where their tokens differ, so that these logits should be swapped.
     """
@@ -154,12 +154,11 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     expected[:, _AT] = logits[:, _AT].flip(0)
     off = found - expected
     eps = 4 * torch.finfo(call.state_out.dtype).eps
-    apart = (logits[0] - logits[1])[_AT].norm()
+    apart, moved = (logits[0] - logits[1])[_AT].norm(), (found - logits)[:, _AT].norm()
     # NaN is no ground for a refusal here: it is found in the states, and named.
-    return (
-        not bool(off[:, _OTHERS].norm() > min(eps, 1e-3) * logits.norm()),
-        not bool(off[:, _AT].norm() > _SLIGHT * apart + eps * logits.norm()),
-    )
+    is_alone = not bool(off[:, _OTHERS].norm() > min(eps, 1e-3) * logits.norm())
+    is_all = not bool(off[:, _AT].norm() > _SLIGHT * apart + eps * logits.norm())
+    return is_alone and not bool(moved < _MUCH * apart), is_all
 
 
 def _is_state(value: Any, tokens: Tensor) -> TypeGuard[Tensor]:
@@ -220,9 +219,10 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are one, perhaps rounded to the type of the other or copied to its device."""
     if a.shape != b.shape:
         return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b.device), b)
+    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
 
 
 def _refuse_lookahead(states: Tensor, name: str) -> None:
