@@ -136,7 +136,7 @@ class JRegHandle:
         self._coefficient = torch.zeros(1, device=device)
         self._first_step = FirstStep(chunks, config.coeff, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report)
-        self._first_step.start()
+        self._first_step.start(self._tap.end_watch)
         self._holds_weight = any(self._weight_of[number - 1] > 0 for number in self._tap.layer_numbers)
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
@@ -150,10 +150,14 @@ class JRegHandle:
         if training and self._checks_count:
             self._ran += 1
             self._told = self._num_microbatches()
-        if self.config.tokens == "unmasked" and loss_mask is None:
-            if training:
-                self._miss_mask()
+        if self.config.tokens == "unmasked" and loss_mask is None and not training:
             return None  # text is being generated
+        if self.config.tokens == "unmasked" and (loss_mask is None or loss_mask.dim() != 2):
+            other = (
+                _NO_MASK if loss_mask is None else _MASK_OF_OTHER_TOKENS.format([*loss_mask.shape], "[s, b]")
+            )
+            self._refuse(other)
+            return None
         iteration = self._iteration() if training and self._iteration is not None else None
         coeff = self.config.coeff if iteration is None else self.config.coeff_at(iteration)
         is_regularizing = training and coeff > 0 and self._holds_weight
@@ -195,7 +199,8 @@ class JRegHandle:
 
     def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
         if microbatch.mask is not None and microbatch.mask.shape != h_out.shape[:2]:
-            raise UserError(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
+            self._refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
+            return h_out
         meter = self.training_meter if microbatch.is_training else self.validation_meter
         on_psi = None
         if microbatch.is_measuring:
@@ -218,17 +223,14 @@ class JRegHandle:
             factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size
         return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
 
-    def _miss_mask(self) -> None:
-        """Refuse to train without a loss mask; in a pipeline's first step on all ranks, since they wait."""
-        is_pipeline = self._model_config.pipeline_model_parallel_size > 1
-        if not is_pipeline or self._first_step.has_ended:
-            raise UserError(_NO_MASK)
-        self._first_step.report(_NO_MASK)
+    def _refuse(self, finding: str) -> None:
+        """Refuse what this rank alone may have found; in the first step on all ranks, if they meet."""
+        if self._first_step.has_ended or not self._first_step.ranks_meet:
+            raise UserError(finding)
+        self._first_step.report(finding, is_alike=False)
 
     def _token_weights(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of the loss mask, ``[s, b]``, and what each token then counts for."""
-        if loss_mask.dim() != 2:
-            raise UserError(_MASK_OF_OTHER_TOKENS.format([*loss_mask.shape], "[s, b]"))
         mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
         weights = mask if self._model_config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
         if self._sequence_parallel_size > 1:
@@ -321,6 +323,7 @@ class JRegHandle:
         self.training_meter.reset()
         self._measured.clear()
         self._ran = 0
+        self._first_step.forget()
 
     def reduce_validation_metrics(self) -> JRegMetrics | None:
         """Metrics over the micro-batches seen in evaluation mode since the last call. Collective."""
@@ -343,7 +346,7 @@ class JRegHandle:
             return
         if self._ran_per_told is None:
             self._ran_per_told = ran / self._told if self._first_step.has_seen_scale else 1.0
-        if ran != self._told * self._ran_per_told:
+        if ran not in (self._told, self._told * self._ran_per_told):
             raise UserError(
                 f"attach(..., num_microbatches=) tells {self._told}, and the step had {ran:g} micro-batches, "
                 f"so lambda was {self.config.coeff * ran / self._told:.4g} and not {self.config.coeff:g}; "
@@ -519,7 +522,15 @@ def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:
 
 def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Callable[[], int]:
     if callable(num_microbatches):
-        return num_microbatches
+
+        def checked() -> int:
+            if (told := num_microbatches()) < 1:
+                raise UserError(
+                    f"the function attach(..., num_microbatches=) tells {told}; it must tell >= 1"
+                )
+            return told
+
+        return checked
     if num_microbatches is not None:
         if not isinstance(num_microbatches, Integral) or num_microbatches < 1:
             raise UserError(

@@ -12,7 +12,10 @@ Two things are inferred from how a model is built and configured, and a job may 
 What scales the gradient after that scales JREG's gradient too.
 
 A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
-the gradients, or where metrics are asked for. Then all ranks raise the same.
+the gradients, or where metrics are asked for. Then all ranks raise the same. Without pipeline stages all find
+the same in a layer, and raise it in the forward pass.
+
+Not seen is the scale of a loss that is computed outside of the model, from logits.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ class _Seen:
     """What that should be if the loss is a mean over the tokens that count, or per token their sum."""
     expected_of_all: float = 0.0
     """What it should be if the mean is over all tokens."""
+    expected_of_empty: float = 0.0
+    """What it should be if micro-batches without a token that counts share in the mean of the others."""
+    is_weighted: bool = False
+    """Whether the tokens of some micro-batch differ in more than whether they count."""
     num_tokens: int = 0
     """What the loss function has counted, for per-token loss."""
 
@@ -81,9 +88,11 @@ class FirstStep:
         self._num_microbatches = num_microbatches
         self._group = group
         self._finding = ""
-        self._is_training = False
-        self._runs = 0
-        self._gradients: list[Tensor] = []  # sum, how many are not 0, how many there are, by micro-batch
+        self._is_alike = True
+        self._runs = self._told = 0
+        # Of each micro-batch: sum, how many are not 0, how many there are, the largest.
+        self._gradients: list[Tensor] = []
+        self._meeting: Callable[..., Any] | None = None
         self._num_tokens: Tensor | None = None
         self.has_seen_scale = False
         """Whether the loss's gradient has shown its scale, and it was right."""
@@ -94,8 +103,18 @@ class FirstStep:
         """Whether all was seen, and found as expected."""
         return not self._undo
 
-    def start(self) -> None:
-        """Watch the model's output. The taps of the layers must be on before, to be asked before."""
+    @property
+    def ranks_meet(self) -> bool:
+        """Whether a rank that has found something may go on, since all will meet before the optimizer."""
+        return self._finalize is not None or bool(self._config.pipeline_model_parallel_size > 1)
+
+    def start(self, end_watch: Callable[[], None]) -> None:
+        """Watch the model's output. The taps of the layers must be on before, to be asked before.
+
+        Args:
+            end_watch: ends the comparison of the layers' states, too.
+        """
+        self._undo.append(end_watch)
         self._undo += [chunk.register_forward_hook(self._after_chunk).remove for chunk in self._chunks]
 
     def end(self) -> None:
@@ -103,16 +122,26 @@ class FirstStep:
         while self._undo:
             self._undo.pop()()
 
-    def report(self, finding: str) -> None:
-        """This rank has found something that makes JREG's numbers wrong. The first finding is told."""
-        self._finding = self._finding or finding
+    def report(self, finding: str, is_alike: bool) -> None:
+        """This rank has found something that makes JREG's numbers wrong; the first finding is told.
+
+        Args:
+            finding: one line, for the user.
+            is_alike: whether every rank with the same layers finds it.
+        """
+        if not self._finding:
+            self._finding, self._is_alike = finding, is_alike
+
+    def forget(self) -> None:
+        """A step was broken off, or had passes that are no part of it: look at the next one."""
+        self._runs, self._num_tokens = 0, None
+        self._gradients.clear()
 
     def begin_training_microbatch(self) -> None:
         """A chunk starts the forward pass of a micro-batch that a backward pass will follow."""
         self._runs += 1
-        if not self._is_training:
-            self._is_training = True
-            self._meet_before_the_optimizer()
+        self._told = self._num_microbatches()
+        self._meet_before_the_optimizer()
 
     def settle(self) -> None:
         """Bring together what the ranks have seen. A collective call; the checks go on if it was too little.
@@ -125,12 +154,11 @@ class FirstStep:
             raise UserError(finding)
         if self._runs and (self._coeff == 0 or self._is_scale_right(ranks)):
             self.end()
-        self._runs, self._num_tokens = 0, None
-        self._gradients.clear()
+        self.forget()
 
     def _meet_before_the_optimizer(self) -> None:
         finalize = self._finalize
-        if finalize is None:
+        if finalize is None or finalize is self._meeting:
             return
 
         @functools.wraps(finalize)
@@ -143,7 +171,7 @@ class FirstStep:
             if self._finalize is settle_first:
                 self._config.finalize_model_grads_func = finalize
 
-        self._config.finalize_model_grads_func = settle_first
+        self._config.finalize_model_grads_func = self._meeting = settle_first
         self._undo.append(restore)
 
     @property
@@ -155,31 +183,43 @@ class FirstStep:
     def _after_chunk(self, chunk: Any, _: Any, output: Any) -> None:
         if not (chunk.training and torch.is_grad_enabled()):
             return
-        if self._finding and self._finalize is None and self._config.pipeline_model_parallel_size == 1:
-            raise UserError(self._finding)  # no schedule: all ranks come here, with the same layers
+        is_alone = self._config.pipeline_model_parallel_size == 1
+        if self._finding and is_alone and (self._is_alike or self._finalize is None):
+            raise UserError(self._finding)
         is_loss = chunk.post_process and isinstance(output, Tensor) and output.dim() == 2
         if is_loss and output.requires_grad and self._coeff > 0:
             output.register_hook(self._on_gradient)
 
     def _on_gradient(self, gradient: Tensor) -> None:
+        scale = self._config.grad_scale_func  # of now: fp16's changes behind the step
+        if scale is not None:
+            gradient = gradient.double() / scale(torch.ones_like(gradient[:1, :1]))
         total, counted = gradient.sum(dtype=torch.float64), gradient.count_nonzero().double()
-        self._gradients.append(torch.stack((total, counted, torch.full_like(total, gradient.numel()))))
+        size = torch.full_like(total, gradient.numel())
+        self._gradients.append(torch.stack((total, counted, size, gradient.abs().max().double())))
 
     def _seen(self) -> _Seen:
         num_tokens = 0 if self._num_tokens is None else int(self._num_tokens)
         if not self._gradients:
             return _Seen(self._finding, num_tokens=num_tokens)
-        scale = self._config.grad_scale_func
-        loss_scale = 1.0 if scale is None else float(scale(torch.ones_like(self._gradients[0][:1])))
-        total, counted, size = torch.stack(self._gradients).cpu().unbind(dim=1)
+        total, counted, size, largest = torch.stack(self._gradients).cpu().unbind(dim=1)
         if self._config.calculate_per_token_loss:
-            of_all = float(counted.sum())
+            of_all = of_empty = float(counted.sum())
             expected = of_all if self._num_tokens is None else float(num_tokens)
         else:
-            expected = float((total != 0).sum()) / self._num_microbatches()
-            of_all = float((counted / size).sum()) / self._num_microbatches()
-        gradient = float(total.sum()) / loss_scale
-        return _Seen(self._finding, len(total), gradient, expected, of_all, num_tokens)
+            expected = float((counted > 0).sum()) / self._told
+            of_all = float((counted / size).sum()) / self._told
+            of_empty = len(total) / self._told
+        return _Seen(
+            finding=self._finding,
+            losses=len(total),
+            gradient=float(total.sum()),
+            expected=expected,
+            expected_of_all=of_all,
+            expected_of_empty=of_empty,
+            is_weighted=bool((largest * counted - total > _EXACT * total.abs()).any()),
+            num_tokens=num_tokens,
+        )
 
     def _is_scale_right(self, ranks: Sequence[_Seen]) -> bool:
         """Whether the loss is scaled as JREG expects; False too if this step does not tell.
@@ -187,8 +227,9 @@ class FirstStep:
         Raises:
             UserError: if it is scaled otherwise.
         """
-        gradient, expected, of_all = (
-            sum(getattr(rank, name) for rank in ranks) for name in ("gradient", "expected", "expected_of_all")
+        gradient, expected, of_all, of_empty = (
+            sum(getattr(rank, name) for rank in ranks)
+            for name in ("gradient", "expected", "expected_of_all", "expected_of_empty")
         )
         has_loss = any(rank.losses for rank in ranks)
         is_uncounted = self._num_tokens is not None and not any(rank.num_tokens for rank in ranks)
@@ -198,17 +239,21 @@ class FirstStep:
             return True  # the loss is computed from logits, outside of the model
         if not gradient or not math.isfinite(gradient):
             return False  # no token counts, or fp16 has overflowed
-        told, ran = self._num_microbatches(), self._runs / len(self._chunks)
-        ratio = gradient / expected
-        is_exact = any(abs(gradient - wanted) <= _EXACT * wanted for wanted in (expected, of_all))
-        if is_exact or (1 / _MOST <= ratio <= _MOST and ran == told):
+
+        def is_near(wanted: float) -> bool:
+            return bool(abs(gradient - wanted) <= _EXACT * wanted)
+
+        ran, ratio = self._runs / len(self._chunks), gradient / expected
+        may_weigh = 1 / _MOST <= ratio <= _MOST or any(rank.is_weighted for rank in ranks)
+        if is_near(expected) or (ran == self._told and (is_near(of_all) or is_near(of_empty) or may_weigh)):
             self.has_seen_scale = True
             return True
         raise UserError(
-            f"the gradient of the loss is {ratio:.4g} times what JREG expects with {told} micro-batches "
-            f"({ran:g} ran), so lambda would be {self._coeff / ratio:.4g} and not {self._coeff:g}; return "
-            "the sum of the losses and the number of tokens from the loss function, or give attach(..., "
-            "num_microbatches=) the number by which the mean loss of a micro-batch is divided"
+            f"the gradient of the loss is {ratio:.4g} times what JREG expects with {self._told} "
+            f"micro-batches ({ran:g} ran), so lambda would be {self._coeff / ratio:.4g} and not "
+            f"{self._coeff:g}; return the sum of the losses and the number of tokens from the loss function, "
+            "or give attach(..., num_microbatches=) the number by which the mean loss of a micro-batch is "
+            "divided"
         )
 
 

@@ -1,9 +1,9 @@
 """Is what a tap takes for a layer's input and output what the layer itself is given and returns?
 
 A subclass of Megatron's layer may change the state before it calls its base class, or behind the last
-bias-dropout-add. Then the tap sees another state than the next layer does. One forward pass shows it: the
-tensors must hold the same values in the same memory. Values alone would not do: what a layer adds may be zero
-in the first step, as behind a gate that starts at 0.
+bias-dropout-add. Then the tap sees another state than the next layer does. A forward pass shows it: the
+tensors must be the same memory with the same values, into which nothing was written in between. Values alone
+would not do: what a layer adds may be zero in the first step, as behind a gate that starts at 0.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from torch import Tensor
 _FIX = "JREG cannot see this layer's states; use Megatron's TransformerLayer as it is, or leave JREG out"
 
 
-class LayerWatch:
-    """Compares a layer's own argument and return with what the tap sees, in one forward pass."""
+_MOST_BETWEEN = 3
 
-    def __init__(self, number: int, classes: str, config: Any, report: Callable[[str], None]) -> None:
+Report = Callable[[str, bool], None]
+"""Is told what was found, and whether every rank that has the layer finds the same."""
+
+
+class LayerWatch:
+    """Compares a layer's own argument and return with what the tap sees, in each forward pass."""
+
+    def __init__(self, number: int, classes: str, config: Any, report: Report) -> None:
         self._name = f"layer {number} ({classes})"
         self._hidden_size = config.hidden_size
         # Transformer Engine's fused norm hands on the residual, maybe as a copy.
@@ -30,46 +36,60 @@ class LayerWatch:
         self._given: _Kept | None = None
         self._tapped: _Kept | None = None
 
+    def begin(self) -> None:
+        """The model's forward pass begins; the one before may have broken off."""
+        self._has_run, self._given, self._tapped = False, None, None
+
     def given(self, state: Tensor) -> None:
         """The layer is called with ``state``."""
         if self._has_run:
             self._report(
                 f"{self._name} runs more than once in a forward pass, so its input and output are not the "
-                "model's state before and after it; JREG does not support this; leave JREG out"
+                "model's state before and after it; JREG does not support this; leave JREG out",
+                True,
             )
         if state.shape[-1] != self._hidden_size:
             self._report(
                 f"{self._name} has a residual stream of width {state.shape[-1]}, and the model's hidden "
                 f"size is {self._hidden_size}; JREG does not support a wider stream, such as that of "
-                "hyper-connections; leave it out, or JREG"
+                "hyper-connections; leave it out, or JREG",
+                True,
             )
         self._has_run, self._given, self._tapped = True, _Kept(state), None
 
     def adds_to(self, residual: Tensor) -> None:
         """The layer's first bias-dropout-add gets ``residual``: to the tap, the layer's input."""
         if self._given is not None and not self._given.is_same(residual, self._may_copy):
-            self._report(f"{self._name} adds to another state than it is given; {_FIX}")
+            self._report(f"{self._name} adds to another state than it is given; {_FIX}", True)
         self._given = None
 
     def tapped(self, state: Tensor) -> None:
-        """The layer's last bias-dropout-add returns ``state``: to the tap, the layer's output."""
+        """The layer's last bias-dropout-add returns ``state``, as the tap hands it on."""
         self._tapped = _Kept(state)
 
     def returned(self, output: Any) -> None:
         """The layer returns ``output``: the state, or a tuple that begins with it."""
         state = output[0] if isinstance(output, tuple) else output
         if self._given is not None or self._tapped is None:
-            self._report(f"{self._name} does not add its residual by self_attn_bda and mlp_bda; {_FIX}")
+            self._report(f"{self._name} does not add its residual by self_attn_bda and mlp_bda; {_FIX}", True)
         elif not self._tapped.is_same(state):
-            self._report(f"{self._name} changes the state behind its last bias-dropout-add; {_FIX}")
+            found = "returns another state than its last bias-dropout-add gives"
+            self._report(f"{self._name} {found}; {_FIX}", True)
+        elif torch.is_grad_enabled() and not self._tapped.is_behind(state):
+            self._report(
+                f"{self._name} recomputes itself, by a checkpoint inside of it, so JREG would not regularize "
+                "it; use Megatron's --recompute-granularity, or leave JREG out",
+                True,
+            )
         self._given = self._tapped = None
 
     def ended(self) -> None:
-        """The model's forward pass is over."""
+        """The model's forward pass is over, and did not break off."""
         if not self._has_run:
             self._report(
-                f"{self._name} has not run in the first forward pass; JREG does not support layers that are "
-                "left out; leave JREG out"
+                f"{self._name} has not run in a forward pass; JREG does not support layers that are left "
+                "out; leave JREG out",
+                False,  # which ones may be drawn by each rank
             )
 
 
@@ -77,15 +97,33 @@ class _Kept:
     """A state, and a copy of its values, since a layer may change it in place."""
 
     def __init__(self, state: Tensor) -> None:
+        self._grad_fn = state.grad_fn
         self._state = state.detach()  # so that no other tensor gets its memory
         self._values = self._state.clone()
+        self._version = _version(state)
 
     def is_same(self, other: Tensor, may_be_copy: bool = False) -> bool:
         """Whether ``other`` is the state with the same values, or holds them in another type."""
         if other.shape != self._values.shape:
+            return False
+        if _version(self._state) != self._version:
             return False
         is_moved = other.data_ptr() != self._state.data_ptr()
         if is_moved and other.dtype == self._values.dtype and not may_be_copy:
             return False
         narrow = min(other.dtype, self._values.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         return torch.allclose(other.to(narrow), self._values.to(narrow), rtol=0.0, atol=0.0, equal_nan=True)
+
+    def is_behind(self, other: Tensor) -> bool:
+        """Whether a backward pass from ``other`` comes to the state, with a view or a type between at most."""
+        function = other.grad_fn
+        for _ in range(_MOST_BETWEEN):
+            if function is None or function is self._grad_fn:
+                break
+            function = next((before for before, _ in function.next_functions), None)
+        return function is self._grad_fn
+
+
+def _version(state: Tensor) -> int:
+    """How often something was written into a tensor; what inference mode makes does not count it."""
+    return 0 if state.is_inference() else state._version

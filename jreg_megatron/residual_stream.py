@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from jreg_megatron.errors import UserError
-from jreg_megatron.layer_watch import LayerWatch
+from jreg_megatron.layer_watch import LayerWatch, Report
 
 MODELS = ("GPTModel", "HybridModel", "MambaModel")
 """Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
@@ -84,10 +84,18 @@ class Tap:
     """The layers that this rank holds, 1-based over the whole model."""
     places: tuple[str, ...] = ()
     """Where layers' inputs and outputs are seen, each kind of layer once."""
+    _chunks: list[_ChunkTap] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def end_watch(self) -> None:
+        """Do not compare layers' own arguments and returns any more."""
+        for chunk in self._chunks:
+            while chunk.watched:
+                chunk.watched.pop().end_watch()
 
     def remove(self) -> None:
         """Take the observer off. Taps that were put on later must be removed first."""
+        self.end_watch()
         while self._undo:
             self._undo.pop()()
 
@@ -105,15 +113,15 @@ def unwrap(chunk: nn.Module) -> nn.Module:
 def tap_residual_stream(
     chunks: Sequence[nn.Module],
     observer: ResidualStreamObserver,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Tap:
     """Put an observer on a built model.
 
     Args:
         chunks: this rank's model chunks (one, or one per virtual pipeline stage), wrapped or not.
         observer: what is told about every layer.
-        report: is told in each chunk's first counted forward pass where a layer's own argument and return
-            are not the states that the observer sees. Later passes are not compared.
+        report: is told where a layer's own argument and return are not the states that the observer sees.
+            Passes that count are compared until :meth:`Tap.end_watch`.
 
     Returns:
         The tap, to be kept and removed.
@@ -130,7 +138,9 @@ def tap_residual_stream(
         tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
     )
     for chunk, chunk_layers in zip(chunks, layers, strict=True):
-        _ChunkTap(chunk, observer, tap._undo).put_on(chunk_layers, report)
+        chunk_tap = _ChunkTap(chunk, observer, tap._undo)
+        chunk_tap.put_on(chunk_layers, report)
+        tap._chunks.append(chunk_tap)
     return tap
 
 
@@ -246,14 +256,14 @@ class _ChunkTap:
         self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
         # What the final norm is compared with: set by the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
-        self._watched: list[_LayerTap] = []
+        self.watched: list[_LayerTap] = []
 
     @property
     def is_training(self) -> bool:
         """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
         return bool(self._chunk.decoder.training)
 
-    def put_on(self, layers: Iterable[ResidualLayer], report: Callable[[str], None] | None) -> None:
+    def put_on(self, layers: Iterable[ResidualLayer], report: Report | None) -> None:
         chunk, undo = self._chunk, self._undo
         undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
         undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
@@ -265,11 +275,13 @@ class _ChunkTap:
             _wrap_bias_dropout_add(layer.first, "self_attn_bda", tap.on_input, undo)
             _wrap_bias_dropout_add(layer.last, "mlp_bda", tap.on_output, undo)
             if report is not None:
-                self._watched.append(tap)
+                self.watched.append(tap)
                 tap.start_watch(chunk.config, report)
-                undo.append(tap.end_watch)
         if final_norm is not None:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
+
+    def _watches(self) -> list[LayerWatch]:
+        return [tap.watch for tap in self.watched if tap.watch is not None]
 
     def remember(self, state: Tensor) -> None:
         """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
@@ -290,12 +302,13 @@ class _ChunkTap:
         loss_mask = named.get("loss_mask")
         self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
         self.is_in_forward = True
+        for watch in self._watches():
+            watch.begin()
 
     def _after_chunk(self, chunk: nn.Module, _: Any, output: Any) -> None:
         if output is not None and self.microbatch is not None:  # it was counted, and did not break off
-            for tap in self._watched:
-                tap.end_watch(is_complete=True)
-            self._watched.clear()
+            for watch in self._watches():
+                watch.ended()
         self.is_in_forward = False
         self.microbatch = self.last_layer = None
 
@@ -325,25 +338,25 @@ class _LayerTap:
         self._microbatch: Any = None
         self._input: Tensor | None = None
         self._will_be_rerun = False
-        self._watch: LayerWatch | None = None
+        self.watch: LayerWatch | None = None
+        self._watching: LayerWatch | None = None  # in the run under way
         self._stop_watching_returns: Callable[[], None] = _nothing
 
-    def start_watch(self, config: Any, report: Callable[[str], None]) -> None:
-        """Compare the layer's argument and return with what is tapped, in the passes that count."""
+    def start_watch(self, config: Any, report: Report) -> None:
+        """Compare the layer's argument and return with what is tapped, in the forward passes that count."""
         layer = self._layer
         classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
-        self._watch = LayerWatch(layer.number, " and ".join(classes), config, report)
+        self.watch = LayerWatch(layer.number, " and ".join(classes), config, report)
         self._stop_watching_returns = layer.last.register_forward_hook(self._after_layer).remove
 
-    def end_watch(self, is_complete: bool = False) -> None:
-        watch, self._watch = self._watch, None
+    def end_watch(self) -> None:
+        self.watch = self._watching = None
         self._stop_watching_returns()
-        if watch is not None and is_complete:
-            watch.ended()
 
     def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._watch is not None and self._chunk.microbatch is not None:
-            self._watch.returned(output)
+        if self._watching is not None:
+            self._watching.returned(output)
+            self._watching = None
 
     def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         chunk = self._chunk
@@ -354,22 +367,26 @@ class _LayerTap:
         elif not chunk.is_in_forward and chunk.is_training:
             chunk.recall(state)
         self._microbatch, self._input = chunk.microbatch, None
-        if self._watch is not None and chunk.microbatch is not None:
-            self._watch.given(state)
+        self._watching = self.watch if chunk.is_in_forward and chunk.microbatch is not None else None
+        if self._watching is not None:
+            self._watching.given(state)
 
     def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
         if self._microbatch is not None:
             self._input = residual
-            if self._watch is not None:
-                self._watch.adds_to(residual)
+            if self._watching is not None:
+                self._watching.adds_to(residual)
         return add(x_with_bias, residual, *rest)
 
     def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
-        layer_output = add(*operands)
+        layer_output = self._show(add(*operands))
+        if self._watching is not None:
+            self._watching.tapped(layer_output)
+        return layer_output
+
+    def _show(self, layer_output: Tensor) -> Tensor:
         microbatch, layer_input = self._microbatch, self._input
         self._microbatch = self._input = None
-        if self._watch is not None and microbatch is not None:
-            self._watch.tapped(layer_output)
         if microbatch is None or layer_input is None:
             return layer_output
         if self._feeds_final_norm and self._chunk.is_in_forward:

@@ -18,8 +18,9 @@ NO_LAYER_FOR_POST_NORM = (
 
 LAYER_NOT_SEEN = (
     "JREG saw no state of some layer in an iteration that it measures, so that layer is not regularized "
-    "either. Two causes are known: full recompute does not run a frozen layer again, and metrics were asked "
-    "for before the backward pass. The run is stopped; turn full recompute off, or leave JREG out"
+    "either. Known causes: the model was not in training mode, metrics were asked for before the backward "
+    "pass, or full recompute did not run a frozen layer again. The run is stopped; correct that, or leave "
+    "JREG out"
 )
 
 

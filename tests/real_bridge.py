@@ -231,7 +231,7 @@ def gemma_4() -> str:
 
 def test_a_stock_recipe_whose_layers_go_on_behind_their_mlp_is_refused_by_their_class() -> None:
     (said,) = run_function(gemma_4)
-    assert said.startswith("layer 1 (Gemma4DenseTransformerLayer) changes the state behind its last bias")
+    assert said.startswith("layer 1 (Gemma4DenseTransformerLayer) returns another state than its last bias")
 
 
 def names_in_bridge(folder: Path) -> tuple[set[str], set[str], set[str]]:

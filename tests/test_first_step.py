@@ -166,7 +166,7 @@ def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[s
     run = run_ranks(argv, 2, check=False)
     assert 2 in run.status and "Traceback" not in "".join(run.output)
     lines = [line for output in run.output for line in output.splitlines() if "jreg_megatron: error" in line]
-    assert lines[0].startswith("jreg_megatron: error: layer 1 (GoesOn) changes the state behind")
+    assert lines[0].startswith("jreg_megatron: error: layer 1 (GoesOn) returns another state than")
     assert not list(tmp_path.glob("saved/iter*"))
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class GoesOn(TransformerLayer):  # type: ignore[misc]
@@ -28,6 +29,29 @@ class GateAtZero(TransformerLayer):  # type: ignore[misc]
     def forward(self, *args: Any, **named: Any) -> Any:
         out, context = super().forward(*args, **named)
         return out + self.gate * out.sin(), context
+
+
+class GateInPlace(TransformerLayer):  # type: ignore[misc]
+    """Adds nothing yet, in place."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        out, context = super().forward(*args, **named)
+        with torch.no_grad():
+            out.add_(0)
+        return out, context
+
+
+class RecomputesItself(TransformerLayer):  # type: ignore[misc]
+    """Keeps no states but its input."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        run = super().forward
+
+        def whole(state: Tensor) -> Tensor:
+            out: Tensor = run(state, *args, **named)[0]
+            return out
+
+        return checkpoint(whole, hidden_states, use_reentrant=True), None
 
 
 class Scales(TransformerLayer):  # type: ignore[misc]
@@ -81,13 +105,15 @@ class Wide(TransformerLayer):  # type: ignore[misc]
 
 
 UNKNOWN: dict[str, tuple[type[TransformerLayer], str]] = {
-    "goes on": (GoesOn, "changes the state behind its last bias-dropout-add"),
-    "gate at zero": (GateAtZero, "changes the state behind its last bias-dropout-add"),
-    "scales in place": (Scales, "changes the state behind its last bias-dropout-add"),
+    "goes on": (GoesOn, "returns another state than its last bias-dropout-add gives"),
+    "gate at zero": (GateAtZero, "returns another state than its last bias-dropout-add gives"),
+    "gate at zero, in place": (GateInPlace, "returns another state than its last bias-dropout-add gives"),
+    "scales in place": (Scales, "returns another state than its last bias-dropout-add gives"),
     "turns its input": (TurnsItsInput, "adds to another state than it is given"),
     "adds by itself": (AddsByItself, "does not add its residual by self_attn_bda and mlp_bda"),
     "runs twice": (RunsTwice, "runs more than once in a forward pass"),
-    "left out": (LeftOut, "has not run in the first forward pass"),
+    "left out": (LeftOut, "has not run in a forward pass"),
+    "recomputes itself": (RecomputesItself, "recomputes itself"),
     "wide": (Wide, "has a residual stream of width 128, and the model's hidden size is 64"),
 }
 """Kinds of layers, and what is said of each; the hidden size is the example's."""
