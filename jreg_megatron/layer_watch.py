@@ -115,7 +115,7 @@ class _Kept:
         return torch.allclose(other.to(narrow), self._values.to(narrow), rtol=0.0, atol=0.0, equal_nan=True)
 
     def is_behind(self, other: Tensor) -> bool:
-        """Whether a backward pass from ``other`` comes to the state, with a view or a type between at most."""
+        """Whether a backward pass from ``other`` comes to the state; a view or a type may lie between."""
         function = other.grad_fn
         for _ in range(_MOST_BETWEEN):
             if function is None or function is self._grad_fn:

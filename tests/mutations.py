@@ -655,13 +655,13 @@ FAULTS = [
     Fault(
         "do not look at the loss's scale",
         "first_step.py",
-        (("is_exact = any(", "is_exact = True or any("),),
+        (("if is_near(expected) or (", "if True or ("),),
         FIRST_STEP,
     ),
     Fault(
         "forget fp16's loss scale where the loss's is looked at",
         "first_step.py",
-        (("gradient = float(total.sum()) / loss_scale", "gradient = float(total.sum())"),),
+        (("        if scale is not None:", "        if False:"),),
         FIRST_STEP,
     ),
     Fault(
@@ -676,15 +676,45 @@ FAULTS = [
         FIRST_STEP,
     ),
     Fault(
+        "take a mean over all tokens for right whatever number ran",
+        "first_step.py",
+        (("(ran == self._told and (is_near(of_all)", "(is_near(of_all) or (is_near(of_all)"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "refuse tokens that weigh unlike",
+        "first_step.py",
+        ((" or any(rank.is_weighted for rank in ranks)", ""),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer recompute itself",
+        "layer_watch.py",
+        (("elif torch.is_grad_enabled() and not", "elif False and not"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "take a forward pass that broke off for a run",
+        "layer_watch.py",
+        (("        self._has_run, self._given, self._tapped = False, None, None\n", ""),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "do not see what is written in place without a change",
+        "layer_watch.py",
+        (("if _version(self._state) != self._version:", "if False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
         "let the number of micro-batches become another",
         "attachment.py",
-        (("if ran != self._told * self._ran_per_told:", "if False:"),),
+        (("if ran not in (self._told, self._told * self._ran_per_told):", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "raise for a missing mask on one stage alone",
         "attachment.py",
-        (("if not is_pipeline or self._first_step.has_ended:", "if True:"),),
+        (("if self._first_step.has_ended or not self._first_step.ranks_meet:", "if True:"),),
         FIRST_STEP,
     ),
     Fault(

@@ -170,6 +170,65 @@ def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[s
     assert not list(tmp_path.glob("saved/iter*"))
 
 
+def changes_in(kind: str) -> list[str]:
+    """A layer that changes its state in training alone, or from the second micro-batch on."""
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    layer = model.module.decoder.layers[1]
+    forward, runs = layer.forward, [0]
+
+    def changed(*args: Any, **named: Any) -> Any:
+        out, context = forward(*args, **named)
+        runs[0] += 1
+        is_changed = layer.training if kind == "training" else runs[0] == M
+        return (out + out.sin() if is_changed else out), context
+
+    layer.forward = changed
+    said = []
+    if kind == "training":
+        model.eval()
+        with torch.no_grad():
+            schedule(model)
+        said.append(refusal(handle.reduce_validation_metrics))
+        model.train()
+    return [*said, refusal(schedule, model)]
+
+
+def test_evaluation_before_the_first_step_and_its_first_microbatch_prove_nothing_for_the_others() -> None:
+    ((evaluation, training),) = run_function(changes_in, 1, "training")
+    assert not evaluation and training.startswith("layer 2 (TransformerLayer) returns another state")
+    (((said),),) = run_function(changes_in, 1, "last micro-batch")
+    assert said.startswith("layer 2 (TransformerLayer) returns another state")
+
+
+def breaks_off() -> str:
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    layer = model.module.decoder.layers[2]
+    forward = layer.forward
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    layer.forward = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        schedule(model)
+    layer.forward = forward
+    handle.reset_training_metrics()
+    return refusal(step, model, handle)
+
+
+def test_a_first_step_that_broke_off_can_be_tried_again() -> None:
+    assert run_function(breaks_off) == [""]
+
+
 def leaves_nothing_behind() -> tuple[Any, Any]:
     from megatron.core.distributed import finalize_model_grads
 
@@ -221,6 +280,8 @@ def scales() -> dict[str, tuple[str, float]]:
         "one micro-batch without tokens": (M, False, sums, lambda n: torch.full((2, 32), float(n > 0))),
         "weighs its tokens": (M, False, lambda x, m: ((1.2 * x).mean(), {}), None),
         "fp16": (M, False, sums, None),
+        "half of the micro-batches, tokens and told": (M // 2, False, sums, halves),
+        "a prompt that weighs less": (M, False, lambda x, m: ((x * (0.1 + 0.2 * m)).mean(), {}), halves),
         "accumulated twice by the caller": (M, False, lambda x, m: (x.mean() / 2, {}), None),
         "accumulated twice, and told": (2 * M, False, lambda x, m: (x.mean() / 2, {}), None),
         "a sum that nobody divides": (M, False, lambda x, m: (x.sum(), {}), None),
@@ -248,6 +309,7 @@ def test_a_loss_that_is_scaled_otherwise_is_refused_with_the_lambda_that_it_woul
         "accumulated twice by the caller": "0.2",
         "a sum that nobody divides": "0.001563",  # of 64 tokens
         "half of the micro-batches told": "0.2",
+        "half of the micro-batches, tokens and told": "0.2",
         "one micro-batch more told": "0.08",
     }
     for name, line in said.items():
@@ -298,6 +360,20 @@ def test_a_number_of_microbatches_that_is_told_once_and_grows_is_refused_in_the_
 # -- a mask that is missing on some stage ------------------------------------------------------------------
 
 
+def mask_on_the_second_rank() -> str:
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    forward = model.module.forward
+    if dist.get_rank() == 1:
+        model.module.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
+    attach(model, JRegConfig(coeff=COEFF, tokens="unmasked"), num_microbatches=M)
+    return refusal(schedule, model)
+
+
 def mask_on_the_last_stage() -> str:
     from megatron.core.distributed import finalize_model_grads
 
@@ -312,6 +388,7 @@ def mask_on_the_last_stage() -> str:
     return refusal(schedule, model)
 
 
-def test_a_loss_mask_that_one_stage_lacks_is_refused_on_all() -> None:
-    first, second = run_function(mask_on_the_last_stage, 2, timeout=60)
-    assert first == second and "without a loss mask on this pipeline stage" in first
+def test_a_loss_mask_that_one_stage_or_one_rank_lacks_is_refused_on_all() -> None:
+    for where in (mask_on_the_last_stage, mask_on_the_second_rank):
+        first, second = run_function(where, 2, timeout=60)
+        assert first == second and "without a loss mask on this pipeline stage" in first
