@@ -20,6 +20,14 @@ ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
 BRIDGE = ("tests/test_bridge.py",)
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
+CUT_INTERVALS = (
+    "tests/test_pretrain.py::test_a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
+    "tests/test_pretrain.py::test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it",
+)
+LINE = (
+    "tests/test_launch.py::test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses",
+)
+APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
 KERNELS = ("tests/test_kernels.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
@@ -262,7 +270,7 @@ FAULTS = [
         "log nothing of a log interval that the run's end cuts off",
         "training_loop.py",
         (("if is_over or iteration >= get_args().train_iters:", "if False:"),),
-        ("tests/test_pretrain.py",),
+        CUT_INTERVALS,
     ),
     Fault(
         "log a cut interval in patched trees never",
@@ -274,7 +282,9 @@ FAULTS = [
                 "                for name",
             ),
         ),
-        ("tests/test_patches.py",),
+        (
+            "tests/test_patches.py::test_a_patched_tree_trains_as_launched_with_the_flags_and_as_its_own_without",
+        ),
     ),
     Fault(
         "log nothing of a log interval that an exit of Bridge cuts off",
@@ -292,49 +302,49 @@ FAULTS = [
         "let a part of a log interval pass for the whole",
         "metrics.py",
         (("if interval is not None and self.iterations != tuple(interval):", "if False:"),),
-        (*BRIDGE, *LOOP),
+        (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
         "name the iterations of the log interval before too",
         "attachment.py",
         (("        self._measured.clear()\n", ""),),
-        (*BRIDGE, *LOOP),
+        (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
         "leave a jump rate of 0 to Megatron 0.16",
         "training_loop.py",
         (("    def __gt__(self, other: float) -> bool:\n        return True\n\n    __ge__ = __gt__\n", ""),),
-        ("tests/test_launch.py",),
+        LINE,
     ),
     Fault(
         "stand in front of Megatron's losses",
         "training_loop.py",
         (("totals.setdefault(name, torch.zeros(1, device=loss.device))", "pass"),),
-        ("tests/test_launch.py",),
+        LINE,
     ),
     Fault(
         "start a recipe without Apex as if it were there",
         "recipe/machine.py",
         (("find_spec(APEX_FUSION) is None", "False"),),
-        ("tests/test_recipes.py",),
+        APEX,
     ),
     Fault(
         "start a recipe without fused gradients where Apex is there",
         "recipe/machine.py",
         (("find_spec(APEX_FUSION) is None", "True"),),
-        ("tests/test_recipes.py",),
+        APEX,
     ),
     Fault(
         "add a flag to a recipe without a word",
         "recipe/__main__.py",
         (("    if added:\n", "    if False:\n"),),
-        ("tests/test_recipes.py",),
+        APEX,
     ),
     Fault(
         "train on nodes of which some fuse gradient accumulation",
         "training_loop.py",
         (("    if len(set(ranks)) > 1:\n", "    if False:\n"),),
-        ("tests/test_recipes.py",),
+        ("tests/test_recipes.py::test_nodes_that_differ_in_apex_are_refused_on_every_rank",),
     ),
     Fault(
         "free what is still being sent",

@@ -101,8 +101,11 @@ def log_by_the_condition(argv: list[str]) -> None:
     launch.main(rest)
 
 
-@pytest.mark.parametrize("condition", ["avg > 0.0", "avg >= 0.0"], ids=["0.16", "0.17 and later"])
-@pytest.mark.parametrize(("layers", "rate"), [(4, "0.000000E+00"), (1, "NAN")])
+@pytest.mark.parametrize(
+    ("condition", "layers", "rate"),
+    [("avg > 0.0", 4, "0.000000E+00"), ("avg > 0.0", 1, "NAN"), ("avg >= 0.0", 4, "0.000000E+00")],
+    ids=["0.16", "0.16, one layer", "0.17 and later"],
+)
 def test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses(
     condition: str, layers: int, rate: str, toy_arguments: list[str]
 ) -> None:
