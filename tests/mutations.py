@@ -440,6 +440,17 @@ FAULTS = [
         STRUCTURE,
     ),
     Fault(
+        "look for the layers in rounding",
+        "decoder/structure.py",
+        (
+            (
+                "state = call.state_out.clone()",
+                "state = (output[0] if isinstance(output, tuple | list) else output).clone()",
+            ),
+        ),
+        STRUCTURE,
+    ),
+    Fault(
         "take a half of the layers for all",
         "decoder/structure.py",
         (("if is_last and (is_all", "if (is_all"),),
@@ -508,7 +519,7 @@ FAULTS = [
     Fault(
         "run a part of the model that makes something else of the ids",
         "decoder/hugging_face.py",
-        (("return len(seen) == 1 and torch.allclose(", "return len(seen) == 1 or torch.allclose("),),
+        (("return len(seen) == 1 and not bool(", "return len(seen) == 1 or not bool("),),
         STRUCTURE,
     ),
     Fault(

@@ -256,6 +256,17 @@ def test_a_plain_model_is_found_without_a_note(
     assert read_out_error(found) is None and notes(capsys) == []
 
 
+def test_layers_that_do_not_round_alike_twice_are_found() -> None:
+    class Noisy(Layer):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            out = super().forward(hidden_states)
+            return out + 1e-5 * torch.randn_like(out)
+
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=stack(of=Noisy), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    assert (list(found.layers), found.final_norm) == (list(model.body.parts), model.norm)
+
+
 def test_layers_of_the_configurations_number_go_before_more_of_them_inside() -> None:
     model = Odd(lambda m, x: m.body(x), 1, body=Stack(stack(6)))
     assert list(found_in(model).layers) == list(model.body.parts)
