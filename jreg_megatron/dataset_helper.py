@@ -7,8 +7,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
+
+import torch
 
 from jreg_megatron.errors import UserError
 
@@ -23,13 +25,14 @@ def compile_helper() -> None:
         UserError: naming the tool that is missing, or what ``make`` says.
     """
     folder = _folder()
-    if folder is None or _is_compiled(folder):
+    if folder is None or not (folder / "Makefile").is_file() or _is_compiled(folder):
         return
     what = f"Megatron's dataset helper in {folder} is still to be compiled"
-    if lacking := _lacking():
+    if lacking := _lacking(folder):
         raise UserError(f"{what}, and {lacking}")
     if os.environ.get("RANK", "0") == "0":
-        done = subprocess.run(["make", "-C", folder], capture_output=True, text=True, check=False)
+        plain = {**os.environ, "GCC_COLORS": ""}
+        done = subprocess.run(["make", "-C", folder], env=plain, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]
             raise UserError(f"{what}, and make fails: {(lines or ['it says nothing'])[0]}; correct that")
@@ -63,25 +66,33 @@ def _is_compiled(folder: Path) -> bool:
     return any(file.is_file() and file.stat().st_mtime >= least for file in files)
 
 
-def _lacking() -> str:
-    """What ``make`` would fail for, and what to do; empty if it has all it needs."""
-    compiler = os.environ.get("CXX", "g++")
-    for tool in ("make", compiler.split()[0], "python3", "python3-config"):
-        if shutil.which(tool) is None:
-            return f"{tool} is not on PATH; install it"
-    python = shutil.which("python3")
-    if subprocess.run(
-        ["python3", "-m", "pybind11", "--includes"], capture_output=True, check=False
-    ).returncode:
-        fix = f"install it there ({python} -m pip install pybind11)"
-        if importlib.util.find_spec("pybind11") is not None:
-            fix = f"put {Path(sys.executable).parent} first on PATH, whose python3 has it"
-        return f"the python3 on PATH, {python}, has no pybind11; {fix}"
-    config = ["python3-config", "--extension-suffix"]
-    suffix = subprocess.run(config, capture_output=True, text=True, check=False).stdout.strip()
+def _lacking(folder: Path) -> str:
+    """What ``make`` would fail for in the folder, and what to do; empty if it has all it needs."""
+
+    def ask(*command: str) -> subprocess.CompletedProcess[str]:
+        # Where make would: which Python a name stands for can depend on the working directory.
+        if shutil.which(command[0]) is None:
+            return subprocess.CompletedProcess(command, 127, "", "")
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if missing := [tool for tool in ("make", compiler) if shutil.which(tool) is None]:
+        return f"{' and '.join(missing)} cannot be found on PATH; install that"
+    wrong = []
+    if ask("python3", "-m", "pybind11", "--includes").returncode:
+        python = ask("python3", "-c", "import sys; print(sys.executable)").stdout.strip()
+        wrong.append(f"the python3 on PATH ({python}) has no pybind11")
+    suffix = ask("python3-config", "--extension-suffix").stdout.strip()
     if suffix not in importlib.machinery.EXTENSION_SUFFIXES:
-        return (
-            f"python3-config on PATH names it helpers_cpp{suffix}, which this Python does not import; put "
-            f"the one first that gives {importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        wrong.append(
+            f"the python3-config on PATH names it helpers_cpp{suffix}, which this Python does not find"
         )
-    return ""
+    if not wrong:
+        return ""
+    includes = Path(torch.__file__).with_name("include"), sysconfig.get_path("include")
+    flags = f"CPPFLAGS='{' '.join(f'-I{path}' for path in includes)}'"
+    name = f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"
+    return (
+        f"{' and '.join(wrong)}; mend that, or compile it for this Python, with torch's pybind11: "
+        f"make -C {folder} {flags} {name}"
+    )

@@ -42,6 +42,8 @@ _OTHER_TASKS = {
     "modelopt_enabled": "--modelopt-enabled",
     "hybrid_layer_pattern": "--hybrid-layer-pattern",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "cache_mla_latents": "--cache-mla-latents",
+    "config_logger_dir": "--config-logger-dir",
     "mrope_section": "--mrope-section",
     "init_method_xavier_uniform": "--init-method-xavier-uniform",
 }

@@ -56,6 +56,7 @@ _IGNORED: dict[str, int] = {
     "--use-sharp": 0,
     "--sharp-enabled-group": 1,
     "--high-priority-stream-groups": 1,
+    "--gpu-sniff-test-interval": 1,
 }
 """Kernels, number formats, memory and network features of a GPU, with the number of values each flag takes.
 

@@ -53,6 +53,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.saving,
     division.world_size,
     division.heads,
+    division.experts,
     division.feed_forward,
     division.pipeline_options,
     division.pipeline_layout,

@@ -59,6 +59,12 @@ def heads(args: Namespace) -> None:
             )
 
 
+def experts(args: Namespace) -> None:
+    number, chosen = args.num_experts, args.moe_router_topk
+    if number is not None and chosen > number:
+        raise UserError(f"--moe-router-topk is {chosen}; it must be at most --num-experts {number}")
+
+
 def feed_forward(args: Namespace) -> None:
     if args.ffn_hidden_size is not None and args.ffn_hidden_size % tensor_parallel(args):
         raise UserError(
