@@ -19,6 +19,8 @@ INTERRUPTED = 130
 LINE_START = "jreg_megatron: error: "
 """What the line of an error begins with."""
 
+_REFUSALS = (AssertionError, ImportError, NotImplementedError, OSError, ValueError)
+
 _MOST_SECONDS_TO_WAIT = 30.0  # for a first rank that imports from a busy file system, and goes down slowly
 
 
@@ -47,10 +49,9 @@ def megatrons_refusals(has_begun: Callable[[], bool] = lambda: False) -> Iterato
     """
     try:
         yield
-    except UserError:
-        raise
-    except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
-        if has_begun():
+    except Exception as error:
+        is_refusal = isinstance(error, _REFUSALS) or isinstance(error.__cause__, ImportError)
+        if isinstance(error, UserError) or not is_refusal or has_begun():
             raise
         said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise UserError(f"Megatron refuses the arguments: {said}") from error

@@ -57,8 +57,10 @@ def refuse_other_tasks(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    for name, flag in _OTHER_TASKS.items():
-        if getattr(args, name, None):
+    asked = {flag: getattr(args, name, None) for name, flag in _OTHER_TASKS.items()}
+    asked["--dataloader-type external"] = args.dataloader_type == "external"
+    for flag, is_given in asked.items():
+        if is_given:
             raise UserError(
                 f"{flag} is not part of jreg_megatron.pretrain, which does plain pretraining; leave it out"
             )

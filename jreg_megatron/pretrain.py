@@ -117,7 +117,8 @@ def _run(argv: list[str], started: float) -> None:
 
     use_built_helper()
     training_loop.install()
-    asked = arguments.parse_args(add_arguments)
+    with megatrons_refusals():
+        asked = arguments.parse_args(add_arguments)
     if not on_cpu:
         _refuse_without_nvidias_packages(asked)
     config = JRegConfig.from_args(asked)

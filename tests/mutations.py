@@ -56,6 +56,12 @@ CHECKPOINT = tuple(
     )
 )
 """Those of the file that need no training."""
+VARIANTS = ("tests/test_variants.py",)
+PREFLIGHT = ("tests/test_preflight.py",)
+HELPER = ("tests/test_dataset_helper.py",)
+GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
+REFUSALS = "tests/test_pretrain.py::test_what_megatron_refuses_is_told_from_what_goes_wrong"
+NO_PACKAGE = "test_an_optimizer_whose_package_is_missing_is_refused_and_in_a_dry_run_named"
 
 
 @dataclass(frozen=True)
@@ -908,6 +914,136 @@ FAULTS = [
             ),
         ),
         CHECKPOINT,
+    ),
+    Fault(
+        "gather pieces of one size only, as gloo does",
+        "cpu/redirect.py",
+        (("if own < 0 or len({piece.shape for piece in tensor_list}) == 1:", "if True:"),),
+        (GATHER,),
+    ),
+    Fault(
+        "wait for the last of a gather's pieces only",
+        "cpu/redirect.py",
+        (("        for work in works:\n", "        for work in works[-1:]:\n"),),
+        (GATHER,),
+    ),
+    Fault(
+        "leave the gradient of the key that heads share to a rank's own heads",
+        "cpu/attention.py",
+        (("        if self._width_shared:\n", "        if False:\n"),),
+        VARIANTS,
+    ),
+    Fault(
+        "sum the gradient of a norm that every rank has whole",
+        "cpu/megatron.py",
+        (("if config.multi_latent_attention and not config.sequence_parallel:", "if False:"),),
+        VARIANTS,
+    ),
+    Fault(
+        "take values to be as wide as keys",
+        "cpu/attention.py",
+        (("        if v_channels is not None:\n", "        if False:\n"),),
+        VARIANTS,
+    ),
+    Fault(
+        "leave a window to Megatron's mask",
+        "cpu/attention.py",
+        (("self.attn_mask_type == AttnMaskType.causal and", "False and"),),
+        VARIANTS,
+    ),
+    Fault(
+        "give a window without an end one",
+        "cpu/attention.py",
+        (("is not None and self._looks_back >= 0:", "is not None:"),),
+        VARIANTS,
+    ),
+    Fault(
+        "exchange tokens by numbers that are tensors",
+        "cpu/megatron.py",
+        (
+            (
+                "        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor\n",
+                "tensor\n",
+            ),
+        ),
+        VARIANTS,
+    ),
+    Fault(
+        "recompute norms as if for FP8",
+        "cpu/megatron.py",
+        (("begin(self, fp8 or None)", "begin(self, fp8 or False)"),),
+        VARIANTS,
+    ),
+    Fault(
+        "hand on a norm of an fp32 residual in fp32",
+        "cpu/megatron.py",
+        (("        if config.fp32_residual_connection:\n", "        if False:\n"),),
+        VARIANTS,
+    ),
+    Fault(
+        "start without an optimizer's package",
+        "preflight/optimizer.py",
+        (('find_spec("emerging_optimizers") is None:', "False:"),),
+        PREFLIGHT,
+    ),
+    Fault(
+        "look for an optimizer's package only where all arguments are known",
+        "preflight/__init__.py",
+        (
+            (
+                "    optimizer.package(args.optimizer)\n    if _is_read_elsewhere(args):\n        return\n",
+                "    if _is_read_elsewhere(args):\n        return\n    optimizer.package(args.optimizer)\n",
+            ),
+        ),
+        PREFLIGHT,
+    ),
+    Fault(
+        "let ranks share an optimizer in fp32",
+        "preflight/optimizer.py",
+        (("if not args.bf16 and (", "if False and ("),),
+        PREFLIGHT,
+    ),
+    Fault(
+        "launch without an optimizer's package",
+        "launch.py",
+        (('    optimizer.package(value_of(sys.argv, "--optimizer"))\n', ""),),
+        ("tests/test_launch.py::test_a_mistake_ends_every_rank_with_one_line",),
+    ),
+    Fault(
+        "plan without an optimizer's package",
+        "recipe/__main__.py",
+        (("        preflight.optimizer.package(asked.optimizer)\n", ""),),
+        ("tests/test_recipes.py::" + NO_PACKAGE,),
+    ),
+    Fault(
+        "take what goes wrong in training for a refusal",
+        "errors.py",
+        (("or not is_refusal or has_begun():", "or not is_refusal:"),),
+        (REFUSALS,),
+    ),
+    Fault(
+        "end with a traceback where Megatron lacks a package",
+        "errors.py",
+        ((" or isinstance(error.__cause__, ImportError)", ""),),
+        (REFUSALS,),
+    ),
+    Fault(
+        "compile in every rank",
+        "dataset_helper.py",
+        (('if os.environ.get("RANK", "0") == "0":', "if True:"),),
+        HELPER,
+    ),
+    Fault(
+        "let make find out that there is no pybind11",
+        "dataset_helper.py",
+        (('"--includes").returncode:', '"--includes").returncode < 0:'),),
+        HELPER,
+    ),
+    Fault(
+        "take a compiled helper for new that is older than its source",
+        "dataset_helper.py",
+        (("file.stat().st_mtime >= least for", "file.stat().st_mtime >= 0 for"),),
+        HELPER,
     ),
 ]
 

@@ -206,6 +206,58 @@ def test_a_stage_that_frees_its_output_while_it_is_sent_sends_it_whole() -> None
     assert all(run_function(send_and_let_go, 2))
 
 
+def pieces(dtype: Any, shapes: list[tuple[int, ...]], ranks: list[int]) -> list[Any]:
+    """What each rank has to give: values by which rank and place can be told."""
+    import torch
+
+    return [
+        (torch.arange(torch.Size(shape).numel()).view(shape) + 100 * (rank + 1)).to(dtype)
+        for rank, shape in zip(ranks, shapes, strict=True)
+    ]
+
+
+def gather_unevenly(shapes: list[tuple[int, ...]]) -> list[str]:
+    """What is wrong with all-gathers of pieces of these shapes, one a rank, over all ranks and over two."""
+    import torch
+    import torch.distributed as dist
+
+    wrong = []
+    everyone, two = list(range(len(shapes))), [0, len(shapes) - 1]
+    groups = [(None, everyone), (dist.new_group(two), two)]
+    for group, ranks in groups:
+        if dist.get_rank() not in ranks:
+            continue
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            wanted = pieces(dtype, [shapes[rank] for rank in ranks], ranks)
+            own = wanted[ranks.index(dist.get_rank())]
+            once = [torch.zeros_like(piece) for piece in wanted]
+            assert dist.all_gather(once, own, group=group) is None
+            # As Megatron does it: its own place holds what it gives, and only the last gather is waited for.
+            buffers = [torch.zeros(sum(map(len, wanted)), *own.shape[1:], dtype=dtype) for _ in range(20)]
+            for buffer in buffers:
+                slots = buffer.split([len(piece) for piece in wanted])
+                slot = slots[ranks.index(dist.get_rank())]
+                slot.copy_(own)
+                work = dist.all_gather(list(slots), slot, group=group, async_op=True)
+            work.wait()
+            for name, found in (("once", torch.cat(once)), *(("of many", buffer) for buffer in buffers)):
+                if not torch.equal(found, torch.cat(wanted)):
+                    wrong.append(f"{name}, {dtype}, ranks {ranks}: {found}")
+    weight = torch.ones(shapes[dist.get_rank()], requires_grad=True)
+    filled = [torch.zeros(shape) for shape in shapes]
+    dist.all_gather(filled, weight)
+    return wrong + ["part of the graph"] * any(piece.requires_grad for piece in filled)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(3,), (5,)], [(1 << 16,), (3,)], [(4,), (0,), (7,)], [(2, 3), (5, 3), (2, 3)], [(6,), (6,), (6,)]],
+    ids=str,
+)
+def test_an_all_gather_of_any_sizes_gives_the_plain_concatenation(shapes: list[tuple[int, ...]]) -> None:
+    assert run_function(gather_unevenly, len(shapes), shapes) == [[]] * len(shapes)
+
+
 def test_evaluation_follows_training(root: Path) -> None:
     assert re.search(
         r"validation loss at iteration 4 .*lm loss value: \d", (root / "vpp, dropout.log").read_text()
@@ -318,6 +370,8 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
         "--lr",
         "1",
         "--transformer-impl=transformer_engine",
+        "--gpu-sniff-test-interval",
+        "5",
     ]
     assert with_cpu_flags(argv) == ["--lr", "1", "--transformer-impl=transformer_engine", *FLAGS]
     line = announcement(argv)
@@ -327,7 +381,13 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
     assert "ignored" not in announcement(["--lr", "1", "--distributed-backend", "gloo"])
 
 
-@pytest.mark.parametrize("flags", ["--use-megatron-fsdp", "--use-torch-fsdp2", "--apply-layernorm-1p"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--use-megatron-fsdp", "--use-torch-fsdp2", "--apply-layernorm-1p", "--use-ring-exchange-p2p"),
+        *("--experimental-attention-variant dsa", "--experimental-attention-variant=gated_delta_net"),
+    ],
+)
 def test_what_a_cpu_cannot_honour_is_refused_by_name(flags: str) -> None:
     with pytest.raises(UserError, match=re.split("[ =]", flags)[0]):
         with_cpu_flags(flags.split())

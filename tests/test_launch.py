@@ -132,6 +132,7 @@ MISTAKES = {
         "JREG does not support distribute_saved_activations yet",
     ),
     "weights for another depth": (("--jreg-weights", "0,0,1"), r"--jreg-weights .* 4 numbers.* not 3"),
+    "an optimizer whose package is missing": (("--optimizer=soap",), "is soap, .* emerging_optimizers"),
     "a loss mask that the script has on one stage only": (
         ("--jreg-tokens", "unmasked", "--pipeline-model-parallel-size", 2),
         "the script gives its model the loss mask on the last pipeline stage only",

@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 from jreg_megatron.errors import UserError
-from jreg_megatron.preflight import check_arguments
+from jreg_megatron.preflight import check_arguments, optimizer
 
 pytest.importorskip("megatron.training")
 
@@ -60,7 +60,7 @@ TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "cont
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 PER_VIRTUAL, VIRTUAL = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
-LAYOUT = "pipeline_model_parallel_layout"
+LAYOUT, SHARDED = "pipeline_model_parallel_layout", "use_distributed_optimizer"
 
 GOOD_CHANGES: list[dict[str, Any]] = [
     {},
@@ -85,6 +85,9 @@ GOOD_CHANGES: list[dict[str, Any]] = [
     {"num_layers": None, "hybrid_layer_pattern": "M*M*"},
     {"use_checkpoint_args": True, "num_layers": None},
     {"padded_vocab_size": 100},
+    {"full_validation": True, "multiple_validation_sets": True},
+    {"wandb_project": "toy", "wandb_save_dir": "logs"},
+    {"num_experts": 2},
     {"vocab_size": 70_000},
     {"sft": True, "mock_data": False, "data_path": ["chats.jsonl"], "split": "1,0,0"},
     {"mock_data": False, "data_path": ["s3://bucket/text_document"]},
@@ -155,6 +158,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({PP: 2, "world_size": 2, LAYOUT: "Et|tL"}, ["Et|tL places 2 layers", "--num-layers is 8"]),
     ({PP: 2, "world_size": 2, LAYOUT: "tttt|ttttL"}, ["layout is tttt|ttttL", "begin with the only E"]),
     ({PP: 2, "world_size": 2, LAYOUT: "Etttt|tttt"}, ["layout is Etttt|tttt", "end with the only L"]),
+    ({"optimizer": "sgd", SHARDED: True}, ["--optimizer is sgd", "--use-distributed-optimizer"]),
+    ({"kv_channels": 0}, ["--kv-channels is 0; it must be >= 1"]),
+    ({"log_interval": 0}, ["--log-interval is 0; it must be >= 1"]),
+    ({"tensorboard_log_interval": 0}, ["--tensorboard-log-interval is 0; it must be >= 1"]),
+    ({"full_validation": True}, ["--full-validation", "--multiple-validation-sets"]),
+    ({"wandb_project": "toy"}, ["--wandb-project is toy", "--wandb-save-dir"]),
+    ({"num_experts": 1}, ["--moe-router-topk is 2", "--num-experts 1"]),
     ({CP: 2, "world_size": 2, "seq_length": 62}, ["--seq-length is 62", "multiple of 4", "context"]),
     (
         {CP: 2, TP: 4, "world_size": 8, "seq_length": 60, "sequence_parallel": True},
@@ -205,6 +215,60 @@ def test_mistake_ends_in_one_line(
     message = complaint(args_with(**changes))
     for part in parts:
         assert part in message
+
+
+EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Megatron's parser
+def test_every_optimizer_of_megatrons_but_adam_and_sgd_needs_the_package(
+    args_with: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    (action,) = (action for action in parser._actions if action.dest == "optimizer")
+    assert set(action.choices or ()) == {"adam", "sgd", *EMERGING}
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    for name in EMERGING:
+        for more in ({}, {"use_checkpoint_args": True}):
+            message = complaint(args_with(optimizer=name, bf16=True, **more))
+            assert f"--optimizer is {name}, " in message and "pip install emerging-optimizers" in message
+    check_arguments(args_with(optimizer="sgd"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "parts"),
+    [
+        ({"optimizer": "lion", "fp16": True}, "0.3.0", ["--optimizer is lion", "--fp16"]),
+        ({"optimizer": "muon", SHARDED: True}, "0.3.0", ["--optimizer is muon", "bf16 only"]),
+        ({"optimizer": "dist_muon"}, "0.3.0", ["--optimizer is dist_muon", "bf16 only"]),
+        (
+            {"optimizer": "adaptive_muon"},
+            "0.3.0",
+            ["--optimizer is adaptive_muon", "0.2", "0.3 is installed"],
+        ),
+        ({"optimizer": "adaptive_muon"}, "0.2.0", []),
+        ({"optimizer": "muon", SHARDED: True, "bf16": True}, "0.3.0", []),
+        ({"optimizer": "dist_muon", "bf16": True}, "0.3.0", []),
+        ({"optimizer": "soap"}, "0.3.0", []),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_of_the_package_does_not_run_with_is_refused(
+    changes: dict[str, Any],
+    version: str,
+    parts: list[str],
+    args_with: Callable[..., argparse.Namespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: object())
+    monkeypatch.setattr(optimizer, "version", lambda name: version)
+    if parts:
+        message = complaint(args_with(**changes))
+        assert all(part in message for part in parts), message
+    else:
+        check_arguments(args_with(**changes))
 
 
 def test_heterogeneous_layers_are_left_to_megatron(args_with: Callable[..., argparse.Namespace]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from harness import read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
+from jreg_megatron.errors import megatrons_refusals
 
 SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
 NAMES = ("jreg loss", "jump rate")
@@ -55,6 +57,25 @@ def test_stop_at_step_5_and_resume_is_bit_identical_to_a_run_that_did_not_stop(
     for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
         assert len(whole[tag]) == 10, tag
         assert resumed[tag] == whole[tag][5:], tag
+
+
+@pytest.mark.skipif(find_spec("emerging_optimizers") is None, reason="the package is not installed")
+def test_muon_that_ranks_share_gives_what_each_gives_alone_and_resumes_bit_identically(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--bf16", "--optimizer", "muon", "--lr", 1e-2, "--train-iters", 4]
+    argv += ["--jreg-coeff", 0.5, "--jreg-alpha", 0.5]
+    shared = [*argv, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    saving = ["--ddp-bucket-size", 1000, "--save", tmp_path / "saved", "--save-interval", 2]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "alone"], 2)
+    run_ranks([*shared, *saving, "--tensorboard-dir", tmp_path / "shared"], 2)
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
+    run_ranks([*shared, "--load", tmp_path / "saved", "--tensorboard-dir", tmp_path / "resumed"], 2)
+    alone, shared_values, resumed = (read_scalars(tmp_path / name) for name in ("alone", "shared", "resumed"))
+    for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
+        # Norms are summed in another order, and bf16 makes more of it at every step.
+        assert shared_values[tag][:2] == pytest.approx(alone[tag][:2], rel=1e-5), tag
+        assert resumed[tag] == shared_values[tag][2:] and len(resumed[tag]) == 2, tag
 
 
 def test_console_and_tensorboard_carry_jreg_loss_jump_rate_and_every_layer(
@@ -201,6 +222,30 @@ def test_help_shows_megatrons_arguments_and_jregs_in_a_group_of_its_own() -> Non
     assert "--jreg-log-per-layer" in group
 
 
+def test_what_megatron_refuses_is_told_from_what_goes_wrong() -> None:
+    def end(error: Exception, cause: Exception | None = None, has_begun: bool = False) -> Exception:
+        with (
+            pytest.raises(type(error) if has_begun else Exception) as caught,
+            megatrons_refusals(lambda: has_begun),
+        ):
+            raise error from cause
+        return caught.value
+
+    refusals: list[tuple[Exception, Exception | None, str]] = [
+        (AssertionError("two\n  lines"), None, "two lines"),
+        (AssertionError(), None, "raise error from cause"),
+        (ImportError("no einops"), None, "no einops"),
+        (RuntimeError("einops is required"), ImportError(), "einops is required"),
+        (FileNotFoundError(2, "No such file", "x.yaml"), None, "[Errno 2] No such file: 'x.yaml'"),
+    ]
+    for error, cause, said in refusals:
+        refused = end(error, cause)
+        assert isinstance(refused, UserError) and str(refused) == f"Megatron refuses the arguments: {said}"
+        assert end(error, cause, has_begun=True) is error
+    for error in (RuntimeError("NCCL"), TypeError("fault"), UserError("--jreg-coeff is -1")):
+        assert end(error) is error
+
+
 MISTAKES = {
     "a negative coeff": (
         ["--jreg-coeff", -0.1],
@@ -228,7 +273,25 @@ MISTAKES = {
     "no kind of full recompute": (("--recompute-granularity", "full"), "Megatron refuses .*recompute"),
     "two precisions": (
         ("--bf16", "--fp16"),
-        "Megatron refuses the arguments: an assertion without a message",
+        "Megatron refuses the arguments: assert not args.bf16",
+    ),
+    "an optimizer whose package is missing": (("--optimizer", "muon"), "is muon, .* emerging_optimizers"),
+    "positions in pictures": (
+        ("--position-embedding-type", "mrope", "--mrope-section", 2, 3, 3),
+        "--mrope-section is not part of jreg_megatron.pretrain",
+    ),
+    "batches from outside": (("--dataloader-type", "external"), "--dataloader-type external is not part of"),
+    "a package that Megatron imports late": (
+        *[("--non-persistent-ckpt-type", "local", "--non-persistent-local-ckpt-dir", "x")],
+        "Megatron refuses .*nvidia_resiliency_ext",
+    ),
+    "what Megatron refuses while it builds the model": (
+        ("--num-experts", 2, "--moe-token-dispatcher-type", "flex"),
+        "Megatron refuses the arguments: DeepEP dispatcher requires",
+    ),
+    "what Megatron refuses before it builds the model": (
+        ("--context-parallel-size", 2, "--hierarchical-context-parallel-sizes", 2, 1),
+        "Megatron refuses the arguments: .*einops is not installed",
     ),
     "post_norm without a last layer": (
         (*PIPELINE, "--pipeline-model-parallel-layout", "Etttt|L", "--jreg-final-state", "post_norm"),

@@ -362,6 +362,17 @@ def test_a_node_without_enough_gpus_is_refused_and_pointed_to_the_smoke_run(
     assert re.search(r"GPUS is 8, but this node has \d; .*--smoke", run.output[0])
 
 
+def test_an_optimizer_whose_package_is_missing_is_refused_and_in_a_dry_run_named(
+    demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    more = (*SHORT, "--optimizer", "lion")
+    knobs = {"DATA": demo_data, "RUN": tmp_path / "run", "TOKENS": 10**6}
+    run = plan(words_of("llama_170m", "jreg", *more, **knobs), check=False)
+    assert run.status == [2] and run.output[0].startswith("jreg_megatron: error: --optimizer is lion, ")
+    printed = plan(words_of("llama_170m", "jreg", "--dry-run", *more, **knobs)).output[0]
+    assert re.search(r"this node +│ would be refused: --optimizer is lion, ", printed)
+
+
 def test_a_run_that_is_complete_says_so_and_starts_nothing(
     demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:

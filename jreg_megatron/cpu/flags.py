@@ -57,6 +57,7 @@ _IGNORED: dict[str, int] = {
     "--sharp-enabled-group": 1,
     "--high-priority-stream-groups": 1,
     "--gpu-sniff-test-interval": 1,
+    "--record-memory-history": 0,
 }
 """Kernels, number formats, memory and network features of a GPU, with the number of values each flag takes.
 
@@ -78,6 +79,8 @@ _REFUSED: dict[str, str] = {
     "--apply-layernorm-1p": "leave it out",
     "--use-ring-exchange-p2p": "leave it out",
     "--experimental-attention-variant": "leave it out",
+    "--save-activations-interval": "leave it out",
+    "--save-dgrads-interval": "leave it out",
 }
 
 

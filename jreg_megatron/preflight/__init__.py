@@ -44,7 +44,7 @@ def _is_read_elsewhere(args: Namespace) -> bool:
 
 SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.required_sizes,
-    training.parallel_sizes,
+    training.positive_numbers,
     training.training_length,
     training.learning_rate,
     training.learning_rate_schedule,

@@ -23,10 +23,14 @@ def required_sizes(args: Namespace) -> None:
             raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
 
 
-def parallel_sizes(args: Namespace) -> None:
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be >= 1")
+def positive_numbers(args: Namespace) -> None:
+    for name in (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("kv_channels", "log_interval", "tensorboard_log_interval"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
 
 
 def training_length(args: Namespace) -> None:
@@ -81,6 +85,11 @@ def learning_rate_schedule(args: Namespace) -> None:
 
 
 def evaluation(args: Namespace) -> None:
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UserError(
+            "--full-validation ends in an error at the first evaluation (Megatron 0.19) without "
+            "--multiple-validation-sets; give that too, or --eval-iters instead"
+        )
     if args.skip_train or args.full_validation or args.perform_rl_step:
         return
     # Megatron divides by it even where nothing is evaluated.
@@ -96,3 +105,8 @@ def saving(args: Namespace) -> None:
     if args.save is not None and (args.save_interval is None or args.save_interval < 1):
         found = "is missing" if args.save_interval is None else f"is {args.save_interval}"
         raise UserError(f"--save is {args.save}, but --save-interval {found}; give it in iterations, >= 1")
+    if args.wandb_project and not (args.save or args.wandb_save_dir):
+        raise UserError(
+            f"--wandb-project is {args.wandb_project}, but there is no folder for it; give --wandb-save-dir "
+            "(or --save)"
+        )
