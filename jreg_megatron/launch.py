@@ -42,14 +42,17 @@ def main(argv: list[str] | None = None) -> None:
             )
         options.arguments = JRegConfig.with_a_flag(options.arguments)
         JRegConfig.check_flags(options.arguments)
-        asks_for_help = {"-h", "--help"} & set(options.arguments)
+        trains = not {"-h", "--help"} & set(options.arguments)
         script.run(
             options,
             on_cpu=options.cpu or not torch.cuda.is_available(),
-            before_import=_refuse_early,
+            before_import=_refuse_early if trains else _nothing,
             make_ready=_make_ready,
-            check_at_end=(lambda: None) if asks_for_help else _refuse_to_end_unattached,
+            check_at_end=_refuse_to_end_unattached if trains else _nothing,
         )
+
+
+def _nothing() -> None: ...
 
 
 def _refuse_early() -> None:

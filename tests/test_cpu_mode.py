@@ -372,6 +372,7 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
         "--transformer-impl=transformer_engine",
         "--gpu-sniff-test-interval",
         "5",
+        "--use-ring-exchange-p2p",
     ]
     assert with_cpu_flags(argv) == ["--lr", "1", "--transformer-impl=transformer_engine", *FLAGS]
     line = announcement(argv)
@@ -384,7 +385,7 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--use-megatron-fsdp", "--use-torch-fsdp2", "--apply-layernorm-1p", "--use-ring-exchange-p2p"),
+        *("--use-megatron-fsdp", "--use-torch-fsdp2", "--apply-layernorm-1p"),
         *("--experimental-attention-variant dsa", "--experimental-attention-variant=gated_delta_net"),
     ],
 )

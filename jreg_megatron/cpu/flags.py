@@ -58,8 +58,11 @@ _IGNORED: dict[str, int] = {
     "--high-priority-stream-groups": 1,
     "--gpu-sniff-test-interval": 1,
     "--record-memory-history": 0,
+    "--use-ring-exchange-p2p": 0,
+    "--save-activations-interval": 1,
+    "--save-dgrads-interval": 1,
 }
-"""Kernels, number formats, memory and network features of a GPU, with the number of values each flag takes.
+"""Kernels, number formats, memory, network and inspection of a GPU, with the number of values of each flag.
 
 They have no counterpart that argparse would let win, so they leave the command line.
 """
@@ -77,10 +80,7 @@ _REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "use --use-distributed-optimizer",
     "--use-torch-fsdp2": "use --use-distributed-optimizer",
     "--apply-layernorm-1p": "leave it out",
-    "--use-ring-exchange-p2p": "leave it out",
     "--experimental-attention-variant": "leave it out",
-    "--save-activations-interval": "leave it out",
-    "--save-dgrads-interval": "leave it out",
 }
 
 
