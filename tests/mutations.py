@@ -373,12 +373,7 @@ FAULTS = [
     Fault(
         "log again what was logged before",
         "attachment.py",
-        (
-            (
-                "        if is_interval_end:\n            self.reset_training_metrics()\n",
-                "        if is_interval_end:\n",
-            ),
-        ),
+        (("        if is_interval_end:\n            self.reset_training_metrics()\n", ""),),
         (*BRIDGE, *LOOP),
     ),
     Fault(
