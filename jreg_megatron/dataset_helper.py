@@ -31,7 +31,9 @@ def compile_helper() -> None:
     if lacking := _lacking(folder):
         raise UserError(f"{what}, and {lacking}")
     if os.environ.get("RANK", "0") == "0":
-        plain = {**os.environ, "GCC_COLORS": ""}
+        # Of a make that started this process: its flags (-n) would be followed, its level would be told.
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        plain["GCC_COLORS"] = ""
         done = subprocess.run(["make", "-C", folder], env=plain, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]

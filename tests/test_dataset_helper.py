@@ -135,9 +135,18 @@ def test_the_first_rank_compiles_and_the_others_do_not(
     assert helper.exists()
 
 
+@pytest.mark.parametrize("level", [{}, {"MAKELEVEL": "1", "MAKEFLAGS": "n"}], ids=["alone", "under-make"])
 def test_a_helper_older_than_its_source_is_compiled_anew_and_what_make_says_is_told(
-    tree: Path, tools: Callable[..., str], compile_in: Callable[[str], None]
+    tree: Path,
+    tools: Callable[..., str],
+    compile_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    level: dict[str, str],
 ) -> None:
+    for name in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in level.items():
+        monkeypatch.setenv(name, value)
     path, folder = tools(), tree / "megatron" / "core" / "datasets"
     (folder / f"helpers_cpp{SUFFIX}").touch()
     os.utime(folder / f"helpers_cpp{SUFFIX}", (1, 1))
