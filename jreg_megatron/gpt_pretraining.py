@@ -23,10 +23,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer
-from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor, nn
 
+from jreg_megatron import initialization
 from jreg_megatron.errors import UserError
 from jreg_megatron.training_loop import GIVES_LOSS_MASK
 
@@ -64,6 +65,14 @@ def refuse_other_tasks(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{flag} is not part of jreg_megatron.pretrain, which does plain pretraining; leave it out"
             )
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """The configuration of the model that Megatron's loop builds, from validated arguments."""
+    config = gpt_config_from_args(args)
+    if args.init_fan_in:
+        initialization.set_fan_in(config.transformer, args)
+    return config
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

@@ -14,6 +14,7 @@ import time
 from importlib.util import find_spec
 from typing import NoReturn
 
+from jreg_megatron import initialization
 from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.dataset_helper import compile_helper, use_built_helper
 from jreg_megatron.errors import UserError, megatrons_refusals, user_errors_exit
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         CPU_FLAG,
         action="store_true",
         help="run on the CPU with gloo; the default where there is no CUDA device",
+    )
+    group.add_argument(
+        initialization.FLAG,
+        action="store_true",
+        help="initial weights as in Meta Lingua: each matrix normal with standard deviation 1/sqrt(inputs), "
+        "cut at three of these, and no scale by depth",
     )
 
     for action in parser._actions:
@@ -110,7 +117,7 @@ def _run(argv: list[str], started: float) -> None:
         pretrain,
         set_startup_timestamps,
     )
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from jreg_megatron import gpt_pretraining, preflight, training_loop
     from jreg_megatron.support import refuse_unsupported
@@ -124,12 +131,13 @@ def _run(argv: list[str], started: float) -> None:
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
     refuse_unsupported(asked, config)
+    initialization.check(asked)
     preflight.check_arguments(asked)
     if not (asked.use_checkpoint_args or asked.yaml_cfg):
         config.layer_weights(asked.num_layers)
     with megatrons_refusals():
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-        model_config = gpt_config_from_args(args)
+        model_config = gpt_pretraining.model_config(args)
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
     with megatrons_refusals(has_begun=lambda: hasattr(get_args(), "curr_iteration")):

@@ -56,14 +56,14 @@ class JRegConfig:
     coeff: float = _setting(
         0.0,
         "lambda, the strength of the regularizer, >= 0. At 0 the displacement is only measured and no "
-        "gradient changes. The paper's value is not published: sweep it.",
+        "gradient changes. The paper takes 1.",
         float,
         "LAMBDA",
     )
     alpha: float = _setting(
-        3.0,
+        1.0,
         "sharpness of the softmax layer weights, >= 0: 0 weighs all layers alike, larger values put more "
-        "on the last layers.",
+        "on the last layers. The paper takes 1.",
         float,
         "ALPHA",
     )
@@ -76,8 +76,8 @@ class JRegConfig:
     )
     final_state: str = _setting(
         "pre_norm",
-        "which state counts as the last layer's output: 'pre_norm', the residual stream itself, or "
-        "'post_norm', after the final norm. The paper does not say; the numbers differ several-fold.",
+        "which state counts as the last layer's output: 'pre_norm', the residual stream itself (the "
+        "paper's), or 'post_norm', after the final norm. The numbers differ several-fold.",
         metavar="STATE",
     )
     negligible_weight: float = _setting(

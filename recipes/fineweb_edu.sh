@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # FineWeb-Edu as Megatron's token files, for the recipes beside this file.
 #
-#   recipes/fineweb_edu.sh 10BT     for llama_170m.sh: 10 billion tokens
-#   recipes/fineweb_edu.sh 100BT    for llama_1b.sh and llama_3b4.sh: 100 billion tokens
+#   recipes/fineweb_edu.sh 100BT    what the recipes train on: 104.9 billion tokens of it
+#   recipes/fineweb_edu.sh 10BT     a tenth of it, for shorter runs
 #
 # Everything goes to $DATA: tokenizer.model, train_text_document.bin/.idx and validation_text_document.bin/.idx,
 # each with a manifest that says what it was made of. It is read from the Hugging Face hub range by range, so
@@ -14,6 +14,10 @@
 # fast: a core eats 2 to 3 MB of Parquet a second. If it does not, fetch a copy first and name it as SOURCE:
 #   hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir fineweb
 #   SOURCE=fineweb/sample/10BT recipes/fineweb_edu.sh 10BT
+#
+# The paper names no tokenizer, only 32,000 pieces, which is Llama 2's number. Llama 2's own asks for a licence.
+# The nearest that is free is Mistral's first one, in the package mistral-common (Apache-2.0, 37 MB): it too is a
+# SentencePiece model of 32,000 pieces with bytes to fall back on. TOKENIZER=train trains one on the corpus instead.
 set -euo pipefail
 SAMPLE=${1:-}
 if [[ $SAMPLE != 10BT && $SAMPLE != 100BT ]] || (($# > 1)); then
@@ -22,10 +26,10 @@ if [[ $SAMPLE != 10BT && $SAMPLE != 100BT ]] || (($# > 1)); then
 fi
 DATA=${DATA:-data/fineweb_edu_${SAMPLE,,}}      # where the recipes look for it
 SOURCE=${SOURCE:-}                              # a folder of the sample's Parquet files, instead of the hub
-TOKENIZER=${TOKENIZER:-}                        # a SentencePiece model of yours, instead of training one
+TOKENIZER=${TOKENIZER:-mistral}                 # or train, or a SentencePiece model of yours
 VOCABULARY=${VOCABULARY:-32000}                 # pieces, if one is trained: what the recipes' models have rows for
 SAMPLED=${SAMPLED:-268435456}                   # bytes of text to train it on, from 256 places in the corpus
-VALIDATION=${VALIDATION:-0.0005}                # share of the documents held out: 5M or 50M tokens
+VALIDATION=${VALIDATION:-0.0001}                # share of documents held out: of 100BT about 11M tokens, as in the paper
 MAX_REFUSED=${MAX_REFUSED:-0}                   # stop at more bad records than this; there should be none
 WORKERS=${WORKERS:-$(nproc)}
 
@@ -37,16 +41,26 @@ if [[ -n $SOURCE ]]; then
 else
     input=(--hub HuggingFaceFW/fineweb-edu --subset "sample-$SAMPLE")
 fi
-if [[ -z $TOKENIZER ]]; then
-    TOKENIZER=$DATA/tokenizer.model
-    "${data[@]}" tokenizer "${input[@]}" --output "$TOKENIZER" \
+if [[ $TOKENIZER == mistral ]]; then
+    package=$DATA/mistral-common
+    TOKENIZER=$package/mistral_common/data/tokenizer.model.v1
+    if [[ ! -f $TOKENIZER ]]; then
+        "$(dirname "$0")/run.sh" pip install --quiet --upgrade --no-deps --target "$package" mistral-common==1.13.1
+    fi
+fi
+if [[ $TOKENIZER == train ]]; then
+    "${data[@]}" tokenizer "${input[@]}" --output "$DATA/tokenizer.model" \
         --vocab-size "$VOCABULARY" --sample-bytes "$SAMPLED"
 elif [[ ! -f $TOKENIZER ]]; then
     echo "jreg_megatron: error: TOKENIZER is $TOKENIZER, which is not a file; correct the path" >&2
     exit 2
-elif [[ ! $TOKENIZER -ef $DATA/tokenizer.model ]]; then
+elif [[ ! -f $DATA/tokenizer.model ]]; then
     mkdir -p "$DATA"
     cp "$TOKENIZER" "$DATA/tokenizer.model"
+elif ! cmp -s "$TOKENIZER" "$DATA/tokenizer.model"; then
+    echo "jreg_megatron: error: TOKENIZER is $TOKENIZER, and $DATA/tokenizer.model is another one;" \
+        "set TOKENIZER to that file, or DATA to another folder" >&2
+    exit 2
 fi
 "${data[@]}" prepare "${input[@]}" --tokenizer-model "$DATA/tokenizer.model" \
     --output "$DATA/train" --validation-share "$VALIDATION" --validation-output "$DATA/validation" \

@@ -128,7 +128,7 @@ def test_a_result_tells_what_made_it(one_rank: tuple[dict[str, Any], Finished]) 
     step = document["step"]
     assert step["model"]["num_layers"] == 4
     assert step["tokens"] == 2 * 16
-    assert step["jreg"]["alpha"] == 3.0
+    assert step["jreg"]["alpha"] == 1.0
     assert step["jreg"]["measure_interval"] == 10
 
 
@@ -394,7 +394,7 @@ def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
     assert theirs["--seq-length"] == str(shape.sequence)
     assert theirs["--micro-batch-size"] == str(shape.micro_batch)
     assert theirs["--global-batch-size"] == str(shape.micro_batch * shape.micro_batches)
-    assert (demo.COEFF, demo.ALPHA) == (0.1, 3.0)
+    assert (demo.COEFF, demo.ALPHA) == (1.0, 1.0)
 
 
 # Growth

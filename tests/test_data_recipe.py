@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from data_toy import documents
+from data_toy import documents, sentencepiece_model, write_jsonl
 
 from jreg_megatron.data.index_file import read_index
 
@@ -41,6 +42,7 @@ def test_it_makes_the_files_that_the_training_recipes_look_for(tmp_path: Path) -
     settings = {
         "SOURCE": tmp_path / "source",
         "DATA": tmp_path / "data",
+        "TOKENIZER": "train",
         "VOCABULARY": 400,
         "VALIDATION": 0.1,
     }
@@ -74,3 +76,30 @@ def test_a_missing_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == (
         f"jreg_megatron: error: TOKENIZER is {tmp_path}/none.model, which is not a file; correct the path"
     )
+
+
+def test_mistrals_tokenizer_is_taken_from_its_package_and_no_other_one_is_replaced(tmp_path: Path) -> None:
+    """With a package of that name and a file of that name, for the true one is 37 MB on the network."""
+    model = sentencepiece_model(tmp_path / "made.model")
+    about = "mistral_common-1.13.1.dist-info"
+    with zipfile.ZipFile(tmp_path / "mistral_common-1.13.1-py3-none-any.whl", "w") as wheel:
+        wheel.write(model, "mistral_common/data/tokenizer.model.v1")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: mistral-common\nVersion: 1.13.1\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    (tmp_path / "source").mkdir()
+    settings = {
+        "PIP_NO_INDEX": 1,
+        "PIP_FIND_LINKS": tmp_path,
+        "SOURCE": write_jsonl(tmp_path / "source" / "texts.jsonl", documents(50)).parent,
+        "DATA": tmp_path / "data",
+        "VALIDATION": 0.1,
+    }
+    done = run("10BT", **settings)
+    assert done.returncode == 0, done.stderr
+    taken = tmp_path / "data" / "tokenizer.model"
+    assert taken.read_bytes() == model.read_bytes()
+    taken.write_bytes(b"another one")
+    refused = run("10BT", **settings)
+    assert refused.returncode == 2 and taken.read_bytes() == b"another one"
+    assert f"{taken} is another one; set TOKENIZER to that file" in refused.stderr

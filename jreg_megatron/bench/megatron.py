@@ -113,21 +113,22 @@ def train(argv: list[str], train_step: Any) -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import arguments, pretrain, training
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from jreg_megatron import gpt_pretraining, preflight
+    from jreg_megatron import gpt_pretraining, initialization, preflight
     from jreg_megatron.pretrain import add_arguments
     from jreg_megatron.support import refuse_unsupported
 
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)
+    initialization.check(asked)
     preflight.check_arguments(asked)
     made = train_step(training.train_step)
     refuse_unsupported(asked, made.measured.config)
     with megatrons_refusals():
         args: Namespace = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-        model_config = gpt_config_from_args(args)
+        model_config = gpt_pretraining.model_config(args)
     training.train_step = made
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),

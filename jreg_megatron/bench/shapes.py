@@ -8,10 +8,12 @@ from dataclasses import dataclass
 _LLAMA = """
     --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
     --position-embedding-type rope --rotary-base 10000
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
 """
+_DEMO = "--init-method-std 0.02"
 _RECIPE = """
+    --init-fan-in
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --cross-entropy-loss-fusion --no-create-attention-mask-in-dataloader
 """
@@ -28,8 +30,6 @@ class Shape:
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    num_query_groups: int | None
-    """None: as many as heads."""
     sequence: int
     vocab_size: int
     micro_batch: int
@@ -47,20 +47,18 @@ class Shape:
             "--padded-vocab-size": self.vocab_size,
         }
         flags = [word for flag, size in sizes.items() for word in (flag, str(size))]
-        if self.num_query_groups is not None:
-            flags += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
-        return [*flags, *_LLAMA.split(), *(_RECIPE.split() if self.recipe else ())]
+        return [*flags, *_LLAMA.split(), *(_RECIPE if self.recipe else _DEMO).split()]
 
 
 # Micro-batches hold 8,192 tokens, for which the costs are stated. More micro-batches a step would make the
-# optimizer's share, to which JREG adds nothing, smaller: training has 16 and more.
+# optimizer's share, to which JREG adds nothing, smaller.
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("demo", None, 8, 128, 352, 4, None, 128, 4096, 4, 2),
-        Shape("170m", "llama_170m", 12, 768, 3072, 12, None, 2048, 32000, 4, 4),
-        Shape("1b", "llama_1b", 20, 2048, 5632, 32, 4, 2048, 32000, 4, 4),
-        Shape("3.4b", "llama_3b4", 32, 3072, 8192, 24, 8, 2048, 32000, 4, 4),
+        Shape("demo", None, 8, 128, 352, 4, 128, 4096, 4, 2),
+        Shape("170m", "llama_170m", 12, 768, 2048, 12, 1024, 32000, 8, 4),
+        Shape("1b", "llama_1b", 16, 2048, 5376, 16, 1024, 32000, 8, 4),
+        Shape("3.4b", "llama_3b4", 30, 3072, 8192, 24, 1024, 32000, 8, 4),
     )
 }
 

@@ -18,7 +18,7 @@ from jreg_megatron.settings import JRegConfig
 TENSOR_PARALLEL = 2
 PIPELINE_PARALLEL = 2
 NUM_LAYERS = 8
-COEFF, ALPHA, ITERATIONS = 0.1, 3.0, 200
+COEFF, ALPHA, ITERATIONS = 1.0, 1.0, 200
 
 # A Llama, scaled down: pre-norm RMSNorm, SwiGLU, rotary positions, untied head, no biases.
 _MODEL = f"""

@@ -13,7 +13,7 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
     """What the plan alone says: a name and a text for each row."""
     args = plan.args
     coeff = getattr(args, "jreg_coeff", 0.0)
-    jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 3.0):g}"
+    jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 1.0):g}"
     division = " x ".join(
         f"{short} {size}"
         for short, size in (
@@ -27,12 +27,16 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
     seconds = plan.flops / request.world_size / (request.tflops * 1e12)
     done = last_checkpoint(args.load)
     return {
-        "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, "
-        f"vocabulary {args.padded_vocab_size:,}",
+        "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, FFN "
+        f"{args.ffn_hidden_size}, {args.num_attention_heads} heads of {args.kv_channels}, vocabulary "
+        f"{args.padded_vocab_size:,}",
         "JREG": jreg if coeff else "lambda 0: the jump is measured, nothing is changed",
         "length": f"{number_as_text(plan.tokens)} tokens ({plan.tokens / plan.parameters:.0f} a parameter): "
         f"{plan.iterations:,} iterations of {args.global_batch_size:,} sequences of {args.seq_length:,}"
         + (f"; going on from iteration {done:,}" if done else ""),
+        "optimizer": f"{args.optimizer} {args.adam_beta1:g}, {args.adam_beta2:g}, epsilon {args.adam_eps:g}, "
+        f"weight decay {args.weight_decay:g}, clip {args.clip_grad:g}; {args.lr_decay_style} from "
+        f"{args.lr:g} to {args.min_lr:g}, {args.lr_warmup_iters:,} iterations of warm-up",
         "layout": f"{request.nodes} x {request.gpus} GPUs: {division}; {steps} micro-batches of "
         f"{args.micro_batch_size} a step",
         "time": f"about {seconds_as_text(seconds)}, {plan.flops:.1e} operations, if each GPU makes "

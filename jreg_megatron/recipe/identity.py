@@ -13,7 +13,15 @@ _FILE = "run.json"
 _NAMES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("padded_vocab_size", "seq_length", "seed", "train_iters", "global_batch_size", "lr", "min_lr"),
-    *("lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split", "tokenizer_model"),
+    *(
+        "init_fan_in",
+        "lr_warmup_iters",
+        "train_data_path",
+        "data_path",
+        "data_args_path",
+        "split",
+        "tokenizer_model",
+    ),
 )
 _OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval"}
 """JREG's flags that change what is seen of a training, not the training."""
@@ -35,7 +43,8 @@ def difference(folder: Path, args: Namespace) -> str | None:
         return None
     asked = of(args)
     for name in sorted((held.keys() | asked.keys()) - _OBSERVING):
-        if held.get(name) != asked.get(name):
+        # What an older version did not write down had its default.
+        if (held.get(name) or None) != (asked.get(name) or None):
             return f"{name} {held.get(name)}, and now it is {asked.get(name)}"
     return None
 
