@@ -2,7 +2,7 @@
 
     from jreg_megatron.bridge import JRegCallback, JRegConfig
 
-    pretrain(config, forward_step, callbacks=[JRegCallback(config, JRegConfig(coeff=0.1))])
+    pretrain(config, forward_step, callbacks=[JRegCallback(config, JRegConfig(coeff=1.0))])
 
 Bridge finds a callback's events by their names, so importing this needs no Bridge. Written for and tested
 with Megatron-Bridge 0.6.2.

@@ -1,6 +1,6 @@
 """JREG in an existing Megatron job, which stays as it is.
 
-``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 0.1`` runs the script with
+``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 1`` runs the script with
 the Megatron that it would find by itself, its parser knowing the ``--jreg-...`` flags, JREG attached to the
 model that it builds, and the values in its log. Without a CUDA device, or with ``--cpu``, it runs on the CPU,
 where ``python -m jreg_megatron.launch --nproc N SCRIPT.py ARGS...`` starts the ranks faster than torchrun.

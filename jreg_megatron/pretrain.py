@@ -1,4 +1,4 @@
-"""Entry point: ``torchrun ... -m jreg_megatron.pretrain <Megatron's arguments> --jreg-coeff 0.1``.
+"""Entry point: ``torchrun ... -m jreg_megatron.pretrain <Megatron's arguments> --jreg-coeff 1``.
 
 Runs ``pretrain`` of the installed ``megatron.training`` with its own arguments, optimizer, schedules,
 checkpoints and logs, on a ``GPTModel`` with JREG attached. Without a CUDA device, or with ``--cpu``, the
