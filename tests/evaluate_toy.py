@@ -58,11 +58,12 @@ def save_toy(folder: Path, layers: int = 3, seed: int = 0) -> Path:
     return folder
 
 
-def own_task(folder: Path, **more: Any) -> Path:
-    """A folder with a task called ``mine``."""
+def own_task(folder: Path, start: int = 0, **more: Any) -> Path:
+    """A folder with a task called ``mine``, of eight questions about numbers from ``start`` on."""
     folder.mkdir()
     lines = [
-        json.dumps({"question": f"{n} and {n}", "choices": ["a", "b"], "answer": n % 2}) for n in range(8)
+        json.dumps({"question": f"{n} and {n}", "choices": ["a", "b"], "answer": n % 2})
+        for n in range(start, start + 8)
     ]
     (folder / "mine.jsonl").write_text("\n".join(lines) + "\n")
     task = {
