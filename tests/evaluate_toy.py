@@ -1,8 +1,9 @@
-"""A model with random weights and a tokenizer of real text, as transformers saves them."""
+"""A model with random weights, a tokenizer of real text, as transformers saves them, and a task."""
 
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +55,30 @@ def save_toy(folder: Path, layers: int = 3, seed: int = 0) -> Path:
     """A folder that ``from_pretrained`` reads."""
     toy_model(layers, seed).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def own_task(folder: Path, start: int = 0, **more: Any) -> Path:
+    """A folder with a task called ``mine``, of eight questions about numbers from ``start`` on."""
+    folder.mkdir()
+    lines = [
+        json.dumps({"question": f"{n} and {n}", "choices": ["a", "b"], "answer": n % 2})
+        for n in range(start, start + 8)
+    ]
+    (folder / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "mine.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "mine.yaml").write_text(json.dumps(task | more))  # JSON is YAML
     return folder

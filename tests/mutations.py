@@ -34,6 +34,14 @@ MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 STRUCTURE = ("tests/test_structure.py",)
 REPORT = ("tests/test_report.py",)
 EVALUATE = ("tests/test_evaluate.py",)
+PAPER = ("tests/test_paper.py",)
+PAPER_TASKS = (
+    "tests/test_evaluate_tasks.py::test_the_papers_nine_are_tasks_of_the_harness_zero_shot_by_its_own_metrics",
+    "tests/test_evaluate_command.py::test_the_papers_nine_tasks_have_their_mean_and_that_without_boolq",
+    "tests/test_evaluate_command.py::test_fewer_than_the_nine_tasks_have_no_mean_and_the_missing_ones_are_named",
+)
+SEEDS = ("tests/test_evaluate_seeds.py",)
+REPORT_PAPER = ("tests/test_report_paper.py",)
 CONVERT = ("tests/test_convert.py",)
 FIRST_STEP = ("tests/test_first_step.py",)
 EXPORT = tuple(
@@ -1039,6 +1047,142 @@ FAULTS = [
         "dataset_helper.py",
         (("file.stat().st_mtime >= least for", "file.stat().st_mtime >= 0 for"),),
         HELPER,
+    ),
+    Fault(
+        "mistype a displacement of the paper",
+        "paper.toml",
+        (("2.46, 0.26]", "2.46, 2.62]"),),
+        PAPER,
+    ),
+    Fault(
+        "take a slip of the paper for its figure",
+        "paper.toml",
+        (("base = [5.42, ", "base = [6.42, "),),
+        PAPER,
+    ),
+    Fault(
+        "let falls cancel rises in the jump rate",
+        "formulas.py",
+        (("rises.clamp(min=0).sum(dim=-1)", "rises.sum(dim=-1).clamp(min=0)"),),
+        PAPER,
+    ),
+    Fault(
+        "weigh the first layers most",
+        "formulas.py",
+        (("alpha * torch.arange(1, num_layers + 1,", "alpha * torch.arange(num_layers, 0, -1,"),),
+        PAPER,
+    ),
+    Fault(
+        "give the paper's mean to fewer than nine tasks",
+        "paper.py",
+        (
+            ("    if missing_tasks(scores):", "    if False:"),
+            (
+                "for name in names) / len(names)",
+                "for name in names if name in scores) / len(names)",
+            ),
+        ),
+        (*PAPER, *PAPER_TASKS),
+    ),
+    Fault(
+        "leave the wrong task out of the mean without BoolQ",
+        "paper.py",
+        (('if name != "boolq")', 'if name != "piqa")'),),
+        PAPER_TASKS,
+    ),
+    Fault(
+        "take the other LAMBADA",
+        "paper.py",
+        (("hellaswag lambada_openai piqa", "hellaswag lambada_standard piqa"),),
+        PAPER_TASKS,
+    ),
+    Fault(
+        "let other tasks count in the paper's mean difference",
+        "evaluate/evaluation.py",
+        (("if not has_all or name in TASKS]", "]"),),
+        PAPER_TASKS,
+    ),
+    Fault(
+        "say nothing of a limit beside the paper's means",
+        "evaluate/show.py",
+        (
+            (
+                '    if limit is not None:\n        lines.append(f"They are',
+                '    if limit is None:\n        lines.append(f"They are',
+            ),
+        ),
+        PAPER_TASKS,
+    ),
+    Fault(
+        "test over seeds on both sides",
+        "over_seeds.py",
+        (("return float(stdtr(n - 1, -t))", "return 2 * float(stdtr(n - 1, -abs(t)))"),),
+        SEEDS,
+    ),
+    Fault(
+        "take the power of a two-sided test",
+        "over_seeds.py",
+        (("stdtrit(n - 1, 1 - LEVEL)", "stdtrit(n - 1, 1 - LEVEL / 2)"),),
+        SEEDS,
+    ),
+    Fault(
+        "let one model count as two seeds",
+        "evaluate/seeds.py",
+        (("            if key in seen:", "            if False:"),),
+        SEEDS,
+    ),
+    Fault(
+        "subtract a seed's JREG from its baseline",
+        "evaluate/seeds.py",
+        (("    if names[0] == names[1][::-1] != names[1]:", "    if False:"),),
+        SEEDS,
+    ),
+    Fault(
+        "mix seeds of unlike limits",
+        "evaluate/seeds.py",
+        (("    if limits[0] != limits[1]:", "    if False:"),),
+        SEEDS,
+    ),
+    Fault(
+        "mix metrics and samples between seeds",
+        "evaluate/seeds.py",
+        (("if len({way[name] for way in ways}) > 1:", "if False:"),),
+        SEEDS,
+    ),
+    Fault(
+        "lay the paper's profile layer on layer, whatever the depth",
+        "report/paper_profiles.py",
+        (("1 + at * (num_layers - 1) / (len(values) - 1)", "1 + at"),),
+        REPORT_PAPER,
+    ),
+    Fault(
+        "show the paper's last layer as one after the final norm",
+        "report/figures.py",
+        (('{"state": STATES[0], "first": kind, **none}', '{"state": STATES[1], "first": kind, **none}'),),
+        REPORT_PAPER,
+    ),
+    Fault(
+        "give a model the label of a line of the paper's",
+        "report/labels.py",
+        (("used = set(map(look, taken))", "used: set[str] = set()"),),
+        REPORT_PAPER,
+    ),
+    Fault(
+        "lay the paper under nothing without a word",
+        "report/compose.py",
+        (
+            (
+                '    if paper and not any(figure.name.startswith("displacement")',
+                "    if paper and not any(True",
+            ),
+        ),
+        REPORT_PAPER,
+    ),
+    Fault(
+        "draw the paper's lines as thick as measured ones",
+        "report/charts.py",
+        (("[label for label, style in models if style.thin]", "[]"),),
+        REPORT_PAPER,
     ),
 ]
 

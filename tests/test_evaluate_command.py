@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_toy import save_toy
+from evaluate_toy import own_task, save_toy
 
 from jreg_megatron.evaluate.__main__ import main
+from jreg_megatron.paper import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,60 @@ def test_two_models_are_evaluated_compared_and_written(
     assert {row["model"] for row in rows} == {"first", "second", "second - first"}
     printed = capsys.readouterr().out
     assert "speeches_continuation" in printed and "no public benchmark" in printed
+
+
+@pytest.fixture(scope="module")
+def nine_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of small tasks that have the names of the paper's, in place of the hub's."""
+    place = tmp_path_factory.mktemp("nine")
+    for number, name in enumerate(TASKS):
+        own_task(place / name, start=9 * number, task=name)
+    return str(place)
+
+
+def test_the_papers_nine_tasks_have_their_mean_and_that_without_boolq(
+    folders: tuple[str, str], nine_tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = tmp_path / "all.json", tmp_path / "all.csv"
+    options = ["--parts", "tasks", "--tasks", "paper,speeches_last_word", "--limit", "7"]
+    options += ["--include-path", nine_tasks, "--json", str(files[0]), "--csv", str(files[1])]
+    main([*folders, *options])
+    found = json.loads(files[0].read_text())
+    means = []
+    for model in found["models"]:
+        values = {name: model["tasks"][name]["value"] for name in TASKS}
+        expected = {"mean": sum(values.values()) / 9}
+        expected["mean_without_boolq"] = (sum(values.values()) - values["boolq"]) / 8
+        assert model["paper_means"] == pytest.approx(expected)
+        assert expected["mean"] != pytest.approx(expected["mean_without_boolq"])
+        means.append(expected)
+    comparison = found["comparison"]
+    assert comparison["overall"]["tasks"] == list(TASKS)
+    for block, key in (("overall", "mean"), ("without_boolq", "mean_without_boolq")):
+        assert comparison[block]["difference"] == pytest.approx(means[1][key] - means[0][key])
+    rows = [row for row in csv.DictReader(files[1].open()) if row["metric"] == "mean_without_boolq"]
+    assert [row["model"] for row in rows] == ["first", "second", "second - first"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mean of nine" in printed and "first 7 samples of each task" in printed
+
+
+def test_fewer_than_the_nine_tasks_have_no_mean_and_the_missing_ones_are_named(
+    folders: tuple[str, str], nine_tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--tasks",
+        ",".join(TASKS[2:]),
+        "--include-path",
+        nine_tasks,
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    main([*folders, "--parts", "tasks", *options])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [model["paper_means"] for model in found["models"]] == [None, None]
+    assert found["comparison"]["without_boolq"] is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No mean of the paper's nine tasks: arc_easy, boolq not run." in printed
 
 
 def test_a_model_compared_with_itself_under_another_name_differs_by_nothing(

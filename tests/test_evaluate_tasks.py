@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
-from evaluate_toy import CONTEXT, toy_model, toy_tokenizer
+from evaluate_toy import CONTEXT, own_task, toy_model, toy_tokenizer
 from lm_eval.evaluator import evaluate as harness
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from jreg_megatron.decoder.hugging_face import decoder_of
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.language_model import DecoderLM
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
-from jreg_megatron.evaluate.tasks import load_tasks, run_tasks
+from jreg_megatron.evaluate.tasks import SETS, load_tasks, run_tasks
 from jreg_megatron.speeches import is_validation, read_speeches
 from jreg_megatron.texts import held_out_speeches
 
@@ -157,31 +159,6 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_most_likely() -> 
     assert [greedy for _, greedy in answers] == [True, False, False, True]
 
 
-def own_task(folder: Path, **more: Any) -> Path:
-    """A folder with a task called ``mine``."""
-    folder.mkdir()
-    lines = [
-        json.dumps({"question": f"{n} and {n}", "choices": ["a", "b"], "answer": n % 2}) for n in range(8)
-    ]
-    (folder / "mine.jsonl").write_text("\n".join(lines) + "\n")
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "mine.jsonl")},
-            "cache_dir": str(folder / "cache"),
-        },
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "question",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "mine.yaml").write_text(json.dumps(task | more))  # JSON is YAML
-    return folder
-
-
 def test_a_task_of_the_users_own_runs(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own")
     found = run(toy(), load_tasks(["mine"], [str(folder)], tmp_path))["mine"]
@@ -204,6 +181,23 @@ def test_a_mean_that_the_task_takes_otherwise_is_refused_by_name(tmp_path: Path)
     folder = own_task(tmp_path / "own", metric_list=[{"metric": "acc", "aggregation": "median"}])
     with pytest.raises(UserError, match=r"the task mine is measured by acc \(median\)"):
         load_tasks(["mine"], [str(folder)], tmp_path)
+
+
+def test_the_papers_nine_are_tasks_of_the_harness_zero_shot_by_its_own_metrics() -> None:
+    place = Path(lm_eval.tasks.__file__).parent
+    # Not all of its folders: reading thousands of files takes most of a minute.
+    folders = "arc hellaswag lambada piqa race sciq siqa super_glue swag".split()
+    manager = TaskManager(include_path=[str(place / name) for name in folders], include_defaults=False)
+    metrics = {}
+    for name in SETS["paper"]:
+        config = manager.task_index[name].cfg
+        assert config.get("num_fewshot", 0) == 0
+        metrics[name] = {entry["metric"] for entry in config["metric_list"]} - {"perplexity"}
+    plain, both = {"acc"}, {"acc", "acc_norm"}
+    assert metrics == {
+        **{"arc_easy": both, "boolq": plain, "hellaswag": both, "lambada_openai": plain, "piqa": both},
+        **{"race": plain, "social_iqa": plain, "sciq": both, "swag": both},
+    }
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from jreg_megatron.last_error import LastError
+from jreg_megatron.over_seeds import Estimate
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
 from jreg_megatron.sweep.picture import compose
-from jreg_megatron.sweep.results import Estimate, Results
+from jreg_megatron.sweep.results import Results
 
 ROOT = Path(__file__).parents[1]
 

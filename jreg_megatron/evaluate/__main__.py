@@ -12,12 +12,14 @@ from jreg_megatron import output
 from jreg_megatron.decoder.load import add_model_arguments, check_device, load
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
 from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.extras import need
 from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation
 
 FORMAT = "jreg_megatron evaluation"
+SEEDS_FORMAT = "jreg_megatron evaluation over seeds"
 PARTS = ("tasks", "read-out", "layer-drop")
 
 _DEFAULT_TOKENS = 512
@@ -26,6 +28,7 @@ _EXAMPLES = """examples:
   jreg-megatron evaluate Qwen/Qwen3-0.6B --tasks paper --device cuda --dtype bfloat16
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --json evaluation.json
   jreg-megatron evaluate runs/a runs/b --parts read-out --text held_out.jsonl --max-tokens 2048
+  jreg-megatron evaluate --seeds seed1.json seed2.json seed3.json
   jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
 Two models are compared on the same samples and texts: bootstrap intervals; McNemar's exact test for
 accuracies, a permutation test for the rest; p-values adjusted for several tasks or layers (Benjamini and
@@ -45,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: Namespace) -> None:
+    if args.seeds:
+        _compare_seeds(args)
+        return
     references = _checked(args)
     texts = [] if args.parts == ["tasks"] else texts_of(args)
     check_device(args.device)
@@ -117,6 +123,22 @@ def _write(args: Namespace, done: list[Evaluation]) -> None:
         print_tables(output.console(args), found)
 
 
+def _compare_seeds(args: Namespace) -> None:
+    output.check_outputs(json=args.json, csv=args.csv)
+    need("scipy", "comparing over seeds", "analysis")
+    from jreg_megatron.evaluate.seeds import compare_seeds, csv_rows
+    from jreg_megatron.evaluate.show import print_seeds
+
+    found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
+    found |= compare_seeds(args.models)
+    if args.json is not None:
+        output.write_json(args.json, found)
+    if args.csv is not None:
+        output.write_csv(args.csv, list(csv_rows(found)))
+    if not args.quiet:
+        print_seeds(output.console(args), found)
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="jreg-megatron evaluate",
@@ -126,6 +148,13 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--seeds",
+        action="store_true",
+        help="each MODEL is a file that --json wrote instead, one a training seed: the baseline and the JREG "
+        "of that seed, on the paper's tasks. Their difference over the seeds: the paper's one-sided t-test, "
+        "a 95%% interval and the test's power, with and without BoolQ",
+    )
     parser.add_argument(
         "--parts",
         type=_names,
@@ -140,8 +169,9 @@ def _parser() -> ArgumentParser:
         default=["speeches"],
         metavar="TASK,...",
         help="speeches: small tasks made of held-out speeches, which need no network and are no public "
-        "benchmark (the default); paper: ARC-easy, ARC-challenge, BoolQ, HellaSwag, OpenBookQA, PIQA "
-        "and WinoGrande, zero-shot, from the Hugging Face hub; or any task or group of the harness",
+        "benchmark (the default); paper: the nine of JREG's paper, ARC-easy, BoolQ, HellaSwag, LAMBADA "
+        "(lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, zero-shot, from the Hugging Face hub, with "
+        "their mean, and that without BoolQ; or any task or group of the harness",
     )
     tasks.add_argument(
         "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"

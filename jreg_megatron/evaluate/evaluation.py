@@ -14,6 +14,7 @@ from jreg_megatron.evaluate.paired import Difference
 from jreg_megatron.evaluate.scoring import read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
 from jreg_megatron.output import note
+from jreg_megatron.paper import TASKS, WITHOUT_BOOLQ, missing_tasks, task_means
 from jreg_megatron.texts import Text
 
 
@@ -50,7 +51,9 @@ class Comparison:
     tasks: dict[str, Difference]
     overall: Difference | None
     overall_tasks: list[str]
-    """Those whose mean :attr:`overall` is: all that are measured by a share."""
+    """Those whose mean :attr:`overall` is: the paper's nine if all are there, else all that are a share."""
+    without_boolq: Difference | None
+    """Of the mean of the paper's nine without BoolQ; None unless all nine are there."""
     read_out: list[Difference] | None
     """Of the loss behind layer 0..L."""
     notes: list[str]
@@ -117,13 +120,16 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
         of_tasks[name] = paired.compare(first.amounts, second.amounts, first.weights)
         if paired.is_share(first.amounts, first.weights) and first.higher_is_better:
             shares[name] = (first.amounts, second.amounts)
+    has_all = not missing_tasks(shares)
+    averaged = [name for name in shares if not has_all or name in TASKS]
     if few := [name for name, found in of_tasks.items() if found.p_value is None]:
         notes.append(_too_few("samples", ", ".join(few)))
     return Comparison(
         models=(a.name, b.name) if a.name != b.name else (a.at, b.at),
         tasks=of_tasks,
-        overall=paired.compare_mean(list(shares.values())) if shares else None,
-        overall_tasks=list(shares),
+        overall=paired.compare_mean([shares[name] for name in averaged]) if averaged else None,
+        overall_tasks=averaged,
+        without_boolq=paired.compare_mean([shares[name] for name in WITHOUT_BOOLQ]) if has_all else None,
         read_out=_compare_read_out(a, b, notes),
         notes=notes,
     )
@@ -192,6 +198,7 @@ def _model(e: Evaluation, text: str) -> dict[str, Any]:
         }
         for name, task in (e.tasks or {}).items()
     }
+    found["paper_means"] = task_means({name: task.value for name, task in (e.tasks or {}).items()})
     found["read_out"] = e.read_out and {
         "text": text,
         "texts": len(e.read_out.names),
@@ -220,6 +227,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "confidence": paired.CONFIDENCE,
         "tasks": dict(zip(c.tasks, of_tasks, strict=True)),
         "overall": c.overall and _difference(c.overall) | {"tasks": c.overall_tasks},
+        "without_boolq": c.without_boolq and _difference(c.without_boolq),
         "read_out": of_layers,
         "notes": c.notes,
     }

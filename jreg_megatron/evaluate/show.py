@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+from jreg_megatron.paper import TASKS, missing_tasks
+
+MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
+"""What the paper's means are called; the remarks say of which nine."""
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
 
 
@@ -29,6 +33,32 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
         console.print(Text(line))
 
 
+def print_seeds(console: Any, document: dict[str, Any]) -> None:
+    """Print the paper's test over seeds, with what it can and cannot find."""
+    from rich.markup import escape
+
+    first, second = map(escape, document["models"])
+    seeds, power, paper = len(document["files"]), document["power"], document["paper"]
+    columns = ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided")
+    table = _table(f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}", *columns)
+    table.caption = f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference"
+    for key, found in document["means"].items():
+        means = [f"{found[model]:.2f}" for model in ("first", "second")]
+        differences = [f"{number:+.2f}" for number in (found["difference"], *found["interval"])]
+        p_value = "" if found["p_one_sided"] is None else _p(found["p_one_sided"])
+        table.add_row(MEANS[key], *means, *differences, f"{found['sd']:.2f}", p_value)
+    console.print(table)
+    console.print(
+        f"The paper has, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
+        f"{paper['p_one_sided']}.\n"
+        f"Power: if its difference and its sd ({paper['sd']}) are the true ones, {seeds} seeds find it "
+        f"{power['power']:.0%} of the time at p < {power['level']}; {power['seeds_for_80_percent']} seeds do "
+        "80%."
+    )
+    if document["limit"] is not None:
+        console.print(f"Of the first {document['limit']} samples of each task (--limit).")
+
+
 def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each figure, for CSV."""
     for model in document["models"]:
@@ -39,6 +69,8 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield _row(of_model, "tasks", name, metric, value)
             if task["chance"] is not None:
                 yield _row(of_model, "tasks", name, "chance", task["chance"])
+        for name, value in (model["paper_means"] or {}).items():
+            yield _row(of_model, "tasks", "paper", name, value)
         for metric in ("loss", "accuracy", "agreement"):
             for layer, value in enumerate((model["read_out"] or {}).get(metric, [])):
                 yield _row(of_model, "read_out", layer, metric, value)
@@ -56,6 +88,8 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _row(of_pair, "tasks", name, metric, found["difference"], found)
     if found := comparison["overall"]:
         yield _row(of_pair, "tasks", "overall", "mean", found["difference"], found)
+    if found := comparison["without_boolq"]:
+        yield _row(of_pair, "tasks", "overall", "mean_without_boolq", found["difference"], found)
     for layer, found in enumerate(_by_layer(comparison["read_out"])):
         yield _row(of_pair, "read_out", layer, "loss", found["difference"], found)
 
@@ -90,6 +124,10 @@ def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Any:
         chance = "" if task["chance"] is None else f"{task['chance']:.3f}"
         cells = [_value(model["tasks"][name]) if name in model["tasks"] else "" for model in models]
         table.add_row(f"{escape(name)}\n{task['metric']}", str(task["samples"]), chance, *cells)
+    if models[0]["paper_means"]:
+        for key, words in MEANS.items():
+            means = [(model["paper_means"] or {}).get(key) for model in models]
+            table.add_row(words, "", "", *("" if mean is None else f"{mean:.4f}" for mean in means))
     return table
 
 
@@ -134,6 +172,7 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         lines.append(f"Lower is better: {', '.join(lower)}.")
     if any(name.startswith("speeches_") for name in models[0]["tasks"]):
         lines.append("speeches_* are made of held-out speeches; they are no public benchmark.")
+    lines += _about_means(models[0], document["limit"])
     if models[0]["tasks"] or (comparison and comparison["read_out"]):
         lines.append("Below a figure: its 95% interval.")
     if comparison:
@@ -147,10 +186,27 @@ def _remarks(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _about_means(model: dict[str, Any], limit: int | None) -> list[str]:
+    """What is to be known of the paper's means, or which tasks they lack; nothing where one is run alone."""
+    missing = missing_tasks(model["tasks"])
+    if missing:
+        few = len(TASKS) - len(missing) < 2
+        return [] if few else [f"No mean of the paper's nine tasks: {', '.join(missing)} not run."]
+    lines = [
+        "The means are of the paper's nine tasks, by acc_norm where a task has it, else by acc; the paper "
+        "does not say which it took."
+    ]
+    if limit is not None:
+        lines.append(f"They are of the first {limit} samples of each task (--limit); the paper took all.")
+    return lines
+
+
 def _by_task(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = dict(comparison["tasks"])
     if comparison["overall"] and len(comparison["overall"]["tasks"]) > 1:
-        found["mean of accuracies"] = comparison["overall"]
+        whole = comparison["without_boolq"] is not None
+        found[MEANS["mean"] if whole else "mean of accuracies"] = comparison["overall"]
+        found |= {MEANS["mean_without_boolq"]: comparison["without_boolq"]} if whole else {}
     return found
 
 

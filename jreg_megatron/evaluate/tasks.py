@@ -18,16 +18,17 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.extras import need
+from jreg_megatron.paper import TASKS
 from jreg_megatron.texts import held_out_speeches
 
 SETS = {
     "speeches": tuple(SPEECH_TASKS),
-    "paper": ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande"),
+    "paper": TASKS,
 }
-"""Names that stand for several tasks: those that need no network, and those that papers report."""
+"""Names that stand for several tasks: those that need no network, and the nine of JREG's paper."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
-"""The first of these that a task has is the one reported."""
+"""The first of these that a task has is the one reported; the paper does not say which it took."""
 _BITS = "bits_per_byte"
 
 

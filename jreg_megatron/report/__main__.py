@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need
 from jreg_megatron.output import STDOUT, check_outputs, write_text
+from jreg_megatron.paper import SIZES
 from jreg_megatron.report.check import printable
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ def _arguments() -> argparse.Namespace:
         "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
     )
     parser.add_argument("--figures", metavar="DIR", help="write each figure there as SVG and as PNG too")
+    parser.add_argument(
+        "--paper",
+        type=str.lower,
+        choices=SIZES,
+        help="lay the paper's displacement per layer of this model, its baseline's and alpha 1's, under the "
+        "measured ones",
+    )
     parser.add_argument("--title", default="The last-layer jump", help="heading (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no notes, only errors")
     return parser.parse_args()
@@ -67,8 +75,9 @@ def _report(args: argparse.Namespace) -> None:
         need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render
+    from jreg_megatron.report.paper_profiles import PaperProfiles
 
-    report = compose(read(paths))
+    report = compose(read(paths), PaperProfiles(args.paper) if args.paper else None)
     pictures = {} if folder is None else {folder / name: data for name, data in _drawn(report.figures)}
     for path in pictures:
         if os.path.isdir(path) or os.path.realpath(path) in inputs:

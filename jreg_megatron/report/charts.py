@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Literal
 
 import altair as alt
@@ -38,6 +39,7 @@ DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_COLUMNS_WIDTH = 200
+_LETTERS = 100
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
 
 
@@ -48,6 +50,8 @@ class Style:
     colour: str
     symbol: str
     dash: tuple[int, ...]
+    thin: bool = False
+    """Whether it lies under the others, for comparison."""
 
     @classmethod
     def of(cls, number: int) -> Style:
@@ -92,7 +96,7 @@ class Chart:
         """SVG and PNG that stand alone: on white, with titles and legend, and with parameters as chosen."""
         spec = self._with(width=_WIDTH, background="white")
         spec["title"] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
-        spec["title"] |= {"subtitle": subtitle, "subtitleFontSize": 12} if subtitle else {}
+        spec["title"] |= {"subtitle": wrap(subtitle, _LETTERS), "subtitleFontSize": 12} if subtitle else {}
         spec["padding"] = 14
         spec["params"] = [
             p | ({"value": chosen[p["name"]]} if p["name"] in chosen else {}) for p in spec["params"]
@@ -165,6 +169,10 @@ def lines(
     colour = alt.Color("model:N", legend=None).scale(domain=labels, range=[s.colour for s in styles])
     shape = alt.Shape("model:N", legend=None).scale(domain=labels, range=[s.symbol for s in styles])
     dash = alt.StrokeDash("model:N", legend=None).scale(domain=labels, range=[list(s.dash) for s in styles])
+    is_thin = "indexof(thin, datum.model) >= 0"
+    width, size = (
+        alt.condition(is_thin, alt.value(thin), alt.value(usual)) for thin, usual in ((1, 2), (14, 46))
+    )
     opacity = alt.condition(picked, alt.value(1), alt.value(0.12))
     base = alt.Chart().encode(x=_position(alt.X("x:Q"), x), color=colour)
     tooltip = [
@@ -190,10 +198,10 @@ def lines(
         )
     if rule is not None:
         layers.append(alt.Chart().mark_rule(strokeDash=[4, 4], color="#767676").encode(y=alt.datum(rule)))
-    layers.append(base.mark_line(strokeWidth=2).encode(y=vertical, strokeDash=dash, opacity=opacity))
+    layers.append(base.mark_line().encode(y=vertical, strokeDash=dash, strokeWidth=width, opacity=opacity))
     layers.append(
-        base.mark_point(filled=True, size=46).encode(
-            y=vertical, shape=shape, opacity=opacity, tooltip=tooltip
+        base.mark_point(filled=True).encode(
+            y=vertical, shape=shape, size=size, opacity=opacity, tooltip=tooltip
         )
     )
     chart = alt.layer(*layers, data=alt.NamedData("rows"))
@@ -207,6 +215,7 @@ def lines(
         ]
     spec["params"] = [
         {"name": "picked", "value": []},
+        {"name": "thin", "value": [label for label, style in models if style.thin]},
         *({"name": name, "value": value} for name, value in choices.items()),
         *([{"name": "scale", "value": "log"}] if y.scale == "log" else []),
     ]

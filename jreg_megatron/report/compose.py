@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jreg_megatron.errors import UserError
 from jreg_megatron.report import tables
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.figures import Figure, figures
@@ -11,6 +12,7 @@ from jreg_megatron.report.inputs import Comparison, Inputs
 from jreg_megatron.report.labels import LENGTH, label
 from jreg_megatron.report.models import Model, convention, models_of
 from jreg_megatron.report.page import Section
+from jreg_megatron.report.paper_profiles import PaperProfiles
 
 _OF = {
     "layers": ("displacement",),
@@ -40,13 +42,26 @@ class Report:
         return [figure for section in self.sections for figure in section.figures]
 
 
-def compose(inputs: Inputs) -> Report:
-    """The page's parts."""
+def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
+    """The page's parts.
+
+    Args:
+        inputs: what was read.
+        paper: what to lay under the displacement per layer.
+
+    Raises:
+        UserError: if there is no displacement to lay the paper's under.
+    """
     models = models_of(inputs)
-    label(models)
+    label(models, taken=paper.looks if paper else ())
     first = convention(models)
     compared = [_labelled(comparison, models) for comparison in inputs.comparisons]
-    drawn = figures(models, compared, first)
+    drawn = figures(models, compared, first, paper)
+    if paper and not any(figure.name.startswith("displacement") for figure in drawn):
+        raise UserError(
+            f"--paper is {paper.size}, but no input has the displacement of layers; add a measurement or a "
+            "training run, or leave --paper out"
+        )
     sections = [
         Section(
             "summary",

@@ -12,6 +12,7 @@ from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured, ReadOut
 from jreg_megatron.report.models import Model
+from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.report.tables import LOSS, Table, known, p_value
 
 _DWARFS = 8.0
@@ -59,7 +60,10 @@ Looks = dict[str, Style]
 
 
 def figures(
-    models: Sequence[Model], comparisons: Sequence[tuple[Comparison, str, str]], first: str
+    models: Sequence[Model],
+    comparisons: Sequence[tuple[Comparison, str, str]],
+    first: str,
+    paper: PaperProfiles | None = None,
 ) -> list[Figure]:
     """All figures that there are numbers for.
 
@@ -67,11 +71,12 @@ def figures(
         models: with their labels.
         comparisons: each with the labels of its two models.
         first: whether the numbers are with the first token kept or dropped.
+        paper: what to lay under the displacement per layer.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found: list[Figure | None] = [
-        displacement(models, looks, first),
-        displacement_in_training(models, looks),
+        displacement(models, looks, first, paper),
+        displacement_in_training(models, looks, paper),
         jump_rate(models, looks, first),
         jump_rate_in_training(models, looks),
         *heat_maps(models, first),
@@ -86,7 +91,9 @@ def figures(
     return [figure for figure in found if figure is not None]
 
 
-def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
+def displacement(
+    models: Sequence[Model], looks: Looks, first: str, paper: PaperProfiles | None = None
+) -> Figure | None:
     """Displacement per layer as measured, with its spread over tokens."""
     rows: list[Row] = []
     columns: dict[str, dict[str, float | str | None]] = {}
@@ -110,6 +117,15 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
                 columns.setdefault(_named(label, entry, kind), {})[name] = psi
     if not rows:
         return None
+    depth = max(entry.origin.num_layers for entry in last_ones.values())
+    if paper is not None:
+        none: dict[str, str | None] = dict.fromkeys(("spread", "low", "high"))
+        fields = [{"state": STATES[0], "first": kind, **none} for kind in order]
+        # Drawn first, they lie under the others.
+        rows = [row for own in fields for row in paper.rows(depth, **own)] + rows
+        columns |= paper.columns(f", {STATE_WORDS[STATES[0]]}")
+        looks = looks | paper.looks
+        values += [psi for profile in paper.displacement.values() for psi in profile]
     floor = min(values, default=1e-9) / 2
     for row in rows:
         if isinstance(row["spread"], float) and isinstance(row["y"], float):
@@ -134,7 +150,8 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         + (f" {_tokens(order[0])}" if len(order) == 1 else "")
         + _one_only(last_ones.items(), order)
         + _without_norm(last_ones.items())
-        + _texts_measured(last_ones.values()),
+        + _texts_measured(last_ones.values())
+        + ("" if paper is None else paper.words(depth, any(row["state"] == STATES[1] for row in rows))),
         lines(
             rows,
             shown,
@@ -146,11 +163,13 @@ def displacement(models: Sequence[Model], looks: Looks, first: str) -> Figure | 
         Table.of(f"Displacement Ψ of each layer, mean over tokens, first token {order[0]}", "layer", columns),
         shown,
         tuple(choices),
-        _tokens(order[0]) + _without_norm(last_ones.items()),
+        _tokens(order[0]) + _without_norm(last_ones.items()) + _grey(paper, depth),
     )
 
 
-def displacement_in_training(models: Sequence[Model], looks: Looks) -> Figure | None:
+def displacement_in_training(
+    models: Sequence[Model], looks: Looks, paper: PaperProfiles | None = None
+) -> Figure | None:
     """Displacement per layer at the last validation of runs."""
     rows: list[Row] = []
     columns: dict[str, dict[str, float | str | None]] = {}
@@ -161,17 +180,25 @@ def displacement_in_training(models: Sequence[Model], looks: Looks) -> Figure | 
             columns.setdefault(model.label, {})[str(layer)] = known(psi)
     if not rows:
         return None
+    depth = max(len(model.run.displacement) for model in models if model.run)
+    if paper is not None:
+        rows = paper.rows(depth) + rows
+        columns |= paper.columns()
+        looks = looks | paper.looks
     log = _dwarfed([float(row["y"] or 0) for row in rows if float(row["y"] or 0) > 0])
     shown = _shown(rows, looks)
     return Figure(
         "displacement_in_training",
         "How far each layer turns the state, at the end of training",
         "Displacement Ψ of each layer as training logged it at the last validation. The last layer's output "
-        f"is taken {_of_runs(models)}." + (" The axis is logarithmic." if log else ""),
+        f"is taken {_of_runs(models)}."
+        + (" The axis is logarithmic." if log else "")
+        + ("" if paper is None else paper.words(depth)),
         lines(rows, shown, _LAYER, _vertical(_PSI, rows, log)),
         Table.of("Displacement Ψ of each layer at the last validation", "layer", columns),
         shown,
         (Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}),) if log else (),
+        _grey(paper, depth).strip(),
     )
 
 
@@ -433,6 +460,10 @@ def _of_histories(
 
 def _tokens(first: str) -> str:
     return f"First token of each text {first}."
+
+
+def _grey(paper: PaperProfiles | None, depth: int) -> str:
+    return "" if paper is None else f" {paper.origin(depth)}"
 
 
 def _named(name: str, entry: Measured, first: str) -> str:

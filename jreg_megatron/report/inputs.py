@@ -150,6 +150,8 @@ class Comparison:
     """Mean over tasks."""
     overall_tasks: int | None
     """How many tasks that is, where it is known."""
+    without_boolq: Difference | None
+    """Mean over the paper's nine tasks without BoolQ, where all nine were run."""
     read_out: tuple[Difference, ...]
     """Of the loss read out behind layers 0..L; empty if there is none."""
     notes: tuple[str, ...]

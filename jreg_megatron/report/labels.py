@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from jreg_megatron.report.check import printable, shortened
@@ -14,8 +14,13 @@ LENGTH = 48
 _USUAL_FOLDERS = ("checkpoints", "tensorboard")
 
 
-def label(models: Sequence[Model]) -> None:
-    """Give each its label: the name; where several have one, with what tells them apart in brackets."""
+def label(models: Sequence[Model], taken: Iterable[str] = ()) -> None:
+    """Give each its label: the name; where several have one, with what tells them apart in brackets.
+
+    Args:
+        models: all of a page.
+        taken: labels of other lines, which no model gets.
+    """
     twins: dict[str, list[Model]] = {}
     for model in models:
         twins.setdefault(look(_visible(model.name)), []).append(model)
@@ -25,7 +30,7 @@ def label(models: Sequence[Model]) -> None:
         if len(group) > 1
         for model, words in zip(group, _told_apart(group), strict=True)
     }
-    taken: set[str] = set()
+    used = set(map(look, taken))
     for model in models:
         text, words = _visible(model.name), apart.get(id(model), "")
         if words:
@@ -33,10 +38,10 @@ def label(models: Sequence[Model]) -> None:
             text = f"{text} ({shortened(words, LENGTH - len(text) - 3)})"
         model.label = shortened(text, LENGTH)
         for number in count(2):
-            if look(model.label) not in taken:
+            if look(model.label) not in used:
                 break
             model.label = f"{shortened(text, LENGTH - 6)} #{number}"
-        taken.add(look(model.label))
+        used.add(look(model.label))
 
 
 def look(text: str) -> str:

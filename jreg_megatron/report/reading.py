@@ -237,6 +237,7 @@ def _comparison(field: Field) -> Comparison:
         tasks={} if tasks is None else {name: _difference(task) for name, task in tasks.fields().items()},
         overall=None if overall is None else _difference(overall),
         overall_tasks=None if among is None else len(among.entries()),
+        without_boolq=None if (without := field.get("without_boolq")) is None else _difference(without),
         read_out=() if read_out is None else _differences(read_out),
         notes=() if notes is None else tuple(note.text() for note in notes.entries()),
     )

@@ -173,6 +173,8 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
     if compared.overall is not None:
         count = compared.overall_tasks
         found["mean of tasks" if count is None else f"mean of tasks ({count})"] = compared.overall
+    if compared.without_boolq is not None:
+        found["mean without BoolQ"] = compared.without_boolq
     columns: dict[str, list[str]] = {}
     for name, difference in found.items():
         row = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from jreg_megatron.lock import lock
+from jreg_megatron.over_seeds import Estimate, interval_name
 from jreg_megatron.sweep import picture
 from jreg_megatron.sweep.grid import Sweep, write_whole
-from jreg_megatron.sweep.results import Estimate, Results, Setting, interval_name, write_summary
+from jreg_megatron.sweep.results import Results, Setting, write_summary
 
 _WIDTH = 118
 _LAYERS_SHOWN = 4

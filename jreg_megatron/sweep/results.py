@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -13,10 +13,9 @@ from typing import Any
 
 from jreg_megatron.errors import UserError
 from jreg_megatron.history import History
+from jreg_megatron.over_seeds import Estimate, interval_name
 from jreg_megatron.settings import JRegConfig
 from jreg_megatron.sweep.grid import Sweep, SweepRun
-
-CONFIDENCE = 0.95
 
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch")
 # Arguments that differ between runs of one sweep, or between two starts of a run. What a start finds out
@@ -24,51 +23,6 @@ _PACKAGES = ("jreg_megatron", "megatron-core", "torch")
 _OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
 _FOUND_OUT = {"iteration", "rank", "local_rank", "consumed_train_samples", "consumed_valid_samples"}
 _FOUND_OUT |= {"skipped_train_samples", "num_floating_point_operations_so_far", "nodes", "hostname"}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, with how far it is known."""
-
-    mean: float
-    low: float | None
-    """Lower end of the interval, see :func:`interval_name`; None for one seed."""
-    high: float | None
-    n: int
-    """Number of seeds."""
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate | None:
-        """The mean of one value a seed, and its 95% t interval; None for no value.
-
-        Without SciPy the interval is the smallest and the largest value.
-        """
-        n = len(values)
-        if n == 0:
-            return None
-        mean = math.fsum(values) / n
-        if n == 1:
-            return cls(mean, None, None, n)
-        factor = _t_factor(n)
-        if factor is None:
-            return cls(mean, min(values), max(values), n)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        half = factor * spread / math.sqrt(n)
-        return cls(mean, mean - half, mean + half, n)
-
-
-def interval_name() -> str:
-    """What the ends of an :class:`Estimate` are."""
-    return "smallest to largest seed" if _t_factor(2) is None else "95% t interval over seeds"
-
-
-def _t_factor(n: int) -> float | None:
-    """Student's t for ``n`` values, or None without SciPy."""
-    try:
-        from scipy.special import stdtrit  # type: ignore[import-untyped,unused-ignore]  # not stats: it takes seconds
-    except ImportError:
-        return None
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""The paper's tasks over training seeds: evaluations of two models each, the paper's test and an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from jreg_megatron import over_seeds
+from jreg_megatron.errors import UserError
+from jreg_megatron.over_seeds import Estimate
+from jreg_megatron.paper import TASKS, missing_tasks, numbers, task_means
+from jreg_megatron.report.inputs import Evaluated
+from jreg_megatron.report.reading import read
+
+
+def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
+    """The second model less the first in the mean of the paper's tasks, over seeds.
+
+    Args:
+        files: what ``evaluate --json`` wrote, one a seed, each of two models: first the baseline.
+
+    Returns:
+        For JSON, without the name of the format. Differences are in percentage points, JREG's less the
+        baseline's; intervals are two-sided 95% t intervals of their mean.
+
+    Raises:
+        UserError: for fewer than two seeds, for a file that is no evaluation of two models on all of the
+            paper's tasks, and for seeds that were not evaluated alike or are the same models.
+    """
+    seeds = [_pair(file) for file in files]
+    if len(seeds) < 2:
+        raise UserError("--seeds has one evaluation; name those of at least two seeds")
+    for seed in seeds[1:]:
+        _check_alike(seeds[0], seed)
+    _check_all_differ(seeds)
+    means = [[_means(model) for model in seed] for seed in seeds]
+    paper = numbers()["tasks"]["seeds"]
+    assumed = paper["difference"], paper["sd"]
+    return {
+        "files": [seed[0].origin.file for seed in seeds],
+        "models": [model.origin.name for model in seeds[0]],
+        "limit": _limit(seeds[0][0]),
+        "confidence": over_seeds.CONFIDENCE,
+        "means": {
+            key: _figures([first[key] for first, _ in means], [second[key] for _, second in means])
+            for key in means[0][0]
+        },
+        "power": {
+            "difference": assumed[0],
+            "sd": assumed[1],
+            "level": over_seeds.LEVEL,
+            "power": over_seeds.power(len(seeds), *assumed),
+            "seeds_for_80_percent": over_seeds.seeds_needed(*assumed),
+        },
+        "paper": paper,
+    }
+
+
+def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row for each seed's difference and for each figure over the seeds, for CSV."""
+    for name, found in document["means"].items():
+        for file, difference in zip(document["files"], found["differences"], strict=True):
+            yield {"mean": name, "seed": file, "figure": "difference", "value": difference}
+        for figure, value in found.items():
+            if isinstance(value, float):
+                yield {"mean": name, "seed": "all", "figure": figure, "value": value}
+        for end, value in zip(("low", "high"), found["interval"], strict=True):
+            yield {"mean": name, "seed": "all", "figure": end, "value": value}
+
+
+def _pair(file: str) -> tuple[Evaluated, Evaluated]:
+    found = read([Path(file)])
+    if len(found.evaluated) != 2 or found.measured or found.runs:
+        raise UserError(
+            f"--seeds names {file}, which is no evaluation of two models; write one with: "
+            "jreg-megatron evaluate BASELINE JREG --tasks paper --json FILE"
+        )
+    for model in found.evaluated:
+        if missing := missing_tasks(model.tasks):
+            raise UserError(
+                f"--seeds names {file}, where {model.origin.name} lacks {', '.join(missing)} of the paper's "
+                "nine tasks; evaluate it with --tasks paper"
+            )
+    return found.evaluated[0], found.evaluated[1]
+
+
+def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
+    """Refuse seeds whose numbers do not belong in one mean."""
+    files = " and ".join(seed[0].origin.file for seed in (first, other))
+    limits = [_limit(seed[0]) for seed in (first, other)]
+    if limits[0] != limits[1]:
+        raise UserError(
+            f"--seeds: --limit was {limits[0] or 'none'} and {limits[1] or 'none'} in {files}; evaluate them "
+            "alike"
+        )
+    ways = [
+        {name: (model.tasks[name].metric, model.tasks[name].samples) for name in TASKS}
+        for model in (*first, *other)
+    ]
+    for name in TASKS:
+        if len({way[name] for way in ways}) > 1:
+            raise UserError(
+                f"--seeds: {name} is not the same metric of as many samples in {files}; evaluate them alike"
+            )
+    names = [[model.origin.name for model in seed] for seed in (first, other)]
+    if names[0] == names[1][::-1] != names[1]:
+        raise UserError(
+            f"--seeds: {files} hold {' and '.join(names[0])} in two orders; evaluate the baseline first"
+        )
+
+
+def _limit(model: Evaluated) -> str | None:
+    """--limit as the report's reader has it; None for all samples."""
+    found = model.how.get("limit")
+    return None if found == "none" else found
+
+
+def _check_all_differ(seeds: Sequence[Sequence[Evaluated]]) -> None:
+    """Refuse a model that would count as two seeds."""
+    seen: dict[Any, str] = {}
+    for seed in seeds:
+        for model in seed:
+            origin = model.origin
+            scores = tuple(model.tasks[name].value for name in TASKS)
+            key = (origin.source, origin.revision, origin.step, scores)
+            if key in seen:
+                raise UserError(
+                    f"--seeds: {origin.name} is the same model in {seen[key]} and in {origin.file}; each "
+                    "seed has a baseline and a JREG of its own"
+                )
+            seen[key] = origin.file
+
+
+def _means(model: Evaluated) -> dict[str, float]:
+    """In percent."""
+    found = task_means({name: 100 * score.value for name, score in model.tasks.items()})
+    assert found is not None  # all tasks are there
+    return found
+
+
+def _figures(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    over_all = Estimate.of(differences)
+    assert over_all is not None  # there are seeds
+    return {
+        "first": fmean(first),
+        "second": fmean(second),
+        "differences": differences,
+        "difference": over_all.mean,
+        "interval": [over_all.low, over_all.high],
+        "sd": stdev(differences),
+        "p_one_sided": over_seeds.p_one_sided(differences),
+    }

@@ -1,0 +1,96 @@
+"""A figure over training seeds: its mean and interval, the paper's test, and how much n seeds can show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Of the one-sided test whose power is told."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, with how far it is known."""
+
+    mean: float
+    low: float | None
+    """Lower end of the interval, see :func:`interval_name`; None for one seed."""
+    high: float | None
+    n: int
+    """Number of seeds."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate | None:
+        """The mean of one value a seed, and its 95% t interval; None for no value.
+
+        Without SciPy the interval is the smallest and the largest value.
+        """
+        n = len(values)
+        if n == 0:
+            return None
+        mean = math.fsum(values) / n
+        if n == 1:
+            return cls(mean, None, None, n)
+        factor = _t_factor(n)
+        if factor is None:
+            return cls(mean, min(values), max(values), n)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        half = factor * spread / math.sqrt(n)
+        return cls(mean, mean - half, mean + half, n)
+
+
+def interval_name() -> str:
+    """What the ends of an :class:`Estimate` are."""
+    return "smallest to largest seed" if _t_factor(2) is None else "95% t interval over seeds"
+
+
+def _t_factor(n: int) -> float | None:
+    """Student's t for ``n`` values, or None without SciPy."""
+    try:
+        from scipy.special import stdtrit  # type: ignore[import-untyped,unused-ignore]  # not stats: it takes seconds
+    except ImportError:
+        return None
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
+def p_one_sided(differences: Sequence[float]) -> float | None:
+    """The paper's test: a one-sided one-sample t-test that the mean of paired differences is above 0.
+
+    Args:
+        differences: one a seed, of JREG less its baseline.
+
+    Returns:
+        p in [0, 1]; None for fewer than two seeds and for differences that are all the same.
+    """
+    from scipy.special import stdtr
+
+    n = len(differences)
+    if n < 2 or len(set(differences)) == 1:
+        return None
+    t = statistics.fmean(differences) / (statistics.stdev(differences) / math.sqrt(n))
+    return float(stdtr(n - 1, -t))
+
+
+def power(n: int, difference: float, sd: float) -> float:
+    """How often that test finds a true difference, at :data:`LEVEL`; by the non-central t.
+
+    Args:
+        n: seeds, at least 2.
+        difference: the true mean of the paired differences.
+        sd: their true standard deviation over seeds, above 0, in the same unit.
+    """
+    from scipy.special import nctdtr, stdtrit
+
+    return 1 - float(nctdtr(n - 1, difference / sd * math.sqrt(n), stdtrit(n - 1, 1 - LEVEL)))
+
+
+def seeds_needed(difference: float, sd: float, wanted: float = 0.8) -> int:
+    """The fewest seeds with a :func:`power` of ``wanted``, for a difference above 0."""
+    n = 2
+    while power(n, difference, sd) < wanted:
+        n += 1
+    return n
