@@ -90,7 +90,7 @@ def test_it_is_compiled_for_this_python_without_the_package_pybind11_whatever_py
     compile_in(tools())
     folder = tree / "megatron" / "core" / "datasets"
     assert (folder / f"helpers_cpp{SUFFIX}").exists()
-    folders = [Path(found) for found in re.findall("-I([^ ]+)", (folder / "flags").read_text())]
+    folders = [Path(found) for found in re.findall(r"-I(\S+)", (folder / "flags").read_text())]
     for header in ("pybind11/pybind11.h", "Python.h"):
         assert any((found / header).is_file() for found in folders), header
 
