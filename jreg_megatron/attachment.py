@@ -48,10 +48,11 @@ from torch import Tensor, nn
 
 from jreg_megatron import kernels
 from jreg_megatron.errors import UserError
-from jreg_megatron.first_step import FirstStep, of_every_rank
+from jreg_megatron.first_step import FirstStep
 from jreg_megatron.kernels import Kernels
 from jreg_megatron.metrics import DisplacementMeter, JRegMetrics
 from jreg_megatron.penalty import Strength, add_displacement_gradient, add_input_gradient
+from jreg_megatron.ranks import of_every_rank
 from jreg_megatron.residual_stream import (
     final_norm_of,
     last_stage_has_a_layer,
@@ -108,7 +109,7 @@ class JRegHandle:
         iteration: Callable[[], int] | None,
         group: dist.ProcessGroup | None,
         kernels: Kernels,
-        is_count_given: bool,
+        count_given: int | None,
     ) -> None:
         model_config: Any = chunks[0].config
         device = _device_of(chunks)
@@ -125,16 +126,18 @@ class JRegHandle:
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
-        # Megatron's own calculator tells its schedules too; what a caller gives may be another number.
-        self._checks_count = is_count_given and config.coeff > 0 and not model_config.calculate_per_token_loss
-        self._ran = self._told = 0  # micro-batches of this step: of all chunks, and as the caller tells
-        self._ran_per_told: float | None = None
+        # A number that the caller gives once does not follow the batch, as what a function tells does.
+        self._is_count_fixed = (
+            count_given is not None and config.coeff > 0 and not model_config.calculate_per_token_loss
+        )
+        self._ran = 0  # micro-batches of this step, of all chunks
+        self._most_ran = 0.0
         self._measured: list[int] = []  # iterations of this log interval
         self._is_seen_whole = False
         self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
         # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
         self._coefficient = torch.zeros(1, device=device)
-        self._first_step = FirstStep(chunks, config.coeff, num_microbatches, group)
+        self._first_step = FirstStep(chunks, config, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report)
         self._first_step.start(self._tap.end_watch)
         self._holds_weight = any(self._weight_of[number - 1] > 0 for number in self._tap.layer_numbers)
@@ -147,9 +150,8 @@ class JRegHandle:
         """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
         if training and not self._first_step.has_ended:
             self._first_step.begin_training_microbatch()
-        if training and self._checks_count:
+        if training and self._is_count_fixed:
             self._ran += 1
-            self._told = self._num_microbatches()
         if self.config.tokens == "unmasked" and loss_mask is None and not training:
             return None  # text is being generated
         if self.config.tokens == "unmasked" and (loss_mask is None or loss_mask.dim() != 2):
@@ -287,7 +289,8 @@ class JRegHandle:
                 than others.
         """
         self._settle_first_step()
-        self._check_count()
+        if self._is_count_fixed:
+            self._check_count()
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
         if self.config.measures_at(iteration):
             self._measured.append(iteration)
@@ -337,20 +340,20 @@ class JRegHandle:
             self._first_step.settle()
 
     def _check_count(self) -> None:
-        """Refuse a number of micro-batches that the caller tells and that has become another.
+        """Refuse a step of more micro-batches than those whose scale was seen, if their number was given.
 
-        The first step may differ by a factor, if the loss was seen to be scaled by what is told.
+        A step of fewer is the last one of an epoch, where the loss is divided as before.
         """
         ran, self._ran = self._ran / len(self._chunks), 0
-        if not ran:
-            return
-        if self._ran_per_told is None:
-            self._ran_per_told = ran / self._told if self._first_step.has_seen_scale else 1.0
-        if ran not in (self._told, self._told * self._ran_per_told):
+        if not self._most_ran:
+            self._most_ran = ran if self._first_step.has_seen_scale else self._num_microbatches()
+        if ran > self._most_ran:
             raise UserError(
-                f"attach(..., num_microbatches=) tells {self._told}, and the step had {ran:g} micro-batches, "
-                f"so lambda was {self.config.coeff * ran / self._told:.4g} and not {self.config.coeff:g}; "
-                "give a function that tells the number of each step, and call end_iteration once a step"
+                f"attach(..., num_microbatches=) is {self._num_microbatches()}, for steps of "
+                f"{self._most_ran:g} micro-batches, and a step had {ran:g}; if the loss is divided by their "
+                f"number, lambda was {self.config.coeff * ran / self._most_ran:.4g} and not "
+                f"{self.config.coeff:g}: give a function that tells the number of each step, and call "
+                "end_iteration once a step"
             )
 
     def detach(self) -> None:
@@ -419,7 +422,8 @@ def attach(
     counter, chosen = _alike_on_every_rank(check, group)
     _refuse_other_numbers(chunks, group)
     _refuse_different_kernels(chosen, config, group)
-    return JRegHandle(config, chunks, counter, iteration, group, chosen, num_microbatches is not None)
+    count_given = None if callable(num_microbatches) else num_microbatches
+    return JRegHandle(config, chunks, counter, iteration, group, chosen, count_given)
 
 
 def _device_of(chunks: Sequence[nn.Module]) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ LINE_START = "jreg_megatron: error: "
 """What the line of an error begins with."""
 
 _REFUSALS = (AssertionError, ImportError, NotImplementedError, OSError, ValueError)
+_IN_MEGATRON = re.compile(r"/megatron/(core|training)/(?!dist_checkpointing|datasets|checkpointing)[^:]*$")
 
 _MOST_SECONDS_TO_WAIT = 30.0  # for a first rank that imports from a busy file system, and goes down slowly
 
@@ -38,11 +40,15 @@ def print_error(message: str) -> None:
 
 
 @contextmanager
-def megatrons_refusals(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def megatrons_refusals(
+    has_begun: Callable[[], bool] = lambda: False, is_building: bool = False
+) -> Iterator[None]:
     """Turn an exception by which Megatron refuses what it was asked for into a :class:`UserError`.
 
     Args:
-        has_begun: whether training has, so that an exception is a fault and keeps its traceback.
+        has_begun: whether the model is built, so that an exception is a fault and keeps its traceback.
+        is_building: the model is being built: an exception is a fault too if it comes from reading files,
+            or from somewhere else than Megatron's own code.
 
     Raises:
         UserError: with Megatron's words, or the line of an assertion that has none.
@@ -50,10 +56,14 @@ def megatrons_refusals(has_begun: Callable[[], bool] = lambda: False) -> Iterato
     try:
         yield
     except Exception as error:
-        is_refusal = isinstance(error, _REFUSALS) or isinstance(error.__cause__, ImportError)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        is_refusal = isinstance(error, _REFUSALS)
+        if is_building:
+            is_refusal &= bool(_IN_MEGATRON.search(place.filename)) and not isinstance(error, OSError)
+        is_refusal |= isinstance(error, ImportError) or isinstance(error.__cause__, ImportError)
         if isinstance(error, UserError) or not is_refusal or has_begun():
             raise
-        said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        said = " ".join(str(error).split()) or place.line
         raise UserError(f"Megatron refuses the arguments: {said}") from error
 
 

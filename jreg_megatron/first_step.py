@@ -1,6 +1,6 @@
 """What ``attach`` takes for granted, held against what happens in the first step. It costs nothing later.
 
-Two things are inferred from how a model is built and configured, and a job may do them otherwise.
+Two things are inferred from how a model is built and configured. A job may do otherwise.
 
 - Which state is a layer's input and output: :mod:`jreg_megatron.layer_watch` compares.
 - How the loss is scaled on its way to the parameters. That shows in the gradient at the model's output, the
@@ -9,13 +9,16 @@ Two things are inferred from how a model is built and configured, and a job may 
     averaged loss     g / M, summed over the tokens of a micro-batch that has any that count
     per-token loss    g, for each token that counts
 
-What scales the gradient after that scales JREG's gradient too.
+times the setting ``loss_weight``. What scales the gradient after that scales JREG's gradient too.
 
 A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
 the gradients, or where metrics are asked for. Then all ranks raise the same. Without pipeline stages all find
 the same in a layer, and raise it in the forward pass.
 
-Not seen is the scale of a loss that is computed outside of the model, from logits.
+Layers are compared in one step. The scale may take more: a step may have no token that counts, or overflow.
+
+Not seen is the scale of a loss that is computed outside of the model, from logits. Where tokens or
+micro-batches weigh unlike, a divisor may be wrong by less than 16.
 """
 
 from __future__ import annotations
@@ -31,10 +34,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jreg_megatron.errors import UserError
+from jreg_megatron.ranks import of_every_rank
+from jreg_megatron.settings import JRegConfig, flag_of
 
 _MOST = 1.5
 """A loss may weigh its tokens, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
+_MOST_WEIGHED = 16.0
+"""The same where tokens are seen to weigh unlike. A sum that nobody divides is off by its tokens."""
 _EXACT = 0.01
+_MOST_STEPS = 50
+"""So many may pass without a loss scale that fits (fp16 halves its own from 2^32) or a token that counts."""
 
 _NO_COUNT = (
     "calculate_per_token_loss is on, and the loss function returns no number of tokens, so Megatron does not "
@@ -48,6 +57,10 @@ class _Seen:
     """What a rank has seen in a step; gradients without fp16's loss scale. Zeros where it has no loss."""
 
     finding: str
+    runs: int = 0
+    """How many micro-batches went forward that a backward pass follows, counted in each chunk."""
+    told: int = 0
+    """What JREG has divided by."""
     losses: int = 0
     """How many micro-batches have had a backward pass from the tokens' losses."""
     gradient: float = 0.0
@@ -59,7 +72,7 @@ class _Seen:
     expected_of_empty: float = 0.0
     """What it should be if micro-batches without a token that counts share in the mean of the others."""
     is_weighted: bool = False
-    """Whether the tokens of some micro-batch differ in more than whether they count."""
+    """Whether tokens of a micro-batch, or micro-batches, differ in more than which tokens count."""
     num_tokens: int = 0
     """What the loss function has counted, for per-token loss."""
 
@@ -70,7 +83,7 @@ class FirstStep:
     def __init__(
         self,
         chunks: Sequence[Any],
-        coeff: float,
+        settings: JRegConfig,
         num_microbatches: Callable[[], int],
         group: dist.ProcessGroup | None,
     ) -> None:
@@ -78,24 +91,25 @@ class FirstStep:
 
         Args:
             chunks: this rank's model chunks, unwrapped; at least one.
-            coeff: lambda; at 0 the scale of the loss does not matter.
+            settings: at lambda 0 the scale of the loss does not matter.
             num_microbatches: what JREG divides by.
             group: the ranks that hold the model together; None for all.
         """
         self._chunks = chunks
         self._config: Any = chunks[0].config
-        self._coeff = coeff
+        self._coeff, self._loss_weight = settings.coeff, settings.loss_weight
         self._num_microbatches = num_microbatches
         self._group = group
         self._finding = ""
         self._is_alike = True
-        self._runs = self._told = 0
+        self._runs = self._told = self._steps = 0
         # Of each micro-batch: sum, how many are not 0, how many there are, the largest.
         self._gradients: list[Tensor] = []
         self._meeting: Callable[..., Any] | None = None
         self._num_tokens: Tensor | None = None
         self.has_seen_scale = False
         """Whether the loss's gradient has shown its scale, and it was right."""
+        self._end_watch: Callable[[], None] | None = None
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -109,18 +123,26 @@ class FirstStep:
         return self._finalize is not None or bool(self._config.pipeline_model_parallel_size > 1)
 
     def start(self, end_watch: Callable[[], None]) -> None:
-        """Watch the model's output. The taps of the layers must be on before, to be asked before.
+        """Watch the model's output. Attach the taps of the layers first: hooks run in that order.
 
         Args:
-            end_watch: ends the comparison of the layers' states, too.
+            end_watch: ends the comparison of the layers' states.
         """
-        self._undo.append(end_watch)
-        self._undo += [chunk.register_forward_hook(self._after_chunk).remove for chunk in self._chunks]
+        self._end_watch = end_watch
+        for chunk in self._chunks:
+            self._undo.append(chunk.register_forward_pre_hook(self._before_chunk).remove)
+            self._undo.append(chunk.register_forward_hook(self._after_chunk).remove)
 
     def end(self) -> None:
         """Take everything off the model."""
+        self._end_layers()
         while self._undo:
             self._undo.pop()()
+
+    def _end_layers(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+            self._end_watch = None
 
     def report(self, finding: str, is_alike: bool) -> None:
         """This rank has found something that makes JREG's numbers wrong; the first finding is told.
@@ -141,7 +163,8 @@ class FirstStep:
         """A chunk starts the forward pass of a micro-batch that a backward pass will follow."""
         self._runs += 1
         self._told = self._num_microbatches()
-        self._meet_before_the_optimizer()
+        if self._finding and self._finalize is None and self._runs > self._told * len(self._chunks):
+            raise UserError(self._finding)  # the next step began, and the ranks have not met
 
     def settle(self) -> None:
         """Bring together what the ranks have seen. A collective call; the checks go on if it was too little.
@@ -152,8 +175,15 @@ class FirstStep:
         ranks = of_every_rank(self._seen(), self._group)
         if finding := next((rank.finding for rank in ranks if rank.finding), ""):
             raise UserError(finding)
-        if self._runs and (self._coeff == 0 or self._is_scale_right(ranks)):
-            self.end()
+        if any(rank.runs for rank in ranks):  # else it was an evaluation
+            self._end_layers()
+            self._steps += 1
+            if self._coeff == 0 or self._is_scale_right(ranks):
+                self.end()
+            elif self._steps == _MOST_STEPS:
+                self.end()
+                if not dist.is_initialized() or dist.get_rank(self._group) == 0:
+                    print(f"> JREG: {_MOST_STEPS} steps have not shown how the loss is scaled", flush=True)
         self.forget()
 
     def _meet_before_the_optimizer(self) -> None:
@@ -163,8 +193,9 @@ class FirstStep:
 
         @functools.wraps(finalize)
         def settle_first(model: Any, num_tokens: Tensor | None = None, *args: Any, **named: Any) -> Any:
-            self._num_tokens = num_tokens
-            self.settle()
+            if not self.has_ended:  # what another has put around this cannot be taken off
+                self._num_tokens = num_tokens
+                self.settle()
             return finalize(model, num_tokens, *args, **named)
 
         def restore() -> None:
@@ -179,6 +210,10 @@ class FirstStep:
         """What Megatron's schedules call on every rank behind the last backward pass."""
         function: Callable[..., Any] | None = getattr(self._config, "finalize_model_grads_func", None)
         return function
+
+    def _before_chunk(self, *_: Any) -> None:
+        if torch.is_grad_enabled():  # alike on all ranks, while a stage may be in evaluation mode by itself
+            self._meet_before_the_optimizer()
 
     def _after_chunk(self, chunk: Any, _: Any, output: Any) -> None:
         if not (chunk.training and torch.is_grad_enabled()):
@@ -201,7 +236,7 @@ class FirstStep:
     def _seen(self) -> _Seen:
         num_tokens = 0 if self._num_tokens is None else int(self._num_tokens)
         if not self._gradients:
-            return _Seen(self._finding, num_tokens=num_tokens)
+            return _Seen(self._finding, self._runs, self._told, num_tokens=num_tokens)
         total, counted, size, largest = torch.stack(self._gradients).cpu().unbind(dim=1)
         if self._config.calculate_per_token_loss:
             of_all = of_empty = float(counted.sum())
@@ -210,14 +245,18 @@ class FirstStep:
             expected = float((counted > 0).sum()) / self._told
             of_all = float((counted / size).sum()) / self._told
             of_empty = len(total) / self._told
+        is_weighted = bool((largest * counted - total > _EXACT * total.abs()).any())
+        has_loss = counted > 0
         return _Seen(
             finding=self._finding,
+            runs=self._runs,
+            told=self._told,
             losses=len(total),
             gradient=float(total.sum()),
             expected=expected,
             expected_of_all=of_all,
             expected_of_empty=of_empty,
-            is_weighted=bool((largest * counted - total > _EXACT * total.abs()).any()),
+            is_weighted=is_weighted or _differ(total[has_loss], counted[has_loss]),
             num_tokens=num_tokens,
         )
 
@@ -227,10 +266,11 @@ class FirstStep:
         Raises:
             UserError: if it is scaled otherwise.
         """
-        gradient, expected, of_all, of_empty = (
+        gradient, *amounts = (
             sum(getattr(rank, name) for rank in ranks)
             for name in ("gradient", "expected", "expected_of_all", "expected_of_empty")
         )
+        expected, of_all, of_empty = (amount * self._loss_weight for amount in amounts)
         has_loss = any(rank.losses for rank in ranks)
         is_uncounted = self._num_tokens is not None and not any(rank.num_tokens for rank in ranks)
         if self._config.calculate_per_token_loss and is_uncounted and (gradient or not has_loss):
@@ -243,24 +283,26 @@ class FirstStep:
         def is_near(wanted: float) -> bool:
             return bool(abs(gradient - wanted) <= _EXACT * wanted)
 
-        ran, ratio = self._runs / len(self._chunks), gradient / expected
-        may_weigh = 1 / _MOST <= ratio <= _MOST or any(rank.is_weighted for rank in ranks)
-        if is_near(expected) or (ran == self._told and (is_near(of_all) or is_near(of_empty) or may_weigh)):
+        ran, told = max(rank.runs for rank in ranks) / len(self._chunks), max(rank.told for rank in ranks)
+        ratio = gradient / expected
+        most = _MOST_WEIGHED if any(rank.is_weighted for rank in ranks) else _MOST
+        may_weigh = 1 / most <= ratio <= most
+        if is_near(expected) or (ran == told and (is_near(of_all) or is_near(of_empty) or may_weigh)):
             self.has_seen_scale = True
             return True
+        weight, found = flag_of("loss_weight"), ratio * self._loss_weight
         raise UserError(
-            f"the gradient of the loss is {ratio:.4g} times what JREG expects with {self._told} "
-            f"micro-batches ({ran:g} ran), so lambda would be {self._coeff / ratio:.4g} and not "
-            f"{self._coeff:g}; return the sum of the losses and the number of tokens from the loss function, "
-            "or give attach(..., num_microbatches=) the number by which the mean loss of a micro-batch is "
-            "divided"
+            f"lambda {self._coeff:g} would act like {self._coeff / ratio:.4g}, since the loss is {ratio:.4g} "
+            f"times what JREG expects with {told} micro-batches ({ran:g} ran); if the loss is a sum, return "
+            "it and its number of tokens from the loss function; if steps are accumulated, give "
+            "attach(..., num_microbatches=) the number by which the mean loss of a micro-batch is divided; "
+            f"if the script multiplies its loss by {found:.4g}, give {weight} {found:.4g}"
         )
 
 
-def of_every_rank[T](own: T, group: dist.ProcessGroup | None) -> list[T]:
-    """What each rank of ``group`` (None: all) gives. A collective call."""
-    of_all = [own]
-    if dist.is_available() and dist.is_initialized():
-        of_all *= dist.get_world_size(group)
-        dist.all_gather_object(of_all, own, group=group)
-    return of_all
+def _differ(total: Tensor, counted: Tensor) -> bool:
+    """Whether micro-batches ``[n]`` differ in their sum, and in their mean over the tokens that count."""
+    return all(
+        bool(((values - values[:1]).abs() > _EXACT * values[:1].abs()).any())
+        for values in (total, total / counted)
+    )

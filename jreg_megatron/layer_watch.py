@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FIX = "JREG cannot see this layer's states; use Megatron's TransformerLayer as it is, or leave JREG out"
-
+_FIX = "JREG cannot see this layer's states; use Megatron's TransformerLayer as it is, or train without JREG"
 
 _MOST_BETWEEN = 3
+"""Autograd nodes between the state that is tapped and the one that is returned: a view, a type, a copy."""
 
 Report = Callable[[str, bool], None]
 """Is told what was found, and whether every rank that has the layer finds the same."""
@@ -29,7 +29,7 @@ class LayerWatch:
     def __init__(self, number: int, classes: str, config: Any, report: Report) -> None:
         self._name = f"layer {number} ({classes})"
         self._hidden_size = config.hidden_size
-        # Transformer Engine's fused norm hands on the residual, maybe as a copy.
+        # Transformer Engine's fused norm returns the residual too, maybe as a copy.
         self._may_copy = getattr(config, "fused_residual_rmsnorm", False)
         self._report = report
         self._has_run = False
@@ -45,14 +45,14 @@ class LayerWatch:
         if self._has_run:
             self._report(
                 f"{self._name} runs more than once in a forward pass, so its input and output are not the "
-                "model's state before and after it; JREG does not support this; leave JREG out",
+                "model's state before and after it; JREG does not support this; train without JREG",
                 True,
             )
         if state.shape[-1] != self._hidden_size:
             self._report(
                 f"{self._name} has a residual stream of width {state.shape[-1]}, and the model's hidden "
                 f"size is {self._hidden_size}; JREG does not support a wider stream, such as that of "
-                "hyper-connections; leave it out, or JREG",
+                "hyper-connections; turn the wider stream off, or train without JREG",
                 True,
             )
         self._has_run, self._given, self._tapped = True, _Kept(state), None
@@ -78,7 +78,7 @@ class LayerWatch:
         elif torch.is_grad_enabled() and not self._tapped.is_behind(state):
             self._report(
                 f"{self._name} recomputes itself, by a checkpoint inside of it, so JREG would not regularize "
-                "it; use Megatron's --recompute-granularity, or leave JREG out",
+                "it; use Megatron's --recompute-granularity, or train without JREG",
                 True,
             )
         self._given = self._tapped = None
@@ -88,7 +88,7 @@ class LayerWatch:
         if not self._has_run:
             self._report(
                 f"{self._name} has not run in a forward pass; JREG does not support layers that are left "
-                "out; leave JREG out",
+                "out; train without JREG",
                 False,  # which ones may be drawn by each rank
             )
 

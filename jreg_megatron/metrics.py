@@ -60,7 +60,7 @@ class JRegMetrics:
         # One NaN or Inf in a state makes the layer's mean NaN.
         if bad := ((~torch.isfinite(self.displacement)).nonzero().flatten() + 1).tolist():
             said.append(f"displacement not finite in layers: {' '.join(map(str, bad))}")
-        if interval is not None and self.iterations != tuple(interval):
+        if interval is not None and self.iterations and self.iterations != tuple(interval):
             count, first, last = len(self.iterations), self.iterations[0], self.iterations[-1]
             named = f"{count} iterations, {first} to {last}" if count > 1 else f"iteration {first}"
             said.append(f"measured in {named}")

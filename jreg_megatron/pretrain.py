@@ -112,7 +112,6 @@ def _run(argv: list[str], started: float) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import (
         arguments,
-        get_args,
         get_tensorboard_writer,
         pretrain,
         set_startup_timestamps,
@@ -140,7 +139,7 @@ def _run(argv: list[str], started: float) -> None:
         model_config = gpt_pretraining.model_config(args)
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    with megatrons_refusals(has_begun=lambda: hasattr(get_args(), "curr_iteration")):
+    with megatrons_refusals(training_loop.is_attached, is_building=True):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             gpt_pretraining.datasets,

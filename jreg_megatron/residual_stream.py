@@ -257,6 +257,8 @@ class _ChunkTap:
         # What the final norm is compared with: set by the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
         self.watched: list[_LayerTap] = []
+        self.is_watching = False
+        self._was_evaluated = False
 
     @property
     def is_training(self) -> bool:
@@ -281,7 +283,7 @@ class _ChunkTap:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
 
     def _watches(self) -> list[LayerWatch]:
-        return [tap.watch for tap in self.watched if tap.watch is not None]
+        return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
 
     def remember(self, state: Tensor) -> None:
         """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
@@ -302,6 +304,9 @@ class _ChunkTap:
         loss_mask = named.get("loss_mask")
         self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
         self.is_in_forward = True
+        # One evaluation shows what there is to see; there may be thousands before the first training step.
+        self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
+        self._was_evaluated = self._was_evaluated or not chunk.training
         for watch in self._watches():
             watch.begin()
 
@@ -367,7 +372,8 @@ class _LayerTap:
         elif not chunk.is_in_forward and chunk.is_training:
             chunk.recall(state)
         self._microbatch, self._input = chunk.microbatch, None
-        self._watching = self.watch if chunk.is_in_forward and chunk.microbatch is not None else None
+        is_watched = chunk.is_watching and chunk.is_in_forward and chunk.microbatch is not None
+        self._watching = self.watch if is_watched else None
         if self._watching is not None:
             self._watching.given(state)
 

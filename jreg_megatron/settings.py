@@ -87,6 +87,13 @@ class JRegConfig:
         float,
         "SHARE",
     )
+    loss_weight: float = _setting(
+        1.0,
+        "what the script multiplies its cross-entropy by, if it does; JREG is not multiplied. The first step "
+        "shows another weight, and is refused.",
+        float,
+        "WEIGHT",
+    )
     tokens: str = _setting(
         "all",
         "which tokens the regularizer and its metrics count: 'all', or 'unmasked', those that the loss mask "
@@ -115,6 +122,8 @@ class JRegConfig:
 
     def __post_init__(self) -> None:
         _require("coeff", self.coeff, _is_finite(self.coeff) and self.coeff >= 0, "a finite number >= 0")
+        weight = self.loss_weight
+        _require("loss_weight", weight, _is_finite(weight) and weight > 0, "a finite number > 0")
         _require("alpha", self.alpha, _is_finite(self.alpha) and self.alpha >= 0, "a finite number >= 0")
         if isinstance(self.weights, str):
             rules = ", ".join(WEIGHT_RULES)

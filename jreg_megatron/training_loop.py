@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from jreg_megatron.attachment import JRegHandle, attach
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
+from jreg_megatron.ranks import of_every_rank
 from jreg_megatron.settings import FLAG_PREFIX, JRegConfig, flag_of
 from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
 
@@ -440,8 +440,7 @@ def _refuse_another_megatron() -> None:
 
 def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:
     """Nodes of a recipe add the flag each for itself, where Apex is not installed."""
-    ranks = [is_fused] * dist.get_world_size()
-    dist.all_gather_object(ranks, is_fused)
+    ranks = of_every_rank(is_fused)
     if len(set(ranks)) > 1:
         raise UserError(
             f"rank {ranks.index(False)} has --no-gradient-accumulation-fusion, and rank {ranks.index(True)} "

@@ -5,6 +5,8 @@ The models are the custom loop's example, the layers those of ``unknown_layers``
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from harness import run_function, run_ranks
 
-from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron import JRegConfig, UserError, attach, first_step
 
 M = 4  # micro-batches of the example
 COEFF = 0.1
@@ -256,6 +258,10 @@ def test_after_the_first_step_nothing_of_the_checks_is_left() -> None:
 # -- the scale of the loss -----------------------------------------------------------------------------
 
 
+WEIGHTS = {"half of the loss, and told": 0.5, "half of the loss, another told": 0.25}
+"""``loss_weight``, where it is not 1."""
+
+
 def scales() -> dict[str, tuple[str, float]]:
     """What each way to scale a loss is refused with, and lambda beside that of the same loss without JREG."""
     import torch
@@ -287,7 +293,12 @@ def scales() -> dict[str, tuple[str, float]]:
         "a sum that nobody divides": (M, False, lambda x, m: (x.sum(), {}), None),
         "half of the micro-batches told": (M // 2, False, sums, None),
         "one micro-batch more told": (M + 1, False, sums, None),
+        "half of the loss, and told": (M, False, lambda x, m: (0.5 * x.mean(), {}), None),
+        "half of the loss, another told": (M, False, lambda x, m: (0.5 * x.mean(), {}), None),
+        "weighs its micro-batches": (M, False, lambda x, m: (x.mean() * next(weight), {}), None),
+        "weighs its micro-batches and sums": (M, False, lambda x, m: (x.sum() * next(weight), {}), None),
     }
+    weight = itertools.cycle(range(1, M + 1))
     said = {}
     for name, (told, per_token, loss, mask) in ways.items():
         torch.manual_seed(3)
@@ -297,7 +308,8 @@ def scales() -> dict[str, tuple[str, float]]:
             calculate_per_token_loss=per_token,
             grad_scale_func=lambda loss, scale=scale: loss * scale,
         )
-        handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=told)
+        config = JRegConfig(coeff=COEFF, loss_weight=WEIGHTS.get(name, 1.0))
+        handle = attach(model, config, num_microbatches=told)
         said[name] = refusal(step, model, handle, loss=loss, mask=mask)
         handle.detach()
     return said
@@ -311,12 +323,16 @@ def test_a_loss_that_is_scaled_otherwise_is_refused_with_the_lambda_that_it_woul
         "half of the micro-batches told": "0.2",
         "half of the micro-batches, tokens and told": "0.2",
         "one micro-batch more told": "0.08",
+        "half of the loss, another told": "0.05",
+        "weighs its micro-batches and sums": "0.000625",  # 64 tokens, a mean weight of 2.5
     }
     for name, line in said.items():
         if name == "mean, per token":
             assert "calculate_per_token_loss is on, and the loss function returns no number of tokens" in line
         elif name in lambdas:
-            assert f"so lambda would be {lambdas[name]} and not 0.1;" in line, name
+            assert f"lambda 0.1 would act like {lambdas[name]}, since" in line, name
+            ratio = float(re.findall(r"the loss is ([\d.]+) times", line)[0]) * WEIGHTS.get(name, 1.0)
+            assert line.endswith(f", give --jreg-loss-weight {ratio:.4g}"), name
         else:
             assert not line, name
 
@@ -335,7 +351,7 @@ def waits_for_a_loss() -> list[Any]:
 def test_a_first_step_without_a_token_that_counts_leaves_the_check_to_the_next() -> None:
     ((nothing, halved),) = run_function(waits_for_a_loss)
     assert not nothing
-    assert "so lambda would be 0.2 and not 0.1" in halved
+    assert "lambda 0.1 would act like 0.2" in halved
 
 
 def batch_ramps_up() -> list[str]:
@@ -346,15 +362,110 @@ def batch_ramps_up() -> list[str]:
     for told in (lambda: now["count"], M):
         model = build(finalize_model_grads_func=finalize_model_grads)
         handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=told)
-        for iteration, now["count"] in enumerate((M, M, 2 * M), start=1):
+        for iteration, now["count"] in enumerate((M, M - 1, 2 * M), start=1):
             said.append(refusal(step, model, handle, iteration, count=now["count"]))
     return said
 
 
 def test_a_number_of_microbatches_that_is_told_once_and_grows_is_refused_in_the_step_where_it_does() -> None:
+    """Not where it falls short: the last step of an epoch, whose loss is divided as before."""
     (said,) = run_function(batch_ramps_up)
     assert not any(said[:5])
-    assert re.search(r"tells 4, and the step had 8 micro-batches, so lambda was 0.2 and not 0.1;", said[5])
+    assert "is 4, for steps of 4 micro-batches, and a step had 8; " in said[5]
+    assert "lambda was 0.2 and not 0.1:" in said[5]
+
+
+def has_no_loss() -> list[Any]:
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    first_step._MOST_STEPS = 3
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    left = []
+    for iteration in range(1, 4):
+        step(model, handle, iteration, loss=lambda x, m: (0 * x.mean(), {}))
+        hooks = sum(len(module._forward_hooks) for module in model.module.decoder.layers)
+        left.append((hooks, model.config.finalize_model_grads_func is finalize_model_grads))
+    return left
+
+
+def test_a_loss_that_never_shows_its_scale_costs_no_comparison_of_layers_and_at_last_nothing() -> None:
+    (left,) = run_function(has_no_loss)
+    assert left == [(0, False), (0, False), (0, True)]
+
+
+def stage_in_evaluation() -> list[str]:
+    import torch.distributed as dist
+    from megatron.core.distributed import finalize_model_grads
+
+    start(pipeline=2)
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    if dist.get_rank() == 0:
+        model.eval()
+    said = refusal(step, model, handle)
+    return [said, handle._first_step.has_ended]
+
+
+def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
+    first, second = run_function(stage_in_evaluation, 2, timeout=60)
+    assert first == second
+    assert first[0].startswith("JREG saw no state of some layer") and first[1]
+
+
+def evaluates() -> list[int]:
+    import torch
+
+    from jreg_megatron import layer_watch
+
+    start()
+    model = build()
+    attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    kept, copied = layer_watch._Kept.__init__, [0]
+
+    def count(*args: Any) -> None:
+        copied[0] += 1
+        kept(*args)
+
+    layer_watch._Kept.__init__ = count  # type: ignore[method-assign]
+    model.eval()
+    copies = []
+    for _ in range(3):
+        with torch.no_grad():
+            schedule(model, count=1)
+        copies.append(copied[0])
+    return copies
+
+
+def test_before_the_first_step_one_evaluation_is_compared_and_no_more() -> None:
+    ((first, *others),) = run_function(evaluates)
+    assert first > 0 and others == [first, first]
+
+
+def is_wrapped_by_another() -> int:
+    from megatron.core.distributed import finalize_model_grads
+
+    start()
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
+    outer = []
+
+    def wrap(*_: Any) -> None:
+        if not outer:
+            outer.append(model.config.finalize_model_grads_func)
+            model.config.finalize_model_grads_func = functools.partial(outer[0])
+
+    model.module.register_forward_hook(wrap)
+    step(model, handle)
+    asked = []
+    first_step.of_every_rank = lambda own, group: asked.append(own) or [own]
+    step(model, handle, 2)
+    return len(asked)
+
+
+def test_what_another_has_wrapped_in_the_first_step_asks_no_rank_later() -> None:
+    assert run_function(is_wrapped_by_another) == [0]
 
 
 # -- a mask that is missing on some stage ------------------------------------------------------------------

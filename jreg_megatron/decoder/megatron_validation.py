@@ -41,7 +41,12 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
         UserError: if there was none, or it cannot be repeated.
     """
     args = all_arguments(checkpoint.arguments)
-    consumed = int(checkpoint.arguments.get("consumed_valid_samples", 0))
+    if "consumed_valid_samples" not in checkpoint.arguments:
+        raise UserError(
+            f"{checkpoint.folder} does not tell consumed_valid_samples, so its last validation is not known; "
+            "give --text"
+        )
+    consumed = int(checkpoint.arguments["consumed_valid_samples"])
     iteration = int(checkpoint.common["iteration"])
     first, count = _last_samples(args, iteration, consumed, str(checkpoint.folder))
     with tempfile.TemporaryDirectory() as cache:  # else Megatron writes beside the data

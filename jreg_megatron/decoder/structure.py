@@ -27,6 +27,10 @@ _SLIGHT, _MUCH = 0.02, 0.1
 module, and what must come from the last layer where not all does."""
 
 
+_STEPS = (1, 2, 5, 11, 23)
+"""From one id to the other. Some ids may share an embedding, as reserved ones that were never trained."""
+
+
 @dataclass(frozen=True)
 class Structure:
     """The parts of a model.
@@ -78,9 +82,17 @@ def find_structure(
         UserError: if no layers are found, or the model looks at tokens to come; says what was looked for.
     """
     # Two rows that differ in one token: what comes before it must not see that.
-    tokens = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
-    tokens[1, _AT] += 1
-    calls, logits = _record(model, run, tokens)
+    for step in _STEPS:
+        tokens = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
+        tokens[1, _AT] = (tokens[1, _AT] + step) % vocab_size
+        calls, logits = _record(model, run, tokens)
+        if _are_apart(logits):
+            break
+    else:
+        raise UserError(
+            f"{name} gives the same logits whatever token comes before, so its layers cannot be found; its "
+            "embedding may hold the same for all tokens"
+        )
 
     def effect(call: _Call) -> tuple[bool, bool]:
         return _effect(call, logits, lambda: run(tokens))
@@ -128,6 +140,12 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
         for handle in hooks:
             handle.remove()
     return calls, logits.float()
+
+
+def _are_apart(logits: Tensor) -> bool:
+    """Whether the rows' logits differ where their tokens do. NaN is found later, in the states, and named."""
+    first, second = logits[:, _AT]
+    return not bool((first - second).norm() <= 1e-5 * first.norm())
 
 
 @torch.inference_mode()

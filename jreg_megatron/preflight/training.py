@@ -85,12 +85,14 @@ def learning_rate_schedule(args: Namespace) -> None:
 
 
 def evaluation(args: Namespace) -> None:
+    if args.skip_train or args.perform_rl_step:
+        return
     if args.full_validation and not args.multiple_validation_sets:
         raise UserError(
             "--full-validation ends in an error at the first evaluation (Megatron 0.19) without "
             "--multiple-validation-sets; give that too, or --eval-iters instead"
         )
-    if args.skip_train or args.full_validation or args.perform_rl_step:
+    if args.full_validation:
         return
     # Megatron divides by it even where nothing is evaluated.
     if not args.eval_interval or args.eval_interval < 0:
