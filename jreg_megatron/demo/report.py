@@ -78,16 +78,16 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Last validation (last state before the final norm)", title_justify="left")
-    for column in ("run", "validation loss", "jump rate", "last Psi", "Psi before it"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     base = next(iter(outcomes.values()))
+    table = Table(title="Last validation (last state before the final norm)", title_justify="left")
+    for column in ("run", "validation loss", "jump rate", f"Psi x 100 of layers 1 to {base.run.num_layers}"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name, outcome in outcomes.items():
         loss = f"{outcome.history.validation_loss[-1]:.3f}"
         if outcome is not base:
             loss += f" ({outcome.history.validation_loss[-1] / base.history.validation_loss[-1] - 1:+.2%})"
-        before, last = outcome.history.displacement[-2:]
-        table.add_row(name, loss, f"{outcome.history.jump_rate[-1]:.3f}", f"{last:.4f}", f"{before:.4f}")
+        profile = " ".join(f"{100 * psi:.2f}" for psi in outcome.history.displacement)
+        table.add_row(name, loss, f"{outcome.history.jump_rate[-1]:.3f}", profile)
     Console(markup=False).print(table)
 
 
