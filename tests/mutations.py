@@ -673,7 +673,7 @@ FAULTS = [
     Fault(
         "meet after the optimizer's step",
         "first_step.py",
-        (("            self.settle()\n            return finalize", "            return finalize"),),
+        (("                self.settle()\n            return finalize", "            return finalize"),),
         FIRST_STEP,
     ),
     Fault(
@@ -708,13 +708,78 @@ FAULTS = [
     Fault(
         "take a mean over all tokens for right whatever number ran",
         "first_step.py",
-        (("(ran == self._told and (is_near(of_all)", "(is_near(of_all) or (is_near(of_all)"),),
+        (("(ran == told and (is_near(of_all)", "(is_near(of_all) or (is_near(of_all)"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse tokens that weigh unlike",
         "first_step.py",
-        ((" or any(rank.is_weighted for rank in ranks)", ""),),
+        (("if any(rank.is_weighted for rank in ranks) else _MOST", "if False else _MOST"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "take a sum over tokens that weigh unlike for right",
+        "first_step.py",
+        (("_MOST_WEIGHED = 16.0", "_MOST_WEIGHED = 1e9"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "refuse micro-batches that weigh unlike",
+        "first_step.py",
+        (("is_weighted or _differ(total[has_loss], counted[has_loss])", "is_weighted"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "forget the weight of the loss that is told",
+        "first_step.py",
+        (("(amount * self._loss_weight for amount in amounts)", "amounts"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "refuse an epoch's last step, which has fewer micro-batches",
+        "attachment.py",
+        (("if ran > self._most_ran:", "if ran != self._most_ran:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "compare layers until the loss shows its scale",
+        "first_step.py",
+        (("            self._end_layers()\n            self._steps += 1", "            self._steps += 1"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "wait for the loss's scale for ever",
+        "first_step.py",
+        (("elif self._steps == _MOST_STEPS:", "elif False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "meet only the ranks whose stage is in training mode",
+        "first_step.py",
+        (
+            (
+                "        if torch.is_grad_enabled():  # alike",
+                "        if torch.is_grad_enabled() and self._chunks[0].training:  # alike",
+            ),
+        ),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let each rank end the checks by what it saw itself",
+        "first_step.py",
+        (("if any(rank.runs for rank in ranks):", "if self._runs:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "compare layers in every evaluation before training",
+        "residual_stream.py",
+        (("is_counted and (chunk.training or not self._was_evaluated)", "is_counted"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "ask all ranks in each step where another has wrapped what asks",
+        "first_step.py",
+        (("            if not self.has_ended:  # what", "            if True:  # what"),),
         FIRST_STEP,
     ),
     Fault(
@@ -738,7 +803,7 @@ FAULTS = [
     Fault(
         "let the number of micro-batches become another",
         "attachment.py",
-        (("if ran not in (self._told, self._told * self._ran_per_told):", "if False:"),),
+        (("if ran > self._most_ran:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
@@ -1033,14 +1098,44 @@ FAULTS = [
     Fault(
         "compile in every rank",
         "dataset_helper.py",
-        (('if os.environ.get("RANK", "0") == "0":', "if True:"),),
+        (('"SLURM_PROCID", "0")) != "0":', '"SLURM_PROCID", "0")) == "none":'),),
         HELPER,
     ),
     Fault(
-        "let make find out that there is no pybind11",
+        "compile for the python3 on PATH",
         "dataset_helper.py",
-        (('"--includes").returncode:', '"--includes").returncode < 0:'),),
+        (('"-C", str(folder), flags, name]', '"-C", str(folder)]'),),
         HELPER,
+    ),
+    Fault(
+        "follow the flags of a make that started this one",
+        "dataset_helper.py",
+        (('if not name.startswith("MAKE")}', "}"),),
+        HELPER,
+    ),
+    Fault(
+        "take what breaks while the model is built for a refusal",
+        "errors.py",
+        (("        if is_building:\n", "        if False:\n"),),
+        ("tests/test_pretrain.py::test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments",),
+    ),
+    Fault(
+        "ask for a package that a tree does not use",
+        "preflight/optimizer.py",
+        ((" and _megatron_wants_it():", ":"),),
+        ("tests/test_preflight.py::test_a_tree_with_an_optimizer_of_its_own_needs_no_package_for_it",),
+    ),
+    Fault(
+        "take a package of any version for Megatron's optimizers",
+        "preflight/optimizer.py",
+        (("if () < installed < _OLDEST:", "if False:"),),
+        ("tests/test_preflight.py::test_an_older_package_of_optimizers_is_refused_by_its_version",),
+    ),
+    Fault(
+        "look for layers by tokens that the model does not tell apart",
+        "decoder/structure.py",
+        (("        if _are_apart(logits):\n", "        if True:\n"),),
+        STRUCTURE,
     ),
     Fault(
         "take a compiled helper for new that is older than its source",

@@ -237,6 +237,29 @@ def test_every_optimizer_of_megatrons_but_adam_and_sgd_needs_the_package(
     check_arguments(args_with(optimizer="sgd"))
 
 
+def test_a_tree_with_an_optimizer_of_its_own_needs_no_package_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "optimizer"
+    folder.mkdir()
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizer, "core_folder", lambda: tmp_path)
+    (folder / "muon.py").write_text("class Muon: ...")
+    optimizer.package("muon")
+    (folder / "muon.py").write_text("from emerging_optimizers import muon")
+    with pytest.raises(UserError, match="--optimizer is muon, which needs the package"):
+        optimizer.package("muon")
+
+
+def test_an_older_package_of_optimizers_is_refused_by_its_version(
+    args_with: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: True)
+    monkeypatch.setattr(optimizer, "version", lambda name: "0.1.0")
+    message = complaint(args_with(optimizer="muon", bf16=True))
+    assert "--optimizer is muon" in message and "0.2 or later, and 0.1 is installed" in message
+
+
 @pytest.mark.parametrize(
     ("changes", "version", "parts"),
     [

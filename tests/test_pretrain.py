@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -244,6 +245,24 @@ def test_what_megatron_refuses_is_told_from_what_goes_wrong() -> None:
         assert end(error, cause, has_begun=True) is error
     for error in (RuntimeError("NCCL"), TypeError("fault"), UserError("--jreg-coeff is -1")):
         assert end(error) is error
+
+
+def test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments(tmp_path: Path) -> None:
+    def end(place: str, error: str) -> str:
+        file = tmp_path / "megatron" / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"raise {error}")
+        with pytest.raises(Exception) as caught, megatrons_refusals(is_building=True):  # noqa: PT011
+            runpy.run_path(str(file))
+        return type(caught.value).__name__
+
+    assert end("core/transformer/attention.py", "AssertionError('heads')") == "UserError"
+    assert end("core/optimizer/__init__.py", "ValueError('optimizer')") == "UserError"
+    assert end("../elsewhere/any.py", "ImportError('einops')") == "UserError"
+    assert end("core/transformer/attention.py", "OSError(28, 'No space left on device')") == "OSError"
+    assert end("core/dist_checkpointing/core.py", "ValueError('damaged')") == "ValueError"
+    assert end("training/checkpointing.py", "AssertionError('damaged')") == "AssertionError"
+    assert end("../torch/nn/init.py", "ValueError('std')") == "ValueError"
 
 
 MISTAKES = {

@@ -68,6 +68,22 @@ def test_a_list_inside_a_model_of_several_streams_is_not_its_layers(layers: int,
     assert f"{layers} by its configuration" in refused(model.to(dtype))
 
 
+def test_ids_that_share_an_embedding_do_not_make_a_list_pass_for_the_layers() -> None:
+    model = small_model("gemma3n_text", num_hidden_layers=LAYERS, activation_sparsity_pattern=[0.0] * LAYERS)
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        with torch.no_grad():
+            embedding.weight[4:6] = embedding.weight[3]
+    assert f"{LAYERS} by its configuration" in refused(model)
+
+
+def test_a_model_that_tells_no_tokens_apart_is_refused() -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]
+    with pytest.raises(UserError, match="the same logits whatever token comes before"):
+        found_in(model)
+
+
 @pytest.mark.parametrize(
     ("family", "counted", "ran"),
     [("longcat_flash", LAYERS, LAYERS // 2), ("mllama", LAYERS, LAYERS - 1)],
