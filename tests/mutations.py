@@ -66,6 +66,7 @@ CHECKPOINT = tuple(
 """Those of the file that need no training."""
 VARIANTS = ("tests/test_variants.py",)
 PREFLIGHT = ("tests/test_preflight.py",)
+INITIAL = ("tests/test_initialization.py",)
 HELPER = ("tests/test_dataset_helper.py",)
 GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
 REFUSALS = "tests/test_pretrain.py::test_what_megatron_refuses_is_told_from_what_goes_wrong"

@@ -72,8 +72,8 @@ def _demo(args: argparse.Namespace) -> None:
     report.draw(outcomes, output / _PICTURE)
     report.print_table(outcomes)
     print(
-        f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The paper takes lambda 1 and alpha 1. At alpha 3 "
-        "the turning moves to\nearlier layers, which the jump rate does not show: make demo ARGS='--also 1:3'"
+        f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The paper takes 1 and 1. At alpha 3 the turning "
+        "moves to earlier\nlayers, which the jump rate does not show: make demo ARGS='--also 1:3'"
     )
     print(f"Trained in {time.monotonic() - started:.0f} s. Look at {output / _PICTURE}")
     print(f"Numbers: {output / _SUMMARY}. Logs: {', '.join(str(run.log) for run in runs)}")
