@@ -103,6 +103,15 @@ def held_out_speeches() -> list[Text]:
     return [Text(name, speech) for name, speech in read_speeches().items() if is_validation(name)]
 
 
+def training_speeches() -> list[Text]:
+    """The speeches that :func:`held_out_speeches` leaves, which the demo trains on, in order of year.
+
+    Raises:
+        UserError: if the package with the speeches is missing.
+    """
+    return [Text(name, speech) for name, speech in read_speeches().items() if not is_validation(name)]
+
+
 def named_speeches(names: Sequence[str]) -> list[Text]:
     """Speeches by name, such as ``1862-Lincoln-1``.
 

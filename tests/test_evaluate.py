@@ -19,6 +19,7 @@ from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import paired, scoring
 from jreg_megatron.evaluate.evaluation import compare, evaluate
 from jreg_megatron.evaluate.layers import Options, PerText, layer_drop, read_out
+from jreg_megatron.evaluate.lens import fit_lens
 from jreg_megatron.evaluate.paired import compare as compare_figures
 from jreg_megatron.texts import Text
 
@@ -166,6 +167,56 @@ def test_weights_that_are_not_numbers_are_refused_by_the_models_name() -> None:
 def head_of(model: Decoder, states: Tensor) -> Tensor:
     assert model.head is not None
     return model.head(states)
+
+
+def lens_texts(count: int = 12) -> list[Text]:
+    return [Text(f"fit {number}", ids(30, seed=number + 1)) for number in range(count)]
+
+
+@torch.no_grad()
+def test_the_lens_is_the_weighted_least_squares_map_to_the_last_layer_fitted_on_its_own_texts() -> None:
+    decoder = toy()
+    lens = fit_lens(decoder, lens_texts(), OPTIONS)
+    states: list[list[Tensor]] = [[] for _ in range(decoder.num_layers + 1)]
+    for text in lens_texts():
+        tokens = torch.tensor(text.content)[None]
+        found = decoder.model(tokens, output_hidden_states=True)
+        seen: list[Tensor] = []
+        hook = decoder.layers[-1].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        decoder.model(tokens)
+        hook.remove()
+        last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        for kept, state in zip(states, (*found.hidden_states[:-1], last), strict=True):
+            kept.append(state[0, :-1].detach().double())
+    of_layer = [torch.cat(kept).numpy() for kept in states]
+    weight = 1 / np.linalg.norm(of_layer[-1], axis=1, keepdims=True)
+    for number, state in enumerate(of_layer[:-1]):
+        rows = np.concatenate([state, np.ones((len(state), 1))], axis=1)
+        expected = rows @ np.linalg.lstsq(rows * weight, of_layer[-1] * weight, rcond=None)[0]
+        mapped = lens(number, torch.tensor(state)).numpy()
+        np.testing.assert_allclose(mapped, expected, atol=2e-3 * np.abs(expected).max())
+
+    as_it_is = read_out(decoder, token_texts(), OPTIONS)
+    through = read_out(decoder, token_texts(), OPTIONS, lens)
+    np.testing.assert_allclose(through.loss[:, -1], as_it_is.loss[:, -1])
+    head = decoder.model.lm_head
+    norm = decoder.model.base_model.norm
+    for number, text in enumerate(token_texts()):
+        tokens = list(text.content)
+        state = decoder.model(torch.tensor(tokens)[None], output_hidden_states=True).hidden_states[1][0]
+        expected = cross_entropy(head(norm(lens(1, state))), tokens)
+        assert through.loss[number, 1] == pytest.approx(sum(expected), rel=1e-4)
+
+
+def test_a_lens_on_the_texts_that_it_is_tested_on_or_on_too_few_is_refused() -> None:
+    few = lens_texts(1)
+    with pytest.raises(UserError, match=r"--lens have 29 tokens, and toy 0 needs at least \d+; give more"):
+        fit_lens(toy(), few, OPTIONS)
+    how = {"tasks": {}, "limit": None, "texts": token_texts(), "options": OPTIONS}
+    (found,) = evaluate(toy(), ["lens"], **how, lens_texts=lens_texts())
+    assert found.lens is not None and found.lens_tokens == 12 * 29
+    with pytest.raises(UserError, match="--lens names 1 of the texts that the lens is tested on"):
+        list(evaluate(toy(), ["lens"], **how, lens_texts=[*lens_texts(), token_texts()[1]]))
 
 
 def test_a_model_whose_head_does_more_than_is_known_cannot_be_read_out() -> None:

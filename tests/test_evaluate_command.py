@@ -42,7 +42,10 @@ def test_two_models_are_evaluated_compared_and_written(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = tmp_path / "all.json", tmp_path / "all.csv"
-    main([*folders, "--limit", "8", "--max-tokens", "32", "--json", str(files[0]), "--csv", str(files[1])])
+    fewer = ["--limit", "8", "--max-tokens", "32", "--lens"]
+    main([*folders, *fewer, "--json", str(files[0]), "--csv", str(files[1])])
+    said = capsys.readouterr().out
+    assert "loss by lens" in said and "Loss through the lens by layer" in said
     found: dict[str, Any] = json.loads(files[0].read_text())
     assert (found["format"], found["version"]) == ("jreg_megatron evaluation", 1)
     for model, name in zip(found["models"], ("first", "second"), strict=True):
@@ -58,6 +61,8 @@ def test_two_models_are_evaluated_compared_and_written(
         assert [len(model["read_out"][key]) for key in ("loss", "accuracy", "agreement")] == [4, 4, 4]
         assert model["read_out"]["agreement"][-1] == 1
         assert len(model["layer_drop"]["loss"]) == 3
+        assert model["lens"]["loss"][-1] == pytest.approx(model["read_out"]["loss"][-1])
+        assert len(model["lens"]["loss"]) == 4 and model["lens"]["fit_tokens"] > 1000
         assert model["layer_drop"]["unchanged"] == pytest.approx(model["read_out"]["loss"][-1], rel=1e-6)
     a, b = found["models"]
     comparison = found["comparison"]
@@ -69,6 +74,7 @@ def test_two_models_are_evaluated_compared_and_written(
     assert comparison["overall"]["tasks"] == ["speeches_continuation", "speeches_last_word"]
     losses = zip(a["read_out"]["loss"], b["read_out"]["loss"], strict=True)
     assert comparison["read_out"]["difference"] == pytest.approx([second - first for first, second in losses])
+    assert len(comparison["lens"]["p_adjusted"]) == 4
 
     rows = list(csv.DictReader(files[1].open()))
     values = [float(row["value"]) for row in rows if row["model"] == "second" and row["part"] == "layer_drop"]

@@ -13,7 +13,14 @@ from jreg_megatron.decoder.load import add_model_arguments, check_device, load
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need
-from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
+from jreg_megatron.texts import (
+    Text,
+    TextFiles,
+    add_text_arguments,
+    describe,
+    texts_of,
+    training_speeches,
+)
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation
@@ -29,6 +36,7 @@ _EXAMPLES = """examples:
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --json evaluation.json
   jreg-megatron evaluate runs/a runs/b --parts read-out --text held_out.jsonl --max-tokens 2048
   jreg-megatron evaluate --seeds seed1.json seed2.json seed3.json
+  jreg-megatron evaluate baseline=runs/a jreg=runs/b --parts read-out,layer-drop --lens
   jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
 Two models are compared on the same samples and texts: bootstrap intervals; McNemar's exact test for
 accuracies, a permutation test for the rest; p-values adjusted for several tasks or layers (Benjamini and
@@ -52,14 +60,15 @@ def _run(args: Namespace) -> None:
         _compare_seeds(args)
         return
     references = _checked(args)
-    texts = [] if args.parts == ["tasks"] else texts_of(args)
+    texts = [] if args.parts == ["tasks"] and args.lens is None else texts_of(args)
+    lens_texts = _lens_texts(args)
     check_device(args.device)
     done: list[Evaluation] = []
     with TemporaryDirectory(prefix="jreg_megatron-tasks-") as folder:
         tasks = _tasks(args, Path(folder))
         try:
             for number, reference in enumerate(references):
-                for so_far in _evaluate(args, reference, tasks, texts):
+                for so_far in _evaluate(args, reference, tasks, texts, lens_texts):
                     done[number:] = [so_far]
         finally:
             if done:  # even if a later model or part fails: hours may be in it
@@ -77,10 +86,20 @@ def _checked(args: Namespace) -> list[Reference]:
             raise UserError(f"--parts names {part!r}; the parts are {', '.join(PARTS)}")
     if args.max_tokens < 0 or args.max_tokens == 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
+    if args.lens == [] and args.text:
+        raise UserError("--lens names no texts, and those of --text are tested; name others: --lens FILE")
     for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
     return find_models(args.models)
+
+
+def _lens_texts(args: Namespace) -> Iterable[Text]:
+    if args.lens is None:
+        return []
+    if not args.lens:
+        return [text for text in training_speeches() if text.name not in (args.speeches or ())]
+    return TextFiles.find(args.lens, args.key)
 
 
 def _tasks(args: Namespace, folder: Path) -> dict[str, Any]:
@@ -92,14 +111,27 @@ def _tasks(args: Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _evaluate(
-    args: Namespace, reference: Reference, tasks: dict[str, Any], texts: Iterable[Text]
+    args: Namespace,
+    reference: Reference,
+    tasks: dict[str, Any],
+    texts: Iterable[Text],
+    lens_texts: Iterable[Text],
 ) -> Iterator[Evaluation]:
     from jreg_megatron.evaluate.evaluation import evaluate
     from jreg_megatron.evaluate.layers import Options
 
     decoder = load(reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
     options = Options(args.max_tokens or None, args.batch_size, args.quiet)
-    return evaluate(decoder, args.parts, tasks=tasks, limit=args.limit, texts=texts, options=options)
+    parts = args.parts if args.lens is None else [*args.parts, "lens"]
+    return evaluate(
+        decoder,
+        parts,
+        tasks=tasks,
+        limit=args.limit,
+        texts=texts,
+        options=options,
+        lens_texts=lens_texts,
+    )
 
 
 def _write(args: Namespace, done: list[Evaluation]) -> None:
@@ -190,6 +222,13 @@ def _parser() -> ArgumentParser:
         default=_DEFAULT_TOKENS,
         metavar="N",
         help="the first N tokens of each text; 0 for all (default: %(default)s)",
+    )
+    text.add_argument(
+        "--lens",
+        nargs="*",
+        metavar="FILE",
+        help="also read each layer out through a fitted lens: the affine map, by least squares on these "
+        "texts, of its states to the last layer's (default texts: the other speeches)",
     )
     add_model_arguments(parser)
     parser.add_argument(

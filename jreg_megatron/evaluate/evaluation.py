@@ -10,6 +10,7 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.layers import Options, PerText
+from jreg_megatron.evaluate.lens import fit_lens
 from jreg_megatron.evaluate.paired import Difference
 from jreg_megatron.evaluate.scoring import read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
@@ -35,6 +36,10 @@ class Evaluation:
     """Its C readings are layers 0..L."""
     layer_drop: PerText | None = None
     """Its C readings are without layer 1..L, then the whole model."""
+    lens: PerText | None = None
+    """Its C readings are layers 0..L through the fitted lens."""
+    lens_tokens: int = 0
+    """How many tokens the lens was fitted on."""
 
     @property
     def at(self) -> str:
@@ -56,6 +61,8 @@ class Comparison:
     """Of the mean of the paper's nine without BoolQ; None unless all nine are there."""
     read_out: list[Difference] | None
     """Of the loss behind layer 0..L."""
+    lens: list[Difference] | None
+    """The same through the lens."""
     notes: list[str]
 
 
@@ -67,27 +74,29 @@ def evaluate(
     limit: int | None,
     texts: Iterable[Text],
     options: Options,
+    lens_texts: Iterable[Text] = (),
 ) -> Iterator[Evaluation]:
     """Evaluate a model; yields what is known so far after each part, so that no later part can lose it.
 
     Args:
         decoder: the model.
-        parts: of ``tasks``, ``read-out`` and ``layer-drop``.
+        parts: of ``tasks``, ``read-out``, ``layer-drop`` and ``lens``.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
         texts: for the parts about layers; read once more for each part.
         options: how they are run.
+        lens_texts: for the fit of the lens; others than ``texts``.
 
     Raises:
         UserError: if a part cannot be done with this model; before anything is run where that can be seen.
     """
     parts = set(parts)
     if (error := read_out_error(decoder)) is not None:
-        if parts == {"read-out"}:
+        if parts <= {"read-out", "lens"}:
             raise UserError(error)
-        if "read-out" in parts:
-            note(f"{error}; that part is left out")
-        parts, decoder = parts - {"read-out"}, replace(decoder, head=None)
+        if left_out := sorted(parts & {"read-out", "lens"}):
+            note(f"{error}; {' and '.join(left_out)} are left out")
+        parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
     if parts - {"tasks"}:
         layers.check_texts(decoder, texts, options)
     found = Evaluation(
@@ -105,6 +114,12 @@ def evaluate(
         yield (found := replace(found, tasks=results))
     if "read-out" in parts:
         yield (found := replace(found, read_out=layers.read_out(decoder, texts, options)))
+    if "lens" in parts:
+        lens = fit_lens(decoder, lens_texts, options)
+        through = layers.read_out(decoder, texts, options, lens)
+        if both := lens.hashes & {*through.ids}:
+            raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
+        yield (found := replace(found, lens=through, lens_tokens=lens.tokens))
     if "layer-drop" in parts:
         yield replace(found, layer_drop=layers.layer_drop(decoder, texts, options))
 
@@ -130,7 +145,8 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
         overall=paired.compare_mean([shares[name] for name in averaged]) if averaged else None,
         overall_tasks=averaged,
         without_boolq=paired.compare_mean([shares[name] for name in WITHOUT_BOOLQ]) if has_all else None,
-        read_out=_compare_read_out(a, b, notes),
+        read_out=_compare_layers(a, b, a.read_out, b.read_out, "Read-out", notes),
+        lens=_compare_layers(a, b, a.lens, b.lens, "Lens", notes),
         notes=notes,
     )
 
@@ -144,26 +160,25 @@ def zip_tasks(
             yield name, a[name], b[name]
 
 
-def _compare_read_out(a: Evaluation, b: Evaluation, notes: list[str]) -> list[Difference] | None:
-    first, second = a.read_out, b.read_out
+def _compare_layers(
+    a: Evaluation, b: Evaluation, first: PerText | None, second: PerText | None, what: str, notes: list[str]
+) -> list[Difference] | None:
     if first is None or second is None:
         if first or second:
-            notes.append(f"Read-out is not compared: {(b if first else a).at} has none.")
+            notes.append(f"{what} is not compared: {(b if first else a).at} has none.")
         return None
     if a.num_layers != b.num_layers:
-        notes.append(
-            f"Read-out is not compared: {a.at} has {a.num_layers} layers, {b.at} has {b.num_layers}."
-        )
+        notes.append(f"{what} is not compared: {a.at} has {a.num_layers} layers, {b.at} has {b.num_layers}.")
         return None
     if first.ids != second.ids:
         notes.append(
-            "Read-out is not compared: the models cut the texts differently (another tokenizer or another "
+            f"{what} is not compared: the models cut the texts differently (another tokenizer or another "
             "longest sequence), so a loss per token is not the same thing; the task speeches_bits_per_byte "
             "compares the whole models."
         )
         return None
     if len(first.tokens) < paired.FEWEST:
-        notes.append(_too_few("texts", f"the read-out ({len(first.tokens)})"))
+        notes.append(_too_few("texts", f"the {what.lower()} ({len(first.tokens)})"))
         return None
     return [
         paired.compare(first.loss[:, layer], second.loss[:, layer], first.tokens)
@@ -199,36 +214,43 @@ def _model(e: Evaluation, text: str) -> dict[str, Any]:
         for name, task in (e.tasks or {}).items()
     }
     found["paper_means"] = task_means({name: task.value for name, task in (e.tasks or {}).items()})
-    found["read_out"] = e.read_out and {
-        "text": text,
-        "texts": len(e.read_out.names),
-        "tokens": int(e.read_out.tokens.sum()),
-        "loss": e.read_out.mean(e.read_out.loss),
-        "accuracy": e.read_out.mean(e.read_out.correct),
-        "agreement": e.read_out.mean(e.read_out.agreed),
-    }
+    found["read_out"] = e.read_out and _by_layer(e.read_out, text)
+    found["lens"] = e.lens and _by_layer(e.lens, text) | {"fit_tokens": e.lens_tokens}
     if e.layer_drop is None:
         return found | {"layer_drop": None}
     *loss, unchanged = e.layer_drop.mean(e.layer_drop.loss)
     return found | {"layer_drop": {"loss": loss, "unchanged": unchanged}}
 
 
+def _by_layer(found: PerText, text: str) -> dict[str, Any]:
+    return {
+        "text": text,
+        "texts": len(found.names),
+        "tokens": int(found.tokens.sum()),
+        "loss": found.mean(found.loss),
+        "accuracy": found.mean(found.correct),
+        "agreement": found.mean(found.agreed),
+    }
+
+
+def _columns(differences: list[Difference] | None) -> dict[str, Any] | None:
+    if differences is None:
+        return None
+    rows = _adjusted(differences)
+    keys = ("difference", "interval", "p_value", "p_adjusted")
+    return {key: [row[key] for row in rows] for key in keys} | {"texts": differences[0].samples}
+
+
 def _comparison(c: Comparison) -> dict[str, Any]:
     of_tasks = _adjusted(list(c.tasks.values()))
-    of_layers: dict[str, Any] | None = None
-    if c.read_out is not None:
-        rows = _adjusted(c.read_out)
-        of_layers = {
-            key: [row[key] for row in rows] for key in ("difference", "interval", "p_value", "p_adjusted")
-        }
-        of_layers["texts"] = c.read_out[0].samples
     return {
         "models": c.models,
         "confidence": paired.CONFIDENCE,
         "tasks": dict(zip(c.tasks, of_tasks, strict=True)),
         "overall": c.overall and _difference(c.overall) | {"tasks": c.overall_tasks},
         "without_boolq": c.without_boolq and _difference(c.without_boolq),
-        "read_out": of_layers,
+        "read_out": _columns(c.read_out),
+        "lens": _columns(c.lens),
         "notes": c.notes,
     }
 

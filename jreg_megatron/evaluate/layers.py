@@ -15,7 +15,7 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.texts import Text
-from jreg_megatron.windows import batches, windows
+from jreg_megatron.windows import Batch, batches, windows
 
 Floats = NDArray[np.float64]
 
@@ -57,20 +57,31 @@ def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> No
         raise UserError(_NOTHING)
 
 
-def read_out(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
+def read_out(
+    decoder: Decoder,
+    texts: Iterable[Text],
+    options: Options,
+    lens: Callable[[int, Tensor], Tensor] | None = None,
+) -> PerText:
     """Predict each text from the states behind layer 0 (the embedding) to L, read out by final norm and head.
+
+    Args:
+        decoder: its final norm and head must make its own logits.
+        texts: to predict.
+        options: how they are run.
+        lens: given a layer's number and the states ``[n, h]`` behind it, makes what is read out of them.
 
     Raises:
         UserError: for texts that are too short or not this model's, and logits that are not finite.
     """
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
-        reader = _Reader(decoder, kept, targets)
+        reader = _Reader(decoder, kept, targets, lens)
         with decoder.observed(reader):
             decoder.run(ids)
         return reader.scores
 
-    return _measure(decoder, texts, options, readings, "read-out")
+    return _measure(decoder, texts, options, readings, "read-out" if lens is None else "lens")
 
 
 def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
@@ -114,6 +125,7 @@ class _Reader:
     """``[b, s - 1]``, which positions predict a token."""
     targets: Tensor
     """``[n]``, the tokens they predict."""
+    lens: Callable[[int, Tensor], Tensor] | None
     scores: list[Scores] = field(default_factory=list)
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
@@ -126,6 +138,8 @@ class _Reader:
 
     def _read(self, states: Tensor) -> None:
         at = states[:, :-1][self.kept.to(states.device)]
+        if self.lens is not None:
+            at = self.lens(len(self.scores), at)
         self.scores.append(score(self.decoder.read_out, at, self.targets, self.decoder))
 
 
@@ -134,11 +148,38 @@ Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]
 scores of each reading of the model, the whole model's last."""
 
 
+def prediction_batches(
+    decoder: Decoder, texts: Iterable[Text], options: Options, what: str, total: int | None = None
+) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+    """Batches of texts on the model's device, with a progress bar.
+
+    Yields:
+        The batch, its ids ``[b, s]``, which positions ``[b, s - 1]`` predict, and what they predict ``[n]``.
+
+    Raises:
+        UserError: for a text that cannot be read, and ids that are not the model's.
+    """
+    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
+    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
+    hidden = options.quiet or None
+    with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
+        for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
+            ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
+            kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
+            yield batch, ids, kept, ids[:, 1:][kept]
+            bar.update(batch.windows[-1].text + 1 - bar.n)
+
+
+def text_hashes(batch: Batch, hashes: dict[int, int]) -> None:
+    """Bring the hashes of texts, by their numbers, up to a batch that goes on with them."""
+    for window in batch.windows:
+        hashes[window.text] = hash((hashes.get(window.text, 0), *window.ids.tolist()))
+
+
 @torch.inference_mode()
 def _measure(
     decoder: Decoder, texts: Iterable[Text], options: Options, readings: Readings, what: str
 ) -> PerText:
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
     names: list[str] = []
 
     def named() -> Iterator[Text]:
@@ -146,31 +187,26 @@ def _measure(
             names.append(text.name)
             yield text
 
-    sequences = windows(named(), encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
     found: dict[int, _Sums] = {}
+    hashes: dict[int, int] = {}
     total = len(texts) if isinstance(texts, Sized) else None
-    hidden = options.quiet or None
-    with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
-        for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
-            ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
-            kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
-            targets = ids[:, 1:][kept]
-            scores = readings(ids, kept, targets)
-            whole = scores[-1].top
-            table = torch.stack(
-                [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
-            )
-            parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
-            for window, part in zip(batch.windows, parts, strict=True):
-                found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
-            bar.update(batch.windows[-1].text + 1 - bar.n)
+    for batch, ids, kept, targets in prediction_batches(decoder, named(), options, what, total):
+        text_hashes(batch, hashes)
+        scores = readings(ids, kept, targets)
+        whole = scores[-1].top
+        table = torch.stack(
+            [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
+        )
+        parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
+        for window, part in zip(batch.windows, parts, strict=True):
+            found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
     if not found:
         raise UserError(_NOTHING)
     loss, correct, agreed = np.moveaxis(np.stack([text.sums for text in found.values()]), -1, 0)
     return PerText(
         names=[names[number] for number in found],
         tokens=np.array([text.tokens for text in found.values()], dtype=float),
-        ids=[text.hash for text in found.values()],
+        ids=[hashes[number] for number in found],
         loss=loss,
         correct=correct,
         agreed=agreed,
@@ -182,10 +218,8 @@ class _Sums:
     """Of one text, window by window."""
 
     tokens: int = 0
-    hash: int = 0
     sums: Floats = field(default_factory=lambda: np.zeros(()))
 
     def add(self, ids: NDArray[np.int64], sums: Floats) -> None:
         self.tokens += len(ids) - 1
-        self.hash = hash((self.hash, *ids.tolist()))
         self.sums = self.sums + sums

@@ -11,6 +11,7 @@ from jreg_megatron.paper import TASKS, missing_tasks
 MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
 """What the paper's means are called; the remarks say of which nine."""
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
+_OF_LAYERS = {"read_out": "Loss read out by layer", "lens": "Loss through the lens by layer"}
 
 
 def print_tables(console: Any, document: dict[str, Any]) -> None:
@@ -23,12 +24,13 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
         console.print(_tasks_table(models, labels))
         if comparison:
             console.print(_difference_table(comparison, "Differences by task", _by_task(comparison)))
-    if any(model["read_out"] or model["layer_drop"] for model in models):
+    if any(model["read_out"] or model["lens"] or model["layer_drop"] for model in models):
         for model, name in zip(models, labels, strict=True):
             console.print(_layers_table(model, name))
-        if comparison and comparison["read_out"]:
-            by_layer = dict(zip(map(str, count()), _by_layer(comparison["read_out"]), strict=False))
-            console.print(_difference_table(comparison, "Loss read out by layer", by_layer))
+        for part, title in _OF_LAYERS.items():
+            if comparison and comparison[part]:
+                by_layer = dict(zip(map(str, count()), _by_layer(comparison[part]), strict=False))
+                console.print(_difference_table(comparison, title, by_layer))
     for line in _remarks(document):
         console.print(Text(line))
 
@@ -71,9 +73,10 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield _row(of_model, "tasks", name, "chance", task["chance"])
         for name, value in (model["paper_means"] or {}).items():
             yield _row(of_model, "tasks", "paper", name, value)
-        for metric in ("loss", "accuracy", "agreement"):
-            for layer, value in enumerate((model["read_out"] or {}).get(metric, [])):
-                yield _row(of_model, "read_out", layer, metric, value)
+        for part in _OF_LAYERS:
+            for metric in ("loss", "accuracy", "agreement"):
+                for layer, value in enumerate((model[part] or {}).get(metric, [])):
+                    yield _row(of_model, part, layer, metric, value)
         for layer, value in enumerate((model["layer_drop"] or {}).get("loss", []), start=1):
             yield _row(of_model, "layer_drop", layer, "loss", value)
         if model["layer_drop"]:
@@ -90,8 +93,9 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _row(of_pair, "tasks", "overall", "mean", found["difference"], found)
     if found := comparison["without_boolq"]:
         yield _row(of_pair, "tasks", "overall", "mean_without_boolq", found["difference"], found)
-    for layer, found in enumerate(_by_layer(comparison["read_out"])):
-        yield _row(of_pair, "read_out", layer, "loss", found["difference"], found)
+    for part in _OF_LAYERS:
+        for layer, found in enumerate(_by_layer(comparison[part])):
+            yield _row(of_pair, part, layer, "loss", found["difference"], found)
 
 
 def label(model: dict[str, Any]) -> str:
@@ -140,6 +144,8 @@ def _layers_table(model: dict[str, Any], name: str) -> Any:
         for key, title in _READ_OUT_TITLES.items()
         if key in read_out
     }
+    if model["lens"]:
+        columns["loss by lens"] = [f"{value:.4f}" for value in model["lens"]["loss"]]
     if layer_drop:
         columns["loss without it"] = ["", *(f"{value:.4f}" for value in layer_drop["loss"])]
     table = _table(f"Layers of {escape(name)}", "layer", *columns)
