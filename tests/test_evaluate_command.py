@@ -44,8 +44,6 @@ def test_two_models_are_evaluated_compared_and_written(
     files = tmp_path / "all.json", tmp_path / "all.csv"
     fewer = ["--limit", "8", "--max-tokens", "32", "--lens"]
     main([*folders, *fewer, "--json", str(files[0]), "--csv", str(files[1])])
-    said = capsys.readouterr().out
-    assert "loss by lens" in said and "Loss through the lens by layer" in said
     found: dict[str, Any] = json.loads(files[0].read_text())
     assert (found["format"], found["version"]) == ("jreg_megatron evaluation", 1)
     for model, name in zip(found["models"], ("first", "second"), strict=True):
@@ -82,6 +80,7 @@ def test_two_models_are_evaluated_compared_and_written(
     assert {row["model"] for row in rows} == {"first", "second", "second - first"}
     printed = capsys.readouterr().out
     assert "speeches_continuation" in printed and "no public benchmark" in printed
+    assert "loss by lens" in printed and "Loss through the lens by layer" in printed
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import layers, paired
@@ -99,6 +101,8 @@ def evaluate(
         parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
     if parts - {"tasks"}:
         layers.check_texts(decoder, texts, options)
+    if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
+        raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
     found = Evaluation(
         name=decoder.name,
         source=decoder.source,
@@ -117,11 +121,13 @@ def evaluate(
     if "lens" in parts:
         lens = fit_lens(decoder, lens_texts, options)
         through = layers.read_out(decoder, texts, options, lens)
-        if both := lens.hashes & {*through.ids}:
-            raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
         yield (found := replace(found, lens=through, lens_tokens=lens.tokens))
     if "layer-drop" in parts:
         yield replace(found, layer_drop=layers.layer_drop(decoder, texts, options))
+
+
+def _contents(texts: Iterable[Text]) -> set[int]:
+    return {hash(c if isinstance(c, str) else np.asarray(c).tobytes()) for c in (t.content for t in texts)}
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:

@@ -150,11 +150,11 @@ scores of each reading of the model, the whole model's last."""
 
 def prediction_batches(
     decoder: Decoder, texts: Iterable[Text], options: Options, what: str, total: int | None = None
-) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Batch]]:
     """Batches of texts on the model's device, with a progress bar.
 
     Yields:
-        The batch, its ids ``[b, s]``, which positions ``[b, s - 1]`` predict, and what they predict ``[n]``.
+        Ids ``[b, s]``, which positions ``[b, s - 1]`` predict, what they predict ``[n]``, and the batch.
 
     Raises:
         UserError: for a text that cannot be read, and ids that are not the model's.
@@ -166,14 +166,8 @@ def prediction_batches(
         for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
             ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
             kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
-            yield batch, ids, kept, ids[:, 1:][kept]
+            yield ids, kept, ids[:, 1:][kept], batch
             bar.update(batch.windows[-1].text + 1 - bar.n)
-
-
-def text_hashes(batch: Batch, hashes: dict[int, int]) -> None:
-    """Bring the hashes of texts, by their numbers, up to a batch that goes on with them."""
-    for window in batch.windows:
-        hashes[window.text] = hash((hashes.get(window.text, 0), *window.ids.tolist()))
 
 
 @torch.inference_mode()
@@ -188,10 +182,8 @@ def _measure(
             yield text
 
     found: dict[int, _Sums] = {}
-    hashes: dict[int, int] = {}
     total = len(texts) if isinstance(texts, Sized) else None
-    for batch, ids, kept, targets in prediction_batches(decoder, named(), options, what, total):
-        text_hashes(batch, hashes)
+    for ids, kept, targets, batch in prediction_batches(decoder, named(), options, what, total):
         scores = readings(ids, kept, targets)
         whole = scores[-1].top
         table = torch.stack(
@@ -206,7 +198,7 @@ def _measure(
     return PerText(
         names=[names[number] for number in found],
         tokens=np.array([text.tokens for text in found.values()], dtype=float),
-        ids=[hashes[number] for number in found],
+        ids=[text.hash for text in found.values()],
         loss=loss,
         correct=correct,
         agreed=agreed,
@@ -218,8 +210,10 @@ class _Sums:
     """Of one text, window by window."""
 
     tokens: int = 0
+    hash: int = 0
     sums: Floats = field(default_factory=lambda: np.zeros(()))
 
     def add(self, ids: NDArray[np.int64], sums: Floats) -> None:
         self.tokens += len(ids) - 1
+        self.hash = hash((self.hash, *ids.tolist()))
         self.sums = self.sums + sums

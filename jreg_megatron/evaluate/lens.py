@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
-from jreg_megatron.evaluate.layers import Options, prediction_batches, text_hashes
+from jreg_megatron.evaluate.layers import Options, prediction_batches
 from jreg_megatron.texts import Text
 
 _RIDGE = 1e-6
@@ -35,8 +35,6 @@ class Lens:
     """``[L, h + 1, h]`` float32; the last row is the bias."""
     tokens: int
     """How many the fit has seen."""
-    hashes: frozenset[int]
-    """Of the texts of the fit, as :func:`jreg_megatron.evaluate.layers.text_hashes` makes them."""
 
     def __call__(self, number: int, states: Tensor) -> Tensor:
         """States ``[n, h]`` behind layer ``number`` (0: the embedding) as the last layer would have them."""
@@ -54,9 +52,7 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
         UserError: if the texts have too few tokens, or cannot be read.
     """
     sums = _Sums(decoder)
-    hashes: dict[int, int] = {}
-    for batch, ids, kept, _ in prediction_batches(decoder, texts, options, "lens"):
-        text_hashes(batch, hashes)
+    for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
         sums.kept = kept
         with decoder.observed(sums):
             decoder.run(ids)
@@ -67,7 +63,7 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
             f"the texts of --lens have {sums.tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
             "give more"
         )
-    return Lens(sums.solve(), sums.tokens, frozenset(hashes.values()))
+    return Lens(sums.solve(), sums.tokens)
 
 
 @dataclass
