@@ -1280,6 +1280,54 @@ FAULTS = [
         (("[label for label, style in models if style.thin]", "[]"),),
         REPORT_PAPER,
     ),
+    Fault(
+        "fit the lens to states of any size alike",
+        "evaluate/lens.py",
+        (("size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)", "size = torch.ones_like(last[:, :1])"),),
+        EVALUATE,
+    ),
+    Fault(
+        "test the lens on the texts of its fit",
+        "evaluate/evaluation.py",
+        (("(both := _contents(texts) & _contents(lens_texts))", "(both := set())"),),
+        EVALUATE,
+    ),
+    Fault(
+        "read out the states as they are where there is a lens",
+        "evaluate/layers.py",
+        (("        if self.lens is not None:", "        if False:"),),
+        EVALUATE,
+    ),
+    Fault(
+        "scale initial weights by depth as Megatron does",
+        "initialization.py",
+        (("    config.output_layer_init_method = partial(_draw, shares)\n", ""),),
+        INITIAL,
+    ),
+    Fault(
+        "take a rank's share of a matrix's inputs for all of them",
+        "initialization.py",
+        (("float(weight.shape[-1] * shares)", "float(weight.shape[-1])"),),
+        INITIAL,
+    ),
+    Fault(
+        "count the inputs twice where a rank draws the whole matrix",
+        "initialization.py",
+        (("shares = 1 if args.use_cpu_initialization else ", "shares = "),),
+        INITIAL,
+    ),
+    Fault(
+        "draw initial weights in bfloat16",
+        "initialization.py",
+        (("nn.init.trunc_normal_(weight.detach().float(),", "nn.init.trunc_normal_(weight.detach(),"),),
+        INITIAL,
+    ),
+    Fault(
+        "let two rules for initial weights meet",
+        "initialization.py",
+        (("if args.init_fan_in and value != default:", "if False:"),),
+        INITIAL,
+    ),
 ]
 
 
