@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -13,6 +14,9 @@ from pathlib import Path
 import torch
 
 from jreg_megatron.errors import UserError
+
+_SAYS_WHY = re.compile(r"error|cannot|denied|no space|read-only", re.IGNORECASE)
+"""A line of compiler, linker or make that tells what is wrong; the linker's own has no "error" in it."""
 
 
 def compile_helper() -> None:
@@ -32,7 +36,7 @@ def compile_helper() -> None:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     what = f"Megatron's dataset helper in {folder} is still to be compiled"
-    compiler = os.environ.get("CXX", "g++").split()[0]
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
     if missing := [tool for tool in ("make", compiler) if shutil.which(tool) is None]:
         raise UserError(f"{what}, and {' and '.join(missing)} cannot be found on PATH; install that")
     includes = Path(torch.__file__).with_name("include"), sysconfig.get_path("include")  # torch has pybind11
@@ -40,11 +44,11 @@ def compile_helper() -> None:
     name = f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"
     # Of a make that started this process: its flags (-n) would be followed, its level would be told.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    plain["GCC_COLORS"] = ""
+    plain |= {"GCC_COLORS": "", "LC_ALL": "C"}
     command = ["make", "-C", str(folder), flags, name]
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]
+        lines = [line.strip() for line in done.stderr.splitlines() if _SAYS_WHY.search(line)]
         raise UserError(f"{what}, and make fails: {(lines or ['it says nothing'])[0]}; correct that")
 
 

@@ -182,8 +182,7 @@ class FirstStep:
                 self.end()
             elif self._steps == _MOST_STEPS:
                 self.end()
-                if not dist.is_initialized() or dist.get_rank(self._group) == 0:
-                    print(f"> JREG: {_MOST_STEPS} steps have not shown how the loss is scaled", flush=True)
+                self._say(f"{_MOST_STEPS} steps have not shown how the loss is scaled")
         self.forget()
 
     def _meet_before_the_optimizer(self) -> None:
@@ -284,20 +283,46 @@ class FirstStep:
             return bool(abs(gradient - wanted) <= _EXACT * wanted)
 
         ran, told = max(rank.runs for rank in ranks) / len(self._chunks), max(rank.told for rank in ranks)
-        ratio = gradient / expected
-        most = _MOST_WEIGHED if any(rank.is_weighted for rank in ranks) else _MOST
-        may_weigh = 1 / most <= ratio <= most
-        if is_near(expected) or (ran == told and (is_near(of_all) or is_near(of_empty) or may_weigh)):
+        ratio, as_told = gradient / expected, ran == told
+        if is_near(expected) and (as_told or self._loss_weight == 1):
             self.has_seen_scale = True
             return True
-        weight, found = flag_of("loss_weight"), ratio * self._loss_weight
+        if as_told and (is_near(of_all) or is_near(of_empty) or 1 / _MOST <= ratio <= _MOST):
+            self.has_seen_scale = True
+            return True
+        if (
+            as_told
+            and any(rank.is_weighted for rank in ranks)
+            and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED
+        ):
+            self._say(
+                f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what JREG expects, which "
+                f"may be their weights or a wrong divisor; lambda {self._coeff:g} stands beside it"
+            )
+            self.has_seen_scale = True
+            return True
+        if not as_told:
+            ratio *= self._loss_weight
+        remedy = (
+            f"the model ran {ran:g} times in a step of {told}; give attach(..., num_microbatches=) the "
+            "number by which the mean loss of each run is divided"
+        )
+        if as_told:
+            weight, found = flag_of("loss_weight"), ratio * self._loss_weight
+            remedy = (
+                "if the loss is a sum, return it and its number of tokens from the loss function; if steps "
+                "are accumulated, give attach(..., num_microbatches=) the number by which the mean loss of a "
+                f"micro-batch is divided; if the script multiplies its loss by {found:.4g}, give {weight} "
+                f"{found:.4g}"
+            )
         raise UserError(
             f"lambda {self._coeff:g} would act like {self._coeff / ratio:.4g}, since the loss is {ratio:.4g} "
-            f"times what JREG expects with {told} micro-batches ({ran:g} ran); if the loss is a sum, return "
-            "it and its number of tokens from the loss function; if steps are accumulated, give "
-            "attach(..., num_microbatches=) the number by which the mean loss of a micro-batch is divided; "
-            f"if the script multiplies its loss by {found:.4g}, give {weight} {found:.4g}"
+            f"times what JREG expects with {told} micro-batches; {remedy}"
         )
+
+    def _say(self, line: str) -> None:
+        if not dist.is_initialized() or dist.get_rank(self._group) == 0:
+            print(f"> JREG: {line}", flush=True)
 
 
 def _differ(total: Tensor, counted: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""JREG in Megatron's training loop: a decorator for each of seven functions of ``megatron.training``.
+"""JREG in Megatron's training loop: a decorator for each of eight functions of ``megatron.training``.
 
 They are the same from 0.16 on. :func:`install` decorates them in a running process, for the launcher and
-``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree, all but the last one,
+``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree, all but the last two,
 which :func:`attach_to_model` adds. Either way nothing happens unless a ``--jreg-...`` flag is given.
 Megatron's loop is global to a process, so what is known of it here is too.
 """
@@ -84,8 +84,13 @@ def install() -> None:
     _decorate(training, log_training, "training_log")
     _decorate(training, measure_validation, "evaluate")
     _decorate(training, log_validation, "evaluate_and_print_results")
-    _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")
+    _decorate_the_end(training)
     _loop.must_be_asked = True
+
+
+def _decorate_the_end(training: ModuleType) -> None:
+    _decorate(training, log_before_an_exit, "checkpoint_and_decide_exit")
+    _decorate(training, log_at_the_end, "train")
 
 
 def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name: str) -> None:
@@ -129,10 +134,11 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
             config = config_of(get_args())
             if config is not None:
                 _refuse_another_megatron()
-                _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")
+                _decorate_the_end(training)
                 for name, function in _loop.decorated.items():
                     _check_arguments(name, function)
                 refuse_unsupported(get_args(), config)
+                _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
         built = setup_model_and_optimizer(*args, **named)
         if config is not None:
@@ -155,7 +161,11 @@ def require_attached(train_step: Function) -> Function:
         if attached is not None:
             _check_step(attached.config, *look_up(args, named))
         with user_errors_exit():  # of what the first step shows
-            return train_step(*args, **named)
+            result = train_step(*args, **named)
+        if attached is not None and result[_SHOULD_EXIT]:
+            # Megatron's loop ends right here, within this iteration.
+            _log_the_rest(attached, attached.handle.end_iteration(_current_iteration()))
+        return result
 
     return with_jreg
 
@@ -230,25 +240,35 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
     return with_jreg
 
 
-def log_before_the_end(checkpoint_and_decide_exit: Function) -> Function:
-    """Log what was measured since the last line, where training ends within a log interval."""
-    look_up = _arguments_of("checkpoint_and_decide_exit", checkpoint_and_decide_exit)
+def log_before_an_exit(checkpoint_and_decide_exit: Function) -> Function:
+    """Log what was measured since the last line, where the process ends within a log interval."""
 
     @_decorating(checkpoint_and_decide_exit)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        from megatron.training import get_args
-
         is_over = checkpoint_and_decide_exit(*args, **named)  # alike on every rank
-        if _loop.attached is not None:
-            (iteration,) = look_up(args, named)
-            if is_over or iteration >= get_args().train_iters:
-                _end_training(_loop.attached, iteration)
+        if is_over and _loop.attached is not None:
+            _end_training(_loop.attached)
         return is_over
 
     return with_jreg
 
 
+def log_at_the_end(train: Function) -> Function:
+    """Log what was measured since the last line, where all iterations are done."""
+
+    @_decorating(train)
+    def with_jreg(*args: Any, **named: Any) -> Any:
+        result = train(*args, **named)
+        if _loop.attached is not None:
+            _end_training(_loop.attached)
+        return result
+
+    return with_jreg
+
+
 _MARK = "_jreg"
+_SHOULD_EXIT = 3
+"""Which of the values that ``train_step`` returns tells that Megatron's rerun state machine ends the loop."""
 
 
 def _decorating(function: Function) -> Callable[[Function], Function]:
@@ -263,7 +283,6 @@ _READ = {
     "train_step": ("forward_step_func",),
     "training_log": ("loss_dict", "total_loss_dict", "iteration", "skipped_iter"),
     "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
-    "checkpoint_and_decide_exit": ("iteration",),
 }
 """The arguments that are read of a function's calls, by their names in Megatron."""
 
@@ -385,9 +404,13 @@ class _Average(float):
 
 
 @user_errors_exit()
-def _end_training(attached: _Attached, iteration: int) -> None:
-    metrics = attached.handle.end_training()
-    if metrics is not None:
+def _end_training(attached: _Attached) -> None:
+    _log_the_rest(attached, attached.handle.end_training())
+
+
+def _log_the_rest(attached: _Attached, metrics: JRegMetrics | None) -> None:
+    iteration = _loop.last_step
+    if metrics is not None and iteration is not None:
         scalars = metrics.scalars(attached.config.log_per_layer)
         shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
         _print(iteration, [*shown, *metrics.remarks([])])
@@ -436,6 +459,16 @@ def _refuse_another_megatron() -> None:
                     f"from {loaded.parents[2]}; set PYTHONPATH to {folder} instead"
                 )
             return
+
+
+def _refuse_optimizer(args: Namespace) -> None:
+    """Refuse what Megatron finds out at the optimizer's first step, where its rules are known."""
+    from megatron.core import __version__
+
+    from jreg_megatron.preflight import optimizer
+
+    if tuple(map(int, __version__.split(".")[:2])) >= (0, 19):
+        optimizer.combination(args)
 
 
 def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:

@@ -23,6 +23,8 @@ LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CUT_INTERVALS = (
     "tests/test_pretrain.py::test_a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
     "tests/test_pretrain.py::test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it",
+    "tests/test_pretrain.py::"
+    "test_what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped",
 )
 LINE = (
     "tests/test_launch.py::test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses",
@@ -284,7 +286,7 @@ FAULTS = [
     Fault(
         "log nothing of a log interval that the run's end cuts off",
         "training_loop.py",
-        (("if is_over or iteration >= get_args().train_iters:", "if False:"),),
+        (("if is_over and _loop.attached is not None:", "if False:"),),
         CUT_INTERVALS,
     ),
     Fault(
@@ -292,8 +294,7 @@ FAULTS = [
         "training_loop.py",
         (
             (
-                '                _decorate(training, log_before_the_end, "checkpoint_and_decide_exit")\n'
-                "                for name",
+                "                _decorate_the_end(training)\n                for name",
                 "                for name",
             ),
         ),
@@ -316,7 +317,7 @@ FAULTS = [
     Fault(
         "let a part of a log interval pass for the whole",
         "metrics.py",
-        (("if interval is not None and self.iterations != tuple(interval):", "if False:"),),
+        (("and self.iterations and self.iterations != tuple(interval):", "and False:"),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
@@ -571,7 +572,7 @@ FAULTS = [
     Fault(
         "score the whole model by a head that is not its own",
         "evaluate/evaluation.py",
-        (('parts - {"read-out"}, replace(decoder, head=None)', 'parts - {"read-out"}, decoder'),),
+        (('"lens"}, replace(decoder, head=None)', '"lens"}, decoder'),),
         EVALUATE,
     ),
     Fault(
@@ -606,7 +607,7 @@ FAULTS = [
     Fault(
         "score the token itself, not the one behind it",
         "evaluate/layers.py",
-        (("targets = ids[:, 1:][kept]", "targets = ids[:, :-1][kept]"),),
+        (("kept, ids[:, 1:][kept], batch", "kept, ids[:, :-1][kept], batch"),),
         EVALUATE,
     ),
     Fault(
@@ -686,7 +687,7 @@ FAULTS = [
     Fault(
         "do not look at the loss's scale",
         "first_step.py",
-        (("if is_near(expected) or (", "if True or ("),),
+        (('        raise UserError(\n            f"lambda', '        return bool(\n            f"lambda'),),
         FIRST_STEP,
     ),
     Fault(
@@ -709,13 +710,13 @@ FAULTS = [
     Fault(
         "take a mean over all tokens for right whatever number ran",
         "first_step.py",
-        (("(ran == told and (is_near(of_all)", "(is_near(of_all) or (is_near(of_all)"),),
+        (("if as_told and (is_near(of_all)", "if (is_near(of_all)"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse tokens that weigh unlike",
         "first_step.py",
-        (("if any(rank.is_weighted for rank in ranks) else _MOST", "if False else _MOST"),),
+        (("as_told and any(rank.is_weighted", "False and any(rank.is_weighted"),),
         FIRST_STEP,
     ),
     Fault(
@@ -1052,7 +1053,7 @@ FAULTS = [
     Fault(
         "start without an optimizer's package",
         "preflight/optimizer.py",
-        (('find_spec("emerging_optimizers") is None:', "False:"),),
+        (('find_spec("emerging_optimizers") is None and', "False and"),),
         PREFLIGHT,
     ),
     Fault(
@@ -1327,6 +1328,59 @@ FAULTS = [
         "initialization.py",
         (("if args.init_fan_in and value != default:", "if False:"),),
         INITIAL,
+    ),
+    Fault(
+        "log nothing of what a rerun's exit cuts off",
+        "training_loop.py",
+        (("if attached is not None and result[_SHOULD_EXIT]:", "if False:"),),
+        CUT_INTERVALS,
+    ),
+    Fault(
+        "log nothing where the last iterations are skipped",
+        "training_loop.py",
+        (
+            (
+                "        result = train(*args, **named)\n        if _loop.attached is not None:",
+                "        result = train(*args, **named)\n        if False:",
+            ),
+        ),
+        CUT_INTERVALS,
+    ),
+    Fault(
+        "take a weight of the loss for a second run of the model",
+        "first_step.py",
+        (("(as_told or self._loss_weight == 1)", "True"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "take an empty name of a compiler for a compiler",
+        "dataset_helper.py",
+        (('(os.environ.get("CXX") or "g++")', 'os.environ.get("CXX", "g++")'),),
+        HELPER,
+    ),
+    Fault(
+        "tell that the linker has failed, not why",
+        "dataset_helper.py",
+        (('"error|cannot|denied|no space|read-only"', '"error"'),),
+        HELPER,
+    ),
+    Fault(
+        "let a launched script find out at a step what its optimizer does not run with",
+        "training_loop.py",
+        (("        optimizer.combination(args)\n", "        pass\n"),),
+        ("tests/test_launch.py::test_a_mistake_ends_every_rank_with_one_line",),
+    ),
+    Fault(
+        "train experts under tensor parallelism without sequence parallelism",
+        "preflight/division.py",
+        (("tensor > 1 and not args.sequence_parallel", "False"),),
+        PREFLIGHT,
+    ),
+    Fault(
+        "build several validation sets that Megatron does not take",
+        "preflight/training.py",
+        (("    if args.multiple_validation_sets:\n", "    if False:\n"),),
+        PREFLIGHT,
     ),
 ]
 

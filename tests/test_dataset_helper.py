@@ -95,6 +95,27 @@ def test_it_is_compiled_for_this_python_without_the_package_pybind11_whatever_py
         assert any((found / header).is_file() for found in folders), header
 
 
+def test_an_empty_name_of_a_compiler_means_the_usual_one(
+    tree: Path,
+    tools: Callable[..., str],
+    compile_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "")
+    compile_in(tools())
+    assert (tree / "megatron" / "core" / "datasets" / f"helpers_cpp{SUFFIX}").exists()
+
+
+def test_what_the_linker_says_is_told_and_not_that_it_has_failed(
+    tree: Path, tools: Callable[..., str], compile_in: Callable[[str], None]
+) -> None:
+    makefile = tree / "megatron" / "core" / "datasets" / "Makefile"
+    said = "echo ld: cannot open output file >&2; echo collect2: error: ld returned 1 >&2; false"
+    makefile.write_text(makefile.read_text().replace("cp $< $@", said))
+    with pytest.raises(UserError, match="make fails: ld: cannot open output file; correct that"):
+        compile_in(tools())
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_megatrons_own_source_compiles_so(tree: Path, compile_in: Callable[[str], None]) -> None:
     folder = tree / "megatron" / "core" / "datasets"

@@ -133,6 +133,10 @@ MISTAKES = {
     ),
     "weights for another depth": (("--jreg-weights", "0,0,1"), r"--jreg-weights .* 4 numbers.* not 3"),
     "an optimizer whose package is missing": (("--optimizer=soap",), "is soap, .* emerging_optimizers"),
+    "an optimizer with what it does not run with": (
+        ("--optimizer", "sgd", "--use-distributed-optimizer"),
+        "--optimizer is sgd, which --use-distributed-optimizer does not take",
+    ),
     "a loss mask that the script has on one stage only": (
         ("--jreg-tokens", "unmasked", "--pipeline-model-parallel-size", 2),
         "the script gives its model the loss mask on the last pipeline stage only",
@@ -173,7 +177,7 @@ HOOKED = {
     "megatron.training.arguments": ("add_megatron_arguments",),
     "megatron.training.training": (
         *("setup_model_and_optimizer", "train_step", "training_log", "evaluate"),
-        *("evaluate_and_print_results", "checkpoint_and_decide_exit"),
+        *("evaluate_and_print_results", "checkpoint_and_decide_exit", "train"),
     ),
 }
 

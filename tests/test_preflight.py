@@ -86,6 +86,7 @@ GOOD_CHANGES: list[dict[str, Any]] = [
     {"use_checkpoint_args": True, "num_layers": None},
     {"padded_vocab_size": 100},
     {"full_validation": True, "multiple_validation_sets": True},
+    {"num_experts": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2},
     {"wandb_project": "toy", "wandb_save_dir": "logs"},
     {"num_experts": 2},
     {"vocab_size": 70_000},
@@ -164,6 +165,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"tensorboard_log_interval": 0}, ["--tensorboard-log-interval is 0; it must be >= 1"]),
     ({"full_validation": True}, ["--full-validation", "--multiple-validation-sets"]),
     ({"wandb_project": "toy"}, ["--wandb-project is toy", "--wandb-save-dir"]),
+    ({"multiple_validation_sets": True}, ["--multiple-validation-sets", "needs --full-validation"]),
+    ({"num_experts": 4, TP: 2, "world_size": 2}, ["--num-experts is 4", "--sequence-parallel"]),
     ({"num_experts": 1}, ["--moe-router-topk is 2", "--num-experts 1"]),
     ({CP: 2, "world_size": 2, "seq_length": 62}, ["--seq-length is 62", "multiple of 4", "context"]),
     (

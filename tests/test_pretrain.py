@@ -206,6 +206,37 @@ def test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in
     assert said_by_jreg(run.output[1], logged) == ["7 | values | measured in iteration 6"]
 
 
+def exit_in_the_sixth_step(argv: list[str]) -> None:
+    """As Megatron's rerun state machine ends a run: the loop breaks off behind the step."""
+    from megatron.training import get_args, training
+
+    train_step = training.train_step
+
+    @functools.wraps(train_step)
+    def with_exit(*args: object, **named: object) -> object:
+        result = train_step(*args, **named)
+        return (*result[:3], True, 17, *result[5:]) if get_args().curr_iteration == 5 else result
+
+    training.train_step = with_exit
+    pretrain.main(argv)
+
+
+def test_what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped(
+    toy_arguments: list[str], every_iteration: dict[str, list[float]], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, *PIPELINE, "--jreg-log-per-layer", "--tensorboard-dir", tmp_path / "rerun"]
+    rerun = [*argv, "--train-iters", 11, "--log-interval", 4]
+    run = run_ranks(rerun, 2, entry="test_pretrain:exit_in_the_sixth_step", check=False)
+    assert run.status == [17, 17]
+    logged = check_logged(tmp_path / "rerun", every_iteration, range(1, 5), (5, 6))
+    assert said_by_jreg(run.output[1], logged) == ["6 | values | measured in 2 iterations, 5 to 6"]
+
+    argv[-1] = tmp_path / "skipped"
+    run = run_ranks([*argv, "--train-iters", 5, "--log-interval", 3, "--iterations-to-skip", 5], 2)
+    logged = check_logged(tmp_path / "skipped", every_iteration, range(1, 4), (4,))
+    assert said_by_jreg(run.output[1], logged) == ["4 | values | measured in iteration 4"]
+
+
 def test_a_log_interval_whose_last_iteration_is_skipped_says_that_the_next_line_is_about_both(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
     base = next(iter(outcomes.values()))
     table = Table(title="Last validation (last state before the final norm)", title_justify="left")
     for column in ("run", "validation loss", "jump rate", f"Psi x 100 of layers 1 to {base.run.num_layers}"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap="Psi" not in column)
     for name, outcome in outcomes.items():
         loss = f"{outcome.history.validation_loss[-1]:.3f}"
         if outcome is not base:

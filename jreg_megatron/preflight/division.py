@@ -63,6 +63,12 @@ def experts(args: Namespace) -> None:
     number, chosen = args.num_experts, args.moe_router_topk
     if number is not None and chosen > number:
         raise UserError(f"--moe-router-topk is {chosen}; it must be at most --num-experts {number}")
+    tensor = args.tensor_model_parallel_size
+    if number is not None and tensor > 1 and not args.sequence_parallel and not args.skip_train:
+        raise UserError(
+            f"--num-experts is {number} with --tensor-model-parallel-size {tensor}, which Megatron trains "
+            "with --sequence-parallel only; give that too"
+        )
 
 
 def feed_forward(args: Namespace) -> None:

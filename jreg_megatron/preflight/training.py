@@ -94,6 +94,11 @@ def evaluation(args: Namespace) -> None:
         )
     if args.full_validation:
         return
+    if args.multiple_validation_sets:
+        raise UserError(
+            "--multiple-validation-sets needs --full-validation (Megatron 0.19); give that too, or one "
+            "validation set"
+        )
     # Megatron divides by it even where nothing is evaluated.
     if not args.eval_interval or args.eval_interval < 0:
         found = "is missing" if args.eval_interval is None else f"is {args.eval_interval}"
