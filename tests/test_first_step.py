@@ -410,23 +410,29 @@ def test_a_loss_that_never_shows_its_scale_costs_no_comparison_of_layers_and_at_
     assert left == [(0, False), (0, False), (0, True)]
 
 
-def stage_in_evaluation() -> list[str]:
+def stage_in_evaluation() -> list[Any]:
     import torch.distributed as dist
     from megatron.core.distributed import finalize_model_grads
 
     start(pipeline=2)
-    model = build(finalize_model_grads_func=finalize_model_grads)
+    had_met = []
+
+    def finalize(*args: Any, **named: Any) -> None:
+        had_met.append(handle._first_step.has_ended)
+        finalize_model_grads(*args, **named)
+
+    model = build(finalize_model_grads_func=finalize)
     handle = attach(model, JRegConfig(coeff=COEFF), num_microbatches=M)
     if dist.get_rank() == 0:
         model.eval()
     said = refusal(step, model, handle)
-    return [said, handle._first_step.has_ended]
+    return [said, had_met]
 
 
 def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
     first, second = run_function(stage_in_evaluation, 2, timeout=60)
     assert first == second
-    assert first[0].startswith("JREG saw no state of some layer") and first[1]
+    assert first[0].startswith("JREG saw no state of some layer") and first[1] == [True]
 
 
 def evaluates() -> list[int]:
