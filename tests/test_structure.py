@@ -342,6 +342,64 @@ def test_the_final_norm_is_a_norm_of_the_last_layers_output_and_of_nothing_else(
     assert (read_out_error(found) is None) == reads_out
 
 
+def bfloat(model: Odd) -> Odd:
+    model.dtype = torch.bfloat16
+    return model.to(model.dtype)
+
+
+def mask(value: float) -> Callable[[Tensor], Tensor]:
+    ids = torch.arange(VOCABULARY)
+    return lambda logits: logits.masked_fill(ids == VOCABULARY - 1, value)
+
+
+# What a model may do to its logits, and whether its head alone has other ones then.
+LOGITS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "masked by -Inf": (mask(-torch.inf), True),
+    "masked by the least number": (mask(torch.finfo(torch.float32).min), True),
+    "one id far above": (mask(1e6), True),
+    "an offset of all": (lambda logits: logits + 1000, False),  # which no probability depends on
+}
+
+
+@pytest.mark.parametrize(("change", "shows"), LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("way", ["a norm beside", "a norm of more", "norm"])
+def test_logits_that_are_masked_or_large_do_not_switch_a_check_off(
+    way: str, change: Callable[[Tensor], Tensor], shows: bool
+) -> None:
+    leads, has_norm, _ = WAYS[way]
+    model = Odd(lambda m, x: leads(m, x, m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    head = model.head
+    model.head = nn.Sequential(head, _Change(change))
+    model.get_output_embeddings = lambda: head  # type: ignore[method-assign]
+    found = found_in(model)
+    assert (found.final_norm is model.norm) == has_norm
+    assert (read_out_error(found) is None) == (has_norm and not shows)
+
+
+class _Change(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.change(logits)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_layers_beside_which_something_runs_are_refused_in_bfloat16_too(offset: float) -> None:
+    model = bfloat(REFUSED["a projection that hardly counts"]())
+    with torch.no_grad():
+        model.head.bias += offset
+    refused(model)
+
+
+def test_a_token_that_gives_nan_does_not_switch_a_check_off() -> None:
+    model = REFUSED["a projection that hardly counts"]()
+    with torch.no_grad():
+        model.embedding.weight[5] = torch.nan
+    refused(model)
+
+
 def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
     class Inner(nn.Module):
         def __init__(self) -> None:

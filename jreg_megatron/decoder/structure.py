@@ -17,14 +17,17 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.errors import UserError
 
 _LENGTH, _AT = 6, 3
 """Of the tokens that are run, and where their two rows differ."""
 _OTHERS = [at for at in range(_LENGTH) if at != _AT]
-_SLIGHT, _MUCH = 0.02, 0.1
+_SLIGHT, _MUCH, _HALF = 0.02, 0.1, 0.5
 """Shares of the difference between the rows' logits: what may come from elsewhere where all comes from one
-module, and what must come from the last layer where not all does."""
+module, what must come from the last layer where not all does, and what can never be rounding."""
+_CLEAR = 0.1
+"""Of the logits: a difference between rows that rounding does not hide."""
 
 
 _STEPS = (1, 2, 5, 11, 23)
@@ -82,13 +85,16 @@ def find_structure(
         UserError: if no layers are found, or the model looks at tokens to come; says what was looked for.
     """
     # Two rows that differ in one token: what comes before it must not see that.
+    widest = -1.0
     for step in _STEPS:
-        tokens = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
-        tokens[1, _AT] = (tokens[1, _AT] + step) % vocab_size
-        calls, logits = _record(model, run, tokens)
-        if _are_apart(logits):
+        some = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
+        some[1, _AT] = (some[1, _AT] + step) % vocab_size
+        seen = _record(model, run, some)
+        if (apart := _apart(seen[1])) > widest:
+            widest, tokens, (calls, logits) = apart, some, seen
+        if widest > _CLEAR:
             break
-    else:
+    if widest <= 1e-5:
         raise UserError(
             f"{name} gives the same logits whatever token comes before, so its layers cannot be found; its "
             "embedding may hold the same for all tokens"
@@ -139,13 +145,15 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
     finally:
         for handle in hooks:
             handle.remove()
-    return calls, logits.float()
+    return calls, logits
 
 
-def _are_apart(logits: Tensor) -> bool:
-    """Whether the rows' logits differ where their tokens do. NaN is found later, in the states, and named."""
-    first, second = logits[:, _AT]
-    return not bool((first - second).norm() <= 1e-5 * first.norm())
+def _apart(logits: Tensor) -> float:
+    """How far the rows' logits are apart where their tokens are, as a share of them. Inf where one is NaN."""
+    if logits[:, _AT].isnan().any():  # found later, in the states, and named
+        return torch.inf
+    first, second = comparable(logits)[0][:, _AT]
+    return float((first - second).norm() / first.norm().clamp(min=torch.finfo(first.dtype).tiny))
 
 
 @torch.inference_mode()
@@ -166,18 +174,18 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
 
     handle = call.module.register_forward_hook(swap)
     try:
-        found = run().float()
+        own, found = comparable(logits, run())
     finally:
         handle.remove()
-    expected = logits.clone()
-    expected[:, _AT] = logits[:, _AT].flip(0)
+    expected = own.clone()
+    expected[:, _AT] = own[:, _AT].flip(0)
     off = found - expected
     eps = 4 * torch.finfo(call.state_out.dtype).eps
-    apart, moved = (logits[0] - logits[1])[_AT].norm(), (found - logits)[:, _AT].norm()
-    # NaN is no ground for a refusal here: it is found in the states, and named.
-    is_alone = not bool(off[:, _OTHERS].norm() > min(eps, 1e-3) * logits.norm())
-    is_all = not bool(off[:, _AT].norm() > _SLIGHT * apart + eps * logits.norm())
-    return is_alone and not bool(moved < _MUCH * apart), is_all
+    apart, moved = (own[0] - own[1])[_AT].norm(), (found - own)[:, _AT].norm()
+    is_alone = bool(off[:, _OTHERS].norm() <= min(eps, 1e-3) * own[:, _OTHERS].norm())
+    # What rounding may do is bounded by what there is to see: a check that always passes is none.
+    slack = torch.minimum(_SLIGHT * apart + eps * own[:, _AT].norm(), _HALF * apart)
+    return is_alone and bool(moved >= _MUCH * apart), bool(off[:, _AT].norm() <= slack)
 
 
 def _is_state(value: Any, tokens: Tensor) -> TypeGuard[Tensor]:

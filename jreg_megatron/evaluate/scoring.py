@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.errors import UserError
 
@@ -83,16 +84,17 @@ def read_out_error(decoder: Decoder) -> str | None:
     with torch.inference_mode():
         with decoder.observed(seen):
             decoder.run(ids)
-        own = decoder.logits(ids).float()
+        own = decoder.logits(ids)
         try:
-            read = decoder.read_out(seen.layer_output).float()
+            read = decoder.read_out(seen.layer_output)
         except RuntimeError:  # a projection between them
             return f"{what}its head does not take the states behind its layers"
-    off, size = float((own - read).abs().max()), float(own.abs().max())
-    if off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size or not own.isfinite().all():
+    own, read = comparable(own, read)
+    off, size = (own - read).abs(), own.abs() + own.square().mean(dim=-1, keepdim=True).sqrt()
+    if bool((off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size).all()):
         return None
     by = "head" if decoder.final_norm is None else "final norm and head"
-    return f"{what}its last layer's output by {by} misses its logits by {off:.2g} of {size:.2g}"
+    return f"{what}its last layer's output by {by} misses its logits by up to {float(off.max()):.2g}"
 
 
 class _Last:

@@ -1,0 +1,27 @@
+"""When two runs of a model gave the same: logits, and states of the residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_REACH = 32
+"""Logits are clipped so many median distances from their position's median: some 20 standard deviations."""
+
+
+def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
+    """Logits ``[..., V]`` without what would drown their differences, in fp32 or wider.
+
+    An offset of all logits of a position says nothing, so its median is taken away. Ids that a model masks
+    (-Inf or the type's least number) and those with a bias of their own are clipped to a range that the
+    first argument's other logits give. NaN counts as 0, for it is found in the states, and named.
+    """
+    centred = []
+    for each in (logits, *others):
+        wide = each.to(torch.promote_types(each.dtype, torch.float32))
+        masked = ~wide.isfinite() | (wide.abs() >= torch.finfo(each.dtype).max / 2)
+        median = wide.masked_fill(masked, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        centred.append((wide - median, masked))
+    away, masked = centred[0]
+    reach = _REACH * away.masked_fill(masked, torch.nan).abs().nanmedian().nan_to_num(0.0)
+    return [away.clamp(-reach, reach).nan_to_num(0.0) for away, _ in centred]
