@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
 from jreg_megatron.errors import UserError
-from jreg_megatron.evaluate.scoring import read_out_error
+from jreg_megatron.evaluate.scoring import read_out_error, score_own
+from jreg_megatron.measure.measurement import measure
+from jreg_megatron.texts import Text
 
 WIDTH = 16
 
@@ -393,11 +395,133 @@ def test_layers_beside_which_something_runs_are_refused_in_bfloat16_too(offset: 
     refused(model)
 
 
-def test_a_token_that_gives_nan_does_not_switch_a_check_off() -> None:
-    model = REFUSED["a projection that hardly counts"]()
+def test_a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail() -> None:
+    plain = Odd(lambda m, x: m.norm(m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    other = REFUSED["a projection that hardly counts"]()
     with torch.no_grad():
-        model.embedding.weight[5] = torch.nan
-    refused(model)
+        plain.embedding.weight[5] = other.embedding.weight[5] = torch.nan
+    refused(other)
+    assert found_in(plain).final_norm is plain.norm and read_out_error(found_in(plain)) is None
+
+
+# States as they are, not as they were left
+
+
+def by_hand(model: Odd, layers: Any, ids: Tensor) -> tuple[list[float], Tensor]:
+    """Mean displacements of layers in float64, from copies that hooks of our own make; and the logits."""
+    before: list[Tensor] = []
+    psi: list[float] = []
+
+    def after(_: nn.Module, __: Any, out: Any) -> None:
+        cos = nn.functional.cosine_similarity(before.pop(), _first(out).double(), dim=-1)
+        psi.append(float((1 - cos).mean() / 2))
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: before.append(args[0].double())) for layer in layers
+    ]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return psi, logits
+
+
+HEADS: dict[str, Way] = {
+    # Other heads that share the final norm, and run before the main one.
+    "of a layer behind": lambda m, x, h: m.norm(h) + 0 * m.norm(m.tanh(h)),
+    "of a layer behind, first": lambda m, x, h: 0 * m.norm(m.tanh(h)) + m.norm(h),
+    "of the embedding": lambda m, x, h: 0 * m.norm(x) + m.norm(h),
+    "of the mean": lambda m, x, h: 0 * m.norm(h.mean(1, keepdim=True)) + m.norm(h),
+}
+
+
+@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
+def test_a_norm_that_other_heads_share_is_the_final_one_on_the_last_layers_output(way: Way) -> None:
+    model = Odd(lambda m, x: way(m, x, m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH), tanh=nn.Tanh())
+    found, seen = found_in(model), Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    _, logits = by_hand(model, [], TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.normed, model.norm(model.body(model.embedding(TOKENS))))
+    assert read_out_error(found) is None
+    rows, columns = torch.arange(2), torch.tensor([3, 5])
+    expected = nn.functional.cross_entropy(logits[rows, columns], TOKENS[rows, columns], reduction="none")
+    scores = score_own(found, TOKENS, (rows, columns), TOKENS[rows, columns])
+    torch.testing.assert_close(scores.loss, expected)
+
+
+class InPlace(Layer):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states += super().forward(hidden_states) - hidden_states
+        return hidden_states
+
+
+@pytest.mark.parametrize("first", [Layer, InPlace])
+def test_layers_that_write_to_their_input_are_measured_and_left_out_by_what_they_were_given(
+    first: Any,
+) -> None:
+    parts = [first(), *(InPlace() for _ in range(LAYERS - 1))]
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Stack(*parts), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    psi, _ = by_hand(model, parts, TOKENS[:1])
+    measured = measure(found, [Text("a", TOKENS[0].numpy())]).with_first_token
+    assert measured.displacement["pre_norm"] == pytest.approx(psi, rel=1e-5)
+    with found.without_layer(2):
+        logits = found.logits(TOKENS)
+    model.body.parts = nn.ModuleList([parts[0], *parts[2:]])
+    torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
+
+
+def test_a_state_that_is_written_to_between_layers_is_refused() -> None:
+    class Between(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for part in self.parts:
+                state = part(state)
+                state += state.roll(1, -1)
+            return state
+
+    refused(Odd(lambda m, x: m.norm(m.body(x)), body=Between(*stack().parts), norm=nn.LayerNorm(WIDTH)))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> None:
+    class Long(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for number, part in enumerate(self.parts):
+                for _ in range(times if number == 2 and state.shape[1] > 20 else 1):
+                    state = part(state)
+            return state
+
+    found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
+    ids = torch.arange(30).numpy()
+    assert measure(found, [Text("short", ids[:20])]).with_first_token.texts == 1
+    with pytest.raises(UserError, match=r"does not run behind layer .* for each text in odd"):
+        measure(found, [Text("long", ids)])
+
+
+def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
+    class Out(NamedTuple):
+        state: Tensor
+        more: int
+
+    class Named(Layer):
+        def forward(self, hidden_states: Tensor) -> Any:
+            return Out(super().forward(hidden_states), 1)
+
+    class Opened(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for part in self.parts:
+                state = part(state).state
+            return state
+
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Opened(*stack(of=Named).parts), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    with found.without_layer(1):
+        logits = found.logits(TOKENS)
+    model.body.parts = model.body.parts[1:]
+    torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
 
 
 def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:

@@ -25,3 +25,11 @@ def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
     away, masked = centred[0]
     reach = _REACH * away.masked_fill(masked, torch.nan).abs().nanmedian().nan_to_num(0.0)
     return [away.clamp(-reach, reach).nan_to_num(0.0) for away, _ in centred]
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states hold the same, perhaps rounded to the type of the other or copied to its device."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()  # one that is not finite is found elsewhere, and named
+    return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))

@@ -166,6 +166,7 @@ def decoder_of(
         max_length=_max_length(config),
         device=device,
         dtype=model.dtype,
+        in_place=structure.in_place,
     )
 
 

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.comparing import comparable
+from jreg_megatron.decoder.comparing import comparable, is_same
+from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
 from jreg_megatron.errors import UserError
 
 _LENGTH, _AT = 6, 3
@@ -44,6 +45,7 @@ class Structure:
         feeds_head_alone: whether the head sees nothing but the last layer's output.
         tokens: the ids ``[2, s]`` that were run.
         output: the last layer's states of them, ``[2, s, h]``.
+        in_place: whether a layer writes to its input.
     """
 
     layers: Sequence[nn.Module]
@@ -51,6 +53,7 @@ class Structure:
     feeds_head_alone: bool
     tokens: Tensor
     output: Tensor
+    in_place: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class _Call:
     more_in: list[Tensor]
     more_out: list[Tensor]
     """Further states that it was given, and that it returned."""
+    in_place: bool
+    """Whether it wrote to its input."""
 
 
 def find_structure(
@@ -121,7 +126,8 @@ def find_structure(
     behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
-    return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out)
+    in_place = any(call.in_place for call in chain)
+    return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out, in_place)
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
@@ -129,16 +135,37 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
     calls: list[_Call] = []
     numbers: Counter[nn.Module] = Counter()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        numbers[module] += 1
-        first = args[0] if args else kwargs.get("hidden_states")
-        outputs = output if isinstance(output, tuple | list) and output else (output,)
-        if _is_state(first, tokens) and _is_state(outputs[0], tokens) and first.shape == outputs[0].shape:
-            more_in = [value for value in (*args[1:], *kwargs.values()) if _is_state(value, tokens)]
-            more_out = [value for value in outputs[1:] if _is_state(value, tokens)]
-            calls.append(_Call(module, numbers[module], first, outputs[0], more_in, more_out))
+    given: dict[nn.Module, list[list[tuple[Tensor, Tensor]]]] = {}
 
-    hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    def states(*values: Any) -> list[Tensor]:
+        found = {id(value): value for value in values if is_state(value)}
+        return [value for value in found.values() if value.shape[:2] == tokens.shape]
+
+    # Copies of all states, for whoever runs next may write to them.
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = states(*args, kwargs.get("hidden_states"), *kwargs.values())
+        given.setdefault(module, []).append([(state, state.clone()) for state in found])
+
+    def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        numbers[module] += 1
+        found = given[module].pop()
+        outputs = output if isinstance(output, tuple | list) and output else (output,)
+        if found and states(outputs[0]) and found[0][1].shape == outputs[0].shape:
+            in_place = not is_same(*found[0])
+            (first, *more_in), (out, *more_out) = (
+                [copy for _, copy in found],
+                [state.clone() for state in states(*outputs)],
+            )
+            calls.append(_Call(module, numbers[module], first, out, more_in, more_out, in_place))
+
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        )
+    ]
     try:
         with torch.inference_mode():
             logits = run(tokens)
@@ -170,7 +197,7 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
         # What was seen, for experts on a GPU need not round alike twice.
         state = call.state_out.clone()
         state[:, _AT] = state[:, _AT].flip(0)
-        return type(output)((state, *output[1:])) if isinstance(output, tuple | list) else state
+        return with_stream(output, state)
 
     handle = call.module.register_forward_hook(swap)
     try:
@@ -188,11 +215,6 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     return is_alone and bool(moved >= _MUCH * apart), bool(off[:, _AT].norm() <= slack)
 
 
-def _is_state(value: Any, tokens: Tensor) -> TypeGuard[Tensor]:
-    is_3d = isinstance(value, Tensor) and value.ndim == 3
-    return is_3d and value.shape[:2] == tokens.shape and value.is_floating_point()
-
-
 def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
     """The calls of each list of modules that hand the stream on.
 
@@ -208,7 +230,7 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
         # Layers behind those that the model uses (config.num_hidden_layers) do not run.
         of_each = [by_module[module] for module in modules if module in by_module]
         chain = [calls[0] for calls in of_each if len(calls) == 1]
-        handed_on = all(_is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+        handed_on = all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
         if chain and len(chain) == len(of_each) and handed_on:
             found.append(chain)
     return sorted(found, key=lambda chain: (len(chain) != num_layers, -len(chain)))
@@ -217,7 +239,7 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
 def _hands_on_more(chain: list[_Call]) -> bool:
     """Whether a module gives the next one a second state, such as the sum of a stream and its last branch."""
     pairs = pairwise(chain)
-    return any(_is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
+    return any(is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
 
 
 def _tells_apart(states: Tensor) -> bool:
@@ -231,7 +253,7 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
 
     A norm has no weights but a scale and a shift, and gives the same whatever the length of its input.
     """
-    if not _is_same(call.state_in, state) or _is_same(call.state_out, state):
+    if not is_same(call.state_in, state) or is_same(call.state_out, state):
         return False
     if any(parameter.numel() > state.shape[-1] for parameter in call.module.parameters()):
         return False
@@ -239,17 +261,10 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     some = some.to(call.state_in)
     try:
         with torch.inference_mode():
-            once, twice = call.module(some)[:, :1].float(), call.module(2 * some[:, :1]).float()
+            once, twice = (stream_out(call.module(each))[:, :1].float() for each in (some, 2 * some[:, :1]))
     except Exception:  # it takes more than states
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two states are one, perhaps rounded to the type of the other or copied to its device."""
-    if a.shape != b.shape:
-        return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
 
 
 def _refuse_lookahead(states: Tensor, name: str) -> None:

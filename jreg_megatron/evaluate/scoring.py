@@ -60,7 +60,7 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
-    seen = _Last()
+    seen = _Last(decoder)
     with torch.inference_mode(), decoder.observed(seen):
         decoder.run(ids)
     return score(decoder.head, seen.state[rows, columns], targets, decoder)
@@ -77,7 +77,7 @@ def read_out_error(decoder: Decoder) -> str | None:
     ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
-    seen = _Last()
+    seen = _Last(decoder)
     what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
     if decoder.head is None:
         return f"{what}its head was not found"
@@ -86,11 +86,15 @@ def read_out_error(decoder: Decoder) -> str | None:
             decoder.run(ids)
         own = decoder.logits(ids)
         try:
-            read = decoder.read_out(seen.layer_output)
+            # As layers are read out, and as the whole model is scored.
+            reads = (decoder.read_out(seen.layer_output), decoder.head(seen.state))
         except RuntimeError:  # a projection between them
             return f"{what}its head does not take the states behind its layers"
-    own, read = comparable(own, read)
-    off, size = (own - read).abs(), own.abs() + own.square().mean(dim=-1, keepdim=True).sqrt()
+    if any(read.shape != own.shape for read in reads):
+        return f"{what}its head gives logits of another shape"
+    own, *others = comparable(own, *reads)
+    off = torch.stack([(own - other).abs() for other in others])
+    size = own.abs() + own.square().mean(dim=-1, keepdim=True).sqrt()
     if bool((off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size).all()):
         return None
     by = "head" if decoder.final_norm is None else "final norm and head"
@@ -103,8 +107,12 @@ class _Last:
     layer_output: Tensor
     state: Tensor
 
+    def __init__(self, decoder: Decoder) -> None:
+        self.last = decoder.num_layers
+
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        self.layer_output = self.state = layer_output
+        if number == self.last:
+            self.layer_output = self.state = layer_output.clone()  # it may be written to later
 
     def final_norm(self, normed: Tensor) -> None:
         self.state = normed
