@@ -61,6 +61,13 @@ EXPORT = tuple(
         "test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it",
     )
 )
+TOLD = tuple(
+    f"tests/test_megatron_checkpoint.py::{name}"
+    for name in (
+        "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
+        "test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows",
+    )
+)
 CHECKPOINT = tuple(
     f"tests/test_megatron_checkpoint.py::{name}"
     for name in (
@@ -872,8 +879,32 @@ FAULTS = [
     Fault(
         "believe a --vocab-size that was not what was padded",
         "decoder/megatron_tokenizer.py",
-        (("multiple and math.ceil(given / multiple) * multiple == rows", "multiple"),),
-        CHECKPOINT,
+        (("math.ceil(size / multiple) * multiple == rows if multiple", "size <= rows if multiple"),),
+        TOLD,
+    ),
+    Fault(
+        "believe a --vocab-size that Megatron does not read",
+        "decoder/megatron_tokenizer.py",
+        (("kind not in TYPES and ", ""),),
+        TOLD,
+    ),
+    Fault(
+        "cut the vocabulary by another tokenizer",
+        "decoder/megatron_tokenizer.py",
+        ((" and pads_to(arguments, tokenizer.vocab_size, rows):", ":"),),
+        TOLD,
+    ),
+    Fault(
+        "export with a tokenizer of another size",
+        "convert/export.py",
+        (("if tokenizer and not (fits if", "if False and not (fits if"),),
+        EXPORT,
+    ),
+    Fault(
+        "count a tokenizer's tokens for its ids",
+        "data/tokenizing.py",
+        (("max(int(built.vocab_size), 1 + max(ids, default=-1))", "int(built.vocab_size)"),),
+        ("tests/test_convert.py::test_every_id_is_below_the_vocabulary_of_a_tokenizer_with_gaps",),
     ),
     Fault(
         "let padding have its part in the loss",
