@@ -39,6 +39,14 @@ DROWNED = tuple(
         "test_a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail",
     )
 )
+OWN = tuple(
+    f"tests/test_structure.py::{name}"
+    for name in (
+        "test_a_model_whose_states_depend_on_something_else_is_refused_in_one_line",
+        "test_a_part_of_the_model_that_is_another_one_on_long_texts_is_refused",
+        "test_a_look_ahead_within_blocks_is_seen",
+    )
+)
 STATES = tuple(
     f"tests/test_structure.py::{name}"
     for name in (
@@ -451,6 +459,36 @@ FAULTS = [
         "decoder/decoder.py",
         (("if last is not None and is_same(last, stream_in(args, kwargs)):", "if True:"),),
         STATES,
+    ),
+    Fault(
+        "measure a model that is another one in a batch",
+        "decoder/trial.py",
+        (("if _is_other(whole, first[:length], eps):", "if False:"),),
+        OWN,
+    ),
+    Fault(
+        "try a batch without padding",
+        "decoder/trial.py",
+        (("pad(rows, (0, room))", "pad(rows, (0, 0))"),),
+        OWN,
+    ),
+    Fault(
+        "let a long text look ahead",
+        "decoder/trial.py",
+        (("if _is_other(whole[:early], second[:early], eps):", "if False:"),),
+        OWN,
+    ),
+    Fault(
+        "look ahead in blocks of two or three",
+        "decoder/structure.py",
+        (("length * 7 // 12", "length // 2"),),
+        OWN,
+    ),
+    Fault(
+        "take noise for a look ahead",
+        "decoder/structure.py",
+        (("    _refuse_noise(logits, lambda: run(tokens), name)\n", ""),),
+        OWN,
     ),
     Fault(
         "take the first call of a norm behind the layers for the final one",

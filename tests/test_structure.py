@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from small_models import LAYERS, VOCABULARY, small_model
@@ -496,7 +497,7 @@ def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> N
 
     found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
     ids = torch.arange(30).numpy()
-    assert measure(found, [Text("short", ids[:20])]).with_first_token.texts == 1
+    assert measure(found, [Text("short", ids[:16])]).with_first_token.texts == 1
     with pytest.raises(UserError, match=r"does not run behind layer .* for each text in odd"):
         measure(found, [Text("long", ids)])
 
@@ -524,16 +525,81 @@ def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
     torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
 
 
+# A text's states are its own
+
+
+class Inner(nn.Module):
+    """What is around the layers; the model gives it an offset for long texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False, offset: float = 0.0) -> Tensor:
+        state: Tensor = self.body(self.embedding(input_ids) + offset)
+        return state
+
+
+class Blocks(Layer):
+    """Looks ahead to the end of a block of ``size`` tokens."""
+
+    size = 2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        length = hidden_states.shape[1]
+        ends = torch.arange(length) // self.size * self.size + self.size - 1
+        return hidden_states + super().forward(hidden_states)[:, ends.clamp(max=length - 1)]
+
+
+def ran(model: Odd, batch_size: int = 8) -> Any:
+    if hasattr(model, "inner"):
+        model.register_forward_pre_hook(
+            lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True
+        )
+    ids = numpy.random.default_rng(0).integers(0, VOCABULARY, 30)
+    measured = measure(found_in(model), [Text("a", ids)], batch_size=batch_size)
+    return measured.with_first_token.displacement["pre_norm"], torch.from_numpy(ids)[None]
+
+
+DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "the batch": (lambda m, x: m.body(x - 0.5 * x.mean(0) * (len(x) > 2)), "--batch-size 1"),
+    "padding": (lambda m, x: m.body(x + torch.arange(x.shape[1]).flip(0)[:, None]), "--batch-size 1"),
+    "a long prefix": (
+        lambda m, x: m.body(x + x[:, :16].mean(1, keepdim=True) * (x.shape[1] > 12)),
+        "looks at tokens to come in a longer text",
+    ),
+    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "other logits for the same tokens"),
+    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "other logits for the same tokens"),
+}
+
+
+@pytest.mark.parametrize(("way", "said"), DEPENDENT.values(), ids=DEPENDENT)
+def test_a_model_whose_states_depend_on_something_else_is_refused_in_one_line(
+    way: Callable[[Any, Tensor], Tensor], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        ran(Odd(way, body=stack()))
+    assert "\n" not in str(error.value)
+    if said == "--batch-size 1":
+        model = Odd(way, body=stack())
+        psi, ids = ran(model, batch_size=1)
+        assert psi == pytest.approx(by_hand(model, model.body.parts, ids)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_a_look_ahead_within_blocks_is_seen(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Blocks, "size", size)
+    with pytest.raises(UserError, match="looks at tokens to come"):
+        found_in(Odd(lambda m, x: m.body(x), body=stack(of=Blocks)))
+
+
+def test_a_part_of_the_model_that_is_another_one_on_long_texts_is_refused() -> None:
+    model = Odd(lambda m, x: m.inner(m.ids, offset=float(x.shape[1] > 12)), inner=Inner())
+    with pytest.raises(UserError, match="through the whole model and through the part"):
+        ran(model, batch_size=1)
+
+
 def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
-
-        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-            state: Tensor = self.body(self.embedding(input_ids))
-            return state
-
     model = Odd(lambda m, x: m.norm(m.inner(m.ids)), inner=Inner(), norm=nn.LayerNorm(WIDTH))
     model.register_forward_pre_hook(
         lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True

@@ -134,7 +134,7 @@ def decoder_of(
         return out
 
     num_layers = _num_layers(config)
-    structure = find_structure(model, logits, config.vocab_size, name, num_layers)
+    structure = find_structure(model, logits, config.vocab_size, name, num_layers, _max_length(config))
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "

@@ -21,18 +21,24 @@ from jreg_megatron.decoder.comparing import comparable, is_same
 from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
 from jreg_megatron.errors import UserError
 
-_LENGTH, _AT = 6, 3
-"""Of the tokens that are run, and where their two rows differ."""
-_OTHERS = [at for at in range(_LENGTH) if at != _AT]
+_LENGTH = 12
+"""Of the tokens that are run, where the model takes so many."""
+
+
+def _at(length: int) -> int:
+    """Where the two rows differ: no block of 2 to 6 tokens begins there, in which a model may look ahead."""
+    return length * 7 // 12
+
+
 _SLIGHT, _MUCH, _HALF = 0.02, 0.1, 0.5
 """Shares of the difference between the rows' logits: what may come from elsewhere where all comes from one
 module, what must come from the last layer where not all does, and what can never be rounding."""
-_CLEAR = 0.1
-"""Of the logits: a difference between rows that rounding does not hide."""
+_LEAST, _CLEAR = 1e-5, 0.1
+"""Of the logits: differences between rows that are none, and that rounding does not hide."""
 
 
 _STEPS = (1, 2, 5, 11, 23)
-"""From one id to the other. Some ids may share an embedding, as reserved ones that were never trained."""
+"""From one id to the other. Reserved ids may share an embedding, or have none that is a number."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def find_structure(
     vocab_size: int,
     name: str,
     num_layers: int | None = None,
+    max_length: int | None = None,
 ) -> Structure:
     """Run a few tokens and see which modules carry the residual stream.
 
@@ -85,25 +92,29 @@ def find_structure(
         vocab_size: ids below it are used.
         name: of the model, for messages.
         num_layers: as its configuration says; None if it does not.
+        max_length: of a sequence, in the same way.
 
     Raises:
-        UserError: if no layers are found, or the model looks at tokens to come; says what was looked for.
+        UserError: if no layers are found, or the model looks at tokens to come or gives other logits each
+            time; says what was looked for.
     """
     # Two rows that differ in one token: what comes before it must not see that.
-    widest = -1.0
+    widest, length = -1.0, min(_LENGTH, max_length or _LENGTH)
     for step in _STEPS:
-        some = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
-        some[1, _AT] = (some[1, _AT] + step) % vocab_size
+        some = (torch.arange(length) + step - 1).repeat(2, 1) % max(1, vocab_size - 1)
+        some[1, _at(length)] = (some[1, _at(length)] + step) % vocab_size
         seen = _record(model, run, some)
         if (apart := _apart(seen[1])) > widest:
             widest, tokens, (calls, logits) = apart, some, seen
         if widest > _CLEAR:
             break
-    if widest <= 1e-5:
+    if widest <= _LEAST:
         raise UserError(
             f"{name} gives the same logits whatever token comes before, so its layers cannot be found; its "
             "embedding may hold the same for all tokens"
         )
+
+    _refuse_noise(logits, lambda: run(tokens), name)
 
     def effect(call: _Call) -> tuple[bool, bool]:
         return _effect(call, logits, lambda: run(tokens))
@@ -176,10 +187,11 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
 
 
 def _apart(logits: Tensor) -> float:
-    """How far the rows' logits are apart where their tokens are, as a share of them. Inf where one is NaN."""
-    if logits[:, _AT].isnan().any():  # found later, in the states, and named
-        return torch.inf
-    first, second = comparable(logits)[0][:, _AT]
+    """How far the rows' logits are apart where their tokens are, as a share of them."""
+    at = _at(logits.shape[1])
+    if logits[:, at].isnan().any():  # other ids may do better, or it is found in the states, and named
+        return 2 * _LEAST
+    first, second = comparable(logits)[0][:, at]
     return float((first - second).norm() / first.norm().clamp(min=torch.finfo(first.dtype).tiny))
 
 
@@ -189,14 +201,15 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
 
     It is swapped between the rows where their tokens differ, so that these logits should be swapped.
     """
-    numbers = count(1)
+    numbers, at = count(1), _at(logits.shape[1])
+    others = [place for place in range(logits.shape[1]) if place != at]
 
     def swap(_: nn.Module, __: Any, output: Any) -> Any:
         if next(numbers) != call.number:
             return None
         # What was seen, for experts on a GPU need not round alike twice.
         state = call.state_out.clone()
-        state[:, _AT] = state[:, _AT].flip(0)
+        state[:, at] = state[:, at].flip(0)
         return with_stream(output, state)
 
     handle = call.module.register_forward_hook(swap)
@@ -205,14 +218,14 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     finally:
         handle.remove()
     expected = own.clone()
-    expected[:, _AT] = own[:, _AT].flip(0)
+    expected[:, at] = own[:, at].flip(0)
     off = found - expected
     eps = 4 * torch.finfo(call.state_out.dtype).eps
-    apart, moved = (own[0] - own[1])[_AT].norm(), (found - own)[:, _AT].norm()
-    is_alone = bool(off[:, _OTHERS].norm() <= min(eps, 1e-3) * own[:, _OTHERS].norm())
+    apart, moved = (own[0] - own[1])[at].norm(), (found - own)[:, at].norm()
+    is_alone = bool(off[:, others].norm() <= min(eps, 1e-3) * own[:, others].norm())
     # What rounding may do is bounded by what there is to see: a check that always passes is none.
-    slack = torch.minimum(_SLIGHT * apart + eps * own[:, _AT].norm(), _HALF * apart)
-    return is_alone and bool(moved >= _MUCH * apart), bool(off[:, _AT].norm() <= slack)
+    slack = torch.minimum(_SLIGHT * apart + eps * own[:, at].norm(), _HALF * apart)
+    return is_alone and bool(moved >= _MUCH * apart), bool(off[:, at].norm() <= slack)
 
 
 def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
@@ -245,7 +258,9 @@ def _hands_on_more(chain: list[_Call]) -> bool:
 def _tells_apart(states: Tensor) -> bool:
     """Whether states are of one token each: the rows' differ only where their tokens do."""
     first, second = states.float()
-    return not bool((first - second)[_OTHERS].norm() > 4 * torch.finfo(states.dtype).eps * first.norm())
+    off = (first - second).norm(dim=-1)
+    off[_at(len(off))] = 0
+    return not bool(off.norm() > 4 * torch.finfo(states.dtype).eps * first.norm())
 
 
 def _is_norm_of(call: _Call, state: Tensor) -> bool:
@@ -267,8 +282,18 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
 
 
+@torch.inference_mode()
+def _refuse_noise(logits: Tensor, run: Callable[[], Tensor], name: str) -> None:
+    own, again = comparable(logits, run())
+    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
+        raise UserError(
+            f"{name} gives other logits for the same tokens each time, so it has no figures of its own; "
+            "switch off its dropout or noise, and what it keeps from one run to the next"
+        )
+
+
 def _refuse_lookahead(states: Tensor, name: str) -> None:
-    first, second = states[:, :_AT].float()
+    first, second = states[:, : _at(states.shape[1])].float()
     # The rows may differ by rounding, for experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
         raise UserError(

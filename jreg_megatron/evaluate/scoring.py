@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.trial import LastStates
 from jreg_megatron.errors import UserError
 
 _MAX_LOGITS = 1 << 25
@@ -60,7 +61,7 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
-    seen = _Last(decoder)
+    seen = LastStates(decoder)
     with torch.inference_mode(), decoder.observed(seen):
         decoder.run(ids)
     return score(decoder.head, seen.state[rows, columns], targets, decoder)
@@ -77,7 +78,7 @@ def read_out_error(decoder: Decoder) -> str | None:
     ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
-    seen = _Last(decoder)
+    seen = LastStates(decoder)
     what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
     if decoder.head is None:
         return f"{what}its head was not found"
@@ -99,20 +100,3 @@ def read_out_error(decoder: Decoder) -> str | None:
         return None
     by = "head" if decoder.final_norm is None else "final norm and head"
     return f"{what}its last layer's output by {by} misses its logits by up to {float(off.max()):.2g}"
-
-
-class _Last:
-    """Keeps the states behind the last layer, and those that the head takes."""
-
-    layer_output: Tensor
-    state: Tensor
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.last = decoder.num_layers
-
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        if number == self.last:
-            self.layer_output = self.state = layer_output.clone()  # it may be written to later
-
-    def final_norm(self, normed: Tensor) -> None:
-        self.state = normed
