@@ -39,6 +39,16 @@ DROWNED = tuple(
         "test_a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail",
     )
 )
+FORMS = tuple(
+    f"tests/test_structure.py::{name}"
+    for name in (
+        "test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said",
+        "test_a_norm_among_the_layers_is_not_taken_for_one_of_them",
+        "test_a_branch_whose_sum_is_kept_in_a_dict_is_refused",
+        "test_a_model_of_another_form_is_measured_too",
+        "test_a_short_context_and_a_scale_by_a_word_are_read_out",
+    )
+)
 OWN = tuple(
     f"tests/test_structure.py::{name}"
     for name in (
@@ -457,8 +467,50 @@ FAULTS = [
     Fault(
         "take a norm before the layers for the final one",
         "decoder/decoder.py",
-        (("if last is not None and is_same(last, stream_in(args, kwargs)):", "if True:"),),
+        (("if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):", "if True:"),),
         STATES,
+    ),
+    Fault(
+        "refuse a state that is scaled between layers",
+        "decoder/structure.py",
+        (("handed_on = all(is_same_or_scaled(", "handed_on = all(is_same("),),
+        FORMS,
+    ),
+    Fault(
+        "overlook a final norm of a state that is scaled",
+        "decoder/decoder.py",
+        (("is_same_or_scaled(last, stream_in(args, kwargs))", "last.equal(stream_in(args, kwargs))"),),
+        FORMS,
+    ),
+    Fault(
+        "say nothing of norms of a state that is scaled",
+        "decoder/hugging_face.py",
+        (("    if structure.scales:\n", "    if False:\n"),),
+        FORMS,
+    ),
+    Fault(
+        "take a norm among the layers for one of them",
+        "decoder/structure.py",
+        (("if not isinstance(modules, nn.ModuleList) and len(", "if False and len("),),
+        FORMS,
+    ),
+    Fault(
+        "measure a branch whose sum is kept in a dict",
+        "decoder/structure.py",
+        (("stored = states(*(", "stored = states() and states(*("),),
+        FORMS,
+    ),
+    Fault(
+        "give a model that knows no cache one",
+        "decoder/hugging_face.py",
+        (('{"use_cache": False} if has_cache else {}', '{"use_cache": False}'),),
+        FORMS,
+    ),
+    Fault(
+        "probe beyond a short context",
+        "decoder/structure.py",
+        (("min(_LENGTH, max_length or _LENGTH)", "_LENGTH"),),
+        FORMS,
     ),
     Fault(
         "measure a model that is another one in a batch",
@@ -493,7 +545,7 @@ FAULTS = [
     Fault(
         "take the first call of a norm behind the layers for the final one",
         "decoder/decoder.py",
-        (("last is not None and is_same(last, stream_in(args, kwargs))", "last is not None"),),
+        (("last is not None and is_same_or_scaled(last, stream_in(args, kwargs))", "last is not None"),),
         STATES,
     ),
     Fault(
@@ -899,7 +951,7 @@ FAULTS = [
     Fault(
         "refuse an export without naming a tool",
         "convert/llama.py",
-        (('bridge_as(example) if example else "it cannot be exported"', '"it cannot be exported"'),),
+        (("bridge_as(example) if example else _AS_IT_IS", "_AS_IT_IS"),),
         EXPORT,
     ),
     Fault(

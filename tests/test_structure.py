@@ -525,6 +525,122 @@ def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
     torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
 
 
+# What a model is made of, and what it gives
+
+
+class Halves(Stack):
+    """Halves the state behind each layer, as RWKV does in half precision."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        for part in self.parts:
+            state = part(state) * 0.5
+        return state
+
+
+def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Halves(*stack().parts), norm=nn.LayerNorm(WIDTH))
+    found, ids = found_in(model), torch.arange(20)[None]
+    (note,) = notes(capsys)
+    assert "odd scales its state between layers; its norms are those of the layers' outputs" in note
+    psi, _ = by_hand(model, model.body.parts, ids)
+    measured = measure(found, [Text("a", ids[0].numpy())]).with_first_token.displacement
+    assert measured["pre_norm"] == pytest.approx(psi, rel=1e-5)
+    normed: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda _, __, out: normed.append(out))
+    last: list[Tensor] = []
+    model.body.parts[-1].register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    by_hand(model, [], ids)
+    hook.remove()
+    cos = nn.functional.cosine_similarity(last[-1].double(), normed[-1].double(), dim=-1)
+    assert measured["post_norm"][-1] == pytest.approx(float((1 - cos).mean() / 2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda: nn.Sequential(*stack().parts), lambda: Named(*stack().parts)],
+    ids=["Sequential", "ModuleDict"],
+)
+def test_layers_in_other_containers_are_found(body: Callable[[], nn.Module]) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=body(), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    assert (list(found.layers), found.final_norm) == (layers, model.norm)
+
+
+class Named(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({str(number): part for number, part in enumerate(parts)})
+
+    def forward(self, state: Tensor) -> Tensor:
+        for part in self.parts.values():
+            state = part(state)
+        return state
+
+
+def test_a_norm_among_the_layers_is_not_taken_for_one_of_them() -> None:
+    refused(Odd(lambda m, x: m.body(x), body=nn.Sequential(*stack().parts, nn.LayerNorm(WIDTH))))
+
+
+def test_a_layer_that_runs_several_times_is_named() -> None:
+    layer = Layer()
+    assert "a Layer runs 4 times" in refused(Odd(lambda m, x: m.body(x), body=Stack(*4 * [layer])))
+
+
+def test_a_branch_whose_sum_is_kept_in_a_dict_is_refused() -> None:
+    class Keeps(Layer):
+        def forward(self, hidden_states: Tensor, kept: dict[str, Tensor]) -> Tensor:
+            kept["sum"] = kept["sum"] + hidden_states
+            return super().forward(kept["sum"])
+
+    class Keeper(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            kept = {"sum": torch.zeros_like(state)}
+            for part in self.parts:
+                state = part(state, kept)
+            return state + kept["sum"]
+
+    refused(Odd(lambda m, x: m.body(x), body=Keeper(*stack(of=Keeps).parts)))
+
+
+class Other(Odd):
+    """Knows no cache, and gives its logits in another way."""
+
+    gives: Callable[[Any], Any]
+
+    def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+        return type(self).gives(super().forward(input_ids, False).logits)
+
+
+@pytest.mark.parametrize(
+    "gives", [lambda logits: (logits,), lambda logits: {"logits": logits}], ids=["tuple", "dict"]
+)
+def test_a_model_of_another_form_is_measured_too(gives: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Other, "gives", staticmethod(gives), raising=False)
+    model = Other(lambda m, x: m.norm(m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    del model.config.vocab_size
+    found = found_in(model)
+    assert (found.final_norm, found.vocab_size) == (model.norm, VOCABULARY)
+    assert read_out_error(found) is None
+
+
+def test_logits_of_the_last_token_alone_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Other, "gives", staticmethod(lambda logits: (logits[:, -1:],)), raising=False)
+    with pytest.raises(UserError, match="predicts at every position"):
+        found_in(Other(lambda m, x: m.body(x), body=stack()))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("gpt2", {"n_positions": 4}), ("mpt", {"logit_scale": "inv_sqrt_d_model", "d_model": 32})],
+)
+def test_a_short_context_and_a_scale_by_a_word_are_read_out(family: str, more: dict[str, Any]) -> None:
+    found = found_in(small_model(family, **more))
+    assert found.num_layers == LAYERS and read_out_error(found) is None
+
+
 # A text's states are its own
 
 

@@ -33,3 +33,16 @@ def is_same(a: Tensor, b: Tensor) -> bool:
         return False
     a, b = a.nan_to_num(), b.nan_to_num()  # one that is not finite is found elsewhere, and named
     return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
+
+
+def is_same_or_scaled(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` is ``a``, perhaps times a positive number, which changes neither cosines nor a norm."""
+    if is_same(a, b):
+        return True
+    if a.shape != b.shape:
+        return False
+    eps = max(torch.finfo(each.dtype).eps for each in (a, b))
+    a, b = (each.nan_to_num().to(b.device, torch.promote_types(each.dtype, torch.float32)) for each in (a, b))
+    factor = float((a * b).sum() / a.square().sum())
+    is_scale = factor > 0 and abs(factor - 1) > 2 * eps
+    return is_scale and bool((b - factor * a).norm() <= eps * b.norm())

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.comparing import is_same
+from jreg_megatron.decoder.comparing import is_same_or_scaled
 from jreg_megatron.errors import UserError
 
 
@@ -129,7 +129,7 @@ class Decoder:
         def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal last
             # The norm may be another head's too: it is the final one on the last layer's output.
-            if last is not None and is_same(last, stream_in(args, kwargs)):
+            if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
                 last = None
                 observer.final_norm(outward(stream_out(output)))
 

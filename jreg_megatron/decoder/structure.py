@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain as joined
 from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.comparing import comparable, is_same
+from jreg_megatron.decoder.comparing import comparable, is_same, is_same_or_scaled
 from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
 from jreg_megatron.errors import UserError
 
@@ -37,6 +38,7 @@ _LEAST, _CLEAR = 1e-5, 0.1
 """Of the logits: differences between rows that are none, and that rounding does not hide."""
 
 
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _STEPS = (1, 2, 5, 11, 23)
 """From one id to the other. Reserved ids may share an embedding, or have none that is a number."""
 
@@ -52,6 +54,7 @@ class Structure:
         tokens: the ids ``[2, s]`` that were run.
         output: the last layer's states of them, ``[2, s, h]``.
         in_place: whether a layer writes to its input.
+        scales: whether a state is multiplied by a number between layers.
     """
 
     layers: Sequence[nn.Module]
@@ -60,6 +63,7 @@ class Structure:
     tokens: Tensor
     output: Tensor
     in_place: bool
+    scales: bool
 
 
 @dataclass(frozen=True)
@@ -129,16 +133,19 @@ def find_structure(
     else:
         wanted = "" if num_layers is None else f"{num_layers} by its configuration, "
         raise UserError(
-            f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList whose "
-            f"members, {wanted}run in order from the embedding to the head, each on the [batch, sequence, "
-            f"hidden] states that the last one returned; it has {_lists(model)}"
+            f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList, or a "
+            f"Sequential or ModuleDict of one kind, whose members, {wanted}run in order from the embedding "
+            "to the head, each on the [batch, sequence, hidden] states that the last one returned; it has "
+            f"{_lists(model)}{_repeated(model, calls)}"
         )
     _refuse_lookahead(last.state_out, name)
     behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
     in_place = any(call.in_place for call in chain)
-    return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out, in_place)
+    scales = not all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+    layers = [call.module for call in chain]
+    return Structure(layers, norm, is_all, tokens, last.state_out, in_place, scales)
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
@@ -149,7 +156,8 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
     given: dict[nn.Module, list[list[tuple[Tensor, Tensor]]]] = {}
 
     def states(*values: Any) -> list[Tensor]:
-        found = {id(value): value for value in values if is_state(value)}
+        inside = (value.values() if isinstance(value, dict) else (value,) for value in values)
+        found = {id(value): value for value in joined.from_iterable(inside) if is_state(value)}
         return [value for value in found.values() if value.shape[:2] == tokens.shape]
 
     # Copies of all states, for whoever runs next may write to them.
@@ -157,7 +165,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
         found = states(*args, kwargs.get("hidden_states"), *kwargs.values())
         given.setdefault(module, []).append([(state, state.clone()) for state in found])
 
-    def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         numbers[module] += 1
         found = given[module].pop()
         outputs = output if isinstance(output, tuple | list) and output else (output,)
@@ -167,6 +175,9 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
                 [copy for _, copy in found],
                 [state.clone() for state in states(*outputs)],
             )
+            # What it has put into a dict that it was given, it hands on too.
+            stored = states(*(each for each in (*args, *kwargs.values()) if isinstance(each, dict)))
+            more_out += [each.clone() for each in stored if not any(is_same(each, copy) for copy in more_in)]
             calls.append(_Call(module, numbers[module], first, out, more_in, more_out, in_place))
 
     hooks = [
@@ -174,7 +185,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
         for module in model.modules()
         for hook in (
             module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
+            module.register_forward_hook(after, with_kwargs=True),
         )
     ]
     try:
@@ -238,12 +249,16 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
         by_module.setdefault(call.module, []).append(call)
     found = []
     for modules in model.modules():
-        if not isinstance(modules, nn.ModuleList):
+        if not isinstance(modules, _LISTS):
+            continue
+        members = modules._modules.values()
+        # Of Sequential and ModuleDict, for they may hold the norm and other things too.
+        if not isinstance(modules, nn.ModuleList) and len({type(module) for module in members}) > 1:
             continue
         # Layers behind those that the model uses (config.num_hidden_layers) do not run.
-        of_each = [by_module[module] for module in modules if module in by_module]
+        of_each = [by_module[module] for module in members if module in by_module]
         chain = [calls[0] for calls in of_each if len(calls) == 1]
-        handed_on = all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+        handed_on = all(is_same_or_scaled(a.state_out, b.state_in) for a, b in pairwise(chain))
         if chain and len(chain) == len(of_each) and handed_on:
             found.append(chain)
     return sorted(found, key=lambda chain: (len(chain) != num_layers, -len(chain)))
@@ -268,7 +283,7 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
 
     A norm has no weights but a scale and a shift, and gives the same whatever the length of its input.
     """
-    if not is_same(call.state_in, state) or is_same(call.state_out, state):
+    if not is_same_or_scaled(call.state_in, state) or is_same(call.state_out, state):
         return False
     if any(parameter.numel() > state.shape[-1] for parameter in call.module.parameters()):
         return False
@@ -299,6 +314,17 @@ def _refuse_lookahead(states: Tensor, name: str) -> None:
         raise UserError(
             f"{name} looks at tokens to come (an encoder, not a causal decoder); give a causal language model"
         )
+
+
+def _repeated(model: nn.Module, calls: list[_Call]) -> str:
+    """What to say of a member of a list that runs several times."""
+    members = {each for each in model.modules() if isinstance(each, _LISTS) for each in each.children()}
+    most = max((call for call in calls if call.module in members), key=lambda call: call.number, default=None)
+    if most is None or most.number == 1:
+        return ""
+    return (
+        f"; a {type(most.module).__name__} runs {most.number} times in one pass, and each layer must run once"
+    )
 
 
 def _lists(model: nn.Module) -> str:
