@@ -175,7 +175,10 @@ def without_a_tokenizer(tokenizer: Path, work: Path) -> dict[str, Any]:
     there = lost | {"tokenizer_model": str(tokenizer)}  # of 512 tokens
     made(work / "lost", **lost)
     made(work / "narrow", **there)
-    made(work / "wide", LLAMA_FLAGS.replace("130", "600"), **there)
+    made(work / "wide", LLAMA_FLAGS.replace("130", "600"), **there, make_vocab_size_divisible_by=640)
+    made(
+        work / "unlike", LLAMA_FLAGS.replace("130", "600"), **there
+    )  # 640 rows, and 512 is no padding of 512
     found["not wanted"] = run(export, work / "wide", work / "weights", "--no-tokenizer")
     found["lost"] = run(export, work / "lost", work / "padded", "--no-tokenizer")
     given = ("--no-tokenizer", "--vocab-size", 200)
@@ -186,7 +189,9 @@ def without_a_tokenizer(tokenizer: Path, work: Path) -> dict[str, Any]:
         "none": refusal(work / "lost", work / "x", "--no-tokenizer", "--vocab-size", 0),
         "other than told": refusal(work / "null", work / "x", "--vocab-size", 200),
         "another tokenizer": refusal(work / "narrow", work / "x"),
+        "a smaller tokenizer": refusal(work / "unlike", work / "x"),
     }
+    found["by hand"] = run(export, work / "unlike", work / "by hand", "--vocab-size", 600)["vocab_size"]
     return found
 
 
@@ -207,6 +212,21 @@ def test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_tha
     assert "--vocab-size is 0" in refused["none"]
     assert "--vocab-size is 200" in refused["other than told"] and "130" in refused["other than told"]
     assert "has 512 tokens" in refused["another tokenizer"] and "256" in refused["another tokenizer"]
+    assert "has 512 tokens" in refused["a smaller tokenizer"] and "640 rows" in refused["a smaller tokenizer"]
+    assert found["by hand"] == 600
+
+
+def test_every_id_is_below_the_vocabulary_of_a_tokenizer_with_gaps(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from jreg_megatron.data.tokenizing import TokenizerSettings, build
+
+    model = models.WordLevel({"<unk>": 0, "a": 1, "b": 40}, "<unk>")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), unk_token="<unk>", eos_token="<unk>"
+    ).save_pretrained(tmp_path)
+    assert build(TokenizerSettings("HuggingFaceTokenizer", str(tmp_path))).vocab_size == 41
 
 
 def of_an_older_megatron(work: Path) -> tuple[float, float]:
@@ -369,7 +389,7 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
     with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
         Llama.from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
     assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
-    assert str(caught.value).endswith(tool or "cannot be exported")
+    assert str(caught.value).endswith(tool or "measure and evaluate read it as it is")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -634,10 +635,12 @@ TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
         2**17 + 128,
         2**17,
     ),
-    "a lost tokenizer of the size that was padded": (GONE, 256, 130),
-    "the same at two tensor ranks": (GONE | {"tensor_model_parallel_size": 2}, 256, 130),
-    "a lost tokenizer of another size": (GONE, 384, None),
+    "a lost tokenizer, with a size that Megatron does not read": (GONE, 256, None),
     "a lost tokenizer": (GONE | {"vocab_size": None}, 256, None),
+    "no tokenizer type, and the size that was padded": ({}, 256, 130),
+    "the same at two tensor ranks": ({"tensor_model_parallel_size": 2}, 256, 130),
+    "no tokenizer type, and another size": ({}, 384, None),
+    "no padding": (GONE | {"make_vocab_size_divisible_by": 1}, 200, 200),
     "no tokenizer type, and nothing about padding": ({"make_vocab_size_divisible_by": 0}, 256, None),
 }
 """Arguments beside those of PADDED, rows of the embedding, and how many of them are the vocabulary."""
@@ -649,6 +652,18 @@ def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> No
 
     more, rows, expected = TOLD[name]
     assert vocab_size_of(PADDED | more, rows, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "expected"), [(144, 256, 144), (62, 256, None), (300, 256, None), (62, 128, 62)]
+)
+def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
+    size: int, rows: int, expected: int | None
+) -> None:
+    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+
+    tokenizer: Any = SimpleNamespace(vocab_size=size)
+    assert vocab_size_of(PADDED | GONE, rows, tokenizer) == expected
 
 
 @pytest.mark.parametrize(

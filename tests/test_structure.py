@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from small_models import LAYERS, VOCABULARY, small_model
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
 from jreg_megatron.errors import UserError
-from jreg_megatron.evaluate.scoring import read_out_error
+from jreg_megatron.evaluate.scoring import read_out_error, score_own
+from jreg_megatron.measure.measurement import measure
+from jreg_megatron.texts import Text
 
 WIDTH = 16
 
@@ -358,16 +361,377 @@ def test_the_final_norm_is_a_norm_of_the_last_layers_output_and_of_nothing_else(
     assert (read_out_error(found) is None) == reads_out
 
 
-def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
+def bfloat(model: Odd) -> Odd:
+    model.dtype = torch.bfloat16
+    return model.to(model.dtype)
 
-        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-            state: Tensor = self.body(self.embedding(input_ids))
+
+def mask(value: float) -> Callable[[Tensor], Tensor]:
+    ids = torch.arange(VOCABULARY)
+    return lambda logits: logits.masked_fill(ids == VOCABULARY - 1, value)
+
+
+# What a model may do to its logits, and whether its head alone has other ones then.
+LOGITS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "masked by -Inf": (mask(-torch.inf), True),
+    "masked by the least number": (mask(torch.finfo(torch.float32).min), True),
+    "one id far above": (mask(1e6), True),
+    "an offset of all": (lambda logits: logits + 1000, False),  # which no probability depends on
+}
+
+
+@pytest.mark.parametrize(("change", "shows"), LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("way", ["a norm beside", "a norm of more", "norm"])
+def test_logits_that_are_masked_or_large_do_not_switch_a_check_off(
+    way: str, change: Callable[[Tensor], Tensor], shows: bool
+) -> None:
+    leads, has_norm, _ = WAYS[way]
+    model = Odd(lambda m, x: leads(m, x, m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    head = model.head
+    model.head = nn.Sequential(head, _Change(change))
+    model.get_output_embeddings = lambda: head  # type: ignore[method-assign]
+    found = found_in(model)
+    assert (found.final_norm is model.norm) == has_norm
+    assert (read_out_error(found) is None) == (has_norm and not shows)
+
+
+class _Change(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.change(logits)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_layers_beside_which_something_runs_are_refused_in_bfloat16_too(offset: float) -> None:
+    model = bfloat(REFUSED["a projection that hardly counts"]())
+    with torch.no_grad():
+        model.head.bias += offset
+    refused(model)
+
+
+def test_a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail() -> None:
+    plain = Odd(lambda m, x: m.norm(m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    other = REFUSED["a projection that hardly counts"]()
+    with torch.no_grad():
+        plain.embedding.weight[5] = other.embedding.weight[5] = torch.nan
+    refused(other)
+    assert found_in(plain).final_norm is plain.norm and read_out_error(found_in(plain)) is None
+
+
+# States as they are, not as they were left
+
+
+def by_hand(model: Odd, layers: Any, ids: Tensor) -> tuple[list[float], Tensor]:
+    """Mean displacements of layers in float64, from copies that hooks of our own make; and the logits."""
+    before: list[Tensor] = []
+    psi: list[float] = []
+
+    def after(_: nn.Module, __: Any, out: Any) -> None:
+        cos = nn.functional.cosine_similarity(before.pop(), _first(out).double(), dim=-1)
+        psi.append(float((1 - cos).mean() / 2))
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: before.append(args[0].double())) for layer in layers
+    ]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return psi, logits
+
+
+HEADS: dict[str, Way] = {
+    # Other heads that share the final norm, and run before the main one.
+    "of a layer behind": lambda m, x, h: m.norm(h) + 0 * m.norm(m.tanh(h)),
+    "of a layer behind, first": lambda m, x, h: 0 * m.norm(m.tanh(h)) + m.norm(h),
+    "of the embedding": lambda m, x, h: 0 * m.norm(x) + m.norm(h),
+    "of the mean": lambda m, x, h: 0 * m.norm(h.mean(1, keepdim=True)) + m.norm(h),
+}
+
+
+@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
+def test_a_norm_that_other_heads_share_is_the_final_one_on_the_last_layers_output(way: Way) -> None:
+    model = Odd(lambda m, x: way(m, x, m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH), tanh=nn.Tanh())
+    found, seen = found_in(model), Recorder()
+    with found.observed(seen):
+        found.run(TOKENS)
+    _, logits = by_hand(model, [], TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.normed, model.norm(model.body(model.embedding(TOKENS))))
+    assert read_out_error(found) is None
+    rows, columns = torch.arange(2), torch.tensor([3, 5])
+    expected = nn.functional.cross_entropy(logits[rows, columns], TOKENS[rows, columns], reduction="none")
+    scores = score_own(found, TOKENS, (rows, columns), TOKENS[rows, columns])
+    torch.testing.assert_close(scores.loss, expected)
+
+
+class InPlace(Layer):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states += super().forward(hidden_states) - hidden_states
+        return hidden_states
+
+
+@pytest.mark.parametrize("first", [Layer, InPlace])
+def test_layers_that_write_to_their_input_are_measured_and_left_out_by_what_they_were_given(
+    first: Any,
+) -> None:
+    parts = [first(), *(InPlace() for _ in range(LAYERS - 1))]
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Stack(*parts), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    psi, _ = by_hand(model, parts, TOKENS[:1])
+    measured = measure(found, [Text("a", TOKENS[0].numpy())]).with_first_token
+    assert measured.displacement["pre_norm"] == pytest.approx(psi, rel=1e-5)
+    with found.without_layer(2):
+        logits = found.logits(TOKENS)
+    model.body.parts = nn.ModuleList([parts[0], *parts[2:]])
+    torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
+
+
+def test_a_state_that_is_written_to_between_layers_is_refused() -> None:
+    class Between(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for part in self.parts:
+                state = part(state)
+                state += state.roll(1, -1)
             return state
 
+    refused(Odd(lambda m, x: m.norm(m.body(x)), body=Between(*stack().parts), norm=nn.LayerNorm(WIDTH)))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> None:
+    class Long(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for number, part in enumerate(self.parts):
+                for _ in range(times if number == 2 and state.shape[1] > 20 else 1):
+                    state = part(state)
+            return state
+
+    found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
+    ids = torch.arange(30).numpy()
+    assert measure(found, [Text("short", ids[:16])]).with_first_token.texts == 1
+    with pytest.raises(UserError, match=r"does not run behind layer .* for each text in odd"):
+        measure(found, [Text("long", ids)])
+
+
+def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
+    class Out(NamedTuple):
+        state: Tensor
+        more: int
+
+    class Named(Layer):
+        def forward(self, hidden_states: Tensor) -> Any:
+            return Out(super().forward(hidden_states), 1)
+
+    class Opened(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            for part in self.parts:
+                state = part(state).state
+            return state
+
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Opened(*stack(of=Named).parts), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    with found.without_layer(1):
+        logits = found.logits(TOKENS)
+    model.body.parts = model.body.parts[1:]
+    torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
+
+
+# What a model is made of, and what it gives
+
+
+class Halves(Stack):
+    """Halves the state behind each layer, as RWKV does in half precision."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        for part in self.parts:
+            state = part(state) * 0.5
+        return state
+
+
+def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=Halves(*stack().parts), norm=nn.LayerNorm(WIDTH))
+    found, ids = found_in(model), torch.arange(20)[None]
+    (note,) = notes(capsys)
+    assert "odd scales its state between layers; its norms are those of the layers' outputs" in note
+    psi, _ = by_hand(model, model.body.parts, ids)
+    measured = measure(found, [Text("a", ids[0].numpy())]).with_first_token.displacement
+    assert measured["pre_norm"] == pytest.approx(psi, rel=1e-5)
+    normed: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda _, __, out: normed.append(out))
+    last: list[Tensor] = []
+    model.body.parts[-1].register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    by_hand(model, [], ids)
+    hook.remove()
+    cos = nn.functional.cosine_similarity(last[-1].double(), normed[-1].double(), dim=-1)
+    assert measured["post_norm"][-1] == pytest.approx(float((1 - cos).mean() / 2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda: nn.Sequential(*stack().parts), lambda: Named(*stack().parts)],
+    ids=["Sequential", "ModuleDict"],
+)
+def test_layers_in_other_containers_are_found(body: Callable[[], nn.Module]) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=body(), norm=nn.LayerNorm(WIDTH))
+    found = found_in(model)
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    assert (list(found.layers), found.final_norm) == (layers, model.norm)
+
+
+class Named(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({str(number): part for number, part in enumerate(parts)})
+
+    def forward(self, state: Tensor) -> Tensor:
+        for part in self.parts.values():
+            state = part(state)
+        return state
+
+
+def test_a_norm_among_the_layers_is_not_taken_for_one_of_them() -> None:
+    refused(Odd(lambda m, x: m.body(x), body=nn.Sequential(*stack().parts, nn.LayerNorm(WIDTH))))
+
+
+def test_a_layer_that_runs_several_times_is_named() -> None:
+    layer = Layer()
+    assert "a Layer runs 4 times" in refused(Odd(lambda m, x: m.body(x), body=Stack(*4 * [layer])))
+
+
+def test_a_branch_whose_sum_is_kept_in_a_dict_is_refused() -> None:
+    class Keeps(Layer):
+        def forward(self, hidden_states: Tensor, kept: dict[str, Tensor]) -> Tensor:
+            kept["sum"] = kept["sum"] + hidden_states
+            return super().forward(kept["sum"])
+
+    class Keeper(Stack):
+        def forward(self, state: Tensor) -> Tensor:
+            kept = {"sum": torch.zeros_like(state)}
+            for part in self.parts:
+                state = part(state, kept)
+            return state + kept["sum"]
+
+    refused(Odd(lambda m, x: m.body(x), body=Keeper(*stack(of=Keeps).parts)))
+
+
+class Other(Odd):
+    """Knows no cache, and gives its logits in another way."""
+
+    gives: Callable[[Any], Any]
+
+    def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+        return type(self).gives(super().forward(input_ids, False).logits)
+
+
+@pytest.mark.parametrize(
+    "gives", [lambda logits: (logits,), lambda logits: {"logits": logits}], ids=["tuple", "dict"]
+)
+def test_a_model_of_another_form_is_measured_too(gives: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Other, "gives", staticmethod(gives), raising=False)
+    model = Other(lambda m, x: m.norm(m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    del model.config.vocab_size
+    found = found_in(model)
+    assert (found.final_norm, found.vocab_size) == (model.norm, VOCABULARY)
+    assert read_out_error(found) is None
+
+
+def test_logits_of_the_last_token_alone_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Other, "gives", staticmethod(lambda logits: (logits[:, -1:],)), raising=False)
+    with pytest.raises(UserError, match="predicts at every position"):
+        found_in(Other(lambda m, x: m.body(x), body=stack()))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("gpt2", {"n_positions": 4}), ("mpt", {"logit_scale": "inv_sqrt_d_model", "d_model": 32})],
+)
+def test_a_short_context_and_a_scale_by_a_word_are_read_out(family: str, more: dict[str, Any]) -> None:
+    found = found_in(small_model(family, **more))
+    assert found.num_layers == LAYERS and read_out_error(found) is None
+
+
+# A text's states are its own
+
+
+class Inner(nn.Module):
+    """What is around the layers; the model gives it an offset for long texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False, offset: float = 0.0) -> Tensor:
+        state: Tensor = self.body(self.embedding(input_ids) + offset)
+        return state
+
+
+class Blocks(Layer):
+    """Looks ahead to the end of a block of ``size`` tokens."""
+
+    size = 2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        length = hidden_states.shape[1]
+        ends = torch.arange(length) // self.size * self.size + self.size - 1
+        return hidden_states + super().forward(hidden_states)[:, ends.clamp(max=length - 1)]
+
+
+def ran(model: Odd, batch_size: int = 8) -> Any:
+    if hasattr(model, "inner"):
+        model.register_forward_pre_hook(
+            lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True
+        )
+    ids = numpy.random.default_rng(0).integers(0, VOCABULARY, 30)
+    measured = measure(found_in(model), [Text("a", ids)], batch_size=batch_size)
+    return measured.with_first_token.displacement["pre_norm"], torch.from_numpy(ids)[None]
+
+
+DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "the batch": (lambda m, x: m.body(x - 0.5 * x.mean(0) * (len(x) > 2)), "--batch-size 1"),
+    "padding": (lambda m, x: m.body(x + torch.arange(x.shape[1]).flip(0)[:, None]), "--batch-size 1"),
+    "a long prefix": (
+        lambda m, x: m.body(x + x[:, :16].mean(1, keepdim=True) * (x.shape[1] > 12)),
+        "looks at tokens to come in a longer text",
+    ),
+    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "other logits for the same tokens"),
+    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "other logits for the same tokens"),
+}
+
+
+@pytest.mark.parametrize(("way", "said"), DEPENDENT.values(), ids=DEPENDENT)
+def test_a_model_whose_states_depend_on_something_else_is_refused_in_one_line(
+    way: Callable[[Any, Tensor], Tensor], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        ran(Odd(way, body=stack()))
+    assert "\n" not in str(error.value)
+    if said == "--batch-size 1":
+        model = Odd(way, body=stack())
+        psi, ids = ran(model, batch_size=1)
+        assert psi == pytest.approx(by_hand(model, model.body.parts, ids)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_a_look_ahead_within_blocks_is_seen(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Blocks, "size", size)
+    with pytest.raises(UserError, match="looks at tokens to come"):
+        found_in(Odd(lambda m, x: m.body(x), body=stack(of=Blocks)))
+
+
+def test_a_part_of_the_model_that_is_another_one_on_long_texts_is_refused() -> None:
+    model = Odd(lambda m, x: m.inner(m.ids, offset=float(x.shape[1] > 12)), inner=Inner())
+    with pytest.raises(UserError, match="through the whole model and through the part"):
+        ran(model, batch_size=1)
+
+
+def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
     model = Odd(lambda m, x: m.norm(m.inner(m.ids)), inner=Inner(), norm=nn.LayerNorm(WIDTH))
     model.register_forward_pre_hook(
         lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True

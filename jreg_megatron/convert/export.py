@@ -92,7 +92,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from jreg_megatron.decoder.megatron import open_checkpoint
     from jreg_megatron.decoder.megatron_decoder import decoder_of
     from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, vocab_size_of
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, pads_to, vocab_size_of
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
@@ -105,7 +105,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     told = vocab_size_of(
         checkpoint.arguments, padded, tokenizer or TrainingTokenizer.of(checkpoint.arguments)
     )
-    _check_vocabulary(options.vocab_size, told, padded, tokenizer, what)
+    fits = tokenizer is None or pads_to(checkpoint.arguments, tokenizer.vocab_size, padded) or told == padded
+    _check_vocabulary(options.vocab_size, told, padded, tokenizer, fits, what)
     llama = replace(llama, vocab_size=told or options.vocab_size or padded)
     dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
     decoder = decoder_of(
@@ -154,7 +155,12 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_vocabulary(
-    asked: int | None, told: int | None, rows: int, tokenizer: TrainingTokenizer | None, what: str
+    asked: int | None,
+    told: int | None,
+    rows: int,
+    tokenizer: TrainingTokenizer | None,
+    fits: bool,
+    what: str,
 ) -> None:
     if tokenizer and tokenizer.vocab_size > rows:
         raise UserError(
@@ -165,6 +171,12 @@ def _check_vocabulary(
     if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
         has = f"a vocabulary of {told}" if told else f"{rows} rows"
         raise UserError(f"--vocab-size is {asked}, and {what} has {has}; leave it out or correct it")
+    if tokenizer and not (fits if asked is None else asked >= tokenizer.vocab_size):
+        raise UserError(
+            f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size} tokens, and the "
+            f"training would not have padded them to the {rows} rows of {what}; name the training's with "
+            "--tokenizer-model, or give --vocab-size with the rows to export"
+        )
 
 
 def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:

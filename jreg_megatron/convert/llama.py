@@ -49,6 +49,9 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
 )
 
 
+_AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate read it as it is"
+
+
 @dataclass(frozen=True)
 class Llama:
     """A Llama's sizes and switches."""
@@ -87,7 +90,7 @@ class Llama:
         """
 
         def refuse(has: str, example: str | None) -> UserError:
-            instead = bridge_as(example) if example else "it cannot be exported"
+            instead = bridge_as(example) if example else _AS_IT_IS
             return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
 
         for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
@@ -98,7 +101,7 @@ class Llama:
         if args.hidden_size % args.num_attention_heads:
             raise UserError(
                 f"{what} has {args.num_attention_heads} heads at a hidden size of {args.hidden_size}; a "
-                "Llama of Hugging Face wants a multiple, so it cannot be exported"
+                f"Llama of Hugging Face wants a multiple; {_AS_IT_IS}"
             )
         return cls(
             num_layers=args.num_layers,

@@ -168,10 +168,12 @@ def build(settings: TokenizerSettings) -> Tokenizer:
         eod = built.eod
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise _not_loadable(settings, error) from error
+    # Megatron counts the tokens of Hugging Face's, among whose ids there may be gaps.
+    ids = [] if settings.is_sentencepiece else built._tokenizer.tokenizer.get_vocab().values()
     return Tokenizer(
         built.tokenize,
         built.detokenize,
-        int(built.vocab_size),
+        max(int(built.vocab_size), 1 + max(ids, default=-1)),
         None if eod is None or eod < 0 else int(eod),
     )
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from jreg_megatron.decoder.comparing import is_same_or_scaled
+from jreg_megatron.errors import UserError
 
 
 class TextTokenizer(Protocol):
@@ -70,6 +73,8 @@ class Decoder:
     """Longest sequence that the model was made for, if it has such a limit."""
     device: torch.device
     dtype: torch.dtype
+    in_place: bool = False
+    """Whether a layer writes to its input."""
     sequence_first: bool = False
     """Whether the modules have states ``[s, b, h]``, as in Megatron; an observer sees ``[b, s, h]``."""
 
@@ -85,31 +90,62 @@ class Decoder:
         def outward(states: Tensor) -> Tensor:
             return states.transpose(0, 1) if self.sequence_first else states
 
-        is_through = False  # a norm may run elsewhere too: it is the final one behind the last layer
+        inputs: dict[int, Tensor] = {}
+        done = 0  # layers of this run
+        last: Tensor | None = None  # the last layer's output, until the final norm has run on it
 
-        def tell(number: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                nonlocal is_through
-                layer_output = outward(stream_out(output))
-                observer.layer(number, outward(stream_in(args, kwargs)), layer_output)
-                is_through = number == self.num_layers
+        def refuse(what: str) -> UserError:
+            return UserError(
+                f"{what} for each text in {self.name}, so it cannot be measured; give texts of another "
+                "length, or another model"
+            )
+
+        def refuse_if_cut(number: int) -> None:
+            behind = done % self.num_layers
+            if number != behind + 1:
+                raise refuse(f"layer {behind + 1} does not run behind layer {behind}")
+            if number == 1 and last is not None:
+                raise refuse("the final norm does not run on the last layer's output")
+
+        def keep(number: int) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                state = stream_in(args, kwargs)
+                inputs[number] = state.clone() if self.in_place else state
 
             return hook
 
-        def tell_normed(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            nonlocal is_through
-            if is_through:
-                is_through = False
-                observer.final_norm(outward(output))
+        def tell(number: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                nonlocal done, last
+                refuse_if_cut(number)
+                done = number
+                layer_output = stream_out(output)
+                observer.layer(number, outward(inputs.pop(number)), outward(layer_output))
+                if number == self.num_layers and self.final_norm is not None:
+                    last = layer_output.clone()  # it may be written to before the norm runs
+
+            return hook
+
+        def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal last
+            # The norm may be another head's too: it is the final one on the last layer's output.
+            if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
+                last = None
+                observer.final_norm(outward(stream_out(output)))
 
         hooks = [
-            layer.register_forward_hook(tell(number), with_kwargs=True)
+            hook
             for number, layer in enumerate(self.layers, start=1)
+            for hook in (
+                layer.register_forward_pre_hook(keep(number), with_kwargs=True),
+                layer.register_forward_hook(tell(number)),
+            )
         ]
         if self.final_norm is not None:
-            hooks.append(self.final_norm.register_forward_hook(tell_normed))
+            hooks.append(self.final_norm.register_forward_hook(tell_normed, with_kwargs=True))
         try:
             yield
+            refuse_if_cut(1)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -118,15 +154,24 @@ class Decoder:
     def without_layer(self, number: int) -> Iterator[None]:
         """Let layer ``number`` (1-based) hand on its input in every forward pass inside the block."""
 
-        def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            state = stream_in(args, kwargs)
-            return type(output)((state, *output[1:])) if isinstance(output, tuple | list) else state
+        saved: list[Tensor] = []
 
-        hook = self.layers[number - 1].register_forward_hook(skip, with_kwargs=True)
+        def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            saved.append(stream_in(args, kwargs).clone())  # the layer may write to its input
+
+        def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            return with_stream(output, saved.pop())
+
+        layer = self.layers[number - 1]
+        hooks = (
+            layer.register_forward_pre_hook(save, with_kwargs=True),
+            layer.register_forward_hook(skip),
+        )
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:
@@ -136,13 +181,14 @@ class Decoder:
             return self.head(states)
         if self.sequence_first:
             return self.head(self.final_norm(states.transpose(0, 1)).transpose(0, 1))
-        return self.head(self.final_norm(states))
+        return self.head(stream_out(self.final_norm(states)))
 
 
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among a layer's arguments."""
-    state = args[0] if args else kwargs.get("hidden_states")
-    assert isinstance(state, Tensor), "a layer was not given the residual stream"
+    """The residual stream among a layer's arguments: the first state, or that of the usual name."""
+    named = kwargs.get("hidden_states")
+    state = next((each for each in (*args, named, *kwargs.values()) if is_state(each)), None)
+    assert state is not None, "a layer was not given the residual stream"
     return state
 
 
@@ -151,3 +197,16 @@ def stream_out(output: Any) -> Tensor:
     state = output[0] if isinstance(output, tuple | list) and output else output
     assert isinstance(state, Tensor), "a layer did not return the residual stream"
     return state
+
+
+def with_stream(output: Any, state: Tensor) -> Any:
+    """What a layer returned, with ``state`` in place of its residual stream."""
+    if not isinstance(output, tuple | list):
+        return state
+    made = getattr(output, "_make", type(output))  # of a named tuple
+    return made((state, *output[1:]))
+
+
+def is_state(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor ``[b, s, h]`` of real numbers."""
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()

@@ -130,22 +130,33 @@ def decoder_of(
     device = model.device
 
     def logits(tokens: Tensor) -> Tensor:
-        out: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+        found = _called(model, tokens.to(device))
+        found = (
+            found.logits if hasattr(found, "logits") else found["logits" if isinstance(found, dict) else 0]
+        )
+        if found.ndim != 3 or found.shape[:2] != tokens.shape:
+            raise UserError(
+                f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
+                f"{list(tokens.shape)}; give a causal language model that predicts at every position"
+            )
+        out: Tensor = found
         return out
 
-    num_layers = _num_layers(config)
-    structure = find_structure(model, logits, config.vocab_size, name, num_layers)
+    num_layers, vocab_size = _num_layers(config), _vocab_size(model, config, name)
+    structure = find_structure(model, logits, vocab_size, name, num_layers, _max_length(config))
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "
             f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken for them"
         )
+    if structure.scales:
+        note(f"{name} scales its state between layers; its norms are those of the layers' outputs")
     if not structure.feeds_head_alone:
         note(f"the head of {name} reads more than its last layer's output; figures are of that output")
     without_head = _without_head(model, structure)
 
     def run(tokens: Tensor) -> None:
-        without_head(input_ids=tokens.to(device), use_cache=False)
+        _called(without_head, tokens.to(device))
 
     return Decoder(
         name=name,
@@ -161,12 +172,33 @@ def decoder_of(
         logits=torch.inference_mode()(logits),
         tokenizer=None if tokenizer is None else HubTokenizer(tokenizer),
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
-        vocab_size=config.vocab_size,
+        vocab_size=vocab_size,
         hidden_size=structure.output.shape[-1],
         max_length=_max_length(config),
         device=device,
         dtype=model.dtype,
+        in_place=structure.in_place,
     )
+
+
+def _called(module: nn.Module, tokens: Tensor) -> Any:
+    """What a model or a part of it makes of token ids, without a cache where it knows of one."""
+    known = signature(module.forward).parameters.values()
+    has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
+    return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
+
+
+def _vocab_size(model: Any, config: Any, name: str) -> int:
+    """By the configuration, or else the rows of the head or the embedding."""
+    ends = (getattr(model, get, lambda: None)() for get in ("get_output_embeddings", "get_input_embeddings"))
+    rows = (len(weight) for end in ends if (weight := getattr(end, "weight", None)) is not None)
+    size = getattr(config, "vocab_size", None) or next(rows, None)
+    if size is None:
+        raise UserError(
+            f"the configuration of {name} has no vocab_size, and the model no embedding that tells it; give "
+            "it a vocab_size"
+        )
+    return int(size)
 
 
 def _max_length(config: Any) -> int | None:
@@ -197,7 +229,7 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
     hook = structure.layers[-1].register_forward_hook(lambda _, __, output: seen.append(stream_out(output)))
     try:
         with torch.inference_mode():
-            module(input_ids=structure.tokens.to(structure.output.device), use_cache=False)
+            _called(module, structure.tokens.to(structure.output.device))
     except Exception:  # it needs what the modules around it make of the ids
         return False
     finally:
@@ -239,6 +271,7 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
         return None
     kind = next((weight.dtype for weight in embedding.parameters() if weight.is_floating_point()), None)
     scale = getattr(config, "logit_scale", None) or 1.0
+    scale = 1.0 if isinstance(scale, str) else scale  # of MPT, which transformers does not apply
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)
 

@@ -51,8 +51,8 @@ def decoder_of(
     if vocab_size is None:
         building.tell_once(
             f"nothing tells how many of the {padded} rows of the embedding of {source} are vocabulary (no "
-            "tokenizer, no --vocab-size of the training), so padding may be among them and have its part in "
-            "the loss"
+            "tokenizer that fits, no --vocab-size of the training), so padding may be among them and have "
+            "its part in the loss"
         )
     return _decoder(
         model,

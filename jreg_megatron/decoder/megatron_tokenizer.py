@@ -57,15 +57,24 @@ def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingToken
         rows: of the embedding.
         tokenizer: the training's, where it is still there.
     """
-    size, given = told_vocab_size(arguments), arguments.get("vocab_size")
-    if tokenizer and tokenizer.vocab_size <= rows:  # else it is another one
+    kind, given, size = arguments.get("tokenizer_type"), arguments.get("vocab_size"), None
+    if arguments.get("make_vocab_size_divisible_by", 0) * arguments.get("tensor_model_parallel_size", 0) == 1:
+        size = rows
+    elif tokenizer and tokenizer.vocab_size <= rows and pads_to(arguments, tokenizer.vocab_size, rows):
         size = tokenizer.vocab_size
-    elif size is None and given:
-        # Megatron pads the size of the tokenizer, of which --vocab-size may say something else.
-        multiple = arguments.get("make_vocab_size_divisible_by", 0)
-        multiple *= arguments.get("tensor_model_parallel_size", 0)
-        size = given if multiple and math.ceil(given / multiple) * multiple == rows else None
+    elif (told := told_vocab_size(arguments)) is not None:
+        size = told
+    # With other types Megatron pads the size of the tokenizer, whatever --vocab-size says.
+    elif given and kind not in TYPES and pads_to(arguments, given, rows, if_unknown=False):
+        size = given
     return None if size is None else min(size, rows)
+
+
+def pads_to(arguments: dict[str, Any], size: int, rows: int, if_unknown: bool = True) -> bool:
+    """Whether Megatron would have made ``rows`` of a vocabulary of ``size``, by its arguments."""
+    multiple = arguments.get("make_vocab_size_divisible_by", 0)
+    multiple *= arguments.get("tensor_model_parallel_size", 0)
+    return math.ceil(size / multiple) * multiple == rows if multiple else if_unknown
 
 
 def settings_of(arguments: dict[str, Any]) -> TokenizerSettings | None:

@@ -11,24 +11,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain as joined
 from itertools import count, pairwise
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jreg_megatron.decoder.comparing import comparable, is_same, is_same_or_scaled
+from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
 from jreg_megatron.errors import UserError
 
-_LENGTH, _AT = 6, 3
-"""Of the tokens that are run, and where their two rows differ."""
-_OTHERS = [at for at in range(_LENGTH) if at != _AT]
-_SLIGHT, _MUCH = 0.02, 0.1
+_LENGTH = 12
+"""Of the tokens that are run, where the model takes so many."""
+
+
+def _at(length: int) -> int:
+    """Where the two rows differ: no block of 2 to 6 tokens begins there, in which a model may look ahead."""
+    return length * 7 // 12
+
+
+_SLIGHT, _MUCH, _HALF = 0.02, 0.1, 0.5
 """Shares of the difference between the rows' logits: what may come from elsewhere where all comes from one
-module, and what must come from the last layer where not all does."""
+module, what must come from the last layer where not all does, and what can never be rounding."""
+_LEAST, _CLEAR = 1e-5, 0.1
+"""Of the logits: differences between rows that are none, and that rounding does not hide."""
 
 
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _STEPS = (1, 2, 5, 11, 23)
-"""From one id to the other. Some ids may share an embedding, as reserved ones that were never trained."""
+"""From one id to the other. Reserved ids may share an embedding, or have none that is a number."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Structure:
         feeds_head_alone: whether the head sees nothing but the last layer's output.
         tokens: the ids ``[2, s]`` that were run.
         output: the last layer's states of them, ``[2, s, h]``.
+        in_place: whether a layer writes to its input.
+        scales: whether a state is multiplied by a number between layers.
     """
 
     layers: Sequence[nn.Module]
@@ -48,6 +62,8 @@ class Structure:
     feeds_head_alone: bool
     tokens: Tensor
     output: Tensor
+    in_place: bool
+    scales: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,8 @@ class _Call:
     more_in: list[Tensor]
     more_out: list[Tensor]
     """Further states that it was given, and that it returned."""
+    in_place: bool
+    """Whether it wrote to its input."""
 
 
 def find_structure(
@@ -68,6 +86,7 @@ def find_structure(
     vocab_size: int,
     name: str,
     num_layers: int | None = None,
+    max_length: int | None = None,
 ) -> Structure:
     """Run a few tokens and see which modules carry the residual stream.
 
@@ -77,22 +96,29 @@ def find_structure(
         vocab_size: ids below it are used.
         name: of the model, for messages.
         num_layers: as its configuration says; None if it does not.
+        max_length: of a sequence, in the same way.
 
     Raises:
-        UserError: if no layers are found, or the model looks at tokens to come; says what was looked for.
+        UserError: if no layers are found, or the model looks at tokens to come or gives other logits each
+            time; says what was looked for.
     """
     # Two rows that differ in one token: what comes before it must not see that.
+    widest, length = -1.0, min(_LENGTH, max_length or _LENGTH)
     for step in _STEPS:
-        tokens = torch.arange(_LENGTH).repeat(2, 1) % max(1, vocab_size - 1)
-        tokens[1, _AT] = (tokens[1, _AT] + step) % vocab_size
-        calls, logits = _record(model, run, tokens)
-        if _are_apart(logits):
+        some = (torch.arange(length) + step - 1).repeat(2, 1) % max(1, vocab_size - 1)
+        some[1, _at(length)] = (some[1, _at(length)] + step) % vocab_size
+        seen = _record(model, run, some)
+        if (apart := _apart(seen[1])) > widest:
+            widest, tokens, (calls, logits) = apart, some, seen
+        if widest > _CLEAR:
             break
-    else:
+    if widest <= _LEAST:
         raise UserError(
             f"{name} gives the same logits whatever token comes before, so its layers cannot be found; its "
             "embedding may hold the same for all tokens"
         )
+
+    _refuse_noise(logits, lambda: run(tokens), name)
 
     def effect(call: _Call) -> tuple[bool, bool]:
         return _effect(call, logits, lambda: run(tokens))
@@ -107,15 +133,19 @@ def find_structure(
     else:
         wanted = "" if num_layers is None else f"{num_layers} by its configuration, "
         raise UserError(
-            f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList whose "
-            f"members, {wanted}run in order from the embedding to the head, each on the [batch, sequence, "
-            f"hidden] states that the last one returned; it has {_lists(model)}"
+            f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList, or a "
+            f"Sequential or ModuleDict of one kind, whose members, {wanted}run in order from the embedding "
+            "to the head, each on the [batch, sequence, hidden] states that the last one returned; it has "
+            f"{_lists(model)}{_repeated(model, calls)}"
         )
     _refuse_lookahead(last.state_out, name)
     behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
-    return Structure([call.module for call in chain], norm, is_all, tokens, last.state_out)
+    in_place = any(call.in_place for call in chain)
+    scales = not all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+    layers = [call.module for call in chain]
+    return Structure(layers, norm, is_all, tokens, last.state_out, in_place, scales)
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
@@ -123,29 +153,57 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
     calls: list[_Call] = []
     numbers: Counter[nn.Module] = Counter()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        numbers[module] += 1
-        first = args[0] if args else kwargs.get("hidden_states")
-        outputs = output if isinstance(output, tuple | list) and output else (output,)
-        if _is_state(first, tokens) and _is_state(outputs[0], tokens) and first.shape == outputs[0].shape:
-            more_in = [value for value in (*args[1:], *kwargs.values()) if _is_state(value, tokens)]
-            more_out = [value for value in outputs[1:] if _is_state(value, tokens)]
-            calls.append(_Call(module, numbers[module], first, outputs[0], more_in, more_out))
+    given: dict[nn.Module, list[list[tuple[Tensor, Tensor]]]] = {}
 
-    hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    def states(*values: Any) -> list[Tensor]:
+        inside = (value.values() if isinstance(value, dict) else (value,) for value in values)
+        found = {id(value): value for value in joined.from_iterable(inside) if is_state(value)}
+        return [value for value in found.values() if value.shape[:2] == tokens.shape]
+
+    # Copies of all states, for whoever runs next may write to them.
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = states(*args, kwargs.get("hidden_states"), *kwargs.values())
+        given.setdefault(module, []).append([(state, state.clone()) for state in found])
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        numbers[module] += 1
+        found = given[module].pop()
+        outputs = output if isinstance(output, tuple | list) and output else (output,)
+        if found and states(outputs[0]) and found[0][1].shape == outputs[0].shape:
+            in_place = not is_same(*found[0])
+            (first, *more_in), (out, *more_out) = (
+                [copy for _, copy in found],
+                [state.clone() for state in states(*outputs)],
+            )
+            # What it has put into a dict that it was given, it hands on too.
+            stored = states(*(each for each in (*args, *kwargs.values()) if isinstance(each, dict)))
+            more_out += [each.clone() for each in stored if not any(is_same(each, copy) for copy in more_in)]
+            calls.append(_Call(module, numbers[module], first, out, more_in, more_out, in_place))
+
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        )
+    ]
     try:
         with torch.inference_mode():
             logits = run(tokens)
     finally:
         for handle in hooks:
             handle.remove()
-    return calls, logits.float()
+    return calls, logits
 
 
-def _are_apart(logits: Tensor) -> bool:
-    """Whether the rows' logits differ where their tokens do. NaN is found later, in the states, and named."""
-    first, second = logits[:, _AT]
-    return not bool((first - second).norm() <= 1e-5 * first.norm())
+def _apart(logits: Tensor) -> float:
+    """How far the rows' logits are apart where their tokens are, as a share of them."""
+    at = _at(logits.shape[1])
+    if logits[:, at].isnan().any():  # other ids may do better, or it is found in the states, and named
+        return 2 * _LEAST
+    first, second = comparable(logits)[0][:, at]
+    return float((first - second).norm() / first.norm().clamp(min=torch.finfo(first.dtype).tiny))
 
 
 @torch.inference_mode()
@@ -154,35 +212,31 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
 
     It is swapped between the rows where their tokens differ, so that these logits should be swapped.
     """
-    numbers = count(1)
+    numbers, at = count(1), _at(logits.shape[1])
+    others = [place for place in range(logits.shape[1]) if place != at]
 
     def swap(_: nn.Module, __: Any, output: Any) -> Any:
         if next(numbers) != call.number:
             return None
         # What was seen, for experts on a GPU need not round alike twice.
         state = call.state_out.clone()
-        state[:, _AT] = state[:, _AT].flip(0)
-        return type(output)((state, *output[1:])) if isinstance(output, tuple | list) else state
+        state[:, at] = state[:, at].flip(0)
+        return with_stream(output, state)
 
     handle = call.module.register_forward_hook(swap)
     try:
-        found = run().float()
+        own, found = comparable(logits, run())
     finally:
         handle.remove()
-    expected = logits.clone()
-    expected[:, _AT] = logits[:, _AT].flip(0)
+    expected = own.clone()
+    expected[:, at] = own[:, at].flip(0)
     off = found - expected
     eps = 4 * torch.finfo(call.state_out.dtype).eps
-    apart, moved = (logits[0] - logits[1])[_AT].norm(), (found - logits)[:, _AT].norm()
-    # NaN is no ground for a refusal here: it is found in the states, and named.
-    is_alone = not bool(off[:, _OTHERS].norm() > min(eps, 1e-3) * logits.norm())
-    is_all = not bool(off[:, _AT].norm() > _SLIGHT * apart + eps * logits.norm())
-    return is_alone and not bool(moved < _MUCH * apart), is_all
-
-
-def _is_state(value: Any, tokens: Tensor) -> TypeGuard[Tensor]:
-    is_3d = isinstance(value, Tensor) and value.ndim == 3
-    return is_3d and value.shape[:2] == tokens.shape and value.is_floating_point()
+    apart, moved = (own[0] - own[1])[at].norm(), (found - own)[:, at].norm()
+    is_alone = bool(off[:, others].norm() <= min(eps, 1e-3) * own[:, others].norm())
+    # What rounding may do is bounded by what there is to see: a check that always passes is none.
+    slack = torch.minimum(_SLIGHT * apart + eps * own[:, at].norm(), _HALF * apart)
+    return is_alone and bool(moved >= _MUCH * apart), bool(off[:, at].norm() <= slack)
 
 
 def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
@@ -195,12 +249,16 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
         by_module.setdefault(call.module, []).append(call)
     found = []
     for modules in model.modules():
-        if not isinstance(modules, nn.ModuleList):
+        if not isinstance(modules, _LISTS):
+            continue
+        members = modules._modules.values()
+        # Of Sequential and ModuleDict, for they may hold the norm and other things too.
+        if not isinstance(modules, nn.ModuleList) and len({type(module) for module in members}) > 1:
             continue
         # Layers behind those that the model uses (config.num_hidden_layers) do not run.
-        of_each = [by_module[module] for module in modules if module in by_module]
+        of_each = [by_module[module] for module in members if module in by_module]
         chain = [calls[0] for calls in of_each if len(calls) == 1]
-        handed_on = all(_is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
+        handed_on = all(is_same_or_scaled(a.state_out, b.state_in) for a, b in pairwise(chain))
         if chain and len(chain) == len(of_each) and handed_on:
             found.append(chain)
     return sorted(found, key=lambda chain: (len(chain) != num_layers, -len(chain)))
@@ -209,13 +267,15 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
 def _hands_on_more(chain: list[_Call]) -> bool:
     """Whether a module gives the next one a second state, such as the sum of a stream and its last branch."""
     pairs = pairwise(chain)
-    return any(_is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
+    return any(is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
 
 
 def _tells_apart(states: Tensor) -> bool:
     """Whether states are of one token each: the rows' differ only where their tokens do."""
     first, second = states.float()
-    return not bool((first - second)[_OTHERS].norm() > 4 * torch.finfo(states.dtype).eps * first.norm())
+    off = (first - second).norm(dim=-1)
+    off[_at(len(off))] = 0
+    return not bool(off.norm() > 4 * torch.finfo(states.dtype).eps * first.norm())
 
 
 def _is_norm_of(call: _Call, state: Tensor) -> bool:
@@ -223,7 +283,7 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
 
     A norm has no weights but a scale and a shift, and gives the same whatever the length of its input.
     """
-    if not _is_same(call.state_in, state) or _is_same(call.state_out, state):
+    if not is_same_or_scaled(call.state_in, state) or is_same(call.state_out, state):
         return False
     if any(parameter.numel() > state.shape[-1] for parameter in call.module.parameters()):
         return False
@@ -231,26 +291,40 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     some = some.to(call.state_in)
     try:
         with torch.inference_mode():
-            once, twice = call.module(some)[:, :1].float(), call.module(2 * some[:, :1]).float()
+            once, twice = (stream_out(call.module(each))[:, :1].float() for each in (some, 2 * some[:, :1]))
     except Exception:  # it takes more than states
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two states are one, perhaps rounded to the type of the other or copied to its device."""
-    if a.shape != b.shape:
-        return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
+@torch.inference_mode()
+def _refuse_noise(logits: Tensor, run: Callable[[], Tensor], name: str) -> None:
+    own, again = comparable(logits, run())
+    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
+        raise UserError(
+            f"{name} gives other logits for the same tokens each time, so it has no figures of its own; "
+            "switch off its dropout or noise, and what it keeps from one run to the next"
+        )
 
 
 def _refuse_lookahead(states: Tensor, name: str) -> None:
-    first, second = states[:, :_AT].float()
+    first, second = states[:, : _at(states.shape[1])].float()
     # The rows may differ by rounding, for experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
         raise UserError(
             f"{name} looks at tokens to come (an encoder, not a causal decoder); give a causal language model"
         )
+
+
+def _repeated(model: nn.Module, calls: list[_Call]) -> str:
+    """What to say of a member of a list that runs several times."""
+    members = {each for each in model.modules() if isinstance(each, _LISTS) for each in each.children()}
+    most = max((call for call in calls if call.module in members), key=lambda call: call.number, default=None)
+    if most is None or most.number == 1:
+        return ""
+    return (
+        f"; a {type(most.module).__name__} runs {most.number} times in one pass, and each layer must run once"
+    )
 
 
 def _lists(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from lm_eval.defaults import DEFAULT_MAX_LENGTH
 from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.trial import refuse_dependence
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import padded, score_own
 
@@ -30,6 +31,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         if decoder.tokenizer is None:
             raise UserError(f"{decoder.name} has no tokenizer, which tasks need; leave them out with --parts")
         self._decoder, self._batch_size, self._quiet = decoder, batch_size, quiet
+        self._tried = False
         self._encode = decoder.tokenizer.encode
         self._begin = self._encode("")
         self._max_length = decoder.max_length or DEFAULT_MAX_LENGTH
@@ -87,6 +89,10 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
                 )
         # The longest first: if memory falls short it does so at once, and rows of a batch are of like length.
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+        if order and not self._tried:
+            _, context, wanted = requests[order[0]]
+            refuse_dependence(self._decoder, (context + wanted)[-self._max_length :], self._batch_size)
+            self._tried = True
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(
             total=len(requests),

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.trial import refuse_dependence
 from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.texts import Text
@@ -46,15 +47,18 @@ class PerText:
 
 
 def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> None:
-    """Cut all texts into tokens, to find what is wrong with them before hours are spent.
+    """Cut all texts into tokens and try the first, to find what is wrong before hours are spent.
 
     Raises:
-        UserError: for a text that cannot be read, ids that are not the model's, and nothing to predict.
+        UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
+            model that gives a text's tokens states that depend on other things.
     """
     encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
     sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
-    if not max((len(window.ids) > 1 for window in sequences), default=False):
+    read = [window.ids for window in sequences if len(window.ids) > 1]
+    if not read:
         raise UserError(_NOTHING)
+    refuse_dependence(decoder, read[0], options.batch_size)
 
 
 def read_out(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.trial import LastStates
 from jreg_megatron.errors import UserError
 
 _MAX_LOGITS = 1 << 25
@@ -59,7 +61,7 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
-    seen = _Last()
+    seen = LastStates(decoder)
     with torch.inference_mode(), decoder.observed(seen):
         decoder.run(ids)
     return score(decoder.head, seen.state[rows, columns], targets, decoder)
@@ -76,33 +78,25 @@ def read_out_error(decoder: Decoder) -> str | None:
     ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
-    seen = _Last()
+    seen = LastStates(decoder)
     what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
     if decoder.head is None:
         return f"{what}its head was not found"
     with torch.inference_mode():
         with decoder.observed(seen):
             decoder.run(ids)
-        own = decoder.logits(ids).float()
+        own = decoder.logits(ids)
         try:
-            read = decoder.read_out(seen.layer_output).float()
+            # As layers are read out, and as the whole model is scored.
+            reads = (decoder.read_out(seen.layer_output), decoder.head(seen.state))
         except RuntimeError:  # a projection between them
             return f"{what}its head does not take the states behind its layers"
-    off, size = float((own - read).abs().max()), float(own.abs().max())
-    if off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size or not own.isfinite().all():
+    if any(read.shape != own.shape for read in reads):
+        return f"{what}its head gives logits of another shape"
+    own, *others = comparable(own, *reads)
+    off = torch.stack([(own - other).abs() for other in others])
+    size = own.abs() + own.square().mean(dim=-1, keepdim=True).sqrt()
+    if bool((off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size).all()):
         return None
     by = "head" if decoder.final_norm is None else "final norm and head"
-    return f"{what}its last layer's output by {by} misses its logits by {off:.2g} of {size:.2g}"
-
-
-class _Last:
-    """Keeps the states behind the last layer, and those that the head takes."""
-
-    layer_output: Tensor
-    state: Tensor
-
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        self.layer_output = self.state = layer_output
-
-    def final_norm(self, normed: Tensor) -> None:
-        self.state = normed
+    return f"{what}its last layer's output by {by} misses its logits by up to {float(off.max()):.2g}"

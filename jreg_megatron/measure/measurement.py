@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.trial import refuse_dependence
 from jreg_megatron.errors import UserError
 from jreg_megatron.formulas import jump_rate
 from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
@@ -104,7 +105,8 @@ def measure(
         on_tokens: is told the number of tokens of each batch when it is done.
 
     Raises:
-        UserError: if there is no token, an id is not the model's, or a state is NaN or infinite.
+        UserError: if there is no token, an id is not the model's, a state is NaN or infinite, or the model
+            gives a text's tokens states that depend on other things.
     """
     has_final_norm = decoder.final_norm is not None
     if not has_final_norm:
@@ -115,7 +117,9 @@ def measure(
     statistics = TextStatistics()
     encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
     sequences = windows(texts, encode, decoder.vocab_size, max_tokens, decoder.max_length)
-    for batch in batches(sequences, batch_size):
+    for number, batch in enumerate(batches(sequences, batch_size)):
+        if number == 0:
+            refuse_dependence(decoder, batch.windows[0].ids, batch_size)
         of_batch = BatchStatistics(batch, decoder.num_layers, has_final_norm)
         with decoder.observed(of_batch):
             decoder.run(batch.tokens)
