@@ -98,7 +98,8 @@ check: lint test test-versions  ## Run what CI runs
 # No $(STAMP): it must work when the old pins no longer fit pyproject.toml.
 constraints:  ## Resolve the newest versions into constraints.txt
 	@UV_CUSTOM_COMPILE_COMMAND='make constraints' $(PY) -m uv pip compile --quiet --upgrade --no-annotate \
-	    --python $(PY) --extra analysis --extra data --extra demo --extra dev --output-file constraints.txt pyproject.toml
+	    --python $(PY) --extra analysis --extra data --extra demo --extra dev --extra sft \
+	        --output-file constraints.txt pyproject.toml
 
 clean:  ## Remove runs and caches
 	@rm -rf runs dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -140,7 +141,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	echo "Installing torch and megatron-core into $(VENV) (several GB, a few minutes)"
 	pip_install() { $(PY) -m pip install -qq --disable-pip-version-check "$$@"; }
-	set -- --constraint constraints.txt --editable '.[analysis,data,demo,dev]'
+	set -- --constraint constraints.txt --editable '.[analysis,data,demo,dev,sft]'
 	pip_install --constraint constraints.txt uv || true
 	$(PY) -m uv pip install --quiet --python $(PY) "$$@" || { echo "Trying again with pip"; pip_install "$$@"; }
 	mv $(BEGUN) $@

@@ -111,6 +111,7 @@ CHECKPOINT = tuple(
 VARIANTS = ("tests/test_variants.py",)
 PREFLIGHT = ("tests/test_preflight.py",)
 INITIAL = ("tests/test_initialization.py",)
+SFT = ("tests/test_sft.py",)
 HELPER = ("tests/test_dataset_helper.py",)
 GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
 REFUSALS = "tests/test_pretrain.py::test_what_megatron_refuses_is_told_from_what_goes_wrong"
@@ -884,7 +885,7 @@ FAULTS = [
     Fault(
         "refuse tokens that weigh unlike",
         "first_step.py",
-        (("as_told and any(rank.is_weighted", "False and any(rank.is_weighted"),),
+        (("and any(rank.is_weighted for rank in ranks)", "and False"),),
         FIRST_STEP,
     ),
     Fault(
@@ -1573,6 +1574,81 @@ FAULTS = [
         "preflight/training.py",
         (("    if args.multiple_validation_sets:\n", "    if False:\n"),),
         PREFLIGHT,
+    ),
+    Fault(
+        "learn the role's line before an answer",
+        "sft.jinja",
+        (
+            ("        {{- '<|assistant|>\\n' }}\n        {%- generation %}\n", "        {%- generation %}\n"),
+            (
+                "{{- message['content'] | trim + eos",
+                "{{- '<|assistant|>\\n' + message['content'] | trim + eos",
+            ),
+        ),
+        SFT,
+    ),
+    Fault(
+        "do not learn where an answer ends",
+        "sft.jinja",
+        (
+            ("trim + eos_token }}", "trim }}"),
+            ("{{- '\\n' }}", "{{- eos_token + '\\n' }}"),
+        ),
+        SFT,
+    ),
+    Fault(
+        "prompt otherwise than was trained",
+        "sft.jinja",
+        (("    {{- '<|assistant|>\\n' }}\n{%- endif %}", "    {{- '<|assistant|>' }}\n{%- endif %}"),),
+        SFT,
+    ),
+    Fault(
+        "count a step's conversations on one GPU alone",
+        "sft.py",
+        (("return batch // (gpus * micro_batch)", "return batch // micro_batch"),),
+        SFT,
+    ),
+    Fault(
+        "fine-tune with less than the batch where GPUs cannot share it",
+        "sft.py",
+        (("    if batch % (gpus * micro_batch):", "    if False:"),),
+        SFT,
+    ),
+    Fault(
+        "learn from conversations with roles of another format",
+        "sft.py",
+        (("        and set(roles) <= set(ROLES)\n", ""),),
+        SFT,
+    ),
+    Fault(
+        "go on from a checkpoint that was cut short",
+        "sft.py",
+        (('run.glob("checkpoint-*/trainer_state.json")', 'run.glob("checkpoint-*/config.json")'),),
+        SFT,
+    ),
+    Fault(
+        "begin again where there is a checkpoint",
+        "sft.py",
+        (('["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []', "[]"),),
+        SFT,
+    ),
+    Fault(
+        "go on with another seed",
+        "sft.py",
+        (('"assistant_only_loss", "seed"),', '"assistant_only_loss"),'),),
+        SFT,
+    ),
+    Fault(
+        "let the recipe's flags win over the user's",
+        "sft.py",
+        (("str(TEMPLATE), *flags, *more]", "str(TEMPLATE), *more, *flags]"),),
+        SFT,
+    ),
+    Fault(
+        "take an end token for granted",
+        "sft.py",
+        (("    if tokenizer.eos_token is None:", "    if False:"),),
+        SFT,
     ),
 ]
 

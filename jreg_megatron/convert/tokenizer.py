@@ -35,19 +35,11 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> list[str]:
     Raises:
         UserError: if transformers' tokenizer gives other ids or another text back.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     settings, notes = tokenizer.settings, []
     if settings.is_sentencepiece:
-        model = _read_model(Path(settings.tokenizer_model))
-        pieces = {name: _control_piece(model, name) for name in ("unk", "bos", "eos", "pad")}
-        PreTrainedTokenizerFast(
-            tokenizer_object=_fast_tokenizer(model),
-            clean_up_tokenization_spaces=False,
-            **{f"{name}_token": piece for name, piece in pieces.items() if piece is not None},
-        ).save_pretrained(folder)
-        _name_class_as_before(folder / "tokenizer_config.json")
-        if model.trainer_spec.model_type == _UNIGRAM:
+        if write_sentencepiece(Path(settings.tokenizer_model), folder) == _UNIGRAM:
             notes.append(
                 "the tokenizer is of type unigram, whose scores transformers adds with other rounding than "
                 "SentencePiece: a long text may be cut otherwise in a few places"
@@ -58,6 +50,21 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> list[str]:
         )
     _hold_against(tokenizer, folder)
     return notes
+
+
+def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
+    """Write a SentencePiece model as the files that ``AutoTokenizer`` loads; its model type is returned."""
+    from transformers import PreTrainedTokenizerFast
+
+    model = _read_model(tokenizer_model)
+    pieces = {name: _control_piece(model, name) for name in ("unk", "bos", "eos", "pad")}
+    PreTrainedTokenizerFast(
+        tokenizer_object=_fast_tokenizer(model),
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": piece for name, piece in pieces.items() if piece is not None},
+    ).save_pretrained(folder)
+    _name_class_as_before(folder / "tokenizer_config.json")
+    return int(model.trainer_spec.model_type)
 
 
 def _name_class_as_before(path: Path) -> None:

@@ -67,7 +67,7 @@ def _train(request: Request) -> None:
 
     def check_node() -> str:
         preflight.optimizer.package(asked.optimizer)
-        return machine.check_gpus(request, gpus)
+        return machine.check_gpus(request.gpus, gpus)
 
     rows = announcement.rows(request, planned)
     if added:
@@ -88,7 +88,7 @@ def _train(request: Request) -> None:
     ranks = command.on_gpus(request.gpus, request.nodes, rendezvous, flags)
     is_first = rendezvous is None or rendezvous.node_rank == 0
     if is_first:
-        announcement.show(request, rows)
+        announcement.show(f"{request.recipe.stem}, {request.variant}, in {request.run}", rows)
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
     else:

@@ -44,13 +44,12 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
     }
 
 
-def show(request: Request, found: dict[str, str]) -> None:
+def show(title: str, found: dict[str, str]) -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    title = f"{request.recipe.stem}, {request.variant}, in {request.run}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()

@@ -19,7 +19,6 @@ from jreg_megatron.preflight.data import local_prefixes, read_index_of, training
 from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text
-from jreg_megatron.recipe.request import Request
 
 
 def flags_without_apex(args: Namespace) -> list[str]:
@@ -52,18 +51,18 @@ class Gpus:
         return cls(count, rows[0][0] if rows else "", min(sizes, default=None))
 
 
-def check_gpus(request: Request, gpus: Gpus) -> str:
+def check_gpus(wanted: int, gpus: Gpus) -> str:
     """The GPUs of this node, as text.
 
     Raises:
         UserError: if there are fewer than the run starts ranks.
     """
-    if gpus.count < request.gpus:
+    if gpus.count < wanted:
         raise UserError(
-            f"GPUS is {request.gpus}, but this node has {gpus.count}; set GPUS to what it has, "
+            f"GPUS is {wanted}, but this node has {gpus.count}; set GPUS to what it has, "
             "or try the recipe with --smoke, which runs on the CPU"
         )
-    return f"{request.gpus} of {gpus.count} x {gpus.name or 'GPU'}"
+    return f"{wanted} of {gpus.count} x {gpus.name or 'GPU'}"
 
 
 def check_memory(plan: Plan, gpus: Gpus) -> str:

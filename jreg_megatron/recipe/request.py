@@ -54,10 +54,10 @@ class Request:
             UserError: for what does not fit; settings are named as the recipe's user knows them.
             SystemExit: after ``--help``.
         """
-        own, _, rest = _partition(words, _FLAGS_FOLLOW)
-        flags, _, typed = _partition(rest, _USER_FOLLOWS)
+        own, _, rest = partition(words, _FLAGS_FOLLOW)
+        flags, _, typed = partition(rest, _USER_FOLLOWS)
         options = _options_parser().parse_args(own)
-        asked, _, user_flags = _partition(typed, _FLAGS_FOLLOW)
+        asked, _, user_flags = partition(typed, _FLAGS_FOLLOW)
         choice = _user_parser(options.recipe).parse_args(asked)
         if options.variant != choice.variant:
             raise UserError(
@@ -100,7 +100,7 @@ class Rendezvous:
         return cls(address, int(port), int(rank))
 
 
-def _partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
+def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
     if mark not in words:
         return words, "", []
     at = words.index(mark)
@@ -114,13 +114,13 @@ def _options_parser() -> argparse.ArgumentParser:
         description="Check, announce and start a pretraining run. The files in recipes/ call this.",
         allow_abbrev=False,
     )
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe, for messages", required=True)
     parser.add_argument("--variant", metavar="NAME", help="as the recipe has read it", required=True)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="where the run is kept", required=True)
-    parser.add_argument("--nodes", type=_count("NODES"), metavar="N", help="number of nodes", default=1)
-    parser.add_argument("--gpus", type=_count("GPUS"), metavar="N", help="GPUs of each node", default=8)
-    parser.add_argument("--tokens", type=_count("TOKENS"), metavar="N", help="training tokens", required=True)
+    parser.add_argument("--nodes", type=count("NODES"), metavar="N", help="number of nodes", default=1)
+    parser.add_argument("--gpus", type=count("GPUS"), metavar="N", help="GPUs of each node", default=8)
+    parser.add_argument("--tokens", type=count("TOKENS"), metavar="N", help="training tokens", required=True)
     parser.add_argument(
         "--epochs", type=_positive("EPOCHS"), metavar="X", help="passes over the data, at most", default=1.0
     )
@@ -143,12 +143,12 @@ def _user_parser(recipe: Path) -> argparse.ArgumentParser:
         "a crash. SIGTERM and SIGUSR1 save first; the status is then 75.",
         allow_abbrev=False,
     )
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline")
     parser.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
     parser.add_argument(
         "--smoke",
-        type=_count("--smoke"),
+        type=count("--smoke"),
         nargs="?",
         const=SMOKE_ITERATIONS,
         metavar="N",
@@ -158,11 +158,11 @@ def _user_parser(recipe: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; --help says what there is")
 
 
-def _count(name: str) -> Callable[[str], int]:
+def count(name: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"{name} is {text or 'empty'}; it must be a whole number >= 1")
