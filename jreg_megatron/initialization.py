@@ -47,6 +47,6 @@ def set_fan_in(config: Any, args: Namespace) -> None:
 
 def _draw(shares: int, weight: Tensor) -> None:
     std = float(weight.shape[-1] * shares) ** -0.5
-    # The tails of this distribution come out too coarse where it is drawn in bfloat16.
+    # In bfloat16 older versions of torch draw the tails of this distribution too coarsely.
     drawn = nn.init.trunc_normal_(weight.detach().float(), std=std, a=-_CUT * std, b=_CUT * std)
     weight.detach().copy_(drawn)

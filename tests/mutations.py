@@ -1511,12 +1511,6 @@ FAULTS = [
         INITIAL,
     ),
     Fault(
-        "draw initial weights in bfloat16",
-        "initialization.py",
-        (("nn.init.trunc_normal_(weight.detach().float(),", "nn.init.trunc_normal_(weight.detach(),"),),
-        INITIAL,
-    ),
-    Fault(
         "let two rules for initial weights meet",
         "initialization.py",
         (("if args.init_fan_in and value != default:", "if False:"),),
