@@ -497,7 +497,7 @@ FAULTS = [
     Fault(
         "measure a branch whose sum is kept in a dict",
         "decoder/structure.py",
-        (("stored = states(*(", "stored = states() and states(*("),),
+        (("more_out += [each.clone() for each in new]", "pass"),),
         FORMS,
     ),
     Fault(
