@@ -587,7 +587,7 @@ FAULTS = [
     Fault(
         "take a list that hardly counts for the layers",
         "decoder/structure.py",
-        (("is_alone and not bool(moved < _MUCH * apart)", "is_alone"),),
+        (("is_alone and bool(moved >= _MUCH * apart)", "is_alone"),),
         STRUCTURE,
     ),
     Fault(
