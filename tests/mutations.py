@@ -508,7 +508,7 @@ FAULTS = [
     Fault(
         "measure a branch whose sum is kept in a dict",
         "decoder/structure.py",
-        (("stored = states(*(", "stored = states() and states(*("),),
+        (("more_out += [each.clone() for each in new]", "pass"),),
         FORMS,
     ),
     Fault(
@@ -598,7 +598,7 @@ FAULTS = [
     Fault(
         "take a list that hardly counts for the layers",
         "decoder/structure.py",
-        (("is_alone and not bool(moved < _MUCH * apart)", "is_alone"),),
+        (("is_alone and bool(moved >= _MUCH * apart)", "is_alone"),),
         STRUCTURE,
     ),
     Fault(

@@ -165,7 +165,7 @@ def test_a_model_without_layers_is_refused_saying_what_was_looked_for() -> None:
     model = small_model("llama")
     model.model.layers = nn.ModuleList([nn.ModuleList(list(model.model.layers))])
     model.model.layers.__class__ = _Nested
-    with pytest.raises(UserError, match=r"looked for a ModuleList .*; it has ") as refused:
+    with pytest.raises(UserError, match=r"looked for a ModuleList, .*; it has ") as refused:
         decoder_of(_Flat(model), None, name="odd", source="odd")
     assert "\n" not in str(refused.value)
 

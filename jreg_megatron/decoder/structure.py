@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain as joined
 from itertools import count, pairwise
 from typing import Any
 
@@ -156,13 +155,16 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
     given: dict[nn.Module, list[list[tuple[Tensor, Tensor]]]] = {}
 
     def states(*values: Any) -> list[Tensor]:
-        inside = (value.values() if isinstance(value, dict) else (value,) for value in values)
-        found = {id(value): value for value in joined.from_iterable(inside) if is_state(value)}
+        found = {id(value): value for value in values if is_state(value)}
         return [value for value in found.values() if value.shape[:2] == tokens.shape]
+
+    def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        dicts = (each for each in (*args, *kwargs.values()) if isinstance(each, dict))
+        return [value for each in dicts for value in each.values()]
 
     # Copies of all states, for whoever runs next may write to them.
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = states(*args, kwargs.get("hidden_states"), *kwargs.values())
+        found = states(*args, kwargs.get("hidden_states"), *kwargs.values(), *kept(args, kwargs))
         given.setdefault(module, []).append([(state, state.clone()) for state in found])
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -176,8 +178,10 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
                 [state.clone() for state in states(*outputs)],
             )
             # What it has put into a dict that it was given, it hands on too.
-            stored = states(*(each for each in (*args, *kwargs.values()) if isinstance(each, dict)))
-            more_out += [each.clone() for each in stored if not any(is_same(each, copy) for copy in more_in)]
+            new = (
+                each for each in states(*kept(args, kwargs)) if not any(is_same(each, old) for old in more_in)
+            )
+            more_out += [each.clone() for each in new]
             calls.append(_Call(module, numbers[module], first, out, more_in, more_out, in_place))
 
     hooks = [
