@@ -14,7 +14,7 @@ from jreg_megatron.errors import UserError
 if TYPE_CHECKING:  # it brings torch, for which --help should not wait
     from jreg_megatron.settings import JRegConfig
 
-COEFF, ALPHA = 0.1, 3.0
+COEFF, ALPHA = 1.0, 1.0
 DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 
 # Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
