@@ -216,13 +216,7 @@ def _start(words: Sequence[str]) -> None:
         "data": partial(check_data, options.data, steps * options.batch),
         "this node": lambda: machine.check_gpus(options.gpus, machine.Gpus.of_this_node()),
     }
-    for name, find in findings.items():
-        try:
-            rows[name] = find()
-        except UserError as error:
-            if not options.dry_run:
-                raise
-            rows[name] = f"would be refused: {error}"
+    rows |= announcement.found(findings, options.dry_run)
     announcement.show(f"{options.recipe.stem}, seed {asked.seed}, in {run}", rows)
     flags += ["--gradient_accumulation_steps", str(share)]
     flags += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []

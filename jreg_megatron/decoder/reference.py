@@ -89,7 +89,7 @@ def _expand(model: str) -> list[Reference]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"{source!r} is neither a path that exists nor a name on the hub; correct it")
     if revisions == [ALL]:
-        revisions = _hub_revisions(source)
+        revisions = hub_revisions(source)
     wanted: list[str | None] = [*revisions] or [None]
     return [Reference(name or source, source, revision) for revision in wanted]
 
@@ -138,8 +138,12 @@ def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int | None]:
     return list(picked)
 
 
-def _hub_revisions(source: str) -> list[str]:
-    """The branches of a model that tell a training step, in its order."""
+def hub_revisions(source: str) -> list[str]:
+    """The branches on the hub of a model that tell a training step, in its order.
+
+    Raises:
+        UserError: if the hub does not answer, or no branch tells a step.
+    """
     import huggingface_hub
 
     try:

@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   jreg-megatron measure Qwen/Qwen3-0.6B
   jreg-megatron measure runs/170m/checkpoints@all --json training.json
   jreg-megatron measure baseline=runs/a jreg=runs/b --text held_out.jsonl --max-tokens 2048
+  jreg-megatron measure --paper Llama-3.2-1B Pythia-1B --device cuda --json paper.json
   jreg-megatron measure EleutherAI/pythia-160m@step1000,step16000,step143000 --json pythia.json
 Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is layer l's displacement; zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the jump
 rate, both of the mean over texts of the means over tokens. jreg-megatron report draws what --json holds.
@@ -45,7 +46,14 @@ def _parser() -> ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--paper",
+        nargs="*",
+        metavar="NAME",
+        help="instead, models of the paper's Tables 1 and 2 by its names, such as Llama-3.2-1B, or all ten; "
+        "on LAMBADA unless --text is given; the paper's figure is printed beside ours",
+    )
     text, which = add_text_arguments(parser)
     which.add_argument(
         "--last-validation",
@@ -74,9 +82,8 @@ def _parser() -> ArgumentParser:
 
 def _measure(args: Namespace) -> None:
     references = _checked(args)
-    texts = [] if args.last_validation else texts_of(args)
-    from jreg_megatron.decoder.load import check_device, load
-    from jreg_megatron.measure.measurement import entry, measure
+    texts = _texts(args)
+    from jreg_megatron.decoder.load import check_device
 
     check_device(args.device)
     document: dict[str, Any] = {
@@ -89,28 +96,50 @@ def _measure(args: Namespace) -> None:
     models: list[dict[str, Any]] = document["models"]
     try:
         for number, reference in enumerate(references, start=1):
-            with _progress(args, f"{reference.at}: loading ({number}/{len(references)})") as bar:
-                decoder = load(
-                    reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
-                )
-                bar.set_description(f"{reference.at} ({number}/{len(references)})")
-                bar.reset()
-                measurement = measure(
-                    decoder,
-                    _last_validation(reference) if args.last_validation else texts,
-                    max_tokens=None if args.last_validation else args.max_tokens or None,
-                    batch_size=args.batch_size,
-                    on_tokens=bar.update,
-                )
-                settings = _settings(reference)
-                models.append(entry(decoder, measurement, args.drop_first_token, settings=settings))
-                del decoder
+            try:
+                models.append(_entry(args, reference, texts, f"{number}/{len(references)}"))
+            except UserError as error:
+                if args.paper is None:
+                    raise
+                output.note(f"{reference.at} is left out: {error}")
             # After each one: what is finished stays if a later one fails.
             _write(args, document, to_stdout=False)
     finally:
         if models:
             _write(args, document, to_stdout=True)
             _print(args, models)
+    if args.paper is not None:
+        _print_paper(args, references, models)
+
+
+def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: str) -> dict[str, Any]:
+    from jreg_megatron.decoder.load import load
+    from jreg_megatron.measure.measurement import entry, measure
+
+    with _progress(args, f"{reference.at}: loading ({which})") as bar:
+        decoder = load(
+            reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+        )
+        bar.set_description(f"{reference.at} ({which})")
+        bar.reset()
+        measurement = measure(
+            decoder,
+            _last_validation(reference) if args.last_validation else texts,
+            max_tokens=None if args.last_validation else args.max_tokens or None,
+            batch_size=args.batch_size,
+            on_tokens=bar.update,
+        )
+    return entry(decoder, measurement, args.drop_first_token, settings=_settings(reference))
+
+
+def _texts(args: Namespace) -> Iterable[Text]:
+    if args.last_validation:
+        return []
+    if args.paper is not None and not (args.text or args.speeches):
+        from jreg_megatron.measure.paper_models import lambada
+
+        return lambada()
+    return texts_of(args)
 
 
 def _checked(args: Namespace) -> list[Reference]:
@@ -123,6 +152,16 @@ def _checked(args: Namespace) -> list[Reference]:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    if (args.paper is None) != bool(args.models):
+        raise UserError(
+            "MODEL is missing; name one, or --paper for the paper's"
+            if args.paper is None
+            else f"MODEL is {args.models[0]} beside --paper, which names the models itself; leave one out"
+        )
+    if args.paper is not None:
+        from jreg_megatron.measure.paper_models import paper_models
+
+        return paper_models(args.paper)
     references = find_models(args.models)
     for reference in references:
         if args.last_validation and not reference.is_megatron:
@@ -148,6 +187,8 @@ def _settings(reference: Reference) -> dict[str, str]:
 def _description(args: Namespace) -> dict[str, Any]:
     if args.last_validation:
         return {"source": "the samples of each training's last validation", "max_tokens": None}
+    if args.paper is not None and not (args.text or args.speeches):
+        return {"source": "LAMBADA (EleutherAI/lambada_openai, test)", "max_tokens": args.max_tokens or None}
     return {"source": describe(args), "max_tokens": args.max_tokens or None}
 
 
@@ -166,6 +207,18 @@ def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
     finally:  # one full disk need not cost both
         if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
             output.write_csv(args.csv, csv_rows(document["models"]))
+
+
+def _print_paper(args: Namespace, references: list[Reference], models: list[dict[str, Any]]) -> None:
+    from jreg_megatron.measure.paper_models import print_beside, printed_zeta
+
+    if not models:
+        raise UserError("none of the paper's models could be had; the notes above say what is missing")
+    if not args.quiet:
+        asked = ((reference.name, reference.revision) for reference in references)
+        printed = dict(zip(asked, printed_zeta(references), strict=True))
+        rows = [(model, printed[model["name"], model["revision"]]) for model in models]
+        print_beside(output.console(args), rows)
 
 
 def _print(args: Namespace, models: list[dict[str, Any]]) -> None:

@@ -78,13 +78,7 @@ def _train(request: Request) -> None:
         "checkpoints": partial(machine.check_disk, planned),
         "this node": check_node,
     }
-    for name, find in findings.items():
-        try:
-            rows[name] = find()
-        except UserError as error:
-            if not request.dry_run:
-                raise
-            rows[name] = f"would be refused: {error}"
+    rows |= announcement.found(findings, request.dry_run)
     ranks = command.on_gpus(request.gpus, request.nodes, rendezvous, flags)
     is_first = rendezvous is None or rendezvous.node_rank == 0
     if is_first:

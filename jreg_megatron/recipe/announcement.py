@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from jreg_megatron.errors import UserError
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text, seconds_as_text
 from jreg_megatron.recipe.request import Request
@@ -42,6 +45,23 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
         "time": f"about {seconds_as_text(seconds)}, {plan.flops:.1e} operations, if each GPU makes "
         f"{request.tflops:g} TFLOP/s" + (f" ({1 - done / plan.iterations:.0%} of it left)" if done else ""),
     }
+
+
+def found(findings: Mapping[str, Callable[[], str]], is_dry_run: bool) -> dict[str, str]:
+    """What checks find, by the names of their rows; in a dry run a refusal is what a check finds.
+
+    Raises:
+        UserError: of the first check that refuses, unless this is a dry run.
+    """
+    rows = {}
+    for name, find in findings.items():
+        try:
+            rows[name] = find()
+        except UserError as error:
+            if not is_dry_run:
+                raise
+            rows[name] = f"would be refused: {error}"
+    return rows
 
 
 def show(title: str, found: dict[str, str]) -> None:
