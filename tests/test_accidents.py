@@ -49,7 +49,7 @@ def test_when_a_rank_is_killed_the_other_ends_soon_with_an_error_that_names_the_
 ) -> None:
     # After a checkpoint, whose helper process must not hide that the rank is gone.
     argv = [1, 2, *toy_arguments, *layout, "--train-iters", 1000, *checkpoints(tmp_path, 1)]
-    run = run_ranks(argv, 2, entry="accident:killed", check=False, timeout=60)
+    run = run_ranks(argv, 2, entry="accident:killed", check=False, timeout=180)
     assert run.status == [1, -9]
     assert re.search(r"Error: .*(Connection (reset|closed) by peer|Broken pipe)", run.output[0])
 
@@ -78,7 +78,7 @@ def test_a_run_killed_while_saving_goes_on_bit_identically_from_the_checkpoint_b
     whole = train(tmp_path / "whole", *argv)
     saved = tmp_path / "saved"
     saving = [*argv, *checkpoints(saved, 3)]
-    run = run_ranks([6, *saving], 2, entry="accident:killed_while_saving", check=False, timeout=60)
+    run = run_ranks([6, *saving], 2, entry="accident:killed_while_saving", check=False, timeout=180)
     assert run.status == [-9, -9]
     assert [file.stat().st_size > 0 for file in (saved / "iter_0000006").glob("*.distcp")]
     assert_equals(train(tmp_path / "restarted", *saving, "--exit-interval", 6), whole, 4, 6)
@@ -131,7 +131,7 @@ def test_one_broken_token_stops_every_rank_with_megatrons_message(
     value: str, layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *layout, *JREG, "--train-iters", 5, *checkpoints(tmp_path, 100)]
-    run = run_ranks([1, 3, 3, value, *argv], 2, entry="accident:not_finite", check=False, timeout=60)
+    run = run_ranks([1, 3, 3, value, *argv], 2, entry="accident:not_finite", check=False, timeout=180)
     assert run.status == [16, 16]  # Megatron's status for "resume, to see whether it was the hardware"
     assert "(message='found NaN in the loss')" in run.output[1]
     assert "Saving a checkpoint and exiting now" in run.output[0]
@@ -163,7 +163,7 @@ def test_without_megatrons_check_a_run_with_a_broken_token_logs_nan_and_does_not
 ) -> None:
     argv = [*toy_arguments, *JREG, "--no-check-for-nan-in-loss-and-grad", "--train-iters", 5]
     argv = [1, 3, 3, "nan", *argv, "--tensorboard-dir", tmp_path]
-    run_ranks(argv, 2, entry="accident:not_finite", timeout=60)
+    run_ranks(argv, 2, entry="accident:not_finite", timeout=180)
     log = read_scalars(tmp_path)
     # The optimizer has taken the NaN into the weights.
     for name in ("lm loss", "jreg loss", "jump rate"):

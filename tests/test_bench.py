@@ -689,7 +689,7 @@ def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
             time.sleep(0.2)
             steps = psutil.Process(growing.pid).children()
         growing.terminate()
-    _, left = psutil.wait_procs(steps, timeout=60)
+    _, left = psutil.wait_procs(steps, timeout=180)
     for process in left:
         process.kill()
     assert left == []

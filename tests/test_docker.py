@@ -440,7 +440,7 @@ def test_every_recipe_and_tool_that_the_entry_point_lists_is_there(cpu_image: Pa
 
 def test_the_entry_point_runs_a_recipe(cpu_image: Path) -> None:
     text = in_image(cpu_image, "llama_1b", "jreg", "--dry-run")
-    assert "--jreg-coeff 0.1" in text
+    assert "--jreg-coeff 1 " in text
 
 
 # The entry point and the health check by themselves

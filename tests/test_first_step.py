@@ -156,7 +156,7 @@ def unknown_layers_on_one_stage(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["goes on", "adds by itself"])
 def test_what_one_pipeline_stage_finds_is_refused_on_all_before_the_gradients_are_finished(kind: str) -> None:
-    first, second = run_function(unknown_layers_on_one_stage, 2, kind, timeout=60)
+    first, second = run_function(unknown_layers_on_one_stage, 2, kind, timeout=180)
     assert first == second
     assert all(line.startswith("layer 3 (") for line in first)
 
@@ -430,7 +430,7 @@ def stage_in_evaluation() -> list[Any]:
 
 
 def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
-    first, second = run_function(stage_in_evaluation, 2, timeout=60)
+    first, second = run_function(stage_in_evaluation, 2, timeout=180)
     assert first == second
     assert first[0].startswith("JREG saw no state of some layer") and first[1] == [True]
 
@@ -522,5 +522,5 @@ def mask_on_the_last_stage() -> str:
 
 def test_a_loss_mask_that_one_stage_or_one_rank_lacks_is_refused_on_all() -> None:
     for where in (mask_on_the_last_stage, mask_on_the_second_rank):
-        first, second = run_function(where, 2, timeout=60)
+        first, second = run_function(where, 2, timeout=180)
         assert first == second and "without a loss mask on this pipeline stage" in first

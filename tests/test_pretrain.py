@@ -353,7 +353,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_every_rank_with_one_clear_line(mistake: str, toy_arguments: list[str]) -> None:
     flags, expected = MISTAKES[mistake]
-    run = run_ranks([*toy_arguments, "--train-iters", 2, *flags], 2, check=False, timeout=60)
+    run = run_ranks([*toy_arguments, "--train-iters", 2, *flags], 2, check=False, timeout=180)
     assert run.status == [2, 2]
     for output in run.output:
         assert "Traceback" not in output

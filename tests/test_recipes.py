@@ -209,7 +209,7 @@ def train_on_nodes_of_which_the_first_alone_has_apex(argv: list[str]) -> None:
 def test_nodes_that_differ_in_apex_are_refused_on_every_rank(toy_arguments: list[str]) -> None:
     argv = [*toy_arguments, "--train-iters", 1]
     entry = "test_recipes:train_on_nodes_of_which_the_first_alone_has_apex"
-    run = run_ranks(argv, 2, entry=entry, check=False, timeout=60)
+    run = run_ranks(argv, 2, entry=entry, check=False, timeout=180)
     assert run.status == [2, 2]
     for output in run.output:
         assert "Traceback" not in output
@@ -513,7 +513,7 @@ def test_a_signal_before_training_starts_nothing_and_says_that_it_can_be_started
             ):
                 time.sleep(0.05)
             run.send_signal(number)
-            output, _ = run.communicate(timeout=60)
+            output, _ = run.communicate(timeout=180)
         assert run.returncode == status, output
         assert "Traceback" not in output
         assert ("SIGTERM before training began" in output) == (number == signal.SIGTERM)

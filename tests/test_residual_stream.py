@@ -100,7 +100,7 @@ def attach_where_one_rank_has_another_model() -> str:
 
 
 def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
-    said = run_function(attach_where_one_rank_has_another_model, 2, timeout=60)
+    said = run_function(attach_where_one_rank_has_another_model, 2, timeout=180)
     assert len(set(said)) == 1 and "hybrid layer pattern M-*-" in said[0]
 
 
@@ -117,7 +117,7 @@ def refusal_of_kernels(by_rank: list[Any]) -> str | None:
 
 def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None:
     by_rank = [kernels.eager.TorchKernels(f"there is no /tmp/rank{rank}") for rank in range(2)]
-    assert run_function(refusal_of_kernels, 2, by_rank, timeout=60) == [None, None]
+    assert run_function(refusal_of_kernels, 2, by_rank, timeout=180) == [None, None]
 
 
 def test_ranks_that_would_run_different_kernels_are_refused() -> None:
@@ -125,7 +125,7 @@ def test_ranks_that_would_run_different_kernels_are_refused() -> None:
         SimpleNamespace(kind="triton 3", name="triton 3"),
         kernels.eager.TorchKernels("a cache is full"),
     ]
-    said = run_function(refusal_of_kernels, 2, by_rank, timeout=60)
+    said = run_function(refusal_of_kernels, 2, by_rank, timeout=180)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]
     assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, which round" in said[0]
