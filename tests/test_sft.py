@@ -174,7 +174,9 @@ def test_a_dry_run_prints_the_table_and_the_torchrun_command_and_starts_nothing(
     toy: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the recipe does
     data = chats(tmp_path / "chats.jsonl", CHAT, SHORT, CHAT[:2], [{"role": "human", "content": "x"}])
     typed = (toy, "--dry-run", "--", "--learning_rate", "1e-5")
     sft.main(words_of(*typed, DATA=data, GPUS=4, STEPS=3))

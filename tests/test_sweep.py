@@ -179,17 +179,17 @@ def test_every_setting_and_a_baseline_per_seed_are_trained_once_each_in_its_own_
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = toy.folder / "out"
-    grid = ["--coeff", 0.1, 1e-2, "--alpha", 3, 0.5, "--seeds", 1, 2, "--output", output]
+    grid = ["--coeff", 0.1, 1e-2, "--alpha", 1, 0.5, "--seeds", 1, 2, "--output", output]
     assert sweep(toy.recipe, *grid, "--", "--lr", "1e-3") == 0
     expected = []
     for seed in ("1", "2"):
         expected.append(("0", "9", seed, f"baseline_seed{seed}", "baseline -- --lr 1e-3 "))
-        for alpha in ("3", "0.5"):
+        for alpha in ("1", "0.5"):
             for coeff in ("0.1", "0.01"):
                 name = f"coeff{coeff}_alpha{alpha}_seed{seed}"
                 expected.append((coeff, alpha, seed, name, "jreg -- --lr 1e-3 "))
     assert [(*call[:4], call.words) for call in toy.calls] == expected
-    assert (output / "coeff0.1_alpha3_seed2" / "train.log").read_text() == "training\n"
+    assert (output / "coeff0.1_alpha1_seed2" / "train.log").read_text() == "training\n"
     assert "[10/10] coeff0.01_alpha0.5_seed2: finished" in capsys.readouterr().out
     # The same command finds nothing left, and draws the result.
     (output / "sweep.png").unlink()
@@ -209,7 +209,7 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
     base, with_jreg = {1: 3.0, 2: 3.25, 3: 3.5}, {1: 2.5, 2: 3.0, 3: 3.0}
     toy.plan(
         {f"baseline_seed{s}": {"loss": loss, "psi": PSI["baseline"]} for s, loss in base.items()}
-        | {f"coeff0.1_alpha3_seed{s}": {"loss": loss, "psi": PSI["jreg"]} for s, loss in with_jreg.items()}
+        | {f"coeff0.1_alpha1_seed{s}": {"loss": loss, "psi": PSI["jreg"]} for s, loss in with_jreg.items()}
     )
     output = toy.folder / "out"
     assert sweep(toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, 2, 3, "--output", output) == 0
@@ -231,9 +231,9 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
         {"iteration": 200, "validation_loss": 3.25, "jump_rate": pytest.approx(2.0)},
     ]
     assert (summary["iterations"], summary["final_state"]) == (200, "pre_norm")
-    assert summary["lowest_validation_loss"] == {"coeff": 0.1, "alpha": 3.0}
+    assert summary["lowest_validation_loss"] == {"coeff": 0.1, "alpha": 1.0}
     said = " ".join(capsys.readouterr().out.split())
-    assert "lambda 0.1, alpha 3, -0.4167 (-0.7752 to -0.0581). The interval does not contain 0." in said
+    assert "lambda 0.1, alpha 1, -0.4167 (-0.7752 to -0.0581). The interval does not contain 0." in said
     assert "The best of several looks better than it is" in said
 
 
@@ -304,7 +304,7 @@ def test_why_a_run_failed_is_our_line_else_an_errors_else_the_last(printed: list
 def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = "coeff0.1_alpha3_seed1"
+    broken = "coeff0.1_alpha1_seed1"
     says = ["Traceback:", "[rank1]: RuntimeError: out of memory", "torch.x.ChildFailedError: rank 1", "bye"]
     toy.plan({broken: {"status": 1, "says": says}})
     words = (toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, "--output", toy.folder / "out")
@@ -314,7 +314,7 @@ def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
     assert "with status 1: [rank1]: RuntimeError: out of memory; see" in said
     assert f"Not counted: {broken}: unfinished." in said
     assert read_summary(toy.folder / "out")["left_out"] == {broken: "unfinished"}
-    assert toy.started == ["baseline_seed1", broken, "coeff1_alpha3_seed1"]
+    assert toy.started == ["baseline_seed1", broken, "coeff1_alpha1_seed1"]
     toy.plan({})
     assert sweep(*words) == 0
     assert toy.started[3:] == [broken]
@@ -331,7 +331,7 @@ def test_what_the_recipe_refuses_for_the_first_run_is_not_tried_with_the_others(
 
 
 def test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was(toy: StandIn) -> None:
-    waiting = "coeff0.1_alpha3_seed1"
+    waiting = "coeff0.1_alpha1_seed1"
     toy.plan({waiting: {"waits": True}})
     words = (toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, "--output", toy.folder / "out")
     with start(*words) as queue:
@@ -343,7 +343,7 @@ def test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was(to
     assert "saving" in (toy.folder / "out" / waiting / "train.log").read_text()
     toy.plan({})
     assert sweep("--output", toy.folder / "out") == 0
-    assert toy.started == ["baseline_seed1", waiting, waiting, "coeff1_alpha3_seed1"]
+    assert toy.started == ["baseline_seed1", waiting, waiting, "coeff1_alpha1_seed1"]
 
 
 def test_a_killed_queue_leaves_no_run_behind_and_two_do_not_train_the_same_run(
@@ -359,16 +359,16 @@ def test_a_killed_queue_leaves_no_run_behind_and_two_do_not_train_the_same_run(
     eventually(lambda: not psutil.pid_exists(recipe) or psutil.Process(recipe).status() == "zombie")
     toy.plan({})
     assert sweep(*words) == 0
-    assert toy.started == ["baseline_seed1", "baseline_seed1", "coeff0.1_alpha3_seed1"]
+    assert toy.started == ["baseline_seed1", "baseline_seed1", "coeff0.1_alpha1_seed1"]
 
 
 def test_another_grid_adds_its_runs_behind_those_that_are_there(toy: StandIn) -> None:
     output = toy.folder / "out"
     assert sweep(toy.recipe, "--coeff", 0.1, "--seeds", 1, "--output", output) == 0
-    assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 3, "--seeds", 2, 1, "--output", output) == 0
+    assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 1, "--seeds", 2, 1, "--output", output) == 0
     assert toy.started == [
-        *("baseline_seed1", "coeff0.1_alpha3_seed1"),
-        *("baseline_seed2", "coeff0.1_alpha3_seed2", "coeff1_alpha3_seed2", "coeff1_alpha3_seed1"),
+        *("baseline_seed1", "coeff0.1_alpha1_seed1"),
+        *("baseline_seed2", "coeff0.1_alpha1_seed2", "coeff1_alpha1_seed2", "coeff1_alpha1_seed1"),
     ]
     assert [run["coeff"] for run in json.loads((output / "sweep.json").read_text())["runs"]] == [
         *(0.0, 0.1, 0.0, 0.1, 1.0, 1.0)
@@ -380,7 +380,7 @@ def test_a_sweep_goes_on_with_the_knobs_it_began_with(
 ) -> None:
     words = (toy.recipe, "--coeff", 0.1, "--seeds", 1, "--output", toy.folder / "out")
     monkeypatch.setenv("TOKENS", "5000")
-    toy.plan({"coeff0.1_alpha3_seed1": {"status": 1}})
+    toy.plan({"coeff0.1_alpha1_seed1": {"status": 1}})
     assert sweep(*words) == 1
     monkeypatch.setenv("TOKENS", "7000")
     assert sweep(*words) == 2
@@ -480,7 +480,7 @@ def test_a_dry_run_prints_lines_that_a_shell_takes_and_leaves_nothing(
     assert sweep("--output", toy.folder / "out", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "# finished: baseline_seed1",
-        "# finished: coeff0.1_alpha3_seed1",
+        "# finished: coeff0.1_alpha1_seed1",
     ]
 
 
@@ -489,28 +489,28 @@ def test_what_cannot_be_compared_is_left_out_by_name(
 ) -> None:
     toy.plan(
         {
-            "coeff0.1_alpha3_seed1": {"loss": float("nan")},
-            "coeff0.2_alpha3_seed1": {"settings": {"seed": "1234"}},
-            "coeff0.3_alpha3_seed1": {"iterations": 100},
-            "coeff0.4_alpha3_seed1": {"settings": {"lr": "0.001"}},
-            "coeff0.6_alpha3_seed1": {"iterations": 0},
+            "coeff0.1_alpha1_seed1": {"loss": float("nan")},
+            "coeff0.2_alpha1_seed1": {"settings": {"seed": "1234"}},
+            "coeff0.3_alpha1_seed1": {"iterations": 100},
+            "coeff0.4_alpha1_seed1": {"settings": {"lr": "0.001"}},
+            "coeff0.6_alpha1_seed1": {"iterations": 0},
         }
     )
     output = toy.folder / "out"
     assert (
         sweep(toy.recipe, "--coeff", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, "--seeds", 1, "--output", output) == 0
     )
-    gone, empty = (output / f"coeff{coeff}_alpha3_seed1" / "tensorboard" for coeff in (0.7, 0.6))
+    gone, empty = (output / f"coeff{coeff}_alpha1_seed1" / "tensorboard" for coeff in (0.7, 0.6))
     shutil.rmtree(gone)
     assert sweep("--output", output, "--report") == 0
     summary = read_summary(output)
     assert summary["left_out"] == {
-        "coeff0.1_alpha3_seed1": "its validation loss is nan, so it has diverged",
-        "coeff0.2_alpha3_seed1": "the recipe trained it with seed 1234; it must take it from the environment",
-        "coeff0.3_alpha3_seed1": "its last validation is at iteration 100",
-        "coeff0.6_alpha3_seed1": f"{empty} holds no 'jump rate validation'; "
+        "coeff0.1_alpha1_seed1": "its validation loss is nan, so it has diverged",
+        "coeff0.2_alpha1_seed1": "the recipe trained it with seed 1234; it must take it from the environment",
+        "coeff0.3_alpha1_seed1": "its last validation is at iteration 100",
+        "coeff0.6_alpha1_seed1": f"{empty} holds no 'jump rate validation'; "
         "train with JREG's flags and validation data",
-        "coeff0.7_alpha3_seed1": f"{gone} is not there; train with --tensorboard-dir",
+        "coeff0.7_alpha1_seed1": f"{gone} is not there; train with --tensorboard-dir",
     }
     assert summary["arguments_that_differ"] == {"lr": ["0.0006", "0.001"]}
     said = " ".join(capsys.readouterr().out.split())
@@ -524,23 +524,23 @@ def test_the_picture_shows_the_means_of_all_settings_also_of_a_sweep_that_is_not
     toy.plan(
         {f"baseline_seed{s}": {"loss": 3.0, "psi": PSI["baseline"]} for s in (1, 2)}
         | {
-            f"coeff{coeff}_alpha3_seed{seed}": {"loss": loss, "psi": PSI["jreg"]}
+            f"coeff{coeff}_alpha1_seed{seed}": {"loss": loss, "psi": PSI["jreg"]}
             for (coeff, seed), loss in losses.items()
         }
-        | {"coeff1_alpha3_seed2": {"status": 1}}
+        | {"coeff1_alpha1_seed2": {"status": 1}}
     )
     output = toy.folder / "out"
-    assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 3, 0.5, "--seeds", 1, 2, "--output", output) == 1
+    assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 1, 0.5, "--seeds", 1, 2, "--output", output) == 1
     figure = compose(Results.read(grid.Sweep.load(output)))
     loss, rate, *layers = figure.axes
 
     def lines(axes: Any) -> dict[str, list[float]]:
         return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
 
-    assert lines(loss)["$\\alpha$ = 3"] == pytest.approx([0.0, 0.25])
-    assert lines(rate)["$\\alpha$ = 3"] == [0, 0]
+    assert lines(loss)["$\\alpha$ = 1"] == pytest.approx([0.0, 0.25])
+    assert lines(rate)["$\\alpha$ = 1"] == [0, 0]
     assert lines(rate)["baseline"] == pytest.approx([2.0, 2.0])
-    assert [axes.get_title() for axes in layers] == ["$\\alpha$ = 0.5", "$\\alpha$ = 3"]
+    assert [axes.get_title() for axes in layers] == ["$\\alpha$ = 0.5", "$\\alpha$ = 1"]
     assert lines(layers[1])["$\\lambda$ = 0.1"] == pytest.approx([20, 2, 1.5])
     assert lines(layers[1])["baseline"] == pytest.approx([20, 1, 3])
     title = figure.get_suptitle()
@@ -592,7 +592,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     slurm: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = slurm.folder / "out"
-    slurm.plan({"coeff0.1_alpha3_seed1": {"status": 75}})
+    slurm.plan({"coeff0.1_alpha1_seed1": {"status": 75}})
     monkeypatch.setenv("TOKENS", "5000")
     words = (slurm.recipe, "--coeff", 0.1, "--seeds", 1, "--output", output, "--slurm")
     assert sweep(*words, "--slurm-options", "--time=60 --nodes=1") == 0
@@ -602,7 +602,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     assert (
         called.index("--time=60 --nodes=1") < called.index("slurm.sh") < called.index("jreg_megatron.sweep")
     )
-    assert sorted(slurm.started) == ["baseline_seed1", "coeff0.1_alpha3_seed1"]
+    assert sorted(slurm.started) == ["baseline_seed1", "coeff0.1_alpha1_seed1"]
     assert {call.tokens for call in slurm.calls} == {"5000"}
     assert {call.master for call in slurm.calls} == {"localhost"}
     # Run 1 has saved and ended early, so its task goes back to the queue; the other has drawn what there is.
@@ -611,7 +611,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     slurm.plan({})
     assert sweep(*words) == 0
     assert "--array=1 " in (slurm.folder / "sbatch_words").read_text().splitlines()[1]
-    assert slurm.started[2:] == ["coeff0.1_alpha3_seed1"]
+    assert slurm.started[2:] == ["coeff0.1_alpha1_seed1"]
     assert len(read_summary(output)["runs"]) == 2
     assert sweep(*words) == 0
     assert "nothing to submit" in capsys.readouterr().out
@@ -635,7 +635,7 @@ def test_a_task_that_fails_ends_with_the_recipes_status(slurm: StandIn) -> None:
     assert sweep(*words, "--only", 0) == 3
     assert sweep("--output", slurm.folder / "out", "--only", 1) == 0
     assert sweep("--output", slurm.folder / "out", "--only", 1) == 0
-    assert slurm.started == ["baseline_seed1", "coeff1_alpha3_seed1"]
+    assert slurm.started == ["baseline_seed1", "coeff1_alpha1_seed1"]
 
 
 @pytest.mark.slow
