@@ -284,21 +284,17 @@ class FirstStep:
 
         ran, told = max(rank.runs for rank in ranks) / len(self._chunks), max(rank.told for rank in ranks)
         ratio, as_told = gradient / expected, ran == told
-        if is_near(expected) and (as_told or self._loss_weight == 1):
-            self.has_seen_scale = True
-            return True
-        if as_told and (is_near(of_all) or is_near(of_empty) or 1 / _MOST <= ratio <= _MOST):
-            self.has_seen_scale = True
-            return True
-        if (
-            as_told
-            and any(rank.is_weighted for rank in ranks)
-            and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED
-        ):
+        is_right = (is_near(expected) and (as_told or self._loss_weight == 1)) or (
+            as_told and (is_near(of_all) or is_near(of_empty) or 1 / _MOST <= ratio <= _MOST)
+        )
+        is_weighted = as_told and any(rank.is_weighted for rank in ranks)
+        if not is_right and is_weighted and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED:
             self._say(
                 f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what JREG expects, which "
                 f"may be their weights or a wrong divisor; lambda {self._coeff:g} stands beside it"
             )
+            is_right = True
+        if is_right:
             self.has_seen_scale = True
             return True
         if not as_told:

@@ -21,14 +21,14 @@ _OTHERS = {
 
 
 def check(args: Namespace) -> None:
-    """Refuse what does not go with ``--init-fan-in``.
+    """Refuse what does not go with ``--init-fan-in``, which only ``jreg_megatron.pretrain`` knows.
 
     Raises:
         UserError: naming the flag.
     """
     for name, (default, flag) in _OTHERS.items():
         value = getattr(args, name, default)
-        if args.init_fan_in and value != default:
+        if getattr(args, "init_fan_in", False) and value != default:
             raise UserError(f"{flag} is {value}, and {FLAG} sets the initial weights; leave one of them out")
 
 

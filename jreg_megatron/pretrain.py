@@ -130,7 +130,6 @@ def _run(argv: list[str], started: float) -> None:
     config = JRegConfig.from_args(asked)
     gpt_pretraining.refuse_other_tasks(asked)
     refuse_unsupported(asked, config)
-    initialization.check(asked)
     preflight.check_arguments(asked)
     if not (asked.use_checkpoint_args or asked.yaml_cfg):
         config.layer_weights(asked.num_layers)

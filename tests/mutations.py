@@ -879,13 +879,13 @@ FAULTS = [
     Fault(
         "take a mean over all tokens for right whatever number ran",
         "first_step.py",
-        (("if as_told and (is_near(of_all)", "if (is_near(of_all)"),),
+        (("as_told and (is_near(of_all)", "(is_near(of_all)"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse tokens that weigh unlike",
         "first_step.py",
-        (("and any(rank.is_weighted for rank in ranks)", "and False"),),
+        (("as_told and any(rank.is_weighted for rank in ranks)", "False"),),
         FIRST_STEP,
     ),
     Fault(
@@ -1513,7 +1513,7 @@ FAULTS = [
     Fault(
         "let two rules for initial weights meet",
         "initialization.py",
-        (("if args.init_fan_in and value != default:", "if False:"),),
+        (('if getattr(args, "init_fan_in", False) and value != default:', "if False:"),),
         INITIAL,
     ),
     Fault(

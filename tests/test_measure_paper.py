@@ -69,6 +69,8 @@ def test_what_is_missing_is_said(
     assert said.startswith("--paper names GPT-5, which is none of the paper's: Llama-3.2-1B, ")
     assert "MODEL is missing; name one, or --paper" in refusal(capsys)
     assert "leave one out" in refusal(capsys, str(hub), "--paper")
+    said = refusal(capsys, "--paper", "Llama-3.2-1B", "--last-validation")
+    assert said.startswith("--last-validation needs Megatron checkpoints, and ")
 
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no network")

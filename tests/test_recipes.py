@@ -324,6 +324,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
         "baseline stands behind --dry-run; it comes first: .* baseline --dry-run",
     ),
     "a lambda below 0": (("jreg",), {"LAMBDA": -1}, r"--jreg-coeff .* is -1\.0; it must be a finite number"),
+    "two rules for initial weights": (
+        ("jreg", "--", "--init-method-std", 0.01),
+        {},
+        "--init-method-std is 0.01, and --init-fan-in sets the initial weights",
+    ),
     "a flag that Megatron refuses": (
         ("jreg", "--", "--recompute-granularity", "full"),
         {},

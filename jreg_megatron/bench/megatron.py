@@ -115,14 +115,13 @@ def train(argv: list[str], train_step: Any) -> None:
     from megatron.training import arguments, pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from jreg_megatron import gpt_pretraining, initialization, preflight
+    from jreg_megatron import gpt_pretraining, preflight
     from jreg_megatron.pretrain import add_arguments
     from jreg_megatron.support import refuse_unsupported
 
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)
-    initialization.check(asked)
     preflight.check_arguments(asked)
     made = train_step(training.train_step)
     refuse_unsupported(asked, made.measured.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -147,12 +147,7 @@ def _write(args: Namespace, done: list[Evaluation]) -> None:
     }
     comparison = compare(*done) if len(done) == 2 else None
     found |= document(done, comparison, describe(args))
-    if args.json is not None:
-        output.write_json(args.json, found)
-    if args.csv is not None:
-        output.write_csv(args.csv, list(csv_rows(found)))
-    if not args.quiet:
-        print_tables(output.console(args), found)
+    _put_out(args, found, csv_rows, print_tables)
 
 
 def _compare_seeds(args: Namespace) -> None:
@@ -163,12 +158,21 @@ def _compare_seeds(args: Namespace) -> None:
 
     found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
     found |= compare_seeds(args.models)
+    _put_out(args, found, csv_rows, print_seeds)
+
+
+def _put_out(
+    args: Namespace,
+    found: dict[str, Any],
+    csv_rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
+    show: Callable[[Any, dict[str, Any]], None],
+) -> None:
     if args.json is not None:
         output.write_json(args.json, found)
     if args.csv is not None:
         output.write_csv(args.csv, list(csv_rows(found)))
     if not args.quiet:
-        print_seeds(output.console(args), found)
+        show(output.console(args), found)
 
 
 def _parser() -> ArgumentParser:

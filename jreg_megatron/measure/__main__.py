@@ -158,11 +158,12 @@ def _checked(args: Namespace) -> list[Reference]:
             if args.paper is None
             else f"MODEL is {args.models[0]} beside --paper, which names the models itself; leave one out"
         )
-    if args.paper is not None:
+    if args.paper is None:
+        references = find_models(args.models)
+    else:
         from jreg_megatron.measure.paper_models import paper_models
 
-        return paper_models(args.paper)
-    references = find_models(args.models)
+        references = paper_models(args.paper)
     for reference in references:
         if args.last_validation and not reference.is_megatron:
             raise UserError(f"--last-validation needs Megatron checkpoints, and {reference.source} is none")
@@ -188,7 +189,9 @@ def _description(args: Namespace) -> dict[str, Any]:
     if args.last_validation:
         return {"source": "the samples of each training's last validation", "max_tokens": None}
     if args.paper is not None and not (args.text or args.speeches):
-        return {"source": "LAMBADA (EleutherAI/lambada_openai, test)", "max_tokens": args.max_tokens or None}
+        from jreg_megatron.measure.paper_models import LAMBADA
+
+        return {"source": f"LAMBADA ({LAMBADA}, test)", "max_tokens": args.max_tokens or None}
     return {"source": describe(args), "max_tokens": args.max_tokens or None}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
+from jreg_megatron import initialization
 from jreg_megatron.preflight import data, division, optimizer, training, vocabulary
 
 
@@ -49,6 +50,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.learning_rate,
     training.learning_rate_schedule,
     optimizer.combination,
+    initialization.check,
     training.evaluation,
     training.saving,
     division.world_size,
