@@ -10,6 +10,7 @@ from jreg_megatron import __version__
 
 _COMMANDS = {
     "bench": "what JREG costs here: kernels, Megatron's step, and how it grows",
+    "claims": "the paper's six claims, judged on toys trained here or on your own runs",
     "data": "text into Megatron's token files, and a look into them",
     "demo": "train two small Llamas on this machine's CPU, without JREG and with it",
     "evaluate": "tasks, middle layers and early exit of a model, or of two compared",

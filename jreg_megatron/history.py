@@ -26,10 +26,16 @@ class History:
     """Cross-entropy in nats per token, one for each of :attr:`iterations`."""
     jump_rate: list[float]
     """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
-    displacement: list[float]
-    """Per layer 1..L at the end, each in [0, 1]; empty without ``--jreg-log-per-layer``."""
+    profiles: list[list[float]]
+    """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`; the lists are
+    empty without ``--jreg-log-per-layer``."""
     settings: dict[str, str]
     """Megatron's arguments as the run had them in the end, as text; ``jreg_coeff`` and its like included."""
+
+    @property
+    def displacement(self) -> list[float]:
+        """Per layer 1..L at the end."""
+        return self.profiles[-1]
 
     def summary(self) -> dict[str, Any]:
         """A run's part of a ``summary.json``: the last values, and the two curves."""
@@ -82,7 +88,7 @@ class History:
             iterations=iterations,
             validation_loss=[loss[iteration] for iteration in iterations],
             jump_rate=[rate[iteration] for iteration in iterations],
-            displacement=[layer[iterations[-1]] for layer in layers],
+            profiles=[[layer[iteration] for layer in layers] for iteration in iterations],
             settings={
                 tag.removesuffix(_SETTING): events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
                 for tag in texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import shutil
 import time
 from pathlib import Path
@@ -88,7 +89,7 @@ def _train(run: Run, data: DemoData, bar: tqdm, done: int) -> None:
         bar.set_description(run.name)
         bar.update(done + iteration - bar.n)
 
-    run.train(data, advance)
+    asyncio.run(run.train(data, advance))
 
 
 def _clear(output: Path, names: list[str]) -> None:

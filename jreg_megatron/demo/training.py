@@ -1,15 +1,16 @@
-"""The demo's model, and its training runs with ``jreg_megatron.pretrain``."""
+"""The demo's model, and training runs of toys with ``jreg_megatron.pretrain`` on this machine's CPU."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.errors import UserError
 from jreg_megatron.last_error import LastError
@@ -36,20 +37,25 @@ _LAYOUT = f"""
     --tensor-model-parallel-size {TENSOR_PARALLEL} --pipeline-model-parallel-size {PIPELINE_PARALLEL}
 """
 _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jreg-log-per-layer"
+FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
+"""Of the demo, for Megatron."""
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)/")
+_LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of the demo."""
+    """One training run of a toy."""
 
     name: str
     config: JRegConfig
     iterations: int
     folder: Path
     seed: int = 1234
-    num_layers: int = NUM_LAYERS
+    flags: tuple[str, ...] = FLAGS
+    """Model, optimizer, layout and logging, as Megatron's flags."""
+    ranks: int = TENSOR_PARALLEL * PIPELINE_PARALLEL
 
     @property
     def tensorboard(self) -> Path:
@@ -73,12 +79,9 @@ class Run:
         """
         config = self.config
         return [
-            *("-m", "jreg_megatron.cpu", "--nproc", str(TENSOR_PARALLEL * PIPELINE_PARALLEL)),
+            *("-m", "jreg_megatron.cpu", "--nproc", str(self.ranks)),
             *("-m", "jreg_megatron.pretrain", "--cpu"),
-            *_MODEL.split(),
-            *_OPTIMIZER.split(),
-            *_LAYOUT.split(),
-            *_LOGGING.split(),
+            *self.flags,
             *data.megatron_arguments(),
             *("--data-cache-path", str(data.train_prefix.parent / "cache")),
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
@@ -87,40 +90,54 @@ class Run:
             *("--jreg-coeff", str(config.coeff), "--jreg-alpha", str(config.alpha)),
         ]
 
-    def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
+    async def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
         """Train to the end; ``on_iteration`` is told the number of each iteration that was logged.
 
         Raises:
             UserError: if the run fails; names the log and what in it says why.
         """
+
+        def read(line: str) -> None:
+            if found := _ITERATION.search(line):
+                on_iteration(int(found[1]))
+
         self.folder.mkdir(parents=True)
+        await run_logged(f"the {self.name} run", self.command(data), self.log, read)
+
+
+async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:
+    """Run this Python with ``arguments`` and one thread; what it prints goes to ``log`` and to ``on_line``.
+
+    It is ended when the caller is cancelled or dies.
+
+    Raises:
+        UserError: if it fails; names ``what`` and the log.
+    """
+    why = LastError()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
         # More threads than one a rank only fight over the cores of a laptop.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        why = LastError()
-        with (
-            self.log.open("w") as log,
-            subprocess.Popen(
-                [sys.executable, *self.command(data)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            ) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    log.write(line)
-                    log.flush()
-                    why.read(line)
-                    if found := _ITERATION.search(line):
-                        on_iteration(int(found[1]))
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode != 0:
-            raise UserError(
-                f"the {self.name} run ended with status {process.returncode}: {why}; "
-                f"all it printed is in {self.log}"
-            )
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        limit=_LONGEST_LINE,
+        preexec_fn=end_with_the_parent,
+    )
+    assert process.stdout is not None
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            async for raw in process.stdout:
+                line = raw.decode(errors="replace")
+                file.write(line)
+                file.flush()
+                why.read(line)
+                on_line(line)
+        status = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+    if status != 0:
+        raise UserError(f"{what} ended with status {status}: {why}; all it printed is in {log}")

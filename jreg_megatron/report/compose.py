@@ -18,7 +18,7 @@ _OF = {
     "layers": ("displacement",),
     "training": ("jump_rate", "validation_loss"),
     "maps": ("heat_map",),
-    "middle": ("read_out", "early_exit", "layer_drop"),
+    "middle": ("read_out", "lens", "early_exit", "layer_drop"),
 }
 _FEW = 12
 _TITLES = {

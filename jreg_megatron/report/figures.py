@@ -10,7 +10,7 @@ from itertools import product
 
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines, log_ticks
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured, ReadOut
+from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured
 from jreg_megatron.report.models import Model
 from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.report.tables import LOSS, Table, known, p_value
@@ -332,7 +332,17 @@ def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
             "What the middle layers already know",
             f"{about}. Lower loss in the middle means more is known earlier. Layer 0 is the embedding.",
             _LOSS,
-            lambda read_out: read_out.loss,
+            lambda evaluated: evaluated.read_out.loss if evaluated.read_out else None,
+        ),
+        _read_out(
+            models,
+            looks,
+            "lens_loss",
+            "What the middle layers know, read out through a fitted lens",
+            "The state behind each layer first goes through the affine map that brings it nearest to the "
+            "last layer's, fitted on other texts. What is left is what the layer does not know.",
+            _LOSS,
+            lambda evaluated: evaluated.lens.loss if evaluated.lens else None,
         ),
         _read_out(
             models,
@@ -341,7 +351,7 @@ def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
             "Right predictions, leaving after each layer",
             f"{about}: the share of next tokens predicted right. Higher is better.",
             Axis("accuracy", zero=True),
-            lambda read_out: read_out.accuracy,
+            lambda evaluated: evaluated.read_out.accuracy if evaluated.read_out else None,
         ),
         _read_out(
             models,
@@ -350,7 +360,7 @@ def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
             "Predictions that are final, leaving after each layer",
             f"{about}: the share of tokens for which it predicts what the whole model predicts.",
             Axis("agreement", zero=True),
-            lambda read_out: read_out.agreement,
+            lambda evaluated: evaluated.read_out.agreement if evaluated.read_out else None,
         ),
     ]
 
@@ -362,16 +372,16 @@ def _read_out(
     title: str,
     caption: str,
     axis: Axis,
-    pick: Callable[[ReadOut], tuple[float, ...] | None],
+    pick: Callable[[Evaluated], tuple[float, ...] | None],
 ) -> Figure | None:
     rows: list[Row] = []
     columns: dict[str, dict[str, float | str | None]] = {}
     used: dict[str, Evaluated] = {}
     for model in models:
-        entry = next((e for e in reversed(model.evaluated) if e.read_out and pick(e.read_out)), None)
+        entry = next((e for e in reversed(model.evaluated) if pick(e)), None)
         if entry is not None:
             used[model.label] = entry
-        for layer, value in enumerate((pick(entry.read_out) or ()) if entry and entry.read_out else ()):
+        for layer, value in enumerate((pick(entry) or ()) if entry else ()):
             rows.append({"model": model.label, "x": layer, "y": value})
             columns.setdefault(model.label, {})[str(layer)] = value
     if not rows:
@@ -504,7 +514,7 @@ def _other_texts(used: dict[str, Evaluated]) -> str:
     """What a caption says where not all models read the same text."""
     texts: dict[str, list[str]] = {}
     for label, entry in used.items():
-        read_out = entry.read_out
+        read_out = entry.read_out or entry.lens
         words = [shortened(read_out.text, 80)] if read_out and read_out.text else []
         words += [f"{read_out.tokens:,} tokens"] if read_out and read_out.tokens is not None else []
         words += [f"max_tokens {entry.how['max tokens']}"] if "max tokens" in entry.how else []

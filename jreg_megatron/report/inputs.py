@@ -121,6 +121,8 @@ class Evaluated:
     """What the file says of the evaluation: text, limit and so on."""
     tasks: dict[str, Score]
     read_out: ReadOut | None
+    lens: ReadOut | None
+    """The same through the fitted lens."""
     layer_drop: LayerDrop | None
 
 

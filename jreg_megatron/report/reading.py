@@ -174,7 +174,7 @@ def _layers(block: Field, state: str, num_layers: int) -> Layers:
 def _evaluated(model: Field, whole: Field) -> Evaluated:
     origin = _origin(model, whole)
     tasks, drop = model.get("tasks"), model.get("layer_drop")
-    read_out = model.get("read_out")
+    read_out, lens = model.get("read_out"), model.get("lens")
     how = {}
     if read_out is not None:
         if (text := read_out.get("text")) is not None:
@@ -190,6 +190,7 @@ def _evaluated(model: Field, whole: Field) -> Evaluated:
         how,
         tasks={} if tasks is None else {name: _score(task) for name, task in tasks.fields().items()},
         read_out=None if read_out is None else _read_out(read_out, origin.num_layers),
+        lens=None if lens is None else _read_out(lens, origin.num_layers),
         layer_drop=None
         if drop is None
         else LayerDrop(drop["loss"].numbers(origin.num_layers, 0), drop["unchanged"].number(0)),

@@ -1,0 +1,366 @@
+"""The claims as one HTML page and one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jreg_megatron.claims.evidence import Evidence, Trained
+from jreg_megatron.claims.rules import RULE, Claim, Question
+from jreg_megatron.over_seeds import Estimate, p_one_sided
+from jreg_megatron.report.charts import Axis, Row, Style, lines
+from jreg_megatron.report.figures import Figure
+from jreg_megatron.report.inputs import Evaluated, ReadOut
+from jreg_megatron.report.page import Section, render
+from jreg_megatron.report.tables import NOTHING, Table, number
+
+_SHARE = Axis("share of the training steps")
+_LAYER = Axis("layer", whole=True)
+_RISE = "Ψ of the last layer less that of the one before, x 100"
+
+Curves = Mapping[str, Mapping[float, Sequence[float]]]
+"""Values over seeds, by label and place on the horizontal axis."""
+
+
+def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
+    """All of it for JSON.
+
+    Args:
+        evidence: what the claims were judged by.
+        claims: by number.
+        about: further entries, such as versions.
+    """
+    return {
+        **about,
+        "rule": RULE,
+        "claims": {key: _claim(claim) for key, claim in claims.items()},
+        "runs": {run.name: _run(run) for run in evidence.runs},
+        "left_out": evidence.left_out,
+    }
+
+
+def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[str, str]]) -> str:
+    """The page; ``how`` are rows of a table that says what was trained and where."""
+    verdicts = Table(
+        "Verdicts",
+        ("claim", "text", "verdict", "questions"),
+        tuple(
+            (key, claim.text, claim.verdict, "; ".join(q.verdict for q in claim.questions))
+            for key, claim in claims.items()
+        ),
+        is_text=True,
+    )
+    figures = _figures(evidence)
+    sections = [
+        Section("verdicts", "Verdicts", RULE, tables=(verdicts,)),
+        *(
+            Section(
+                f"claim_{key}",
+                f"{key}. {claim.text}",
+                f"Verdict: {claim.verdict}.",
+                tables=(_questions(claim),),
+                folded=(_values(claim),),
+                notes=(claim.remark,) if claim.remark else (),
+                figures=tuple(figures.get(key, ())),
+            )
+            for key, claim in claims.items()
+        ),
+        Section(
+            "how",
+            "How it was done",
+            tables=(Table("What was trained", ("what", "value"), tuple(how), is_text=True),),
+            folded=(_runs(evidence),),
+            notes=tuple(f"Left out: {name}: {why}" for name, why in evidence.left_out.items()),
+        ),
+    ]
+    runs = len(evidence.runs)
+    return render(
+        "The six claims of the JREG paper, judged",
+        f"{runs} training runs, {evidence.num_layers} layers, batches of "
+        f"{', '.join(str(batch) for batch in sorted({run.batch for run in evidence.runs}))} sequences",
+        sections,
+    )
+
+
+def _claim(claim: Claim) -> dict[str, Any]:
+    questions = [_question(question) for question in claim.questions]
+    return {
+        "claim": claim.text,
+        "verdict": claim.verdict,
+        **{name: questions[0][name] for name in ("paper", "number", "found", "interval")},
+        "questions": questions,
+        "remark": claim.remark,
+    }
+
+
+def _question(question: Question) -> dict[str, Any]:
+    found = question.estimate
+    return {
+        "question": question.text,
+        "verdict": question.verdict,
+        "paper": question.paper,
+        "number": question.number,
+        "wanted": f"{question.side} {question.bar:g}",
+        "found": None if found is None else found.mean,
+        "interval": None if found is None or found.low is None else [found.low, found.high],
+        "p_one_sided": _p(question),
+        "by_seed": {str(seed): value for seed, value in question.values.items()},
+    }
+
+
+def _p(question: Question) -> float | None:
+    """Of the paper's test, that the number lies on the claim's side of the bar."""
+    sign = 1 if question.side == "above" else -1
+    return p_one_sided([sign * (value - question.bar) for value in question.values.values()])
+
+
+def _run(run: Trained) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "coeff": run.coeff,
+        "alpha": run.alpha,
+        "batch": run.batch,
+        "tokens": run.tokens,
+        "jump_rates": [
+            run.jump_rate(below) for below in _BELOW if below + 2 <= len(run.history.displacement)
+        ],
+        **run.history.summary(),
+    }
+
+
+_BELOW = (0, 1, 2)
+
+
+def _questions(claim: Claim) -> Table:
+    rows = []
+    for question in claim.questions:
+        found, p = question.estimate, _p(question)
+        rows.append(
+            (
+                question.text,
+                question.paper,
+                NOTHING if found is None else number(found.mean),
+                _interval(found),
+                f"{question.side} {question.bar:g}",
+                str(len(question.values)),
+                NOTHING if p is None else number(p, "#.2g"),
+                question.verdict,
+                question.number,
+            )
+        )
+    columns = ("question", "the paper found", "found here", "95% interval", "the claim wants", "seeds")
+    return Table("Questions", (*columns, "p, one-sided", "verdict", "what the number is"), tuple(rows))
+
+
+def _interval(found: Estimate | None) -> str:
+    if found is None or found.low is None or found.high is None:
+        return NOTHING
+    return f"{number(found.low)} to {number(found.high)}"
+
+
+def _values(claim: Claim) -> Table:
+    columns = {
+        question.text: {str(seed): value for seed, value in question.values.items()}
+        for question in claim.questions
+    }
+    return Table.of("By seed", "seed", columns)
+
+
+def _runs(evidence: Evidence) -> Table:
+    rows = [
+        (
+            run.name,
+            f"{run.steps:,}",
+            number(run.history.validation_loss[-1], "#.5g"),
+            *(number(run.jump_rate(below), "#.3g") for below in _BELOW),
+            " ".join(f"{100 * psi:.2f}" for psi in run.history.displacement),
+        )
+        for run in evidence.runs
+        if len(run.history.displacement) > max(_BELOW) + 1
+    ]
+    columns = ("run", "steps", "validation loss", "ζ_L", "ζ_(L-1)", "ζ_(L-2)", "Ψ x 100 of layers 1 to L")
+    return Table("All runs", columns, tuple(rows))
+
+
+def _figures(evidence: Evidence) -> dict[str, list[Figure]]:
+    """By claim."""
+    found: dict[str, list[Figure]] = {}
+    for claim, figure in _drawn(evidence):
+        if figure is not None:
+            found.setdefault(claim, []).append(figure)
+    return found
+
+
+def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
+    alphas = {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
+    settings = {"baseline": evidence.baseline} | {name: runs for name, runs in alphas.items() if runs}
+    yield (
+        "2",
+        _figure(
+            "growth",
+            "The last layer's jump over training",
+            "Below 0 the last layer turns the state less than the one before.",
+            {
+                name: _gathered(
+                    (step / run.steps, 100 * (psi[-1] - psi[-2]))
+                    for run in settings[name].values()
+                    for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
+                )
+                for name in ("baseline", "alpha 1")
+                if name in settings
+            },
+            _SHARE,
+            Axis(_RISE),
+            rule=0,
+        ),
+    )
+    yield (
+        "3",
+        _figure(
+            "steps",
+            "The baseline's jump against the number of steps, on equal tokens",
+            "Fewer steps have larger batches.",
+            {
+                "baseline": _gathered(
+                    (run.steps, run.rise()) for runs in evidence.batches.values() for run in runs.values()
+                )
+            },
+            Axis("training steps", whole=True),
+            Axis(_RISE),
+            rule=0,
+        ),
+    )
+    profiles = {
+        name: _gathered(
+            (layer, psi)
+            for run in runs.values()
+            for layer, psi in enumerate(run.history.displacement, start=1)
+        )
+        for name, runs in settings.items()
+    }
+    yield (
+        "4",
+        _figure(
+            "profiles",
+            "How far each layer turns the state, at the end",
+            "Mean over seeds, at lambda 1. The axis is logarithmic.",
+            profiles,
+            _LAYER,
+            Axis("displacement Ψ", scale="log", ticks=_TICKS),
+            band=False,
+        ),
+    )
+    top = max(2, evidence.num_layers // 2)
+    yield (
+        "4",
+        _figure(
+            "top",
+            "The same, the upper half on a linear axis",
+            "A bump below the last layer is one that the last layer's jump rate does not show.",
+            {name: {x: y for x, y in of.items() if x > top} for name, of in profiles.items()},
+            _LAYER,
+            Axis("displacement Ψ", zero=True),
+            band=False,
+        ),
+    )
+    evaluated = [
+        (base.evaluated, jreg.evaluated)
+        for base, jreg in evidence.pairs.values()
+        if base.evaluated and jreg.evaluated
+    ]
+    yield (
+        "5",
+        _figure(
+            "early_exit",
+            "Loss behind each layer: JREG less the baseline",
+            "Below 0, JREG is better. As it is: by final norm and head. Through a lens: the state first goes "
+            "through a map, fitted on other texts, to the last layer's.",
+            {name: _gathered(_behind_layers(evaluated, pick)) for name, pick in _READ_OUTS.items()},
+            _LAYER,
+            Axis("difference (nats per token)"),
+            rule=0,
+        ),
+    )
+    yield (
+        "5",
+        _figure(
+            "layer_drop",
+            "Loss that leaving out one layer adds",
+            "Higher: the model needs the layer more.",
+            {
+                name: _gathered(
+                    (layer, loss - drop.unchanged)
+                    for pair in evaluated
+                    if (drop := pair[side].layer_drop)
+                    for layer, loss in enumerate(drop.loss, start=1)
+                )
+                for side, name in enumerate(("baseline", "alpha 1"))
+            },
+            _LAYER,
+            Axis("added loss (nats per token)", scale="log", ticks=_TICKS),
+        ),
+    )
+
+
+_READ_OUTS: dict[str, Callable[[Evaluated], ReadOut | None]] = {
+    "as it is": lambda e: e.read_out,
+    "through a lens": lambda e: e.lens,
+}
+
+
+def _behind_layers(
+    pairs: Sequence[tuple[Evaluated, Evaluated]], pick: Callable[[Evaluated], ReadOut | None]
+) -> Iterator[tuple[int, float]]:
+    """Layer, and the second model's loss behind it less the first's."""
+    for base, jreg in pairs:
+        first, second = pick(base), pick(jreg)
+        if first and second and first.loss and second.loss:
+            yield from enumerate(b - a for a, b in zip(first.loss, second.loss, strict=True))
+
+
+_TICKS = tuple(mantissa * 10.0**exponent for exponent in range(-5, 1) for mantissa in (1, 3))
+
+
+def _gathered(points: Iterable[tuple[float, float]]) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for x, y in points:
+        found.setdefault(x, []).append(y)
+    return found
+
+
+def _figure(
+    name: str,
+    title: str,
+    caption: str,
+    curves: Curves,
+    x: Axis,
+    y: Axis,
+    *,
+    band: bool = True,
+    rule: float | None = None,
+) -> Figure | None:
+    """A line for each label through the means over seeds; the band is their 95% interval."""
+    rows: list[Row] = []
+    columns: dict[str, dict[float, float]] = {}
+    for label, points in curves.items():
+        for place in sorted(points):
+            found = Estimate.of(points[place])
+            assert found is not None
+            columns.setdefault(label, {})[place] = found.mean
+            low, high = (found.mean if end is None else end for end in (found.low, found.high))
+            if y.scale == "log":
+                low = max(low, found.mean / 10)
+            rows.append({"model": label, "x": place, "y": found.mean, "low": low, "high": high})
+    if not rows:
+        return None
+    looks = tuple((label, Style.of(n)) for n, label in enumerate(columns))
+    places = sorted({place for column in columns.values() for place in column})
+    table = Table(
+        title,
+        (x.title, *columns),
+        tuple(
+            (number(place), *(number(column.get(place)) for column in columns.values())) for place in places
+        ),
+    )
+    said = f"{caption} The band is the 95% interval over seeds." if band else caption
+    return Figure(name, title, said, lines(rows, looks, x, y, band=band, rule=rule), table, looks)

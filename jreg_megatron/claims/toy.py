@@ -1,0 +1,83 @@
+"""The models that ``make claims`` trains: small, so that many seeds fit on two cores.
+
+The toy was chosen by the baseline alone, on seeds above 100, which no claim uses: README.md here tells how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jreg_megatron.demo.training import Run
+from jreg_megatron.settings import JRegConfig
+
+VOCABULARY = 512
+STEPS = 2000
+"""With the smallest batch."""
+SEEDS = 10
+BATCHES = (8, 16, 32)
+"""In sequences; the first is the one of all runs with JREG."""
+OTHER_ALPHAS = (0.0, 0.1, 0.3, 0.5, 3.0)
+FEW_SEEDS = 3
+"""For other batches and alphas."""
+
+TASKS = ("--tasks", "speeches_last_word,speeches_bits_per_byte")
+"""Words for ``evaluate``. The passages of the third task are longer than the model's sequences."""
+
+_SEQUENCE = 64
+_VALIDATION = 256  # sequences
+_EVALUATIONS = 8
+_MODEL = f"""
+    --num-layers 8 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4
+    --seq-length {_SEQUENCE} --max-position-embeddings {_SEQUENCE}
+    --normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+"""
+_OPTIMIZER = """
+    --lr 6e-3 --min-lr 6e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+"""
+_LOGGING = "--log-interval 25 --tensorboard-log-interval 25 --jreg-log-per-layer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which toys are trained."""
+
+    steps: int = STEPS
+    seeds: int = SEEDS
+
+    def runs(self, folder: Path) -> list[Run]:
+        """All runs, each with a folder of its own under ``folder``."""
+        baseline, jreg = JRegConfig(coeff=0.0), JRegConfig(coeff=1.0, alpha=1.0)
+        settings = [
+            (config, BATCHES[0], seed) for seed in range(1, self.seeds + 1) for config in (baseline, jreg)
+        ]
+        for seed in range(1, min(FEW_SEEDS, self.seeds) + 1):
+            settings += [(baseline, batch, seed) for batch in BATCHES[1:]]
+            settings += [(JRegConfig(coeff=1.0, alpha=alpha), BATCHES[0], seed) for alpha in OTHER_ALPHAS]
+        return [self._run(folder, *setting) for setting in settings]
+
+    def _run(self, folder: Path, config: JRegConfig, batch: int, seed: int) -> Run:
+        """A run on as many tokens as all others."""
+        what = "baseline" if config.coeff == 0 else f"alpha{config.alpha:g}"
+        name = f"{what}_batch{batch}_seed{seed}"
+        steps = max(_EVALUATIONS, self.steps * BATCHES[0] // batch)
+        size = f"--micro-batch-size {batch} --global-batch-size {batch} --eval-iters {_VALIDATION // batch}"
+        words = f"{_MODEL} {_OPTIMIZER} {_LOGGING} {size}"
+        return Run(name, config, steps, folder / name, seed, tuple(words.split()), ranks=1)
+
+
+def described(plan: Plan) -> list[tuple[str, str]]:
+    """The toy in a few rows, for the page."""
+    return [
+        ("model", " ".join(_MODEL.split())),
+        ("optimizer", " ".join(_OPTIMIZER.split())),
+        ("text", f"State of the Union speeches; a SentencePiece vocabulary of {VOCABULARY} pieces"),
+        (
+            "length",
+            f"{plan.steps:,} steps of {BATCHES[0]} x {_SEQUENCE} tokens, "
+            f"{plan.steps * BATCHES[0] * _SEQUENCE:,} in all",
+        ),
+        ("seeds", f"1 to {plan.seeds}; 1 to {min(FEW_SEEDS, plan.seeds)} for other batches and alphas"),
+    ]
