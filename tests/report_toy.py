@@ -120,6 +120,10 @@ def evaluation(
                     "accuracy": [0.45 * (at / layers) ** 1.5 for at in range(layers + 1)],
                     "agreement": [(at / layers) ** 2 for at in range(layers + 1)],
                 },
+                "lens": {
+                    **{"text": "held-out speeches", "tokens": 20000, "fit_tokens": 90000},
+                    "loss": [7 - 4 * (at / layers) ** (1.2 - 0.1 * (model % 2)) for at in range(layers + 1)],
+                },
                 "layer_drop": {
                     "loss": [3.0 + (2.5 if at == 1 else 0.02 + 0.001 * at) for at in range(1, layers + 1)],
                     "unchanged": 3.0,
@@ -185,9 +189,9 @@ def write_events(
     losses: Mapping[int, float],
     layers: int = 4,
     settings: Mapping[str, str] | None = None,
-    displacement: Sequence[float] | None = None,
+    displacement: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
 ) -> Path:
-    """TensorBoard files such as Megatron's, with a validation loss by iteration."""
+    """TensorBoard files such as Megatron's: a validation loss, and displacement, by iteration."""
     writer = EventFileWriter(str(folder))
 
     def add(step: int, **value: Any) -> None:
@@ -204,7 +208,8 @@ def write_events(
     for step, loss in losses.items():
         add(step, tag="lm loss validation", simple_value=loss)
         add(step, tag="jump rate validation", simple_value=step / 1000)
-        for layer, value in enumerate(displacement or psi(0, 1, layers), start=1):
+        profile = displacement[step] if isinstance(displacement, Mapping) else displacement
+        for layer, value in enumerate(profile or psi(0, 1, layers), start=1):
             add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)
     writer.close()
     return folder

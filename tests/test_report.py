@@ -59,7 +59,14 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
             "jump_rate_in_training",
             "validation_loss",
         ),
-        *("heat_map_1", "heat_map_2", "read_out_loss", "early_exit_accuracy", "early_exit_agreement"),
+        *(
+            "heat_map_1",
+            "heat_map_2",
+            "read_out_loss",
+            "lens_loss",
+            "early_exit_accuracy",
+            "early_exit_agreement",
+        ),
         *("read_out_difference", "layer_drop"),
     ]
     assert page.column(HEADLINE, "model") == [*MODELS, "short", "short with jreg", "big run"]
@@ -87,7 +94,7 @@ def test_a_part_without_numbers_is_not_on_the_page(
 def test_a_model_with_nothing_but_scores_has_no_empty_parts(report: Callable[..., Page]) -> None:
     document = evaluation(("a", "b"))
     for model in document["models"]:
-        del model["read_out"], model["layer_drop"]
+        del model["read_out"], model["lens"], model["layer_drop"]
     document["comparison"] = None
     page = report(write(Path("e.json"), document))
     assert page.sections == ["summary", "tasks", "sources"]

@@ -139,10 +139,12 @@ def test_a_figure_over_other_texts_says_that_they_differ(report: Callable[..., P
     document["models"][1]["read_out"] |= {"text": "tiny.txt", "tokens": 30}
     report(write(Path("e.json"), document))
     said = "the texts differ: baseline: held-out speeches, 20,000 tokens; jreg: tiny.txt, 30 tokens."
-    assert captions().count(said) == 4  # three read-outs and the layers left out
+    assert captions().count(said) == 5  # three read-outs, the lens and the layers left out
     report(Path("e.json"), "--figures", "f")
     pictures = [svg.stem for svg in Path("f").glob("*.svg") if "different texts" in svg.read_text()]
-    assert sorted(pictures) == ["early_exit_accuracy", "early_exit_agreement", "layer_drop", "read_out_loss"]
+    assert sorted(pictures) == [
+        *("early_exit_accuracy", "early_exit_agreement", "layer_drop", "lens_loss", "read_out_loss"),
+    ]
     other = measurement(("other",), layers=3)
     other["text"]["source"] = "tiny.txt"
     first = write(Path("m.json"), measurement(("a",), layers=3))

@@ -117,7 +117,7 @@ def test_the_page_asks_for_nothing_and_draws_every_value(rich: Path, open_page: 
     assert opened.requests == [rich.as_uri()]
     assert opened.messages == []
     figures = opened.page.locator("figure").evaluate_all("all => all.map(one => one.id)")
-    assert len(figures) == 12
+    assert len(figures) == 13
     expected = {
         "displacement": len(MODELS) * LAYERS,
         "displacement_in_training": 2 * 8,
@@ -125,6 +125,7 @@ def test_the_page_asks_for_nothing_and_draws_every_value(rich: Path, open_page: 
         "jump_rate_in_training": 2 * len(STEPS),
         "validation_loss": 2 * len(STEPS),
         "read_out_loss": len(MODELS) * (LAYERS + 1),
+        "lens_loss": len(MODELS) * (LAYERS + 1),
         "early_exit_accuracy": len(MODELS) * (LAYERS + 1),
         "early_exit_agreement": len(MODELS) * (LAYERS + 1),
         "read_out_difference": LAYERS + 1,
@@ -233,13 +234,13 @@ def test_print_is_light_and_has_no_controls(rich: Path, open_page: Any) -> None:
     opened.page.emulate_media(media="print")
     assert not any(control.is_visible() for control in controls.all())
     assert opened.background() == "rgb(255, 255, 255)"
-    assert opened.page.locator("figure .live svg").count() == 12
+    assert opened.page.locator("figure .live svg").count() == 13
 
 
 def test_without_scripts_every_figure_is_there(rich: Path, open_page: Any) -> None:
     opened = open_page(rich, java_script_enabled=False, viewport={"width": 400, "height": 800})
     pictures = opened.page.locator("figure .picture > svg")
-    assert pictures.count() == 12
+    assert pictures.count() == 13
     assert all(picture.bounding_box()["width"] > 300 for picture in pictures.all())
     dots = opened.page.locator("#displacement .picture > svg .mark-symbol[class*=marks] > path")
     assert dots.count() == len(MODELS) * LAYERS

@@ -302,11 +302,10 @@ def _tasks(evidence: Evidence) -> Claim:
         questions.pop()
     remark = ""
     if len(both) > 1:
-        found = power(len(both), seeds["difference"], seeds["sd"])
+        gain, sd = seeds["difference"], seeds["sd"]
         remark = (
-            f"With {len(both)} seeds the paper's test finds a gain such as the paper's, "
-            f"{seeds['difference']} points with a standard deviation of {seeds['sd']}, {found:.0%} of the time "
-            f"at level {LEVEL:g}."
+            f"With {len(both)} seeds the paper's test finds a gain such as the paper's ({gain} points with a "
+            f"standard deviation of {sd}) {power(len(both), gain, sd):.0%} of the time, at level {LEVEL:g}."
         )
     return Claim("Models trained with JREG do better in tasks.", tuple(questions), remark)
 

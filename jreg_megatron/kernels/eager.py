@@ -29,7 +29,8 @@ class TorchKernels:
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi of every token, as ``|u - v|^2 / 4``; see :func:`jreg_megatron.formulas.displacement`."""
-        return _displacement(*_widened(h_in, h_out))
+        a, b = _widened(h_in, h_out)
+        return _displacement(a, b, *_norms_of_both(a, b))
 
     @torch.no_grad()
     def gradients(
@@ -49,9 +50,8 @@ class TorchKernels:
         passes over memory, and the same digits, as a state is rounded like its unit vector.
         """
         a, b = _widened(h_in, h_out)
-        norm_in, norm_out = _norms(a), _norms(b)
-        for norm in (norm_in, norm_out):
-            norm.masked_fill_(norm == 0, math.inf)  # then all that is divided by it is 0
+        norm_in, norm_out, has_no_direction = _norms_of_both(a, b)
+        psi = _displacement(a, b, norm_in, norm_out, has_no_direction) if needs_psi else None
         strength = coefficient.to(a.dtype) * (-0.5 * factor)
         if token_weights is not None:
             strength = strength * token_weights.unsqueeze(-1)
@@ -62,7 +62,7 @@ class TorchKernels:
             grad_in = (b * across).addcmul_(a, along / norm_in.square_(), value=-1).to(h_in.dtype)
         total = torch.addcmul(grad_out.to(a.dtype), a, across)
         total = total.addcmul_(b, along / norm_out.square_(), value=-1).to(h_out.dtype)
-        return grad_in, total, _displacement(a, b) if needs_psi else None
+        return grad_in, total, psi
 
 
 KERNELS = TorchKernels()
@@ -78,11 +78,19 @@ def _widened(h_in: Tensor, h_out: Tensor) -> tuple[Tensor, Tensor]:
     return h_in.to(dtype), h_out.to(dtype)
 
 
-def _displacement(a: Tensor, b: Tensor) -> Tensor:
-    norm_in, norm_out = _norms(a), _norms(b)
-    has_no_direction = torch.minimum(norm_in, norm_out) == 0
-    # 0/0 where a row has no direction, which is filled in at the end.
-    difference = (a * norm_in.reciprocal_()).addcmul_(b, norm_out.reciprocal_(), value=-1)
+def _norms_of_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norms ``[..., 1]``, infinite for rows of norm zero, and which tokens have such a row."""
+    norms = _norms(a), _norms(b)
+    zero = [norm == 0 for norm in norms]
+    for norm, is_zero in zip(norms, zero, strict=True):
+        norm.masked_fill_(is_zero, math.inf)  # then all that is divided by it is 0
+    return *norms, zero[0].logical_or_(zero[1])
+
+
+def _displacement(
+    a: Tensor, b: Tensor, norm_in: Tensor, norm_out: Tensor, has_no_direction: Tensor
+) -> Tensor:
+    difference = (a * norm_in.reciprocal()).addcmul_(b, norm_out.reciprocal(), value=-1)
     return _norms(difference).square_().mul_(0.25).masked_fill_(has_no_direction, 0.5).squeeze(-1)
 
 
