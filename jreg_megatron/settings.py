@@ -55,65 +55,63 @@ class JRegConfig:
 
     coeff: float = _setting(
         0.0,
-        "lambda, the strength of the regularizer, >= 0. At 0 the displacement is only measured and no "
-        "gradient changes. The paper takes 1.",
+        "lambda, the strength, >= 0. At 0 the displacement is only measured, and training is bit-identical "
+        "to training without JREG. The paper takes 1.",
         float,
         "LAMBDA",
     )
     alpha: float = _setting(
         1.0,
-        "sharpness of the softmax layer weights, >= 0: 0 weighs all layers alike, larger values put more "
-        "on the last layers. The paper takes 1.",
+        "sharpness of the layer weights softmax(alpha * [1..L]), >= 0. 0 weighs all layers alike. The paper"
+        " takes 1.",
         float,
         "ALPHA",
     )
     weights: str | tuple[float, ...] = _setting(
         "softmax",
-        "layer weights: 'softmax' of alpha * layer number (the paper's), 'last' (layer L alone), 'uniform' "
-        "(1/L each), or one number per layer, comma-separated, first layer first, used as they stand.",
+        "layer weights: 'softmax' of alpha (the paper's), 'last' (layer L alone), 'uniform' (1/L each), or "
+        "one number per layer, first layer first, as in 0,0,0.3,0.7.",
         _weights_from_text,
         "RULE",
     )
     final_state: str = _setting(
         "pre_norm",
-        "which state counts as the last layer's output: 'pre_norm', the residual stream itself (the "
-        "paper's), or 'post_norm', after the final norm. The numbers differ several-fold.",
+        "the last layer's output: 'pre_norm', before the final norm (the paper's), or 'post_norm', after "
+        "it. The numbers differ several-fold.",
         metavar="STATE",
     )
     negligible_weight: float = _setting(
         1e-6,
-        "layers whose weights together are at most this share of all weights get no gradient, the lightest "
-        "first: lambda times so much of the loss, at most, is not seen by the optimizer. 0 leaves none out.",
+        "the lightest layers get no gradient if their weights together are at most this share of all "
+        "weights. 0 leaves none out.",
         float,
         "SHARE",
     )
     loss_weight: float = _setting(
         1.0,
-        "what the script multiplies its cross-entropy by, if it does; JREG is not multiplied. The first step "
-        "shows another weight, and is refused.",
+        "the factor by which the script multiplies its cross-entropy, as in 0.5 * CE + 0.5 * KD. JREG is "
+        "not multiplied. The first step refuses another factor.",
         float,
         "WEIGHT",
     )
     tokens: str = _setting(
         "all",
-        "which tokens the regularizer and its metrics count: 'all', or 'unmasked', those that the loss mask "
-        "lets through, averaged as cross-entropy is.",
+        "the tokens that count: 'all', or 'unmasked', those that the loss mask keeps, averaged as "
+        "cross-entropy is.",
         metavar="TOKENS",
     )
     start_iteration: int = _setting(1, "first training iteration with the regularizer.", int, "N")
-    stop_iteration: int | None = _setting(
-        None, "first training iteration without it again; by default it never stops.", int, "N"
-    )
+    stop_iteration: int | None = _setting(None, "first training iteration without it again.", int, "N")
     warmup_iterations: int = _setting(
-        0, "the coefficient rises linearly over this many iterations from the start.", int, "N"
+        0, "warm-up: the coefficient rises linearly over this many iterations.", int, "N"
     )
     measure_interval: int = _setting(
-        1, "measure the displacement in every N-th training iteration; validation always does.", int, "N"
+        1, "measure in every N-th training iteration. Validation always measures.", int, "N"
     )
     kernels: str = _setting(
         "auto",
-        "what computes displacement and gradients: 'triton', fused, on a GPU; 'torch' anywhere; or 'auto', "
-        "which takes triton where it runs.",
+        "what computes: 'triton' (fused, on a GPU), 'torch' (anywhere), or 'auto': triton where it runs. "
+        "All ranks must run the same kind.",
         metavar="KERNELS",
     )
     log_per_layer: bool = _setting(
@@ -251,7 +249,7 @@ class JRegConfig:
                 type=f.metadata["parse"],
                 default=SUPPRESS,
                 metavar=f.metadata["metavar"],
-                help=f"{f.metadata['help']} Default: {_default_text(f)}.",
+                help=f"{f.metadata['help']} Default: {default_text(f)}.",
             )
         return parser
 
@@ -300,7 +298,8 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def _default_text(f: Field[Any]) -> str:
+def default_text(f: Field[Any]) -> str:
+    """A setting's default as users read it."""
     assert f.default is not MISSING
     return "none" if f.default is None else str(f.default)
 

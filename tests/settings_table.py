@@ -1,0 +1,20 @@
+"""Writes the README's table of settings, from the settings themselves: ``python tests/settings_table.py``."""
+
+from __future__ import annotations
+
+import readme
+from jreg_megatron.settings import JRegConfig, default_text, flag_of
+from dataclasses import fields
+
+
+def table() -> str:
+    """The part of the README, with empty lines around it."""
+    rows = [("flag", "default", "what it sets"), ("---", "---", "---")]
+    for f in fields(JRegConfig):
+        default = "off" if f.default is False else default_text(f)
+        rows.append((f"`{flag_of(f.name)}`", f"`{default}`", f.metadata["help"].rstrip(".")))
+    return "\n" + "".join(f"| {' | '.join(cell.replace('|', '\\|') for cell in row)} |\n" for row in rows) + "\n"
+
+
+if __name__ == "__main__":
+    readme.replace("settings", table())
