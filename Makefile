@@ -59,10 +59,10 @@ fetch = rm -rf $@ $@.part; $(PY) -m uv pip install --quiet --python $(PY) --no-d
 .versions/%: $(STAMP)
 	@$(call fetch,megatron-core==$*)
 
-layouts: $(STAMP)  ## Compare every layout with the reference and write the README's table of them
+layouts: $(STAMP)  ## Compare every layout with the reference and write their table in jreg_megatron/selftest/README.md
 	@$(PY) tests/layout_table.py
 
-ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatron-LM) in every way; write the README's table
+ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatron-LM) in every way; write the table in patches/README.md
 	@test -n "$(CLONE)" || { echo "Name a clone: make ways-in CLONE=path/to/Megatron-LM" >&2; exit 2; }
 	$(PY) tests/ways_in.py $(CLONE) $(ARGS)
 

@@ -1,4 +1,7 @@
-"""Writes the README's table of layouts: those that the tests compare, with the largest errors seen."""
+"""Writes the table of layouts in ``jreg_megatron/selftest/README.md``.
+
+They are those that the tests compare, with the largest errors seen.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ NAME = "layouts"
 
 
 def listed_layouts() -> list[str]:
-    """The layouts' names in the README."""
+    """The layouts' names in that table."""
     return re.findall(r"^\| ([^|]+?) \| \d+ \|", readme.read(NAME), re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""The parts of the README that a command writes."""
+"""The parts of README files that a command writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "layouts": ROOT / "jreg_megatron" / "selftest" / "README.md",
+    "ways in": ROOT / "patches" / "README.md",
+}
+"""The file of each part."""
 
 
 def _part(name: str) -> re.Pattern[str]:
@@ -17,8 +22,8 @@ def _part(name: str) -> re.Pattern[str]:
 
 def read(name: str) -> str:
     """A part's text."""
-    found = _part(name).search(README.read_text())
-    assert found, f"the README has no part {name}"
+    found = _part(name).search(FILES[name].read_text())
+    assert found, f"{FILES[name]} has no part {name}"
     return found[2]
 
 
@@ -28,4 +33,5 @@ def write(name: str, rows: Sequence[Sequence[str]], where: str) -> None:
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     with_torch = f"{where}, torch {version('torch')}, CPU with gloo, {datetime.now(UTC):%Y-%m-%d}."
     text = "\n".join(["", *lines, "", with_torch, "", ""])
-    README.write_text(_part(name).sub(lambda part: part[1] + text + part[3], README.read_text()))
+    file = FILES[name]
+    file.write_text(_part(name).sub(lambda part: part[1] + text + part[3], file.read_text()))

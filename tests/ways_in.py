@@ -4,8 +4,8 @@
 
 CLONE is a git clone of Megatron-LM. For each tag its scripts run ten steps at TP2 x PP2 on the CPU: as they
 are, by the launcher and with the patch applied; and the example of a loop of one's own runs those of
-``pretrain_gpt.py`` on the tree's ``megatron.core``. Without a TAG all are tried and the table goes into the
-README; the exit status is the number of rows in which two ways differ.
+``pretrain_gpt.py`` on the tree's ``megatron.core``. Without a TAG all are tried and the table goes into
+``patches/README.md``; the exit status is the number of rows in which two ways differ.
 """
 
 from __future__ import annotations
