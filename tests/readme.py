@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = {
+    "settings": ROOT / "README.md",
     "layouts": ROOT / "jreg_megatron" / "selftest" / "README.md",
     "ways in": ROOT / "patches" / "README.md",
 }
@@ -32,6 +33,10 @@ def write(name: str, rows: Sequence[Sequence[str]], where: str) -> None:
     head, *body = rows
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     with_torch = f"{where}, torch {version('torch')}, CPU with gloo, {datetime.now(UTC):%Y-%m-%d}."
-    text = "\n".join(["", *lines, "", with_torch, "", ""])
+    replace(name, "\n".join(["", *lines, "", with_torch, "", ""]))
+
+
+def replace(name: str, text: str) -> None:
+    """Write a part."""
     file = FILES[name]
     file.write_text(_part(name).sub(lambda part: part[1] + text + part[3], file.read_text()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import readme
-from jreg_megatron.settings import JRegConfig, default_text, flag_of
 from dataclasses import fields
+
+import readme
+
+from jreg_megatron.settings import JRegConfig, default_text, flag_of
 
 
 def table() -> str:
@@ -13,7 +15,7 @@ def table() -> str:
     for f in fields(JRegConfig):
         default = "off" if f.default is False else default_text(f)
         rows.append((f"`{flag_of(f.name)}`", f"`{default}`", f.metadata["help"].rstrip(".")))
-    return "\n" + "".join(f"| {' | '.join(cell.replace('|', '\\|') for cell in row)} |\n" for row in rows) + "\n"
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
 
 
 if __name__ == "__main__":

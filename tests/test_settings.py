@@ -8,6 +8,8 @@ from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
+import readme
+import settings_table
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,3 +149,7 @@ def test_the_coefficient_follows_start_warmup_and_stop() -> None:
 def test_measuring_follows_the_interval() -> None:
     config = JRegConfig(measure_interval=3)
     assert [n for n in range(1, 10) if config.measures_at(n)] == [3, 6, 9]
+
+
+def test_the_readme_has_the_settings_as_they_are() -> None:
+    assert readme.read("settings") == settings_table.table(), "run: python tests/settings_table.py"
