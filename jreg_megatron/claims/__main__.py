@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -14,14 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron import output
-from jreg_megatron.claims.evidence import Evidence, find, gather, with_evaluations
-from jreg_megatron.claims.toy import SEEDS, STEPS, TASKS, VOCABULARY, Plan, described
+from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather, with_evaluations
+from jreg_megatron.claims.rules import FEWEST_SEEDS
+from jreg_megatron.claims.toy import (
+    FEWEST_STEPS,
+    SEEDS,
+    STEPS,
+    STEPS_BY,
+    TASKS,
+    VOCABULARY,
+    Plan,
+    described,
+)
 from jreg_megatron.errors import UserError, user_errors_exit
 from jreg_megatron.extras import need
 from jreg_megatron.lock import lock
+from jreg_megatron.report.check import Field
 
 FORMAT = "jreg_megatron claims"
 
+_DATA = Path("runs/data")
+_PAGE, _NUMBERS, _LOCK = "claims.html", "claims.json", ".lock"
 _EPILOG = """\
 Without --runs it trains toys on this machine's CPU: baselines and JREG at the paper's lambda 1 and alpha 1
 over ten seeds, further alphas and batches over three. The same command goes on after a kill. With --runs it
@@ -31,9 +43,10 @@ judges finished trainings of any size by the same rules; words behind -- go to j
   jreg-megatron claims --steps 200 --seeds 3 --output runs/try
   jreg-megatron claims --runs runs/sweep_llama_170m --output runs/claims_170m -- --tasks paper --device cuda
 
-Runs are folders with tensorboard/ and checkpoints/ in them, of one model and schedule, trained with
---jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. Exit status: 0 judged, whatever the
-verdicts; 2 a mistake in the command, or a run that failed.
+Runs are folders with tensorboard/ and checkpoints/ in them, of one experiment, trained with
+--jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict takes three seeds. Claim 3
+takes baselines with several batches on equal tokens, claim 4 runs with alpha 0.5, 1 and 3. Exit status: 0
+judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
 """
 
 
@@ -46,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron claims",
-        usage="%(prog)s [options] [--runs FOLDER... [-- WORDS FOR EVALUATE]]",
+        usage="%(prog)s [OPTIONS] [--runs FOLDER... [-- WORDS FOR EVALUATE]]",
         description="Judge the six claims of JREG's paper: one page, one JSON file.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,20 +82,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--jobs", type=int, default=2, metavar="N", help="processes side by side (default: %(default)s)"
     )
     toy = parser.add_argument_group("toys")
-    toy.add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help="of training (default: %(default)s)"
-    )
-    toy.add_argument(
-        "--seeds", type=int, default=SEEDS, metavar="N", help="train seeds 1 to N (default: %(default)s)"
-    )
-    toy.add_argument(
-        "--data",
-        type=Path,
-        default=Path("runs/data"),
-        metavar="FOLDER",
-        help="where the text is kept (default: %(default)s)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    toy.add_argument("--steps", type=int, metavar="N", help=f"of training (default: {STEPS})")
+    toy.add_argument("--seeds", type=int, metavar="N", help=f"train seeds 1 to N (default: {SEEDS})")
+    toy.add_argument("--data", type=Path, metavar="FOLDER", help=f"where the text is kept (default: {_DATA})")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table, no notes")
     words = sys.argv[1:] if argv is None else list(argv)
     at = words.index("--") if "--" in words else len(words)
     return parser.parse_args(words[:at], argparse.Namespace(evaluate=words[at + 1 :]))
@@ -92,58 +95,109 @@ def _claims(args: argparse.Namespace) -> None:
     _check(args)
     for package in ("altair", "jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
         need(package, "claims", "analysis")
-    args.output.mkdir(parents=True, exist_ok=True)
-    with lock(args.output / ".lock", f"{args.output} is being filled", "name another --output"):
+    _make_output(args.output)
+    with lock(args.output / _LOCK, f"{args.output} is being filled", "name another --output"):
         if args.runs:
             evidence, words = gather(find(args.runs)), args.evaluate
+            folder = args.output / "evaluations"
+            files = {run.folder: folder / evaluation_name(run.folder) for run in evidence.runs}
             how = [
                 ("runs", ", ".join(map(str, args.runs))),
-                ("evaluated with", shlex.join(words) or "defaults"),
+                ("words for evaluate", shlex.join(words) or "none"),
             ]
         else:
-            evidence, words = _toys(args), TASKS
-            how = described(Plan(args.steps, args.seeds))
-        evidence = _evaluated(args, evidence, words)
+            plan = Plan(args.steps or STEPS, args.seeds or SEEDS)
+            evidence, words = _toys(args, plan), TASKS
+            files = {run.folder: run.folder / "evaluation.json" for run in evidence.runs}
+            how = described(plan)
+        evidence = _evaluated(args, evidence, files, words)
         _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", _machine())])
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, least in (("jobs", 1), ("steps", 8), ("seeds", 1)):
-        if (value := getattr(args, flag)) < least:
-            raise UserError(f"--{flag} is {value}; it must be at least {least}")
-    if args.evaluate and not args.runs:
+    for flag in ("jobs", "seeds"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag} is {value}; it must be at least 1")
+    if args.steps is not None and (args.steps < FEWEST_STEPS or args.steps % STEPS_BY):
+        raise UserError(
+            f"--steps is {args.steps}; it must be at least {FEWEST_STEPS} and a multiple of {STEPS_BY}, so "
+            "that all batches see equally many tokens"
+        )
+    if args.runs:
+        for flag in ("steps", "seeds", "data"):
+            if (value := getattr(args, flag)) is not None:
+                raise UserError(
+                    f"--{flag} is {value}, but --runs trains nothing; leave out --{flag} or --runs"
+                )
+        _check_words(args.evaluate)
+    elif args.evaluate:
         raise UserError(
             f"{shlex.join(args.evaluate)} is for evaluate, but toys are evaluated in one way; give --runs, "
             "or leave it out"
         )
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output is {args.output}, which is a file; name a folder")
 
 
-def _toys(args: argparse.Namespace) -> Evidence:
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse words that ``evaluate`` does not know, and those that change where its result goes."""
+    from jreg_megatron.evaluate.__main__ import parser
+
+    given = parser().parse_args(["MODEL", *words])
+    for what, is_given in (
+        ("a MODEL", given.models != ["MODEL"]),
+        ("--json", given.json is not None),
+        ("--csv", given.csv is not None),
+        ("--seeds", given.seeds),
+    ):
+        if is_given:
+            raise UserError(
+                f"{shlex.join(words)} behind -- names {what}, which claims sets itself; leave it out"
+            )
+
+
+def _make_output(folder: Path) -> None:
+    try:
+        (folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output is {folder}, which cannot be made: {error.strerror}; name another"
+        ) from error
+    for name in (_PAGE, _NUMBERS, _LOCK):
+        if (folder / name).is_dir():
+            raise UserError(f"--output is {folder}, where {name} is a folder; name another")
+
+
+def _toys(args: argparse.Namespace, plan: Plan) -> Evidence:
     from jreg_megatron.claims.queue import train_all
     from jreg_megatron.demo.data import prepare
 
-    runs = Plan(args.steps, args.seeds).runs(args.output / "runs")
-    data = prepare(args.data, vocab_size=VOCABULARY, progress=not args.quiet)
+    if plan.seeds < FEWEST_SEEDS and not args.quiet:
+        output.note(f"with fewer than {FEWEST_SEEDS} seeds every verdict will be: cannot tell")
+    runs = plan.runs(args.output / "runs")
+    data = prepare(args.data or _DATA, vocab_size=VOCABULARY, progress=not args.quiet)
     train_all(runs, data, args.jobs, args.quiet)
     return gather([run.folder for run in runs])
 
 
-def _evaluated(args: argparse.Namespace, evidence: Evidence, words: Sequence[str]) -> Evidence:
-    """With the evaluations of all pairs of a baseline and JREG; those that there are are read again."""
+def _evaluated(
+    args: argparse.Namespace, evidence: Evidence, files: dict[Path, Path], words: Sequence[str]
+) -> Evidence:
+    """With the evaluations of all pairs of a baseline and JREG; those that are there are read again."""
     from jreg_megatron.claims.queue import evaluate_all
 
-    folder = args.output / "evaluations"
-    folder.mkdir(exist_ok=True)
-    asked = folder / "words.json"
-    if asked.exists() and json.loads(asked.read_text(encoding="utf-8")) != list(words):
-        raise UserError(f"{folder} was evaluated with other words ({asked}); name another --output")
+    pairs = [pair for pair in evidence.pairs.values() if all(run.checkpoints.is_dir() for run in pair)]
+    wanted = {run.folder: files[run.folder] for pair in pairs for run in pair}
+    asked = args.output / "evaluations" / "words.json"
+    if asked.exists() and any(file.exists() for file in wanted.values()):
+        before = [word.text() for word in Field.read(asked).entries()]
+        if before != list(words):
+            raise UserError(
+                f"--output: {args.output} has evaluations made with {shlex.join(before) or 'no words'}, not "
+                f"with {shlex.join(words) or 'none'}; name another --output, or delete them"
+            )
     output.write_json(str(asked), list(words))
-    models = [run for pair in evidence.pairs.values() for run in pair if run.checkpoints.is_dir()]
-    files = {run.name: folder / f"{run.name}.json" for run in models}
-    evaluate_all([(run, files[run.name]) for run in models], words, args.jobs, args.quiet)
-    return with_evaluations(evidence, files)
+    models = [run for run in evidence.runs if run.folder in wanted]
+    evaluate_all(wanted, models, words, args.jobs, args.quiet)
+    return with_evaluations(evidence, wanted)
 
 
 def _write(args: argparse.Namespace, evidence: Evidence, how: Sequence[tuple[str, str]]) -> None:
@@ -153,25 +207,23 @@ def _write(args: argparse.Namespace, evidence: Evidence, how: Sequence[tuple[str
     judged = claims(evidence)
     about: dict[str, Any] = {"format": FORMAT, "version": 1}
     about |= {"versions": output.versions("megatron-core", "torch", "lm_eval", "scipy"), "how": dict(how)}
-    json_file, html_file = args.output / "claims.json", args.output / "claims.html"
-    output.write_json(str(json_file), document(evidence, judged, about))
-    output.write_text(str(html_file), page(evidence, judged, [*how, ("versions", _pairs(about["versions"]))]))
+    output.write_json(str(args.output / _NUMBERS), document(evidence, judged, about))
+    how = [*how, ("versions", ", ".join(f"{name} {number}" for name, number in about["versions"].items()))]
+    output.write_text(str(args.output / _PAGE), page(evidence, judged, how))
     if args.quiet:
         return
     from rich.console import Console
     from rich.table import Table
 
+    for text in evidence.notes:
+        output.note(text)
     table = Table(title="The paper's claims", title_justify="left")
     for column in ("", "claim", "verdict"):
         table.add_column(column)
     for key, claim in judged.items():
         table.add_row(key, claim.text, claim.verdict)
     Console(markup=False).print(table)
-    print(f"Page: {html_file}\nNumbers: {json_file}")
-
-
-def _pairs(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
+    print(f"Page: {args.output / _PAGE}\nNumbers: {args.output / _NUMBERS}")
 
 
 def _machine() -> str:

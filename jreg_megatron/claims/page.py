@@ -12,7 +12,7 @@ from jreg_megatron.report.charts import Axis, Row, Style, lines
 from jreg_megatron.report.figures import Figure
 from jreg_megatron.report.inputs import Evaluated, ReadOut
 from jreg_megatron.report.page import Section, render
-from jreg_megatron.report.tables import NOTHING, Table, number
+from jreg_megatron.report.tables import LOSS, NOTHING, Table, number
 
 _SHARE = Axis("share of the training steps")
 _LAYER = Axis("layer", whole=True)
@@ -34,8 +34,9 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
         **about,
         "rule": RULE,
         "claims": {key: _claim(claim) for key, claim in claims.items()},
-        "runs": {run.name: _run(run) for run in evidence.runs},
-        "left_out": evidence.left_out,
+        "batch": evidence.batch,
+        "runs": {str(run.folder): _run(run) for run in evidence.runs},
+        "notes": evidence.notes,
     }
 
 
@@ -70,7 +71,7 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
             "How it was done",
             tables=(Table("What was trained", ("what", "value"), tuple(how), is_text=True),),
             folded=(_runs(evidence),),
-            notes=tuple(f"Left out: {name}: {why}" for name, why in evidence.left_out.items()),
+            notes=tuple(evidence.notes),
         ),
     ]
     runs = len(evidence.runs)
@@ -83,12 +84,13 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
 
 
 def _claim(claim: Claim) -> dict[str, Any]:
-    questions = [_question(question) for question in claim.questions]
+    deciding = _question(claim.deciding)
     return {
         "claim": claim.text,
         "verdict": claim.verdict,
-        **{name: questions[0][name] for name in ("paper", "number", "found", "interval")},
-        "questions": questions,
+        "decided_by": deciding["question"],
+        **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
+        "questions": [_question(question) for question in claim.questions],
         "remark": claim.remark,
     }
 
@@ -121,9 +123,7 @@ def _run(run: Trained) -> dict[str, Any]:
         "alpha": run.alpha,
         "batch": run.batch,
         "tokens": run.tokens,
-        "jump_rates": [
-            run.jump_rate(below) for below in _BELOW if below + 2 <= len(run.history.displacement)
-        ],
+        "jump_rates": [run.jump_rate(below) for below in _BELOW],
         **run.history.summary(),
     }
 
@@ -170,16 +170,19 @@ def _runs(evidence: Evidence) -> Table:
     rows = [
         (
             run.name,
+            str(run.seed),
+            f"{run.coeff:g}",
+            NOTHING if run.alpha is None else f"{run.alpha:g}",
+            str(run.batch),
             f"{run.steps:,}",
-            number(run.history.validation_loss[-1], "#.5g"),
+            number(run.history.validation_loss[-1], LOSS),
             *(number(run.jump_rate(below), "#.3g") for below in _BELOW),
             " ".join(f"{100 * psi:.2f}" for psi in run.history.displacement),
         )
         for run in evidence.runs
-        if len(run.history.displacement) > max(_BELOW) + 1
     ]
-    columns = ("run", "steps", "validation loss", "ζ_L", "ζ_(L-1)", "ζ_(L-2)", "Ψ x 100 of layers 1 to L")
-    return Table("All runs", columns, tuple(rows))
+    columns = ("run", "seed", "λ", "α", "batch", "steps", "validation loss", "ζ_L", "ζ_(L-1)", "ζ_(L-2)")
+    return Table("All runs", (*columns, "Ψ x 100 of layers 1 to L"), tuple(rows))
 
 
 def _figures(evidence: Evidence) -> dict[str, list[Figure]]:
@@ -222,7 +225,10 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             "Fewer steps have larger batches.",
             {
                 "baseline": _gathered(
-                    (run.steps, run.rise()) for runs in evidence.batches.values() for run in runs.values()
+                    (run.steps, rise)
+                    for runs in evidence.batches.values()
+                    for run in runs.values()
+                    if (rise := run.rise()) is not None
                 )
             },
             Axis("training steps", whole=True),
@@ -230,20 +236,23 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             rule=0,
         ),
     )
+    # Jumps differ by seed, so that only the same seeds are laid beside each other.
+    common = sorted(set.intersection(*map(set, settings.values())))
     profiles = {
         name: _gathered(
             (layer, psi)
-            for run in runs.values()
-            for layer, psi in enumerate(run.history.displacement, start=1)
+            for seed in common
+            for layer, psi in enumerate(runs[seed].history.displacement, start=1)
         )
         for name, runs in settings.items()
     }
+    of_seeds = f"Mean over seeds {', '.join(map(str, common))}, at lambda 1."
     yield (
         "4",
         _figure(
             "profiles",
             "How far each layer turns the state, at the end",
-            "Mean over seeds, at lambda 1. The axis is logarithmic.",
+            f"{of_seeds} The axis is logarithmic.",
             profiles,
             _LAYER,
             Axis("displacement Ψ", scale="log", ticks=_TICKS),
@@ -256,7 +265,7 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
         _figure(
             "top",
             "The same, the upper half on a linear axis",
-            "A bump below the last layer is one that the last layer's jump rate does not show.",
+            f"{of_seeds} The last layer's jump rate does not show a bump below the last layer.",
             {name: {x: y for x, y in of.items() if x > top} for name, of in profiles.items()},
             _LAYER,
             Axis("displacement Ψ", zero=True),

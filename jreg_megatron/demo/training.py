@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import os
 import re
 import sys
@@ -41,7 +42,8 @@ FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
 """Of the demo, for Megatron."""
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)/")
-_LONGEST_LINE = 1 << 20
+_LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines by \\r
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Run:
             *("-m", "jreg_megatron.pretrain", "--cpu"),
             *self.flags,
             *data.megatron_arguments(),
-            *("--data-cache-path", str(data.train_prefix.parent / "cache")),
+            # Its own: two runs side by side would write one file at once.
+            *("--data-cache-path", str(self.folder / "data_cache")),
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
             *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
             *("--save", str(self.checkpoints), "--save-interval", str(self.iterations)),
@@ -122,18 +125,21 @@ async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callab
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        limit=_LONGEST_LINE,
         preexec_fn=end_with_the_parent,
     )
     assert process.stdout is not None
     try:
         with log.open("w", encoding="utf-8") as file:
-            async for raw in process.stdout:
-                line = raw.decode(errors="replace")
-                file.write(line)
+            decoder, last = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+            while chunk := await process.stdout.read(_CHUNK):
+                text = decoder.decode(chunk)
+                file.write(text)
                 file.flush()
-                why.read(line)
-                on_line(line)
+                *lines, last = _LINE_END.split(last + text)
+                for line in lines:
+                    why.read(line)
+                    on_line(line)
+            why.read(last)
         status = await process.wait()
     finally:
         if process.returncode is None:

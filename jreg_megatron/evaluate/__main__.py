@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     with user_errors_exit("what was finished is in --json and --csv, if they were given"):
         _run(args)
 
@@ -175,7 +175,8 @@ def _put_out(
         show(output.console(args), found)
 
 
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """Of the command's words."""
     parser = ArgumentParser(
         prog="jreg-megatron evaluate",
         description="What a model can do: zero-shot tasks, the loss when each layer is read out by the final "
