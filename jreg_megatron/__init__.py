@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jreg_megatron.attachment import JRegHandle, attach
-    from jreg_megatron.errors import UserError
-    from jreg_megatron.formulas import displacement, jump_rate, layer_weights
-    from jreg_megatron.metrics import JRegMetrics
-    from jreg_megatron.settings import JRegConfig
+    from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
+    from jreg_megatron.methods.jreg.settings import JRegConfig
+    from jreg_megatron.runtime.errors import UserError
+    from jreg_megatron.stream.attachment import JRegHandle, attach
+    from jreg_megatron.stream.metrics import JRegMetrics
 
 __version__ = "0.1.0"
 
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "JRegConfig": "settings",
-    "JRegHandle": "attachment",
-    "JRegMetrics": "metrics",
-    "UserError": "errors",
-    "attach": "attachment",
-    "displacement": "formulas",
-    "jump_rate": "formulas",
-    "layer_weights": "formulas",
+    "JRegConfig": "methods.jreg.settings",
+    "JRegHandle": "stream.attachment",
+    "JRegMetrics": "stream.metrics",
+    "UserError": "runtime.errors",
+    "attach": "stream.attachment",
+    "displacement": "methods.jreg.formulas",
+    "jump_rate": "methods.jreg.formulas",
+    "layer_weights": "methods.jreg.formulas",
 }
 
 

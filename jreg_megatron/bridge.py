@@ -15,12 +15,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from jreg_megatron.attachment import JRegHandle, attach
-from jreg_megatron.errors import UserError
-from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
-from jreg_megatron.residual_stream import unwrap
-from jreg_megatron.settings import JRegConfig
-from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.attachment import JRegHandle, attach
+from jreg_megatron.stream.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
+from jreg_megatron.stream.residual_stream import unwrap
+from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 __all__ = ["JRegCallback", "JRegConfig"]
 

@@ -27,8 +27,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor, nn
 
-from jreg_megatron import initialization
-from jreg_megatron.errors import UserError
+from jreg_megatron.mcore import initialization
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.training_loop import GIVES_LOSS_MASK
 
 _OTHER_TASKS = {

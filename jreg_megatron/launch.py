@@ -14,12 +14,12 @@ import sys
 
 import torch
 
-from jreg_megatron import script
+from jreg_megatron.cpu import script
 from jreg_megatron.cpu.flags import value_of
-from jreg_megatron.dataset_helper import compile_helper, use_built_helper
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.preflight import optimizer
-from jreg_megatron.settings import JRegConfig, flag_of
+from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
+from jreg_megatron.mcore.preflight import optimizer
+from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,15 +12,13 @@ import os
 import sys
 import time
 from importlib.util import find_spec
-from typing import NoReturn
 
-from jreg_megatron import initialization
-from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.dataset_helper import compile_helper, use_built_helper
-from jreg_megatron.errors import UserError, megatrons_refusals, user_errors_exit
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.mcore.arguments import CPU_FLAG, add_arguments
+from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError, megatrons_refusals, user_errors_exit
+from jreg_megatron.runtime.fork import end_with_the_parent
 
-CPU_FLAG = "--cpu"
 APEX_FUSION = "fused_weight_gradient_mlp_cuda"
 """Apex's module that Megatron's own linear layers need, unless told not to fuse gradient accumulation."""
 
@@ -30,36 +28,6 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     with user_errors_exit():
         _run(sys.argv[1:] if argv is None else argv, started)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and JREG's flags; returns the parser."""
-    group = parser.add_argument_group("jreg_megatron.pretrain")
-    group.add_argument(
-        CPU_FLAG,
-        action="store_true",
-        help="run on the CPU with gloo; the default where there is no CUDA device",
-    )
-    group.add_argument(
-        initialization.FLAG,
-        action="store_true",
-        help="initial weights as in Meta Lingua: each matrix normal with standard deviation 1/sqrt(inputs), "
-        "cut at three of these, and no scale by depth",
-    )
-
-    for action in parser._actions:
-        # Some of Megatron's help texts hold a bare percent sign (0.19.2), at which --help breaks off.
-        try:
-            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (KeyError, TypeError, ValueError):
-            action.help = str(action.help).replace("%", "%%")
-
-    def refuse(message: str) -> NoReturn:
-        # argparse would print the usage of some hundred flags before the line that matters.
-        raise UserError(f"{message}; --help lists all arguments")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser
 
 
 def _require_training_loop() -> None:
@@ -118,8 +86,9 @@ def _run(argv: list[str], started: float) -> None:
     )
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from jreg_megatron import gpt_pretraining, preflight, training_loop
-    from jreg_megatron.support import refuse_unsupported
+    from jreg_megatron import gpt_pretraining, training_loop
+    from jreg_megatron.mcore import preflight
+    from jreg_megatron.stream.support import refuse_unsupported
 
     use_built_helper()
     training_loop.install()

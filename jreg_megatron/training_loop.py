@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from jreg_megatron.attachment import JRegHandle, attach
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
-from jreg_megatron.ranks import of_every_rank
-from jreg_megatron.settings import FLAG_PREFIX, JRegConfig, flag_of
-from jreg_megatron.support import LAYER_NOT_SEEN, refuse_unsupported
+from jreg_megatron.methods.jreg.settings import FLAG_PREFIX, JRegConfig, flag_of
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.stream.attachment import JRegHandle, attach
+from jreg_megatron.stream.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
+from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
 """Attribute of a forward step function that gives the model the loss mask on every pipeline stage."""
@@ -465,7 +465,7 @@ def _refuse_optimizer(args: Namespace) -> None:
     """Refuse what Megatron finds out at the optimizer's first step, where its rules are known."""
     from megatron.core import __version__
 
-    from jreg_megatron.preflight import optimizer
+    from jreg_megatron.mcore.preflight import optimizer
 
     if tuple(map(int, __version__.split(".")[:2])) >= (0, 19):
         optimizer.combination(args)

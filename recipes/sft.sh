@@ -40,7 +40,7 @@ FLAGS=(
     --warmup_steps 0.03 --weight_decay 0 --adam_beta1 0.9 --adam_beta2 0.999 --adam_epsilon 1e-8 --max_grad_norm 1
     --per_device_train_batch_size "$MICRO_BATCH" --seed "$SEED"
 
-    # Text, all ours: Tulu's format (jreg_megatron/sft.jinja), loss on the answers alone as in Tulu's scripts, each
+    # Text, all ours: Tulu's format (jreg_megatron/sft/sft.jinja), loss on the answers alone as in Tulu's scripts, each
     # answer's token with the same weight in the batch. Not packed: packed, 957 steps would be several passes.
     --max_length "$LENGTH" --packing false --assistant_only_loss true --dataset_num_proc "$WORKERS"
 

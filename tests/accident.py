@@ -60,7 +60,7 @@ def not_finite(argv: list[str]) -> None:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     from jreg_megatron import gpt_pretraining, pretrain
-    from jreg_megatron.residual_stream import residual_layers, unwrap
+    from jreg_megatron.stream.residual_stream import residual_layers, unwrap
 
     rank, iteration, layer = map(int, argv[:3])
     value = float(argv[3])

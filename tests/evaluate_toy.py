@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from jreg_megatron.speeches import read_speeches
+from jreg_megatron.data.speeches import read_speeches
 
 VOCABULARY, CONTEXT = 384, 192
 

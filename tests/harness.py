@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron import errors
-from jreg_megatron.cpu.launch import free_port
+from jreg_megatron.runtime import errors
+from jreg_megatron.runtime.fork import free_port
 
 TOY = """
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4

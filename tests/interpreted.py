@@ -79,7 +79,7 @@ def call_guarded(
 
 def chosen(kind: str, width: int, dtype: torch.dtype) -> str:
     """The name of the kernels that are chosen there."""
-    from jreg_megatron.kernels import choose
+    from jreg_megatron.methods.jreg.kernels import choose
 
     return choose(kind, torch.device("cpu"), width, dtype).name
 
@@ -103,7 +103,7 @@ def _unpickled(task: bytes) -> bytes:
 
 
 def _call(tile: tuple[int, int] | None, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    from jreg_megatron.kernels import fused
+    from jreg_megatron.methods.jreg.kernels import fused
 
     assert fused.IS_INTERPRETED
     kernels = fused.KERNELS

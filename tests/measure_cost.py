@@ -18,15 +18,15 @@ from statistics import median
 import psutil
 import torch
 
+from jreg_megatron.data.speeches import read_speeches
+from jreg_megatron.data.texts import Text
+from jreg_megatron.data.windows import batches, windows
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.load import load
 from jreg_megatron.decoder.reference import find_models
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.measure.statistics import BatchStatistics
-from jreg_megatron.output import versions
-from jreg_megatron.speeches import read_speeches
-from jreg_megatron.texts import Text
-from jreg_megatron.windows import batches, windows
+from jreg_megatron.runtime.output import versions
 
 
 def main() -> None:

@@ -140,12 +140,12 @@ FACTOR = "factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_si
 FAULTS = [
     Fault(
         "drop the 1/M of gradient accumulation",
-        "attachment.py",
+        "stream/attachment.py",
         (("coeff / self._num_microbatches()", "coeff"),),
     ),
     Fault(
         "count both runs of a recomputed layer",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (
             (
                 "self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()",
@@ -155,7 +155,7 @@ FAULTS = [
     ),
     Fault(
         "take any micro-batch for the one recomputed",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (
             (
                 "            self.microbatch = found[1]\n",
@@ -165,17 +165,17 @@ FAULTS = [
     ),
     Fault(
         "forget context parallelism",
-        "attachment.py",
+        "stream/attachment.py",
         ((FACTOR, f"{FACTOR} * self._model_config.context_parallel_size"),),
     ),
     Fault(
         "average over each rank's own tokens under sequence parallelism",
-        "attachment.py",
+        "stream/attachment.py",
         ((FACTOR, FACTOR.replace(" * self._sequence_parallel_size", "")),),
     ),
     Fault(
         "number layers within the stage",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (
             (
                 "[ResidualLayer(module.layer_number, module, module) for module in modules]",
@@ -183,40 +183,40 @@ FAULTS = [
             ),
         ),
     ),
-    Fault("turn the sign", "kernels/eager.py", (("(-0.5 * factor)", "(0.5 * factor)"),)),
+    Fault("turn the sign", "methods/jreg/kernels/eager.py", (("(-0.5 * factor)", "(0.5 * factor)"),)),
     Fault(
         "turn the sign in the fused kernel",
-        "kernels/programs.py",
+        "methods/jreg/kernels/programs.py",
         (("(-0.5 * factor)", "(0.5 * factor)"),),
         KERNELS,
     ),
     Fault(
         "divide by the norm of rows that have none in the fused kernel",
-        "kernels/programs.py",
+        "methods/jreg/kernels/programs.py",
         (("    return tl.where(square == 0, 0.0, inverse)", "    return inverse"),),
         KERNELS,
     ),
     Fault(
         "walk a transposed state as if it were contiguous",
-        "kernels/programs.py",
+        "methods/jreg/kernels/programs.py",
         (("(rows % batch).to(tl.int64) * stride_b", "(rows % batch).to(tl.int64) * (stride_s // batch)"),),
         KERNELS,
     ),
     Fault(
         "forget the tail of a row wider than a tile",
-        "kernels/programs.py",
+        "methods/jreg/kernels/programs.py",
         (("for start in range(0, WIDTH, COLUMNS):", "for start in range(0, WIDTH - COLUMNS, COLUMNS):"),),
         KERNELS,
     ),
     Fault(
         "leave out the heaviest layers in place of the lightest",
-        "settings.py",
+        "methods/jreg/settings.py",
         (("weights.argsort(stable=True)", "weights.argsort(stable=True, descending=True)"),),
         ("tests/test_settings.py",),
     ),
     Fault(
         "measure a regularized layer in no pass",
-        "attachment.py",
+        "stream/attachment.py",
         (
             (
                 "return add_displacement_gradient(h_in, h_out, strength, on_psi)",
@@ -226,7 +226,7 @@ FAULTS = [
     ),
     Fault(
         "keep the stage output that the pipeline frees",
-        "penalty.py",
+        "methods/jreg/penalty.py",
         (
             (
                 "        return h_out.detach()  #",
@@ -240,12 +240,12 @@ FAULTS = [
     ),
     Fault(
         "forget the loss scale of fp16",
-        "attachment.py",
+        "stream/attachment.py",
         (("if grad_scale is not None:", "if False:"),),
     ),
     Fault(
         "average although the loss is per token",
-        "attachment.py",
+        "stream/attachment.py",
         (
             (
                 "microbatch.token_weights is None and not self._model_config.calculate_per_token_loss",
@@ -255,12 +255,12 @@ FAULTS = [
     ),
     Fault(
         "take another rank's part of the mask",
-        "attachment.py",
+        "stream/attachment.py",
         (("x.chunk(size)[rank]", "x.chunk(size)[0]"),),
     ),
     Fault(
         "regularize masked tokens too",
-        "attachment.py",
+        "stream/attachment.py",
         (
             (
                 "Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)",
@@ -270,7 +270,7 @@ FAULTS = [
     ),
     Fault(
         "leave the layer's input out of the gradient",
-        "penalty.py",
+        "methods/jreg/penalty.py",
         (
             (
                 "        return grad_in, grad_total, None, None\n",
@@ -280,32 +280,32 @@ FAULTS = [
     ),
     Fault(
         "drop the input's gradient of a recomputed last layer after the norm",
-        "penalty.py",
+        "methods/jreg/penalty.py",
         (("return carried\n", "return carrier\n"),),
     ),
     Fault(
         "pair a hybrid model's sub-layers one off",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (("mlp.layer_number // 2, attention, mlp", "mlp.layer_number // 2, mlp, mlp"),),
     ),
     Fault(
         "log what one rank saw",
-        "metrics.py",
+        "stream/metrics.py",
         (("dist.all_reduce(total, group=group)", "pass"),),
     ),
     Fault(
         "count a micro-batch instead of its tokens",
-        "metrics.py",
+        "stream/metrics.py",
         (("self._counts(psi.numel())", "self._counts(1)"),),
     ),
     Fault(
         "ask a layer whether it is recomputed, not the block",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (("bool(self._chunk.decoder.training)", "bool(self._chunk.decoder.layers[-1].training)"),),
     ),
     Fault(
         "take means over other tokens in some layers than in others",
-        "metrics.py",
+        "stream/metrics.py",
         (("if times_seen.min() != times_seen.max():", "if False:"),),
     ),
     Fault(
@@ -359,13 +359,13 @@ FAULTS = [
     ),
     Fault(
         "let a part of a log interval pass for the whole",
-        "metrics.py",
+        "stream/metrics.py",
         (("and self.iterations and self.iterations != tuple(interval):", "and False:"),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
         "name the iterations of the log interval before too",
-        "attachment.py",
+        "stream/attachment.py",
         (("        self._measured.clear()\n", ""),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
@@ -419,13 +419,13 @@ FAULTS = [
     ),
     Fault(
         "reduce in every step",
-        "attachment.py",
+        "stream/attachment.py",
         (("if not (is_interval_end or (self._measured and not self._is_seen_whole)):", "if False:"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(
         "log again what was logged before",
-        "attachment.py",
+        "stream/attachment.py",
         (("        if is_interval_end:\n            self.reset_training_metrics()\n", ""),),
         (*BRIDGE, *LOOP),
     ),
@@ -792,25 +792,25 @@ FAULTS = [
     ),
     Fault(
         "compare a layer's values and not its memory",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("if is_moved and other.dtype", "if False and other.dtype"),),
         FIRST_STEP,
     ),
     Fault(
         "take a layer's state as it is after an in-place change",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("self._values = self._state.clone()", "self._values = self._state"),),
         FIRST_STEP,
     ),
     Fault(
         "let a layer's input be another state",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("not self._given.is_same(residual, self._may_copy)", "self._given is None"),),
         FIRST_STEP,
     ),
     Fault(
         "let a layer add its residual by itself",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (
             ("if self._given is not None or self._tapped is None:", "if False:"),
             ("elif not self._tapped", "elif self._tapped and not self._tapped"),
@@ -819,55 +819,55 @@ FAULTS = [
     ),
     Fault(
         "let a layer run twice",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("if self._has_run:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "let a layer not run",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("if not self._has_run:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "let the stream be wider than the model",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("if state.shape[-1] != self._hidden_size:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "tell what the first step shows on the rank that sees it alone",
-        "first_step.py",
+        "stream/first_step.py",
         (("ranks = of_every_rank(self._seen(), self._group)", "ranks = [self._seen()]"),),
         FIRST_STEP,
     ),
     Fault(
         "meet after the optimizer's step",
-        "first_step.py",
+        "stream/first_step.py",
         (("                self.settle()\n            return finalize", "            return finalize"),),
         FIRST_STEP,
     ),
     Fault(
         "let a per-token loss be counted by nobody",
-        "first_step.py",
+        "stream/first_step.py",
         (("is_uncounted and (gradient or not has_loss)", "False"),),
         FIRST_STEP,
     ),
     Fault(
         "do not look at the loss's scale",
-        "first_step.py",
+        "stream/first_step.py",
         (('        raise UserError(\n            f"lambda', '        return bool(\n            f"lambda'),),
         FIRST_STEP,
     ),
     Fault(
         "forget fp16's loss scale where the loss's is looked at",
-        "first_step.py",
+        "stream/first_step.py",
         (("        if scale is not None:", "        if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "take a step without tokens for a right one",
-        "first_step.py",
+        "stream/first_step.py",
         (
             (
                 "if not gradient or not math.isfinite(gradient):\n            return False",
@@ -878,55 +878,55 @@ FAULTS = [
     ),
     Fault(
         "take a mean over all tokens for right whatever number ran",
-        "first_step.py",
+        "stream/first_step.py",
         (("as_told and (is_near(of_all)", "(is_near(of_all)"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse tokens that weigh unlike",
-        "first_step.py",
+        "stream/first_step.py",
         (("as_told and any(rank.is_weighted for rank in ranks)", "False"),),
         FIRST_STEP,
     ),
     Fault(
         "take a sum over tokens that weigh unlike for right",
-        "first_step.py",
+        "stream/first_step.py",
         (("_MOST_WEIGHED = 16.0", "_MOST_WEIGHED = 1e9"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse micro-batches that weigh unlike",
-        "first_step.py",
+        "stream/first_step.py",
         (("is_weighted or _differ(total[has_loss], counted[has_loss])", "is_weighted"),),
         FIRST_STEP,
     ),
     Fault(
         "forget the weight of the loss that is told",
-        "first_step.py",
+        "stream/first_step.py",
         (("(amount * self._loss_weight for amount in amounts)", "amounts"),),
         FIRST_STEP,
     ),
     Fault(
         "refuse an epoch's last step, which has fewer micro-batches",
-        "attachment.py",
+        "stream/attachment.py",
         (("if ran > self._most_ran:", "if ran != self._most_ran:"),),
         FIRST_STEP,
     ),
     Fault(
         "compare layers until the loss shows its scale",
-        "first_step.py",
+        "stream/first_step.py",
         (("            self._end_layers()\n            self._steps += 1", "            self._steps += 1"),),
         FIRST_STEP,
     ),
     Fault(
         "wait for the loss's scale for ever",
-        "first_step.py",
+        "stream/first_step.py",
         (("elif self._steps == _MOST_STEPS:", "elif False:"),),
         FIRST_STEP,
     ),
     Fault(
         "meet only the ranks whose stage is in training mode",
-        "first_step.py",
+        "stream/first_step.py",
         (
             (
                 "        if torch.is_grad_enabled():  # alike",
@@ -937,55 +937,55 @@ FAULTS = [
     ),
     Fault(
         "let each rank end the checks by what it saw itself",
-        "first_step.py",
+        "stream/first_step.py",
         (("if any(rank.runs for rank in ranks):", "if self._runs:"),),
         FIRST_STEP,
     ),
     Fault(
         "compare layers in every evaluation before training",
-        "residual_stream.py",
+        "stream/residual_stream.py",
         (("is_counted and (chunk.training or not self._was_evaluated)", "is_counted"),),
         FIRST_STEP,
     ),
     Fault(
         "ask all ranks in each step where another has wrapped what asks",
-        "first_step.py",
+        "stream/first_step.py",
         (("            if not self.has_ended:  # what", "            if True:  # what"),),
         FIRST_STEP,
     ),
     Fault(
         "let a layer recompute itself",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("elif torch.is_grad_enabled() and not", "elif False and not"),),
         FIRST_STEP,
     ),
     Fault(
         "take a forward pass that broke off for a run",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("        self._has_run, self._given, self._tapped = False, None, None\n", ""),),
         FIRST_STEP,
     ),
     Fault(
         "do not see what is written in place without a change",
-        "layer_watch.py",
+        "stream/layer_watch.py",
         (("if _version(self._state) != self._version:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "let the number of micro-batches become another",
-        "attachment.py",
+        "stream/attachment.py",
         (("if ran > self._most_ran:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "raise for a missing mask on one stage alone",
-        "attachment.py",
+        "stream/attachment.py",
         (("if self._first_step.has_ended or not self._first_step.ranks_meet:", "if True:"),),
         FIRST_STEP,
     ),
     Fault(
         "let layers have any numbers",
-        "attachment.py",
+        "stream/attachment.py",
         (("    _refuse_other_numbers(chunks, group)\n", ""),),
     ),
     Fault(
@@ -1245,13 +1245,13 @@ FAULTS = [
     ),
     Fault(
         "start without an optimizer's package",
-        "preflight/optimizer.py",
+        "mcore/preflight/optimizer.py",
         (('find_spec("emerging_optimizers") is None and', "False and"),),
         PREFLIGHT,
     ),
     Fault(
         "look for an optimizer's package only where all arguments are known",
-        "preflight/__init__.py",
+        "mcore/preflight/__init__.py",
         (
             (
                 "    optimizer.package(args.optimizer)\n    if _is_read_elsewhere(args):\n        return\n",
@@ -1262,7 +1262,7 @@ FAULTS = [
     ),
     Fault(
         "let ranks share an optimizer in fp32",
-        "preflight/optimizer.py",
+        "mcore/preflight/optimizer.py",
         (("if not args.bf16 and (", "if False and ("),),
         PREFLIGHT,
     ),
@@ -1280,49 +1280,49 @@ FAULTS = [
     ),
     Fault(
         "take what goes wrong in training for a refusal",
-        "errors.py",
+        "runtime/errors.py",
         (("or not is_refusal or has_begun():", "or not is_refusal:"),),
         (REFUSALS,),
     ),
     Fault(
         "end with a traceback where Megatron lacks a package",
-        "errors.py",
+        "runtime/errors.py",
         ((" or isinstance(error.__cause__, ImportError)", ""),),
         (REFUSALS,),
     ),
     Fault(
         "compile in every rank",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (('"SLURM_PROCID", "0")) != "0":', '"SLURM_PROCID", "0")) == "none":'),),
         HELPER,
     ),
     Fault(
         "compile for the python3 on PATH",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (('"-C", str(folder), flags, name]', '"-C", str(folder)]'),),
         HELPER,
     ),
     Fault(
         "follow the flags of a make that started this one",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (('if not name.startswith("MAKE")}', "}"),),
         HELPER,
     ),
     Fault(
         "take what breaks while the model is built for a refusal",
-        "errors.py",
+        "runtime/errors.py",
         (("        if is_building:\n", "        if False:\n"),),
         ("tests/test_pretrain.py::test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments",),
     ),
     Fault(
         "ask for a package that a tree does not use",
-        "preflight/optimizer.py",
+        "mcore/preflight/optimizer.py",
         ((" and _megatron_wants_it():", ":"),),
         ("tests/test_preflight.py::test_a_tree_with_an_optimizer_of_its_own_needs_no_package_for_it",),
     ),
     Fault(
         "take a package of any version for Megatron's optimizers",
-        "preflight/optimizer.py",
+        "mcore/preflight/optimizer.py",
         (("if () < installed < _OLDEST:", "if False:"),),
         ("tests/test_preflight.py::test_an_older_package_of_optimizers_is_refused_by_its_version",),
     ),
@@ -1334,37 +1334,37 @@ FAULTS = [
     ),
     Fault(
         "take a compiled helper for new that is older than its source",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (("file.stat().st_mtime >= least for", "file.stat().st_mtime >= 0 for"),),
         HELPER,
     ),
     Fault(
         "mistype a displacement of the paper",
-        "paper.toml",
+        "paper/paper.toml",
         (("2.46, 0.26]", "2.46, 2.62]"),),
         PAPER,
     ),
     Fault(
         "take a slip of the paper for its figure",
-        "paper.toml",
+        "paper/paper.toml",
         (("base = [5.42, ", "base = [6.42, "),),
         PAPER,
     ),
     Fault(
         "let falls cancel rises in the jump rate",
-        "formulas.py",
+        "methods/jreg/formulas.py",
         (("rises.clamp(min=0).sum(dim=-1)", "rises.sum(dim=-1).clamp(min=0)"),),
         PAPER,
     ),
     Fault(
         "weigh the first layers most",
-        "formulas.py",
+        "methods/jreg/formulas.py",
         (("alpha * torch.arange(1, num_layers + 1,", "alpha * torch.arange(num_layers, 0, -1,"),),
         PAPER,
     ),
     Fault(
         "give the paper's mean to fewer than nine tasks",
-        "paper.py",
+        "paper/__init__.py",
         (
             ("    if missing_tasks(scores):", "    if False:"),
             (
@@ -1376,13 +1376,13 @@ FAULTS = [
     ),
     Fault(
         "leave the wrong task out of the mean without BoolQ",
-        "paper.py",
+        "paper/__init__.py",
         (('if name != "boolq")', 'if name != "piqa")'),),
         PAPER_TASKS,
     ),
     Fault(
         "take the other LAMBADA",
-        "paper.py",
+        "paper/__init__.py",
         (("hellaswag lambada_openai piqa", "hellaswag lambada_standard piqa"),),
         PAPER_TASKS,
     ),
@@ -1405,13 +1405,13 @@ FAULTS = [
     ),
     Fault(
         "test over seeds on both sides",
-        "over_seeds.py",
+        "paper/over_seeds.py",
         (("return float(stdtr(n - 1, -t))", "return 2 * float(stdtr(n - 1, -abs(t)))"),),
         SEEDS,
     ),
     Fault(
         "take the power of a two-sided test",
-        "over_seeds.py",
+        "paper/over_seeds.py",
         (("stdtrit(n - 1, 1 - LEVEL)", "stdtrit(n - 1, 1 - LEVEL / 2)"),),
         SEEDS,
     ),
@@ -1494,25 +1494,25 @@ FAULTS = [
     ),
     Fault(
         "scale initial weights by depth as Megatron does",
-        "initialization.py",
+        "mcore/initialization.py",
         (("    config.output_layer_init_method = partial(_draw, shares)\n", ""),),
         INITIAL,
     ),
     Fault(
         "take a rank's share of a matrix's inputs for all of them",
-        "initialization.py",
+        "mcore/initialization.py",
         (("float(weight.shape[-1] * shares)", "float(weight.shape[-1])"),),
         INITIAL,
     ),
     Fault(
         "count the inputs twice where a rank draws the whole matrix",
-        "initialization.py",
+        "mcore/initialization.py",
         (("shares = 1 if args.use_cpu_initialization else ", "shares = "),),
         INITIAL,
     ),
     Fault(
         "let two rules for initial weights meet",
-        "initialization.py",
+        "mcore/initialization.py",
         (('if getattr(args, "init_fan_in", False) and value != default:', "if False:"),),
         INITIAL,
     ),
@@ -1535,19 +1535,19 @@ FAULTS = [
     ),
     Fault(
         "take a weight of the loss for a second run of the model",
-        "first_step.py",
+        "stream/first_step.py",
         (("(as_told or self._loss_weight == 1)", "True"),),
         FIRST_STEP,
     ),
     Fault(
         "take an empty name of a compiler for a compiler",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (('(os.environ.get("CXX") or "g++")', 'os.environ.get("CXX", "g++")'),),
         HELPER,
     ),
     Fault(
         "tell that the linker has failed, not why",
-        "dataset_helper.py",
+        "mcore/dataset_helper.py",
         (('"error|cannot|denied|no space|read-only"', '"error"'),),
         HELPER,
     ),
@@ -1559,19 +1559,19 @@ FAULTS = [
     ),
     Fault(
         "train experts under tensor parallelism without sequence parallelism",
-        "preflight/division.py",
+        "mcore/preflight/division.py",
         (("tensor > 1 and not args.sequence_parallel", "False"),),
         PREFLIGHT,
     ),
     Fault(
         "build several validation sets that Megatron does not take",
-        "preflight/training.py",
+        "mcore/preflight/training.py",
         (("    if args.multiple_validation_sets:\n", "    if False:\n"),),
         PREFLIGHT,
     ),
     Fault(
         "learn the role's line before an answer",
-        "sft.jinja",
+        "sft/sft.jinja",
         (
             ("        {{- '<|assistant|>\\n' }}\n        {%- generation %}\n", "        {%- generation %}\n"),
             (
@@ -1583,7 +1583,7 @@ FAULTS = [
     ),
     Fault(
         "do not learn where an answer ends",
-        "sft.jinja",
+        "sft/sft.jinja",
         (
             ("trim + eos_token }}", "trim }}"),
             ("{{- '\\n' }}", "{{- eos_token + '\\n' }}"),
@@ -1592,55 +1592,55 @@ FAULTS = [
     ),
     Fault(
         "prompt otherwise than was trained",
-        "sft.jinja",
+        "sft/sft.jinja",
         (("    {{- '<|assistant|>\\n' }}\n{%- endif %}", "    {{- '<|assistant|>' }}\n{%- endif %}"),),
         SFT,
     ),
     Fault(
         "count a step's conversations on one GPU alone",
-        "sft.py",
+        "sft/__main__.py",
         (("return batch // (gpus * micro_batch)", "return batch // micro_batch"),),
         SFT,
     ),
     Fault(
         "fine-tune with less than the batch where GPUs cannot share it",
-        "sft.py",
+        "sft/__main__.py",
         (("    if batch % (gpus * micro_batch):", "    if False:"),),
         SFT,
     ),
     Fault(
         "learn from conversations with roles of another format",
-        "sft.py",
+        "sft/__main__.py",
         (("        and set(roles) <= set(ROLES)\n", ""),),
         SFT,
     ),
     Fault(
         "go on from a checkpoint that was cut short",
-        "sft.py",
+        "sft/__main__.py",
         (('run.glob("checkpoint-*/trainer_state.json")', 'run.glob("checkpoint-*/config.json")'),),
         SFT,
     ),
     Fault(
         "begin again where there is a checkpoint",
-        "sft.py",
+        "sft/__main__.py",
         (('["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []', "[]"),),
         SFT,
     ),
     Fault(
         "go on with another seed",
-        "sft.py",
+        "sft/__main__.py",
         (('"assistant_only_loss", "seed"),', '"assistant_only_loss"),'),),
         SFT,
     ),
     Fault(
         "let the recipe's flags win over the user's",
-        "sft.py",
+        "sft/__main__.py",
         (("str(TEMPLATE), *flags, *more]", "str(TEMPLATE), *more, *flags]"),),
         SFT,
     ),
     Fault(
         "take an end token for granted",
-        "sft.py",
+        "sft/__main__.py",
         (("    if tokenizer.eos_token is None:", "    if False:"),),
         SFT,
     ),

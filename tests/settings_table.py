@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import readme
 
-from jreg_megatron.settings import JRegConfig, default_text, flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig, default_text, flag_of
 
 
 def table() -> str:

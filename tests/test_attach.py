@@ -97,7 +97,7 @@ def works_where_there_is_work(recompute: str) -> None:
     import torch
 
     from jreg_megatron import attach
-    from jreg_megatron.kernels import eager
+    from jreg_megatron.methods.jreg.kernels import eager
 
     called: list[str] = []
 
@@ -279,7 +279,7 @@ def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tu
     """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
     import torch
 
-    from jreg_megatron.residual_stream import tap_residual_stream
+    from jreg_megatron.stream.residual_stream import tap_residual_stream
 
     model = build_model(recompute)
     told: list[tuple[Any, int, bool]] = []

@@ -35,7 +35,7 @@ from jreg_megatron.bench.step import InterleavedSteps, Measured, summarize
 from jreg_megatron.bench.variants import kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"

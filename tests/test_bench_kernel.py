@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jreg_megatron import UserError
 from jreg_megatron.bench import kernel, kernel_run
-from jreg_megatron.kernels import eager
+from jreg_megatron.methods.jreg.kernels import eager
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_a_mistake_is_one_line(words: str, message: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 768, 3200, 8192, 20000])
 def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: int) -> None:
-    from jreg_megatron.kernels import fused
+    from jreg_megatron.methods.jreg.kernels import fused
 
     tiles = kernel_run.tiles_for(width)
     assert tiles[0] == fused.tile_for(width) and len(set(tiles)) == len(tiles)

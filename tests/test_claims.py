@@ -21,8 +21,8 @@ from jreg_megatron.claims.rules import Claim, Question
 from jreg_megatron.claims.toy import Plan
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged
-from jreg_megatron.errors import UserError
 from jreg_megatron.paper import TASKS
+from jreg_megatron.runtime.errors import UserError
 
 SEEDS = (1, 2, 3, 4)
 COMMON = {

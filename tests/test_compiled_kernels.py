@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from jreg_megatron.kernels import fused
+from jreg_megatron.methods.jreg.kernels import fused
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (768, 2048, 3072, 3200, 4096, 8192)

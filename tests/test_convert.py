@@ -20,7 +20,7 @@ from jreg_megatron import UserError
 from jreg_megatron.convert import export, import_
 from jreg_megatron.convert.llama import LLAMA3_ROPE, Llama
 from jreg_megatron.convert.place import check_place, made_beside
-from jreg_megatron.speeches import is_validation, read_speeches
+from jreg_megatron.data.speeches import is_validation, read_speeches
 
 LAYOUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
 

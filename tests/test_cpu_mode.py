@@ -20,7 +20,7 @@ import pytest
 from harness import run_function
 
 from jreg_megatron.cpu import FLAGS, announcement, with_cpu_flags
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
@@ -100,7 +100,7 @@ def pretrain_script() -> None:
 def run_all(root: str) -> None:
     """Run every entry of ``RUNS``, each in ranks of its own; the output goes to ``root``."""
     from jreg_megatron.cpu import enable
-    from jreg_megatron.cpu.launch import fork_ranks
+    from jreg_megatron.runtime.fork import fork_ranks
 
     enable()
     for name, (ranks, arguments) in RUNS.items():

@@ -14,8 +14,8 @@ import pytest
 from data_toy import ODD, call, documents, sentencepiece_model, start, write_jsonl
 
 from jreg_megatron.data import encode, workers
-from jreg_megatron.errors import UserError
-from jreg_megatron.lock import lock
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.lock import lock
 
 pytest.importorskip("megatron.core")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from megatron.core import datasets
 
-from jreg_megatron.dataset_helper import compile_helper
-from jreg_megatron.errors import UserError
+from jreg_megatron.mcore.dataset_helper import compile_helper
+from jreg_megatron.runtime.errors import UserError
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 # As Megatron's, but a copy of the source stands for the compiled helper.

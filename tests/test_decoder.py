@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jreg_megatron.decoder.hugging_face import HubTokenizer, decoder_of, load_hugging_face
 from jreg_megatron.decoder.load import check_device
 from jreg_megatron.decoder.reference import find_models, step_of
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 
 class Recorder:

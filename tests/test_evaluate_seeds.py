@@ -15,8 +15,8 @@ import pytest
 from scipy import stats
 
 from jreg_megatron.evaluate.__main__ import main
-from jreg_megatron.over_seeds import Estimate, p_one_sided, power, seeds_needed
 from jreg_megatron.paper import TASKS, numbers
+from jreg_megatron.paper.over_seeds import Estimate, p_one_sided, power, seeds_needed
 
 # Of JREG less its baseline, in percentage points, by seed: of the eight tasks, and of BoolQ.
 EIGHT, BOOLQ = (0.9, -0.3, 0.45, 0.15, 0.6), (4.5, 0.9, -1.8, 7.2, 2.7)

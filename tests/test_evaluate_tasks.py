@@ -17,13 +17,13 @@ from lm_eval.evaluator import evaluate as harness
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.data.texts import held_out_speeches
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.language_model import DecoderLM
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.evaluate.tasks import SETS, load_tasks, run_tasks
-from jreg_megatron.speeches import is_validation, read_speeches
-from jreg_megatron.texts import held_out_speeches
+from jreg_megatron.runtime.errors import UserError
 
 LIMIT = 12
 

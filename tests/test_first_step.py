@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from harness import run_function, run_ranks
 
-from jreg_megatron import JRegConfig, UserError, attach, first_step
+from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.stream import first_step
 
 M = 4  # micro-batches of the example
 COEFF = 0.1
@@ -438,7 +439,7 @@ def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
 def evaluates() -> list[int]:
     import torch
 
-    from jreg_megatron import layer_watch
+    from jreg_megatron.stream import layer_watch
 
     start()
     model = build()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from harness import TOY, run_ranks
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.initialization import check, set_fan_in
+from jreg_megatron.mcore.initialization import check, set_fan_in
+from jreg_megatron.runtime.errors import UserError
 
 WIDTH, FFN, CUT = 192, 320, 3.0
 # Of a normal distribution cut at three standard deviations.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from harness import run_ranks
 
-from jreg_megatron import JRegConfig, UserError, kernels
-from jreg_megatron.kernels import check, choose, eager
+from jreg_megatron import JRegConfig, UserError
+from jreg_megatron.methods.jreg import kernels
+from jreg_megatron.methods.jreg.kernels import check, choose, eager
 
 CPU = torch.device("cpu")
 

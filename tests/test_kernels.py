@@ -18,7 +18,7 @@ from interpreted import InterpretedKernels, call_guarded, chosen, in_interpreter
 from torch import Tensor
 
 from jreg_megatron import UserError
-from jreg_megatron.kernels import Kernels, choose, eager
+from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = "random near parallel opposite tiny huge tiny_in zero_in zero_out zero_both nan".split()
@@ -385,8 +385,8 @@ def test_the_kernels_pass_the_check_before_a_training(width: int, dtype: torch.d
 
 
 def test_without_triton_the_torch_path_is_taken_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jreg_megatron.kernels.fused", None)
-    monkeypatch.delattr("jreg_megatron.kernels.fused", raising=False)
+    monkeypatch.setitem(sys.modules, "jreg_megatron.methods.jreg.kernels.fused", None)
+    monkeypatch.delattr("jreg_megatron.methods.jreg.kernels.fused", raising=False)
     name = choose("auto", torch.device("cuda"), 64, BF16).name
     assert name.startswith("torch, as Triton does not run here (ModuleNotFoundError")
     with pytest.raises(UserError, match="--jreg-kernels is 'triton', but Triton does not run here"):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from jreg_megatron.data import token_file
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.errors import UserError
 from jreg_megatron.measure.__main__ import main
 from jreg_megatron.measure.measurement import Figures, measure
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
 
 STATES = ("pre_norm", "post_norm")
 

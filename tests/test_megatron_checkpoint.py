@@ -22,7 +22,7 @@ from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder, is_megatron, megatron_steps
-from jreg_megatron.metrics import displacement_name
+from jreg_megatron.stream.metrics import displacement_name
 
 LAYERS = 4
 VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -41,6 +42,37 @@ def test_the_core_imports_without_megatron() -> None:
     assert not {"megatron", "transformers", "matplotlib", "sentencepiece"} & set(imported)
 
 
+def test_no_room_imports_one_that_stands_below_it_in_contributing() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| room in")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    order = [name.replace("/", ".").strip(".") for row in rows for name in re.findall(r"`([\w/]+)`", row)]
+    package = ROOT / "jreg_megatron"
+
+    def room(module: str) -> str:
+        parts = module.split(".")[1:]
+        return ".".join(parts[:2] if parts[0] == "methods" else parts[:1])
+
+    found, upward = set(), []
+    for file in package.rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if module in ("jreg_megatron.__init__", "jreg_megatron.methods.__init__"):
+            continue
+        here = room(module)
+        found.add(here)
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if names == ["jreg_megatron"]:
+                names = [f"jreg_megatron.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                there = room(name) if name.startswith("jreg_megatron.") else ""
+                if there in order and order.index(there) > order.index(here):
+                    upward.append(f"{module} imports {name}")
+    assert found == set(order)
+    assert not upward, "\n".join(upward)
+
+
 # te is compiled for one GPU's CUDA; its version is the container's to choose.
 @pytest.mark.parametrize("extra", [None, *sorted(EXTRAS.keys() - {"te"})])
 def test_every_dependency_is_pinned_to_a_version_it_allows(extra: str | None) -> None:
@@ -63,7 +95,7 @@ def test_the_wheel_holds_what_runs_and_no_pictures_pages_or_kept_results(tmp_pat
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "jreg_megatron").rglob("*") if file.is_file()}
     files = {file for file in files if "__pycache__" not in file}
     left_out = {file for file in files if file.endswith((".png", "README.md")) or "bench/results/" in file}
-    assert "jreg_megatron/paper.toml" in files and len(left_out) > 10
+    assert "jreg_megatron/paper/paper.toml" in files and len(left_out) > 10
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == files - left_out
 

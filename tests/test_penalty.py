@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from jreg_megatron import JRegConfig, UserError
-from jreg_megatron.kernels import eager
-from jreg_megatron.penalty import Strength, add_displacement_gradient, add_input_gradient
+from jreg_megatron.methods.jreg.kernels import eager
+from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
 
 COEFFICIENT, FACTOR = 0.7, 0.3
 

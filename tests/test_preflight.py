@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 import pytest
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.preflight import check_arguments, optimizer
+from jreg_megatron.mcore.preflight import check_arguments, optimizer
+from jreg_megatron.runtime.errors import UserError
 
 pytest.importorskip("megatron.training")
 

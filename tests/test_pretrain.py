@@ -19,7 +19,7 @@ import pytest
 from harness import read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
-from jreg_megatron.errors import megatrons_refusals
+from jreg_megatron.runtime.errors import megatrons_refusals
 
 SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
 NAMES = ("jreg loss", "jump rate")
@@ -388,7 +388,7 @@ def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str
 
 SLOW_TO_GO_DOWN = """
 import atexit, os, signal, time
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's --exit-signal-handler, which makes a note
 if os.environ["LOCAL_RANK"] == "0":

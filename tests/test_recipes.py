@@ -23,12 +23,12 @@ import pytest
 import yaml
 from harness import Finished, read_scalars, run_ranks
 
-from jreg_megatron.errors import UserError
 from jreg_megatron.recipe import machine
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.command import on_gpus
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.recipe.request import Rendezvous, Request
+from jreg_megatron.runtime.errors import UserError
 
 NO_FUSION = "--no-gradient-accumulation-fusion"
 RECIPES = Path(__file__).parents[1] / "recipes"

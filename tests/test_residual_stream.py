@@ -11,8 +11,10 @@ import torch.distributed as dist
 from harness import run_function
 from torch import nn
 
-from jreg_megatron import JRegConfig, UserError, attach, attachment, kernels
-from jreg_megatron.residual_stream import last_stage_has_a_layer, num_layers, residual_layers
+from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.methods.jreg import kernels
+from jreg_megatron.stream import attachment
+from jreg_megatron.stream.residual_stream import last_stage_has_a_layer, num_layers, residual_layers
 
 
 class HybridModel(nn.Module):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness import run_ranks
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.selftest import __main__ as selftest
 from jreg_megatron.selftest.layouts import layouts_for
 
@@ -40,7 +40,7 @@ def test_every_layout_passes_on(ranks: int) -> None:
 
 
 def with_half_the_gradient(argv: list[str]) -> int:
-    from jreg_megatron import penalty
+    from jreg_megatron.methods.jreg import penalty
     from jreg_megatron.selftest.__main__ import main
 
     node = penalty._AddDisplacementGradient

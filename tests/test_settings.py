@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jreg_megatron import JRegConfig, UserError, layer_weights
-from jreg_megatron.settings import flag_of
+from jreg_megatron.methods.jreg.settings import flag_of
 
 
 def from_command_line(*argv: str) -> JRegConfig:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from data_toy import documents
 
-from jreg_megatron import sft
-from jreg_megatron.errors import EXIT_CODE, LINE_START
+from jreg_megatron.runtime.errors import EXIT_CODE, LINE_START
+from jreg_megatron.sft import __main__ as sft
 
 pytest.importorskip("trl", reason="the extra sft is not installed (jreg_megatron[sft])")
 

@@ -13,12 +13,12 @@ from small_models import LAYERS, VOCABULARY, small_model
 from test_decoder import TOKENS, Recorder
 from torch import Tensor, nn
 
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import read_out_error, score_own
 from jreg_megatron.measure.measurement import measure
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
 
 WIDTH = 16
 

@@ -21,8 +21,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from jreg_megatron.last_error import LastError
-from jreg_megatron.over_seeds import Estimate
+from jreg_megatron.paper.over_seeds import Estimate
+from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
 from jreg_megatron.sweep.picture import compose

@@ -8,8 +8,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any
 
-from jreg_megatron import output
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.runtime import output
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 _EXAMPLES = """examples:
   python -m jreg_megatron.bench step                            the demo's model, 3 minutes on a CPU

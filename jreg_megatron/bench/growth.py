@@ -16,8 +16,8 @@ from typing import Any
 from jreg_megatron.bench import options
 from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED
 from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
-from jreg_megatron.errors import UserError
-from jreg_megatron.last_error import LastError
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.last_error import LastError
 
 _AXES = {"layers": "num_layers", "width": "hidden_size", "sequence": "sequence"}
 STAGES = "stages"
@@ -202,7 +202,7 @@ def _step(point: Point, args: Namespace, more: list[str], on_cpu: bool) -> dict[
         command = [sys.executable, *launcher, "jreg_megatron.bench", "step", *_words(point, args, on_cpu)]
         command += ["--quiet", "--json", str(result), *(["--", *more] if more else [])]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        from jreg_megatron.cpu.launch import end_with_the_parent
+        from jreg_megatron.runtime.fork import end_with_the_parent
 
         done = subprocess.run(
             command,

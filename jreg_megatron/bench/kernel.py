@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

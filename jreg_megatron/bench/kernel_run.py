@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.kernels import Kernels, check, choose, refuse_fault
-from jreg_megatron.penalty import Strength, add_displacement_gradient
+from jreg_megatron.methods.jreg.kernels import Kernels, check, choose, refuse_fault
+from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient
+from jreg_megatron.runtime.errors import UserError
 
 JREG, AUTOGRAD, COMPILED, CHUNKED = "jreg", "autograd", "compiled", "chunked"
 ABOUT = {
@@ -222,7 +222,7 @@ def _of_width(sizes: Sizes, tensors: Tensors, kernels: Kernels, ways: dict[str, 
 
 def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
     """The Triton kernels with every tile that makes sense, by width, the fastest first."""
-    from jreg_megatron.kernels import fused
+    from jreg_megatron.methods.jreg.kernels import fused
 
     by_width = {}
     for width in widths:
@@ -263,7 +263,7 @@ def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
 
 def tiles_for(width: int) -> list[Any]:
     """Tiles worth a try: 4 to 64 elements a thread, of whole rows, or of a part of one at a time."""
-    from jreg_megatron.kernels import fused
+    from jreg_megatron.methods.jreg.kernels import fused
 
     whole = 1 << (width - 1).bit_length()
     shapes = [(rows, whole) for rows in (1, 2, 4, 8)]

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import IO, Any, TextIO
 
 from jreg_megatron.bench.options import DTYPES, Setup
-from jreg_megatron.errors import UserError, megatrons_refusals
+from jreg_megatron.runtime.errors import UserError, megatrons_refusals
 
 _NEVER = 10**9
 
@@ -32,7 +32,7 @@ def make_ready(on_cpu: bool) -> None:
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from jreg_megatron import cpu
-    from jreg_megatron.dataset_helper import use_built_helper
+    from jreg_megatron.mcore.dataset_helper import use_built_helper
 
     if on_cpu:
         cpu.enable()
@@ -105,7 +105,7 @@ def train(argv: list[str], train_step: Any) -> None:
     """
     single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if "MASTER_PORT" not in os.environ:
-        from jreg_megatron.cpu.launch import free_port
+        from jreg_megatron.runtime.fork import free_port
 
         single["MASTER_PORT"] = str(free_port())
     for name, value in single.items():
@@ -115,9 +115,10 @@ def train(argv: list[str], train_step: Any) -> None:
     from megatron.training import arguments, pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from jreg_megatron import gpt_pretraining, preflight
-    from jreg_megatron.pretrain import add_arguments
-    from jreg_megatron.support import refuse_unsupported
+    from jreg_megatron import gpt_pretraining
+    from jreg_megatron.mcore import preflight
+    from jreg_megatron.mcore.arguments import add_arguments
+    from jreg_megatron.stream.support import refuse_unsupported
 
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)

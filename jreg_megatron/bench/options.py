@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from jreg_megatron.bench.names import EVERY_STEP, NAIVE, UNMODIFIED, WAYS
 from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:  # it brings torch, for which --help should not wait
-    from jreg_megatron.settings import JRegConfig
+    from jreg_megatron.methods.jreg.settings import JRegConfig
 
 COEFF, ALPHA = 1.0, 1.0
 DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
@@ -236,7 +236,7 @@ def world_size_of(args: Namespace) -> int:
         UserError: if the environment tells half of it, or ``--nproc`` does not fit.
     """
     if args.nproc is not None:
-        from jreg_megatron.cpu.launch import check_nproc
+        from jreg_megatron.runtime.fork import check_nproc
 
         check_nproc(args.nproc)
         return int(args.nproc)
@@ -277,7 +277,7 @@ def _shape(args: Namespace) -> Shape:
 
 def _jreg(args: Namespace, more: list[str]) -> tuple[JRegConfig, list[str]]:
     """JREG's settings, and Megatron's arguments among those behind ``--``."""
-    from jreg_megatron.settings import JRegConfig, flag_of
+    from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 
     JRegConfig.check_flags(more)
     parser = JRegConfig.add_arguments(ArgumentParser(add_help=False, allow_abbrev=False))

@@ -10,8 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron import output
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime import output
+from jreg_megatron.runtime.errors import UserError
 
 FORMAT, VERSION = "jreg_megatron benchmark", 1
 PARTS = ("kernel", "step", "growth")

@@ -25,7 +25,7 @@ from jreg_megatron.bench.counting import Counts, count
 from jreg_megatron.bench.names import JREG, KINDS, MEASURE, UNMODIFIED, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.variants import LOG_INTERVAL, Variant, make_variants
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
 
 WARM_UP = (LOG_INTERVAL, 1)
 """Iterations before the timed ones, with measuring and without."""

@@ -31,8 +31,8 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     if args.nproc is None or args.nproc == 1:
         work()
         return 0
-    from jreg_megatron.cpu.launch import fork_ranks
-    from jreg_megatron.errors import quiet_interrupt, user_errors_exit
+    from jreg_megatron.runtime.errors import quiet_interrupt, user_errors_exit
+    from jreg_megatron.runtime.fork import fork_ranks
 
     def rank() -> None:
         with quiet_interrupt(), user_errors_exit():
@@ -47,7 +47,7 @@ def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> di
     from tqdm import tqdm
 
     from jreg_megatron.bench.step import InterleavedSteps, most_steps, summarize
-    from jreg_megatron.errors import UserError
+    from jreg_megatron.runtime.errors import UserError
 
     is_first = os.environ.get("RANK", "0") == "0"
     made: list[InterleavedSteps] = []

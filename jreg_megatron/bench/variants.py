@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from jreg_megatron.attachment import attach
 from jreg_megatron.bench.naive import NaivePenalty
 from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
-from jreg_megatron.residual_stream import residual_layers, tap_residual_stream, unwrap
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.stream.attachment import attach
+from jreg_megatron.stream.residual_stream import residual_layers, tap_residual_stream, unwrap
 
 ORDINARY = KINDS[0]
 LOG_INTERVAL = 10

@@ -12,7 +12,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron import output
 from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather, with_evaluations
 from jreg_megatron.claims.rules import FEWEST_SEEDS
 from jreg_megatron.claims.toy import (
@@ -25,10 +24,11 @@ from jreg_megatron.claims.toy import (
     Plan,
     described,
 )
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.extras import need
-from jreg_megatron.lock import lock
 from jreg_megatron.report.check import Field
+from jreg_megatron.runtime import output
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.lock import lock
 
 FORMAT = "jreg_megatron claims"
 

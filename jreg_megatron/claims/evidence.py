@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.history import History
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.report.history import History
 from jreg_megatron.report.inputs import Evaluated
 from jreg_megatron.report.reading import read
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError
 
 # Runs that differ in one of these are of two experiments.
 _COMMON = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from jreg_megatron.claims.evidence import Evidence, Trained
 from jreg_megatron.claims.rules import RULE, Claim, Question
-from jreg_megatron.over_seeds import Estimate, p_one_sided
+from jreg_megatron.paper.over_seeds import Estimate, p_one_sided
 from jreg_megatron.report.charts import Axis, Row, Style, lines
 from jreg_megatron.report.figures import Figure
 from jreg_megatron.report.inputs import Evaluated, ReadOut

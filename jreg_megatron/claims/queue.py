@@ -15,9 +15,9 @@ from tqdm import tqdm
 from jreg_megatron.claims.evidence import Trained, evaluation
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged
-from jreg_megatron.errors import UserError
-from jreg_megatron.output import versions, write_json
 from jreg_megatron.report.check import Field
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import versions, write_json
 
 FINISHED = "finished.json"
 

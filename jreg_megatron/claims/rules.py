@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Literal
 
 from jreg_megatron.claims.evidence import Evidence, Trained
-from jreg_megatron.over_seeds import LEVEL, Estimate, power
 from jreg_megatron.paper import SIZES, missing_tasks, numbers, profile, task_means
+from jreg_megatron.paper.over_seeds import LEVEL, Estimate, power
 from jreg_megatron.report.inputs import Evaluated
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]

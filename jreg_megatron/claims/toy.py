@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.demo.training import Run
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
 
 VOCABULARY = 512
 STEPS = 2000

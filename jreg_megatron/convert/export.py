@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jreg_megatron.convert.place import check_place, made_beside
 from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.extras import need
-from jreg_megatron.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder

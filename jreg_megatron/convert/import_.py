@@ -11,9 +11,9 @@ from jreg_megatron.convert.export import largest_difference, refuse_difference
 from jreg_megatron.convert.place import check_place, made_beside
 from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.decoder.megatron_folder import RELEASE, TRACKER
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.extras import need
-from jreg_megatron.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
 
 if TYPE_CHECKING:
     from jreg_megatron.convert.llama import Llama
@@ -140,7 +140,7 @@ def _save(folder: Path, weights: dict[str, Any], llama: Llama, flags: list[str],
 
     from jreg_megatron.cpu import FLAGS
     from jreg_megatron.decoder import megatron_model as building
-    from jreg_megatron.recipe.plan import parse
+    from jreg_megatron.mcore.arguments import parse
 
     args = parse([*FLAGS, *flags], world_size=1)
     # The rows of padding depend on the training's layout; Megatron adds them when it loads.

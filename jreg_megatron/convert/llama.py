@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jreg_megatron.decoder.megatron_folder import bridge_as
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

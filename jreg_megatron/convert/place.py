@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 
 def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 SAMPLE = (
     "The union has  two spaces here, a tab\there, and a line\nthat ends.\n\n A line may begin with a space, "
@@ -89,7 +89,7 @@ def begin_of_text(tokenizer: TrainingTokenizer) -> int | None:
 
 def sample_texts() -> list[str]:
     """Texts to hold tokenizers against each other with: the sample, and speeches where they are installed."""
-    from jreg_megatron.texts import held_out_speeches
+    from jreg_megatron.data.texts import held_out_speeches
 
     try:
         speeches = [str(text.content) for text in held_out_speeches()[::4]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from jreg_megatron import script
-from jreg_megatron.errors import user_errors_exit
+from jreg_megatron.cpu import script
+from jreg_megatron.runtime.errors import user_errors_exit
 
 
 def main() -> None:

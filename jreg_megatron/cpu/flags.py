@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 FLAGS: tuple[str, ...] = (
     "--distributed-backend",

@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 stack: Any
 submodules: Any

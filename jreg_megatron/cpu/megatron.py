@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.dataset_helper import use_built_helper
+from jreg_megatron.mcore.dataset_helper import use_built_helper
+from jreg_megatron.runtime.fork import end_with_the_parent
 
 _FOR_GPUS = ("transformer_engine", "apex", "amp_C")
 

@@ -13,7 +13,7 @@ from jreg_megatron.data import sources, tokenizing
 from jreg_megatron.data.encode import Recipe
 from jreg_megatron.data.hub import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
 def main(argv: list[str] | None = None) -> None:

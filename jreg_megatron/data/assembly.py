@@ -12,7 +12,7 @@ from pathlib import Path
 from jreg_megatron.data import encode
 from jreg_megatron.data.encode import Result
 from jreg_megatron.data.token_file import Appender, Counts, crc_of, write_index
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _MANIFEST = "manifest.json"
 

@@ -18,7 +18,7 @@ from jreg_megatron.data.records import Reader, Record, Text
 from jreg_megatron.data.sources import open_source
 from jreg_megatron.data.token_file import ENDINGS, Counts, Part, PartWriter, token_type
 from jreg_megatron.data.tokenizing import Tokenizer
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _INTERVAL = 0.2
 """Seconds between two reports of progress."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jreg_megatron import extras
+from jreg_megatron.runtime import extras
 
 
 def need(package: str, purpose: str) -> Any:

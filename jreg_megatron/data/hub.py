@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jreg_megatron.data import sources
 from jreg_megatron.data.extra import need
 from jreg_megatron.data.sources import Source
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 # Megatron's codes for the type of a token, in its .idx format of version 1.
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}

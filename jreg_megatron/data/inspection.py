@@ -14,7 +14,7 @@ import numpy
 
 from jreg_megatron.data.index_file import HEADER, MODE_BYTES, Index, read_index
 from jreg_megatron.data.tokenizing import Tokenizer
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _CHUNK = 1 << 22
 _SHOWN_TOKENS = 200

@@ -9,7 +9,7 @@ from typing import Any
 
 from jreg_megatron.data.extra import need
 from jreg_megatron.data.sources import Source, open_source
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _ROWS = 256
 

@@ -27,8 +27,8 @@ from jreg_megatron.data.records import Reader
 from jreg_megatron.data.sources import Source
 from jreg_megatron.data.token_file import token_type
 from jreg_megatron.data.tokenizing import Tokenizer, TokenizerSettings
-from jreg_megatron.errors import UserError
-from jreg_megatron.lock import lock
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.lock import lock
 
 _LAYOUT = 1  # raise it when files change for a reason that the rest of the fingerprint does not show
 _SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0

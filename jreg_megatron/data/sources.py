@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from jreg_megatron.data.extra import need
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
 """What a file may be, and the endings by which it is known; ``.gz`` and ``.zst`` may follow those of text."""

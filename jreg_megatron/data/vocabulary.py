@@ -17,7 +17,7 @@ from jreg_megatron.data.encode import full_disk_refused, write_atomically
 from jreg_megatron.data.hub import Corpus
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.records import Reader
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 TRAINER: dict[str, Any] = {
     "model_type": "bpe",

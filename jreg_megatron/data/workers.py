@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _PATIENCE = 1.0
 """Seconds after which a worker looks whether its parent is still there."""

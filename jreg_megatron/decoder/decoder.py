@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.comparing import is_same_or_scaled
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 
 class TextTokenizer(Protocol):

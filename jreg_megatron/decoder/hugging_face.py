@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from jreg_megatron.decoder.decoder import Decoder, stream_out
 from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
 from jreg_megatron.decoder.structure import Structure, find_structure
-from jreg_megatron.errors import UserError
-from jreg_megatron.extras import need
-from jreg_megatron.output import note
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.output import note
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 

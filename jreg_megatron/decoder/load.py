@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jreg_megatron.decoder.reference import Reference
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder

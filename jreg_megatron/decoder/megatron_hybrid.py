@@ -11,7 +11,7 @@ from typing import Any
 
 from jreg_megatron.cpu.flags import HYBRID_SPECS
 from jreg_megatron.decoder.megatron_folder import bridge_as
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _PAIRS = re.compile(r"(\*-)+")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")

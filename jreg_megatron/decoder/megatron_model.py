@@ -18,7 +18,7 @@ from torch import nn
 
 from jreg_megatron.decoder.megatron_folder import bridge_as
 from jreg_megatron.decoder.megatron_hybrid import as_gpt, pattern_of, refuse_other_hybrids
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 # Argument, what it is, and a model of Megatron-Bridge's that has the same.
 _NOT_A_MODEL_OF_OURS = (
@@ -187,7 +187,7 @@ def all_arguments(saved: dict[str, Any]) -> Namespace:
     arguments that the Megatron in use does not know.
     """
     from jreg_megatron.cpu import FLAGS
-    from jreg_megatron.recipe.plan import parse
+    from jreg_megatron.mcore.arguments import parse
 
     saved = as_gpt(_by_todays_names(saved))
     args = parse(list(FLAGS), world_size=1)

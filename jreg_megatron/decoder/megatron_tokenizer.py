@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data.tokenizing import TYPES, Tokenizer, TokenizerSettings, build, told_vocab_size
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from jreg_megatron.decoder.megatron_model import all_arguments, single_process
 from jreg_megatron.decoder.megatron_tokenizer import megatron_tokenizer
 from jreg_megatron.decoder.megatron_weights import Checkpoint
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _OTHER_SAMPLES = (
     *("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"),
@@ -92,7 +92,7 @@ def _dataset(args: Namespace, cache: str) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from jreg_megatron.dataset_helper import use_built_helper
+    from jreg_megatron.mcore.dataset_helper import use_built_helper
 
     single_process()
     use_built_helper()

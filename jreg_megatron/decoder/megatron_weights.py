@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder
 from jreg_megatron.decoder.megatron_hybrid import hybrid_name, pattern_of
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _COMMON = "common_state/shard_0_1"
 _OLD_COMMON = "common.pt"  # before 0.19

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 GGUF_ENDING = ".gguf"
 ALL = "all"

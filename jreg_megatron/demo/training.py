@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jreg_megatron.cpu.launch import end_with_the_parent
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.errors import UserError
-from jreg_megatron.last_error import LastError
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.last_error import LastError
 
 TENSOR_PARALLEL = 2
 PIPELINE_PARALLEL = 2

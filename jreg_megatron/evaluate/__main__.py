@@ -8,12 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron import output
-from jreg_megatron.decoder.load import add_model_arguments, check_device, load
-from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.extras import need
-from jreg_megatron.texts import (
+from jreg_megatron.data.texts import (
     Text,
     TextFiles,
     add_text_arguments,
@@ -21,6 +16,11 @@ from jreg_megatron.texts import (
     texts_of,
     training_speeches,
 )
+from jreg_megatron.decoder.load import add_model_arguments, check_device, load
+from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
+from jreg_megatron.runtime import output
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation

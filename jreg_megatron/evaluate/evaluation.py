@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.layers import Options, PerText
 from jreg_megatron.evaluate.lens import fit_lens
 from jreg_megatron.evaluate.paired import Difference
 from jreg_megatron.evaluate.scoring import read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
-from jreg_megatron.output import note
 from jreg_megatron.paper import TASKS, WITHOUT_BOOLQ, missing_tasks, task_means
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import note
 
 
 @dataclass(frozen=True)

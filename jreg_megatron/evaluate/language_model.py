@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import padded, score_own
+from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
 """Whatever names it, the ids of the context and those to be scored."""

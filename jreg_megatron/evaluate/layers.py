@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from jreg_megatron.data.texts import Text
+from jreg_megatron.data.windows import Batch, batches, windows
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.scoring import Scores, score, score_own
-from jreg_megatron.texts import Text
-from jreg_megatron.windows import Batch, batches, windows
+from jreg_megatron.runtime.errors import UserError
 
 Floats = NDArray[np.float64]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.layers import Options, prediction_batches
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
 
 _RIDGE = 1e-6
 """Of the mean square of a coordinate, added to each: states may not fill all their dimensions."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import LastStates
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _MAX_LOGITS = 1 << 25
 """Logits at a time: 128 MiB in fp32."""

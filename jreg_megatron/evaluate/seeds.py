@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from jreg_megatron import over_seeds
-from jreg_megatron.errors import UserError
-from jreg_megatron.over_seeds import Estimate
-from jreg_megatron.paper import TASKS, missing_tasks, numbers, task_means
+from jreg_megatron.paper import TASKS, missing_tasks, numbers, over_seeds, task_means
+from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.inputs import Evaluated
 from jreg_megatron.report.reading import read
+from jreg_megatron.runtime.errors import UserError
 
 
 def compare_seeds(files: Sequence[str]) -> dict[str, Any]:

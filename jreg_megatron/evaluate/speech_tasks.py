@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.texts import Text
+from jreg_megatron.data.texts import Text
 
 SPEECH_TASKS = {
     "speeches_continuation": "which of four passages goes on with a speech; the others are of other speeches",

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from jreg_megatron.data.texts import held_out_speeches
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.errors import UserError
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
-from jreg_megatron.extras import need
 from jreg_megatron.paper import TASKS
-from jreg_megatron.texts import held_out_speeches
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
 
 SETS = {
     "speeches": tuple(SPEECH_TASKS),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jreg_megatron import JRegConfig, JRegMetrics, attach  # JREG
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 NUM_MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
 LAYERS, HIDDEN, FFN, HEADS, LENGTH, VOCABULARY = 4, 64, 96, 4, 32, 256

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron import output
+from jreg_megatron.data.texts import Text, add_text_arguments, describe, texts_of
 from jreg_megatron.decoder.load import add_model_arguments
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.texts import Text, add_text_arguments, describe, texts_of
+from jreg_megatron.runtime import output
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 FORMAT = "jreg_megatron measurement"
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jreg_megatron.data.texts import Text
+from jreg_megatron.data.windows import batches, windows
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.errors import UserError
-from jreg_megatron.formulas import jump_rate
 from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
-from jreg_megatron.output import note
-from jreg_megatron.texts import Text
-from jreg_megatron.windows import batches, windows
+from jreg_megatron.methods.jreg.formulas import jump_rate
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import note
 
 FINAL_STATES = ("pre_norm", "post_norm")
 """The two conventions for the last layer's output: before and after the final norm, where there is one."""

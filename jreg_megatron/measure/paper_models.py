@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.reference import Reference, hub_revisions, step_of
-from jreg_megatron.errors import UserError
-from jreg_megatron.extras import need
 from jreg_megatron.paper import numbers
-from jreg_megatron.texts import Text
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
 
 LAMBADA = "EleutherAI/lambada_openai"
 """The hub's name of the test set. There are two versions; the paper does not say which it took."""

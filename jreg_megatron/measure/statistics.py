@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jreg_megatron.formulas import displacement_of_units, unit_rows
-from jreg_megatron.windows import Batch, Window
+from jreg_megatron.data.windows import Batch, Window
+from jreg_megatron.methods.jreg.formulas import displacement_of_units, unit_rows
 
 PSI, PSI_SQUARED, ANGLE, NORM = range(4)
 """What is averaged over tokens: displacement, its square, ``arccos(cos) / pi``, and the state's norm."""

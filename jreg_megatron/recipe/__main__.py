@@ -15,11 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from jreg_megatron.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.mcore.arguments import parse
 from jreg_megatron.recipe import command, identity
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
 from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
+from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,14 +42,14 @@ def _nothing_started(number: int, _: object) -> NoReturn:
 
 
 def _train(request: Request) -> None:
-    from jreg_megatron import preflight
+    from jreg_megatron.mcore import preflight
     from jreg_megatron.recipe import announcement, machine, plan
 
     rendezvous = Rendezvous.from_environment(request)
     gpus = machine.Gpus.of_this_node()  # before CPU mode, in which this process only plans
     _import_megatron()
     flags = _flags(request)
-    asked = plan.parse(flags, request.world_size)
+    asked = parse(flags, request.world_size)
     for check in preflight.SIZE_CHECKS:
         check(asked)
     identity.refuse_another(request.run, asked)
@@ -90,12 +91,12 @@ def _train(request: Request) -> None:
 
 
 def _smoke(request: Request) -> None:
-    from jreg_megatron.recipe import plan, smoke
+    from jreg_megatron.recipe import smoke
 
     assert request.smoke is not None
     _import_megatron()
     flags, run = smoke.without_data(_flags(request)), request.run / "smoke"
-    asked = plan.parse(flags, request.world_size)
+    asked = parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
     world_size = smoke.ranks(asked)
     ranks = command.on_the_cpu(world_size, flags)
@@ -103,7 +104,7 @@ def _smoke(request: Request) -> None:
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
         return
-    toy = plan.parse(flags, world_size)
+    toy = parse(flags, world_size)
     if smoke.start_clean(toy, run):
         print("Starting clean: removed the earlier run there, which was finished or another one")
     _become(ranks, toy, run)
@@ -125,9 +126,8 @@ def _import_megatron() -> None:
 
 def _flags(request: Request) -> list[str]:
     """The recipe's flags, the iterations that its tokens make, and the user's flags."""
-    from jreg_megatron.recipe import plan
 
-    args = plan.parse([*request.flags, *request.user_flags], request.world_size)
+    args = parse([*request.flags, *request.user_flags], request.world_size)
     for name in ("global_batch_size", "seq_length"):
         if not getattr(args, name):
             raise UserError(

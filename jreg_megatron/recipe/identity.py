@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _FILE = "run.json"
 _NAMES = (

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import os
-import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.errors import megatrons_refusals
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.mcore.arguments import as_rank_zero_of, parse
+from jreg_megatron.runtime.errors import megatrons_refusals
 
 _SAVED_BYTES = 14
 """Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
@@ -59,25 +54,6 @@ class Plan:
         return sorted({*range(every, self.iterations + 1, every), self.iterations})
 
 
-def parse(flags: list[str], world_size: int) -> Namespace:
-    """Megatron's arguments, read but not validated, for that many ranks.
-
-    Raises:
-        UserError: for flags that Megatron or JREG does not know, or values that JREG does not take.
-    """
-    from megatron.training import arguments
-
-    from jreg_megatron.pretrain import add_arguments as add_pretrain_arguments
-
-    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        return JRegConfig.add_arguments(add_pretrain_arguments(parser))
-
-    with _as_rank_zero_of(world_size, flags):
-        args: Namespace = arguments.parse_args(add_arguments)
-    JRegConfig.from_args(args)
-    return args
-
-
 def make(flags: list[str], world_size: int) -> Plan:
     """Let Megatron validate the flags, and count.
 
@@ -95,7 +71,7 @@ def make(flags: list[str], world_size: int) -> Plan:
 
     args = parse(cpu.with_cpu_flags(flags), world_size)
     with megatrons_refusals():
-        with _as_rank_zero_of(world_size, flags):
+        with as_rank_zero_of(world_size, flags):
             arguments.validate_args(args)
         parameters = count_parameters(args)
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
@@ -148,24 +124,6 @@ _STAGES = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
 )
-
-
-@contextlib.contextmanager
-def _as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
-    """Megatron takes its command line and its place in a job from the process, and prints all arguments."""
-    argv, environment = sys.argv, {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    sys.argv = [argv[0], *flags]
-    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        sys.argv = argv
-        for name, value in environment.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def seconds_as_text(seconds: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 VARIANTS = ("jreg", "baseline")
 SMOKE_ITERATIONS = 4

@@ -25,10 +25,10 @@ from types import FrameType
 
 import psutil
 
-from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.errors import user_errors_exit
-from jreg_megatron.lock import lock
 from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.runtime.errors import user_errors_exit
+from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.lock import lock
 
 UNFINISHED = os.EX_TEMPFAIL
 """Exit status of a run that has saved and can go on: 75."""

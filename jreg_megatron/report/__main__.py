@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jreg_megatron.errors import UserError, user_errors_exit
-from jreg_megatron.extras import need
-from jreg_megatron.output import STDOUT, check_outputs, write_text
 from jreg_megatron.paper import SIZES
 from jreg_megatron.report.check import printable
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.output import STDOUT, check_outputs, write_text
 
 if TYPE_CHECKING:
     from jreg_megatron.report.figures import Figure

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 _SHOWN = 40
 

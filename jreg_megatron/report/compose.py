@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jreg_megatron.errors import UserError
 from jreg_megatron.report import tables
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.figures import Figure, figures
@@ -13,6 +12,7 @@ from jreg_megatron.report.labels import LENGTH, label
 from jreg_megatron.report.models import Model, convention, models_of
 from jreg_megatron.report.page import Section
 from jreg_megatron.report.paper_profiles import PaperProfiles
+from jreg_megatron.runtime.errors import UserError
 
 _OF = {
     "layers": ("displacement",),

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jreg_megatron.errors import UserError
 from jreg_megatron.report.check import Field, printable
 from jreg_megatron.report.inputs import (
     FIRST_TOKEN,
@@ -23,6 +22,7 @@ from jreg_megatron.report.inputs import (
     Run,
     Score,
 )
+from jreg_megatron.runtime.errors import UserError
 
 _MEASUREMENT, _EVALUATION = "jreg_megatron measurement", "jreg_megatron evaluation"
 _VERSION = 1
@@ -282,7 +282,7 @@ def _given(row: dict[str, Field], key: str) -> bool:
 
 
 def _tensorboard(folder: Path) -> Run:
-    from jreg_megatron.history import History
+    from jreg_megatron.report.history import History
 
     history = History.read(folder)
     place = folder.resolve()

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jreg_megatron.cpu.launch import check_nproc, fork_ranks
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.fork import check_nproc, fork_ranks
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
 

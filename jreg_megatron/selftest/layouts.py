@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 
 NUM_LAYERS = 4
 LENGTH = 32

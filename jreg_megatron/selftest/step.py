@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jreg_megatron.attachment import attach
 from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
 from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, jreg_config, shape_of
+from jreg_megatron.stream.attachment import attach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

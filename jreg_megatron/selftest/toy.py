@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.selftest.layouts import BATCH, LENGTH, NUM_EXPERTS, NUM_HEADS, NUM_LAYERS, Layout
 from jreg_megatron.selftest.reference import ReferenceLlama, Shape, displacements, shifted
-from jreg_megatron.settings import JRegConfig
 
 VOCABULARY = 64
 MTP_LOSS_SCALING_FACTOR = 0.5

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from jreg_megatron.errors import UserError, user_errors_exit
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.recipe.request import SMOKE_ITERATIONS
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.sweep import grid, slurm
 from jreg_megatron.sweep.grid import Sweep, node_rank
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.settings import JRegConfig, flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.runtime.errors import UserError
 
 SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
 """What a recipe must take from the environment so that it can be swept."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.over_seeds import Estimate, interval_name
+from jreg_megatron.paper.over_seeds import Estimate, interval_name
 from jreg_megatron.sweep.results import Results, Setting
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from jreg_megatron.cpu.launch import end_with_the_parent
-from jreg_megatron.errors import EXIT_CODE
-from jreg_megatron.last_error import LastError
-from jreg_megatron.lock import lock
 from jreg_megatron.recipe.plan import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
+from jreg_megatron.runtime.errors import EXIT_CODE
+from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.last_error import LastError
+from jreg_megatron.runtime.lock import lock
 from jreg_megatron.sweep.grid import Sweep, SweepRun, node_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

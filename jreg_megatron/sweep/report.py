@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jreg_megatron.lock import lock
-from jreg_megatron.over_seeds import Estimate, interval_name
+from jreg_megatron.paper.over_seeds import Estimate, interval_name
+from jreg_megatron.runtime.lock import lock
 from jreg_megatron.sweep import picture
 from jreg_megatron.sweep.grid import Sweep, write_whole
 from jreg_megatron.sweep.results import Results, Setting, write_summary

@@ -11,10 +11,10 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from jreg_megatron.errors import UserError
-from jreg_megatron.history import History
-from jreg_megatron.over_seeds import Estimate, interval_name
-from jreg_megatron.settings import JRegConfig
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.paper.over_seeds import Estimate, interval_name
+from jreg_megatron.report.history import History
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.sweep.grid import Sweep, SweepRun
 
 _PACKAGES = ("jreg_megatron", "megatron-core", "torch")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from jreg_megatron.errors import UserError
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.sweep.grid import Sweep
 
 TASK = "SLURM_ARRAY_TASK_ID"

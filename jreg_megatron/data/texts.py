@@ -1,0 +1,169 @@
+"""Texts to look at a model with: files, JSON lines, Parquet, Megatron's token files, or the speeches."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from jreg_megatron.data.sources import Source
+
+DEFAULT_KEY = "text"
+
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document."""
+
+    name: str
+    """Which it is, for messages: a speech, a file, or a file and the line or number in it."""
+    content: str | Sequence[int] | numpy.ndarray
+    """Its text, or its token ids."""
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files of texts, found and looked at; iterating reads them one text at a time."""
+
+    inputs: tuple[str, ...]
+    """As the user named them."""
+    key: str
+    """Field of JSON lines or column of Parquet that holds the text."""
+    _parts: tuple[str | Source, ...]
+
+    @classmethod
+    def find(cls, inputs: Sequence[str], key: str = DEFAULT_KEY) -> TextFiles:
+        """Look for the files.
+
+        Args:
+            inputs: files, folders and patterns, as ``jreg-megatron data prepare`` takes them, and prefixes of
+                ``.bin/.idx`` files (with or without the ending).
+            key: field of JSON lines or column of Parquet.
+
+        Raises:
+            UserError: for what is missing, unreadable, damaged or of unknown kind.
+        """
+        from jreg_megatron.data.index_file import read_index
+        from jreg_megatron.data.sources import find_sources
+
+        parts: list[str | Source] = []
+        for name in inputs:
+            prefix = name[:-4] if name.endswith((".bin", ".idx")) else name
+            if os.path.isfile(f"{prefix}.idx"):
+                read_index(prefix)
+                parts.append(prefix)
+            else:
+                parts += find_sources([name])
+        return cls(tuple(inputs), key, tuple(parts))
+
+    def __iter__(self) -> Iterator[Text]:
+        """Each text in order.
+
+        Raises:
+            UserError: naming file and line, for a record that is none.
+        """
+        from jreg_megatron.data.inspection import documents
+
+        for part in self._parts:
+            if isinstance(part, str):
+                for number, ids in enumerate(documents(part), start=1):
+                    yield Text(f"{part} document {number}", ids)
+            else:
+                yield from self._records(part)
+
+    def _records(self, source: Source) -> Iterator[Text]:
+        from jreg_megatron.data.pieces import cut
+        from jreg_megatron.data.records import Reader
+
+        for piece in cut([source], max(1, source.size), [self.key]):
+            for record in Reader(piece, [self.key], _MAX_BYTES):
+                place = source.path if source.format == "text" else f"{source.path} line {record.line}"
+                if record.texts is None:
+                    raise UserError(f"{place}: {record.kind} ({record.reason}); mend it, or leave it out")
+                (text,) = record.texts
+                yield Text(place, text if isinstance(text, str) else " ".join(text))
+
+
+def held_out_speeches() -> list[Text]:
+    """The speeches that the demo's training leaves out, in order of year.
+
+    Raises:
+        UserError: if the package with the speeches is missing.
+    """
+    return [Text(name, speech) for name, speech in read_speeches().items() if is_validation(name)]
+
+
+def training_speeches() -> list[Text]:
+    """The speeches that :func:`held_out_speeches` leaves, which the demo trains on, in order of year.
+
+    Raises:
+        UserError: if the package with the speeches is missing.
+    """
+    return [Text(name, speech) for name, speech in read_speeches().items() if not is_validation(name)]
+
+
+def named_speeches(names: Sequence[str]) -> list[Text]:
+    """Speeches by name, such as ``1862-Lincoln-1``.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    speeches = read_speeches()
+    for name in names:
+        if name not in speeches:
+            like = [other for other in speeches if other.split("-")[0] == name[:4]]
+            near = like or [*list(speeches)[:2], "..."]
+            raise UserError(f"--speeches names {name}, which is none; there are {', '.join(near)}")
+    return [Text(name, speeches[name]) for name in names]
+
+
+def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
+    """Define ``--text``, ``--speeches`` and ``--key``; returns the group, and its part for rivals."""
+    group = parser.add_argument_group("texts (default: the held-out State of the Union speeches)")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="files, folders or patterns: text, JSON lines (.gz, .zst too), Parquet; or .bin/.idx prefixes",
+    )
+    which.add_argument(
+        "--speeches",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="State of the Union speeches, such as 1862-Lincoln-1",
+    )
+    group.add_argument(
+        "--key", default=DEFAULT_KEY, help="field of JSON lines, column of Parquet (default: %(default)s)"
+    )
+    return group, which
+
+
+def texts_of(args: Namespace) -> Iterable[Text]:
+    """The texts that :func:`add_text_arguments` were given; they can be read several times.
+
+    Raises:
+        UserError: if something named is not there.
+    """
+    if args.speeches:
+        return named_speeches(args.speeches)
+    return TextFiles.find(args.text, args.key) if args.text else held_out_speeches()
+
+
+def describe(args: Namespace) -> str:
+    """Which texts these are, in words."""
+    if args.speeches:
+        return f"speeches {', '.join(args.speeches)}"
+    return ", ".join(args.text) if args.text else "the held-out State of the Union speeches"

@@ -1,0 +1,82 @@
+"""Megatron's arguments, with those of ``jreg_megatron.pretrain`` and of JREG, read by Megatron itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import NoReturn
+
+from jreg_megatron.mcore import initialization
+from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError
+
+CPU_FLAG = "--cpu"
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and JREG's flags; returns the parser."""
+    group = parser.add_argument_group("jreg_megatron.pretrain")
+    group.add_argument(
+        CPU_FLAG,
+        action="store_true",
+        help="run on the CPU with gloo; the default where there is no CUDA device",
+    )
+    group.add_argument(
+        initialization.FLAG,
+        action="store_true",
+        help="initial weights as in Meta Lingua: each matrix normal with standard deviation 1/sqrt(inputs), "
+        "cut at three of these, and no scale by depth",
+    )
+
+    for action in parser._actions:
+        # Some of Megatron's help texts hold a bare percent sign (0.19.2), at which --help breaks off.
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            action.help = str(action.help).replace("%", "%%")
+
+    def refuse(message: str) -> NoReturn:
+        # argparse would print the usage of some hundred flags before the line that matters.
+        raise UserError(f"{message}; --help lists all arguments")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+def parse(flags: list[str], world_size: int) -> Namespace:
+    """Megatron's arguments, read but not validated, for that many ranks.
+
+    Raises:
+        UserError: for flags that Megatron or JREG does not know, or values that JREG does not take.
+    """
+    from megatron.training import arguments
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        return JRegConfig.add_arguments(add_arguments(parser))
+
+    with as_rank_zero_of(world_size, flags):
+        args: Namespace = arguments.parse_args(add_all)
+    JRegConfig.from_args(args)
+    return args
+
+
+@contextlib.contextmanager
+def as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
+    """Megatron takes its command line and its place in a job from the process, and prints all arguments."""
+    argv, environment = sys.argv, {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    sys.argv = [argv[0], *flags]
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

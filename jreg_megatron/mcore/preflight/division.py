@@ -1,0 +1,249 @@
+"""How the model and the batch are divided over the ranks."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+from jreg_megatron.mcore.preflight.asked import (
+    flag_of,
+    given,
+    num_layers,
+    one_line,
+    other_layer_plan,
+    tensor_parallel,
+    virtual_stages,
+    weight_replicas,
+)
+from jreg_megatron.runtime.errors import UserError
+
+
+def world_size(args: Namespace) -> None:
+    tp, pp, cp = tensor_parallel(args), args.pipeline_model_parallel_size, args.context_parallel_size
+    shards = args.tensor_parallel_num_weight_shards
+    if shards is not None and (shards < tp or shards % tp):
+        raise UserError(
+            f"--tensor-parallel-num-weight-shards is {shards}; it must be a multiple of "
+            f"--tensor-model-parallel-size {tp}"
+        )
+    size = tp * pp * cp * weight_replicas(args)
+    if args.world_size % size:
+        extra = f" x {weight_replicas(args)} weight shards" if weight_replicas(args) > 1 else ""
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x "
+            f"--context-parallel-size {cp}{extra} is {size}, which does not divide the {args.world_size} "
+            f"started processes (WORLD_SIZE); start a multiple of {size} or lower one of them"
+        )
+
+
+def heads(args: Namespace) -> None:
+    hidden, heads, tp = args.hidden_size, args.num_attention_heads, tensor_parallel(args)
+    if args.kv_channels is None and hidden % heads:
+        raise UserError(
+            f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}; "
+            "change one of them or give --kv-channels"
+        )
+    if heads % tp:
+        raise UserError(
+            f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}; "
+            "change one of them"
+        )
+    groups = args.num_query_groups
+    if args.group_query_attention and not args.multi_latent_attention:
+        if groups < 1 or heads % groups:
+            raise UserError(f"--num-query-groups is {groups}; it must divide --num-attention-heads {heads}")
+        if groups % tp and tp % groups:
+            raise UserError(
+                f"--num-query-groups is {groups}; it must be a multiple or a divisor of "
+                f"--tensor-model-parallel-size {tp}"
+            )
+
+
+def experts(args: Namespace) -> None:
+    number, chosen = args.num_experts, args.moe_router_topk
+    if number is not None and chosen > number:
+        raise UserError(f"--moe-router-topk is {chosen}; it must be at most --num-experts {number}")
+    tensor = args.tensor_model_parallel_size
+    if number is not None and tensor > 1 and not args.sequence_parallel and not args.skip_train:
+        raise UserError(
+            f"--num-experts is {number} with --tensor-model-parallel-size {tensor}, which Megatron trains "
+            "with --sequence-parallel only; give that too"
+        )
+
+
+def feed_forward(args: Namespace) -> None:
+    if args.ffn_hidden_size is not None and args.ffn_hidden_size % tensor_parallel(args):
+        raise UserError(
+            f"--ffn-hidden-size {args.ffn_hidden_size} is not divisible by "
+            f"--tensor-model-parallel-size {tensor_parallel(args)}; change one of them"
+        )
+
+
+def pipeline_options(args: Namespace) -> None:
+    """Options that Megatron does not take together."""
+    if other_layer_plan(args):
+        return
+    ways = given(
+        args,
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "pipeline_model_parallel_layout",
+    )
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} exclude each other; give only one")
+    uneven = given(args, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    counted = [
+        flag_of(name)
+        for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+        if getattr(args, name)
+    ]
+    layout = given(args, "pipeline_model_parallel_layout")
+    for one, others in ((layout, uneven + counted), (uneven, counted)):
+        if one and others:
+            raise UserError(f"{one[0]} and {others[0]} exclude each other; drop one")
+    if uneven and args.num_layers_per_virtual_pipeline_stage is not None:
+        raise UserError(
+            f"{uneven[0]} and --num-layers-per-virtual-pipeline-stage "
+            f"{args.num_layers_per_virtual_pipeline_stage} exclude each other; give "
+            "--num-virtual-stages-per-pipeline-rank instead"
+        )
+
+
+def pipeline_layout(args: Namespace) -> None:
+    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    # A layout given from Python as a list is left to Megatron.
+    if not isinstance(layout, str) or other_layer_plan(args):
+        return
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    name = "--pipeline-model-parallel-layout"
+    try:
+        rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        raise UserError(f"{name} is {layout}; {one_line(error)}") from error
+    if len(rows) % stages:
+        raise UserError(
+            f"{name} {layout} has {len(rows)} stages; it must be a multiple of "
+            f"--pipeline-model-parallel-size {stages}"
+        )
+    layers = sum(row.count(LayerType.decoder) for row in rows)
+    if layers != num_layers(args):
+        raise UserError(f"{name} {layout} places {layers} layers (t), but --num-layers is {num_layers(args)}")
+    flat = [layer for row in rows for layer in row]
+    if flat.count(LayerType.embedding) != 1 or flat[0] != LayerType.embedding:
+        raise UserError(f"{name} is {layout}; it must begin with the only E (embedding)")
+    if flat.count(LayerType.loss) != 1 or flat[-1] != LayerType.loss:
+        raise UserError(f"{name} is {layout}; it must end with the only L (loss)")
+
+
+def uneven_pipeline(args: Namespace) -> None:
+    """Layers left for the middle stages, where the first or the last stage has its own number."""
+    ends = {
+        name: getattr(args, name)
+        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        if getattr(args, name) is not None
+    }
+    if not ends or other_layer_plan(args):
+        return
+    stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank or 1
+    for name, number in ends.items():
+        if number < 1 or number % virtual:
+            multiple = f" and a multiple of {virtual} virtual stages" if virtual > 1 else ""
+            raise UserError(f"{flag_of(name)} is {number}; it must be >= 1{multiple}")
+    middle, middle_stages = num_layers(args) - sum(ends.values()), stages - len(ends)
+    given = " and ".join(f"{flag_of(name)} {number}" for name, number in ends.items())
+    fits = middle == 0 if middle_stages == 0 else middle > 0 and middle % (middle_stages * virtual) == 0
+    if not fits or middle_stages < 0:
+        among = f"{max(middle_stages, 0)} middle stages" + (
+            f" of {virtual} virtual stages" if virtual > 1 else ""
+        )
+        raise UserError(
+            f"--num-layers {num_layers(args)} with {given} leaves {middle} layers for {among} "
+            f"(--pipeline-model-parallel-size {stages}); choose numbers that leave each as many"
+        )
+
+
+def even_pipeline(args: Namespace) -> None:
+    if other_layer_plan(args) or given(
+        args,
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    ):
+        return
+    stages = args.pipeline_model_parallel_size
+    counted = [
+        word for word in ("embedding", "loss") if getattr(args, f"account_for_{word}_in_pipeline_split")
+    ]
+    total = num_layers(args) + len(counted)
+    what = " plus ".join([f"--num-layers {num_layers(args)}", *counted])
+    if total % stages:
+        raise UserError(
+            f"{what} is not divisible by --pipeline-model-parallel-size {stages}; change one of them or give "
+            "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers"
+        )
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        number = getattr(args, name)
+        if number is not None and (number < 1 or (total // stages) % number):
+            raise UserError(
+                f"{flag_of(name)} is {number}; it must divide the {total // stages} layers of a pipeline "
+                f"stage ({what}, --pipeline-model-parallel-size {stages})"
+            )
+
+
+def interleaving(args: Namespace) -> None:
+    stages = args.pipeline_model_parallel_size
+    if other_layer_plan(args) or virtual_stages(args) == 1:
+        return
+    least = 2 if args.overlap_p2p_comm else 3
+    if stages < least:
+        raise UserError(
+            f"--pipeline-model-parallel-size is {stages}; with {virtual_stages(args)} virtual stages each "
+            f"it must be >= {least}"
+        )
+
+
+def sequence_length(args: Namespace) -> None:
+    length = args.seq_length if args.seq_length is not None else args.encoder_seq_length
+    cp, tp = args.context_parallel_size, tensor_parallel(args)
+    multiple, why = 1, []
+    if cp > 1:
+        multiple, why = 2 * cp, [f"2 x --context-parallel-size {cp}"]
+    if args.sequence_parallel and tp > 1:
+        multiple = math.lcm(multiple, cp * tp)
+        why.append(f"--sequence-parallel over --tensor-model-parallel-size {tp}")
+    if length % multiple:
+        raise UserError(f"--seq-length is {length}; it must be a multiple of {multiple} ({', '.join(why)})")
+    if args.max_position_embeddings < length:
+        raise UserError(
+            f"--max-position-embeddings is {args.max_position_embeddings}; "
+            f"it must be >= --seq-length {length}"
+        )
+
+
+def batch_sizes(args: Namespace) -> None:
+    micro = args.micro_batch_size
+    replicas = args.world_size // (
+        tensor_parallel(args) * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    if args.step_batch_size_schedule is not None:
+        if args.global_batch_size is not None:
+            raise UserError(
+                f"--step-batch-size-schedule is {args.step_batch_size_schedule} and --global-batch-size is "
+                f"{args.global_batch_size}; give only one"
+            )
+        return
+    total = args.global_batch_size if args.global_batch_size is not None else micro * replicas
+    step = micro * replicas
+    named = f"--micro-batch-size {micro} x {replicas} data-parallel replicas = {step}"
+    # With --decrease-batch-size-if-needed a remainder is allowed, but not less than one micro-batch each.
+    if total < step or (total % step and not args.decrease_batch_size_if_needed):
+        raise UserError(f"--global-batch-size is {total}; it must be a multiple of {named}")
+    eval_micro, eval_total = args.eval_micro_batch_size or micro, args.eval_global_batch_size or total
+    eval_replicas = replicas // weight_replicas(args)
+    if eval_total % (eval_micro * eval_replicas):
+        raise UserError(
+            f"--eval-global-batch-size is {eval_total}; it must be a multiple of --eval-micro-batch-size "
+            f"{eval_micro} x {eval_replicas} data-parallel replicas = {eval_micro * eval_replicas}"
+        )

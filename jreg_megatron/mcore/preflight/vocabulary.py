@@ -1,0 +1,146 @@
+"""The tokenizer, the model's vocabulary, and the ids in the data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from argparse import Namespace
+
+from jreg_megatron.data.index_file import Index
+from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
+from jreg_megatron.mcore.preflight.asked import flag_of, tensor_parallel
+from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of
+from jreg_megatron.runtime.errors import UserError
+
+
+def tokenizer(args: Namespace) -> None:
+    if args.tokenizer_type is None:
+        raise UserError(
+            "--tokenizer-type is missing; for example SentencePieceTokenizer with --tokenizer-model"
+        )
+    if args.tokenizer_type in NULL_TYPES and not args.vocab_size:
+        raise UserError(f"--vocab-size is missing; --tokenizer-type {args.tokenizer_type} needs it")
+    if args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer", "HuggingFaceTokenizer", "SFTTokenizer"):
+        if args.tokenizer_model is None:
+            raise UserError(f"--tokenizer-model is missing; --tokenizer-type {args.tokenizer_type} needs it")
+        # For the other two types it may also be the name of a model on the hub.
+        must_be_file = args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer")
+        if must_be_file and not os.path.isfile(args.tokenizer_model):
+            raise UserError(
+                f"--tokenizer-model is {args.tokenizer_model}, which is not a file; correct the path"
+            )
+    for name in ("vocab_file", "merge_file", "metadata_path"):
+        path = getattr(args, name)
+        if path is not None and not os.path.isfile(path):
+            flag = "--tokenizer-metadata" if name == "metadata_path" else flag_of(name)
+            raise UserError(f"{flag} is {path}, which is not a file; correct the path")
+
+
+def vocabulary_sizes(args: Namespace) -> None:
+    for name in ("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+    if args.padded_vocab_size is not None and args.padded_vocab_size % tensor_parallel(args):
+        raise UserError(
+            f"--padded-vocab-size {args.padded_vocab_size} is not divisible by "
+            f"--tensor-model-parallel-size {tensor_parallel(args)}; round it up"
+        )
+    if args.padded_vocab_size is None and not args.pad_vocab_size and args.vocab_size is None:
+        raise UserError("--vocab-size is missing; --no-pad-vocab-size needs it (or --padded-vocab-size)")
+    size = _exact_tokenizer_size(args)
+    # The size of other tokenizers comes from --vocab-size itself.
+    named = ("vocab_size",) if args.tokenizer_type in SENTENCEPIECE_TYPES else ()
+    for name in (*named, "padded_vocab_size"):
+        value = getattr(args, name)
+        if size is not None and value is not None and value < size:
+            raise UserError(
+                f"{flag_of(name)} is {value}, but the tokenizer has {size} tokens; "
+                f"leave it out or give >= {size}"
+            )
+
+
+def token_ids(args: Namespace) -> None:
+    vocabulary = _model_vocabulary(args)
+    if vocabulary is None:
+        return
+    prefixes = list(local_prefixes(args))
+    for flag, prefix in prefixes:
+        index = read_index_of(flag, prefix)
+        if index.dtype.startswith("float"):
+            continue
+        least, most = _extreme_ids(prefix, index, windows=max(8, min(64, 1024 // len(prefixes))))
+        if least < 0 or most >= vocabulary:
+            raise UserError(
+                f"{flag} names {prefix}, which holds the token id {most if least >= 0 else least}, but the "
+                f"model's vocabulary is {vocabulary} (ids 0 to {vocabulary - 1}); give the tokenizer "
+                "that made the data or a larger --padded-vocab-size"
+            )
+
+
+def _extreme_ids(prefix: str, index: Index, windows: int, width: int = 1 << 14) -> tuple[int, int]:
+    """Least and greatest token id in up to ``windows`` evenly spaced pieces of ``width`` tokens.
+
+    All tokens are read if the pieces cover them; the first and the last token always are.
+    """
+    import numpy
+
+    tokens = numpy.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=(index.tokens,))
+    if index.tokens <= windows * width:
+        starts, width = [0], index.tokens
+    else:
+        starts = [piece * (index.tokens - width) // (windows - 1) for piece in range(windows)]
+    pieces = [tokens[start : start + width] for start in starts]
+    return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+
+
+def _model_vocabulary(args: Namespace) -> int | None:
+    """Rows of the embedding as Megatron derives them, or None where that is not known here."""
+    if args.padded_vocab_size is not None:
+        return int(args.padded_vocab_size)
+    size = args.vocab_size
+    if args.pad_vocab_size:
+        size = _exact_tokenizer_size(args) or _hugging_face_size(args)
+    if size is None:
+        return None
+    multiple = args.make_vocab_size_divisible_by * tensor_parallel(args)
+    return int(math.ceil(size / multiple) * multiple)
+
+
+def _exact_tokenizer_size(args: Namespace) -> int | None:
+    """Number of tokens that Megatron's tokenizer will report, for the types where it is cheap to know."""
+    if args.metadata_path is not None:
+        return None  # it may name another tokenizer class
+    if args.tokenizer_type not in SENTENCEPIECE_TYPES:
+        return told_vocab_size(vars(args))
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.Load(args.tokenizer_model)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--tokenizer-model is {args.tokenizer_model}, which is not a SentencePiece model; "
+            "correct the path"
+        ) from error
+    added = args.special_tokens if args.tokenizer_sentencepiece_legacy and args.special_tokens else []
+    return int(model.get_piece_size()) + len({t for t in added if model.piece_to_id(t) == model.unk_id()})
+
+
+def _hugging_face_size(args: Namespace) -> int | None:
+    """Upper bound on the size of a Hugging Face tokenizer that lies in a local folder."""
+    path = os.path.join(args.tokenizer_model or "", "tokenizer.json")
+    if args.tokenizer_type != "HuggingFaceTokenizer" or args.metadata_path is not None:
+        return None
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = json.load(stream)
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens") or []]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return max([*ids, *added], default=-1) + 1 + len(args.special_tokens or [])

@@ -1,0 +1,1 @@
+"""What can be done with a residual stream; a folder a method."""

@@ -1,0 +1,151 @@
+"""Displacement and its gradients over whole states: in plain torch, or as one fused kernel each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.methods.jreg.kernels import eager
+from jreg_megatron.methods.jreg.settings import flag_of
+from jreg_megatron.runtime.errors import UserError
+
+_CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
+
+
+class DeviceFault(UserError):
+    """Kernels have made the device fail: this process can do no more on it, collectives neither."""
+
+
+class Kernels(Protocol):
+    """What both ways offer. States are ``[..., h]`` of any floating type, those of one call on one device."""
+
+    @property
+    def kind(self) -> str:
+        """``torch``, or ``triton`` and its version: those of one kind round alike, and are as fast."""
+
+    @property
+    def name(self) -> str:
+        """The kind, and for a report what else there is to say of them."""
+
+    def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
+        """Psi ``[...]`` of every token as in ``formulas.displacement``, without a graph."""
+
+    def gradients(
+        self,
+        h_in: Tensor,
+        h_out: Tensor,
+        grad_out: Tensor,
+        coefficient: Tensor,
+        factor: float,
+        token_weights: Tensor | None = None,
+        needs_grad_in: bool = True,
+        needs_psi: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The gradients of ``coefficient * factor * sum of weight * Psi``, the output's on top of its own.
+
+        ``Psi = (1 - u.v) / 2`` with ``u = a / |a|``, ``v = b / |b|`` has the gradients
+        ``dPsi/da = -(v - (u.v) u) / (2 |a|)`` and ``dPsi/db = -(u - (u.v) v) / (2 |b|)``. With
+        ``u.v = 1 - 2 Psi`` the brackets are ``(v - u) + 2 Psi u`` and ``(u - v) + 2 Psi v``, which keeps
+        their digits where the two states nearly agree. Rows of norm zero get zero.
+
+        Args:
+            h_in: the layer's input ``[..., h]``.
+            h_out: the layer's output, same shape; the type may differ.
+            grad_out: gradient that has come to ``h_out``, same shape.
+            coefficient: float32 tensor of one element on the states' device.
+            factor: what the coefficient is multiplied by; the fused kernels take it in float32.
+            token_weights: ``[...]``, what each token counts for; by default each counts 1.
+            needs_grad_in: whether the gradient for ``h_in`` is wanted.
+            needs_psi: whether Psi is.
+
+        Returns:
+            The gradient for ``h_in`` in its type (None if not wanted), ``grad_out`` plus the gradient for
+            ``h_out`` in that one's type, and Psi ``[...]`` as :meth:`displacement` gives it (None if not
+            wanted). Computed in float32 (float64 for float64 states) and rounded once.
+        """
+
+
+def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) -> Kernels:
+    """The kernels for a model: Triton's on a GPU, after they have shown there that their numbers are right.
+
+    Args:
+        wanted: "auto", "triton" or "torch".
+        device: where the states are.
+        width: their hidden size.
+        dtype: their type.
+
+    Raises:
+        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
+        DeviceFault: if they make the device fail.
+    """
+    if wanted == "torch":
+        return eager.KERNELS
+    if wanted == "auto" and device.type != "cuda":
+        return eager.KERNELS
+    why_not = ""
+    try:
+        from jreg_megatron.methods.jreg.kernels import fused
+
+        if device.type == "cuda" or fused.IS_INTERPRETED:
+            check(fused.KERNELS, device, width, dtype)
+            return fused.KERNELS
+        why_not = f"Triton has no kernels for {device.type}"
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
+        refuse_fault(device)
+        why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if wanted == "triton":
+        raise UserError(
+            f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
+        )
+    return eager.TorchKernels(why_not)
+
+
+def refuse_fault(device: torch.device) -> None:
+    """Refuse to go on with a device on which nothing runs any more, whoever was told of it first.
+
+    Raises:
+        DeviceFault: if it is one.
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return  # nothing has run there
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceFault(
+            f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
+            f"set {flag_of('kernels')} to 'torch', and report it"
+        ) from error
+
+
+def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
+    """Compare kernels with plain torch in float64 on a few tokens, on the very device, width and type.
+
+    Raises:
+        UserError: if they differ by more than the type's rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(*_CHECKED_TOKENS, width, generator=generator) for _ in range(3))
+    h_in, turned, grad_out = (states.to(device, dtype) for states in drawn)
+    h_out = h_in + turned
+    coefficient = torch.ones(1, device=device)
+    factor = float(width)  # so large that what is added is as large as what it is added to
+    weights = torch.rand(_CHECKED_TOKENS, generator=generator).to(device)
+
+    def numbers(by: Kernels, a: Tensor, b: Tensor, grad: Tensor) -> list[Tensor | None]:
+        unweighted = by.gradients(a, b, grad, coefficient, factor)
+        return [by.displacement(a, b), *unweighted, *by.gradients(a, b, grad, coefficient, factor, weights)]
+
+    ours = numbers(kernels, h_in, h_out, grad_out)
+    right = numbers(eager.KERNELS, h_in.double(), h_out.double(), grad_out.double())
+    for got, expected in zip(ours, right, strict=True):
+        assert got is not None and expected is not None
+        error = (got.double() - expected).norm() / expected.norm()
+        if not error <= max(1e-6, torch.finfo(got.dtype).eps):
+            raise UserError(
+                f"the kernels of {kernels.name} give wrong numbers on {device} for width {width} in {dtype} "
+                f"(relative error {float(error):.1g}); set {flag_of('kernels')} to 'torch', and report it"
+            )

@@ -1,0 +1,138 @@
+"""One import of Megatron for all ranks: import, then fork."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from jreg_megatron.runtime.errors import UserError, print_error
+
+_GRACE_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+_NOT_EPHEMERAL = range(20000, 32768)  # outgoing connections take higher ones, by Linux's default
+
+
+def check_nproc(count: int) -> None:
+    """Refuse a ``--nproc`` that :func:`fork_ranks` cannot start.
+
+    Raises:
+        UserError: under torchrun, or for less than one rank.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+    if count < 1:
+        raise UserError(f"--nproc is {count}; it must be >= 1")
+
+
+def fork_ranks(count: int, work: Callable[[], None]) -> int:
+    """Run ``work`` in ``count`` forked ranks of one job on this machine.
+
+    Importing Megatron is most of a short run's time. Ranks that are forked after the import share one,
+    where a launcher that starts processes pays for each of them.
+
+    Args:
+        count: number of ranks.
+        work: what every rank runs; it finds its rank where torchrun would put it, in the environment.
+
+    Returns:
+        0, or the exit status of the first rank that failed (128 + N after signal N); the others are ended
+        then.
+    """
+    # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
+    import megatron.core.tokenizers.text  # noqa: F401
+    import torch
+    import torch._dynamo
+
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(free_port()),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+    )
+    # A collection in a rank would touch, and so copy, all that the import made.
+    gc.freeze()
+    if "OMP_NUM_THREADS" not in os.environ:
+        # As under torchrun. More threads than free cores make a step many times slower, and their
+        # number would show in the last bits of the losses.
+        torch.set_num_threads(1)
+    # A scheduler ends a job by SIGTERM; the ranks must not outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_run_rank, args=(rank, work)) for rank in range(count)]
+    try:
+        for rank in ranks:
+            rank.start()
+        return _first_failure(ranks)
+    finally:
+        _end(ranks)
+        gc.unfreeze()
+
+
+def _run_rank(rank: int, work: Callable[[], None]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_the_parent()
+    # What a killed rank has forked, such as the helper of Megatron's checkpoints, would hold its sockets and
+    # pipes open, so that neither the other ranks nor the launcher could see that it is gone.
+    os.register_at_fork(after_in_child=end_with_the_parent)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    work()
+
+
+def end_with_the_parent() -> None:
+    """Have this process killed when its parent dies (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
+    """Wait until all ranks have ended, or one has failed; its exit status, or 0."""
+    running = dict(enumerate(ranks))
+    while running:
+        ready = multiprocessing.connection.wait([rank.sentinel for rank in running.values()])
+        ended = {}
+        for number in [number for number, rank in running.items() if rank.sentinel in ready]:
+            rank = running.pop(number)
+            rank.join()  # its pipe is closed a moment before it is gone
+            ended[number] = rank.exitcode
+        # A rank that was killed could say nothing, and its loss makes the others fail: it comes first.
+        status, number = min((status or 0, number) for number, status in ended.items())
+        if status < 0:
+            what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
+            print_error(f"{what}; the other ranks are ended too")
+            return 128 - status
+        if status := max(status or 0 for status in ended.values()):
+            return status
+    return 0
+
+
+def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
+    """End the ranks that still run; one that does not heed SIGTERM in time is killed, as by torchrun."""
+    running = [rank for rank in ranks if rank.is_alive()]
+    for rank in running:
+        rank.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in running:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        if rank.is_alive():
+            rank.kill()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on, and that no outgoing connection takes meanwhile."""
+    for port in random.SystemRandom().sample(_NOT_EPHEMERAL, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise UserError(
+        f"100 ports in {_NOT_EPHEMERAL.start}..{_NOT_EPHEMERAL.stop - 1} are all taken; free some"
+    )

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of an exported model, as the paper does it."""

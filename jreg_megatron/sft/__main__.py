@@ -1,0 +1,359 @@
+"""Supervised fine-tuning (SFT) of an exported model by TRL's ``SFTTrainer``; ``recipes/sft.sh`` calls this.
+
+The first process checks model, data, batch and GPUs, prints one table and becomes ``torchrun``. Each rank is
+``python -m jreg_megatron.sft train MODEL DATA TRL_FLAGS...``.
+
+``sft.jinja`` beside this file is Tulu's format, as its model cards show it and ``open-instruct`` trains it:
+a line with the role, the text, and the end token behind each answer. What stands between its ``generation``
+marks has labels: the answers with their end tokens. No token begins a text, as none does in the training
+data that ``jreg_megatron.data`` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jreg_megatron.recipe import announcement, command, machine
+from jreg_megatron.recipe.request import count, partition, refuse
+from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.extras import need
+
+TEMPLATE = Path(__file__).with_name("sft.jinja")
+ROLES = ("system", "user", "assistant")
+SMOKE_STEPS = 2
+
+_SMOKE = """
+    --use_cpu true --per_device_train_batch_size 4 --max_length 256 --learning_rate 1e-3 --warmup_steps 0
+    --logging_steps 1 --dataset_num_proc 1 --fsdp=
+"""
+"""One process, without a GPU, on short texts, at a rate at which the loss falls in a few steps."""
+_RUN = "sft.json"
+_IDENTITY = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "max_length"),
+    *("packing", "assistant_only_loss", "seed"),
+)
+"""What makes a run the run that it is, beside model, data and batch."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what ``argv`` asks for; a run that starts takes this process over."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with user_errors_exit(), quiet_interrupt():
+        if words[:1] == ["train"]:
+            train(words[1], words[2], words[3:])
+        else:
+            _start(words)
+
+
+def train(model: str, data: str, flags: Sequence[str]) -> None:
+    """Train in this rank, from the checkpoint that the flags name, if they do.
+
+    The last checkpoint is the result: a folder with model, tokenizer and template.
+    """
+    trainer = make_trainer(model, data, flags)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+
+
+def make_trainer(model: str, data: str, flags: Sequence[str]) -> Any:
+    """TRL's trainer with the data as tokens and labels."""
+    trl = need("trl", "SFT", "sft")
+    (settings,) = _parser().parse_args_into_dataclasses(list(flags))
+    return trl.SFTTrainer(model=model, args=settings, train_dataset=read_data(data)[0])
+
+
+def read_data(data: str) -> tuple[Any, int]:
+    """The usable conversations of a JSON-lines file, a folder or a data set on the hub; how many are not.
+
+    Raises:
+        UserError: if there are none.
+    """
+    datasets = need("datasets", "SFT", "sft")
+    path = Path(data)
+    if path.suffix in (".json", ".jsonl") and not path.is_file():
+        raise UserError(f"DATA is {data}, which is not there; correct the path")
+    source: tuple[str, dict[str, str]] = ("json", {"data_files": data}) if path.is_file() else (data, {})
+    try:
+        rows = datasets.load_dataset(source[0], split="train", **source[1])
+    except Exception as error:  # datasets has no class of its own for what can go wrong here
+        said = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"DATA is {data}, which cannot be read ({type(error).__name__}: {said}); name a JSON-lines file, "
+            "a folder of such, or a data set that the Hugging Face hub can be asked for from here"
+        ) from error
+    if "messages" not in rows.column_names:
+        raise UserError(
+            f"DATA is {data}, whose rows have {', '.join(rows.column_names)}; each needs messages, "
+            'a list of {"role": ..., "content": ...}'
+        )
+    usable = rows.filter(is_usable, input_columns="messages")
+    if not len(usable):
+        raise UserError(
+            f"DATA is {data}, and no messages there have roles among {', '.join(ROLES)}, text as content and "
+            f"an answer by assistant; the first are {json.dumps(rows[0]['messages'])[:200]}"
+        )
+    return usable, len(rows) - len(usable)
+
+
+def is_usable(messages: Any) -> bool:
+    """Whether a conversation has Tulu's roles, texts, and an answer to learn from."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return False
+    roles = [message.get("role") for message in messages]
+    return (
+        "assistant" in roles
+        and set(roles) <= set(ROLES)
+        and all(isinstance(message.get("content"), str) for message in messages)
+    )
+
+
+def accumulation(batch: int, gpus: int, micro_batch: int) -> int:
+    """Micro-batches that each GPU takes for one step.
+
+    Raises:
+        UserError: if the batch cannot be shared evenly.
+    """
+    if batch % (gpus * micro_batch):
+        raise UserError(
+            f"BATCH is {batch}, which {gpus} GPUs cannot share in micro-batches of {micro_batch}: "
+            f"it must be a multiple of {gpus * micro_batch}; change MICRO_BATCH or GPUS"
+        )
+    return batch // (gpus * micro_batch)
+
+
+def check_model(model: str, length: int) -> str:
+    """The exported model, as text.
+
+    Raises:
+        UserError: if this is no folder that ``jreg-megatron export`` has made with a tokenizer.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(
+            f"MODEL is {model}, which is not a folder; give one that jreg-megatron export has made"
+        )
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"MODEL is {model}, which holds no exported model (config.json and safetensors); "
+            f"make one: jreg-megatron export CHECKPOINTS OUTPUT"
+        )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"MODEL is {model}, which has no tokenizer; export it again without --no-tokenizer")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token is None:
+        raise UserError(f"MODEL is {model}, whose tokenizer has no end token (eos), which ends an answer")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"MODEL is {model}, whose tokenizer has {len(tokenizer):,} tokens and its embedding "
+            f"{config.vocab_size:,} rows; export it with the training's tokenizer"
+        )
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_length is {length:,}, and {model} was trained on {config.max_position_embeddings:,} "
+            "tokens; lower LENGTH"
+        )
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    return f"{model}: {parameters:,} parameters, all are trained; vocabulary {len(tokenizer):,}"
+
+
+def check_data(data: str, examples: int) -> str:
+    """How much data there is and how often it is read, as text."""
+    rows, left_out = read_data(data)
+    return f"{len(rows):,} conversations of {data}, read {examples / len(rows):.2f} times" + (
+        f"; {left_out:,} left out, which have no answer or other roles" if left_out else ""
+    )
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
+    """Step and folder of the last whole checkpoint; 0 and None where there is none."""
+    # The Trainer writes this file last.
+    whole = [state.parent for state in run.glob("checkpoint-*/trainer_state.json")]
+    return max(((int(path.name.split("-")[1]), path) for path in whole), default=(0, None))
+
+
+def _start(words: Sequence[str]) -> None:
+    options, flags = _request(words)
+    if options.smoke is not None:
+        _smoke(options, flags)
+        return
+    if options.model is None:
+        raise UserError(f"the model is missing; name the exported folder: {options.recipe} MODEL")
+    asked = _parse(flags)
+    run, steps = Path(asked.output_dir), asked.max_steps
+    if steps < 1:
+        raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1, set STEPS")
+    share = accumulation(options.batch, options.gpus, asked.per_device_train_batch_size)
+    identity = {name: getattr(asked, name) for name in _IDENTITY}
+    identity |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
+    _refuse_another(run, identity)
+    done, checkpoint = last_checkpoint(run)
+    if done >= steps:  # the Trainer would make one more
+        print(f"{run} has all of its {steps:,} steps; nothing to do: the model is {checkpoint}")
+        return
+    rows = {
+        "length": f"{steps:,} steps of {options.batch:,} conversations of at most {asked.max_length:,} tokens"
+        + (f"; going on from step {done:,}" if done else f"; the model will be {run}/checkpoint-{steps}"),
+        "optimizer": f"AdamW {asked.adam_beta1:g}, {asked.adam_beta2:g}, weight decay "
+        f"{asked.weight_decay:g}, clip {asked.max_grad_norm:g}; {asked.lr_scheduler_type} from "
+        f"{asked.learning_rate:g}, warm-up {asked.warmup_steps:g}",
+        "loss": "on the answers alone" if asked.assistant_only_loss else "on all tokens",
+        "layout": f"{options.gpus} GPUs; {share} micro-batches of {asked.per_device_train_batch_size} a step",
+    }
+    findings: dict[str, Callable[[], str]] = {
+        "model": partial(check_model, options.model, asked.max_length),
+        "data": partial(check_data, options.data, steps * options.batch),
+        "this node": lambda: machine.check_gpus(options.gpus, machine.Gpus.of_this_node()),
+    }
+    rows |= announcement.found(findings, options.dry_run)
+    announcement.show(f"{options.recipe.stem}, seed {asked.seed}, in {run}", rows)
+    flags += ["--gradient_accumulation_steps", str(share)]
+    flags += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ranks = [*launcher, "--nproc-per-node", str(options.gpus), *_rank(options.model, options.data, flags)]
+    if options.dry_run:
+        print(command.as_text(ranks, os.environ))
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    (run / _RUN).write_text(json.dumps(identity, indent=2) + "\n")
+    _become(ranks)
+
+
+def _smoke(options: Namespace, flags: list[str]) -> None:
+    """Train a toy, or the model given, on questions that are made here, on the CPU."""
+    folder = Path(_parse(flags).output_dir) / "smoke"
+    flags += [*_SMOKE.split(), "--gradient_accumulation_steps", "2", "--output_dir", str(folder / "run")]
+    flags += ["--max_steps", str(options.smoke)]
+    model, data = options.model or str(folder / "model"), folder / "questions.jsonl"
+    ranks = [sys.executable, *_rank(model, str(data), flags)]
+    print(f"Smoke: {options.model or 'a toy'} on this machine's CPU; its files go to {folder}")
+    if options.model:
+        check_model(model, _parse(flags).max_length)
+    if options.dry_run:
+        print(command.as_text(ranks, os.environ))
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if not options.model:
+        make_toy(Path(model))
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions()))
+    _become(ranks)
+
+
+def questions(largest: int = 8) -> Iterator[list[dict[str, str]]]:
+    """Conversations about sums, some with a system's words and some with a second turn."""
+    for a in range(largest):
+        for b in range(largest):
+            messages = [("system", "Answer in one sentence.")] if a % 2 else []
+            messages += [("user", f"What is {a} plus {b}?"), ("assistant", f"{a} plus {b} is {a + b}.")]
+            if b % 2:
+                messages += [("user", "And the other way round?"), ("assistant", f"{b} plus {a} is {a + b}.")]
+            yield [{"role": role, "content": content} for role, content in messages]
+
+
+def make_toy(folder: Path, pieces: int = 512) -> None:
+    """A small Llama with random weights and a tokenizer, as ``jreg-megatron export`` writes them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from jreg_megatron.convert.tokenizer import write_sentencepiece
+    from jreg_megatron.data import vocabulary
+    from jreg_megatron.data.speeches import read_speeches
+
+    folder.mkdir(parents=True)
+    speeches = list(read_speeches().values())[:12]
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(
+        vocabulary.train((line for text in speeches for line in text.split("\n") if line), pieces)
+    )
+    write_sentencepiece(tokenizer, folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=pieces, **sizes)).save_pretrained(folder)
+
+
+def _refuse_another(run: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = json.loads((run / _RUN).read_text())
+    except (OSError, ValueError):
+        return
+    for name, value in identity.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"{run} holds a run with {name} {held.get(name)}, and now it is {value}; set RUN to another "
+                "folder"
+            )
+
+
+def _rank(model: str, data: str, flags: Sequence[str]) -> list[str]:
+    return ["-m", "jreg_megatron.sft", "train", model, data, *flags]
+
+
+def _become(ranks: Sequence[str]) -> None:
+    sys.stdout.flush()
+    os.execv(ranks[0], list(ranks))
+
+
+def _parser() -> Any:
+    trl = need("trl", "SFT", "sft")
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(trl.SFTConfig, allow_abbrev=False)
+    parser.error = refuse
+    return parser
+
+
+def _parse(flags: Sequence[str]) -> Namespace:
+    """The flags as TRL has them, without what it asks of this machine."""
+    asked: Namespace = _parser().parse_args(list(flags))
+    return asked
+
+
+def _request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Read ``OPTIONS -- TRL'S FLAGS ::: WHAT THE USER TYPED``: options, and the flags of both."""
+    own, _, rest = partition(list(words), "--")
+    flags, _, typed = partition(rest, ":::")
+    asked, _, more = partition(typed, "--")
+    parser = argparse.ArgumentParser(prog="python -m jreg_megatron.sft", allow_abbrev=False)
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--gpus", type=count("GPUS"), required=True)
+    parser.add_argument("--batch", type=count("BATCH"), required=True)
+    parser.add_argument("--data", required=True)
+    options = parser.parse_args(own)
+    user = argparse.ArgumentParser(
+        prog=str(options.recipe),
+        usage="%(prog)s MODEL [--dry-run] [--smoke [N]] [-- MORE TRL FLAGS]",
+        description="Fine-tune an exported model on instructions. The knobs stand in the recipe; those "
+        "written ${NAME:-value} can be set in the environment. The same command goes on after a crash.",
+        allow_abbrev=False,
+    )
+    user.error = refuse  # type: ignore[method-assign]
+    user.add_argument("model", nargs="?", metavar="MODEL", help="folder that jreg-megatron export has made")
+    user.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
+    user.add_argument(
+        "--smoke",
+        type=count("--smoke"),
+        nargs="?",
+        const=SMOKE_STEPS,
+        metavar="N",
+        help=f"instead, train a toy (or MODEL, named before it) for N steps (default {SMOKE_STEPS}) on this "
+        "machine's CPU, on sums that are made here",
+    )
+    user.parse_args(asked, options)
+    return options, ["--chat_template_path", str(TEMPLATE), *flags, *more]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The residual stream of a built model: where it is, what is read and added, what is refused."""

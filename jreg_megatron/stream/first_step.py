@@ -1,0 +1,329 @@
+"""What ``attach`` takes for granted, held against what happens in the first step. It costs nothing later.
+
+Two things are inferred from how a model is built and configured. A job may do otherwise.
+
+- Which state is a layer's input and output: :mod:`jreg_megatron.stream.layer_watch` compares.
+- How the loss is scaled on its way to the parameters. That shows in the gradient at the model's output, the
+  losses of a micro-batch's tokens ``[b, s]``. It is, with ``g``, ``M`` of ``attachment``,
+
+    averaged loss     g / M, summed over the tokens of a micro-batch that has any that count
+    per-token loss    g, for each token that counts
+
+times the setting ``loss_weight``. What scales the gradient after that scales JREG's gradient too.
+
+A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
+the gradients, or where metrics are asked for. Then all ranks raise the same. Without pipeline stages all find
+the same in a layer, and raise it in the forward pass.
+
+Layers are compared in one step. The scale may take more: a step may have no token that counts, or overflow.
+
+Not seen is the scale of a loss that is computed outside of the model, from logits. Where tokens or
+micro-batches weigh unlike, a divisor may be wrong by less than 16.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.ranks import of_every_rank
+
+_MOST = 1.5
+"""A loss may weigh its tokens, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
+_MOST_WEIGHED = 16.0
+"""The same where tokens are seen to weigh unlike. A sum that nobody divides is off by its tokens."""
+_EXACT = 0.01
+_MOST_STEPS = 50
+"""So many may pass without a loss scale that fits (fp16 halves its own from 2^32) or a token that counts."""
+
+_NO_COUNT = (
+    "calculate_per_token_loss is on, and the loss function returns no number of tokens, so Megatron does not "
+    "divide JREG's gradient by it; return three values from the loss function (sum of the losses, number of "
+    "tokens, report), or turn calculate_per_token_loss off"
+)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a rank has seen in a step; gradients without fp16's loss scale. Zeros where it has no loss."""
+
+    finding: str
+    runs: int = 0
+    """How many micro-batches went forward that a backward pass follows, counted in each chunk."""
+    told: int = 0
+    """What JREG has divided by."""
+    losses: int = 0
+    """How many micro-batches have had a backward pass from the tokens' losses."""
+    gradient: float = 0.0
+    """Of the tokens' losses, summed over the micro-batches."""
+    expected: float = 0.0
+    """What that should be if the loss is a mean over the tokens that count, or per token their sum."""
+    expected_of_all: float = 0.0
+    """What it should be if the mean is over all tokens."""
+    expected_of_empty: float = 0.0
+    """What it should be if micro-batches without a token that counts share in the mean of the others."""
+    is_weighted: bool = False
+    """Whether tokens of a micro-batch, or micro-batches, differ in more than which tokens count."""
+    num_tokens: int = 0
+    """What the loss function has counted, for per-token loss."""
+
+
+class FirstStep:
+    """The checks of the first step."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        settings: JRegConfig,
+        num_microbatches: Callable[[], int],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Nothing is seen before :meth:`start`.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped; at least one.
+            settings: at lambda 0 the scale of the loss does not matter.
+            num_microbatches: what JREG divides by.
+            group: the ranks that hold the model together; None for all.
+        """
+        self._chunks = chunks
+        self._config: Any = chunks[0].config
+        self._coeff, self._loss_weight = settings.coeff, settings.loss_weight
+        self._num_microbatches = num_microbatches
+        self._group = group
+        self._finding = ""
+        self._is_alike = True
+        self._runs = self._told = self._steps = 0
+        # Of each micro-batch: sum, how many are not 0, how many there are, the largest.
+        self._gradients: list[Tensor] = []
+        self._meeting: Callable[..., Any] | None = None
+        self._num_tokens: Tensor | None = None
+        self.has_seen_scale = False
+        """Whether the loss's gradient has shown its scale, and it was right."""
+        self._end_watch: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all was seen, and found as expected."""
+        return not self._undo
+
+    @property
+    def ranks_meet(self) -> bool:
+        """Whether a rank that has found something may go on, since all will meet before the optimizer."""
+        return self._finalize is not None or bool(self._config.pipeline_model_parallel_size > 1)
+
+    def start(self, end_watch: Callable[[], None]) -> None:
+        """Watch the model's output. Attach the taps of the layers first: hooks run in that order.
+
+        Args:
+            end_watch: ends the comparison of the layers' states.
+        """
+        self._end_watch = end_watch
+        for chunk in self._chunks:
+            self._undo.append(chunk.register_forward_pre_hook(self._before_chunk).remove)
+            self._undo.append(chunk.register_forward_hook(self._after_chunk).remove)
+
+    def end(self) -> None:
+        """Take everything off the model."""
+        self._end_layers()
+        while self._undo:
+            self._undo.pop()()
+
+    def _end_layers(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+            self._end_watch = None
+
+    def report(self, finding: str, is_alike: bool) -> None:
+        """This rank has found something that makes JREG's numbers wrong; the first finding is told.
+
+        Args:
+            finding: one line, for the user.
+            is_alike: whether every rank with the same layers finds it.
+        """
+        if not self._finding:
+            self._finding, self._is_alike = finding, is_alike
+
+    def forget(self) -> None:
+        """A step was broken off, or had passes that are no part of it: look at the next one."""
+        self._runs, self._num_tokens = 0, None
+        self._gradients.clear()
+
+    def begin_training_microbatch(self) -> None:
+        """A chunk starts the forward pass of a micro-batch that a backward pass will follow."""
+        self._runs += 1
+        self._told = self._num_microbatches()
+        if self._finding and self._finalize is None and self._runs > self._told * len(self._chunks):
+            raise UserError(self._finding)  # the next step began, and the ranks have not met
+
+    def settle(self) -> None:
+        """Bring together what the ranks have seen. A collective call; the checks go on if it was too little.
+
+        Raises:
+            UserError: if a rank has found something; on every rank the same.
+        """
+        ranks = of_every_rank(self._seen(), self._group)
+        if finding := next((rank.finding for rank in ranks if rank.finding), ""):
+            raise UserError(finding)
+        if any(rank.runs for rank in ranks):  # else it was an evaluation
+            self._end_layers()
+            self._steps += 1
+            if self._coeff == 0 or self._is_scale_right(ranks):
+                self.end()
+            elif self._steps == _MOST_STEPS:
+                self.end()
+                self._say(f"{_MOST_STEPS} steps have not shown how the loss is scaled")
+        self.forget()
+
+    def _meet_before_the_optimizer(self) -> None:
+        finalize = self._finalize
+        if finalize is None or finalize is self._meeting:
+            return
+
+        @functools.wraps(finalize)
+        def settle_first(model: Any, num_tokens: Tensor | None = None, *args: Any, **named: Any) -> Any:
+            if not self.has_ended:  # what another has put around this cannot be taken off
+                self._num_tokens = num_tokens
+                self.settle()
+            return finalize(model, num_tokens, *args, **named)
+
+        def restore() -> None:
+            if self._finalize is settle_first:
+                self._config.finalize_model_grads_func = finalize
+
+        self._config.finalize_model_grads_func = self._meeting = settle_first
+        self._undo.append(restore)
+
+    @property
+    def _finalize(self) -> Callable[..., Any] | None:
+        """What Megatron's schedules call on every rank behind the last backward pass."""
+        function: Callable[..., Any] | None = getattr(self._config, "finalize_model_grads_func", None)
+        return function
+
+    def _before_chunk(self, *_: Any) -> None:
+        if torch.is_grad_enabled():  # alike on all ranks, while a stage may be in evaluation mode by itself
+            self._meet_before_the_optimizer()
+
+    def _after_chunk(self, chunk: Any, _: Any, output: Any) -> None:
+        if not (chunk.training and torch.is_grad_enabled()):
+            return
+        is_alone = self._config.pipeline_model_parallel_size == 1
+        if self._finding and is_alone and (self._is_alike or self._finalize is None):
+            raise UserError(self._finding)
+        is_loss = chunk.post_process and isinstance(output, Tensor) and output.dim() == 2
+        if is_loss and output.requires_grad and self._coeff > 0:
+            output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        scale = self._config.grad_scale_func  # of now: fp16's changes behind the step
+        if scale is not None:
+            gradient = gradient.double() / scale(torch.ones_like(gradient[:1, :1]))
+        total, counted = gradient.sum(dtype=torch.float64), gradient.count_nonzero().double()
+        size = torch.full_like(total, gradient.numel())
+        self._gradients.append(torch.stack((total, counted, size, gradient.abs().max().double())))
+
+    def _seen(self) -> _Seen:
+        num_tokens = 0 if self._num_tokens is None else int(self._num_tokens)
+        if not self._gradients:
+            return _Seen(self._finding, self._runs, self._told, num_tokens=num_tokens)
+        total, counted, size, largest = torch.stack(self._gradients).cpu().unbind(dim=1)
+        if self._config.calculate_per_token_loss:
+            of_all = of_empty = float(counted.sum())
+            expected = of_all if self._num_tokens is None else float(num_tokens)
+        else:
+            expected = float((counted > 0).sum()) / self._told
+            of_all = float((counted / size).sum()) / self._told
+            of_empty = len(total) / self._told
+        is_weighted = bool((largest * counted - total > _EXACT * total.abs()).any())
+        has_loss = counted > 0
+        return _Seen(
+            finding=self._finding,
+            runs=self._runs,
+            told=self._told,
+            losses=len(total),
+            gradient=float(total.sum()),
+            expected=expected,
+            expected_of_all=of_all,
+            expected_of_empty=of_empty,
+            is_weighted=is_weighted or _differ(total[has_loss], counted[has_loss]),
+            num_tokens=num_tokens,
+        )
+
+    def _is_scale_right(self, ranks: Sequence[_Seen]) -> bool:
+        """Whether the loss is scaled as JREG expects; False too if this step does not tell.
+
+        Raises:
+            UserError: if it is scaled otherwise.
+        """
+        gradient, *amounts = (
+            sum(getattr(rank, name) for rank in ranks)
+            for name in ("gradient", "expected", "expected_of_all", "expected_of_empty")
+        )
+        expected, of_all, of_empty = (amount * self._loss_weight for amount in amounts)
+        has_loss = any(rank.losses for rank in ranks)
+        is_uncounted = self._num_tokens is not None and not any(rank.num_tokens for rank in ranks)
+        if self._config.calculate_per_token_loss and is_uncounted and (gradient or not has_loss):
+            raise UserError(_NO_COUNT)
+        if not has_loss:
+            return True  # the loss is computed from logits, outside of the model
+        if not gradient or not math.isfinite(gradient):
+            return False  # no token counts, or fp16 has overflowed
+
+        def is_near(wanted: float) -> bool:
+            return bool(abs(gradient - wanted) <= _EXACT * wanted)
+
+        ran, told = max(rank.runs for rank in ranks) / len(self._chunks), max(rank.told for rank in ranks)
+        ratio, as_told = gradient / expected, ran == told
+        is_right = (is_near(expected) and (as_told or self._loss_weight == 1)) or (
+            as_told and (is_near(of_all) or is_near(of_empty) or 1 / _MOST <= ratio <= _MOST)
+        )
+        is_weighted = as_told and any(rank.is_weighted for rank in ranks)
+        if not is_right and is_weighted and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED:
+            self._say(
+                f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what JREG expects, which "
+                f"may be their weights or a wrong divisor; lambda {self._coeff:g} stands beside it"
+            )
+            is_right = True
+        if is_right:
+            self.has_seen_scale = True
+            return True
+        if not as_told:
+            ratio *= self._loss_weight
+        remedy = (
+            f"the model ran {ran:g} times in a step of {told}; give attach(..., num_microbatches=) the "
+            "number by which the mean loss of each run is divided"
+        )
+        if as_told:
+            weight, found = flag_of("loss_weight"), ratio * self._loss_weight
+            remedy = (
+                "if the loss is a sum, return it and its number of tokens from the loss function; if steps "
+                "are accumulated, give attach(..., num_microbatches=) the number by which the mean loss of a "
+                f"micro-batch is divided; if the script multiplies its loss by {found:.4g}, give {weight} "
+                f"{found:.4g}"
+            )
+        raise UserError(
+            f"lambda {self._coeff:g} would act like {self._coeff / ratio:.4g}, since the loss is {ratio:.4g} "
+            f"times what JREG expects with {told} micro-batches; {remedy}"
+        )
+
+    def _say(self, line: str) -> None:
+        if not dist.is_initialized() or dist.get_rank(self._group) == 0:
+            print(f"> JREG: {line}", flush=True)
+
+
+def _differ(total: Tensor, counted: Tensor) -> bool:
+    """Whether micro-batches ``[n]`` differ in their sum, and in their mean over the tokens that count."""
+    return all(
+        bool(((values - values[:1]).abs() > _EXACT * values[:1].abs()).any())
+        for values in (total, total / counted)
+    )

@@ -1,0 +1,417 @@
+"""The seam to Megatron-Core: every layer's residual stream, seen once per micro-batch.
+
+Nothing here knows what is done with the states. An observer gets each layer's global number, the state
+before it and the state after it, and returns the state to carry on with, so it may hang an autograd
+node on it. The taps are plain attributes of built layers: no subclass, no spec, no state-dict change.
+
+Where the states are. ``TransformerLayer`` calls ``self_attn_bda(...)(x, residual, p)`` with the layer's
+input as ``residual``, and what ``mlp_bda(...)(...)`` returns is the layer's output; both in every
+version from 0.14 on. Forward hooks on the layer would not do: what they return is a view, which the
+pipeline refuses to free; after ``mlp_bda`` the layer itself makes the tensor viewless.
+
+What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
+has sub-layers; there, a layer is an attention sub-layer and the MLP or experts behind it, so that a pattern
+of such pairs gives the numbers of the ``GPTModel`` with the same weights.
+
+Counted once. Under full recompute a layer's forward runs twice, first without gradients; only the run
+that builds the graph is reported. (Which one it is must be asked outside of the layer: it calls its
+bias-dropout-add with gradients on in both.) That run happens in the backward pass, outside of the model's
+forward, when other micro-batches may have gone forward already. Which one it belongs to is told by its
+input: the checkpoint keeps the tensor that the first run started from, and the second starts from the same
+memory. The final norm runs once, before the last layer is recomputed; then it is shown that layer's input
+without a graph. In evaluation the only run is reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.layer_watch import LayerWatch, Report
+
+MODELS = ("GPTModel", "HybridModel", "MambaModel")
+"""Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
+
+LAYER_PARTS = ("self_attn_bda", "mlp_bda", "layer_number")
+"""What a Megatron layer must have for its residual stream to be seen."""
+
+
+class ResidualStreamObserver(Protocol):
+    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence."""
+
+    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> Any:
+        """A model chunk starts the forward pass of a micro-batch.
+
+        Args:
+            training: whether a backward pass will follow.
+            loss_mask: what the model was called with, ``[b, s]``, if anything.
+
+        Returns:
+            Whatever belongs to this micro-batch; it comes back with each of its layers.
+        """
+
+    def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.
+
+        Returns:
+            The tensor to carry on with in place of ``layer_output``.
+        """
+
+    def final_norm(self, microbatch: Any, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
+        """The final norm has run on the output of the last layer, whose input is ``layer_input``.
+
+        Where the last layer is still to be recomputed, ``layer_input`` has no graph, and :meth:`layer` is
+        called afterwards, in the backward pass.
+
+        Returns:
+            The tensor to carry on with in place of ``normed``.
+        """
+
+
+@dataclass
+class Tap:
+    """An observer on a model; :meth:`remove` takes it off and leaves the model as it was."""
+
+    layer_numbers: tuple[int, ...]
+    """The layers that this rank holds, 1-based over the whole model."""
+    places: tuple[str, ...] = ()
+    """Where layers' inputs and outputs are seen, each kind of layer once."""
+    _chunks: list[_ChunkTap] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def end_watch(self) -> None:
+        """Do not compare layers' own arguments and returns any more."""
+        for chunk in self._chunks:
+            while chunk.watched:
+                chunk.watched.pop().end_watch()
+
+    def remove(self) -> None:
+        """Take the observer off. Taps that were put on later must be removed first."""
+        self.end_watch()
+        while self._undo:
+            self._undo.pop()()
+
+
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The model chunk inside DDP and Float16Module wrappers."""
+    while not hasattr(chunk, "decoder"):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        chunk = inner
+    return chunk
+
+
+def tap_residual_stream(
+    chunks: Sequence[nn.Module],
+    observer: ResidualStreamObserver,
+    report: Report | None = None,
+) -> Tap:
+    """Put an observer on a built model.
+
+    Args:
+        chunks: this rank's model chunks (one, or one per virtual pipeline stage), wrapped or not.
+        observer: what is told about every layer.
+        report: is told where a layer's own argument and return are not the states that the observer sees.
+            Passes that count are compared until :meth:`Tap.end_watch`.
+
+    Returns:
+        The tap, to be kept and removed.
+
+    Raises:
+        UserError: if a chunk is not built as is known here; the message names what was looked for.
+    """
+    chunks = [unwrap(chunk) for chunk in chunks]
+    layers = [residual_layers(chunk) for chunk in chunks]
+    all_layers = [layer for chunk_layers in layers for layer in chunk_layers]
+    kinds = dict.fromkeys((type(layer.first).__name__, type(layer.last).__name__) for layer in all_layers)
+    tap = Tap(
+        tuple(layer.number for layer in all_layers),
+        tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
+    )
+    for chunk, chunk_layers in zip(chunks, layers, strict=True):
+        chunk_tap = _ChunkTap(chunk, observer, tap._undo)
+        chunk_tap.put_on(chunk_layers, report)
+        tap._chunks.append(chunk_tap)
+    return tap
+
+
+@dataclass(frozen=True)
+class ResidualLayer:
+    """A layer of a model chunk, as far as the residual stream goes."""
+
+    number: int
+    """1-based over the whole model."""
+    first: Any
+    """The module whose ``self_attn_bda`` adds to the layer's input."""
+    last: Any
+    """The module whose ``mlp_bda`` returns the layer's output; in a ``GPTModel`` the same."""
+
+
+def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
+    """The layers of an unwrapped model chunk, in order.
+
+    Raises:
+        UserError: if the chunk is not built as a ``GPTModel`` is, or as a ``HybridModel`` of pairs of
+            attention and MLP; the message names what was looked for.
+    """
+    modules = getattr(getattr(chunk, "decoder", None), "layers", None)
+    if modules is None or not any(kind.__name__ in MODELS for kind in type(chunk).__mro__):
+        raise UserError(
+            f"JREG does not support a {type(chunk).__name__}; it must be a Megatron-Core GPTModel or "
+            "HybridModel, or derived from one"
+        )
+    pattern = _hybrid_pattern(chunk)
+    if pattern is not None:
+        _refuse_unpaired(pattern, chunk.config)
+    elif not any(kind.__name__ == "GPTModel" for kind in type(chunk).__mro__):
+        raise UserError(
+            f"JREG does not support a {type(chunk).__name__} without a hybrid layer pattern; give one, such "
+            "as --hybrid-override-pattern '*-*-*-*-'"
+        )
+    for module in modules:
+        missing = [part for part in LAYER_PARTS if not hasattr(module, part)]
+        if missing:
+            raise UserError(
+                f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
+                "the TransformerLayer of Megatron-Core 0.16 or later is supported"
+            )
+    if pattern is None:
+        return [ResidualLayer(module.layer_number, module, module) for module in modules]
+    pairs = zip(modules[::2], modules[1::2], strict=True)
+    return [ResidualLayer(mlp.layer_number // 2, attention, mlp) for attention, mlp in pairs]
+
+
+def final_norm_of(chunk: Any) -> nn.Module | None:
+    """An unwrapped chunk's final norm; None where it has none, or one that does nothing."""
+    norm = getattr(chunk.decoder, "final_layernorm", None)
+    if norm is None:
+        norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
+    return None if type(norm).__name__ in ("Identity", "IdentityOp") else norm
+
+
+def num_layers(chunk: Any) -> int:
+    """How many layers the whole model has that an unwrapped chunk is part of."""
+    count: int = chunk.config.num_layers
+    return count if _hybrid_pattern(chunk) is None else count // 2
+
+
+def last_stage_has_a_layer(chunk: Any) -> bool:
+    """Whether a hybrid model's last pipeline stage holds a layer; of other models the settings tell."""
+    pattern = _hybrid_pattern(chunk)
+    return pattern is None or bool(pattern.rpartition("|")[2])
+
+
+def _hybrid_pattern(chunk: Any) -> str | None:
+    """A ``HybridModel``'s pattern of sub-layers without multi-token prediction; None for other models."""
+    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
+    return pattern.partition("/")[0] if isinstance(pattern, str) else None
+
+
+def _refuse_unpaired(pattern: str, config: Any) -> None:
+    """Refuse, on every rank alike, a pattern whose layers are not whole pairs on every stage."""
+    stages = pattern.split("|")
+    sizes = [len(stage) for stage in stages]
+    if len(stages) == 1:
+        # Without bars Megatron deals sub-layers out evenly, the first and the last stage apart if asked.
+        ends = [config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage]
+        given = [size for size in ends if size is not None]
+        others = config.pipeline_model_parallel_size - len(given)
+        sizes = [*given, (len(pattern) - sum(given)) // others] if others else given
+    if any(size % 2 for size in sizes) or not all(re.fullmatch(r"(\*[-E])*", stage) for stage in stages):
+        raise UserError(
+            f"JREG does not support the hybrid layer pattern {pattern}; it must be made of pairs of "
+            "attention and MLP ('*-') or attention and experts ('*E'), whole on every pipeline stage"
+        )
+    if config.recompute_granularity == "full" and (
+        config.recompute_method != "uniform" or config.recompute_num_layers % 2
+    ):
+        raise UserError(
+            f"JREG does not support --recompute-method {config.recompute_method} with "
+            f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model, since it parts "
+            "attention from MLP; take uniform and an even number"
+        )
+
+
+class _ChunkTap:
+    """The taps on one model chunk and the micro-batch that is running through it."""
+
+    def __init__(self, chunk: Any, observer: ResidualStreamObserver, undo: list[Callable[[], None]]) -> None:
+        self.observer = observer
+        self.microbatch: Any = None
+        """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
+        self.is_in_forward = False
+        self._chunk = chunk
+        self._undo = undo
+        # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
+        # long as the reference is kept, no other memory has that identity, although it may have been freed.
+        self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
+        # What the final norm is compared with: set by the last layer, if both are in this chunk.
+        self.last_layer: tuple[Any, Tensor] | None = None
+        self.watched: list[_LayerTap] = []
+        self.is_watching = False
+        self._was_evaluated = False
+
+    @property
+    def is_training(self) -> bool:
+        """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
+        return bool(self._chunk.decoder.training)
+
+    def put_on(self, layers: Iterable[ResidualLayer], report: Report | None) -> None:
+        chunk, undo = self._chunk, self._undo
+        undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
+        undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
+        final_norm = final_norm_of(chunk)
+        for layer in layers:
+            is_last = layer.number == num_layers(chunk)
+            tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
+            undo.append(layer.first.register_forward_pre_hook(tap.before_layer, with_kwargs=True).remove)
+            _wrap_bias_dropout_add(layer.first, "self_attn_bda", tap.on_input, undo)
+            _wrap_bias_dropout_add(layer.last, "mlp_bda", tap.on_output, undo)
+            if report is not None:
+                self.watched.append(tap)
+                tap.start_watch(chunk.config, report)
+        if final_norm is not None:
+            undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
+
+    def _watches(self) -> list[LayerWatch]:
+        return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
+
+    def remember(self, state: Tensor) -> None:
+        """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
+        storage = StorageWeakRef(state.untyped_storage())  # type: ignore[no-untyped-call]
+        self._checkpointed[storage.cdata] = (storage, self.microbatch)
+
+    def recall(self, state: Tensor) -> None:
+        """A layer is recomputed from ``state``: find its micro-batch, or go on with the layer's before."""
+        found = self._checkpointed.pop(state.untyped_storage()._cdata, None)
+        if found is not None:
+            self.microbatch = found[1]
+
+    def _before_chunk(self, chunk: nn.Module, _: Any, named: dict[str, Any]) -> None:
+        gone = [key for key, (storage, _) in self._checkpointed.items() if _is_gone(storage)]
+        for key in gone:
+            del self._checkpointed[key]
+        is_counted = torch.is_grad_enabled() or not chunk.training
+        loss_mask = named.get("loss_mask")
+        self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
+        self.is_in_forward = True
+        # One evaluation shows what there is to see; there may be thousands before the first training step.
+        self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
+        self._was_evaluated = self._was_evaluated or not chunk.training
+        for watch in self._watches():
+            watch.begin()
+
+    def _after_chunk(self, chunk: nn.Module, _: Any, output: Any) -> None:
+        if output is not None and self.microbatch is not None:  # it was counted, and did not break off
+            for watch in self._watches():
+                watch.ended()
+        self.is_in_forward = False
+        self.microbatch = self.last_layer = None
+
+    def _after_final_norm(self, norm: nn.Module, _: Any, normed: Tensor) -> Tensor | None:
+        if self.last_layer is None:
+            return None
+        (microbatch, layer_input), self.last_layer = self.last_layer, None
+        return self.observer.final_norm(microbatch, num_layers(self._chunk), layer_input, normed)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
+
+
+class _LayerTap:
+    """Joins the input and the output of a layer, and both with the micro-batch that they belong to."""
+
+    def __init__(self, layer: ResidualLayer, chunk: _ChunkTap, feeds_final_norm: bool) -> None:
+        self._layer = layer
+        self._chunk = chunk
+        self._feeds_final_norm = feeds_final_norm
+        # Of the run under way; None outside of one and where the run does not count.
+        self._microbatch: Any = None
+        self._input: Tensor | None = None
+        self._will_be_rerun = False
+        self.watch: LayerWatch | None = None
+        self._watching: LayerWatch | None = None  # in the run under way
+        self._stop_watching_returns: Callable[[], None] = _nothing
+
+    def start_watch(self, config: Any, report: Report) -> None:
+        """Compare the layer's argument and return with what is tapped, in the forward passes that count."""
+        layer = self._layer
+        classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
+        self.watch = LayerWatch(layer.number, " and ".join(classes), config, report)
+        self._stop_watching_returns = layer.last.register_forward_hook(self._after_layer).remove
+
+    def end_watch(self) -> None:
+        self.watch = self._watching = None
+        self._stop_watching_returns()
+
+    def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._watching is not None:
+            self._watching.returned(output)
+            self._watching = None
+
+    def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        chunk = self._chunk
+        state = named["hidden_states"] if "hidden_states" in named else given[0]
+        self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()
+        if self._will_be_rerun and chunk.microbatch is not None:
+            chunk.remember(state)
+        elif not chunk.is_in_forward and chunk.is_training:
+            chunk.recall(state)
+        self._microbatch, self._input = chunk.microbatch, None
+        is_watched = chunk.is_watching and chunk.is_in_forward and chunk.microbatch is not None
+        self._watching = self.watch if is_watched else None
+        if self._watching is not None:
+            self._watching.given(state)
+
+    def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
+        if self._microbatch is not None:
+            self._input = residual
+            if self._watching is not None:
+                self._watching.adds_to(residual)
+        return add(x_with_bias, residual, *rest)
+
+    def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
+        layer_output = self._show(add(*operands))
+        if self._watching is not None:
+            self._watching.tapped(layer_output)
+        return layer_output
+
+    def _show(self, layer_output: Tensor) -> Tensor:
+        microbatch, layer_input = self._microbatch, self._input
+        self._microbatch = self._input = None
+        if microbatch is None or layer_input is None:
+            return layer_output
+        if self._feeds_final_norm and self._chunk.is_in_forward:
+            shown = layer_input.detach() if self._will_be_rerun else layer_input
+            self._chunk.last_layer = (microbatch, shown)
+        if self._will_be_rerun:
+            return layer_output
+        return self._chunk.observer.layer(microbatch, self._layer.number, layer_input, layer_output)
+
+
+def _wrap_bias_dropout_add(
+    layer: Any, name: str, around: Callable[..., Tensor], undo: list[Callable[[], None]]
+) -> None:
+    """Replace the factory ``layer.name(training, fused) -> add`` by one whose ``add`` runs in ``around``."""
+    factory = getattr(layer, name)
+
+    @functools.wraps(factory)
+    def tapped(*options: Any) -> Callable[..., Tensor]:
+        return functools.partial(around, factory(*options))
+
+    setattr(layer, name, tapped)
+    undo.append(functools.partial(setattr, layer, name, factory))
