@@ -53,6 +53,13 @@ NAMED = [
 """What a reader looks for first, and what takes more than two things together to go wrong."""
 
 
+def few_rows() -> list[Layout]:
+    """Of :func:`rows` the named ones, and one of each model and precision, on at most four ranks."""
+    small = [layout for layout in rows() if layout.world_size <= 4]
+    first_of = {(layout.model, layout.precision): layout for layout in reversed(small)}
+    return [layout for layout in small if layout in NAMED or layout in first_of.values()]
+
+
 @cache
 def rows() -> list[Layout]:
     """The named layouts, and as many more as it takes for every pair of two fields' values to occur."""

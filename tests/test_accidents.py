@@ -21,6 +21,17 @@ TRAINING = (
     *(f"jreg/displacement_layer_{layer:02d}" for layer in (1, 2, 3, 4)),
 )
 
+BROKEN = pytest.mark.parametrize(
+    ("value", "layout"),
+    [
+        pytest.param("nan", PIPELINE, id="nan-PP2"),
+        pytest.param("inf", (), id="inf-DP2"),
+        pytest.param("nan", (), id="nan-DP2", marks=pytest.mark.slow),
+        pytest.param("inf", PIPELINE, id="inf-PP2", marks=pytest.mark.slow),
+    ],
+)
+"""A token that is not a number, and the layout that it appears at."""
+
 Log = dict[str, list[float]]
 
 
@@ -43,7 +54,14 @@ def assert_equals(log: Log, whole: Log, first: int, last: int) -> None:
         assert log[name] == whole[name][first - 1 : last], name
 
 
-@pytest.mark.parametrize("layout", [PIPELINE, TENSOR, ZERO], ids=["PP2", "TP2", "DP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(PIPELINE, id="PP2"),
+        pytest.param(TENSOR, id="TP2", marks=pytest.mark.slow),
+        pytest.param(ZERO, id="DP2", marks=pytest.mark.slow),
+    ],
+)
 def test_when_a_rank_is_killed_the_other_ends_soon_with_an_error_that_names_the_lost_peer(
     layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -125,8 +143,7 @@ def test_a_run_resumes_at_another_layout_with_the_same_numbers(
         np.testing.assert_allclose(resumed[name], whole[name][5:], rtol=1e-5, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("layout", [(), PIPELINE], ids=["DP2", "PP2"])
+@BROKEN
 def test_one_broken_token_stops_every_rank_with_megatrons_message(
     value: str, layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -138,8 +155,7 @@ def test_one_broken_token_stops_every_rank_with_megatrons_message(
     assert not any("Traceback" in output for output in run.output)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("layout", [(), PIPELINE], ids=["DP2", "PP2"])
+@BROKEN
 def test_an_interval_with_a_broken_token_says_so_and_the_next_one_is_clean(
     value: str, layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from layout_rows import MAX_RANKS, VALUES, rows
+from layout_rows import MAX_RANKS, VALUES, few_rows, rows
 from layout_step import on_ranks
 from layout_table import listed_layouts
 from packaging.version import Version
@@ -33,10 +33,16 @@ def runs_here(layout: Layout) -> bool:
     return not (layout.model == "mtp" and layout.recompute in ("uniform", "block") and is_0_18)
 
 
-HERE = [layout for layout in rows() if runs_here(layout)]
+NEWEST = Version("0.19")
+FAST = rows() if CORE >= NEWEST else few_rows()  # the others: make test-versions ARGS="-m ''"
+HERE = [
+    pytest.param(layout, id=layout.name, marks=() if layout in FAST else pytest.mark.slow)
+    for layout in rows()
+    if runs_here(layout)
+]
 
 
-@pytest.mark.parametrize("layout", HERE, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", HERE)
 def test_step_equals_the_reference_at(layout: Layout) -> None:
     difference, limit = on_ranks(layout)
     assert not difference.exceeds(limit), f"{difference} exceeds {limit}"

@@ -27,7 +27,9 @@ def run(ranks: int, *argv: str, entry: str = ENTRY) -> tuple[int, str]:
     return max(finished.status), finished.output[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_every_layout_passes_on(ranks: int) -> None:
     _, report = run(ranks)
     names = [layout.name for layout in layouts_for(ranks)]
