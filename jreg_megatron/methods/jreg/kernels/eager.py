@@ -30,7 +30,7 @@ class TorchKernels:
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi of every token, as ``|u - v|^2 / 4``; see ``formulas.displacement``."""
         a, b = _widened(h_in, h_out)
-        return _displacement(a, b, *_norms_of_both(a, b))
+        return _displacement(a, b, _divisors(a), _divisors(b))
 
     @torch.no_grad()
     def gradients(
@@ -50,8 +50,9 @@ class TorchKernels:
         passes over memory, and the same digits, as a state is rounded like its unit vector.
         """
         a, b = _widened(h_in, h_out)
-        norm_in, norm_out, has_no_direction = _norms_of_both(a, b)
-        psi = _displacement(a, b, norm_in, norm_out, has_no_direction) if needs_psi else None
+        of_a, of_b = _divisors(a), _divisors(b)
+        psi = _displacement(a, b, of_a, of_b) if needs_psi else None
+        norm_in, norm_out = of_a[0], of_b[0]
         strength = coefficient.to(a.dtype) * (-0.5 * factor)
         if token_weights is not None:
             strength = strength * token_weights.unsqueeze(-1)
@@ -78,19 +79,17 @@ def _widened(h_in: Tensor, h_out: Tensor) -> tuple[Tensor, Tensor]:
     return h_in.to(dtype), h_out.to(dtype)
 
 
-def _norms_of_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The norms ``[..., 1]``, infinite for rows of norm zero, and which tokens have such a row."""
-    norms = _norms(a), _norms(b)
-    zero = [norm == 0 for norm in norms]
-    for norm, is_zero in zip(norms, zero, strict=True):
-        norm.masked_fill_(is_zero, math.inf)  # then all that is divided by it is 0
-    return *norms, zero[0].logical_or_(zero[1])
+def _divisors(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows' norms ``[..., 1]``, infinite where they are 0, for what is divided by them to be 0; and where."""
+    norm = _norms(h)
+    is_zero = norm == 0
+    return norm.masked_fill_(is_zero, math.inf), is_zero
 
 
-def _displacement(
-    a: Tensor, b: Tensor, norm_in: Tensor, norm_out: Tensor, has_no_direction: Tensor
-) -> Tensor:
+def _displacement(a: Tensor, b: Tensor, of_a: tuple[Tensor, Tensor], of_b: tuple[Tensor, Tensor]) -> Tensor:
+    (norm_in, is_zero), (norm_out, is_zero_too) = of_a, of_b
     difference = (a * norm_in.reciprocal()).addcmul_(b, norm_out.reciprocal(), value=-1)
+    has_no_direction = is_zero.logical_or(is_zero_too)
     return _norms(difference).square_().mul_(0.25).masked_fill_(has_no_direction, 0.5).squeeze(-1)
 
 
