@@ -111,6 +111,7 @@ CHECKPOINT = tuple(
 VARIANTS = ("tests/test_variants.py",)
 PREFLIGHT = ("tests/test_preflight.py",)
 INITIAL = ("tests/test_initialization.py",)
+CLAIMS = ("tests/test_claims.py",)
 SFT = ("tests/test_sft.py",)
 HELPER = ("tests/test_dataset_helper.py",)
 GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
@@ -1643,6 +1644,53 @@ FAULTS = [
         "sft/__main__.py",
         (("    if tokenizer.eos_token is None:", "    if False:"),),
         SFT,
+    ),
+    Fault(
+        "take an interval's wrong end for the verdict",
+        "claims/rules.py",
+        (("found.low > self.bar, found.high < self.bar", "found.high > self.bar, found.low < self.bar"),),
+        CLAIMS,
+    ),
+    Fault(
+        "let a claim agree with one question",
+        "claims/rules.py",
+        (('return "cannot tell" if "cannot tell" in verdicts else "agrees"', 'return "agrees"'),),
+        CLAIMS,
+    ),
+    Fault(
+        "lay batches on unequal tokens beside each other",
+        "claims/evidence.py",
+        (("(seed, None) and _is_near(run.tokens, base.tokens)", "(seed, None)"),),
+        CLAIMS,
+    ),
+    Fault(
+        "pair runs of different length",
+        "claims/evidence.py",
+        (("        if first.steps != run.steps:", "        if False:"),),
+        CLAIMS,
+    ),
+    Fault(
+        "judge a JREG that was switched off as the paper's",
+        "claims/evidence.py",
+        (
+            (
+                "    if coeff > 0:\n        for name in _THE_PAPERS:",
+                "    if False:\n        for name in _THE_PAPERS:",
+            ),
+        ),
+        CLAIMS,
+    ),
+    Fault(
+        "take half an evaluation for a whole one",
+        "claims/queue.py",
+        (('            part = file.with_name(f".{file.name}")', "            part = file"),),
+        CLAIMS,
+    ),
+    Fault(
+        "train a finished toy again",
+        "claims/queue.py",
+        (("    left = [run for run in runs if not _is_finished(run)]", "    left = list(runs)"),),
+        CLAIMS,
     ),
 ]
 

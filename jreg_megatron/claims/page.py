@@ -44,9 +44,16 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
     """The page; ``how`` are rows of a table that says what was trained and where."""
     verdicts = Table(
         "Verdicts",
-        ("claim", "text", "verdict", "questions"),
+        ("claim", "text", "verdict", "decided by", "the paper found", "found here", "95% interval"),
         tuple(
-            (key, claim.text, claim.verdict, "; ".join(q.verdict for q in claim.questions))
+            (
+                key,
+                claim.text,
+                claim.verdict,
+                claim.deciding.text,
+                claim.deciding.paper,
+                *_found(claim.deciding),
+            )
             for key, claim in claims.items()
         ),
         is_text=True,
@@ -134,13 +141,12 @@ _BELOW = (0, 1, 2)
 def _questions(claim: Claim) -> Table:
     rows = []
     for question in claim.questions:
-        found, p = question.estimate, _p(question)
+        p = _p(question)
         rows.append(
             (
                 question.text,
                 question.paper,
-                NOTHING if found is None else number(found.mean),
-                _interval(found),
+                *_found(question),
                 f"{question.side} {question.bar:g}",
                 str(len(question.values)),
                 NOTHING if p is None else number(p, "#.2g"),
@@ -148,14 +154,20 @@ def _questions(claim: Claim) -> Table:
                 question.number,
             )
         )
-    columns = ("question", "the paper found", "found here", "95% interval", "the claim wants", "seeds")
-    return Table("Questions", (*columns, "p, one-sided", "verdict", "what the number is"), tuple(rows))
+    numbers = ("the paper found", "found here", "95% interval", "the claim wants", "seeds", "p, one-sided")
+    columns = ("question", *numbers, "verdict", "what the number is")
+    return Table("Questions", columns, tuple(rows), is_text=True)
 
 
-def _interval(found: Estimate | None) -> str:
-    if found is None or found.low is None or found.high is None:
-        return NOTHING
-    return f"{number(found.low)} to {number(found.high)}"
+def _found(question: Question) -> tuple[str, str]:
+    """The mean, and its interval."""
+    found = question.estimate
+    if found is None:
+        return NOTHING, NOTHING
+    mean = number(found.mean, "#.3g")
+    if found.low is None or found.high is None:
+        return mean, NOTHING
+    return mean, f"{number(found.low, '#.3g')} to {number(found.high, '#.3g')}"
 
 
 def _values(claim: Claim) -> Table:
