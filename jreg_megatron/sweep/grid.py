@@ -14,6 +14,7 @@ from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import write_json
 
 SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
 """What a recipe must take from the environment so that it can be swept."""
@@ -118,7 +119,7 @@ class Sweep:
         self.output.mkdir(parents=True, exist_ok=True)
         kept = dataclasses.asdict(self) | {"recipe": str(self.recipe)}
         del kept["output"]
-        write_whole(self.file, json.dumps(kept, indent=2) + "\n")
+        write_json(str(self.file), kept)
 
     @classmethod
     def load(cls, output: Path) -> Sweep:
@@ -255,13 +256,6 @@ def as_text(value: float) -> str:
     """A number as people write it, and exactly: ``3``, ``0.1``."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Put a file in its place at once, so that nobody reads half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _text(recipe: Path) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
 from jreg_megatron.runtime.lock import lock
+from jreg_megatron.runtime.output import write_text
 from jreg_megatron.sweep import picture
-from jreg_megatron.sweep.grid import Sweep, write_whole
-from jreg_megatron.sweep.results import Results, Setting, write_summary
+from jreg_megatron.sweep.grid import Sweep
+from jreg_megatron.sweep.results import Results, Setting
 
 _WIDTH = 118
 _LAYERS_SHOWN = 4
@@ -22,7 +25,7 @@ def report(sweep: Sweep) -> None:
     # Tasks of an array end when they like.
     with lock(sweep.output / ".report.lock", "the report is drawn", "name another --output", wait=True):
         results = Results.read(sweep)
-        write_whole(sweep.output / "summary.json", write_summary(results))
+        write_text(str(sweep.output / "summary.json"), json.dumps(results.summary(), indent=2) + "\n")
         drawn = picture.draw(results, sweep.output / "sweep")
     print_table(results)
     print(f"Picture: {', '.join(map(str, drawn))}. Numbers: {sweep.output / 'summary.json'}")

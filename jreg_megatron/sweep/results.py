@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
 from jreg_megatron.report.history import History
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import versions
 from jreg_megatron.sweep.grid import Sweep, SweepRun
 
-_PACKAGES = ("jreg_megatron", "megatron-core", "torch")
 # Arguments that differ between runs of one sweep, or between two starts of a run. What a start finds out
 # (the iteration it goes on from, the rank that writes) is no setting either.
 _OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
@@ -190,7 +188,7 @@ class Results:
             "runs": {run.name: self._run_summary(run, history) for run, history in self.histories.items()},
             "left_out": self.left_out,
             "arguments_that_differ": self.disagreements,
-            "versions": _versions(),
+            "versions": versions("megatron-core", "torch"),
         }
 
     def _run_summary(self, run: SweepRun, history: History) -> dict[str, Any]:
@@ -210,11 +208,6 @@ class Results:
             "jump_rate": shown(setting.jump_rate),
             "displacement": setting.displacement,
         }
-
-
-def write_summary(results: Results) -> str:
-    """``summary.json`` as text."""
-    return json.dumps(results.summary(), indent=2) + "\n"
 
 
 def _read(sweep: Sweep, run: SweepRun) -> History:
@@ -239,13 +232,3 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
 
 def _numbers(history: History) -> Iterable[float]:
     return (history.validation_loss[-1], history.jump_rate[-1], *history.displacement)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a checkout that is not installed
-            found[package] = "not installed"
-    return found
