@@ -39,7 +39,7 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
 
             def advance(iteration: int) -> None:
                 nonlocal done
-                bar.update((iteration - done) / run.iterations)
+                bar.update(min((iteration - done) / run.iterations, bar.total - bar.n))  # it rounds
                 done = iteration
 
             await run.train(data, advance)

@@ -57,12 +57,14 @@ class TorchKernels:
         if token_weights is not None:
             strength = strength * token_weights.unsqueeze(-1)
         across = strength / (norm_in * norm_out)
-        along = (a * b).sum(dim=-1, keepdim=True).mul_(across)
+        # Fresh memory costs more than arithmetic: the product's is used once more, for the result.
+        product = a * b
+        along = product.sum(dim=-1, keepdim=True).mul_(across)
         grad_in = None
         if needs_grad_in:
-            grad_in = (b * across).addcmul_(a, along / norm_in.square_(), value=-1).to(h_in.dtype)
-        total = torch.addcmul(grad_out.to(a.dtype), a, across)
-        total = total.addcmul_(b, along / norm_out.square_(), value=-1).to(h_out.dtype)
+            grad_in = (b * across).addcmul_(a, along / (norm_in * norm_in), value=-1).to(h_in.dtype)
+        total = torch.addcmul(grad_out.to(a.dtype), a, across, out=product)
+        total = total.addcmul_(b, along / (norm_out * norm_out), value=-1).to(h_out.dtype)
         return grad_in, total, psi
 
 
