@@ -215,7 +215,8 @@ def _middle_layers(evidence: Evidence) -> Claim:
         for seed, (base, jreg) in evidence.pairs.items()
     }
     printed = (
-        f"{_turns_more(profile(size, 'base'), profile(size, 'alpha 1')):+.1f}% at {size}" for size in SIZES
+        f"{_turns_more(profile(size, 'base'), profile(size, 'alpha 1')):+.1f}% at {size.upper()}"
+        for size in SIZES
     )
     of_lower, of_upper = (f"layers {layers[0]} to {layers[-1]}" for layers in (lower, upper))
     return Claim(
