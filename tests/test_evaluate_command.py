@@ -33,7 +33,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 
 def test_the_help_needs_neither_torch_nor_the_harness() -> None:
-    code = "import sys, jreg_megatron.evaluate.__main__ as m; m._parser().format_help(); print(*sys.modules)"
+    code = "import sys, jreg_megatron.evaluate.__main__ as m; m.parser().format_help(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "lm_eval", "scipy", "megatron"} & set(done.stdout.split())
 
