@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from jreg_megatron.mcore.arguments import parse
 from jreg_megatron.recipe import command, identity
 from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
@@ -43,6 +42,7 @@ def _nothing_started(number: int, _: object) -> NoReturn:
 
 def _train(request: Request) -> None:
     from jreg_megatron.mcore import preflight
+    from jreg_megatron.mcore.arguments import parse
     from jreg_megatron.recipe import announcement, machine, plan
 
     rendezvous = Rendezvous.from_environment(request)
@@ -91,6 +91,7 @@ def _train(request: Request) -> None:
 
 
 def _smoke(request: Request) -> None:
+    from jreg_megatron.mcore.arguments import parse
     from jreg_megatron.recipe import smoke
 
     assert request.smoke is not None
@@ -126,6 +127,7 @@ def _import_megatron() -> None:
 
 def _flags(request: Request) -> list[str]:
     """The recipe's flags, the iterations that its tokens make, and the user's flags."""
+    from jreg_megatron.mcore.arguments import parse
 
     args = parse([*request.flags, *request.user_flags], request.world_size)
     for name in ("global_batch_size", "seq_length"):
