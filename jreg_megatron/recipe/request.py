@@ -145,17 +145,21 @@ def _user_parser(recipe: Path) -> argparse.ArgumentParser:
     )
     parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
-    parser.add_argument(
-        "--smoke",
-        type=count("--smoke"),
-        nargs="?",
-        const=SMOKE_ITERATIONS,
-        metavar="N",
-        help=f"instead, train a toy model for N iterations (default {SMOKE_ITERATIONS}) on this machine's "
+    add_trials(
+        parser,
+        SMOKE_ITERATIONS,
+        f"instead, train a toy model for N iterations (default {SMOKE_ITERATIONS}) on this machine's "
         "CPU, so that Megatron reads every flag",
     )
     return parser
+
+
+def add_trials(parser: argparse.ArgumentParser, smoke_length: int, smoke_help: str) -> None:
+    """Add ``--dry-run``, and ``--smoke`` with its length where none is given."""
+    parser.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
+    parser.add_argument(
+        "--smoke", type=count("--smoke"), nargs="?", const=smoke_length, metavar="N", help=smoke_help
+    )
 
 
 def refuse(message: str) -> NoReturn:

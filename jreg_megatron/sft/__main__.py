@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.recipe import announcement, command, machine
-from jreg_megatron.recipe.request import count, partition, refuse
+from jreg_megatron.recipe.request import add_trials, count, partition, refuse
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.extras import need
 
@@ -341,14 +341,10 @@ def _request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     )
     user.error = refuse  # type: ignore[method-assign]
     user.add_argument("model", nargs="?", metavar="MODEL", help="folder that jreg-megatron export has made")
-    user.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
-    user.add_argument(
-        "--smoke",
-        type=count("--smoke"),
-        nargs="?",
-        const=SMOKE_STEPS,
-        metavar="N",
-        help=f"instead, train a toy (or MODEL, named before it) for N steps (default {SMOKE_STEPS}) on this "
+    add_trials(
+        user,
+        SMOKE_STEPS,
+        f"instead, train a toy (or MODEL, named before it) for N steps (default {SMOKE_STEPS}) on this "
         "machine's CPU, on sums that are made here",
     )
     user.parse_args(asked, options)
