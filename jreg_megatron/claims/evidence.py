@@ -6,9 +6,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from pathlib import Path
 
+import torch
+
+from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.report.history import History
 from jreg_megatron.report.inputs import Evaluated
@@ -73,23 +75,32 @@ class Trained:
         """Training steps."""
         return self.history.iterations[-1]
 
-    def rise(self, share: float = 1.0) -> float | None:
-        """Psi of the last layer less that of the one before, in hundredths, at a share of the steps.
+    @property
+    def rise(self) -> float:
+        """:func:`rise` at the end."""
+        return rise(self.history.displacement)
 
-        Where it is above 0 it is the jump rate zeta_L. None if no validation is near that share.
-        """
+    def rise_at(self, share: float) -> float | None:
+        """:func:`rise` at a share of the steps; None if no validation is near it."""
         wanted = share * self.steps
         iterations = self.history.iterations
         at = min(range(len(iterations)), key=lambda n: abs(iterations[n] - wanted))
         if abs(iterations[at] - wanted) > _NEAR * self.steps:
             return None
-        before, last = self.history.profiles[at][-2:]
-        return 100 * (last - before)
+        return rise(self.history.profiles[at])
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
         """zeta of the layer that lies so far below the last, at the end."""
-        top = self.history.displacement[-2 - layers_below_last :]
-        return 100 * math.fsum(max(0.0, b - a) for a, b in pairwise(top))
+        psi = torch.tensor(self.history.displacement, dtype=torch.float64)
+        return float(jump_rate(psi, len(psi) - layers_below_last))
+
+
+def rise(profile: Sequence[float]) -> float:
+    """Psi of the last layer less that of the one before, in hundredths.
+
+    Where it is above 0 it is the jump rate zeta_L.
+    """
+    return 100 * (profile[-1] - profile[-2])
 
 
 @dataclass(frozen=True)

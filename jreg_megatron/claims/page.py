@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, Trained
-from jreg_megatron.claims.rules import RULE, Claim, Question
+from jreg_megatron.claims.evidence import Evidence, Trained, rise
+from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, behind_layers
 from jreg_megatron.paper.over_seeds import Estimate, p_one_sided
 from jreg_megatron.report.charts import Axis, Row, Style, lines
 from jreg_megatron.report.figures import Figure
-from jreg_megatron.report.inputs import Evaluated, ReadOut
 from jreg_megatron.report.page import Section, render
 from jreg_megatron.report.tables import LOSS, NOTHING, Table, number
 
@@ -217,7 +216,7 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             "Below 0 the last layer turns the state less than the one before.",
             {
                 name: _gathered(
-                    (step / run.steps, 100 * (psi[-1] - psi[-2]))
+                    (step / run.steps, rise(psi))
                     for run in settings[name].values()
                     for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
                 )
@@ -237,10 +236,7 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             "Fewer steps have larger batches.",
             {
                 "baseline": _gathered(
-                    (run.steps, rise)
-                    for runs in evidence.batches.values()
-                    for run in runs.values()
-                    if (rise := run.rise()) is not None
+                    (run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()
                 )
             },
             Axis("training steps", whole=True),
@@ -296,7 +292,12 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             "Loss behind each layer: JREG less the baseline",
             "Below 0, JREG is better. As it is: by final norm and head. Through a lens: the state first goes "
             "through a map, fitted on other texts, to the last layer's.",
-            {name: _gathered(_behind_layers(evaluated, pick)) for name, pick in _READ_OUTS.items()},
+            {
+                how: _gathered(
+                    point for base, jreg in evaluated for point in enumerate(behind_layers(base, jreg, how))
+                )
+                for how in READ_OUTS
+            },
             _LAYER,
             Axis("difference (nats per token)"),
             rule=0,
@@ -321,22 +322,6 @@ def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
             Axis("added loss (nats per token)", scale="log", ticks=_TICKS),
         ),
     )
-
-
-_READ_OUTS: dict[str, Callable[[Evaluated], ReadOut | None]] = {
-    "as it is": lambda e: e.read_out,
-    "through a lens": lambda e: e.lens,
-}
-
-
-def _behind_layers(
-    pairs: Sequence[tuple[Evaluated, Evaluated]], pick: Callable[[Evaluated], ReadOut | None]
-) -> Iterator[tuple[int, float]]:
-    """Layer, and the second model's loss behind it less the first's."""
-    for base, jreg in pairs:
-        first, second = pick(base), pick(jreg)
-        if first and second and first.loss and second.loss:
-            yield from enumerate(b - a for a, b in zip(first.loss, second.loss, strict=True))
 
 
 _TICKS = tuple(mantissa * 10.0**exponent for exponent in range(-5, 1) for mantissa in (1, 3))

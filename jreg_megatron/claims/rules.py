@@ -14,7 +14,7 @@ from typing import Literal
 from jreg_megatron.claims.evidence import Evidence, Trained
 from jreg_megatron.paper import SIZES, missing_tasks, numbers, profile, task_means
 from jreg_megatron.paper.over_seeds import LEVEL, Estimate, power
-from jreg_megatron.report.inputs import Evaluated
+from jreg_megatron.report.inputs import Evaluated, ReadOut
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 
@@ -117,7 +117,7 @@ def _the_jump(evidence: Evidence) -> Claim:
                 "above",
                 0.0,
                 f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
-                _known({seed: run.rise() for seed, run in evidence.baseline.items()}),
+                {seed: run.rise for seed, run in evidence.baseline.items()},
             ),
         ),
         "The paper's claim is about open models: jreg-megatron measure --paper measures those.",
@@ -191,6 +191,21 @@ def _removal(evidence: Evidence) -> Claim:
     return Claim("JREG removes the jump.", tuple(questions))
 
 
+READ_OUTS: dict[str, Callable[[Evaluated], ReadOut | None]] = {
+    "as it is": lambda evaluated: evaluated.read_out,
+    "through a lens": lambda evaluated: evaluated.lens,
+}
+"""How the state behind a layer is read out."""
+
+
+def behind_layers(base: Evaluated, jreg: Evaluated, how: str) -> list[float]:
+    """The loss behind layers 0..L, read out as ``how`` says, less the baseline's; empty if unknown."""
+    first, second = READ_OUTS[how](base), READ_OUTS[how](jreg)
+    if not (first and second and first.loss and second.loss):
+        return []
+    return [b - a for a, b in zip(first.loss, second.loss, strict=True)]
+
+
 def _middle_layers(evidence: Evidence) -> Claim:
     half = evidence.num_layers // 2
     lower, upper = range(1, half + 1), range(half + 1, evidence.num_layers)
@@ -201,12 +216,10 @@ def _middle_layers(evidence: Evidence) -> Claim:
     ) -> Question:
         return Question(text, number, side, 0.0, paper, _differences(evidence, what))
 
-    def mean(layers: range, of: Callable[[Evaluated], tuple[float, ...] | None]) -> _Difference:
+    def mean(layers: range, how: str) -> _Difference:
         def difference(base: Evaluated, jreg: Evaluated) -> float | None:
-            losses = of(base), of(jreg)
-            if losses[0] is None or losses[1] is None:
-                return None
-            return fmean(losses[1][layer] - losses[0][layer] for layer in layers)
+            found = behind_layers(base, jreg, how)
+            return fmean(found[layer] for layer in layers) if found else None
 
         return difference
 
@@ -235,21 +248,21 @@ def _middle_layers(evidence: Evidence) -> Claim:
                 "loss less the baseline's, mean of these layers, in nats",
                 "below",
                 figure,
-                mean(lower, lambda e: e.read_out.loss if e.read_out else None),
+                mean(lower, "as it is"),
             ),
             question(
                 f"So do {of_upper}.",
                 "the same of those layers, in nats",
                 "below",
                 figure,
-                mean(upper, lambda e: e.read_out.loss if e.read_out else None),
+                mean(upper, "as it is"),
             ),
             question(
                 f"Read out through a fitted lens, {of_lower} predict better with JREG.",
                 "loss less the baseline's, mean of these layers, in nats",
                 "below",
                 "not measured",
-                mean(lower, lambda e: e.lens.loss if e.lens else None),
+                mean(lower, "through a lens"),
             ),
             question(
                 f"A model with JREG loses more when one of layers 2 to {half} is left out.",
@@ -342,8 +355,8 @@ def _known(values: Mapping[int, float | None]) -> dict[int, float]:
 
 
 def _growth_of(run: Trained) -> float | None:
-    early, late = run.rise(_QUARTER), run.rise()
-    return None if early is None or late is None else late - early
+    early = run.rise_at(_QUARTER)
+    return None if early is None else run.rise - early
 
 
 def _learning_rates(evidence: Evidence) -> str:
@@ -357,7 +370,7 @@ def _learning_rates(evidence: Evidence) -> str:
 def _slope(runs: Mapping[int, Trained]) -> float:
     """Least squares of the last layer's rise over the doublings of the steps."""
     steps = [math.log2(run.steps) for run in runs.values()]
-    rises = [100 * (run.history.displacement[-1] - run.history.displacement[-2]) for run in runs.values()]
+    rises = [run.rise for run in runs.values()]
     middle = fmean(steps)
     return math.fsum((x - middle) * y for x, y in zip(steps, rises, strict=True)) / math.fsum(
         (x - middle) ** 2 for x in steps
