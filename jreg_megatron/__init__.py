@@ -12,33 +12,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
+    from jreg_megatron.methods.jreg.regularizer import JRegMetrics
     from jreg_megatron.methods.jreg.settings import JRegConfig
     from jreg_megatron.runtime.errors import UserError
-    from jreg_megatron.stream.attachment import JRegHandle, attach
-    from jreg_megatron.stream.metrics import JRegMetrics
+    from jreg_megatron.stream.attachment import Handle, attach, prepare
+    from jreg_megatron.stream.method import Metrics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Handle",
     "JRegConfig",
-    "JRegHandle",
     "JRegMetrics",
+    "Metrics",
     "UserError",
     "attach",
     "displacement",
     "jump_rate",
     "layer_weights",
+    "prepare",
 ]
 
 _MODULES = {
     "JRegConfig": "methods.jreg.settings",
-    "JRegHandle": "stream.attachment",
-    "JRegMetrics": "stream.metrics",
+    "Handle": "stream.attachment",
+    "JRegMetrics": "methods.jreg.regularizer",
+    "Metrics": "stream.method",
     "UserError": "runtime.errors",
     "attach": "stream.attachment",
     "displacement": "methods.jreg.formulas",
     "jump_rate": "methods.jreg.formulas",
     "layer_weights": "methods.jreg.formulas",
+    "prepare": "stream.attachment",
 }
 
 

@@ -1,4 +1,4 @@
-"""JREG in Megatron-Bridge, the training loop of NVIDIA's NeMo framework: two lines of a recipe's script.
+"""Methods in Megatron-Bridge, the training loop of NVIDIA's NeMo framework: two lines of a recipe's script.
 
     from jreg_megatron.bridge import JRegCallback, JRegConfig
 
@@ -10,6 +10,7 @@ with Megatron-Bridge 0.6.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,16 +18,17 @@ from torch import nn
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.attachment import JRegHandle, attach
-from jreg_megatron.stream.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
-from jreg_megatron.stream.residual_stream import unwrap
+from jreg_megatron.stream.anatomy import unwrap
+from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares
+from jreg_megatron.stream.method import Metrics
+from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 __all__ = ["JRegCallback", "JRegConfig"]
 
 _NOT_ATTACHED = (
-    "JREG is not attached to the model that Megatron-Bridge trains; the run is stopped: give JRegCallback "
-    "the same config as pretrain, and give it to pretrain among the callbacks"
+    "jreg_megatron is not attached to the model that Megatron-Bridge trains; the run is stopped: give "
+    "JRegCallback the same config as pretrain, and give it to pretrain among the callbacks"
 )
 
 
@@ -45,44 +47,49 @@ class JRegCallback:
     ``loss_mask=``. Without it the first micro-batch ends in a :class:`UserError`.
     """
 
-    def __init__(self, config: Any, settings: JRegConfig) -> None:
-        """Refuse what JREG does not support, and ask Bridge's model configuration for the built model.
+    def __init__(self, config: Any, *settings: Settings) -> None:
+        """Refuse what is not supported, and ask Bridge's model configuration for the built model.
 
         What Bridge itself changes in the configuration later is refused when the model is built.
 
         Args:
             config: the ``ConfigContainer`` that ``pretrain`` is given too.
-            settings: JREG's own.
+            settings: of each method, such as ``JRegConfig(coeff=1.0)``.
 
         Raises:
             UserError: if a setting of Bridge is not supported, or ``config`` is no ``ConfigContainer``.
         """
         self._settings = settings
-        self._handle: JRegHandle | None = None
+        self._handle: Handle | None = None
         self._chunks: list[nn.Module] = []
         self._state: Any = None
         for part in ("model", "ddp", "dist", "comm_overlap"):
-            refuse_unsupported(getattr(config, part, None), settings)
+            refuse_unsupported(getattr(config, part, None), *settings)
         stages = getattr(getattr(config, "model", None), "pipeline_model_parallel_size", 1)
-        if settings.tokens == "unmasked" and stages > 1:
-            raise UserError(
-                f"JRegConfig.tokens is 'unmasked' with {stages} pipeline stages, and Megatron-Bridge has the "
-                "loss mask on the last stage only; leave it at 'all', or use one pipeline stage"
-            )
+        for of_one in settings if stages > 1 else ():
+            if of_one.needs_loss_mask:
+                raise UserError(
+                    f"{type(of_one).__name__}.tokens is 'unmasked' with {stages} pipeline stages, and "
+                    "Megatron-Bridge has the loss mask on the last stage only; leave it at 'all', or use one "
+                    "pipeline stage"
+                )
 
-        # A function, for a copy of the configuration shall not copy this object and the model with it.
+        # Functions, for a copy of the configuration shall not copy this object and the model with it.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:
             self._attach(model)
             return model
 
-        _when_built(getattr(config, "model", None), attach_to)
+        def prepare_for(model: list[nn.Module]) -> list[nn.Module]:
+            return prepare(model, settings)
+
+        _when_built(getattr(config, "model", None), prepare_for if prepares(settings) else None, attach_to)
 
     @property
-    def handle(self) -> JRegHandle:
+    def handle(self) -> Handle:
         """The handle of the attached model.
 
         Raises:
-            UserError: if nothing is attached, so that no run goes on silently without JREG.
+            UserError: if nothing is attached, so that no run goes on silently without it.
         """
         if self._handle is None:
             raise UserError(_NOT_ATTACHED)
@@ -113,7 +120,7 @@ class JRegCallback:
         is_end = iteration % every == 0 or bool(exit_interval and iteration % exit_interval == 0)
         metrics = self.handle.end_iteration(iteration, is_end)
         if is_end and metrics is not None:
-            interval = self._settings.measured_iterations(iteration, every)
+            interval = range(iteration - every + 1, iteration + 1) if iteration % every == 0 else ()
             self._report(context.state, metrics, iteration, "", interval)
 
     def on_train_end(self, context: Any) -> None:
@@ -128,7 +135,7 @@ class JRegCallback:
 
     def on_eval_start(self, context: Any) -> None:
         """Begin a validation."""
-        self.handle.validation_meter.reset()
+        self.handle.reset_validation_metrics()
 
     def on_eval_end(self, context: Any) -> None:
         """Report the mean over the validation's micro-batches. Collective.
@@ -153,7 +160,7 @@ class JRegCallback:
     # -- what they do ------------------------------------------------------------------------------
 
     def _attach(self, model: list[nn.Module]) -> None:
-        self._handle = attach(model, self._settings, iteration=self._iteration)
+        self._handle = attach(model, *self._settings, iteration=self._iteration)
         self._chunks = [unwrap(chunk) for chunk in model]
         if _rank() == 0:
             print(self._handle.describe(), flush=True)
@@ -166,25 +173,26 @@ class JRegCallback:
 
     def _report_evaluation(self, state: Any, suffix: str) -> None:
         metrics = self.handle.reduce_validation_metrics()
-        if metrics is None:
+        if not self.handle.is_whole(metrics):
             raise UserError(LAYER_NOT_SEEN)
         self._report(state, metrics, int(state.train_state.step), suffix)
 
     def _report(
         self,
         state: Any,
-        metrics: JRegMetrics,
+        metrics: Metrics | None,
         iteration: int,
         suffix: str,
-        interval: list[int] | None = None,
+        interval: Sequence[int] | None = None,
     ) -> None:
         """Log under the metrics' names with ``suffix``; Bridge keeps its writers on the last rank alone."""
-        scalars = metrics.scalars(self._settings.log_per_layer)
-        if _rank() == _num_ranks() - 1:
-            shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
-            line = " | ".join([*shown, *metrics.remarks(interval)])
-            print(f" JREG{suffix} at iteration {iteration} | {line} |", flush=True)
-        named = {f"{name}{suffix}": value for name, value in scalars.items()}
+        if metrics is None:
+            return
+        for reading in metrics.readings if _rank() == _num_ranks() - 1 else ():
+            shown = [f"{name}: {value:.6E}" for name, value in reading.of.headline().items()]
+            line = " | ".join([*shown, *reading.remarks(interval)])
+            print(f" {reading.settings.name}{suffix} at iteration {iteration} | {line} |", flush=True)
+        named = {f"{name}{suffix}": value for name, value in metrics.scalars().items()}
         if writer := state.tensorboard_logger:
             for name, value in named.items():
                 writer.add_scalar(name, value, iteration)
@@ -196,14 +204,18 @@ class JRegCallback:
                 logger.log_metrics(named, step=iteration)
 
 
-def _when_built(model_config: Any, hook: Any) -> None:
-    """Have ``hook`` called with all of a rank's chunks, once they are on their device and wrapped.
+def _when_built(model_config: Any, before: Any, hook: Any) -> None:
+    """Have ``before`` called with all of a rank's chunks when they are built, ``hook`` when they are wrapped.
 
-    The hooks before wrapping come too early: there the model is not on its device yet.
+    Before wrapping the model is not on its device yet.
     """
     if hasattr(model_config, "register_post_wrap_hook"):  # a model provider
+        if before is not None:
+            model_config.register_pre_wrap_hook(before)
         model_config.register_post_wrap_hook(hook)
     elif hasattr(model_config, "post_wrap_hooks"):  # a ModelConfig with a ModelBuilder
+        if before is not None:
+            model_config.pre_wrap_hooks.append(before)
         model_config.post_wrap_hooks.append(hook)
     else:
         raise UserError(

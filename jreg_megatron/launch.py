@@ -18,7 +18,7 @@ from jreg_megatron.cpu import script
 from jreg_megatron.cpu.flags import value_of
 from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
 from jreg_megatron.mcore.preflight import optimizer
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
@@ -32,16 +32,18 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU; the default without CUDA")
-    options = JRegConfig.add_arguments(script.add_arguments(parser)).parse_args(argv)
+    known.add_arguments(script.add_arguments(parser))
+    options = parser.parse_args(argv)
     with user_errors_exit():
-        if JRegConfig.is_in(options):
-            given = next(name for name in vars(options) if name.startswith("jreg_"))
-            raise UserError(
-                f"{flag_of(given.removeprefix('jreg_'))} stands before {options.script}; put it behind, "
-                "among the script's arguments"
-            )
-        options.arguments = JRegConfig.with_a_flag(options.arguments)
-        JRegConfig.check_flags(options.arguments)
+        for method in known.METHODS:
+            if method.is_in(options):
+                given = next(name for name in vars(options) if name.startswith(f"{method.prefix}_"))
+                raise UserError(
+                    f"{method.flag(given.removeprefix(f'{method.prefix}_'))} stands before {options.script}; "
+                    "put it behind, among the script's arguments"
+                )
+        options.arguments = known.with_a_flag(options.arguments)
+        known.check_flags(options.arguments)
         trains = not {"-h", "--help"} & set(options.arguments)
         script.run(
             options,

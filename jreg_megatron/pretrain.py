@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from jreg_megatron.mcore.arguments import CPU_FLAG, add_arguments
 from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals, user_errors_exit
 from jreg_megatron.runtime.fork import end_with_the_parent
 
@@ -75,7 +75,7 @@ def _run(argv: list[str], started: float) -> None:
         argv = cpu.with_cpu_flags(argv)
     _require_training_loop()
     # Megatron reads its arguments from here.
-    sys.argv = [sys.argv[0], *JRegConfig.with_a_flag(argv)]
+    sys.argv = [sys.argv[0], *known.with_a_flag(argv)]
 
     from megatron.core.enums import ModelType
     from megatron.training import (
@@ -96,12 +96,13 @@ def _run(argv: list[str], started: float) -> None:
         asked = arguments.parse_args(add_arguments)
     if not on_cpu:
         _refuse_without_nvidias_packages(asked)
-    config = JRegConfig.from_args(asked)
+    settings = known.settings_in(asked)
     gpt_pretraining.refuse_other_tasks(asked)
-    refuse_unsupported(asked, config)
+    refuse_unsupported(asked, *settings)
     preflight.check_arguments(asked)
     if not (asked.use_checkpoint_args or asked.yaml_cfg):
-        config.layer_weights(asked.num_layers)
+        for of_one in settings:
+            of_one.refuse_layers(asked.num_layers)
     with megatrons_refusals():
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
         model_config = gpt_pretraining.model_config(args)

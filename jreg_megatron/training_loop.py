@@ -1,9 +1,9 @@
-"""JREG in Megatron's training loop: a decorator for each of eight functions of ``megatron.training``.
+"""Methods in Megatron's training loop: a decorator for each of eight functions of ``megatron.training``.
 
 They are the same from 0.16 on. :func:`install` decorates them in a running process, for the launcher and
 ``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree, all but the last two,
-which :func:`attach_to_model` adds. Either way nothing happens unless a ``--jreg-...`` flag is given.
-Megatron's loop is global to a process, so what is known of it here is too.
+which :func:`attach_to_model` adds. Either way nothing happens unless a method's flag is given, such as
+``--jreg-coeff``. Megatron's loop is global to a process, so what is known of it here is too.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from typing import Any
 
 import torch
 
-from jreg_megatron.methods.jreg.settings import FLAG_PREFIX, JRegConfig, flag_of
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.ranks import of_every_rank
-from jreg_megatron.stream.attachment import JRegHandle, attach
-from jreg_megatron.stream.metrics import LOSS_NAME, RATE_NAME, JRegMetrics
+from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares
+from jreg_megatron.stream.method import Metrics
+from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
 """Attribute of a forward step function that gives the model the loss mask on every pipeline stage."""
 
 _NOT_ATTACHED = (
-    "JREG is not attached to the model, since megatron.training.training.setup_model_and_optimizer was not "
-    "called before train_step or evaluate; the run is stopped: call it, or use jreg_megatron.attach in code"
+    "jreg_megatron is not attached to the model, since megatron.training.training.setup_model_and_optimizer "
+    "was not called before train_step or evaluate; the run is stopped: call it, or use jreg_megatron.attach "
+    "in code"
 )
 
 Function = Callable[..., Any]
@@ -42,17 +44,19 @@ Function = Callable[..., Any]
 class _Attached:
     """The model of the loop that runs in this process."""
 
-    config: JRegConfig
-    handle: JRegHandle
-    validations: list[JRegMetrics | None] = field(default_factory=list)
+    settings: tuple[Settings, ...]
+    handle: Handle
+    validations: list[Metrics | None] = field(default_factory=list)
     """Of the validation sets that were evaluated since the last report."""
 
 
 @dataclass
 class _Loop:
+    methods: tuple[type[Settings], ...] = known.METHODS
+    """Those whose flags Megatron's parser knows."""
     attached: _Attached | None = None
     must_be_asked: bool = False
-    """Whether JREG's flags must be among Megatron's arguments: the launcher has seen them."""
+    """Whether a method's flag must be among Megatron's arguments: the launcher has seen one."""
     last_step: int | None = None
     """The iteration of the last training step."""
     decorated: dict[str, Function] = field(default_factory=dict)
@@ -63,21 +67,25 @@ _loop = _Loop()
 
 
 def is_attached() -> bool:
-    """Whether a model was built and JREG attached to it."""
+    """Whether a model was built and something attached to it."""
     return _loop.attached is not None
 
 
-def install() -> None:
+def install(*more_methods: type[Settings]) -> None:
     """Decorate the functions of ``megatron.training`` in this process; those that a patch decorated stay.
 
     Other modules of Megatron that have imported a function by its name get the decorated one too. From then
-    on a model is refused that is built without any of JREG's flags.
+    on a model is refused that is built without any of the methods' flags.
+
+    Args:
+        more_methods: the settings of methods beside those of this package.
 
     Raises:
         UserError: if Megatron has no such function, or one that is called otherwise.
     """
     from megatron.training import arguments, training
 
+    _loop.methods = (*known.METHODS, *more_methods)
     _decorate(arguments, add_arguments, "add_megatron_arguments")
     _decorate(training, attach_to_model, "setup_model_and_optimizer")
     _decorate(training, require_attached, "train_step")
@@ -97,7 +105,7 @@ def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name
     function = getattr(module, name, None)
     if function is None:
         raise UserError(
-            f"{module.__name__} has no function {name} ({module.__file__}), by which JREG enters "
+            f"{module.__name__} has no function {name} ({module.__file__}), by which jreg_megatron enters "
             "Megatron's training loop from 0.16 on; use jreg_megatron.attach in the code instead"
         )
     if hasattr(function, _MARK):
@@ -113,17 +121,17 @@ def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name
 
 
 def add_arguments(add_megatron_arguments: Function) -> Function:
-    """Have Megatron's parser know the ``--jreg-...`` flags."""
+    """Have Megatron's parser know the methods' flags."""
 
     @_decorating(add_megatron_arguments)
     def with_jreg(*args: Any, **named: Any) -> ArgumentParser:
-        return JRegConfig.add_arguments(add_megatron_arguments(*args, **named))
+        return known.add_arguments(add_megatron_arguments(*args, **named), _loop.methods)
 
     return with_jreg
 
 
 def attach_to_model(setup_model_and_optimizer: Function) -> Function:
-    """Attach JREG to the model that is built, if a flag asks for it."""
+    """Attach the methods that flags ask for to the model that is built."""
 
     @_decorating(setup_model_and_optimizer)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -131,20 +139,21 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
 
         _loop.attached = _loop.last_step = None
         with user_errors_exit():
-            config = config_of(get_args())
-            if config is not None:
+            settings = settings_of(get_args())
+            if settings:
                 _refuse_another_megatron()
                 _decorate_the_end(training)
                 for name, function in _loop.decorated.items():
                     _check_arguments(name, function)
-                refuse_unsupported(get_args(), config)
+                refuse_unsupported(get_args(), *settings)
                 _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
+                args, named = _with_prepared_model(setup_model_and_optimizer, settings, args, named)
         built = setup_model_and_optimizer(*args, **named)
-        if config is not None:
+        if settings:
             with user_errors_exit():
-                handle = attach(built[0], config, iteration=_current_iteration)
-            _loop.attached = _Attached(config, handle)
+                handle = attach(built[0], *settings, iteration=_current_iteration)
+            _loop.attached = _Attached(settings, handle)
             print_rank_0(handle.describe())
         return built
 
@@ -152,26 +161,27 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
 
 
 def require_attached(train_step: Function) -> Function:
-    """Stop before a step that JREG would not be in, or whose iteration it could not tell."""
+    """Stop before a step that the methods would not be in, or whose iteration it could not tell."""
     look_up = _arguments_of("train_step", train_step)
 
     @_decorating(train_step)
     def with_jreg(*args: Any, **named: Any) -> Any:
         attached = _expected()
         if attached is not None:
-            _check_step(attached.config, *look_up(args, named))
+            _check_step(attached.settings, *look_up(args, named))
         with user_errors_exit():  # of what the first step shows
             result = train_step(*args, **named)
         if attached is not None and result[_SHOULD_EXIT]:
             # Megatron's loop ends right here, within this iteration.
-            _log_the_rest(attached, attached.handle.end_iteration(_current_iteration()))
+            _log_the_rest(attached.handle.end_iteration(_current_iteration()))
         return result
 
     return with_jreg
 
 
 def log_training(training_log: Function) -> Function:
-    """Let JREG's values join Megatron's console line, TensorBoard and W&B: one reduction per log interval."""
+    """Let the methods' values join Megatron's console line, TensorBoard and W&B: one reduction per log
+    interval."""
     look_up = _arguments_of("training_log", training_log)
 
     @_decorating(training_log)
@@ -180,12 +190,14 @@ def log_training(training_log: Function) -> Function:
         if attached is None:
             return training_log(*args, **named)
         losses, totals, iteration, is_skipped = look_up(args, named)
-        remarks = _end_iteration(attached, losses, totals, iteration, is_skipped)
+        metrics = _end_iteration(attached, losses, totals, iteration, is_skipped)
         result = training_log(*args, **named)
-        _print(iteration, remarks)
-        # A value that is not measured in the next interval must be absent there, not zero.
-        for name in (LOSS_NAME, RATE_NAME):
-            totals.pop(name, None)
+        if metrics is not None:
+            _print(iteration, metrics, _interval(iteration))
+            # A value that is not measured in the next interval must be absent there, not zero.
+            for reading in metrics.readings:
+                for name in reading.of.headline():
+                    totals.pop(name, None)
         return result
 
     return with_jreg
@@ -199,12 +211,12 @@ def measure_validation(evaluate: Function) -> Function:
         attached = _expected()
         if attached is None:
             return evaluate(*args, **named)
-        attached.handle.validation_meter.reset()
+        attached.handle.reset_validation_metrics()
         result = evaluate(*args, **named)
         with user_errors_exit():
             metrics = attached.handle.reduce_validation_metrics()
         is_timed_out = result[-1]
-        if metrics is None and not is_timed_out:
+        if not is_timed_out and not attached.handle.is_whole(metrics):
             with user_errors_exit():
                 raise UserError(LAYER_NOT_SEEN)
         attached.validations.append(None if is_timed_out else metrics)
@@ -230,11 +242,13 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
         for suffix, metrics in zip(_validation_suffixes(get_args()), attached.validations, strict=False):
             if metrics is None:
                 continue
-            values = metrics.scalars(attached.config.log_per_layer)
-            shown = " | ".join(f"{name} value: {values[name]:.6E}" for name in (LOSS_NAME, RATE_NAME))
-            print_rank_last(f" validation{suffix} JREG at {prefix} | {shown} | ")
+            for reading in metrics.readings:
+                values = reading.of.headline().items()
+                shown = " | ".join(f"{name} value: {value:.6E}" for name, value in values)
+                print_rank_last(f" validation{suffix} {reading.settings.name} at {prefix} | {shown} | ")
             if is_written:
-                _write({f"{name} validation{suffix}": value for name, value in values.items()}, iteration)
+                values = metrics.scalars().items()
+                _write({f"{name} validation{suffix}": value for name, value in values}, iteration)
         return result
 
     return with_jreg
@@ -297,14 +311,14 @@ def _check_arguments(name: str, function: Function) -> None:
     if missing := [argument for argument in _READ.get(name, ()) if argument not in has]:
         raise UserError(
             f"{function.__module__}.{name} has no argument {', '.join(missing)} "
-            f"({inspect.getfile(function)}), which JREG reads in Megatron's training loop from 0.16 on; it "
-            f"has {', '.join(has)}; use jreg_megatron.attach in the code instead"
+            f"({inspect.getfile(function)}), which jreg_megatron reads in Megatron's training loop from 0.16 "
+            f"on; it has {', '.join(has)}; use jreg_megatron.attach in the code instead"
         )
 
 
 def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
     """A look-up of what a call gives for the arguments that are read, wherever a version has them."""
-    # Not checked here: a patched tree that has drifted must still run its jobs without JREG.
+    # Not checked here: a patched tree that has drifted must still run its jobs without us.
     _loop.decorated[name] = function
     signature = inspect.signature(function)
 
@@ -319,33 +333,34 @@ def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], d
 # -- what they do ----------------------------------------------------------------------------------
 
 
-def config_of(args: Namespace) -> JRegConfig | None:
-    """The settings among Megatron's arguments; None if no flag of JREG's is given.
+def settings_of(args: Namespace) -> tuple[Settings, ...]:
+    """The settings among Megatron's arguments of the methods of which a flag is given.
 
     Raises:
         UserError: for a value that is not allowed, and where Megatron has dropped the flags.
     """
-    if JRegConfig.is_in(args):
-        return JRegConfig.from_args(args)
+    if settings := known.settings_in(args, _loop.methods):
+        return settings
     # With --yaml-cfg Megatron takes all arguments from the file.
-    if _loop.must_be_asked or any(word.startswith(FLAG_PREFIX) for word in sys.argv[1:]):
+    if _loop.must_be_asked or known.has_flag(sys.argv[1:], _loop.methods):
+        flags = ", ".join(f"--{method.prefix}-..." for method in _loop.methods)
         raise UserError(
-            f"{FLAG_PREFIX}... is not among Megatron's arguments any more: the script has put together its "
-            "own, or takes them from a file (--yaml-cfg); give the --jreg flags to Megatron's parser"
+            f"none of the flags {flags} is among Megatron's arguments any more: the script has put together "
+            "its own, or takes them from a file (--yaml-cfg); give the flags to Megatron's parser"
         )
-    return None
+    return ()
 
 
 @user_errors_exit()
 def _expected() -> _Attached | None:
-    """What is attached; None if JREG was not asked for.
+    """What is attached; None if no method was asked for.
 
     Raises:
         UserError: if it was, so that no run goes on silently without it.
     """
     from megatron.training import get_args
 
-    if _loop.attached is None and config_of(get_args()) is not None:
+    if _loop.attached is None and settings_of(get_args()):
         raise UserError(_NOT_ATTACHED)
     return _loop.attached
 
@@ -353,35 +368,41 @@ def _expected() -> _Attached | None:
 @user_errors_exit()
 def _end_iteration(
     attached: _Attached, losses: dict[str, Any], totals: dict[str, Any], iteration: int, is_skipped: int
-) -> list[str]:
-    """At the end of a log interval put its values among the totals that Megatron prints; returns remarks."""
+) -> Metrics | None:
+    """At the end of a log interval put its values among the totals that Megatron prints."""
     from megatron.training import get_args, is_last_rank
 
     if iteration != _current_iteration():
         raise UserError(
-            f"Megatron logs iteration {iteration}, while its args.curr_iteration told JREG "
-            f"{_current_iteration()}, so it cannot tell its schedule; set args.curr_iteration before each "
-            "step as Megatron does, or use jreg_megatron.attach in the code"
+            f"Megatron logs iteration {iteration}, while its args.curr_iteration told "
+            f"{_current_iteration()}, so the methods' schedule is not known; set args.curr_iteration before "
+            "each step as Megatron does, or use jreg_megatron.attach in the code"
         )
-    log_interval = get_args().log_interval
-    is_interval_end = iteration % log_interval == 0
+    is_interval_end = iteration % get_args().log_interval == 0
     metrics = attached.handle.end_iteration(iteration, is_interval_end)
     if metrics is None:
-        return []
-    scalars = metrics.scalars(attached.config.log_per_layer)
+        return None
     if is_interval_end:
-        _write(scalars, iteration)
+        _write(metrics.scalars(), iteration)
     if is_last_rank():  # the one that prints
         # Behind Megatron's own: of all totals its main branch exports the first as the loss.
         for name, loss in () if is_skipped else losses.items():
             totals.setdefault(name, torch.zeros(1, device=loss.device))
         # training_log prints each total divided by the iterations that advanced since the last line.
         advanced = totals.get("advanced iterations", 0) + (0 if is_skipped else 1)
-        for name in (LOSS_NAME, RATE_NAME):
-            total = torch.tensor([scalars[name] * max(1, advanced)], dtype=torch.float64)
-            totals[name] = total.as_subclass(_Total)
-    interval = attached.config.measured_iterations(iteration, log_interval)
-    return metrics.remarks(interval if is_interval_end else None)
+        for reading in metrics.readings:
+            for name, value in reading.of.headline().items():
+                total = torch.tensor([value * max(1, advanced)], dtype=torch.float64)
+                totals[name] = total.as_subclass(_Total)
+    return metrics
+
+
+def _interval(iteration: int) -> range | None:
+    """The iterations of the log interval that ends with ``iteration``; None if none does."""
+    from megatron.training import get_args
+
+    length = get_args().log_interval
+    return range(iteration - length + 1, iteration + 1) if iteration % length == 0 else None
 
 
 class _Total(torch.Tensor):
@@ -405,44 +426,71 @@ class _Average(float):
 
 @user_errors_exit()
 def _end_training(attached: _Attached) -> None:
-    _log_the_rest(attached, attached.handle.end_training())
+    _log_the_rest(attached.handle.end_training())
 
 
-def _log_the_rest(attached: _Attached, metrics: JRegMetrics | None) -> None:
+def _log_the_rest(metrics: Metrics | None) -> None:
     iteration = _loop.last_step
     if metrics is not None and iteration is not None:
-        scalars = metrics.scalars(attached.config.log_per_layer)
-        shown = [f"{name}: {scalars[name]:.6E}" for name in (LOSS_NAME, RATE_NAME)]
-        _print(iteration, [*shown, *metrics.remarks([])])
-        _write(scalars, iteration)
+        _print(iteration, metrics, range(0), with_values=True)
+        _write(metrics.scalars(), iteration)
 
 
-def _print(iteration: int, said: list[str]) -> None:
+def _print(iteration: int, metrics: Metrics, interval: range | None, with_values: bool = False) -> None:
+    """Print for each method what a reader must know, and where Megatron's line does not come the values
+    too."""
     from megatron.training import print_rank_last
 
-    if said:
-        print_rank_last(f" JREG at iteration {iteration} | {' | '.join(said)} | ")
+    for reading in metrics.readings:
+        values = reading.of.headline() if with_values else {}
+        said = [f"{name}: {value:.6E}" for name, value in values.items()] + reading.remarks(interval)
+        if said:
+            print_rank_last(f" {reading.settings.name} at iteration {iteration} | {' | '.join(said)} | ")
 
 
 @user_errors_exit()
-def _check_step(config: JRegConfig, forward_step: Function) -> None:
-    """Refuse a training step whose iteration does not advance, or without a mask that JREG needs."""
+def _check_step(settings: tuple[Settings, ...], forward_step: Function) -> None:
+    """Refuse a training step whose iteration does not advance, or without a mask that a method needs."""
     from megatron.training import get_args
 
     iteration = _current_iteration()
     if iteration == _loop.last_step:
         raise UserError(
-            f"two training steps came with args.curr_iteration {iteration - 1}, so JREG cannot tell its "
-            "schedule; set it before each step as Megatron does, or use jreg_megatron.attach in the code"
+            f"two training steps came with args.curr_iteration {iteration - 1}, so the methods' "
+            "schedule is not known; set it before each step as Megatron does, or use jreg_megatron.attach in "
+            "the code"
         )
     _loop.last_step = iteration
     is_cut = get_args().pipeline_model_parallel_size > 1
-    if config.tokens == "unmasked" and is_cut and not hasattr(forward_step, GIVES_LOSS_MASK):
-        raise UserError(
-            f"{flag_of('tokens')} is 'unmasked', and the script gives its model the loss mask on the last "
-            "pipeline stage only; leave the setting at 'all', use one pipeline stage, or give the mask on "
-            f"every stage and say so on the forward step function: forward_step.{GIVES_LOSS_MASK} = True"
-        )
+    if is_cut and not hasattr(forward_step, GIVES_LOSS_MASK):
+        for of_one in settings:
+            if of_one.needs_loss_mask:
+                raise UserError(
+                    f"{of_one.flag('tokens')} is 'unmasked', and the script gives its model the loss mask on "
+                    "the last pipeline stage only; leave the setting at 'all', use one pipeline stage, or "
+                    "give the mask on every stage and say so on the forward step function: "
+                    f"forward_step.{GIVES_LOSS_MASK} = True"
+                )
+
+
+def _with_prepared_model(
+    function: Function, settings: tuple[Settings, ...], args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``setup_model_and_optimizer`` by which methods may change the model before it is
+    wrapped."""
+    if not prepares(settings):
+        return args, named
+    bound = inspect.signature(function).bind(*args, **named)
+    container, provider = (bound.arguments.get(name) for name in ("cfg_container", "model_provider_func"))
+    if (config := getattr(container, "model", None)) is not None:
+        config.pre_wrap_hooks.append(functools.partial(prepare, settings=settings))
+    elif provider is not None:
+
+        def prepared(*args: Any, **named: Any) -> Any:
+            return prepare([provider(*args, **named)], settings)[0]
+
+        bound.arguments["model_provider_func"] = functools.wraps(provider)(prepared)
+    return bound.args, bound.kwargs
 
 
 def _refuse_another_megatron() -> None:
@@ -493,8 +541,8 @@ def _current_iteration() -> int:
     before: int | None = getattr(get_args(), "curr_iteration", None)
     if before is None:
         raise UserError(
-            "Megatron's args.curr_iteration is not set, so JREG cannot tell its schedule; set it before each "
-            "step as Megatron does, or use jreg_megatron.attach in the code"
+            "Megatron's args.curr_iteration is not set, so the methods' schedule is not known; set it before "
+            "each step as Megatron does, or use jreg_megatron.attach in the code"
         )
     return before + 1
 

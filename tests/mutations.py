@@ -136,17 +136,17 @@ class Fault:
         return text
 
 
-FACTOR = "factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size"
+FACTOR = "1.0 / (state.shape[0] * state.shape[1] * self._size)"
 
 FAULTS = [
     Fault(
         "drop the 1/M of gradient accumulation",
-        "stream/attachment.py",
+        "stream/scaling.py",
         (("coeff / self._num_microbatches()", "coeff"),),
     ),
     Fault(
         "count both runs of a recomputed layer",
-        "stream/residual_stream.py",
+        "stream/tap.py",
         (
             (
                 "self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()",
@@ -156,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "take any micro-batch for the one recomputed",
-        "stream/residual_stream.py",
+        "stream/tap.py",
         (
             (
                 "            self.microbatch = found[1]\n",
@@ -166,17 +166,17 @@ FAULTS = [
     ),
     Fault(
         "forget context parallelism",
-        "stream/attachment.py",
-        ((FACTOR, f"{FACTOR} * self._model_config.context_parallel_size"),),
+        "stream/scaling.py",
+        ((FACTOR, f"{FACTOR} / self._config.context_parallel_size"),),
     ),
     Fault(
         "average over each rank's own tokens under sequence parallelism",
-        "stream/attachment.py",
-        ((FACTOR, FACTOR.replace(" * self._sequence_parallel_size", "")),),
+        "stream/scaling.py",
+        ((FACTOR, FACTOR.replace(" * self._size", "")),),
     ),
     Fault(
         "number layers within the stage",
-        "stream/residual_stream.py",
+        "stream/anatomy.py",
         (
             (
                 "[ResidualLayer(module.layer_number, module, module) for module in modules]",
@@ -217,7 +217,7 @@ FAULTS = [
     ),
     Fault(
         "measure a regularized layer in no pass",
-        "stream/attachment.py",
+        "methods/jreg/regularizer.py",
         (
             (
                 "return add_displacement_gradient(h_in, h_out, strength, on_psi)",
@@ -241,27 +241,27 @@ FAULTS = [
     ),
     Fault(
         "forget the loss scale of fp16",
-        "stream/attachment.py",
+        "stream/scaling.py",
         (("if grad_scale is not None:", "if False:"),),
     ),
     Fault(
         "average although the loss is per token",
-        "stream/attachment.py",
+        "stream/scaling.py",
         (
             (
-                "microbatch.token_weights is None and not self._model_config.calculate_per_token_loss",
-                "microbatch.token_weights is None",
+                "        if self._config.calculate_per_token_loss:\n            return 1.0\n",
+                "",
             ),
         ),
     ),
     Fault(
         "take another rank's part of the mask",
-        "stream/attachment.py",
-        (("x.chunk(size)[rank]", "x.chunk(size)[0]"),),
+        "stream/scaling.py",
+        (("x.chunk(self._size)[self._rank]", "x.chunk(self._size)[0]"),),
     ),
     Fault(
         "regularize masked tokens too",
-        "stream/attachment.py",
+        "methods/jreg/regularizer.py",
         (
             (
                 "Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)",
@@ -286,27 +286,27 @@ FAULTS = [
     ),
     Fault(
         "pair a hybrid model's sub-layers one off",
-        "stream/residual_stream.py",
+        "stream/anatomy.py",
         (("mlp.layer_number // 2, attention, mlp", "mlp.layer_number // 2, mlp, mlp"),),
     ),
     Fault(
         "log what one rank saw",
-        "stream/metrics.py",
-        (("dist.all_reduce(total, group=group)", "pass"),),
+        "stream/meter.py",
+        (("dist.all_reduce(sums, group=group)", "pass"),),
     ),
     Fault(
         "count a micro-batch instead of its tokens",
-        "stream/metrics.py",
-        (("self._counts(psi.numel())", "self._counts(1)"),),
+        "stream/meter.py",
+        (("self._counts(values[0].numel())", "self._counts(1)"),),
     ),
     Fault(
         "ask a layer whether it is recomputed, not the block",
-        "stream/residual_stream.py",
+        "stream/tap.py",
         (("bool(self._chunk.decoder.training)", "bool(self._chunk.decoder.layers[-1].training)"),),
     ),
     Fault(
         "take means over other tokens in some layers than in others",
-        "stream/metrics.py",
+        "stream/meter.py",
         (("if times_seen.min() != times_seen.max():", "if False:"),),
     ),
     Fault(
@@ -360,14 +360,14 @@ FAULTS = [
     ),
     Fault(
         "let a part of a log interval pass for the whole",
-        "stream/metrics.py",
-        (("and self.iterations and self.iterations != tuple(interval):", "and False:"),),
+        "stream/method.py",
+        (("if self.iterations != tuple(filter(self.settings.measures_at, interval)):", "if False:"),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
         "name the iterations of the log interval before too",
         "stream/attachment.py",
-        (("        self._measured.clear()\n", ""),),
+        (("            self._measured[method] = []\n", ""),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
     Fault(
@@ -421,7 +421,7 @@ FAULTS = [
     Fault(
         "reduce in every step",
         "stream/attachment.py",
-        (("if not (is_interval_end or (self._measured and not self._is_seen_whole)):", "if False:"),),
+        (("(is_interval_end or (self._has_measured and not self._is_seen_whole))", "True"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(
@@ -944,7 +944,7 @@ FAULTS = [
     ),
     Fault(
         "compare layers in every evaluation before training",
-        "stream/residual_stream.py",
+        "stream/tap.py",
         (("is_counted and (chunk.training or not self._was_evaluated)", "is_counted"),),
         FIRST_STEP,
     ),
@@ -992,7 +992,7 @@ FAULTS = [
     Fault(
         "let Bridge's stages start without the mask that they lack",
         "bridge.py",
-        (('if settings.tokens == "unmasked" and stages > 1:', "if False:"),),
+        (("if of_one.needs_loss_mask:", "if False:"),),
         BRIDGE,
     ),
     Fault(

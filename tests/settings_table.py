@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import readme
 
-from jreg_megatron.methods.jreg.settings import JRegConfig, default_text, flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.stream.settings import default_text
 
 
 def table() -> str:

@@ -207,7 +207,7 @@ def counts_only_unmasked_tokens() -> None:
     loss = model(tokens, positions, None, labels=tokens, loss_mask=mask).mean()
     mask.fill_(1)  # a caller may use its buffer again before the backward pass
     loss.backward()
-    assert handle.training_meter._sums[:, 1].tolist() == [11, 11]
+    assert handle.methods[0].training_meter._sums[:, 1].tolist() == [11, 11]
     handle.reset_training_metrics()
     # A micro-batch without any token is no error and adds no gradient.
     _, plain = step(build_model_like(model))
@@ -278,8 +278,7 @@ def refuses_by_name() -> list[str]:
 def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tuple[Any, int, bool]]:
     """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
     import torch
-
-    from jreg_megatron.stream.residual_stream import tap_residual_stream
+    from jreg_megatron.stream.tap import tap_residual_stream
 
     model = build_model(recompute)
     told: list[tuple[Any, int, bool]] = []
@@ -428,7 +427,7 @@ def test_every_unsupported_setting_is_refused_by_its_name() -> None:
             "heterogeneous_block_specs": "heterogeneous layers",
             "pipeline_model_parallel_layout": "'post_norm' with no layer on the last pipeline stage",
         }.get(name, name)
-        assert line.startswith("JREG does not support ") and named in line and "\n" not in line
+        assert " does not support " in line and named in line and "\n" not in line
 
 
 @pytest.mark.parametrize("recompute", ["none", "uniform", "block"])

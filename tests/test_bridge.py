@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from harness import run_function
 
-from jreg_megatron import JRegConfig, JRegHandle, UserError
+from jreg_megatron import JRegConfig, Handle, UserError
 from jreg_megatron.bridge import JRegCallback
 from jreg_megatron.selftest import compare, step
 from jreg_megatron.selftest.compare import Comparison
@@ -130,7 +130,7 @@ def compare_step_in_bridge(layout: Layout) -> Comparison:
     """A step at the layout and its reference, where the step's JREG comes from the callback."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    def attach(model: list[Any], settings: JRegConfig, num_microbatches: int) -> JRegHandle:
+    def attach(model: list[Any], settings: JRegConfig, num_microbatches: int) -> Handle:
         calculator.init_num_microbatches_calculator(dist.get_rank(), None, num_microbatches, 1, 1)
         config = container()
         callback = JRegCallback(config, settings)
@@ -338,8 +338,8 @@ def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() ->
         loses_a_layer_or_is_not_used, 1
     )
     for said in (not_built, not_built_for_validation, no_events, other_model):
-        assert said.startswith("JREG is not attached to the model that Megatron-Bridge trains")
-    assert not_seen.startswith("JREG saw no state of some layer")
+        assert said.startswith("jreg_megatron is not attached to the model that Megatron-Bridge trains")
+    assert not_seen.startswith("jreg_megatron saw no state of some layer")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() ->
 def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, setting: str) -> None:
     config = container(comm_overlap=SimpleNamespace())
     setattr(getattr(config, part), setting, True)
-    with pytest.raises(UserError, match=f"JREG does not support {setting} yet"):
+    with pytest.raises(UserError, match=f"does not support {setting} yet"):
         JRegCallback(config, JRegConfig())
 
 

@@ -433,7 +433,7 @@ def stage_in_evaluation() -> list[Any]:
 def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
     first, second = run_function(stage_in_evaluation, 2, timeout=180)
     assert first == second
-    assert first[0].startswith("JREG saw no state of some layer") and first[1] == [True]
+    assert first[0].startswith("jreg_megatron saw no state of some layer") and first[1] == [True]
 
 
 def evaluates() -> list[int]:

@@ -129,7 +129,7 @@ MISTAKES = {
     "an unknown flag": (("--jreg-coef", 1), "unknown flag --jreg-coef; did you mean --jreg-coeff?"),
     "what JREG does not support": (
         ("--jreg-coeff", 1, *RECOMPUTE, "--distribute-saved-activations", *CUT[:2]),
-        "JREG does not support distribute_saved_activations yet",
+        " does not support distribute_saved_activations yet",
     ),
     "weights for another depth": (("--jreg-weights", "0,0,1"), r"--jreg-weights .* 4 numbers.* not 3"),
     "an optimizer whose package is missing": (("--optimizer=soap",), "is soap, .* emerging_optimizers"),
@@ -252,7 +252,7 @@ def build_otherwise_and_launch(argv: list[str]) -> None:
 def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_arguments: list[str]) -> None:
     argv = [SCRIPT, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 1]
     run = run_ranks(argv, 2, entry="test_launch:build_otherwise_and_launch", check=False)
-    assert "JREG is not attached to the model, since megatron.training" in refusal(run)
+    assert "jreg_megatron is not attached to the model, since megatron.training" in refusal(run)
     assert not re.search(r"iteration +1/", run.output[-1])
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_function
+from jreg_megatron.stream.anatomy import last_stage_has_a_layer, num_layers, residual_layers
 from torch import nn
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.jreg import kernels
 from jreg_megatron.stream import attachment
-from jreg_megatron.stream.residual_stream import last_stage_has_a_layer, num_layers, residual_layers
 
 
 class HybridModel(nn.Module):
@@ -35,6 +35,7 @@ class HybridModel(nn.Module):
                 "recompute_granularity": None,
                 "recompute_method": None,
                 "recompute_num_layers": None,
+                "sequence_parallel": False,
             }
             | settings
         )
@@ -108,8 +109,8 @@ def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
 
 def refusal_of_kernels(by_rank: list[Any]) -> str | None:
     """What attaching says where each rank would run its own; None if nothing before the model."""
-    attachment.kernels.choose = lambda *_: by_rank[dist.get_rank()]  # type: ignore[assignment]
-    attachment.JRegHandle = lambda *_: None  # type: ignore[assignment,misc]
+    kernels.choose = lambda *_: by_rank[dist.get_rank()]  # type: ignore[assignment]
+    attachment.Handle = lambda *_: None  # type: ignore[assignment,misc]
     try:
         attach(HybridModel("*-*-", 1, 4), JRegConfig(), num_microbatches=1)
     except UserError as refusal:

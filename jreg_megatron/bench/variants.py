@@ -12,8 +12,9 @@ from torch import nn
 from jreg_megatron.bench.naive import NaivePenalty
 from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.attachment import attach
-from jreg_megatron.stream.residual_stream import residual_layers, tap_residual_stream, unwrap
+from jreg_megatron.stream.tap import tap_residual_stream
 
 ORDINARY = KINDS[0]
 LOG_INTERVAL = 10

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from jreg_megatron import JRegConfig, JRegMetrics, attach  # JREG
+from jreg_megatron import JRegConfig, Metrics, attach  # JREG
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 NUM_MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
@@ -105,7 +105,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
 
 def train(
     batches: Iterator[Batch], steps: int, jreg: JRegConfig
-) -> Iterator[tuple[float | None, JRegMetrics | None]]:
+) -> Iterator[tuple[float | None, Metrics | None]]:
     """Train, and yield each step's cross-entropy (known on the last pipeline stage) and JREG's values."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads

@@ -1,4 +1,5 @@
-"""Megatron's arguments, with those of ``jreg_megatron.pretrain`` and of JREG, read by Megatron itself."""
+"""Megatron's arguments, with those of ``jreg_megatron.pretrain`` and of the methods, read by Megatron
+itself."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from jreg_megatron.mcore import initialization
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 
 CPU_FLAG = "--cpu"
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and JREG's flags; returns the parser."""
+    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and the methods' flags; returns the
+    parser."""
     group = parser.add_argument_group("jreg_megatron.pretrain")
     group.add_argument(
         CPU_FLAG,
@@ -51,16 +53,16 @@ def parse(flags: list[str], world_size: int) -> Namespace:
     """Megatron's arguments, read but not validated, for that many ranks.
 
     Raises:
-        UserError: for flags that Megatron or JREG does not know, or values that JREG does not take.
+        UserError: for flags that Megatron or we do not know, or values that a method does not take.
     """
     from megatron.training import arguments
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
-        return JRegConfig.add_arguments(add_arguments(parser))
+        return known.add_arguments(add_arguments(parser))
 
     with as_rank_zero_of(world_size, flags):
         args: Namespace = arguments.parse_args(add_all)
-    JRegConfig.from_args(args)
+    known.settings_in(args)
     return args
 
 

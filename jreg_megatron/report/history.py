@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jreg_megatron.methods.jreg.regularizer import RATE_NAME, displacement_name
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.metrics import RATE_NAME, displacement_name
 
 _VALIDATION = " validation"
 _LOSS = "lm loss" + _VALIDATION

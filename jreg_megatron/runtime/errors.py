@@ -34,6 +34,10 @@ class UserError(ValueError):
     """
 
 
+class DeviceFault(UserError):
+    """The device fails: this process can do no more on it, collectives neither."""
+
+
 def print_error(message: str) -> None:
     """Print the one line of an error."""
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)

@@ -1,44 +1,8 @@
-"""``attach``: JREG on a built Megatron model.
-
-What has to come out, at every layout, is the gradient of
-
-    mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
-
-Megatron scales the loss on its way to the parameters, so what is added to a layer's states has to carry
-the same factors. Let ``n`` be the tokens of the micro-batch that this rank holds, ``S`` the number of
-ranks that share a sequence among them by sequence parallelism (the tensor-parallel size with
-``sequence_parallel``, else 1), ``C`` the context-parallel size, ``D`` the data-parallel size, ``M`` the
-number of micro-batches, and ``g`` the loss scale of fp16 training (1 otherwise), which the optimizer
-takes out again.
-
-*Averaged loss (the default).* The schedule scales by ``g / M``; DDP averages over ``D * C`` ranks. A
-micro-batch of a data-parallel replica has ``n * S * C`` tokens and the whole batch ``n * S * C * D * M``.
-A rank that adds ``k * (sum of Psi over its tokens)`` contributes ``k / (D * C)`` of that sum, and this
-must be ``g * lambda * w_l / (n * S * C * D * M)``. Hence
-
-    k = g * lambda * w_l / (n * S * M);
-
-the context-parallel size cancels. Without sequence parallelism every tensor-parallel rank holds all
-tokens and, like cross-entropy's, its gradient is already the whole one: ``S = 1``, no averaging.
-
-*``calculate_per_token_loss``.* DDP sums, and ``finalize_model_grads`` divides by the number of tokens
-that the loss mask lets through in the whole batch. So ``k = g * lambda * w_l``: every token counts,
-masked ones too, and where a mask is used the effective lambda is larger by all/unmasked.
-
-*Unmasked tokens only* (``tokens="unmasked"``). JREG then averages as Megatron averages cross-entropy:
-over the ``m`` unmasked tokens of a context-parallel rank's part of a micro-batch, and over these parts.
-Each unmasked token gets ``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss.
-All ranks that share that part by sequence parallelism hold its whole mask, so each can count ``m``.
-
-None of this needs a collective, and nothing in it is known only on some ranks. That the loss is scaled so is
-looked at in the first step (:mod:`jreg_megatron.stream.first_step`).
-"""
+"""``attach``: methods on a built Megatron model, and the handle by which the training loop speaks to them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -46,206 +10,99 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jreg_megatron.methods.jreg import kernels
-from jreg_megatron.methods.jreg.kernels import Kernels
-from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import DeviceFault, UserError
 from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.stream.anatomy import num_layers, residual_layers, unwrap
 from jreg_megatron.stream.first_step import FirstStep
-from jreg_megatron.stream.metrics import DisplacementMeter, JRegMetrics
-from jreg_megatron.stream.residual_stream import (
-    final_norm_of,
-    last_stage_has_a_layer,
-    num_layers,
-    residual_layers,
-    tap_residual_stream,
-    unwrap,
-)
-from jreg_megatron.stream.support import (
-    LAYER_NOT_SEEN,
-    NO_LAYER_FOR_POST_NORM,
-    refuse_fsdp,
-    refuse_unsupported,
-)
+from jreg_megatron.stream.meter import Meter, reduce_meters
+from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
+from jreg_megatron.stream.scaling import Scaling
+from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
+from jreg_megatron.stream.tap import tap_residual_stream
 
 _HANDLE = "_jreg_handle"
 
-_MASK_OF_OTHER_TOKENS = (
-    f"{flag_of('tokens')} is 'unmasked', and the loss mask is for {{}} tokens, while this rank has {{}}; "
-    "call the model with a loss mask [b, s] of a number for each of its tokens"
-)
+_Told = list[tuple[Method, Any]]
+"""The methods that are told of a micro-batch's layers, each with what it keeps of the micro-batch."""
 
 
-_NO_MASK = (
-    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this pipeline "
-    "stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
-)
-
-
-@dataclass
-class _Microbatch:
-    """What is settled for a micro-batch when it goes forward, and still holds when layers are recomputed."""
-
-    is_training: bool
-    is_regularizing: bool
-    is_measuring: bool
-    mask: Tensor | None
-    """``[s, b]``: which tokens of this rank count; None if all do."""
-    token_weights: Tensor | None
-    """``[s, b]``: what each counts for in the loss."""
-    normed: Tensor | None = None
-    """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
-
-
-class JRegHandle:
-    """JREG attached to a model. Made by :func:`attach`; an observer of the residual stream."""
+class Handle:
+    """Methods attached to a model. Made by :func:`attach`; the observer of the residual stream."""
 
     def __init__(
         self,
-        config: JRegConfig,
+        methods: Sequence[Method],
         chunks: Sequence[nn.Module],
         num_microbatches: Callable[[], int],
         iteration: Callable[[], int] | None,
         group: dist.ProcessGroup | None,
-        kernels: Kernels,
         count_given: int | None,
     ) -> None:
-        model_config: Any = chunks[0].config
-        device = _device_of(chunks)
-        self.config = config
-        layers = num_layers(chunks[0])
-        self.weights = config.layer_weights(layers)
-        """Layer weights ``w_1..w_L``, ``[L]`` float64 on the CPU."""
-        self.training_meter = DisplacementMeter(layers, device)
-        self.validation_meter = DisplacementMeter(layers, device)
-        self._weight_of = config.gradient_weights(layers).tolist()
-        self._kernels = kernels
-        self._model_config = model_config
+        self.methods = tuple(methods)
         self._num_microbatches = num_microbatches
         self._iteration = iteration
         self._group = group
         self._chunks = chunks
+        self._measuring = [method for method in methods if method.training_meter is not None]
+        self._changing = [method for method in methods if type(method).change is not Method.change]
+        added = next((method.added_loss for method in methods if method.added_loss is not None), None)
+        self._coeff = 0.0 if added is None else added.coeff
         # A number that the caller gives once does not follow the batch, as what a function tells does.
-        self._is_count_fixed = (
-            count_given is not None and config.coeff > 0 and not model_config.calculate_per_token_loss
-        )
+        per_token: bool = cast(Any, chunks[0]).config.calculate_per_token_loss
+        self._is_count_fixed = count_given is not None and added is not None and not per_token
         self._ran = 0  # micro-batches of this step, of all chunks
         self._most_ran = 0.0
-        self._measured: list[int] = []  # iterations of this log interval
+        self._measured: dict[Method, list[int]] = {method: [] for method in self._measuring}
+        """Iterations of this log interval."""
         self._is_seen_whole = False
-        self._sequence_parallel_size, self._sequence_parallel_rank = _sequence_parallel_place(chunks[0])
-        # lambda * g / M of this step: a fixed buffer, read by the backward pass (see penalty.py).
-        self._coefficient = torch.zeros(1, device=device)
-        self._first_step = FirstStep(chunks, config, num_microbatches, group)
-        self._tap = tap_residual_stream(chunks, self, self._first_step.report)
+        self._first_step = FirstStep(chunks, added, num_microbatches, group)
+        change = self.change if self._changing else None
+        self._tap = tap_residual_stream(chunks, self, self._first_step.report, change)
         self._first_step.start(self._tap.end_watch)
-        self._holds_weight = any(self._weight_of[number - 1] > 0 for number in self._tap.layer_numbers)
+        for method in methods:
+            method.refuse = self._refuse
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
 
     # -- what the residual stream tells ------------------------------------------------------------
 
-    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> _Microbatch | None:
-        """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
+    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> _Told | None:
+        """Ask each method whether, and with what, it wants to be told of this micro-batch's layers."""
         if training and not self._first_step.has_ended:
             self._first_step.begin_training_microbatch()
         if training and self._is_count_fixed:
             self._ran += 1
-        if self.config.tokens == "unmasked" and loss_mask is None and not training:
-            return None  # text is being generated
-        if self.config.tokens == "unmasked" and (loss_mask is None or loss_mask.dim() != 2):
-            other = (
-                _NO_MASK if loss_mask is None else _MASK_OF_OTHER_TOKENS.format([*loss_mask.shape], "[s, b]")
-            )
-            self._refuse(other)
-            return None
         iteration = self._iteration() if training and self._iteration is not None else None
-        coeff = self.config.coeff if iteration is None else self.config.coeff_at(iteration)
-        is_regularizing = training and coeff > 0 and self._holds_weight
-        if is_regularizing:
-            self._fill_coefficient(coeff)
-        mask = token_weights = None
-        if self.config.tokens == "unmasked" and loss_mask is not None:
-            mask, token_weights = self._token_weights(loss_mask)
-        return _Microbatch(
-            is_training=training,
-            is_regularizing=is_regularizing,
-            is_measuring=iteration is None or self.config.measures_at(iteration),
-            mask=mask,
-            token_weights=token_weights,
-        )
+        call = Call(training, iteration, loss_mask)
+        asked = [(method, method.begin_microbatch(call)) for method in self.methods]
+        told = [(method, own) for method, own in asked if own is not None]
+        # In the first step layers are compared, whoever wants to be told of them.
+        return told if told or not self._first_step.has_ended else None
 
-    def layer(
-        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
-    ) -> Tensor:
-        """Measure and regularize a layer; the last one only if its state counts before the norm."""
-        is_last = layer_number == len(self._weight_of)
-        if is_last and self.config.final_state == "post_norm":
-            if microbatch.normed is None:
-                return layer_output
-            (normed, microbatch.normed) = microbatch.normed, None
-            strength = self._strength(microbatch, layer_number, layer_output)
-            return add_input_gradient(layer_output, layer_input, normed, strength)
-        return self._observe(microbatch, layer_number, layer_input, layer_output)
+    def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        """Let the methods change a layer's output, in the order in which they were attached."""
+        for method in self._changing:
+            layer_output = method.change(layer_number, layer_input, layer_output)
+        return layer_output
 
-    def final_norm(
-        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, normed: Tensor
-    ) -> Tensor:
-        """Measure and regularize the last layer if its state counts after the norm."""
-        if self.config.final_state == "pre_norm":
-            return normed
-        if self._has_gradient(microbatch, layer_number) and not layer_input.requires_grad:
-            microbatch.normed = normed.detach()
-        return self._observe(microbatch, layer_number, layer_input, normed)
+    def layer(self, told: _Told, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        """Show a layer to the methods."""
+        for method, own in told:
+            layer_output = method.layer(own, layer_number, layer_input, layer_output)
+        return layer_output
 
-    def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
-        if microbatch.mask is not None and microbatch.mask.shape != h_out.shape[:2]:
-            self._refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
-            return h_out
-        meter = self.training_meter if microbatch.is_training else self.validation_meter
-        on_psi = None
-        if microbatch.is_measuring:
-            on_psi = functools.partial(meter.add, layer_number, mask=microbatch.mask)
-        # What is frozen up to here has no backward pass to do it in.
-        if self._has_gradient(microbatch, layer_number) and h_out.requires_grad:
-            strength = self._strength(microbatch, layer_number, h_out)
-            return add_displacement_gradient(h_in, h_out, strength, on_psi)
-        if on_psi is not None:
-            on_psi(self._kernels.displacement(h_in, h_out))
-        return h_out
-
-    def _has_gradient(self, microbatch: _Microbatch, layer_number: int) -> bool:
-        return microbatch.is_regularizing and self._weight_of[layer_number - 1] > 0
-
-    def _strength(self, microbatch: _Microbatch, layer_number: int, state: Tensor) -> Strength:
-        """``k`` of the derivation above, as coefficient (of the step), factor and weights of the tokens."""
-        factor = self._weight_of[layer_number - 1]
-        if microbatch.token_weights is None and not self._model_config.calculate_per_token_loss:
-            factor /= state.shape[0] * state.shape[1] * self._sequence_parallel_size
-        return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
+    def final_norm(self, told: _Told, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
+        """Show the final norm to the methods."""
+        for method, own in told:
+            normed = method.final_norm(own, layer_number, layer_input, normed)
+        return normed
 
     def _refuse(self, finding: str) -> None:
         """Refuse what this rank alone may have found; in the first step on all ranks, if they meet."""
         if self._first_step.has_ended or not self._first_step.ranks_meet:
             raise UserError(finding)
         self._first_step.report(finding, is_alike=False)
-
-    def _token_weights(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of the loss mask, ``[s, b]``, and what each token then counts for."""
-        mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
-        weights = mask if self._model_config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
-        if self._sequence_parallel_size > 1:
-            rank, size = self._sequence_parallel_rank, self._sequence_parallel_size
-            mask, weights = (x.chunk(size)[rank] for x in (mask, weights))
-        return mask, weights
-
-    def _fill_coefficient(self, coeff: float) -> None:
-        per_token = self._model_config.calculate_per_token_loss
-        self._coefficient.fill_(coeff if per_token else coeff / self._num_microbatches())
-        grad_scale = self._model_config.grad_scale_func
-        if grad_scale is not None:
-            self._coefficient.copy_(grad_scale(self._coefficient.clone()))
 
     # -- what the user asks ------------------------------------------------------------------------
 
@@ -255,23 +112,10 @@ class JRegHandle:
         return ", ".join(self._tap.places) or "no layer on this rank"
 
     def describe(self) -> str:
-        """One line that says what was attached."""
-        config, weights = self.config, self.weights.tolist()
-        doing = f"lambda {config.coeff:g}" if config.coeff > 0 else "measuring only (lambda 0)"
-        rule = f"alpha {config.alpha:g}" if config.weights == "softmax" else f"{config.weights} weights"
-        return (
-            f"> JREG attached: {doing}, {rule}, last state {config.final_state}, {len(weights)} layers, "
-            f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}, "
-            f"{self._gradient_text()}kernels {self._kernels.name}"
-        )
+        """A line for each method that says what was attached."""
+        return "\n".join(method.describe() for method in self.methods)
 
-    def _gradient_text(self) -> str:
-        if self.config.coeff == 0:
-            return ""
-        regularized = sum(weight > 0 for weight in self._weight_of)
-        return f"gradient in {regularized} of them, " if regularized < len(self._weight_of) else ""
-
-    def end_iteration(self, iteration: int, is_interval_end: bool = True) -> JRegMetrics | None:
+    def end_iteration(self, iteration: int, is_interval_end: bool = True) -> Metrics | None:
         """To be called after every training iteration; at the end of a log interval it gives its metrics.
 
         A collective call there, and after the first iteration that measures, to make sure that every layer
@@ -292,48 +136,75 @@ class JRegHandle:
         if self._is_count_fixed:
             self._check_count()
         # Told from the settings, not from what this rank saw: all ranks must come to the same.
-        if self.config.measures_at(iteration):
-            self._measured.append(iteration)
-        if not (is_interval_end or (self._measured and not self._is_seen_whole)):
+        for method, iterations in self._measured.items():
+            if method.settings.measures_at(iteration):
+                iterations.append(iteration)
+        if not self._measuring or not (is_interval_end or (self._has_measured and not self._is_seen_whole)):
             return None
         return self._metrics(is_interval_end)
 
-    def end_training(self) -> JRegMetrics | None:
+    def end_training(self) -> Metrics | None:
         """To be called where training ends: metrics over the log interval that this cuts off.
 
         A collective call if :meth:`end_iteration` has still to give metrics for an iteration, else None.
         """
-        return self._metrics(is_interval_end=True) if self._measured else None
+        return self._metrics(is_interval_end=True) if self._has_measured else None
 
-    def _metrics(self, is_interval_end: bool) -> JRegMetrics | None:
+    @property
+    def _has_measured(self) -> bool:
+        return any(self._measured.values())
+
+    def _metrics(self, is_interval_end: bool) -> Metrics | None:
         metrics = self.reduce_training_metrics()
-        if metrics is None and self._measured:
+        read = () if metrics is None else {type(reading.settings) for reading in metrics.readings}
+        if any(
+            iterations and type(method.settings) not in read for method, iterations in self._measured.items()
+        ):
             raise UserError(LAYER_NOT_SEEN)
         if metrics is not None:
             self._is_seen_whole = True
-            metrics = replace(metrics, iterations=tuple(self._measured))
         if is_interval_end:
             self.reset_training_metrics()
         return metrics
 
-    def reduce_training_metrics(self) -> JRegMetrics | None:
+    def reduce_training_metrics(self) -> Metrics | None:
         """Metrics over the training micro-batches since :meth:`reset_training_metrics`. Collective."""
         self._settle_first_step()
-        return self.training_meter.reduce(self.weights, self._group)
+        return self._read([method.training_meter for method in self._measuring], self._measured)
 
     def reset_training_metrics(self) -> None:
         """Begin a new interval of training metrics."""
-        self.training_meter.reset()
-        self._measured.clear()
+        for method in self._measuring:
+            cast(Meter, method.training_meter).reset()
+            self._measured[method] = []
         self._ran = 0
         self._first_step.forget()
 
-    def reduce_validation_metrics(self) -> JRegMetrics | None:
+    def reset_validation_metrics(self) -> None:
+        """Begin a new validation."""
+        for method in self._measuring:
+            cast(Meter, method.validation_meter).reset()
+
+    def reduce_validation_metrics(self) -> Metrics | None:
         """Metrics over the micro-batches seen in evaluation mode since the last call. Collective."""
         self._settle_first_step()
-        metrics = self.validation_meter.reduce(self.weights, self._group)
-        self.validation_meter.reset()
+        metrics = self._read([method.validation_meter for method in self._measuring], {})
+        self.reset_validation_metrics()
         return metrics
+
+    def is_whole(self, metrics: Metrics | None) -> bool:
+        """Whether metrics have the values of every method that measures."""
+        return len(self._measuring) == (0 if metrics is None else len(metrics.readings))
+
+    def _read(self, meters: Sequence[Meter | None], measured: dict[Method, list[int]]) -> Metrics | None:
+        """What the meters of the measuring methods say; None if nothing was seen of any. Collective."""
+        every = reduce_meters(cast(Sequence[Meter], meters), self._group)
+        readings = [
+            Reading(method.settings, method.read(values), tuple(measured.get(method, ())))
+            for method, values in zip(self._measuring, every, strict=True)
+            if values is not None
+        ]
+        return Metrics(tuple(readings)) if readings else None
 
     def _settle_first_step(self) -> None:
         if not self._first_step.has_ended:
@@ -351,8 +222,8 @@ class JRegHandle:
             raise UserError(
                 f"attach(..., num_microbatches=) is {self._num_microbatches()}, for steps of "
                 f"{self._most_ran:g} micro-batches, and a step had {ran:g}; if the loss is divided by their "
-                f"number, lambda was {self.config.coeff * ran / self._most_ran:.4g} and not "
-                f"{self.config.coeff:g}: give a function that tells the number of each step, and call "
+                f"number, lambda was {self._coeff * ran / self._most_ran:.4g} and not "
+                f"{self._coeff:g}: give a function that tells the number of each step, and call "
                 "end_iteration once a step"
             )
 
@@ -365,23 +236,39 @@ class JRegHandle:
                 delattr(chunk, _HANDLE)
 
 
+def prepares(settings: Sequence[Settings]) -> bool:
+    """Whether some method changes the model in :func:`prepare`."""
+    return any(type(of_one).prepare is not Settings.prepare for of_one in settings)
+
+
+def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
+    """Let methods change model chunks before these are wrapped and have an optimizer; returns the chunks.
+
+    To be called in a loop of one's own before ``DistributedDataParallel``, with the settings that
+    :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
+    """
+    for chunk in chunks:
+        for of_one in settings:
+            of_one.prepare(unwrap(chunk))
+    return chunks
+
+
 def attach(
     model: nn.Module | Sequence[nn.Module],
-    config: JRegConfig,
-    *,
+    *settings: Settings,
     num_microbatches: int | Callable[[], int] | None = None,
     iteration: Callable[[], int] | None = None,
     group: dist.ProcessGroup | None = None,
-) -> JRegHandle:
-    """Attach JREG to a built Megatron-Core model. Changes no forward value and no state dict.
+) -> Handle:
+    """Attach methods to a built Megatron-Core model. Changes no state dict.
 
     A collective call, on the model or the list of its virtual pipeline chunks, before or after they are
-    wrapped by ``Float16Module`` and DDP. With ``config.coeff == 0`` it only measures. The fp16 loss scale is
-    taken from ``model.config.grad_scale_func``, where Megatron's loop puts it.
+    wrapped by ``Float16Module`` and DDP. The fp16 loss scale is taken from ``model.config.grad_scale_func``,
+    where Megatron's loop puts it.
 
     Args:
         model: a ``GPTModel``, or the list of this rank's chunks.
-        config: the settings.
+        settings: of each method, such as ``JRegConfig(coeff=1.0)``. At most one of each kind.
         num_microbatches: by what the mean loss of a micro-batch is divided: the micro-batches of one
             data-parallel replica in a training step. By default Megatron-Core's calculator is asked at each.
         iteration: tells the current training iteration, 1-based. Needed when the settings depend on it.
@@ -391,7 +278,7 @@ def attach(
         The handle, with metrics and ``detach()``.
 
     Raises:
-        UserError: if JREG is attached already, if the model or a setting is not supported, or if
+        UserError: if something is attached already, if the model or a setting is not supported, or if
             something is missing that the settings need.
 
     A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
@@ -402,28 +289,64 @@ def attach(
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
 
-    def check() -> tuple[Callable[[], int], Kernels]:
+    def check() -> tuple[Callable[[], int], list[Method]]:
         for chunk in given:
             refuse_fsdp(chunk)
-        if iteration is None and config.has_schedule:
-            raise UserError(
-                "the settings depend on the iteration (start, stop, warm-up or measure interval); "
-                "give attach(..., iteration=) a function that tells it, 1-based"
-            )
-        _refuse_model(chunks, config)
+        _refuse_settings(settings, knows_iteration=iteration is not None)
+        _refuse_model(chunks, settings)
         counter = _microbatch_counter(num_microbatches)
-        device, model_config = _device_of(chunks), cast(Any, chunks[0]).config
-        dtypes = (p.dtype for chunk in chunks for p in chunk.parameters())
-        dtype = next(dtypes, model_config.params_dtype)
-        if model_config.fp32_residual_connection:
-            dtype = torch.float32
-        return counter, kernels.choose(config.kernels, device, model_config.hidden_size, dtype)
+        place = _place_of(chunks, counter)
+        return counter, [of_one.make(place) for of_one in settings]
 
-    counter, chosen = _alike_on_every_rank(check, group)
+    counter, methods = _alike_on_every_rank(check, group)
     _refuse_other_numbers(chunks, group)
-    _refuse_different_kernels(chosen, config, group)
+    for method in methods:
+        method.agree(group)
     count_given = None if callable(num_microbatches) else num_microbatches
-    return JRegHandle(config, chunks, counter, iteration, group, chosen, count_given)
+    return Handle(methods, chunks, counter, iteration, group, count_given)
+
+
+def _refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None:
+    if not settings:
+        raise UserError("attach() was given no settings; give it those of a method, such as JRegConfig()")
+    kinds = [type(of_one) for of_one in settings]
+    for of_one in settings:
+        if kinds.count(type(of_one)) > 1:
+            raise UserError(f"attach() was given two {type(of_one).__name__}; give it one of each kind")
+        if of_one.has_schedule and not knows_iteration:
+            raise UserError(
+                f"the settings of {of_one.name} depend on the iteration (such as a start, a warm-up or a "
+                "measure interval); give attach(..., iteration=) a function that tells it, 1-based"
+            )
+
+
+def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
+    if not chunks:
+        raise UserError("the list of model chunks is empty; call attach after the model is built")
+    for chunk in chunks:
+        if (attached := getattr(chunk, _HANDLE, None)) is not None:
+            names = " and ".join(method.settings.name for method in attached.methods)
+            raise UserError(f"{names} is attached to this model already; call detach() on its handle first")
+    for chunk in chunks:
+        residual_layers(chunk)
+    refuse_unsupported(chunks[0].config, *settings)
+    for of_one in settings:
+        of_one.refuse_layers(num_layers(chunks[0]))
+        of_one.refuse_model(chunks)
+
+
+def _place_of(chunks: Sequence[nn.Module], num_microbatches: Callable[[], int]) -> Place:
+    config: Any = chunks[0].config
+    dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
+    return Place(
+        chunks=chunks,
+        layer_numbers=tuple(layer.number for chunk in chunks for layer in residual_layers(chunk)),
+        num_layers=num_layers(chunks[0]),
+        hidden_size=config.hidden_size,
+        dtype=torch.float32 if config.fp32_residual_connection else dtype,
+        device=_device_of(chunks),
+        scaling=Scaling(chunks[0], num_microbatches),
+    )
 
 
 def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
@@ -439,30 +362,9 @@ def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
     device = next((p.device for chunk in chunks for p in chunk.parameters()), trained_on)
     if device.type == "meta" or (device.type == "cpu" and backend == "nccl"):
         raise UserError(
-            f"the model is still on the {device.type} device; move it to the GPU before JREG is attached"
+            f"the model is still on the {device.type} device; move it to the GPU before attach is called"
         )
     return device
-
-
-def _refuse_model(chunks: Sequence[Any], config: JRegConfig) -> None:
-    if not chunks:
-        raise UserError("the list of model chunks is empty; attach JREG after the model is built")
-    if any(hasattr(chunk, _HANDLE) for chunk in chunks):
-        raise UserError("JREG is attached to this model already; call detach() on its handle first")
-    for chunk in chunks:
-        residual_layers(chunk)
-    refuse_unsupported(chunks[0].config, config)
-    config.layer_weights(num_layers(chunks[0]))
-    if config.final_state == "post_norm":
-        if not last_stage_has_a_layer(chunks[0]):
-            raise UserError(NO_LAYER_FOR_POST_NORM)
-        for chunk in chunks:
-            is_last = any(layer.number == num_layers(chunk) for layer in residual_layers(chunk))
-            if is_last and final_norm_of(chunk) is None:
-                raise UserError(
-                    f"{flag_of('final_state')} is post_norm, and the model has no final norm behind its last "
-                    "layer; use pre_norm"
-                )
 
 
 def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | None) -> T:
@@ -470,7 +372,7 @@ def _alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | N
     refusal, error, result = "", None, None
     try:
         result = check()
-    except kernels.DeviceFault:
+    except DeviceFault:
         raise  # NCCL could not tell the others
     except Exception as caught:
         error = caught
@@ -494,34 +396,8 @@ def _refuse_other_numbers(chunks: Sequence[nn.Module], group: dist.ProcessGroup 
         numbers = " and ".join(dict.fromkeys(" ".join(map(str, rank)) for rank in ranks if rank))
         raise UserError(
             f"the model's layers have the numbers (layer_number) {numbers}, and its config.num_layers tells "
-            f"{count}; JREG needs each of 1 to {count} once"
+            f"{count}; jreg_megatron needs each of 1 to {count} once"
         )
-
-
-def _refuse_different_kernels(chosen: Kernels, config: JRegConfig, group: dist.ProcessGroup | None) -> None:
-    ranks = of_every_rank((chosen.kind, chosen.name), group)
-    (kind, name), *_ = ranks
-    for at, (other_kind, other_name) in enumerate(ranks):
-        if other_kind == kind:
-            continue
-        first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
-        raise UserError(
-            f"{flag_of('kernels')} is {config.kernels!r}, for which rank {first} would run {name}, and "
-            f"rank {other} {other_name}, which round differently and take other times; make them alike, or "
-            "set it to 'torch'"
-        )
-
-
-def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:
-    """Among how many ranks sequence parallelism shares a sequence, and which of them this one is."""
-    if not chunk.config.sequence_parallel:
-        return 1, 0
-    group = getattr(getattr(chunk, "pg_collection", None), "tp", None)
-    if group is None:
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_tensor_model_parallel_group()
-    return group.size(), group.rank()
 
 
 def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Callable[[], int]:

@@ -4,12 +4,12 @@ Two things are inferred from how a model is built and configured. A job may do o
 
 - Which state is a layer's input and output: :mod:`jreg_megatron.stream.layer_watch` compares.
 - How the loss is scaled on its way to the parameters. That shows in the gradient at the model's output, the
-  losses of a micro-batch's tokens ``[b, s]``. It is, with ``g``, ``M`` of ``attachment``,
+  losses of a micro-batch's tokens ``[b, s]``. It is, with ``g``, ``M`` of ``scaling``,
 
     averaged loss     g / M, summed over the tokens of a micro-batch that has any that count
     per-token loss    g, for each token that counts
 
-times the setting ``loss_weight``. What scales the gradient after that scales JREG's gradient too.
+times the setting ``loss_weight``. What scales the gradient after that scales a method's gradient too.
 
 A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
 the gradients, or where metrics are asked for. Then all ranks raise the same. Without pipeline stages all find
@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.stream.scaling import AddedLoss
 
 _MOST = 1.5
 """A loss may weigh its tokens, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
@@ -47,8 +47,8 @@ _MOST_STEPS = 50
 
 _NO_COUNT = (
     "calculate_per_token_loss is on, and the loss function returns no number of tokens, so Megatron does not "
-    "divide JREG's gradient by it; return three values from the loss function (sum of the losses, number of "
-    "tokens, report), or turn calculate_per_token_loss off"
+    "divide a method's gradient by it; return three values from the loss function (sum of the losses, number "
+    "of tokens, report), or turn calculate_per_token_loss off"
 )
 
 
@@ -60,7 +60,7 @@ class _Seen:
     runs: int = 0
     """How many micro-batches went forward that a backward pass follows, counted in each chunk."""
     told: int = 0
-    """What JREG has divided by."""
+    """What a method has divided by."""
     losses: int = 0
     """How many micro-batches have had a backward pass from the tokens' losses."""
     gradient: float = 0.0
@@ -83,7 +83,7 @@ class FirstStep:
     def __init__(
         self,
         chunks: Sequence[Any],
-        settings: JRegConfig,
+        added: AddedLoss | None,
         num_microbatches: Callable[[], int],
         group: dist.ProcessGroup | None,
     ) -> None:
@@ -91,13 +91,14 @@ class FirstStep:
 
         Args:
             chunks: this rank's model chunks, unwrapped; at least one.
-            settings: at lambda 0 the scale of the loss does not matter.
-            num_microbatches: what JREG divides by.
+            added: what a method adds to the loss; without it the loss's scale does not matter.
+            num_microbatches: what that is divided by.
             group: the ranks that hold the model together; None for all.
         """
         self._chunks = chunks
         self._config: Any = chunks[0].config
-        self._coeff, self._loss_weight = settings.coeff, settings.loss_weight
+        self._added = added
+        self._loss_weight = 1.0 if added is None else added.loss_weight
         self._num_microbatches = num_microbatches
         self._group = group
         self._finding = ""
@@ -145,7 +146,7 @@ class FirstStep:
             self._end_watch = None
 
     def report(self, finding: str, is_alike: bool) -> None:
-        """This rank has found something that makes JREG's numbers wrong; the first finding is told.
+        """This rank has found something that makes a method's numbers wrong; the first finding is told.
 
         Args:
             finding: one line, for the user.
@@ -178,7 +179,7 @@ class FirstStep:
         if any(rank.runs for rank in ranks):  # else it was an evaluation
             self._end_layers()
             self._steps += 1
-            if self._coeff == 0 or self._is_scale_right(ranks):
+            if self._added is None or self._is_scale_right(self._added, ranks):
                 self.end()
             elif self._steps == _MOST_STEPS:
                 self.end()
@@ -221,7 +222,7 @@ class FirstStep:
         if self._finding and is_alone and (self._is_alike or self._finalize is None):
             raise UserError(self._finding)
         is_loss = chunk.post_process and isinstance(output, Tensor) and output.dim() == 2
-        if is_loss and output.requires_grad and self._coeff > 0:
+        if is_loss and output.requires_grad and self._added is not None:
             output.register_hook(self._on_gradient)
 
     def _on_gradient(self, gradient: Tensor) -> None:
@@ -259,8 +260,8 @@ class FirstStep:
             num_tokens=num_tokens,
         )
 
-    def _is_scale_right(self, ranks: Sequence[_Seen]) -> bool:
-        """Whether the loss is scaled as JREG expects; False too if this step does not tell.
+    def _is_scale_right(self, added: AddedLoss, ranks: Sequence[_Seen]) -> bool:
+        """Whether the loss is scaled as expected; False too if this step does not tell.
 
         Raises:
             UserError: if it is scaled otherwise.
@@ -290,8 +291,8 @@ class FirstStep:
         is_weighted = as_told and any(rank.is_weighted for rank in ranks)
         if not is_right and is_weighted and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED:
             self._say(
-                f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what JREG expects, which "
-                f"may be their weights or a wrong divisor; lambda {self._coeff:g} stands beside it"
+                f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what is expected, which "
+                f"may be their weights or a wrong divisor; lambda {added.coeff:g} stands beside it"
             )
             is_right = True
         if is_right:
@@ -304,7 +305,7 @@ class FirstStep:
             "number by which the mean loss of each run is divided"
         )
         if as_told:
-            weight, found = flag_of("loss_weight"), ratio * self._loss_weight
+            weight, found = added.loss_weight_flag, ratio * self._loss_weight
             remedy = (
                 "if the loss is a sum, return it and its number of tokens from the loss function; if steps "
                 "are accumulated, give attach(..., num_microbatches=) the number by which the mean loss of a "
@@ -312,13 +313,13 @@ class FirstStep:
                 f"{found:.4g}"
             )
         raise UserError(
-            f"lambda {self._coeff:g} would act like {self._coeff / ratio:.4g}, since the loss is {ratio:.4g} "
-            f"times what JREG expects with {told} micro-batches; {remedy}"
+            f"lambda {added.coeff:g} would act like {added.coeff / ratio:.4g}, since the loss is {ratio:.4g} "
+            f"times what is expected with {told} micro-batches; {remedy}"
         )
 
     def _say(self, line: str) -> None:
         if not dist.is_initialized() or dist.get_rank(self._group) == 0:
-            print(f"> JREG: {line}", flush=True)
+            print(f"> jreg_megatron: {line}", flush=True)
 
 
 def _differ(total: Tensor, counted: Tensor) -> bool:

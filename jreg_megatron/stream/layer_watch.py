@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FIX = "JREG cannot see this layer's states; use Megatron's TransformerLayer as it is, or train without JREG"
+_FIX = (
+    "jreg_megatron cannot see this layer's states; use Megatron's TransformerLayer as it is, or train "
+    "without it"
+)
 
 _MOST_BETWEEN = 3
 """Autograd nodes between the state that is tapped and the one that is returned: a view, a type, a copy."""
@@ -45,14 +48,14 @@ class LayerWatch:
         if self._has_run:
             self._report(
                 f"{self._name} runs more than once in a forward pass, so its input and output are not the "
-                "model's state before and after it; JREG does not support this; train without JREG",
+                "model's state before and after it; jreg_megatron does not support this; train without it",
                 True,
             )
         if state.shape[-1] != self._hidden_size:
             self._report(
                 f"{self._name} has a residual stream of width {state.shape[-1]}, and the model's hidden "
-                f"size is {self._hidden_size}; JREG does not support a wider stream, such as that of "
-                "hyper-connections; turn the wider stream off, or train without JREG",
+                f"size is {self._hidden_size}; jreg_megatron does not support a wider stream, such as that "
+                "of hyper-connections; turn the wider stream off, or train without it",
                 True,
             )
         self._has_run, self._given, self._tapped = True, _Kept(state), None
@@ -77,8 +80,9 @@ class LayerWatch:
             self._report(f"{self._name} {found}; {_FIX}", True)
         elif torch.is_grad_enabled() and not self._tapped.is_behind(state):
             self._report(
-                f"{self._name} recomputes itself, by a checkpoint inside of it, so JREG would not regularize "
-                "it; use Megatron's --recompute-granularity, or train without JREG",
+                f"{self._name} recomputes itself, by a checkpoint inside of it, so its states "
+                "are not those of the backward pass; use Megatron's --recompute-granularity, or train "
+                "without jreg_megatron",
                 True,
             )
         self._given = self._tapped = None
@@ -87,8 +91,8 @@ class LayerWatch:
         """The model's forward pass is over, and did not break off."""
         if not self._has_run:
             self._report(
-                f"{self._name} has not run in a forward pass; JREG does not support layers that are left "
-                "out; train without JREG",
+                f"{self._name} has not run in a forward pass; jreg_megatron does not support layers that are "
+                "left out; train without it",
                 False,  # which ones may be drawn by each rank
             )
 

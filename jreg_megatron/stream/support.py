@@ -1,38 +1,31 @@
-"""What JREG does not support is refused here by name, before any time is spent on it."""
+"""What is not supported is refused here by name, before any time is spent on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError
-
-# The last layer's input and the final norm's output must be on one rank to be compared.
-NO_LAYER_FOR_POST_NORM = (
-    "JREG does not support final_state 'post_norm' with no layer on the last pipeline stage; use 'pre_norm', "
-    "or put a layer there"
-)
+from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
-    "JREG saw no state of some layer in an iteration that it measures, so that layer is not regularized "
-    "either. Known causes: the model was not in training mode, metrics were asked for before the backward "
-    "pass, or full recompute did not run a frozen layer again. The run is stopped; correct that, or leave "
-    "JREG out"
+    "jreg_megatron saw no state of some layer in an iteration that it measures, so that layer is not "
+    "regularized either. Known causes: the model was not in training mode, metrics were asked for before the "
+    "backward pass, or full recompute did not run a frozen layer again. The run is stopped; correct that, or "
+    "train without jreg_megatron"
 )
 
 
-def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
+def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     """Refuse by name what would give wrong numbers, or has not been shown to give right ones.
 
     Args:
         model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
-        config: the settings.
+        settings: of the methods.
 
     Raises:
-        UserError: naming the setting that JREG does not support, and what to do.
+        UserError: naming the setting that is not supported, and what to do.
     """
 
     def value(name: str) -> Any:
@@ -62,33 +55,9 @@ def refuse_unsupported(model_config: Any, config: JRegConfig) -> None:
     }
     for name, is_used in unsupported.items():
         if is_used:
-            raise UserError(f"JREG does not support {name} yet; turn it off")
-    if config.final_state == "post_norm" and not _last_stage_has_a_layer(value):
-        raise UserError(NO_LAYER_FOR_POST_NORM)
-
-
-def _last_stage_has_a_layer(value: Callable[[str], Any]) -> bool:
-    """Whether the final norm's stage holds the last layer; ``value`` gives Megatron's settings by name."""
-    if value("mtp_num_layers"):
-        return True  # then Megatron puts the final norm behind the last layer, wherever that is
-    if layout := value("pipeline_model_parallel_layout"):
-        return any(getattr(kind, "name", kind) == "decoder" for kind in _stages_of(layout)[-1])
-    if value("account_for_loss_in_pipeline_split"):
-        counted = value("num_layers") + 1 + bool(value("account_for_embedding_in_pipeline_split"))
-        stages = value("pipeline_model_parallel_size") * (value("virtual_pipeline_model_parallel_size") or 1)
-        return bool(counted // stages > 1)
-    return True
-
-
-def _stages_of(layout: Any) -> list[list[Any]]:
-    """What each stage of a pipeline layout holds, by the names of Megatron's ``LayerType``."""
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    given = getattr(layout, "input_data", layout)
-    stages: list[list[Any]] = given
-    if isinstance(given, str):
-        stages = PipelineParallelLayerLayout.parse_str_to_list(given)
-    return stages
+            raise UserError(f"jreg_megatron does not support {name} yet; turn it off")
+    for of_one in settings:
+        of_one.refuse(model_config)
 
 
 def refuse_fsdp(chunk: nn.Module) -> None:
@@ -101,7 +70,7 @@ def refuse_fsdp(chunk: nn.Module) -> None:
     while isinstance(wrapper, nn.Module):
         if "FullyShard" in type(wrapper).__name__:
             raise UserError(
-                f"JREG does not support a model in {type(wrapper).__name__} yet; use Megatron's "
+                f"jreg_megatron does not support a model in {type(wrapper).__name__} yet; use Megatron's "
                 "DistributedDataParallel with the distributed optimizer"
             )
         wrapper = getattr(wrapper, "module", None)

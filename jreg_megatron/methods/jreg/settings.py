@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from argparse import SUPPRESS
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from jreg_megatron.methods.jreg import formulas
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.anatomy import (
+    final_norm_of,
+    last_stage_has_a_layer,
+    last_stage_is_given_a_layer,
+    num_layers,
+    residual_layers,
+)
+from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
+
+if TYPE_CHECKING:
+    from jreg_megatron.methods.jreg.regularizer import Regularizer
+    from jreg_megatron.stream.method import Place
 
 WEIGHT_RULES = ("softmax", "last", "uniform")
 FINAL_STATES = ("pre_norm", "post_norm")
 KERNELS = ("auto", "triton", "torch")
 TOKENS = ("all", "unmasked")
 
-
-FLAG_PREFIX = "--jreg-"
-
-
-def flag_of(name: str) -> str:
-    """The command-line flag of a setting: ``measure_interval`` -> ``--jreg-measure-interval``."""
-    return FLAG_PREFIX + name.replace("_", "-")
+# The last layer's input and the final norm's output must be on one rank to be compared.
+_NO_LAYER_FOR_POST_NORM = (
+    "JREG does not support final_state 'post_norm' with no layer on the last pipeline stage; use 'pre_norm', "
+    "or put a layer there"
+)
 
 
 def _weights_from_text(text: str) -> str | tuple[float, ...]:
@@ -38,118 +44,127 @@ def _weights_from_text(text: str) -> str | tuple[float, ...]:
         return text
 
 
-def _setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
-
-
 @dataclass(frozen=True, kw_only=True)
-class JRegConfig:
+class JRegConfig(Settings):
     """Settings of the jump-suppressing regularizer: ``loss = CE + coeff * sum_l w_l * Psi_l``.
 
-    Iterations are 1-based, as Megatron's log counts them. Every field is a command-line flag too
-    (``--jreg-coeff`` and so on, see :meth:`add_arguments`) and a key for :meth:`from_mapping`.
+    Every field is a command-line flag too (``--jreg-coeff`` and so on, see :meth:`add_arguments`) and a key
+    for :meth:`from_mapping`.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
     """
 
-    coeff: float = _setting(
+    name: ClassVar[str] = "JREG"
+    prefix: ClassVar[str] = "jreg"
+    title: ClassVar[str] = "JREG, the jump-suppressing regularizer"
+    about: ClassVar[str] = (
+        "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)"
+    )
+
+    coeff: float = setting(
         0.0,
         "lambda, the strength, >= 0. At 0 the displacement is only measured, and training is bit-identical "
         "to training without JREG. The paper takes 1.",
         float,
         "LAMBDA",
     )
-    alpha: float = _setting(
+    alpha: float = setting(
         1.0,
         "sharpness of the layer weights softmax(alpha * [1..L]), >= 0. 0 weighs all layers alike. The paper"
         " takes 1.",
         float,
         "ALPHA",
     )
-    weights: str | tuple[float, ...] = _setting(
+    weights: str | tuple[float, ...] = setting(
         "softmax",
         "layer weights: 'softmax' of alpha (the paper's), 'last' (layer L alone), 'uniform' (1/L each), or "
         "one number per layer, first layer first, as in 0,0,0.3,0.7.",
         _weights_from_text,
         "RULE",
     )
-    final_state: str = _setting(
+    final_state: str = setting(
         "pre_norm",
         "the last layer's output: 'pre_norm', before the final norm (the paper's), or 'post_norm', after "
         "it. The numbers differ several-fold.",
         metavar="STATE",
     )
-    negligible_weight: float = _setting(
+    negligible_weight: float = setting(
         1e-6,
         "the lightest layers get no gradient if their weights together are at most this share of all "
         "weights. 0 leaves none out.",
         float,
         "SHARE",
     )
-    loss_weight: float = _setting(
+    loss_weight: float = setting(
         1.0,
         "the factor by which the script multiplies its cross-entropy, as in 0.5 * CE + 0.5 * KD. JREG is "
         "not multiplied. The first step refuses another factor.",
         float,
         "WEIGHT",
     )
-    tokens: str = _setting(
+    tokens: str = setting(
         "all",
         "the tokens that count: 'all', or 'unmasked', those that the loss mask keeps, averaged as "
         "cross-entropy is.",
         metavar="TOKENS",
     )
-    start_iteration: int = _setting(1, "first training iteration with the regularizer.", int, "N")
-    stop_iteration: int | None = _setting(None, "first training iteration without it again.", int, "N")
-    warmup_iterations: int = _setting(
+    start_iteration: int = setting(1, "first training iteration with the regularizer.", int, "N")
+    stop_iteration: int | None = setting(None, "first training iteration without it again.", int, "N")
+    warmup_iterations: int = setting(
         0, "warm-up: the coefficient rises linearly over this many iterations.", int, "N"
     )
-    measure_interval: int = _setting(
+    measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
     )
-    kernels: str = _setting(
+    kernels: str = setting(
         "auto",
         "what computes: 'triton' (fused, on a GPU), 'torch' (anywhere), or 'auto': triton where it runs. "
         "All ranks must run the same kind.",
         metavar="KERNELS",
     )
-    log_per_layer: bool = _setting(
+    log_per_layer: bool = setting(
         False, "also log each layer as jreg/displacement_layer_NN to TensorBoard and W&B.", bool
     )
 
     def __post_init__(self) -> None:
-        _require("coeff", self.coeff, _is_finite(self.coeff) and self.coeff >= 0, "a finite number >= 0")
+        self.require("coeff", self.coeff, is_finite(self.coeff) and self.coeff >= 0, "a finite number >= 0")
         weight = self.loss_weight
-        _require("loss_weight", weight, _is_finite(weight) and weight > 0, "a finite number > 0")
-        _require("alpha", self.alpha, _is_finite(self.alpha) and self.alpha >= 0, "a finite number >= 0")
+        self.require("loss_weight", weight, is_finite(weight) and weight > 0, "a finite number > 0")
+        self.require("alpha", self.alpha, is_finite(self.alpha) and self.alpha >= 0, "a finite number >= 0")
         if isinstance(self.weights, str):
             rules = ", ".join(WEIGHT_RULES)
             known = self.weights in WEIGHT_RULES
-            _require("weights", self.weights, known, f"one of {rules}, or one number per layer")
+            self.require("weights", self.weights, known, f"one of {rules}, or one number per layer")
         else:
             is_list = isinstance(self.weights, list | tuple)
-            _require("weights", self.weights, is_list, "a rule's name or a list of numbers, one per layer")
+            self.require(
+                "weights", self.weights, is_list, "a rule's name or a list of numbers, one per layer"
+            )
             numbers = tuple(self.weights)
-            allowed = all(_is_finite(w) and w >= 0 for w in numbers) and any(numbers)
-            _require("weights", _shown(numbers), allowed, "finite numbers >= 0, one per layer, not all 0")
+            allowed = all(is_finite(w) and w >= 0 for w in numbers) and any(numbers)
+            self.require("weights", _shown(numbers), allowed, "finite numbers >= 0, one per layer, not all 0")
             # A list from YAML or Python becomes what the frozen dataclass can hash and compare.
             object.__setattr__(self, "weights", tuple(float(w) for w in numbers))
-        _require("final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES))
-        share = self.negligible_weight
-        _require(
-            "negligible_weight", share, _is_finite(share) and 0 <= share < 1, "a number >= 0 and below 1"
+        self.require(
+            "final_state", self.final_state, self.final_state in FINAL_STATES, " or ".join(FINAL_STATES)
         )
-        _require("tokens", self.tokens, self.tokens in TOKENS, " or ".join(TOKENS))
-        _require("kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
+        share = self.negligible_weight
+        self.require(
+            "negligible_weight", share, is_finite(share) and 0 <= share < 1, "a number >= 0 and below 1"
+        )
+        self.require("tokens", self.tokens, self.tokens in TOKENS, " or ".join(TOKENS))
+        self.require("kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
         for name, least in (("start_iteration", 1), ("warmup_iterations", 0), ("measure_interval", 1)):
             value = getattr(self, name)
-            _require(name, value, _is_integer(value) and value >= least, f"a whole number >= {least}")
+            self.require(name, value, is_integer(value) and value >= least, f"a whole number >= {least}")
         if self.stop_iteration is not None:
-            after = _is_integer(self.stop_iteration) and self.stop_iteration > self.start_iteration
-            fix = f"a whole number above {flag_of('start_iteration')} ({self.start_iteration}), or left out"
-            _require("stop_iteration", self.stop_iteration, after, fix)
-        _require("log_per_layer", self.log_per_layer, isinstance(self.log_per_layer, bool), "true or false")
+            after = is_integer(self.stop_iteration) and self.stop_iteration > self.start_iteration
+            fix = f"a whole number above {self.flag('start_iteration')} ({self.start_iteration}), or left out"
+            self.require("stop_iteration", self.stop_iteration, after, fix)
+        self.require(
+            "log_per_layer", self.log_per_layer, isinstance(self.log_per_layer, bool), "true or false"
+        )
 
     def layer_weights(self, num_layers: int) -> Tensor:
         """The weights ``w_1..w_L`` of the regularizer.
@@ -162,7 +177,7 @@ class JRegConfig:
         """
         if not isinstance(self.weights, str):
             fix = f"{num_layers} numbers, one for each layer of the model, not {len(self.weights)}"
-            _require("weights", _shown(self.weights), len(self.weights) == num_layers, fix)
+            self.require("weights", _shown(self.weights), len(self.weights) == num_layers, fix)
             return torch.tensor(self.weights, dtype=torch.float64)
         if self.weights == "last":
             weights = torch.zeros(num_layers, dtype=torch.float64)
@@ -194,7 +209,7 @@ class JRegConfig:
     def has_schedule(self) -> bool:
         """Whether the coefficient or the measuring depends on the iteration."""
         constant = self.start_iteration == 1 and self.stop_iteration is None and self.warmup_iterations == 0
-        return self.measure_interval != 1 or (self.coeff > 0 and not constant)
+        return super().has_schedule or (self.coeff > 0 and not constant)
 
     def coeff_at(self, iteration: int) -> float:
         """lambda in training iteration ``iteration`` (1-based): 0 before the start and from the stop on.
@@ -206,116 +221,43 @@ class JRegConfig:
             return 0.0
         return self.coeff * min(1.0, step / self.warmup_iterations) if self.warmup_iterations else self.coeff
 
-    def measures_at(self, iteration: int) -> bool:
-        """Whether training iteration ``iteration`` (1-based) measures the displacement."""
-        return iteration % self.measure_interval == 0
+    @property
+    def needs_loss_mask(self) -> bool:
+        """Whether only the tokens count that the loss mask keeps."""
+        return self.tokens == "unmasked"
 
-    def measured_iterations(self, last: int, log_interval: int) -> list[int]:
-        """The iterations that a whole log interval measures; none if ``last`` does not end an interval."""
-        whole = range(last - log_interval + 1, last + 1)
-        return [*filter(self.measures_at, whole)] if last % log_interval == 0 else []
+    def refuse(self, model_config: Any) -> None:
+        """Refuse ``post_norm`` where no layer is on the pipeline stage of the final norm."""
+        if self.final_state == "post_norm" and not last_stage_is_given_a_layer(model_config):
+            raise UserError(_NO_LAYER_FOR_POST_NORM)
 
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> JRegConfig:
-        """Build from field names and values, as YAML gives them.
+    def refuse_layers(self, num_layers: int) -> None:
+        """Refuse explicit weights that are not one for each layer."""
+        self.layer_weights(num_layers)
 
-        Raises:
-            UserError: for an unknown name, with the nearest known one, or a value that is not allowed.
-        """
-        known = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise UserError(f"unknown JREG setting '{name}'; {_nearest(name, known)}")
-        return cls(**settings)
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add one ``--jreg-...`` flag per setting, in a group of their own; returns the parser.
-
-        A flag that is not given leaves nothing in the namespace, so a job without JREG does not know of it.
-        """
-        group = parser.add_argument_group(
-            "JREG, the jump-suppressing regularizer",
-            "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)",
-        )
-        for f in fields(cls):
-            if f.metadata["parse"] is bool:
-                group.add_argument(
-                    flag_of(f.name), action="store_true", default=SUPPRESS, help=f.metadata["help"]
+    def refuse_model(self, chunks: Sequence[Any]) -> None:
+        """Refuse ``post_norm`` where it cannot be."""
+        if self.final_state != "post_norm":
+            return
+        if not last_stage_has_a_layer(chunks[0]):
+            raise UserError(_NO_LAYER_FOR_POST_NORM)
+        for chunk in chunks:
+            is_last = any(layer.number == num_layers(chunk) for layer in residual_layers(chunk))
+            if is_last and final_norm_of(chunk) is None:
+                raise UserError(
+                    f"{self.flag('final_state')} is post_norm, and the model has no final norm behind its "
+                    "last layer; use pre_norm"
                 )
-                continue
-            group.add_argument(
-                flag_of(f.name),
-                type=f.metadata["parse"],
-                default=SUPPRESS,
-                metavar=f.metadata["metavar"],
-                help=f"{f.metadata['help']} Default: {default_text(f)}.",
-            )
-        return parser
 
-    @classmethod
-    def with_a_flag(cls, argv: list[str]) -> list[str]:
-        """``argv``, with ``--jreg-coeff 0`` behind it if it has none of the flags: then JREG measures."""
-        is_asked = any(word.startswith(FLAG_PREFIX) for word in argv)
-        return argv if is_asked else [*argv, flag_of("coeff"), "0"]
+    def make(self, place: Place) -> Regularizer:
+        """The regularizer on a built model."""
+        from jreg_megatron.methods.jreg.regularizer import Regularizer
 
-    @classmethod
-    def check_flags(cls, argv: list[str]) -> None:
-        """Check the ``--jreg-...`` flags among a command line's words, before anything else is parsed.
-
-        Raises:
-            UserError: for an unknown flag, with the nearest known one, or a value that is not allowed.
-        """
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-
-        def refuse(message: str) -> NoReturn:
-            raise UserError(message)
-
-        parser.error = refuse  # type: ignore[method-assign]
-        namespace, rest = cls.add_arguments(parser).parse_known_args(argv)
-        for flag in (word.partition("=")[0] for word in rest if word.startswith(FLAG_PREFIX)):
-            raise UserError(f"unknown flag {flag}; {_nearest(flag, [flag_of(f.name) for f in fields(cls)])}")
-        cls.from_args(namespace)
-
-    @classmethod
-    def is_in(cls, args: argparse.Namespace) -> bool:
-        """Whether any of the flags was given."""
-        return any(hasattr(args, f"jreg_{f.name}") for f in fields(cls))
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> JRegConfig:
-        """Build from a namespace that a parser with :meth:`add_arguments` filled.
-
-        Raises:
-            UserError: for a value that is not allowed.
-        """
-        names = {f.name: f"jreg_{f.name}" for f in fields(cls)}
-        return cls(**{name: getattr(args, key) for name, key in names.items() if hasattr(args, key)})
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-
-
-def default_text(f: Field[Any]) -> str:
-    """A setting's default as users read it."""
-    assert f.default is not MISSING
-    return "none" if f.default is None else str(f.default)
+        return Regularizer(self, place)
 
 
 def _shown(numbers: tuple[Any, ...]) -> str:
     return ",".join(str(n) for n in numbers)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(name: str, value: Any, allowed: bool, what: str) -> None:
-    if not allowed:
-        raise UserError(f"{flag_of(name)} (JRegConfig.{name}) is {value}; it must be {what}")
+flag_of = JRegConfig.flag

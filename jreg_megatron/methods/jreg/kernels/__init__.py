@@ -9,13 +9,9 @@ from torch import Tensor
 
 from jreg_megatron.methods.jreg.kernels import eager
 from jreg_megatron.methods.jreg.settings import flag_of
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import DeviceFault, UserError
 
 _CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
-
-
-class DeviceFault(UserError):
-    """Kernels have made the device fail: this process can do no more on it, collectives neither."""
 
 
 class Kernels(Protocol):

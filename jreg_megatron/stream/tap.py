@@ -9,10 +9,6 @@ input as ``residual``, and what ``mlp_bda(...)(...)`` returns is the layer's out
 version from 0.14 on. Forward hooks on the layer would not do: what they return is a view, which the
 pipeline refuses to free; after ``mlp_bda`` the layer itself makes the tensor viewless.
 
-What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
-has sub-layers; there, a layer is an attention sub-layer and the MLP or experts behind it, so that a pattern
-of such pairs gives the numbers of the ``GPTModel`` with the same weights.
-
 Counted once. Under full recompute a layer's forward runs twice, first without gradients; only the run
 that builds the graph is reported. (Which one it is must be asked outside of the layer: it calls its
 bias-dropout-add with gradients on in both.) That run happens in the backward pass, outside of the model's
@@ -20,12 +16,14 @@ forward, when other micro-batches may have gone forward already. Which one it be
 input: the checkpoint keeps the tensor that the first run started from, and the second starts from the same
 memory. The final norm runs once, before the last layer is recomputed; then it is shown that layer's input
 without a graph. In evaluation the only run is reported.
+
+Changed in every run. What changes a state is part of the model, so it is asked in each run of a layer: in
+both under recompute, in evaluation, and where text is generated. An observer sees what it returns.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,14 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.anatomy import ResidualLayer, final_norm_of, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.layer_watch import LayerWatch, Report
 
-MODELS = ("GPTModel", "HybridModel", "MambaModel")
-"""Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
-
-LAYER_PARTS = ("self_attn_bda", "mlp_bda", "layer_number")
-"""What a Megatron layer must have for its residual stream to be seen."""
+Change = Callable[[int, Tensor, Tensor], Tensor]
+"""Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
 
 
 class ResidualStreamObserver(Protocol):
@@ -100,20 +95,11 @@ class Tap:
             self._undo.pop()()
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
-    """The model chunk inside DDP and Float16Module wrappers."""
-    while not hasattr(chunk, "decoder"):
-        inner = getattr(chunk, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        chunk = inner
-    return chunk
-
-
 def tap_residual_stream(
     chunks: Sequence[nn.Module],
     observer: ResidualStreamObserver,
     report: Report | None = None,
+    change: Change | None = None,
 ) -> Tap:
     """Put an observer on a built model.
 
@@ -122,6 +108,7 @@ def tap_residual_stream(
         observer: what is told about every layer.
         report: is told where a layer's own argument and return are not the states that the observer sees.
             Passes that count are compared until :meth:`Tap.end_watch`.
+        change: what changes a layer's output, in every run.
 
     Returns:
         The tap, to be kept and removed.
@@ -138,114 +125,24 @@ def tap_residual_stream(
         tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
     )
     for chunk, chunk_layers in zip(chunks, layers, strict=True):
-        chunk_tap = _ChunkTap(chunk, observer, tap._undo)
+        chunk_tap = _ChunkTap(chunk, observer, change, tap._undo)
         chunk_tap.put_on(chunk_layers, report)
         tap._chunks.append(chunk_tap)
     return tap
 
 
-@dataclass(frozen=True)
-class ResidualLayer:
-    """A layer of a model chunk, as far as the residual stream goes."""
-
-    number: int
-    """1-based over the whole model."""
-    first: Any
-    """The module whose ``self_attn_bda`` adds to the layer's input."""
-    last: Any
-    """The module whose ``mlp_bda`` returns the layer's output; in a ``GPTModel`` the same."""
-
-
-def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
-    """The layers of an unwrapped model chunk, in order.
-
-    Raises:
-        UserError: if the chunk is not built as a ``GPTModel`` is, or as a ``HybridModel`` of pairs of
-            attention and MLP; the message names what was looked for.
-    """
-    modules = getattr(getattr(chunk, "decoder", None), "layers", None)
-    if modules is None or not any(kind.__name__ in MODELS for kind in type(chunk).__mro__):
-        raise UserError(
-            f"JREG does not support a {type(chunk).__name__}; it must be a Megatron-Core GPTModel or "
-            "HybridModel, or derived from one"
-        )
-    pattern = _hybrid_pattern(chunk)
-    if pattern is not None:
-        _refuse_unpaired(pattern, chunk.config)
-    elif not any(kind.__name__ == "GPTModel" for kind in type(chunk).__mro__):
-        raise UserError(
-            f"JREG does not support a {type(chunk).__name__} without a hybrid layer pattern; give one, such "
-            "as --hybrid-override-pattern '*-*-*-*-'"
-        )
-    for module in modules:
-        missing = [part for part in LAYER_PARTS if not hasattr(module, part)]
-        if missing:
-            raise UserError(
-                f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
-                "the TransformerLayer of Megatron-Core 0.16 or later is supported"
-            )
-    if pattern is None:
-        return [ResidualLayer(module.layer_number, module, module) for module in modules]
-    pairs = zip(modules[::2], modules[1::2], strict=True)
-    return [ResidualLayer(mlp.layer_number // 2, attention, mlp) for attention, mlp in pairs]
-
-
-def final_norm_of(chunk: Any) -> nn.Module | None:
-    """An unwrapped chunk's final norm; None where it has none, or one that does nothing."""
-    norm = getattr(chunk.decoder, "final_layernorm", None)
-    if norm is None:
-        norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
-    return None if type(norm).__name__ in ("Identity", "IdentityOp") else norm
-
-
-def num_layers(chunk: Any) -> int:
-    """How many layers the whole model has that an unwrapped chunk is part of."""
-    count: int = chunk.config.num_layers
-    return count if _hybrid_pattern(chunk) is None else count // 2
-
-
-def last_stage_has_a_layer(chunk: Any) -> bool:
-    """Whether a hybrid model's last pipeline stage holds a layer; of other models the settings tell."""
-    pattern = _hybrid_pattern(chunk)
-    return pattern is None or bool(pattern.rpartition("|")[2])
-
-
-def _hybrid_pattern(chunk: Any) -> str | None:
-    """A ``HybridModel``'s pattern of sub-layers without multi-token prediction; None for other models."""
-    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
-    return pattern.partition("/")[0] if isinstance(pattern, str) else None
-
-
-def _refuse_unpaired(pattern: str, config: Any) -> None:
-    """Refuse, on every rank alike, a pattern whose layers are not whole pairs on every stage."""
-    stages = pattern.split("|")
-    sizes = [len(stage) for stage in stages]
-    if len(stages) == 1:
-        # Without bars Megatron deals sub-layers out evenly, the first and the last stage apart if asked.
-        ends = [config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage]
-        given = [size for size in ends if size is not None]
-        others = config.pipeline_model_parallel_size - len(given)
-        sizes = [*given, (len(pattern) - sum(given)) // others] if others else given
-    if any(size % 2 for size in sizes) or not all(re.fullmatch(r"(\*[-E])*", stage) for stage in stages):
-        raise UserError(
-            f"JREG does not support the hybrid layer pattern {pattern}; it must be made of pairs of "
-            "attention and MLP ('*-') or attention and experts ('*E'), whole on every pipeline stage"
-        )
-    if config.recompute_granularity == "full" and (
-        config.recompute_method != "uniform" or config.recompute_num_layers % 2
-    ):
-        raise UserError(
-            f"JREG does not support --recompute-method {config.recompute_method} with "
-            f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model, since it parts "
-            "attention from MLP; take uniform and an even number"
-        )
-
-
 class _ChunkTap:
     """The taps on one model chunk and the micro-batch that is running through it."""
 
-    def __init__(self, chunk: Any, observer: ResidualStreamObserver, undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        chunk: Any,
+        observer: ResidualStreamObserver,
+        change: Change | None,
+        undo: list[Callable[[], None]],
+    ) -> None:
         self.observer = observer
+        self.change = change
         self.microbatch: Any = None
         """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
         self.is_in_forward = False
@@ -378,14 +275,16 @@ class _LayerTap:
             self._watching.given(state)
 
     def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
-        if self._microbatch is not None:
-            self._input = residual
-            if self._watching is not None:
-                self._watching.adds_to(residual)
+        self._input = residual
+        if self._watching is not None:
+            self._watching.adds_to(residual)
         return add(x_with_bias, residual, *rest)
 
     def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
-        layer_output = self._show(add(*operands))
+        layer_output = add(*operands)
+        if self._chunk.change is not None and self._input is not None:
+            layer_output = self._chunk.change(self._layer.number, self._input, layer_output)
+        layer_output = self._show(layer_output)
         if self._watching is not None:
             self._watching.tapped(layer_output)
         return layer_output

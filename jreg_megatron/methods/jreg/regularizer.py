@@ -1,0 +1,205 @@
+"""JREG on a built model: which layers get a gradient, how strongly, and what is measured on the way."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jreg_megatron.methods.jreg import kernels
+from jreg_megatron.methods.jreg.formulas import jump_rate
+from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
+from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.stream.meter import LayerValues, Meter
+from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+from jreg_megatron.stream.scaling import AddedLoss
+
+LOSS_NAME = "jreg loss"
+RATE_NAME = "jump rate"
+
+_MASK_OF_OTHER_TOKENS = (
+    f"{flag_of('tokens')} is 'unmasked', and the loss mask is for {{}} tokens, while this rank has {{}}; "
+    "call the model with a loss mask [b, s] of a number for each of its tokens"
+)
+_NO_MASK = (
+    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this pipeline "
+    "stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
+)
+
+
+def displacement_name(layer_number: int, num_layers: int) -> str:
+    """The name under which a layer's displacement is logged; equally long for all layers of a model."""
+    return layer_name("jreg/displacement", layer_number, num_layers)
+
+
+@dataclass(frozen=True)
+class JRegMetrics(Readings):
+    """Displacement of the whole model over the measured tokens. Unscaled: no lambda, no loss scale."""
+
+    displacement: Tensor
+    """Mean over tokens of Psi_l for layers 1..L, ``[L]`` float64 on the CPU, each in [0, 1]."""
+    jreg_loss: float
+    """``sum_l w_l * Psi_l``, before lambda."""
+    jump_rate: float
+    """zeta_L, the last layer's jump, in hundredths of displacement; NaN for a model of one layer."""
+
+    def headline(self) -> dict[str, float]:
+        """The regularizer's value and the jump rate."""
+        return {LOSS_NAME: self.jreg_loss, RATE_NAME: self.jump_rate}
+
+    def per_layer(self) -> dict[str, float]:
+        """Each layer's displacement."""
+        layers = len(self.displacement)
+        values = enumerate(self.displacement.tolist(), start=1)
+        return {displacement_name(number, layers): value for number, value in values}
+
+    def remarks(self) -> list[str]:
+        """The layers whose displacement is not a number."""
+        return not_finite("displacement", self.displacement)
+
+
+@dataclass
+class _Microbatch:
+    """What is settled for a micro-batch when it goes forward, and still holds when layers are recomputed."""
+
+    meter: Meter | None
+    """Which measures it; None if it is not measured."""
+    is_regularizing: bool
+    mask: Tensor | None
+    """``[s, b]``: which tokens of this rank count; None if all do."""
+    token_weights: Tensor | None
+    """``[s, b]``: what each counts for in the loss."""
+    normed: Tensor | None = None
+    """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
+
+
+class Regularizer(Method):
+    """The jump-suppressing regularizer, or at lambda 0 the measuring of displacement alone."""
+
+    def __init__(self, settings: JRegConfig, place: Place) -> None:
+        super().__init__(settings, place)
+        self.weights = settings.layer_weights(place.num_layers)
+        """Layer weights ``w_1..w_L``, ``[L]`` float64 on the CPU."""
+        self.training_meter = Meter(place.num_layers, place.device)
+        self.validation_meter = Meter(place.num_layers, place.device)
+        if settings.coeff > 0:
+            self.added_loss = AddedLoss(settings.coeff, settings.loss_weight, flag_of("loss_weight"))
+        self._weight_of = settings.gradient_weights(place.num_layers).tolist()
+        self._holds_weight = any(self._weight_of[number - 1] > 0 for number in place.layer_numbers)
+        self._scaling = place.scaling
+        # What all layers have in common in this step: a fixed buffer, read by the backward pass (penalty.py).
+        self._coefficient = torch.zeros(1, device=place.device)
+        self._kernels = kernels.choose(settings.kernels, place.device, place.hidden_size, place.dtype)
+
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Refuse kernels of different kinds. A collective call."""
+        ranks = of_every_rank((self._kernels.kind, self._kernels.name), group)
+        (kind, name), *_ = ranks
+        for at, (other_kind, other_name) in enumerate(ranks):
+            if other_kind == kind:
+                continue
+            first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
+            raise UserError(
+                f"{flag_of('kernels')} is {self.settings.kernels!r}, for which rank {first} would run "
+                f"{name}, and rank {other} {other_name}, which round differently and take other times; make "
+                "them alike, or set it to 'torch'"
+            )
+
+    def describe(self) -> str:
+        """One line that says what was attached."""
+        settings, weights = self.settings, self.weights.tolist()
+        doing = f"lambda {settings.coeff:g}" if settings.coeff > 0 else "measuring only (lambda 0)"
+        rule = f"alpha {settings.alpha:g}" if settings.weights == "softmax" else f"{settings.weights} weights"
+        regularized = sum(weight > 0 for weight in self._weight_of)
+        is_partly = settings.coeff > 0 and regularized < len(weights)
+        partly = f"gradient in {regularized} of them, " if is_partly else ""
+        return (
+            f"> JREG attached: {doing}, {rule}, last state {settings.final_state}, {len(weights)} layers, "
+            f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}, "
+            f"{partly}kernels {self._kernels.name}"
+        )
+
+    def begin_microbatch(self, call: Call) -> _Microbatch | None:
+        """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
+        settings, iteration = self.settings, call.iteration
+        mask = token_weights = None
+        if settings.tokens == "unmasked":
+            if call.loss_mask is None and not call.training:
+                return None  # text is being generated
+            if call.loss_mask is None or call.loss_mask.dim() != 2:
+                self.refuse(
+                    _NO_MASK
+                    if call.loss_mask is None
+                    else _MASK_OF_OTHER_TOKENS.format([*call.loss_mask.shape], "[s, b]")
+                )
+                return None
+            mask, token_weights = self._scaling.of_unmasked_tokens(call.loss_mask)
+        coeff = settings.coeff if iteration is None else settings.coeff_at(iteration)
+        is_regularizing = call.training and coeff > 0 and self._holds_weight
+        if is_regularizing:
+            self._scaling.fill(self._coefficient, coeff)
+        meter = None
+        if iteration is None or settings.measures_at(iteration):
+            meter = self.training_meter if call.training else self.validation_meter
+        if meter is None and not is_regularizing:
+            return None
+        return _Microbatch(meter, is_regularizing, mask, token_weights)
+
+    def layer(
+        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
+    ) -> Tensor:
+        """Measure and regularize a layer; the last one only if its state counts before the norm."""
+        is_last = layer_number == len(self._weight_of)
+        if is_last and self.settings.final_state == "post_norm":
+            if microbatch.normed is None:
+                return layer_output
+            (normed, microbatch.normed) = microbatch.normed, None
+            strength = self._strength(microbatch, layer_number, layer_output)
+            return add_input_gradient(layer_output, layer_input, normed, strength)
+        return self._observe(microbatch, layer_number, layer_input, layer_output)
+
+    def final_norm(
+        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, normed: Tensor
+    ) -> Tensor:
+        """Measure and regularize the last layer if its state counts after the norm."""
+        if self.settings.final_state == "pre_norm":
+            return normed
+        if self._has_gradient(microbatch, layer_number) and not layer_input.requires_grad:
+            microbatch.normed = normed.detach()
+        return self._observe(microbatch, layer_number, layer_input, normed)
+
+    def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
+        if microbatch.mask is not None and microbatch.mask.shape != h_out.shape[:2]:
+            self.refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
+            return h_out
+        on_psi = None
+        if microbatch.meter is not None:
+            on_psi = functools.partial(microbatch.meter.add, layer_number, mask=microbatch.mask)
+        # What is frozen up to here has no backward pass to do it in.
+        if self._has_gradient(microbatch, layer_number) and h_out.requires_grad:
+            strength = self._strength(microbatch, layer_number, h_out)
+            return add_displacement_gradient(h_in, h_out, strength, on_psi)
+        if on_psi is not None:
+            on_psi(self._kernels.displacement(h_in, h_out))
+        return h_out
+
+    def _has_gradient(self, microbatch: _Microbatch, layer_number: int) -> bool:
+        return microbatch.is_regularizing and self._weight_of[layer_number - 1] > 0
+
+    def _strength(self, microbatch: _Microbatch, layer_number: int, state: Tensor) -> Strength:
+        """``k`` of the derivation in scaling.py: coefficient (of the step), factor and weights of tokens."""
+        factor = self._weight_of[layer_number - 1]
+        if microbatch.token_weights is None:
+            factor *= self._scaling.of_all_tokens(state)
+        return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
+
+    def read(self, values: LayerValues) -> JRegMetrics:
+        """Displacement per layer, and what follows from it."""
+        mean = values.means[:, 0]
+        rate = float(jump_rate(mean)) if len(mean) > 1 else float("nan")
+        return JRegMetrics(mean, float(self.weights @ mean), rate)

@@ -1,0 +1,225 @@
+"""What a method is: something that measures the residual stream of a model, adds a loss to it, or changes it.
+
+A method has settings (:mod:`jreg_megatron.stream.settings`), which make it for a built model. It is then
+told of every micro-batch and of every layer. ``jreg_megatron/methods/README.md`` shows how to write one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jreg_megatron.stream.meter import LayerValues, Meter
+from jreg_megatron.stream.scaling import AddedLoss, Scaling
+from jreg_megatron.stream.settings import Settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """The model that a method is made for."""
+
+    chunks: Sequence[nn.Module]
+    """This rank's model chunks, unwrapped."""
+    layer_numbers: tuple[int, ...]
+    """The layers that this rank holds, 1-based over the whole model."""
+    num_layers: int
+    """Of the whole model."""
+    hidden_size: int
+    dtype: torch.dtype
+    """Of the states."""
+    device: torch.device
+    scaling: Scaling
+
+
+@dataclass(frozen=True)
+class Call:
+    """A model chunk starts the forward pass of a micro-batch."""
+
+    training: bool
+    """Whether a backward pass will follow."""
+    iteration: int | None
+    """The training iteration, 1-based; None in evaluation, and where nobody tells."""
+    loss_mask: Tensor | None
+    """What the model was called with, ``[b, s]``, if anything."""
+
+
+class Readings:
+    """What a method has measured, for a log: one for a log interval or a validation."""
+
+    def headline(self) -> dict[str, float]:
+        """The values of Megatron's console line, by the names they are logged under."""
+        return {}
+
+    def per_layer(self) -> dict[str, float]:
+        """The values for TensorBoard and W&B alone, by the names they are logged under."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """What a reader must know, such as layers without a value."""
+        return []
+
+
+class Method:
+    """A method on a built model. All states are ``[s, b, h]``; s is this rank's share of the sequence.
+
+    Each function but :meth:`__init__` does nothing unless a subclass says what.
+    """
+
+    added_loss: AddedLoss | None = None
+    """The loss that it adds, if any, to have its scale checked in the first step."""
+    training_meter: Meter | None = None
+    """What it has measured in training since the last log line, if it measures."""
+    validation_meter: Meter | None = None
+    refuse: Callable[[str], None]
+    """Set where it is attached. To be called with what this rank alone may have found, one line for the
+    user. In the first step the ranks meet, and raise it all alike; later it is raised at once."""
+
+    def __init__(self, settings: Any, place: Place) -> None:
+        """Refuse what the model does not allow.
+
+        Raises:
+            UserError: on every rank, if it is raised on any.
+        """
+        self.settings: Any = settings
+
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Refuse what differs between ranks. A collective call."""
+
+    def describe(self) -> str:
+        """One line that says what was attached."""
+        return f"> {self.settings.name} attached"
+
+    # -- every run of a layer ----------------------------------------------------------------------
+
+    def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        """A layer has run: in training, again under recompute, in evaluation, or where text is generated.
+
+        Returns:
+            The tensor that is the layer's output from now on. No view, and not written in place.
+        """
+        return layer_output
+
+    # -- the run that counts -----------------------------------------------------------------------
+
+    def begin_microbatch(self, call: Call) -> Any:
+        """A model chunk starts the forward pass of a micro-batch that is trained on or evaluated.
+
+        Returns:
+            Whatever belongs to this micro-batch; it comes back with each of its layers. None to be told
+            nothing more of it.
+        """
+        return None
+
+    def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+        """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.
+
+        Under recompute it is the run that builds the graph, in the backward pass.
+
+        Returns:
+            The tensor to carry on with: ``layer_output``, or one of the same value whose backward pass adds
+            to the gradient.
+        """
+        return layer_output
+
+    def final_norm(self, microbatch: Any, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
+        """The final norm has run on the output of the last layer, whose input is ``layer_input``.
+
+        Where the last layer is still to be recomputed, ``layer_input`` has no graph, and :meth:`layer` is
+        called afterwards, in the backward pass.
+
+        Returns:
+            The tensor to carry on with in place of ``normed``.
+        """
+        return normed
+
+    # -- what was measured -------------------------------------------------------------------------
+
+    def read(self, values: LayerValues) -> Readings:
+        """What the meters' values say."""
+        return Readings()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One method's part of :class:`Metrics`."""
+
+    settings: Settings
+    of: Readings
+    iterations: tuple[int, ...] = ()
+    """Training iterations that measured it, if the loop has told them."""
+
+    def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
+        """The values by the names they are logged under; ``per_layer`` as the settings have it by default."""
+        wanted = getattr(self.settings, "log_per_layer", True) if per_layer is None else per_layer
+        return self.of.headline() | (self.of.per_layer() if wanted else {})
+
+    def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
+        """What a reader must know; with the iterations if they are not those that ``interval`` would measure.
+
+        Args:
+            interval: the iterations that a reader expects; None for no check.
+        """
+        said = self.of.remarks()
+        if interval is None or not self.iterations:
+            return said
+        if self.iterations != tuple(filter(self.settings.measures_at, interval)):
+            count, first, last = len(self.iterations), self.iterations[0], self.iterations[-1]
+            named = f"{count} iterations, {first} to {last}" if count > 1 else f"iteration {first}"
+            said = [*said, f"measured in {named}"]
+        return said
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What all methods of a model have measured, equal on every rank.
+
+    A method's own values are attributes of this too: ``metrics.jump_rate``.
+    """
+
+    readings: tuple[Reading, ...] = field(default=())
+    """Of each method that has measured something, in the order in which they were attached."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for reading in self.readings:
+                if hasattr(reading.of, name):
+                    return getattr(reading.of, name)
+        raise AttributeError(f"no attached method has measured '{name}'")
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        """Training iterations in which something was measured, if the loop has told them."""
+        return tuple(sorted({at for reading in self.readings for at in reading.iterations}))
+
+    def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
+        """All values by the names they are logged under.
+
+        Args:
+            per_layer: whether each layer's values are wanted; by default as the methods' settings have it.
+        """
+        return {
+            name: value for reading in self.readings for name, value in reading.scalars(per_layer).items()
+        }
+
+
+def layer_name(what: str, layer_number: int, num_layers: int) -> str:
+    """The name under which a layer's value is logged; equally long for all layers of a model."""
+    return f"{what}_layer_{layer_number:0{max(2, len(str(num_layers)))}d}"
+
+
+def not_finite(what: str, values: Tensor, first_layer: int = 1) -> list[str]:
+    """A remark that names the layers whose value is not a number; none if all are.
+
+    Args:
+        what: the value, as a reader knows it.
+        values: ``[L]``. One NaN or Inf in a state makes the layer's mean NaN.
+        first_layer: the number of the first of them.
+    """
+    bad = [str(at + first_layer) for at, value in enumerate(values.tolist()) if not math.isfinite(value)]
+    return [f"{what} not finite in layers: {' '.join(bad)}"] if bad else []

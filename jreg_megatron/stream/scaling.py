@@ -1,0 +1,114 @@
+"""How a loss on the residual stream is scaled, so that it stands beside the mean cross-entropy at every
+layout.
+
+A method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to what the backward pass carries through a
+layer's states; ``Psi_l`` is a function of layer l's states at one token. What has to come out is the
+gradient of
+
+    mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
+
+Megatron scales the loss on its way to the parameters, so what is added to a layer's states has to carry
+the same factors. Let ``n`` be the tokens of the micro-batch that this rank holds, ``S`` the number of
+ranks that share a sequence among them by sequence parallelism (the tensor-parallel size with
+``sequence_parallel``, else 1), ``C`` the context-parallel size, ``D`` the data-parallel size, ``M`` the
+number of micro-batches, and ``g`` the loss scale of fp16 training (1 otherwise), which the optimizer
+takes out again.
+
+*Averaged loss (the default).* The schedule scales by ``g / M``; DDP averages over ``D * C`` ranks. A
+micro-batch of a data-parallel replica has ``n * S * C`` tokens and the whole batch ``n * S * C * D * M``.
+A rank that adds ``k * (sum of Psi over its tokens)`` contributes ``k / (D * C)`` of that sum, and this
+must be ``g * lambda * w_l / (n * S * C * D * M)``. Hence
+
+    k = g * lambda * w_l / (n * S * M);
+
+the context-parallel size cancels. Without sequence parallelism every tensor-parallel rank holds all
+tokens and, like cross-entropy's, its gradient is already the whole one: ``S = 1``, no averaging.
+
+*``calculate_per_token_loss``.* DDP sums, and ``finalize_model_grads`` divides by the number of tokens
+that the loss mask lets through in the whole batch. So ``k = g * lambda * w_l``: every token counts,
+masked ones too, and where a mask is used the effective lambda is larger by all/unmasked.
+
+*Unmasked tokens only.* A loss can be averaged as Megatron averages cross-entropy: over the ``m`` unmasked
+tokens of a context-parallel rank's part of a micro-batch, and over these parts. Each unmasked token gets
+``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that share that
+part by sequence parallelism hold its whole mask, so each can count ``m``.
+
+None of this needs a collective, and nothing in it is known only on some ranks. That the loss is scaled so is
+looked at in the first step (:mod:`jreg_megatron.stream.first_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AddedLoss:
+    """What a method adds to the cross-entropy, as far as its scale goes."""
+
+    coeff: float
+    """lambda, > 0."""
+    loss_weight: float
+    """The factor by which the script multiplies its cross-entropy, > 0."""
+    loss_weight_flag: str
+    """The flag of that setting."""
+
+
+class Scaling:
+    """The factors of the derivation above, for one model."""
+
+    def __init__(self, chunk: Any, num_microbatches: Callable[[], int]) -> None:
+        """Needs Megatron's groups.
+
+        Args:
+            chunk: an unwrapped model chunk.
+            num_microbatches: ``M`` of the current step.
+        """
+        self._config = chunk.config
+        self._num_microbatches = num_microbatches
+        self._size, self._rank = _sequence_parallel_place(chunk)
+
+    def fill(self, coefficient: Tensor, coeff: float) -> None:
+        """Set ``coefficient`` ``[1]`` to what all layers have in common: ``g * lambda / M``, no host sync."""
+        per_token = self._config.calculate_per_token_loss
+        coefficient.fill_(coeff if per_token else coeff / self._num_microbatches())
+        grad_scale = self._config.grad_scale_func
+        if grad_scale is not None:
+            coefficient.copy_(grad_scale(coefficient.clone()))
+
+    def of_all_tokens(self, state: Tensor) -> float:
+        """What that is multiplied by, beside ``w_l``, where all tokens of ``state`` ``[s, b, h]`` count."""
+        if self._config.calculate_per_token_loss:
+            return 1.0
+        return 1.0 / (state.shape[0] * state.shape[1] * self._size)
+
+    def of_unmasked_tokens(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What it is multiplied by where the unmasked tokens count.
+
+        Args:
+            loss_mask: ``[b, s]``, as the model is called with it.
+
+        Returns:
+            This rank's part of the mask, and what it is multiplied by at each token, both ``[s, b]`` float32.
+        """
+        mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
+        weights = mask if self._config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
+        if self._size > 1:
+            mask, weights = (x.chunk(self._size)[self._rank] for x in (mask, weights))
+        return mask, weights
+
+
+def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:
+    """Among how many ranks sequence parallelism shares a sequence, and which of them this one is."""
+    if not chunk.config.sequence_parallel:
+        return 1, 0
+    group = getattr(getattr(chunk, "pg_collection", None), "tp", None)
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+    return group.size(), group.rank()

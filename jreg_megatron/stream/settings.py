@@ -1,0 +1,231 @@
+"""The settings of a method: one frozen dataclass for Python, YAML and the command line.
+
+A method's settings are a subclass of :class:`Settings` with a field for each setting. From the fields come
+the flags of Megatron's parser, the keys of :meth:`Settings.from_mapping` and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import SUPPRESS
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+
+from jreg_megatron.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from jreg_megatron.stream.method import Method, Place
+
+
+def setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
+    """A field of a method's settings.
+
+    Args:
+        default: its value if it is not given.
+        help: what it sets, for ``--help`` and the README.
+        parse: makes the value of a flag's text; ``bool`` for a flag without a value.
+        metavar: stands for the value in ``--help``.
+    """
+    return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
+
+
+class Settings:
+    """Base of the settings of all methods; subclasses are frozen dataclasses.
+
+    Iterations are 1-based, as Megatron's log counts them.
+    """
+
+    name: ClassVar[str]
+    """As the method is called in log lines and errors."""
+    prefix: ClassVar[str]
+    """Of the method's flags, without dashes: ``jreg`` has ``--jreg-coeff`` and so on."""
+    title: ClassVar[str]
+    """Of the flags' group in ``--help``."""
+    about: ClassVar[str]
+    """One line under the title."""
+
+    # -- what a method may tell of itself ----------------------------------------------------------
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether what the method does depends on the training iteration."""
+        return self._measure_interval > 1
+
+    @property
+    def needs_loss_mask(self) -> bool:
+        """Whether the model must be called with a loss mask, on every pipeline stage."""
+        return False
+
+    def refuse(self, model_config: Any) -> None:
+        """Refuse by name what the method does not support.
+
+        Args:
+            model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names. It
+                need not have all of them.
+
+        Raises:
+            UserError: naming the setting, its value and what to do.
+        """
+
+    def refuse_layers(self, num_layers: int) -> None:
+        """As :meth:`refuse`, for settings that do not fit a model of so many layers."""
+
+    def refuse_model(self, chunks: Sequence[Any]) -> None:
+        """As :meth:`refuse`, for what only the built model tells; called on every rank.
+
+        Args:
+            chunks: the unwrapped model chunks of this rank.
+        """
+
+    def prepare(self, chunk: nn.Module) -> None:
+        """Change a model chunk before its optimizer and its data-parallel wrapper are made.
+
+        A parameter that is added to a layer here is trained, saved and loaded like the layer's own.
+
+        Args:
+            chunk: an unwrapped model chunk, which may still be on the CPU.
+        """
+
+    def make(self, place: Place) -> Method:
+        """The method on a built model.
+
+        Raises:
+            UserError: if it does not run there.
+        """
+        raise NotImplementedError
+
+    # -- when it measures --------------------------------------------------------------------------
+
+    @property
+    def _measure_interval(self) -> int:
+        """0 for a method that measures nothing."""
+        interval: int = getattr(self, "measure_interval", 0)
+        return interval
+
+    def measures_at(self, iteration: int) -> bool:
+        """Whether training iteration ``iteration`` (1-based) measures."""
+        return self._measure_interval > 0 and iteration % self._measure_interval == 0
+
+    # -- from YAML and from the command line -------------------------------------------------------
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The command-line flag of a setting: ``measure_interval`` -> ``--jreg-measure-interval``."""
+        return f"--{cls.prefix}-{name.replace('_', '-')}"
+
+    @classmethod
+    def is_flag(cls, word: str) -> bool:
+        """Whether a word of a command line is, or begins as, one of the method's flags."""
+        return word.startswith(f"--{cls.prefix}-")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Build from field names and values, as YAML gives them.
+
+        Raises:
+            UserError: for an unknown name, with the nearest known one, or a value that is not allowed.
+        """
+        known = [f.name for f in _fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown {cls.name} setting '{name}'; {_nearest(name, known)}")
+        return cls(**settings)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add one flag per setting, in a group of their own; returns the parser.
+
+        A flag that is not given leaves nothing in the namespace, so a job without the method does not know of
+        it.
+        """
+        group = parser.add_argument_group(cls.title, cls.about)
+        for f in _fields(cls):
+            options: dict[str, Any] = {"default": SUPPRESS, "help": f.metadata["help"]}
+            if f.metadata["parse"] is bool:
+                options["action"] = "store_true"
+            else:
+                options |= {"type": f.metadata["parse"], "metavar": f.metadata["metavar"]}
+                options["help"] += f" Default: {default_text(f)}."
+            group.add_argument(cls.flag(f.name), **options)
+        return parser
+
+    @classmethod
+    def check_flags(cls, argv: list[str]) -> None:
+        """Check the method's flags among a command line's words, before anything else is parsed.
+
+        Raises:
+            UserError: for an unknown flag, with the nearest known one, or a value that is not allowed.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+
+        def refuse(message: str) -> NoReturn:
+            raise UserError(message)
+
+        parser.error = refuse  # type: ignore[method-assign]
+        namespace, rest = cls.add_arguments(parser).parse_known_args(argv)
+        for flag in (word.partition("=")[0] for word in rest if cls.is_flag(word)):
+            known = [cls.flag(f.name) for f in _fields(cls)]
+            raise UserError(f"unknown flag {flag}; {_nearest(flag, known)}")
+        cls.from_args(namespace)
+
+    @classmethod
+    def is_in(cls, args: argparse.Namespace) -> bool:
+        """Whether any of the flags was given."""
+        return any(hasattr(args, key) for key in cls._keys().values())
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """Build from a namespace that a parser with :meth:`add_arguments` filled.
+
+        Raises:
+            UserError: for a value that is not allowed.
+        """
+        return cls(**{name: getattr(args, key) for name, key in cls._keys().items() if hasattr(args, key)})
+
+    @classmethod
+    def _keys(cls) -> dict[str, str]:
+        """The settings' names, and theirs among parsed arguments."""
+        return {f.name: f"{cls.prefix}_{f.name}" for f in _fields(cls)}
+
+    @classmethod
+    def require(cls, name: str, value: Any, allowed: bool, what: str) -> None:
+        """Refuse a value unless it is allowed.
+
+        Args:
+            name: the setting's.
+            value: shown to the user.
+            allowed: whether it may stay.
+            what: what it must be, behind "it must be".
+        """
+        if not allowed:
+            raise UserError(f"{cls.flag(name)} ({cls.__name__}.{name}) is {value}; it must be {what}")
+
+
+def _fields(of: Any) -> tuple[Field[Any], ...]:
+    return fields(of)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+def default_text(f: Field[Any]) -> str:
+    """A setting's default as users read it."""
+    assert f.default is not MISSING
+    return "none" if f.default is None else str(f.default)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
