@@ -11,9 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jreg_megatron.methods.attenuation.settings import AttenuationConfig
     from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
     from jreg_megatron.methods.jreg.regularizer import JRegMetrics
     from jreg_megatron.methods.jreg.settings import JRegConfig
+    from jreg_megatron.methods.norms.norms import NormsMetrics
+    from jreg_megatron.methods.norms.settings import NormsConfig
     from jreg_megatron.runtime.errors import UserError
     from jreg_megatron.stream.attachment import Handle, attach, prepare
     from jreg_megatron.stream.method import Metrics
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttenuationConfig",
     "Handle",
     "JRegConfig",
     "JRegMetrics",
     "Metrics",
+    "NormsConfig",
+    "NormsMetrics",
     "UserError",
     "attach",
     "displacement",
@@ -34,10 +40,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AttenuationConfig": "methods.attenuation.settings",
     "JRegConfig": "methods.jreg.settings",
     "Handle": "stream.attachment",
     "JRegMetrics": "methods.jreg.regularizer",
     "Metrics": "stream.method",
+    "NormsConfig": "methods.norms.settings",
+    "NormsMetrics": "methods.norms.norms",
     "UserError": "runtime.errors",
     "attach": "stream.attachment",
     "displacement": "methods.jreg.formulas",

@@ -52,8 +52,6 @@ class _Attached:
 
 @dataclass
 class _Loop:
-    methods: tuple[type[Settings], ...] = known.METHODS
-    """Those whose flags Megatron's parser knows."""
     attached: _Attached | None = None
     must_be_asked: bool = False
     """Whether a method's flag must be among Megatron's arguments: the launcher has seen one."""
@@ -71,21 +69,17 @@ def is_attached() -> bool:
     return _loop.attached is not None
 
 
-def install(*more_methods: type[Settings]) -> None:
+def install() -> None:
     """Decorate the functions of ``megatron.training`` in this process; those that a patch decorated stay.
 
     Other modules of Megatron that have imported a function by its name get the decorated one too. From then
     on a model is refused that is built without any of the methods' flags.
-
-    Args:
-        more_methods: the settings of methods beside those of this package.
 
     Raises:
         UserError: if Megatron has no such function, or one that is called otherwise.
     """
     from megatron.training import arguments, training
 
-    _loop.methods = (*known.METHODS, *more_methods)
     _decorate(arguments, add_arguments, "add_megatron_arguments")
     _decorate(training, attach_to_model, "setup_model_and_optimizer")
     _decorate(training, require_attached, "train_step")
@@ -125,7 +119,7 @@ def add_arguments(add_megatron_arguments: Function) -> Function:
 
     @_decorating(add_megatron_arguments)
     def with_jreg(*args: Any, **named: Any) -> ArgumentParser:
-        return known.add_arguments(add_megatron_arguments(*args, **named), _loop.methods)
+        return known.add_arguments(add_megatron_arguments(*args, **named))
 
     return with_jreg
 
@@ -339,11 +333,11 @@ def settings_of(args: Namespace) -> tuple[Settings, ...]:
     Raises:
         UserError: for a value that is not allowed, and where Megatron has dropped the flags.
     """
-    if settings := known.settings_in(args, _loop.methods):
+    if settings := known.settings_in(args):
         return settings
     # With --yaml-cfg Megatron takes all arguments from the file.
-    if _loop.must_be_asked or known.has_flag(sys.argv[1:], _loop.methods):
-        flags = ", ".join(f"--{method.prefix}-..." for method in _loop.methods)
+    if _loop.must_be_asked or known.has_flag(sys.argv[1:]):
+        flags = ", ".join(f"--{method.prefix}-..." for method in known.METHODS)
         raise UserError(
             f"none of the flags {flags} is among Megatron's arguments any more: the script has put together "
             "its own, or takes them from a file (--yaml-cfg); give the flags to Megatron's parser"

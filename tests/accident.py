@@ -57,10 +57,10 @@ def not_finite(argv: list[str]) -> None:
 
     In the first micro-batch of that iteration (and of its reruns) on that rank.
     """
-    from jreg_megatron.stream.anatomy import residual_layers, unwrap
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     from jreg_megatron import gpt_pretraining, pretrain
+    from jreg_megatron.stream.anatomy import residual_layers, unwrap
 
     rank, iteration, layer = map(int, argv[:3])
     value = float(argv[3])

@@ -278,6 +278,7 @@ def refuses_by_name() -> list[str]:
 def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tuple[Any, int, bool]]:
     """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
     import torch
+
     from jreg_megatron.stream.tap import tap_residual_stream
 
     model = build_model(recompute)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from harness import run_function
 
-from jreg_megatron import JRegConfig, Handle, UserError
+from jreg_megatron import Handle, JRegConfig, UserError
 from jreg_megatron.bridge import JRegCallback
 from jreg_megatron.selftest import compare, step
 from jreg_megatron.selftest.compare import Comparison

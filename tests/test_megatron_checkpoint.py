@@ -19,10 +19,10 @@ import pytest
 import torch
 from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
-from jreg_megatron.methods.jreg.regularizer import displacement_name
 
 from jreg_megatron import UserError
 from jreg_megatron.decoder.megatron_folder import CheckpointFolder, is_megatron, megatron_steps
+from jreg_megatron.methods.jreg.regularizer import displacement_name
 
 LAYERS = 4
 VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_function
-from jreg_megatron.stream.anatomy import last_stage_has_a_layer, num_layers, residual_layers
 from torch import nn
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.jreg import kernels
 from jreg_megatron.stream import attachment
+from jreg_megatron.stream.anatomy import last_stage_has_a_layer, num_layers, residual_layers
 
 
 class HybridModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -38,6 +39,8 @@ class Difference:
     displacement: float
     """The worst layer's."""
     jump_rate: float
+    norms: float
+    """The worst of the norms and update ratios; 0 where they are not measured."""
     gradient: float
     """The worst parameter's; every layer's is counted by itself."""
     worst_parameter: str
@@ -103,9 +106,11 @@ def _expected(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple
     if dtype == torch.float32:
         return exact, _limit(dict.fromkeys(_VALUES, TOLERANCE))
     in_type = difference(reference_step(layout, weights, batch, dtype), exact)
-    # A value can be right by luck, so none is held to less than a share of the type's own rounding.
-    least = torch.finfo(dtype).eps / 4
-    limits = {name: HALF_MARGIN * max(value, least) for name, value in in_type.values.items()}
+    # A value can be right by luck, so none is held to less than a share of the type's own rounding. The largest
+    # norm is one token's, so no mean evens out its rounding.
+    eps = torch.finfo(dtype).eps
+    least = dict.fromkeys(_VALUES, eps / 4) | {"norms": eps}
+    limits = {name: HALF_MARGIN * max(value, least[name]) for name, value in in_type.values.items()}
     return exact, _limit(limits)
 
 
@@ -140,11 +145,13 @@ def difference(
     relative = (sums[:, 0] / sums[:, 1]).sqrt().nan_to_num(nan=float("inf"))
     worst = int(relative.argmax())
     layers = zip(found.displacement.tolist(), exact.displacement.tolist(), strict=True)
+    norms = zip(found.norms.flatten().tolist(), exact.norms.flatten().tolist(), strict=True)
     return Difference(
         lm_loss=_relative(found.lm_loss, exact.lm_loss),
         jreg_loss=_relative(found.jreg_loss, exact.jreg_loss),
         displacement=max(_relative(*layer) for layer in layers),
         jump_rate=_relative(found.jump_rate, exact.jump_rate),
+        norms=max(itertools.starmap(_relative, norms), default=0.0),
         gradient=float(relative[worst]),
         worst_parameter=list(wanted)[worst],
     )
@@ -156,4 +163,6 @@ def _row(name: str, place: Place) -> str:
 
 
 def _relative(found: float, wanted: float) -> float:
-    return abs(found - wanted) / abs(wanted) if found == found else float("inf")
+    if found == wanted:
+        return 0.0
+    return abs(found - wanted) / abs(wanted) if found == found and wanted != 0 else float("inf")

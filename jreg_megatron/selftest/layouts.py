@@ -55,6 +55,8 @@ class Layout:
     model: str = "gpt"
     """gpt (dense Llama), moe, mtp (with a layer of multi-token prediction) or hybrid (HybridModel)."""
     tied: bool = False
+    methods: str = "jreg"
+    """What is attached: jreg, or all methods together."""
 
     @property
     def world_size(self) -> int:
@@ -93,6 +95,7 @@ class Layout:
         words += [self.final_state] * (self.final_state != "pre_norm")
         words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
         words += ["tied"] * self.tied
+        words += ["all methods"] * (self.methods == "all")
         words += [self.precision] * (self.precision != "fp32")
         return " ".join(words[:1]) + "".join(f", {word}" for word in words[1:])
 
@@ -181,6 +184,7 @@ RULES = (
 
 MODES: tuple[dict[str, Any], ...] = (
     {},
+    {"methods": "all"},
     {"model": "moe", "expert": 2},
     {"recompute": "uniform", "masked": True, "tokens": "unmasked"},
     {"per_token_loss": True, "masked": True},

@@ -86,13 +86,19 @@ class ReferenceLlama:
             name: weights[name].detach().to(dtype).clone().requires_grad_() for name in shape.parameters()
         }
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``."""
+    def states(self, tokens: Tensor, kept: Mapping[int, float] | None = None) -> list[Tensor]:
+        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``.
+
+        Args:
+            tokens: the ids.
+            kept: the part of its input that a layer keeps, by the layer's number, 1-based; all by default.
+        """
         h = self._embed(tokens)
         states = [h]
         for layer in range(self.shape.num_layers):
             layer_parameters = self._layer("decoder.layers.", layer)
-            h = self._transform(layer_parameters, h)
+            added = self._transform(layer_parameters, h) - h
+            h = (kept or {}).get(layer + 1, 1) * h + added
             states.append(h)
         return states
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
-from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, jreg_config, shape_of
+from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
 from jreg_megatron.stream.attachment import attach
+from jreg_megatron.stream.method import Metrics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +71,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     _set_weights(chunks, weights)
     wrapped = _wrap(layout, config, chunks)
-    handle = attach(wrapped, jreg_config(layout), num_microbatches=layout.num_microbatches)
+    handle = attach(wrapped, *settings_of(layout), num_microbatches=layout.num_microbatches)
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads
@@ -103,12 +104,19 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         displacement=metrics.displacement,
         jreg_loss=metrics.jreg_loss,
         jump_rate=metrics.jump_rate,
+        norms=_norms(metrics) if layout.methods == "all" else torch.empty(0, 4, dtype=torch.float64),
         captured=handle.captured,
         gradients=[
             (name, where, gradient / scale)
             for name, where, gradient in _pieces(chunks, lambda parameter: parameter.main_grad)
         ],
     )
+
+
+def _norms(metrics: Metrics) -> Tensor:
+    """As :attr:`Step.norms`."""
+    ratio = F.pad(metrics.update_ratio, (1, 0))
+    return torch.stack((metrics.norm_mean, metrics.norm_rms, metrics.norm_largest, ratio), dim=1)
 
 
 def _expert_tensor_size(layout: Layout) -> int:

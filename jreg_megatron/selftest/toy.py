@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.selftest.layouts import BATCH, LENGTH, NUM_EXPERTS, NUM_HEADS, NUM_LAYERS, Layout
 from jreg_megatron.selftest.reference import ReferenceLlama, Shape, displacements, shifted
+from jreg_megatron.stream.settings import Settings
 
 VOCABULARY = 64
 MTP_LOSS_SCALING_FACTOR = 0.5
@@ -23,9 +26,17 @@ COEFF, ALPHA = 20.0, 0.7
 """So strong that the regularizer's gradient is about as large as cross-entropy's."""
 
 
-def jreg_config(layout: Layout) -> JRegConfig:
-    """The settings that every layout is run with."""
-    return JRegConfig(coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens)
+KEPT = dict.fromkeys((2, NUM_LAYERS), 0.6)
+"""The part of its input that an attenuated layer keeps, by the layer's number."""
+
+
+def settings_of(layout: Layout) -> list[Settings]:
+    """The settings that a layout is run with."""
+    jreg = JRegConfig(coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens)
+    if layout.methods == "jreg":
+        return [jreg]
+    (factor,) = set(KEPT.values())
+    return [AttenuationConfig(factor=factor, layers=tuple(KEPT)), NormsConfig(), jreg]
 
 
 def shape_of(layout: Layout) -> Shape:
@@ -111,6 +122,9 @@ class Step:
     """Mean over the counted tokens of Psi_l, ``[L]`` float64 on the CPU."""
     jreg_loss: float
     jump_rate: float
+    norms: Tensor
+    """Of the states h_0..h_L: mean norm over tokens, RMS, largest, and the mean update ratio (0 for h_0);
+    ``[L + 1, 4]`` float64 on the CPU; ``[0, 4]`` where they are not measured."""
     gradients: Sequence[tuple[str, Place, Tensor]]
     """The gradient of every parameter, in pieces: its name in a checkpoint, the place, the piece.
 
@@ -127,7 +141,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     micro-batch, and then over these; with per-token loss it is one mean over all unmasked tokens.
     """
     model = ReferenceLlama(shape_of(layout), weights, dtype)
-    states = model.states(batch.tokens)
+    states = model.states(batch.tokens, KEPT if layout.methods == "all" else None)
     normed = model.final_norm(states[-1])
     losses = model.token_losses(normed, batch.labels)
     wide = losses.dtype
@@ -159,6 +173,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
         displacement=displacement,
         jreg_loss=float(layer_weights.double().cpu() @ displacement),
         jump_rate=100 * max(0.0, float(displacement[-1] - displacement[-2])),
+        norms=_norms(states) if layout.methods == "all" else torch.empty(0, 4, dtype=torch.float64),
         gradients=[
             (name, place, parameter.grad[place])
             for name, parameter in model.parameters.items()
@@ -166,6 +181,15 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
             for place in _layers(name, parameter)
         ],
     )
+
+
+def _norms(states: Sequence[Tensor]) -> Tensor:
+    every = torch.stack([state.detach().double().cpu() for state in states])
+    length = every.square().sum(-1).sqrt().flatten(1)
+    added = every.diff(dim=0).square().sum(-1).sqrt().flatten(1)
+    ratio = torch.cat((torch.zeros_like(added[:1]), added / length[:-1]))
+    columns = (length.mean(1), length.square().mean(1).sqrt(), length.max(1).values, ratio.mean(1))
+    return torch.stack(columns, dim=1)
 
 
 def _layers(name: str, parameter: Tensor) -> list[Place]:

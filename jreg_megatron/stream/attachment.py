@@ -46,7 +46,9 @@ class Handle:
         self._chunks = chunks
         self._measuring = [method for method in methods if method.training_meter is not None]
         self._changing = [method for method in methods if type(method).change is not Method.change]
-        added = next((method.added_loss for method in methods if method.added_loss is not None), None)
+        losses = [method.added_loss for method in methods if method.added_loss is not None]
+        # All are scaled alike; one that knows what the script multiplies its loss by is the best to check.
+        added = max(losses, key=lambda loss: bool(loss.loss_weight_flag), default=None)
         self._coeff = 0.0 if added is None else added.coeff
         # A number that the caller gives once does not follow the batch, as what a function tells does.
         per_token: bool = cast(Any, chunks[0]).config.calculate_per_token_loss

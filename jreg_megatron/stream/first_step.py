@@ -305,13 +305,14 @@ class FirstStep:
             "number by which the mean loss of each run is divided"
         )
         if as_told:
-            weight, found = added.loss_weight_flag, ratio * self._loss_weight
             remedy = (
                 "if the loss is a sum, return it and its number of tokens from the loss function; if steps "
                 "are accumulated, give attach(..., num_microbatches=) the number by which the mean loss of a "
-                f"micro-batch is divided; if the script multiplies its loss by {found:.4g}, give {weight} "
-                f"{found:.4g}"
+                "micro-batch is divided"
             )
+            if weight := added.loss_weight_flag:
+                found = f"{ratio * self._loss_weight:.4g}"
+                remedy += f"; if the script multiplies its loss by {found}, give {weight} {found}"
         raise UserError(
             f"lambda {added.coeff:g} would act like {added.coeff / ratio:.4g}, since the loss is {ratio:.4g} "
             f"times what is expected with {told} micro-batches; {remedy}"

@@ -142,8 +142,9 @@ def reduce_meters(
             dist.all_reduce(sums, group=group)
         else:
             own = torch.cat((sums, largest))
-            ranks = own.new_empty(dist.get_world_size(group), own.numel())
-            dist.all_gather_into_tensor(ranks, own, group=group)
+            every = own.new_empty(dist.get_world_size(group) * own.numel())
+            dist.all_gather_into_tensor(every, own, group=group)
+            ranks = every.view(-1, own.numel())
             sums, largest = ranks[:, : sums.numel()].sum(0), ranks[:, sums.numel() :].amax(0)
     every_sum = torch.split(sums.cpu(), [meter._sums.numel() for meter in meters])
     every_largest = torch.split(largest.cpu(), [meter._largest.numel() for meter in meters])

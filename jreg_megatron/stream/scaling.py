@@ -52,10 +52,10 @@ class AddedLoss:
 
     coeff: float
     """lambda, > 0."""
-    loss_weight: float
+    loss_weight: float = 1.0
     """The factor by which the script multiplies its cross-entropy, > 0."""
-    loss_weight_flag: str
-    """The flag of that setting."""
+    loss_weight_flag: str = ""
+    """The flag of that setting, if the method has one."""
 
 
 class Scaling:

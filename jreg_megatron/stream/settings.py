@@ -61,6 +61,11 @@ class Settings:
         """Whether the model must be called with a loss mask, on every pipeline stage."""
         return False
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether a model that was trained with the method is another one without it."""
+        return False
+
     def refuse(self, model_config: Any) -> None:
         """Refuse by name what the method does not support.
 

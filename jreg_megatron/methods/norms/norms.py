@@ -1,0 +1,100 @@
+"""Norms and update ratios of a built model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.methods.norms.formulas import norms, update_ratios
+from jreg_megatron.methods.norms.settings import NormsConfig
+from jreg_megatron.stream.meter import LayerValues, Meter
+from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+
+LAST_NAME = "last residual norm"
+LARGEST_NAME = "largest residual norm"
+
+
+@dataclass(frozen=True)
+class NormsMetrics(Readings):
+    """Norms of the whole model's states over the measured tokens; all tensors float64 on the CPU."""
+
+    norm_mean: Tensor
+    """Mean over tokens of ``|h_l|`` for l = 0..L, ``[L + 1]``."""
+    norm_rms: Tensor
+    """``sqrt(mean |h_l|^2)``, ``[L + 1]``."""
+    norm_largest: Tensor
+    """The largest ``|h_l|`` of a token, ``[L + 1]``."""
+    update_ratio: Tensor
+    """Mean over tokens of ``|h_l - h_{l-1}| / |h_{l-1}|`` for layers 1..L, ``[L]``."""
+
+    def headline(self) -> dict[str, float]:
+        """The mean norm of the last state, before the final norm, and the largest norm of any state."""
+        return {LAST_NAME: float(self.norm_mean[-1]), LARGEST_NAME: float(self.norm_largest.max())}
+
+    def per_layer(self) -> dict[str, float]:
+        """All values; 0 is the embedding's output."""
+        layers = len(self.update_ratio)
+        rows = {"mean": self.norm_mean, "rms": self.norm_rms, "largest": self.norm_largest}
+        named = {
+            layer_name(f"norms/{what}", number, layers): value
+            for what, values in rows.items()
+            for number, value in enumerate(values.tolist())
+        }
+        ratios = enumerate(self.update_ratio.tolist(), start=1)
+        return named | {layer_name("norms/update_ratio", number, layers): value for number, value in ratios}
+
+    def remarks(self) -> list[str]:
+        """The layers whose values are not numbers."""
+        return not_finite("norm", self.norm_rms, first_layer=0) + not_finite(
+            "update ratio", self.update_ratio
+        )
+
+
+@dataclass
+class _Microbatch:
+    meter: Meter
+    layer: int = 0
+    """The last layer that was measured."""
+    norm: Tensor | None = None
+    """Its output's norms, for the next layer's input."""
+
+
+class Norms(Method):
+    """Measures norms and update ratios; changes nothing."""
+
+    def __init__(self, settings: NormsConfig, place: Place) -> None:
+        super().__init__(settings, place)
+        self.training_meter, self.validation_meter = (
+            Meter(place.num_layers, place.device, num_values=3, num_largest=1, first_row=0) for _ in range(2)
+        )
+
+    def begin_microbatch(self, call: Call) -> _Microbatch | None:
+        """Whether it is measured."""
+        if call.iteration is not None and not self.settings.measures_at(call.iteration):
+            return None
+        meter = self.training_meter if call.training else self.validation_meter
+        assert meter is not None
+        return _Microbatch(meter)
+
+    @torch.no_grad()
+    def layer(
+        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
+    ) -> Tensor:
+        """Measure the layer's output, and the first layer's input too."""
+        is_known = microbatch.norm is not None and microbatch.layer == layer_number - 1
+        norm_in = microbatch.norm if is_known and microbatch.norm is not None else norms(layer_input)
+        norm = norms(layer_output)
+        if layer_number == 1:
+            nothing = torch.zeros_like(norm_in)  # nothing was added to the embedding's output
+            microbatch.meter.add(0, norm_in, norm_in.square(), nothing, largest=[norm_in])
+        ratio = update_ratios(layer_input, layer_output, norm_in)
+        microbatch.meter.add(layer_number, norm, norm.square(), ratio, largest=[norm])
+        microbatch.layer, microbatch.norm = layer_number, norm
+        return layer_output
+
+    def read(self, values: LayerValues) -> NormsMetrics:
+        """The values by name."""
+        mean, square, ratio = values.means.unbind(dim=1)
+        return NormsMetrics(mean, square.sqrt(), values.largest[:, 0], ratio[1:])

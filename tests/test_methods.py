@@ -1,0 +1,248 @@
+"""Methods beside JREG: what they measure and change, several at once, and one of a user's own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_function
+from test_attach import build_model, forward, step
+
+from jreg_megatron import AttenuationConfig, JRegConfig, NormsConfig, UserError, attach
+from jreg_megatron.examples.own_method import ShortConfig
+from jreg_megatron.methods import known
+
+ROOT = Path(__file__).parents[1]
+
+
+def states_of(model: Any) -> list[Any]:
+    """h_0, h_1, ... of the next forward passes, ``[s, b, h]`` each, as hooks of the layers see them."""
+    states: list[Any] = []
+    layers = model.decoder.layers
+
+    def before(_: Any, given: Any, named: Any) -> None:
+        states.append(named["hidden_states"] if "hidden_states" in named else given[0])
+
+    layers[0].register_forward_pre_hook(before, with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_hook(lambda _, __, output: states.append(output[0]))
+    return states
+
+
+def attenuates_in_every_run(recompute: str) -> None:
+    model = build_model(recompute)
+    states = states_of(model)
+    tokens, positions = torch.arange(16).view(2, 8), torch.arange(8).expand(2, 8)
+    model.eval()
+    with torch.no_grad():
+        model(tokens, positions, None)
+        h_0, h_1 = (state.clone() for state in states[:2])
+        handle = attach(model, AttenuationConfig(factor=0.3, layers=(1,)), num_microbatches=1)
+        states.clear()
+        model(tokens, positions, None)
+        torch.testing.assert_close(states[1], h_1 - 0.7 * h_0)
+    model.train()
+    states.clear()
+    forward(model).backward()
+    runs = [at for at, state in enumerate(states) if torch.equal(state, h_0)]
+    assert len(runs) == (1 if recompute == "none" else 2), "the first layer ran again"
+    for at in runs:
+        torch.testing.assert_close(states[at + 1].detach(), h_1 - 0.7 * h_0)
+    handle.detach()
+    states.clear()
+    with torch.no_grad():
+        forward(model)
+    torch.testing.assert_close(states[1], h_1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "uniform"])
+def test_attenuation_is_in_training_recompute_and_evaluation_alike(recompute: str) -> None:
+    run_function(attenuates_in_every_run, 1, recompute)
+
+
+def keeps_every_bit() -> None:
+    model = build_model()
+    loss, gradients = step(model)
+    attach(model, AttenuationConfig(factor=1.0), NormsConfig(), JRegConfig(), num_microbatches=1)
+    same, measured = step(model)
+    assert torch.equal(loss, same)
+    assert all(torch.equal(gradients[name], measured[name]) for name in gradients)
+
+
+def test_norms_and_an_attenuation_of_factor_1_change_no_bit() -> None:
+    run_function(keeps_every_bit)
+
+
+def counts_collectives() -> list[int]:
+    import torch.distributed as dist
+
+    collectives = ("all_", "reduce", "broadcast", "gather", "scatter")
+    names = [name for name in dir(dist) if name.startswith(collectives)]
+    called: list[str] = []
+
+    def count(name: str) -> None:
+        function = getattr(dist, name)
+        if callable(function):
+            setattr(dist, name, lambda *args, **named: (called.append(name), function(*args, **named))[1])
+
+    model = build_model()
+    for name in names:
+        count(name)
+    step(model)
+    of_the_model = len(called)
+    now = {"iteration": 0}
+    settings = (
+        JRegConfig(coeff=1.0, measure_interval=2),
+        NormsConfig(measure_interval=2),
+        AttenuationConfig(factor=0.5),
+    )
+    handle = attach(model, *settings, num_microbatches=1, iteration=lambda: now["iteration"])
+    counts = []
+    for now["iteration"] in range(1, 9):
+        called.clear()
+        step(model)
+        metrics = handle.end_iteration(now["iteration"], now["iteration"] % 4 == 0)
+        counts.append(len(called) - of_the_model)
+        if now["iteration"] % 4 == 0:
+            assert metrics is not None and metrics.iterations == (now["iteration"] - 2, now["iteration"])
+            assert {reading.settings.name for reading in metrics.readings} == {"JREG", "norms"}
+    return counts
+
+
+def test_all_methods_together_have_one_collective_in_a_log_interval() -> None:
+    (counts,) = run_function(counts_collectives)
+    # The first step compares layers and the loss's scale; the first that measures makes sure that all are
+    # seen.
+    assert counts[2:] == [0, 1, 0, 0, 0, 1]
+
+
+def logs_by_name() -> dict[str, float]:
+    model = build_model()
+    states = states_of(model)
+    handle = attach(model, NormsConfig(), num_microbatches=1)
+    step(model)
+    metrics = handle.end_iteration(1)
+    assert metrics is not None
+    lengths = [state.detach().double().norm(dim=-1) for state in states]
+    for at, length in enumerate(lengths):
+        assert metrics.norm_mean[at].item() == pytest.approx(length.mean().item())
+        assert metrics.norm_rms[at].item() == pytest.approx(length.square().mean().sqrt().item())
+        assert metrics.norm_largest[at].item() == pytest.approx(length.max().item())
+    added = (states[2] - states[1]).detach().double().norm(dim=-1)
+    assert metrics.update_ratio[1].item() == pytest.approx((added / lengths[1]).mean().item())
+    with pytest.raises(AttributeError, match="jump_rate"):
+        _ = metrics.jump_rate
+    # A state without a number is told, by its layer.
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = float("inf")
+    step(model)
+    broken = handle.end_iteration(2)
+    assert broken is not None
+    assert "norm not finite in layers: 2" in broken.readings[0].remarks()
+    return metrics.scalars()
+
+
+def test_norms_are_those_of_the_states_and_logged_by_layer_from_the_embedding_on() -> None:
+    (named,) = run_function(logs_by_name)
+    rows = {f"norms/{what}_layer_{at:02}" for what in ("mean", "rms", "largest") for at in range(3)}
+    rows |= {"norms/update_ratio_layer_01", "norms/update_ratio_layer_02"}
+    assert named.keys() == rows | {"last residual norm", "largest residual norm"}
+
+
+def adds_its_own_loss() -> None:
+    model = build_model()
+    states = states_of(model)
+    model.zero_grad()
+    loss = forward(model)
+    wanted = loss + 0.3 * sum(state.square().sum(-1).mean() / (2 * 16) for state in states[1:])
+    wanted.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    attach(model, ShortConfig(coeff=0.3), num_microbatches=1)
+    _, found = step(model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_the_method_of_the_readme_adds_the_gradient_of_its_loss() -> None:
+    run_function(adds_its_own_loss)
+
+
+def test_the_readme_holds_the_whole_of_that_method() -> None:
+    code = (ROOT / "jreg_megatron" / "examples" / "own_method.py").read_text()
+    assert code in (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
+
+
+def refuses() -> list[str]:
+    model = build_model()
+    lines = []
+    for settings in (
+        (),
+        (JRegConfig(), JRegConfig()),
+        (AttenuationConfig(layers=(3,)),),
+        (NormsConfig(measure_interval=10),),
+    ):
+        with pytest.raises(UserError) as caught:
+            attach(model, *settings, num_microbatches=1)
+        lines.append(str(caught.value))
+    attach(model, NormsConfig(), num_microbatches=1)
+    with pytest.raises(UserError) as caught:
+        attach(model, JRegConfig(), num_microbatches=1)
+    return [*lines, str(caught.value)]
+
+
+def test_what_cannot_be_attached_is_refused_by_name() -> None:
+    (lines,) = run_function(refuses)
+    for line, named in zip(
+        lines,
+        (
+            "no settings",
+            "two JRegConfig",
+            "--attenuation-layers names layer 3, and the model has 2 layers",
+            "settings of norms depend on the iteration",
+            "norms is attached to this model already",
+        ),
+        strict=True,
+    ):
+        assert named in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        (NormsConfig, "measure_interval", 0),
+        (NormsConfig, "measure_interval", True),
+        (AttenuationConfig, "factor", -0.1),
+        (AttenuationConfig, "factor", 1.1),
+        (AttenuationConfig, "factor", float("nan")),
+        (AttenuationConfig, "layers", "first"),
+        (AttenuationConfig, "layers", ()),
+        (AttenuationConfig, "layers", (0,)),
+        (AttenuationConfig, "layers", (2, 2)),
+        (AttenuationConfig, "layers", 2),
+    ],
+)
+def test_a_bad_value_is_one_line_with_setting_value_and_fix(kind: Any, setting: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        kind(**{setting: value})
+    line = str(caught.value)
+    assert kind.flag(setting) in line and "it must be" in line and "\n" not in line
+
+
+def test_each_method_has_its_own_flags_and_one_flag_turns_it_on() -> None:
+    parser = known.add_arguments(argparse.ArgumentParser())
+    assert known.settings_in(parser.parse_args([])) == ()
+    args = parser.parse_args("--attenuation-layers 2,3 --norms-measure-interval 5".split())
+    assert known.settings_in(args) == (NormsConfig(measure_interval=5), AttenuationConfig(layers=(2, 3)))
+    assert known.with_a_flag(["--lr", "1"]) == ["--lr", "1", "--jreg-coeff", "0"]
+    assert known.with_a_flag(["--norms-measure-interval", "5"]) == ["--norms-measure-interval", "5"]
+    with pytest.raises(UserError, match="--attenuation-factr; did you mean --attenuation-factor"):
+        known.check_flags(["--attenuation-factr", "0.5"])
+
+
+def test_every_method_has_a_row_in_the_readme() -> None:
+    text = (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
+    for method in known.METHODS:
+        assert f"| [{method.prefix}]({method.prefix}) | `--{method.prefix}-" in text
