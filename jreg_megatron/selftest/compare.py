@@ -106,8 +106,8 @@ def _expected(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple
     if dtype == torch.float32:
         return exact, _limit(dict.fromkeys(_VALUES, TOLERANCE))
     in_type = difference(reference_step(layout, weights, batch, dtype), exact)
-    # A value can be right by luck, so none is held to less than a share of the type's own rounding. The largest
-    # norm is one token's, so no mean evens out its rounding.
+    # A value can be right by luck, so none is held to less than a share of the type's own rounding. The
+    # largest norm is one token's, so no mean evens out its rounding.
     eps = torch.finfo(dtype).eps
     least = dict.fromkeys(_VALUES, eps / 4) | {"norms": eps}
     limits = {name: HALF_MARGIN * max(value, least[name]) for name, value in in_type.values.items()}
