@@ -95,6 +95,13 @@ def _decorate_the_end(training: ModuleType) -> None:
     _decorate(training, log_at_the_end, "train")
 
 
+def _decorate_the_loading() -> None:
+    from megatron.training import checkpointing
+
+    if hasattr(checkpointing, "check_checkpoint_args"):
+        _decorate(checkpointing, refuse_another_model, "check_checkpoint_args")
+
+
 def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name: str) -> None:
     function = getattr(module, name, None)
     if function is None:
@@ -132,6 +139,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
         from megatron.training import get_args, print_rank_0, training
 
         _loop.attached = _loop.last_step = None
+        _decorate_the_loading()
         with user_errors_exit():
             settings = settings_of(get_args())
             if settings:
@@ -152,6 +160,31 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
         return built
 
     return with_jreg
+
+
+def refuse_another_model(check_checkpoint_args: Function) -> Function:
+    """Refuse to resume a model that a method has changed, unless this run changes it alike."""
+
+    @_decorating(check_checkpoint_args)
+    def with_jreg(saved_args: Namespace, *args: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        with user_errors_exit():
+            saved, own = known.changes_in(saved_args), known.changes_in(get_args())
+            if saved != own:
+                raise UserError(
+                    f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, "
+                    "so its model is another one; give the flags of the checkpoint, or --finetune to start "
+                    "from its weights alone"
+                )
+        return check_checkpoint_args(saved_args, *args, **named)
+
+    return with_jreg
+
+
+def _flags_of(settings: tuple[Settings, ...]) -> str:
+    """Flags as a user types them."""
+    return " ".join(of_one.as_flags() for of_one in settings) or "no flag that changes the model"
 
 
 def require_attached(train_step: Function) -> Function:

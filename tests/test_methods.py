@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import run_function
+from harness import read_scalars, run_function, run_ranks
 from test_attach import build_model, forward, step
 
 from jreg_megatron import AttenuationConfig, JRegConfig, NormsConfig, UserError, attach
@@ -246,3 +248,56 @@ def test_every_method_has_a_row_in_the_readme() -> None:
     text = (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
     for method in known.METHODS:
         assert f"| [{method.prefix}]({method.prefix}) | `--{method.prefix}-" in text
+
+
+LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")
+
+
+def gates_of(finished: Any) -> list[dict[int, float]]:
+    return [ast.literal_eval(re.findall(r"^gates (.*)$", output, re.M)[-1]) for output in finished.output]
+
+
+def test_a_method_can_add_a_parameter_that_is_trained_saved_and_resumed(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 3)
+    argv = (*toy_arguments, *LAYOUT, "--gate-start", 1.5, "--norms-measure-interval", 1, "--lr", 0.01)
+
+    def trained(board: str, *more: object) -> tuple[dict[str, list[float]], list[dict[int, float]]]:
+        run = run_ranks([*argv, *more, "--tensorboard-dir", tmp_path / board], 2, entry="gate:train")
+        return read_scalars(tmp_path / board), gates_of(run)
+
+    whole, gates = trained("whole", "--train-iters", 6)
+    _, half = trained("half", "--train-iters", 6, "--exit-interval", 3, *saved)
+    resumed, after = trained("resumed", "--train-iters", 6, *saved)
+    assert gates[0] == gates[1] == after[0], "the ranks that share a sequence have one gate"
+    assert len(gates[0]) == 4 and all(abs(gate - 1.5) > 1e-4 for gate in gates[0].values()), "it is trained"
+    assert half[0] != gates[0]
+    alone = run_ranks(
+        [*toy_arguments, *argv[len(toy_arguments) + len(LAYOUT) :], "--train-iters", 6], entry="gate:train"
+    )
+    assert gates_of(alone)[0] == pytest.approx(gates[0], abs=1e-5), "as on one rank"
+    for name in ("lm loss", "grad-norm", "last residual norm", "norms/update_ratio_layer_04"):
+        assert resumed[name] == whole[name][3:], name
+
+
+def test_attenuation_in_megatrons_loop_is_in_the_log_and_the_checkpoint_asks_for_it(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 2)
+    argv = (*toy_arguments, "--eval-iters", 1, "--eval-interval", 2, *saved)
+    flags = ("--attenuation-factor", 0.7, "--attenuation-layers", "2,4")
+    first = run_ranks(
+        [*argv, *flags, "--norms-measure-interval", 2, "--train-iters", 4, "--exit-interval", 2]
+    )
+    (output,) = first.output
+    assert "> attenuation attached: factor 0.7 at layers 2, 4" in output and "JREG attached" not in output
+    assert re.search(r"iteration +2/ .* last residual norm: \S+ \| largest residual norm: ", output)
+    assert re.search(r"validation norms at iteration 2 \| last residual norm value: ", output)
+    other = run_ranks([*argv, "--attenuation-factor", 0.7, "--train-iters", 4], check=False)
+    assert (
+        "saved with --attenuation-factor 0.7 --attenuation-layers 2,4, and this run has "
+        "--attenuation-factor 0.7 --attenuation-layers last" in other.output[0]
+    )
+    assert other.status == [2]
+    run_ranks([*argv, *flags, "--train-iters", 4])

@@ -31,6 +31,15 @@ def settings_in(args: Namespace) -> tuple[Settings, ...]:
     return tuple(method.from_args(args) for method in METHODS if method.is_in(args))
 
 
+def changes_in(args: Namespace) -> tuple[Settings, ...]:
+    """Those of :func:`settings_in` whose method changes the model.
+
+    Args:
+        args: Megatron's arguments, of this run or as a checkpoint holds them.
+    """
+    return tuple(of_one for of_one in settings_in(args) if of_one.changes_model)
+
+
 def has_flag(argv: Sequence[str]) -> bool:
     """Whether a command line has a flag of any method."""
     return any(method.is_flag(word) for method in METHODS for word in argv)

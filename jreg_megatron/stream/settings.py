@@ -192,6 +192,18 @@ class Settings:
         """
         return cls(**{name: getattr(args, key) for name, key in cls._keys().items() if hasattr(args, key)})
 
+    def as_flags(self) -> str:
+        """The settings as a user types them on a command line."""
+        words = []
+        for f in _fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["parse"] is bool or value is None:
+                words += [self.flag(f.name)] * bool(value)
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words += [self.flag(f.name), text]
+        return " ".join(words)
+
     @classmethod
     def _keys(cls) -> dict[str, str]:
         """The settings' names, and theirs among parsed arguments."""
