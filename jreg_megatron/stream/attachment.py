@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
@@ -19,12 +20,19 @@ from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
 from jreg_megatron.stream.scaling import Scaling
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
-from jreg_megatron.stream.tap import tap_residual_stream
+from jreg_megatron.stream.tap import Change, tap_residual_stream
 
 _HANDLE = "_jreg_handle"
 
-_Told = list[tuple[Method, Any]]
-"""The methods that are told of a micro-batch's layers, each with what it keeps of the micro-batch."""
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is to be told of a micro-batch."""
+
+    methods: list[tuple[Method, Any]]
+    """Those that are told of its layers, each with what it keeps of the micro-batch."""
+    layers: Set[int] | None
+    """The layers that one of them wants; None for all."""
 
 
 class Handle:
@@ -45,7 +53,6 @@ class Handle:
         self._group = group
         self._chunks = chunks
         self._measuring = [method for method in methods if method.training_meter is not None]
-        self._changing = [method for method in methods if type(method).change is not Method.change]
         losses = [method.added_loss for method in methods if method.added_loss is not None]
         # All are scaled alike; one that knows what the script multiplies its loss by is the best to check.
         added = max(losses, key=lambda loss: bool(loss.loss_weight_flag), default=None)
@@ -59,8 +66,7 @@ class Handle:
         """Iterations of this log interval."""
         self._is_seen_whole = False
         self._first_step = FirstStep(chunks, added, num_microbatches, group)
-        change = self.change if self._changing else None
-        self._tap = tap_residual_stream(chunks, self, self._first_step.report, change)
+        self._tap = tap_residual_stream(chunks, self, self._first_step.report, _changes(methods, chunks))
         self._first_step.start(self._tap.end_watch)
         for method in methods:
             method.refuse = self._refuse
@@ -79,24 +85,21 @@ class Handle:
         call = Call(training, iteration, loss_mask)
         asked = [(method, method.begin_microbatch(call)) for method in self.methods]
         told = [(method, own) for method, own in asked if own is not None]
+        wanted = [getattr(own, "layers", None) for _, own in told]
+        every = [layers for layers in wanted if layers is not None]
+        layers = frozenset().union(*every) if len(every) == len(wanted) else None
         # In the first step layers are compared, whoever wants to be told of them.
-        return told if told or not self._first_step.has_ended else None
-
-    def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
-        """Let the methods change a layer's output, in the order in which they were attached."""
-        for method in self._changing:
-            layer_output = method.change(layer_number, layer_input, layer_output)
-        return layer_output
+        return _Told(told, layers) if told or not self._first_step.has_ended else None
 
     def layer(self, told: _Told, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Show a layer to the methods."""
-        for method, own in told:
+        for method, own in told.methods:
             layer_output = method.layer(own, layer_number, layer_input, layer_output)
         return layer_output
 
     def final_norm(self, told: _Told, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
         """Show the final norm to the methods."""
-        for method, own in told:
+        for method, own in told.methods:
             normed = method.final_norm(own, layer_number, layer_input, normed)
         return normed
 
@@ -236,6 +239,23 @@ class Handle:
         for chunk in self._chunks:
             if getattr(chunk, _HANDLE, None) is self:
                 delattr(chunk, _HANDLE)
+
+
+def _changes(methods: Sequence[Method], chunks: Sequence[nn.Module]) -> dict[int, Change]:
+    """By a layer's number what changes its output: the methods, in the order in which they were attached."""
+
+    def of_layer(number: int) -> Change | None:
+        changing = [method.change for method in methods if method.changes(number)]
+
+        def change(layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
+            for one in changing:
+                layer_output = one(layer_number, layer_input, layer_output)
+            return layer_output
+
+        return change if changing else None
+
+    numbers = (layer.number for chunk in chunks for layer in residual_layers(chunk))
+    return {number: change for number in numbers if (change := of_layer(number)) is not None}
 
 
 def prepares(settings: Sequence[Settings]) -> bool:

@@ -97,6 +97,10 @@ class Method:
 
     # -- every run of a layer ----------------------------------------------------------------------
 
+    def changes(self, layer_number: int) -> bool:
+        """Whether :meth:`change` is to be asked for a layer; asked once, where the method is attached."""
+        return type(self).change is not Method.change
+
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """A layer has run: in training, again under recompute, in evaluation, or where text is generated.
 
@@ -112,7 +116,8 @@ class Method:
 
         Returns:
             Whatever belongs to this micro-batch; it comes back with each of its layers. None to be told
-            nothing more of it.
+            nothing more of it. If it has an attribute ``layers``, a set of numbers, the method needs no
+            others; it may still be told of those that another method wants.
         """
         return None
 

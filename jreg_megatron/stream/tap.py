@@ -24,19 +24,27 @@ both under recompute, in evaluation, and where text is generated. An observer se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import ResidualLayer, final_norm_of, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.layer_watch import LayerWatch, Report
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
+
+_RERUN_LATER = (
+    "a layer is recomputed, and none was in the first training step; call attach again where recomputation "
+    "is turned on, or train with it from the first step on"
+)
 
 
 class ResidualStreamObserver(Protocol):
@@ -50,7 +58,8 @@ class ResidualStreamObserver(Protocol):
             loss_mask: what the model was called with, ``[b, s]``, if anything.
 
         Returns:
-            Whatever belongs to this micro-batch; it comes back with each of its layers.
+            Whatever belongs to this micro-batch; it comes back with each of its layers. If it has an
+            attribute ``layers``, a set of numbers, other layers are not shown. None to be shown nothing.
         """
 
     def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
@@ -83,7 +92,10 @@ class Tap:
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def end_watch(self) -> None:
-        """Do not compare layers' own arguments and returns any more."""
+        """Do not compare layers' own arguments and returns any more.
+
+        From then on layers that are not recomputed have no hook, so they cannot begin to be.
+        """
         for chunk in self._chunks:
             while chunk.watched:
                 chunk.watched.pop().end_watch()
@@ -99,7 +111,7 @@ def tap_residual_stream(
     chunks: Sequence[nn.Module],
     observer: ResidualStreamObserver,
     report: Report | None = None,
-    change: Change | None = None,
+    changes: Mapping[int, Change] = MappingProxyType({}),
 ) -> Tap:
     """Put an observer on a built model.
 
@@ -108,7 +120,7 @@ def tap_residual_stream(
         observer: what is told about every layer.
         report: is told where a layer's own argument and return are not the states that the observer sees.
             Passes that count are compared until :meth:`Tap.end_watch`.
-        change: what changes a layer's output, in every run.
+        changes: by a layer's number what changes its output, in every run.
 
     Returns:
         The tap, to be kept and removed.
@@ -125,7 +137,7 @@ def tap_residual_stream(
         tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
     )
     for chunk, chunk_layers in zip(chunks, layers, strict=True):
-        chunk_tap = _ChunkTap(chunk, observer, change, tap._undo)
+        chunk_tap = _ChunkTap(chunk, observer, changes, tap._undo)
         chunk_tap.put_on(chunk_layers, report)
         tap._chunks.append(chunk_tap)
     return tap
@@ -138,13 +150,15 @@ class _ChunkTap:
         self,
         chunk: Any,
         observer: ResidualStreamObserver,
-        change: Change | None,
+        changes: Mapping[int, Change],
         undo: list[Callable[[], None]],
     ) -> None:
         self.observer = observer
-        self.change = change
+        self.changes = changes
         self.microbatch: Any = None
         """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
+        self.recomputes = chunk.config.recompute_granularity == "full"
+        """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
         self._chunk = chunk
         self._undo = undo
@@ -153,6 +167,8 @@ class _ChunkTap:
         self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
         # What the final norm is compared with: set by the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
+        self._taps: list[_LayerTap] = []
+        self._tapped: Collection[int] | None = None  # the layers on which taps are; None for all
         self.watched: list[_LayerTap] = []
         self.is_watching = False
         self._was_evaluated = False
@@ -170,9 +186,12 @@ class _ChunkTap:
         for layer in layers:
             is_last = layer.number == num_layers(chunk)
             tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
-            undo.append(layer.first.register_forward_pre_hook(tap.before_layer, with_kwargs=True).remove)
-            _wrap_bias_dropout_add(layer.first, "self_attn_bda", tap.on_input, undo)
-            _wrap_bias_dropout_add(layer.last, "mlp_bda", tap.on_output, undo)
+            undo.append(tap.end_hook)
+            undo.append(tap.take_off)
+            tap.put_on()
+            self._taps.append(tap)
+            if self.recomputes or report is not None:
+                tap.start_hook()
             if report is not None:
                 self.watched.append(tap)
                 tap.start_watch(chunk.config, report)
@@ -186,6 +205,7 @@ class _ChunkTap:
         """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
         storage = StorageWeakRef(state.untyped_storage())  # type: ignore[no-untyped-call]
         self._checkpointed[storage.cdata] = (storage, self.microbatch)
+        self.recomputes = True
 
     def recall(self, state: Tensor) -> None:
         """A layer is recomputed from ``state``: find its micro-batch, or go on with the layer's before."""
@@ -204,8 +224,25 @@ class _ChunkTap:
         # One evaluation shows what there is to see; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
         self._was_evaluated = self._was_evaluated or not chunk.training
+        self._put_taps_where_needed()
         for watch in self._watches():
             watch.begin()
+
+    def _put_taps_where_needed(self) -> None:
+        """A layer with which nothing is done in this micro-batch runs as if nothing were attached.
+
+        What is needed changes between steps alone: all micro-batches of a step are alike.
+        """
+        needed: Collection[int] | None = ()
+        if self.recomputes or self.watched:
+            needed = None
+        elif self.microbatch is not None:
+            needed = getattr(self.microbatch, "layers", None)
+        if needed != self._tapped:
+            for tap in self._taps:
+                is_needed = needed is None or tap.number in needed or tap.number in self.changes
+                tap.put_on() if is_needed else tap.take_off()
+            self._tapped = needed
 
     def _after_chunk(self, chunk: nn.Module, _: Any, output: Any) -> None:
         if output is not None and self.microbatch is not None:  # it was counted, and did not break off
@@ -233,16 +270,41 @@ class _LayerTap:
     """Joins the input and the output of a layer, and both with the micro-batch that they belong to."""
 
     def __init__(self, layer: ResidualLayer, chunk: _ChunkTap, feeds_final_norm: bool) -> None:
+        self.number = layer.number
         self._layer = layer
         self._chunk = chunk
+        # Where the taps are on: module, name, the layer's own factory, and the one that stands for it.
+        self._places: list[tuple[Any, str, Any, Any]] = []
         self._feeds_final_norm = feeds_final_norm
         # Of the run under way; None outside of one and where the run does not count.
         self._microbatch: Any = None
         self._input: Tensor | None = None
         self._will_be_rerun = False
+        self._change = chunk.changes.get(layer.number)
+        self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
         self._watching: LayerWatch | None = None  # in the run under way
         self._stop_watching_returns: Callable[[], None] = _nothing
+
+    def put_on(self) -> None:
+        """Have the factories ``name(training, fused) -> add`` of both bias-dropout-adds give tapped ones."""
+        if self._places:
+            return
+        for module, name, tapped in (
+            (self._layer.first, "self_attn_bda", self._tapped_input),
+            (self._layer.last, "mlp_bda", self._tapped_output),
+        ):
+            factory = getattr(module, name)
+            ours = functools.partial(tapped, factory)
+            self._places.append((module, name, factory, ours))
+            setattr(module, name, ours)
+
+    def take_off(self) -> None:
+        """Give the layer its own factories back; not where something else stands for ours by now."""
+        if all(getattr(module, name) is ours for module, name, _, ours in self._places):
+            for module, name, factory, _ in self._places:
+                setattr(module, name, factory)
+            self._places = []
 
     def start_watch(self, config: Any, report: Report) -> None:
         """Compare the layer's argument and return with what is tapped, in the forward passes that count."""
@@ -254,13 +316,25 @@ class _LayerTap:
     def end_watch(self) -> None:
         self.watch = self._watching = None
         self._stop_watching_returns()
+        if not self._chunk.recomputes:
+            self.end_hook()
+
+    def start_hook(self) -> None:
+        """Have each run of the layer tell from outside whether it is one of two, and of which micro-batch."""
+        self._hook = self._layer.first.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+
+    def end_hook(self) -> None:
+        """A layer that runs once needs no hook, which would cost more than all else."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._watching is not None:
             self._watching.returned(output)
             self._watching = None
 
-    def before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         chunk = self._chunk
         state = named["hidden_states"] if "hidden_states" in named else given[0]
         self._will_be_rerun = chunk.is_training and not torch.is_grad_enabled()
@@ -268,22 +342,31 @@ class _LayerTap:
             chunk.remember(state)
         elif not chunk.is_in_forward and chunk.is_training:
             chunk.recall(state)
-        self._microbatch, self._input = chunk.microbatch, None
         is_watched = chunk.is_watching and chunk.is_in_forward and chunk.microbatch is not None
         self._watching = self.watch if is_watched else None
         if self._watching is not None:
             self._watching.given(state)
 
-    def on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
+    def _tapped_input(self, factory: Callable[..., Any], *options: Any) -> Callable[..., Tensor]:
+        chunk = self._chunk
+        if self._hook is None and not chunk.is_in_forward and chunk.is_training:
+            raise UserError(_RERUN_LATER)
+        self._microbatch, self._input = chunk.microbatch, None
+        return functools.partial(self._on_input, factory(*options))
+
+    def _tapped_output(self, factory: Callable[..., Any], *options: Any) -> Callable[..., Tensor]:
+        return functools.partial(self._on_output, factory(*options))
+
+    def _on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
         self._input = residual
         if self._watching is not None:
             self._watching.adds_to(residual)
         return add(x_with_bias, residual, *rest)
 
-    def on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
+    def _on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
         layer_output = add(*operands)
-        if self._chunk.change is not None and self._input is not None:
-            layer_output = self._chunk.change(self._layer.number, self._input, layer_output)
+        if self._change is not None and self._input is not None:
+            layer_output = self._change(self.number, self._input, layer_output)
         layer_output = self._show(layer_output)
         if self._watching is not None:
             self._watching.tapped(layer_output)
@@ -299,18 +382,4 @@ class _LayerTap:
             self._chunk.last_layer = (microbatch, shown)
         if self._will_be_rerun:
             return layer_output
-        return self._chunk.observer.layer(microbatch, self._layer.number, layer_input, layer_output)
-
-
-def _wrap_bias_dropout_add(
-    layer: Any, name: str, around: Callable[..., Tensor], undo: list[Callable[[], None]]
-) -> None:
-    """Replace the factory ``layer.name(training, fused) -> add`` by one whose ``add`` runs in ``around``."""
-    factory = getattr(layer, name)
-
-    @functools.wraps(factory)
-    def tapped(*options: Any) -> Callable[..., Tensor]:
-        return functools.partial(around, factory(*options))
-
-    setattr(layer, name, tapped)
-    undo.append(functools.partial(setattr, layer, name, factory))
+        return self._chunk.observer.layer(microbatch, self.number, layer_input, layer_output)

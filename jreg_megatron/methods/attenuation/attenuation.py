@@ -21,8 +21,10 @@ class Attenuation(Method):
         layers = ", ".join(map(str, self._numbers))
         return f"> attenuation attached: factor {self.settings.factor:g} at layers {layers}"
 
+    def changes(self, layer_number: int) -> bool:
+        """At the chosen layers alone."""
+        return layer_number in self._numbers and self.settings.factor != 1
+
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
-        """``layer_output - (1 - factor) * layer_input``, at the chosen layers."""
-        if layer_number not in self._numbers or self.settings.factor == 1:
-            return layer_output
+        """``layer_output - (1 - factor) * layer_input``."""
         return torch.add(layer_output, layer_input, alpha=self.settings.factor - 1)

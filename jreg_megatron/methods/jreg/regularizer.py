@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ class _Microbatch:
     """``[s, b]``: which tokens of this rank count; None if all do."""
     token_weights: Tensor | None
     """``[s, b]``: what each counts for in the loss."""
+    layers: Set[int] | None = None
+    """Those that are regularized, if no others are measured."""
     normed: Tensor | None = None
     """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
 
@@ -90,7 +93,7 @@ class Regularizer(Method):
         if settings.coeff > 0:
             self.added_loss = AddedLoss(settings.coeff, settings.loss_weight, flag_of("loss_weight"))
         self._weight_of = settings.gradient_weights(place.num_layers).tolist()
-        self._holds_weight = any(self._weight_of[number - 1] > 0 for number in place.layer_numbers)
+        self._regularized = frozenset(n for n in place.layer_numbers if self._weight_of[n - 1] > 0)
         self._scaling = place.scaling
         # What all layers have in common in this step: a fixed buffer, read by the backward pass (penalty.py).
         self._coefficient = torch.zeros(1, device=place.device)
@@ -140,7 +143,7 @@ class Regularizer(Method):
                 return None
             mask, token_weights = self._scaling.of_unmasked_tokens(call.loss_mask)
         coeff = settings.coeff if iteration is None else settings.coeff_at(iteration)
-        is_regularizing = call.training and coeff > 0 and self._holds_weight
+        is_regularizing = call.training and coeff > 0 and bool(self._regularized)
         if is_regularizing:
             self._scaling.fill(self._coefficient, coeff)
         meter = None
@@ -148,7 +151,9 @@ class Regularizer(Method):
             meter = self.training_meter if call.training else self.validation_meter
         if meter is None and not is_regularizing:
             return None
-        return _Microbatch(meter, is_regularizing, mask, token_weights)
+        return _Microbatch(
+            meter, is_regularizing, mask, token_weights, self._regularized if meter is None else None
+        )
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
