@@ -207,7 +207,7 @@ def counts_only_unmasked_tokens() -> None:
     loss = model(tokens, positions, None, labels=tokens, loss_mask=mask).mean()
     mask.fill_(1)  # a caller may use its buffer again before the backward pass
     loss.backward()
-    assert handle.methods[0].training_meter._sums[:, 1].tolist() == [11, 11]
+    assert handle.methods[0].training_meter.totals()[0][:, 1].tolist() == [11, 11]
     handle.reset_training_metrics()
     # A micro-batch without any token is no error and adds no gradient.
     _, plain = step(build_model_like(model))

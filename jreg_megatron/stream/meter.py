@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,66 +54,83 @@ class Meter:
             num_layers: of the whole model.
             device: where the values are.
             num_values: how many values a token of a layer has.
-            num_largest: of how many values the largest is wanted too.
+            num_largest: of how many of them, the first ones, the largest is wanted too.
             first_row: 1; or 0 to have a row for the embedding's output, ``h_0``, before those of the layers.
         """
         self._first_row = first_row
         rows = num_layers + 1 - first_row
         # For each row the sums, the number of tokens, and how often the row was seen.
         self._sums = torch.zeros(rows, num_values + 2, dtype=torch.float64, device=device)
-        self._largest = torch.empty(rows, num_largest, dtype=torch.float64, device=device)
-        self._sums_of = [row[:num_values].unbind() for row in self._sums]
-        self._counts_of = self._sums[:, num_values:].unbind()
-        self._largest_of = [row.unbind() for row in self._largest]
-        self._whole_counts: dict[int, Tensor] = {}
-        self.reset()
+        self._largest = torch.full((rows, num_largest), -torch.inf, dtype=torch.float64, device=device)
+        # Layers' values of one micro-batch that have still to be summed, by what they have in common.
+        self._waiting: dict[tuple[Any, ...], dict[int, tuple[tuple[Tensor, ...], Tensor | None]]] = {}
+        self._numbers = torch.arange(rows, device=device).unbind()
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def add(
-        self, row: int, *values: Tensor, largest: Sequence[Tensor] = (), mask: Tensor | None = None
-    ) -> None:
+    def add(self, row: int, *values: Tensor, mask: Tensor | None = None) -> None:
         """Add what one micro-batch has in a layer; no host synchronisation.
+
+        The values wait for those of the other layers, so that one operation sums them all.
 
         Args:
             row: the layer's number, 1-based over the whole model; 0 for the embedding's output.
-            values: of this rank's tokens, ``[s, b]`` each.
-            largest: the values of which the largest is kept, ``[s, b]`` each.
+            values: of this rank's tokens, ``[s, b]`` each, in one floating type. Of the first ones the
+                largest is kept, of as many as the meter was made for.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
+        kind = (values[0].shape, values[0].dtype, mask is None)
+        waiting = self._waiting.setdefault(kind, {})
         at = row - self._first_row
-        counts = self._counts_of[at]
-        if mask is None:
-            counts += self._counts(values[0].numel())
-        else:
-            # What is left out may be NaN.
-            values = tuple(torch.where(mask > 0, value * mask, 0.0) for value in values)
-            largest = [torch.where(mask > 0, value, -torch.inf) for value in largest]
-            counts += torch.stack((mask.sum(dtype=torch.float64), mask.new_ones((), dtype=torch.float64)))
-        for total, value in zip(self._sums_of[at], values, strict=True):
-            total.add_(value.sum(dtype=torch.float64))
-        for most, value in zip(self._largest_of[at], largest, strict=True):
-            torch.maximum(most, value.max().double(), out=most)
+        if at in waiting:  # of the next micro-batch
+            self._sum(waiting)
+        waiting[at] = (values, mask)
+        if len(waiting) == len(self._sums):
+            self._sum(waiting)
 
-    def _counts(self, num_tokens: int) -> Tensor:
-        """A micro-batch's tokens, seen once, on the device; a run has few sizes of micro-batches."""
-        if num_tokens not in self._whole_counts:
-            counts = self._sums.new_ones(2)
-            counts[0] = num_tokens  # fills on the device; a tensor made of both would be copied to it
-            self._whole_counts[num_tokens] = counts
-        return self._whole_counts[num_tokens]
+    @torch.no_grad()
+    def _sum(self, waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]]) -> None:
+        if not waiting:
+            return
+        rows = tuple(waiting)
+        values, masks = zip(*waiting.values(), strict=True)
+        waiting.clear()
+        at = self._index(rows)
+        # [layers, values, tokens]
+        each = torch.stack([torch.stack(of_layer) for of_layer in values]).flatten(2)
+        largest = each[:, : self._largest.shape[1]]
+        if masks[0] is None:
+            counts = each.new_ones(len(rows), 2, dtype=torch.float64)
+            counts[:, 0] = each.shape[-1]
+        else:
+            mask = torch.stack(masks).flatten(1)[:, None]
+            # What is left out may be NaN.
+            largest = torch.where(mask > 0, largest, -torch.inf)
+            each = torch.where(mask > 0, each * mask, 0.0)
+            tokens = mask.sum(dim=2, dtype=torch.float64)
+            counts = torch.cat((tokens, torch.ones_like(tokens)), dim=1)
+        sums = torch.cat((each.sum(dim=2, dtype=torch.float64), counts), dim=1)
+        self._sums.index_add_(0, at, sums)
+        if largest.shape[1]:
+            self._largest[at] = torch.maximum(self._largest[at], largest.amax(dim=2).double())
+
+    def _index(self, rows: tuple[int, ...]) -> Tensor:
+        """The rows, on the device without a copy; layers come in few orders."""
+        if rows not in self._indices:
+            self._indices[rows] = torch.stack([self._numbers[row] for row in rows])
+        return self._indices[rows]
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """What this rank has added: sums, tokens and how often each row was seen ``[rows, values + 2]``, and
+        the largest values ``[rows, largest values]``."""
+        for waiting in self._waiting.values():
+            self._sum(waiting)
+        return self._sums, self._largest
 
     def reset(self) -> None:
         """Forget everything added so far."""
+        self._waiting.clear()
         self._sums.zero_()
         self._largest.fill_(-torch.inf)
-
-    def _values(self, sums: Tensor, largest: Tensor) -> LayerValues | None:
-        """Of the whole model's sums, ``[rows, ..]``; None if some row was not seen."""
-        values, (num_tokens, times_seen) = sums[:, :-2], sums[:, -2:].unbind(dim=1)
-        if (times_seen == 0).any():
-            return None
-        if times_seen.min() != times_seen.max():
-            raise UserError(LAYERS_SEEN_UNEQUALLY)
-        return LayerValues(values / num_tokens[:, None], largest)
 
 
 def reduce_meters(
@@ -135,8 +153,10 @@ def reduce_meters(
     """
     if not meters:
         return []
-    sums = torch.cat([meter._sums.flatten() for meter in meters])
-    largest = torch.cat([meter._largest.flatten() for meter in meters])
+    totals = [meter.totals() for meter in meters]
+    sums, largest = (
+        torch.cat([of_meter.flatten() for of_meter in kind]) for kind in zip(*totals, strict=True)
+    )
     if dist.is_available() and dist.is_initialized():
         if largest.numel() == 0:
             dist.all_reduce(sums, group=group)
@@ -146,9 +166,22 @@ def reduce_meters(
             dist.all_gather_into_tensor(every, own, group=group)
             ranks = every.view(-1, own.numel())
             sums, largest = ranks[:, : sums.numel()].sum(0), ranks[:, sums.numel() :].amax(0)
-    every_sum = torch.split(sums.cpu(), [meter._sums.numel() for meter in meters])
-    every_largest = torch.split(largest.cpu(), [meter._largest.numel() for meter in meters])
+    shapes = zip(*([of_meter.shape for of_meter in both] for both in totals), strict=True)
+    every_sum, every_largest = (
+        torch.split(flat.cpu(), [shape.numel() for shape in of_kind])
+        for flat, of_kind in zip((sums, largest), shapes, strict=True)
+    )
     return [
-        meter._values(own_sums.view_as(meter._sums), own_largest.view_as(meter._largest))
-        for meter, own_sums, own_largest in zip(meters, every_sum, every_largest, strict=True)
+        _values_of(own_sums.view_as(totals[i][0]), own_largest.view_as(totals[i][1]))
+        for i, (own_sums, own_largest) in enumerate(zip(every_sum, every_largest, strict=True))
     ]
+
+
+def _values_of(sums: Tensor, largest: Tensor) -> LayerValues | None:
+    """Of the whole model's totals; None if some row was not seen."""
+    values, (num_tokens, times_seen) = sums[:, :-2], sums[:, -2:].unbind(dim=1)
+    if (times_seen == 0).any():
+        return None
+    if times_seen.min() != times_seen.max():
+        raise UserError(LAYERS_SEEN_UNEQUALLY)
+    return LayerValues(values / num_tokens[:, None], largest)

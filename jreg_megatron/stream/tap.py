@@ -367,19 +367,15 @@ class _LayerTap:
         layer_output = add(*operands)
         if self._change is not None and self._input is not None:
             layer_output = self._change(self.number, self._input, layer_output)
-        layer_output = self._show(layer_output)
+        microbatch, layer_input = self._microbatch, self._input
+        self._microbatch = self._input = None
+        if microbatch is not None and layer_input is not None:
+            if self._feeds_final_norm and self._chunk.is_in_forward:
+                shown = layer_input.detach() if self._will_be_rerun else layer_input
+                self._chunk.last_layer = (microbatch, shown)
+            if not self._will_be_rerun:
+                observer = self._chunk.observer
+                layer_output = observer.layer(microbatch, self.number, layer_input, layer_output)
         if self._watching is not None:
             self._watching.tapped(layer_output)
         return layer_output
-
-    def _show(self, layer_output: Tensor) -> Tensor:
-        microbatch, layer_input = self._microbatch, self._input
-        self._microbatch = self._input = None
-        if microbatch is None or layer_input is None:
-            return layer_output
-        if self._feeds_final_norm and self._chunk.is_in_forward:
-            shown = layer_input.detach() if self._will_be_rerun else layer_input
-            self._chunk.last_layer = (microbatch, shown)
-        if self._will_be_rerun:
-            return layer_output
-        return self._chunk.observer.layer(microbatch, self.number, layer_input, layer_output)

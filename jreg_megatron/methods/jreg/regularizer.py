@@ -32,6 +32,9 @@ _NO_MASK = (
     "stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
 )
 
+_MOST_STRENGTHS = 1024
+"""Most jobs have one for each layer; where sequences have many lengths, they are made anew now and then."""
+
 
 def displacement_name(layer_number: int, num_layers: int) -> str:
     """The name under which a layer's displacement is logged; equally long for all layers of a model."""
@@ -93,15 +96,17 @@ class Regularizer(Method):
         if settings.coeff > 0:
             self.added_loss = AddedLoss(settings.coeff, settings.loss_weight, flag_of("loss_weight"))
         self._weight_of = settings.gradient_weights(place.num_layers).tolist()
+        self._normed_layer = place.num_layers if settings.final_state == "post_norm" else None
+        self._strengths: dict[tuple[int, ...], Strength] = {}
         self._regularized = frozenset(n for n in place.layer_numbers if self._weight_of[n - 1] > 0)
         self._scaling = place.scaling
         # What all layers have in common in this step: a fixed buffer, read by the backward pass (penalty.py).
         self._coefficient = torch.zeros(1, device=place.device)
-        self._kernels = kernels.choose(settings.kernels, place.device, place.hidden_size, place.dtype)
+        self.kernels = kernels.choose(settings.kernels, place.device, place.hidden_size, place.dtype)
 
     def agree(self, group: dist.ProcessGroup | None) -> None:
         """Refuse kernels of different kinds. A collective call."""
-        ranks = of_every_rank((self._kernels.kind, self._kernels.name), group)
+        ranks = of_every_rank((self.kernels.kind, self.kernels.name), group)
         (kind, name), *_ = ranks
         for at, (other_kind, other_name) in enumerate(ranks):
             if other_kind == kind:
@@ -124,7 +129,7 @@ class Regularizer(Method):
         return (
             f"> JREG attached: {doing}, {rule}, last state {settings.final_state}, {len(weights)} layers, "
             f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}, "
-            f"{partly}kernels {self._kernels.name}"
+            f"{partly}kernels {self.kernels.name}"
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
@@ -159,22 +164,22 @@ class Regularizer(Method):
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
         """Measure and regularize a layer; the last one only if its state counts before the norm."""
-        is_last = layer_number == len(self._weight_of)
-        if is_last and self.settings.final_state == "post_norm":
-            if microbatch.normed is None:
-                return layer_output
-            (normed, microbatch.normed) = microbatch.normed, None
-            strength = self._strength(microbatch, layer_number, layer_output)
-            return add_input_gradient(layer_output, layer_input, normed, strength)
-        return self._observe(microbatch, layer_number, layer_input, layer_output)
+        if layer_number != self._normed_layer:
+            return self._observe(microbatch, layer_number, layer_input, layer_output)
+        if microbatch.normed is None:
+            return layer_output
+        (normed, microbatch.normed) = microbatch.normed, None
+        strength = self._strength(microbatch, layer_number, layer_output)
+        return add_input_gradient(layer_output, layer_input, normed, strength)
 
     def final_norm(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, normed: Tensor
     ) -> Tensor:
         """Measure and regularize the last layer if its state counts after the norm."""
-        if self.settings.final_state == "pre_norm":
+        if layer_number != self._normed_layer:
             return normed
-        if self._has_gradient(microbatch, layer_number) and not layer_input.requires_grad:
+        is_regularized = microbatch.is_regularizing and layer_number in self._regularized
+        if is_regularized and not layer_input.requires_grad:
             microbatch.normed = normed.detach()
         return self._observe(microbatch, layer_number, layer_input, normed)
 
@@ -186,22 +191,25 @@ class Regularizer(Method):
         if microbatch.meter is not None:
             on_psi = functools.partial(microbatch.meter.add, layer_number, mask=microbatch.mask)
         # What is frozen up to here has no backward pass to do it in.
-        if self._has_gradient(microbatch, layer_number) and h_out.requires_grad:
+        if microbatch.is_regularizing and layer_number in self._regularized and h_out.requires_grad:
             strength = self._strength(microbatch, layer_number, h_out)
             return add_displacement_gradient(h_in, h_out, strength, on_psi)
         if on_psi is not None:
-            on_psi(self._kernels.displacement(h_in, h_out))
+            on_psi(self.kernels.displacement(h_in, h_out))
         return h_out
-
-    def _has_gradient(self, microbatch: _Microbatch, layer_number: int) -> bool:
-        return microbatch.is_regularizing and self._weight_of[layer_number - 1] > 0
 
     def _strength(self, microbatch: _Microbatch, layer_number: int, state: Tensor) -> Strength:
         """``k`` of the derivation in scaling.py: coefficient (of the step), factor and weights of tokens."""
-        factor = self._weight_of[layer_number - 1]
-        if microbatch.token_weights is None:
-            factor *= self._scaling.of_all_tokens(state)
-        return Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)
+        weight = self._weight_of[layer_number - 1]
+        if microbatch.token_weights is not None:
+            return Strength(self.kernels, self._coefficient, weight, microbatch.token_weights)
+        key = (layer_number, *state.shape)
+        if key not in self._strengths:
+            if len(self._strengths) >= _MOST_STRENGTHS:
+                self._strengths.clear()
+            factor = weight * self._scaling.of_all_tokens(state)
+            self._strengths[key] = Strength(self.kernels, self._coefficient, factor)
+        return self._strengths[key]
 
     def read(self, values: LayerValues) -> JRegMetrics:
         """Displacement per layer, and what follows from it."""

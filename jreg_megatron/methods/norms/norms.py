@@ -88,9 +88,9 @@ class Norms(Method):
         norm = norms(layer_output)
         if layer_number == 1:
             nothing = torch.zeros_like(norm_in)  # nothing was added to the embedding's output
-            microbatch.meter.add(0, norm_in, norm_in.square(), nothing, largest=[norm_in])
+            microbatch.meter.add(0, norm_in, norm_in.square(), nothing)
         ratio = update_ratios(layer_input, layer_output, norm_in)
-        microbatch.meter.add(layer_number, norm, norm.square(), ratio, largest=[norm])
+        microbatch.meter.add(layer_number, norm, norm.square(), ratio)
         microbatch.layer, microbatch.norm = layer_number, norm
         return layer_output
 
