@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,22 @@ def start(
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
     return process
+
+
+def in_workers(action: Callable[[], object]) -> None:
+    """Let the workers of this process call ``action`` before each text that they encode."""
+    from jreg_megatron.data import tokenizing
+
+    build, parent = tokenizing.build, os.getpid()
+
+    def wrapped(settings: tokenizing.TokenizerSettings) -> tokenizing.Tokenizer:
+        tokenizer = build(settings)
+
+        def encode(text: str) -> list[int]:
+            if os.getpid() != parent:
+                action()
+            return tokenizer.encode(text)
+
+        return replace(tokenizer, encode=encode)
+
+    tokenizing.build = wrapped

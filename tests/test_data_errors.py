@@ -19,7 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_toy import call, documents, hugging_face_folder, sentencepiece_model, start, write_jsonl
+from data_toy import (
+    call,
+    documents,
+    hugging_face_folder,
+    in_workers,
+    sentencepiece_model,
+    start,
+    write_jsonl,
+)
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")
@@ -165,23 +173,17 @@ def offline(folder: Path) -> None:
 
 
 def grow_while_reading(folder: Path) -> None:
-    """Let somebody append to the source as soon as a piece is done."""
-    from jreg_megatron.data import assembly
+    """Let somebody append to the source while it is read."""
 
-    real = assembly.Assembly.add
-
-    def add(self: Any, number: int, result: Any) -> None:
+    def grow() -> None:
         with (folder / "text.jsonl").open("a") as stream:
             stream.write("\n")
-        real(self, number, result)
 
-    assembly.Assembly.add = add  # type: ignore[method-assign]
+    in_workers(grow)
 
 
 def die_in_a_worker(folder: Path) -> None:
-    from jreg_megatron.data.encode import Encoder
-
-    Encoder.__call__ = lambda self, task, report: os._exit(1)  # type: ignore[method-assign,assignment]
+    in_workers(lambda: os._exit(1))
 
 
 def many(*damages: Callable[[Path], Any]) -> Callable[[Path], Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import sources, tokenizing
-from jreg_megatron.data.encode import Recipe
 from jreg_megatron.data.hub import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
@@ -28,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prepare(args: Namespace) -> None:
-    from jreg_megatron.data.prepare import Options, prepare
+    from jreg_megatron.data.options import Options
+    from jreg_megatron.data.prepare import prepare
 
     _check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
     if not 0 <= args.validation_share < 1:
@@ -37,13 +37,15 @@ def _prepare(args: Namespace) -> None:
         raise UserError("--validation-share and --validation-output belong together; give both or none")
     if len(set(args.keys)) != len(args.keys):
         raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
-    keys, append_eod = tuple(args.keys), not args.no_append_eod
     outcome = prepare(
         Options(
             corpus=_corpus(args),
             tokenizer=TokenizerSettings.from_args(args),
-            recipe=Recipe(keys, append_eod, args.max_record_bytes, args.validation_share),
             output=args.output,
+            keys=tuple(args.keys),
+            append_eod=not args.no_append_eod,
+            max_record_bytes=args.max_record_bytes,
+            validation_share=args.validation_share,
             validation_output=args.validation_output,
             workers=args.workers,
             max_refused=args.max_refused,

@@ -264,12 +264,3 @@ class _Zstandard(io.RawIOBase):
             packed = b""
             if self._frame.eof:
                 packed, self._frame = self._frame.unused_data, None
-
-
-@contextmanager
-def writable(folder: os.PathLike[str], flag: str) -> Iterator[None]:
-    """Turn what goes wrong in writing to ``folder``, which ``flag`` names, into one line."""
-    try:
-        yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{flag}: {folder} cannot be written to ({error.strerror}); correct it") from error

@@ -83,12 +83,12 @@ class TextFiles:
 
     def _records(self, source: Source) -> Iterator[Text]:
         from jreg_megatron.data.pieces import cut
-        from jreg_megatron.data.records import Reader
+        from jreg_megatron.data.records import Reader, Refusal
 
         for piece in cut([source], max(1, source.size), [self.key]):
             for record in Reader(piece, [self.key], _MAX_BYTES):
                 place = source.path if source.format == "text" else f"{source.path} line {record.line}"
-                if record.texts is None:
+                if isinstance(record, Refusal):
                     raise UserError(f"{place}: {record.kind} ({record.reason}); mend it, or leave it out")
                 (text,) = record.texts
                 yield Text(place, text if isinstance(text, str) else " ".join(text))

@@ -5,12 +5,11 @@ The bytes are those of Megatron's ``IndexedDatasetBuilder``, in memory that does
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,7 @@ from jreg_megatron.data.index_file import HEADER, MAGIC, TYPE_CODES
 
 assert sys.byteorder == "little", "Megatron's files are written in the order of the machine"
 
-ENDINGS = (".bin", ".lengths", ".ends")
-"""Of the files of a part."""
-
 _CODES = {"uint16": "H", "int32": "i"}
-_FLUSH = 1 << 20
-_CHUNK = 1 << 22
 
 
 def token_type(vocab_size: int) -> str:
@@ -49,16 +43,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a token file holds, and the CRC-32 of its files by their endings."""
+    """What a part of a token file holds, and by their endings the size and the CRC-32 of its files."""
 
     counts: Counts
-    sums: dict[str, int]
+    files: dict[str, tuple[int, int]]
 
-    def sizes(self, dtype: str) -> dict[str, int]:
-        """Bytes of its files by their endings."""
-        counts = self.counts
-        item = numpy.dtype(dtype).itemsize
-        return {".bin": counts.tokens * item, ".lengths": counts.sequences * 4, ".ends": counts.documents * 8}
+    @property
+    def size(self) -> int:
+        """Bytes of its tokens."""
+        return self.files[".bin"][0]
 
 
 class PartWriter:
@@ -66,16 +59,17 @@ class PartWriter:
 
     ``.lengths`` has the tokens of every sequence (int32), ``.ends`` the number of sequences up to the end
     of every document (int64).
+
+    Attributes:
+        counts: what was added.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
         """Start a part of tokens of ``dtype``, ``uint16`` or ``int32``."""
-        self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in ENDINGS}  # noqa: SIM115
-        self._sums = dict.fromkeys(ENDINGS, 0)
-        self._tokens = array(_CODES[dtype])
-        self._lengths, self._ends = array("i"), array("q")
+        self.counts = Counts()
         self._code = _CODES[dtype]
-        self._counts = [0, 0, 0]
+        endings = (".bin", ".lengths", ".ends")
+        self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in endings}  # noqa: SIM115
 
     def add(self, ids: list[int], lengths: Sequence[int]) -> None:
         """Add a document of sequences of these lengths; one without tokens has no sequence.
@@ -83,119 +77,55 @@ class PartWriter:
         Raises:
             OverflowError: for an id that the type cannot hold.
         """
-        counts = self._counts
-        counts[0] += 1
-        counts[1] += len(lengths)
-        counts[2] += len(ids)
-        self._tokens += array(self._code, ids)
-        self._lengths.extend(lengths)
-        self._ends.append(counts[1])
-        if len(self._tokens) >= _FLUSH:
-            self._flush()
-
-    @property
-    def counts(self) -> Counts:
-        """What was added."""
-        return Counts(*self._counts)
+        tokens = array(self._code, ids)
+        self.counts += Counts(1, len(lengths), len(ids))
+        self._files[".bin"].write(tokens)
+        self._files[".lengths"].write(array("i", lengths))
+        self._files[".ends"].write(array("q", [self.counts.sequences]))
 
     def close(self) -> Part:
         """Finish the files. They need not be on the disk yet: the sums tell whether they came there."""
-        self._flush()
-        for file in self._files.values():
+        files = {}
+        for ending, file in self._files.items():
             file.close()
-        return Part(self.counts, self._sums)
-
-    def _flush(self) -> None:
-        for ending, values in zip(ENDINGS, (self._tokens, self._lengths, self._ends), strict=True):
-            self._files[ending].write(values)
-            self._sums[ending] = zlib.crc32(values, self._sums[ending])
-            del values[:]
+            size = os.path.getsize(file.name)
+            files[ending] = (size, crc_of(Path(file.name), 0, size) or 0)
+        return Part(self.counts, files)
 
 
-class Appender:
-    """Puts parts one behind the other into a ``.bin`` and takes the sum of its bytes."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, or make it if it is not there; what it holds is to be accepted part by part."""
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._digest = hashlib.sha256()
-
-    def accept(self, size: int, crc: int) -> bool:
-        """Go on behind the next ``size`` bytes, if they are there and have that CRC-32."""
-        start, digest, found = self._file.tell(), self._digest.copy(), 0
-        while size and (chunk := self._file.read(min(size, _CHUNK))):
-            digest.update(chunk)
-            found = zlib.crc32(chunk, found)
-            size -= len(chunk)
-        if size or found != crc:
-            self._file.seek(start)
-            return False
-        self._digest = digest
-        return True
-
-    def append(self, part: Path) -> None:
-        """Append a file behind what was accepted or appended; what stood there is gone."""
-        self._file.truncate()
-        with part.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                self._digest.update(chunk)
-                self._file.write(chunk)
-        self._file.flush()
-
-    def close(self) -> str:
-        """Bring the file to the disk and close it; its SHA-256."""
-        self._file.truncate()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
+def crc_of(path: Path, start: int, size: int) -> int | None:
+    """CRC-32 of ``size`` bytes of a file behind the first ``start``; None if it does not hold as many."""
+    if not path.is_file() or path.stat().st_size < start + size:
+        return None
+    return zlib.crc32(numpy.memmap(path, "uint8", "r", start, (size,))) if size else 0
 
 
-def crc_of(path: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def write_index(path: Path, parts: Iterable[Path], counts: Counts, dtype: str) -> str:
-    """Write the ``.idx`` of all parts together; its SHA-256.
+def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
+    """Write the ``.idx`` of parts that stand one behind the other.
 
     Args:
         path: the file to write.
-        parts: paths of the parts in order, as given to :class:`PartWriter`.
-        counts: what all parts hold.
+        parts: what each holds, in order, by its path as given to :class:`PartWriter`.
         dtype: type of a token.
     """
-    parts = list(parts)
-    digest = hashlib.sha256()
+    total = sum(parts.values(), Counts())
     item = numpy.dtype(dtype).itemsize
     with path.open("wb") as stream:
-
-        def write(data: bytes) -> None:
-            digest.update(data)
-            stream.write(data)
-
-        write(HEADER.pack(MAGIC, 1, TYPE_CODES[dtype], counts.sequences, counts.documents + 1))
-        for part in parts:
-            write(Path(f"{part}.lengths").read_bytes())
-        position = 0
-        for part in parts:
-            ends = position + numpy.cumsum(_read(part, "lengths", "int32"), dtype=numpy.int64) * item
-            if ends.size:
-                write(numpy.concatenate([[position], ends[:-1]]).astype("int64").tobytes())
-                position = int(ends[-1])
-        write(numpy.int64(0).tobytes())
-        sequences = 0
-        for part in parts:
-            documents = _read(part, "ends", "int64") + sequences
-            write(documents.tobytes())
-            sequences = int(documents[-1]) if documents.size else sequences
+        stream.write(HEADER.pack(MAGIC, 1, TYPE_CODES[dtype], total.sequences, total.documents + 1))
+        for part, counts in parts.items():
+            stream.write(numpy.fromfile(f"{part}.lengths", "int32", counts.sequences))
+        before = Counts()
+        for part, counts in parts.items():
+            lengths = numpy.fromfile(f"{part}.lengths", "int32", counts.sequences).astype("int64")
+            stream.write((before.tokens + numpy.cumsum(lengths) - lengths) * item)
+            before += counts
+        stream.write(bytes(8))  # the first document starts at sequence 0
+        before = Counts()
+        for part, counts in parts.items():
+            stream.write(before.sequences + numpy.fromfile(f"{part}.ends", "int64", counts.documents))
+            before += counts
         stream.flush()
         os.fsync(stream.fileno())
-    return digest.hexdigest()
 
 
 def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) -> Counts:
@@ -203,12 +133,8 @@ def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) ->
     writer = PartWriter(prefix, dtype)
     for ids in documents:
         writer.add(ids, [len(ids)])
-    counts = writer.close().counts
-    write_index(Path(f"{prefix}.idx"), [prefix], counts, dtype)
+    writer.close()
+    write_index(Path(f"{prefix}.idx"), {prefix: writer.counts}, dtype)
     for ending in (".lengths", ".ends"):
         Path(f"{prefix}{ending}").unlink()
-    return counts
-
-
-def _read(part: Path, ending: str, dtype: str) -> numpy.ndarray:
-    return numpy.fromfile(f"{part}.{ending}", dtype=dtype)
+    return writer.counts
