@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 
 from jreg_megatron.data import sources
-from jreg_megatron.data.extra import need
 from jreg_megatron.data.sources import Source
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Corpus:
 
         They are read where they are, range by range, so nothing has to fit the disk but the tokens.
         """
-        datasets = need("datasets", "--hub")
+        datasets = need("datasets", "--hub", "data")
         datasets.logging.set_verbosity_error()
-        need("huggingface_hub.utils.logging", "--hub").set_verbosity_error()  # it tells of every attempt
+        log = need("huggingface_hub.utils.logging", "--hub", "data")
+        log.set_verbosity_error()  # it tells of every attempt
         where = f"--hub {name}" + (f" --subset {self.subset}" if self.subset else "")
         try:
             builder = datasets.load_dataset_builder(name, self.subset)

@@ -15,7 +15,6 @@ manifest.json   is written last: then the files only have to be moved
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from typing import Any
 from jreg_megatron.data.options import Options
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.records import Refusal
-from jreg_megatron.data.token_file import Counts, Part, crc_of, write_index
+from jreg_megatron.data.token_file import Counts, Part, crc_of, sha256_of, write_index
 
 _RESULT, _REFUSED = "result.json", "refused.jsonl"
 _BUFFER = 1 << 20
@@ -139,7 +138,7 @@ class PieceFolder:
                 **asdict(sum((part.counts for part in parts.values()), Counts())),
                 "dtype": dtype,
                 "bytes": {ending: file.stat().st_size for ending, file in files.items()},
-                "sha256": {ending: _sha256(file) for ending, file in files.items()},
+                "sha256": {ending: sha256_of(file) for ending, file in files.items()},
             }
         return outputs
 
@@ -208,11 +207,6 @@ def _join(whole: Path, parts: Mapping[Path, Part]) -> None:
             position += part.size
         stream.truncate(position)
         os.fsync(stream.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

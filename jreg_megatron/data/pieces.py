@@ -89,8 +89,8 @@ def _cut_lines(source: Source, piece_bytes: int) -> Iterator[Piece]:
 def _cut_parquet(source: Source, piece_bytes: int, columns: Sequence[str]) -> Iterator[Piece]:
     groups = parquet.row_groups(source, columns)
     start = first_row = rows = size = 0
-    for number, group in enumerate(groups):
-        rows, size = rows + group.rows, size + group.size
+    for number, (rows_of_group, size_of_group) in enumerate(groups):
+        rows, size = rows + rows_of_group, size + size_of_group
         if size >= piece_bytes or number + 1 == len(groups):
             yield Piece((source,), start, number + 1, first_row, rows, size)
             start, first_row, rows, size = number + 1, first_row + rows, 0, 0

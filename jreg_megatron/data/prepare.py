@@ -14,11 +14,9 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron import __version__
 from jreg_megatron.data import pieces, sources, tokenizing, workers
 from jreg_megatron.data.encode import Encoder, full_disk_refused
 from jreg_megatron.data.options import Options
@@ -26,6 +24,7 @@ from jreg_megatron.data.piece_folder import PieceFolder, read_manifest
 from jreg_megatron.data.records import Record
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.lock import lock
+from jreg_megatron.runtime.output import versions
 
 _LAYOUT = 1  # raise it when files change for a reason that the rest of the fingerprint does not show
 _SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0
@@ -277,12 +276,7 @@ class _Job:
             "vocab_size": encoder.tokenizer.vocab_size,
             "eod": encoder.tokenizer.eod if self.options.append_eod else None,
             **self.asked,
-            "versions": {
-                "jreg_megatron": __version__,
-                "megatron-core": version("megatron-core"),
-                "numpy": version("numpy"),
-                "python": platform.python_version(),
-            },
+            "versions": versions("megatron-core", "numpy") | {"python": platform.python_version()},
         }
 
     def _say(self, words: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jreg_megatron.data.extra import need
 from jreg_megatron.data.inspection import Summary
 
 _WIDTH = 40
@@ -12,12 +11,15 @@ _WIDTH = 40
 
 def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
     """Print numbers, the lengths of documents, and samples as (number, tokens, beginning)."""
-    console, table = need("rich.console", "inspect"), need("rich.table", "inspect")
-    text, box = need("rich.text", "inspect"), need("rich.box", "inspect")
-    out = console.Console(highlight=False, markup=False)
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Console(highlight=False, markup=False)
     for name, value in _rows(summary).items():
         out.print(f"{name:<11} {value}", soft_wrap=True)
-    lengths = table.Table(box=box.SIMPLE, title="Documents by length in tokens", title_justify="left")
+    lengths = Table(box=SIMPLE, title="Documents by length in tokens", title_justify="left")
     lengths.add_column("tokens", justify="right")
     lengths.add_column("documents", justify="right")
     lengths.add_column("")
@@ -29,7 +31,7 @@ def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
     out.print(lengths)
     for number, tokens, beginning in samples:
         out.print(f"Document {number:,}, {tokens:,} tokens:", style="bold")
-        out.print(text.Text(_printable(beginning)))
+        out.print(Text(_printable(beginning)))
 
 
 def _rows(summary: Summary) -> dict[str, str]:

@@ -5,6 +5,7 @@ The bytes are those of Megatron's ``IndexedDatasetBuilder``, in memory that does
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import zlib
@@ -98,6 +99,12 @@ def crc_of(path: Path, start: int, size: int) -> int | None:
     if not path.is_file() or path.stat().st_size < start + size:
         return None
     return zlib.crc32(numpy.memmap(path, "uint8", "r", start, (size,))) if size else 0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
