@@ -998,7 +998,7 @@ FAULTS = [
     Fault(
         "export rows of padding where no tokenizer is wanted",
         "convert/export.py",
-        (("padded, tokenizer or TrainingTokenizer.of(checkpoint.arguments)", "padded, tokenizer"),),
+        (("rows, tokenizer or TrainingTokenizer.of(arguments)", "rows, tokenizer"),),
         EXPORT,
     ),
     Fault(

@@ -18,7 +18,7 @@ from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
 from jreg_megatron.convert import export, import_
-from jreg_megatron.convert.llama import LLAMA3_ROPE, Llama
+from jreg_megatron.convert.llama import LLAMA3_ROPE, from_megatron, refuse_other
 from jreg_megatron.convert.place import check_place, made_beside
 from jreg_megatron.data.speeches import is_validation, read_speeches
 
@@ -268,17 +268,8 @@ def test_training_goes_on_from_an_import_at_another_layout_with_the_printed_flag
         [
             *(*flags, "--data-path", toy_data, "--split", "80,20,0", "--seq-length", 32, *LAYOUT),
             *("--micro-batch-size", 2, "--global-batch-size", 8, "--lr", 0, "--min-lr", 0, "--seed", 3),
-            *(
-                "--train-iters",
-                1,
-                "--eval-iters",
-                1,
-                "--eval-interval",
-                1,
-                "--make-vocab-size-divisible-by",
-                8,
-            ),
-            *("--save", tmp_path / "saved", "--save-interval", 1),
+            *("--train-iters", 1, "--eval-iters", 1, "--eval-interval", 1),
+            *("--make-vocab-size-divisible-by", 8, "--save", tmp_path / "saved", "--save-interval", 1),
             *("--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1),
         ],
         4,
@@ -385,9 +376,9 @@ MEGATRON = {
 def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
     has: dict[str, Any], named: str, tool: str | None
 ) -> None:
-    Llama.from_megatron(Namespace(**MEGATRON), 100, "runs/x")
+    from_megatron(Namespace(**MEGATRON), 100, "runs/x")
     with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
-        Llama.from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
+        from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
     assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
     assert str(caught.value).endswith(tool or "measure and evaluate read it as it is")
 
@@ -398,23 +389,24 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
         ({"model_type": "mistral"}, "of type mistral"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"attention_bias": True}, "biases in attention or MLP alone"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
-        ({"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
             "low_freq_factor None",
         ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta of 0.5"),
     ],
 )
 def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
-    plain = SIZES | {
-        **{"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-        **{"rope_theta": 10000.0, "rope_scaling": None, "num_key_value_heads": 2, "head_dim": None},
-        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
-    }
-    assert Llama.from_hugging_face(Namespace(**plain), "x").num_query_groups == 2
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SIZES)
+    refuse_other(config, "x")
+    for name, value in has.items():
+        setattr(config, name, value)
     with pytest.raises(UserError, match=line):
-        Llama.from_hugging_face(Namespace(**(plain | has)), "x")
+        refuse_other(config, "x")
 
 
 def command(name: str, *argv: object, path: Path) -> subprocess.CompletedProcess[str]:

@@ -54,23 +54,29 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> list[str]:
 
 def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
     """Write a SentencePiece model as the files that ``AutoTokenizer`` loads; its model type is returned."""
+    from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
-    model = _read_model(tokenizer_model)
-    pieces = {name: _control_piece(model, name) for name in ("unk", "bos", "eos", "pad")}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer_model.read_bytes())
+    ids = {name: getattr(model.trainer_spec, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     PreTrainedTokenizerFast(
         tokenizer_object=_fast_tokenizer(model),
         clean_up_tokenization_spaces=False,
-        **{f"{name}_token": piece for name, piece in pieces.items() if piece is not None},
+        **{
+            f"{name}_token": model.pieces[number].piece
+            for name, number in ids.items()
+            if 0 <= number < len(model.pieces)
+        },
     ).save_pretrained(folder)
-    _name_class_as_before(folder / "tokenizer_config.json")
+    # The class has a new name in transformers 5, which knows the old one, as older programs do.
+    add_to_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     return int(model.trainer_spec.model_type)
 
 
-def _name_class_as_before(path: Path) -> None:
-    """The class has a new name in transformers 5, which knows the old one, as older programs do."""
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def add_to_json(path: Path, values: dict[str, Any]) -> None:
+    """Set keys of a file that holds a JSON object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 def begin_of_text(tokenizer: TrainingTokenizer) -> int | None:
@@ -115,19 +121,6 @@ def _hold_against(tokenizer: TrainingTokenizer, folder: Path) -> None:
                 f"{tokenizer.settings.tokenizer_model} near "
                 f"{tokenizer.decode(expected[max(0, place - 2) : place + 3])!r}; export with --no-tokenizer"
             )
-
-
-def _read_model(path: Path) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
-    return model
-
-
-def _control_piece(model: Any, name: str) -> str | None:
-    number = getattr(model.trainer_spec, f"{name}_id")
-    return str(model.pieces[number].piece) if 0 <= number < len(model.pieces) else None
 
 
 def _fast_tokenizer(model: Any) -> Any:
