@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 Text = str | list[str]
 ODD: list[Text] = [
@@ -44,10 +45,8 @@ def write_jsonl(path: Path, texts: Iterable[Text], key: str = "text") -> Path:
 
 def sentencepiece_model(path: Path, vocab_size: int = 400) -> Path:
     """A model trained by SentencePiece itself on the made-up text."""
-    import sentencepiece
-
     with path.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
+        SentencePieceTrainer.train(
             sentence_iterator=iter(documents(300)),
             model_writer=stream,
             vocab_size=vocab_size,
@@ -98,6 +97,12 @@ def reference(
     builder.data_file.close()
     builder.finalize(f"{prefix}.idx")
     return files(prefix)
+
+
+def of_tool(folder: Path, texts: Iterable[Text], model: Path, eod: bool = True) -> dict[str, bytes]:
+    """What Megatron's tool makes of ``texts`` with a SentencePiece model; ``folder`` is for its files."""
+    encoder = SentencePieceProcessor(model_file=str(model))
+    return reference(folder / "wanted", texts, encoder.encode, encoder.eos_id() if eod else None, 400)
 
 
 def files(prefix: Path | str) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,7 @@ def _prepare(args: Namespace) -> None:
         raise UserError("--validation-share and --validation-output belong together; give both or none")
     if len(set(args.keys)) != len(args.keys):
         raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
-    outcome = prepare(
-        Options(
-            corpus=_corpus(args),
-            tokenizer=TokenizerSettings.from_args(args),
-            output=args.output,
-            keys=tuple(args.keys),
-            append_eod=not args.no_append_eod,
-            max_record_bytes=args.max_record_bytes,
-            validation_share=args.validation_share,
-            validation_output=args.validation_output,
-            workers=args.workers,
-            max_refused=args.max_refused,
-            piece_bytes=args.piece_bytes,
-            check_disk=not args.no_disk_check,
-            quiet=args.quiet,
-        )
-    )
+    outcome = prepare(_of_args(Options, args, tokenizer=TokenizerSettings.from_args(args)))
     if args.quiet:
         return
     manifest = outcome.manifest
@@ -73,16 +57,7 @@ def _tokenizer(args: Namespace) -> None:
     from jreg_megatron.data.vocabulary import Options, make
 
     _check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
-    made = make(
-        Options(
-            corpus=_corpus(args),
-            keys=tuple(args.keys),
-            vocab_size=args.vocab_size,
-            output=args.output,
-            sample_bytes=args.sample_bytes,
-            max_record_bytes=args.max_record_bytes,
-        )
-    )
+    made = make(_of_args(Options, args))
     print(f"{args.output}: {args.vocab_size:,} pieces" + ("" if made else "; it is done already"))
 
 
@@ -117,8 +92,11 @@ def _inspect(args: Namespace) -> None:
             print(f"Train on all of them with: --data-args-path {args.blend} --split 99,1,0")
 
 
-def _corpus(args: Namespace) -> Corpus:
-    return Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
+def _of_args[T](kind: type[T], args: Namespace, **more: object) -> T:
+    """Options whose fields have the names of the arguments, but for the corpus and what is given."""
+    corpus = Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
+    values = vars(args) | {"corpus": corpus, **more}
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def _check_least(args: Namespace, **least: int) -> None:
@@ -173,7 +151,10 @@ def _add_prepare(parser: ArgumentParser) -> None:
         help="makes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which says of what",
     )
     group.add_argument(
-        "--no-append-eod", action="store_true", help="do not end documents with the end-of-document id"
+        "--no-append-eod",
+        dest="append_eod",
+        action="store_false",
+        help="do not end documents with the end-of-document id",
     )
     group.add_argument(
         "--validation-share",
@@ -207,7 +188,12 @@ def _add_prepare(parser: ArgumentParser) -> None:
         help="bytes of input in a piece, which is what a kill costs each worker at most (default: a 256th of "
         "the input, but 1 to 64 MiB). A .gz or .zst file is one piece",
     )
-    group.add_argument("--no-disk-check", action="store_true", help="start even if the disk seems too small")
+    group.add_argument(
+        "--no-disk-check",
+        dest="check_disk",
+        action="store_false",
+        help="start even if the disk seems too small",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Options:
     corpus: Corpus
     tokenizer: TokenizerSettings
     output: Path
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     append_eod: bool
     max_record_bytes: int
     validation_share: float

@@ -49,7 +49,7 @@ class Options:
     """
 
     corpus: Corpus
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     vocab_size: int
     output: Path
     sample_bytes: int
