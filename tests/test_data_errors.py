@@ -91,20 +91,12 @@ def patch(name: str, offset: int, content: bytes) -> Callable[[Path], Any]:
     return damage
 
 
-def gz(name: str, cut_to: int) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(
-        gzip.compress((folder / "text.jsonl").read_bytes())[:cut_to]
-    )
-
-
-def zst(name: str, cut_to: int) -> Callable[[Path], Any]:
+def packed(name: str, cut_to: int) -> Callable[[Path], Any]:
+    """The text as .gz or .zst, the rest cut off."""
     import zstandard
 
-    def damage(folder: Path) -> None:
-        packed = zstandard.ZstdCompressor().compress((folder / "text.jsonl").read_bytes())
-        (folder / name).write_bytes(packed[:cut_to])
-
-    return damage
+    pack = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor().compress
+    return lambda folder: (folder / name).write_bytes(pack((folder / "text.jsonl").read_bytes())[:cut_to])
 
 
 def parquet(
@@ -214,12 +206,12 @@ CASES = [
          write("empty.jsonl", b'{"text": ""}\n')),
     Case("input that grows", prepare("{}/text.jsonl"), r"\S+/text.jsonl changed while it was read; run", before=grow_while_reading),
     # What is in it.
-    Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is cut short \(.*\); fetch it again", gz("a.jsonl.gz", 2000)),
+    Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is cut short \(.*\); fetch it again", packed("a.jsonl.gz", 2000)),
     Case("gzip that is none", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged or not what its ending says \(Not a gzipped",
          write("a.jsonl.gz", b'{"text": "plain"}\n')),
     Case("damaged gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged",
-         many(gz("a.jsonl.gz", 10**9), patch("a.jsonl.gz", 1000, b"\0" * 100))),
-    Case("truncated zst", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is cut short \(.*\); fetch it again", zst("a.jsonl.zst", 2000)),
+         many(packed("a.jsonl.gz", 10**9), patch("a.jsonl.gz", 1000, b"\0" * 100))),
+    Case("truncated zst", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is cut short \(.*\); fetch it again", packed("a.jsonl.zst", 2000)),
     Case("zst that is none", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is damaged or not what its ending says",
          write("a.jsonl.zst", b'{"text": "plain"}\n')),
     Case("invalid UTF-8", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 2 is not UTF-8 \(byte 11 of the line: invalid start byte\), "
