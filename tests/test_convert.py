@@ -20,23 +20,19 @@ from jreg_megatron import UserError
 from jreg_megatron.convert import export, import_
 from jreg_megatron.convert.llama import LLAMA3_ROPE, from_megatron, refuse_other
 from jreg_megatron.convert.place import check_place, made_beside
-from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.data import vocabulary
+from jreg_megatron.data.speeches import read_speeches
+from jreg_megatron.data.texts import Text, held_out_speeches
 
 LAYOUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
-
-
-def _vocabulary() -> bytes:
-    from jreg_megatron.data import vocabulary
-
-    speeches = list(read_speeches().items())[:12]
-    return vocabulary.train((line for _, text in speeches for line in text.split("\n") if line), 512)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 512 pieces, made as the demo's."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(_vocabulary())
+    speeches = list(read_speeches().values())[:12]
+    path.write_bytes(vocabulary.train((line for text in speeches for line in text.split("\n") if line), 512))
     return path
 
 
@@ -82,9 +78,16 @@ def refusal(*argv: object) -> str:
     return str(caught.value)
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, bit for bit."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     """Export a checkpoint, import that, export it again, and compare the three."""
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer, GenerationConfig
 
     from jreg_megatron.decoder.megatron import load_megatron
@@ -99,26 +102,20 @@ def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     decoder = load_megatron(checkpoints, dtype=torch.float32, device=device)
     imported = load_megatron(work / "imported", dtype=torch.float32, device=device)
     theirs = logits_of_export(work / "first", tokens)
-    first, second = (load_file(work / name / "model.safetensors") for name in ("first", "second"))
-    tokenizer = AutoTokenizer.from_pretrained(work / "first")
-    speeches = read_speeches()
+    tokenizer, speeches = AutoTokenizer.from_pretrained(work / "first"), held_out_speeches()
     assert decoder.tokenizer is not None
+    encode = decoder.tokenizer.encode
+
+    def ids_of(text: Text) -> list[int]:
+        return list(tokenizer(text.content)["input_ids"])
+
     return {
         "reports": reports,
         "exported": (decoder.logits(tokens) - theirs).abs().max().item(),
         "imported": (imported.logits(tokens) - theirs).abs().max().item(),
-        "same weights": first.keys() == second.keys()
-        and all(torch.equal(first[name], second[name]) for name in first),
-        "other ids": [
-            name
-            for name, text in speeches.items()
-            if is_validation(name) and tokenizer(text)["input_ids"] != decoder.tokenizer.encode(text)
-        ],
-        "other text": [
-            name
-            for name, text in speeches.items()
-            if is_validation(name) and tokenizer.decode(tokenizer(text)["input_ids"]) != text
-        ],
+        "same weights": same_weights(work / "first", work / "second"),
+        "other ids": [text.name for text in speeches if ids_of(text) != encode(text.content)],
+        "other text": [text.name for text in speeches if tokenizer.decode(ids_of(text)) != text.content],
         "ids": (tokenizer.bos_token_id, tokenizer.eos_token_id, decoder.end_of_text),
         "generation": GenerationConfig.from_pretrained(work / "first").eos_token_id,
         "vocabulary": (decoder.vocab_size, imported.vocab_size, decoder.logits(tokens).shape[-1]),
@@ -311,7 +308,6 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def kinds_there_and_back(work: Path) -> dict[str, tuple[float, bool, list[str]]]:
     """For each kind of Llama: difference of logits, whether the weights came back, flags of Megatron."""
-    from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from jreg_megatron.decoder.megatron import load_megatron
@@ -331,9 +327,11 @@ def kinds_there_and_back(work: Path) -> dict[str, tuple[float, bool, list[str]]]
         decoder = load_megatron(ours, dtype=torch.float32, device=torch.device("cpu"))
         with torch.inference_mode():
             expected = model(input_ids=tokens).logits
-        before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
-        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-        found[name] = (float((decoder.logits(tokens) - expected).abs().max()), same, flags)
+        found[name] = (
+            float((decoder.logits(tokens) - expected).abs().max()),
+            same_weights(theirs, back),
+            flags,
+        )
     return found
 
 

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _prepare(args: Namespace) -> None:
     from jreg_megatron.data.options import Options
+    from jreg_megatron.data.piece_folder import read_manifest
     from jreg_megatron.data.prepare import prepare
 
     _check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
@@ -37,16 +38,17 @@ def _prepare(args: Namespace) -> None:
         raise UserError("--validation-share and --validation-output belong together; give both or none")
     if len(set(args.keys)) != len(args.keys):
         raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
-    outcome = prepare(_of_args(Options, args, tokenizer=TokenizerSettings.from_args(args)))
+    options = _of_args(Options, args, tokenizer=TokenizerSettings.from_args(args))
+    made = prepare(options)
     if args.quiet:
         return
-    manifest = outcome.manifest
-    if not outcome.made:
+    if not made:
         print(f"{args.output} is done already; nothing to do")
+    manifest = read_manifest(options.manifest)
     for name, output in manifest["outputs"].items():
         place = os.path.normpath(args.output.parent / name)
         print(f"{place}: {output['documents']:,} documents, {output['tokens']:,} tokens ({output['dtype']})")
-    if outcome.made:
+    if made:
         print(f"Made in {manifest['seconds']:.0f} s")
     if manifest["refused"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["refused"].items())
@@ -116,23 +118,23 @@ def _parser() -> ArgumentParser:
             "prepare",
             help="encode text into Megatron's .bin and .idx",
             description="Encode text into Megatron's .bin and .idx, byte for byte as Megatron's "
-            "tools/preprocess_data.py --append-eod does. Killed at any time, the same command goes on from "
-            "what is finished.",
+            "tools/preprocess_data.py --append-eod does. You can kill it at any time: the same command keeps "
+            "the finished pieces and makes the others.",
         )
     )
     _add_tokenizer(
         commands.add_parser(
             "tokenizer",
             help="train a SentencePiece model",
-            description="Train a SentencePiece model: BPE with bytes for what is rare, so that any text "
-            "comes back as it was. The same input gives the same bytes.",
+            description="Train a SentencePiece model: BPE with byte fallback, so that decoding returns any "
+            "text unchanged. The same input gives the same bytes.",
         )
     )
     _add_inspect(
         commands.add_parser(
             "inspect",
             help="verify token files and show what they hold",
-            description="Verify Megatron's token files, whoever wrote them, and show what they hold.",
+            description="Verify Megatron's token files, written by any program, and show what they hold.",
         )
     )
     return parser
@@ -148,7 +150,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="PREFIX",
-        help="makes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which says of what",
+        help="writes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which lists the "
+        "sources, the tokenizer and the settings",
     )
     group.add_argument(
         "--no-append-eod",
@@ -161,10 +164,11 @@ def _add_prepare(parser: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="hold out this share of the documents, 0 to 1; the text decides, so copies stay together",
+        help="hold out this share of the documents, from 0 to below 1; a hash of the text decides, so "
+        "all copies of a text go to the same side",
     )
     group.add_argument(
-        "--validation-output", type=Path, metavar="PREFIX", help="where the documents held out go"
+        "--validation-output", type=Path, metavar="PREFIX", help="prefix of the files for held-out documents"
     )
     group = parser.add_argument_group("bad records")
     group.add_argument(
@@ -172,8 +176,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="stop at more bad records than N (default: %(default)s: nothing should be lost unseen, and a "
-        "stopped run goes on with a higher limit); they are listed in PREFIX.refused.jsonl",
+        help="stop after more than N bad records (default: %(default)s, so that no text is lost unseen). A "
+        "stopped run continues with a higher limit. PREFIX.refused.jsonl lists the bad records",
     )
     _add_max_record_bytes(group)
     group = parser.add_argument_group("run")
@@ -185,8 +189,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         "--piece-bytes",
         type=int,
         metavar="N",
-        help="bytes of input in a piece, which is what a kill costs each worker at most (default: a 256th of "
-        "the input, but 1 to 64 MiB). A .gz or .zst file is one piece",
+        help="bytes of input in a piece; a kill loses at most one piece for each worker (default: 1/256 of "
+        "the input, at least 1 MiB and at most 64 MiB). A .gz or .zst file is one piece",
     )
     group.add_argument(
         "--no-disk-check",
@@ -244,9 +248,9 @@ def _add_corpus(parser: ArgumentParser) -> None:
         "input",
         nargs="*",
         metavar="INPUT",
-        help="files, patterns, and folders, in this order; a folder stands for the files below it by path. "
-        f"Known are {known}, also with .gz or .zst behind them. A line of JSON or a row of Parquet is a "
-        "document, or else a file",
+        help="files, patterns and folders, read in this order; the files of a folder and of its subfolders "
+        f"are read by path. Known endings: {known}, and .gz or .zst after them. A document is a line of JSON, a "
+        "row of Parquet, or a text file",
     )
     group.add_argument("--format", choices=sources.FORMATS, help="what the files are, whatever their endings")
     group.add_argument(

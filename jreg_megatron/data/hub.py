@@ -57,7 +57,7 @@ class Corpus:
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             said = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise UserError(
-                f"{where} cannot be found ({said}); correct the name, or the way to the hub"
+                f"{where} cannot be found ({said}); correct the name or the network access"
             ) from error
         if not files or self.split not in files:
             known = f"only {', '.join(map(str, files))}" if files else "none"

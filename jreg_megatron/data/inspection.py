@@ -165,7 +165,7 @@ class TokenFile:
         if documents < 1:
             raise self._damaged("it has no list of documents")
         if self.index.dtype.startswith("float"):
-            raise UserError(f"{prefix}.idx tells of {self.index.dtype}, not of token ids; name token files")
+            raise UserError(f"{prefix}.idx holds {self.index.dtype}, not token ids; name token files")
         self._item = numpy.dtype(self.index.dtype).itemsize
         listed, size = HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
         if size not in (listed, listed + MODE_BYTES * sequences):
@@ -251,7 +251,7 @@ def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, 
         for ending, value in sums.items():
             if value != told["sha256"][ending]:
                 raise UserError(
-                    f"{file.prefix}.{ending} is not what {told['manifest']} tells: its SHA-256 differs; "
+                    f"{file.prefix}.{ending} does not match {told['manifest']}: its SHA-256 differs; "
                     "copy or make it again"
                 )
     return greatest

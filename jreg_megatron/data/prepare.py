@@ -1,4 +1,4 @@
-"""Text into Megatron's token files, in parallel, and on from where it was when it is killed."""
+"""Text into Megatron's token files, in parallel. A run that was killed can be continued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,11 @@ _LAYOUT = 1  # raise it when files change for a reason that the rest of the fing
 _SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The manifest, which is what ``PREFIX.manifest.json`` holds, and whether this call made it."""
-
-    manifest: dict[str, Any]
-    made: bool
-
-
-def prepare(options: Options) -> Outcome:
+def prepare(options: Options) -> bool:
     """Prepare a corpus, go on with one that was cut short, or find that it is done.
+
+    Returns:
+        whether it was made now.
 
     Raises:
         UserError: for anything that keeps it from being done. What is finished is kept then, and the same
@@ -51,12 +46,12 @@ def prepare(options: Options) -> Outcome:
         job.refuse_foreign()
         if job.is_done():
             shutil.rmtree(job.folder.path, ignore_errors=True)
-            return Outcome(read_manifest(options.manifest), made=False)
+            return False
         job.remove_others()
         if not job.folder.manifest.exists():
             job.make()
         job.folder.publish()
-    return Outcome(read_manifest(options.manifest), made=True)
+    return True
 
 
 def _check_places(options: Options) -> None:
@@ -78,10 +73,7 @@ def _check_places(options: Options) -> None:
             raise UserError(
                 f"{flag} is {prefix}, but its folder cannot be written to; correct it or its access"
             )
-    for path in (
-        options.manifest,
-        *(Path(f"{t}{ending}") for t in options.targets for ending in (".bin", ".idx")),
-    ):
+    for path in (options.manifest, *(Path(f"{t}.{end}") for t in options.targets for end in ("bin", "idx"))):
         if path.is_dir():
             raise UserError(
                 f"{path} is a folder, but a file has to go there; remove it or choose another --output"
@@ -135,14 +127,14 @@ class _Job:
     def is_done(self) -> bool:
         """Whether an earlier run has made the files, and they still have the manifest's sizes."""
         earlier = read_manifest(self.options.manifest)
+        if earlier.get("fingerprint") != self.fingerprint:
+            return False
         sizes = {
             f"{target}.{ending}": size
-            for target, output in zip(self.options.targets, earlier.get("outputs", {}).values(), strict=False)
+            for target, output in zip(self.options.targets, earlier["outputs"].values(), strict=False)
             for ending, size in output["bytes"].items()
         }
-        return earlier.get("fingerprint") == self.fingerprint and all(
-            os.path.isfile(file) and os.path.getsize(file) == size for file, size in sizes.items()
-        )
+        return all(os.path.isfile(file) and os.path.getsize(file) == size for file, size in sizes.items())
 
     def remove_others(self) -> None:
         """Remove what was begun with other sources, tokenizers or settings, and say why all is made anew."""
@@ -177,7 +169,7 @@ class _Job:
             self.folder.complete(manifest | {"seconds": round(time.monotonic() - started, 1)})
 
     def _check_disk(self, encoder: Encoder) -> None:
-        """Encode the first documents and hold what the rest will take against what is free."""
+        """Encode the first documents, estimate the size of the rest, and compare it with the free space."""
         missing, folder = self.folder.missing, self.options.output.parent
         if not self.options.check_disk or not missing:
             return
@@ -194,8 +186,8 @@ class _Job:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed, as the "
-                "first documents are; make room, choose another --output, or go ahead with --no-disk-check"
+                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed, judging "
+                "by the first documents; make room, choose another --output, or give --no-disk-check"
             )
 
     def _encode(self, encoder: Encoder) -> None:
@@ -238,8 +230,8 @@ class _Job:
                 status = error.status
                 how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
                 raise UserError(
-                    f"a worker ended {how} in {self.pieces[error.task].sources[0].path}, perhaps for want of "
-                    "memory; run the same command again, with fewer --workers: it goes on from here"
+                    f"a worker ended {how} in {self.pieces[error.task].sources[0].path}, perhaps because "
+                    "memory ran out; run the same command again, with fewer --workers: it goes on from here"
                 ) from error
 
     def _check_refused(self, encoder: Encoder) -> None:

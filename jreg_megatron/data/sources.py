@@ -115,7 +115,7 @@ def _kind_of(path: str, kind: str | None) -> tuple[str, str]:
     by_ending, compression = _by_ending(path)
     kind = kind or by_ending
     if kind is None:
-        raise UserError(f"{path} has none of the endings {_KNOWN}; tell what it is with --format")
+        raise UserError(f"{path} has none of the endings {_KNOWN}; name the format with --format")
     if kind == "parquet" and compression:
         raise UserError(
             f"{path} is Parquet inside .{compression}; unpack it first, Parquet is compressed itself"
@@ -138,7 +138,7 @@ def refuse_changed(sources: Iterable[Source]) -> None:
     for source in sources:
         if source.is_local and local_source(source.path, source.format) != source:
             raise UserError(
-                f"{source.path} changed while it was read; run the command again when it is at rest"
+                f"{source.path} changed while it was read; run the command again when nothing writes to it"
             )
 
 
