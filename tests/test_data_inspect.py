@@ -72,9 +72,9 @@ def test_it_is_told_in_words_and_with_samples(
 def test_a_control_character_in_a_sample_does_not_reach_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from jreg_megatron.data import inspection, report
+    from jreg_megatron.data import inspection
 
-    report.show(inspection.Summary(["one"], shortest=1), [(0, 1, "red \x1b[31m and [bold]")])
+    inspection.show(inspection.Summary(["one"], shortest=1), [(0, 1, "red \x1b[31m and [bold]")])
     assert capsys.readouterr().out.endswith("red \\x1b[31m and [bold]\n")
 
 

@@ -54,7 +54,7 @@ def test_any_text_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_sample_is_taken_evenly_and_bounded(tmp_path: Path) -> None:
     from jreg_megatron.data import vocabulary
-    from jreg_megatron.data.hub import Corpus
+    from jreg_megatron.data.sources import Corpus
 
     for number in range(8):  # 8 MB, of which every megabyte is a place
         line = json.dumps({"text": f"{number}" * 999}) + "\n"

@@ -79,7 +79,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from jreg_megatron.convert.llama import from_megatron, older_rope_settings
-    from jreg_megatron.convert.tokenizer import add_to_json, begin_of_text, save_tokenizer
+    from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
     from jreg_megatron.convert.weights import to_hugging_face
     from jreg_megatron.decoder.megatron import open_checkpoint
     from jreg_megatron.decoder.megatron_decoder import decoder_of
@@ -95,8 +95,6 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     told = _told_vocab_size(checkpoint, rows, tokenizer, options.vocab_size)
     config.vocab_size = told or options.vocab_size or rows
     config.dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
-    if tokenizer:
-        config.bos_token_id, config.eos_token_id = begin_of_text(tokenizer), tokenizer.end_of_text
     dtype = getattr(torch, config.dtype)
     decoder = decoder_of(
         checkpoint,
@@ -105,12 +103,15 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         source=str(options.checkpoints),
         vocab_size=config.vocab_size,
     )
+    notes: list[str] = []
     with made_beside(options.output) as folder:
+        if tokenizer:
+            notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
+            config.eos_token_id = tokenizer.end_of_text
         weights = to_hugging_face(decoder.model.state_dict(), config)
         _save_model(folder, config, weights)
         # Transformers 5 keeps rotary settings elsewhere, and older programs would take 10,000 in silence.
         add_to_json(folder / "config.json", older_rope_settings(config))
-        notes = save_tokenizer(tokenizer, folder) if tokenizer else []
         if not (told or options.vocab_size):
             notes.append(
                 f"nothing tells how many of the {rows} rows are vocabulary, so padding may be among them; "

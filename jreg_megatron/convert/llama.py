@@ -50,7 +50,7 @@ _AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate read 
 
 
 def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
-    """The ``LlamaConfig`` of the model that Megatron's arguments describe.
+    """The ``LlamaConfig`` of the model that Megatron's arguments describe, without ids of a tokenizer.
 
     Args:
         args: the checkpoint's, with defaults for what it did not know.
@@ -97,6 +97,8 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         attention_bias=bool(args.add_bias_linear),
         mlp_bias=bool(args.add_bias_linear),
+        bos_token_id=None,
+        eos_token_id=None,
         pad_token_id=None,
     )
 

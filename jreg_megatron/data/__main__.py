@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import sources, tokenizing
-from jreg_megatron.data.hub import Corpus
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
@@ -66,7 +66,7 @@ def _tokenizer(args: Namespace) -> None:
 def _inspect(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from jreg_megatron.data import inspection, report
+    from jreg_megatron.data import inspection
 
     _check_least(args, samples=0)
     prefixes = inspection.find_prefixes(args.prefix)
@@ -87,7 +87,7 @@ def _inspect(args: Namespace) -> None:
         shown = [{"document": number, "tokens": tokens, "text": text} for number, tokens, text in samples]
         print(json.dumps(asdict(summary) | {"samples": shown}, indent=2))
     else:
-        report.show(summary, samples)
+        inspection.show(summary, samples)
     if args.blend:
         inspection.write_blend(args.blend, prefixes)
         if not args.json:
@@ -249,8 +249,8 @@ def _add_corpus(parser: ArgumentParser) -> None:
         nargs="*",
         metavar="INPUT",
         help="files, patterns and folders, read in this order; the files of a folder and of its subfolders "
-        f"are read by path. Known endings: {known}, and .gz or .zst after them. A document is a line of JSON, a "
-        "row of Parquet, or a text file",
+        f"are read by path. Known endings: {known}, and .gz or .zst after them. A document is a line of "
+        "JSON, a row of Parquet, or a text file",
     )
     group.add_argument("--format", choices=sources.FORMATS, help="what the files are, whatever their endings")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""What Megatron's token files hold, and whether they are whole."""
+"""What Megatron's token files hold, whether they are whole, and what ``inspect`` prints of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy
 
-from jreg_megatron.data.index_file import HEADER, MODE_BYTES, read_index
-from jreg_megatron.data.token_file import sha256_of
+from jreg_megatron.data.token_file import TokenFile, sha256_of
 from jreg_megatron.data.tokenizing import Tokenizer
 from jreg_megatron.runtime.errors import UserError
 
 _CHUNK = 1 << 22
-_SHOWN_TOKENS = 200
+_SHOWN_TOKENS, _BAR = 200, 40
 
 
 @dataclass
@@ -144,91 +143,6 @@ def write_blend(path: Path, prefixes: list[str]) -> None:
         ) from error
 
 
-class TokenFile:
-    """A ``.bin`` and its ``.idx``, which are mapped and not loaded.
-
-    Attributes:
-        prefix: their path without the endings.
-        index: what the index says.
-        lengths: tokens of every sequence.
-        tokens: all tokens.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        """Check that sequences follow each other and that documents hold them all.
-
-        Raises:
-            UserError: naming the file, for the first thing that is wrong.
-        """
-        self.prefix, self.index = prefix, read_index(prefix)
-        sequences, documents = self.index.sequences, self.index.documents + 1
-        if documents < 1:
-            raise self._damaged("it has no list of documents")
-        if self.index.dtype.startswith("float"):
-            raise UserError(f"{prefix}.idx holds {self.index.dtype}, not token ids; name token files")
-        self._item = numpy.dtype(self.index.dtype).itemsize
-        listed, size = HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
-        if size not in (listed, listed + MODE_BYTES * sequences):
-            raise UserError(f"{prefix}.idx has {size} bytes, {listed} are in its lists; make the data again")
-        listed, size = self.index.tokens * self._item, os.path.getsize(f"{prefix}.bin")
-        if size != listed:
-            raise UserError(
-                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}: they do not belong "
-                "together; copy or make both again"
-            )
-        self.tokens = numpy.memmap(f"{prefix}.bin", self.index.dtype, "r", shape=(self.index.tokens,))
-        name, place = f"{prefix}.idx", HEADER.size
-        self.lengths = numpy.memmap(name, "int32", "r", place, (sequences,))
-        self._starts = numpy.memmap(name, "int64", "r", place + 4 * sequences, (sequences,))
-        self._ends = numpy.memmap(name, "int64", "r", place + 12 * sequences, (documents,))
-        self._check_sequences()
-        self._check_documents()
-
-    def document(self, number: int) -> numpy.ndarray:
-        """The tokens of a document."""
-        start, stop = self._bytes_before(self._ends[number : number + 2]) // self._item
-        return self.tokens[start:stop]
-
-    def document_lengths(self) -> Iterator[numpy.ndarray]:
-        """Tokens of the documents, in chunks."""
-        for start in range(0, self.index.documents, _CHUNK):
-            yield numpy.diff(self._bytes_before(self._ends[start : start + _CHUNK + 1])) // self._item
-
-    def _bytes_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
-        """Where sequences start in the ``.bin``; the one behind the last starts at its end."""
-        starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)]
-        return numpy.where(sequences < len(self._starts), starts, self.tokens.nbytes)
-
-    def _check_sequences(self) -> None:
-        if self.lengths.min() < 0:
-            number = int(numpy.argmax(self.lengths < 0))
-            raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
-        if self._starts[0] != 0:
-            raise self._damaged(f"sequence 0 is said to start at byte {self._starts[0]}")
-        for first in range(0, len(self.lengths) - 1, _CHUNK):
-            following = self._starts[first + 1 : first + 1 + _CHUNK]
-            chunk = slice(first, first + len(following))
-            ends = self._starts[chunk] + self.lengths[chunk].astype("int64") * self._item
-            wrong = ends != following
-            if wrong.any():
-                place = int(numpy.argmax(wrong))
-                raise self._damaged(
-                    f"sequence {first + place + 1} is said to start at byte {following[place]}, but the one "
-                    f"before ends at {ends[place]}"
-                )
-
-    def _check_documents(self) -> None:
-        ends, sequences = self._ends, len(self.lengths)
-        if ends[0] != 0 or ends[-1] != sequences:
-            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {sequences}")
-        is_falling = ends[1:] < ends[:-1]
-        if is_falling.any():
-            raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.prefix}.idx is damaged: {what}; make the data again")
-
-
 def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any | None) -> int:
     """Check ids and sums; the greatest id."""
     digest, greatest = hashlib.sha256(), 0
@@ -280,3 +194,55 @@ def _count(summary: Summary, lengths: numpy.ndarray) -> None:
     counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=len(summary.histogram))
     for exponent, count in enumerate(counts):
         summary.histogram[exponent] += int(count)
+
+
+def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
+    """Print numbers, the lengths of documents, and samples as (number, tokens, beginning)."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Console(highlight=False, markup=False)
+    for name, value in _rows(summary).items():
+        out.print(f"{name:<11} {value}", soft_wrap=True)
+    lengths = Table(box=SIMPLE, title="Documents by length in tokens", title_justify="left")
+    lengths.add_column("tokens", justify="right")
+    lengths.add_column("documents", justify="right")
+    lengths.add_column("")
+    filled = [exponent for exponent, count in enumerate(summary.histogram) if count]
+    most = max(summary.histogram)
+    for exponent in range(filled[0], filled[-1] + 1) if filled else ():
+        count = summary.histogram[exponent]
+        lengths.add_row(_range(exponent), f"{count:,}", "█" * -(-_BAR * count // most))
+    out.print(lengths)
+    for number, tokens, beginning in samples:
+        out.print(f"Document {number:,}, {tokens:,} tokens:", style="bold")
+        out.print(Text(_printable(beginning)))
+
+
+def _rows(summary: Summary) -> dict[str, str]:
+    mean = summary.tokens / summary.documents if summary.documents else 0
+    more = " ..." if len(summary.prefixes) > 1 else ""
+    rows = {
+        "files": f"{len(summary.prefixes):,} ({summary.prefixes[0]}{more})",
+        "documents": f"{summary.documents:,}",
+        "sequences": f"{summary.sequences:,}"
+        + (f", {summary.empty:,} of them empty" if summary.empty else ""),
+        "tokens": f"{summary.tokens:,} ({', '.join(summary.dtypes)})",
+        "a document": f"{summary.shortest:,} to {summary.longest:,} tokens, {mean:,.0f} on average",
+    }
+    if summary.largest_id is None:
+        return rows | {"verified": "the index; the tokens were not read"}
+    sums = ", and the SHA-256 of the manifest" if summary.checked_sums else ""
+    return rows | {"verified": f"the index, all token ids (0 to {summary.largest_id:,}){sums}"}
+
+
+def _range(exponent: int) -> str:
+    if exponent < 2:
+        return str(exponent)
+    return f"{1 << (exponent - 1):,} to {(1 << exponent) - 1:,}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

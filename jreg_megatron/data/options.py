@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jreg_megatron.data.hub import Corpus
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy
 
-from jreg_megatron.data.index_file import read_index
 from jreg_megatron.data.inspection import documents
 from jreg_megatron.data.pieces import cut
 from jreg_megatron.data.records import Reader, Refusal
 from jreg_megatron.data.sources import Source, find_sources
 from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.data.token_file import read_index
 from jreg_megatron.runtime.errors import UserError
 
 _MAX_BYTES = 1 << 30

@@ -1,26 +1,184 @@
-"""Megatron's token files, written document by document and put together from parts.
+"""Megatron's token files: read and checked, written document by document, and put together from parts.
 
 The bytes are those of Megatron's ``IndexedDatasetBuilder``, in memory that does not grow with the corpus.
+Megatron's own reader fails by assertion, or past the end of a file that was cut short.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
-from jreg_megatron.data.index_file import HEADER, MAGIC, TYPE_CODES
+from jreg_megatron.runtime.errors import UserError
 
 assert sys.byteorder == "little", "Megatron's files are written in the order of the machine"
 
+# Megatron's codes for the type of a token, in its .idx format of version 1.
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_TYPE_CODES = {name: code for code, name in _DTYPES.items()}
+_MODE_BYTES = 1  # per sequence, behind all else, in multimodal data
+_AGAIN = "make the data again"
 _CODES = {"uint16": "H", "int32": "i"}
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index says: the NumPy type of a token, and the numbers of tokens, sequences and documents."""
+
+    dtype: str
+    tokens: int
+    sequences: int
+    documents: int
+
+
+def read_index(prefix: str) -> Index:
+    """Read the header and the end of ``prefix.idx`` and hold the size of ``prefix.bin`` against it.
+
+    Raises:
+        UserError: naming the file, if one of the two is missing, foreign, cut short or holds no text.
+    """
+    for ending in (".idx", ".bin"):
+        if not os.path.isfile(prefix + ending):
+            raise UserError(f"{prefix}{ending} is not a file; {_prefix_hint(prefix)}")
+    name = f"{prefix}.idx"
+    try:
+        with open(name, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        size, bin_size = os.path.getsize(name), os.path.getsize(f"{prefix}.bin")
+        with open(f"{prefix}.bin", "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
+    if header[:9] != _MAGIC:
+        raise UserError(f"{name} is not a Megatron index; {_AGAIN}")
+    if len(header) < _HEADER.size:
+        raise UserError(f"{name} is cut short; {_AGAIN}")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{name} has version {version} and token type {code}, which Megatron does not read; {_AGAIN}"
+        )
+    # Per sequence a length (int32) and a position (int64), per document a sequence number (int64).
+    if size < _HEADER.size + 12 * sequences + 8 * documents:
+        raise UserError(f"{name} is cut short; {_AGAIN}")
+    if sequences == 0:
+        raise UserError(f"{name} holds no text; make the data again from a filled file")
+    with open(name, "rb") as stream:
+        stream.seek(_HEADER.size + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        (position,) = struct.unpack("<q", stream.read(8))
+    item = numpy.dtype(_DTYPES[code]).itemsize
+    end = position + length * item
+    if bin_size < end:
+        raise UserError(
+            f"{prefix}.bin is cut short: {bin_size} bytes of the {end} that {name} lists; "
+            "copy or make it again"
+        )
+    return Index(dtype=_DTYPES[code], tokens=end // item, sequences=sequences, documents=documents - 1)
+
+
+def _prefix_hint(prefix: str) -> str:
+    if prefix.endswith((".bin", ".idx")):
+        return f"leave {prefix[-4:]} out"
+    return "correct the prefix (the path without .bin/.idx)"
+
+
+class TokenFile:
+    """A ``.bin`` and its ``.idx``, which are mapped and not loaded.
+
+    Attributes:
+        prefix: their path without the endings.
+        index: what the index says.
+        lengths: tokens of every sequence.
+        tokens: all tokens.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Check that sequences follow each other and that documents hold them all.
+
+        Raises:
+            UserError: naming the file, for the first thing that is wrong.
+        """
+        self.prefix, self.index = prefix, read_index(prefix)
+        sequences, documents = self.index.sequences, self.index.documents + 1
+        if documents < 1:
+            raise self._damaged("it has no list of documents")
+        if self.index.dtype.startswith("float"):
+            raise UserError(f"{prefix}.idx holds {self.index.dtype}, not token ids; name token files")
+        self._item = numpy.dtype(self.index.dtype).itemsize
+        listed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
+        if size not in (listed, listed + _MODE_BYTES * sequences):
+            raise UserError(f"{prefix}.idx has {size} bytes, {listed} are in its lists; make the data again")
+        listed, size = self.index.tokens * self._item, os.path.getsize(f"{prefix}.bin")
+        if size != listed:
+            raise UserError(
+                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}: they do not belong "
+                "together; copy or make both again"
+            )
+        self.tokens = numpy.memmap(f"{prefix}.bin", self.index.dtype, "r", shape=(self.index.tokens,))
+        name, place = f"{prefix}.idx", _HEADER.size
+        self.lengths = numpy.memmap(name, "int32", "r", place, (sequences,))
+        self._starts = numpy.memmap(name, "int64", "r", place + 4 * sequences, (sequences,))
+        self._ends = numpy.memmap(name, "int64", "r", place + 12 * sequences, (documents,))
+        self._check_sequences()
+        self._check_documents()
+
+    def document(self, number: int) -> numpy.ndarray:
+        """The tokens of a document."""
+        start, stop = self._bytes_before(self._ends[number : number + 2]) // self._item
+        return self.tokens[start:stop]
+
+    def document_lengths(self) -> Iterator[numpy.ndarray]:
+        """Tokens of the documents, in chunks."""
+        for start in range(0, self.index.documents, _CHUNK):
+            yield numpy.diff(self._bytes_before(self._ends[start : start + _CHUNK + 1])) // self._item
+
+    def _bytes_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
+        """Where sequences start in the ``.bin``; the one behind the last starts at its end."""
+        starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)]
+        return numpy.where(sequences < len(self._starts), starts, self.tokens.nbytes)
+
+    def _check_sequences(self) -> None:
+        if self.lengths.min() < 0:
+            number = int(numpy.argmax(self.lengths < 0))
+            raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
+        if self._starts[0] != 0:
+            raise self._damaged(f"sequence 0 is said to start at byte {self._starts[0]}")
+        for first in range(0, len(self.lengths) - 1, _CHUNK):
+            following = self._starts[first + 1 : first + 1 + _CHUNK]
+            chunk = slice(first, first + len(following))
+            ends = self._starts[chunk] + self.lengths[chunk].astype("int64") * self._item
+            wrong = ends != following
+            if wrong.any():
+                place = int(numpy.argmax(wrong))
+                raise self._damaged(
+                    f"sequence {first + place + 1} is said to start at byte {following[place]}, but the one "
+                    f"before ends at {ends[place]}"
+                )
+
+    def _check_documents(self) -> None:
+        ends, sequences = self._ends, len(self.lengths)
+        if ends[0] != 0 or ends[-1] != sequences:
+            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {sequences}")
+        is_falling = ends[1:] < ends[:-1]
+        if is_falling.any():
+            raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.prefix}.idx is damaged: {what}; make the data again")
 
 
 def token_type(vocab_size: int) -> str:
@@ -118,7 +276,7 @@ def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
     total = sum(parts.values(), Counts())
     item = numpy.dtype(dtype).itemsize
     with path.open("wb") as stream:
-        stream.write(HEADER.pack(MAGIC, 1, TYPE_CODES[dtype], total.sequences, total.documents + 1))
+        stream.write(_HEADER.pack(_MAGIC, 1, _TYPE_CODES[dtype], total.sequences, total.documents + 1))
         for part, counts in parts.items():
             stream.write(numpy.fromfile(f"{part}.lengths", "int32", counts.sequences))
         before = Counts()

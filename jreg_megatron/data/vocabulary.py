@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import pieces, sources
-from jreg_megatron.data.hub import Corpus
 from jreg_megatron.data.records import Reader, Record
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 
