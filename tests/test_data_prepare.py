@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -349,6 +350,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert read == 44_000_000
     assert tracemalloc.get_traced_memory()[1] < 8e6
     tracemalloc.stop()
+
+
+def test_many_small_files_of_text_are_cut_in_a_moment() -> None:
+    from jreg_megatron.data.pieces import cut
+    from jreg_megatron.data.sources import Source
+
+    files = [Source(f"/texts/{number}.txt", "text", "", 1000, 0, "") for number in range(30_000)]
+    before = time.process_time()
+    assert [len(piece.sources) for piece in cut(files, 29_000_000, ["text"])] == [29_000, 1_000]
+    assert time.process_time() - before < 2
 
 
 def test_token_type_is_megatrons() -> None:

@@ -49,16 +49,17 @@ def read_index(prefix: str) -> Index:
     Raises:
         UserError: naming the file, if one of the two is missing, foreign, cut short or holds no text.
     """
-    for ending in (".idx", ".bin"):
-        if not os.path.isfile(prefix + ending):
-            raise UserError(f"{prefix}{ending} is not a file; {_prefix_hint(prefix)}")
+    hint = "correct the prefix (the path without .bin/.idx)"
+    if prefix.endswith((".bin", ".idx")):
+        hint = f"leave {prefix[-4:]} out"
     name = f"{prefix}.idx"
+    for path in (name, f"{prefix}.bin"):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is not a file; {hint}")
     try:
-        with open(name, "rb") as stream:
+        with open(name, "rb") as stream, open(f"{prefix}.bin", "rb") as tokens:
             header = stream.read(_HEADER.size)
-        size, bin_size = os.path.getsize(name), os.path.getsize(f"{prefix}.bin")
-        with open(f"{prefix}.bin", "rb"):
-            pass
+            size, bin_size = (os.fstat(file.fileno()).st_size for file in (stream, tokens))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
     if header[:9] != _MAGIC:
@@ -88,12 +89,6 @@ def read_index(prefix: str) -> Index:
             "copy or make it again"
         )
     return Index(dtype=_DTYPES[code], tokens=end // item, sequences=sequences, documents=documents - 1)
-
-
-def _prefix_hint(prefix: str) -> str:
-    if prefix.endswith((".bin", ".idx")):
-        return f"leave {prefix[-4:]} out"
-    return "correct the prefix (the path without .bin/.idx)"
 
 
 class TokenFile:

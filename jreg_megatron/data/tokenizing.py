@@ -57,19 +57,16 @@ class TokenizerSettings:
 
     def megatron_arguments(self) -> Namespace:
         """The namespace that Megatron builds a tokenizer from. No code of the hub is executed."""
-        values = asdict(self) | {
-            "special_tokens": list(self.special_tokens) or None,
-            "trust_remote_code": False,
-        }
+        values = asdict(self) | {"special_tokens": list(self.special_tokens) or None}
         # In Megatron's preprocessing tool these have the same values.
         padding = {"rank": 1, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
-        unused = dict.fromkeys(("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size"))
+        unused = ("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size")
         return Namespace(
             **values,
             **padding,
-            **unused,
+            **dict.fromkeys((*unused, "padded_vocab_size")),
+            trust_remote_code=False,
             pad_vocab_size=True,
-            padded_vocab_size=None,
             vocab_extra_ids=0,
             tokenizer_sentencepiece_ignore_extra_whitespaces=True,
         )
