@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the embedding to export, where neither tokenizer nor training tells them from padding",
+        help="rows of the embedding to export, if neither tokenizer nor training tells which are padding",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
     add_output_arguments(parser, csv=False)

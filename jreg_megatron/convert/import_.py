@@ -117,7 +117,7 @@ def _load(folder: Path, dtype: str | None) -> Any:
         if info.get(kind):
             raise UserError(f"{folder} {has} {min(map(str, info[kind]))}, which its config.json asks for")
     if info.get("unexpected_keys"):
-        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, for which a Llama has no place")
+        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, which a Llama does not have")
     return model.eval()
 
 
@@ -165,7 +165,7 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['source']} -> {report['output']}")
     print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
     print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}")
-    print("Train on with these flags, and your own for data, length, batch, optimizer and layout:\n")
+    print("Continue training with these flags and your own for data, length, batch, optimizer and layout:\n")
     # A flag with its values on a line, to paste into a shell script.
     words = [f"\\\n    {w}" if w.startswith("--") else w for w in map(shlex.quote, report["megatron_flags"])]
     print(" ".join(words).removeprefix("\\\n"))

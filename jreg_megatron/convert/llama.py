@@ -19,8 +19,8 @@ LLAMA3_ROPE = {
 }
 """What Megatron's ``--use-rope-scaling`` does; its training loop knows no other numbers."""
 
-# What a GPTModel of Megatron's may have and a Llama has not: argument, values that a Llama has, what it is,
-# and a model of Megatron-Bridge's that has it too.
+# What Megatron's GPTModel may have and a Llama does not: argument, values that a Llama has, what it is, and a
+# model of Megatron-Bridge's that has it too.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -64,7 +64,7 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
 
     def refuse(has: str, example: str | None) -> UserError:
         instead = bridge_as(example) if example else _AS_IT_IS
-        return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
+        return UserError(f"{what} {has}, which a Llama of Hugging Face does not have; {instead}")
 
     for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
         if getattr(args, name, allowed[0]) not in allowed:
@@ -111,7 +111,7 @@ def refuse_other(config: LlamaConfig, what: str) -> None:
     """
 
     def refuse(has: str) -> UserError:
-        return UserError(f"{what} {has}, which Megatron's GPTModel has not; it cannot be imported")
+        return UserError(f"{what} {has}, which Megatron's GPTModel does not have; it cannot be imported")
 
     if config.model_type != "llama":
         raise UserError(f"{what} is of type {config.model_type}, and only llama can be imported")

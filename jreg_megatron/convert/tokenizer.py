@@ -43,8 +43,8 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str
         AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     elif write_sentencepiece(Path(model), folder) == _UNIGRAM:
         notes.append(
-            "the tokenizer is of type unigram, whose scores transformers adds with other rounding than "
-            "SentencePiece: a long text may be cut otherwise in a few places"
+            "transformers rounds the scores of a unigram tokenizer in another way than SentencePiece, so "
+            "a long text may be split in another way in a few places"
         )
     written = AutoTokenizer.from_pretrained(folder)
     for text in sample_texts():
