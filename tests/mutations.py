@@ -1068,6 +1068,12 @@ FAULTS = [
         EXPORT,
     ),
     Fault(
+        "trust what a killed run has left of a piece",
+        "data/piece_folder.py",
+        (("if crc_of(file, start, size) != crc:", "if False:"),),
+        ("tests/test_data_kill.py::test_damaged_leftovers_of_a_killed_run_are_not_trusted",),
+    ),
+    Fault(
         "count a tokenizer's tokens for its ids",
         "data/tokenizing.py",
         (("max(int(built.vocab_size), 1 + max(ids, default=-1))", "int(built.vocab_size)"),),

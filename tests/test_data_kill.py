@@ -41,12 +41,15 @@ def command(source: Path, model: Path, output: Path) -> list[object]:
     return [*argv, "--piece-bytes", 5000, "--max-refused", 1, "--no-disk-check", *held_out]
 
 
+@pytest.fixture
+def argv(source: Path, model: Path, tmp_path: Path) -> list[object]:
+    return command(source, model, tmp_path / "out")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the manifest, whose times differ; and what the manifest tells of the files."""
-    found = {
-        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("manifest.json")
-    }
-    (manifest,) = folder.glob("*.manifest.json")
+    """All files of the output but the manifest, whose times differ; and what it tells of the files."""
+    manifest = folder / "out.manifest.json"
+    found = {path.name: path.read_bytes() for path in folder.glob("out*") if path != manifest}
     return found | {"outputs": json.dumps(json.loads(manifest.read_text())["outputs"]).encode()}
 
 
@@ -81,9 +84,8 @@ def killer(name: str, number: int) -> Callable[[], None]:
     ("name", "numbers"), [("unlink", (1, 2, 5, 9, 14)), ("fsync", (1, 3, 5)), ("replace", range(1, 8))]
 )
 def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(
-    name: str, numbers: tuple[int, ...], source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    name: str, numbers: tuple[int, ...], argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     deaths = 0
     for number in numbers:
         run = start(argv, killer(name, number))
@@ -96,9 +98,9 @@ def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(
 
 
 def test_killed_in_the_middle_of_the_pieces_it_makes_only_those_that_are_left(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv, log = command(source, model, tmp_path / "out"), tmp_path / "log"
+    log = tmp_path / "log"
     slow = start(argv, lambda: watch(log, 0.05))
     wait_for(lambda: texts_in(log) > 100)
     of_run = psutil.Process(slow.pid).children(recursive=True)
@@ -110,7 +112,6 @@ def test_killed_in_the_middle_of_the_pieces_it_makes_only_those_that_are_left(
     again = start(argv, lambda: watch(log))
     again.join(120)
     assert 0 < texts_in(log) < len(TEXTS) - 50, "a finished piece was made again"
-    log.unlink()
     assert contents(tmp_path) == whole
 
 
@@ -118,9 +119,8 @@ def test_killed_in_the_middle_of_the_pieces_it_makes_only_those_that_are_left(
 @pytest.mark.parametrize(("ending", "which"), [("lengths", 0), ("bin", -1), ("json", -1)])
 @pytest.mark.parametrize("cut", [2, 0])
 def test_damaged_leftovers_of_a_killed_run_are_not_trusted(
-    ending: str, which: int, cut: int, source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    ending: str, which: int, cut: int, argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     run = start(argv, killer("unlink", 8))
     run.join(120)
     assert run.exitcode == -signal.SIGKILL
@@ -133,25 +133,21 @@ def test_damaged_leftovers_of_a_killed_run_are_not_trusted(
 
 
 def test_a_killed_worker_ends_the_run_with_one_line_and_it_goes_on(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    source: Path, argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv, errors, log = command(source, model, tmp_path / "out"), tmp_path / "errors", tmp_path / "log"
-    # As the kernel ends what takes too much memory.
-    run = start(argv, lambda: watch(log, then=lambda: os.kill(os.getpid(), signal.SIGKILL)), errors=errors)
+    errors, log = tmp_path / "errors", tmp_path / "log"
+    run = start(argv, lambda: watch(log, kill=True), errors=errors)
     run.join(120)
     assert run.exitcode == 2
     (line,) = errors.read_text().splitlines()
     assert f"a worker ended by SIGKILL in {source}" in line and "it goes on from here" in line
-    for left in (errors, log):
-        left.unlink()
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
 
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[object], whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     log = tmp_path / "log"
     first = start(argv, lambda: watch(log, 0.02))
     wait_for(log.exists)
@@ -159,14 +155,12 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
     assert f"out is being made by process {first.pid} on " in capfd.readouterr().err
     first.join(120)
     assert first.exitcode == 0
-    log.unlink()
     assert contents(tmp_path) == whole
 
 
 def test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own(
-    source: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     alone = argv[: argv.index("--validation-share")]
     assert call(*alone) == 0
     theirs = tmp_path / "out_valid_text_document.bin"
@@ -186,16 +180,14 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    argv, errors, log = command(source, model, tmp_path / "out"), tmp_path / "errors", tmp_path / "log"
+def test_ctrl_c_says_how_to_go_on(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
+    errors, log = tmp_path / "errors", tmp_path / "log"
     run = start(argv, lambda: watch(log, 0.05), errors=errors)
     wait_for(lambda: texts_in(log) > 20)
     os.kill(run.pid or 0, signal.SIGINT)
     run.join(60)
     assert run.exitcode == 130
     assert errors.read_text().split("\n")[-2] == "Interrupted; the same command goes on from here"
-    errors.unlink()
-    log.unlink()
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
@@ -208,15 +200,15 @@ def test_a_workers_exception_is_not_swallowed() -> None:
         list(workers.run([7], fail, 1))
 
 
-def watch(log: Path, seconds: float = 0, then: Callable[[], object] | None = None) -> None:
-    """Let the workers log every text, take their time for it, and do ``then`` after 60."""
+def watch(log: Path, seconds: float = 0, kill: bool = False) -> None:
+    """Let the workers log every text and take their time for it; or end, as for want of memory, after 60."""
 
     def act() -> None:
         with log.open("a") as stream:
             stream.write("text\n")
         time.sleep(seconds)
-        if then and texts_in(log) > 60:
-            then()
+        if kill and texts_in(log) > 60:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     in_workers(act)
 
