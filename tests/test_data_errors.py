@@ -19,7 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_toy import call, documents, hugging_face_folder, sentencepiece_model, start, write_jsonl
+from data_toy import (
+    call,
+    documents,
+    hugging_face_folder,
+    in_workers,
+    sentencepiece_model,
+    start,
+    write_jsonl,
+)
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")
@@ -83,20 +91,12 @@ def patch(name: str, offset: int, content: bytes) -> Callable[[Path], Any]:
     return damage
 
 
-def gz(name: str, cut_to: int) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(
-        gzip.compress((folder / "text.jsonl").read_bytes())[:cut_to]
-    )
-
-
-def zst(name: str, cut_to: int) -> Callable[[Path], Any]:
+def packed(name: str, cut_to: int) -> Callable[[Path], Any]:
+    """The text as .gz or .zst, the rest cut off."""
     import zstandard
 
-    def damage(folder: Path) -> None:
-        packed = zstandard.ZstdCompressor().compress((folder / "text.jsonl").read_bytes())
-        (folder / name).write_bytes(packed[:cut_to])
-
-    return damage
+    pack = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor().compress
+    return lambda folder: (folder / name).write_bytes(pack((folder / "text.jsonl").read_bytes())[:cut_to])
 
 
 def parquet(
@@ -165,23 +165,17 @@ def offline(folder: Path) -> None:
 
 
 def grow_while_reading(folder: Path) -> None:
-    """Let somebody append to the source as soon as a piece is done."""
-    from jreg_megatron.data import assembly
+    """Let somebody append to the source while it is read."""
 
-    real = assembly.Assembly.add
-
-    def add(self: Any, number: int, result: Any) -> None:
+    def grow() -> None:
         with (folder / "text.jsonl").open("a") as stream:
             stream.write("\n")
-        real(self, number, result)
 
-    assembly.Assembly.add = add  # type: ignore[method-assign]
+    in_workers(grow)
 
 
 def die_in_a_worker(folder: Path) -> None:
-    from jreg_megatron.data.encode import Encoder
-
-    Encoder.__call__ = lambda self, task, report: os._exit(1)  # type: ignore[method-assign,assignment]
+    in_workers(lambda: os._exit(1))
 
 
 def many(*damages: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -212,12 +206,12 @@ CASES = [
          write("empty.jsonl", b'{"text": ""}\n')),
     Case("input that grows", prepare("{}/text.jsonl"), r"\S+/text.jsonl changed while it was read; run", before=grow_while_reading),
     # What is in it.
-    Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is cut short \(.*\); fetch it again", gz("a.jsonl.gz", 2000)),
+    Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is cut short \(.*\); fetch it again", packed("a.jsonl.gz", 2000)),
     Case("gzip that is none", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged or not what its ending says \(Not a gzipped",
          write("a.jsonl.gz", b'{"text": "plain"}\n')),
     Case("damaged gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz is damaged",
-         many(gz("a.jsonl.gz", 10**9), patch("a.jsonl.gz", 1000, b"\0" * 100))),
-    Case("truncated zst", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is cut short \(.*\); fetch it again", zst("a.jsonl.zst", 2000)),
+         many(packed("a.jsonl.gz", 10**9), patch("a.jsonl.gz", 1000, b"\0" * 100))),
+    Case("truncated zst", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is cut short \(.*\); fetch it again", packed("a.jsonl.zst", 2000)),
     Case("zst that is none", prepare("{}/a.jsonl.zst"), r"\S+/a.jsonl.zst is damaged or not what its ending says",
          write("a.jsonl.zst", b'{"text": "plain"}\n')),
     Case("invalid UTF-8", prepare("{}/a.jsonl"), r"\S+/a.jsonl line 2 is not UTF-8 \(byte 11 of the line: invalid start byte\), "
@@ -237,7 +231,7 @@ CASES = [
     Case("damaged Parquet", prepare("{}/a.parquet"), r"\S+/a.parquet is not a whole Parquet file \(.*\); fetch",
          parquet("a.parquet", documents(500), break_at=8)),
     Case("Parquet inside gzip", prepare("{}/a.parquet.gz"), r"\S+/a.parquet.gz is Parquet inside .gz; unpack", write("a.parquet.gz", b"")),
-    Case("unknown hub dataset", prepare("", "--hub nobody/nothing"), r"--hub nobody/nothing cannot be found \(.*\); correct the name, or the way to the hub", before=offline),
+    Case("unknown hub dataset", prepare("", "--hub nobody/nothing"), r"--hub nobody/nothing cannot be found \(.*\); correct the name or the network access", before=offline),
     Case("hub and files", prepare("{}/text.jsonl", "--hub nobody/nothing"), r"--hub nobody/nothing and \S+/text.jsonl exclude each other"),
     Case("missing extra", prepare("{}/a.parquet"), r"reading Parquet needs the package pyarrow, which is not installed; install it with: pip install jreg_megatron\[data\]",
          parquet("a.parquet", ["a"]), without("pyarrow")),
@@ -256,10 +250,10 @@ CASES = [
     Case("folder in the place of the manifest", PREPARE, r"\S+/out.manifest.json is a folder, but a file has to go there; remove it", lambda folder: (folder / "out.manifest.json").mkdir()),
     Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not name it, so it was not made by this command; remove it",
          write("out_text_document.bin", b"precious")),
-    Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but about 0.0 GB are needed, as the first documents are; make room", before=disk_of(1000)),
+    Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but about 0.0 GB are needed, judging by the first documents; make room", before=disk_of(1000)),
     Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ takes no more data \(File too large\); make room and run the same command again: what is finished is kept", before=full_after(1500)),
     Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ takes no more data \(File too large\); make room", before=full_after(4000)),
-    Case("worker that dies", PREPARE, r"a worker ended with exit status 1 in \S+/text.jsonl, perhaps for want of memory; run the same command again, with fewer --workers", before=die_in_a_worker),
+    Case("worker that dies", PREPARE, r"a worker ended with exit status 1 in \S+/text.jsonl, perhaps because memory ran out; run the same command again, with fewer --workers", before=die_in_a_worker),
     Case("held out, but where", f"{PREPARE} --validation-share 0.1", r"--validation-share and --validation-output belong together; give both"),
     Case("nothing held out", f"{PREPARE} --validation-share 1e-9 --validation-output {{}}/v", r"--validation-share 1e-09 holds no text out of 100 documents; raise it"),
     Case("all held out", f"{PREPARE} --validation-share 1.5 --validation-output {{}}/v", r"--validation-share is 1.5; it must be from 0 to below 1"),
@@ -272,7 +266,7 @@ CASES = [
     Case("foreign idx", INSPECT, r"\S+.idx is not a Megatron index; make", write(IDX, b"something else altogether")),
     Case("idx of another version", INSPECT, r"\S+.idx has version 2 and token type 8, which Megatron does not read", patch(IDX, 9, struct.pack("<Q", 2))),
     Case("idx of an unknown type", INSPECT, r"\S+.idx has version 1 and token type 77, which", patch(IDX, 17, b"\x4d")),
-    Case("idx of real numbers", INSPECT, r"\S+.bin is cut short|\S+.idx tells of float32, which are no token ids", patch(IDX, 17, b"\x07")),
+    Case("idx of real numbers", INSPECT, r"\S+.bin is cut short|\S+.idx holds float32, not token ids", patch(IDX, 17, b"\x07")),
     Case("idx cut in its header", INSPECT, r"\S+.idx is cut short; make", cut(IDX, 20)),
     Case("idx cut at its end", INSPECT, r"\S+.idx is cut short; make", cut(IDX, -8)),
     Case("idx with more behind it", INSPECT, r"\S+.idx has \d+ bytes, \d+ are in its lists", lambda folder: (folder / IDX).write_bytes((folder / IDX).read_bytes() + b"12345")),
@@ -284,7 +278,7 @@ CASES = [
     Case("document out of bounds", INSPECT, r"\S+.idx is damaged: its documents are sequences 0 to 999 of 100", patch(IDX, 34 + 1200 + 8 * 100, struct.pack("<q", 999))),
     Case("no documents", INSPECT, r"\S+.idx is damaged: it has no list of documents; make", patch(IDX, 26, struct.pack("<Q", 0))),
     Case("document that ends before it starts", INSPECT, r"\S+.idx is damaged: document 9 ends before it starts", patch(IDX, 34 + 1200 + 8 * 10, struct.pack("<q", 3))),
-    Case("other tokens than the manifest tells", INSPECT, r"\S+.bin is not what \S+/good.manifest.json tells: its SHA-256 differs; copy", patch(BIN, 10, b"\x11\x00")),
+    Case("other tokens than the manifest tells", INSPECT, r"\S+.bin does not match \S+/good.manifest.json: its SHA-256 differs; copy", patch(BIN, 10, b"\x11\x00")),
     Case("token beyond the vocabulary", INSPECT, r"\S+.bin holds the id 65535 as token 5, but the tokenizer has 400 tokens; give the tokenizer that made the data", patch(BIN, 10, b"\xff\xff")),
     Case("tokenizer of another vocabulary", f"{INSPECT} --tokenizer-model {{}}/small.model", r"\S+.bin holds the id 3\d\d as token \d+, but the tokenizer has 380 tokens; give"),
     Case("blend with a space in a path", "inspect {}/spaced --blend {}/list", r"\S+/spaced/a b has a space in it, which Megatron's list cannot hold; move it",

@@ -6,19 +6,12 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
-from data_toy import (
-    ODD,
-    call,
-    documents,
-    hugging_face_folder,
-    reference,
-    sentencepiece_model,
-    write_jsonl,
-)
+from data_toy import ODD, call, documents, hugging_face_folder, of_tool, sentencepiece_model, write_jsonl
+from sentencepiece import SentencePieceProcessor
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("rich", reason="the extra data is not installed (jreg_megatron[data])")
@@ -29,12 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sentencepiece_model(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
-@pytest.fixture(scope="module")
-def encoder(model: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
-
-
-def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, object]:
+def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     capsys.readouterr()
     assert call("inspect", *argv, "--json") == 0
     return dict(json.loads(capsys.readouterr().out))
@@ -46,19 +34,14 @@ def histogram(lengths: Sequence[int]) -> list[int]:
 
 
 def test_numbers_are_those_of_the_documents(
-    model: Path,
-    encoder,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],  # type: ignore[no-untyped-def]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = [*documents(50), *ODD]
-    reference(tmp_path / "one", texts, encoder.encode, encoder.eos_id(), 400)
-    encoded = [
-        [encoder.encode(part) for part in ([text] if isinstance(text, str) else text)] for text in texts
-    ]
-    parts = [[ids for ids in document if ids] for document in encoded]
+    texts, encoder = [*documents(50), *ODD], SentencePieceProcessor(model_file=str(model))
+    of_tool(tmp_path, texts, model)
+    sentences = [[text] if isinstance(text, str) else text for text in texts]
+    parts = [[ids for part in document if (ids := encoder.encode(part))] for document in sentences]
     lengths = [sum(map(len, document)) + bool(document) for document in parts]
-    told = inspect(capsys, tmp_path / "one", "--tokenizer-model", model, "--samples", 2)
+    told = inspect(capsys, tmp_path / "wanted", "--tokenizer-model", model, "--samples", 2)
     assert told["documents"] == len(texts)
     assert told["sequences"] == sum(map(len, parts))
     assert told["tokens"] == sum(lengths)
@@ -67,10 +50,9 @@ def test_numbers_are_those_of_the_documents(
     assert told["largest_id"] == max(token for document in parts for ids in document for token in ids)
     assert (told["dtypes"], told["empty"], told["checked_sums"]) == (["uint16"], 0, 0)
     half = len(texts) // 2
-    shown = [(row["document"], row["tokens"], row["text"]) for row in told["samples"]]  # type: ignore[attr-defined]
-    assert [row[:2] for row in shown] == [(0, lengths[0]), (half, lengths[half])]
-    first = encoder.encode(texts[0])
-    assert shown[0][2] == encoder.decode(first[:200])
+    shown = [(row["document"], row["tokens"]) for row in told["samples"]]
+    assert shown == [(0, lengths[0]), (half, lengths[half])]
+    assert told["samples"][0]["text"] == encoder.decode(encoder.encode(texts[0])[:200])
 
 
 def test_it_is_told_in_words_and_with_samples(
@@ -81,13 +63,8 @@ def test_it_is_told_in_words_and_with_samples(
     assert capsys.readouterr().out == ""
     assert call("inspect", tmp_path / "out_text_document", "--tokenizer-model", model, "--samples", 1) == 0
     out = capsys.readouterr().out
-    for words in (
-        "documents   10",
-        "(uint16)",
-        "the SHA-256 of the manifest",
-        "Documents by length in tokens",
-        "█",
-    ):
+    title = "Documents by length in tokens"
+    for words in ("documents   10", "(uint16)", "the SHA-256 of the manifest", title, "█"):
         assert words in out
     assert out.splitlines()[-1] == "the first document"
 
@@ -95,17 +72,17 @@ def test_it_is_told_in_words_and_with_samples(
 def test_a_control_character_in_a_sample_does_not_reach_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from jreg_megatron.data import inspection, report
+    from jreg_megatron.data import inspection
 
-    report.show(inspection.Summary(["one"], shortest=1), [(0, 1, "red \x1b[31m and [bold]")])
+    inspection.show(inspection.Summary(["one"], shortest=1), [(0, 1, "red \x1b[31m and [bold]")])
     assert capsys.readouterr().out.endswith("red \\x1b[31m and [bold]\n")
 
 
-def test_quick_reads_no_tokens(tmp_path: Path, encoder, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    reference(tmp_path / "one", documents(5), encoder.encode, encoder.eos_id(), 400)
-    (tmp_path / "one.bin").write_bytes(b"\xff" * (tmp_path / "one.bin").stat().st_size)
-    assert inspect(capsys, tmp_path / "one", "--quick")["largest_id"] is None
-    assert inspect(capsys, tmp_path / "one")["largest_id"] == 0xFFFF
+def test_quick_reads_no_tokens(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix, size = tmp_path / "wanted", len(of_tool(tmp_path, documents(5), model)["bin"])
+    Path(f"{prefix}.bin").write_bytes(b"\xff" * size)
+    assert inspect(capsys, prefix, "--quick")["largest_id"] is None
+    assert inspect(capsys, prefix)["largest_id"] == 0xFFFF
 
 
 def write_as_curator(folder: Path, parts: Sequence[Sequence[Sequence[int]]], vocab_size: int) -> list[Path]:
@@ -157,6 +134,12 @@ def test_a_folder_as_nemo_curator_writes_it_is_accepted_summed_up_and_blended(
     assert (tmp_path / "blend.txt").read_text().split() == [str(prefix) for prefix in prefixes]
 
 
+def test_a_negative_id_is_refused_by_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (prefix,) = write_as_curator(tmp_path / "curated", [[[1, 2, -3], [4]]], 70000)
+    assert call("inspect", prefix) == 2
+    assert f"{prefix}.bin holds the id -3 as token 2, but no id is negative" in capsys.readouterr().err
+
+
 def test_what_nemo_curators_writer_itself_writes_is_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +167,7 @@ def test_what_nemo_curators_writer_itself_writes_is_accepted(
     lengths = [len(document) for part in ids for document in part]
     assert (told["documents"], told["tokens"]) == (len(lengths), sum(lengths))
     assert told["histogram"] == histogram(lengths)
-    written = {Path(f"{prefix}.bin").read_bytes(): prefix for prefix in told["prefixes"]}  # type: ignore[attr-defined]
+    written = {Path(f"{prefix}.bin").read_bytes(): prefix for prefix in told["prefixes"]}
     for number, part in enumerate(ids):
         made = write_as_curator(tmp_path / f"ours{number}", [part], len(tokenizer))[0]
         prefix = written[Path(f"{made}.bin").read_bytes()]

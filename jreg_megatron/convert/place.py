@@ -29,7 +29,7 @@ def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:
     others = [name for name in held if not any(fnmatch(name, pattern) for pattern in own)]
     if others:
         raise UserError(
-            f"OUTPUT is {output}, which holds {others[0]}, and not a model that this command has made alone; "
+            f"OUTPUT is {output}, which holds {others[0]}, and that is no file of a model from this command; "
             "name a new folder"
         )
     if held and not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,68 +24,67 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "▁"
 
 
-def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> list[str]:
+def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str], int | None]:
     """Write the tokenizer's files into a folder, and see that they give the ids that training used.
 
     The text of a control piece, such as ``</s>``, is that piece for Hugging Face and plain text for
     SentencePiece.
 
     Returns:
-        What the user should know about it.
+        What the user should know about it, and the id of the piece that begins a document, if it has one.
 
     Raises:
         UserError: if transformers' tokenizer gives other ids or another text back.
     """
     from transformers import AutoTokenizer
 
-    settings, notes = tokenizer.settings, []
-    if settings.is_sentencepiece:
-        if write_sentencepiece(Path(settings.tokenizer_model), folder) == _UNIGRAM:
-            notes.append(
-                "the tokenizer is of type unigram, whose scores transformers adds with other rounding than "
-                "SentencePiece: a long text may be cut otherwise in a few places"
-            )
-    else:
-        AutoTokenizer.from_pretrained(settings.tokenizer_model, trust_remote_code=False).save_pretrained(
-            folder
+    model, notes = tokenizer.settings.tokenizer_model, []
+    if not tokenizer.settings.is_sentencepiece:
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+    elif write_sentencepiece(Path(model), folder) == _UNIGRAM:
+        notes.append(
+            "transformers rounds the scores of a unigram tokenizer in another way than SentencePiece, so "
+            "a long text may be split in another way in a few places"
         )
-    _hold_against(tokenizer, folder)
-    return notes
+    written = AutoTokenizer.from_pretrained(folder)
+    for text in sample_texts():
+        expected = tokenizer.encode(text)
+        found = written(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if found != expected:
+            pairs = zip(expected, found, strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            raise UserError(
+                f"transformers gives other ids than the training's tokenizer {model} near "
+                f"{tokenizer.decode(expected[max(0, same - 2) : same + 3])!r}; export with --no-tokenizer"
+            )
+    return notes, written.bos_token_id
 
 
 def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
     """Write a SentencePiece model as the files that ``AutoTokenizer`` loads; its model type is returned."""
+    from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
-    model = _read_model(tokenizer_model)
-    pieces = {name: _control_piece(model, name) for name in ("unk", "bos", "eos", "pad")}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer_model.read_bytes())
+    ids = {name: getattr(model.trainer_spec, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     PreTrainedTokenizerFast(
         tokenizer_object=_fast_tokenizer(model),
         clean_up_tokenization_spaces=False,
-        **{f"{name}_token": piece for name, piece in pieces.items() if piece is not None},
+        **{
+            f"{name}_token": model.pieces[number].piece
+            for name, number in ids.items()
+            if 0 <= number < len(model.pieces)
+        },
     ).save_pretrained(folder)
-    _name_class_as_before(folder / "tokenizer_config.json")
+    # The class has a new name in transformers 5, which knows the old one, as older programs do.
+    add_to_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     return int(model.trainer_spec.model_type)
 
 
-def _name_class_as_before(path: Path) -> None:
-    """The class has a new name in transformers 5, which knows the old one, as older programs do."""
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def begin_of_text(tokenizer: TrainingTokenizer) -> int | None:
-    """Id of the piece that begins a document, where the tokenizer has one."""
-    settings = tokenizer.settings
-    if settings.is_sentencepiece:
-        from sentencepiece import SentencePieceProcessor
-
-        found = SentencePieceProcessor(model_file=settings.tokenizer_model).bos_id()
-        return int(found) if found >= 0 else None
-    from transformers import AutoTokenizer
-
-    bos: int | None = AutoTokenizer.from_pretrained(settings.tokenizer_model).bos_token_id
-    return bos
+def add_to_json(path: Path, values: dict[str, Any]) -> None:
+    """Set keys of a file that holds a JSON object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 def sample_texts() -> list[str]:
@@ -96,38 +96,6 @@ def sample_texts() -> list[str]:
     except UserError:
         speeches = []
     return [SAMPLE, *SAMPLE.splitlines(), *speeches]
-
-
-def _hold_against(tokenizer: TrainingTokenizer, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    ours = AutoTokenizer.from_pretrained(folder)
-    for text in sample_texts():
-        expected = tokenizer.encode(text)
-        found = ours(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if found != expected:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
-                min(len(expected), len(found)),
-            )
-            raise UserError(
-                "transformers gives other ids than the training's tokenizer "
-                f"{tokenizer.settings.tokenizer_model} near "
-                f"{tokenizer.decode(expected[max(0, place - 2) : place + 3])!r}; export with --no-tokenizer"
-            )
-
-
-def _read_model(path: Path) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
-    return model
-
-
-def _control_piece(model: Any, name: str) -> str | None:
-    number = getattr(model.trainer_spec, f"{name}_id")
-    return str(model.pieces[number].piece) if 0 <= number < len(model.pieces) else None
 
 
 def _fast_tokenizer(model: Any) -> Any:

@@ -6,10 +6,13 @@ value), and gate and up projection in another, one above the other.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from jreg_megatron.convert.llama import Llama
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 Weights = dict[str, Tensor]
 
@@ -31,27 +34,27 @@ _SEPARATE_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def to_hugging_face(weights: Weights, llama: Llama) -> Weights:
+def to_hugging_face(weights: Weights, config: LlamaConfig) -> Weights:
     """Megatron's weights, the rows of padding left out, under Hugging Face's names."""
-    out = {theirs: weights[ours] for ours, theirs in _names(llama)}
+    out = {theirs: weights[ours] for ours, theirs in _names(config)}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in out:
-            out[name] = out[name][: llama.vocab_size]
-    for ours, theirs, kind in _layers(llama):
+            out[name] = out[name][: config.vocab_size]
+    for ours, theirs, kind in _layers(config):
         joint = weights[f"{ours}{_QKV}.{kind}"]
-        for name, part in zip(_SEPARATE_QKV, _split_qkv(joint, llama), strict=True):
+        for name, part in zip(_SEPARATE_QKV, _split_qkv(joint, config), strict=True):
             out[f"{theirs}{name}.{kind}"] = part
         for name, part in zip(_SEPARATE_GATE_UP, weights[f"{ours}{_GATE_UP}.{kind}"].chunk(2), strict=True):
             out[f"{theirs}{name}.{kind}"] = part
     return {name: _on_its_own(weight) for name, weight in out.items()}
 
 
-def to_megatron(weights: Weights, llama: Llama) -> Weights:
+def to_megatron(weights: Weights, config: LlamaConfig) -> Weights:
     """Hugging Face's weights under Megatron's names, without rows of padding."""
-    out = {ours: weights[theirs] for ours, theirs in _names(llama)}
-    for ours, theirs, kind in _layers(llama):
+    out = {ours: weights[theirs] for ours, theirs in _names(config)}
+    for ours, theirs, kind in _layers(config):
         separate = [weights[f"{theirs}{name}.{kind}"] for name in _SEPARATE_QKV]
-        out[f"{ours}{_QKV}.{kind}"] = _join_qkv(separate, llama)
+        out[f"{ours}{_QKV}.{kind}"] = _join_qkv(separate, config)
         out[f"{ours}{_GATE_UP}.{kind}"] = torch.cat(
             [weights[f"{theirs}{name}.{kind}"] for name in _SEPARATE_GATE_UP]
         )
@@ -64,36 +67,32 @@ def _on_its_own(weight: Tensor) -> Tensor:
     return weight if whole else weight.clone(memory_format=torch.contiguous_format)
 
 
-def _kinds(llama: Llama) -> tuple[str, ...]:
-    return ("weight", "bias") if llama.has_bias else ("weight",)
-
-
-def _layers(llama: Llama) -> list[tuple[str, str, str]]:
+def _layers(config: LlamaConfig) -> list[tuple[str, str, str]]:
     """What the names of each layer's weights and biases begin with, in Megatron and in Hugging Face."""
     return [
         (f"decoder.layers.{number}.", f"model.layers.{number}.", kind)
-        for number in range(llama.num_layers)
-        for kind in _kinds(llama)
+        for number in range(config.num_hidden_layers)
+        for kind in (("weight", "bias") if config.attention_bias else ("weight",))
     ]
 
 
-def _names(llama: Llama) -> list[tuple[str, str]]:
+def _names(config: LlamaConfig) -> list[tuple[str, str]]:
     """Megatron's and Hugging Face's names of all weights that are the same in both."""
     names = list(_ENDS.items())
-    if not llama.tied:
+    if not config.tie_word_embeddings:
         names.append(_HEAD)
-    for ours, theirs, kind in _layers(llama):
+    for ours, theirs, kind in _layers(config):
         names += [(ours + a, theirs + b) for a, b in _OF_A_LAYER.items() if a.endswith(kind)]
     return names
 
 
-def _split_qkv(joint: Tensor, llama: Llama) -> list[Tensor]:
-    per_group = joint.reshape(llama.num_query_groups, -1, llama.head_dim, *joint.shape[1:])
+def _split_qkv(joint: Tensor, config: LlamaConfig) -> list[Tensor]:
+    per_group = joint.reshape(config.num_key_value_heads, -1, config.head_dim, *joint.shape[1:])
     parts = per_group[:, :-2], per_group[:, -2], per_group[:, -1]
     return [part.reshape(-1, *joint.shape[1:]) for part in parts]
 
 
-def _join_qkv(separate: list[Tensor], llama: Llama) -> Tensor:
+def _join_qkv(separate: list[Tensor], config: LlamaConfig) -> Tensor:
     rest = separate[0].shape[1:]
-    parts = [part.reshape(llama.num_query_groups, -1, llama.head_dim, *rest) for part in separate]
+    parts = [part.reshape(config.num_key_value_heads, -1, config.head_dim, *rest) for part in separate]
     return torch.cat(parts, dim=1).reshape(-1, *rest)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import sources, tokenizing
-from jreg_megatron.data.encode import Recipe
-from jreg_megatron.data.hub import Corpus
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
@@ -28,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prepare(args: Namespace) -> None:
-    from jreg_megatron.data.prepare import Options, prepare
+    from jreg_megatron.data.options import Options
+    from jreg_megatron.data.piece_folder import read_manifest
+    from jreg_megatron.data.prepare import prepare
 
     _check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
     if not 0 <= args.validation_share < 1:
@@ -37,30 +38,17 @@ def _prepare(args: Namespace) -> None:
         raise UserError("--validation-share and --validation-output belong together; give both or none")
     if len(set(args.keys)) != len(args.keys):
         raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
-    keys, append_eod = tuple(args.keys), not args.no_append_eod
-    outcome = prepare(
-        Options(
-            corpus=_corpus(args),
-            tokenizer=TokenizerSettings.from_args(args),
-            recipe=Recipe(keys, append_eod, args.max_record_bytes, args.validation_share),
-            output=args.output,
-            validation_output=args.validation_output,
-            workers=args.workers,
-            max_refused=args.max_refused,
-            piece_bytes=args.piece_bytes,
-            check_disk=not args.no_disk_check,
-            quiet=args.quiet,
-        )
-    )
+    options = _of_args(Options, args, tokenizer=TokenizerSettings.from_args(args))
+    made = prepare(options)
     if args.quiet:
         return
-    manifest = outcome.manifest
-    if not outcome.made:
+    if not made:
         print(f"{args.output} is done already; nothing to do")
+    manifest = read_manifest(options.manifest)
     for name, output in manifest["outputs"].items():
         place = os.path.normpath(args.output.parent / name)
         print(f"{place}: {output['documents']:,} documents, {output['tokens']:,} tokens ({output['dtype']})")
-    if outcome.made:
+    if made:
         print(f"Made in {manifest['seconds']:.0f} s")
     if manifest["refused"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["refused"].items())
@@ -71,23 +59,14 @@ def _tokenizer(args: Namespace) -> None:
     from jreg_megatron.data.vocabulary import Options, make
 
     _check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
-    made = make(
-        Options(
-            corpus=_corpus(args),
-            keys=tuple(args.keys),
-            vocab_size=args.vocab_size,
-            output=args.output,
-            sample_bytes=args.sample_bytes,
-            max_record_bytes=args.max_record_bytes,
-        )
-    )
+    made = make(_of_args(Options, args))
     print(f"{args.output}: {args.vocab_size:,} pieces" + ("" if made else "; it is done already"))
 
 
 def _inspect(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from jreg_megatron.data import inspection, report
+    from jreg_megatron.data import inspection
 
     _check_least(args, samples=0)
     prefixes = inspection.find_prefixes(args.prefix)
@@ -108,15 +87,18 @@ def _inspect(args: Namespace) -> None:
         shown = [{"document": number, "tokens": tokens, "text": text} for number, tokens, text in samples]
         print(json.dumps(asdict(summary) | {"samples": shown}, indent=2))
     else:
-        report.show(summary, samples)
+        inspection.show(summary, samples)
     if args.blend:
         inspection.write_blend(args.blend, prefixes)
         if not args.json:
             print(f"Train on all of them with: --data-args-path {args.blend} --split 99,1,0")
 
 
-def _corpus(args: Namespace) -> Corpus:
-    return Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
+def _of_args[T](kind: type[T], args: Namespace, **more: object) -> T:
+    """Options whose fields have the names of the arguments, but for the corpus and what is given."""
+    corpus = Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
+    values = vars(args) | {"corpus": corpus, **more}
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def _check_least(args: Namespace, **least: int) -> None:
@@ -136,23 +118,23 @@ def _parser() -> ArgumentParser:
             "prepare",
             help="encode text into Megatron's .bin and .idx",
             description="Encode text into Megatron's .bin and .idx, byte for byte as Megatron's "
-            "tools/preprocess_data.py --append-eod does. Killed at any time, the same command goes on from "
-            "what is finished.",
+            "tools/preprocess_data.py --append-eod does. You can kill it at any time: the same command keeps "
+            "the finished pieces and makes the others.",
         )
     )
     _add_tokenizer(
         commands.add_parser(
             "tokenizer",
             help="train a SentencePiece model",
-            description="Train a SentencePiece model: BPE with bytes for what is rare, so that any text "
-            "comes back as it was. The same input gives the same bytes.",
+            description="Train a SentencePiece model: BPE with byte fallback, so that decoding returns any "
+            "text unchanged. The same input gives the same bytes.",
         )
     )
     _add_inspect(
         commands.add_parser(
             "inspect",
             help="verify token files and show what they hold",
-            description="Verify Megatron's token files, whoever wrote them, and show what they hold.",
+            description="Verify Megatron's token files, written by any program, and show what they hold.",
         )
     )
     return parser
@@ -168,20 +150,25 @@ def _add_prepare(parser: ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="PREFIX",
-        help="makes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which says of what",
+        help="writes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which lists the "
+        "sources, the tokenizer and the settings",
     )
     group.add_argument(
-        "--no-append-eod", action="store_true", help="do not end documents with the end-of-document id"
+        "--no-append-eod",
+        dest="append_eod",
+        action="store_false",
+        help="do not end documents with the end-of-document id",
     )
     group.add_argument(
         "--validation-share",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="hold out this share of the documents, 0 to 1; the text decides, so copies stay together",
+        help="hold out this share of the documents, from 0 to below 1; a hash of the text decides, so "
+        "all copies of a text go to the same side",
     )
     group.add_argument(
-        "--validation-output", type=Path, metavar="PREFIX", help="where the documents held out go"
+        "--validation-output", type=Path, metavar="PREFIX", help="prefix of the files for held-out documents"
     )
     group = parser.add_argument_group("bad records")
     group.add_argument(
@@ -189,8 +176,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="stop at more bad records than N (default: %(default)s: nothing should be lost unseen, and a "
-        "stopped run goes on with a higher limit); they are listed in PREFIX.refused.jsonl",
+        help="stop after more than N bad records (default: %(default)s, so that no text is lost unseen). A "
+        "stopped run continues with a higher limit. PREFIX.refused.jsonl lists the bad records",
     )
     _add_max_record_bytes(group)
     group = parser.add_argument_group("run")
@@ -202,10 +189,15 @@ def _add_prepare(parser: ArgumentParser) -> None:
         "--piece-bytes",
         type=int,
         metavar="N",
-        help="bytes of input in a piece, which is what a kill costs each worker at most (default: a 256th of "
-        "the input, but 1 to 64 MiB). A .gz or .zst file is one piece",
+        help="bytes of input in a piece; a kill loses at most one piece for each worker (default: 1/256 of "
+        "the input, at least 1 MiB and at most 64 MiB). A .gz or .zst file is one piece",
     )
-    group.add_argument("--no-disk-check", action="store_true", help="start even if the disk seems too small")
+    group.add_argument(
+        "--no-disk-check",
+        dest="check_disk",
+        action="store_false",
+        help="start even if the disk seems too small",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
@@ -256,9 +248,9 @@ def _add_corpus(parser: ArgumentParser) -> None:
         "input",
         nargs="*",
         metavar="INPUT",
-        help="files, patterns, and folders, in this order; a folder stands for the files below it by path. "
-        f"Known are {known}, also with .gz or .zst behind them. A line of JSON or a row of Parquet is a "
-        "document, or else a file",
+        help="files, patterns and folders, read in this order; the files of a folder and of its subfolders "
+        f"are read by path. Known endings: {known}, and .gz or .zst after them. A document is a line of "
+        "JSON, a row of Parquet, or a text file",
     )
     group.add_argument("--format", choices=sources.FORMATS, help="what the files are, whatever their endings")
     group.add_argument(

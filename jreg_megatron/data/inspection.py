@@ -1,4 +1,4 @@
-"""What Megatron's token files hold, and whether they are whole."""
+"""What Megatron's token files hold, whether they are whole, and what ``inspect`` prints of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy
 
-from jreg_megatron.data.index_file import HEADER, MODE_BYTES, Index, read_index
+from jreg_megatron.data.token_file import TokenFile, sha256_of
 from jreg_megatron.data.tokenizing import Tokenizer
 from jreg_megatron.runtime.errors import UserError
 
 _CHUNK = 1 << 22
-_SHOWN_TOKENS = 200
+_SHOWN_TOKENS, _BAR = 200, 40
 
 
 @dataclass
@@ -74,34 +74,28 @@ def inspect(
 
     Args:
         prefixes: paths without their endings.
-        vocab_size: every id must be below it; None to go by the manifest, if there is one.
-        read_tokens: whether to read all tokens, for their ids and for the sums that a manifest tells.
-        bar: is told by ``update`` the bytes that were read.
+        vocab_size: every id must be below it; None to take it from the manifest, if there is one.
+        read_tokens: whether to read all tokens, for their ids and for the sums in the manifest.
+        bar: its ``update`` is told the bytes that were read.
 
     Raises:
         UserError: naming the file, for the first thing that is wrong.
     """
     summary = Summary()
     for prefix in prefixes:
-        index = read_index(prefix)
-        if index.documents < 0:
-            raise UserError(f"{prefix}.idx is damaged: it has no list of documents; make the data again")
-        if index.dtype.startswith("float"):
-            raise UserError(f"{prefix}.idx tells of {index.dtype}, which are no token ids; name token files")
+        file = TokenFile(prefix)
         summary.prefixes.append(prefix)
-        summary.documents += index.documents
-        summary.sequences += index.sequences
-        summary.tokens += index.tokens
-        if index.dtype not in summary.dtypes:
-            summary.dtypes.append(index.dtype)
-        _check_sizes(prefix, index)
-        arrays = _Arrays(prefix, index)
-        summary.empty += arrays.check_sequences()
-        for lengths in arrays.document_lengths():
+        summary.documents += file.index.documents
+        summary.sequences += file.index.sequences
+        summary.tokens += file.index.tokens
+        summary.empty += file.index.sequences - int(numpy.count_nonzero(file.lengths))
+        if file.index.dtype not in summary.dtypes:
+            summary.dtypes.append(file.index.dtype)
+        for lengths in file.document_lengths():
             _count(summary, lengths)
-        told = _told_by_manifest(prefix)
         if read_tokens:
-            greatest = _read_tokens(prefix, index, told, vocab_size, bar)
+            told = _told_by_manifest(prefix)
+            greatest = _read_tokens(file, told, vocab_size or told.get("vocab_size"), bar)
             summary.largest_id = max(greatest, summary.largest_id or 0)
             summary.checked_sums += 2 if told else 0
     return summary
@@ -109,16 +103,15 @@ def inspect(
 
 def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
     """Number, length in tokens and beginning of up to ``count`` documents that lie evenly in a file."""
-    index = read_index(prefix)
-    arrays = _Arrays(prefix, index)
-    tokens = _tokens(prefix, index)
-    for place in range(min(count, index.documents)):
-        number = place * index.documents // min(count, index.documents)
-        start, stop = arrays.document(number)
-        ids = tokens[start : min(stop, start + _SHOWN_TOKENS)].tolist()
+    file = TokenFile(prefix)
+    count = min(count, file.index.documents)
+    for place in range(count):
+        number = place * file.index.documents // count
+        document = file.document(number)
+        ids = document[:_SHOWN_TOKENS].tolist()
         if ids and ids[-1] == tokenizer.eod:
             ids.pop()
-        yield number, stop - start, tokenizer.decode(ids)
+        yield number, len(document), tokenizer.decode(ids)
 
 
 def documents(prefix: str) -> Iterator[numpy.ndarray]:
@@ -127,16 +120,9 @@ def documents(prefix: str) -> Iterator[numpy.ndarray]:
     Raises:
         UserError: naming the file, if it is missing, damaged or holds no token ids.
     """
-    index = read_index(prefix)
-    if index.dtype.startswith("float"):
-        raise UserError(f"{prefix}.idx tells of {index.dtype}, which are no token ids; name token files")
-    _check_sizes(prefix, index)
-    arrays = _Arrays(prefix, index)
-    arrays.check_sequences()
-    tokens = _tokens(prefix, index)
-    for number in range(index.documents):
-        start, stop = arrays.document(number)
-        yield tokens[start:stop]
+    file = TokenFile(prefix)
+    for number in range(file.index.documents):
+        yield file.document(number)
 
 
 def write_blend(path: Path, prefixes: list[str]) -> None:
@@ -157,122 +143,29 @@ def write_blend(path: Path, prefixes: list[str]) -> None:
         ) from error
 
 
-class _Arrays:
-    """The three arrays of an index, mapped and not loaded."""
-
-    def __init__(self, prefix: str, index: Index) -> None:
-        self._name, self._item = f"{prefix}.idx", numpy.dtype(index.dtype).itemsize
-        sequences, documents = index.sequences, index.documents + 1
-        place = HEADER.size
-        self.lengths = self._map("int32", place, sequences)
-        self.pointers = self._map("int64", place + 4 * sequences, sequences)
-        self.ends = self._map("int64", place + 12 * sequences, documents)
-
-    def _map(self, dtype: str, offset: int, count: int) -> numpy.ndarray:
-        return numpy.memmap(self._name, dtype=dtype, mode="r", offset=offset, shape=(count,))
-
-    def check_sequences(self) -> int:
-        """Check that sequences follow each other and documents hold them all; the number of empty ones.
-
-        Raises:
-            UserError: naming the first that does not.
-        """
-        position = empty = 0
-        for start in range(0, len(self.lengths), _CHUNK):
-            lengths = self.lengths[start : start + _CHUNK].astype("int64")
-            if lengths.min() < 0:
-                number = start + int(numpy.argmax(lengths < 0))
-                raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
-            ends = position + numpy.cumsum(lengths) * self._item
-            starts = numpy.concatenate([[position], ends[:-1]])
-            wrong = starts != self.pointers[start : start + _CHUNK]
-            if wrong.any():
-                first = int(numpy.argmax(wrong))
-                pointer = self.pointers[start + first]
-                raise self._damaged(
-                    f"sequence {start + first} is said to start at byte {pointer}, but the one before ends "
-                    f"at {starts[first]}"
-                )
-            position = int(ends[-1])
-            empty += int((lengths == 0).sum())
-        if self.ends[0] != 0 or self.ends[-1] != len(self.lengths):
-            raise self._damaged(
-                f"its documents are sequences {self.ends[0]} to {self.ends[-1]} of {len(self.lengths)}"
-            )
-        for start in range(0, len(self.ends) - 1, _CHUNK):
-            falling = numpy.diff(self.ends[start : start + _CHUNK + 1]) < 0
-            if falling.any():
-                raise self._damaged(f"document {start + int(numpy.argmax(falling))} ends before it starts")
-        return empty
-
-    def document_lengths(self) -> Iterator[numpy.ndarray]:
-        """Tokens of the documents, in chunks."""
-        for start in range(0, len(self.ends) - 1, _CHUNK):
-            bounds = self._positions(self.ends[start : start + _CHUNK + 1])
-            yield numpy.diff(bounds) // self._item
-
-    def document(self, number: int) -> tuple[int, int]:
-        """First token of a document, and the one behind its last."""
-        start, stop = self._positions(self.ends[number : number + 2]) // self._item
-        return int(start), int(stop)
-
-    def _positions(self, sequences: numpy.ndarray) -> numpy.ndarray:
-        """Where sequences start, in bytes; the one behind the last starts at the end."""
-        last = int(self.pointers[-1]) + int(self.lengths[-1]) * self._item
-        inside = self.pointers[numpy.minimum(sequences, len(self.pointers) - 1)]
-        return numpy.where(sequences < len(self.pointers), inside, last)
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self._name} is damaged: {what}; make the data again")
-
-
-def _check_sizes(prefix: str, index: Index) -> None:
-    listed = HEADER.size + 12 * index.sequences + 8 * (index.documents + 1)
-    size = os.path.getsize(f"{prefix}.idx")
-    if size not in (listed, listed + MODE_BYTES * index.sequences):
-        raise UserError(f"{prefix}.idx has {size} bytes, {listed} are in its lists; make the data again")
-    tokens = index.tokens * numpy.dtype(index.dtype).itemsize
-    size = os.path.getsize(f"{prefix}.bin")
-    if size != tokens:
-        raise UserError(
-            f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {tokens}: they do not belong together; "
-            "copy or make both again"
-        )
-
-
-def _tokens(prefix: str, index: Index) -> numpy.ndarray:
-    return numpy.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=(index.tokens,))
-
-
-def _read_tokens(
-    prefix: str, index: Index, told: dict[str, Any], vocab_size: int | None, bar: Any | None
-) -> int:
+def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any | None) -> int:
     """Check ids and sums; the greatest id."""
-    vocab_size = vocab_size or told.get("vocab_size")
-    digest = hashlib.sha256()
-    tokens, greatest = _tokens(prefix, index), 0
-    for start in range(0, len(tokens), _CHUNK):
-        chunk = tokens[start : start + _CHUNK]
+    digest, greatest = hashlib.sha256(), 0
+    for start in range(0, len(file.tokens), _CHUNK):
+        chunk = file.tokens[start : start + _CHUNK]
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
-            wrong = (chunk < 0) if low < 0 else (chunk >= vocab_size)
-            place = int(numpy.argmax(wrong))
+            place = int(numpy.argmax(chunk < 0 if low < 0 else chunk >= vocab_size))
+            limit = f"the tokenizer has {vocab_size} tokens" if vocab_size else "no id is negative"
             raise UserError(
-                f"{prefix}.bin holds the id {chunk[place]} as token {start + place}, but the tokenizer has "
-                f"{vocab_size} tokens; give the tokenizer that made the data"
+                f"{file.prefix}.bin holds the id {chunk[place]} as token {start + place}, but {limit}; "
+                "give the tokenizer that made the data"
             )
         greatest = max(greatest, high)
-        if told:
-            digest.update(chunk)
+        digest.update(chunk)
         if bar is not None:
             bar.update(chunk.nbytes)
     if told:
-        with open(f"{prefix}.idx", "rb") as stream:
-            sums = {"bin": digest.hexdigest(), "idx": hashlib.file_digest(stream, "sha256").hexdigest()}
+        sums = {"bin": digest.hexdigest(), "idx": sha256_of(Path(f"{file.prefix}.idx"))}
         for ending, value in sums.items():
             if value != told["sha256"][ending]:
                 raise UserError(
-                    f"{prefix}.{ending} is not what {told['manifest']} tells: its SHA-256 differs; "
+                    f"{file.prefix}.{ending} does not match {told['manifest']}: its SHA-256 differs; "
                     "copy or make it again"
                 )
     return greatest
@@ -301,3 +194,55 @@ def _count(summary: Summary, lengths: numpy.ndarray) -> None:
     counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=len(summary.histogram))
     for exponent, count in enumerate(counts):
         summary.histogram[exponent] += int(count)
+
+
+def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
+    """Print numbers, the lengths of documents, and samples as (number, tokens, beginning)."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Console(highlight=False, markup=False)
+    for name, value in _rows(summary).items():
+        out.print(f"{name:<11} {value}", soft_wrap=True)
+    lengths = Table(box=SIMPLE, title="Documents by length in tokens", title_justify="left")
+    lengths.add_column("tokens", justify="right")
+    lengths.add_column("documents", justify="right")
+    lengths.add_column("")
+    filled = [exponent for exponent, count in enumerate(summary.histogram) if count]
+    most = max(summary.histogram)
+    for exponent in range(filled[0], filled[-1] + 1) if filled else ():
+        count = summary.histogram[exponent]
+        lengths.add_row(_range(exponent), f"{count:,}", "█" * -(-_BAR * count // most))
+    out.print(lengths)
+    for number, tokens, beginning in samples:
+        out.print(f"Document {number:,}, {tokens:,} tokens:", style="bold")
+        out.print(Text(_printable(beginning)))
+
+
+def _rows(summary: Summary) -> dict[str, str]:
+    mean = summary.tokens / summary.documents if summary.documents else 0
+    more = " ..." if len(summary.prefixes) > 1 else ""
+    rows = {
+        "files": f"{len(summary.prefixes):,} ({summary.prefixes[0]}{more})",
+        "documents": f"{summary.documents:,}",
+        "sequences": f"{summary.sequences:,}"
+        + (f", {summary.empty:,} of them empty" if summary.empty else ""),
+        "tokens": f"{summary.tokens:,} ({', '.join(summary.dtypes)})",
+        "a document": f"{summary.shortest:,} to {summary.longest:,} tokens, {mean:,.0f} on average",
+    }
+    if summary.largest_id is None:
+        return rows | {"verified": "the index; the tokens were not read"}
+    sums = ", and the SHA-256 of the manifest" if summary.checked_sums else ""
+    return rows | {"verified": f"the index, all token ids (0 to {summary.largest_id:,}){sums}"}
+
+
+def _range(exponent: int) -> str:
+    if exponent < 2:
+        return str(exponent)
+    return f"{1 << (exponent - 1):,} to {(1 << exponent) - 1:,}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.data.extra import need
 from jreg_megatron.data.sources import Source, open_source
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
 
 _ROWS = 256
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary")
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Rows, and bytes on disk of all columns, of a part of a file that is read at once."""
-
-    rows: int
-    size: int
-
-
-def row_groups(source: Source, columns: Sequence[str]) -> list[RowGroup]:
-    """The row groups of a file, by its footer.
+def row_groups(source: Source, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """For each part of a file that is read at once: rows, and bytes on disk of all columns.
 
     Raises:
         UserError: if it is not a whole Parquet file, or a column is missing or holds no text.
@@ -36,16 +28,14 @@ def row_groups(source: Source, columns: Sequence[str]) -> list[RowGroup]:
                     f"{source.path} has no column {column}, only {', '.join(schema.names)}; "
                     "name one with --keys"
                 )
-            if not _is_text(schema.field(column).type):
-                kind = schema.field(column).type
+            kind = schema.field(column).type
+            if str(kind.value_type if _is_dictionary(kind) else kind) not in _TEXT:
                 raise UserError(
                     f"{source.path} has a column {column} of {kind}, not of text; name another with --keys"
                 )
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         return [
-            RowGroup(
-                group.num_rows, sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-            )
+            (group.num_rows, sum(group.column(n).total_compressed_size for n in range(group.num_columns)))
             for group in groups
         ]
 
@@ -58,7 +48,7 @@ def read_rows(
     Raises:
         UserError: if a page of it cannot be read.
     """
-    pyarrow = need("pyarrow", "reading Parquet")
+    pyarrow = _pyarrow()
     with _opened(source) as file:
         # One row group is in memory at a time, packed; its rows are unpacked in small batches.
         for group in groups:
@@ -67,7 +57,7 @@ def read_rows(
                 values = []
                 for column in columns:
                     data = batch.column(batch.schema.get_field_index(column))
-                    if pyarrow.types.is_dictionary(data.type):
+                    if _is_dictionary(data.type):
                         data = data.dictionary_decode()
                     values.append(data.cast(pyarrow.large_binary()).to_pylist())
                 yield from zip(*values, strict=True)
@@ -75,10 +65,10 @@ def read_rows(
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Any]:
-    pyarrow, parquet = need("pyarrow", "reading Parquet"), need("pyarrow.parquet", "reading Parquet")
+    pyarrow = _pyarrow()
     with open_source(source) as (stream, _):
         try:
-            yield parquet.ParquetFile(stream, pre_buffer=False)
+            yield pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, ConnectionError | TimeoutError | PermissionError):
                 raise
@@ -88,14 +78,11 @@ def _opened(source: Source) -> Iterator[Any]:
             ) from error
 
 
-def _is_text(kind: Any) -> bool:
-    types = need("pyarrow", "reading Parquet").types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_binary(kind)
-        or types.is_large_binary(kind)
-    )
+def _pyarrow() -> Any:
+    pyarrow = need("pyarrow", "reading Parquet", "data")
+    need("pyarrow.parquet", "reading Parquet", "data")
+    return pyarrow
+
+
+def _is_dictionary(kind: Any) -> bool:
+    return bool(_pyarrow().types.is_dictionary(kind))

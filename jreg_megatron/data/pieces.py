@@ -20,20 +20,20 @@ class Piece:
 
     Attributes:
         sources: the file, or for text the files.
+        size: bytes on disk of the piece.
         start: first byte of plain JSON lines, a line that starts before it belongs to the piece before;
             first row group of Parquet; else 0.
         stop: byte or row group behind the last; None for the end of the file.
         first_row: rows of the Parquet file before this piece, else 0.
         rows: rows in the piece, of Parquet, else 0.
-        size: bytes on disk that the piece stands for.
     """
 
     sources: tuple[Source, ...]
-    start: int
-    stop: int | None
-    first_row: int
-    rows: int
     size: int
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 0
+    rows: int = 0
 
 
 def cut(sources: Sequence[Source], piece_bytes: int, columns: Sequence[str]) -> list[Piece]:
@@ -52,45 +52,36 @@ def cut(sources: Sequence[Source], piece_bytes: int, columns: Sequence[str]) -> 
     """
     pieces: list[Piece] = []
     texts: list[Source] = []
+    size = 0
     for source in sources:
-        if texts and (source.format != "text" or _size(texts) + source.size > piece_bytes):
-            pieces.append(_whole(texts))
-            texts = []
+        if texts and (source.format != "text" or size + source.size > piece_bytes):
+            pieces.append(Piece(tuple(texts), size))
+            texts, size = [], 0
         if source.format == "text":
             texts.append(source)
+            size += source.size
         elif source.format == "parquet":
             pieces += _cut_parquet(source, piece_bytes, columns)
         elif source.compression:
-            pieces.append(_whole([source]))
+            pieces.append(Piece((source,), source.size))
         else:
-            pieces += _cut_lines(source, piece_bytes)
-    return [*pieces, _whole(texts)] if texts else pieces
+            for start in range(0, source.size, piece_bytes):
+                stop = min(start + piece_bytes, source.size)
+                pieces.append(Piece((source,), stop - start, start, stop))
+    return [*pieces, Piece(tuple(texts), size)] if texts else pieces
 
 
 def default_piece_bytes(sources: Sequence[Source]) -> int:
     """A 256th of all, but 1 to 64 MiB: small enough to spread and to lose, large enough not to be many."""
-    return min(_LARGEST, max(_SMALLEST, _size(sources) // _WANTED))
-
-
-def _size(sources: Sequence[Source]) -> int:
-    return sum(source.size for source in sources)
-
-
-def _whole(sources: Sequence[Source]) -> Piece:
-    return Piece(tuple(sources), 0, None, 0, 0, _size(sources))
-
-
-def _cut_lines(source: Source, piece_bytes: int) -> Iterator[Piece]:
-    for start in range(0, source.size, piece_bytes):
-        stop = min(start + piece_bytes, source.size)
-        yield Piece((source,), start, stop, 0, 0, stop - start)
+    total = sum(source.size for source in sources)
+    return min(_LARGEST, max(_SMALLEST, total // _WANTED))
 
 
 def _cut_parquet(source: Source, piece_bytes: int, columns: Sequence[str]) -> Iterator[Piece]:
     groups = parquet.row_groups(source, columns)
     start = first_row = rows = size = 0
-    for number, group in enumerate(groups):
-        rows, size = rows + group.rows, size + group.size
-        if size >= piece_bytes or number + 1 == len(groups):
-            yield Piece((source,), start, number + 1, first_row, rows, size)
-            start, first_row, rows, size = number + 1, first_row + rows, 0, 0
+    for number, (rows_of_group, size_of_group) in enumerate(groups, start=1):
+        rows, size = rows + rows_of_group, size + size_of_group
+        if size >= piece_bytes or number == len(groups):
+            yield Piece((source,), size, start, number, first_row, rows)
+            start, first_row, rows, size = number, first_row + rows, 0, 0

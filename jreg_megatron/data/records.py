@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from jreg_megatron.data.parquet import read_rows
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.sources import open_source
 
 Text = str | list[str]
-"""A document; a list stands for its sentences, as in Megatron's tool."""
+"""A document; a list holds its sentences, as in Megatron's tool."""
 
 KINDS = ("not UTF-8", "not JSON", "not an object", "no such key", "not text", "lone surrogate", "too large")
 """The ways in which a record is refused."""
 
-_BOM = b"\xef\xbb\xbf"
+_MARK = "\ufeff"  # of the order of bytes
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record of a file.
+    """A good record.
 
     Attributes:
-        file: number of the file among the piece's sources.
-        line: line or row, from 1; counted from the start of the piece where the piece starts inside a file.
-        texts: a text per key, or None if it is refused.
-        kind: one of :data:`KINDS` if it is refused.
-        reason: what is wrong with it, in words.
+        file: path of its file.
+        line: its line or row, from 1; counted from the start of the piece if the piece starts inside a file.
+        texts: a text per key, each of which UTF-8 can hold.
     """
 
-    file: int
+    file: str
     line: int
-    texts: tuple[Text, ...] | None
-    kind: str = ""
-    reason: str = ""
+    texts: list[Text]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A refused record: its file and line as in :class:`Record`, one of :data:`KINDS`, and why, in words."""
+
+    file: str
+    line: int
+    kind: str
+    reason: str
+
+
+class _Refused(Exception):
+    def __init__(self, kind: str, reason: str, line: int = 1) -> None:
+        self.kind, self.reason, self.line = kind, reason, line
 
 
 class Reader:
@@ -49,23 +60,32 @@ class Reader:
 
     def __init__(self, piece: Piece, keys: Sequence[str], max_record_bytes: int) -> None:
         """Read ``keys`` of each record; records of more than ``max_record_bytes`` bytes are refused."""
-        self.bytes_read = 0
-        self.lines = 0
-        self._piece, self._keys, self._limit = piece, tuple(keys), max_record_bytes
-        self._too_large = f"over the {max_record_bytes:,} bytes of --max-record-bytes"
+        self.bytes_read = self.lines = 0
+        self._piece, self._keys, self._limit = piece, keys, max_record_bytes
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Refusal]:
         """Each record in order.
 
         Raises:
             UserError: naming the file, if it cannot be read on.
         """
-        kind = self._piece.sources[0].format
-        if kind == "parquet":
-            return self._rows()
-        return self._json_lines() if kind == "jsonl" else self._files()
+        kinds: dict[str, tuple[Callable[[], Iterator[Any]], Callable[[Any], list[Text]]]] = {
+            "jsonl": (self._lines, self._texts_of_line),
+            "parquet": (self._rows, self._texts_of_row),
+            "text": (self._files, self._texts_of_file),
+        }
+        first = self._piece.sources[0]
+        is_text = first.format == "text"  # then each file is a record, and a piece may hold several
+        read, texts_of = kinds[first.format]
+        for content in read():
+            file = self._piece.sources[self.lines - 1].path if is_text else first.path
+            try:
+                yield Record(file, self.lines, texts_of(content))
+            except _Refused as bad:
+                yield Refusal(file, bad.line if is_text else self.lines, bad.kind, bad.reason)
 
-    def _json_lines(self) -> Iterator[Record]:
+    def _lines(self) -> Iterator[bytes]:
+        """Lines that are not empty, without their ends; of one that is too large, the beginning."""
         piece = self._piece
         with open_source(piece.sources[0]) as (stream, raw):
             position = piece.start
@@ -76,88 +96,77 @@ class Reader:
                 line = stream.readline(self._limit + 1)
                 if not line:
                     break
-                length = len(line)
-                too_large = length > self._limit and not line.endswith(b"\n")
-                if too_large:
-                    length += _skip_line(stream)
-                position += length
+                position += len(line)
+                line = line.removesuffix(b"\n")
+                is_too_large = len(line) > self._limit
+                if is_too_large:
+                    position += _skip_line(stream)
                 self.lines += 1
-                self.bytes_read = min(
-                    raw.tell() if piece.stop is None else position - piece.start, piece.size
-                )
-                if too_large:
-                    yield Record(0, self.lines, None, "too large", self._too_large)
-                    continue
-                if position == length and line.startswith(_BOM):
-                    line = line[3:]
-                if line.isspace():
-                    continue
-                yield self._json_record(line)
+                read = raw.tell() if piece.stop is None else position - piece.start
+                self.bytes_read = min(read, piece.size)
+                if is_too_large or line.strip():
+                    yield line
 
-    def _json_record(self, line: bytes) -> Record:
+    def _texts_of_line(self, line: bytes) -> list[Text]:
+        text = self._decoded(line)
         try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            return self._refused("not UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
+            is_first = self.lines == 1 and not self._piece.start
+            record = json.loads(text.removeprefix(_MARK) if is_first else text)
         except ValueError as error:
-            return self._refused("not JSON", " ".join(str(error).split()))
-        except RecursionError:
-            return self._refused("not JSON", "nested too deeply")
+            raise _Refused("not JSON", " ".join(str(error).split())) from error
+        except RecursionError as error:
+            raise _Refused("not JSON", "nested too deeply") from error
         if not isinstance(record, dict):
-            return self._refused("not an object", f"the line holds a {_json_type(record)}")
-        texts = []
+            raise _Refused("not an object", f"the line holds a {_json_type(record)}")
         for key in self._keys:
             if key not in record:
-                return self._refused("no such key", f"the object has no {key!r}")
-            text = record[key]
-            if not isinstance(text, str) and not (
-                isinstance(text, list) and all(isinstance(sentence, str) for sentence in text)
-            ):
-                return self._refused("not text", f"{key!r} is a {_json_type(text)}")
-            texts.append(text)
-        return Record(0, self.lines, tuple(texts))
+                raise _Refused("no such key", f"the object has no {key!r}")
+            sentences = record[key] if isinstance(record[key], list) else [record[key]]
+            if not all(isinstance(sentence, str) for sentence in sentences):
+                raise _Refused("not text", f"{key!r} is a {_json_type(record[key])}")
+            try:
+                "".join(sentences).encode()
+            except UnicodeEncodeError as error:
+                where = f"{error.object[error.start]!a} at character {error.start + 1}"
+                raise _Refused("lone surrogate", where) from error
+        return [record[key] for key in self._keys]
 
-    def _rows(self) -> Iterator[Record]:
+    def _rows(self) -> Iterator[tuple[bytes | None, ...]]:
         piece = self._piece
         assert piece.stop is not None
-        self.lines = piece.first_row
         for values in read_rows(piece.sources[0], range(piece.start, piece.stop), self._keys):
             self.lines += 1
-            self.bytes_read = piece.size * (self.lines - piece.first_row) // piece.rows
-            texts = []
-            for key, value in zip(self._keys, values, strict=True):
-                if value is None:
-                    yield self._refused("not text", f"{key!r} is a null")
-                    break
-                if len(value) > self._limit:
-                    yield self._refused("too large", self._too_large)
-                    break
-                try:
-                    texts.append(value.decode())
-                except UnicodeDecodeError as error:
-                    yield self._refused("not UTF-8", f"byte {error.start + 1} of {key!r}: {error.reason}")
-                    break
-            else:
-                yield Record(0, self.lines, tuple(texts))
+            self.bytes_read = piece.size * self.lines // piece.rows
+            yield values
 
-    def _files(self) -> Iterator[Record]:
-        for number, source in enumerate(self._piece.sources):
+    def _texts_of_row(self, values: tuple[bytes | None, ...]) -> list[Text]:
+        texts: list[Text] = []
+        for key, value in zip(self._keys, values, strict=True):
+            if value is None:
+                raise _Refused("not text", f"{key!r} is a null")
+            texts.append(self._decoded(value, f"a line in {key!r}"))
+        return texts
+
+    def _files(self) -> Iterator[bytes]:
+        for source in self._piece.sources:
             with open_source(source) as (stream, _):
                 content = stream.read(self._limit + 1)
             self.lines += 1
             self.bytes_read += source.size
-            if len(content) > self._limit:
-                yield Record(number, 1, None, "too large", self._too_large)
-                continue
-            try:
-                yield Record(number, 1, (content.removeprefix(_BOM).decode(),) * len(self._keys))
-            except UnicodeDecodeError as error:
-                line = content.count(b"\n", 0, error.start) + 1
-                column = error.start - content.rfind(b"\n", 0, error.start)
-                yield Record(number, line, None, "not UTF-8", f"byte {column} of the line: {error.reason}")
+            yield content
 
-    def _refused(self, kind: str, reason: str) -> Record:
-        return Record(0, self.lines, None, kind, reason)
+    def _texts_of_file(self, content: bytes) -> list[Text]:
+        return [self._decoded(content).removeprefix(_MARK)] * len(self._keys)
+
+    def _decoded(self, content: bytes, place: str = "the line") -> str:
+        if len(content) > self._limit:
+            raise _Refused("too large", f"over the {self._limit:,} bytes of --max-record-bytes")
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            *lines, before = content[: error.start].split(b"\n")
+            reason = f"byte {len(before) + 1} of {place}: {error.reason}"
+            raise _Refused("not UTF-8", reason, len(lines) + 1) from error
 
 
 def _skip_line(stream: IO[bytes]) -> int:
@@ -171,14 +180,7 @@ def _skip_line(stream: IO[bytes]) -> int:
 
 
 def _json_type(value: object) -> str:
-    names = {
-        bool: "boolean",
-        int: "number",
-        float: "number",
-        type(None): "null",
-        list: "list",
-        dict: "object",
-    }
     if isinstance(value, list):
         return "list that holds more than strings"
+    names = {bool: "boolean", int: "number", float: "number", type(None): "null", dict: "object"}
     return names.get(type(value), "string")

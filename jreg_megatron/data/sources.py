@@ -11,15 +11,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from jreg_megatron.data.extra import need
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import need
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
 """What a file may be, and the endings by which it is known; ``.gz`` and ``.zst`` may follow those of text."""
 
+_KNOWN = " ".join(chain(*FORMATS.values())) + " (and .gz, .zst behind them)"
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _ENDS = 1 << 20
 _BUFFER = 1 << 20
@@ -49,6 +51,60 @@ class Source:
     def is_local(self) -> bool:
         """Whether it is on this machine."""
         return "://" not in self.path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Inputs to look for.
+
+    Attributes:
+        inputs: files, folders and patterns.
+        kind: their format, or None to go by the endings.
+        hub: a dataset's name instead, or a folder that is laid out like one.
+        subset: its configuration, or None if it has only one.
+        split: its split.
+    """
+
+    inputs: tuple[str, ...] = ()
+    kind: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+    def find(self) -> list[Source]:
+        """The files, in order.
+
+        Raises:
+            UserError: if there are none, or they are not of a kind that is read here.
+        """
+        if self.hub is None:
+            return find_sources(self.inputs, self.kind)
+        if self.inputs:
+            raise UserError(f"--hub {self.hub} and {self.inputs[0]} exclude each other; give one of them")
+        return [_hub_source(url) for url in self._urls(self.hub)]
+
+    def _urls(self, name: str) -> list[str]:
+        """The files of the split as the hub's own library finds them; it runs no code of the dataset.
+
+        They are read where they are, range by range, so nothing has to fit the disk but the tokens.
+        """
+        datasets = need("datasets", "--hub", "data")
+        datasets.logging.set_verbosity_error()
+        log = need("huggingface_hub.utils.logging", "--hub", "data")
+        log.set_verbosity_error()  # it tells of every attempt
+        where = f"--hub {name}" + (f" --subset {self.subset}" if self.subset else "")
+        try:
+            builder = datasets.load_dataset_builder(name, self.subset)
+            files = builder.config.data_files
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            said = (" ".join(str(error).split()) or type(error).__name__)[:300]
+            raise UserError(
+                f"{where} cannot be found ({said}); correct the name or the network access"
+            ) from error
+        if not files or self.split not in files:
+            known = f"only {', '.join(map(str, files))}" if files else "none"
+            raise UserError(f"{where} has no split {self.split}, {known}; name one with --hub-split")
+        return [os.fspath(file) for file in files[self.split]]
 
 
 def find_sources(inputs: Iterable[str], kind: str | None = None) -> list[Source]:
@@ -87,40 +143,46 @@ def local_source(path: str, kind: str | None = None) -> Source:
     Raises:
         UserError: if it cannot be read, or its ending is not known and ``kind`` is None.
     """
-    kind, compression = kind_of(path, kind)
-    with readable(path), open(path, "rb") as stream:
+    kind, compression = _kind_of(path, kind)
+    with _readable(path), open(path, "rb") as stream:
         status = os.fstat(stream.fileno())
         ends = _digest_of_ends(stream, status.st_size)
     return Source(os.path.abspath(path), kind, compression, status.st_size, status.st_mtime_ns, ends)
 
 
-def hub_source(url: str) -> Source:
+def _hub_source(url: str) -> Source:
     """The file of a dataset on the Hugging Face hub, or of one that lies in a local folder."""
     if "://" not in url:
         return local_source(url)
-    fsspec = need("fsspec", "--hub")
-    kind, compression = kind_of(url, None)
-    with readable(url):
+    fsspec = need("fsspec", "--hub", "data")
+    kind, compression = _kind_of(url, None)
+    with _readable(url):
         return Source(url, kind, compression, fsspec.url_to_fs(url)[0].size(url), 0, "")
 
 
-def kind_of(path: str, kind: str | None) -> tuple[str, str]:
-    """Format and compression of a file, by its ending.
+def _kind_of(path: str, kind: str | None) -> tuple[str, str]:
+    """Format and compression of a file; the format is ``kind`` or by its ending.
 
     Raises:
-        UserError: if the ending is not known and ``kind`` is None, or the kind cannot be compressed so.
+        UserError: if neither tells the format, or the format cannot be compressed so.
     """
-    endings = [ending.lower() for ending in PurePosixPath(path).suffixes]
-    compression = _COMPRESSIONS.get(endings.pop(), "") if endings and endings[-1] in _COMPRESSIONS else ""
+    by_ending, compression = _by_ending(path)
+    kind = kind or by_ending
     if kind is None:
-        kind = next((name for name, known in FORMATS.items() if endings and endings[-1] in known), None)
-    if kind is None:
-        raise UserError(f"{path} has none of the endings {_known()}; tell what it is with --format")
+        raise UserError(f"{path} has none of the endings {_KNOWN}; name the format with --format")
     if kind == "parquet" and compression:
         raise UserError(
             f"{path} is Parquet inside .{compression}; unpack it first, Parquet is compressed itself"
         )
     return kind, compression
+
+
+def _by_ending(path: str) -> tuple[str | None, str]:
+    """Format, if the ending tells it, and compression of a file."""
+    endings = PurePosixPath(path.lower()).suffixes
+    compression = _COMPRESSIONS.get(endings[-1], "") if endings else ""
+    ending = "".join(endings[-2:-1] if compression else endings[-1:])
+    return next((kind for kind, known in FORMATS.items() if ending in known), None), compression
 
 
 def refuse_changed(sources: Iterable[Source]) -> None:
@@ -130,7 +192,7 @@ def refuse_changed(sources: Iterable[Source]) -> None:
     for source in sources:
         if source.is_local and local_source(source.path, source.format) != source:
             raise UserError(
-                f"{source.path} changed while it was read; run the command again when it is at rest"
+                f"{source.path} changed while it was read; run the command again when nothing writes to it"
             )
 
 
@@ -142,19 +204,25 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         UserError: naming the file, for what goes wrong inside the block: cut short, not what its ending
             says, or unreadable.
     """
-    with readable(source.path):
-        raw = _open(source)
-        with raw:
-            if source.compression == "gz":
-                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw
-            elif source.compression == "zst":
-                yield io.BufferedReader(_Zstandard(raw), _BUFFER), raw
-            else:
-                yield raw, raw
+    with _readable(source.path), _opened(source) as raw:
+        if source.compression == "gz":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw
+        elif source.compression == "zst":
+            yield io.BufferedReader(_Zstandard(raw), _BUFFER), raw
+        else:
+            yield raw, raw
+
+
+def _opened(source: Source) -> IO[bytes]:
+    if source.is_local:
+        return open(source.path, "rb", buffering=_BUFFER)
+    fsspec = need("fsspec", "--hub", "data")
+    stream: IO[bytes] = fsspec.open(source.path, "rb", block_size=16 * _BUFFER).open()
+    return stream
 
 
 @contextmanager
-def readable(path: str) -> Iterator[None]:
+def _readable(path: str) -> Iterator[None]:
     """Turn what goes wrong in reading ``path`` into one line that names it."""
     try:
         yield
@@ -170,10 +238,10 @@ def readable(path: str) -> Iterator[None]:
 
 def _expand(name: str, kind: str | None) -> list[str]:
     if os.path.isdir(name):
-        found = sorted(path for path in _files_below(name) if kind or _is_known(path))
+        found = sorted(path for path in _files_below(name) if kind or _by_ending(path)[0])
         if not found:
             raise UserError(
-                f"{name} has no file with one of the endings {_known()}; name its files and --format"
+                f"{name} has no file with one of the endings {_KNOWN}; name its files and --format"
             )
         return found
     if os.path.lexists(name):
@@ -195,31 +263,12 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
 
 
-def _is_known(path: str) -> bool:
-    endings = PurePosixPath(path.lower()).suffixes
-    if endings and endings[-1] in _COMPRESSIONS:
-        endings.pop()
-    return bool(endings) and any(endings[-1] in known for known in FORMATS.values())
-
-
-def _known() -> str:
-    return " ".join(ending for known in FORMATS.values() for ending in known) + " (and .gz, .zst behind them)"
-
-
 def _digest_of_ends(stream: IO[bytes], size: int) -> str:
     digest = hashlib.sha256(stream.read(_ENDS))
     if size > _ENDS:
         stream.seek(max(_ENDS, size - _ENDS))
         digest.update(stream.read(_ENDS))
     return digest.hexdigest()
-
-
-def _open(source: Source) -> IO[bytes]:
-    if source.is_local:
-        return open(source.path, "rb", buffering=_BUFFER)
-    fsspec = need("fsspec", "--hub")
-    stream: IO[bytes] = fsspec.open(source.path, "rb", block_size=16 * _BUFFER).open()
-    return stream
 
 
 class _NotZstandard(Exception):
@@ -234,7 +283,7 @@ class _Zstandard(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._ready = raw, memoryview(b"")
-        self._zstandard: Any = need("zstandard", "reading .zst files")
+        self._zstandard: Any = need("zstandard", "reading .zst files", "data")
         self._frame: Any = None
 
     def readable(self) -> bool:
@@ -264,12 +313,3 @@ class _Zstandard(io.RawIOBase):
             packed = b""
             if self._frame.eof:
                 packed, self._frame = self._frame.unused_data, None
-
-
-@contextmanager
-def writable(folder: os.PathLike[str], flag: str) -> Iterator[None]:
-    """Turn what goes wrong in writing to ``folder``, which ``flag`` names, into one line."""
-    try:
-        yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{flag}: {folder} cannot be written to ({error.strerror}); correct it") from error

@@ -6,17 +6,17 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
+from jreg_megatron.data.inspection import documents
+from jreg_megatron.data.pieces import cut
+from jreg_megatron.data.records import Reader, Refusal
+from jreg_megatron.data.sources import Source, find_sources
 from jreg_megatron.data.speeches import is_validation, read_speeches
+from jreg_megatron.data.token_file import read_index
 from jreg_megatron.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from jreg_megatron.data.sources import Source
-
-DEFAULT_KEY = "text"
 
 _MAX_BYTES = 1 << 30
 
@@ -42,7 +42,7 @@ class TextFiles:
     _parts: tuple[str | Source, ...]
 
     @classmethod
-    def find(cls, inputs: Sequence[str], key: str = DEFAULT_KEY) -> TextFiles:
+    def find(cls, inputs: Sequence[str], key: str = "text") -> TextFiles:
         """Look for the files.
 
         Args:
@@ -53,9 +53,6 @@ class TextFiles:
         Raises:
             UserError: for what is missing, unreadable, damaged or of unknown kind.
         """
-        from jreg_megatron.data.index_file import read_index
-        from jreg_megatron.data.sources import find_sources
-
         parts: list[str | Source] = []
         for name in inputs:
             prefix = name[:-4] if name.endswith((".bin", ".idx")) else name
@@ -72,8 +69,6 @@ class TextFiles:
         Raises:
             UserError: naming file and line, for a record that is none.
         """
-        from jreg_megatron.data.inspection import documents
-
         for part in self._parts:
             if isinstance(part, str):
                 for number, ids in enumerate(documents(part), start=1):
@@ -82,13 +77,10 @@ class TextFiles:
                 yield from self._records(part)
 
     def _records(self, source: Source) -> Iterator[Text]:
-        from jreg_megatron.data.pieces import cut
-        from jreg_megatron.data.records import Reader
-
         for piece in cut([source], max(1, source.size), [self.key]):
             for record in Reader(piece, [self.key], _MAX_BYTES):
                 place = source.path if source.format == "text" else f"{source.path} line {record.line}"
-                if record.texts is None:
+                if isinstance(record, Refusal):
                     raise UserError(f"{place}: {record.kind} ({record.reason}); mend it, or leave it out")
                 (text,) = record.texts
                 yield Text(place, text if isinstance(text, str) else " ".join(text))
@@ -146,7 +138,7 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
         help="State of the Union speeches, such as 1862-Lincoln-1",
     )
     group.add_argument(
-        "--key", default=DEFAULT_KEY, help="field of JSON lines, column of Parquet (default: %(default)s)"
+        "--key", default="text", help="field of JSON lines, column of Parquet (default: %(default)s)"
     )
     return group, which
 

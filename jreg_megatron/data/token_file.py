@@ -1,31 +1,179 @@
-"""Megatron's token files, written document by document and put together from parts.
+"""Megatron's token files: read and checked, written document by document, and put together from parts.
 
 The bytes are those of Megatron's ``IndexedDatasetBuilder``, in memory that does not grow with the corpus.
+Megatron's own reader fails by assertion, or past the end of a file that was cut short.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
-from jreg_megatron.data.index_file import HEADER, MAGIC, TYPE_CODES
+from jreg_megatron.runtime.errors import UserError
 
 assert sys.byteorder == "little", "Megatron's files are written in the order of the machine"
 
-ENDINGS = (".bin", ".lengths", ".ends")
-"""Of the files of a part."""
-
+# Megatron's codes for the type of a token, in its .idx format of version 1.
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_TYPE_CODES = {name: code for code, name in _DTYPES.items()}
+_MODE_BYTES = 1  # per sequence, behind all else, in multimodal data
+_AGAIN = "make the data again"
 _CODES = {"uint16": "H", "int32": "i"}
-_FLUSH = 1 << 20
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index says: the NumPy type of a token, and the numbers of tokens, sequences and documents."""
+
+    dtype: str
+    tokens: int
+    sequences: int
+    documents: int
+
+
+def read_index(prefix: str) -> Index:
+    """Read the header and the end of ``prefix.idx`` and hold the size of ``prefix.bin`` against it.
+
+    Raises:
+        UserError: naming the file, if one of the two is missing, foreign, cut short or holds no text.
+    """
+    hint = "correct the prefix (the path without .bin/.idx)"
+    if prefix.endswith((".bin", ".idx")):
+        hint = f"leave {prefix[-4:]} out"
+    name = f"{prefix}.idx"
+    for path in (name, f"{prefix}.bin"):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is not a file; {hint}")
+    try:
+        with open(name, "rb") as stream, open(f"{prefix}.bin", "rb") as tokens:
+            header = stream.read(_HEADER.size)
+            size, bin_size = (os.fstat(file.fileno()).st_size for file in (stream, tokens))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
+    if header[:9] != _MAGIC:
+        raise UserError(f"{name} is not a Megatron index; {_AGAIN}")
+    if len(header) < _HEADER.size:
+        raise UserError(f"{name} is cut short; {_AGAIN}")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{name} has version {version} and token type {code}, which Megatron does not read; {_AGAIN}"
+        )
+    # Per sequence a length (int32) and a position (int64), per document a sequence number (int64).
+    if size < _HEADER.size + 12 * sequences + 8 * documents:
+        raise UserError(f"{name} is cut short; {_AGAIN}")
+    if sequences == 0:
+        raise UserError(f"{name} holds no text; make the data again from a filled file")
+    with open(name, "rb") as stream:
+        stream.seek(_HEADER.size + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        (position,) = struct.unpack("<q", stream.read(8))
+    item = numpy.dtype(_DTYPES[code]).itemsize
+    end = position + length * item
+    if bin_size < end:
+        raise UserError(
+            f"{prefix}.bin is cut short: {bin_size} bytes of the {end} that {name} lists; "
+            "copy or make it again"
+        )
+    return Index(dtype=_DTYPES[code], tokens=end // item, sequences=sequences, documents=documents - 1)
+
+
+class TokenFile:
+    """A ``.bin`` and its ``.idx``, which are mapped and not loaded.
+
+    Attributes:
+        prefix: their path without the endings.
+        index: what the index says.
+        lengths: tokens of every sequence.
+        tokens: all tokens.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Check that sequences follow each other and that documents hold them all.
+
+        Raises:
+            UserError: naming the file, for the first thing that is wrong.
+        """
+        self.prefix, self.index = prefix, read_index(prefix)
+        sequences, documents = self.index.sequences, self.index.documents + 1
+        if documents < 1:
+            raise self._damaged("it has no list of documents")
+        if self.index.dtype.startswith("float"):
+            raise UserError(f"{prefix}.idx holds {self.index.dtype}, not token ids; name token files")
+        self._item = numpy.dtype(self.index.dtype).itemsize
+        listed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
+        if size not in (listed, listed + _MODE_BYTES * sequences):
+            raise UserError(f"{prefix}.idx has {size} bytes, {listed} are in its lists; make the data again")
+        listed, size = self.index.tokens * self._item, os.path.getsize(f"{prefix}.bin")
+        if size != listed:
+            raise UserError(
+                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}: they do not belong "
+                "together; copy or make both again"
+            )
+        self.tokens = numpy.memmap(f"{prefix}.bin", self.index.dtype, "r", shape=(self.index.tokens,))
+        name, place = f"{prefix}.idx", _HEADER.size
+        self.lengths = numpy.memmap(name, "int32", "r", place, (sequences,))
+        self._starts = numpy.memmap(name, "int64", "r", place + 4 * sequences, (sequences,))
+        self._ends = numpy.memmap(name, "int64", "r", place + 12 * sequences, (documents,))
+        self._check_sequences()
+        self._check_documents()
+
+    def document(self, number: int) -> numpy.ndarray:
+        """The tokens of a document."""
+        start, stop = self._bytes_before(self._ends[number : number + 2]) // self._item
+        return self.tokens[start:stop]
+
+    def document_lengths(self) -> Iterator[numpy.ndarray]:
+        """Tokens of the documents, in chunks."""
+        for start in range(0, self.index.documents, _CHUNK):
+            yield numpy.diff(self._bytes_before(self._ends[start : start + _CHUNK + 1])) // self._item
+
+    def _bytes_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
+        """Where sequences start in the ``.bin``; the one behind the last starts at its end."""
+        starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)]
+        return numpy.where(sequences < len(self._starts), starts, self.tokens.nbytes)
+
+    def _check_sequences(self) -> None:
+        if self.lengths.min() < 0:
+            number = int(numpy.argmax(self.lengths < 0))
+            raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
+        if self._starts[0] != 0:
+            raise self._damaged(f"sequence 0 is said to start at byte {self._starts[0]}")
+        for first in range(0, len(self.lengths) - 1, _CHUNK):
+            following = self._starts[first + 1 : first + 1 + _CHUNK]
+            chunk = slice(first, first + len(following))
+            ends = self._starts[chunk] + self.lengths[chunk].astype("int64") * self._item
+            wrong = ends != following
+            if wrong.any():
+                place = int(numpy.argmax(wrong))
+                raise self._damaged(
+                    f"sequence {first + place + 1} is said to start at byte {following[place]}, but the one "
+                    f"before ends at {ends[place]}"
+                )
+
+    def _check_documents(self) -> None:
+        ends, sequences = self._ends, len(self.lengths)
+        if ends[0] != 0 or ends[-1] != sequences:
+            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {sequences}")
+        is_falling = ends[1:] < ends[:-1]
+        if is_falling.any():
+            raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.prefix}.idx is damaged: {what}; make the data again")
 
 
 def token_type(vocab_size: int) -> str:
@@ -49,16 +197,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a token file holds, and the CRC-32 of its files by their endings."""
+    """What a part of a token file holds, and by their endings the size and the CRC-32 of its files."""
 
     counts: Counts
-    sums: dict[str, int]
+    files: dict[str, tuple[int, int]]
 
-    def sizes(self, dtype: str) -> dict[str, int]:
-        """Bytes of its files by their endings."""
-        counts = self.counts
-        item = numpy.dtype(dtype).itemsize
-        return {".bin": counts.tokens * item, ".lengths": counts.sequences * 4, ".ends": counts.documents * 8}
+    @property
+    def size(self) -> int:
+        """Bytes of its tokens."""
+        return self.files[".bin"][0]
 
 
 class PartWriter:
@@ -66,16 +213,17 @@ class PartWriter:
 
     ``.lengths`` has the tokens of every sequence (int32), ``.ends`` the number of sequences up to the end
     of every document (int64).
+
+    Attributes:
+        counts: what was added.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
         """Start a part of tokens of ``dtype``, ``uint16`` or ``int32``."""
-        self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in ENDINGS}  # noqa: SIM115
-        self._sums = dict.fromkeys(ENDINGS, 0)
-        self._tokens = array(_CODES[dtype])
-        self._lengths, self._ends = array("i"), array("q")
+        self.counts = Counts()
         self._code = _CODES[dtype]
-        self._counts = [0, 0, 0]
+        endings = (".bin", ".lengths", ".ends")
+        self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in endings}  # noqa: SIM115
 
     def add(self, ids: list[int], lengths: Sequence[int]) -> None:
         """Add a document of sequences of these lengths; one without tokens has no sequence.
@@ -83,119 +231,61 @@ class PartWriter:
         Raises:
             OverflowError: for an id that the type cannot hold.
         """
-        counts = self._counts
-        counts[0] += 1
-        counts[1] += len(lengths)
-        counts[2] += len(ids)
-        self._tokens += array(self._code, ids)
-        self._lengths.extend(lengths)
-        self._ends.append(counts[1])
-        if len(self._tokens) >= _FLUSH:
-            self._flush()
-
-    @property
-    def counts(self) -> Counts:
-        """What was added."""
-        return Counts(*self._counts)
+        tokens = array(self._code, ids)
+        self.counts += Counts(1, len(lengths), len(ids))
+        self._files[".bin"].write(tokens)
+        self._files[".lengths"].write(array("i", lengths))
+        self._files[".ends"].write(array("q", [self.counts.sequences]))
 
     def close(self) -> Part:
         """Finish the files. They need not be on the disk yet: the sums tell whether they came there."""
-        self._flush()
-        for file in self._files.values():
+        files = {}
+        for ending, file in self._files.items():
             file.close()
-        return Part(self.counts, self._sums)
-
-    def _flush(self) -> None:
-        for ending, values in zip(ENDINGS, (self._tokens, self._lengths, self._ends), strict=True):
-            self._files[ending].write(values)
-            self._sums[ending] = zlib.crc32(values, self._sums[ending])
-            del values[:]
+            size = os.path.getsize(file.name)
+            files[ending] = (size, crc_of(Path(file.name), 0, size) or 0)
+        return Part(self.counts, files)
 
 
-class Appender:
-    """Puts parts one behind the other into a ``.bin`` and takes the sum of its bytes."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, or make it if it is not there; what it holds is to be accepted part by part."""
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._digest = hashlib.sha256()
-
-    def accept(self, size: int, crc: int) -> bool:
-        """Go on behind the next ``size`` bytes, if they are there and have that CRC-32."""
-        start, digest, found = self._file.tell(), self._digest.copy(), 0
-        while size and (chunk := self._file.read(min(size, _CHUNK))):
-            digest.update(chunk)
-            found = zlib.crc32(chunk, found)
-            size -= len(chunk)
-        if size or found != crc:
-            self._file.seek(start)
-            return False
-        self._digest = digest
-        return True
-
-    def append(self, part: Path) -> None:
-        """Append a file behind what was accepted or appended; what stood there is gone."""
-        self._file.truncate()
-        with part.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                self._digest.update(chunk)
-                self._file.write(chunk)
-        self._file.flush()
-
-    def close(self) -> str:
-        """Bring the file to the disk and close it; its SHA-256."""
-        self._file.truncate()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
+def crc_of(path: Path, start: int, size: int) -> int | None:
+    """CRC-32 of ``size`` bytes of a file behind the first ``start``; None if it does not hold as many."""
+    if not path.is_file() or path.stat().st_size < start + size:
+        return None
+    return zlib.crc32(numpy.memmap(path, "uint8", "r", start, (size,))) if size else 0
 
 
-def crc_of(path: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_index(path: Path, parts: Iterable[Path], counts: Counts, dtype: str) -> str:
-    """Write the ``.idx`` of all parts together; its SHA-256.
+def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
+    """Write the ``.idx`` of parts that stand one behind the other.
 
     Args:
         path: the file to write.
-        parts: paths of the parts in order, as given to :class:`PartWriter`.
-        counts: what all parts hold.
+        parts: what each holds, in order, by its path as given to :class:`PartWriter`.
         dtype: type of a token.
     """
-    parts = list(parts)
-    digest = hashlib.sha256()
+    total = sum(parts.values(), Counts())
     item = numpy.dtype(dtype).itemsize
     with path.open("wb") as stream:
-
-        def write(data: bytes) -> None:
-            digest.update(data)
-            stream.write(data)
-
-        write(HEADER.pack(MAGIC, 1, TYPE_CODES[dtype], counts.sequences, counts.documents + 1))
-        for part in parts:
-            write(Path(f"{part}.lengths").read_bytes())
-        position = 0
-        for part in parts:
-            ends = position + numpy.cumsum(_read(part, "lengths", "int32"), dtype=numpy.int64) * item
-            if ends.size:
-                write(numpy.concatenate([[position], ends[:-1]]).astype("int64").tobytes())
-                position = int(ends[-1])
-        write(numpy.int64(0).tobytes())
-        sequences = 0
-        for part in parts:
-            documents = _read(part, "ends", "int64") + sequences
-            write(documents.tobytes())
-            sequences = int(documents[-1]) if documents.size else sequences
+        stream.write(_HEADER.pack(_MAGIC, 1, _TYPE_CODES[dtype], total.sequences, total.documents + 1))
+        for part, counts in parts.items():
+            stream.write(numpy.fromfile(f"{part}.lengths", "int32", counts.sequences))
+        before = Counts()
+        for part, counts in parts.items():
+            lengths = numpy.fromfile(f"{part}.lengths", "int32", counts.sequences).astype("int64")
+            stream.write((before.tokens + numpy.cumsum(lengths) - lengths) * item)
+            before += counts
+        stream.write(bytes(8))  # the first document starts at sequence 0
+        before = Counts()
+        for part, counts in parts.items():
+            stream.write(before.sequences + numpy.fromfile(f"{part}.ends", "int64", counts.documents))
+            before += counts
         stream.flush()
         os.fsync(stream.fileno())
-    return digest.hexdigest()
 
 
 def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) -> Counts:
@@ -203,12 +293,8 @@ def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) ->
     writer = PartWriter(prefix, dtype)
     for ids in documents:
         writer.add(ids, [len(ids)])
-    counts = writer.close().counts
-    write_index(Path(f"{prefix}.idx"), [prefix], counts, dtype)
+    writer.close()
+    write_index(Path(f"{prefix}.idx"), {prefix: writer.counts}, dtype)
     for ending in (".lengths", ".ends"):
         Path(f"{prefix}{ending}").unlink()
-    return counts
-
-
-def _read(part: Path, ending: str, dtype: str) -> numpy.ndarray:
-    return numpy.fromfile(f"{part}.{ending}", dtype=dtype)
+    return writer.counts

@@ -10,7 +10,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,16 @@ class TokenizerSettings:
 
     def megatron_arguments(self) -> Namespace:
         """The namespace that Megatron builds a tokenizer from. No code of the hub is executed."""
-        values = asdict(self) | {
-            "special_tokens": list(self.special_tokens) or None,
-            "trust_remote_code": False,
-        }
+        values = asdict(self) | {"special_tokens": list(self.special_tokens) or None}
         # In Megatron's preprocessing tool these have the same values.
         padding = {"rank": 1, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
-        unused = dict.fromkeys(("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size"))
+        unused = ("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size")
         return Namespace(
             **values,
             **padding,
-            **unused,
+            **dict.fromkeys((*unused, "padded_vocab_size")),
+            trust_remote_code=False,
             pad_vocab_size=True,
-            padded_vocab_size=None,
             vocab_extra_ids=0,
             tokenizer_sentencepiece_ignore_extra_whitespaces=True,
         )
@@ -125,20 +122,19 @@ def identify(settings: TokenizerSettings) -> dict[str, Any]:
     if settings.is_sentencepiece:
         _check_sentencepiece(settings.tokenizer_model)
         return identity | {
-            "sha256": sha256_of([Path(settings.tokenizer_model)]),
+            "sha256": _sum_of([Path(settings.tokenizer_model)]),
             "library": f"sentencepiece {version('sentencepiece')}",
         }
     folder = Path(settings.tokenizer_model)
-    files = sorted(path for pattern in _HUGGING_FACE_FILES for path in folder.glob(pattern) if path.is_file())
     if folder.exists() and not (folder / "tokenizer_config.json").is_file():
         raise UserError(
             f"--tokenizer-model is {folder}, which has no tokenizer_config.json; "
             "name the folder that a Hugging Face tokenizer was saved to"
         )
-    digest = sha256_of(files) if files else _sum_of_vocabulary(load_hugging_face(settings))
+    files = sorted(path for pattern in _HUGGING_FACE_FILES for path in folder.glob(pattern) if path.is_file())
     return identity | {
-        "sha256": digest,
-        "library": f"transformers {version('transformers')}, tokenizers {_version('tokenizers')}",
+        "sha256": _sum_of(files) if files else _sum_of_vocabulary(settings),
+        "library": f"transformers {version('transformers')}, tokenizers {version('tokenizers')}",
     }
 
 
@@ -156,7 +152,7 @@ def build(settings: TokenizerSettings) -> Tokenizer:
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
         except ModuleNotFoundError as error:
             raise UserError(
-                f"Megatron-Core {_version('megatron-core')} has no tokenizers of its own; "
+                f"Megatron-Core {version('megatron-core')} has no tokenizers of its own; "
                 "install 0.17 or later"
             ) from error
     if not settings.is_sentencepiece:
@@ -194,21 +190,7 @@ def told_vocab_size(arguments: Mapping[str, Any]) -> int | None:
     return int(size) + adds_end
 
 
-def load_hugging_face(settings: TokenizerSettings) -> Any:
-    """The Hugging Face tokenizer itself.
-
-    Raises:
-        UserError: if it is neither a folder nor to be had from the hub.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(settings.tokenizer_model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _not_loadable(settings, error) from error
-
-
-def sha256_of(files: list[Path]) -> str:
+def _sum_of(files: list[Path]) -> str:
     """SHA-256 of the contents, one behind the other."""
     digest = hashlib.sha256()
     for file in files:
@@ -241,14 +223,14 @@ def _not_loadable(settings: TokenizerSettings, error: Exception) -> UserError:
     )
 
 
-def _sum_of_vocabulary(tokenizer: Any) -> str:
+def _sum_of_vocabulary(settings: TokenizerSettings) -> str:
+    """SHA-256 of a tokenizer of the hub, which has no files here."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_loadable(settings, error) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "?"

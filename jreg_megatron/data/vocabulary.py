@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data import pieces, sources
-from jreg_megatron.data.encode import full_disk_refused, write_atomically
-from jreg_megatron.data.hub import Corpus
-from jreg_megatron.data.pieces import Piece
-from jreg_megatron.data.records import Reader
+from jreg_megatron.data.records import Reader, Record
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import write_json
 
 TRAINER: dict[str, Any] = {
     "model_type": "bpe",
@@ -47,16 +46,14 @@ class Options:
         output: the model file to write.
         sample_bytes: about this much text is taken, from up to 256 places that lie evenly in the corpus.
         max_record_bytes: larger records are left out, as are bad ones.
-        quiet: no words.
     """
 
     corpus: Corpus
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     vocab_size: int
     output: Path
     sample_bytes: int
     max_record_bytes: int
-    quiet: bool = False
 
 
 def make(options: Options) -> bool:
@@ -87,13 +84,18 @@ def make(options: Options) -> bool:
     if _is_made(options.output, manifest, asked):
         return False
     model = train(sample_lines(found, options), options.vocab_size)
-    with sources.writable(options.output.parent, "--output"), full_disk_refused(options.output.parent):
+    try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         manifest.unlink(missing_ok=True)
         temporary = options.output.with_name(f"{options.output.name}-{os.getpid()}")
         temporary.write_bytes(model)
-        os.replace(temporary, options.output)
-        write_atomically(manifest, asked | {"sha256": hashlib.sha256(model).hexdigest()}, sync=True)
+        temporary.replace(options.output)
+    except OSError as error:
+        raise UserError(
+            f"--output is {options.output}, which cannot be written ({error.strerror}); correct it or "
+            "make room on the disk"
+        ) from error
+    write_json(str(manifest), asked | {"sha256": hashlib.sha256(model).hexdigest()})
     return True
 
 
@@ -128,21 +130,16 @@ def sample_lines(found: Sequence[sources.Source], options: Options) -> Iterator[
     """Lines from places that lie evenly in the corpus, about ``sample_bytes`` of text in all."""
     work = pieces.cut(found, pieces.default_piece_bytes(found), options.keys)
     count = min(len(work), _PLACES)
-    chosen = [work[place * len(work) // count] for place in range(count)]
-    for piece in chosen:
-        yield from _lines_from(piece, options, options.sample_bytes // count)
-
-
-def _lines_from(piece: Piece, options: Options, quota: int) -> Iterator[str]:
-    for record in Reader(piece, options.keys, options.max_record_bytes):
-        for text in record.texts or ():
-            for sentence in [text] if isinstance(text, str) else text:
-                content = sentence.encode(errors="replace")
-                quota -= len(content)
-                # SentencePiece takes no text with a zero in it.
-                yield from lines_of(content.decode().replace("\0", " "))
-        if quota <= 0:
-            return
+    for place in range(count):
+        quota = options.sample_bytes // count
+        for record in Reader(work[place * len(work) // count], options.keys, options.max_record_bytes):
+            for text in record.texts if isinstance(record, Record) else ():
+                for sentence in [text] if isinstance(text, str) else text:
+                    quota -= len(sentence.encode())
+                    # SentencePiece takes no text with a zero in it.
+                    yield from lines_of(sentence.replace("\0", " "))
+            if quota <= 0:
+                break
 
 
 def _is_made(model: Path, manifest: Path, asked: dict[str, Any]) -> bool:

@@ -9,11 +9,10 @@ from itertools import batched
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.runtime.errors import UserError
-
-_PADDING = 0
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,8 @@ def windows(
 def batches(sequences: Iterable[Window], size: int) -> Iterator[Batch]:
     """Put up to ``size`` sequences side by side."""
     for some in batched(sequences, size):
-        lengths = [len(window.ids) for window in some]
-        tokens = torch.full((len(some), max(lengths)), _PADDING)
-        for row, window in zip(tokens, some, strict=True):
-            row[: len(window.ids)] = torch.from_numpy(window.ids)
-        yield Batch(some, tokens, torch.tensor(lengths))
+        ids = [torch.from_numpy(window.ids) for window in some]
+        yield Batch(some, pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]))
 
 
 def _ids(text: Text, encode: Callable[[str], list[int]] | None) -> numpy.ndarray:

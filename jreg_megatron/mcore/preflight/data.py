@@ -7,7 +7,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 
-from jreg_megatron.data.index_file import Index, read_index
+from jreg_megatron.data.token_file import Index, read_index
 from jreg_megatron.mcore.preflight.asked import flag_of, given, is_number, one_line, read_text
 from jreg_megatron.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ import math
 import os
 from argparse import Namespace
 
-from jreg_megatron.data.index_file import Index
+from jreg_megatron.data.token_file import Index
 from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
 from jreg_megatron.mcore.preflight.asked import flag_of, tensor_parallel
 from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of
