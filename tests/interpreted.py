@@ -6,6 +6,7 @@ tests import must not see it: other tests compile these kernels.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from jreg_megatron.methods.jreg.kernels.handed import Gradients
 
 GUARD = 64
 """Elements on either side of what a kernel writes to."""
@@ -39,10 +42,8 @@ class InterpretedKernels:
         psi: Tensor = in_interpreter(_call, self.tile, "displacement", given, {})
         return psi
 
-    def gradients(self, *given: Any, **named: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        found: tuple[Tensor | None, Tensor, Tensor] = in_interpreter(
-            _call, self.tile, "gradients", given, named
-        )
+    def gradients(self, *given: Any, **named: Any) -> Gradients:
+        found: Gradients = in_interpreter(_call, self.tile, "gradients", given, named)
         return found
 
 
@@ -53,7 +54,7 @@ def in_interpreter(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def call_guarded(
-    tile: tuple[int, int] | None, method: str, given: tuple[Any, ...]
+    tile: tuple[int, int] | None, method: str, given: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[list[bool], list[bool]]:
     """Call a method whose results lie between guards, all filled with NaN before.
 
@@ -63,14 +64,14 @@ def call_guarded(
     allocated: list[tuple[Tensor, Tensor]] = []
     empty = torch.empty
 
-    def guarded_empty(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        whole = empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device).fill_(torch.nan)
+    def guarded_empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        whole = empty(math.prod(shape) + 2 * GUARD, dtype=dtype, device=device).fill_(torch.nan)
         inner = whole[GUARD:-GUARD].view(shape)
         allocated.append((whole, inner))
         return inner
 
     with mock.patch.object(torch, "empty", guarded_empty):
-        _call(tile, method, given, {})
+        _call(tile, method, given, named)
     return (
         [bool(torch.cat([whole[:GUARD], whole[-GUARD:]]).isnan().all()) for whole, _ in allocated],
         [not bool(inner.isnan().any()) for _, inner in allocated],

@@ -32,6 +32,7 @@ LINE = (
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
 KERNELS = ("tests/test_kernels.py",)
+PENALTY = ("tests/test_penalty.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 STRUCTURE = ("tests/test_structure.py",)
 DROWNED = tuple(
@@ -234,8 +235,8 @@ FAULTS = [
                 "        ctx.kept = h_out.clone()\n        return ctx.kept  #",
             ),
             (
-                "        grad_in, grad_total, psi = strength",
-                "        h_out = ctx.kept\n        grad_in, grad_total, psi = strength",
+                "        grad_in, grad_total, psi, handed = strength",
+                "        h_out = ctx.kept\n        grad_in, grad_total, psi, handed = strength",
             ),
         ),
     ),
@@ -274,10 +275,51 @@ FAULTS = [
         "methods/jreg/penalty.py",
         (
             (
-                "        return grad_in, grad_total, None, None\n",
-                "        return None, grad_total, None, None\n",
+                "        return grad_in, grad_total, None, None, None\n",
+                "        return None, grad_total, None, None, None\n",
             ),
         ),
+    ),
+    Fault(
+        "keep what was handed down after its use",
+        "methods/jreg/penalty.py",
+        (("above, ctx.handed = _handed_to(ctx), None", "above = _handed_to(ctx)"),),
+        PENALTY,
+    ),
+    Fault(
+        "take what a broken-off pass has handed down",
+        "methods/jreg/penalty.py",
+        (("ctx.handed[0] != torch._C._current_graph_task_id()", "False"),),
+        PENALTY,
+    ),
+    Fault(
+        "hand down past somebody who asks for the gradient of the state between",
+        "methods/jreg/penalty.py",
+        (("if not goes_everywhere or is_watched or", "if is_watched or"),),
+        PENALTY,
+    ),
+    Fault(
+        "let a second layer with one input overwrite what the first has handed down",
+        "methods/jreg/penalty.py",
+        (("return None if _handed_to(below) is not None else below", "return below"),),
+        PENALTY,
+    ),
+    Fault(
+        "add the part of the layer above with the wrong sign",
+        "methods/jreg/kernels/eager.py",
+        (("along_both = along + along_above", "along_both = along - along_above"),),
+        PENALTY,
+    ),
+    Fault(
+        "add the part of the layer above with the wrong sign in the fused kernel",
+        "methods/jreg/kernels/programs.py",
+        (
+            (
+                "            above = tl.load(above_rows + column, mask=mask, other=0.0)",
+                "            above = -tl.load(above_rows + column, mask=mask, other=0.0)",
+            ),
+        ),
+        KERNELS,
     ),
     Fault(
         "drop the input's gradient of a recomputed last layer after the norm",

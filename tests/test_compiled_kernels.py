@@ -22,12 +22,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from jreg_megatron.methods.jreg.kernels import fused
+from jreg_megatron.methods.jreg.kernels import Above, fused
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (768, 2048, 3072, 3200, 4096, 8192)
 TYPES = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (FP32, BF16), (BF16, FP32))
-METHODS = ("displacement", "gradients")
+METHODS = ("displacement", "gradients", "linked")
+"""The last is ``gradients`` between two layers that have gradients too."""
 
 # An SM's registers and how many warps it can hold; the least of sm_80 to sm_120.
 SM_REGISTERS, SM_WARPS = 65536, {80: 64, 90: 64, 100: 64, 103: 64, 120: 48}
@@ -91,6 +92,9 @@ def own_cache(tmp_path: Path) -> Iterator[None]:
 
 def compiled(arch: int, method: str, *given: Any, **named: Any) -> Compiled:
     """What ``KERNELS.method(*given)`` would run."""
+    if method == "linked":
+        *given_, above = given
+        method, given, named = "gradients", tuple(given_), {**named, "above": above, "hands_down": True}
     assert not fused.IS_INTERPRETED
     kernels = []
     run = triton.JITFunction.run
@@ -124,7 +128,10 @@ def operands(method: str, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -
     h_in, h_out = (on_meta(width, dtype) for dtype in dtypes)
     if method == "displacement":
         return h_in, h_out
-    return h_in, h_out, torch.empty_like(h_out), torch.empty(1, device="meta"), 0.3
+    found = h_in, h_out, torch.empty_like(h_out), torch.empty(1, device="meta"), 0.3
+    if method == "gradients":
+        return found
+    return *found, Above(torch.empty_like(h_out), (torch.empty(3, 2048, 4, device="meta"),))
 
 
 def assert_good(
@@ -133,12 +140,18 @@ def assert_good(
     spills = re.findall(r"\b(?:STL|LDL)\b", found.sass)
     assert (found.stack, found.local, spills) == (0, 0, []), "nothing spills"
     size_in, size_out = (dtype.itemsize for dtype in dtypes)
-    is_gradients = method == "gradients"
+    is_gradients, is_linked = method != "displacement", method == "linked"
     threads, rows = 32 * found.num_warps, fused.tile_for(width).rows
     # Of the states and gradients each number is read and written once, 16 bytes or more at a time.
     for what, of_a_column, scalars in (
-        ("LDG", size_in + (2 if is_gradients else 1) * size_out, 1),  # the coefficient
-        ("STG", size_in + size_out if is_gradients else 0, 1),  # Psi
+        # The coefficient, and three numbers from above.
+        ("LDG", size_in + (1 + is_gradients + is_linked) * size_out, 4 if is_linked else 1),
+        # Psi, and two numbers more to hand down, in place of the input's gradient.
+        (
+            "STG",
+            (size_out if is_linked else size_in + size_out) if is_gradients else 0,
+            3 if is_linked else 1,
+        ),
     ):
         accesses = found.accesses(what)
         wide = [size for size in accesses if size >= 16]
@@ -149,7 +162,7 @@ def assert_good(
         elif what == "STG":
             assert wide or not is_gradients
     assert ".ftz" not in found.kernel.asm["ptx"], "tiny rows keep their digits"
-    if is_gradients and BF16 in dtypes:
+    if is_gradients and BF16 in (dtypes[1:] if is_linked else dtypes):
         assert re.search(r"cvt\.rn\.bf16", found.kernel.asm["ptx"]), "rounds to the nearest"
     assert ".rz." not in found.kernel.asm["ptx"]
     # While one program waits in its reductions another one must load. Where a row takes 16 warps the

@@ -18,10 +18,10 @@ from interpreted import InterpretedKernels, call_guarded, chosen, in_interpreter
 from torch import Tensor
 
 from jreg_megatron import UserError
-from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager
+from jreg_megatron.methods.jreg.kernels import Above, Kernels, choose, eager
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-KINDS = "random near parallel opposite tiny huge tiny_in zero_in zero_out zero_both nan".split()
+KINDS = "random near parallel opposite tiny huge tiny_in zero_in zero_out zero_both zero_above nan".split()
 SMALL_TILE = (2, 16)  # rows and columns: rows wider than 16 take the way of those wider than 8192
 TRITON = InterpretedKernels()
 
@@ -39,11 +39,28 @@ class Case:
     factor: float = 0.3
     weights: Tensor | None = None
     needs_grad_in: bool = True
+    h_above: Tensor | None = None
+    """The output of a layer above, which hands its part down; its factor and weights are others."""
+    weights_above: Tensor | None = None
+    factor_above: float = 0.2
+
+    def handed(self, kernels: Kernels) -> Above | None:
+        if self.h_above is None:
+            return None
+        coefficient = torch.tensor([self.coefficient])
+        given_ = (self.h_out, self.h_above, self.h_above, coefficient, self.factor_above, self.weights_above)
+        found = kernels.gradients(*given_, hands_down=True)
+        assert found.grad_in is None
+        return found.handed
 
     def gradients(self, kernels: Kernels) -> tuple[Tensor | None, Tensor, Tensor]:
         coefficient = torch.tensor([self.coefficient])
-        states = (self.h_in, self.h_out, self.grad_out)
-        return kernels.gradients(*states, coefficient, self.factor, self.weights, self.needs_grad_in)
+        given_ = (self.h_in, self.h_out, self.grad_out, coefficient, self.factor, self.weights)
+        grad_in, total, psi, handed = kernels.gradients(
+            *given_, needs_grad_in=self.needs_grad_in, above=self.handed(kernels)
+        )
+        assert psi is not None and handed is None
+        return grad_in, total, psi
 
 
 def make_case(
@@ -52,12 +69,18 @@ def make_case(
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32),
     layouts: tuple[str, str, str] = ("contiguous",) * 3,
     seed: int = 0,
+    with_above: bool = False,
     **rest: Any,
 ) -> Case:
-    """States of ``shape`` whose row number r is of kind ``kinds[r % len(kinds)]``."""
+    """States of ``shape`` whose row number r is of kind ``kinds[r % len(kinds)]``.
+
+    That of a layer above has the type and the layout of ``h_in``.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = (-1, shape[-1])
-    a, turned, grad = (torch.randn(shape, generator=generator, dtype=FP64).reshape(rows) for _ in range(3))
+    a, turned, grad, turned_above = (
+        torch.randn(shape, generator=generator, dtype=FP64).reshape(rows) for _ in range(4)
+    )
     b = a + turned
     extreme = 1e2 if FP16 in dtypes else 1e18  # what the type holds
     for row in range(a.shape[0]):
@@ -74,12 +97,20 @@ def make_case(
             h[row] *= factor
         if kind == "nan":
             (a if row % 2 else b)[row, -1] = torch.nan
-    dtypes_of_all = (*dtypes, dtypes[1])
-    states = (
+    size = b.norm(dim=-1, keepdim=True) / b.shape[-1] ** 0.5
+    above = b + torch.where(size > 0, size, 1.0) * turned_above
+    for row in range(a.shape[0]):
+        kind = kinds[row % len(kinds)]
+        if kind in ("near", "zero_above", "nan"):
+            above[row] = {"near": 1.001 * b[row] + 1e-3 * turned_above[row], "nan": turned_above[row]}.get(
+                kind, 0
+            )
+    dtypes_of_all = (*dtypes, dtypes[1], dtypes[0])
+    states = [
         laid_out(h.reshape(shape).to(dtype), layout)
-        for h, dtype, layout in zip((a, b, grad), dtypes_of_all, layouts, strict=True)
-    )
-    return Case(*states, **rest)
+        for h, dtype, layout in zip((a, b, grad, above), dtypes_of_all, (*layouts, layouts[0]), strict=True)
+    ]
+    return Case(*states[:3], h_above=states[3] if with_above else None, **rest)
 
 
 def laid_out(h: Tensor, layout: str) -> Tensor:
@@ -100,14 +131,27 @@ def laid_out(h: Tensor, layout: str) -> Tensor:
 
 def reference(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Both gradients and Psi: float64 autograd on the textbook formula; no direction, no gradient."""
-    a, b = (h.double().detach().clone().requires_grad_() for h in (case.h_in, case.h_out))
+    grad_in, grad, psi = reference_of_layer(
+        case.h_in, case.h_out, case.coefficient, case.factor, case.weights
+    )
+    total = case.grad_out.double() + grad
+    if case.h_above is not None:
+        strength = case.coefficient, case.factor_above, case.weights_above
+        total = total + reference_of_layer(case.h_out, case.h_above, *strength)[0]
+    return grad_in, total, psi
+
+
+def reference_of_layer(
+    h_in: Tensor, h_out: Tensor, coefficient: float, factor: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (h.double().detach().clone().requires_grad_() for h in (h_in, h_out))
     psi = (1 - F.cosine_similarity(a, b, dim=-1, eps=1e-100)) / 2
-    weighted = psi if case.weights is None else psi * case.weights.double()
-    strength = float(torch.tensor(case.coefficient)) * case.factor
+    weighted = psi if weights is None else psi * weights.double()
+    strength = float(torch.tensor(coefficient)) * factor
     grads = torch.autograd.grad(strength * weighted.sum(), (a, b))
     has_no_direction = (a == 0).all(-1) | (b == 0).all(-1)
     grad_in, grad = (grad.masked_fill(has_no_direction.unsqueeze(-1), 0.0) for grad in grads)
-    return grad_in, case.grad_out.double() + grad, psi.detach().masked_fill(has_no_direction, 0.5)
+    return grad_in, grad, psi.detach().masked_fill(has_no_direction, 0.5)
 
 
 def assert_right(case: Case, got: tuple[Tensor | None, Tensor, Tensor], truncated: bool = False) -> None:
@@ -123,19 +167,24 @@ def assert_right(case: Case, got: tuple[Tensor | None, Tensor, Tensor], truncate
     expected_in, expected_total, expected_psi = reference(case)
     assert psi.dtype is (FP64 if is_double else FP32) and psi.shape == case.h_in.shape[:-1]
     assert_within(psi, expected_psi, unit * expected_psi.sqrt() + least)
-    strength = abs(case.coefficient * case.factor) * torch.ones_like(expected_psi)
-    if case.weights is not None:
-        strength = strength * case.weights.double()
-    pairs = [(total, expected_total, case.h_out)]
+    ones = torch.ones_like(expected_psi)
+    strength = abs(case.coefficient * case.factor) * (ones if case.weights is None else case.weights.double())
+    both = strength
+    if case.h_above is not None:
+        weights = ones if case.weights_above is None else case.weights_above.double()
+        both = strength + abs(case.coefficient * case.factor_above) * weights
+    pairs = [(total, expected_total, case.h_out, both)]
     assert (grad_in is not None) is case.needs_grad_in
     if grad_in is not None:
-        pairs.append((grad_in, expected_in, case.h_in))
-    for grad, expected, state in pairs:
+        pairs.append((grad_in, expected_in, case.h_in, strength))
+    for grad, expected, state, of_state in pairs:
         assert grad.dtype is state.dtype and grad.shape == state.shape
         norm = state.double().norm(dim=-1)
-        of_units = unit * (strength / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
+        of_units = unit * (of_state / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
         type_ = torch.finfo(grad.dtype)
-        units = {BF16: 1.001 if truncated else 0.501, FP16: 0.501, FP32: 1.0, FP64: 2.0}[grad.dtype]
+        # In float32 torch rounds with each term that it adds: two of the layer, and one of that above.
+        of_fp32 = 1.0 if case.h_above is None else 1.5
+        units = {BF16: 1.001 if truncated else 0.501, FP16: 0.501, FP32: of_fp32, FP64: 2.0}[grad.dtype]
         rounding = units * (type_.eps * expected.abs() + type_.smallest_normal * type_.eps)
         assert_within(grad, expected, of_units + rounding)
 
@@ -172,6 +221,8 @@ def cases(draw: st.DrawFn) -> Case:
         weights = (
             laid_out(weights, draw(st.sampled_from(["contiguous", "sliced"]))) if weights.dim() else weights
         )
+    with_above = draw(st.booleans())
+    weights_above = weights.flip(0) if with_above and weights is not None and weights.dim() else None
     return make_case(
         draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=8)),
         shape,
@@ -182,6 +233,8 @@ def cases(draw: st.DrawFn) -> Case:
         factor=draw(st.sampled_from([0.3, 1.0])),
         weights=weights,
         needs_grad_in=draw(st.booleans()),
+        with_above=with_above,
+        weights_above=weights_above,
     )
 
 
@@ -205,14 +258,14 @@ def test_the_triton_kernels_give_the_numbers_of_float64_autograd(
 def test_wide_rows_of_every_kind_are_right(
     kernels: Kernels, width: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    case = make_case(KINDS, (len(KINDS), width), dtypes)
+    case = make_case(KINDS, (len(KINDS), width), dtypes, with_above=True)
     assert_right(case, case.gradients(kernels), truncated=kernels is TRITON)
 
 
 @both_ways
 @pytest.mark.parametrize(("rows", "width"), [(2100, 1), (700, 3), (33, 65)])
 def test_more_rows_than_a_tile_holds_are_right(kernels: Kernels, rows: int, width: int) -> None:
-    case = make_case(KINDS, (rows, width))
+    case = make_case(KINDS, (rows, width), with_above=True)
     assert_right(case, case.gradients(kernels))
 
 
@@ -351,12 +404,14 @@ def test_no_kernel_writes_outside_of_its_rows_or_leaves_one_unwritten(
 ) -> None:
     case = make_case(["random"], (7, width), (BF16, FP32), ("sliced", "sliced", "sliced"))
     states = (case.h_in, case.h_out)
-    for method, given_, tensors in (
-        ("displacement", states, 1),
-        ("gradients", (*states, case.grad_out, torch.ones(1), 0.3), 3),
-        ("gradients", (*states, case.grad_out, torch.ones(1), 0.3, None, False), 2),
+    given_all = (*states, case.grad_out, torch.ones(1), 0.3)
+    for method, given_, named, tensors in (
+        ("displacement", states, {}, 1),
+        ("gradients", given_all, {}, 3),
+        ("gradients", given_all, {"needs_grad_in": False}, 2),
+        ("gradients", given_all, {"hands_down": True}, 2),
     ):
-        untouched, written = in_interpreter(call_guarded, tile, method, given_)
+        untouched, written = in_interpreter(call_guarded, tile, method, given_, named)
         assert untouched == written == [True] * tensors
 
 

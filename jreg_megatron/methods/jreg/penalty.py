@@ -4,6 +4,11 @@ The forward value of the model is untouched, and the forward pass does nothing a
 backward pass reaches a layer's output, the node computes displacement and gradients in one go and adds the
 gradient of ``coefficient * sum over tokens of Psi`` to what flows by. No second forward or backward pass, no
 extra output of the model, nothing for a pipeline stage to send, nothing kept but the two states.
+
+A state between two regularized layers gets a gradient from both. The upper layer's node does not make its
+part. It hands the lower layer's node what that one needs to add both parts at once. This saves a gradient
+that autograd would have to add. Where the layer below has no node, or another operation lies between, there
+is such a gradient.
 """
 
 from __future__ import annotations
@@ -15,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.kernels import Kernels
+from jreg_megatron.methods.jreg.kernels import Above, Kernels
 from jreg_megatron.runtime.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Strength:
     """How strongly a layer is regularized, and by what."""
 
@@ -47,7 +52,8 @@ def add_displacement_gradient(
     Returns:
         ``h_out`` with the same value, to be used in its place.
     """
-    out: Tensor = _AddDisplacementGradient.apply(h_in, h_out, strength, on_psi)
+    witness = _WITNESS if isinstance(h_in.grad_fn, _Node) else None
+    out: Tensor = _AddDisplacementGradient.apply(h_in, h_out, strength, on_psi, witness)
     return out
 
 
@@ -75,11 +81,17 @@ def _refuse_second_derivatives() -> None:
 class _AddDisplacementGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_in: Tensor, h_out: Tensor, strength: Strength, on_psi: Callable[[Tensor], None] | None
+        ctx: Any,
+        h_in: Tensor,
+        h_out: Tensor,
+        strength: Strength,
+        on_psi: Callable[[Tensor], None] | None,
+        witness: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(h_in, h_out, strength.token_weights)
         # The coefficient is not saved: refilling it between steps must not trip autograd's version check.
         ctx.strength, ctx.on_psi = strength, on_psi
+        ctx.handed = None
         return h_out.detach()  # returned as it is, it would be a view, which the pipeline refuses to free
 
     @staticmethod
@@ -87,7 +99,9 @@ class _AddDisplacementGradient(torch.autograd.Function):
         _refuse_second_derivatives()
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
-        grad_in, grad_total, psi = strength.kernels.gradients(
+        above, ctx.handed = _handed_to(ctx), None  # not kept: it holds a state
+        below = _node_below(ctx, h_in)
+        grad_in, grad_total, psi, handed = strength.kernels.gradients(
             h_in,
             h_out,
             grad_out,
@@ -96,10 +110,46 @@ class _AddDisplacementGradient(torch.autograd.Function):
             token_weights,
             needs_grad_in=ctx.needs_input_grad[0],
             needs_psi=ctx.on_psi is not None,
+            above=above,
+            hands_down=below is not None,
         )
+        if below is not None:
+            below.handed = torch._C._current_graph_task_id(), handed
         if ctx.on_psi is not None:
             ctx.on_psi(psi)
-        return grad_in, grad_total, None, None
+        return grad_in, grad_total, None, None, None
+
+
+_Node: Any = _AddDisplacementGradient._backward_cls
+"""Autograd's node of the function above: a ``ctx`` is one, and is the ``grad_fn`` of what was returned."""
+
+_WITNESS = torch.empty(0, device="cpu", requires_grad=True)
+"""An input of linked nodes that gets no gradient. It is in the graph to tell which kind of pass this is."""
+
+
+def _node_below(ctx: Any, h_in: Tensor) -> Any:
+    """The node to hand down to; None if autograd is to have the gradient for ``h_in``.
+
+    The node below runs later in the same pass, as there is an edge to it. But the gradient of ``h_in`` must
+    be whole if somebody looks at it. Of a pass that is asked for some gradients we cannot know whether this
+    is one of them. And where two layers have one input, the second finds the place taken.
+    """
+    if len(ctx.next_functions) < 3:
+        return None
+    (below, _), _, (witness, _) = ctx.next_functions
+    goes_everywhere = torch._C._will_engine_execute_node(witness)
+    is_watched = h_in._backward_hooks or h_in.retains_grad
+    if not goes_everywhere or is_watched or below.strength.kernels is not ctx.strength.kernels:
+        return None
+    return None if _handed_to(below) is not None else below
+
+
+def _handed_to(ctx: Any) -> Above | None:
+    """What a node was handed in this pass. A pass that broke off may have left something else there."""
+    if ctx.handed is None or ctx.handed[0] != torch._C._current_graph_task_id():
+        return None
+    above: Above = ctx.handed[1]
+    return above
 
 
 class _AddInputGradient(torch.autograd.Function):
@@ -114,7 +164,7 @@ class _AddInputGradient(torch.autograd.Function):
         _refuse_second_derivatives()
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
-        grad_in, _, _ = strength.kernels.gradients(
+        found = strength.kernels.gradients(
             h_in, h_out, grad, strength.coefficient, strength.factor, token_weights, needs_psi=False
         )
-        return grad, grad_in, None, None
+        return grad, found.grad_in, None, None

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from jreg_megatron.methods.jreg.kernels import eager
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
 from jreg_megatron.methods.jreg.settings import flag_of
 from jreg_megatron.runtime.errors import DeviceFault, UserError
+
+__all__ = ["Above", "DeviceFault", "Gradients", "Kernels", "check", "choose", "refuse_fault"]
 
 _CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
 
@@ -38,7 +41,9 @@ class Kernels(Protocol):
         token_weights: Tensor | None = None,
         needs_grad_in: bool = True,
         needs_psi: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        above: Above | None = None,
+        hands_down: bool = False,
+    ) -> Gradients:
         """The gradients of ``coefficient * factor * sum of weight * Psi``, the output's on top of its own.
 
         ``Psi = (1 - u.v) / 2`` with ``u = a / |a|``, ``v = b / |b|`` has the gradients
@@ -55,11 +60,13 @@ class Kernels(Protocol):
             token_weights: ``[...]``, what each token counts for; by default each counts 1.
             needs_grad_in: whether the gradient for ``h_in`` is wanted.
             needs_psi: whether Psi is.
+            above: what these kernels have handed down from the layer above, whose input is this ``h_out``.
+                That layer's gradient for it is then added too.
+            hands_down: whether the layer below will add the gradient for ``h_in``; it is not made here then.
 
         Returns:
-            The gradient for ``h_in`` in its type (None if not wanted), ``grad_out`` plus the gradient for
-            ``h_out`` in that one's type, and Psi ``[...]`` as :meth:`displacement` gives it (None if not
-            wanted). Computed in float32 (float64 for float64 states) and rounded once.
+            The total is ``grad_out`` plus the gradient for ``h_out``; Psi is as :meth:`displacement` gives
+            it. Computed in float32 (float64 for float64 states) and rounded once. What is not wanted is None.
         """
 
 
@@ -124,19 +131,25 @@ def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype
         UserError: if they differ by more than the type's rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(*_CHECKED_TOKENS, width, generator=generator) for _ in range(3))
-    h_in, turned, grad_out = (states.to(device, dtype) for states in drawn)
+    drawn = (torch.randn(*_CHECKED_TOKENS, width, generator=generator) for _ in range(4))
+    h_in, turned, turned_above, grad_out = (states.to(device, dtype) for states in drawn)
     h_out = h_in + turned
+    states = (h_in, h_out, h_out + turned_above, grad_out)
     coefficient = torch.ones(1, device=device)
     factor = float(width)  # so large that what is added is as large as what it is added to
     weights = torch.rand(_CHECKED_TOKENS, generator=generator).to(device)
 
-    def numbers(by: Kernels, a: Tensor, b: Tensor, grad: Tensor) -> list[Tensor | None]:
-        unweighted = by.gradients(a, b, grad, coefficient, factor)
-        return [by.displacement(a, b), *unweighted, *by.gradients(a, b, grad, coefficient, factor, weights)]
+    def numbers(by: Kernels, a: Tensor, b: Tensor, above: Tensor, grad: Tensor) -> list[Tensor | None]:
+        found: list[Tensor | None] = [by.displacement(a, b)]
+        for each in (None, weights):
+            alone = by.gradients(a, b, grad, coefficient, factor, each)
+            upper = by.gradients(b, above, grad, coefficient, 2 * factor, each, hands_down=True)
+            lower = by.gradients(a, b, grad, coefficient, factor, each, above=upper.handed)
+            found += [*alone[:3], upper.total, upper.psi, *lower[:3]]
+        return found
 
-    ours = numbers(kernels, h_in, h_out, grad_out)
-    right = numbers(eager.KERNELS, h_in.double(), h_out.double(), grad_out.double())
+    ours = numbers(kernels, *states)
+    right = numbers(eager.KERNELS, *(state.double() for state in states))
     for got, expected in zip(ours, right, strict=True):
         assert got is not None and expected is not None
         error = (got.double() - expected).norm() / expected.norm()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
+
 _LONGEST_SUM, _SHORTEST_PIECE = 1024, 64
 
 
@@ -29,10 +31,10 @@ class TorchKernels:
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi of every token, as ``|u - v|^2 / 4``; see ``formulas.displacement``."""
-        a, b = _widened(h_in, h_out)
-        return _displacement(a, b, _divisors(a), _divisors(b))
+        dtype = computed_in(h_in, h_out)
+        a, b = _as(h_in, dtype), _as(h_out, dtype)
+        return _displacement(a, b, _inverse_norms(a), _inverse_norms(b))
 
-    @torch.no_grad()
     def gradients(
         self,
         h_in: Tensor,
@@ -43,29 +45,50 @@ class TorchKernels:
         token_weights: Tensor | None = None,
         needs_grad_in: bool = True,
         needs_psi: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The gradients for both states, and Psi.
+        above: Above | None = None,
+        hands_down: bool = False,
+    ) -> Gradients:
+        """The gradients for both states, Psi, and what is handed down.
 
-        The brackets times the unit vectors' norms, ``b - (a.b / |a|^2) a`` and ``a - (a.b / |b|^2) b``: fewer
-        passes over memory, and the same digits, as a state is rounded like its unit vector.
+        With ``a = h_in``, ``b = h_out``, ``scale = -coefficient * factor * weight / 2`` and
+        ``along = scale * a.b / (|a| |b|)`` the gradients are
+
+            for ``a``:  ``scale / (|a| |b|) * b - along / |a|^2 * a``
+            for ``b``:  ``scale / (|a| |b|) * a - along / |b|^2 * b``
+
+        These are the brackets of ``Kernels.gradients`` times the unit vectors' norms: fewer passes over
+        memory, and the same digits, as a state is rounded like its unit vector. What is handed down is
+        ``scale / (|a| |b|)``, ``along`` and ``1 / |a|``, ``[..., 1]`` each.
+
+        Autograd must be off, as it is in a backward pass. A context to switch it off would cost a tenth.
         """
-        a, b = _widened(h_in, h_out)
-        of_a, of_b = _divisors(a), _divisors(b)
-        psi = _displacement(a, b, of_a, of_b) if needs_psi else None
-        norm_in, norm_out = of_a[0], of_b[0]
-        strength = coefficient.to(a.dtype) * (-0.5 * factor)
+        dtype = computed_in(h_in, h_out)
+        a, b, grad_out = _as(h_in, dtype), _as(h_out, dtype), _as(grad_out, dtype)
+        inverse_in = _inverse_norms(a)
+        if above is None:
+            inverse_out = _inverse_norms(b)
+        else:
+            across_above, along_above, inverse_out = (_as(x, dtype) for x in above.numbers)
+        psi = _displacement(a, b, inverse_in, inverse_out) if needs_psi else None
+        scale = _as(coefficient, dtype) * (-0.5 * factor)
         if token_weights is not None:
-            strength = strength * token_weights.unsqueeze(-1)
-        across = strength / (norm_in * norm_out)
+            scale = scale * token_weights.unsqueeze(-1)
+        across = (inverse_in * inverse_out).mul_(scale)
         # Fresh memory costs more than arithmetic: the product's is used once more, for the result.
         product = a * b
-        along = product.sum(dim=-1, keepdim=True).mul_(across)
-        grad_in = None
-        if needs_grad_in:
-            grad_in = (b * across).addcmul_(a, along / (norm_in * norm_in), value=-1).to(h_in.dtype)
-        total = torch.addcmul(grad_out.to(a.dtype), a, across, out=product)
-        total = total.addcmul_(b, along / (norm_out * norm_out), value=-1).to(h_out.dtype)
-        return grad_in, total, psi
+        along = along_both = product.sum(dim=-1, keepdim=True).mul_(across)
+        total = torch.addcmul(grad_out, a, across, out=product)
+        if above is not None:
+            total.addcmul_(_as(above.h_out, dtype), across_above)
+            along_both = along + along_above
+        total.addcmul_(b, (along_both * inverse_out).mul_(inverse_out), value=-1)
+        grad_in = handed = None
+        if hands_down:
+            handed = Above(h_out, (across, along, inverse_in))
+        elif needs_grad_in:
+            grad_in = (b * across).addcmul_(a, (along * inverse_in).mul_(inverse_in), value=-1)
+            grad_in = _as(grad_in, h_in.dtype)
+        return Gradients(grad_in, _as(total, h_out.dtype), psi, handed)
 
 
 KERNELS = TorchKernels()
@@ -76,22 +99,18 @@ def computed_in(h_in: Tensor, h_out: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (h_in.dtype, h_out.dtype) else torch.float32
 
 
-def _widened(h_in: Tensor, h_out: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = computed_in(h_in, h_out)
-    return h_in.to(dtype), h_out.to(dtype)
+def _as(h: Tensor, dtype: torch.dtype) -> Tensor:
+    return h if h.dtype is dtype else h.to(dtype)
 
 
-def _divisors(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows' norms ``[..., 1]``, infinite where they are 0, for what is divided by them to be 0; and where."""
-    norm = _norms(h)
-    is_zero = norm == 0
-    return norm.masked_fill_(is_zero, math.inf), is_zero
+def _inverse_norms(h: Tensor) -> Tensor:
+    """Of rows, ``[..., 1]``; 0 for a row of norm zero, so that what it multiplies is 0."""
+    return _norms(h).reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
 
 
-def _displacement(a: Tensor, b: Tensor, of_a: tuple[Tensor, Tensor], of_b: tuple[Tensor, Tensor]) -> Tensor:
-    (norm_in, is_zero), (norm_out, is_zero_too) = of_a, of_b
-    difference = (a * norm_in.reciprocal()).addcmul_(b, norm_out.reciprocal(), value=-1)
-    has_no_direction = is_zero.logical_or(is_zero_too)
+def _displacement(a: Tensor, b: Tensor, inverse_in: Tensor, inverse_out: Tensor) -> Tensor:
+    difference = (a * inverse_in).addcmul_(b, inverse_out, value=-1)
+    has_no_direction = torch.minimum(inverse_in, inverse_out) == 0
     return _norms(difference).square_().mul_(0.25).masked_fill_(has_no_direction, 0.5).squeeze(-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from jreg_megatron.methods.jreg.kernels.eager import computed_in
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
 from jreg_megatron.methods.jreg.kernels.programs import displacement_kernel, gradients_kernel
 
 WIDEST = 8192
@@ -33,6 +35,7 @@ class Tile:
     num_warps: int
 
 
+@functools.cache
 def tile_for(width: int) -> Tile:
     """The tile for states of a hidden size; the columns are a power of two."""
     columns = triton.next_power_of_2(width) if width <= WIDEST else _LOOPED_BLOCK
@@ -71,7 +74,6 @@ class TritonKernels:
         self._launch(displacement_kernel, a, compute, a, b, psi, strides=(a, b))
         return psi
 
-    @torch.no_grad()
     def gradients(
         self,
         h_in: Tensor,
@@ -82,27 +84,38 @@ class TritonKernels:
         token_weights: Tensor | None = None,
         needs_grad_in: bool = True,
         needs_psi: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The gradients for both states, and Psi, which costs nothing here."""
+        above: Above | None = None,
+        hands_down: bool = False,
+    ) -> Gradients:
+        """The gradients for both states, Psi, which costs nothing here, and what is handed down.
+
+        That is one tensor of three numbers for each token: see the program.
+        """
         compute = computed_in(h_in, h_out)
-        psi = torch.empty(h_in.shape[:-1], dtype=compute, device=h_in.device)
-        total = torch.empty(h_out.shape, dtype=h_out.dtype, device=h_out.device)
-        grad_in = torch.empty(h_in.shape, dtype=h_in.dtype, device=h_in.device) if needs_grad_in else None
+        device = h_in.device
+        numbers = torch.empty((3 if hands_down else 1, *h_in.shape[:-1]), dtype=compute, device=device)
+        total = torch.empty(h_out.shape, dtype=h_out.dtype, device=device)
+        grad_in = None
+        if needs_grad_in and not hands_down:
+            grad_in = torch.empty(h_in.shape, dtype=h_in.dtype, device=device)
         a, b, g = _as_sbh(h_in), _as_sbh(h_out), _as_sbh(grad_out)
         # What is not there gets a pointer all the same, which the kernel does not touch.
         weights = a[..., 0] if token_weights is None else token_weights.reshape(a.shape[:2])
-        pointers = (a, b, g, coefficient, weights, total if grad_in is None else grad_in, total, psi, factor)
-        has_weights = token_weights is not None
+        c, (of_c,) = (b, (numbers,)) if above is None else (_as_sbh(above.h_out), above.numbers)
+        written = (total if grad_in is None else grad_in, total, numbers)
         self._launch(
             gradients_kernel,
             a,
             compute,
-            *pointers,
-            strides=(a, b, g, weights),
-            HAS_WEIGHTS=has_weights,
-            NEEDS_GRAD_IN=needs_grad_in,
+            *(a, b, g, coefficient, weights, *written, c, of_c, factor),
+            strides=(a, b, g, weights, c),
+            HAS_WEIGHTS=token_weights is not None,
+            NEEDS_GRAD_IN=grad_in is not None,
+            HAS_ABOVE=above is not None,
+            HANDS_DOWN=hands_down,
         )
-        return grad_in, total, psi
+        psi = numbers[0] if needs_psi else None
+        return Gradients(grad_in, total, psi, Above(h_out, (numbers,)) if hands_down else None)
 
     def _launch(
         self,

@@ -109,7 +109,9 @@ def gradients_kernel(
     weight_ptr,
     grad_in_ptr,
     total_ptr,
-    psi_ptr,
+    numbers_ptr,
+    above_ptr,
+    above_numbers_ptr,
     factor,
     num_rows,
     batch,
@@ -121,14 +123,22 @@ def gradients_kernel(
     grad_b,
     weight_s,
     weight_b,
+    above_s,
+    above_b,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     NEEDS_GRAD_IN: tl.constexpr,
+    HAS_ABOVE: tl.constexpr,
+    HANDS_DOWN: tl.constexpr,
 ):
-    """Psi of a tile of rows, the gradient for the input, and the incoming plus that for the output."""
+    """Psi of a tile of rows, the gradient for the input, and the incoming plus that for the output.
+
+    ``numbers`` are Psi and, to hand down, the output's inverse norm and the scale, ``[3, num_rows]`` in all.
+    With those of the layer above and its output, the total has what that layer adds to its input too.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     column = tl.arange(0, COLUMNS)[None, :]
@@ -141,6 +151,11 @@ def gradients_kernel(
     if HAS_WEIGHTS:
         weights = tl.load(weight_ptr + _rows_of(row, batch, weight_s, weight_b), mask=is_row, other=0.0)
         scale *= weights.to(COMPUTE)
+    if HAS_ABOVE:
+        above_rows = (above_ptr + _rows_of(row, batch, above_s, above_b))[:, None]
+        twice_above = 2 * tl.load(above_numbers_ptr + row, mask=is_row, other=0.0).to(COMPUTE)[:, None]
+        inverse_above = tl.load(above_numbers_ptr + num_rows + row, mask=is_row, other=0.0).to(COMPUTE)
+        scale_above = tl.load(above_numbers_ptr + 2 * num_rows + row, mask=is_row, other=0.0).to(COMPUTE)
     if WIDTH <= COLUMNS:
         mask = is_row[:, None] & (column < WIDTH)
         grad = tl.load(grad_rows + column, mask=mask, other=0.0)  # asked for before the norms are waited for
@@ -150,6 +165,9 @@ def gradients_kernel(
             grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
             tl.store(grad_in_rows + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
         total = grad.to(COMPUTE) + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
+        if HAS_ABOVE:
+            above = tl.load(above_rows + column, mask=mask, other=0.0).to(COMPUTE) * inverse_above[:, None]
+            total += (twice_above * v - (v - above)) * (scale_above * inverse_out)[:, None]
         tl.store(total_rows + column, total.to(total_ptr.dtype.element_ty), mask=mask)
     else:
         inverse_in, inverse_out, psi = _looped_rows(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
@@ -163,5 +181,13 @@ def gradients_kernel(
                 grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
                 tl.store(grad_in_rows + start + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
             total = grad + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
+            if HAS_ABOVE:
+                above = tl.load(above_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+                above *= inverse_above[:, None]
+                total += (twice_above * v - (v - above)) * (scale_above * inverse_out)[:, None]
             tl.store(total_rows + start + column, total.to(total_ptr.dtype.element_ty), mask=mask)
-    tl.store(psi_ptr + row, psi, mask=is_row)
+    tl.store(numbers_ptr + row, psi, mask=is_row)
+    if HANDS_DOWN:
+        tl.store(numbers_ptr + num_rows + row, inverse_out, mask=is_row)
+        # By the row even where all rows have one: whoever reads it need not know.
+        tl.store(numbers_ptr + 2 * num_rows + row, tl.broadcast_to(scale, row.shape), mask=is_row)
