@@ -263,12 +263,7 @@ FAULTS = [
     Fault(
         "regularize masked tokens too",
         "methods/jreg/regularizer.py",
-        (
-            (
-                "Strength(self._kernels, self._coefficient, factor, microbatch.token_weights)",
-                "Strength(self._kernels, self._coefficient, factor, None)",
-            ),
-        ),
+        ((", weight, microbatch.token_weights)", ", weight, None)"),),
     ),
     Fault(
         "leave the layer's input out of the gradient",
