@@ -21,12 +21,14 @@ from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
-from jreg_megatron.decoder.megatron_folder import CheckpointFolder, is_megatron, megatron_steps
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder, is_megatron, megatron_steps
 from jreg_megatron.stream.metrics import displacement_name
 
 LAYERS = 4
 VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")
 SAVED = ("--save-interval", 2)
+SETTINGS = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
+"""Of the series of checkpoints, as text."""
 
 
 class Displacements:
@@ -53,13 +55,11 @@ class Displacements:
 
 def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
     """What a checkpoint's decoder gives on its last validation; runs in a process of its own."""
-    from jreg_megatron.decoder.megatron import last_validation, load_megatron, open_checkpoint
-    from jreg_megatron.decoder.megatron_validation import last_validation_samples
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
-    device = torch.device("cpu")
-    decoder = load_megatron(folder, step, dtype=torch.float32, device=device)
-    samples = last_validation_samples(open_checkpoint(folder, step, device))
-    assert torch.equal(last_validation(folder, step), samples.tokens)
+    decoder = load_megatron(folder, step, dtype=torch.float32, device=torch.device("cpu"))
+    assert decoder.last_validation is not None
+    samples = decoder.last_validation()
     seen, loss = Displacements(), 0.0
     for tokens, labels, mask in zip(samples.tokens, samples.labels, samples.loss_mask, strict=True):
         with decoder.observed(seen):
@@ -173,7 +173,7 @@ def test_the_command_measures_a_series_as_training_logged_it(series: Path, tmp_p
             expected = logged(series, displacement_name(layer, LAYERS))[number]
             assert each["displacement"]["pre_norm"][layer - 1] == pytest.approx(expected, abs=1e-5)
         assert each["jump_rate"]["pre_norm"] == pytest.approx(logged(series, "jump rate")[number], abs=1e-3)
-        assert each["settings"]["jreg_coeff"] == "0.1"
+        assert each["settings"].items() >= SETTINGS.items()
 
 
 LLAMA = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope"
@@ -239,7 +239,7 @@ def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torc
 
 def exported(folder: Path, output: Path) -> str | float:
     """The line that the export is refused with, or how far transformers' logits are from the decoder's."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(1))
     theirs = exported_logits(folder, output, ids)
@@ -322,7 +322,7 @@ def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def differences_to_hybrid_models(work: Path) -> dict[str, tuple[float, float, float]]:
     """How far logits, displacements and an export's logits are from those of ``HybridModel`` itself."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
     for name, (flags, changes) in HYBRIDS.items():
@@ -370,7 +370,7 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
-    from jreg_megatron.decoder.megatron_model import refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
 
     for model in ({}, {"hybrid_layer_pattern": "*-|*-/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
         refuse_other_models(model, "runs/x")
@@ -384,7 +384,7 @@ def loaded_again_and_again(folders: list[Path], times: int) -> tuple[list[list[i
     """Hidden states' shapes of several models loaded in turn, and the process's memory after each round."""
     import psutil
 
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     tokens = torch.arange(12).reshape(2, 6)
     shapes, memory = [], []
@@ -405,7 +405,7 @@ def test_many_checkpoints_load_in_one_process_and_memory_stays_flat(series: Path
 
 def refusals(folders: dict[str, Path]) -> dict[str, str]:
     """The line that each folder is refused with."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     lines = dict.fromkeys(folders, "was loaded")
     for name, folder in folders.items():
@@ -453,7 +453,7 @@ def test_damage_is_one_line_and_no_weight_is_made_up(series: Path, tmp_path: Pat
 def test_steps_and_kinds_of_folders_are_told_without_torch(series: Path) -> None:
     code = (
         "import sys, json; from pathlib import Path; "
-        "from jreg_megatron.decoder.megatron import is_megatron, megatron_steps; "
+        "from jreg_megatron.decoder.checkpoint.folder import is_megatron, megatron_steps; "
         f"p = Path({str(series)!r}); print(json.dumps([is_megatron(p), is_megatron(p / 'iter_0000004'), "
         "is_megatron(p.parent), megatron_steps(p), megatron_steps(p / 'iter_0000004')])); "
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
@@ -503,7 +503,7 @@ def saved_otherwise(folder: Path, work: Path) -> float:
     """
     from megatron.core import dist_checkpointing, parallel_state
 
-    from jreg_megatron.decoder.megatron import load_megatron, open_checkpoint
+    from jreg_megatron.decoder.checkpoint.model import load_megatron, open_checkpoint
 
     device = torch.device("cpu")
     decoder: Any = load_megatron(folder, dtype=torch.float32, device=device)
@@ -534,19 +534,11 @@ def test_other_names_of_norms_and_norms_around_zero_are_understood(series: Path,
     assert difference < 1e-6
 
 
-def settings_and_lost_tokenizer(folder: Path) -> tuple[dict[str, str], bool]:
-    from jreg_megatron.decoder.megatron import megatron_settings
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+def test_a_lost_tokenizer_is_no_failure(tmp_path: Path) -> None:
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
 
-    lost = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(folder / "gone.model")}
-    return megatron_settings(folder), TrainingTokenizer.of(lost) is None
-
-
-def test_settings_of_the_training_are_read_and_a_lost_tokenizer_is_no_failure(series: Path) -> None:
-    ((settings, is_none),) = run_function(settings_and_lost_tokenizer, 1, series)
-    expected = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
-    assert settings.items() >= expected.items()
-    assert is_none
+    lost = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(tmp_path / "gone.model")}
+    assert TrainingTokenizer.of(lost) is None
 
 
 SINCE_0_18, SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
@@ -569,7 +561,7 @@ SAVED_BY: dict[str, dict[str, Any]] = {
 
 def saved_by_others(work: Path) -> dict[str, Any]:
     """How far logits are from those of Megatron's model, and what the user is told, by what was saved."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
 
@@ -648,7 +640,7 @@ TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
 
 @pytest.mark.parametrize("name", TOLD)
 def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of
 
     more, rows, expected = TOLD[name]
     assert vocab_size_of(PADDED | more, rows, None) == expected
@@ -660,7 +652,7 @@ def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> No
 def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
     size: int, rows: int, expected: int | None
 ) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of
 
     tokenizer: Any = SimpleNamespace(vocab_size=size)
     assert vocab_size_of(PADDED | GONE, rows, tokenizer) == expected
@@ -679,7 +671,7 @@ def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
     ],
 )
 def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, Any], without: bool) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import settings_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import settings_of
 
     named = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "folder"}
     settings = settings_of(named | saved)
@@ -701,10 +693,10 @@ def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, An
 def test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation(
     has: dict[str, Any], said: str
 ) -> None:
-    from jreg_megatron.decoder.megatron_validation import _last_samples
+    from jreg_megatron.decoder.checkpoint.validation import last_samples
 
     plain = {"train_iters": 4, "eval_iters": 2, "eval_interval": 2, "dataloader_type": "single"}
     plain |= {"eval_global_batch_size": None, "global_batch_size": 8}
-    assert _last_samples(Namespace(**plain), 2, 16, "runs/x") == (0, 16)
+    assert last_samples(Namespace(**plain), 2, 16, "runs/x") == (0, 16)
     with pytest.raises(UserError, match=said):
-        _last_samples(Namespace(**(plain | has)), 2, 16, "runs/x")
+        last_samples(Namespace(**(plain | has)), 2, 16, "runs/x")

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
 from jreg_megatron.decoder.load import DTYPES
-from jreg_megatron.decoder.megatron_folder import CheckpointFolder
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
 
 if TYPE_CHECKING:
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
     from jreg_megatron.decoder.decoder import Decoder
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
 
 _OWN = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -89,10 +89,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from jreg_megatron.convert.llama import Llama
     from jreg_megatron.convert.tokenizer import begin_of_text, save_tokenizer
     from jreg_megatron.convert.weights import to_hugging_face
-    from jreg_megatron.decoder.megatron import open_checkpoint
-    from jreg_megatron.decoder.megatron_decoder import decoder_of
-    from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, pads_to, vocab_size_of
+    from jreg_megatron.decoder.checkpoint.arguments import all_arguments, refuse_other_models
+    from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint, padded_vocab_size
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, pads_to, vocab_size_of
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
@@ -181,7 +180,7 @@ def _check_vocabulary(
 
 def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:
     from jreg_megatron.data.tokenizing import TYPES
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
 
     if options.no_tokenizer or arguments.get("tokenizer_type") == "NullTokenizer":
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.decoder.megatron_folder import bridge_as
+from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
 
 LLAMA3_ROPE = {
