@@ -1254,10 +1254,8 @@ FAULTS = [
         "look for an optimizer's package only where all arguments are known",
         "mcore/preflight/__init__.py",
         (
-            (
-                "    optimizer.package(args.optimizer)\n    if _is_read_elsewhere(args):\n        return\n",
-                "    if _is_read_elsewhere(args):\n        return\n    optimizer.package(args.optimizer)\n",
-            ),
+            ("    optimizer.package(args.optimizer)\n", ""),
+            ("        return\n    for", "        return\n    optimizer.package(args.optimizer)\n    for"),
         ),
         PREFLIGHT,
     ),
@@ -1419,7 +1417,7 @@ FAULTS = [
     Fault(
         "let one model count as two seeds",
         "evaluate/seeds.py",
-        (("            if key in seen:", "            if False:"),),
+        (("        if key in seen:", "        if False:"),),
         SEEDS,
     ),
     Fault(
@@ -1437,7 +1435,7 @@ FAULTS = [
     Fault(
         "mix metrics and samples between seeds",
         "evaluate/seeds.py",
-        (("if len({way[name] for way in ways}) > 1:", "if False:"),),
+        (("if len({(score.metric, score.samples) for score in scores}) > 1:", "if False:"),),
         SEEDS,
     ),
     Fault(

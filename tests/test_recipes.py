@@ -23,8 +23,8 @@ import pytest
 import yaml
 from harness import Finished, read_scalars, run_ranks
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import machine
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.command import on_gpus
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.recipe.request import Rendezvous, Request

@@ -7,28 +7,36 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.data.windows import Batch, batches, windows
+from jreg_megatron.data.windows import Batch, Window, batches
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
+from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.runtime.errors import UserError
 
-Floats = NDArray[np.float64]
-
 _NOTHING = "there is no text with a second token, so none to predict; give longer texts"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How texts are run."""
+
+    max_tokens: int | None
+    """First tokens of each text that are used, in windows of the model's length; None for all."""
+    batch_size: int
+    """Sequences at a time."""
+    quiet: bool = False
+    """No progress bar."""
 
 
 @dataclass(frozen=True)
 class PerText:
     """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
 
-    names: list[str]
-    """The texts."""
     tokens: Floats
     """``[T]``, how many tokens were predicted."""
     ids: list[int]
@@ -53,9 +61,7 @@ def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> No
         UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
             model that gives a text's tokens states that depend on other things.
     """
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
-    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
-    read = [window.ids for window in sequences if len(window.ids) > 1]
+    read = [window.ids for window in _predictable(decoder, texts, options)]
     if not read:
         raise UserError(_NOTHING)
     refuse_dependence(decoder, read[0], options.batch_size)
@@ -108,18 +114,6 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> Per
     return _measure(decoder, texts, options, readings, "layer drop")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How texts are run."""
-
-    max_tokens: int | None
-    """First tokens of each text that are used, in windows of the model's length; None for all."""
-    batch_size: int
-    """Sequences at a time."""
-    quiet: bool = False
-    """No progress bar."""
-
-
 @dataclass
 class _Reader:
     """Reads every layer out while the model runs, so that no states are kept."""
@@ -163,61 +157,43 @@ def prediction_batches(
     Raises:
         UserError: for a text that cannot be read, and ids that are not the model's.
     """
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
-    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
-    hidden = options.quiet or None
+    sequences, hidden = _predictable(decoder, texts, options), options.quiet or None
     with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
-        for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
+        for batch in batches(sequences, options.batch_size):
             ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
             kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
             yield ids, kept, ids[:, 1:][kept], batch
             bar.update(batch.windows[-1].text + 1 - bar.n)
 
 
+def _predictable(decoder: Decoder, texts: Iterable[Text], options: Options) -> Iterator[Window]:
+    """The sequences that have a second token."""
+    return (window for window in decoder.windows(texts, options.max_tokens) if len(window.ids) > 1)
+
+
 @torch.inference_mode()
 def _measure(
     decoder: Decoder, texts: Iterable[Text], options: Options, readings: Readings, what: str
 ) -> PerText:
-    names: list[str] = []
-
-    def named() -> Iterator[Text]:
-        for text in texts:
-            names.append(text.name)
-            yield text
-
-    found: dict[int, _Sums] = {}
+    windows: list[Window] = []
+    sums: list[Floats] = []
     total = len(texts) if isinstance(texts, Sized) else None
-    for ids, kept, targets, batch in prediction_batches(decoder, named(), options, what, total):
+    for ids, kept, targets, batch in prediction_batches(decoder, texts, options, what, total):
         scores = readings(ids, kept, targets)
         whole = scores[-1].top
         table = torch.stack(
             [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
         )
+        windows += batch.windows
         parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
-        for window, part in zip(batch.windows, parts, strict=True):
-            found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
-    if not found:
+        sums += [part.sum(-1).cpu().numpy() for part in parts]
+    if not sums:
         raise UserError(_NOTHING)
-    loss, correct, agreed = np.moveaxis(np.stack([text.sums for text in found.values()]), -1, 0)
-    return PerText(
-        names=[names[number] for number in found],
-        tokens=np.array([text.tokens for text in found.values()], dtype=float),
-        ids=[text.hash for text in found.values()],
-        loss=loss,
-        correct=correct,
-        agreed=agreed,
-    )
-
-
-@dataclass
-class _Sums:
-    """Of one text, window by window."""
-
-    tokens: int = 0
-    hash: int = 0
-    sums: Floats = field(default_factory=lambda: np.zeros(()))
-
-    def add(self, ids: NDArray[np.int64], sums: Floats) -> None:
-        self.tokens += len(ids) - 1
-        self.hash = hash((self.hash, *ids.tolist()))
-        self.sums = self.sums + sums
+    hashes: dict[int, int] = {}
+    for window in windows:
+        hashes[window.text] = hash((hashes.get(window.text, 0), *window.ids.tolist()))
+    # Windows of a text follow one another.
+    first = np.unique([window.text for window in windows], return_index=True)[1]
+    loss, correct, agreed = np.moveaxis(np.add.reduceat(sums, first), -1, 0)
+    tokens = np.add.reduceat([len(window.ids) - 1.0 for window in windows], first)
+    return PerText(tokens, list(hashes.values()), loss, correct, agreed)

@@ -11,7 +11,7 @@ first of a text, would decide.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
     """
-    sums = _Sums(decoder)
+    sums = _Sums()
     for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
         sums.kept = kept
         with decoder.observed(sums):
@@ -66,21 +66,20 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
     return Lens(sums.solve(), sums.tokens)
 
 
-@dataclass
 class _Sums:
     """Of products of states, in float64: all that least squares needs of them."""
 
-    decoder: Decoder
-    kept: Tensor | None = None
+    kept: Tensor
     """``[b, s - 1]``, the positions of this batch that predict a token."""
-    tokens: int = 0
-    _states: list[Tensor] = field(default_factory=list)
-    _squares: list[Tensor] = field(default_factory=list)
-    _products: list[Tensor] = field(default_factory=list)
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._states: list[Tensor] = []
+        self._products: list[Tensor | float] = []
+        """For each of layers 0 to L - 1, of its states and a one by these and the last layer's states."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         for states in (layer_input, layer_output) if number == 1 else (layer_output,):
-            assert self.kept is not None
             self._states.append(states[:, :-1][self.kept.to(states.device)].double())
 
     def final_norm(self, normed: Tensor) -> None:
@@ -91,19 +90,17 @@ class _Sums:
         self._states = []
         size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         self.tokens += len(last)
+        self._products = self._products or [0.0] * len(before)
         for number, states in enumerate(before):
-            weighted = torch.cat((states, torch.ones_like(size)), dim=-1) / size.to(states.device)
-            square, product = weighted.T @ weighted, weighted.T @ (last / size).to(states.device)
-            if number == len(self._squares):
-                self._squares.append(square)
-                self._products.append(product)
-            else:
-                self._squares[number] += square
-                self._products[number] += product
+            rows = torch.cat((states, torch.ones_like(states[:, :1])), dim=-1) / size.to(states.device)
+            wanted = (last / size).to(states.device)
+            self._products[number] += rows.T @ torch.cat((rows, wanted), dim=-1)
 
     def solve(self) -> Tensor:
         maps = []
-        for square, product in zip(self._squares, self._products, strict=True):
+        for products in self._products:
+            assert isinstance(products, Tensor)
+            square, product = products[:, : len(products)], products[:, len(products) :]
             square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
             maps.append(torch.linalg.solve(square, product).float().cpu())
         return torch.stack(maps)

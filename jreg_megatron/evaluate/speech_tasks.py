@@ -32,41 +32,20 @@ _SPACE_AFTER_SENTENCE = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z])")
 _WORD = re.compile(r"\b[a-z]{5,}\b")
 _LAST_WORD = re.compile(r"(.*) ([a-z]{5,})[.!?]")
 
-_COMMON = """\
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-  cache_dir: {cache}
-test_split: test
-metadata:
-  version: 1.0
-"""
-_YAML = {
-    "speeches_continuation": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "speeches_last_word": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-""",
-    "speeches_bits_per_byte": """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list:
-  - {metric: bits_per_byte}
-""",
+_ACCURACY, _NORMED = (
+    {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+)
+_CHOICE = {
+    **{"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices"},
+    "doc_to_target": "gold",
+}
+_CONFIG: dict[str, dict[str, Any]] = {
+    "speeches_continuation": _CHOICE | {"metric_list": [_ACCURACY, _NORMED]},
+    "speeches_last_word": _CHOICE | {"metric_list": [_ACCURACY]},
+    "speeches_bits_per_byte": {
+        **{"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"},
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
 }
 
 
@@ -84,10 +63,13 @@ def write_speech_tasks(folder: Path, speeches: list[Text]) -> None:
         data = folder / f"{name}.jsonl"
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         data.write_text("".join(lines), encoding="utf-8")
-        common = _COMMON.format(
-            data=json.dumps(str(data.absolute())), cache=json.dumps(str(folder / ".cache"))
-        )
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{_YAML[name]}", encoding="utf-8")
+        files = {"data_files": {"test": str(data.absolute())}, "cache_dir": str(folder / ".cache")}
+        config = {
+            **{"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"},
+            **_CONFIG[name],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(config, indent=2), encoding="utf-8")  # JSON is YAML
 
 
 def _continuations(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import identity
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 
 _LENGTH = 64
 _MOST_RANKS = 4

@@ -25,7 +25,7 @@ from types import FrameType
 
 import psutil
 
-from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.runtime.errors import user_errors_exit
 from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.lock import lock
