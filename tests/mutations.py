@@ -462,7 +462,7 @@ FAULTS = [
     Fault(
         "measure all tokens alike, whatever text they are in",
         "measure/statistics.py",
-        (("self.total = self.total + sums / tokens", "self.total = self.total + sums"),),
+        (("mean.total = mean.total + sums / tokens", "mean.total = mean.total + sums"),),
         MEASURE,
     ),
     Fault(
@@ -470,8 +470,8 @@ FAULTS = [
         "measure/statistics.py",
         (
             (
-                "self.without_first.add(self._rest, self._tokens - self._windows)",
-                "self.without_first.add(self._rest, self._tokens - 1)",
+                "enumerate((len(window.ids), len(window.ids) - 1))",
+                "enumerate((len(window.ids), len(window.ids) - (self._tokens == [0, 0])))",
             ),
         ),
         MEASURE,
@@ -1488,7 +1488,7 @@ FAULTS = [
     Fault(
         "read out the states as they are where there is a lens",
         "evaluate/layers.py",
-        (("        if self.lens is not None:", "        if False:"),),
+        (("            if lens is not None:", "            if False:"),),
         EVALUATE,
     ),
     Fault(

@@ -81,4 +81,4 @@ def test_what_is_missing_is_said(
     text = tmp_path / "text.txt"
     text.write_text("Some words.")
     said = refusal(capsys, "--paper", "Gemma-2B", "--text", str(text))
-    assert said == "none of the paper's models could be had; the notes above say what is missing"
+    assert said == "none of the paper's models could be loaded; the notes above say what is missing"

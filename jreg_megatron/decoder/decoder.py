@@ -18,7 +18,7 @@ from jreg_megatron.runtime.errors import UserError
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a model's tokenizer."""
+    """What a model's tokenizer can do."""
 
     def encode(self, text: str, /) -> list[int]:
         """The ids of a text, with those special tokens that the model was trained to begin with."""
@@ -28,7 +28,7 @@ class TextTokenizer(Protocol):
 
 
 class StateObserver(Protocol):
-    """What is told about the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
+    """Is told the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         """Layer ``number`` (1-based) has run; for the last one this is before the final norm."""

@@ -147,12 +147,12 @@ def decoder_of(
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "
-            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken for them"
+            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken as its layers"
         )
     if structure.scales:
         note(f"{name} scales its state between layers; its norms are those of the layers' outputs")
     if not structure.feeds_head_alone:
-        note(f"the head of {name} reads more than its last layer's output; figures are of that output")
+        note(f"the head of {name} reads more than its last layer's output; figures are of that output alone")
     without_head = _without_head(model, structure)
 
     def run(tokens: Tensor) -> None:
@@ -306,12 +306,12 @@ def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None
         said = " ".join((str(error) or type(error).__name__).split())
         if "trust_remote_code" in said and not trusted:
             raise UserError(
-                f"{at} brings code of its own; give --trust-remote-code to run it, if you trust it"
+                f"{at} contains Python code of its own; if you trust it, give --trust-remote-code to run it"
             ) from error
         if isinstance(error, OSError) and not Path(source).exists():
             raise UserError(
-                f"{at} is no file or folder here and cannot be had from the hub; correct the name, the "
-                f"revision or the way to the hub ({said[:160]})"
+                f"{at} is no file or folder here, and the hub did not give it ({said[:160]}); correct the "
+                "name or the revision, or see that the hub can be reached"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
 

@@ -171,16 +171,16 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds",
         action="store_true",
-        help="each MODEL is a file that --json wrote instead, one a training seed: the baseline and the JREG "
-        "of that seed, on the paper's tasks. Their difference over the seeds: the paper's one-sided t-test, "
-        "a 95%% interval and the test's power, with and without BoolQ",
+        help="compare over training seeds: each MODEL is then a file that --json wrote, one for each seed, "
+        "of its baseline and its JREG on the paper's tasks. It prints their difference over the seeds, the "
+        "paper's one-sided t-test, a 95%% interval and the test's power, with and without BoolQ",
     )
     parser.add_argument(
         "--parts",
         type=_names,
         default=list(PARTS),
         metavar="PART,...",
-        help=f"what to do, of {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
+        help=f"run these parts: {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
     )
     tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
     tasks.add_argument(
@@ -194,7 +194,7 @@ def parser() -> ArgumentParser:
         "their mean, and that without BoolQ; or any task or group of the harness",
     )
     tasks.add_argument(
-        "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"
+        "--limit", type=int, metavar="N", help="run the first N samples of each task (default: all)"
     )
     tasks.add_argument(
         "--include-path",
@@ -209,7 +209,7 @@ def parser() -> ArgumentParser:
         type=int,
         default=_DEFAULT_TOKENS,
         metavar="N",
-        help="the first N tokens of each text; 0 for all (default: %(default)s)",
+        help="read the first N tokens of each text; 0 reads all (default: %(default)s)",
     )
     text.add_argument(
         "--lens",

@@ -61,7 +61,7 @@ def evaluate(
         parts: of ``tasks``, ``read-out``, ``layer-drop`` and ``lens``.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
-        texts: for the parts about layers; read once more for each part.
+        texts: for the parts about layers.
         options: how they are run.
         lens_texts: for the fit of the lens; others than ``texts``.
 
@@ -75,10 +75,10 @@ def evaluate(
         if left_out := sorted(parts & {"read-out", "lens"}):
             note(f"{error}; {' and '.join(left_out)} are left out")
         parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
-    if parts - {"tasks"}:
-        layers.check_texts(decoder, texts, options)
     if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
         raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
+    if parts - {"tasks"}:
+        texts = layers.checked_texts(decoder, texts, options)
     found = Evaluation(decoder.described())
     if "tasks" in parts:
         results = run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)

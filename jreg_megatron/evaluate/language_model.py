@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import batched
 from typing import Any
 
 import torch
@@ -102,8 +103,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             leave=False,
             disable=self._quiet or None,
         ) as bar:
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
+            for batch in batched(order, self._batch_size):
                 for number, answer in zip(batch, self._answers([requests[n] for n in batch]), strict=True):
                     answers[number] = answer
                 bar.update(len(batch))

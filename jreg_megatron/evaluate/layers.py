@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,17 +55,25 @@ class PerText:
         return values
 
 
-def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> None:
-    """Cut all texts into tokens and try the first, to find what is wrong before hours are spent.
+def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> list[Text]:
+    """Read all texts into tokens, once, and try the first: what is wrong is found before hours are spent.
+
+    Returns:
+        The texts as token ids.
 
     Raises:
         UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
             model that gives a text's tokens states that depend on other things.
     """
-    read = [window.ids for window in _predictable(decoder, texts, options)]
-    if not read:
+    ids: dict[int, list[NDArray[np.int64]]] = {}
+    for window in decoder.windows(texts, options.max_tokens):
+        ids.setdefault(window.text, []).append(window.ids)
+    read = [Text(f"text {number + 1}", np.concatenate(parts)) for number, parts in ids.items()]
+    first = next(_predictable(decoder, read, options), None)
+    if first is None:
         raise UserError(_NOTHING)
-    refuse_dependence(decoder, read[0], options.batch_size)
+    refuse_dependence(decoder, first.ids, options.batch_size)
+    return read
 
 
 def read_out(
@@ -86,10 +95,16 @@ def read_out(
     """
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
-        reader = _Reader(decoder, kept, targets, lens)
-        with decoder.observed(reader):
+        scores: list[Scores] = []
+
+        def read(number: int, states: Tensor) -> None:
+            if lens is not None:
+                states = lens(number, states)
+            scores.append(score(decoder.read_out, states, targets, decoder))
+
+        with decoder.observed(StatesAt(kept, read)):
             decoder.run(ids)
-        return reader.scores
+        return scores
 
     return _measure(decoder, texts, options, readings, "read-out" if lens is None else "lens")
 
@@ -114,31 +129,22 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> Per
     return _measure(decoder, texts, options, readings, "layer drop")
 
 
-@dataclass
-class _Reader:
-    """Reads every layer out while the model runs, so that no states are kept."""
+@dataclass(frozen=True)
+class StatesAt:
+    """Observes a decoder: hands on the states behind layer 0 (the embedding) to L while the model runs."""
 
-    decoder: Decoder
     kept: Tensor
-    """``[b, s - 1]``, which positions predict a token."""
-    targets: Tensor
-    """``[n]``, the tokens they predict."""
-    lens: Callable[[int, Tensor], Tensor] | None
-    scores: list[Scores] = field(default_factory=list)
+    """``[b, s - 1]``, which positions' states."""
+    see: Callable[[int, Tensor], None]
+    """Is told a layer's number and the states ``[n, h]`` behind it."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         if number == 1:
-            self._read(layer_input)
-        self._read(layer_output)
+            self.see(0, layer_input[:, :-1][self.kept.to(layer_input.device)])
+        self.see(number, layer_output[:, :-1][self.kept.to(layer_output.device)])
 
     def final_norm(self, normed: Tensor) -> None:
-        pass  # told of each read-out's too
-
-    def _read(self, states: Tensor) -> None:
-        at = states[:, :-1][self.kept.to(states.device)]
-        if self.lens is not None:
-            at = self.lens(len(self.scores), at)
-        self.scores.append(score(self.decoder.read_out, at, self.targets, self.decoder))
+        pass
 
 
 Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]

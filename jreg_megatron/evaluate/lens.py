@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.evaluate.layers import Options, prediction_batches
+from jreg_megatron.evaluate.layers import Options, StatesAt, prediction_batches
 from jreg_megatron.runtime.errors import UserError
 
 _RIDGE = 1e-6
@@ -51,56 +51,30 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
     """
-    sums = _Sums()
+    # All that least squares needs, in float64: for each layer but the last the products of its states and a
+    # one by these and the last layer's states.
+    sums: dict[int, Tensor] = {}
+    tokens = 0
     for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
-        sums.kept = kept
-        with decoder.observed(sums):
+        states: dict[int, Tensor] = {}
+        with decoder.observed(StatesAt(kept, states.__setitem__)):
             decoder.run(ids)
-        sums.add()
+        last = states.pop(decoder.num_layers).double()
+        size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        tokens += len(last)
+        for number, state in states.items():
+            rows = torch.cat((state.double(), torch.ones_like(state[:, :1])), dim=-1) / size.to(state.device)
+            products = rows.T @ torch.cat((rows, (last / size).to(state.device)), dim=-1)
+            sums[number] = sums.get(number, 0) + products
     least = _FEWEST * (decoder.hidden_size + 1)
-    if sums.tokens < least:
+    if tokens < least:
         raise UserError(
-            f"the texts of --lens have {sums.tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
+            f"the texts of --lens have {tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
             "give more"
         )
-    return Lens(sums.solve(), sums.tokens)
-
-
-class _Sums:
-    """Of products of states, in float64: all that least squares needs of them."""
-
-    kept: Tensor
-    """``[b, s - 1]``, the positions of this batch that predict a token."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._states: list[Tensor] = []
-        self._products: list[Tensor | float] = []
-        """For each of layers 0 to L - 1, of its states and a one by these and the last layer's states."""
-
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        for states in (layer_input, layer_output) if number == 1 else (layer_output,):
-            self._states.append(states[:, :-1][self.kept.to(states.device)].double())
-
-    def final_norm(self, normed: Tensor) -> None:
-        pass
-
-    def add(self) -> None:
-        *before, last = self._states
-        self._states = []
-        size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        self.tokens += len(last)
-        self._products = self._products or [0.0] * len(before)
-        for number, states in enumerate(before):
-            rows = torch.cat((states, torch.ones_like(states[:, :1])), dim=-1) / size.to(states.device)
-            wanted = (last / size).to(states.device)
-            self._products[number] += rows.T @ torch.cat((rows, wanted), dim=-1)
-
-    def solve(self) -> Tensor:
-        maps = []
-        for products in self._products:
-            assert isinstance(products, Tensor)
-            square, product = products[:, : len(products)], products[:, len(products) :]
-            square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
-            maps.append(torch.linalg.solve(square, product).float().cpu())
-        return torch.stack(maps)
+    maps = []
+    for products in sums.values():
+        square, product = products[:, : len(products)], products[:, len(products) :]
+        square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
+        maps.append(torch.linalg.solve(square, product).float().cpu())
+    return Lens(torch.stack(maps), tokens)

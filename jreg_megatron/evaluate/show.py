@@ -172,7 +172,7 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         lines.append("Below a figure: its 95% interval.")
     if comparison:
         lines.append(
-            "Intervals and tests are over samples and texts, not over training seeds: trained anew, the "
+            "Intervals and tests are over samples and texts, not over training seeds: with other seeds, the "
             "models may differ by more or less."
         )
         lines += comparison["notes"]

@@ -25,7 +25,7 @@ SETS = {
     "speeches": tuple(SPEECH_TASKS),
     "paper": TASKS,
 }
-"""Names that stand for several tasks: those that need no network, and the nine of JREG's paper."""
+"""Names of several tasks: those that need no network, and the nine of JREG's paper."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
 """The first of these that a task has is the one reported; the paper does not say which it took."""
@@ -107,10 +107,10 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
             ) from error
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            raise UserError(f"the task {name} has the model write text, which is not done here; leave it out")
+            raise UserError(f"the task {name} has the model write text, which is not supported; leave it out")
         if not _metrics_of(task):
             found = ", ".join(f"{metric} ({how.__name__})" for metric, how in task.aggregation().items())
-            raise UserError(f"the task {name} is measured by {found}, which is not done here; leave it out")
+            raise UserError(f"the task {name} is measured by {found}, which is not supported; leave it out")
         if task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
@@ -162,8 +162,8 @@ def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
     amounts, weights = _column(samples, metric)
     if amounts.shape != weights.shape or not (np.isfinite(amounts).all() and np.isfinite(weights).all()):
         raise UserError(
-            f"the task {task.config.task} gives no number for {metric} of each sample; mend it, or leave it "
-            "out"
+            f"the task {task.config.task} does not give a number for {metric} of each sample; correct it, or "
+            "leave it out"
         )
     has_choices = task.OUTPUT_TYPE == "multiple_choice"
     choices = [len(task.doc_to_choice(sample["doc"])) for sample in samples] if has_choices else []

@@ -50,20 +50,21 @@ def _parser() -> ArgumentParser:
         "--paper",
         nargs="*",
         metavar="NAME",
-        help="instead, models of the paper's Tables 1 and 2 by its names, such as Llama-3.2-1B, or all ten; "
-        "on LAMBADA unless --text is given; the paper's figure is printed beside ours",
+        help="measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as "
+        "Llama-3.2-1B (default: all ten), on LAMBADA unless --text is given; the paper's figure is printed "
+        "beside ours",
     )
     text, which = add_text_arguments(parser)
     which.add_argument(
         "--last-validation",
         action="store_true",
-        help="the samples that a Megatron training saw at its last validation, whole",
+        help="read the samples of a Megatron training's last validation, whole",
     )
     text.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"the first N tokens of each text; 0 for all (default: {_DEFAULT_TOKENS})",
+        help=f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})",
     )
     text.add_argument(
         "--drop-first-token",
@@ -103,7 +104,7 @@ def _measure(args: Namespace) -> None:
             _write(args, document, to_stdout=True)
             _print(args, models, printed)
     if not models:
-        raise UserError("none of the paper's models could be had; the notes above say what is missing")
+        raise UserError("none of the paper's models could be loaded; the notes above say what is missing")
 
 
 def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | None], float]]:

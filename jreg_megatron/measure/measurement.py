@@ -134,7 +134,7 @@ def measure(
         Figures.of(mean.total / mean.texts, mean.texts, mean.tokens, decoder.num_layers)
         if isinstance(mean.total, Tensor)
         else None
-        for mean in (statistics.with_first, statistics.without_first)
+        for mean in statistics.means
     )
     if with_first is None:
         raise UserError("there is no text with a token in it; give --text files that hold some")

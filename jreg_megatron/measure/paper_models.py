@@ -53,7 +53,7 @@ def lambada() -> list[Text]:
     except Exception as error:  # datasets has no class of its own for what can go wrong here
         said = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--paper measures on LAMBADA, the data set {LAMBADA} of the hub, which cannot be had "
+            f"--paper measures on LAMBADA, the data set {LAMBADA} of the hub, which could not be loaded "
             f"({type(error).__name__}: {said}); try with a network, or name its file by --text"
         ) from error
     return [Text(f"LAMBADA {number}", text) for number, text in enumerate(rows["text"], start=1)]

@@ -86,7 +86,7 @@ def check_memory(plan: Plan, gpus: Gpus) -> str:
             "raise TP or PP, or train on more GPUs"
         )
     if total > gpus.bytes:
-        return f"{text}; more than the {has} of {gpus.name}: lower MICRO_BATCH if it runs out"
+        return f"{text}; more than the {has} of {gpus.name}: lower MICRO_BATCH if memory runs out"
     return f"{text} of {has}"
 
 
