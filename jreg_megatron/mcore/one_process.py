@@ -19,7 +19,7 @@ def single_process() -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if dist.get_world_size() > 1:
-        raise UserError("a checkpoint is loaded in one process; start this without torchrun")
+        raise UserError("this works in one process; start it without torchrun")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
