@@ -41,7 +41,7 @@ def made(folder: Path, flags: str = LLAMA_FLAGS, remove: tuple[str, ...] = (), *
     from megatron.training.models.hybrid import HybridModelBuilder
 
     from jreg_megatron import cpu
-    from jreg_megatron.decoder.megatron_model import single_process
+    from jreg_megatron.mcore.one_process import single_process
 
     single_process()
     sys.argv = ["x", *cpu.with_cpu_flags(flags.split())]

@@ -499,7 +499,7 @@ FAULTS = [
     Fault(
         "measure all tokens alike, whatever text they are in",
         "measure/statistics.py",
-        (("self.total = self.total + sums / tokens", "self.total = self.total + sums"),),
+        (("mean.total = mean.total + sums / tokens", "mean.total = mean.total + sums"),),
         MEASURE,
     ),
     Fault(
@@ -507,8 +507,8 @@ FAULTS = [
         "measure/statistics.py",
         (
             (
-                "self.without_first.add(self._rest, self._tokens - self._windows)",
-                "self.without_first.add(self._rest, self._tokens - 1)",
+                "enumerate((len(window.ids), len(window.ids) - 1))",
+                "enumerate((len(window.ids), len(window.ids) - (self._tokens == [0, 0])))",
             ),
         ),
         MEASURE,
@@ -1058,8 +1058,8 @@ FAULTS = [
     ),
     Fault(
         "export the defaults of arguments that have older names",
-        "decoder/megatron_model.py",
-        (("saved = as_gpt(_by_todays_names(saved))", "saved = as_gpt(saved)"),),
+        "decoder/checkpoint/arguments.py",
+        (("if old in saved:", "if False:"), ('if "disable_bias_linear" in saved:', "if False:")),
         EXPORT,
     ),
     Fault(
@@ -1082,19 +1082,19 @@ FAULTS = [
     ),
     Fault(
         "believe a --vocab-size that was not what was padded",
-        "decoder/megatron_tokenizer.py",
+        "decoder/checkpoint/tokenizer.py",
         (("math.ceil(size / multiple) * multiple == rows if multiple", "size <= rows if multiple"),),
         TOLD,
     ),
     Fault(
         "believe a --vocab-size that Megatron does not read",
-        "decoder/megatron_tokenizer.py",
+        "decoder/checkpoint/tokenizer.py",
         (("kind not in TYPES and ", ""),),
         TOLD,
     ),
     Fault(
         "cut the vocabulary by another tokenizer",
-        "decoder/megatron_tokenizer.py",
+        "decoder/checkpoint/tokenizer.py",
         ((" and pads_to(arguments, tokenizer.vocab_size, rows):", ":"),),
         TOLD,
     ),
@@ -1118,102 +1118,102 @@ FAULTS = [
     ),
     Fault(
         "let padding have its part in the loss",
-        "decoder/megatron_decoder.py",
+        "decoder/checkpoint/model.py",
         (("[..., :vocab_size]", ""),),
         CHECKPOINT,
     ),
     Fault(
         "take padding for vocabulary without a word",
-        "decoder/megatron_decoder.py",
+        "decoder/checkpoint/model.py",
         (("    if vocab_size is None:\n", "    if False:\n"),),
         CHECKPOINT,
     ),
     Fault(
         "read the MLP of a hybrid model from the attention's sub-layer",
-        "decoder/megatron_hybrid.py",
-        ((" + found[2].startswith(_OF_THE_MLP)", ""),),
+        "decoder/checkpoint/arguments.py",
+        ((' + found[2].startswith(("mlp.", "pre_mlp_layernorm."))', ""),),
         CHECKPOINT,
     ),
     Fault(
         "scale positions that a hybrid model does not scale",
-        "decoder/megatron_hybrid.py",
+        "decoder/checkpoint/arguments.py",
         ((', "use_rope_scaling": False', ""),),
         CHECKPOINT,
     ),
     Fault(
         "run hybrid models of any sub-layers",
-        "decoder/megatron_hybrid.py",
-        (("if not _PAIRS.fullmatch(pattern):", "if False:"),),
+        "decoder/checkpoint/arguments.py",
+        (('if pattern != "*-" * max(1, len(pattern) // 2):', "if False:"),),
         CHECKPOINT,
     ),
     Fault(
         "run a hybrid model of its user's own layers",
-        "decoder/megatron_hybrid.py",
+        "decoder/checkpoint/arguments.py",
         (("if spec and tuple(spec) not in HYBRID_SPECS:", "if False:"),),
         CHECKPOINT,
     ),
     Fault(
         "take a hybrid model's sub-layers for layers where those are numbered",
-        "decoder/megatron_hybrid.py",
-        (("        if arguments.get(name):\n", "        if False:\n"),),
+        "decoder/checkpoint/arguments.py",
+        (("            if arguments.get(name):\n", "            if False:\n"),),
         CHECKPOINT,
     ),
     Fault(
         "leave out norms of queries and keys that have no weights",
-        "decoder/megatron_model.py",
+        "decoder/checkpoint/arguments.py",
         (('if arguments.get("qk_l2_norm") and not arguments.get("num_experts"):', "if False:"),),
         CHECKPOINT,
     ),
     Fault(
         "run experts whose weights lie otherwise",
-        "decoder/megatron_model.py",
-        (('    ("moe_mlp_glu_interleave_size", "has --moe-mlp-glu-interleave-size", None),\n', ""),),
+        "decoder/checkpoint/arguments.py",
+        (('    "moe_mlp_glu_interleave_size": ("has --moe-mlp-glu-interleave-size", None),\n', ""),),
         CHECKPOINT,
     ),
     Fault(
         "choose experts by another rule than the training",
-        "decoder/megatron_model.py",
+        "decoder/checkpoint/arguments.py",
         (
             (
-                'if {"sinkhorn", "quantile_balancing"} & {*kinds} else "none"',
-                'if "sinkhorn" in kinds else "none"',
+                'chooses = {"sinkhorn", "quantile_balancing"} & {*kinds}',
+                'chooses = "sinkhorn" in kinds',
             ),
         ),
         CHECKPOINT,
     ),
     Fault(
         "say nothing of tokens that the experts drop",
-        "decoder/megatron_model.py",
+        "decoder/checkpoint/arguments.py",
         (("    if factor := args.moe_expert_capacity_factor:\n", "    if factor := None:\n"),),
         CHECKPOINT,
     ),
     Fault(
         "compute GELU otherwise than the kernels of the training",
-        "decoder/megatron_model.py",
+        "decoder/checkpoint/model.py",
         (("        if args.gelu_by_tanh:\n", "        if False:\n"),),
         CHECKPOINT,
     ),
     Fault(
         "say nothing of arguments that this Megatron does not know",
-        "decoder/megatron_model.py",
+        "decoder/checkpoint/arguments.py",
         (("    if told:\n", "    if False:\n"),),
         CHECKPOINT,
     ),
     Fault(
         "scale positions that an older script did not scale",
-        "decoder/megatron_model.py",
-        (("(_SINCE_0_19 if pattern_of(saved) is None else _SINCE_0_18)", "_SINCE_0_18"),),
+        "decoder/checkpoint/arguments.py",
+        (("(_SINCE_0_19 if pattern is None else _SINCE_0_18)", "_SINCE_0_18"),),
         CHECKPOINT,
     ),
     Fault(
         "begin texts with tokens that the training's tokenizer left out",
-        "decoder/megatron_tokenizer.py",
+        "decoder/checkpoint/tokenizer.py",
         (('if "legacy_tokenizer" in arguments and', "if False and"),),
         CHECKPOINT,
     ),
     Fault(
         "measure samples that are cut into documents as if they were whole",
-        "decoder/megatron_validation.py",
+        "decoder/checkpoint/validation.py",
         (
             (
                 '    *("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),\n',
@@ -1297,10 +1297,8 @@ FAULTS = [
         "look for an optimizer's package only where all arguments are known",
         "mcore/preflight/__init__.py",
         (
-            (
-                "    optimizer.package(args.optimizer)\n    if _is_read_elsewhere(args):\n        return\n",
-                "    if _is_read_elsewhere(args):\n        return\n    optimizer.package(args.optimizer)\n",
-            ),
+            ("    optimizer.package(args.optimizer)\n", ""),
+            ("        return\n    for", "        return\n    optimizer.package(args.optimizer)\n    for"),
         ),
         PREFLIGHT,
     ),
@@ -1462,7 +1460,7 @@ FAULTS = [
     Fault(
         "let one model count as two seeds",
         "evaluate/seeds.py",
-        (("            if key in seen:", "            if False:"),),
+        (("        if key in seen:", "        if False:"),),
         SEEDS,
     ),
     Fault(
@@ -1480,7 +1478,7 @@ FAULTS = [
     Fault(
         "mix metrics and samples between seeds",
         "evaluate/seeds.py",
-        (("if len({way[name] for way in ways}) > 1:", "if False:"),),
+        (("if len({(score.metric, score.samples) for score in scores}) > 1:", "if False:"),),
         SEEDS,
     ),
     Fault(
@@ -1533,7 +1531,7 @@ FAULTS = [
     Fault(
         "read out the states as they are where there is a lens",
         "evaluate/layers.py",
-        (("        if self.lens is not None:", "        if False:"),),
+        (("            if lens is not None:", "            if False:"),),
         EVALUATE,
     ),
     Fault(

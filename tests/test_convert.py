@@ -83,7 +83,7 @@ def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     """Export a checkpoint, import that, export it again, and compare the three."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     device = torch.device("cpu")
     reports = [
@@ -256,8 +256,8 @@ def test_training_goes_on_from_an_import_at_another_layout_with_the_printed_flag
 
 
 def validation_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    from jreg_megatron.decoder.megatron import open_checkpoint
-    from jreg_megatron.decoder.megatron_validation import last_validation_samples
+    from jreg_megatron.decoder.checkpoint.model import open_checkpoint
+    from jreg_megatron.decoder.checkpoint.validation import last_validation_samples
 
     samples = last_validation_samples(open_checkpoint(folder, None, torch.device("cpu")))
     return samples.tokens, samples.labels
@@ -286,7 +286,7 @@ def check_kinds(work: Path) -> None:
     """Each kind of Llama, to Megatron and back."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     for name, options in KINDS.items():
         torch.manual_seed(0)

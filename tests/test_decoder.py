@@ -404,6 +404,7 @@ def test_a_path_may_hold_the_marks_of_names_and_revisions(tmp_path: Path) -> Non
         ("what is this", "neither a path that exists nor a name on the hub"),
         ("{tmp}/run@7", r"@7 is no checkpoint of .*; there are 50, 200"),
         ("{tmp}/run@x", "is no checkpoint of"),
+        ("{tmp}/begun@all", r"@all is no checkpoint of .*/begun; there are none"),
         ("{tmp}/empty", "holds no model"),
         ("{tmp}/plain@all", "no series"),
         ("{tmp}/weights.pt", "not a model file"),
@@ -413,6 +414,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, said: st
     for step in (50, 200):
         _folder(tmp_path / "run" / f"checkpoint-{step}")
     _folder(tmp_path / "plain")
+    (tmp_path / "begun" / "iter_0000005").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.pt").write_bytes(b"")
     with pytest.raises(UserError, match=said):

@@ -146,7 +146,7 @@ def test_only_the_first_tokens_of_each_text_are_read_if_asked() -> None:
 def test_texts_without_a_second_token_are_left_out() -> None:
     texts = [Text("empty", []), Text("one", [3]), *token_texts(), Text("last", [4])]
     found = read_out(toy(), texts, OPTIONS)
-    assert found.names == [text.name for text in token_texts()]
+    assert found.tokens.tolist() == [length - 1 for length in LENGTHS]
     np.testing.assert_allclose(found.loss, read_out(toy(), token_texts(), OPTIONS).loss, rtol=1e-5)
 
 
@@ -304,41 +304,42 @@ def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPa
 
 def test_models_of_which_one_lacks_a_part_are_compared_in_the_rest() -> None:
     whole = evaluated(toy())
-    found = compare(whole, replace(whole, read_out=None, step=7))
-    assert (found.read_out, found.tasks, found.overall) == (None, {}, None)
-    assert found.notes == ["Read-out is not compared: toy 0@7 has none."]
+    found = compare(whole, replace(whole, read_out=None, model=whole.model | {"step": 7}))
+    assert (found["read_out"], found["tasks"], found["overall"]) == (None, {}, None)
+    assert found["notes"] == ["Read-out is not compared: toy 0@7 has none."]
 
 
 def test_a_model_compared_with_itself_differs_by_nothing() -> None:
-    found = compare(evaluated(toy()), evaluated(toy()))
-    assert found.read_out is not None and len(found.read_out) == 4
-    for difference in found.read_out:
-        assert (difference.value, difference.interval, difference.p_value) == (0.0, (0.0, 0.0), 1.0)
+    found = compare(evaluated(toy()), evaluated(toy()))["read_out"]
+    assert (found["difference"], found["interval"], found["p_value"]) == (
+        [0.0] * 4,
+        [(0.0, 0.0)] * 4,
+        [1.0] * 4,
+    )
 
 
 def test_models_are_compared_layer_by_layer_over_texts() -> None:
     a, b = evaluated(toy(seed=0)), evaluated(toy(seed=1))
-    found = compare(a, b).read_out
-    assert found is not None
-    for layer, difference in enumerate(found):
+    found = compare(a, b)["read_out"]
+    assert found["texts"] == len(LENGTHS)
+    assert len(found["difference"]) == 4
+    for layer, (low, high) in enumerate(found["interval"]):
         expected = (b.read_out.loss[:, layer] - a.read_out.loss[:, layer]).sum() / a.read_out.tokens.sum()
-        assert difference.value == pytest.approx(expected)
-        assert difference.samples == len(LENGTHS)
-        assert difference.interval is not None
-        assert difference.interval[0] <= difference.value <= difference.interval[1]
+        assert found["difference"][layer] == pytest.approx(expected)
+        assert low <= expected <= high
 
 
 def test_read_outs_that_cannot_be_compared_are_refused_by_name() -> None:
     a = evaluated(toy())
     deeper = compare(a, evaluated(toy(layers=4)))
-    assert deeper.read_out is None and "toy 0 has 3 layers, toy 0 has 4" in deeper.notes[0]
-    few = [evaluated(toy(), token_texts()[:3])] * 2
-    assert compare(*few).read_out is None and "Too few texts" in compare(*few).notes[0]
+    assert deeper["read_out"] is None and "toy 0 has 3 layers, toy 0 has 4" in deeper["notes"][0]
+    few = compare(*[evaluated(toy(), token_texts()[:3])] * 2)
+    assert few["read_out"] is None and "Too few texts" in few["notes"][0]
     text = [Text(f"text {n}", f"Fellow citizens, number {n}") for n in range(7)]
     plain, begun = (evaluated(toy(tokenizer=toy_tokenizer(begins)), text) for begins in (False, True))
-    assert compare(plain, plain).read_out is not None
+    assert compare(plain, plain)["read_out"] is not None
     different = compare(plain, begun)
-    assert different.read_out is None and "models cut the texts differently" in different.notes[0]
+    assert different["read_out"] is None and "models cut the texts differently" in different["notes"][0]
 
 
 ONES = np.ones(40)
@@ -353,14 +354,14 @@ def shares(*, both: int, only_a: int, only_b: int) -> tuple[Any, Any]:
 
 def test_the_test_of_two_accuracies_is_mcnemars_exact_one() -> None:
     found = compare_figures(*shares(both=20, only_a=1, only_b=9), ONES)
-    assert found.value == pytest.approx(8 / 40)
+    assert found.difference == pytest.approx(8 / 40)
     assert found.p_value == pytest.approx(2 * (comb(10, 0) + comb(10, 1)) / 2**10)
 
 
 def test_accuracies_of_the_same_samples_have_a_p_value_of_one() -> None:
     a, _ = shares(both=20, only_a=0, only_b=0)
     found = compare_figures(a, a, ONES)
-    assert (found.value, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.difference, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_the_permutation_test_of_a_few_samples_is_exact() -> None:
@@ -371,7 +372,7 @@ def test_the_permutation_test_of_a_few_samples_is_exact() -> None:
 
 def test_fewer_than_six_samples_get_neither_interval_nor_test() -> None:
     found = compare_figures(np.arange(5.0), np.arange(5.0) + 1, np.ones(5))
-    assert (found.value, found.interval, found.p_value) == (1.0, None, None)
+    assert (found.difference, found.interval, found.p_value) == (1.0, None, None)
     assert paired.interval(np.ones(5), np.ones(5)) is None
 
 
@@ -399,17 +400,17 @@ def test_every_task_counts_alike_in_the_overall_difference() -> None:
     a, b = shares(both=10, only_a=0, only_b=8)
     short_a, short_b = np.array([1.0, 1.0, 1, 1, 0, 0, 0, 0]), np.array([1.0, 1.0, 1, 0, 0, 0, 0, 0])
     found = paired.compare_mean([(a, b), (short_a, short_b)])
-    assert found.value == pytest.approx((8 / 40 - 1 / 8) / 2)
-    assert found.interval is not None and found.interval[0] < found.value < found.interval[1]
+    assert found.difference == pytest.approx((8 / 40 - 1 / 8) / 2)
+    assert found.interval is not None and found.interval[0] < found.difference < found.interval[1]
     same = paired.compare_mean([(a, a), (short_a, short_a)])
-    assert (same.value, same.interval, same.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (same.difference, same.interval, same.p_value) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_the_overall_test_weighs_samples_as_the_overall_difference_does() -> None:
     small = np.array([0.0] * 6), np.array([1.0, 1, 0, 0, 0, 0])
     large = np.array([1.0, 1, *[0.0] * 10]), np.zeros(12)
     found = paired.compare_mean([small, large])
-    assert found.value == pytest.approx((2 / 6 - 2 / 12) / 2)
+    assert found.difference == pytest.approx((2 / 6 - 2 / 12) / 2)
     # Swapped at random, two of 1/6 and two of 1/12 come to 1/6 or more in 6 cases of 16; both ways, in 12.
     assert found.p_value == pytest.approx(12 / 16, abs=0.03)
 
@@ -420,5 +421,5 @@ def test_p_values_of_several_tests_are_adjusted_as_benjamini_and_hochberg_say() 
 
 
 def test_means_weigh_every_token_alike() -> None:
-    found = PerText(["a", "b"], np.array([1.0, 3.0]), [0, 0], *[np.array([[4.0], [0.0]])] * 3)
+    found = PerText(np.array([1.0, 3.0]), [0, 0], *[np.array([[4.0], [0.0]])] * 3)
     assert found.mean(found.loss) == [1.0]

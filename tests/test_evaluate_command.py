@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from evaluate_toy import own_task, save_toy
 
+from jreg_megatron.data.texts import training_speeches
 from jreg_megatron.evaluate.__main__ import main
 from jreg_megatron.paper import TASKS
 
@@ -39,8 +40,13 @@ def test_the_help_needs_neither_torch_nor_the_harness() -> None:
 
 
 def test_two_models_are_evaluated_compared_and_written(
-    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    some = training_speeches()[:40]  # all of them take long
+    monkeypatch.setattr("jreg_megatron.evaluate.__main__.training_speeches", lambda: some)
     files = tmp_path / "all.json", tmp_path / "all.csv"
     fewer = ["--limit", "8", "--max-tokens", "32", "--lens"]
     main([*folders, *fewer, "--json", str(files[0]), "--csv", str(files[1])])

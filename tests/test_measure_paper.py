@@ -10,7 +10,7 @@ import pytest
 from evaluate_toy import save_toy
 
 from jreg_megatron.measure.__main__ import main
-from jreg_megatron.measure.paper_models import LAMBADA, paper_models, printed_zeta
+from jreg_megatron.measure.paper_models import LAMBADA, paper_models
 from jreg_megatron.paper import numbers
 
 STEPS = (0, 1000, 28000, 29000, 57000, 86000, 114000, 143000)
@@ -42,8 +42,8 @@ def test_a_model_that_the_paper_follows_over_training_is_taken_at_the_branches_n
 ) -> None:
     found = paper_models(["Pythia-1B", "Llama-3.2-1B"])
     steps = ("step29000", "step57000", "step86000", "step114000", "step143000", None)
-    assert tuple(reference.revision for reference in found) == steps
-    assert printed_zeta(found) == [1.03, 2.79, 5.37, 10.4, 11.2, 20.6]
+    assert tuple(reference.revision for reference, _ in found) == steps
+    assert [zeta for _, zeta in found] == [1.03, 2.79, 5.37, 10.4, 11.2, 20.6]
 
 
 def test_the_papers_figure_stands_beside_ours_and_models_that_cannot_be_had_are_left_out_by_name(
@@ -81,4 +81,4 @@ def test_what_is_missing_is_said(
     text = tmp_path / "text.txt"
     text.write_text("Some words.")
     said = refusal(capsys, "--paper", "Gemma-2B", "--text", str(text))
-    assert said == "none of the paper's models could be had; the notes above say what is missing"
+    assert said == "none of the paper's models could be loaded; the notes above say what is missing"

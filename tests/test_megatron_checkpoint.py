@@ -21,12 +21,14 @@ from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
-from jreg_megatron.decoder.megatron_folder import CheckpointFolder, is_megatron, megatron_steps
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder, is_megatron, megatron_steps
 from jreg_megatron.methods.jreg.regularizer import displacement_name
 
 LAYERS = 4
 VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")
 SAVED = ("--save-interval", 2)
+SETTINGS = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
+"""Of the series of checkpoints, as text."""
 
 
 class Displacements:
@@ -53,13 +55,11 @@ class Displacements:
 
 def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
     """What a checkpoint's decoder gives on its last validation; runs in a process of its own."""
-    from jreg_megatron.decoder.megatron import last_validation, load_megatron, open_checkpoint
-    from jreg_megatron.decoder.megatron_validation import last_validation_samples
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
-    device = torch.device("cpu")
-    decoder = load_megatron(folder, step, dtype=torch.float32, device=device)
-    samples = last_validation_samples(open_checkpoint(folder, step, device))
-    assert torch.equal(last_validation(folder, step), samples.tokens)
+    decoder = load_megatron(folder, step, dtype=torch.float32, device=torch.device("cpu"))
+    assert decoder.last_validation is not None
+    samples = decoder.last_validation()
     seen, loss = Displacements(), 0.0
     for tokens, labels, mask in zip(samples.tokens, samples.labels, samples.loss_mask, strict=True):
         with decoder.observed(seen):
@@ -118,11 +118,11 @@ def train(
 
 @pytest.fixture(scope="module")
 def series(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of iterations 2, 4 and 5: grouped queries, TP2 x PP2, distributed optimizer."""
-    layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
+    """Checkpoints of iterations 2, 4 and 5: grouped queries, TP2, distributed optimizer."""
+    layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     options = ("--group-query-attention", "--num-query-groups", 2, "--use-distributed-optimizer")
     run = tmp_path_factory.mktemp("runs") / "grouped"
-    return train(run, toy_data, 4, "--train-iters", 5, "--eod-mask-loss", *layout, *options)
+    return train(run, toy_data, 2, "--train-iters", 5, "--eod-mask-loss", *layout, *options)
 
 
 def logged(folder: Path, tag: str) -> list[float]:
@@ -140,24 +140,33 @@ def expect_as_logged(found: dict[str, Any], folder: Path, number: int, final_sta
     assert found["without layer"] > 1e-4
 
 
-def test_a_checkpoint_gives_the_loss_and_displacement_of_the_last_validation(series: Path) -> None:
-    (found,) = run_function(observed, 1, series)
-    assert found["decoder"] == ("grouped", 5, LAYERS, 256, 32)
-    expect_as_logged(found, series, -1)
+def observed_at(folder: Path, steps: list[int | None]) -> list[dict[str, Any]]:
+    return [observed(folder, step) for step in steps]
 
 
-def test_a_step_of_a_series_gives_what_its_own_validation_logged(series: Path) -> None:
-    (found,) = run_function(observed, 1, series, 4)
-    assert found["decoder"][1] == 4
-    expect_as_logged(found, series, 1)
+def test_the_last_checkpoint_and_a_step_give_what_their_own_validations_logged(series: Path) -> None:
+    ((last, step),) = run_function(observed_at, 1, series, [None, 4])
+    assert last["decoder"] == ("grouped", 5, LAYERS, 256, 32)
+    expect_as_logged(last, series, -1)
+    assert step["decoder"][1] == 4
+    expect_as_logged(step, series, 1)
 
 
 def measured(output: Path, *words: object) -> list[dict[str, Any]]:
     """The models in the JSON of ``jreg-megatron measure``; runs in a process of its own."""
+    from jreg_megatron.decoder.checkpoint import model
     from jreg_megatron.measure.__main__ import main
 
+    opened, open_checkpoint = [], model.open_checkpoint
+
+    def counted(*place: Any) -> Any:
+        opened.append(place)
+        return open_checkpoint(*place)
+
+    model.open_checkpoint = counted
     main([*map(str, words), "--quiet", "--json", str(output)])
     models: list[dict[str, Any]] = json.loads(output.read_text())["models"]
+    assert len(opened) == len(models), "each checkpoint is opened once"
     return models
 
 
@@ -173,7 +182,7 @@ def test_the_command_measures_a_series_as_training_logged_it(series: Path, tmp_p
             expected = logged(series, displacement_name(layer, LAYERS))[number]
             assert each["displacement"]["pre_norm"][layer - 1] == pytest.approx(expected, abs=1e-5)
         assert each["jump_rate"]["pre_norm"] == pytest.approx(logged(series, "jump rate")[number], abs=1e-3)
-        assert each["settings"]["jreg_coeff"] == "0.1"
+        assert each["settings"].items() >= SETTINGS.items()
 
 
 LLAMA = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope"
@@ -184,10 +193,11 @@ RUNS: dict[str, tuple[int, str, str]] = {
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
         "--jreg-final-state post_norm",
     ),
-    "a GPT-2 in uneven stages": (
-        2,
+    "a GPT-2 in uneven stages, TP2 x PP2": (
+        4,
         f"{LLAMA} --normalization RMSNorm",
-        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
+        "--decoder-first-pipeline-num-layers 1",
     ),
     "a mixture of experts, one dense layer first": (
         2,
@@ -205,20 +215,25 @@ RUNS: dict[str, tuple[int, str, str]] = {
 """By name: ranks, flags of the toy that are left out, and flags that are added."""
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def other_run(
-    request: pytest.FixtureRequest, toy_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """A training of another model at another layout: its checkpoints and the flags it was trained with."""
-    world_size, without, flags = RUNS[request.param]
-    folder = tmp_path_factory.mktemp("other")
-    return train(folder, toy_data, world_size, "--train-iters", 2, *flags.split(), without=without), flags
-
-
-def test_every_model_and_layout_gives_what_its_training_logged(other_run: tuple[Path, str]) -> None:
-    folder, flags = other_run
-    (found,) = run_function(observed, 1, folder)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_is_exported(
+    name: str, toy_data: Path, tmp_path: Path
+) -> None:
+    world_size, without, flags = RUNS[name]
+    folder = train(tmp_path, toy_data, world_size, "--train-iters", 2, *flags.split(), without=without)
+    ((found, export),) = run_function(observed_and_exported, 1, folder, tmp_path / "out")
     expect_as_logged(found, folder, -1, "post_norm" if "post_norm" in flags else "pre_norm")
+    refused = {
+        "--decoder-first-pipeline-num-layers": "has another norm than RMSNorm (--normalization)",
+        "--num-experts": "is a mixture of experts (--num-experts)",
+        "--qk-layernorm": "has norms of queries and keys (--qk-layernorm)",
+    }
+    named = [line for flag, line in refused.items() if flag in flags]
+    if named:
+        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face has not"
+        assert str(export).startswith(expected)
+    else:
+        assert isinstance(export, float) and export < 1e-4
 
 
 def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torch.Tensor:
@@ -239,7 +254,7 @@ def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torc
 
 def exported(folder: Path, output: Path) -> str | float:
     """The line that the export is refused with, or how far transformers' logits are from the decoder's."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(1))
     theirs = exported_logits(folder, output, ids)
@@ -249,22 +264,8 @@ def exported(folder: Path, output: Path) -> str | float:
     return float((decoder.logits(ids) - theirs).abs().max())
 
 
-def test_a_llama_is_exported_and_another_model_refused_by_name(
-    other_run: tuple[Path, str], tmp_path: Path
-) -> None:
-    folder, flags = other_run
-    (found,) = run_function(exported, 1, folder, tmp_path / "out")
-    refused = {
-        "--decoder-first-pipeline-num-layers": "has another norm than RMSNorm (--normalization)",
-        "--num-experts": "is a mixture of experts (--num-experts)",
-        "--qk-layernorm": "has norms of queries and keys (--qk-layernorm)",
-    }
-    named = [line for flag, line in refused.items() if flag in flags]
-    if named:
-        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face has not"
-        assert str(found).startswith(expected)
-    else:
-        assert isinstance(found, float) and found < 1e-4
+def observed_and_exported(folder: Path, output: Path) -> tuple[dict[str, Any], str | float]:
+    return observed(folder), exported(folder, output)
 
 
 PATTERN = "--hybrid-layer-pattern"
@@ -277,10 +278,9 @@ def test_a_hybrid_model_of_pairs_is_measured_and_exported_as_its_training_had_it
     script = Path(__file__).with_name("unmodified_pretrain.py")
     flags = (PATTERN, "*-*-|*-*-", *STACK.split(), "--pipeline-model-parallel-size", 2, "--train-iters", 2)
     folder = train(tmp_path, toy_data, 2, *flags, without="--num-layers 4", script=script)
-    (found,) = run_function(observed, 1, folder)
+    ((found, difference),) = run_function(observed_and_exported, 1, folder, tmp_path / "out")
     assert found["decoder"][2:] == (LAYERS, 256, 32)
     expect_as_logged(found, folder, -1)
-    (difference,) = run_function(exported, 1, folder, tmp_path / "out")
     assert isinstance(difference, float) and difference < 1e-5
     ((model,),) = run_function(measured, 1, tmp_path / "models.json", folder, "--last-validation")
     expected = [logged(folder, displacement_name(layer, LAYERS))[-1] for layer in range(1, LAYERS + 1)]
@@ -322,7 +322,7 @@ def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def differences_to_hybrid_models(work: Path) -> dict[str, tuple[float, float, float]]:
     """How far logits, displacements and an export's logits are from those of ``HybridModel`` itself."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
     for name, (flags, changes) in HYBRIDS.items():
@@ -370,7 +370,7 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
-    from jreg_megatron.decoder.megatron_model import refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
 
     for model in ({}, {"hybrid_layer_pattern": "*-|*-/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
         refuse_other_models(model, "runs/x")
@@ -384,7 +384,7 @@ def loaded_again_and_again(folders: list[Path], times: int) -> tuple[list[list[i
     """Hidden states' shapes of several models loaded in turn, and the process's memory after each round."""
     import psutil
 
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     tokens = torch.arange(12).reshape(2, 6)
     shapes, memory = [], []
@@ -398,14 +398,14 @@ def loaded_again_and_again(folders: list[Path], times: int) -> tuple[list[list[i
 
 
 def test_many_checkpoints_load_in_one_process_and_memory_stays_flat(series: Path, tmp_path: Path) -> None:
-    ((shapes, memory),) = run_function(loaded_again_and_again, 1, [series, series / "iter_0000002"], 12)
-    assert shapes == [[2, 6, 256]] * 24
+    ((shapes, memory),) = run_function(loaded_again_and_again, 1, [series, series / "iter_0000002"], 8)
+    assert shapes == [[2, 6, 256]] * 16
     assert memory[-1] - memory[3] < 4 << 20
 
 
 def refusals(folders: dict[str, Path]) -> dict[str, str]:
     """The line that each folder is refused with."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     lines = dict.fromkeys(folders, "was loaded")
     for name, folder in folders.items():
@@ -453,7 +453,7 @@ def test_damage_is_one_line_and_no_weight_is_made_up(series: Path, tmp_path: Pat
 def test_steps_and_kinds_of_folders_are_told_without_torch(series: Path) -> None:
     code = (
         "import sys, json; from pathlib import Path; "
-        "from jreg_megatron.decoder.megatron import is_megatron, megatron_steps; "
+        "from jreg_megatron.decoder.checkpoint.folder import is_megatron, megatron_steps; "
         f"p = Path({str(series)!r}); print(json.dumps([is_megatron(p), is_megatron(p / 'iter_0000004'), "
         "is_megatron(p.parent), megatron_steps(p), megatron_steps(p / 'iter_0000004')])); "
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
@@ -503,7 +503,7 @@ def saved_otherwise(folder: Path, work: Path) -> float:
     """
     from megatron.core import dist_checkpointing, parallel_state
 
-    from jreg_megatron.decoder.megatron import load_megatron, open_checkpoint
+    from jreg_megatron.decoder.checkpoint.model import load_megatron, open_checkpoint
 
     device = torch.device("cpu")
     decoder: Any = load_megatron(folder, dtype=torch.float32, device=device)
@@ -534,19 +534,11 @@ def test_other_names_of_norms_and_norms_around_zero_are_understood(series: Path,
     assert difference < 1e-6
 
 
-def settings_and_lost_tokenizer(folder: Path) -> tuple[dict[str, str], bool]:
-    from jreg_megatron.decoder.megatron import megatron_settings
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+def test_a_lost_tokenizer_is_no_failure(tmp_path: Path) -> None:
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
 
-    lost = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(folder / "gone.model")}
-    return megatron_settings(folder), TrainingTokenizer.of(lost) is None
-
-
-def test_settings_of_the_training_are_read_and_a_lost_tokenizer_is_no_failure(series: Path) -> None:
-    ((settings, is_none),) = run_function(settings_and_lost_tokenizer, 1, series)
-    expected = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0.001", "train_iters": "5"}
-    assert settings.items() >= expected.items()
-    assert is_none
+    lost = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(tmp_path / "gone.model")}
+    assert TrainingTokenizer.of(lost) is None
 
 
 SINCE_0_18, SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
@@ -569,7 +561,7 @@ SAVED_BY: dict[str, dict[str, Any]] = {
 
 def saved_by_others(work: Path) -> dict[str, Any]:
     """How far logits are from those of Megatron's model, and what the user is told, by what was saved."""
-    from jreg_megatron.decoder.megatron import load_megatron
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
 
@@ -648,7 +640,7 @@ TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
 
 @pytest.mark.parametrize("name", TOLD)
 def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of
 
     more, rows, expected = TOLD[name]
     assert vocab_size_of(PADDED | more, rows, None) == expected
@@ -660,7 +652,7 @@ def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> No
 def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
     size: int, rows: int, expected: int | None
 ) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import vocab_size_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of
 
     tokenizer: Any = SimpleNamespace(vocab_size=size)
     assert vocab_size_of(PADDED | GONE, rows, tokenizer) == expected
@@ -679,7 +671,7 @@ def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
     ],
 )
 def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, Any], without: bool) -> None:
-    from jreg_megatron.decoder.megatron_tokenizer import settings_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import settings_of
 
     named = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "folder"}
     settings = settings_of(named | saved)
@@ -701,10 +693,10 @@ def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, An
 def test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation(
     has: dict[str, Any], said: str
 ) -> None:
-    from jreg_megatron.decoder.megatron_validation import _last_samples
+    from jreg_megatron.decoder.checkpoint.validation import last_samples
 
     plain = {"train_iters": 4, "eval_iters": 2, "eval_interval": 2, "dataloader_type": "single"}
     plain |= {"eval_global_batch_size": None, "global_batch_size": 8}
-    assert _last_samples(Namespace(**plain), 2, 16, "runs/x") == (0, 16)
+    assert last_samples(Namespace(**plain), 2, 16, "runs/x") == (0, 16)
     with pytest.raises(UserError, match=said):
-        _last_samples(Namespace(**(plain | has)), 2, 16, "runs/x")
+        last_samples(Namespace(**(plain | has)), 2, 16, "runs/x")

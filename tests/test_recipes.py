@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +25,8 @@ import pytest
 import yaml
 from harness import Finished, read_scalars, run_ranks
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import machine
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.command import on_gpus
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.recipe.request import Rendezvous, Request
@@ -237,24 +239,48 @@ def test_a_flag_that_needs_transformer_engine_is_taken_where_that_is_installed(
     assert "--log-max-attention-logit" in ranks_and_flags(run_ranks(words, entry=entry).output[0])[1]
 
 
+@dataclass(frozen=True)
+class Toy:
+    """A toy of a recipe, trained."""
+
+    ranks: int
+    flags: list[str]
+    logged: dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def toy_of(
+    words_of: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Toy]:
+    """Trains a toy of a recipe by ``--smoke``; each once."""
+
+    @cache
+    def train(recipe: str, variant: str, *smoke: str, **layout: int) -> Toy:
+        folder = tmp_path_factory.mktemp(recipe)
+        words = words_of(recipe, variant, "--dry-run", "--smoke", *smoke, RUN=folder, **layout)
+        ranks, flags = ranks_and_flags(plan(words).output[0])
+        run_ranks(flags, ranks)
+        return Toy(ranks, flags, read_scalars(folder / "smoke" / "tensorboard"))
+
+    return train
+
+
 # The variants differ in lambda alone (above), and what a layout computes is compared in test_layouts.py.
 @pytest.mark.parametrize(
-    ("recipe", "variant", "layout"),
+    ("recipe", "variant", "smoke", "layout"),
     [
-        ("llama_170m", "jreg", {"TP": 2}),
-        ("llama_1b", "baseline", {"TP": 2}),
-        ("llama_3b4", "jreg", {"PP": 2}),
+        ("llama_170m", "jreg", ("8",), {}),
+        ("llama_1b", "baseline", (), {"TP": 2}),
+        ("llama_3b4", "jreg", (), {"PP": 2}),
     ],
 )
 def test_megatron_reads_every_flag_of_a_recipe_and_trains_a_toy_with_them(
-    recipe: str, variant: str, layout: dict[str, int], words_of: Callable[..., list[str]], tmp_path: Path
+    recipe: str, variant: str, smoke: tuple[str, ...], layout: dict[str, int], toy_of: Callable[..., Toy]
 ) -> None:
-    words = words_of(recipe, variant, "--dry-run", "--smoke", RUN=tmp_path, **layout)
-    ranks, flags = ranks_and_flags(plan(words).output[0])
-    assert ranks == 4  # two of the model, for two replicas
-    run_ranks(flags, ranks)
-    logged = read_scalars(tmp_path / "smoke" / "tensorboard")
-    assert len(logged["lm loss"]) == len(logged["jump rate"]) == 4
+    toy = toy_of(recipe, variant, *smoke, **layout)
+    flags, logged = toy.flags, toy.logged
+    assert toy.ranks == 2 * math.prod(layout.values())  # two replicas of the model
+    assert len(logged["lm loss"]) == len(logged["jump rate"]) == int(smoke[0] if smoke else 4)
     assert len(logged["lm loss validation"]) >= 2
     sizes = {"TP": "tensor-model-parallel-size", "PP": "pipeline-model-parallel-size"}
     for name, size in layout.items():
@@ -262,30 +288,26 @@ def test_megatron_reads_every_flag_of_a_recipe_and_trains_a_toy_with_them(
 
 
 def test_a_killed_run_started_again_by_the_same_command_has_the_losses_of_one_that_went_through(
-    words_of: Callable[..., list[str]], tmp_path: Path
+    toy_of: Callable[..., Toy], tmp_path: Path
 ) -> None:
-    words = words_of("llama_170m", "jreg", "--dry-run", "--smoke", 14, RUN=tmp_path / "whole")
-    ranks, flags = ranks_and_flags(plan(words).output[0])
-    run_ranks(flags, ranks)
-    whole = read_scalars(tmp_path / "whole" / "smoke" / "tensorboard")
-
-    command = [RECIPES / "llama_170m.sh", "jreg", "--smoke", "14"]
+    whole = toy_of("llama_170m", "jreg", "8").logged
+    command = [RECIPES / "llama_170m.sh", "jreg", "--smoke", "8"]
     environment = os.environ | {"RUN": str(tmp_path / "killed"), "PYTHON": sys.executable}
     log = tmp_path / "log"
     with log.open("w") as stream:
         run = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-        while not re.search(r"iteration +[5-9]/", log.read_text()):
+        while not re.search(r"iteration +[3-8]/", log.read_text()):
             assert run.poll() is None, log.read_text()[-3000:]
             time.sleep(0.05)
         run.send_signal(signal.SIGKILL)
         run.wait()
     checkpoints = tmp_path / "killed" / "smoke" / "checkpoints"
-    assert 2 <= last_checkpoint(checkpoints) < 14
+    assert 2 <= last_checkpoint(checkpoints) < 8
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     resumed = read_scalars(tmp_path / "killed" / "smoke" / "tensorboard")
     for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
-        assert len(whole[tag]) == 14
+        assert len(whole[tag]) == 8
         # What the killed run had logged after its last checkpoint comes again.
         assert sorted(set(resumed[tag])) == sorted(set(whole[tag])), tag
 
@@ -321,7 +343,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
     "an option before the variant": (
         ("--dry-run", "baseline"),
         {},
-        "baseline stands behind --dry-run; it comes first: .* baseline --dry-run",
+        "baseline is behind --dry-run; it must come first: .* baseline --dry-run",
     ),
     "a lambda below 0": (("jreg",), {"LAMBDA": -1}, r"--jreg-coeff .* is -1\.0; it must be a finite number"),
     "two rules for initial weights": (

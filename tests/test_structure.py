@@ -727,7 +727,7 @@ def test_a_look_ahead_within_blocks_is_seen(size: int, monkeypatch: pytest.Monke
 
 def test_a_part_of_the_model_that_is_another_one_on_long_texts_is_refused() -> None:
     model = Odd(lambda m, x: m.inner(m.ids, offset=float(x.shape[1] > 12)), inner=Inner())
-    with pytest.raises(UserError, match="through the whole model and through the part"):
+    with pytest.raises(UserError, match="in the part around its layers than in the whole model"):
         ran(model, batch_size=1)
 
 

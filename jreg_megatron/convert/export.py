@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
 from jreg_megatron.decoder.load import DTYPES
-from jreg_megatron.decoder.megatron_folder import CheckpointFolder
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
 
 if TYPE_CHECKING:
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
+    from jreg_megatron.decoder.checkpoint.weights import Checkpoint
     from jreg_megatron.decoder.decoder import Decoder
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
-    from jreg_megatron.decoder.megatron_weights import Checkpoint
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
@@ -81,9 +81,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from jreg_megatron.convert.llama import from_megatron, older_rope_settings
     from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
     from jreg_megatron.convert.weights import to_hugging_face
-    from jreg_megatron.decoder.megatron import open_checkpoint
-    from jreg_megatron.decoder.megatron_decoder import decoder_of
-    from jreg_megatron.decoder.megatron_model import all_arguments, padded_vocab_size, refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import all_arguments, refuse_other_models
+    from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint, padded_vocab_size
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
@@ -145,7 +144,7 @@ def _told_vocab_size(
     Raises:
         UserError: for a tokenizer or a ``--vocab-size`` that does not fit.
     """
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer, pads_to, vocab_size_of
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, pads_to, vocab_size_of
 
     arguments, what = checkpoint.arguments, checkpoint.place.path
     told = vocab_size_of(arguments, rows, tokenizer or TrainingTokenizer.of(arguments))
@@ -170,7 +169,7 @@ def _told_vocab_size(
 
 def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> TrainingTokenizer | None:
     from jreg_megatron.data.tokenizing import TYPES
-    from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+    from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
 
     if options.no_tokenizer or arguments.get("tokenizer_type") == "NullTokenizer":
         return None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.convert.export import check_logits
 from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
 from jreg_megatron.decoder.load import DTYPES
-from jreg_megatron.decoder.megatron_folder import RELEASE, TRACKER
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
@@ -60,8 +60,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
 
     from jreg_megatron.convert.llama import megatron_flags, refuse_other
     from jreg_megatron.convert.weights import to_megatron
-    from jreg_megatron.decoder.megatron import load_megatron
-    from jreg_megatron.decoder.megatron_model import import_megatron
+    from jreg_megatron.decoder.checkpoint.model import import_megatron, load_megatron
 
     device = torch.device("cpu")
     config = _config(options.folder)
@@ -133,17 +132,19 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     from megatron.core import dist_checkpointing, parallel_state
 
     from jreg_megatron.cpu import FLAGS
-    from jreg_megatron.decoder import megatron_model as building
+    from jreg_megatron.decoder.checkpoint import arguments
+    from jreg_megatron.decoder.checkpoint import model as building
     from jreg_megatron.mcore.arguments import parse
+    from jreg_megatron.mcore.one_process import single_process
 
     args = parse([*FLAGS, *flags], world_size=1)
     # The rows of padding depend on the training's layout; Megatron adds them when it loads.
     args.vocab_size = args.padded_vocab_size = vocab_size
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
-    building.single_process()
+    single_process()
     with building.without_noise():
-        model: Any = building.build(building.model_arguments(vars(args), dtype, vocab_size)).to(dtype)
+        model: Any = building.build(arguments.model_arguments(vars(args), dtype, vocab_size)).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     assert not missing and not unexpected, (missing, unexpected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.decoder.megatron_folder import bridge_as
+from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.decoder.megatron_tokenizer import TrainingTokenizer
+from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
 from jreg_megatron.runtime.errors import UserError
 
 SAMPLE = (

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from jreg_megatron.data.texts import Text
+from jreg_megatron.data.windows import Window, windows
 from jreg_megatron.decoder.comparing import is_same_or_scaled
 from jreg_megatron.runtime.errors import UserError
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a model's tokenizer."""
+    """What a model's tokenizer can do."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, /) -> list[int]:
         """The ids of a text, with those special tokens that the model was trained to begin with."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], /) -> str:
         """The text of ids."""
 
 
 class StateObserver(Protocol):
-    """What is told about the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
+    """Is told the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         """Layer ``number`` (1-based) has run; for the last one this is before the final norm."""
 
     def final_norm(self, normed: Tensor) -> None:
         """The final norm, if there is one, has run on the output of the last layer."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a validation saw, ``[n, seq_length]`` each."""
+
+    tokens: Tensor
+    labels: Tensor
+    """The token behind each."""
+    loss_mask: Tensor
+    """1.0 where a token's loss counts, else 0.0."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +91,42 @@ class Decoder:
     """Whether a layer writes to its input."""
     sequence_first: bool = False
     """Whether the modules have states ``[s, b, h]``, as in Megatron; an observer sees ``[b, s, h]``."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """The training's arguments as text, those of JREG included, where the checkpoint holds them."""
+    last_validation: Callable[[], Samples] | None = None
+    """What the model saw in the training's last validation, where that can be known."""
 
     @property
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
 
+    def described(self) -> dict[str, Any]:
+        """What a document says of the model, for JSON."""
+        return {
+            **{"name": self.name, "source": self.source, "kind": self.kind, "revision": self.revision},
+            **{"step": self.step, "num_layers": self.num_layers},
+            **{"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)},
+        }
+
+    def windows(self, texts: Iterable[Text], max_tokens: int | None) -> Iterator[Window]:
+        """Cut texts into sequences that the model can take, each text's first ``max_tokens`` if not None.
+
+        Raises:
+            UserError: for a text that cannot be read, and ids that are not the model's.
+        """
+        encode = None if self.tokenizer is None else self.tokenizer.encode
+        return windows(texts, encode, self.vocab_size, max_tokens, self.max_length)
+
     @contextmanager
     def observed(self, observer: StateObserver) -> Iterator[None]:
         """Tell ``observer`` about every forward pass inside the block."""
-
-        def outward(states: Tensor) -> Tensor:
-            return states.transpose(0, 1) if self.sequence_first else states
-
         inputs: dict[int, Tensor] = {}
         done = 0  # layers of this run
         last: Tensor | None = None  # the last layer's output, until the final norm has run on it
+
+        def outward(states: Tensor) -> Tensor:
+            return states.transpose(0, 1) if self.sequence_first else states
 
         def refuse(what: str) -> UserError:
             return UserError(
@@ -107,24 +141,18 @@ class Decoder:
             if number == 1 and last is not None:
                 raise refuse("the final norm does not run on the last layer's output")
 
-        def keep(number: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                state = stream_in(args, kwargs)
-                inputs[number] = state.clone() if self.in_place else state
+        def keep(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = stream_in(args, kwargs)
+            inputs[number] = state.clone() if self.in_place else state
 
-            return hook
-
-        def tell(number: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-                nonlocal done, last
-                refuse_if_cut(number)
-                done = number
-                layer_output = stream_out(output)
-                observer.layer(number, outward(inputs.pop(number)), outward(layer_output))
-                if number == self.num_layers and self.final_norm is not None:
-                    last = layer_output.clone()  # it may be written to before the norm runs
-
-            return hook
+        def tell(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            nonlocal done, last
+            refuse_if_cut(number)
+            done = number
+            layer_output = stream_out(output)
+            observer.layer(number, outward(inputs.pop(number)), outward(layer_output))
+            if number == self.num_layers and self.final_norm is not None:
+                last = layer_output.clone()  # it may be written to before the norm runs
 
         def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal last
@@ -133,27 +161,18 @@ class Decoder:
                 last = None
                 observer.final_norm(outward(stream_out(output)))
 
-        hooks = [
-            hook
-            for number, layer in enumerate(self.layers, start=1)
-            for hook in (
-                layer.register_forward_pre_hook(keep(number), with_kwargs=True),
-                layer.register_forward_hook(tell(number)),
-            )
-        ]
-        if self.final_norm is not None:
-            hooks.append(self.final_norm.register_forward_hook(tell_normed, with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self.layers, start=1):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, number), with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(partial(tell, number)))
+            if self.final_norm is not None:
+                hooks.enter_context(self.final_norm.register_forward_hook(tell_normed, with_kwargs=True))
             yield
             refuse_if_cut(1)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def without_layer(self, number: int) -> Iterator[None]:
         """Let layer ``number`` (1-based) hand on its input in every forward pass inside the block."""
-
         saved: list[Tensor] = []
 
         def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,15 +182,8 @@ class Decoder:
             return with_stream(output, saved.pop())
 
         layer = self.layers[number - 1]
-        hooks = (
-            layer.register_forward_pre_hook(save, with_kwargs=True),
-            layer.register_forward_hook(skip),
-        )
-        try:
+        with layer.register_forward_pre_hook(save, with_kwargs=True), layer.register_forward_hook(skip):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:

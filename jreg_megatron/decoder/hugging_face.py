@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.decoder import Decoder, stream_out
+from jreg_megatron.decoder.load import errors_alone
 from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
 from jreg_megatron.decoder.structure import Structure, find_structure
 from jreg_megatron.runtime.errors import UserError
@@ -147,12 +147,12 @@ def decoder_of(
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "
-            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken for them"
+            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken as its layers"
         )
     if structure.scales:
         note(f"{name} scales its state between layers; its norms are those of the layers' outputs")
     if not structure.feeds_head_alone:
-        note(f"the head of {name} reads more than its last layer's output; figures are of that output")
+        note(f"the head of {name} reads more than its last layer's output; figures are of that output alone")
     without_head = _without_head(model, structure)
 
     def run(tokens: Tensor) -> None:
@@ -226,14 +226,12 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
     if "input_ids" not in signature(module.forward).parameters:
         return False
     seen: list[Tensor] = []
-    hook = structure.layers[-1].register_forward_hook(lambda _, __, output: seen.append(stream_out(output)))
-    try:
-        with torch.inference_mode():
+    last = structure.layers[-1]
+    with torch.inference_mode(), last.register_forward_hook(lambda *call: seen.append(stream_out(call[-1]))):
+        try:
             _called(module, structure.tokens.to(structure.output.device))
-    except Exception:  # it needs what the modules around it make of the ids
-        return False
-    finally:
-        hook.remove()
+        except Exception:  # it needs what the modules around it make of the ids
+            return False
     slack = torch.finfo(structure.output.dtype).eps ** 0.5 * structure.output.norm()
     return len(seen) == 1 and not bool((seen[0] - structure.output).norm() > slack)
 
@@ -308,12 +306,12 @@ def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None
         said = " ".join((str(error) or type(error).__name__).split())
         if "trust_remote_code" in said and not trusted:
             raise UserError(
-                f"{at} brings code of its own; give --trust-remote-code to run it, if you trust it"
+                f"{at} contains Python code of its own; if you trust it, give --trust-remote-code to run it"
             ) from error
         if isinstance(error, OSError) and not Path(source).exists():
             raise UserError(
-                f"{at} is no file or folder here and cannot be had from the hub; correct the name, the "
-                f"revision or the way to the hub ({said[:160]})"
+                f"{at} is no file or folder here, and the hub did not give it ({said[:160]}); correct the "
+                "name or the revision, or see that the hub can be reached"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
 
@@ -322,15 +320,15 @@ def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None
 def _silent(transformers: Any, is_gguf: bool) -> Iterator[None]:
     """No warnings and no bars of transformers' own while a model is loaded; those of downloads stay."""
     said = transformers.utils.logging
-    before, bars = said.get_verbosity(), said.is_progress_bar_enabled()
-    said.set_verbosity_error()
+    has_bars = said.is_progress_bar_enabled()
     said.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:
         # Unpacking GGUF draws a bar that no setting switches off.
-        with redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
+        with (
+            errors_alone("transformers", "accelerate"),
+            redirect_stderr(io.StringIO()) if is_gguf else nullcontext(),
+        ):
             yield
     finally:
-        said.set_verbosity(before)
-        if bars:
+        if has_bars:
             said.enable_progress_bar()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import logging
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """Define ``--device``, ``--dtype`` and ``--trust-remote-code``."""
+    """Define ``--device``, ``--dtype``, ``--trust-remote-code`` and ``--batch-size``."""
     group = parser.add_argument_group("how to run the models")
     group.add_argument(
         "--device",
@@ -30,6 +33,20 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with a model of the hub"
     )
+    group.add_argument(
+        "--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)"
+    )
+
+
+def check_model_arguments(args: Namespace) -> None:
+    """Refuse what :func:`add_model_arguments` has defined and this machine cannot do.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    check_device(args.device)
 
 
 def check_device(device: str) -> None:
@@ -66,18 +83,17 @@ def load(reference: Reference, *, dtype: str, device: str, trust_remote_code: bo
     import torch
 
     weights = getattr(torch, dtype)
-    decoder: Decoder
     if reference.is_megatron:
-        from jreg_megatron.decoder.megatron import load_megatron
+        from jreg_megatron.decoder.checkpoint.model import load_megatron
 
         if device == "auto":
             raise UserError(
                 f"--device is auto, and {reference.at} is a Megatron checkpoint; give cpu or cuda"
             )
-        decoder = load_megatron(
-            Path(reference.source), reference.step, dtype=weights, device=torch.device(device)
+        folder, place = Path(reference.source), torch.device(device)
+        return replace(
+            load_megatron(folder, reference.step, dtype=weights, device=place), name=reference.name
         )
-        return replace(decoder, name=reference.name)
     from jreg_megatron.decoder.hugging_face import load_hugging_face
 
     decoder = load_hugging_face(
@@ -89,3 +105,16 @@ def load(reference: Reference, *, dtype: str, device: str, trust_remote_code: bo
         trust_remote_code=trust_remote_code,
     )
     return replace(decoder, step=reference.step) if reference.step is not None else decoder
+
+
+@contextmanager
+def errors_alone(*loggers: str) -> Iterator[None]:
+    """Keep what these loggers say below an error from the user."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

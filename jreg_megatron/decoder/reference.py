@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jreg_megatron.decoder.checkpoint.folder import TRACKER, is_megatron, megatron_steps
 from jreg_megatron.runtime.errors import UserError
 
 GGUF_ENDING = ".gguf"
@@ -42,8 +43,13 @@ class Reference:
     @property
     def at(self) -> str:
         """The name, with the revision or iteration, for messages."""
-        which = self.revision if self.step is None else self.step
-        return self.name if which is None else f"{self.name}@{which}"
+        return name_at(self.name, self.revision, self.step)
+
+
+def name_at(name: str, revision: str | None, step: int | None) -> str:
+    """A model's name, with its revision or training step if there is one."""
+    which = step if revision is None else revision
+    return name if which is None else f"{name}@{which}"
 
 
 def find_models(models: Sequence[str]) -> list[Reference]:
@@ -95,29 +101,28 @@ def _expand(model: str) -> list[Reference]:
 
 
 def _on_this_machine(name: str, path: Path, revisions: list[str]) -> list[Reference]:
-    from jreg_megatron.decoder.megatron import is_megatron, megatron_steps
-
     name = name or _short_name(path)
     if is_megatron(path):
-        steps = _pick(path, megatron_steps(path), revisions) if revisions else [None]
-        return [Reference(name, str(path), step=step, is_megatron=True) for step in steps]
+        whole = Reference(name, str(path), is_megatron=True)
+        picked = _pick(path, megatron_steps(path), revisions) if revisions else []
+        return [replace(whole, step=step) for step in picked] if revisions else [whole]
     # Trainers of transformers save checkpoint-500, checkpoint-1000, ...
     saved = {
-        int(child.name.rpartition("-")[2]): child
+        int(number): child
         for child in path.glob("checkpoint-*")
-        if child.name.rpartition("-")[2].isdecimal()
+        if (number := child.name.rpartition("-")[2]).isdecimal()
     }
     if saved and (revisions or not (path / "config.json").is_file()):
         steps = _pick(path, sorted(saved), revisions or [str(max(saved))])
-        return [Reference(name, str(saved[step]), step=step) for step in steps if step is not None]
+        return [Reference(name, str(saved[step]), step=step) for step in steps]
     if revisions:
         raise UserError(
             f"@{','.join(revisions)} asks for checkpoints of {path}, which is no series of them; leave it out"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
-            f"{path} holds no model: neither a config.json of transformers nor Megatron's "
-            "latest_checkpointed_iteration.txt; name the folder that the model was saved to"
+            f"{path} holds no model: neither a config.json of transformers nor Megatron's {TRACKER}; name "
+            "the folder that the model was saved to"
         )
     if path.is_file() and path.suffix != GGUF_ENDING:
         raise UserError(
@@ -126,16 +131,14 @@ def _on_this_machine(name: str, path: Path, revisions: list[str]) -> list[Refere
     return [Reference(name, str(path))]
 
 
-def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int | None]:
-    if wanted == [ALL]:
-        return list(steps)
-    picked = []
+def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int]:
+    if wanted == [ALL] and steps:
+        return steps
     for text in wanted:
         if not text.isdecimal() or int(text) not in steps:
             there = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
             raise UserError(f"@{text} is no checkpoint of {path}; there are {there or 'none'}")
-        picked.append(int(text))
-    return list(picked)
+    return list(map(int, wanted))
 
 
 def hub_revisions(source: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -184,21 +185,11 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
             more_out += [each.clone() for each in new]
             calls.append(_Call(module, numbers[module], first, out, more_in, more_out, in_place))
 
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
-        )
-    ]
-    try:
-        with torch.inference_mode():
-            logits = run(tokens)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls, logits
+    with ExitStack() as hooks, torch.inference_mode():
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
+        return calls, run(tokens)
 
 
 def _apart(logits: Tensor) -> float:
@@ -227,11 +218,8 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
         state[:, at] = state[:, at].flip(0)
         return with_stream(output, state)
 
-    handle = call.module.register_forward_hook(swap)
-    try:
+    with call.module.register_forward_hook(swap):
         own, found = comparable(logits, run())
-    finally:
-        handle.remove()
     expected = own.clone()
     expected[:, at] = own[:, at].flip(0)
     off = found - expected

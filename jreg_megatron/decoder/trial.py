@@ -63,10 +63,10 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
     )[:2]
     eps = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, whole.dtype))
     if _is_other(whole, first[:length], eps):
-        beside = "runs alone and in a batch with padding behind it; give --batch-size 1"
-        inside = "runs through the whole model and through the part around the layers; give another model"
+        beside = "in a batch with padding than alone; give --batch-size 1"
+        inside = "in the part around its layers than in the whole model; give another model"
         raise UserError(
-            f"{decoder.name} gives a text other states where it {beside if batch_size > 1 else inside}"
+            f"{decoder.name} gives the same text other states {beside if batch_size > 1 else inside}"
         )
     if _is_other(whole[:early], second[:early], eps):
         raise UserError(

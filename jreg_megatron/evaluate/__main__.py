@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from jreg_megatron.data.texts import (
     texts_of,
     training_speeches,
 )
-from jreg_megatron.decoder.load import add_model_arguments, check_device, load
+from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
@@ -62,13 +62,31 @@ def _run(args: Namespace) -> None:
     references = _checked(args)
     texts = [] if args.parts == ["tasks"] and args.lens is None else texts_of(args)
     lens_texts = _lens_texts(args)
-    check_device(args.device)
+    check_model_arguments(args)
     done: list[Evaluation] = []
     with TemporaryDirectory(prefix="jreg_megatron-tasks-") as folder:
-        tasks = _tasks(args, Path(folder))
+        tasks: dict[str, Any] = {}
+        if "tasks" in args.parts:
+            from jreg_megatron.evaluate.tasks import load_tasks
+
+            tasks = load_tasks(args.tasks, args.include_path, Path(folder))
+        from jreg_megatron.evaluate.evaluation import evaluate
+        from jreg_megatron.evaluate.layers import Options
+
         try:
             for number, reference in enumerate(references):
-                for so_far in _evaluate(args, reference, tasks, texts, lens_texts):
+                decoder = load(
+                    reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+                )
+                for so_far in evaluate(
+                    decoder,
+                    args.parts if args.lens is None else [*args.parts, "lens"],
+                    tasks=tasks,
+                    limit=args.limit,
+                    texts=texts,
+                    options=Options(args.max_tokens or None, args.batch_size, args.quiet),
+                    lens_texts=lens_texts,
+                ):
                     done[number:] = [so_far]
         finally:
             if done:  # even if a later model or part fails: hours may be in it
@@ -88,9 +106,8 @@ def _checked(args: Namespace) -> list[Reference]:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
     if args.lens == [] and args.text:
         raise UserError("--lens names no texts, and those of --text are tested; name others: --lens FILE")
-    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}; it must be at least 1")
     return find_models(args.models)
 
 
@@ -102,40 +119,8 @@ def _lens_texts(args: Namespace) -> Iterable[Text]:
     return TextFiles.find(args.lens, args.key)
 
 
-def _tasks(args: Namespace, folder: Path) -> dict[str, Any]:
-    if "tasks" not in args.parts:
-        return {}
-    from jreg_megatron.evaluate.tasks import load_tasks
-
-    return load_tasks(args.tasks, args.include_path, folder)
-
-
-def _evaluate(
-    args: Namespace,
-    reference: Reference,
-    tasks: dict[str, Any],
-    texts: Iterable[Text],
-    lens_texts: Iterable[Text],
-) -> Iterator[Evaluation]:
-    from jreg_megatron.evaluate.evaluation import evaluate
-    from jreg_megatron.evaluate.layers import Options
-
-    decoder = load(reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
-    options = Options(args.max_tokens or None, args.batch_size, args.quiet)
-    parts = args.parts if args.lens is None else [*args.parts, "lens"]
-    return evaluate(
-        decoder,
-        parts,
-        tasks=tasks,
-        limit=args.limit,
-        texts=texts,
-        options=options,
-        lens_texts=lens_texts,
-    )
-
-
 def _write(args: Namespace, done: list[Evaluation]) -> None:
-    from jreg_megatron.evaluate.evaluation import compare, document
+    from jreg_megatron.evaluate.evaluation import document
     from jreg_megatron.evaluate.show import csv_rows, print_tables
 
     found = {
@@ -144,9 +129,8 @@ def _write(args: Namespace, done: list[Evaluation]) -> None:
         "versions": output.versions("torch", "transformers", "megatron-core", "lm_eval", "scipy"),
         "limit": args.limit,
         "max_tokens": args.max_tokens or None,
+        **document(done, describe(args)),
     }
-    comparison = compare(*done) if len(done) == 2 else None
-    found |= document(done, comparison, describe(args))
     _put_out(args, found, csv_rows, print_tables)
 
 
@@ -157,8 +141,7 @@ def _compare_seeds(args: Namespace) -> None:
     from jreg_megatron.evaluate.show import print_seeds
 
     found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
-    found |= compare_seeds(args.models)
-    _put_out(args, found, csv_rows, print_seeds)
+    _put_out(args, found | compare_seeds(args.models), csv_rows, print_seeds)
 
 
 def _put_out(
@@ -188,16 +171,16 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds",
         action="store_true",
-        help="each MODEL is a file that --json wrote instead, one a training seed: the baseline and the JREG "
-        "of that seed, on the paper's tasks. Their difference over the seeds: the paper's one-sided t-test, "
-        "a 95%% interval and the test's power, with and without BoolQ",
+        help="compare over training seeds: each MODEL is then a file that --json wrote, one for each seed, "
+        "of its baseline and its JREG on the paper's tasks. It prints their difference over the seeds, the "
+        "paper's one-sided t-test, a 95%% interval and the test's power, with and without BoolQ",
     )
     parser.add_argument(
         "--parts",
         type=_names,
         default=list(PARTS),
         metavar="PART,...",
-        help=f"what to do, of {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
+        help=f"run these parts: {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
     )
     tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
     tasks.add_argument(
@@ -211,7 +194,7 @@ def parser() -> ArgumentParser:
         "their mean, and that without BoolQ; or any task or group of the harness",
     )
     tasks.add_argument(
-        "--limit", type=int, metavar="N", help="the first N samples of each task (default: all)"
+        "--limit", type=int, metavar="N", help="run the first N samples of each task (default: all)"
     )
     tasks.add_argument(
         "--include-path",
@@ -226,7 +209,7 @@ def parser() -> ArgumentParser:
         type=int,
         default=_DEFAULT_TOKENS,
         metavar="N",
-        help="the first N tokens of each text; 0 for all (default: %(default)s)",
+        help="read the first N tokens of each text; 0 reads all (default: %(default)s)",
     )
     text.add_argument(
         "--lens",
@@ -236,9 +219,6 @@ def parser() -> ArgumentParser:
         "texts, of its states to the last layer's (default texts: the other speeches)",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)"
-    )
     output.add_output_arguments(parser)
     return parser
 

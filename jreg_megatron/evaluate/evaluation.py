@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.reference import name_at
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.layers import Options, PerText
 from jreg_megatron.evaluate.lens import fit_lens
@@ -25,14 +26,8 @@ from jreg_megatron.runtime.output import note
 class Evaluation:
     """Of one model; a part that was not asked for, or not finished, is None."""
 
-    name: str
-    source: str
-    kind: str
-    revision: str | None
-    step: int | None
-    num_layers: int
-    dtype: str
-    device: str
+    model: dict[str, Any]
+    """What :meth:`Decoder.described` says of it."""
     tasks: dict[str, TaskResult] | None = None
     read_out: PerText | None = None
     """Its C readings are layers 0..L."""
@@ -46,26 +41,7 @@ class Evaluation:
     @property
     def at(self) -> str:
         """The name, with the revision or step if there is one."""
-        which = self.step if self.revision is None else self.revision
-        return self.name if which is None else f"{self.name}@{which}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Of the second model to the first; a part that cannot be compared is None, and a note says why."""
-
-    models: tuple[str, str]
-    tasks: dict[str, Difference]
-    overall: Difference | None
-    overall_tasks: list[str]
-    """Those whose mean :attr:`overall` is: the paper's nine if all are there, else all that are a share."""
-    without_boolq: Difference | None
-    """Of the mean of the paper's nine without BoolQ; None unless all nine are there."""
-    read_out: list[Difference] | None
-    """Of the loss behind layer 0..L."""
-    lens: list[Difference] | None
-    """The same through the lens."""
-    notes: list[str]
+        return name_at(self.model["name"], self.model["revision"], self.model["step"])
 
 
 def evaluate(
@@ -85,7 +61,7 @@ def evaluate(
         parts: of ``tasks``, ``read-out``, ``layer-drop`` and ``lens``.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
-        texts: for the parts about layers; read once more for each part.
+        texts: for the parts about layers.
         options: how they are run.
         lens_texts: for the fit of the lens; others than ``texts``.
 
@@ -99,20 +75,11 @@ def evaluate(
         if left_out := sorted(parts & {"read-out", "lens"}):
             note(f"{error}; {' and '.join(left_out)} are left out")
         parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
-    if parts - {"tasks"}:
-        layers.check_texts(decoder, texts, options)
     if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
         raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
-    found = Evaluation(
-        name=decoder.name,
-        source=decoder.source,
-        kind=decoder.kind,
-        revision=decoder.revision,
-        step=decoder.step,
-        num_layers=decoder.num_layers,
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        device=str(decoder.device),
-    )
+    if parts - {"tasks"}:
+        texts = layers.checked_texts(decoder, texts, options)
+    found = Evaluation(decoder.described())
     if "tasks" in parts:
         results = run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)
         yield (found := replace(found, tasks=results))
@@ -130,84 +97,94 @@ def _contents(texts: Iterable[Text]) -> set[int]:
     return {hash(c if isinstance(c, str) else np.asarray(c).tobytes()) for c in (t.content for t in texts)}
 
 
-def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """What ``b`` differs from ``a`` in, on the samples and texts that both have seen."""
+def document(evaluations: Sequence[Evaluation], text: str) -> dict[str, Any]:
+    """All of it for JSON, without the name of the format; two models are compared.
+
+    Args:
+        evaluations: of each model.
+        text: what was read.
+    """
+    compared = compare(*evaluations) if len(evaluations) == 2 else None
+    return {"models": [_model(evaluation, text) for evaluation in evaluations], "comparison": compared}
+
+
+def compare(a: Evaluation, b: Evaluation) -> dict[str, Any]:
+    """What ``b`` differs from ``a`` in, on the samples and texts that both have seen, for JSON.
+
+    A part that cannot be compared is None, and a note says why. ``overall`` is of the mean of the paper's
+    nine tasks if all are there, else of all tasks that are a share; ``without_boolq`` needs all nine.
+    """
     notes: list[str] = []
-    of_tasks: dict[str, Difference] = {}
-    shares = {}
-    results = zip_tasks(a.tasks or {}, b.tasks or {})
-    for name, first, second in results:
-        assert first.samples == second.samples
-        of_tasks[name] = paired.compare(first.amounts, second.amounts, first.weights)
-        if paired.is_share(first.amounts, first.weights) and first.higher_is_better:
-            shares[name] = (first.amounts, second.amounts)
-    has_all = not missing_tasks(shares)
-    averaged = [name for name in shares if not has_all or name in TASKS]
-    if few := [name for name, found in of_tasks.items() if found.p_value is None]:
+    first, second = a.tasks or {}, b.tasks or {}
+    pairs = {name: (first[name].amounts, second[name].amounts) for name in first if name in second}
+    for name in pairs:
+        assert first[name].samples == second[name].samples
+    of_tasks = [paired.compare(*pair, first[name].weights) for name, pair in pairs.items()]
+    if few := [name for name, found in zip(pairs, of_tasks, strict=True) if found.p_value is None]:
         notes.append(_too_few("samples", ", ".join(few)))
-    return Comparison(
-        models=(a.name, b.name) if a.name != b.name else (a.at, b.at),
-        tasks=of_tasks,
-        overall=paired.compare_mean([shares[name] for name in averaged]) if averaged else None,
-        overall_tasks=averaged,
-        without_boolq=paired.compare_mean([shares[name] for name in WITHOUT_BOOLQ]) if has_all else None,
-        read_out=_compare_layers(a, b, a.read_out, b.read_out, "Read-out", notes),
-        lens=_compare_layers(a, b, a.lens, b.lens, "Lens", notes),
-        notes=notes,
-    )
+    shares = [
+        name
+        for name, (amounts, _) in pairs.items()
+        if first[name].higher_is_better and paired.is_share(amounts, first[name].weights)
+    ]
+    has_all = not missing_tasks(dict.fromkeys(shares))
+    averaged = [name for name in shares if not has_all or name in TASKS]
 
+    def mean_of(names: Sequence[str]) -> dict[str, Any]:
+        return asdict(paired.compare_mean([pairs[name] for name in names]))
 
-def zip_tasks(
-    a: Mapping[str, TaskResult], b: Mapping[str, TaskResult]
-) -> Iterator[tuple[str, TaskResult, TaskResult]]:
-    """Name and both results of every task that both models have run."""
-    for name in a:
-        if name in b:
-            yield name, a[name], b[name]
+    return {
+        "models": (a.model["name"], b.model["name"]) if a.model["name"] != b.model["name"] else (a.at, b.at),
+        "confidence": paired.CONFIDENCE,
+        "tasks": dict(zip(pairs, _adjusted(of_tasks), strict=True)),
+        "overall": mean_of(averaged) | {"tasks": averaged} if averaged else None,
+        "without_boolq": mean_of(WITHOUT_BOOLQ) if has_all else None,
+        "read_out": _compare_layers(a, b, "read_out", "Read-out", notes),
+        "lens": _compare_layers(a, b, "lens", "Lens", notes),
+        "notes": notes,
+    }
 
 
 def _compare_layers(
-    a: Evaluation, b: Evaluation, first: PerText | None, second: PerText | None, what: str, notes: list[str]
-) -> list[Difference] | None:
+    a: Evaluation, b: Evaluation, part: str, what: str, notes: list[str]
+) -> dict[str, Any] | None:
+    """The loss behind layers 0..L by columns; None where it cannot be compared, which ``notes`` then say."""
+    first: PerText | None = getattr(a, part)
+    second: PerText | None = getattr(b, part)
+    depths = [each.model["num_layers"] for each in (a, b)]
     if first is None or second is None:
         if first or second:
             notes.append(f"{what} is not compared: {(b if first else a).at} has none.")
-        return None
-    if a.num_layers != b.num_layers:
-        notes.append(f"{what} is not compared: {a.at} has {a.num_layers} layers, {b.at} has {b.num_layers}.")
-        return None
-    if first.ids != second.ids:
+    elif depths[0] != depths[1]:
+        notes.append(f"{what} is not compared: {a.at} has {depths[0]} layers, {b.at} has {depths[1]}.")
+    elif first.ids != second.ids:
         notes.append(
             f"{what} is not compared: the models cut the texts differently (another tokenizer or another "
             "longest sequence), so a loss per token is not the same thing; the task speeches_bits_per_byte "
             "compares the whole models."
         )
-        return None
-    if len(first.tokens) < paired.FEWEST:
+    elif len(first.tokens) < paired.FEWEST:
         notes.append(_too_few("texts", f"the {what.lower()} ({len(first.tokens)})"))
-        return None
-    return [
-        paired.compare(first.loss[:, layer], second.loss[:, layer], first.tokens)
-        for layer in range(a.num_layers + 1)
-    ]
+    else:
+        of_layers = zip(first.loss.T, second.loss.T, strict=True)
+        rows = _adjusted([paired.compare(*pair, first.tokens) for pair in of_layers])
+        keys = ("difference", "interval", "p_value", "p_adjusted")
+        return {key: [row[key] for row in rows] for key in keys} | {"texts": len(first.tokens)}
+    return None
+
+
+def _adjusted(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """Differences for JSON, with the p-values adjusted for there being several."""
+    corrected = paired.adjusted([found.p_value for found in differences])
+    return [asdict(found) | {"p_adjusted": p} for found, p in zip(differences, corrected, strict=True)]
 
 
 def _too_few(what: str, where: str) -> str:
     return f"Too few {what} for an interval or a test (fewer than {paired.FEWEST}): {where}."
 
 
-def document(evaluations: list[Evaluation], comparison: Comparison | None, text: str) -> dict[str, Any]:
-    """All of it for JSON, without the name of the format; ``text`` says what was read."""
-    return {
-        "models": [_model(evaluation, text) for evaluation in evaluations],
-        "comparison": None if comparison is None else _comparison(comparison),
-    }
-
-
 def _model(e: Evaluation, text: str) -> dict[str, Any]:
-    names = ("name", "source", "kind", "revision", "step", "num_layers", "dtype", "device")
-    found: dict[str, Any] = {name: getattr(e, name) for name in names}
-    found["tasks"] = {
+    tasks = {
         name: {
             "metric": task.metric,
             "value": task.value,
@@ -219,58 +196,26 @@ def _model(e: Evaluation, text: str) -> dict[str, Any]:
         }
         for name, task in (e.tasks or {}).items()
     }
-    found["paper_means"] = task_means({name: task.value for name, task in (e.tasks or {}).items()})
-    found["read_out"] = e.read_out and _by_layer(e.read_out, text)
-    found["lens"] = e.lens and _by_layer(e.lens, text) | {"fit_tokens": e.lens_tokens}
-    if e.layer_drop is None:
-        return found | {"layer_drop": None}
-    *loss, unchanged = e.layer_drop.mean(e.layer_drop.loss)
-    return found | {"layer_drop": {"loss": loss, "unchanged": unchanged}}
+    found = {
+        **e.model,
+        "tasks": tasks,
+        "paper_means": task_means({name: task.value for name, task in (e.tasks or {}).items()}),
+        "read_out": e.read_out and _by_layer(e.read_out, text),
+        "lens": e.lens and _by_layer(e.lens, text) | {"fit_tokens": e.lens_tokens},
+        "layer_drop": None,
+    }
+    if e.layer_drop is not None:
+        *loss, unchanged = e.layer_drop.mean(e.layer_drop.loss)
+        found["layer_drop"] = {"loss": loss, "unchanged": unchanged}
+    return found
 
 
 def _by_layer(found: PerText, text: str) -> dict[str, Any]:
     return {
         "text": text,
-        "texts": len(found.names),
+        "texts": len(found.tokens),
         "tokens": int(found.tokens.sum()),
         "loss": found.mean(found.loss),
         "accuracy": found.mean(found.correct),
         "agreement": found.mean(found.agreed),
     }
-
-
-def _columns(differences: list[Difference] | None) -> dict[str, Any] | None:
-    if differences is None:
-        return None
-    rows = _adjusted(differences)
-    keys = ("difference", "interval", "p_value", "p_adjusted")
-    return {key: [row[key] for row in rows] for key in keys} | {"texts": differences[0].samples}
-
-
-def _comparison(c: Comparison) -> dict[str, Any]:
-    of_tasks = _adjusted(list(c.tasks.values()))
-    return {
-        "models": c.models,
-        "confidence": paired.CONFIDENCE,
-        "tasks": dict(zip(c.tasks, of_tasks, strict=True)),
-        "overall": c.overall and _difference(c.overall) | {"tasks": c.overall_tasks},
-        "without_boolq": c.without_boolq and _difference(c.without_boolq),
-        "read_out": _columns(c.read_out),
-        "lens": _columns(c.lens),
-        "notes": c.notes,
-    }
-
-
-def _adjusted(differences: list[Difference]) -> list[dict[str, Any]]:
-    """Differences for JSON, with the p-values adjusted for there being several."""
-    tested = [found.p_value for found in differences if found.p_value is not None]
-    corrected = iter(paired.adjusted(tested))
-    return [
-        _difference(found) | {"p_adjusted": None if found.p_value is None else next(corrected)}
-        for found in differences
-    ]
-
-
-def _difference(found: Difference) -> dict[str, Any]:
-    row = asdict(found)
-    return {"difference": row.pop("value"), **row}

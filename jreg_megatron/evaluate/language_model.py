@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import batched
 from typing import Any
 
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_MAX_LENGTH
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.evaluate.scoring import padded, score_own
+from jreg_megatron.evaluate.scoring import score_own
 from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
@@ -101,8 +103,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             leave=False,
             disable=self._quiet or None,
         ) as bar:
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
+            for batch in batched(order, self._batch_size):
                 for number, answer in zip(batch, self._answers([requests[n] for n in batch]), strict=True):
                     answers[number] = answer
                 bar.update(len(batch))
@@ -111,17 +112,16 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
     @torch.inference_mode()
     def _answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's last part, and whether each id of it is the most likely."""
-        kept = [(context + wanted)[-(self._max_length + 1) :] for _, context, wanted in requests]
+        kept = [torch.tensor((context + ids)[-(self._max_length + 1) :]) for _, context, ids in requests]
         lengths = [len(wanted) for _, _, wanted in requests]
-        inputs = padded([ids[:-1] for ids in kept], self._decoder.device)
-        spots = [
-            (row, len(ids) - 1 - length + offset)
-            for row, (ids, length) in enumerate(zip(kept, lengths, strict=True))
-            for offset in range(length)
-        ]
-        rows, columns = zip(*spots, strict=True)
-        wanted = [kept[row][column + 1] for row, column in spots]
-        targets = torch.tensor(wanted, device=self._decoder.device)
+        # Filled up on the right, where a causal model does not look.
+        inputs = pad_sequence([ids[:-1] for ids in kept], batch_first=True).to(self._decoder.device)
+        rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths))
+        columns = torch.cat(
+            [torch.arange(len(ids) - 1)[-length:] for ids, length in zip(kept, lengths, strict=True)]
+        )
+        targets = torch.cat([ids[-length:] for ids, length in zip(kept, lengths, strict=True)])
+        targets = targets.to(self._decoder.device)
         scores = score_own(self._decoder, inputs, (rows, columns), targets)
         hits = torch.split(scores.top == targets, lengths)
         losses = torch.split(scores.loss.double(), lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,23 +12,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.data.windows import Batch, batches, windows
+from jreg_megatron.data.windows import Batch, Window, batches
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
+from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.runtime.errors import UserError
 
-Floats = NDArray[np.float64]
-
 _NOTHING = "there is no text with a second token, so none to predict; give longer texts"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How texts are run."""
+
+    max_tokens: int | None
+    """First tokens of each text that are used, in windows of the model's length; None for all."""
+    batch_size: int
+    """Sequences at a time."""
+    quiet: bool = False
+    """No progress bar."""
 
 
 @dataclass(frozen=True)
 class PerText:
     """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
 
-    names: list[str]
-    """The texts."""
     tokens: Floats
     """``[T]``, how many tokens were predicted."""
     ids: list[int]
@@ -46,19 +55,25 @@ class PerText:
         return values
 
 
-def check_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> None:
-    """Cut all texts into tokens and try the first, to find what is wrong before hours are spent.
+def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> list[Text]:
+    """Read all texts into tokens, once, and try the first: what is wrong is found before hours are spent.
+
+    Returns:
+        The texts as token ids.
 
     Raises:
         UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
             model that gives a text's tokens states that depend on other things.
     """
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
-    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
-    read = [window.ids for window in sequences if len(window.ids) > 1]
-    if not read:
+    ids: dict[int, list[NDArray[np.int64]]] = {}
+    for window in decoder.windows(texts, options.max_tokens):
+        ids.setdefault(window.text, []).append(window.ids)
+    read = [Text(f"text {number + 1}", np.concatenate(parts)) for number, parts in ids.items()]
+    first = next(_predictable(decoder, read, options), None)
+    if first is None:
         raise UserError(_NOTHING)
-    refuse_dependence(decoder, read[0], options.batch_size)
+    refuse_dependence(decoder, first.ids, options.batch_size)
+    return read
 
 
 def read_out(
@@ -80,10 +95,16 @@ def read_out(
     """
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
-        reader = _Reader(decoder, kept, targets, lens)
-        with decoder.observed(reader):
+        scores: list[Scores] = []
+
+        def read(number: int, states: Tensor) -> None:
+            if lens is not None:
+                states = lens(number, states)
+            scores.append(score(decoder.read_out, states, targets, decoder))
+
+        with decoder.observed(StatesAt(kept, read)):
             decoder.run(ids)
-        return reader.scores
+        return scores
 
     return _measure(decoder, texts, options, readings, "read-out" if lens is None else "lens")
 
@@ -109,42 +130,21 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> Per
 
 
 @dataclass(frozen=True)
-class Options:
-    """How texts are run."""
+class StatesAt:
+    """Observes a decoder: hands on the states behind layer 0 (the embedding) to L while the model runs."""
 
-    max_tokens: int | None
-    """First tokens of each text that are used, in windows of the model's length; None for all."""
-    batch_size: int
-    """Sequences at a time."""
-    quiet: bool = False
-    """No progress bar."""
-
-
-@dataclass
-class _Reader:
-    """Reads every layer out while the model runs, so that no states are kept."""
-
-    decoder: Decoder
     kept: Tensor
-    """``[b, s - 1]``, which positions predict a token."""
-    targets: Tensor
-    """``[n]``, the tokens they predict."""
-    lens: Callable[[int, Tensor], Tensor] | None
-    scores: list[Scores] = field(default_factory=list)
+    """``[b, s - 1]``, which positions' states."""
+    see: Callable[[int, Tensor], None]
+    """Is told a layer's number and the states ``[n, h]`` behind it."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         if number == 1:
-            self._read(layer_input)
-        self._read(layer_output)
+            self.see(0, layer_input[:, :-1][self.kept.to(layer_input.device)])
+        self.see(number, layer_output[:, :-1][self.kept.to(layer_output.device)])
 
     def final_norm(self, normed: Tensor) -> None:
-        pass  # told of each read-out's too
-
-    def _read(self, states: Tensor) -> None:
-        at = states[:, :-1][self.kept.to(states.device)]
-        if self.lens is not None:
-            at = self.lens(len(self.scores), at)
-        self.scores.append(score(self.decoder.read_out, at, self.targets, self.decoder))
+        pass
 
 
 Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]
@@ -163,61 +163,43 @@ def prediction_batches(
     Raises:
         UserError: for a text that cannot be read, and ids that are not the model's.
     """
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
-    sequences = windows(texts, encode, decoder.vocab_size, options.max_tokens, decoder.max_length)
-    hidden = options.quiet or None
+    sequences, hidden = _predictable(decoder, texts, options), options.quiet or None
     with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
-        for batch in batches((window for window in sequences if len(window.ids) > 1), options.batch_size):
+        for batch in batches(sequences, options.batch_size):
             ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
             kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
             yield ids, kept, ids[:, 1:][kept], batch
             bar.update(batch.windows[-1].text + 1 - bar.n)
 
 
+def _predictable(decoder: Decoder, texts: Iterable[Text], options: Options) -> Iterator[Window]:
+    """The sequences that have a second token."""
+    return (window for window in decoder.windows(texts, options.max_tokens) if len(window.ids) > 1)
+
+
 @torch.inference_mode()
 def _measure(
     decoder: Decoder, texts: Iterable[Text], options: Options, readings: Readings, what: str
 ) -> PerText:
-    names: list[str] = []
-
-    def named() -> Iterator[Text]:
-        for text in texts:
-            names.append(text.name)
-            yield text
-
-    found: dict[int, _Sums] = {}
+    windows: list[Window] = []
+    sums: list[Floats] = []
     total = len(texts) if isinstance(texts, Sized) else None
-    for ids, kept, targets, batch in prediction_batches(decoder, named(), options, what, total):
+    for ids, kept, targets, batch in prediction_batches(decoder, texts, options, what, total):
         scores = readings(ids, kept, targets)
         whole = scores[-1].top
         table = torch.stack(
             [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
         )
+        windows += batch.windows
         parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
-        for window, part in zip(batch.windows, parts, strict=True):
-            found.setdefault(window.text, _Sums()).add(window.ids, part.sum(-1).cpu().numpy())
-    if not found:
+        sums += [part.sum(-1).cpu().numpy() for part in parts]
+    if not sums:
         raise UserError(_NOTHING)
-    loss, correct, agreed = np.moveaxis(np.stack([text.sums for text in found.values()]), -1, 0)
-    return PerText(
-        names=[names[number] for number in found],
-        tokens=np.array([text.tokens for text in found.values()], dtype=float),
-        ids=[text.hash for text in found.values()],
-        loss=loss,
-        correct=correct,
-        agreed=agreed,
-    )
-
-
-@dataclass
-class _Sums:
-    """Of one text, window by window."""
-
-    tokens: int = 0
-    hash: int = 0
-    sums: Floats = field(default_factory=lambda: np.zeros(()))
-
-    def add(self, ids: NDArray[np.int64], sums: Floats) -> None:
-        self.tokens += len(ids) - 1
-        self.hash = hash((self.hash, *ids.tolist()))
-        self.sums = self.sums + sums
+    hashes: dict[int, int] = {}
+    for window in windows:
+        hashes[window.text] = hash((hashes.get(window.text, 0), *window.ids.tolist()))
+    # Windows of a text follow one another.
+    first = np.unique([window.text for window in windows], return_index=True)[1]
+    loss, correct, agreed = np.moveaxis(np.add.reduceat(sums, first), -1, 0)
+    tokens = np.add.reduceat([len(window.ids) - 1.0 for window in windows], first)
+    return PerText(tokens, list(hashes.values()), loss, correct, agreed)

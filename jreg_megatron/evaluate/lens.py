@@ -11,14 +11,14 @@ first of a text, would decide.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.evaluate.layers import Options, prediction_batches
+from jreg_megatron.evaluate.layers import Options, StatesAt, prediction_batches
 from jreg_megatron.runtime.errors import UserError
 
 _RIDGE = 1e-6
@@ -51,59 +51,30 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
     """
-    sums = _Sums(decoder)
+    # All that least squares needs, in float64: for each layer but the last the products of its states and a
+    # one by these and the last layer's states.
+    sums: dict[int, Tensor] = {}
+    tokens = 0
     for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
-        sums.kept = kept
-        with decoder.observed(sums):
+        states: dict[int, Tensor] = {}
+        with decoder.observed(StatesAt(kept, states.__setitem__)):
             decoder.run(ids)
-        sums.add()
+        last = states.pop(decoder.num_layers).double()
+        size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        tokens += len(last)
+        for number, state in states.items():
+            rows = torch.cat((state.double(), torch.ones_like(state[:, :1])), dim=-1) / size.to(state.device)
+            products = rows.T @ torch.cat((rows, (last / size).to(state.device)), dim=-1)
+            sums[number] = sums.get(number, 0) + products
     least = _FEWEST * (decoder.hidden_size + 1)
-    if sums.tokens < least:
+    if tokens < least:
         raise UserError(
-            f"the texts of --lens have {sums.tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
+            f"the texts of --lens have {tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
             "give more"
         )
-    return Lens(sums.solve(), sums.tokens)
-
-
-@dataclass
-class _Sums:
-    """Of products of states, in float64: all that least squares needs of them."""
-
-    decoder: Decoder
-    kept: Tensor | None = None
-    """``[b, s - 1]``, the positions of this batch that predict a token."""
-    tokens: int = 0
-    _states: list[Tensor] = field(default_factory=list)
-    _squares: list[Tensor] = field(default_factory=list)
-    _products: list[Tensor] = field(default_factory=list)
-
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        for states in (layer_input, layer_output) if number == 1 else (layer_output,):
-            assert self.kept is not None
-            self._states.append(states[:, :-1][self.kept.to(states.device)].double())
-
-    def final_norm(self, normed: Tensor) -> None:
-        pass
-
-    def add(self) -> None:
-        *before, last = self._states
-        self._states = []
-        size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        self.tokens += len(last)
-        for number, states in enumerate(before):
-            weighted = torch.cat((states, torch.ones_like(size)), dim=-1) / size.to(states.device)
-            square, product = weighted.T @ weighted, weighted.T @ (last / size).to(states.device)
-            if number == len(self._squares):
-                self._squares.append(square)
-                self._products.append(product)
-            else:
-                self._squares[number] += square
-                self._products[number] += product
-
-    def solve(self) -> Tensor:
-        maps = []
-        for square, product in zip(self._squares, self._products, strict=True):
-            square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
-            maps.append(torch.linalg.solve(square, product).float().cpu())
-        return torch.stack(maps)
+    maps = []
+    for products in sums.values():
+        square, product = products[:, : len(products)], products[:, len(products) :]
+        square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
+        maps.append(torch.linalg.solve(square, product).float().cpu())
+    return Lens(torch.stack(maps), tokens)

@@ -36,7 +36,7 @@ _BATCH = 1 << 22  # numbers held at a time
 class Difference:
     """Of the second model to the first, on the same samples."""
 
-    value: float
+    difference: float
     interval: Interval | None
     """None for fewer than :data:`FEWEST` samples."""
     p_value: float | None
@@ -86,12 +86,16 @@ def compare_mean(pairs: Sequence[tuple[Floats, Floats]]) -> Difference:
     return Difference(value, found, _permutation(first, second), size)
 
 
-def adjusted(p_values: Sequence[float]) -> list[float]:
-    """The p-values of tests made together, raised: of those below x, about a share x are there by chance."""
+def adjusted(p_values: Sequence[float | None]) -> list[float | None]:
+    """The p-values of tests made together, raised: of those below x, about a share x are there by chance.
+
+    None, for a test that was not made, stays.
+    """
     from scipy import stats
 
-    values: list[float] = stats.false_discovery_control(p_values).tolist() if p_values else []
-    return values
+    made = [p_value for p_value in p_values if p_value is not None]
+    raised = iter(stats.false_discovery_control(made).tolist() if made else [])
+    return [None if p_value is None else next(raised) for p_value in p_values]
 
 
 def is_share(amounts: Floats, weights: Floats) -> bool:

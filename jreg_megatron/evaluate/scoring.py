@@ -52,7 +52,7 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
     return Scores(loss, torch.cat(tops))
 
 
-def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]], targets: Tensor) -> Scores:
+def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:
     """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` in n rows and columns.
 
     Raises:
@@ -65,12 +65,6 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor | Sequence[int]
     with torch.inference_mode(), decoder.observed(seen):
         decoder.run(ids)
     return score(decoder.head, seen.state[rows, columns], targets, decoder)
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of ids as one tensor ``[b, s]``, filled up on the right, where a causal model does not look."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
 def read_out_error(decoder: Decoder) -> str | None:

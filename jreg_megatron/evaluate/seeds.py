@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,7 +35,7 @@ def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
     for seed in seeds[1:]:
         _check_alike(seeds[0], seed)
     _check_all_differ(seeds)
-    means = [[_means(model) for model in seed] for seed in seeds]
+    baselines, ours = ([_means(seed[model]) for seed in seeds] for model in (0, 1))
     paper = numbers()["tasks"]["seeds"]
     assumed = paper["difference"], paper["sd"]
     return {
@@ -43,8 +44,8 @@ def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
         "limit": _limit(seeds[0][0]),
         "confidence": over_seeds.CONFIDENCE,
         "means": {
-            key: _figures([first[key] for first, _ in means], [second[key] for _, second in means])
-            for key in means[0][0]
+            key: _figures([means[key] for means in baselines], [means[key] for means in ours])
+            for key in baselines[0]
         },
         "power": {
             "difference": assumed[0],
@@ -94,12 +95,9 @@ def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None
             f"--seeds: --limit was {limits[0] or 'none'} and {limits[1] or 'none'} in {files}; evaluate them "
             "alike"
         )
-    ways = [
-        {name: (model.tasks[name].metric, model.tasks[name].samples) for name in TASKS}
-        for model in (*first, *other)
-    ]
     for name in TASKS:
-        if len({way[name] for way in ways}) > 1:
+        scores = [model.tasks[name] for model in (*first, *other)]
+        if len({(score.metric, score.samples) for score in scores}) > 1:
             raise UserError(
                 f"--seeds: {name} is not the same metric of as many samples in {files}; evaluate them alike"
             )
@@ -119,17 +117,16 @@ def _limit(model: Evaluated) -> str | None:
 def _check_all_differ(seeds: Sequence[Sequence[Evaluated]]) -> None:
     """Refuse a model that would count as two seeds."""
     seen: dict[Any, str] = {}
-    for seed in seeds:
-        for model in seed:
-            origin = model.origin
-            scores = tuple(model.tasks[name].value for name in TASKS)
-            key = (origin.source, origin.revision, origin.step, scores)
-            if key in seen:
-                raise UserError(
-                    f"--seeds: {origin.name} is the same model in {seen[key]} and in {origin.file}; each "
-                    "seed has a baseline and a JREG of its own"
-                )
-            seen[key] = origin.file
+    for model in chain(*seeds):
+        origin = model.origin
+        scores = tuple(model.tasks[name].value for name in TASKS)
+        key = (origin.source, origin.revision, origin.step, scores)
+        if key in seen:
+            raise UserError(
+                f"--seeds: {origin.name} is the same model in {seen[key]} and in {origin.file}; each "
+                "seed has a baseline and a JREG of its own"
+            )
+        seen[key] = origin.file
 
 
 def _means(model: Evaluated) -> dict[str, float]:

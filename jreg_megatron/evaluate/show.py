@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from jreg_megatron.decoder.reference import name_at
+from jreg_megatron.measure.table import table as empty_table
 from jreg_megatron.paper import TASKS, missing_tasks
 
 MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
@@ -16,10 +22,8 @@ _OF_LAYERS = {"read_out": "Loss read out by layer", "lens": "Loss through the le
 
 def print_tables(console: Any, document: dict[str, Any]) -> None:
     """Print tasks, layers, and the notes on what was compared."""
-    from rich.text import Text
-
     models, comparison = document["models"], document["comparison"]
-    labels = [label(model) for model in models]
+    labels = [escape(name_at(model["name"], model["revision"], model["step"])) for model in models]
     if models[0]["tasks"]:
         console.print(_tasks_table(models, labels))
         if comparison:
@@ -37,12 +41,10 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
 
 def print_seeds(console: Any, document: dict[str, Any]) -> None:
     """Print the paper's test over seeds, with what it can and cannot find."""
-    from rich.markup import escape
-
     first, second = map(escape, document["models"])
     seeds, power, paper = len(document["files"]), document["power"], document["paper"]
     columns = ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided")
-    table = _table(f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}", *columns)
+    table = empty_table(f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}", *columns)
     table.caption = f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference"
     for key, found in document["means"].items():
         means = [f"{found[model]:.2f}" for model in ("first", "second")]
@@ -89,19 +91,12 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name, found in comparison["tasks"].items():
         metric = document["models"][0]["tasks"][name]["metric"]
         yield _row(of_pair, "tasks", name, metric, found["difference"], found)
-    if found := comparison["overall"]:
-        yield _row(of_pair, "tasks", "overall", "mean", found["difference"], found)
-    if found := comparison["without_boolq"]:
-        yield _row(of_pair, "tasks", "overall", "mean_without_boolq", found["difference"], found)
+    for key, metric in (("overall", "mean"), ("without_boolq", "mean_without_boolq")):
+        if found := comparison[key]:
+            yield _row(of_pair, "tasks", "overall", metric, found["difference"], found)
     for part in _OF_LAYERS:
         for layer, found in enumerate(_by_layer(comparison[part])):
             yield _row(of_pair, part, layer, "loss", found["difference"], found)
-
-
-def label(model: dict[str, Any]) -> str:
-    """The name of a model, with its revision or step."""
-    which = model["step"] if model["revision"] is None else model["revision"]
-    return str(model["name"]) if which is None else f"{model['name']}@{which}"
 
 
 def _row(
@@ -120,10 +115,8 @@ def _row(
     }
 
 
-def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Any:
-    from rich.markup import escape
-
-    table = _table("Tasks", "task", "samples", "chance", *map(escape, labels))
+def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Table:
+    table = empty_table("Tasks", "task", "samples", "chance", *labels)
     for name, task in models[0]["tasks"].items():
         chance = "" if task["chance"] is None else f"{task['chance']:.3f}"
         cells = [_value(model["tasks"][name]) if name in model["tasks"] else "" for model in models]
@@ -135,9 +128,7 @@ def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Any:
     return table
 
 
-def _layers_table(model: dict[str, Any], name: str) -> Any:
-    from rich.markup import escape
-
+def _layers_table(model: dict[str, Any], name: str) -> Table:
     read_out, layer_drop = model["read_out"] or {}, model["layer_drop"]
     columns = {
         title: [f"{value:.4f}" for value in read_out[key]]
@@ -148,7 +139,7 @@ def _layers_table(model: dict[str, Any], name: str) -> Any:
         columns["loss by lens"] = [f"{value:.4f}" for value in model["lens"]["loss"]]
     if layer_drop:
         columns["loss without it"] = ["", *(f"{value:.4f}" for value in layer_drop["loss"])]
-    table = _table(f"Layers of {escape(name)}", "layer", *columns)
+    table = empty_table(f"Layers of {name}", "layer", *columns)
     for layer, cells in enumerate(zip(*columns.values(), strict=True)):
         table.add_row(str(layer), *cells)
     unchanged = f" Nothing left out: {layer_drop['unchanged']:.4f}" if layer_drop else ""
@@ -156,12 +147,10 @@ def _layers_table(model: dict[str, Any], name: str) -> Any:
     return table
 
 
-def _difference_table(comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]) -> Any:
-    from rich.markup import escape
-
+def _difference_table(comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]) -> Table:
     first, second = map(escape, comparison["models"])
     columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
-    table = _table(f"{title}: {second} - {first}", *columns)
+    table = empty_table(f"{title}: {second} - {first}", *columns)
     table.caption = f"From, to: {comparison['confidence']:.0%} interval"
     for name, difference in found.items():
         numbers = [difference["difference"], *(difference["interval"] or (None, None))]
@@ -183,7 +172,7 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         lines.append("Below a figure: its 95% interval.")
     if comparison:
         lines.append(
-            "Intervals and tests are over samples and texts, not over training seeds: trained anew, the "
+            "Intervals and tests are over samples and texts, not over training seeds: with other seeds, the "
             "models may differ by more or less."
         )
         lines += comparison["notes"]
@@ -222,15 +211,6 @@ def _by_layer(read_out: dict[str, Any] | None) -> list[dict[str, Any]]:
     keys = ("difference", "interval", "p_value", "p_adjusted")
     columns = zip(*(read_out[key] for key in keys), strict=True)
     return [dict(zip(keys, column, strict=True)) | {"samples": read_out["texts"]} for column in columns]
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    return table
 
 
 def _value(task: dict[str, Any]) -> str:

@@ -15,13 +15,6 @@ from typing import Any
 
 from jreg_megatron.data.texts import Text
 
-SPEECH_TASKS = {
-    "speeches_continuation": "which of four passages goes on with a speech; the others are of other speeches",
-    "speeches_last_word": "which of four words ends a sentence; all of them were said just before",
-    "speeches_bits_per_byte": "bits per byte of the first 4,000 characters of each speech",
-}
-"""Names, and what each asks."""
-
 _SEED = 1790
 _PER_SPEECH = 10
 _CONTEXT_WORDS = (40, 120)
@@ -32,62 +25,23 @@ _SPACE_AFTER_SENTENCE = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z])")
 _WORD = re.compile(r"\b[a-z]{5,}\b")
 _LAST_WORD = re.compile(r"(.*) ([a-z]{5,})[.!?]")
 
-_COMMON = """\
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-  cache_dir: {cache}
-test_split: test
-metadata:
-  version: 1.0
-"""
-_YAML = {
-    "speeches_continuation": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "speeches_last_word": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-""",
-    "speeches_bits_per_byte": """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list:
-  - {metric: bits_per_byte}
-""",
-}
-
 
 def write_speech_tasks(folder: Path, speeches: list[Text]) -> None:
     """Write each task as YAML and JSON lines, as ``lm_eval --include_path`` reads them too."""
-    makers: dict[str, Callable[[list[Text], random.Random], list[dict[str, Any]]]] = {
-        "speeches_continuation": _continuations,
-        "speeches_last_word": _last_words,
-        "speeches_bits_per_byte": _beginnings,
-    }
-    for name, make in makers.items():
+    for name, (make, config) in SPEECH_TASKS.items():
         rng = random.Random(_SEED)
         samples = make(speeches, rng)
         rng.shuffle(samples)  # so that the first N are of all speeches
         data = folder / f"{name}.jsonl"
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         data.write_text("".join(lines), encoding="utf-8")
-        common = _COMMON.format(
-            data=json.dumps(str(data.absolute())), cache=json.dumps(str(folder / ".cache"))
-        )
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{_YAML[name]}", encoding="utf-8")
+        files = {"data_files": {"test": str(data.absolute())}, "cache_dir": str(folder / ".cache")}
+        task = {
+            **{"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"},
+            **config,
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(task, indent=2), encoding="utf-8")  # JSON is YAML
 
 
 def _continuations(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]]:
@@ -155,3 +109,29 @@ def _some[T](of: list[T], rng: random.Random) -> list[T]:
 def _content(speech: Text) -> str:
     assert isinstance(speech.content, str)
     return speech.content
+
+
+_ACCURACY, _NORMED = (
+    {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+)
+_CHOICE = {
+    **{"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices"},
+    "doc_to_target": "gold",
+}
+_Maker = Callable[[list[Text], random.Random], list[dict[str, Any]]]
+
+SPEECH_TASKS: dict[str, tuple[_Maker, dict[str, Any]]] = {
+    # Which of four passages goes on with a speech; the others are of other speeches.
+    "speeches_continuation": (_continuations, _CHOICE | {"metric_list": [_ACCURACY, _NORMED]}),
+    # Which of four words ends a sentence; all of them were said just before.
+    "speeches_last_word": (_last_words, _CHOICE | {"metric_list": [_ACCURACY]}),
+    # Bits per byte of the first 4,000 characters of each speech.
+    "speeches_bits_per_byte": (
+        _beginnings,
+        {
+            **{"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"},
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+    ),
+}
+"""By name: what makes the samples, and how the harness asks them."""

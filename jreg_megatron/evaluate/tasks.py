@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from jreg_megatron.data.texts import held_out_speeches
 from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.load import errors_alone
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.paper import TASKS
@@ -25,7 +25,7 @@ SETS = {
     "speeches": tuple(SPEECH_TASKS),
     "paper": TASKS,
 }
-"""Names that stand for several tasks: those that need no network, and the nine of JREG's paper."""
+"""Names of several tasks: those that need no network, and the nine of JREG's paper."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
 """The first of these that a task has is the one reported; the paper does not say which it took."""
@@ -52,7 +52,7 @@ class TaskResult:
     @property
     def value(self) -> float:
         """The figure."""
-        return float(self.amounts.sum() / self.weights.sum())
+        return _figure(self.amounts, self.weights)
 
 
 def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -96,13 +96,21 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
     for name in wanted:
-        tasks |= _load(manager, name)
+        try:
+            with _silent():
+                tasks |= manager.load([name])["tasks"]
+        except Exception as error:  # of the harness, of datasets, of a task's own code or templates
+            said = " ".join((str(error) or type(error).__name__).split())[:200]
+            raise UserError(
+                f"the task {name} cannot be loaded ({type(error).__name__}: {said}); if its data are on the "
+                "Hugging Face hub, load them once with a network, or take --tasks speeches, which needs none"
+            ) from error
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            raise UserError(f"the task {name} has the model write text, which is not done here; leave it out")
+            raise UserError(f"the task {name} has the model write text, which is not supported; leave it out")
         if not _metrics_of(task):
             found = ", ".join(f"{metric} ({how.__name__})" for metric, how in task.aggregation().items())
-            raise UserError(f"the task {name} is measured by {found}, which is not done here; leave it out")
+            raise UserError(f"the task {name} is measured by {found}, which is not supported; leave it out")
         if task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
@@ -139,19 +147,6 @@ def run_tasks(
     return {name: _result(task, found["samples"][name]) for name, task in tasks.items()}
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
-    try:
-        with _silent():
-            tasks: dict[str, Any] = manager.load([name])["tasks"]
-    except Exception as error:  # of the harness, of datasets, of a task's own code or templates
-        said = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise UserError(
-            f"the task {name} cannot be loaded ({type(error).__name__}: {said}); if its data are on the "
-            "Hugging Face hub, load them once with a network, or take --tasks speeches, which needs none"
-        ) from error
-    return tasks
-
-
 def _metrics_of(task: Any) -> list[str]:
     """The metrics of a task that are a mean over samples, or bits over bytes, in the order of preference."""
     from lm_eval.api.metrics import bits_per_byte, mean
@@ -167,8 +162,8 @@ def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
     amounts, weights = _column(samples, metric)
     if amounts.shape != weights.shape or not (np.isfinite(amounts).all() and np.isfinite(weights).all()):
         raise UserError(
-            f"the task {task.config.task} gives no number for {metric} of each sample; mend it, or leave it "
-            "out"
+            f"the task {task.config.task} does not give a number for {metric} of each sample; correct it, or "
+            "leave it out"
         )
     has_choices = task.OUTPUT_TYPE == "multiple_choice"
     choices = [len(task.doc_to_choice(sample["doc"])) for sample in samples] if has_choices else []
@@ -179,7 +174,7 @@ def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
         weights=weights,
         samples=[sample["doc_hash"] for sample in samples],
         chance=float(np.mean(1 / np.array(choices))) if has_choices else None,
-        others={name: _figure(samples, name) for name in others},
+        others={name: _figure(*_column(samples, name)) for name in others},
     )
 
 
@@ -191,8 +186,7 @@ def _column(samples: list[dict[str, Any]], metric: str) -> tuple[Floats, Floats]
     return values, np.ones(len(values))
 
 
-def _figure(samples: list[dict[str, Any]], metric: str) -> float:
-    amounts, weights = _column(samples, metric)
+def _figure(amounts: Floats, weights: Floats) -> float:
     return float(amounts.sum() / weights.sum())
 
 
@@ -201,14 +195,10 @@ def _silent() -> Iterator[None]:
     """No progress bars and remarks of the harness, and none of the hub's about tries that failed."""
     import lm_eval.api.task as module
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
-    levels, bar = [logger.level for logger in loggers], module.tqdm
+    bar = module.tqdm
     module.tqdm = partial(bar, disable=True)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_alone("lm_eval", "huggingface_hub"):
+            yield
     finally:
         module.tqdm = bar
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

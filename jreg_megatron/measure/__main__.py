@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jreg_megatron.data.texts import Text, add_text_arguments, describe, texts_of
-from jreg_megatron.decoder.load import add_model_arguments
+from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
@@ -51,20 +50,21 @@ def _parser() -> ArgumentParser:
         "--paper",
         nargs="*",
         metavar="NAME",
-        help="instead, models of the paper's Tables 1 and 2 by its names, such as Llama-3.2-1B, or all ten; "
-        "on LAMBADA unless --text is given; the paper's figure is printed beside ours",
+        help="measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as "
+        "Llama-3.2-1B (default: all ten), on LAMBADA unless --text is given; the paper's figure is printed "
+        "beside ours",
     )
     text, which = add_text_arguments(parser)
     which.add_argument(
         "--last-validation",
         action="store_true",
-        help="the samples that a Megatron training saw at its last validation, whole",
+        help="read the samples of a Megatron training's last validation, whole",
     )
     text.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"the first N tokens of each text; 0 for all (default: {_DEFAULT_TOKENS})",
+        help=f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})",
     )
     text.add_argument(
         "--drop-first-token",
@@ -72,28 +72,23 @@ def _parser() -> ArgumentParser:
         help="leave each sequence's first token out of the main figures; JSON and CSV hold both",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)"
-    )
     output.add_output_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="print a line for each layer, too")
     return parser
 
 
 def _measure(args: Namespace) -> None:
-    references = _checked(args)
-    texts = _texts(args)
-    from jreg_megatron.decoder.load import check_device
-
-    check_device(args.device)
-    document: dict[str, Any] = {
+    references, printed = _checked(args)
+    texts, source = _texts(args)
+    check_model_arguments(args)
+    models: list[dict[str, Any]] = []
+    document = {
         "format": FORMAT,
         "version": 1,
-        "text": _description(args),
+        "text": {"source": source, "max_tokens": args.max_tokens or None},
         "versions": output.versions("torch", "transformers", "megatron-core"),
-        "models": [],
+        "models": models,
     }
-    models: list[dict[str, Any]] = document["models"]
     try:
         for number, reference in enumerate(references, start=1):
             try:
@@ -107,98 +102,76 @@ def _measure(args: Namespace) -> None:
     finally:
         if models:
             _write(args, document, to_stdout=True)
-            _print(args, models)
-    if args.paper is not None:
-        _print_paper(args, references, models)
+            _print(args, models, printed)
+    if not models:
+        raise UserError("none of the paper's models could be loaded; the notes above say what is missing")
 
 
-def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: str) -> dict[str, Any]:
-    from jreg_megatron.decoder.load import load
-    from jreg_megatron.measure.measurement import entry, measure
-
-    with _progress(args, f"{reference.at}: loading ({which})") as bar:
-        decoder = load(
-            reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
-        )
-        bar.set_description(f"{reference.at} ({which})")
-        bar.reset()
-        measurement = measure(
-            decoder,
-            _last_validation(reference) if args.last_validation else texts,
-            max_tokens=None if args.last_validation else args.max_tokens or None,
-            batch_size=args.batch_size,
-            on_tokens=bar.update,
-        )
-    return entry(decoder, measurement, args.drop_first_token, settings=_settings(reference))
-
-
-def _texts(args: Namespace) -> Iterable[Text]:
-    if args.last_validation:
-        return []
-    if args.paper is not None and not (args.text or args.speeches):
-        from jreg_megatron.measure.paper_models import lambada
-
-        return lambada()
-    return texts_of(args)
-
-
-def _checked(args: Namespace) -> list[Reference]:
+def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | None], float]]:
+    """The checkpoints to measure, and what the paper prints for them by name and revision."""
     output.check_outputs(json=args.json, csv=args.csv)
-    if args.max_tokens is None:
-        args.max_tokens = _DEFAULT_TOKENS
-    elif args.last_validation:
+    if args.last_validation and args.max_tokens is not None:
         raise UserError("--max-tokens and --last-validation exclude each other: its samples are taken whole")
+    if args.max_tokens is None:
+        args.max_tokens = 0 if args.last_validation else _DEFAULT_TOKENS
     if args.max_tokens < 0:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     if (args.paper is None) != bool(args.models):
         raise UserError(
             "MODEL is missing; name one, or --paper for the paper's"
             if args.paper is None
             else f"MODEL is {args.models[0]} beside --paper, which names the models itself; leave one out"
         )
+    printed: dict[tuple[str, str | None], float] = {}
     if args.paper is None:
         references = find_models(args.models)
     else:
         from jreg_megatron.measure.paper_models import paper_models
 
-        references = paper_models(args.paper)
+        of_paper = paper_models(args.paper)
+        references = [reference for reference, _ in of_paper]
+        printed = {(reference.name, reference.revision): zeta for reference, zeta in of_paper}
     for reference in references:
         if args.last_validation and not reference.is_megatron:
             raise UserError(f"--last-validation needs Megatron checkpoints, and {reference.source} is none")
-    return references
+    return references, printed
 
 
-def _last_validation(reference: Reference) -> Iterable[Text]:
-    from jreg_megatron.decoder.megatron import last_validation
-
-    samples = last_validation(Path(reference.source), reference.step)
-    return (Text(f"validation sample {number}", ids) for number, ids in enumerate(samples.numpy(), start=1))
-
-
-def _settings(reference: Reference) -> dict[str, str]:
-    if not reference.is_megatron:
-        return {}
-    from jreg_megatron.decoder.megatron import megatron_settings
-
-    return megatron_settings(Path(reference.source), reference.step)
-
-
-def _description(args: Namespace) -> dict[str, Any]:
+def _texts(args: Namespace) -> tuple[Iterable[Text], str]:
+    """What is read, and its name; the samples of a last validation come with each model."""
     if args.last_validation:
-        return {"source": "the samples of each training's last validation", "max_tokens": None}
+        return [], "the samples of each training's last validation"
     if args.paper is not None and not (args.text or args.speeches):
-        from jreg_megatron.measure.paper_models import LAMBADA
+        from jreg_megatron.measure.paper_models import LAMBADA, lambada
 
-        return {"source": f"LAMBADA ({LAMBADA}, test)", "max_tokens": args.max_tokens or None}
-    return {"source": describe(args), "max_tokens": args.max_tokens or None}
+        return lambada(), f"LAMBADA ({LAMBADA}, test)"
+    return texts_of(args), describe(args)
 
 
-def _progress(args: Namespace, what: str) -> Any:
+def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: str) -> dict[str, Any]:
     from tqdm import tqdm
 
-    return tqdm(desc=what, unit=" tokens", unit_scale=True, disable=args.quiet or None, dynamic_ncols=True)
+    from jreg_megatron.measure.measurement import entry, measure
+
+    what = f"{reference.at}: loading ({which})"
+    quiet = args.quiet or None
+    with tqdm(desc=what, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
+        decoder = load(
+            reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+        )
+        bar.set_description(f"{reference.at} ({which})")
+        bar.reset()
+        if args.last_validation and decoder.last_validation:
+            samples = decoder.last_validation().tokens.numpy()
+            texts = [Text(f"validation sample {number}", ids) for number, ids in enumerate(samples, start=1)]
+        measurement = measure(
+            decoder,
+            texts,
+            max_tokens=args.max_tokens or None,
+            batch_size=args.batch_size,
+            on_tokens=bar.update,
+        )
+    return entry(decoder, measurement, args.drop_first_token)
 
 
 def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
@@ -212,27 +185,19 @@ def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
             output.write_csv(args.csv, csv_rows(document["models"]))
 
 
-def _print_paper(args: Namespace, references: list[Reference], models: list[dict[str, Any]]) -> None:
-    from jreg_megatron.measure.paper_models import print_beside, printed_zeta
-
-    if not models:
-        raise UserError("none of the paper's models could be had; the notes above say what is missing")
-    if not args.quiet:
-        asked = ((reference.name, reference.revision) for reference in references)
-        printed = dict(zip(asked, printed_zeta(references), strict=True))
-        rows = [(model, printed[model["name"], model["revision"]]) for model in models]
-        print_beside(output.console(args), rows)
-
-
-def _print(args: Namespace, models: list[dict[str, Any]]) -> None:
+def _print(
+    args: Namespace, models: list[dict[str, Any]], printed: dict[tuple[str, str | None], float]
+) -> None:
     if args.quiet:
         return
-    from jreg_megatron.measure.table import print_layers, print_summary
+    from jreg_megatron.measure.table import print_beside, print_layers, print_summary
 
     console = output.console(args)
     print_summary(console, models)
     for model in models if args.layers else []:
         print_layers(console, model)
+    if printed:
+        print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.data.windows import batches, windows
+from jreg_megatron.data.windows import batches
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
 from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
@@ -58,7 +58,10 @@ class Figures:
             for state, at in zip(FINAL_STATES, range(last, mean.shape[1]), strict=False)
         }
         psi = {state: each[PSI, 1:] for state, each in by_state.items()}
-        rates = {state: [_rate(each, layer) for layer in range(1, last + 1)] for state, each in psi.items()}
+        rates: dict[str, list[float | None]] = {
+            state: [None, *(float(jump_rate(each, layer)) for layer in range(2, last + 1))]
+            for state, each in psi.items()
+        }
         return cls(
             texts=texts,
             tokens=tokens,
@@ -115,9 +118,7 @@ def measure(
             "(pre_norm), and there is no post_norm"
         )
     statistics = TextStatistics()
-    encode = None if decoder.tokenizer is None else decoder.tokenizer.encode
-    sequences = windows(texts, encode, decoder.vocab_size, max_tokens, decoder.max_length)
-    for number, batch in enumerate(batches(sequences, batch_size)):
+    for number, batch in enumerate(batches(decoder.windows(texts, max_tokens), batch_size)):
         if number == 0:
             refuse_dependence(decoder, batch.windows[0].ids, batch_size)
         of_batch = BatchStatistics(batch, decoder.num_layers, has_final_norm)
@@ -129,19 +130,15 @@ def measure(
             statistics.add(window, first[..., place], rest[..., place])
         if on_tokens is not None:
             on_tokens(int(batch.lengths.sum()))
-    both = [
-        Figures.of(torch.as_tensor(mean.total) / mean.texts, mean.texts, mean.tokens, decoder.num_layers)
-        if mean.texts
+    with_first, without_first = (
+        Figures.of(mean.total / mean.texts, mean.texts, mean.tokens, decoder.num_layers)
+        if isinstance(mean.total, Tensor)
         else None
-        for mean in (statistics.with_first, statistics.without_first)
-    ]
-    if both[0] is None:
+        for mean in statistics.means
+    )
+    if with_first is None:
         raise UserError("there is no text with a token in it; give --text files that hold some")
-    return Measurement(both[0], both[1])
-
-
-def _rate(psi: Tensor, layer: int) -> float | None:
-    return None if layer == 1 else float(jump_rate(psi, layer))
+    return Measurement(with_first, without_first)
 
 
 def _refuse_non_finite(sums: Tensor, decoder: Decoder) -> None:
@@ -155,33 +152,20 @@ def _refuse_non_finite(sums: Tensor, decoder: Decoder) -> None:
         )
 
 
-def entry(decoder: Decoder, measurement: Measurement, drop_first: bool, **more: Any) -> dict[str, Any]:
-    """A model's entry in the JSON; ``more`` are further fields.
+def entry(decoder: Decoder, measurement: Measurement, drop_first: bool) -> dict[str, Any]:
+    """A model's entry in the JSON.
 
     Raises:
         UserError: if the first token is to be dropped and no text has a second one.
     """
-    from dataclasses import asdict
-
     chosen = measurement.without_first_token if drop_first else measurement.with_first_token
     if chosen is None:
         raise UserError("--drop-first-token leaves nothing: no text has a second token; give longer texts")
-    blocks = {
-        "with_first_token": measurement.with_first_token,
-        "without_first_token": measurement.without_first_token,
-    }
     return {
-        "name": decoder.name,
-        "source": decoder.source,
-        "kind": decoder.kind,
-        "revision": decoder.revision,
-        "step": decoder.step,
-        "num_layers": decoder.num_layers,
+        **decoder.described(),
         "hidden_size": decoder.hidden_size,
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "device": str(decoder.device),
         "first_token": "dropped" if drop_first else "kept",
-        **more,
+        "settings": dict(decoder.settings),
         **asdict(chosen),
-        **{name: None if block is None else asdict(block) for name, block in blocks.items()},
+        **asdict(measurement),
     }

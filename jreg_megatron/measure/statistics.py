@@ -81,43 +81,39 @@ class BatchStatistics:
 
 
 @dataclass
-class _Mean:
-    """The mean over texts of their means over tokens."""
+class Mean:
+    """The mean over texts of their means over tokens, ``total / texts``."""
 
     total: Tensor | float = 0.0
+    """``[4, P]``; a plain 0 while there is no text."""
     texts: int = 0
     tokens: int = 0
 
-    def add(self, sums: Tensor, tokens: int) -> None:
-        if tokens:
-            self.total = self.total + sums / tokens
-            self.texts += 1
-            self.tokens += tokens
 
-
-@dataclass
 class TextStatistics:
-    """Means over texts. A text's windows are added in order; it counts when its last one is there."""
+    """Means over texts, with each sequence's first token and without it.
 
-    with_first: _Mean = field(default_factory=_Mean)
-    without_first: _Mean = field(default_factory=_Mean)
-    _first: Tensor | float = 0.0
-    _rest: Tensor | float = 0.0
-    _tokens: int = 0
-    _windows: int = 0
+    A text's windows are added in order; it counts when its last one is there.
+    """
+
+    def __init__(self) -> None:
+        self.means = (Mean(), Mean())
+        self._sums: Tensor | float = 0.0
+        self._tokens = [0, 0]
 
     def add(self, window: Window, first: Tensor, rest: Tensor) -> None:
         """Add a sequence's sums over its first token and over the others, ``[4, P]`` each."""
-        self._first, self._rest = self._first + first, self._rest + rest
-        self._tokens += len(window.ids)
-        self._windows += 1
+        self._sums = self._sums + torch.stack((first + rest, rest))
+        for which, tokens in enumerate((len(window.ids), len(window.ids) - 1)):
+            self._tokens[which] += tokens
         if not window.is_last:
             return
-        assert isinstance(self._rest, Tensor)
-        self.with_first.add(self._first + self._rest, self._tokens)
-        self.without_first.add(self._rest, self._tokens - self._windows)
-        self._first = self._rest = 0.0
-        self._tokens = self._windows = 0
+        for mean, sums, tokens in zip(self.means, self._sums, self._tokens, strict=True):
+            if tokens:
+                mean.total = mean.total + sums / tokens
+                mean.texts += 1
+                mean.tokens += tokens
+        self._sums, self._tokens = 0.0, [0, 0]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -5,56 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Console
 from rich.table import Table
 
 FINAL_STATES = {"pre_norm": "before", "post_norm": "after"}
 
 _BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
+_OF_LAYERS = ("displacement", "displacement_std", "jump_rate_from", "block_influence", "angular_distance")
 _COLUMNS, _LEAST_BARS = 54, 8
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+def table(title: str, *columns: str, box: Box = HEAVY_HEAD) -> Table:
+    """An empty table whose first column holds names and the others numbers."""
+    made = Table(title=title, title_justify="left", caption_justify="left", box=box)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", overflow="fold")
+    return made
+
+
 def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
     """Print a line for each checkpoint: jump rate and last displacement, by both conventions."""
-    with_steps = any(model["step"] is not None for model in models)
-    table = Table(
-        title="The last layer's jump, before and after the final norm", title_justify="left", box=SIMPLE_HEAD
-    )
-    table.add_column("model", overflow="fold")
-    for column in (["step"] if with_steps else []) + ["L", "zeta_L", "after", "Psi_L", "after"]:
-        table.add_column(column, justify="right", no_wrap=True)
-    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * with_steps
+    steps = ["step"] if any(model["step"] is not None for model in models) else []
+    columns = ("model", *steps, "L", "zeta_L", "after", "Psi_L", "after")
+    title = "The last layer's jump, before and after the final norm"
+    summary = table(title, *columns, box=SIMPLE_HEAD)
+    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * len(steps)
     if room >= _LEAST_BARS:
-        table.add_column("Psi from layer 2 on" if room > max(map(_layers, models)) else "Psi at the end")
+        most = max(model["num_layers"] for model in models)
+        summary.add_column("Psi from layer 2 on" if room > most else "Psi at the end")
     for model in models:
         rates, psi = model["jump_rate"], model["displacement"]
-        table.add_row(
+        step = "" if model["step"] is None else f"{model['step']:,}"
+        summary.add_row(
             model["name"],
-            *(["" if model["step"] is None else f"{model['step']:,}"] if with_steps else []),
+            *([step] if steps else []),
             str(model["num_layers"]),
             *(_number(rates.get(state), 3) for state in FINAL_STATES),
             *(_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES),
             *([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []),
         )
-    console.print(table)
+    console.print(summary)
 
 
 def print_layers(console: Console, model: dict[str, Any]) -> None:
     """Print a line for each layer: Psi and its spread over tokens, zeta from there on, angle, norm."""
     at = "" if model["step"] is None else f" at step {model['step']:,}"
-    table = Table(title=f"{model['name']}{at}", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer")
-    for column in ("Psi", "std", "zeta", "angle/pi", "norm"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_row("0", "", "", "", "", _number(model["norm"]["pre_norm"][0], 2))
+    columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm")
+    layers = table(f"{model['name']}{at}", *columns, box=SIMPLE_HEAD)
+    layers.add_row("0", "", "", "", "", _number(model["norm"]["pre_norm"][0], 2))
     last = model["num_layers"] - 1
     for index in range(model["num_layers"]):
         states = ["pre_norm"] if index < last else list(model["displacement"])
         for state in states:
             note = f" ({FINAL_STATES[state]} norm)" if index == last and len(states) > 1 else ""
-            table.add_row(
+            layers.add_row(
                 f"{index + 1}{note}",
                 _number(model["displacement"][state][index], 4),
                 _number(model["displacement_std"][state][index], 4),
@@ -62,7 +68,17 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
                 _number(model["angular_distance"][state][index], 4),
                 _number(model["norm"][state][index + 1], 2),
             )
-    console.print(table)
+    console.print(layers)
+
+
+def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
+    """Print zeta_L of entries of the document, each beside what the paper prints."""
+    columns = ("model", "revision", "paper", "before the final norm", "after it")
+    beside = table("zeta_L: the paper's and ours", *columns)
+    for model, printed in rows:
+        ours = [_number(model["jump_rate"].get(state), 2) for state in FINAL_STATES]
+        beside.add_row(model["name"], model["revision"] or "", f"{printed:g}", *ours)
+    console.print(beside)
 
 
 def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,20 +94,10 @@ def _rows(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for index in range(model["num_layers"]):
                 yield {
                     **head,
-                    "first_token": first_token,
-                    "final_state": state,
-                    "layer": index + 1,
-                    "displacement": figures["displacement"][state][index],
-                    "displacement_std": figures["displacement_std"][state][index],
-                    "jump_rate_from": figures["jump_rate_from"][state][index],
-                    "block_influence": figures["block_influence"][state][index],
-                    "angular_distance": figures["angular_distance"][state][index],
+                    **{"first_token": first_token, "final_state": state, "layer": index + 1},
+                    **{key: figures[key][state][index] for key in _OF_LAYERS},
                     "norm": figures["norm"][state][index + 1],
                 }
-
-
-def _layers(model: dict[str, Any]) -> int:
-    return int(model["num_layers"])
 
 
 def _number(value: float | None, digits: int) -> str:

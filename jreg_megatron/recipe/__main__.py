@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import command, identity
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.request import Rendezvous, Request
 from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit

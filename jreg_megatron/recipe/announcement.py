@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text, seconds_as_text
 from jreg_megatron.recipe.request import Request
 from jreg_megatron.runtime.errors import UserError

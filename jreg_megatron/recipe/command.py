@@ -18,18 +18,19 @@ def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequenc
 
     SIGTERM is left to the ranks, which save first; torchrun would end them after half a minute.
     """
-    where = (
-        ["--standalone"]
-        if rendezvous is None
-        else [
-            *("--nnodes", str(nodes), "--node-rank", str(rendezvous.node_rank)),
-            *("--master-addr", rendezvous.address, "--master-port", str(rendezvous.port)),
-        ]
-    )
-    torchrun = [*_torchrun(), *where, "--nproc-per-node", str(gpus)]
-    if _torchrun_takes_signals():
-        torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
-    return [*torchrun, *_MODULE, *flags]
+    from torch.distributed.run import get_args_parser
+
+    beside = Path(sys.executable).with_name("torchrun")
+    command = [str(beside)] if beside.exists() else [sys.executable, "-m", "torch.distributed.run"]
+    if rendezvous is None:
+        command += ["--standalone"]
+    else:
+        command += ["--nnodes", str(nodes), "--node-rank", str(rendezvous.node_rank)]
+        command += ["--master-addr", rendezvous.address, "--master-port", str(rendezvous.port)]
+    command += ["--nproc-per-node", str(gpus)]
+    if any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions):
+        command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+    return [*command, *_MODULE, *flags]
 
 
 def on_the_cpu(ranks: int, flags: Sequence[str]) -> list[str]:
@@ -46,14 +47,3 @@ def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
             line = []
         line.append(shlex.quote(word))
     return " \\\n    ".join([*lines, " ".join(line)])
-
-
-def _torchrun() -> list[str]:
-    beside = Path(sys.executable).with_name("torchrun")
-    return [str(beside)] if beside.exists() else [sys.executable, "-m", "torch.distributed.run"]
-
-
-def _torchrun_takes_signals() -> bool:
-    from torch.distributed.run import get_args_parser
-
-    return any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions)

@@ -13,15 +13,8 @@ _FILE = "run.json"
 _NAMES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("padded_vocab_size", "seq_length", "seed", "train_iters", "global_batch_size", "lr", "min_lr"),
-    *(
-        "init_fan_in",
-        "lr_warmup_iters",
-        "train_data_path",
-        "data_path",
-        "data_args_path",
-        "split",
-        "tokenizer_model",
-    ),
+    *("init_fan_in", "lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split"),
+    "tokenizer_model",
 )
 _OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval"}
 """JREG's flags that change what is seen of a training, not the training."""

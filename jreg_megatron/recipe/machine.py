@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of, training_blends
 from jreg_megatron.pretrain import APEX_FUSION
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.runtime.errors import UserError
 
@@ -86,7 +86,7 @@ def check_memory(plan: Plan, gpus: Gpus) -> str:
             "raise TP or PP, or train on more GPUs"
         )
     if total > gpus.bytes:
-        return f"{text}; more than the {has} of {gpus.name}: lower MICRO_BATCH if it runs out"
+        return f"{text}; more than the {has} of {gpus.name}: lower MICRO_BATCH if memory runs out"
     return f"{text} of {has}"
 
 

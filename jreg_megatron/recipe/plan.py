@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
 
 from jreg_megatron.mcore.arguments import as_rank_zero_of, parse
+from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import megatrons_refusals
 
 _SAVED_BYTES = 14
@@ -87,19 +87,11 @@ def make(flags: list[str], world_size: int) -> Plan:
 def count_parameters(args: Namespace) -> int:
     """Parameters of the model that Megatron would build, by building it on torch's meta device."""
     import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    if not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
+    single_process()
     config = gpt_config_from_args(args)
     config.transformer = dataclasses.replace(
         config.transformer,
@@ -110,20 +102,15 @@ def count_parameters(args: Namespace) -> int:
         expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=1,
         pipeline_dtype=None,
-        **dict.fromkeys(_STAGES),
+        virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-_STAGES = (
-    "virtual_pipeline_model_parallel_size",
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-)
 
 
 def seconds_as_text(seconds: float) -> str:
@@ -136,9 +123,8 @@ def seconds_as_text(seconds: float) -> str:
 
 def number_as_text(number: float, unit: str = "") -> str:
     """A large number to three digits: ``10.0B``, ``80.0 GB``."""
-    names: list[Any] = [(1e15, "P"), (1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")]
     space = " " if unit else ""
-    for size, name in names:
+    for size, name in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{space}{name}{unit}"
     return f"{number:.0f}{space}{unit}"

@@ -61,7 +61,7 @@ class Request:
         choice = _user_parser(options.recipe).parse_args(asked)
         if options.variant != choice.variant:
             raise UserError(
-                f"{choice.variant} stands behind {options.variant}; it comes first: "
+                f"{choice.variant} is behind {options.variant}; it must come first: "
                 f"{options.recipe} {choice.variant} {options.variant}"
             )
         return cls(**vars(options) | vars(choice), flags=tuple(flags), user_flags=tuple(user_flags))

@@ -7,8 +7,8 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import identity
-from jreg_megatron.recipe.checkpoints import last_checkpoint
 
 _LENGTH = 64
 _MOST_RANKS = 4
@@ -27,7 +27,7 @@ def ranks(args: Namespace) -> int:
 def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
     """Flags that shrink the run of ``args`` and put it on the demo's data, to be set behind the recipe's.
 
-    Heads and their groups stay, so that what tensor parallelism asks of them is asked of the toy too.
+    Heads and their groups stay, so that tensor parallelism has to divide those of the recipe.
     """
     from jreg_megatron.demo.data import prepare
 

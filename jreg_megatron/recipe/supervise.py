@@ -12,20 +12,20 @@ before, so that a scheduler can start it again, and otherwise the command's own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from jreg_megatron.recipe.checkpoints import last_checkpoint
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.runtime.errors import user_errors_exit
 from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.lock import lock
@@ -135,15 +135,12 @@ def main() -> None:
         sys.exit(run(options.command[1:], is_finished))
 
 
-@contextlib.contextmanager
-def _alone(folder: Path | None) -> Iterator[None]:
+def _alone(folder: Path | None) -> AbstractContextManager[object]:
     """Keep a second start of the same command out: two runs in one folder would spoil its checkpoints."""
     if folder is None:
-        yield
-        return
+        return nullcontext()
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "run.lock", f"{folder} is being trained", "set RUN to another folder"):
-        yield
+    return lock(folder / "run.lock", f"{folder} is being trained", "set RUN to another folder")
 
 
 if __name__ == "__main__":

@@ -27,25 +27,20 @@ def check_arguments(args: Namespace) -> None:
         UserError: for the first mistake found, sizes before data.
     """
     optimizer.package(args.optimizer)
-    if _is_read_elsewhere(args):
-        return
-    for check in (*SIZE_CHECKS, *DATA_CHECKS):
-        check(args)
-
-
-def _is_read_elsewhere(args: Namespace) -> bool:
-    """Whether what counts is still to be read from a file or a checkpoint."""
-    return bool(
+    is_read_elsewhere = (
         getattr(args, "yaml_cfg", None) is not None
         or args.use_checkpoint_args
         or args.heterogeneous_layers_config_path
         or args.heterogeneous_layers_config_encoded_json
     )
+    if is_read_elsewhere:
+        return
+    for check in (*SIZE_CHECKS, *DATA_CHECKS):
+        check(args)
 
 
 SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
-    training.required_sizes,
-    training.positive_numbers,
+    training.sizes,
     training.training_length,
     training.learning_rate,
     training.learning_rate_schedule,
@@ -57,11 +52,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     division.heads,
     division.experts,
     division.feed_forward,
-    division.pipeline_options,
-    division.pipeline_layout,
-    division.uneven_pipeline,
-    division.even_pipeline,
-    division.interleaving,
+    division.pipeline,
     division.sequence_length,
     division.batch_sizes,
 )
@@ -74,4 +65,4 @@ DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_files,
     vocabulary.token_ids,
 )
-"""The checks that look into files, cheap before dear; they rely on :data:`SIZE_CHECKS`."""
+"""The checks that look into files, the cheap ones first; they rely on :data:`SIZE_CHECKS`."""

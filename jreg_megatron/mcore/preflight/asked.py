@@ -16,6 +16,16 @@ def given(args: Namespace, *names: str) -> list[str]:
     return [flag_of(name) for name in names if getattr(args, name) is not None]
 
 
+def positive(args: Namespace, *names: str) -> None:
+    """Raises:
+    UserError: if one of these is given and below 1.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+
+
 def tensor_parallel(args: Namespace) -> int:
     return int(args.tensor_model_parallel_size)
 

@@ -17,6 +17,13 @@ from jreg_megatron.mcore.preflight.asked import (
 )
 from jreg_megatron.runtime.errors import UserError
 
+_ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+_COUNTED = {
+    "embedding": "account_for_embedding_in_pipeline_split",
+    "loss": "account_for_loss_in_pipeline_split",
+}
+_VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+
 
 def world_size(args: Namespace) -> None:
     tp, pp, cp = tensor_parallel(args), args.pipeline_model_parallel_size, args.context_parallel_size
@@ -79,25 +86,32 @@ def feed_forward(args: Namespace) -> None:
         )
 
 
-def pipeline_options(args: Namespace) -> None:
-    """Options that Megatron does not take together."""
+def pipeline(args: Namespace) -> None:
     if other_layer_plan(args):
         return
-    ways = given(
-        args,
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "pipeline_model_parallel_layout",
-    )
+    _pipeline_options(args)
+    if isinstance(args.pipeline_model_parallel_layout, str):
+        _pipeline_layout(args, args.pipeline_model_parallel_layout)
+    ends = {name: getattr(args, name) for name in _ENDS if getattr(args, name) is not None}
+    if ends:
+        _uneven_pipeline(args, ends)
+    elif args.pipeline_model_parallel_layout is None:
+        _even_pipeline(args)
+    stages, least = args.pipeline_model_parallel_size, 2 if args.overlap_p2p_comm else 3
+    if virtual_stages(args) > 1 and stages < least:
+        raise UserError(
+            f"--pipeline-model-parallel-size is {stages}; with {virtual_stages(args)} virtual stages each "
+            f"it must be >= {least}"
+        )
+
+
+def _pipeline_options(args: Namespace) -> None:
+    """Options that Megatron does not take together."""
+    ways = given(args, *_VIRTUAL, "pipeline_model_parallel_layout")
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} exclude each other; give only one")
-    uneven = given(args, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-    counted = [
-        flag_of(name)
-        for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-        if getattr(args, name)
-    ]
-    layout = given(args, "pipeline_model_parallel_layout")
+    uneven, layout = given(args, *_ENDS), given(args, "pipeline_model_parallel_layout")
+    counted = [flag_of(name) for name in _COUNTED.values() if getattr(args, name)]
     for one, others in ((layout, uneven + counted), (uneven, counted)):
         if one and others:
             raise UserError(f"{one[0]} and {others[0]} exclude each other; drop one")
@@ -109,15 +123,12 @@ def pipeline_options(args: Namespace) -> None:
         )
 
 
-def pipeline_layout(args: Namespace) -> None:
-    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
-    # A layout given from Python as a list is left to Megatron.
-    if not isinstance(layout, str) or other_layer_plan(args):
-        return
+def _pipeline_layout(args: Namespace, layout: str) -> None:
+    """A layout that is given as text; one from Python, a list, is left to Megatron."""
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    name = "--pipeline-model-parallel-layout"
+    name, stages = "--pipeline-model-parallel-layout", args.pipeline_model_parallel_size
     try:
         rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
     except AssertionError as error:
@@ -127,55 +138,38 @@ def pipeline_layout(args: Namespace) -> None:
             f"{name} {layout} has {len(rows)} stages; it must be a multiple of "
             f"--pipeline-model-parallel-size {stages}"
         )
-    layers = sum(row.count(LayerType.decoder) for row in rows)
+    flat = [layer for row in rows for layer in row]
+    layers = flat.count(LayerType.decoder)
     if layers != num_layers(args):
         raise UserError(f"{name} {layout} places {layers} layers (t), but --num-layers is {num_layers(args)}")
-    flat = [layer for row in rows for layer in row]
     if flat.count(LayerType.embedding) != 1 or flat[0] != LayerType.embedding:
         raise UserError(f"{name} is {layout}; it must begin with the only E (embedding)")
     if flat.count(LayerType.loss) != 1 or flat[-1] != LayerType.loss:
         raise UserError(f"{name} is {layout}; it must end with the only L (loss)")
 
 
-def uneven_pipeline(args: Namespace) -> None:
-    """Layers left for the middle stages, where the first or the last stage has its own number."""
-    ends = {
-        name: getattr(args, name)
-        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-        if getattr(args, name) is not None
-    }
-    if not ends or other_layer_plan(args):
-        return
+def _uneven_pipeline(args: Namespace, ends: dict[str, int]) -> None:
+    """Layers left for the middle stages, where the first or the last stage has its own number (``ends``)."""
     stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank or 1
     for name, number in ends.items():
         if number < 1 or number % virtual:
             multiple = f" and a multiple of {virtual} virtual stages" if virtual > 1 else ""
             raise UserError(f"{flag_of(name)} is {number}; it must be >= 1{multiple}")
     middle, middle_stages = num_layers(args) - sum(ends.values()), stages - len(ends)
-    given = " and ".join(f"{flag_of(name)} {number}" for name, number in ends.items())
     fits = middle == 0 if middle_stages == 0 else middle > 0 and middle % (middle_stages * virtual) == 0
     if not fits or middle_stages < 0:
-        among = f"{max(middle_stages, 0)} middle stages" + (
-            f" of {virtual} virtual stages" if virtual > 1 else ""
-        )
+        of_ends = " and ".join(f"{flag_of(name)} {number}" for name, number in ends.items())
+        of_virtual = f" of {virtual} virtual stages" if virtual > 1 else ""
         raise UserError(
-            f"--num-layers {num_layers(args)} with {given} leaves {middle} layers for {among} "
-            f"(--pipeline-model-parallel-size {stages}); choose numbers that leave each as many"
+            f"--num-layers {num_layers(args)} with {of_ends} leaves {middle} layers for "
+            f"{max(middle_stages, 0)} middle stages{of_virtual} (--pipeline-model-parallel-size {stages}); "
+            "choose numbers that leave each as many"
         )
 
 
-def even_pipeline(args: Namespace) -> None:
-    if other_layer_plan(args) or given(
-        args,
-        "pipeline_model_parallel_layout",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-    ):
-        return
+def _even_pipeline(args: Namespace) -> None:
     stages = args.pipeline_model_parallel_size
-    counted = [
-        word for word in ("embedding", "loss") if getattr(args, f"account_for_{word}_in_pipeline_split")
-    ]
+    counted = [word for word, name in _COUNTED.items() if getattr(args, name)]
     total = num_layers(args) + len(counted)
     what = " plus ".join([f"--num-layers {num_layers(args)}", *counted])
     if total % stages:
@@ -183,25 +177,13 @@ def even_pipeline(args: Namespace) -> None:
             f"{what} is not divisible by --pipeline-model-parallel-size {stages}; change one of them or give "
             "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers"
         )
-    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+    for name in _VIRTUAL:
         number = getattr(args, name)
         if number is not None and (number < 1 or (total // stages) % number):
             raise UserError(
                 f"{flag_of(name)} is {number}; it must divide the {total // stages} layers of a pipeline "
                 f"stage ({what}, --pipeline-model-parallel-size {stages})"
             )
-
-
-def interleaving(args: Namespace) -> None:
-    stages = args.pipeline_model_parallel_size
-    if other_layer_plan(args) or virtual_stages(args) == 1:
-        return
-    least = 2 if args.overlap_p2p_comm else 3
-    if stages < least:
-        raise UserError(
-            f"--pipeline-model-parallel-size is {stages}; with {virtual_stages(args)} virtual stages each "
-            f"it must be >= {least}"
-        )
 
 
 def sequence_length(args: Namespace) -> None:

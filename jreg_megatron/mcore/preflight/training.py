@@ -5,32 +5,21 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 
-from jreg_megatron.mcore.preflight.asked import flag_of, other_layer_plan
+from jreg_megatron.mcore.preflight.asked import flag_of, other_layer_plan, positive
 from jreg_megatron.runtime.errors import UserError
 
 
-def required_sizes(args: Namespace) -> None:
+def sizes(args: Namespace) -> None:
     required = ["hidden_size", "num_attention_heads", "max_position_embeddings", "micro_batch_size"]
     if args.encoder_num_layers is None and not other_layer_plan(args):
         required.insert(0, "num_layers")
     if args.encoder_seq_length is None:
         required.append("seq_length")
     for name in required:
-        value = getattr(args, name)
-        if value is None:
+        if getattr(args, name) is None:
             raise UserError(f"{flag_of(name)} is missing; give it a whole number >= 1")
-        if value < 1:
-            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
-
-
-def positive_numbers(args: Namespace) -> None:
-    for name in (
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("kv_channels", "log_interval", "tensorboard_log_interval"),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+    ranks = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    positive(args, *required, *ranks, "kv_channels", "log_interval", "tensorboard_log_interval")
 
 
 def training_length(args: Namespace) -> None:
@@ -42,10 +31,7 @@ def training_length(args: Namespace) -> None:
         )
     if args.train_iters is None and args.train_samples is None:
         raise UserError("--train-iters is missing; say how many iterations to train (or --train-samples)")
-    for name in ("train_iters", "train_samples"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+    positive(args, "train_iters", "train_samples")
 
 
 def learning_rate(args: Namespace) -> None:

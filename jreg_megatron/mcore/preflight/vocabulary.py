@@ -9,7 +9,7 @@ from argparse import Namespace
 
 from jreg_megatron.data.token_file import Index
 from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
-from jreg_megatron.mcore.preflight.asked import flag_of, tensor_parallel
+from jreg_megatron.mcore.preflight.asked import flag_of, positive, tensor_parallel
 from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of
 from jreg_megatron.runtime.errors import UserError
 
@@ -38,10 +38,7 @@ def tokenizer(args: Namespace) -> None:
 
 
 def vocabulary_sizes(args: Namespace) -> None:
-    for name in ("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+    positive(args, "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by")
     if args.padded_vocab_size is not None and args.padded_vocab_size % tensor_parallel(args):
         raise UserError(
             f"--padded-vocab-size {args.padded_vocab_size} is not divisible by "

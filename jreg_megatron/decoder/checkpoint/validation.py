@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from jreg_megatron.decoder.megatron_model import all_arguments, single_process
-from jreg_megatron.decoder.megatron_tokenizer import megatron_tokenizer
-from jreg_megatron.decoder.megatron_weights import Checkpoint
+from jreg_megatron.decoder.checkpoint.arguments import all_arguments
+from jreg_megatron.decoder.checkpoint.weights import Checkpoint
+from jreg_megatron.decoder.decoder import Samples
+from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError
 
 _OTHER_SAMPLES = (
@@ -23,32 +22,25 @@ _OTHER_SAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a validation saw, ``[n, seq_length]`` each."""
-
-    tokens: Tensor
-    labels: Tensor
-    """The token behind each."""
-    loss_mask: Tensor
-    """1.0 where a token's loss counts, else 0.0."""
-
-
 def last_validation_samples(checkpoint: Checkpoint) -> Samples:
-    """The last validation's samples; see :func:`jreg_megatron.decoder.megatron.last_validation`.
+    """The samples that the model saw in the last validation, read from the training's data.
+
+    Megatron evaluates once more behind the last iteration, after it has saved; for a checkpoint of the last
+    iteration that is the one. Else it is the last one before the checkpoint.
 
     Raises:
-        UserError: if there was none, or it cannot be repeated.
+        UserError: if data or tokenizer are not where they were, there was no validation, or it cannot be
+            repeated.
     """
     args = all_arguments(checkpoint.arguments)
-    if "consumed_valid_samples" not in checkpoint.arguments:
+    consumed = checkpoint.arguments.get("consumed_valid_samples")
+    if consumed is None:
         raise UserError(
             f"{checkpoint.folder} does not tell consumed_valid_samples, so its last validation is not known; "
             "give --text"
         )
-    consumed = int(checkpoint.arguments["consumed_valid_samples"])
     iteration = int(checkpoint.common["iteration"])
-    first, count = _last_samples(args, iteration, consumed, str(checkpoint.folder))
+    first, count = last_samples(args, iteration, int(consumed), str(checkpoint.folder))
     with tempfile.TemporaryDirectory() as cache:  # else Megatron writes beside the data
         dataset = _dataset(args, cache)
         if first + count > len(dataset):
@@ -60,8 +52,18 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
     return Samples(*(torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask")))
 
 
-def _last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
-    """Number of the first sample, and how many there were."""
+def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
+    """Number of the last validation's first sample, and how many samples there were.
+
+    Args:
+        args: of the training.
+        iteration: of the checkpoint.
+        consumed: validation samples that the training had read by then.
+        what: the checkpoint, for messages.
+
+    Raises:
+        UserError: if there was no validation, or its samples are not known here.
+    """
     if not args.train_iters:
         raise UserError(f"{what} comes from no training; give texts")
     if not args.eval_iters or isinstance(args.eval_iters, list):
@@ -90,6 +92,7 @@ def _dataset(args: Namespace, cache: str) -> Any:
     """The validation set as the training built it: in the same order, from as many samples."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
     from jreg_megatron.mcore.dataset_helper import use_built_helper
@@ -99,12 +102,16 @@ def _dataset(args: Namespace, cache: str) -> Any:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend_per_split:
         blend_per_split = [None, blend_per_split[1], None]
-    _require_data([blend, *(blend_per_split or [])])
-    tokenizer = megatron_tokenizer(args)
-    if tokenizer is None:
+    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
+        for prefix in prefixes:
+            if "://" not in prefix and not Path(f"{prefix}.idx").is_file():
+                raise UserError(f"the training's data {prefix}.bin is not there; put it back in its place")
+    try:
+        tokenizer = build_tokenizer(args)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"the training's tokenizer {args.tokenizer_model} cannot be loaded; put it back in its place"
-        )
+        ) from error
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -139,10 +146,3 @@ def _sizes(args: Namespace) -> list[int]:
 
 def _batch(args: Namespace) -> int:
     return int(args.eval_global_batch_size or args.global_batch_size)
-
-
-def _require_data(blends: list[tuple[list[str], Any] | None]) -> None:
-    for blend in blends:
-        for prefix in blend[0] if blend else ():
-            if "://" not in prefix and not Path(f"{prefix}.idx").is_file():
-                raise UserError(f"the training's data {prefix}.bin is not there; put it back in its place")

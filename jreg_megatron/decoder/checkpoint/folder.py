@@ -13,7 +13,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """What Megatron calls a checkpoint of weights alone, which no training has saved."""
 
-_ITERATION = re.compile(r"iter_(\d{7,})")
 _FINISHED = "metadata.json"  # Megatron writes it behind all weights
 _FORMAT = "torch_dist"
 
@@ -43,29 +42,21 @@ class CheckpointFolder:
         if own is not None or folder.name == RELEASE:
             if step not in (None, own):
                 raise UserError(f"--step is {step}, but {folder} is one checkpoint; leave --step out")
-            return cls._whole(folder, own)
-        if step is not None:
+            place = folder
+        elif step is not None:
             place = folder / f"iter_{step:07d}"
             if not place.is_dir():
                 raise UserError(f"--step is {step}, but {folder} has {_listed(megatron_steps(folder))}")
-            return cls._whole(place, step)
-        latest = _latest(folder)
-        if latest == RELEASE:
-            return cls._whole(folder / RELEASE, None)
-        steps = megatron_steps(folder)
-        if latest is not None and (folder / f"iter_{int(latest):07d}").is_dir():
-            return cls._whole(folder / f"iter_{int(latest):07d}", int(latest))
-        if not steps:
-            unfinished = sorted(path for path in folder.iterdir() if step_of(path) is not None)
-            if unfinished:
-                return cls._whole(unfinished[-1], step_of(unfinished[-1]))
-            raise UserError(f"{folder} holds no checkpoint of Megatron's; name a training's --save folder")
-        return cls._whole(folder / f"iter_{steps[-1]:07d}", steps[-1])
-
-    @classmethod
-    def _whole(cls, place: Path, step: int | None) -> CheckpointFolder:
+        else:
+            place = _latest(folder)
         _refuse_other_formats(place)
-        return cls(place, step)
+        return cls(place, step_of(place))
+
+
+def last_checkpoint(folder: str | Path | None) -> int:
+    """Iteration of the checkpoint in a folder that Megatron would go on from; 0 where there is none."""
+    tracked = _tracked(Path(folder)) if folder else None
+    return int(tracked) if tracked and tracked != RELEASE else 0
 
 
 def bridge_as(example: str) -> str:
@@ -84,7 +75,7 @@ def is_megatron(folder: Path) -> bool:
         return True
     if step_of(folder) is not None or folder.name == RELEASE:
         return (folder / _FINISHED).is_file() or (folder / ".metadata").is_file() or _is_legacy(folder)
-    return any(step_of(path) is not None for path in folder.iterdir())
+    return bool(_begun(folder))
 
 
 def megatron_steps(folder: Path) -> list[int]:
@@ -94,13 +85,12 @@ def megatron_steps(folder: Path) -> list[int]:
         return [own] if _is_finished(folder) else []
     if not folder.is_dir():
         return []
-    found = ((step_of(path), path) for path in folder.iterdir())
-    return sorted(step for step, path in found if step is not None and _is_finished(path))
+    return [step for step, path in _begun(folder).items() if _is_finished(path)]
 
 
 def step_of(path: Path) -> int | None:
     """The iteration that a checkpoint's folder is named for; None for other names."""
-    match = _ITERATION.fullmatch(path.name)
+    match = re.fullmatch(r"iter_(\d{7,})", path.name)
     return int(match[1]) if match and path.is_dir() else None
 
 
@@ -136,12 +126,32 @@ def _refuse_other_formats(place: Path) -> None:
         raise UserError(f"{place} has no .metadata, so its weights cannot be found; name another --step")
 
 
-def _latest(folder: Path) -> str | None:
+def _tracked(folder: Path) -> str | None:
+    """What Megatron's tracker names: digits of an iteration, or :data:`RELEASE`; None where it is missing."""
     try:
         text = (folder / TRACKER).read_text().strip()
     except OSError:
         return None
     return text if text.isdecimal() or text == RELEASE else None
+
+
+def _latest(folder: Path) -> Path:
+    """The checkpoint that Megatron would go on from, else the last finished one, else the last one begun."""
+    tracked = _tracked(folder)
+    if tracked == RELEASE:
+        return folder / RELEASE
+    begun = _begun(folder)
+    named = [begun[int(tracked)]] if tracked and int(tracked) in begun else []
+    finished = [path for path in begun.values() if _is_finished(path)]
+    places = [*named, *finished[-1:], *list(begun.values())[-1:]]
+    if not places:
+        raise UserError(f"{folder} holds no checkpoint of Megatron's; name a training's --save folder")
+    return places[0]
+
+
+def _begun(folder: Path) -> dict[int, Path]:
+    """A training's checkpoints by iteration, rising, with those whose saving broke off."""
+    return dict(sorted((step, path) for path in folder.iterdir() if (step := step_of(path)) is not None))
 
 
 def _listed(steps: list[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from jreg_megatron.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class TrainingTokenizer:
+class TrainingTokenizer(Tokenizer):
     """A training's tokenizer; no special tokens are added, as none are in the training's data."""
 
     settings: TokenizerSettings
-    _tokenizer: Tokenizer
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> TrainingTokenizer | None:
@@ -26,27 +24,14 @@ class TrainingTokenizer:
         if settings is None:
             return None
         try:
-            return cls(settings, build(settings))
+            return cls(**vars(build(settings)), settings=settings)
         except UserError:
             return None
 
     @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self._tokenizer.vocab_size
-
-    @property
     def end_of_text(self) -> int | None:
         """Id that ends a document."""
-        return self._tokenizer.eod
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        return self._tokenizer.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
-        return self._tokenizer.decode(ids)
+        return self.eod
 
 
 def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingTokenizer | None) -> int | None:
@@ -101,13 +86,3 @@ def settings_of(arguments: dict[str, Any]) -> TokenizerSettings | None:
     if settings.is_sentencepiece and not Path(settings.tokenizer_model).is_file():
         return None
     return settings
-
-
-def megatron_tokenizer(args: Namespace) -> Any | None:
-    """The tokenizer object of Megatron's, of any type; None if it cannot be built."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    try:
-        return build_tokenizer(args)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
-        return None

@@ -9,7 +9,6 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from jreg_megatron.decoder.megatron_folder import CheckpointFolder
-from jreg_megatron.decoder.megatron_hybrid import hybrid_name, pattern_of
+from jreg_megatron.decoder.checkpoint.arguments import hybrid_name, pattern_of
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
 from jreg_megatron.runtime.errors import UserError
 
 _COMMON = "common_state/shard_0_1"
@@ -53,38 +52,27 @@ class Checkpoint:
         self.place = place
         folder = self.folder = place.path
         with damage_refused(folder):
-            self._metadata = _Reader(folder).read_metadata()
-            self.common = self._read_common()
+            reader = _Reader(folder)
+            listed = reader.read_metadata().state_dict_metadata
+            self.common = _read_common(reader, folder)
         if "args" not in self.common:
             raise UserError(
                 f"{folder} does not say how its model was made (no Megatron arguments in it); "
                 "name a checkpoint of Megatron's own training loop"
             )
-
-    @property
-    def arguments(self) -> dict[str, Any]:
+        self.arguments: dict[str, Any] = dict(vars(self.common["args"]))
         """Megatron's arguments by name, as the training had them when it saved."""
-        return dict(vars(self.common["args"]))
-
-    @cached_property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the model's weights by the names they are saved under; layers may be stacked."""
-        return {name: entry.size for name, entry in self._weights.items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the first weight that is listed."""
-        return next(iter(self._weights.values())).properties.dtype
-
-    @cached_property
-    def _weights(self) -> dict[str, TensorStorageMetadata]:
-        return {
+        weights = {
             name: entry
-            for name, entry in self._metadata.state_dict_metadata.items()
+            for name, entry in listed.items()
             if isinstance(entry, TensorStorageMetadata)
             and not name.startswith(_TRAINING_ONLY)
             and _EXTRA_STATE not in name
         }
+        self.shapes = {name: entry.size for name, entry in weights.items()}
+        """Shapes of the model's weights by the names they are saved under; layers may be stacked."""
+        self.dtype = next((entry.properties.dtype for entry in weights.values()), None)
+        """Type of the first weight that is listed."""
 
     def load_into(self, model: nn.Module) -> None:
         """Fill all parameters and buffers of a ``GPTModel`` that this process has whole.
@@ -132,30 +120,32 @@ class Checkpoint:
                 "its layers cannot be built here"
             )
 
-    def _read_common(self) -> dict[str, Any]:
-        old = self.folder / _OLD_COMMON
-        if old.is_file():
-            return dict(torch.load(old, map_location="cpu", weights_only=True))
-        if _COMMON not in self._metadata.state_dict_metadata:
-            raise UserError(f"{self.folder} has no {_OLD_COMMON}, so its arguments are not known")
-        state = {_COMMON: io.BytesIO()}
-        load_distributed(
-            state, storage_reader=_Reader(self.folder), planner=_SafePlanner(False, False), no_dist=True
-        )
-        common: Any = state[_COMMON]
-        if isinstance(common, io.BytesIO):  # saved within what was saved
-            common.seek(0)
-            common = torch.load(common, map_location="cpu", weights_only=True)
-        return dict(common[0])
+
+def _read_common(reader: _Reader, folder: Path) -> dict[str, Any]:
+    old = folder / _OLD_COMMON
+    if old.is_file():
+        return dict(torch.load(old, map_location="cpu", weights_only=True))
+    if _COMMON not in reader.read_metadata().state_dict_metadata:
+        raise UserError(f"{folder} has no {_OLD_COMMON}, so its arguments are not known")
+    state = {_COMMON: io.BytesIO()}
+    load_distributed(state, storage_reader=reader, planner=_SafePlanner(False, False), no_dist=True)
+    common: Any = state[_COMMON]
+    if isinstance(common, io.BytesIO):  # saved within what was saved
+        common.seek(0)
+        common = torch.load(common, map_location="cpu", weights_only=True)
+    return dict(common[0])
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, which takes nothing but data from the file that lists the weights."""
+    """Torch's reader. It takes nothing but data from the file that lists the weights, and reads it once."""
+
+    _listed: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        return metadata
+        if self._listed is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._listed = _MetadataUnpickler(file).load()
+        return self._listed
 
 
 class _SafePlanner(DefaultLoadPlanner):
@@ -194,17 +184,11 @@ def damage_refused(folder: Path) -> Iterator[None]:
         raise
     # CheckpointException is no Exception of Python's.
     except (Exception, CheckpointException) as error:
-        raise UserError(
-            f"{folder} cannot be read: {_in_one_line(error)}; is a file missing or cut short?"
-        ) from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        cause = next(iter(error.failures.values()))[0]
-        return _in_one_line(cause)
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said[:200]
+        cause: BaseException = error
+        while isinstance(cause, CheckpointException) and cause.failures:
+            cause = next(iter(cause.failures.values()))[0]
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"{folder} cannot be read: {said[:200]}; is a file missing or cut short?") from error
 
 
 def _other_name(name: str, saved: set[str]) -> str:

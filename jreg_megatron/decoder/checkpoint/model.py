@@ -1,0 +1,231 @@
+"""Megatron's ``GPTModel`` in one process, as a checkpoint describes it, and the decoder that it is."""
+
+from __future__ import annotations
+
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jreg_megatron.decoder.checkpoint.arguments import model_arguments, refuse_other_models, tell_once
+from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
+from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
+from jreg_megatron.decoder.decoder import Decoder, Samples
+from jreg_megatron.decoder.load import errors_alone
+from jreg_megatron.mcore.one_process import single_process
+from jreg_megatron.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from jreg_megatron.decoder.checkpoint.weights import Checkpoint
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def load_megatron(
+    folder: Path, step: int | None = None, *, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel``.
+
+    Its logits are those of the vocabulary. Megatron's own loss also counts the probability of the rows of
+    padding behind it, so it is a little higher.
+
+    Args:
+        folder: what the training was given as ``--save``, or one ``iter_...`` folder in it.
+        step: iteration; by default the last.
+        dtype: type of weights and states, whatever they were saved in.
+        device: on the CPU, what Megatron asks of CUDA is redirected for the life of the process.
+
+    Raises:
+        UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
+            nor a ``HybridModel`` whose sub-layers are pairs of attention and MLP.
+    """
+    return decoder_of(open_checkpoint(folder, step, device), dtype=dtype, device=device, source=str(folder))
+
+
+def open_checkpoint(folder: Path, step: int | None, device: torch.device) -> Checkpoint:
+    """Find a checkpoint and read all but its weights; imports Megatron.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is damaged.
+    """
+    place = CheckpointFolder.find(folder, step)
+    import_megatron(device)
+    from jreg_megatron.decoder.checkpoint.weights import Checkpoint
+
+    with without_noise():
+        return Checkpoint(place)
+
+
+def decoder_of(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    source: str,
+    vocab_size: int | None = None,
+) -> Decoder:
+    """The model of an opened checkpoint, with its weights.
+
+    Args:
+        checkpoint: what to read.
+        dtype: of weights and states.
+        device: where it runs.
+        source: what the user has named.
+        vocab_size: rows of the embedding that are no padding; by default what the checkpoint tells, and
+            where it tells nothing the user is told so, and all rows count.
+
+    Raises:
+        UserError: as :func:`load_megatron`.
+    """
+    arguments = checkpoint.arguments
+    refuse_other_models(arguments, str(checkpoint.folder))
+    padded = padded_vocab_size(checkpoint.shapes)
+    with without_noise():
+        args = model_arguments(arguments, dtype, padded)
+        single_process()
+        model: Any = build(args)
+        checkpoint.load_into(model)
+    if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+                module.weight.data.add_(1)  # which the checkpoint leaves out
+    model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.post_process = False  # it ends behind the final norm, so that states are to be had without logits
+    tokenizer = TrainingTokenizer.of(arguments)
+    vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
+    if vocab_size is None:
+        tell_once(
+            f"nothing tells how many of the {padded} rows of the embedding of {source} are vocabulary (no "
+            "tokenizer that fits, no --vocab-size of the training), so padding may be among them and have "
+            "its part in the loss"
+        )
+        vocab_size = padded
+
+    def states(tokens: Tensor) -> Tensor:
+        tokens = tokens.to(device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        # Without a mask, Megatron's attention is causal.
+        out: Tensor = model(tokens, positions, None)
+        return out
+
+    @torch.inference_mode()
+    def run(tokens: Tensor) -> None:
+        states(tokens)
+
+    @torch.inference_mode()
+    def head(normed: Tensor) -> Tensor:
+        tied = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if tied else None
+        out, _ = model.output_layer(normed.transpose(0, 1).contiguous(), weight=weight)
+        scaled: Tensor = model._scale_logits(out)
+        return scaled.transpose(0, 1)[..., :vocab_size]
+
+    @torch.inference_mode()
+    def logits(tokens: Tensor) -> Tensor:
+        return head(states(tokens).transpose(0, 1))
+
+    def last_validation() -> Samples:
+        from jreg_megatron.decoder.checkpoint.validation import last_validation_samples
+
+        with without_noise():
+            return last_validation_samples(checkpoint)
+
+    return Decoder(
+        name=_name(checkpoint.folder),
+        source=source,
+        kind="megatron",
+        revision=None,
+        step=checkpoint.place.step,
+        model=model,
+        layers=list(model.decoder.layers),
+        final_norm=model.decoder.final_layernorm,
+        head=head,
+        run=run,
+        logits=logits,
+        tokenizer=tokenizer,
+        end_of_text=tokenizer.end_of_text if tokenizer else None,
+        vocab_size=vocab_size,
+        hidden_size=model.config.hidden_size,
+        max_length=args.max_position_embeddings,
+        device=next(model.parameters()).device,
+        dtype=dtype,
+        sequence_first=True,
+        settings={name: str(value) for name, value in sorted(arguments.items())},
+        last_validation=last_validation,
+    )
+
+
+def _name(place: Path) -> str:
+    """The run's: of ``runs/NAME/checkpoints`` that is NAME."""
+    training = place.absolute().parent
+    return training.parent.name if training.name in ("checkpoints", "checkpoint", "ckpt") else training.name
+
+
+def import_megatron(device: torch.device) -> None:
+    """Import Megatron's training package, and on a CPU redirect to it what Megatron asks of CUDA.
+
+    Raises:
+        UserError: if it is not installed, or too old.
+    """
+    from jreg_megatron import cpu
+
+    with without_noise():
+        if device.type == "cpu":
+            cpu.enable()
+        else:
+            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+
+            make_local_layers_torchs()
+            if device.index is not None:
+                torch.cuda.set_device(device)
+    if not cpu.has_training_loop():
+        raise UserError("Megatron's checkpoints need megatron-core 0.19 or later; upgrade it")
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Keep what Megatron and torch log and warn about their own ways from the user."""
+    with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def padded_vocab_size(shapes: dict[str, torch.Size]) -> int:
+    """Rows of the embedding, of which those above the real vocabulary are padding.
+
+    Raises:
+        UserError: if there is no embedding.
+    """
+    if _EMBEDDING not in shapes:
+        raise UserError(f"the checkpoint has no {_EMBEDDING}; it holds no GPTModel of Megatron's")
+    return int(shapes[_EMBEDDING][0])
+
+
+def build(args: Namespace) -> nn.Module:
+    """The whole model on the CPU, its weights not yet set.
+
+    Raises:
+        UserError: with Megatron's words, for what its torch-only layers cannot do.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    try:
+        config = gpt_config_from_args(args)
+        if args.gelu_by_tanh:
+            config.transformer.activation_func = partial(nn.functional.gelu, approximate="tanh")
+        model: nn.Module = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"Megatron cannot build the checkpoint's model from torch-only layers: {said}"
+        ) from error
+    return model
