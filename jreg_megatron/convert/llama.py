@@ -64,7 +64,7 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
 
     def refuse(has: str, example: str | None) -> UserError:
         instead = bridge_as(example) if example else _AS_IT_IS
-        return UserError(f"{what} {has}, which a Llama of Hugging Face does not have; {instead}")
+        return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
 
     for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
         if getattr(args, name, allowed[0]) not in allowed:
