@@ -408,7 +408,7 @@ WRONG: list[tuple[str, dict[str, Any], Path_, Any, str]] = [
     ("half a layer", measurement(), (*_FIRST, "num_layers"), 29.5, "num_layers is 29.5"),
     ("step", measurement(), (*_FIRST, "step"), "100", 'models[0].step is "100"'),
     ("name", measurement(), (*_FIRST, "name"), 7, "models[0].name is 7; it must be a text"),
-    ("kind", measurement(), (*_FIRST, "kind"), "onnx", "must be hugging_face or gguf or megatron"),
+    ("kind", measurement(), (*_FIRST, "kind"), "onnx", "must be hugging_face, gguf or megatron"),
     ("no models", measurement(), ("models",), [], "models is a list of 0"),
     ("newer", measurement(), ("version",), 2, "version is 2; it must be 1"),
     ("setting", measurement(), (*_FIRST, "settings", "a.b[0]"), [], 'models[0].settings["a.b[0]"] is a list'),
@@ -438,7 +438,13 @@ WRONG: list[tuple[str, dict[str, Any], Path_, Any, str]] = [
         "runs.jreg.history[1].validation",
     ),
     ("state", summary(), ("final_state",), "middle", "must be pre_norm or post_norm"),
-    ("no history", summary(), ("runs", "jreg", "history"), [], "at least one validation"),
+    (
+        "no history",
+        summary(),
+        ("runs", "jreg", "history"),
+        [],
+        "history is a list of 0; it must be one with at least one entry",
+    ),
 ]
 
 

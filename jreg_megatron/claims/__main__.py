@@ -24,7 +24,7 @@ from jreg_megatron.claims.toy import (
     Plan,
     described,
 )
-from jreg_megatron.report.check import Field
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -188,7 +188,7 @@ def _evaluated(
     wanted = {run.folder: files[run.folder] for pair in pairs for run in pair}
     asked = args.output / "evaluations" / "words.json"
     if asked.exists() and any(file.exists() for file in wanted.values()):
-        before = [word.text() for word in Field.read(asked).entries()]
+        before = checked(asked, list[str], read_json(asked))
         if before != list(words):
             raise UserError(
                 f"--output: {args.output} has evaluations made with {shlex.join(before) or 'no words'}, not "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jreg_megatron.claims.evidence import Trained, evaluation
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged
-from jreg_megatron.report.check import Field
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions, write_json
 
@@ -131,8 +131,8 @@ def _is_finished(run: Run) -> bool:
     file = run.folder / _FINISHED
     if not file.exists():
         return False
-    kept = Field.read(file).fields()
-    if any(name not in kept or kept[name].value != value for name, value in _settings(run).items()):
+    kept = checked(file, dict[str, Any], read_json(file))
+    if not _settings(run).items() <= kept.items():
         raise UserError(
             f"--output: {run.folder} was trained with other settings ({file}); name another --output"
         )

@@ -62,6 +62,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> None:
+    for package in ("altair", "jinja2", "vl_convert"):
+        need(package, "report", "analysis")
     from jreg_megatron.report.reading import files_read, read
 
     paths = [Path(text) for text in args.inputs]
@@ -71,8 +73,6 @@ def _report(args: argparse.Namespace) -> None:
     if args.output != STDOUT and os.path.realpath(args.output) in inputs:
         raise UserError(f"--output is {printable(args.output)}, which is an input; name another file")
     folder = _made(args.figures) if args.figures else None
-    for package in ("altair", "jinja2", "vl_convert"):
-        need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render
     from jreg_megatron.report.paper_profiles import PaperProfiles

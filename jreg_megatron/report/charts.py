@@ -10,14 +10,15 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from textwrap import wrap
 from typing import Any, Literal
 
 import altair as alt
 import vl_convert
 
-Row = dict[str, str | float | int | None]
+Row = dict[str, Any]
 
 # The Okabe-Ito palette, told apart in every kind of colour vision; grey for its black, which also shows on
 # a dark page.
@@ -40,6 +41,8 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_COLUMNS_WIDTH = 200
 _LETTERS = 100
+_DWARFS = 8.0
+"""The largest value over the median one, from which on a linear axis hides most of them."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
 
 
@@ -70,11 +73,29 @@ class Axis:
     """Of its values, in d3's words."""
     whole: bool = False
     """Whether its values are integers."""
-    scale: Literal["linear", "log", "symlog"] = "linear"
+    scale: Literal["linear", "log", "symlog", "auto"] = "linear"
+    """"auto" is linear unless that would hide most of the values."""
     zero: bool = False
     """Whether a linear axis begins at 0."""
     ticks: tuple[float, ...] = ()
     """Of an axis that is not linear."""
+
+    def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
+        """This axis for the values of a field, with its ticks, and no longer "auto"."""
+        values = sorted({float(row[field]) for row in rows} if self.whole else [row[field] for row in rows])
+        above = [value for value in values if value > 0]
+        scale = self.scale
+        if scale == "auto" and self.whole:  # steps may be chosen to lie far apart, as Pythia's
+            is_far = len(values) >= 5 and values[-1] >= 20 * median(values)
+            scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
+        elif scale == "auto":
+            scale = "log" if above and values[0] >= 0 and above[-1] > _DWARFS * median(above) else "linear"
+        if scale == "linear" or self.ticks or not above:
+            return replace(self, scale=scale)
+        ends = [row[end] for row in rows if field == "y" for end in ("low", "high") if row.get(end)]
+        ends = [end for end in (*ends, *above) if end > 0]
+        ticks = log_ticks(min(ends), max(ends))
+        return replace(self, scale=scale, ticks=(0, *ticks) if scale == "symlog" else ticks)
 
 
 @dataclass(frozen=True)
@@ -255,6 +276,7 @@ def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
 
 def _position(channel: Any, axis: Axis) -> Any:
     form = ",d" if axis.whole else ".6~g"
+    assert axis.scale != "auto", "the axis is fitted to no rows yet"
     if axis.ticks:
         # The page takes scale and ticks away when it changes the axis to a linear one.
         scale = alt.Scale(type=axis.scale, nice=False, padding=10)

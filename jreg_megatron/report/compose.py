@@ -79,7 +79,9 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
     scores = [tables.tasks(models), *(tables.comparison(*entry) for entry in compared)]
     found = tuple(table for table in scores if table is not None)
     if found:
-        notes = tuple(shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes)
+        notes = tuple(
+            shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes or ()
+        )
         sections.append(Section("tasks", "Tasks", _about_tasks(inputs), tables=found, notes=notes))
     differing, every = tables.settings(models)
     if every:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Difference, Score
 from jreg_megatron.report.models import Model
+
+Cell = float | str | None
 
 NOTHING = "–"
 HEADLINE = "The last state of each model"
@@ -31,28 +34,27 @@ class Table:
 
     @classmethod
     def of(
-        cls,
-        caption: str,
-        corner: str,
-        columns: Mapping[str, Mapping[str, float | str | None]],
-        order: Iterable[str] = (),
-        form: str = "#.4g",
+        cls, caption: str, corner: str, columns: Mapping[str, Mapping[Any, Cell]], form: str = "#.4g"
     ) -> Table:
-        """A table of numbers given by column and row; a text stands as it is."""
-        names = dict.fromkeys([*order, *(name for column in columns.values() for name in column)])
-        if not order:
-            names = dict.fromkeys(sorted(names, key=_natural))
+        """A table by column and row; numbers are formed, texts stand as they are.
 
-        def cell(value: float | str | None) -> str:
-            return value if isinstance(value, str) else number(value, form)
+        Rows are numbers, or texts such as ``30, before the final norm``; they stand in order.
+        """
 
-        rows = tuple((name, *(cell(column.get(name)) for column in columns.values())) for name in names)
-        return cls(caption, (corner, *columns), rows)
+        def place(row: float | str) -> tuple[float, bool]:
+            return (int(row.partition(",")[0]), "after" in row) if isinstance(row, str) else (row, False)
 
+        def shown(cell: Cell) -> str:
+            return cell if isinstance(cell, str) else number(cell, form)
 
-def _natural(name: str) -> tuple[int, bool]:
-    """Rows such as ``9``, ``10``, ``30, before the final norm`` and ``30, after the final norm`` in order."""
-    return int(name.partition(",")[0]), "after" in name
+        rows = sorted(dict.fromkeys(row for column in columns.values() for row in column), key=place)
+        names = [
+            row if isinstance(row, str) else f"{row:,}" if isinstance(row, int) else number(row)
+            for row in rows
+        ]
+        cells = [[shown(column.get(row)) for column in columns.values()] for row in rows]
+        table = tuple((name, *found) for name, found in zip(names, cells, strict=True))
+        return cls(caption, (corner, *columns), table)
 
 
 def number(value: float | None, form: str = "#.4g") -> str:
@@ -101,9 +103,10 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
         counted = entry.first_for(first)
         mark = "" if counted == first else f" (first token {counted})"
         for state in entry.states:
-            (rate, turn), layers = words[state], entry.layers[counted, state]
-            row[rate] = NOTHING if layers.jump_rate is None else number(layers.jump_rate) + mark
-            row[turn] = number(layers.displacement[-1]) + mark
+            (rate, turn), block = words[state], entry.block(first)
+            jump = block.jump_rate.get(state)
+            row[rate] = NOTHING if jump is None else number(jump) + mark
+            row[turn] = number(block.displacement[state][-1]) + mark
     loss_cell = NOTHING
     if run:
         at = run.iterations.index(step) if step in run.iterations else -1
@@ -164,22 +167,22 @@ def tasks(models: Sequence[Model]) -> Table | None:
 
 
 def _way(score: Score) -> tuple[str, bool, int | None, float | None]:
-    return score.metric, score.higher_is_better, score.samples, score.chance
+    return score.metric, score.higher_is_better is not False, score.samples, score.chance
 
 
 def comparison(compared: Comparison, a: str, b: str) -> Table | None:
     """The paired differences of two models in tasks."""
     found: dict[str, Difference] = {shortened(name, _CELL): task for name, task in compared.tasks.items()}
     if compared.overall is not None:
-        count = compared.overall_tasks
-        found["mean of tasks" if count is None else f"mean of tasks ({count})"] = compared.overall
+        among = compared.overall.tasks
+        found["mean of tasks" if among is None else f"mean of tasks ({len(among)})"] = compared.overall
     if compared.without_boolq is not None:
         found["mean without BoolQ"] = compared.without_boolq
     columns: dict[str, list[str]] = {}
     for name, difference in found.items():
         row = {
             "task": name,
-            "difference": number(difference.value, "+#.3g"),
+            "difference": number(difference.difference, "+#.3g"),
             f"{compared.confidence:.0%} interval": _interval(difference.interval, "+#.3g").strip(" ()")
             or NOTHING,
             "p": p_value(difference.p_value),
