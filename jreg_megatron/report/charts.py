@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from textwrap import wrap
@@ -39,7 +39,15 @@ BANDS = 8
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _WIDTH, _HEIGHT = 720, 330
-_LEGEND_COLUMNS_WIDTH = 200
+_LEGEND_WIDTH = 200  # of one of its columns
+_LEGEND = {
+    "orient": "bottom",
+    "title": None,
+    "labelLimit": _LEGEND_WIDTH + 60,
+    "symbolSize": 70,
+    "symbolOpacity": 1,
+    "symbolLimit": 0,
+}
 _LETTERS = 100
 _DWARFS = 8.0
 """The largest value over the median one, from which on a linear axis hides most of them."""
@@ -113,37 +121,70 @@ class Chart:
         """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
         return _convert(self._with(width=_WIDTH, background=None), name)
 
-    def pictures(self, title: str, subtitle: str = "", **chosen: str) -> tuple[str, bytes]:
-        """SVG and PNG that stand alone: on white, with titles and legend, and with parameters as chosen."""
-        spec = self._with(width=_WIDTH, background="white")
-        spec["title"] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
-        spec["title"] |= {"subtitle": wrap(subtitle, _LETTERS), "subtitleFontSize": 12} if subtitle else {}
-        spec["padding"] = 14
-        spec["params"] = [
-            p | ({"value": chosen[p["name"]]} if p["name"] in chosen else {}) for p in spec["params"]
-        ]
-        spec = json.loads(json.dumps(spec))
-        for layer in spec.get("layer", []):
-            for channel in ("color", "shape", "strokeDash"):
-                if "legend" in (encoding := layer.get("encoding", {}).get(channel, {})):
-                    encoding["legend"] = _legend(spec)
-        svg = _convert(spec, "figure")
-        return svg, vl_convert.svg_to_png(svg, scale=2)
-
     def _with(self, **changes: Any) -> dict[str, Any]:
         return self.spec | {"datasets": {"rows": self.rows}} | changes
 
 
-def _legend(spec: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "orient": "bottom",
-        "title": None,
-        "columns": _WIDTH // _LEGEND_COLUMNS_WIDTH,
-        "labelLimit": _LEGEND_COLUMNS_WIDTH + 60,
-        "symbolSize": 70,
-        "symbolOpacity": 1,
-        "symbolLimit": 0,
+def pictures(
+    title: str,
+    rows: Sequence[Sequence[tuple[str, Chart]]],
+    subtitle: str = "",
+    *,
+    width: int = _WIDTH,
+    chosen: Mapping[str, str] | None = None,
+) -> tuple[str, bytes]:
+    """SVG and PNG that stand alone: charts with their titles, in rows, on white and with legends.
+
+    Args:
+        title, subtitle: above all of them.
+        rows: each chart with its title.
+        width: of a chart, in pixels of the SVG; the PNG has twice as many.
+        chosen: values of the charts' parameters.
+    """
+    datasets: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    legends: list[Any] = []
+    placed = []
+    for row in rows:
+        panels = []
+        for name, chart in row:
+            spec = json.loads(json.dumps(chart.spec)) | {
+                "width": width,
+                "data": {"name": f"rows{len(datasets)}"},
+            }
+            datasets[spec["data"]["name"]] = chart.rows
+            config = spec.pop("config")
+            params |= {param["name"]: param for param in spec.pop("params")}
+            for key in ("$schema", "autosize"):
+                del spec[key]
+            if name:
+                spec["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
+            encodings = [
+                layer["encoding"][channel]
+                for layer in spec.get("layer", [])
+                for channel in ("color", "shape", "strokeDash")
+                if "legend" in layer["encoding"].get(channel, {})
+            ]
+            domain = [encoding["scale"]["domain"] for encoding in encodings]
+            if domain not in legends:  # each legend once
+                legends.append(domain)
+                for encoding in encodings:
+                    encoding["legend"] = _LEGEND | {"columns": max(1, width // _LEGEND_WIDTH)}
+            panels.append(spec)
+        placed.append({"hconcat": panels, "spacing": 30})
+    whole = {
+        "$schema": alt.SCHEMA_URL,
+        "title": {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
+        | ({"subtitle": wrap(subtitle, _LETTERS), "subtitleFontSize": 12} if subtitle else {}),
+        "background": "white",
+        "padding": 14,
+        "config": config,
+        "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
+        "datasets": datasets,
+        "vconcat": placed,
     }
+    svg = _convert(whole, "figure")
+    return svg, vl_convert.svg_to_png(svg, scale=2)
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
