@@ -22,10 +22,11 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from jreg_megatron.paper.over_seeds import Estimate
+from jreg_megatron.report.charts import Chart
 from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
-from jreg_megatron.sweep.picture import compose
+from jreg_megatron.sweep.picture import compose, title
 from jreg_megatron.sweep.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -531,21 +532,25 @@ def test_the_picture_shows_the_means_of_all_settings_also_of_a_sweep_that_is_not
     )
     output = toy.folder / "out"
     assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 1, 0.5, "--seeds", 1, 2, "--output", output) == 1
-    figure = compose(Results.read(grid.Sweep.load(output)))
-    loss, rate, *layers = figure.axes
+    results = Results.read(grid.Sweep.load(output))
+    (loss, rate), layers = compose(results)
 
-    def lines(axes: Any) -> dict[str, list[float]]:
-        return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    def lines(panel: tuple[str, Chart], key: str = "y") -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for row in panel[1].rows:
+            found.setdefault(row["model"], []).extend([row[key]] if key in row else [])
+        return found
 
-    assert lines(loss)["$\\alpha$ = 1"] == pytest.approx([0.0, 0.25])
-    assert lines(rate)["$\\alpha$ = 1"] == [0, 0]
+    assert lines(loss)["α = 1"] == pytest.approx([0.0, 0.25])
+    assert lines(loss, "seed") == {"baseline": [], "α = 0.5": [0] * 4, "α = 1": [-0.5, 0.5]}
+    assert lines(rate)["α = 1"] == [0, 0]
     assert lines(rate)["baseline"] == pytest.approx([2.0, 2.0])
-    assert [axes.get_title() for axes in layers] == ["$\\alpha$ = 0.5", "$\\alpha$ = 1"]
-    assert lines(layers[1])["$\\lambda$ = 0.1"] == pytest.approx([20, 2, 1.5])
-    assert lines(layers[1])["baseline"] == pytest.approx([20, 1, 3])
-    title = figure.get_suptitle()
-    assert "toy, 200 iterations, last state before the final norm, 2 seeds" in title
-    assert "1 of 10 runs not finished" in title
+    assert [title.partition("α")[2] for title, _ in layers] == [" = 0.5", " = 1"]
+    assert lines(layers[1])["λ = 0.1"] == pytest.approx([0.2, 0.02, 0.015])
+    assert lines(layers[1])["baseline"] == pytest.approx([0.2, 0.01, 0.03])
+    assert title(results) == "toy, 200 iterations, last state before the final norm, 2 seeds"
+    picture = (output / "sweep.svg").read_text()
+    assert title(results) in picture and "1 of 10 runs not finished" in picture
 
 
 SLURM = {

@@ -40,6 +40,8 @@ DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_WIDTH = 200  # of one of its columns
+_LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
+"""What tells models apart: a model may have the colour of one of the chart beside it."""
 _LEGEND = {
     "orient": "bottom",
     "title": None,
@@ -52,6 +54,25 @@ _LETTERS = 100
 _DWARFS = 8.0
 """The largest value over the median one, from which on a linear axis hides most of them."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
+_GREY = "#5b6470"
+_CONFIG = {
+    "font": _FONT,
+    "aria": False,
+    "view": {"stroke": None},
+    "axis": {
+        "gridColor": "#e3e6ea",
+        "domainColor": "#8a929c",
+        "tickColor": "#8a929c",
+        "labelColor": _GREY,
+        "titleColor": _GREY,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+    },
+    "legend": {"labelColor": _GREY, "titleColor": _GREY, "labelFontSize": 12, "titleFontWeight": "normal"},
+    "title": {"color": "#1b1f24"},
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +154,9 @@ def pictures(
     width: int = _WIDTH,
     chosen: Mapping[str, str] | None = None,
 ) -> tuple[str, bytes]:
-    """SVG and PNG that stand alone: charts with their titles, in rows, on white and with legends.
+    """SVG and PNG that stand alone: charts in rows, on white, with titles and legends.
+
+    Charts in a row share their vertical axis if it has one title. Two charts with one legend have it once.
 
     Args:
         title, subtitle: above all of them.
@@ -141,49 +164,48 @@ def pictures(
         width: of a chart, in pixels of the SVG; the PNG has twice as many.
         chosen: values of the charts' parameters.
     """
-    datasets: dict[str, Any] = {}
+    datasets: dict[str, list[Row]] = {}
     params: dict[str, Any] = {}
-    legends: list[Any] = []
+    domains: list[Any] = []
     placed = []
     for row in rows:
         panels = []
         for name, chart in row:
-            spec = json.loads(json.dumps(chart.spec)) | {
-                "width": width,
-                "data": {"name": f"rows{len(datasets)}"},
-            }
-            datasets[spec["data"]["name"]] = chart.rows
-            config = spec.pop("config")
-            params |= {param["name"]: param for param in spec.pop("params")}
-            for key in ("$schema", "autosize"):
-                del spec[key]
-            if name:
-                spec["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
-            encodings = [
-                layer["encoding"][channel]
-                for layer in spec.get("layer", [])
-                for channel in ("color", "shape", "strokeDash")
-                if "legend" in layer["encoding"].get(channel, {})
+            data = f"rows{len(datasets)}"
+            datasets[data] = chart.rows
+            panel = json.loads(json.dumps(chart.spec)) | {"width": width, "data": {"name": data}}
+            params |= {param["name"]: param for param in panel.pop("params")}
+            for key in ("$schema", "autosize", "config"):
+                del panel[key]
+            panel["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
+            channels = [
+                layer["encoding"].get(name, {}) for layer in panel.get("layer", []) for name in _LOOKS
             ]
-            domain = [encoding["scale"]["domain"] for encoding in encodings]
-            if domain not in legends:  # each legend once
-                legends.append(domain)
-                for encoding in encodings:
-                    encoding["legend"] = _LEGEND | {"columns": max(1, width // _LEGEND_WIDTH)}
-            panels.append(spec)
-        placed.append({"hconcat": panels, "spacing": 30})
-    whole = {
-        "$schema": alt.SCHEMA_URL,
-        "title": {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
-        | ({"subtitle": wrap(subtitle, _LETTERS), "subtitleFontSize": 12} if subtitle else {}),
-        "background": "white",
-        "padding": 14,
-        "config": config,
-        "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
-        "datasets": datasets,
-        "vconcat": placed,
-    }
-    svg = _convert(whole, "figure")
+            if (domain := [found["scale"]["domain"] for found in channels if found]) not in domains:
+                domains.append(domain)
+                for found in filter(None, channels):
+                    found["legend"] = _LEGEND | {"columns": len(row) * width // _LEGEND_WIDTH}
+            panels.append(panel)
+        titles = {panel["layer"][-1]["encoding"]["y"]["title"] for panel in panels if "layer" in panel}
+        scales = _LOOKS | {"y": "shared" if len(titles) == 1 else "independent"}
+        placed.append({"hconcat": panels, "spacing": 30, "resolve": {"scale": scales}})
+    heading: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
+    letters = _LETTERS * max(map(len, rows)) * width // _WIDTH
+    heading |= {"subtitle": wrap(subtitle, letters), "subtitleFontSize": 12} if subtitle else {}
+    svg = _convert(
+        {
+            "$schema": alt.SCHEMA_URL,
+            "title": heading,
+            "background": "white",
+            "padding": 14,
+            "config": _CONFIG,
+            "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
+            "datasets": datasets,
+            "vconcat": placed,
+            "resolve": {"scale": _LOOKS},
+        },
+        "figure",
+    )
     return svg, vl_convert.svg_to_png(svg, scale=2)
 
 
@@ -284,6 +306,36 @@ def lines(
     return Chart(spec, rows)
 
 
+def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
+    """A chart of :func:`lines` with a faint point for each seed; bars in place of bands, but of thin models.
+
+    Args:
+        chart: with bands.
+        seeds: ``model``, ``x`` and ``seed``, the seed's value.
+    """
+    spec = json.loads(json.dumps(chart.spec))
+    is_mean, is_thin = "isValid(datum.y)", "indexof(thin, datum.model) >= 0"
+    for layer in spec["layer"]:
+        layer["transform"] = [{"filter": is_mean}]
+    spec["layer"][0]["transform"].append({"filter": is_thin})
+    line = spec["layer"][-1]["encoding"]
+    of_model = {"x": line["x"], "color": line["color"]}
+    y = {key: line["y"][key] for key in ("axis", "scale", "title", "type")}
+    spec["layer"] += [
+        {
+            "mark": {"type": "rule", "strokeWidth": 1.5},
+            "transform": [{"filter": f"{is_mean} && !({is_thin})"}],
+            "encoding": of_model | {"y": y | {"field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 36, "opacity": 0.35},
+            "transform": [{"filter": "isValid(datum.seed)"}],
+            "encoding": of_model | {"y": y | {"field": "seed"}},
+        },
+    ]
+    return Chart(spec, chart.rows + seeds)
+
+
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
     """Layers over training steps, the displacement as colour on a logarithmic scale from low to high.
 
@@ -332,25 +384,7 @@ def _position(channel: Any, axis: Axis) -> Any:
 
 def _finish(chart: alt.TopLevelMixin, filters: list[str], height: int = _HEIGHT) -> dict[str, Any]:
     spec: dict[str, Any] = chart.to_dict()
-    grey = "#5b6470"
-    spec["config"] = {
-        "font": _FONT,
-        "aria": False,
-        "view": {"stroke": None},
-        "axis": {
-            "gridColor": "#e3e6ea",
-            "domainColor": "#8a929c",
-            "tickColor": "#8a929c",
-            "labelColor": grey,
-            "titleColor": grey,
-            "labelFontSize": 12,
-            "titleFontSize": 12,
-            "titleFontWeight": "normal",
-            "titlePadding": 8,
-        },
-        "legend": {"labelColor": grey, "titleColor": grey, "labelFontSize": 12, "titleFontWeight": "normal"},
-        "title": {"color": "#1b1f24"},
-    }
+    spec["config"] = _CONFIG
     spec["height"] = height
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     spec["transform"] = [{"filter": text} for text in filters]

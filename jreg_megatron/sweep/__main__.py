@@ -22,7 +22,7 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.sweep import grid, slurm
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
-_NEEDED = ("matplotlib", "rich", "tqdm")
+_NEEDED = ("altair", "rich", "tqdm", "vl_convert")
 
 
 @dataclass

@@ -67,7 +67,7 @@ def print_table(results: Results) -> None:
 def conclusions(results: Results) -> list[str]:
     """What the numbers allow to say, a sentence or two each."""
     lines = [_of_the_best(results)]
-    if any(s.loss is not None and s.loss.n > 1 for s in (results.baseline, *results.settings)):
+    if results.has_intervals:
         lines.append(f"In brackets: {interval_name()}; the loss is compared between runs of the same seed.")
     for why in dict.fromkeys(results.left_out.values()):
         names = [name for name, reason in results.left_out.items() if reason == why]

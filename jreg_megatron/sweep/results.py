@@ -149,6 +149,16 @@ class Results:
         """The alphas with a result, rising."""
         return sorted({setting.alpha for setting in self.settings if setting.alpha is not None})
 
+    @property
+    def coeffs(self) -> list[float]:
+        """The lambdas with a result, rising."""
+        return sorted({setting.coeff for setting in self.settings})
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether a mean is over several seeds."""
+        return any(s.loss is not None and s.loss.n > 1 for s in (self.baseline, *self.settings))
+
     @cached_property
     def as_often_tried(self) -> list[Setting]:
         """The settings that most seeds have compared with the baseline."""
