@@ -15,11 +15,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+import report_toy
 
 from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.charts import Chart
@@ -60,23 +56,12 @@ def write_events(
     iterations: int = 200,
     settings: Mapping[str, str] | None = None,
 ) -> None:
-    """TensorBoard files such as Megatron's, with a validation every 100 iterations."""
-    writer = EventFileWriter(str(folder))
-
-    def add(step: int, **value: Any) -> None:
-        summary = Summary(value=[Summary.Value(**value)])
-        writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-    for name, text in ({"lr": "0.0006"} | dict(settings or {})).items():
-        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
-        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        add(0, tag=f"{name}/text_summary", tensor=tensor, metadata=plugin)
-    for step in range(100, iterations + 1, 100):
-        add(step, tag="lm loss validation", simple_value=loss + (200 - step) / 100)
-        add(step, tag="jump rate validation", simple_value=100 * max(0, psi[-1] - psi[-2]))
-        for layer, value in enumerate(psi, start=1):
-            add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)
-    writer.close()
+    """TensorBoard files with a validation every 100 iterations."""
+    losses = {step: loss + (200 - step) / 100 for step in range(100, iterations + 1, 100)}
+    not_logged = dict.fromkeys(("jreg_coeff", "jreg_alpha", "jreg_final_state"), "")
+    logged = not_logged | {"lr": "0.0006"} | dict(settings or {})
+    rate = 100 * max(0, psi[-1] - psi[-2])
+    report_toy.write_events(folder, losses, settings=logged, displacement=psi, jump_rate=rate)
 
 
 class Call(NamedTuple):
