@@ -222,7 +222,7 @@ def test_help_needs_no_heavy_package(tmp_path: Path) -> None:
         "import sys; sys.argv = ['x', '--help']\n"
         "from jreg_megatron.report.__main__ import main\n"
         "try: main()\n"
-        "except SystemExit: print([p for p in ('torch', 'altair', 'vl_convert') if p in sys.modules])"
+        "except SystemExit: print([p for p in ('torch', 'jinja2', 'vl_convert') if p in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")

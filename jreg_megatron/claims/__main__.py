@@ -93,7 +93,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _claims(args: argparse.Namespace) -> None:
     _check(args)
-    for package in ("altair", "jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
+    for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
         need(package, "claims", "analysis")
     _make_output(args.output)
     with lock(args.output / _LOCK, f"{args.output} is being filled", "name another --output"):

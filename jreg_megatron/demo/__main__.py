@@ -53,8 +53,7 @@ def _setting(text: str) -> JRegConfig:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    for package in ("altair", "vl_convert"):
-        need(package, "the demo's picture", "demo")
+    need("vl_convert", "the demo's picture", "demo")
     if args.iterations < 10:
         raise UserError(f"--iterations is {args.iterations}; it must be at least 10")
     output: Path = args.output

@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> None:
-    for package in ("altair", "jinja2", "vl_convert"):
+    for package in ("jinja2", "vl_convert"):
         need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render

@@ -6,16 +6,15 @@ expression, a field or an address: names of models are values, and no more.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
 from textwrap import wrap
 from typing import Any, Literal
 
-import altair as alt
 import vl_convert
 
 Row = dict[str, Any]
@@ -37,7 +36,8 @@ SYMBOLS = {
 BANDS = 8
 """Bands of more models than these would hide each other."""
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+VEGA_LITE: str = vl_convert.get_vegalite_versions()[-1]
+_SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_WIDTH = 200  # of one of its columns
 _LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
@@ -50,6 +50,8 @@ _LEGEND = {
     "symbolOpacity": 1,
     "symbolLimit": 0,
 }
+_IS_THIN = "indexof(thin, datum.model) >= 0"
+_MAP_AXES = {"step": "training step", "layer": "layer"}
 _LETTERS = 100
 _DWARFS = 8.0
 """The largest value over the median one, from which on a linear axis hides most of them."""
@@ -132,18 +134,28 @@ class Chart:
     """A picture without its size, colours of the page and rows."""
 
     spec: dict[str, Any]
+    params: list[dict[str, Any]]
     rows: list[Row]
 
     def interactive(self) -> dict[str, Any]:
         """The specification for the page: as wide as its place, without legend and background."""
-        return self._with(width="container", background=None)
+        return self._whole("container")
 
     def svg(self, name: str) -> str:
         """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
-        return _convert(self._with(width=_WIDTH, background=None), name)
+        return _convert(self._whole(_WIDTH), name)
 
-    def _with(self, **changes: Any) -> dict[str, Any]:
-        return self.spec | {"datasets": {"rows": self.rows}} | changes
+    def _whole(self, width: int | str) -> dict[str, Any]:
+        return self.spec | {
+            "$schema": _SCHEMA,
+            "config": _CONFIG,
+            "background": None,
+            "width": width,
+            "autosize": {"type": "fit-x", "contains": "padding"},
+            "params": self.params,
+            "data": {"name": "rows"},
+            "datasets": {"rows": self.rows},
+        }
 
 
 def pictures(
@@ -173,10 +185,8 @@ def pictures(
         for name, chart in row:
             data = f"rows{len(datasets)}"
             datasets[data] = chart.rows
-            panel = json.loads(json.dumps(chart.spec)) | {"width": width, "data": {"name": data}}
-            params |= {param["name"]: param for param in panel.pop("params")}
-            for key in ("$schema", "autosize", "config"):
-                del panel[key]
+            params |= {param["name"]: param for param in chart.params}
+            panel = deepcopy(chart.spec) | {"width": width, "data": {"name": data}}
             panel["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
             channels = [
                 layer["encoding"].get(name, {}) for layer in panel.get("layer", []) for name in _LOOKS
@@ -194,7 +204,7 @@ def pictures(
     heading |= {"subtitle": wrap(subtitle, letters), "subtitleFontSize": 12} if subtitle else {}
     svg = _convert(
         {
-            "$schema": alt.SCHEMA_URL,
+            "$schema": _SCHEMA,
             "title": heading,
             "background": "white",
             "padding": 14,
@@ -250,60 +260,39 @@ def lines(
     choices = choices or {}
     labels, styles = [label for label, _ in models], [style for _, style in models]
     picked = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
-    colour = alt.Color("model:N", legend=None).scale(domain=labels, range=[s.colour for s in styles])
-    shape = alt.Shape("model:N", legend=None).scale(domain=labels, range=[s.symbol for s in styles])
-    dash = alt.StrokeDash("model:N", legend=None).scale(domain=labels, range=[list(s.dash) for s in styles])
-    is_thin = "indexof(thin, datum.model) >= 0"
-    width, size = (
-        alt.condition(is_thin, alt.value(thin), alt.value(usual)) for thin, usual in ((1, 2), (14, 46))
-    )
-    opacity = alt.condition(picked, alt.value(1), alt.value(0.12))
-    base = alt.Chart().encode(x=_position(alt.X("x:Q"), x), color=colour)
-    tooltip = [
-        alt.Tooltip("model:N", title="model"),
-        alt.Tooltip("x:Q", title=x.title, format="," if x.whole else x.format),
-        alt.Tooltip("y:Q", title=y.title, format=y.format),
-        *(
-            alt.Tooltip(f"{field}:Q", title=title, format=y.format)
-            for field, title in {"low": "band from", "high": "band to"}.items()
-            if band
-        ),
-    ]
-    vertical = _position(alt.Y("y:Q"), y)
-    layers: list[alt.Chart] = []
+
+    def look(values: list[Any]) -> dict[str, Any]:
+        return _field("model", "nominal") | {"legend": None, "scale": {"domain": labels, "range": values}}
+
+    def thin(value: int, usual: int) -> dict[str, Any]:
+        return {"condition": {"test": _IS_THIN, "value": value}, "value": usual}
+
+    tips = {"x": (x.title, "," if x.whole else x.format), "y": (y.title, y.format)}
+    tips |= {"low": ("band from", y.format), "high": ("band to", y.format)} if band else {}
+    tooltip = [_field("model", "nominal") | {"title": "model"}]
+    tooltip += [_field(name) | {"title": title, "format": form} for name, (title, form) in tips.items()]
+    base = {"x": _position("x", x), "color": look([style.colour for style in styles])}
+    value = base | {
+        "y": _position("y", y),
+        "opacity": {"condition": {"test": picked, "value": 1}, "value": 0.12},
+    }
     faint = min(0.22, 0.6 / len(models)) if len(models) <= BANDS else 0
-    if band:
-        layers.append(
-            base.mark_area().encode(
-                y=_position(alt.Y("low:Q"), y),
-                y2="high:Q",
-                opacity=alt.value(0),
-            )
-        )
+    opacity = [{"test": "length(picked) == 0", "value": faint}, {"test": picked, "value": 0.25}]
+    area = {"y": _position("low", y), "y2": {"field": "high"}, "opacity": {"condition": opacity, "value": 0}}
+    layers: list[dict[str, Any]] = [{"mark": {"type": "area"}, "encoding": base | area}] if band else []
     if rule is not None:
-        layers.append(alt.Chart().mark_rule(strokeDash=[4, 4], color="#767676").encode(y=alt.datum(rule)))
-    layers.append(base.mark_line().encode(y=vertical, strokeDash=dash, strokeWidth=width, opacity=opacity))
-    layers.append(
-        base.mark_point(filled=True).encode(
-            y=vertical, shape=shape, size=size, opacity=opacity, tooltip=tooltip
-        )
-    )
-    chart = alt.layer(*layers, data=alt.NamedData("rows"))
+        mark = {"type": "rule", "strokeDash": [4, 4], "color": "#767676"}
+        layers.append({"mark": mark, "encoding": {"y": {"datum": rule}}})
+    dash = {"strokeDash": look([list(style.dash) for style in styles]), "strokeWidth": thin(1, 2)}
+    shape = {"shape": look([style.symbol for style in styles]), "size": thin(14, 46), "tooltip": tooltip}
+    layers.append({"mark": {"type": "line"}, "encoding": value | dash})
+    layers.append({"mark": {"type": "point", "filled": True}, "encoding": value | shape})
+    is_log = y.scale == "log"
     filters = [f"datum.{name} === {name}" for name in choices]
-    filters += ["scale !== 'log' || datum.y > 0"] if y.scale == "log" else []
-    spec = _finish(chart, filters)
-    if band:
-        spec["layer"][0]["encoding"]["opacity"]["condition"] = [
-            {"test": "length(picked) == 0", "value": faint},
-            {"test": picked, "value": 0.25},
-        ]
-    spec["params"] = [
-        {"name": "picked", "value": []},
-        {"name": "thin", "value": [label for label, style in models if style.thin]},
-        *({"name": name, "value": value} for name, value in choices.items()),
-        *([{"name": "scale", "value": "log"}] if y.scale == "log" else []),
-    ]
-    return Chart(spec, rows)
+    filters += ["scale !== 'log' || datum.y > 0"] if is_log else []
+    thin_ones = [label for label, style in models if style.thin]
+    params = {"picked": [], "thin": thin_ones} | choices | ({"scale": "log"} if is_log else {})
+    return _chart({"layer": layers}, filters, params, rows)
 
 
 def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
@@ -313,18 +302,17 @@ def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
         chart: with bands.
         seeds: ``model``, ``x`` and ``seed``, the seed's value.
     """
-    spec = json.loads(json.dumps(chart.spec))
-    is_mean, is_thin = "isValid(datum.y)", "indexof(thin, datum.model) >= 0"
+    spec, is_mean = deepcopy(chart.spec), "isValid(datum.y)"
     for layer in spec["layer"]:
         layer["transform"] = [{"filter": is_mean}]
-    spec["layer"][0]["transform"].append({"filter": is_thin})
+    spec["layer"][0]["transform"].append({"filter": _IS_THIN})
     line = spec["layer"][-1]["encoding"]
     of_model = {"x": line["x"], "color": line["color"]}
     y = {key: line["y"][key] for key in ("axis", "scale", "title", "type")}
     spec["layer"] += [
         {
             "mark": {"type": "rule", "strokeWidth": 1.5},
-            "transform": [{"filter": f"{is_mean} && !({is_thin})"}],
+            "transform": [{"filter": f"{is_mean} && !({_IS_THIN})"}],
             "encoding": of_model | {"y": y | {"field": "low"}, "y2": {"field": "high"}},
         },
         {
@@ -333,7 +321,7 @@ def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
             "encoding": of_model | {"y": y | {"field": "seed"}},
         },
     ]
-    return Chart(spec, chart.rows + seeds)
+    return replace(chart, spec=spec, rows=chart.rows + seeds)
 
 
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
@@ -344,48 +332,59 @@ def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
         low, high: ends of the colour scale; equal for all maps of a page.
         height: in pixels.
     """
-    scale = alt.Scale(type="log", domain=[low, high], scheme="viridis", clamp=True)
-    legend = alt.Legend(title="displacement", format=".2~g", gradientLength=min(height, 200), tickCount=4)
-    chart = (
-        alt.Chart(alt.NamedData("rows"))
-        .mark_rect()
-        .encode(
-            x=alt.X("step:O", title="training step").axis(
-                labelAngle=0, labelOverlap=True, labelSeparation=6, format=","
-            ),
-            y=alt.Y("layer:O", title="layer", sort="descending").axis(labelOverlap=True, labelSeparation=6),
-            color=alt.Color("value:Q", scale=scale, legend=legend),
-            tooltip=[
-                alt.Tooltip("step:O", title="training step", format=","),
-                alt.Tooltip("layer:O", title="layer"),
-                alt.Tooltip("exact:Q", title="displacement", format=".4~g"),
-            ],
-        )
-    )
-    spec = _finish(chart, ["datum.state === state"], height)
-    spec["params"] = [{"name": "state", "value": "pre_norm"}]
-    return Chart(spec, rows)
+    spaced = {"labelOverlap": True, "labelSeparation": 6}
+    step, layer = (_field(name, "ordinal") | {"title": title} for name, title in _MAP_AXES.items())
+    turn = {
+        "legend": {
+            "title": "displacement",
+            "format": ".2~g",
+            "gradientLength": min(height, 200),
+            "tickCount": 4,
+        },
+        "scale": {"type": "log", "domain": [low, high], "scheme": "viridis", "clamp": True},
+    }
+    encoding = {
+        "x": step | {"axis": {"labelAngle": 0, "format": ","} | spaced},
+        "y": layer | {"sort": "descending", "axis": spaced},
+        "color": _field("value") | turn,
+        "tooltip": [
+            step | {"format": ","},
+            layer,
+            _field("exact") | {"title": "displacement", "format": ".4~g"},
+        ],
+    }
+    spec = {"mark": {"type": "rect"}, "encoding": encoding}
+    return _chart(spec, ["datum.state === state"], {"state": "pre_norm"}, rows, height)
 
 
-def _position(channel: Any, axis: Axis) -> Any:
-    form = ",d" if axis.whole else ".6~g"
+def _field(name: str, kind: str = "quantitative") -> dict[str, Any]:
+    return {"field": name, "type": kind}
+
+
+def _position(name: str, axis: Axis) -> dict[str, Any]:
+    """A field along an axis, for a channel of place."""
+    ticks: dict[str, Any] = {"format": ",d" if axis.whole else ".6~g"}
+    spaced = {"labelOverlap": True, "labelSeparation": 6}
     assert axis.scale != "auto", "the axis is fitted to no rows yet"
     if axis.ticks:
         # The page takes scale and ticks away when it changes the axis to a linear one.
-        scale = alt.Scale(type=axis.scale, nice=False, padding=10)
-        ticks = alt.Axis(format=form, values=axis.ticks, labelOverlap=True, labelSeparation=6)
+        scale: dict[str, Any] = {"type": axis.scale, "nice": False, "padding": 10}
+        ticks |= {"values": axis.ticks} | spaced
     elif axis.whole:
-        scale = alt.Scale(nice=False, zero=False, padding=8)
-        ticks = alt.Axis(format=form, labelOverlap=True, labelSeparation=6, tickMinStep=1)
+        scale = {"nice": False, "zero": False, "padding": 8}
+        ticks |= {"tickMinStep": 1} | spaced
     else:
-        scale, ticks = alt.Scale(zero=axis.zero), alt.Axis(format=form, tickCount=6)
-    return channel.title(axis.title).scale(scale).axis(ticks)
+        scale = {"zero": axis.zero}
+        ticks |= {"tickCount": 6}
+    return _field(name) | {"title": axis.title, "scale": scale, "axis": ticks}
 
 
-def _finish(chart: alt.TopLevelMixin, filters: list[str], height: int = _HEIGHT) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.to_dict()
-    spec["config"] = _CONFIG
-    spec["height"] = height
-    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    spec["transform"] = [{"filter": text} for text in filters]
-    return spec
+def _chart(
+    spec: dict[str, Any],
+    filters: Sequence[str],
+    params: Mapping[str, Any],
+    rows: list[Row],
+    height: int = _HEIGHT,
+) -> Chart:
+    spec |= {"height": height, "transform": [{"filter": text} for text in filters]}
+    return Chart(spec, [{"name": name, "value": value} for name, value in params.items()], rows)

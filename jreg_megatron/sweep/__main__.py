@@ -21,7 +21,7 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.sweep import grid, slurm
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
-_NEEDED = ("altair", "rich", "tqdm", "vl_convert")
+_NEEDED = ("rich", "tqdm", "vl_convert")
 _SEED = 1234
 _TASK = -1
 
