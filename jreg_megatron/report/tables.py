@@ -79,14 +79,10 @@ def known(value: float) -> float | None:
 
 def headline(models: Sequence[Model], first: str) -> Table:
     """What is asked first, a row for each model; ``first`` says whether first tokens are kept or dropped."""
-    columns: dict[str, list[str]] = {}
-    for model in models:
-        for name, cell in _headline_row(model, first).items():
-            columns.setdefault(name, []).append(cell)
     caption = HEADLINE
     if any(model.measured for model in models):
         caption += f"; measurements with the first token of each text {first}"
-    return _without_empty(caption, {"model": [m.label for m in models]} | columns)
+    return _of_rows(caption, [{"model": model.label} | _headline_row(model, first) for model in models])
 
 
 def _headline_row(model: Model, first: str) -> dict[str, str]:
@@ -140,11 +136,8 @@ def tasks(models: Sequence[Model]) -> Table | None:
         for model in models
     }
     scores = {label: found for label, found in scores.items() if found}
-    if not scores:
-        return None
-    columns: dict[str, list[str]] = {}
-    names = dict.fromkeys(name for found in scores.values() for name in found)
-    for name in names:
+    rows = []
+    for name in dict.fromkeys(name for found in scores.values() for name in found):
         # Only what was scored in one way, on as many samples, stands in one row.
         for way in dict.fromkeys(_way(found[name]) for found in scores.values() if name in found):
             metric, higher, samples, chance = way
@@ -155,15 +148,15 @@ def tasks(models: Sequence[Model]) -> Table | None:
                 "samples": NOTHING if samples is None else f"{samples:,}",
                 "chance": number(chance),
             }
-            for column, cell in row.items():
-                columns.setdefault(column, []).append(cell)
             for label, found in scores.items():
                 score = found.get(name)
                 same = score is not None and _way(score) == way
-                cell = f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
                 # Apart from the columns above, whatever a model is called.
-                columns.setdefault(f"\0{label}", []).append(cell)
-    return _without_empty("Tasks; intervals in brackets", columns)
+                row[f"\0{label}"] = (
+                    f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
+                )
+            rows.append(row)
+    return _of_rows("Tasks; intervals in brackets", rows) if rows else None
 
 
 def _way(score: Score) -> tuple[str, bool, int | None, float | None]:
@@ -178,9 +171,8 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
         found["mean of tasks" if among is None else f"mean of tasks ({len(among)})"] = compared.overall
     if compared.without_boolq is not None:
         found["mean without BoolQ"] = compared.without_boolq
-    columns: dict[str, list[str]] = {}
-    for name, difference in found.items():
-        row = {
+    rows = [
+        {
             "task": name,
             "difference": number(difference.difference, "+#.3g"),
             f"{compared.confidence:.0%} interval": _interval(difference.interval, "+#.3g").strip(" ()")
@@ -189,16 +181,16 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
             "p, adjusted": p_value(difference.p_adjusted),
             "samples": NOTHING if difference.samples is None else f"{difference.samples:,}",
         }
-        for column, cell in row.items():
-            columns.setdefault(column, []).append(cell)
-    return _without_empty(f"{b} less {a}, on the same samples", columns) if found else None
+        for name, difference in found.items()
+    ]
+    return _of_rows(f"{b} less {a}, on the same samples", rows) if rows else None
 
 
-def _without_empty(caption: str, columns: Mapping[str, Sequence[str]]) -> Table:
+def _of_rows(caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
     """A table of the columns that have something in them."""
-    kept = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
-    names = tuple(name.removeprefix("\0") for name in kept)
-    return Table(caption, names, tuple(zip(*kept.values(), strict=True)))
+    names = [name for name in rows[0] if any(row[name] != NOTHING for row in rows)]
+    cells = tuple(tuple(row[name] for name in names) for row in rows)
+    return Table(caption, tuple(name.removeprefix("\0") for name in names), cells)
 
 
 def p_value(value: float | None) -> str:
@@ -253,61 +245,40 @@ def _plain(text: str) -> int | float | str:
 
 def files(models: Sequence[Model]) -> Table:
     """What each file holds, and how it was measured."""
-    rows: dict[tuple[str, ...], dict[str, None]] = {}
+    labels: dict[tuple[str, str, str, str], dict[str, None]] = {}
+
+    def add(model: Model, file: str, what: str, how: str, versions: Mapping[str, str]) -> None:
+        labels.setdefault((file, what, how, _pairs(versions)), {})[model.label] = None
+
     for model in models:
         for entry in model.measured:
             how = _pairs({"first token": entry.first_token} | entry.how)
-            key = (entry.origin.file, "measurement", how, _pairs(entry.origin.versions))
-            rows.setdefault(key, {})[model.label] = None
+            add(model, entry.file, "measurement", how, entry.versions)
         for evaluated in model.evaluated:
-            key = (
-                evaluated.origin.file,
-                "evaluation",
-                _pairs(evaluated.how),
-                _pairs(evaluated.origin.versions),
-            )
-            rows.setdefault(key, {})[model.label] = None
-        if model.run:
-            how = f"last layer {STATE_WORDS[model.run.final_state]}"
-            key = (model.run.file, "training run", how, _pairs(model.run.versions))
-            rows.setdefault(key, {})[model.label] = None
-    return Table(
-        "Files",
-        ("file", "what", "models", "how", "versions"),
-        tuple(
-            (
-                shortened(file, _LONG_CELL),
-                what,
-                ", ".join(labels) if len(labels) <= _NAMED else f"{len(labels)} models",
-                shortened(how, _LONG_CELL),
-                shortened(versions, _LONG_CELL),
-            )
-            for (file, what, how, versions), labels in rows.items()
-        ),
-        is_text=True,
-    )
+            add(model, evaluated.file, "evaluation", _pairs(evaluated.how), evaluated.versions)
+        if run := model.run:
+            how = f"last layer {STATE_WORDS[run.final_state]}"
+            add(model, run.file, "training run", how, run.versions)
+    rows = []
+    for (file, what, how, versions), found in labels.items():
+        named = ", ".join(found) if len(found) <= _NAMED else f"{len(found)} models"
+        cut = [shortened(text, _LONG_CELL) for text in (file, how, versions)]
+        rows.append((cut[0], what, named, *cut[1:]))
+    return Table("Files", ("file", "what", "models", "how", "versions"), tuple(rows), is_text=True)
 
 
 def sources(models: Sequence[Model]) -> Table | None:
     """Where each measured or evaluated model lies."""
     rows = []
     for model in models:
-        for source in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):
-            origins = [origin for origin in model.origins if (origin.source, origin.kind) == source]
+        for source, kind in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):
+            origins = [origin for origin in model.origins if (origin.source, origin.kind) == (source, kind)]
             revisions = [origin.revision for origin in origins if origin.revision]
             steps = sorted({origin.step for origin in origins if origin.step is not None})
-            cells = (
-                source[0],
-                source[1].replace("_", " "),
-                _from_to(revisions),
-                _from_to([f"{s:,}" for s in steps]),
-            )
+            cells = (source, kind.replace("_", " "), _from_to(revisions), _from_to([f"{s:,}" for s in steps]))
             rows.append((model.label, *(shortened(cell, _LONG_CELL) for cell in cells)))
-    return (
-        Table("Models", ("model", "source", "kind", "revision", "step"), tuple(rows), is_text=True)
-        if rows
-        else None
-    )
+    columns = ("model", "source", "kind", "revision", "step")
+    return Table("Models", columns, tuple(rows), is_text=True) if rows else None
 
 
 def _from_to(values: Sequence[str]) -> str:

@@ -129,19 +129,13 @@ class Results:
     @cached_property
     def settings(self) -> list[Setting]:
         """The other runs with a result, by alpha and lambda."""
-        pairs = {(run.alpha, run.coeff) for run in self.histories if run.alpha is not None}
+        found: dict[tuple[float, float], dict[int, History]] = {}
+        for run, history in self.histories.items():
+            if run.alpha is not None:
+                found.setdefault((run.alpha, run.coeff), {})[run.seed] = history
         return [
-            Setting(
-                coeff,
-                alpha,
-                {
-                    run.seed: h
-                    for run, h in self.histories.items()
-                    if (run.alpha, run.coeff) == (alpha, coeff)
-                },
-                self.baseline.histories,
-            )
-            for alpha, coeff in sorted(pairs)
+            Setting(coeff, alpha, histories, self.baseline.histories)
+            for (alpha, coeff), histories in sorted(found.items())
         ]
 
     @property
