@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, Trained, rise
+from jreg_megatron.claims.evidence import Evidence, rise
 from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, behind_layers
 from jreg_megatron.paper.over_seeds import Estimate, p_one_sided
 from jreg_megatron.report.charts import Axis
@@ -13,6 +13,8 @@ from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
 from jreg_megatron.report.page import Section, render
 from jreg_megatron.report.tables import LOSS, NOTHING, Table, number
 
+_BELOW = (0, 1, 2)
+"""Layers below the last whose jump rates are told."""
 _RISE = "Ψ of the last layer less that of the one before, x 100"
 
 
@@ -24,34 +26,43 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
         claims: by number.
         about: further entries, such as versions.
     """
+    found = {}
+    for key, claim in claims.items():
+        deciding = _question(claim.deciding)
+        found[key] = {
+            "claim": claim.text,
+            "verdict": claim.verdict,
+            "decided_by": deciding["question"],
+            **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
+            "questions": [_question(question) for question in claim.questions],
+            "remark": claim.remark,
+        }
+    runs = {
+        str(run.folder): {
+            **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
+            "jump_rates": [run.jump_rate(below) for below in _BELOW],
+            **run.history.summary(),
+        }
+        for run in evidence.runs
+    }
     return {
         **about,
         "rule": RULE,
-        "claims": {key: _claim(claim) for key, claim in claims.items()},
+        "claims": found,
         "batch": evidence.batch,
-        "runs": {str(run.folder): _run(run) for run in evidence.runs},
+        "runs": runs,
         "notes": evidence.notes,
     }
 
 
 def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[str, str]]) -> str:
     """The page; ``how`` are rows of a table that says what was trained and where."""
-    verdicts = Table(
-        "Verdicts",
-        ("claim", "text", "verdict", "decided by", "the paper found", "found here", "95% interval"),
-        tuple(
-            (
-                key,
-                claim.text,
-                claim.verdict,
-                claim.deciding.text,
-                claim.deciding.paper,
-                *_found(claim.deciding),
-            )
-            for key, claim in claims.items()
-        ),
-        is_text=True,
+    rows = tuple(
+        (key, claim.text, claim.verdict, claim.deciding.text, claim.deciding.paper, *_found(claim.deciding))
+        for key, claim in claims.items()
     )
+    columns = ("claim", "text", "verdict", "decided by", "the paper found", "found here", "95% interval")
+    verdicts = Table("Verdicts", columns, rows, is_text=True)
     figures = _figures(evidence)
     sections = [
         Section("verdicts", "Verdicts", RULE, tables=(verdicts,)),
@@ -84,18 +95,6 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
     )
 
 
-def _claim(claim: Claim) -> dict[str, Any]:
-    deciding = _question(claim.deciding)
-    return {
-        "claim": claim.text,
-        "verdict": claim.verdict,
-        "decided_by": deciding["question"],
-        **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
-        "questions": [_question(question) for question in claim.questions],
-        "remark": claim.remark,
-    }
-
-
 def _question(question: Question) -> dict[str, Any]:
     found = question.estimate
     return {
@@ -115,21 +114,6 @@ def _p(question: Question) -> float | None:
     """Of the paper's test, that the number lies on the claim's side of the bar."""
     sign = 1 if question.side == "above" else -1
     return p_one_sided([sign * (value - question.bar) for value in question.values.values()])
-
-
-def _run(run: Trained) -> dict[str, Any]:
-    return {
-        "seed": run.seed,
-        "coeff": run.coeff,
-        "alpha": run.alpha,
-        "batch": run.batch,
-        "tokens": run.tokens,
-        "jump_rates": [run.jump_rate(below) for below in _BELOW],
-        **run.history.summary(),
-    }
-
-
-_BELOW = (0, 1, 2)
 
 
 def _questions(claim: Claim) -> Table:
