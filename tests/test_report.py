@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -249,6 +250,12 @@ def test_figures_are_written_as_svg_and_png_on_white(report: Callable[..., Page]
             assert image.width >= 1400 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     pictures = [Path(f"a/b/displacement_{state}.svg").read_bytes() for state in ("pre_norm", "post_norm")]
     assert pictures[0] != pictures[1]
+
+
+def test_an_axis_of_few_layers_names_each_once(report: Callable[..., Page]) -> None:
+    report(write(Path("m.json"), measurement(layers=3)), "--figures", "f")
+    labels = re.findall(r">(\d)</text>", Path("f/displacement_pre_norm.svg").read_text())
+    assert labels[:3] == ["1", "2", "3"] and labels.count("2") == 1
 
 
 @pytest.mark.parametrize("without_norm", [("jreg",), ("baseline", "jreg")])

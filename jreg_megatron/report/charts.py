@@ -53,6 +53,7 @@ _LEGEND = {
 _IS_THIN = "indexof(thin, datum.model) >= 0"
 _MAP_AXES = {"step": "training step", "layer": "layer"}
 _LETTERS = 100
+_FEW_TICKS = 10
 _DWARFS = 8.0
 """The largest value over the median one, from which on a linear axis hides most of them."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
@@ -109,7 +110,7 @@ class Axis:
     zero: bool = False
     """Whether a linear axis begins at 0."""
     ticks: tuple[float, ...] = ()
-    """Of an axis that is not linear."""
+    """Where Vega is not to choose them."""
 
     def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
         """This axis for the values of a field, with its ticks, and no longer "auto"."""
@@ -121,6 +122,9 @@ class Axis:
             scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
         elif scale == "auto":
             scale = "log" if above and values[0] >= 0 and above[-1] > _DWARFS * median(above) else "linear"
+        if scale == "linear" and self.whole and values[-1] - values[0] < _FEW_TICKS:
+            # Vega would also draw halves, and call them by the next whole number.
+            return replace(self, scale=scale, ticks=tuple(range(round(values[0]), round(values[-1]) + 1)))
         if scale == "linear" or self.ticks or not above:
             return replace(self, scale=scale)
         ends = [row[end] for row in rows if field == "y" for end in ("low", "high") if row.get(end)]
@@ -366,16 +370,17 @@ def _position(name: str, axis: Axis) -> dict[str, Any]:
     ticks: dict[str, Any] = {"format": ",d" if axis.whole else ".6~g"}
     spaced = {"labelOverlap": True, "labelSeparation": 6}
     assert axis.scale != "auto", "the axis is fitted to no rows yet"
-    if axis.ticks:
+    if axis.scale != "linear":
         # The page takes scale and ticks away when it changes the axis to a linear one.
         scale: dict[str, Any] = {"type": axis.scale, "nice": False, "padding": 10}
-        ticks |= {"values": axis.ticks} | spaced
+        ticks |= spaced
     elif axis.whole:
         scale = {"nice": False, "zero": False, "padding": 8}
         ticks |= {"tickMinStep": 1} | spaced
     else:
         scale = {"zero": axis.zero}
         ticks |= {"tickCount": 6}
+    ticks |= {"values": axis.ticks} if axis.ticks else {}
     return _field(name) | {"title": axis.title, "scale": scale, "axis": ticks}
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, number, refuse, whole
+from jreg_megatron.report.history import History
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
@@ -348,24 +349,16 @@ class Summary(Part):
     runs: Annotated[dict[Name, SummaryRun], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training run."""
+@dataclass(frozen=True, kw_only=True)
+class Run(History):
+    """A training run; of a summary only the last profile is known."""
 
     file: str
     folder: Path
     """What belongs to the run lies in it."""
     name: str
-    iterations: list[int]
-    validation_loss: list[float]
-    """Nats per token; NaN or infinite where the run had diverged."""
-    jump_rate: list[float]
-    """zeta_L as training logged it."""
-    displacement: list[float]
-    """Psi_l of layers 1..L at the last validation, not finite where the run had diverged; may be empty."""
     final_state: str | None
     """One of :data:`STATES`; None if the run does not say which it logged."""
-    settings: dict[str, str]
     versions: dict[str, str]
 
 

@@ -81,15 +81,11 @@ def _tensorboard(folder: Path) -> Run:
     place = folder.resolve()
     home = place.parent if place.name == "tensorboard" else place
     return Run(
+        **vars(history),
         file=printable(str(folder)),
         folder=home,
         name=home.name,
-        iterations=history.iterations,
-        validation_loss=history.validation_loss,
-        jump_rate=history.jump_rate,
-        displacement=history.displacement,
         final_state=state,
-        settings=history.settings,
         versions={},
     )
 
@@ -109,7 +105,7 @@ def _runs(path: Path, summary: Summary) -> Iterator[Run]:
             iterations=[point.iteration for point in run.history],
             validation_loss=[point.validation_loss for point in run.history],
             jump_rate=[point.jump_rate for point in run.history],
-            displacement=run.displacement,
+            profiles=[[]] * (len(run.history) - 1) + [run.displacement],
             final_state=summary.final_state,
             settings=settings,
             versions=summary.versions,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import batched, pairwise
 from pathlib import Path
 
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
@@ -44,62 +45,43 @@ def draw(results: Results, path: Path) -> list[Path]:
 
 def compose(results: Results) -> list[list[tuple[str, Chart]]]:
     """Rows of charts with their titles: loss and jump rate over lambda, then the layers, a chart an alpha."""
-    losses = list(results.baseline.losses.values())
+    losses, rates = results.baseline.losses.values(), results.baseline.jump_rates.values()
     mean = math.fsum(losses) / max(1, len(losses))
-    over_lambda = [
-        (name, chart)
-        for name, axis, baseline, estimate, by_seed in (
-            (
-                "Validation loss against the baseline of the same seed",
-                Axis(_LOSS),
-                [loss - mean for loss in losses],
-                lambda setting: setting.difference,
-                lambda setting: setting.differences,
-            ),
-            (
-                "The last layer's jump, at the end",
-                Axis("jump rate ζ (validation)", zero=True),
-                list(results.baseline.jump_rates.values()),
-                lambda setting: setting.jump_rate,
-                lambda setting: setting.jump_rates,
-            ),
-        )
-        if (chart := _over_lambda(results, axis, baseline, estimate, by_seed)) is not None
-    ]
-    by_layer = list(itertools.batched(_by_layer(results), _PANELS_A_ROW))
-    return [row for row in (over_lambda, *map(list, by_layer)) if row]
+    over_lambda = {
+        "Validation loss against the baseline of the same seed": _over_lambda(
+            results, Axis(_LOSS), [loss - mean for loss in losses], lambda setting: setting.differences
+        ),
+        "The last layer's jump, at the end": _over_lambda(
+            results, Axis("jump rate ζ (validation)", zero=True), [*rates], lambda setting: setting.jump_rates
+        ),
+    }
+    first = [(name, chart) for name, chart in over_lambda.items() if chart is not None]
+    return [row for row in (first, *map(list, batched(_by_layer(results), _PANELS_A_ROW))) if row]
 
 
 def _over_lambda(
-    results: Results,
-    axis: Axis,
-    baseline: Sequence[float],
-    estimate: Callable[[Setting], Estimate | None],
-    by_seed: Callable[[Setting], Mapping[int, float]],
+    results: Results, axis: Axis, baseline: list[float], by_seed: Callable[[Setting], Mapping[int, float]]
 ) -> Chart | None:
     """A line for each alpha, the mean over seeds with its interval; the baseline with its seeds' spread."""
-    coeffs = results.coeffs
+    coeffs, alphas = results.coeffs, results.alphas
     if not coeffs:
         return None
-    spacing = min((b / a for a, b in itertools.pairwise(coeffs)), default=3.0)
+    spacing = min((b / a for a, b in pairwise(coeffs)), default=3.0)
     found: dict[str, dict[float, Estimate]] = {}
     seeds = []
-    if baseline:
-        middle = math.fsum(baseline) / len(baseline)
-        spread = Estimate(middle, min(baseline), max(baseline), len(baseline))
+    if (middle := Estimate.of(baseline)) is not None:
         ends = coeffs[0] / spacing**0.5, coeffs[-1] * spacing**0.5
-        found[_BASELINE] = dict.fromkeys(ends, spread)
-    for number, alpha in enumerate(results.alphas):
-        shift = spacing ** (_BESIDE * (number - (len(results.alphas) - 1) / 2))
-        label = f"α = {alpha:g}"
-        for setting in results.settings:
-            if setting.alpha == alpha and (value := estimate(setting)) is not None:
-                found.setdefault(label, {})[setting.coeff * shift] = value
-                seeds += [
-                    {"model": label, "x": setting.coeff * shift, "seed": one}
-                    for one in (by_seed(setting).values() if value.n > 1 else ())
-                ]
-    looks = _looks([f"α = {alpha:g}" for alpha in results.alphas])
+        found[_BASELINE] = dict.fromkeys(ends, replace(middle, low=min(baseline), high=max(baseline)))
+    for setting in results.settings:
+        values = list(by_seed(setting).values())
+        if setting.alpha is not None and (value := Estimate.of(values)) is not None:
+            label = f"α = {setting.alpha:g}"
+            place = setting.coeff * spacing ** (
+                _BESIDE * (alphas.index(setting.alpha) - (len(alphas) - 1) / 2)
+            )
+            found.setdefault(label, {})[place] = value
+            seeds += [{"model": label, "x": place, "seed": one} for one in values if len(values) > 1]
+    looks = _looks([f"α = {alpha:g}" for alpha in alphas])
     lambdas = Axis("λ", scale="log", ticks=tuple(coeffs))
     figure = curves("over_lambda", "", "", found, lambdas, axis, looks=looks, band=True)
     return None if figure is None else with_seeds(figure.chart, seeds)
