@@ -432,6 +432,24 @@ def test_a_mistake_ends_in_one_line_before_anything_is_started(
 
 
 @pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ("x", "is no JSON: line 1"),
+        ("[]", "the whole is a list of 0"),
+        ('{"runs": [{}]}', "recipe is missing"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused_in_one_line(
+    kept: str, expected: str, toy: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy.folder / "sweep.json").write_text(kept)
+    assert sweep("--output", toy.folder) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "sweep.json" in said and expected in said and "--output is" in said
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["other.sh", "--coeff", 1], "RECIPE is {folder}/other.sh, but the sweep in"),

@@ -127,7 +127,9 @@ class Sweep:
             kept = checked(file, dict[str, Any], read_json(file))
             found: Sweep = checked(file, cls, kept | {"output": output})
         except UserError as error:
-            raise UserError(f"{error}; it cannot be read as a sweep, so name another --output") from error
+            raise UserError(
+                f"--output is {output}, whose sweep cannot be read ({error}); name another"
+            ) from error
         return found
 
     def check(self) -> None:
