@@ -1683,7 +1683,7 @@ FAULTS = [
     Fault(
         "take half an evaluation for a whole one",
         "claims/queue.py",
-        (('            part = file.with_name(f".{file.name}")', "            part = file"),),
+        (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),
     Fault(

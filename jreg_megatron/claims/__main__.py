@@ -104,7 +104,9 @@ def _claims(args: argparse.Namespace) -> None:
             files = {run.folder: run.folder / "evaluation.json" for run in evidence.runs}
             how = toy.described(plan)
         evidence = _evaluated(args, evidence, files, words)
-        _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", _machine())])
+        machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
+        machine += f", Python {platform.python_version()}"
+        _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", machine)])
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -214,11 +216,6 @@ def _write(args: argparse.Namespace, evidence: Evidence, how: Sequence[tuple[str
         table.add_row(key, claim.text, claim.verdict)
     Console(markup=False).print(table)
     print(f"Page: {args.output / _PAGE}\nNumbers: {args.output / _NUMBERS}")
-
-
-def _machine() -> str:
-    python = platform.python_version()
-    return f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, Python {python}"
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def _wrong(error: ErrorDetails) -> str:
     for part in (*error["loc"], *about.get("at", ())):
         place = f"{place}[{part}]" if isinstance(part, int) else _below(place, part)
     if error["type"] == "missing" or value is None:
-        return f"{place} is {'missing' if error['type'] == 'missing' else 'null'}; it is needed"
+        return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
     must = about.get("must") or about.get("expected", "").replace("'", "") or _MUST.get(error["type"])
     return f"{place or 'the whole'} is {_shown(value)}; it must be {must or error['msg']}"
 

@@ -16,6 +16,7 @@ Cell = float | str | None
 NOTHING = "–"
 HEADLINE = "The last state of each model"
 LOSS = "#.5g"
+"""Five digits, as differences are small."""
 _CELL, _LONG_CELL = 160, 300
 _ABREAST, _NAMED = 8, 4
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1)
@@ -67,11 +68,6 @@ def number(value: float | None, form: str = "#.4g") -> str:
     return f"{value:,.0f}" if "e+" in shown else shown.rstrip(".")
 
 
-def loss(value: float | None) -> str:
-    """A loss to five digits, as differences are small."""
-    return number(value, LOSS)
-
-
 def known(value: float) -> float | None:
     """None in place of what is not finite."""
     return value if math.isfinite(value) else None
@@ -106,7 +102,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     loss_cell = NOTHING
     if run:
         at = run.iterations.index(step) if step in run.iterations else -1
-        loss_cell = loss(run.validation_loss[at]) + _mark(run.iterations[at], step)
+        loss_cell = number(run.validation_loss[at], LOSS) + _mark(run.iterations[at], step)
         if not entry and run.final_state:
             rate, turn = words[run.final_state]
             row[rate] = number(run.jump_rate[at]) + _mark(run.iterations[at], step)
