@@ -19,6 +19,7 @@ import report_toy
 
 from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.charts import Chart
+from jreg_megatron.report.reading import read
 from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
@@ -218,6 +219,9 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
     ]
     assert (summary["iterations"], summary["final_state"]) == (200, "pre_norm")
     assert summary["lowest_validation_loss"] == {"coeff": 0.1, "alpha": 1.0}
+    assert {run.name: run.summary()["history"] for run in read([output]).runs} == {
+        name: run["history"] for name, run in summary["runs"].items()
+    }
     said = " ".join(capsys.readouterr().out.split())
     assert "lambda 0.1, alpha 1, -0.4167 (-0.7752 to -0.0581). The interval does not contain 0." in said
     assert "The best of several looks better than it is" in said

@@ -35,9 +35,9 @@ judges finished trainings of any size by the same rules; words behind -- go to j
   jreg-megatron claims --runs runs/sweep_llama_170m --output runs/claims_170m -- --tasks paper --device cuda
 
 Runs are folders with tensorboard/ and checkpoints/ in them, of one experiment, trained with
---jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict takes three seeds. Claim 3
-takes baselines with several batches on equal tokens, claim 4 runs with alpha 0.5, 1 and 3. Exit status: 0
-judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
+--jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict needs three seeds. Claim 3
+needs baselines with several batch sizes on equal tokens. Claim 4 needs runs with alpha 0.5, 1 and 3. Exit
+status: 0 judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
 """
 
 

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from jreg_megatron.report.compose import Report
 
 _EPILOG = """\
-An INPUT is one of these, in any number and mixture:
+Give one or more of these as INPUT:
   FILE.json      what measure --json or evaluate --json wrote
   summary.json   what the demo or a sweep wrote
   a folder       TensorBoard files of a training run, or a folder with tensorboard/ or summary.json in it
 
-Entries of one name that differ in their step are shown over training, if they were measured alike. A
-training run joins the model of its name whose checkpoints lie in its folder or are its --save. The page
-opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a mistake in the
-command or the input.
+Several steps of one name are drawn over training if they were measured in the same way. A training run
+and a model of the same name are one entry if the model's checkpoints lie in the run's folder or in its
+--save. The page opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a
+mistake in the command or the input.
 """
 
 
@@ -52,8 +52,7 @@ def _arguments() -> argparse.Namespace:
         "--paper",
         type=str.lower,
         choices=SIZES,
-        help="lay the paper's displacement per layer of this model, its baseline's and alpha 1's, under the "
-        "measured ones",
+        help="draw the paper's displacement per layer of this model too, of its baseline and of alpha 1",
     )
     parser.add_argument("--title", default="The last-layer jump", help="heading (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no notes, only errors")

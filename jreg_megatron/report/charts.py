@@ -170,7 +170,7 @@ def pictures(
     width: int = _WIDTH,
     chosen: Mapping[str, str] | None = None,
 ) -> tuple[str, bytes]:
-    """SVG and PNG that stand alone: charts in rows, on white, with titles and legends.
+    """SVG and PNG to be used outside of the page: charts in rows, on white, with titles and legends.
 
     Charts in a row share their vertical axis if it has one title. Two charts with one legend have it once.
 
@@ -300,7 +300,9 @@ def lines(
 
 
 def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
-    """A chart of :func:`lines` with a faint point for each seed; bars in place of bands, but of thin models.
+    """Add a faint point for each seed to a chart of :func:`lines`, and draw intervals as bars.
+
+    Thin models keep their bands.
 
     Args:
         chart: with bands.

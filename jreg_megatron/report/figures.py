@@ -25,7 +25,7 @@ _MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
 
 @dataclass(frozen=True)
 class Choice:
-    """A few of a figure's rows to be shown at a time."""
+    """Which of a figure's rows are shown, for the reader to choose."""
 
     field: str
     title: str
@@ -52,7 +52,7 @@ class Figure:
     """Of its legend; empty if it has none."""
     choices: tuple[Choice, ...] = ()
     convention: str = ""
-    """What a picture that stands alone has to say of how it was measured; empty if nothing."""
+    """What a picture outside of the page says of how it was measured; empty if nothing."""
 
 
 Looks = Mapping[str, Style]

@@ -159,7 +159,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     for flag, kind, word, meaning in (
         ("--coeff", float, "LAMBDA", "the lambdas to try, each > 0"),
         ("--alpha", float, "ALPHA", f"the alphas to try with each (default: {JRegConfig().alpha:g})"),
-        ("--seeds", int, "SEED", f"train all of it with each seed (default: {_SEED})"),
+        ("--seeds", int, "SEED", f"train every setting with each of these seeds (default: {_SEED})"),
     ):
         add(flag, type=kind, nargs="+", metavar=word, help=meaning)
     add(
