@@ -204,7 +204,7 @@ def pictures(
         scales = _LOOKS | {"y": "shared" if len(titles) == 1 else "independent"}
         placed.append({"hconcat": panels, "spacing": 30, "resolve": {"scale": scales}})
     heading: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
-    letters = _LETTERS * max(map(len, rows)) * width // _WIDTH
+    letters = _LETTERS * max(map(len, rows), default=1) * width // _WIDTH
     heading |= {"subtitle": wrap(subtitle, letters), "subtitleFontSize": 12} if subtitle else {}
     svg = _convert(
         {
