@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,3 +97,13 @@ def read_steps(data: Path, eod_mask_loss: bool) -> Steps:
         parts = (torch.stack([row[key] for row in rows]).split(MICRO_BATCH) for key in keys)
         steps.append(list(zip(*parts, strict=True)))
     return steps
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run ``jreg-megatron report`` in a folder of its own; returns the page."""
+    pytest.importorskip("vl_convert", reason="the report needs the extra 'analysis'")
+    from report_toy import page_of
+
+    monkeypatch.chdir(tmp_path)
+    return page_of

@@ -796,7 +796,7 @@ FAULTS = [
     Fault(
         "draw an interval that is not there",
         "report/figures.py",
-        (("difference.interval or (None, None)", "difference.interval or 2 * (difference.value,)"),),
+        (("[interval or (None, None) for", "[interval or (0.0, 0.0) for"),),
         REPORT,
     ),
     Fault(
@@ -1490,7 +1490,7 @@ FAULTS = [
     Fault(
         "show the paper's last layer as one after the final norm",
         "report/figures.py",
-        (('{"state": STATES[0], "first": kind, **none}', '{"state": STATES[1], "first": kind, **none}'),),
+        (("paper.rows(depth, state=STATES[0],", "paper.rows(depth, state=STATES[1],"),),
         REPORT_PAPER,
     ),
     Fault(
@@ -1724,7 +1724,7 @@ FAULTS = [
     Fault(
         "take half an evaluation for a whole one",
         "claims/queue.py",
-        (('            part = file.with_name(f".{file.name}")', "            part = file"),),
+        (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),
     Fault(

@@ -190,6 +190,7 @@ def write_events(
     layers: int = 4,
     settings: Mapping[str, str] | None = None,
     displacement: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
+    jump_rate: float | None = None,
 ) -> Path:
     """TensorBoard files such as Megatron's: a validation loss, and displacement, by iteration."""
     writer = EventFileWriter(str(folder))
@@ -207,7 +208,7 @@ def write_events(
         add(0, tag=f"{name}/text_summary", tensor=tensor, metadata=plugin)
     for step, loss in losses.items():
         add(step, tag="lm loss validation", simple_value=loss)
-        add(step, tag="jump rate validation", simple_value=step / 1000)
+        add(step, tag="jump rate validation", simple_value=step / 1000 if jump_rate is None else jump_rate)
         profile = displacement[step] if isinstance(displacement, Mapping) else displacement
         for layer, value in enumerate(profile or psi(0, 1, layers), start=1):
             add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)

@@ -33,7 +33,7 @@ COMMON = {
 
 
 def question(values: Sequence[float], side: Any = "above", bar: float = 0.0) -> Question:
-    return Question("", "", side, bar, "", dict(enumerate(values)))
+    return Question("", "", side, "", dict(enumerate(values)), bar)
 
 
 @pytest.mark.parametrize("shift", [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])

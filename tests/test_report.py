@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,12 @@ from report_toy import (
     Page,
     evaluation,
     measurement,
-    page_of,
     psi,
     refusal,
     summary,
     write,
     write_events,
 )
-
-pytest.importorskip("altair", reason="the report needs the extra 'report'")
-pytest.importorskip("vl_convert", reason="the report needs the extra 'report'")
-
-
-@pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
-    """Run the command in a folder of its own; returns the page."""
-    monkeypatch.chdir(tmp_path)
-    return page_of
 
 
 def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page]) -> None:
@@ -233,7 +223,7 @@ def test_help_needs_no_heavy_package(tmp_path: Path) -> None:
         "import sys; sys.argv = ['x', '--help']\n"
         "from jreg_megatron.report.__main__ import main\n"
         "try: main()\n"
-        "except SystemExit: print([p for p in ('torch', 'altair', 'vl_convert') if p in sys.modules])"
+        "except SystemExit: print([p for p in ('torch', 'jinja2', 'vl_convert') if p in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
@@ -260,6 +250,12 @@ def test_figures_are_written_as_svg_and_png_on_white(report: Callable[..., Page]
             assert image.width >= 1400 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     pictures = [Path(f"a/b/displacement_{state}.svg").read_bytes() for state in ("pre_norm", "post_norm")]
     assert pictures[0] != pictures[1]
+
+
+def test_an_axis_of_few_layers_names_each_once(report: Callable[..., Page]) -> None:
+    report(write(Path("m.json"), measurement(layers=3)), "--figures", "f")
+    labels = re.findall(r">(\d)</text>", Path("f/displacement_pre_norm.svg").read_text())
+    assert labels[:3] == ["1", "2", "3"] and labels.count("2") == 1
 
 
 @pytest.mark.parametrize("without_norm", [("jreg",), ("baseline", "jreg")])
@@ -341,123 +337,61 @@ def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Calla
     assert page.column(HEADLINE, "last Ψ after it")[0] == "0.000"
 
 
-Path_ = Sequence[str | int]
-_NAN, _FIRST = float("nan"), ("models", 0)
-WRONG: list[tuple[str, dict[str, Any], Path_, Any, str]] = [
-    (
-        "nan",
-        measurement(),
-        (*_FIRST, "displacement", "pre_norm", 3),
-        _NAN,
-        "models[0].displacement.pre_norm[3]",
-    ),
-    (
-        "infinity",
-        measurement(),
-        (*_FIRST, "jump_rate", "post_norm"),
-        float("inf"),
-        "models[0].jump_rate.post_norm",
-    ),
-    (
-        "negative",
-        measurement(),
-        (*_FIRST, "displacement", "post_norm", 0),
-        -0.1,
-        "must be a finite number in 0..1",
-    ),
-    (
-        "above 1",
-        measurement(),
-        (*_FIRST, "displacement_std", "pre_norm", 0),
-        1.5,
-        "displacement_std.pre_norm[0]",
-    ),
-    ("a string", measurement(), (*_FIRST, "displacement", "pre_norm", 0), "0.1", 'pre_norm[0] is "0.1"'),
-    ("true", measurement(), (*_FIRST, "displacement", "pre_norm", 0), True, "pre_norm[0] is true"),
-    (
-        "huge",
-        measurement(),
-        (*_FIRST, "displacement", "pre_norm", 0),
-        10**400,
-        "pre_norm[0] is a number too large",
-    ),
-    (
-        "too long",
-        measurement(),
-        (*_FIRST, "displacement", "pre_norm"),
-        [0.1] * 31,
-        "must be a list of 30 numbers",
-    ),
-    ("unshown", measurement(), (*_FIRST, "norm", "pre_norm"), [1.0] * 30, "norm.pre_norm is a list of 30"),
-    (
-        "no list",
-        measurement(),
-        (*_FIRST, "displacement", "pre_norm"),
-        {},
-        "displacement.pre_norm is an object",
-    ),
-    ("null", measurement(), (*_FIRST, "displacement"), None, "models[0].displacement is null"),
-    (
-        "other",
-        measurement(),
-        (*_FIRST, "with_first_token", "displacement", "pre_norm", 1),
-        7,
-        "with_first_token.",
-    ),
-    ("no layers", measurement(), (*_FIRST, "num_layers"), 0, "num_layers is 0; it must be an integer >= 1"),
-    ("half a layer", measurement(), (*_FIRST, "num_layers"), 29.5, "num_layers is 29.5"),
-    ("step", measurement(), (*_FIRST, "step"), "100", 'models[0].step is "100"'),
-    ("name", measurement(), (*_FIRST, "name"), 7, "models[0].name is 7; it must be a text"),
-    ("kind", measurement(), (*_FIRST, "kind"), "onnx", "must be hugging_face or gguf or megatron"),
-    ("no models", measurement(), ("models",), [], "models is a list of 0"),
-    ("newer", measurement(), ("version",), 2, "version is 2; it must be 1"),
-    ("setting", measurement(), (*_FIRST, "settings", "a.b[0]"), [], 'models[0].settings["a.b[0]"] is a list'),
-    (
-        "interval",
-        evaluation(),
-        (*_FIRST, "tasks", "boolq", "interval"),
-        [2, 1],
-        "the lower end before the upper",
-    ),
-    (
-        "score",
-        evaluation(),
-        (*_FIRST, "tasks", "boolq", "value"),
-        None,
-        "models[0].tasks.boolq.value is null",
-    ),
-    ("endless", evaluation(), (*_FIRST, "tasks", "boolq", "value"), float("inf"), "boolq.value is Infinity"),
-    ("read-out", evaluation(), (*_FIRST, "read_out", "loss"), [1.0] * 30, "read_out.loss is a list of 30"),
-    ("p value", evaluation(), ("comparison", "overall", "p_value"), 1.5, "comparison.overall.p_value is 1.5"),
-    ("drop", evaluation(), (*_FIRST, "layer_drop", "loss", 2), -1, "layer_drop.loss[2] is -1"),
-    (
-        "run",
-        summary(),
-        ("runs", "jreg", "history", 1, "validation_loss"),
-        _NAN,
-        "runs.jreg.history[1].validation",
-    ),
-    ("state", summary(), ("final_state",), "middle", "must be pre_norm or post_norm"),
-    ("no history", summary(), ("runs", "jreg", "history"), [], "at least one validation"),
+MAKE = {"measurement": measurement, "evaluation": evaluation, "summary": summary}
+PSI = "models.0.displacement.pre_norm"
+BOOLQ = "models.0.tasks.boolq"
+# Of which document, where, what stands there, and what is said of it.
+WRONG: list[tuple[str, str, Any, str]] = [
+    ("measurement", f"{PSI}.3", float("nan"), "models[0].displacement.pre_norm[3]"),
+    ("measurement", "models.0.jump_rate.post_norm", float("inf"), "models[0].jump_rate.post_norm"),
+    ("measurement", "models.0.displacement.post_norm.0", -0.1, "must be a finite number in 0..1"),
+    ("measurement", "models.0.displacement_std.pre_norm.0", 1.5, "displacement_std.pre_norm[0]"),
+    ("measurement", f"{PSI}.0", "0.1", 'pre_norm[0] is "0.1"'),
+    ("measurement", f"{PSI}.0", True, "pre_norm[0] is true"),
+    ("measurement", f"{PSI}.0", 10**400, "pre_norm[0] is a number too large"),
+    ("measurement", PSI, [0.1] * 31, "must be a list of 30 numbers"),
+    ("measurement", "models.0.norm.pre_norm", [1.0] * 30, "norm.pre_norm is a list of 30"),
+    ("measurement", PSI, {}, "displacement.pre_norm is an object"),
+    ("measurement", "models.0.displacement", None, "models[0].displacement is null"),
+    ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
+    ("measurement", "models.0.with_first_token.jump_rate.post_norm", None, "with_first_token.jump_rate"),
+    ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be an integer >= 1"),
+    ("measurement", "models.0.num_layers", 29.5, "num_layers is 29.5"),
+    ("measurement", "models.0.step", "100", 'models[0].step is "100"'),
+    ("measurement", "models.0.name", 7, "models[0].name is 7; it must be a text"),
+    ("measurement", "models.0.kind", "onnx", "must be hugging_face, gguf or megatron"),
+    ("measurement", "models", [], "models is a list of 0; it must be one with at least one entry"),
+    ("measurement", "version", 2, "version is 2; it must be 1; a newer file needs a newer jreg_megatron"),
+    ("measurement", "models.0.settings.a b", [], 'models[0].settings["a b"] is a list'),
+    ("evaluation", f"{BOOLQ}.interval", [2, 1], "the lower end before the upper"),
+    ("evaluation", f"{BOOLQ}.value", None, "models[0].tasks.boolq.value is null"),
+    ("evaluation", f"{BOOLQ}.value", float("inf"), "boolq.value is Infinity"),
+    ("evaluation", "models.0.read_out.loss", [1.0] * 30, "read_out.loss is a list of 30"),
+    ("evaluation", "comparison.overall.p_value", 1.5, "comparison.overall.p_value is 1.5"),
+    ("evaluation", "comparison.read_out.p_value", [0.5], "comparison.read_out.p_value is a list of 1"),
+    ("evaluation", "comparison.models", ["a"], "comparison.models[1] is missing"),
+    ("evaluation", "models.0.layer_drop.loss.2", -1, "layer_drop.loss[2] is -1"),
+    ("summary", "runs.jreg.history.1.validation_loss", float("nan"), "runs.jreg.history[1].validation"),
+    ("summary", "final_state", "middle", "must be pre_norm or post_norm"),
+    ("summary", "runs.jreg.history", [], "history is a list of 0; it must be one with at least one entry"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("document", "place", "value", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG]
-)
+@pytest.mark.parametrize(("kind", "place", "value", "said"), WRONG)
 def test_a_wrong_value_is_named_with_its_file_and_field(
     report: Callable[..., Page],
     capsys: pytest.CaptureFixture[str],
-    document: dict[str, Any],
-    place: Path_,
+    kind: str,
+    place: str,
     value: Any,
     said: str,
 ) -> None:
-    document = copy.deepcopy(document)
+    document = copy.deepcopy(MAKE[kind]())
     at: Any = document
-    for key in place[:-1]:
+    *above, last = [int(key) if key.isdecimal() else key for key in place.split(".")]
+    for key in above:
         at = at[key]
-    at[place[-1]] = value
+    at[last] = value
     Path("report.html").write_text("of yesterday")
     line = refusal(report, capsys, write(Path("wrong.json"), document))
     assert "wrong.json: " in line and said in line

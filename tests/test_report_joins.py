@@ -14,23 +14,12 @@ from report_toy import (
     Page,
     evaluation,
     measurement,
-    page_of,
     summary,
     write,
     write_events,
 )
 
-pytest.importorskip("altair", reason="the report needs the extra 'report'")
-pytest.importorskip("vl_convert", reason="the report needs the extra 'report'")
-
 PER_LAYER = "Displacement Ψ of each layer"
-
-
-@pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
-    """Run the command in a folder of its own; returns the page."""
-    monkeypatch.chdir(tmp_path)
-    return page_of
 
 
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:

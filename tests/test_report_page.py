@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from report_toy import LAYERS, MODELS, STEPS, evaluation, measurement, summary, write
@@ -91,13 +92,10 @@ def open_page(browser: Any) -> Iterator[Any]:
 
 def made(folder: Path, *inputs: Path) -> Path:
     """The page of inputs."""
-    before = sys.argv
-    sys.argv = ["report", *map(str, inputs), "--quiet", "--output", str(folder / "report.html")]
-    try:
+    path = folder / "report.html"
+    with patch.object(sys, "argv", ["report", *map(str, inputs), "--quiet", "--output", str(path)]):
         main()
-    finally:
-        sys.argv = before
-    return folder / "report.html"
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_toy import Page, evaluation, measurement, page_of, refusal, write, write_events
-
-pytest.importorskip("altair", reason="the report needs the extra 'analysis'")
-pytest.importorskip("vl_convert", reason="the report needs the extra 'analysis'")
+from report_toy import Page, evaluation, measurement, refusal, write, write_events
 
 DEPTHS = {"170m": 12, "1b": 16, "3.4b": 30}
 # The ends of the printed profiles, in hundredths: the baseline's and that of alpha 1.
@@ -24,13 +21,6 @@ ENDS = {
     "3.4b": ((27.30, 7.58), (27.58, 0.18)),
 }
 PER_LAYER = "Displacement Ψ of each layer, mean over tokens"
-
-
-@pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
-    """Run the command in a folder of its own; returns the page."""
-    monkeypatch.chdir(tmp_path)
-    return page_of
 
 
 def chart(name: str) -> dict[str, Any]:

@@ -15,17 +15,15 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+import report_toy
 
 from jreg_megatron.paper.over_seeds import Estimate
+from jreg_megatron.report.charts import Chart
+from jreg_megatron.report.reading import read
 from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
-from jreg_megatron.sweep.picture import compose
+from jreg_megatron.sweep.picture import compose, title
 from jreg_megatron.sweep.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -59,23 +57,12 @@ def write_events(
     iterations: int = 200,
     settings: Mapping[str, str] | None = None,
 ) -> None:
-    """TensorBoard files such as Megatron's, with a validation every 100 iterations."""
-    writer = EventFileWriter(str(folder))
-
-    def add(step: int, **value: Any) -> None:
-        summary = Summary(value=[Summary.Value(**value)])
-        writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-    for name, text in ({"lr": "0.0006"} | dict(settings or {})).items():
-        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
-        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        add(0, tag=f"{name}/text_summary", tensor=tensor, metadata=plugin)
-    for step in range(100, iterations + 1, 100):
-        add(step, tag="lm loss validation", simple_value=loss + (200 - step) / 100)
-        add(step, tag="jump rate validation", simple_value=100 * max(0, psi[-1] - psi[-2]))
-        for layer, value in enumerate(psi, start=1):
-            add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)
-    writer.close()
+    """TensorBoard files with a validation every 100 iterations."""
+    losses = {step: loss + (200 - step) / 100 for step in range(100, iterations + 1, 100)}
+    not_logged = dict.fromkeys(("jreg_coeff", "jreg_alpha", "jreg_final_state"), "")
+    logged = not_logged | {"lr": "0.0006"} | dict(settings or {})
+    rate = 100 * max(0, psi[-1] - psi[-2])
+    report_toy.write_events(folder, losses, settings=logged, displacement=psi, jump_rate=rate)
 
 
 class Call(NamedTuple):
@@ -232,6 +219,9 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
     ]
     assert (summary["iterations"], summary["final_state"]) == (200, "pre_norm")
     assert summary["lowest_validation_loss"] == {"coeff": 0.1, "alpha": 1.0}
+    assert {run.name: run.summary()["history"] for run in read([output]).runs} == {
+        name: run["history"] for name, run in summary["runs"].items()
+    }
     said = " ".join(capsys.readouterr().out.split())
     assert "lambda 0.1, alpha 1, -0.4167 (-0.7752 to -0.0581). The interval does not contain 0." in said
     assert "The best of several looks better than it is" in said
@@ -446,6 +436,24 @@ def test_a_mistake_ends_in_one_line_before_anything_is_started(
 
 
 @pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ("x", "is no JSON: line 1"),
+        ("[]", "the whole is a list of 0"),
+        ('{"runs": [{}]}', "recipe is missing"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused_in_one_line(
+    kept: str, expected: str, toy: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy.folder / "sweep.json").write_text(kept)
+    assert sweep("--output", toy.folder) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "sweep.json" in said and expected in said and "--output is" in said
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["other.sh", "--coeff", 1], "RECIPE is {folder}/other.sh, but the sweep in"),
@@ -531,21 +539,25 @@ def test_the_picture_shows_the_means_of_all_settings_also_of_a_sweep_that_is_not
     )
     output = toy.folder / "out"
     assert sweep(toy.recipe, "--coeff", 0.1, 1, "--alpha", 1, 0.5, "--seeds", 1, 2, "--output", output) == 1
-    figure = compose(Results.read(grid.Sweep.load(output)))
-    loss, rate, *layers = figure.axes
+    results = Results.read(grid.Sweep.load(output))
+    (loss, rate), layers = compose(results)
 
-    def lines(axes: Any) -> dict[str, list[float]]:
-        return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    def lines(panel: tuple[str, Chart], key: str = "y") -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for row in panel[1].rows:
+            found.setdefault(row["model"], []).extend([row[key]] if key in row else [])
+        return found
 
-    assert lines(loss)["$\\alpha$ = 1"] == pytest.approx([0.0, 0.25])
-    assert lines(rate)["$\\alpha$ = 1"] == [0, 0]
+    assert lines(loss)["α = 1"] == pytest.approx([0.0, 0.25])
+    assert lines(loss, "seed") == {"baseline": [], "α = 0.5": [0] * 4, "α = 1": [-0.5, 0.5]}
+    assert lines(rate)["α = 1"] == [0, 0]
     assert lines(rate)["baseline"] == pytest.approx([2.0, 2.0])
-    assert [axes.get_title() for axes in layers] == ["$\\alpha$ = 0.5", "$\\alpha$ = 1"]
-    assert lines(layers[1])["$\\lambda$ = 0.1"] == pytest.approx([20, 2, 1.5])
-    assert lines(layers[1])["baseline"] == pytest.approx([20, 1, 3])
-    title = figure.get_suptitle()
-    assert "toy, 200 iterations, last state before the final norm, 2 seeds" in title
-    assert "1 of 10 runs not finished" in title
+    assert [title.partition("α")[2] for title, _ in layers] == [" = 0.5", " = 1"]
+    assert lines(layers[1])["λ = 0.1"] == pytest.approx([0.2, 0.02, 0.015])
+    assert lines(layers[1])["baseline"] == pytest.approx([0.2, 0.01, 0.03])
+    assert title(results) == "toy, 200 iterations, last state before the final norm, 2 seeds"
+    picture = (output / "sweep.svg").read_text()
+    assert title(results) in picture and "1 of 10 runs not finished" in picture
 
 
 SLURM = {

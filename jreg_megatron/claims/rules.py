@@ -44,11 +44,11 @@ class Question:
     """What the number is, with its unit."""
     side: Literal["above", "below"]
     """Of the bar, where the claim wants the number."""
-    bar: float
     paper: str
     """What the paper found."""
     values: Mapping[int, float]
     """By seed."""
+    bar: float = 0.0
 
     @property
     def estimate(self) -> Estimate | None:
@@ -115,7 +115,6 @@ def _the_jump(evidence: Evidence) -> Claim:
                 "The last layer turns it further than the one before.",
                 "Psi_L - Psi_(L-1) at the end, x 100",
                 "above",
-                0.0,
                 f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
                 {seed: run.rise for seed, run in evidence.baseline.items()},
             ),
@@ -133,9 +132,12 @@ def _growth(evidence: Evidence) -> Claim:
                 "It is larger at the end than after a quarter of the steps.",
                 "rise of Psi_L - Psi_(L-1) between the two, x 100",
                 "above",
-                0.0,
                 f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
-                _known({seed: _growth_of(run) for seed, run in evidence.baseline.items()}),
+                {
+                    seed: run.rise - early
+                    for seed, run in evidence.baseline.items()
+                    if (early := run.rise_at(_QUARTER)) is not None
+                },
             ),
         ),
     )
@@ -150,7 +152,6 @@ def _equal_tokens(evidence: Evidence) -> Claim:
                 "The jump of the baseline rises with each doubling of the steps, the tokens kept.",
                 "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
                 "above",
-                0.0,
                 f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
                 {seed: _slope(runs) for seed, runs in evidence.batches.items()},
             ),
@@ -167,7 +168,6 @@ def _removal(evidence: Evidence) -> Claim:
             f"Alpha {alpha:g} leaves at most a fifth of the baseline's jump.",
             "jump rate less a fifth of the baseline's of the same seed",
             "below",
-            0.0,
             f"170M: jump rate {zeta['base'][0]} without JREG, {zeta[f'alpha {alpha:g}'][0]} with it",
             _left(evidence, alpha),
         )
@@ -179,7 +179,6 @@ def _removal(evidence: Evidence) -> Claim:
             "Alpha 3 leaves a bump below the last layer, which alpha 1 does not.",
             "jump rate from layer L - 2 on, alpha 3 less alpha 1",
             "above",
-            0.0,
             f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
             {
                 seed: run.jump_rate(2) - usual[seed].jump_rate(2)
@@ -210,18 +209,16 @@ def _middle_layers(evidence: Evidence) -> Claim:
     half = evidence.num_layers // 2
     lower, upper = range(1, half + 1), range(half + 1, evidence.num_layers)
     figure = "a figure: below the baseline's at every layer under the last, one seed"
+    of_lower, of_upper = (f"layers {layers[0]} to {layers[-1]}" for layers in (lower, upper))
 
-    def question(
-        text: str, number: str, side: Literal["above", "below"], paper: str, what: _Difference
-    ) -> Question:
-        return Question(text, number, side, 0.0, paper, _differences(evidence, what))
+    def mean(layers: range, how: str) -> dict[int, float]:
+        """Of the loss behind the layers less the baseline's, by seed."""
 
-    def mean(layers: range, how: str) -> _Difference:
         def difference(base: Evaluated, jreg: Evaluated) -> float | None:
             found = behind_layers(base, jreg, how)
             return fmean(found[layer] for layer in layers) if found else None
 
-        return difference
+        return _differences(evidence, difference)
 
     turned = {
         seed: _turns_more(base.history.displacement, jreg.history.displacement)
@@ -231,47 +228,47 @@ def _middle_layers(evidence: Evidence) -> Claim:
         f"{_turns_more(profile(size, 'base'), profile(size, 'alpha 1')):+.1f}% at {size.upper()}"
         for size in SIZES
     )
-    of_lower, of_upper = (f"layers {layers[0]} to {layers[-1]}" for layers in (lower, upper))
+    loss = "loss less the baseline's, mean of these layers, in nats"
+    questions = (
+        Question(
+            f"Layers 2 to {3 * evidence.num_layers // 4} together turn the state further with JREG.",
+            "their summed Psi against the baseline's, in percent",
+            "above",
+            f"computed from its profiles: {', '.join(printed)}",
+            turned,
+        ),
+        Question(
+            f"Read out as they are, {of_lower} predict better with JREG.",
+            loss,
+            "below",
+            figure,
+            mean(lower, "as it is"),
+        ),
+        Question(
+            f"So do {of_upper}.",
+            "the same of those layers, in nats",
+            "below",
+            figure,
+            mean(upper, "as it is"),
+        ),
+        Question(
+            f"Read out through a fitted lens, {of_lower} predict better with JREG.",
+            loss,
+            "below",
+            "not measured",
+            mean(lower, "through a lens"),
+        ),
+        Question(
+            f"A model with JREG loses more when one of layers 2 to {half} is left out.",
+            "loss added by leaving one out, their mean, less the baseline's, in nats",
+            "above",
+            "not measured",
+            _differences(evidence, lambda base, jreg: _dropped(base, jreg, lower[1:])),
+        ),
+    )
     return Claim(
         "With JREG the layers in the middle do more.",
-        (
-            Question(
-                f"Layers 2 to {3 * evidence.num_layers // 4} together turn the state further with JREG.",
-                "their summed Psi against the baseline's, in percent",
-                "above",
-                0.0,
-                f"computed from its profiles: {', '.join(printed)}",
-                turned,
-            ),
-            question(
-                f"Read out as they are, {of_lower} predict better with JREG.",
-                "loss less the baseline's, mean of these layers, in nats",
-                "below",
-                figure,
-                mean(lower, "as it is"),
-            ),
-            question(
-                f"So do {of_upper}.",
-                "the same of those layers, in nats",
-                "below",
-                figure,
-                mean(upper, "as it is"),
-            ),
-            question(
-                f"Read out through a fitted lens, {of_lower} predict better with JREG.",
-                "loss less the baseline's, mean of these layers, in nats",
-                "below",
-                "not measured",
-                mean(lower, "through a lens"),
-            ),
-            question(
-                f"A model with JREG loses more when one of layers 2 to {half} is left out.",
-                "loss added by leaving one out, their mean, less the baseline's, in nats",
-                "above",
-                "not measured",
-                lambda base, jreg: _dropped(base, jreg, lower[1:]),
-            ),
-        ),
+        questions,
         "Read out as it is, a layer looks better with JREG for a plain reason too: small last steps put its "
         "state near the last one. The lens takes that away.",
     )
@@ -288,7 +285,6 @@ def _tasks(evidence: Evidence) -> Claim:
                 text,
                 "mean with JREG less the baseline's, in points",
                 "above",
-                0.0,
                 paper,
                 {seed: 100 * (jreg[key] - base[key]) for seed, (base, jreg) in both.items()},
             )
@@ -303,7 +299,6 @@ def _tasks(evidence: Evidence) -> Claim:
                 "The mean accuracy in tasks is higher with JREG.",
                 "mean with JREG less the baseline's, in points",
                 "above",
-                0.0,
                 f"{ten} in nine other tasks",
                 _differences(evidence, _accuracy),
             )
@@ -313,7 +308,6 @@ def _tasks(evidence: Evidence) -> Claim:
             "Held-out text takes fewer bits per byte with JREG.",
             "bits per byte less the baseline's",
             "below",
-            0.0,
             "not printed",
             _differences(evidence, _bits),
         )
@@ -336,27 +330,15 @@ def _turns_more(base: Sequence[float], jreg: Sequence[float]) -> float:
     return 100 * (math.fsum(jreg[middle]) / math.fsum(base[middle]) - 1)
 
 
-_Difference = Callable[[Evaluated, Evaluated], float | None]
-
-
-def _differences(evidence: Evidence, what: _Difference) -> dict[int, float]:
+def _differences(
+    evidence: Evidence, what: Callable[[Evaluated, Evaluated], float | None]
+) -> dict[int, float]:
     """By seed, of JREG at alpha 1 to the baseline; without seeds where it is not known."""
-    return _known(
-        {
-            seed: what(base.evaluated, jreg.evaluated)
-            for seed, (base, jreg) in evidence.pairs.items()
-            if base.evaluated and jreg.evaluated
-        }
-    )
-
-
-def _known(values: Mapping[int, float | None]) -> dict[int, float]:
-    return {seed: value for seed, value in values.items() if value is not None}
-
-
-def _growth_of(run: Trained) -> float | None:
-    early = run.rise_at(_QUARTER)
-    return None if early is None else run.rise - early
+    return {
+        seed: value
+        for seed, (base, jreg) in evidence.pairs.items()
+        if base.evaluated and jreg.evaluated and (value := what(base.evaluated, jreg.evaluated)) is not None
+    }
 
 
 def _learning_rates(evidence: Evidence) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jreg_megatron.demo import report
 from jreg_megatron.demo.data import DemoData, prepare
+from jreg_megatron.demo.report import report
 from jreg_megatron.demo.training import ALPHA, COEFF, ITERATIONS, Run
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
 
 _SUMMARY, _PICTURE = "summary.json", "report.png"
 
@@ -52,6 +53,7 @@ def _setting(text: str) -> JRegConfig:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    need("vl_convert", "the demo's picture", "demo")
     if args.iterations < 10:
         raise UserError(f"--iterations is {args.iterations}; it must be at least 10")
     output: Path = args.output
@@ -68,10 +70,7 @@ def _demo(args: argparse.Namespace) -> None:
     with tqdm(total=len(runs) * args.iterations, unit="it", dynamic_ncols=True, smoothing=0.1) as bar:
         for index, run in enumerate(runs):
             _train(run, data, bar, index * args.iterations)
-    outcomes = {run.name: report.Outcome.read(run) for run in runs}
-    report.write_summary(outcomes, output / _SUMMARY)
-    report.draw(outcomes, output / _PICTURE)
-    report.print_table(outcomes)
+    report(runs, output / _SUMMARY, output / _PICTURE)
     print(
         f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The paper takes 1 and 1. At alpha 3 the turning "
         "moves to earlier\nlayers, which the jump rate does not show: make demo ARGS='--also 1:3'"

@@ -7,7 +7,6 @@ that Megatron-Core reads, and reuses them on the next call.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -40,31 +39,25 @@ _SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the prepared files are and what they hold.
-
-    Attributes:
-        tokenizer_model: SentencePiece model, for ``--tokenizer-model``.
-        train_prefix: path of the training tokens without ``.bin``/``.idx``, for ``--train-data-path``.
-        validation_prefix: the same for the held-out years, for ``--valid-data-path``.
-        vocab_size: number of pieces; every id in the data is below it.
-        eod_id: id that ends every document; the tokenizer's end-of-sentence piece.
-        train_documents: number of training speeches.
-        validation_documents: number of held-out speeches.
-        train_tokens: training tokens, each document's end token included.
-        validation_tokens: held-out tokens, counted alike.
-        reused: True if the files were there already, False if this call made them.
-    """
+    """Where the prepared files are and what they hold."""
 
     tokenizer_model: Path
+    """SentencePiece model, for ``--tokenizer-model``."""
     train_prefix: Path
+    """Path of the training tokens without ``.bin``/``.idx``, for ``--train-data-path``."""
     validation_prefix: Path
+    """The same for the held-out years, for ``--valid-data-path``."""
     vocab_size: int
+    """Number of pieces; every id in the data is below it."""
     eod_id: int
+    """Id that ends every document; the tokenizer's end-of-sentence piece."""
     train_documents: int
     validation_documents: int
     train_tokens: int
+    """With the end token of each document, as in the held-out ones."""
     validation_tokens: int
     reused: bool
+    """True if the files were there already, False if this call made them."""
 
     def megatron_arguments(self) -> list[str]:
         """The Megatron flags that train on these files, without ``--split``, which they exclude."""
@@ -105,11 +98,15 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
     manifest = _valid_manifest(home, recipe)
     reused = manifest is not None
     if manifest is None:
-        with _writable(folder):
+        try:
             home.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as build:
                 manifest = _build(Path(build), speeches, recipe, progress)
                 _publish(Path(build), home, manifest)
+        except OSError as error:
+            raise UserError(
+                f"the demo data folder {folder} cannot be written ({error.strerror}); name another folder"
+            ) from error
     return DemoData(
         tokenizer_model=home / _TOKENIZER,
         train_prefix=home / _prefix("train"),
@@ -165,7 +162,9 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
         disable=not progress,
     )
     with bar:
-        model = _train_tokenizer(speeches, recipe["vocab_size"])
+        learned = (text for name, text in speeches.items() if not is_validation(name))
+        lines = (line for text in learned for line in text.split("\n") if line)
+        model = vocabulary.train(lines, recipe["vocab_size"])
         (folder / _TOKENIZER).write_bytes(model)
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         bar.set_description("demo data: tokens")
@@ -183,17 +182,6 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
         "tokens": tokens,
         "sha256": {name: _sha256(folder / name) for name in _file_names()},
     }
-
-
-def _train_tokenizer(speeches: dict[str, str], vocab_size: int) -> bytes:
-    lines = (
-        line
-        for name, text in speeches.items()
-        if not is_validation(name)
-        for line in text.split("\n")
-        if line
-    )
-    return vocabulary.train(lines, vocab_size)
 
 
 def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> int:
@@ -218,16 +206,6 @@ def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
     (build / _MANIFEST).write_text(_dump(manifest), encoding="utf-8")
     for name in (*_file_names(), _MANIFEST):
         os.replace(build / name, home / name)
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the demo data folder {folder} cannot be written ({error.strerror}); name another folder"
-        ) from error
 
 
 def _prefix(split: str) -> str:

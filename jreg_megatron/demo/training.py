@@ -7,9 +7,10 @@ import codecs
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.methods.jreg.settings import JRegConfig
@@ -41,7 +42,8 @@ _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jre
 FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
 """Of the demo, for Megatron."""
 
-_ITERATION = re.compile(r"\biteration\s+(\d+)/")
+ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
+"""In a line of Megatron's log: the iteration, and how many there will be."""
 _LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines by \\r
 _CHUNK = 1 << 16
 
@@ -101,7 +103,7 @@ class Run:
         """
 
         def read(line: str) -> None:
-            if found := _ITERATION.search(line):
+            if found := ITERATION.search(line):
                 on_iteration(int(found[1]))
 
         self.folder.mkdir(parents=True)
@@ -109,41 +111,61 @@ class Run:
 
 
 async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:
-    """Run this Python with ``arguments`` and one thread; what it prints goes to ``log`` and to ``on_line``.
-
-    It is ended when the caller is cancelled or dies.
+    """Run this Python with ``arguments`` and one thread; see :func:`logged`.
 
     Raises:
         UserError: if it fails; names ``what`` and the log.
     """
+    # More threads than one a rank only fight over the cores of a laptop.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        status, why = await logged([sys.executable, *arguments], environment, file, on_line)
+    if status != 0:
+        raise UserError(f"{what} ended with status {status}: {why}; all it printed is in {log}")
+
+
+async def logged(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: TextIO,
+    on_line: Callable[[str], None],
+    on_start: Callable[[int], None] = lambda _: None,
+) -> tuple[int, str]:
+    """Run a program; what it prints goes to ``log`` and to ``on_line``, and its number to ``on_start``.
+
+    It is ended when the caller is cancelled or dies.
+
+    Returns:
+        Its exit status, below 0 for a signal, and what it printed that says why it failed.
+
+    Raises:
+        OSError: if it cannot be started.
+    """
     why = LastError()
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        # More threads than one a rank only fight over the cores of a laptop.
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        *command,
+        env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         preexec_fn=end_with_the_parent,
     )
+    on_start(process.pid)
     assert process.stdout is not None
     try:
-        with log.open("w", encoding="utf-8") as file:
-            decoder, last = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
-            while chunk := await process.stdout.read(_CHUNK):
-                text = decoder.decode(chunk)
-                file.write(text)
-                file.flush()
-                *lines, last = _LINE_END.split(last + text)
-                for line in lines:
-                    why.read(line)
-                    on_line(line)
-            why.read(last)
+        decoder, last = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+        while chunk := await process.stdout.read(_CHUNK):
+            text = decoder.decode(chunk)
+            log.write(text)
+            log.flush()
+            *lines, last = _LINE_END.split(last + text)
+            for line in lines:
+                why.read(line)
+                on_line(line)
+        why.read(last)
         status = await process.wait()
     finally:
         if process.returncode is None:
             process.terminate()
             await process.wait()
-    if status != 0:
-        raise UserError(f"{what} ended with status {status}: {why}; all it printed is in {log}")
+    return status, str(why)

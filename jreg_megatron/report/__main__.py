@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,21 +12,21 @@ from jreg_megatron.paper import SIZES
 from jreg_megatron.report.check import printable
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
-from jreg_megatron.runtime.output import STDOUT, check_outputs, write_text
+from jreg_megatron.runtime.output import STDOUT, check_outputs, write_bytes, write_text
 
 if TYPE_CHECKING:
-    from jreg_megatron.report.figures import Figure
+    from jreg_megatron.report.compose import Report
 
 _EPILOG = """\
-An INPUT is one of these, in any number and mixture:
+Give one or more of these as INPUT:
   FILE.json      what measure --json or evaluate --json wrote
   summary.json   what the demo or a sweep wrote
   a folder       TensorBoard files of a training run, or a folder with tensorboard/ or summary.json in it
 
-Entries of one name that differ in their step are shown over training, if they were measured alike. A
-training run joins the model of its name whose checkpoints lie in its folder or are its --save. The page
-opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a mistake in the
-command or the input.
+Several steps of one name are drawn over training if they were measured in the same way. A training run
+and a model of the same name are one entry if the model's checkpoints lie in the run's folder or in its
+--save. The page opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a
+mistake in the command or the input.
 """
 
 
@@ -53,8 +52,7 @@ def _arguments() -> argparse.Namespace:
         "--paper",
         type=str.lower,
         choices=SIZES,
-        help="lay the paper's displacement per layer of this model, its baseline's and alpha 1's, under the "
-        "measured ones",
+        help="draw the paper's displacement per layer of this model too, of its baseline and of alpha 1",
     )
     parser.add_argument("--title", default="The last-layer jump", help="heading (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no notes, only errors")
@@ -62,78 +60,60 @@ def _arguments() -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from jreg_megatron.report.reading import files_read, read
-
-    paths = [Path(text) for text in args.inputs]
-    with _named(f"--output is {printable(args.output)}"):
-        check_outputs(output=args.output)
-    inputs = files_read(paths)
-    if args.output != STDOUT and os.path.realpath(args.output) in inputs:
-        raise UserError(f"--output is {printable(args.output)}, which is an input; name another file")
-    folder = _made(args.figures) if args.figures else None
-    for package in ("altair", "jinja2", "vl_convert"):
+    for package in ("jinja2", "vl_convert"):
         need(package, "report", "analysis")
     from jreg_megatron.report.compose import compose
     from jreg_megatron.report.page import render
     from jreg_megatron.report.paper_profiles import PaperProfiles
+    from jreg_megatron.report.reading import files_read, read
 
+    paths = [Path(text) for text in args.inputs]
+    output = printable(args.output)
+    try:
+        check_outputs(output=args.output)
+    except OSError as error:
+        raise UserError(
+            f"--output is {output}, which cannot be written: {error.strerror}; name another"
+        ) from error
+    inputs = files_read(paths)
+    if args.output != STDOUT and os.path.realpath(args.output) in inputs:
+        raise UserError(f"--output is {output}, which is an input; name another file")
+    figures = printable(args.figures or "")
+    try:
+        if args.figures:
+            Path(args.figures).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--figures is {figures}, which cannot be made: {error.strerror}") from error
     report = compose(read(paths), PaperProfiles(args.paper) if args.paper else None)
-    pictures = {} if folder is None else {folder / name: data for name, data in _drawn(report.figures)}
+    pictures = {Path(args.figures) / name: data for name, data in _drawn(report)} if args.figures else {}
     for path in pictures:
-        if os.path.isdir(path) or os.path.realpath(path) in inputs:
-            what = "a folder" if os.path.isdir(path) else "an input"
-            raise UserError(
-                f"--figures is {printable(args.figures)}, where {path.name} is {what}; name another folder"
-            )
-    page = render(printable(args.title), report.subtitle, report.sections)
-    with _named(f"--output is {printable(args.output)}"):
-        write_text(args.output, page)
+        if path.is_dir() or os.path.realpath(path) in inputs:
+            what = "a folder" if path.is_dir() else "an input"
+            raise UserError(f"--figures is {figures}, where {path.name} is {what}; name another folder")
+    write_text(args.output, render(printable(args.title), report.subtitle, report.sections))
     for path, data in pictures.items():
-        with _named(f"--figures is {printable(args.figures)}"):
-            _write(path, data)
+        try:
+            write_bytes(str(path), data)
+        except UserError as error:
+            raise UserError(f"--figures is {figures}: {error}") from error
     if not args.quiet and args.output != STDOUT:
-        print(f"Page: {printable(args.output)}")
+        print(f"Page: {output}")
         if pictures:
-            print(f"Pictures: {len(pictures) // 2}, each as SVG and PNG, in {printable(args.figures)}")
+            print(f"Pictures: {len(pictures) // 2}, each as SVG and PNG, in {figures}")
 
 
-@contextmanager
-def _named(setting: str) -> Iterator[None]:
-    """Name the setting whose file the system refused."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{setting}, which cannot be written: {error.strerror}; name another") from error
-
-
-def _made(text: str) -> Path:
-    folder = Path(text)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--figures is {printable(text)}, which cannot be made: {error.strerror}") from error
-    return folder
-
-
-def _drawn(figures: Sequence[Figure]) -> Iterator[tuple[str, bytes]]:
+def _drawn(report: Report) -> Iterator[tuple[str, bytes]]:
     """Each figure, one for each choice of the last layer, as files with their names."""
-    for figure in figures:
+    from jreg_megatron.report.charts import pictures
+
+    for figure in report.figures:
         states = next((choice.options for choice in figure.choices if choice.field == "state"), None)
         for state, words in (states or {"": ""}).items():
             name = f"{figure.name}_{state}" if states else figure.name
             title = f"{figure.title} ({words})" if states else figure.title
-            svg, png = figure.chart.pictures(title, figure.convention, **({"state": state} if states else {}))
+            svg, png = pictures(title, [[("", figure.chart)]], figure.convention, chosen={"state": state})
             yield f"{name}.svg", svg.encode()
             yield f"{name}.png", png
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@ expression, a field or an address: names of models are values, and no more.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from statistics import median
 from textwrap import wrap
 from typing import Any, Literal
 
-import altair as alt
 import vl_convert
 
-Row = dict[str, str | float | int | None]
+Row = dict[str, Any]
 
 # The Okabe-Ito palette, told apart in every kind of colour vision; grey for its black, which also shows on
 # a dark page.
@@ -36,11 +36,46 @@ SYMBOLS = {
 BANDS = 8
 """Bands of more models than these would hide each other."""
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+VEGA_LITE: str = vl_convert.get_vegalite_versions()[-1]
+_SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
 _WIDTH, _HEIGHT = 720, 330
-_LEGEND_COLUMNS_WIDTH = 200
+_LEGEND_WIDTH = 200  # of one of its columns
+_LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
+"""What tells models apart: a model may have the colour of one of the chart beside it."""
+_LEGEND = {
+    "orient": "bottom",
+    "title": None,
+    "labelLimit": _LEGEND_WIDTH + 60,
+    "symbolSize": 70,
+    "symbolOpacity": 1,
+    "symbolLimit": 0,
+}
+_IS_THIN = "indexof(thin, datum.model) >= 0"
+_MAP_AXES = {"step": "training step", "layer": "layer"}
 _LETTERS = 100
+_FEW_TICKS = 10
+_DWARFS = 8.0
+"""The largest value over the median one, from which on a linear axis hides most of them."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
+_GREY = "#5b6470"
+_CONFIG = {
+    "font": _FONT,
+    "aria": False,
+    "view": {"stroke": None},
+    "axis": {
+        "gridColor": "#e3e6ea",
+        "domainColor": "#8a929c",
+        "tickColor": "#8a929c",
+        "labelColor": _GREY,
+        "titleColor": _GREY,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+    },
+    "legend": {"labelColor": _GREY, "titleColor": _GREY, "labelFontSize": 12, "titleFontWeight": "normal"},
+    "title": {"color": "#1b1f24"},
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +105,32 @@ class Axis:
     """Of its values, in d3's words."""
     whole: bool = False
     """Whether its values are integers."""
-    scale: Literal["linear", "log", "symlog"] = "linear"
+    scale: Literal["linear", "log", "symlog", "auto"] = "linear"
+    """"auto" is linear unless that would hide most of the values."""
     zero: bool = False
     """Whether a linear axis begins at 0."""
     ticks: tuple[float, ...] = ()
-    """Of an axis that is not linear."""
+    """Where Vega is not to choose them."""
+
+    def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
+        """This axis for the values of a field, with its ticks, and no longer "auto"."""
+        values = sorted({float(row[field]) for row in rows} if self.whole else [row[field] for row in rows])
+        above = [value for value in values if value > 0]
+        scale = self.scale
+        if scale == "auto" and self.whole:  # steps may be chosen to lie far apart, as Pythia's
+            is_far = len(values) >= 5 and values[-1] >= 20 * median(values)
+            scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
+        elif scale == "auto":
+            scale = "log" if above and values[0] >= 0 and above[-1] > _DWARFS * median(above) else "linear"
+        if scale == "linear" and self.whole and values[-1] - values[0] < _FEW_TICKS:
+            # Vega would also draw halves, and call them by the next whole number.
+            return replace(self, scale=scale, ticks=tuple(range(round(values[0]), round(values[-1]) + 1)))
+        if scale == "linear" or self.ticks or not above:
+            return replace(self, scale=scale)
+        ends = [row[end] for row in rows if field == "y" for end in ("low", "high") if row.get(end)]
+        ends = [end for end in (*ends, *above) if end > 0]
+        ticks = log_ticks(min(ends), max(ends))
+        return replace(self, scale=scale, ticks=(0, *ticks) if scale == "symlog" else ticks)
 
 
 @dataclass(frozen=True)
@@ -82,47 +138,89 @@ class Chart:
     """A picture without its size, colours of the page and rows."""
 
     spec: dict[str, Any]
+    params: list[dict[str, Any]]
     rows: list[Row]
 
     def interactive(self) -> dict[str, Any]:
         """The specification for the page: as wide as its place, without legend and background."""
-        return self._with(width="container", background=None)
+        return self._whole("container")
 
     def svg(self, name: str) -> str:
         """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
-        return _convert(self._with(width=_WIDTH, background=None), name)
+        return _convert(self._whole(_WIDTH), name)
 
-    def pictures(self, title: str, subtitle: str = "", **chosen: str) -> tuple[str, bytes]:
-        """SVG and PNG that stand alone: on white, with titles and legend, and with parameters as chosen."""
-        spec = self._with(width=_WIDTH, background="white")
-        spec["title"] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
-        spec["title"] |= {"subtitle": wrap(subtitle, _LETTERS), "subtitleFontSize": 12} if subtitle else {}
-        spec["padding"] = 14
-        spec["params"] = [
-            p | ({"value": chosen[p["name"]]} if p["name"] in chosen else {}) for p in spec["params"]
-        ]
-        spec = json.loads(json.dumps(spec))
-        for layer in spec.get("layer", []):
-            for channel in ("color", "shape", "strokeDash"):
-                if "legend" in (encoding := layer.get("encoding", {}).get(channel, {})):
-                    encoding["legend"] = _legend(spec)
-        svg = _convert(spec, "figure")
-        return svg, vl_convert.svg_to_png(svg, scale=2)
-
-    def _with(self, **changes: Any) -> dict[str, Any]:
-        return self.spec | {"datasets": {"rows": self.rows}} | changes
+    def _whole(self, width: int | str) -> dict[str, Any]:
+        return self.spec | {
+            "$schema": _SCHEMA,
+            "config": _CONFIG,
+            "background": None,
+            "width": width,
+            "autosize": {"type": "fit-x", "contains": "padding"},
+            "params": self.params,
+            "data": {"name": "rows"},
+            "datasets": {"rows": self.rows},
+        }
 
 
-def _legend(spec: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "orient": "bottom",
-        "title": None,
-        "columns": _WIDTH // _LEGEND_COLUMNS_WIDTH,
-        "labelLimit": _LEGEND_COLUMNS_WIDTH + 60,
-        "symbolSize": 70,
-        "symbolOpacity": 1,
-        "symbolLimit": 0,
-    }
+def pictures(
+    title: str,
+    rows: Sequence[Sequence[tuple[str, Chart]]],
+    subtitle: str = "",
+    *,
+    width: int = _WIDTH,
+    chosen: Mapping[str, str] | None = None,
+) -> tuple[str, bytes]:
+    """SVG and PNG to be used outside of the page: charts in rows, on white, with titles and legends.
+
+    Charts in a row share their vertical axis if it has one title. Two charts with one legend have it once.
+
+    Args:
+        title, subtitle: above all of them.
+        rows: each chart with its title.
+        width: of a chart, in pixels of the SVG; the PNG has twice as many.
+        chosen: values of the charts' parameters.
+    """
+    datasets: dict[str, list[Row]] = {}
+    params: dict[str, Any] = {}
+    domains: list[Any] = []
+    placed = []
+    for row in rows:
+        panels = []
+        for name, chart in row:
+            data = f"rows{len(datasets)}"
+            datasets[data] = chart.rows
+            params |= {param["name"]: param for param in chart.params}
+            panel = deepcopy(chart.spec) | {"width": width, "data": {"name": data}}
+            panel["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
+            channels = [
+                layer["encoding"].get(name, {}) for layer in panel.get("layer", []) for name in _LOOKS
+            ]
+            if (domain := [found["scale"]["domain"] for found in channels if found]) not in domains:
+                domains.append(domain)
+                for found in filter(None, channels):
+                    found["legend"] = _LEGEND | {"columns": len(row) * width // _LEGEND_WIDTH}
+            panels.append(panel)
+        titles = {panel["layer"][-1]["encoding"]["y"]["title"] for panel in panels if "layer" in panel}
+        scales = _LOOKS | {"y": "shared" if len(titles) == 1 else "independent"}
+        placed.append({"hconcat": panels, "spacing": 30, "resolve": {"scale": scales}})
+    heading: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
+    letters = _LETTERS * max(map(len, rows), default=1) * width // _WIDTH
+    heading |= {"subtitle": wrap(subtitle, letters), "subtitleFontSize": 12} if subtitle else {}
+    svg = _convert(
+        {
+            "$schema": _SCHEMA,
+            "title": heading,
+            "background": "white",
+            "padding": 14,
+            "config": _CONFIG,
+            "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
+            "datasets": datasets,
+            "vconcat": placed,
+            "resolve": {"scale": _LOOKS},
+        },
+        "figure",
+    )
+    return svg, vl_convert.svg_to_png(svg, scale=2)
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
@@ -166,60 +264,70 @@ def lines(
     choices = choices or {}
     labels, styles = [label for label, _ in models], [style for _, style in models]
     picked = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
-    colour = alt.Color("model:N", legend=None).scale(domain=labels, range=[s.colour for s in styles])
-    shape = alt.Shape("model:N", legend=None).scale(domain=labels, range=[s.symbol for s in styles])
-    dash = alt.StrokeDash("model:N", legend=None).scale(domain=labels, range=[list(s.dash) for s in styles])
-    is_thin = "indexof(thin, datum.model) >= 0"
-    width, size = (
-        alt.condition(is_thin, alt.value(thin), alt.value(usual)) for thin, usual in ((1, 2), (14, 46))
-    )
-    opacity = alt.condition(picked, alt.value(1), alt.value(0.12))
-    base = alt.Chart().encode(x=_position(alt.X("x:Q"), x), color=colour)
-    tooltip = [
-        alt.Tooltip("model:N", title="model"),
-        alt.Tooltip("x:Q", title=x.title, format="," if x.whole else x.format),
-        alt.Tooltip("y:Q", title=y.title, format=y.format),
-        *(
-            alt.Tooltip(f"{field}:Q", title=title, format=y.format)
-            for field, title in {"low": "band from", "high": "band to"}.items()
-            if band
-        ),
-    ]
-    vertical = _position(alt.Y("y:Q"), y)
-    layers: list[alt.Chart] = []
+
+    def look(values: list[Any]) -> dict[str, Any]:
+        return _field("model", "nominal") | {"legend": None, "scale": {"domain": labels, "range": values}}
+
+    def thin(value: int, usual: int) -> dict[str, Any]:
+        return {"condition": {"test": _IS_THIN, "value": value}, "value": usual}
+
+    tips = {"x": (x.title, "," if x.whole else x.format), "y": (y.title, y.format)}
+    tips |= {"low": ("band from", y.format), "high": ("band to", y.format)} if band else {}
+    tooltip = [_field("model", "nominal") | {"title": "model"}]
+    tooltip += [_field(name) | {"title": title, "format": form} for name, (title, form) in tips.items()]
+    base = {"x": _position("x", x), "color": look([style.colour for style in styles])}
+    value = base | {
+        "y": _position("y", y),
+        "opacity": {"condition": {"test": picked, "value": 1}, "value": 0.12},
+    }
     faint = min(0.22, 0.6 / len(models)) if len(models) <= BANDS else 0
-    if band:
-        layers.append(
-            base.mark_area().encode(
-                y=_position(alt.Y("low:Q"), y),
-                y2="high:Q",
-                opacity=alt.value(0),
-            )
-        )
+    opacity = [{"test": "length(picked) == 0", "value": faint}, {"test": picked, "value": 0.25}]
+    area = {"y": _position("low", y), "y2": {"field": "high"}, "opacity": {"condition": opacity, "value": 0}}
+    layers: list[dict[str, Any]] = [{"mark": {"type": "area"}, "encoding": base | area}] if band else []
     if rule is not None:
-        layers.append(alt.Chart().mark_rule(strokeDash=[4, 4], color="#767676").encode(y=alt.datum(rule)))
-    layers.append(base.mark_line().encode(y=vertical, strokeDash=dash, strokeWidth=width, opacity=opacity))
-    layers.append(
-        base.mark_point(filled=True).encode(
-            y=vertical, shape=shape, size=size, opacity=opacity, tooltip=tooltip
-        )
-    )
-    chart = alt.layer(*layers, data=alt.NamedData("rows"))
+        mark = {"type": "rule", "strokeDash": [4, 4], "color": "#767676"}
+        layers.append({"mark": mark, "encoding": {"y": {"datum": rule}}})
+    dash = {"strokeDash": look([list(style.dash) for style in styles]), "strokeWidth": thin(1, 2)}
+    shape = {"shape": look([style.symbol for style in styles]), "size": thin(14, 46), "tooltip": tooltip}
+    layers.append({"mark": {"type": "line"}, "encoding": value | dash})
+    layers.append({"mark": {"type": "point", "filled": True}, "encoding": value | shape})
+    is_log = y.scale == "log"
     filters = [f"datum.{name} === {name}" for name in choices]
-    filters += ["scale !== 'log' || datum.y > 0"] if y.scale == "log" else []
-    spec = _finish(chart, filters)
-    if band:
-        spec["layer"][0]["encoding"]["opacity"]["condition"] = [
-            {"test": "length(picked) == 0", "value": faint},
-            {"test": picked, "value": 0.25},
-        ]
-    spec["params"] = [
-        {"name": "picked", "value": []},
-        {"name": "thin", "value": [label for label, style in models if style.thin]},
-        *({"name": name, "value": value} for name, value in choices.items()),
-        *([{"name": "scale", "value": "log"}] if y.scale == "log" else []),
+    filters += ["scale !== 'log' || datum.y > 0"] if is_log else []
+    thin_ones = [label for label, style in models if style.thin]
+    params = {"picked": [], "thin": thin_ones} | choices | ({"scale": "log"} if is_log else {})
+    return _chart({"layer": layers}, filters, params, rows)
+
+
+def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
+    """Add a faint point for each seed to a chart of :func:`lines`, and draw intervals as bars.
+
+    Thin models keep their bands.
+
+    Args:
+        chart: with bands.
+        seeds: ``model``, ``x`` and ``seed``, the seed's value.
+    """
+    spec, is_mean = deepcopy(chart.spec), "isValid(datum.y)"
+    for layer in spec["layer"]:
+        layer["transform"] = [{"filter": is_mean}]
+    spec["layer"][0]["transform"].append({"filter": _IS_THIN})
+    line = spec["layer"][-1]["encoding"]
+    of_model = {"x": line["x"], "color": line["color"]}
+    y = {key: line["y"][key] for key in ("axis", "scale", "title", "type")}
+    spec["layer"] += [
+        {
+            "mark": {"type": "rule", "strokeWidth": 1.5},
+            "transform": [{"filter": f"{is_mean} && !({_IS_THIN})"}],
+            "encoding": of_model | {"y": y | {"field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 36, "opacity": 0.35},
+            "transform": [{"filter": "isValid(datum.seed)"}],
+            "encoding": of_model | {"y": y | {"field": "seed"}},
+        },
     ]
-    return Chart(spec, rows)
+    return replace(chart, spec=spec, rows=chart.rows + seeds)
 
 
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
@@ -230,65 +338,60 @@ def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
         low, high: ends of the colour scale; equal for all maps of a page.
         height: in pixels.
     """
-    scale = alt.Scale(type="log", domain=[low, high], scheme="viridis", clamp=True)
-    legend = alt.Legend(title="displacement", format=".2~g", gradientLength=min(height, 200), tickCount=4)
-    chart = (
-        alt.Chart(alt.NamedData("rows"))
-        .mark_rect()
-        .encode(
-            x=alt.X("step:O", title="training step").axis(
-                labelAngle=0, labelOverlap=True, labelSeparation=6, format=","
-            ),
-            y=alt.Y("layer:O", title="layer", sort="descending").axis(labelOverlap=True, labelSeparation=6),
-            color=alt.Color("value:Q", scale=scale, legend=legend),
-            tooltip=[
-                alt.Tooltip("step:O", title="training step", format=","),
-                alt.Tooltip("layer:O", title="layer"),
-                alt.Tooltip("exact:Q", title="displacement", format=".4~g"),
-            ],
-        )
-    )
-    spec = _finish(chart, ["datum.state === state"], height)
-    spec["params"] = [{"name": "state", "value": "pre_norm"}]
-    return Chart(spec, rows)
-
-
-def _position(channel: Any, axis: Axis) -> Any:
-    form = ",d" if axis.whole else ".6~g"
-    if axis.ticks:
-        # The page takes scale and ticks away when it changes the axis to a linear one.
-        scale = alt.Scale(type=axis.scale, nice=False, padding=10)
-        ticks = alt.Axis(format=form, values=axis.ticks, labelOverlap=True, labelSeparation=6)
-    elif axis.whole:
-        scale = alt.Scale(nice=False, zero=False, padding=8)
-        ticks = alt.Axis(format=form, labelOverlap=True, labelSeparation=6, tickMinStep=1)
-    else:
-        scale, ticks = alt.Scale(zero=axis.zero), alt.Axis(format=form, tickCount=6)
-    return channel.title(axis.title).scale(scale).axis(ticks)
-
-
-def _finish(chart: alt.TopLevelMixin, filters: list[str], height: int = _HEIGHT) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.to_dict()
-    grey = "#5b6470"
-    spec["config"] = {
-        "font": _FONT,
-        "aria": False,
-        "view": {"stroke": None},
-        "axis": {
-            "gridColor": "#e3e6ea",
-            "domainColor": "#8a929c",
-            "tickColor": "#8a929c",
-            "labelColor": grey,
-            "titleColor": grey,
-            "labelFontSize": 12,
-            "titleFontSize": 12,
-            "titleFontWeight": "normal",
-            "titlePadding": 8,
+    spaced = {"labelOverlap": True, "labelSeparation": 6}
+    step, layer = (_field(name, "ordinal") | {"title": title} for name, title in _MAP_AXES.items())
+    turn = {
+        "legend": {
+            "title": "displacement",
+            "format": ".2~g",
+            "gradientLength": min(height, 200),
+            "tickCount": 4,
         },
-        "legend": {"labelColor": grey, "titleColor": grey, "labelFontSize": 12, "titleFontWeight": "normal"},
-        "title": {"color": "#1b1f24"},
+        "scale": {"type": "log", "domain": [low, high], "scheme": "viridis", "clamp": True},
     }
-    spec["height"] = height
-    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    spec["transform"] = [{"filter": text} for text in filters]
-    return spec
+    encoding = {
+        "x": step | {"axis": {"labelAngle": 0, "format": ","} | spaced},
+        "y": layer | {"sort": "descending", "axis": spaced},
+        "color": _field("value") | turn,
+        "tooltip": [
+            step | {"format": ","},
+            layer,
+            _field("exact") | {"title": "displacement", "format": ".4~g"},
+        ],
+    }
+    spec = {"mark": {"type": "rect"}, "encoding": encoding}
+    return _chart(spec, ["datum.state === state"], {"state": "pre_norm"}, rows, height)
+
+
+def _field(name: str, kind: str = "quantitative") -> dict[str, Any]:
+    return {"field": name, "type": kind}
+
+
+def _position(name: str, axis: Axis) -> dict[str, Any]:
+    """A field along an axis, for a channel of place."""
+    ticks: dict[str, Any] = {"format": ",d" if axis.whole else ".6~g"}
+    spaced = {"labelOverlap": True, "labelSeparation": 6}
+    assert axis.scale != "auto", "the axis is fitted to no rows yet"
+    if axis.scale != "linear":
+        # The page takes scale and ticks away when it changes the axis to a linear one.
+        scale: dict[str, Any] = {"type": axis.scale, "nice": False, "padding": 10}
+        ticks |= spaced
+    elif axis.whole:
+        scale = {"nice": False, "zero": False, "padding": 8}
+        ticks |= {"tickMinStep": 1} | spaced
+    else:
+        scale = {"zero": axis.zero}
+        ticks |= {"tickCount": 6}
+    ticks |= {"values": axis.ticks} if axis.ticks else {}
+    return _field(name) | {"title": axis.title, "scale": scale, "axis": ticks}
+
+
+def _chart(
+    spec: dict[str, Any],
+    filters: Sequence[str],
+    params: Mapping[str, Any],
+    rows: list[Row],
+    height: int = _HEIGHT,
+) -> Chart:
+    spec |= {"height": height, "transform": [{"filter": text} for text in filters]}
+    return Chart(spec, [{"name": name, "value": value} for name, value in params.items()], rows)

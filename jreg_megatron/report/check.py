@@ -1,15 +1,27 @@
-"""Values of a JSON file that know where they lie, so that a wrong one is named with its file and field."""
+"""JSON files that are read against a schema; a wrong value is named with its file and its place there."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jreg_megatron.runtime.errors import UserError
 
 _SHOWN = 40
+_TOO_LARGE = 2**1000  # a float ends near 2**1024
+# What pydantic asks for, in a reader's words. Our own errors say it themselves.
+_MUST = {
+    **dict.fromkeys(("model_type", "dict_type"), "an object"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    "bool_type": "true or false",
+    "too_short": "one with at least one entry",
+    "too_long": "a pair",
+}
 
 
 def printable(text: str) -> str:
@@ -26,126 +38,117 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:head]}…{text[head + 1 - length :]}"
 
 
-class Field:
-    """A value of a JSON file, with its file and its place there.
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
 
-    Every method raises a :class:`UserError` that names both if the value is not what was asked for.
+    Raises:
+        UserError: if it cannot be read or is no JSON.
     """
+    file = printable(str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no JSON: it is not UTF-8 text") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise UserError(f"{file} is no JSON that can be read: {printable(str(error))}") from error
 
-    def __init__(self, file: str, value: Any, place: str = "") -> None:
-        self.file, self.value, self.place = file, value, place
 
-    @classmethod
-    def read(cls, path: Path) -> Field:
-        """The content of a JSON file.
+def checked(path: Path, schema: Any, value: Any) -> Any:
+    """``value``, the content of a JSON file, as ``schema``: a pydantic model, a dataclass or another type.
 
-        Raises:
-            UserError: if it cannot be read or is no JSON.
-        """
-        file = printable(str(path))
-        try:
-            return cls(file, json.loads(path.read_text(encoding="utf-8-sig")))
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is no JSON: it is not UTF-8 text") from error
-        except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-            raise UserError(f"{file} is no JSON that can be read: {printable(str(error))}") from error
+    Raises:
+        UserError: that names the file, the first field that is wrong, its value and what it must be.
+    """
+    file = printable(str(path))
+    try:
+        return TypeAdapter(schema).validate_python(value, context={"file": file, "layers": 0})
+    except ValidationError as error:
+        raise UserError(f"{file}: {_wrong(error.errors()[0])}") from error
 
-    def fail(self, must: str) -> NoReturn:
-        """Refuse the value: it must be what ``must`` says."""
-        found = self.value
-        if isinstance(found, (dict, list)):
-            shown = f"a list of {len(found)}" if isinstance(found, list) else f"an object of {len(found)}"
-        elif isinstance(found, int) and abs(found) > 10**_SHOWN:
-            shown = "a number too large"
-        else:
-            shown = shortened(json.dumps(found, ensure_ascii=False), _SHOWN)
-        raise UserError(f"{self.file}: {self.place or 'the whole'} is {shown}; it must be {must}")
 
-    def get(self, key: str) -> Field | None:
-        """The field ``key`` of this object; None where it is missing or null."""
-        if not isinstance(self.value, dict):
-            self.fail("an object")
-        value = self.value.get(key)
-        return None if value is None else Field(self.file, value, self._below(key))
+def refuse(must: str, *at: str, **found: Any) -> PydanticCustomError:
+    """What a validator raises: its value, or with ``value`` that one ``at`` a place below it, is wrong."""
+    return PydanticCustomError("wrong", "wrong", {"must": must, "at": at, **found})
 
-    def __getitem__(self, key: str) -> Field:
-        found = self.get(key)
-        if found is None:
-            what = "null" if key in self.value else "missing"
-            raise UserError(f"{self.file}: {self._below(key)} is {what}; it is needed")
-        return found
 
-    def fields(self) -> dict[str, Field]:
-        """This object's fields by name."""
-        if not isinstance(self.value, dict):
-            self.fail("an object")
-        return {key: Field(self.file, value, self._below(key)) for key, value in self.value.items()}
+def number(low: float = -math.inf, high: float = math.inf) -> BeforeValidator:
+    """Of a finite number in ``low`` .. ``high``, which rounding may miss by a millionth."""
+    wanted = "a finite number"
+    if low > -math.inf:
+        wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
+    slack = 1e-6 * (high - low) if math.isfinite(high - low) else 0.0
 
-    def entries(self, length: int | None = None) -> list[Field]:
-        """This list's entries; ``length`` is how many there must be."""
-        if not isinstance(self.value, list):
-            self.fail("a list" if length is None else f"a list of {length} numbers")
-        if length is not None and len(self.value) != length:
-            self.fail(f"a list of {length} numbers")
-        return [Field(self.file, value, f"{self.place}[{n}]") for n, value in enumerate(self.value)]
+    def check(value: Any) -> float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and abs(value) < _TOO_LARGE and low - slack <= value <= high + slack):
+            raise refuse(wanted)
+        return min(max(float(value), low), high)
 
-    def text(self) -> str:
-        """A string that is not empty."""
-        if not isinstance(self.value, str) or not self.value:
-            self.fail("a text")
-        return self.value
+    return BeforeValidator(check)
 
-    def one_of(self, *choices: str) -> str:
-        """One of a few strings."""
-        if self.value not in choices:
-            self.fail(" or ".join(choices))
-        return str(self.value)
 
-    def flag(self) -> bool:
-        """true or false."""
-        if not isinstance(self.value, bool):
-            self.fail("true or false")
-        return self.value
+def whole(low: int = 0) -> BeforeValidator:
+    """Of an integer of at least ``low``."""
 
-    def whole(self, low: int = 0) -> int:
-        """An integer of at least ``low``."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or not low <= self.value < 2**53:
-            self.fail(f"an integer >= {low}")
-        return self.value
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**53:
+            raise refuse(f"an integer >= {low}")
+        return value
 
-    def number(self, low: float = -math.inf, high: float = math.inf) -> float:
-        """A finite number in ``low`` .. ``high``, which rounding may miss by a millionth."""
-        wanted = "a finite number"
-        if low > -math.inf:
-            wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
-            self.fail(wanted)
-        if (isinstance(self.value, int) and abs(self.value) > 2**1000) or not math.isfinite(self.value):
-            self.fail(wanted)
-        slack = 1e-6 * (high - low) if high < math.inf and low > -math.inf else 0.0
-        if not low - slack <= self.value <= high + slack:
-            self.fail(wanted)
-        return min(max(float(self.value), low), high)
+    return BeforeValidator(check)
 
-    def numbers(
-        self, length: int | None = None, low: float = -math.inf, high: float = math.inf
-    ) -> tuple[float, ...]:
-        """A list of such numbers."""
-        return tuple(entry.number(low, high) for entry in self.entries(length))
 
-    def interval(self) -> tuple[float, float]:
-        """Two numbers, the lower end first."""
-        low, high = self.numbers(2)
-        if low > high:
-            self.fail("the lower end before the upper end")
-        return low, high
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise refuse("a text")
+    return value
 
-    def _below(self, key: str) -> str:
-        name = key if key.isidentifier() and len(key) <= _SHOWN else f'["{shortened(key, _SHOWN)}"]'
-        return f"{self.place}.{name}" if self.place and not name.startswith("[") else f"{self.place}{name}"
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise refuse("a text")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+NULL_IS_EMPTY = BeforeValidator(lambda value: {} if value is None else value)
+"""Of an object: null is one without entries."""
+# Pydantic's own text refuses half a pair of UTF-16, which JSON may hold.
+Name = Annotated[str, PlainValidator(str)]
+"""The name of a field."""
+Text = Annotated[str, PlainValidator(_text)]
+"""A text that is not empty."""
+Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_EMPTY]
+"""An object's values as text; null, true and numbers as JSON writes them."""
+
+
+def _wrong(error: ErrorDetails) -> str:
+    """Which field is wrong, what it is and what it must be."""
+    about = error.get("ctx", {})
+    place, value = "", about.get("value", error["input"])
+    for part in (*error["loc"], *about.get("at", ())):
+        place = f"{place}[{part}]" if isinstance(part, int) else _below(place, part)
+    if error["type"] == "missing" or value is None:
+        return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
+    must = about.get("must") or about.get("expected", "").replace("'", "") or _MUST.get(error["type"])
+    return f"{place or 'the whole'} is {_shown(value)}; it must be {must or error['msg']}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, int) and abs(value) > 10**_SHOWN:
+        return "a number too large"
+    return shortened(json.dumps(value, ensure_ascii=False), _SHOWN)
+
+
+def _below(place: str, key: str) -> str:
+    name = key if key.isidentifier() and len(key) <= _SHOWN else f'["{shortened(key, _SHOWN)}"]'
+    return f"{place}.{name}" if place and not name.startswith("[") else f"{place}{name}"

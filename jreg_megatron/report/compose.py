@@ -14,19 +14,20 @@ from jreg_megatron.report.page import Section
 from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.runtime.errors import UserError
 
-_OF = {
-    "layers": ("displacement",),
-    "training": ("jump_rate", "validation_loss"),
-    "maps": ("heat_map",),
-    "middle": ("read_out", "lens", "early_exit", "layer_drop"),
-}
+# Sections of figures: name, title, and what the names of their figures begin with.
+_OF_FIGURES = (
+    ("layers", "Displacement", ("displacement",)),
+    ("training", "Over training", ("jump_rate", "validation_loss")),
+    ("maps", "Layers over training", ("heat_map",)),
+    ("middle", "Middle layers", ("read_out", "lens", "early_exit", "layer_drop")),
+)
 _FEW = 12
-_TITLES = {
-    "layers": "Displacement",
-    "training": "Over training",
-    "maps": "Layers over training",
-    "middle": "Middle layers",
-}
+_ABOUT_SCORES = "Scores with their intervals in brackets."
+_ABOUT_DIFFERENCES = (
+    " A difference is one model less the other, on the same samples. A small p value says that chance alone "
+    "would seldom make it so large. An adjusted one allows for several tests. Chance is that of the samples: "
+    "the same models trained anew, with other seeds, may differ by more or less."
+)
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,17 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
             tables=(tables.headline(models, first),),
         )
     ]
-    for name, prefixes in _OF.items():
-        mine = tuple(figure for figure in drawn if figure.name.startswith(prefixes))
-        if mine:
-            sections.append(Section(name, _TITLES[name], figures=mine))
+    for name, title, prefixes in _OF_FIGURES:
+        if mine := tuple(figure for figure in drawn if figure.name.startswith(prefixes)):
+            sections.append(Section(name, title, figures=mine))
     scores = [tables.tasks(models), *(tables.comparison(*entry) for entry in compared)]
     found = tuple(table for table in scores if table is not None)
     if found:
-        notes = tuple(shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes)
-        sections.append(Section("tasks", "Tasks", _about_tasks(inputs), tables=found, notes=notes))
+        notes = tuple(
+            shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes or ()
+        )
+        about = _ABOUT_SCORES + (_ABOUT_DIFFERENCES if inputs.comparisons else "")
+        sections.append(Section("tasks", "Tasks", about, tables=found, notes=notes))
     differing, every = tables.settings(models)
     if every:
         shown = () if differing is None else (differing,)
@@ -99,28 +102,16 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
     return Report(count, sections)
 
 
-def _about_tasks(inputs: Inputs) -> str:
-    text = "Scores with their intervals in brackets."
-    if inputs.comparisons:
-        text += (
-            " A difference is one model less the other, on the same samples; a small p value says that "
-            "chance alone would seldom make it so large; adjusted, it allows for several tests. Chance is "
-            "that of the samples: the same models trained anew, with other seeds, may differ by more or less."
-        )
-    return text
-
-
 def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, str, str]:
     """A comparison with the labels of its two models, which its file knows by name, or name@step."""
     there = [model for model in models if comparison.file in {origin.file for origin in model.origins}]
     labels: list[str] = []
     for name in comparison.models:
-        known = [model.label for model in there if name in {model.name, *_places(model)}]
+        known = [
+            model.label
+            for model in there
+            if name in {model.name, *(f"{e.name}@{e.revision or e.step}" for e in model.evaluated)}
+        ]
         free = [label for label in known if label not in labels]
         labels.append((free or known or [shortened(name, LENGTH)])[0])
     return comparison, labels[0], labels[1]
-
-
-def _places(model: Model) -> set[str]:
-    origins = [entry.origin for entry in model.evaluated]
-    return {f"{origin.name}@{origin.revision or origin.step}" for origin in origins}

@@ -23,7 +23,7 @@ class History:
     iterations: list[int]
     """When it was evaluated, rising."""
     validation_loss: list[float]
-    """Cross-entropy in nats per token, one for each of :attr:`iterations`."""
+    """Cross-entropy in nats per token, one for each of :attr:`iterations`; not finite after a divergence."""
     jump_rate: list[float]
     """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
     profiles: list[list[float]]

@@ -1,11 +1,28 @@
-"""What a report is made of: measurements, evaluations and training runs."""
+"""What a report is made of; measurements and evaluations are the schemas of their JSON files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-STATES = ("pre_norm", "post_norm")
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationInfo,
+    model_validator,
+)
+
+from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, number, refuse, whole
+from jreg_megatron.report.history import History
+
+State = Literal["pre_norm", "post_norm"]
+STATES: tuple[State, State] = ("pre_norm", "post_norm")
 """Which state counts as the last layer's output: before or after the final norm, which a model may lack."""
 STATE_WORDS: dict[str | None, str] = {
     "pre_norm": "before the final norm",
@@ -14,170 +31,334 @@ STATE_WORDS: dict[str | None, str] = {
 }
 FIRST_TOKEN = {"kept": "with_first_token", "dropped": "without_first_token"}
 """Whether a text's first token was counted, and the block of a measurement that holds it."""
+_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What was measured over one set of tokens, for one of :data:`STATES`."""
-
-    displacement: tuple[float, ...]
-    """Psi_l of layers 1..L, mean over tokens, each in [0, 1]."""
-    spread: tuple[float, ...] | None
-    """Standard deviation of Psi_l over tokens."""
-    jump_rate: float | None
-    """zeta_L in hundredths of displacement; None for one layer."""
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise refuse("the lower end before the upper end", value=list(ends))
+    return ends
 
 
-@dataclass(frozen=True)
-class Origin:
+def _depth(layers: int, about: ValidationInfo[Any]) -> int:
+    about.context["layers"] = layers
+    return layers
+
+
+def _per_layer(more: int = 0) -> AfterValidator:
+    """Of a list with an entry for each of the model's layers, and ``more``."""
+
+    def check(values: list[Any], about: ValidationInfo[Any]) -> list[Any]:
+        if len(values) != (length := about.context["layers"] + more):
+            raise refuse(f"a list of {length} numbers")
+        return values
+
+    return AfterValidator(check)
+
+
+def _version(found: Any) -> Any:
+    if isinstance(found, bool) or found != _VERSION:
+        raise refuse(f"{_VERSION}; a newer file needs a newer jreg_megatron")
+    return found
+
+
+Number = Annotated[float, number()]
+Share = Annotated[float, number(0, 1)]
+Rate = Annotated[float, number(0, 100)]
+"""zeta in hundredths of displacement."""
+Loss = Annotated[float, number(0)]
+"""In nats per token."""
+Whole = Annotated[int, whole()]
+Count = Annotated[int, whole(1)]
+Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
+_Size = Annotated[float, number(-1e-6)]
+_Sizes = Annotated[list[_Size], _per_layer()]
+
+
+class Part(BaseModel):
+    """A part of a JSON file. Fields that are not named are not read."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Origin(Part):
     """Where a model's numbers come from."""
 
     file: str
-    name: str
-    source: str
-    kind: str
-    revision: str | None
-    step: int | None
+    """Its printable name."""
+    versions: Texts
+    """Of the whole file."""
+    name: Text
+    source: Text
+    kind: Literal["hugging_face", "gguf", "megatron"]
+    revision: Text | None = None
+    step: Whole | None = None
     """Training iteration of the checkpoint, where it is known."""
-    num_layers: int
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model of a measurement."""
-
-    origin: Origin
-    how: dict[str, str]
-    """What else the file says of the measurement: text, tokens, dtype and so on."""
-    settings: dict[str, str]
-    first_token: str
-    """The block that the file puts first, a key of :data:`FIRST_TOKEN`."""
-    layers: dict[tuple[str, str], Layers]
-    """By first token and state; of a model without a final norm by :data:`STATES`' first alone."""
+    num_layers: Annotated[Count, AfterValidator(_depth)]
 
     @property
-    def states(self) -> tuple[str, ...]:
+    def origin(self) -> Origin:
+        """This, without the numbers."""
+        return self
+
+
+class Block(Part):
+    """What was measured over one set of tokens, by state."""
+
+    displacement: dict[State, Annotated[list[Share], _per_layer()]]
+    """Psi_l of layers 1..L, mean over tokens, each in [0, 1]."""
+    displacement_std: dict[State, Annotated[list[Share], _per_layer()]] | None = None
+    """Standard deviation of Psi_l over tokens."""
+    jump_rate: dict[State, Rate | None]
+    """zeta_L; None for one layer."""
+    # What is not shown is checked as well: a list that is too long says that the file is not what it claims.
+    angular_distance: dict[str, _Sizes] | None = None
+    block_influence: dict[str, _Sizes] | None = None
+    norm: dict[str, Annotated[list[_Size], _per_layer(1)]] | None = None
+
+
+class Measured(Block, Origin):
+    """One model of a measurement. The numbers outside of blocks are those of ``first_token``."""
+
+    text: Texts
+    """Of the whole file."""
+    texts: Count | None = None
+    tokens: Count | None = None
+    hidden_size: Count | None = None
+    dtype: Text | None = None
+    device: Text | None = None
+    settings: Texts = {}
+    first_token: Literal["kept", "dropped"]
+    with_first_token: Block | None = None
+    without_first_token: Block | None = None
+
+    @cached_property
+    def blocks(self) -> dict[str, Block]:
+        """By keys of :data:`FIRST_TOKEN`."""
+        others = {name: getattr(self, key) for name, key in FIRST_TOKEN.items() if name != self.first_token}
+        return {self.first_token: self} | {name: block for name, block in others.items() if block}
+
+    @model_validator(mode="after")
+    def _has_all_states(self) -> Self:
+        for name, block in self.blocks.items():
+            at = () if block is self else (FIRST_TOKEN[name],)
+            for key in ("displacement", "displacement_std", "jump_rate"):
+                found = getattr(block, key)
+                for state in self.states if found is not None else ():
+                    if found.get(state) is None and (key != "jump_rate" or self.num_layers > 1):
+                        raise refuse("there", *at, key, state, value=None)
+        return self
+
+    @property
+    def states(self) -> tuple[State, ...]:
         """Those of :data:`STATES` that there are numbers for."""
-        return tuple(state for state in STATES if (self.first_token, state) in self.layers)
+        has_norm = "post_norm" in {*self.displacement, *self.jump_rate}
+        return STATES if has_norm else STATES[:1]
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What else the file says of the measurement: text, tokens, dtype and so on."""
+        found = {f"text {name}": "none" if value == "null" else value for name, value in self.text.items()}
+        for name in ("texts", "tokens", "hidden_size", "dtype", "device"):
+            if (value := getattr(self, name)) is not None:
+                found[name] = value if isinstance(value, str) else f"{value:,}"
+        return {name.replace("_", " "): value for name, value in found.items()}
 
     @property
     def conditions(self) -> dict[str, str]:
         """What has to be the same for two measurements to be points of one series."""
-        text = {
-            name: value for name, value in self.how.items() if name == "dtype" or name.startswith("text ")
-        }
+        how = self.how.items()
+        text = {name: value for name, value in how if name == "dtype" or name.startswith("text ")}
         return {"first token": self.first_token} | text
 
     def first_for(self, wanted: str) -> str:
         """``wanted``, a key of :data:`FIRST_TOKEN`, or the other one where only that was measured."""
-        return wanted if (wanted, STATES[0]) in self.layers else self.first_token
+        return wanted if wanted in self.blocks else self.first_token
+
+    def block(self, wanted: str) -> Block:
+        """The numbers for :meth:`first_for` ``wanted``."""
+        return self.blocks[self.first_for(wanted)]
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Part):
     """A model's result in a task."""
 
-    metric: str
-    value: float
-    interval: tuple[float, float] | None
-    samples: int | None
-    higher_is_better: bool
-    chance: float | None
+    metric: Text
+    value: Number
+    interval: Interval | None = None
+    samples: Count | None = None
+    higher_is_better: StrictBool | None = None
+    chance: Number | None = None
     """What guessing scores."""
 
 
-@dataclass(frozen=True)
-class ReadOut:
+class ReadOut(Part):
     """Predictions read out behind layers 0..L through the final norm and the head."""
 
-    text: str
-    tokens: int | None
+    text: Text | None = None
+    tokens: Whole | None = None
     """How many were predicted."""
-    loss: tuple[float, ...] | None
-    """Cross-entropy in nats per token."""
-    accuracy: tuple[float, ...] | None
-    """Share of tokens predicted right, in [0, 1]."""
-    agreement: tuple[float, ...] | None
-    """Share of tokens predicted as the whole model predicts them, in [0, 1]."""
+    loss: Annotated[list[Loss], _per_layer(1)] | None = None
+    accuracy: Annotated[list[Share], _per_layer(1)] | None = None
+    """Share of tokens predicted right."""
+    agreement: Annotated[list[Share], _per_layer(1)] | None = None
+    """Share of tokens predicted as the whole model predicts them."""
 
 
-@dataclass(frozen=True)
-class LayerDrop:
+class LayerDrop(Part):
     """Cross-entropy with single layers left out."""
 
-    loss: tuple[float, ...]
-    """Without layer 1..L, in nats per token."""
-    unchanged: float
+    loss: Annotated[list[Loss], _per_layer()]
+    """Without layer 1..L."""
+    unchanged: Loss
     """With all layers."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Origin):
     """One model of an evaluation."""
 
-    origin: Origin
-    how: dict[str, str]
-    """What the file says of the evaluation: text, limit and so on."""
-    tasks: dict[str, Score]
-    read_out: ReadOut | None
-    lens: ReadOut | None
+    limit: Loss | None = None
+    """Samples a task, of the whole file; so is the next."""
+    max_tokens: Loss | None = None
+    tasks: Annotated[dict[Name, Score], NULL_IS_EMPTY] = {}
+    read_out: ReadOut | None = None
+    lens: ReadOut | None = None
     """The same through the fitted lens."""
-    layer_drop: LayerDrop | None
+    layer_drop: LayerDrop | None = None
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What the file says of the evaluation: text, limit and so on."""
+        text = self.read_out.text if self.read_out else None
+        tokens = self.read_out.tokens if self.read_out else None
+        found = {} if text is None else {"read-out text": text}
+        found |= {} if tokens is None else {"read-out tokens": f"{tokens:,}"}
+        for name, value in {"limit": self.limit, "max_tokens": self.max_tokens}.items():
+            if name in self.model_fields_set:
+                found[name.replace("_", " ")] = "none" if value is None else f"{value:,.10g}"
+        return found
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Part):
     """The second model less the first."""
 
-    value: float
-    interval: tuple[float, float] | None
-    p_value: float | None
-    p_adjusted: float | None
+    difference: Number
+    interval: Interval | None = None
+    p_value: Share | None = None
+    p_adjusted: Share | None = None
     """The p value raised for there being several tests."""
-    samples: int | None
+    samples: Count | None = None
+    tasks: list[Any] | None = None
+    """Those whose mean it is, where they are known."""
 
 
-@dataclass(frozen=True)
-class Comparison:
+class DifferenceByLayer(Part):
+    """The same behind layers 0..L."""
+
+    difference: list[Number]
+    interval: list[Interval | None] | None = None
+    p_value: list[Share | None] | None = None
+    p_adjusted: list[Share | None] | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        for key in ("interval", "p_value", "p_adjusted"):
+            values, length = getattr(self, key), len(self.difference)
+            if values is not None and len(values) != length:
+                raise refuse(f"a list of {length} numbers", key, value=values)
+        return self
+
+
+class Comparison(Part):
     """A paired comparison of two models of one evaluation."""
 
     file: str
-    models: tuple[str, str]
+    models: tuple[Text, Text]
     """Names; every difference is the second less the first."""
-    confidence: float
+    confidence: Share
     """Of the intervals, in (0, 1)."""
-    tasks: dict[str, Difference]
-    overall: Difference | None
+    tasks: Annotated[dict[Name, Difference], NULL_IS_EMPTY] = {}
+    overall: Difference | None = None
     """Mean over tasks."""
-    overall_tasks: int | None
-    """How many tasks that is, where it is known."""
-    without_boolq: Difference | None
+    without_boolq: Difference | None = None
     """Mean over the paper's nine tasks without BoolQ, where all nine were run."""
-    read_out: tuple[Difference, ...]
-    """Of the loss read out behind layers 0..L; empty if there is none."""
-    notes: tuple[str, ...]
+    read_out: DifferenceByLayer | None = None
+    """Of the loss."""
+    notes: list[Text] | None = None
     """What was not compared, and why."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training run."""
+class _File(Part):
+    version: Annotated[int, BeforeValidator(_version)]
+    versions: Texts = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said_once(cls, found: dict[str, Any], about: ValidationInfo[Any]) -> dict[str, Any]:
+        """Give each model what the file says once."""
+        common = {"versions": None, "text": None, "file": about.context["file"]}
+        common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
+
+        def with_common(part: Any) -> Any:
+            return part | common if isinstance(part, dict) else part
+
+        models, compared = found.get("models"), with_common(found.get("comparison"))
+        models = [with_common(model) for model in models] if isinstance(models, list) else models
+        return found | ({} if models is None else {"models": models}) | {"comparison": compared}
+
+
+class Measurement(_File):
+    """What ``measure --json`` writes."""
+
+    models: Annotated[list[Measured], Field(min_length=1)]
+
+
+class Evaluation(_File):
+    """What ``evaluate --json`` writes."""
+
+    models: Annotated[list[Evaluated], Field(min_length=1)]
+    comparison: Comparison | None = None
+
+
+class Validation(Part):
+    """A validation in training."""
+
+    iteration: Whole
+    validation_loss: Loss
+    jump_rate: Rate
+
+
+class SummaryRun(Part):
+    """A run in a summary."""
+
+    coeff: Loss | None = None
+    alpha: Number | None = None
+    seed: Whole | None = None
+    displacement: list[Share]
+    history: Annotated[list[Validation], Field(min_length=1)]
+
+
+class Summary(Part):
+    """The ``summary.json`` of the demo or of a sweep."""
+
+    final_state: State
+    iterations: Count
+    recipe: Text | None = None
+    seed: Whole | None = None
+    versions: Texts = {}
+    runs: Annotated[dict[Name, SummaryRun], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(History):
+    """A training run; of a summary only the last profile is known."""
 
     file: str
     folder: Path
     """What belongs to the run lies in it."""
     name: str
-    iterations: tuple[int, ...]
-    validation_loss: tuple[float, ...]
-    """Nats per token; NaN or infinite where the run had diverged."""
-    jump_rate: tuple[float, ...]
-    """zeta_L as training logged it."""
-    displacement: tuple[float, ...]
-    """Psi_l of layers 1..L at the last validation, not finite where the run had diverged; may be empty."""
     final_state: str | None
     """One of :data:`STATES`; None if the run does not say which it logged."""
-    settings: dict[str, str]
     versions: dict[str, str]
 
 

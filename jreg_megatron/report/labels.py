@@ -67,10 +67,12 @@ def _told_apart(twins: Sequence[Model]) -> list[str]:
 
 
 def _sources(twins: Sequence[Model]) -> list[str]:
-    places = [
-        model.origins[0].source if model.origins else model.run.file if model.run else "" for model in twins
-    ]
-    return _tails([_without_usual(place) for place in places])
+    """Paths, without the last part that every training has."""
+    found = []
+    for place in (m.origins[0].source if m.origins else m.run.file if m.run else "" for m in twins):
+        head, _, last = place.rstrip("/").rpartition("/")
+        found.append(head if head and last in _USUAL_FOLDERS else place)
+    return _tails(found)
 
 
 def _revisions(twins: Sequence[Model]) -> list[str]:
@@ -94,15 +96,7 @@ def _steps(twins: Sequence[Model]) -> list[str]:
 
 
 def _files(twins: Sequence[Model]) -> list[str]:
-    return _tails(
-        [model.origins[0].file if model.origins else model.run.file if model.run else "" for model in twins]
-    )
-
-
-def _without_usual(place: str) -> str:
-    """A path without the last part that every training has."""
-    head, _, last = place.rstrip("/").rpartition("/")
-    return head if head and last in _USUAL_FOLDERS else place
+    return _tails([m.origins[0].file if m.origins else m.run.file if m.run else "" for m in twins])
 
 
 def _tails(places: Sequence[str]) -> list[str]:

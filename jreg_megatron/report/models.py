@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,8 @@ class Model:
 
     @property
     def origins(self) -> list[Origin]:
-        """Of all measurements and evaluations."""
-        return [entry.origin for entry in self.measured] + [entry.origin for entry in self.evaluated]
+        """All measurements and evaluations."""
+        return [*self.measured, *self.evaluated]
 
     @property
     def num_layers(self) -> int | None:
@@ -46,25 +46,14 @@ class Model:
     @property
     def is_series(self) -> bool:
         """Whether it was measured at several steps."""
-        return len({entry.origin.step for entry in self.measured} - {None}) > 1
+        return len({entry.step for entry in self.measured} - {None}) > 1
 
     @property
     def step(self) -> int | None:
         """Of the last measurement; without one, of the last evaluation or of the run's end."""
-        for entries in (self.measured, self.evaluated):
-            if entries:
-                return entries[-1].origin.step
+        if last := self.measured[-1:] or self.evaluated[-1:]:
+            return last[0].step
         return self.run.iterations[-1] if self.run else None
-
-    def matches(self, other: Model) -> bool:
-        """Whether the two can be one model: some source is the same, and no step is there twice."""
-        keys = [{(o.source, o.num_layers, without_step(o)) for o in model.origins} for model in (self, other)]
-        return bool(keys[0] & keys[1]) and not _clash(self, other)
-
-    def take(self, other: Model) -> None:
-        """Add what is known of the same model."""
-        self.measured += other.measured
-        self.evaluated += other.evaluated
 
 
 def models_of(inputs: Inputs) -> list[Model]:
@@ -74,13 +63,14 @@ def models_of(inputs: Inputs) -> list[Model]:
     same conditions and of the same revision but for the step. Between files they are one if a source is the
     same too. An evaluation belongs to the last step, a run to the model of its name that it trained.
     """
+    within_files: list[Model] = []
+    for measured in inputs.measured:
+        _put(Model(measured.name, measured=[measured]), within_files, _is_of_one_file)
+    for evaluated in inputs.evaluated:
+        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, _is_of_one_file)
     models: list[Model] = []
-    for model in _within_files(inputs):
-        home = next((m for m in models if m.name == model.name and m.matches(model)), None)
-        if home is None:
-            models.append(model)
-        else:
-            home.take(model)
+    for model in within_files:
+        _put(model, models, _is_of_one_source)
     for run in inputs.runs:
         home = next((m for m in models if m.run is None and _trained(run, m)), None)
         if home is None:
@@ -88,8 +78,9 @@ def models_of(inputs: Inputs) -> list[Model]:
         else:
             home.run = run
     for model in models:
-        model.measured.sort(key=lambda entry: _order(entry.origin))
-        model.evaluated.sort(key=lambda entry: _order(entry.origin))
+        for entries in (model.measured, model.evaluated):
+            # By step; what has none is the finished model.
+            entries.sort(key=lambda entry: (entry.step is None, entry.step or 0))
     return models
 
 
@@ -104,30 +95,26 @@ def without_step(origin: Origin) -> str:
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
-def _within_files(inputs: Inputs) -> Iterator[Model]:
-    """One model for each name of each file; what is there twice at one step becomes a second."""
-    found: list[Model] = []
-    for measured in inputs.measured:
-        _put(Model(measured.origin.name, measured=[measured]), found)
-    for evaluated in inputs.evaluated:
-        _put(Model(evaluated.origin.name, evaluated=[evaluated]), found)
-    return iter(found)
-
-
-def _put(model: Model, found: list[Model]) -> None:
-    def key(origin: Origin) -> tuple[object, ...]:
-        return origin.file, origin.name, origin.num_layers, without_step(origin)
-
+def _put(model: Model, found: list[Model], are_alike: Callable[[Model, Model], bool]) -> None:
+    """Add what is known of a model to the one that it is, or the model itself."""
     for other in found:
-        if key(other.origins[0]) == key(model.origins[0]) and not _clash(model, other):
-            other.take(model)
+        if other.name == model.name and are_alike(other, model) and not _clash(other, model):
+            other.measured += model.measured
+            other.evaluated += model.evaluated
             return
     found.append(model)
 
 
-def _order(origin: Origin) -> tuple[bool, int]:
-    """By step; what has none is the finished model."""
-    return origin.step is None, origin.step or 0
+def _is_of_one_file(*pair: Model) -> bool:
+    """Whether the file is the same, and the revision but for the step."""
+    keys = {(o.file, o.num_layers, without_step(o)) for o in (model.origins[0] for model in pair)}
+    return len(keys) == 1
+
+
+def _is_of_one_source(*pair: Model) -> bool:
+    """Whether some source is the same, and the revision but for the step."""
+    keys = [{(o.source, o.num_layers, without_step(o)) for o in model.origins} for model in pair]
+    return bool(keys[0] & keys[1])
 
 
 def _clash(a: Model, b: Model) -> bool:
@@ -136,13 +123,13 @@ def _clash(a: Model, b: Model) -> bool:
     A series has one point for each step, all under the same conditions; an evaluation stands beside the last
     step, and there is one.
     """
-    steps = [{entry.origin.step for entry in model.measured} for model in (a, b)]
+    steps = [{entry.step for entry in model.measured} for model in (a, b)]
     if steps[0] & steps[1] or (a.evaluated and b.evaluated):
         return True
     if a.measured and b.measured and a.measured[0].conditions != b.measured[0].conditions:
         return True
     last = max((step for step in steps[0] | steps[1] if step is not None), default=None)
-    evaluated = {entry.origin.step for entry in (*a.evaluated, *b.evaluated)}
+    evaluated = {entry.step for entry in (*a.evaluated, *b.evaluated)}
     return bool(last is not None and evaluated - {None, last})
 
 

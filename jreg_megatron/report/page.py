@@ -57,7 +57,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         style=Markup(_asset("page.css")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
-        data=Markup(_embedded({figure.name: _for_script(figure) for figure in figures})),
+        data=Markup(_embedded({figure.name: {"spec": figure.chart.interactive()} for figure in figures})),
         pictures={figure.name: Markup(figure.chart.svg(figure.name)) for figure in figures},
         symbols=SYMBOLS,
     )
@@ -70,10 +70,6 @@ def _policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _for_script(figure: Figure) -> dict[str, Any]:
-    return {"spec": figure.chart.interactive()}
 
 
 def _embedded(data: Any) -> str:

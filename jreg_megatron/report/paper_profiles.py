@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jreg_megatron.paper import numbers, profile
 from jreg_megatron.report.charts import Row, Style
@@ -40,11 +41,11 @@ class PaperProfiles:
             for at, psi in enumerate(values)
         ]
 
-    def columns(self, of_last: str = "") -> dict[str, dict[str, float | str | None]]:
+    def columns(self, of_last: str = "") -> dict[str, dict[Any, float | str | None]]:
         """The values for a table of layers, by their numbers in the paper's model; the last with a remark."""
         return {
             label: {
-                f"{layer}{of_last if layer == len(values) else ''}": psi
+                f"{layer}{of_last}" if of_last and layer == len(values) else layer: psi
                 for layer, psi in enumerate(values, start=1)
             }
             for label, values in self.displacement.items()

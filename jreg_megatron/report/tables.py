@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Difference, Score
 from jreg_megatron.report.models import Model
 
+Cell = float | str | None
+
 NOTHING = "–"
 HEADLINE = "The last state of each model"
 LOSS = "#.5g"
+"""Five digits, as differences are small."""
 _CELL, _LONG_CELL = 160, 300
 _ABREAST, _NAMED = 8, 4
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1)
@@ -31,28 +35,27 @@ class Table:
 
     @classmethod
     def of(
-        cls,
-        caption: str,
-        corner: str,
-        columns: Mapping[str, Mapping[str, float | str | None]],
-        order: Iterable[str] = (),
-        form: str = "#.4g",
+        cls, caption: str, corner: str, columns: Mapping[str, Mapping[Any, Cell]], form: str = "#.4g"
     ) -> Table:
-        """A table of numbers given by column and row; a text stands as it is."""
-        names = dict.fromkeys([*order, *(name for column in columns.values() for name in column)])
-        if not order:
-            names = dict.fromkeys(sorted(names, key=_natural))
+        """A table by column and row; numbers are formed, texts stand as they are.
 
-        def cell(value: float | str | None) -> str:
-            return value if isinstance(value, str) else number(value, form)
+        Rows are numbers, or texts such as ``30, before the final norm``; they stand in order.
+        """
 
-        rows = tuple((name, *(cell(column.get(name)) for column in columns.values())) for name in names)
-        return cls(caption, (corner, *columns), rows)
+        def place(row: float | str) -> tuple[float, bool]:
+            return (int(row.partition(",")[0]), "after" in row) if isinstance(row, str) else (row, False)
 
+        def shown(cell: Cell) -> str:
+            return cell if isinstance(cell, str) else number(cell, form)
 
-def _natural(name: str) -> tuple[int, bool]:
-    """Rows such as ``9``, ``10``, ``30, before the final norm`` and ``30, after the final norm`` in order."""
-    return int(name.partition(",")[0]), "after" in name
+        rows = sorted(dict.fromkeys(row for column in columns.values() for row in column), key=place)
+        names = [
+            row if isinstance(row, str) else f"{row:,}" if isinstance(row, int) else number(row)
+            for row in rows
+        ]
+        cells = [[shown(column.get(row)) for column in columns.values()] for row in rows]
+        table = tuple((name, *found) for name, found in zip(names, cells, strict=True))
+        return cls(caption, (corner, *columns), table)
 
 
 def number(value: float | None, form: str = "#.4g") -> str:
@@ -65,11 +68,6 @@ def number(value: float | None, form: str = "#.4g") -> str:
     return f"{value:,.0f}" if "e+" in shown else shown.rstrip(".")
 
 
-def loss(value: float | None) -> str:
-    """A loss to five digits, as differences are small."""
-    return number(value, LOSS)
-
-
 def known(value: float) -> float | None:
     """None in place of what is not finite."""
     return value if math.isfinite(value) else None
@@ -77,14 +75,10 @@ def known(value: float) -> float | None:
 
 def headline(models: Sequence[Model], first: str) -> Table:
     """What is asked first, a row for each model; ``first`` says whether first tokens are kept or dropped."""
-    columns: dict[str, list[str]] = {}
-    for model in models:
-        for name, cell in _headline_row(model, first).items():
-            columns.setdefault(name, []).append(cell)
     caption = HEADLINE
     if any(model.measured for model in models):
         caption += f"; measurements with the first token of each text {first}"
-    return _without_empty(caption, {"model": [m.label for m in models]} | columns)
+    return _of_rows(caption, [{"model": model.label} | _headline_row(model, first) for model in models])
 
 
 def _headline_row(model: Model, first: str) -> dict[str, str]:
@@ -101,13 +95,14 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
         counted = entry.first_for(first)
         mark = "" if counted == first else f" (first token {counted})"
         for state in entry.states:
-            (rate, turn), layers = words[state], entry.layers[counted, state]
-            row[rate] = NOTHING if layers.jump_rate is None else number(layers.jump_rate) + mark
-            row[turn] = number(layers.displacement[-1]) + mark
+            (rate, turn), block = words[state], entry.block(first)
+            jump = block.jump_rate.get(state)
+            row[rate] = NOTHING if jump is None else number(jump) + mark
+            row[turn] = number(block.displacement[state][-1]) + mark
     loss_cell = NOTHING
     if run:
         at = run.iterations.index(step) if step in run.iterations else -1
-        loss_cell = loss(run.validation_loss[at]) + _mark(run.iterations[at], step)
+        loss_cell = number(run.validation_loss[at], LOSS) + _mark(run.iterations[at], step)
         if not entry and run.final_state:
             rate, turn = words[run.final_state]
             row[rate] = number(run.jump_rate[at]) + _mark(run.iterations[at], step)
@@ -137,11 +132,8 @@ def tasks(models: Sequence[Model]) -> Table | None:
         for model in models
     }
     scores = {label: found for label, found in scores.items() if found}
-    if not scores:
-        return None
-    columns: dict[str, list[str]] = {}
-    names = dict.fromkeys(name for found in scores.values() for name in found)
-    for name in names:
+    rows = []
+    for name in dict.fromkeys(name for found in scores.values() for name in found):
         # Only what was scored in one way, on as many samples, stands in one row.
         for way in dict.fromkeys(_way(found[name]) for found in scores.values() if name in found):
             metric, higher, samples, chance = way
@@ -152,50 +144,49 @@ def tasks(models: Sequence[Model]) -> Table | None:
                 "samples": NOTHING if samples is None else f"{samples:,}",
                 "chance": number(chance),
             }
-            for column, cell in row.items():
-                columns.setdefault(column, []).append(cell)
             for label, found in scores.items():
                 score = found.get(name)
                 same = score is not None and _way(score) == way
-                cell = f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
                 # Apart from the columns above, whatever a model is called.
-                columns.setdefault(f"\0{label}", []).append(cell)
-    return _without_empty("Tasks; intervals in brackets", columns)
+                row[f"\0{label}"] = (
+                    f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
+                )
+            rows.append(row)
+    return _of_rows("Tasks; intervals in brackets", rows) if rows else None
 
 
 def _way(score: Score) -> tuple[str, bool, int | None, float | None]:
-    return score.metric, score.higher_is_better, score.samples, score.chance
+    return score.metric, score.higher_is_better is not False, score.samples, score.chance
 
 
 def comparison(compared: Comparison, a: str, b: str) -> Table | None:
     """The paired differences of two models in tasks."""
     found: dict[str, Difference] = {shortened(name, _CELL): task for name, task in compared.tasks.items()}
     if compared.overall is not None:
-        count = compared.overall_tasks
-        found["mean of tasks" if count is None else f"mean of tasks ({count})"] = compared.overall
+        among = compared.overall.tasks
+        found["mean of tasks" if among is None else f"mean of tasks ({len(among)})"] = compared.overall
     if compared.without_boolq is not None:
         found["mean without BoolQ"] = compared.without_boolq
-    columns: dict[str, list[str]] = {}
-    for name, difference in found.items():
-        row = {
+    rows = [
+        {
             "task": name,
-            "difference": number(difference.value, "+#.3g"),
+            "difference": number(difference.difference, "+#.3g"),
             f"{compared.confidence:.0%} interval": _interval(difference.interval, "+#.3g").strip(" ()")
             or NOTHING,
             "p": p_value(difference.p_value),
             "p, adjusted": p_value(difference.p_adjusted),
             "samples": NOTHING if difference.samples is None else f"{difference.samples:,}",
         }
-        for column, cell in row.items():
-            columns.setdefault(column, []).append(cell)
-    return _without_empty(f"{b} less {a}, on the same samples", columns) if found else None
+        for name, difference in found.items()
+    ]
+    return _of_rows(f"{b} less {a}, on the same samples", rows) if rows else None
 
 
-def _without_empty(caption: str, columns: Mapping[str, Sequence[str]]) -> Table:
+def _of_rows(caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
     """A table of the columns that have something in them."""
-    kept = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
-    names = tuple(name.removeprefix("\0") for name in kept)
-    return Table(caption, names, tuple(zip(*kept.values(), strict=True)))
+    names = [name for name in rows[0] if any(row[name] != NOTHING for row in rows)]
+    cells = tuple(tuple(row[name] for name in names) for row in rows)
+    return Table(caption, tuple(name.removeprefix("\0") for name in names), cells)
 
 
 def p_value(value: float | None) -> str:
@@ -250,61 +241,40 @@ def _plain(text: str) -> int | float | str:
 
 def files(models: Sequence[Model]) -> Table:
     """What each file holds, and how it was measured."""
-    rows: dict[tuple[str, ...], dict[str, None]] = {}
+    labels: dict[tuple[str, str, str, str], dict[str, None]] = {}
+
+    def add(model: Model, file: str, what: str, how: str, versions: Mapping[str, str]) -> None:
+        labels.setdefault((file, what, how, _pairs(versions)), {})[model.label] = None
+
     for model in models:
         for entry in model.measured:
             how = _pairs({"first token": entry.first_token} | entry.how)
-            key = (entry.origin.file, "measurement", how, _pairs(entry.origin.versions))
-            rows.setdefault(key, {})[model.label] = None
+            add(model, entry.file, "measurement", how, entry.versions)
         for evaluated in model.evaluated:
-            key = (
-                evaluated.origin.file,
-                "evaluation",
-                _pairs(evaluated.how),
-                _pairs(evaluated.origin.versions),
-            )
-            rows.setdefault(key, {})[model.label] = None
-        if model.run:
-            how = f"last layer {STATE_WORDS[model.run.final_state]}"
-            key = (model.run.file, "training run", how, _pairs(model.run.versions))
-            rows.setdefault(key, {})[model.label] = None
-    return Table(
-        "Files",
-        ("file", "what", "models", "how", "versions"),
-        tuple(
-            (
-                shortened(file, _LONG_CELL),
-                what,
-                ", ".join(labels) if len(labels) <= _NAMED else f"{len(labels)} models",
-                shortened(how, _LONG_CELL),
-                shortened(versions, _LONG_CELL),
-            )
-            for (file, what, how, versions), labels in rows.items()
-        ),
-        is_text=True,
-    )
+            add(model, evaluated.file, "evaluation", _pairs(evaluated.how), evaluated.versions)
+        if run := model.run:
+            how = f"last layer {STATE_WORDS[run.final_state]}"
+            add(model, run.file, "training run", how, run.versions)
+    rows = []
+    for (file, what, how, versions), found in labels.items():
+        named = ", ".join(found) if len(found) <= _NAMED else f"{len(found)} models"
+        cut = [shortened(text, _LONG_CELL) for text in (file, how, versions)]
+        rows.append((cut[0], what, named, *cut[1:]))
+    return Table("Files", ("file", "what", "models", "how", "versions"), tuple(rows), is_text=True)
 
 
 def sources(models: Sequence[Model]) -> Table | None:
     """Where each measured or evaluated model lies."""
     rows = []
     for model in models:
-        for source in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):
-            origins = [origin for origin in model.origins if (origin.source, origin.kind) == source]
+        for source, kind in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):
+            origins = [origin for origin in model.origins if (origin.source, origin.kind) == (source, kind)]
             revisions = [origin.revision for origin in origins if origin.revision]
             steps = sorted({origin.step for origin in origins if origin.step is not None})
-            cells = (
-                source[0],
-                source[1].replace("_", " "),
-                _from_to(revisions),
-                _from_to([f"{s:,}" for s in steps]),
-            )
+            cells = (source, kind.replace("_", " "), _from_to(revisions), _from_to([f"{s:,}" for s in steps]))
             rows.append((model.label, *(shortened(cell, _LONG_CELL) for cell in cells)))
-    return (
-        Table("Models", ("model", "source", "kind", "revision", "step"), tuple(rows), is_text=True)
-        if rows
-        else None
-    )
+    columns = ("model", "source", "kind", "revision", "step")
+    return Table("Models", columns, tuple(rows), is_text=True) if rows else None
 
 
 def _from_to(values: Sequence[str]) -> str:

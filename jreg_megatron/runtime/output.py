@@ -88,24 +88,29 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file so that it is there whole or not at all; ``-`` is standard output.
+    """Write a text as :func:`write_bytes` does; ``-`` is standard output."""
+    if path == STDOUT:
+        _write_to_stdout(text)
+    else:
+        write_bytes(path, text.encode())
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all.
 
     A link stays and what it leads to is written; a pipe or a device is written to as it is.
 
     Raises:
         UserError: if the disk is full or the place cannot be written to after all.
     """
-    if path == STDOUT:
-        _write_to_stdout(text)
-        return
     try:
         if Path(path).exists() and not Path(path).is_file():
-            Path(path).write_text(text, encoding="utf-8")
+            Path(path).write_bytes(data)
             return
         place = Path(os.path.realpath(path))
         temporary = place.with_name(f".{place.name}-{os.getpid()}"[-_LONGEST_NAME:])
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data)
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)

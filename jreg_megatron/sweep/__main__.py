@@ -7,12 +7,11 @@ command goes on after a crash. Without a RECIPE the sweep that --output holds go
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,23 +21,9 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.sweep import grid, slurm
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
-_NEEDED = ("matplotlib", "rich", "tqdm")
-
-
-@dataclass
-class _Options(argparse.Namespace):
-    recipe: Path | None
-    coeff: list[float] | None
-    alpha: list[float] | None
-    seeds: list[int] | None
-    output: Path | None
-    smoke: int | None
-    slurm: bool
-    slurm_options: str
-    only: int | None
-    report: bool
-    dry_run: bool
-    flags: list[str]
+_NEEDED = ("rich", "tqdm", "vl_convert")
+_SEED = 1234
+_TASK = -1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +32,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_main(_options(sys.argv[1:] if argv is None else argv)))
 
 
-def _main(options: _Options) -> int:
-    _check_packages()
+def _main(options: argparse.Namespace) -> int:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} is not installed; pip install 'jreg_megatron[analysis]'")
     sweep = _sweep(options)
     if options.report:
         _report(sweep)
@@ -61,7 +48,8 @@ def _main(options: _Options) -> int:
     if nodes != "1":
         raise UserError(f"NODES is {nodes}, but the queue is this node's alone; use --slurm, or unset NODES")
     if options.dry_run:
-        _show_queue(sweep)
+        for run in sweep.runs:
+            print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
         return 0
     from jreg_megatron.recipe.supervise import UNFINISHED
     from jreg_megatron.sweep.queue import train_all
@@ -73,8 +61,7 @@ def _main(options: _Options) -> int:
     return status
 
 
-def _train_one(sweep: Sweep, options: _Options) -> int:
-    assert options.only is not None
+def _train_one(sweep: Sweep, options: argparse.Namespace) -> int:
     number = slurm.task_number() if options.only == _TASK else options.only
     if number >= len(sweep.runs):
         raise UserError(f"--only is {number}; {sweep.file} has runs 0 to {len(sweep.runs) - 1}")
@@ -92,7 +79,7 @@ def _train_one(sweep: Sweep, options: _Options) -> int:
     return status
 
 
-def _submit(sweep: Sweep, options: _Options) -> int:
+def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
     if not sweep.unfinished:
         print(f"All {len(sweep.runs)} runs of the sweep are finished; nothing to submit")
         _report(sweep)
@@ -112,32 +99,28 @@ def _submit(sweep: Sweep, options: _Options) -> int:
 
 
 def _report(sweep: Sweep) -> None:
-    from jreg_megatron.sweep.report import report
+    from jreg_megatron.sweep.report import report  # imported late: it imports what draws
 
     report(sweep)
 
 
-def _show_queue(sweep: Sweep) -> None:
-    """A line per run, as a shell takes it; what is finished is a comment."""
-    for run in sweep.runs:
-        print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
-
-
 def _as_line(sweep: Sweep, run: grid.SweepRun) -> str:
+    """A run as a shell takes it."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in sweep.settings(run).items())
     return f"{settings} {shlex.join(sweep.command(run))}"
 
 
-def _sweep(options: _Options) -> Sweep:
+def _sweep(options: argparse.Namespace) -> Sweep:
     """The sweep that is asked for: a new one, one that gains runs, or the one that the output holds."""
     if options.recipe is None:
-        for name in ("coeff", "alpha", "seeds", "smoke"):
-            if getattr(options, name) is not None:
-                raise UserError(f"--{name} is given without a RECIPE; name one such as recipes/llama_170m.sh")
-        if options.flags:
-            raise UserError(
-                "Megatron flags are given without a RECIPE; name one such as recipes/llama_170m.sh"
-            )
+        given = [
+            f"--{name} is"
+            for name in ("coeff", "alpha", "seeds", "smoke")
+            if getattr(options, name) is not None
+        ]
+        if given or options.flags:
+            what = given[0] if given else "Megatron flags are"
+            raise UserError(f"{what} given without a RECIPE; name one such as recipes/llama_170m.sh")
         if options.output is None:
             raise UserError(
                 "RECIPE is missing; name one such as recipes/llama_170m.sh, or an --output to go on with"
@@ -146,13 +129,12 @@ def _sweep(options: _Options) -> Sweep:
         if not options.report:
             sweep.check()
         return sweep
-    name = options.recipe.stem + ("" if options.smoke is None else "_smoke")
-    output = options.output or Path("runs") / f"sweep_{name}"
     if options.coeff is None:
         raise UserError("--coeff is missing; name the lambdas to try, as in --coeff 0.01 0.03 0.1 0.3 1")
+    name = options.recipe.stem + ("" if options.smoke is None else "_smoke")
     return grid.make(
         options.recipe,
-        output,
+        options.output or Path("runs") / f"sweep_{name}",
         coeffs=options.coeff,
         alphas=options.alpha or [JRegConfig().alpha],
         seeds=options.seeds or [_SEED],
@@ -161,23 +143,7 @@ def _sweep(options: _Options) -> Sweep:
     )
 
 
-def _check_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} is not installed; pip install 'jreg_megatron[analysis]'")
-
-
-_SEED = 1234
-_TASK = -1
-
-
-def _options(argv: list[str]) -> _Options:
-    at = argv.index("--") if "--" in argv else len(argv)
-    options = _parser().parse_args(argv[:at])
-    return _Options(**vars(options), flags=argv[at + 1 :])
-
-
-def _parser() -> argparse.ArgumentParser:
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.sweep",
         usage="%(prog)s RECIPE --coeff LAMBDA... [--alpha ALPHA...] [--seeds SEED...] [--output FOLDER]\n"
@@ -188,34 +154,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="for example recipes/llama_170m.sh"
-    )
-    parser.add_argument(
-        "--coeff", type=float, nargs="+", metavar="LAMBDA", help="the lambdas to try, each > 0"
-    )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        nargs="+",
-        metavar="ALPHA",
-        help=f"the alphas to try with each (default: {JRegConfig().alpha:g})",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="SEED",
-        help=f"train all of it with each seed (default: {_SEED})",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where runs and result are kept (default: runs/sweep_ and the recipe's name); another grid "
-        "of the same recipe adds its runs to those that are there",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("recipe", type=Path, nargs="?", metavar="RECIPE", help="for example recipes/llama_170m.sh")
+    for flag, kind, word, meaning in (
+        ("--coeff", float, "LAMBDA", "the lambdas to try, each > 0"),
+        ("--alpha", float, "ALPHA", f"the alphas to try with each (default: {JRegConfig().alpha:g})"),
+        ("--seeds", int, "SEED", f"train every setting with each of these seeds (default: {_SEED})"),
+    ):
+        add(flag, type=kind, nargs="+", metavar=word, help=meaning)
+    add(
         "--smoke",
         type=_whole("--smoke", 1),
         nargs="?",
@@ -223,26 +170,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"toys on this machine's CPU, N iterations each (default {SMOKE_ITERATIONS})",
     )
-    parser.add_argument(
-        "--slurm", action="store_true", help="submit an array of jobs, one a run, instead of training here"
-    )
-    parser.add_argument(
-        "--slurm-options",
-        default="",
-        metavar="WORDS",
-        help="further options for sbatch, as in '--nodes 2 --time 1-0'; SBATCH_* variables count too",
-    )
-    parser.add_argument(
+    add(
         "--only",
         type=_whole("--only", 0),
         nargs="?",
         const=_TASK,
         metavar="N",
-        help="train one run, by its number in sweep.json, from 0 (default: that of this task of an array)",
+        help="train one run, by its number in sweep.json, from 0 (default: the one of this task of an array)",
     )
-    parser.add_argument("--report", action="store_true", help="only draw what is finished")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be started")
-    return parser
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where runs and result are kept (default: runs/sweep_ and the recipe's name); another grid "
+        "of the same recipe adds its runs to those that are there",
+    )
+    add(
+        "--slurm-options",
+        default="",
+        metavar="WORDS",
+        help="further options for sbatch, as in '--nodes 2 --time 1-0'; SBATCH_* variables count too",
+    )
+    for flag, meaning in (
+        ("--slurm", "submit an array of jobs, one a run, instead of training here"),
+        ("--report", "only draw what is finished"),
+        ("--dry-run", "only print what would be started"),
+    ):
+        add(flag, action="store_true", help=meaning)
+    at = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:at], argparse.Namespace(flags=argv[at + 1 :]))
 
 
 def _whole(flag: str, least: int) -> Callable[[str], int]:

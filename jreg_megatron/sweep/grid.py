@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -12,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 
@@ -42,11 +44,6 @@ class SweepRun:
         if self.alpha is None:
             return f"baseline_seed{self.seed}"
         return f"coeff{as_text(self.coeff)}_alpha{as_text(self.alpha)}_seed{self.seed}"
-
-    @property
-    def variant(self) -> str:
-        """The recipe's variant: ``jreg`` or ``baseline``."""
-        return "baseline" if self.alpha is None else "jreg"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +94,9 @@ class Sweep:
     def command(self, run: SweepRun) -> list[str]:
         """The recipe with its words, for :meth:`environment`."""
         smoke = [] if self.smoke is None else ["--smoke", str(self.smoke)]
-        return [
-            os.path.join(".", self.recipe),
-            run.variant,
-            *smoke,
-            *(["--", *self.flags] if self.flags else []),
-        ]
+        flags = ["--", *self.flags] if self.flags else []
+        variant = "baseline" if run.alpha is None else "jreg"
+        return [os.path.join(".", self.recipe), variant, *smoke, *flags]
 
     def settings(self, run: SweepRun) -> dict[str, str]:
         """The recipe's knobs for a run."""
@@ -117,9 +111,7 @@ class Sweep:
     def save(self) -> None:
         """Write ``sweep.json``, whole or not at all."""
         self.output.mkdir(parents=True, exist_ok=True)
-        kept = dataclasses.asdict(self) | {"recipe": str(self.recipe)}
-        del kept["output"]
-        write_json(str(self.file), kept)
+        write_json(str(self.file), TypeAdapter(Sweep).dump_python(self, mode="json", exclude={"output"}))
 
     @classmethod
     def load(cls, output: Path) -> Sweep:
@@ -129,15 +121,16 @@ class Sweep:
             UserError: if there is none, or it is no sweep.
         """
         file = output / "sweep.json"
+        if not file.exists():
+            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start one")
         try:
-            kept: dict[str, Any] = json.loads(file.read_text())
-            runs = tuple(SweepRun(**run) for run in kept.pop("runs"))
-            kept |= {"recipe": Path(kept["recipe"]), "flags": tuple(kept["flags"])}
-            return cls(output=output, runs=runs, **kept)
-        except FileNotFoundError:
-            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start one") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} cannot be read as a sweep ({error}); name another --output") from error
+            kept = checked(file, dict[str, Any], read_json(file))
+            found: Sweep = checked(file, cls, kept | {"output": output})
+        except UserError as error:
+            raise UserError(
+                f"--output is {output}, whose sweep cannot be read ({error}); name another"
+            ) from error
+        return found
 
     def check(self) -> None:
         """See that the sweep can go on here as it began; knobs that are not set now are as they were.

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import asyncio
+import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
+from jreg_megatron.demo.training import ITERATION, logged
 from jreg_megatron.recipe.plan import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE
-from jreg_megatron.runtime.fork import end_with_the_parent
-from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.sweep.grid import Sweep, SweepRun, node_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
 
 
 def train_all(sweep: Sweep) -> int:
@@ -67,8 +66,9 @@ class _Signals:
     """What a scheduler or the keyboard asks for reaches the recipe that runs, which saves and ends."""
 
     asked: list[int] = field(default_factory=list)
-    recipe: subprocess.Popen[str] | None = None
-    before: dict[int, object] = field(default_factory=dict)
+    recipe: int | None = None
+    """Its process."""
+    before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> _Signals:
         self.before = {number: signal.signal(number, self._hand_on) for number in _SIGNALS}
@@ -76,16 +76,23 @@ class _Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _hand_on(self, number: int, _: FrameType | None) -> None:
         self.asked.append(number)
-        self.tell(number)
+        self._tell(number)
 
-    def tell(self, number: int) -> None:
+    def _tell(self, number: int) -> None:
         # Ctrl-C has reached the recipe already.
         if self.recipe is not None and number != signal.SIGINT:
-            self.recipe.send_signal(number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.recipe, number)
+
+    def watch(self, recipe: int) -> None:
+        """Hand signals on to a process, also those that came while it was being made."""
+        self.recipe = recipe
+        for number in self.asked:
+            self._tell(number)
 
 
 def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
@@ -112,39 +119,24 @@ def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
 
 def _run_recipe(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> tuple[int, str]:
     """The recipe's exit status, and what it printed that says why it failed."""
-    why = LastError()
-    try:
-        process = subprocess.Popen(
-            sweep.command(run),
-            env=sweep.environment(run),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=end_with_the_parent,  # noqa: PLW1509
-        )
-    except OSError as error:
-        return EXIT_CODE, f"{sweep.recipe} cannot be started: {error.strerror}"
+
+    def read(line: str) -> None:
+        if found := ITERATION.search(line):
+            bar.total = int(found[2])
+            bar.update(int(found[1]) - bar.n)
+
+    command, environment = sweep.command(run), sweep.environment(run)
     with (
-        sweep.log(run).open("a") as log,
-        process,
+        sweep.log(run).open("a", encoding="utf-8") as log,
         tqdm(desc=title, unit="it", disable=None, leave=False, dynamic_ncols=True) as bar,
     ):
-        signals.recipe = process
-        for number in signals.asked:  # one that came while the process was being made
-            signals.tell(number)
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if found := _ITERATION.search(line):
-                bar.total = int(found[2])
-                bar.update(int(found[1]) - bar.n)
-            why.read(line)
-        status = process.wait()
-        signals.recipe = None
-    return (128 - status if status < 0 else status), str(why)
+        try:
+            status, why = asyncio.run(logged(command, environment, log, read, signals.watch))
+        except OSError as error:
+            return EXIT_CODE, f"{sweep.recipe} cannot be started: {error.strerror}"
+        finally:
+            signals.recipe = None
+    return (128 - status if status < 0 else status), why
 
 
 def _ended_by_a_scheduler(status: int) -> bool:

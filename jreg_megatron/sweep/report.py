@@ -9,7 +9,7 @@ from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.output import write_text
 from jreg_megatron.sweep import picture
 from jreg_megatron.sweep.grid import Sweep
-from jreg_megatron.sweep.results import Results, Setting
+from jreg_megatron.sweep.results import Results
 
 _WIDTH = 118
 _LAYERS_SHOWN = 4
@@ -67,7 +67,7 @@ def print_table(results: Results) -> None:
 def conclusions(results: Results) -> list[str]:
     """What the numbers allow to say, a sentence or two each."""
     lines = [_of_the_best(results)]
-    if any(s.loss is not None and s.loss.n > 1 for s in (results.baseline, *results.settings)):
+    if results.has_intervals:
         lines.append(f"In brackets: {interval_name()}; the loss is compared between runs of the same seed.")
     for why in dict.fromkeys(results.left_out.values()):
         names = [name for name, reason in results.left_out.items() if reason == why]
@@ -83,10 +83,12 @@ def _of_the_best(results: Results) -> str:
     if best is None or best.difference is None:
         return "No run can be compared yet: it and the baseline of its seed must both be finished."
     difference, tried = best.difference, results.as_often_tried
-    among = (
-        f" of the {len(tried)} settings that {_count(difference.n, 'seed')} tried" if len(tried) > 1 else ""
+    seeds = f"{difference.n} seed" + ("" if difference.n == 1 else "s")
+    among = f" of the {len(tried)} settings that {seeds} tried" if len(tried) > 1 else ""
+    found = (
+        f"Lowest loss against the baseline{among}: lambda {best.coeff:g}, alpha {best.alpha:g}, "
+        f"{_with_interval(difference, '+.4f')}."
     )
-    found = f"Lowest loss against the baseline{among}: {name_of(best)}, {_with_interval(difference, '+.4f')}."
     if difference.mean >= 0:
         return f"{found} No setting is below the baseline."
     if difference.low is None or difference.high is None:
@@ -97,18 +99,9 @@ def _of_the_best(results: Results) -> str:
     return f"{found} The interval does not contain 0.{chosen}"
 
 
-def name_of(setting: Setting) -> str:
-    """``lambda 0.1, alpha 3``."""
-    return f"lambda {setting.coeff:g}, alpha {setting.alpha:g}"
-
-
 def _with_interval(estimate: Estimate | None, form: str) -> str:
     if estimate is None:
         return "no pair yet"
     if estimate.low is None:
         return f"{estimate.mean:{form}}"
     return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -129,25 +128,29 @@ class Results:
     @cached_property
     def settings(self) -> list[Setting]:
         """The other runs with a result, by alpha and lambda."""
-        pairs = {(run.alpha, run.coeff) for run in self.histories if run.alpha is not None}
+        found: dict[tuple[float, float], dict[int, History]] = {}
+        for run, history in self.histories.items():
+            if run.alpha is not None:
+                found.setdefault((run.alpha, run.coeff), {})[run.seed] = history
         return [
-            Setting(
-                coeff,
-                alpha,
-                {
-                    run.seed: h
-                    for run, h in self.histories.items()
-                    if (run.alpha, run.coeff) == (alpha, coeff)
-                },
-                self.baseline.histories,
-            )
-            for alpha, coeff in sorted(pairs)
+            Setting(coeff, alpha, histories, self.baseline.histories)
+            for (alpha, coeff), histories in sorted(found.items())
         ]
 
     @property
     def alphas(self) -> list[float]:
         """The alphas with a result, rising."""
         return sorted({setting.alpha for setting in self.settings if setting.alpha is not None})
+
+    @property
+    def coeffs(self) -> list[float]:
+        """The lambdas with a result, rising."""
+        return sorted({setting.coeff for setting in self.settings})
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether a mean is over several seeds."""
+        return any(s.loss is not None and s.loss.n > 1 for s in (self.baseline, *self.settings))
 
     @cached_property
     def as_often_tried(self) -> list[Setting]:
@@ -185,14 +188,14 @@ class Results:
             "lowest_validation_loss": None
             if self.best is None
             else {"coeff": self.best.coeff, "alpha": self.best.alpha},
-            "runs": {run.name: self._run_summary(run, history) for run, history in self.histories.items()},
+            "runs": {
+                run.name: dataclasses.asdict(run) | history.summary()
+                for run, history in self.histories.items()
+            },
             "left_out": self.left_out,
             "arguments_that_differ": self.disagreements,
             "versions": versions("megatron-core", "torch"),
         }
-
-    def _run_summary(self, run: SweepRun, history: History) -> dict[str, Any]:
-        return dataclasses.asdict(run) | history.summary()
 
     def _setting_summary(self, setting: Setting) -> dict[str, Any]:
         def shown(estimate: Estimate | None) -> dict[str, Any] | None:
@@ -219,7 +222,9 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
     if not sweep.is_finished(run):
         raise UserError("unfinished" if sweep.log(run).exists() else "not started")
     history = History.read(sweep.tensorboard(run))
-    if not all(map(math.isfinite, _numbers(history))):
+    if not all(
+        map(math.isfinite, (history.validation_loss[-1], history.jump_rate[-1], *history.displacement))
+    ):
         raise UserError(f"its validation loss is {history.validation_loss[-1]}, so it has diverged")
     asked = {"jreg_coeff": run.coeff, "seed": run.seed}
     asked |= {} if run.alpha is None else {"jreg_alpha": run.alpha}
@@ -228,7 +233,3 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
         if had is not None and float(had) != value:
             raise UserError(f"the recipe trained it with {name} {had}; it must take it from the environment")
     return history
-
-
-def _numbers(history: History) -> Iterable[float]:
-    return (history.validation_loss[-1], history.jump_rate[-1], *history.displacement)
