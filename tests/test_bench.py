@@ -57,6 +57,29 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return measured(tmp_path_factory.mktemp("one"))
 
 
+# The host
+
+
+def test_the_host_costs_nothing_in_layers_with_which_nothing_is_done_and_something_in_the_others(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "host.json"
+    run_ranks(["host", "--layers", 6, "--rounds", 60, "--json", path], entry=ENTRY)
+    host = json.loads(path.read_text())["host"]["microseconds"]
+    both = {name: of_way["forward"] + of_way["backward"] for name, of_way in host.items()}
+    assert both["regularized"] > both["regularized_no_kernels"] > 0
+    assert both["measured"] > both["measured_no_kernels"] > 0
+    # The noise of a busy machine is some percent of a layer.
+    assert abs(both["resting"]) < 0.1 * both["unmodified"]
+
+
+def test_host_refuses_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, named in (("--width 3", "--width is 3; it must be even"), ("--layers 0", "--layers is 0")):
+        with pytest.raises(SystemExit):
+            main(["host", *words.split()])
+        assert named in capsys.readouterr().err
+
+
 # The step
 
 

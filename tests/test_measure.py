@@ -58,6 +58,11 @@ def states_of(model: Any, ids: Any) -> Tensor:
     return torch.cat((*plain, normed[-1]))
 
 
+def mean_of(texts: list[Tensor]) -> Tensor:
+    """Of values per token, ``[.., s]`` each: the mean over texts of their means."""
+    return torch.stack([text.mean(dim=1) for text in texts]).mean(dim=0)
+
+
 def reference(model: Any, sequences: Sequence[Sequence[Any]], drop_first: bool) -> dict[str, Any]:
     """Figures of texts, each a list of its sequences, by the formulas as they stand in the papers."""
     of_texts = []
@@ -65,9 +70,14 @@ def reference(model: Any, sequences: Sequence[Sequence[Any]], drop_first: bool) 
         states = torch.cat([states_of(model, ids)[:, int(drop_first) :] for ids in pieces], dim=1)
         cos = cosine_similarity(states[:-2], states[1:-1], dim=-1)
         cos_post = torch.cat((cos[:-1], cosine_similarity(states[-3], states[-1], dim=-1)[None]))
-        norms = states.norm(dim=-1).mean(dim=1)
+        length = states.norm(dim=-1)
+        added = (states[1:-1] - states[:-2]).norm(dim=-1) / length[:-2]
+        added_post = torch.cat((added[:-1], ((states[-1] - states[-3]).norm(dim=-1) / length[-3])[None]))
         of_texts.append(
-            {"pre_norm": (cos, norms[:-1]), "post_norm": (cos_post, torch.cat((norms[:-2], norms[-1:])))}
+            {
+                "pre_norm": (cos, length[:-1], added),
+                "post_norm": (cos_post, torch.cat((length[:-2], length[-1:])), added_post),
+            }
         )
     figures: dict[str, Any] = {}
     for state in STATES:
@@ -85,7 +95,10 @@ def reference(model: Any, sequences: Sequence[Sequence[Any]], drop_first: bool) 
                 1 - torch.stack([text[state][0].mean(1) for text in of_texts]).mean(0)
             ).tolist(),
             "angular_distance": (angle / math.pi).tolist(),
-            "norm": torch.stack([text[state][1] for text in of_texts]).mean(dim=0).tolist(),
+            "norm": mean_of([text[state][1] for text in of_texts]).tolist(),
+            "norm_rms": mean_of([text[state][1].square() for text in of_texts]).sqrt().tolist(),
+            "norm_largest": torch.cat([text[state][1] for text in of_texts], dim=1).amax(dim=1).tolist(),
+            "update_ratio": mean_of([text[state][2] for text in of_texts]).tolist(),
             "jump_rate": rises[-1],
             "jump_rate_from": [sum(rises[index:]) for index in range(len(rises))],
         }

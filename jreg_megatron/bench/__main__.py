@@ -16,8 +16,13 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
   python -m jreg_megatron.bench growth --json growth.json
+  python -m jreg_megatron.bench host                            Python and launches, 2 minutes on a CPU
   python -m jreg_megatron.bench show growth.json
 """
+
+
+_WITH_MEGATRON = ("step", "growth")
+"""What takes Megatron's arguments behind ``--``."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors_exit("nothing was written"):
         ours, more = _split(argv)
         args = _parser().parse_args(ours)
-        if more and args.part not in ("step", "growth"):
+        if more and args.part not in _WITH_MEGATRON:
             raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
         ranks = os.environ.get("WORLD_SIZE", "1")
         if args.part != "step" and ranks != "1":
@@ -57,6 +62,7 @@ def _parser() -> ArgumentParser:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     about: dict[str, tuple[str, Callable[[ArgumentParser], None], Any]] = {
         "kernel": ("displacement and gradients by themselves", kernel.add_arguments, _kernel),
+        "host": ("what Python and launches take of a layer", options.add_host_arguments, _host),
         "step": ("Megatron's training step, unmodified and with JREG", options.add_step_arguments, _step),
         "growth": ("the step's cost over model sizes and pipeline stages", growth.add_arguments, _growth),
     }
@@ -65,7 +71,7 @@ def _parser() -> ArgumentParser:
         add_arguments(part)
         output.add_output_arguments(part, csv=False)
         part.set_defaults(run=run)
-        if name != "kernel":
+        if name in _WITH_MEGATRON:
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
     show = parts.add_parser("show", help="print what --json has written", description="Print results.")
     show.add_argument("files", nargs="+", metavar="FILE")
@@ -77,6 +83,13 @@ def _kernel(args: Namespace, more: list[str], argv: list[str]) -> int:
     from jreg_megatron.bench import kernel
 
     _finish(args, argv, "kernel", kernel.run(args)["kernel"])
+    return 0
+
+
+def _host(args: Namespace, more: list[str], argv: list[str]) -> int:
+    from jreg_megatron.bench import host
+
+    _finish(args, argv, "host", host.run(args))
     return 0
 
 

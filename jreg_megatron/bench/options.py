@@ -156,6 +156,16 @@ def add_step_arguments(parser: ArgumentParser) -> None:
     run.add_argument("--verbose", action="store_true", help="show what Megatron prints")
 
 
+def add_host_arguments(parser: ArgumentParser) -> None:
+    """Define the options of ``bench host``."""
+    for flag, default, what in (
+        ("--layers", 20, "layers"),
+        ("--width", 16, "hidden size, an even number"),
+        ("--rounds", 300, "rounds; in each, every way runs once"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
 def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Setup:
     """What the options and the arguments behind ``--`` ask for.
 

@@ -14,7 +14,7 @@ from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
 
 FORMAT, VERSION = "jreg_megatron benchmark", 1
-PARTS = ("kernel", "step", "growth")
+PARTS = ("kernel", "host", "step", "growth")
 
 _WITH_VALUE, _ALONE = ("--json", "--csv"), ("--quiet", "--verbose")
 

@@ -48,6 +48,10 @@ def print_document(console: Console, document: dict[str, Any]) -> None:
         print_step(console, document["step"])
     if "growth" in document:
         print_growth(console, document["growth"])
+    if "host" in document:
+        from jreg_megatron.bench import host
+
+        host.print_table(console, document["host"])
     if "kernel" in document:
         from jreg_megatron.bench import kernel
 

@@ -13,7 +13,17 @@ from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import batches
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.measure.statistics import ANGLE, NORM, PSI, PSI_SQUARED, BatchStatistics, TextStatistics
+from jreg_megatron.measure.statistics import (
+    ANGLE,
+    NORM,
+    NORM_SQUARED,
+    PSI,
+    PSI_SQUARED,
+    UPDATE,
+    BatchStatistics,
+    Mean,
+    TextStatistics,
+)
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
@@ -45,14 +55,23 @@ class Figures:
     angular_distance: dict[str, list[float]]
     """Mean of ``arccos(cos) / pi``, in [0, 1] (arXiv 2403.17887, which takes a text's last token alone)."""
     norm: dict[str, list[float]]
-    """Mean length of h_0 .. h_L."""
+    """Mean norm of h_0 .. h_L."""
+    norm_rms: dict[str, list[float]]
+    """Root of the mean squared norm of h_0 .. h_L."""
+    norm_largest: dict[str, list[float]]
+    """The largest norm of a token, of h_0 .. h_L."""
+    update_ratio: dict[str, list[float]]
+    """Mean of ``|h_l - h_{l-1}| / |h_{l-1}|`` of layers 1..L."""
 
     @classmethod
-    def of(cls, mean: Tensor, texts: int, tokens: int, last: int) -> Figures:
-        """From the means of :class:`~jreg_megatron.measure.statistics.TextStatistics`, ``[4, P]``.
+    def of(cls, means: Mean, last: int) -> Figures | None:
+        """From those of :class:`~jreg_megatron.measure.statistics.TextStatistics`; None if there is no text.
 
         ``last`` is the number of layers.
         """
+        if not (isinstance(means.total, Tensor) and isinstance(means.largest, Tensor)):
+            return None
+        mean = torch.cat((means.total / means.texts, means.largest[None]))
         by_state = {
             state: torch.cat((mean[:, :last], mean[:, at : at + 1]), 1)
             for state, at in zip(FINAL_STATES, range(last, mean.shape[1]), strict=False)
@@ -63,8 +82,8 @@ class Figures:
             for state, each in psi.items()
         }
         return cls(
-            texts=texts,
-            tokens=tokens,
+            texts=means.texts,
+            tokens=means.tokens,
             displacement={state: each.tolist() for state, each in psi.items()},
             displacement_std={
                 state: (each[PSI_SQUARED, 1:] - each[PSI, 1:].square()).clamp(min=0).sqrt().tolist()
@@ -75,6 +94,9 @@ class Figures:
             block_influence={state: (2 * each).tolist() for state, each in psi.items()},
             angular_distance={state: each[ANGLE, 1:].tolist() for state, each in by_state.items()},
             norm={state: each[NORM].tolist() for state, each in by_state.items()},
+            norm_rms={state: each[NORM_SQUARED].sqrt().tolist() for state, each in by_state.items()},
+            norm_largest={state: each[-1].tolist() for state, each in by_state.items()},
+            update_ratio={state: each[UPDATE, 1:].tolist() for state, each in by_state.items()},
         )
 
 
@@ -124,18 +146,13 @@ def measure(
         of_batch = BatchStatistics(batch, decoder.num_layers, has_final_norm)
         with decoder.observed(of_batch):
             decoder.run(batch.tokens)
-        first, rest = of_batch.sums()
+        (first, rest), largest = of_batch.sums(), of_batch.largest()
         _refuse_non_finite(first + rest, decoder)
         for place, window in enumerate(batch.windows):
-            statistics.add(window, first[..., place], rest[..., place])
+            statistics.add(window, first[..., place], rest[..., place], largest[..., place])
         if on_tokens is not None:
             on_tokens(int(batch.lengths.sum()))
-    with_first, without_first = (
-        Figures.of(mean.total / mean.texts, mean.texts, mean.tokens, decoder.num_layers)
-        if isinstance(mean.total, Tensor)
-        else None
-        for mean in statistics.means
-    )
+    with_first, without_first = (Figures.of(mean, decoder.num_layers) for mean in statistics.means)
     if with_first is None:
         raise UserError("there is no text with a token in it; give --text files that hold some")
     return Measurement(with_first, without_first)

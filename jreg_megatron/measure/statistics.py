@@ -10,9 +10,11 @@ from torch import Tensor
 
 from jreg_megatron.data.windows import Batch, Window
 from jreg_megatron.methods.jreg.formulas import displacement_of_units, unit_rows
+from jreg_megatron.methods.norms.formulas import update_ratios
 
-PSI, PSI_SQUARED, ANGLE, NORM = range(4)
-"""What is averaged over tokens: displacement, its square, ``arccos(cos) / pi``, and the state's norm."""
+PSI, PSI_SQUARED, ANGLE, NORM, NORM_SQUARED, UPDATE = range(6)
+"""What is averaged over tokens: displacement, its square, ``arccos(cos) / pi``, the state's norm, its square,
+and the update ratio ``|h_l - h_{l-1}| / |h_{l-1}|``."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class _Directions:
         norm = torch.where(inverse == 0, 0.0, 1 / inverse)
         return cls(state, unit, norm.squeeze(-1))
 
+    def to(self, device: torch.device) -> _Directions:
+        return _Directions(self.state.to(device), self.unit.to(device), self.norm.to(device))
+
 
 @dataclass
 class BatchStatistics:
@@ -40,6 +45,7 @@ class BatchStatistics:
     num_layers: int
     has_final_norm: bool = True
     _sums: list[Tensor] = field(default_factory=list)
+    _largest: list[Tensor] = field(default_factory=list)
     _mask: Tensor | None = None
     _before: _Directions | None = None
 
@@ -49,35 +55,46 @@ class BatchStatistics:
         if before is None or not _is_same(before.state, layer_input):
             before = _Directions.of(layer_input.to(layer_output.device))
         if number == 1:
-            self._add(torch.zeros_like(before.norm), before.norm)
+            nothing = torch.zeros_like(before.norm)
+            self._add(nothing, before.norm, nothing)
         after = _Directions.of(layer_output)
-        self._add(displacement_of_units(before.unit, after.unit), after.norm)
+        self._add_turn(before, after)
         # The final norm's output is compared with the same input as the last layer's.
         self._before = before if number == self.num_layers else after
 
     def final_norm(self, normed: Tensor) -> None:
         """Add the final norm's output as if it were the last layer's."""
         assert self._before is not None
-        after = _Directions.of(normed)
-        self._add(displacement_of_units(self._before.unit.to(normed.device), after.unit), after.norm)
+        self._add_turn(self._before.to(normed.device), _Directions.of(normed))
         self._before = None
 
+    def largest(self) -> Tensor:
+        """The largest norm of the first token, and of the other tokens, of each sequence, ``[2, P, b]``."""
+        return torch.stack([both.cpu() for both in self._largest], dim=1)
+
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Over the first token and over the other tokens of each sequence, ``[4, P, b]`` float64 each."""
+        """Over the first token and over the other tokens of each sequence, ``[6, P, b]`` float64 each."""
         places = self.num_layers + 1 + self.has_final_norm
         assert len(self._sums) == places, "a layer ran twice, or not at all"
         first, rest = torch.stack([both.cpu() for both in self._sums], dim=2).unbind(0)
         return first, rest
 
-    def _add(self, psi: Tensor, norm: Tensor) -> None:
+    def _add_turn(self, before: _Directions, after: _Directions) -> None:
+        psi = displacement_of_units(before.unit, after.unit)
+        self._add(psi, after.norm, update_ratios(before.state, after.state, before.norm))
+
+    def _add(self, psi: Tensor, norm: Tensor, update: Tensor) -> None:
         if self._mask is None or self._mask.device != psi.device:
             places = torch.arange(psi.shape[1], device=psi.device)
             self._mask = places < self.batch.lengths.to(psi.device)[:, None]
         # arccos(cos) of cos = 1 - 2 psi, in the form that is exact for small angles.
         angle = psi.clamp(0, 1).sqrt().asin() * (2 / math.pi)
-        values = torch.stack((psi, psi.square(), angle, norm)).double()
+        values = torch.stack((psi, psi.square(), angle, norm, norm.square(), update)).double()
         values = torch.where(self._mask, values, 0.0)  # what is behind the end may be anything
         self._sums.append(torch.stack((values[..., 0], values[..., 1:].sum(dim=-1))))
+        others = values[NORM].clone()
+        others[..., 0] = 0.0
+        self._largest.append(torch.stack((values[NORM, ..., 0], others.amax(dim=-1))))
 
 
 @dataclass
@@ -85,7 +102,9 @@ class Mean:
     """The mean over texts of their means over tokens, ``total / texts``."""
 
     total: Tensor | float = 0.0
-    """``[4, P]``; a plain 0 while there is no text."""
+    """``[6, P]``; a plain 0 while there is no text."""
+    largest: Tensor | float = 0.0
+    """The largest norm of a token, ``[P]``."""
     texts: int = 0
     tokens: int = 0
 
@@ -101,8 +120,17 @@ class TextStatistics:
         self._sums: Tensor | float = 0.0
         self._tokens = [0, 0]
 
-    def add(self, window: Window, first: Tensor, rest: Tensor) -> None:
-        """Add a sequence's sums over its first token and over the others, ``[4, P]`` each."""
+    def add(self, window: Window, first: Tensor, rest: Tensor, largest: Tensor) -> None:
+        """Add a sequence's sums over its first token and over the others, ``[6, P]`` each.
+
+        Args:
+            window: the sequence.
+            first: the sums over its first token.
+            rest: those over the others.
+            largest: the largest norms of the first token and of the others, ``[2, P]``.
+        """
+        for mean, norms in zip(self.means, (largest.amax(dim=0), largest[1]), strict=True):
+            mean.largest = torch.maximum(norms, torch.as_tensor(mean.largest, dtype=norms.dtype))
         self._sums = self._sums + torch.stack((first + rest, rest))
         for which, tokens in enumerate((len(window.ids), len(window.ids) - 1)):
             self._tokens[which] += tokens

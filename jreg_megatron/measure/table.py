@@ -12,7 +12,14 @@ from rich.table import Table
 FINAL_STATES = {"pre_norm": "before", "post_norm": "after"}
 
 _BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
-_OF_LAYERS = ("displacement", "displacement_std", "jump_rate_from", "block_influence", "angular_distance")
+_OF_LAYERS = (
+    "displacement",
+    "displacement_std",
+    "jump_rate_from",
+    "block_influence",
+    "angular_distance",
+    "update_ratio",
+)
 _COLUMNS, _LEAST_BARS = 54, 8
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -50,11 +57,13 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
 
 
 def print_layers(console: Console, model: dict[str, Any]) -> None:
-    """Print a line for each layer: Psi and its spread over tokens, zeta from there on, angle, norm."""
+    """Print a line for each layer: Psi and its spread over tokens, zeta from there on, angle, mean and
+    largest norm, update ratio."""
     at = "" if model["step"] is None else f" at step {model['step']:,}"
-    columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm")
+    columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm", "largest", "update")
     layers = table(f"{model['name']}{at}", *columns, box=SIMPLE_HEAD)
-    layers.add_row("0", "", "", "", "", _number(model["norm"]["pre_norm"][0], 2))
+    norms = [_number(model[kind]["pre_norm"][0], 2) for kind in ("norm", "norm_largest")]
+    layers.add_row("0", "", "", "", "", *norms, "")
     last = model["num_layers"] - 1
     for index in range(model["num_layers"]):
         states = ["pre_norm"] if index < last else list(model["displacement"])
@@ -67,6 +76,8 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
                 _number(model["jump_rate_from"][state][index], 2),
                 _number(model["angular_distance"][state][index], 4),
                 _number(model["norm"][state][index + 1], 2),
+                _number(model["norm_largest"][state][index + 1], 2),
+                _number(model["update_ratio"][state][index], 4),
             )
     console.print(layers)
 
@@ -96,7 +107,7 @@ def _rows(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     **head,
                     **{"first_token": first_token, "final_state": state, "layer": index + 1},
                     **{key: figures[key][state][index] for key in _OF_LAYERS},
-                    "norm": figures["norm"][state][index + 1],
+                    **{key: figures[key][state][index + 1] for key in ("norm", "norm_rms", "norm_largest")},
                 }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from jreg_megatron.cpu.flags import FLAGS, HYBRID_SPECS
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
 
@@ -57,10 +58,11 @@ _BEGINNINGS = tuple(
     moe_expert_rank moe_extended moe_flex moe_grouped_gemm moe_hybridep moe_input_jitter moe_layer_recompute
     moe_ncclep moe_pad_experts moe_paged moe_per_layer_logging moe_permute_fusion moe_router_fusion
     moe_routing_trace moe_single_grouped moe_token_dispatcher moe_use_legacy moe_use_upcycling moe_z_loss
-    mtp_ muon_ nccl no_persist num_floating otel_ params_dtype perform_init qk_clip quant renormalize_blend
-    retriever_ retro_ rl_ s3_ save_ scatter_gather skipped_ standalone_embedding symmetric_ar te_ teacher_
-    tiktoken_ tokenizer_ tp_comm transformer_impl use_cpu_init use_custom_fsdp use_dist_ckpt use_gigatoken
-    use_grouped_gemm use_layer_wise use_te use_transformer_engine variable_seq wgrad world_size
+    mtp_ muon_ nccl no_persist norms_ num_floating otel_ params_dtype perform_init qk_clip quant
+    renormalize_blend retriever_ retro_ rl_ s3_ save_ scatter_gather skipped_ standalone_embedding
+    symmetric_ar te_ teacher_ tiktoken_ tokenizer_ tp_comm transformer_impl use_cpu_init use_custom_fsdp
+    use_dist_ckpt use_gigatoken use_grouped_gemm use_layer_wise use_te use_transformer_engine variable_seq
+    wgrad world_size
     """.split()
 )
 _NAMES = ("cpu", "load", "rank", "save")
@@ -91,6 +93,12 @@ def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
     Raises:
         UserError: naming what it is, and the tool that can export it.
     """
+    for method in known.changes_in(Namespace(**arguments)):
+        raise UserError(
+            f"{what} was trained with {method.as_flags()}, by which {method.name} changes the model; "
+            "measure, evaluate and export do not run such a model yet; its training's own validation logs "
+            "its figures"
+        )
     for is_one, example in _hindrances(arguments):
         instead = bridge_as(example) if example else "export it with the tool that trained it"
         raise UserError(
