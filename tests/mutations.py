@@ -113,6 +113,7 @@ VARIANTS = ("tests/test_variants.py",)
 PREFLIGHT = ("tests/test_preflight.py",)
 INITIAL = ("tests/test_initialization.py",)
 CLAIMS = ("tests/test_claims.py",)
+METHODS = ("tests/test_methods.py",)
 SFT = ("tests/test_sft.py",)
 HELPER = ("tests/test_dataset_helper.py",)
 GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
@@ -334,7 +335,48 @@ FAULTS = [
     Fault(
         "count a micro-batch instead of its tokens",
         "stream/meter.py",
-        (("self._counts(values[0].numel())", "self._counts(1)"),),
+        (("counts[:, 0] = each.shape[-1]", "counts[:, 0] = 1"),),
+    ),
+    Fault(
+        "forget the values that wait for the other layers",
+        "stream/meter.py",
+        (("        for waiting in self._waiting.values():\n            self._sum(waiting)\n", ""),),
+        ("tests/test_attach.py",),
+    ),
+    Fault(
+        "take the taps off layers that the next step needs",
+        "stream/tap.py",
+        (("tap.put_on() if is_needed else tap.take_off()", "is_needed or tap.take_off()"),),
+        ("tests/test_attach.py", "tests/test_methods.py"),
+    ),
+    Fault(
+        "attenuate in the runs that count alone",
+        "stream/tap.py",
+        (
+            (
+                "if self._change is not None and self._input is not None:",
+                "if self._change is not None and self._microbatch is not None:",
+            ),
+        ),
+        METHODS,
+    ),
+    Fault(
+        "take the largest norm of one rank",
+        "stream/meter.py",
+        (("ranks[:, sums.numel() :].amax(0)", "ranks[0, sums.numel() :]"),),
+        TESTS,
+    ),
+    Fault(
+        "resume a model that a method has changed without it",
+        "training_loop.py",
+        (("            if saved != own:\n", "            if False:\n"),),
+        METHODS,
+    ),
+    Fault(
+        "export a model that a method has changed as if it had not",
+        "decoder/checkpoint/arguments.py",
+        (("    for method in known.changes_in(Namespace(**arguments)):", "    for method in ():"),),
+        METHODS,
     ),
     Fault(
         "ask a layer whether it is recomputed, not the block",

@@ -120,11 +120,12 @@ def test_the_lightest_layers_are_left_out_as_many_as_weigh_no_more_than_the_stat
     weights, kept = config.layer_weights(layers), config.gradient_weights(layers)
     left_out = kept == 0
     assert torch.equal(kept[~left_out], weights[~left_out])
-    assert weights[left_out].sum() <= share
+    rounding = 1e-12
+    assert weights[left_out].sum() <= share + rounding
     # Weights rise with the layer: those left out are the first ones, and one more would be too much.
     first_kept = int(left_out.sum())
     assert first_kept < layers and bool(left_out[:first_kept].all())
-    assert weights[: first_kept + 1].sum() > share
+    assert weights[: first_kept + 1].sum() > share - rounding
 
 
 def test_at_alpha_3_the_last_five_layers_have_a_gradient_however_many_there_are() -> None:
