@@ -19,7 +19,7 @@ from torch import nn
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import unwrap
-from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares
+from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares, refuse_settings
 from jreg_megatron.stream.method import Metrics
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
@@ -33,14 +33,14 @@ _NOT_ATTACHED = (
 
 
 class JRegCallback:
-    """Attaches JREG as soon as Bridge has built its model, and reports while Bridge's loop runs.
+    """Attaches methods as soon as Bridge has built its model, and reports while Bridge's loop runs.
 
-    Per log interval there is one all-reduce, one console line of the last rank, and the same values in
-    TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One all-reduce
-    after the first step of a run makes sure that every layer is seen. Other steps have none. A log interval
-    that the last iteration or ``exit_interval`` cuts off is logged too. Of an exit on SIGTERM or after
-    ``exit_duration_in_mins`` Bridge does not tell: what was measured since the last line is then not logged,
-    and the first line after the resume names the iterations that it is about.
+    Per log interval there is one collective, one console line of the last rank for each method, and the same
+    values in TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One
+    all-reduce after the first step of a run makes sure that every layer is seen. Other steps have none. A
+    log interval that the last iteration or ``exit_interval`` cuts off is logged too. Of an exit on SIGTERM
+    or after ``exit_duration_in_mins`` Bridge does not tell: what was measured since the last line is then
+    not logged, and the first line after the resume names the iterations that it is about.
 
     Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
     loss mask: ``tokens="unmasked"`` needs one pipeline stage, and a forward step that calls the model with
@@ -59,6 +59,7 @@ class JRegCallback:
         Raises:
             UserError: if a setting of Bridge is not supported, or ``config`` is no ``ConfigContainer``.
         """
+        refuse_settings(settings, knows_iteration=True)
         self._settings = settings
         self._handle: Handle | None = None
         self._chunks: list[nn.Module] = []

@@ -148,6 +148,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
                 for name, function in _loop.decorated.items():
                     _check_arguments(name, function)
                 refuse_unsupported(get_args(), *settings)
+                _refuse_another_model_to_generate(get_args(), settings)
                 _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
                 args, named = _with_prepared_model(setup_model_and_optimizer, settings, args, named)
@@ -534,6 +535,16 @@ def _refuse_another_megatron() -> None:
                     f"from {loaded.parents[2]}; set PYTHONPATH to {folder} instead"
                 )
             return
+
+
+def _refuse_another_model_to_generate(args: Namespace, settings: tuple[Settings, ...]) -> None:
+    """Refuse reinforcement learning, whose inference model nothing is attached to."""
+    for of_one in settings:
+        if of_one.changes_model and getattr(args, "perform_rl_step", False):
+            raise UserError(
+                f"--perform-rl-step generates with a model of its own, which {of_one.name} does not change; "
+                f"leave out {of_one.as_flags()}, or the flag"
+            )
 
 
 def _refuse_optimizer(args: Namespace) -> None:

@@ -340,7 +340,7 @@ FAULTS = [
     Fault(
         "forget the values that wait for the other layers",
         "stream/meter.py",
-        (("        for waiting in self._waiting.values():\n            self._sum(waiting)\n", ""),),
+        (("        self._sum()\n        return self._sums", "        return self._sums"),),
         ("tests/test_attach.py",),
     ),
     Fault(
@@ -500,7 +500,7 @@ FAULTS = [
     Fault(
         "reduce in every step",
         "stream/attachment.py",
-        (("(is_interval_end or (self._has_measured and not self._is_seen_whole))", "True"),),
+        (("(is_interval_end or is_new)", "True"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(

@@ -158,6 +158,27 @@ def regularizes_layers_in_evaluation(final_state: str) -> None:
     assert handle.end_iteration(1) is not None
 
 
+def goes_on_after_a_probe() -> None:
+    import torch
+
+    from jreg_megatron import attach
+
+    model = build_model()
+    now = {"iteration": 1}
+    config = JRegConfig(coeff=20.0, alpha=0.0, measure_interval=1000)
+    handle = attach(model, config, num_microbatches=1, iteration=lambda: now["iteration"])
+    _, first = step(model)
+    with torch.no_grad():
+        forward(model)  # a loss is looked at, in training mode
+    handle.end_iteration(1)
+    now["iteration"] = 2
+    _, second = step(model)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    handle.detach()
+    _, plain = step(model)
+    assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
 def refuses_means_over_different_tokens() -> None:
     from jreg_megatron import attach
 
@@ -348,6 +369,7 @@ UNSUPPORTED = [
     ("enable_mhc_connections", True, "pre_norm"),
     ("inference_fuse_tp_communication", True, "pre_norm"),
     ("fine_grained_activation_offloading", True, "pre_norm"),
+    ("cpu_offloading", True, "pre_norm"),
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
     ("use_megatron_fsdp", True, "pre_norm"),
@@ -383,6 +405,10 @@ def test_a_layer_that_is_set_to_evaluation_by_itself_is_recomputed_and_regulariz
     final_state: str,
 ) -> None:
     run_function(regularizes_layers_in_evaluation, 1, final_state)
+
+
+def test_a_forward_pass_without_gradients_in_the_first_step_ends_no_regularizing() -> None:
+    run_function(goes_on_after_a_probe)
 
 
 def test_metrics_over_other_tokens_in_some_layers_than_in_others_are_refused() -> None:

@@ -330,10 +330,13 @@ def test_rows_of_norm_zero_have_displacement_a_half_and_no_gradient_exactly(
 
 
 @both_ways
-def test_a_row_with_nan_leaves_every_other_row_as_it_was_to_the_bit(kernels: Kernels) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_with_nan_or_inf_has_nan_and_leaves_every_other_row_as_it_was_to_the_bit(
+    kernels: Kernels, value: float
+) -> None:
     case = make_case(["random"], (8, 50))
     clean = case.gradients(kernels)
-    case.h_in[2, 7] = case.h_out[5, 0] = torch.nan
+    case.h_in[2, 7] = case.h_out[5, 0] = value
     others = [0, 1, 3, 4, 6, 7]
     for before, after in zip(clean, case.gradients(kernels), strict=True):
         assert before is not None and after is not None

@@ -18,6 +18,7 @@ from test_attach import build_model, forward, step
 from jreg_megatron import AttenuationConfig, JRegConfig, NormsConfig, UserError, attach
 from jreg_megatron.examples.own_method import ShortConfig
 from jreg_megatron.methods import known
+from jreg_megatron.stream.meter import Meter
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,6 +192,10 @@ def refuses() -> list[str]:
         with pytest.raises(UserError) as caught:
             attach(model, *settings, num_microbatches=1)
         lines.append(str(caught.value))
+    for wrong in ([JRegConfig(), NormsConfig()], JRegConfig):
+        with pytest.raises(UserError) as caught:
+            attach(model, wrong, num_microbatches=1)  # type: ignore[arg-type]
+        lines.append(str(caught.value))
     attach(model, NormsConfig(), num_microbatches=1)
     with pytest.raises(UserError) as caught:
         attach(model, JRegConfig(), num_microbatches=1)
@@ -206,11 +211,41 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
             "two JRegConfig",
             "--attenuation-layers names layer 3, and the model has 2 layers",
             "settings of norms depend on the iteration",
+            "was given [JRegConfig(",
+            "was given <class",
             "norms is attached to this model already",
         ),
         strict=True,
     ):
         assert named in line and "\n" not in line
+
+
+def attaches_other_settings() -> str:
+    import torch.distributed as dist
+
+    settings = (JRegConfig(), NormsConfig()) if dist.get_rank() == 0 else (JRegConfig(coeff=0.5),)
+    with pytest.raises(UserError) as caught:
+        attach(build_model(), *settings, num_microbatches=1)
+    return str(caught.value)
+
+
+def test_settings_that_differ_between_ranks_are_refused_on_every_rank() -> None:
+    said = run_function(attaches_other_settings, 2)
+    assert said[0] == said[1]
+    assert "rank 0 has the settings JRegConfig: " in said[0] and "rank 1 has" in said[0]
+    assert "--norms-measure-interval 1" in said[0] and "--jreg-coeff 0.5" in said[0]
+
+
+def test_values_of_unlike_micro_batches_do_not_pile_up() -> None:
+    meter = Meter(4, torch.device("cpu"))
+    tokens = 0
+    for length in range(1, 40):
+        for layer in (1, 2):  # a pipeline stage's
+            meter.add(layer, torch.full((length, 2), float(layer)))
+        tokens += 2 * length
+        assert len(meter._waiting) <= 2
+    sums, _ = meter.totals()
+    assert sums.tolist() == [[tokens, tokens, 39], [2 * tokens, tokens, 39], [0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(

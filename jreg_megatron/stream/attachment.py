@@ -53,6 +53,11 @@ class Handle:
         self._group = group
         self._chunks = chunks
         self._measuring = [method for method in methods if method.training_meter is not None]
+        for method in methods:
+            if (method.training_meter is None) != (method.validation_meter is None):
+                raise UserError(
+                    f"{type(method).__name__} must have a training_meter and a validation_meter, or none"
+                )
         losses = [method.added_loss for method in methods if method.added_loss is not None]
         # All are scaled alike; one that knows what the script multiplies its loss by is the best to check.
         added = max(losses, key=lambda loss: bool(loss.loss_weight_flag), default=None)
@@ -64,7 +69,7 @@ class Handle:
         self._most_ran = 0.0
         self._measured: dict[Method, list[int]] = {method: [] for method in self._measuring}
         """Iterations of this log interval."""
-        self._is_seen_whole = False
+        self._seen_whole: set[Method] = set()
         self._first_step = FirstStep(chunks, added, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report, _changes(methods, chunks))
         self._first_step.start(self._tap.end_watch)
@@ -144,7 +149,10 @@ class Handle:
         for method, iterations in self._measured.items():
             if method.settings.measures_at(iteration):
                 iterations.append(iteration)
-        if not self._measuring or not (is_interval_end or (self._has_measured and not self._is_seen_whole)):
+        is_new = any(
+            iterations and method not in self._seen_whole for method, iterations in self._measured.items()
+        )
+        if not self._measuring or not (is_interval_end or is_new):
             return None
         return self._metrics(is_interval_end)
 
@@ -166,8 +174,7 @@ class Handle:
             iterations and type(method.settings) not in read for method, iterations in self._measured.items()
         ):
             raise UserError(LAYER_NOT_SEEN)
-        if metrics is not None:
-            self._is_seen_whole = True
+        self._seen_whole.update(method for method in self._measuring if type(method.settings) in read)
         if is_interval_end:
             self.reset_training_metrics()
         return metrics
@@ -314,13 +321,14 @@ def attach(
     def check() -> tuple[Callable[[], int], list[Method]]:
         for chunk in given:
             refuse_fsdp(chunk)
-        _refuse_settings(settings, knows_iteration=iteration is not None)
+        refuse_settings(settings, knows_iteration=iteration is not None)
         _refuse_model(chunks, settings)
         counter = _microbatch_counter(num_microbatches)
         place = _place_of(chunks, counter)
         return counter, [of_one.make(place) for of_one in settings]
 
     counter, methods = _alike_on_every_rank(check, group)
+    _refuse_other_settings(settings, group)
     _refuse_other_numbers(chunks, group)
     for method in methods:
         method.agree(group)
@@ -328,11 +336,38 @@ def attach(
     return Handle(methods, chunks, counter, iteration, group, count_given)
 
 
-def _refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None:
+def _refuse_other_settings(settings: Sequence[Settings], group: dist.ProcessGroup | None) -> None:
+    """Refuse settings that differ between ranks, which would train another model on each and hang.
+    Collective."""
+    ranks = of_every_rank([f"{type(of_one).__name__}: {of_one.as_flags()}" for of_one in settings], group)
+    for at, of_rank in enumerate(ranks):
+        if of_rank != ranks[0]:
+            first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
+            raise UserError(
+                f"rank {first} has the settings {'; '.join(ranks[0])}, and rank {other} has "
+                f"{'; '.join(of_rank)}; give all ranks the same, in the same order"
+            )
+
+
+def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None:
+    """Refuse what cannot be attached together.
+
+    Args:
+        settings: as :func:`attach` gets them.
+        knows_iteration: whether the training iteration is known.
+
+    Raises:
+        UserError: naming the settings and what to do.
+    """
     if not settings:
         raise UserError("attach() was given no settings; give it those of a method, such as JRegConfig()")
     kinds = [type(of_one) for of_one in settings]
     for of_one in settings:
+        if not isinstance(of_one, Settings):
+            raise UserError(
+                f"attach() was given {of_one!r:.60} as settings; give it those of each method as an argument "
+                "of their own, such as attach(model, JRegConfig(coeff=1.0), NormsConfig())"
+            )
         if kinds.count(type(of_one)) > 1:
             raise UserError(f"attach() was given two {type(of_one).__name__}; give it one of each kind")
         if of_one.has_schedule and not knows_iteration:

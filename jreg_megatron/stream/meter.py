@@ -62,8 +62,9 @@ class Meter:
         # For each row the sums, the number of tokens, and how often the row was seen.
         self._sums = torch.zeros(rows, num_values + 2, dtype=torch.float64, device=device)
         self._largest = torch.full((rows, num_largest), -torch.inf, dtype=torch.float64, device=device)
-        # Layers' values of one micro-batch that have still to be summed, by what they have in common.
-        self._waiting: dict[tuple[Any, ...], dict[int, tuple[tuple[Tensor, ...], Tensor | None]]] = {}
+        # Layers' values of one micro-batch that have still to be summed, and what they have in common.
+        self._waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]] = {}
+        self._kind: tuple[Any, ...] = ()
         self._numbers = torch.arange(rows, device=device).unbind()
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
@@ -74,26 +75,26 @@ class Meter:
 
         Args:
             row: the layer's number, 1-based over the whole model; 0 for the embedding's output.
-            values: of this rank's tokens, ``[s, b]`` each, in one floating type. Of the first ones the
-                largest is kept, of as many as the meter was made for.
+            values: of this rank's tokens, ``[s, b]`` each, in one floating type, not to be written into
+                any more. Of the first ones the largest is kept, of as many as the meter was made for.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
         kind = (values[0].shape, values[0].dtype, mask is None)
-        waiting = self._waiting.setdefault(kind, {})
         at = row - self._first_row
-        if at in waiting:  # of the next micro-batch
-            self._sum(waiting)
-        waiting[at] = (values, mask)
-        if len(waiting) == len(self._sums):
-            self._sum(waiting)
+        if at in self._waiting or kind != self._kind:  # of the next micro-batch
+            self._sum()
+            self._kind = kind
+        self._waiting[at] = (tuple(value.detach() for value in values), mask)
+        if len(self._waiting) == len(self._sums):
+            self._sum()
 
     @torch.no_grad()
-    def _sum(self, waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]]) -> None:
-        if not waiting:
+    def _sum(self) -> None:
+        if not self._waiting:
             return
-        rows = tuple(waiting)
-        values, masks = zip(*waiting.values(), strict=True)
-        waiting.clear()
+        rows = tuple(self._waiting)
+        values, masks = zip(*self._waiting.values(), strict=True)
+        self._waiting.clear()
         at = self._index(rows)
         # [layers, values, tokens]
         each = torch.stack([torch.stack(of_layer) for of_layer in values]).flatten(2)
@@ -122,8 +123,7 @@ class Meter:
     def totals(self) -> tuple[Tensor, Tensor]:
         """What this rank has added: sums, tokens and how often each row was seen ``[rows, values + 2]``, and
         the largest values ``[rows, largest values]``."""
-        for waiting in self._waiting.values():
-            self._sum(waiting)
+        self._sum()
         return self._sums, self._largest
 
     def reset(self) -> None:

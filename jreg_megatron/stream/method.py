@@ -197,6 +197,18 @@ class Metrics:
                     return getattr(reading.of, name)
         raise AttributeError(f"no attached method has measured '{name}'")
 
+    def headline(self) -> dict[str, float]:
+        """The values of Megatron's console line, by the names they are logged under."""
+        return self.scalars(per_layer=False)
+
+    def per_layer(self) -> dict[str, float]:
+        """The values of each layer, by the names they are logged under."""
+        return {name: value for reading in self.readings for name, value in reading.of.per_layer().items()}
+
+    def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
+        """What a reader must know, of all methods; see :meth:`Reading.remarks`."""
+        return [said for reading in self.readings for said in reading.remarks(interval)]
+
     @property
     def iterations(self) -> tuple[int, ...]:
         """Training iterations in which something was measured, if the loop has told them."""

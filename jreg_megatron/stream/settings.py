@@ -108,13 +108,13 @@ class Settings:
 
     @property
     def _measure_interval(self) -> int:
-        """0 for a method that measures nothing."""
-        interval: int = getattr(self, "measure_interval", 0)
+        """1 for a method that has no such setting."""
+        interval: int = getattr(self, "measure_interval", 1)
         return interval
 
     def measures_at(self, iteration: int) -> bool:
         """Whether training iteration ``iteration`` (1-based) measures."""
-        return self._measure_interval > 0 and iteration % self._measure_interval == 0
+        return iteration % self._measure_interval == 0
 
     # -- from YAML and from the command line -------------------------------------------------------
 

@@ -27,7 +27,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
 
 _RERUN_LATER = (
-    "a layer is recomputed, and none was in the first training step; call attach again where recomputation "
+    "a layer runs outside of the model's forward pass, which is known of recomputed layers alone, and none "
+    "was recomputed in the first training step; call attach again where recomputation "
     "is turned on, or train with it from the first step on"
 )
 
@@ -187,7 +188,7 @@ class _ChunkTap:
             is_last = layer.number == num_layers(chunk)
             tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
             undo.append(tap.end_hook)
-            undo.append(tap.take_off)
+            undo.append(tap.end)
             tap.put_on()
             self._taps.append(tap)
             if self.recomputes or report is not None:
@@ -281,6 +282,7 @@ class _LayerTap:
         self._input: Tensor | None = None
         self._will_be_rerun = False
         self._change = chunk.changes.get(layer.number)
+        self._is_over = False
         self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
         self._watching: LayerWatch | None = None  # in the run under way
@@ -298,6 +300,11 @@ class _LayerTap:
             ours = functools.partial(tapped, factory)
             self._places.append((module, name, factory, ours))
             setattr(module, name, ours)
+
+    def end(self) -> None:
+        """Do nothing any more, even where something else stands for the factories and still calls ours."""
+        self._is_over, self._change = True, None
+        self.take_off()
 
     def take_off(self) -> None:
         """Give the layer its own factories back; not where something else stands for ours by now."""
@@ -328,6 +335,7 @@ class _LayerTap:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._will_be_rerun = False
 
     def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._watching is not None:
@@ -349,6 +357,8 @@ class _LayerTap:
 
     def _tapped_input(self, factory: Callable[..., Any], *options: Any) -> Callable[..., Tensor]:
         chunk = self._chunk
+        if self._is_over:
+            return cast(Callable[..., Tensor], factory(*options))
         if self._hook is None and not chunk.is_in_forward and chunk.is_training:
             raise UserError(_RERUN_LATER)
         self._microbatch, self._input = chunk.microbatch, None

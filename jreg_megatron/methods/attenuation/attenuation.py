@@ -27,4 +27,6 @@ class Attenuation(Method):
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """``layer_output - (1 - factor) * layer_input``."""
-        return torch.add(layer_output, layer_input, alpha=self.settings.factor - 1)
+        # Megatron-Core 0.16 rounds a float32 residual stream to the type of what is added to it.
+        kept = layer_input.to(layer_output.dtype)
+        return torch.add(layer_output, kept, alpha=self.settings.factor - 1)

@@ -73,8 +73,8 @@ class AttenuationConfig(Settings):
 
     @property
     def changes_model(self) -> bool:
-        """It does: a trained model needs it in every run."""
-        return True
+        """It does, unless all of a layer's input is kept: a trained model needs it in every run."""
+        return self.factor != 1
 
     def numbers(self, num_layers: int) -> tuple[int, ...]:
         """The layers that are attenuated, 1-based."""

@@ -52,15 +52,6 @@ class NormsMetrics(Readings):
         )
 
 
-@dataclass
-class _Microbatch:
-    meter: Meter
-    layer: int = 0
-    """The last layer that was measured."""
-    norm: Tensor | None = None
-    """Its output's norms, for the next layer's input."""
-
-
 class Norms(Method):
     """Measures norms and update ratios; changes nothing."""
 
@@ -70,28 +61,23 @@ class Norms(Method):
             Meter(place.num_layers, place.device, num_values=3, num_largest=1, first_row=0) for _ in range(2)
         )
 
-    def begin_microbatch(self, call: Call) -> _Microbatch | None:
-        """Whether it is measured."""
+    def begin_microbatch(self, call: Call) -> Meter | None:
+        """The meter that measures it, if it is measured."""
         if call.iteration is not None and not self.settings.measures_at(call.iteration):
             return None
-        meter = self.training_meter if call.training else self.validation_meter
-        assert meter is not None
-        return _Microbatch(meter)
+        return self.training_meter if call.training else self.validation_meter
 
     @torch.no_grad()
     def layer(
-        self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
+        self, microbatch: Meter, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
         """Measure the layer's output, and the first layer's input too."""
-        is_known = microbatch.norm is not None and microbatch.layer == layer_number - 1
-        norm_in = microbatch.norm if is_known and microbatch.norm is not None else norms(layer_input)
-        norm = norms(layer_output)
+        norm_in, norm = norms(layer_input), norms(layer_output)
         if layer_number == 1:
             nothing = torch.zeros_like(norm_in)  # nothing was added to the embedding's output
-            microbatch.meter.add(0, norm_in, norm_in.square(), nothing)
+            microbatch.add(0, norm_in, norm_in.square(), nothing)
         ratio = update_ratios(layer_input, layer_output, norm_in)
-        microbatch.meter.add(layer_number, norm, norm.square(), ratio)
-        microbatch.layer, microbatch.norm = layer_number, norm
+        microbatch.add(layer_number, norm, norm.square(), ratio)
         return layer_output
 
     def read(self, values: LayerValues) -> NormsMetrics:

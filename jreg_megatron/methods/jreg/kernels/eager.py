@@ -110,8 +110,10 @@ def _inverse_norms(h: Tensor) -> Tensor:
 
 def _displacement(a: Tensor, b: Tensor, inverse_in: Tensor, inverse_out: Tensor) -> Tensor:
     difference = (a * inverse_in).addcmul_(b, inverse_out, value=-1)
-    has_no_direction = torch.minimum(inverse_in, inverse_out) == 0
-    return _norms(difference).square_().mul_(0.25).masked_fill_(has_no_direction, 0.5).squeeze(-1)
+    psi = _norms(difference).square_().mul_(0.25)
+    # A row that holds Inf has an inverse norm of 0 too; there Psi is NaN, which is not to be hidden.
+    has_no_direction = (torch.minimum(inverse_in, inverse_out) == 0).logical_and_(psi.isfinite())
+    return psi.masked_fill_(has_no_direction, 0.5).squeeze(-1)
 
 
 def _norms(h: Tensor) -> Tensor:
