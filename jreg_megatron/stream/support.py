@@ -38,7 +38,6 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         # It adds the residual within attention and MLP, in evaluation before 0.18 and in inference.
         "inference_fuse_tp_communication": value("inference_fuse_tp_communication"),
         "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
-        "cpu_offloading": value("cpu_offloading"),
         "hybrid_context_parallel": value("hybrid_context_parallel"),
         # It takes away the tensor by which a recomputed layer's micro-batch is recognized.
         "distribute_saved_activations": value("distribute_saved_activations"),

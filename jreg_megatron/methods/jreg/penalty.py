@@ -132,7 +132,8 @@ def _node_below(ctx: Any, h_in: Tensor) -> Any:
 
     The node below runs later in the same pass, as there is an edge to it. But the gradient of ``h_in`` must
     be whole if somebody looks at it. Of a pass that is asked for some gradients we cannot know whether this
-    is one of them. And where two layers have one input, the second finds the place taken.
+    is one of them. And where two layers have one input, the second finds the place taken. A hook on a state
+    that is offloaded in between is not seen: it gets the gradient without what is handed down.
     """
     if len(ctx.next_functions) < 3:
         return None
