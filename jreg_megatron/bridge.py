@@ -190,9 +190,8 @@ class JRegCallback:
         if metrics is None:
             return
         for reading in metrics.readings if _rank() == _num_ranks() - 1 else ():
-            shown = [f"{name}: {value:.6E}" for name, value in reading.of.headline().items()]
-            line = " | ".join([*shown, *reading.remarks(interval)])
-            print(f" {reading.settings.name}{suffix} at iteration {iteration} | {line} |", flush=True)
+            name, line = reading.settings.name, reading.line(interval)
+            print(f" {name}{suffix} at iteration {iteration} | {line} |", flush=True)
         named = {f"{name}{suffix}": value for name, value in metrics.scalars().items()}
         if writer := state.tensorboard_logger:
             for name, value in named.items():

@@ -470,10 +470,8 @@ def _print(iteration: int, metrics: Metrics, interval: range | None, with_values
     from megatron.training import print_rank_last
 
     for reading in metrics.readings:
-        values = reading.of.headline() if with_values else {}
-        said = [f"{name}: {value:.6E}" for name, value in values.items()] + reading.remarks(interval)
-        if said:
-            print_rank_last(f" {reading.settings.name} at iteration {iteration} | {' | '.join(said)} | ")
+        if line := reading.line(interval, with_values):
+            print_rank_last(f" {reading.settings.name} at iteration {iteration} | {line} | ")
 
 
 @user_errors_exit()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 
@@ -12,3 +14,19 @@ def of_every_rank[T](own: T, group: dist.ProcessGroup | None = None) -> list[T]:
         of_all *= dist.get_world_size(group)
         dist.all_gather_object(of_all, own, group=group)
     return of_all
+
+
+def first_that_differs(
+    of_all: Sequence[object], group: dist.ProcessGroup | None = None
+) -> tuple[int, int, int] | None:
+    """Where what :func:`of_every_rank` gave first differs from the first rank's.
+
+    Returns:
+        The place in ``of_all``, and the numbers of the first rank and the other one in the whole job; None if
+        all are alike.
+    """
+    at = next((at for at, own in enumerate(of_all) if own != of_all[0]), None)
+    if at is None:
+        return None
+    first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
+    return at, first, other

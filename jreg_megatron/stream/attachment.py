@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jreg_megatron.runtime.errors import DeviceFault, UserError
-from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
 from jreg_megatron.stream.anatomy import num_layers, residual_layers, unwrap
 from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.meter import Meter, reduce_meters
@@ -340,13 +340,12 @@ def _refuse_other_settings(settings: Sequence[Settings], group: dist.ProcessGrou
     """Refuse settings that differ between ranks, which would train another model on each and hang.
     Collective."""
     ranks = of_every_rank([f"{type(of_one).__name__}: {of_one.as_flags()}" for of_one in settings], group)
-    for at, of_rank in enumerate(ranks):
-        if of_rank != ranks[0]:
-            first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
-            raise UserError(
-                f"rank {first} has the settings {'; '.join(ranks[0])}, and rank {other} has "
-                f"{'; '.join(of_rank)}; give all ranks the same, in the same order"
-            )
+    if found := first_that_differs(ranks, group):
+        at, first, other = found
+        raise UserError(
+            f"rank {first} has the settings {'; '.join(ranks[0])}, and rank {other} has "
+            f"{'; '.join(ranks[at])}; give all ranks the same, in the same order"
+        )
 
 
 def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None:

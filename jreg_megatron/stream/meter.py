@@ -166,14 +166,11 @@ def reduce_meters(
             dist.all_gather_into_tensor(every, own, group=group)
             ranks = every.view(-1, own.numel())
             sums, largest = ranks[:, : sums.numel()].sum(0), ranks[:, sums.numel() :].amax(0)
-    shapes = zip(*([of_meter.shape for of_meter in both] for both in totals), strict=True)
-    every_sum, every_largest = (
-        torch.split(flat.cpu(), [shape.numel() for shape in of_kind])
-        for flat, of_kind in zip((sums, largest), shapes, strict=True)
-    )
+    every_sum = torch.split(sums.cpu(), [own.numel() for own, _ in totals])
+    every_largest = torch.split(largest.cpu(), [own.numel() for _, own in totals])
     return [
-        _values_of(own_sums.view_as(totals[i][0]), own_largest.view_as(totals[i][1]))
-        for i, (own_sums, own_largest) in enumerate(zip(every_sum, every_largest, strict=True))
+        _values_of(of_sums.view_as(own_sums), of_largest.view_as(own_largest))
+        for of_sums, of_largest, (own_sums, own_largest) in zip(every_sum, every_largest, totals, strict=True)
     ]
 
 

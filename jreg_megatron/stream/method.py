@@ -179,6 +179,12 @@ class Reading:
             said = [*said, f"measured in {named}"]
         return said
 
+    def line(self, interval: Sequence[int] | None = None, with_values: bool = True) -> str:
+        """What a console shows of it: the values of the headline and the remarks; empty if there are none."""
+        values = self.of.headline() if with_values else {}
+        shown = [f"{name}: {value:.6E}" for name, value in values.items()]
+        return " | ".join([*shown, *self.remarks(interval)])
+
 
 @dataclass(frozen=True)
 class Metrics:

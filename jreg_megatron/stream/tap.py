@@ -187,7 +187,6 @@ class _ChunkTap:
         for layer in layers:
             is_last = layer.number == num_layers(chunk)
             tap = _LayerTap(layer, self, feeds_final_norm=is_last and final_norm is not None)
-            undo.append(tap.end_hook)
             undo.append(tap.end)
             tap.put_on()
             self._taps.append(tap)
@@ -304,6 +303,7 @@ class _LayerTap:
     def end(self) -> None:
         """Do nothing any more, even where something else stands for the factories and still calls ours."""
         self._is_over, self._change = True, None
+        self.end_hook()
         self.take_off()
 
     def take_off(self) -> None:

@@ -15,7 +15,7 @@ from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
 from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
 from jreg_megatron.stream.meter import LayerValues, Meter
 from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
 from jreg_megatron.stream.scaling import AddedLoss
@@ -107,15 +107,12 @@ class Regularizer(Method):
     def agree(self, group: dist.ProcessGroup | None) -> None:
         """Refuse kernels of different kinds. A collective call."""
         ranks = of_every_rank((self.kernels.kind, self.kernels.name), group)
-        (kind, name), *_ = ranks
-        for at, (other_kind, other_name) in enumerate(ranks):
-            if other_kind == kind:
-                continue
-            first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
+        if found := first_that_differs([kind for kind, _ in ranks], group):
+            at, first, other = found
             raise UserError(
                 f"{flag_of('kernels')} is {self.settings.kernels!r}, for which rank {first} would run "
-                f"{name}, and rank {other} {other_name}, which round differently and take other times; make "
-                "them alike, or set it to 'torch'"
+                f"{ranks[0][1]}, and rank {other} {ranks[at][1]}, which round differently and take other "
+                "times; make them alike, or set it to 'torch'"
             )
 
     def describe(self) -> str:
