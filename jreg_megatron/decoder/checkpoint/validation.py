@@ -91,11 +91,12 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
 def _dataset(args: Namespace, cache: str) -> Any:
     """The validation set as the training built it: in the same order, from as many samples."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
     from jreg_megatron.mcore.dataset_helper import use_built_helper
+    from jreg_megatron.mcore.samples import dataset_config
 
     single_process()
     use_built_helper()
@@ -112,21 +113,8 @@ def _dataset(args: Namespace, cache: str) -> Any:
         raise UserError(
             f"the training's tokenizer {args.tokenizer_model} cannot be loaded; put it back in its place"
         ) from error
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        path_to_cache=cache,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=tokenizer,
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    config = dataset_config(
+        args, tokenizer, blend, blend_per_split, path_to_cache=cache, create_attention_mask=False
     )
     if blend:
         # The order of the training set alone may take an hour to build.

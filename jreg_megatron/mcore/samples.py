@@ -1,0 +1,34 @@
+"""The samples of a training's data, in their order, as Megatron's arguments decide them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+
+def dataset_config(args: Namespace, tokenizer: Any, blend: Any, blend_per_split: Any, **where: Any) -> Any:
+    """Megatron's ``GPTDatasetConfig`` for a training, and for reading its samples again.
+
+    Args:
+        args: Megatron's arguments.
+        tokenizer: the training's.
+        blend, blend_per_split: of ``get_blend_and_blend_per_split``.
+        where: more of its fields, which say where and how the data is built and change no sample.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        **where,
+    )
