@@ -1,5 +1,6 @@
 """Imported once by the fork server: Megatron on the CPU, ready for every rank that is forked from it."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,6 +14,9 @@ from jreg_megatron import cpu  # noqa: E402
 cpu.enable()
 
 if cpu.has_training_loop():
-    import tensorboard.summary  # noqa: F401
+    # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
+    import torch._dynamo
 
     from jreg_megatron import gpt_pretraining, pretrain, training_loop  # noqa: F401
+
+gc.freeze()  # a collection in a rank would touch, and so copy, all of this

@@ -421,9 +421,7 @@ FAULTS = [
                 "                for name",
             ),
         ),
-        (
-            "tests/test_patches.py::test_a_patched_tree_trains_as_launched_with_the_flags_and_as_its_own_without",
-        ),
+        ("tests/test_patches.py::test_a_patched_tree_trains_as_launched",),
     ),
     Fault(
         "log nothing of a log interval that an exit of Bridge cuts off",
@@ -1792,6 +1790,8 @@ def first_failure(fault: Fault, folder: Path) -> str | None:
         "pytest",
         "-x",
         "-q",
+        "-n",
+        "0",
         "--no-header",
         "-p",
         "no:cacheprovider",

@@ -491,16 +491,17 @@ def test_the_health_check_is_the_self_test_once_and_then_looks_at_the_gpus(tmp_p
         return finished.returncode, finished.stdout
 
     gpus("GPU 0\\nGPU 1\\n")
-    # A self-test that fails: a package of the same name, without one, comes first.
-    broken = tmp_path / "broken/jreg_megatron"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").touch()
+    # Packages of the same name that come first: without a self-test, and with one that passes.
+    broken, sound = (tmp_path / name / "jreg_megatron" for name in ("broken", "sound"))
+    for package in (broken, sound):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (sound / "selftest.py").write_text("print('3 layouts: 3 passed, 0 failed')")
     status, said = check(PYTHONPATH=broken.parent)
     assert status == 1 and "unhealthy: the self-test fails" in said and "selftest" in said
     assert not (tmp_path / "healthy").exists()
 
-    status, said = check(PYTHONPATH=ROOT)
-    assert status == 0 and re.search(r"healthy: \d+ layouts: \d+ passed, 0 failed", said)
+    assert check(PYTHONPATH=sound.parent) == (0, "healthy: 3 layouts: 3 passed, 0 failed\n")
     assert check(PYTHONPATH=broken.parent) == (0, "healthy: the self-test has passed before\n")
     gpus("GPU 0\\n")
     assert check() == (1, "unhealthy: the GPUs are not those of the start: GPU 0\n")

@@ -134,23 +134,33 @@ def run(tree: Path, *argv: object) -> str:
     return done.stdout
 
 
-def test_a_patched_tree_trains_as_launched_with_the_flags_and_as_its_own_without(
+def same(one: Path, other: Path, *tags: str) -> dict[str, list[float]]:
+    """What both runs logged, which must be equal under these tags; returns it of ``one``."""
+    logs = read_scalars(one), read_scalars(other)
+    for tag in (*tags, "lm loss", "grad-norm", "lm loss validation"):
+        assert logs[0][tag] == logs[1][tag] and len(logs[0][tag]) > 0, tag
+    return logs[0]
+
+
+STEPS = "--pipeline-model-parallel-size 2 --train-iters 3 --eval-interval 3 --eval-iters 1 --log-interval 2"
+
+
+def test_a_patched_tree_trains_as_launched(toy_arguments: list[str], tree: Path, tmp_path: Path) -> None:
+    apply(tree)
+    argv = [*toy_arguments, *STEPS.split(), "--jreg-coeff", 0.5, "--jreg-alpha", 0.5, "--tensorboard-dir"]
+    said = run(tree, *argv, tmp_path / "patched")
+    assert "JREG attached" in said
+    assert re.search(r"^ JREG at iteration 3 \| jreg loss: .* \| measured in iteration 3 \|", said, re.M)
+    run_ranks([SCRIPT, *argv, tmp_path / "launched"], 2, entry="jreg_megatron.launch:main")
+    same(tmp_path / "patched", tmp_path / "launched", "jreg loss", "jump rate", "jreg loss validation")
+
+
+@pytest.mark.slow
+def test_a_patched_tree_trains_as_its_own_without_a_flag(
     toy_arguments: list[str], tree: Path, tmp_path: Path
 ) -> None:
     apply(tree)
-    argv = [*toy_arguments, "--pipeline-model-parallel-size", 2, "--train-iters", 3]
-    argv += ["--eval-interval", 3, "--eval-iters", 1, "--log-interval", 2]
-    jreg = ("--jreg-coeff", 0.5, "--jreg-alpha", 0.5)
-    board = "--tensorboard-dir"
-    patched = run(tree, *argv, *jreg, board, tmp_path / "patched")
-    assert "JREG attached" in patched
-    assert re.search(r"^ JREG at iteration 3 \| jreg loss: .* \| measured in iteration 3 \|", patched, re.M)
-    run_ranks([SCRIPT, *argv, *jreg, board, tmp_path / "launched"], 2, entry="jreg_megatron.launch:main")
-    assert "JREG" not in run(tree, *argv, board, tmp_path / "without")
-    run_ranks([*argv, board, tmp_path / "own"], 2, entry="unmodified_pretrain:main")
-    logs = {name: read_scalars(tmp_path / name) for name in ("patched", "launched", "without", "own")}
-    for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm", "jreg loss validation"):
-        assert logs["patched"][tag] == logs["launched"][tag] and len(logs["patched"][tag]) > 0, tag
-    for tag in ("lm loss", "grad-norm", "lm loss validation"):
-        assert logs["without"][tag] == logs["own"][tag] and len(logs["own"][tag]) > 0, tag
-    assert "jreg loss" not in logs["without"]
+    argv = [*toy_arguments, *STEPS.split(), "--tensorboard-dir"]
+    assert "JREG" not in run(tree, *argv, tmp_path / "without")
+    run_ranks([*argv, tmp_path / "own"], 2, entry="unmodified_pretrain:main")
+    assert "jreg loss" not in same(tmp_path / "without", tmp_path / "own")

@@ -287,6 +287,7 @@ def test_megatron_reads_every_flag_of_a_recipe_and_trains_a_toy_with_them(
         assert flags[flags.index(f"--{sizes[name]}") + 1] == str(size)
 
 
+@pytest.mark.slow
 def test_a_killed_run_started_again_by_the_same_command_has_the_losses_of_one_that_went_through(
     toy_of: Callable[..., Toy], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from jreg_megatron.mcore.dataset_helper import use_built_helper
+from jreg_megatron.runtime.extras import uncompiled
 from jreg_megatron.runtime.fork import end_with_the_parent
 
 _FOR_GPUS = ("transformer_engine", "apex", "amp_C")
@@ -27,11 +28,7 @@ def hide_packages_for_gpus() -> None:
 
 def import_without_compilation() -> None:
     """Import Megatron with ``torch.compile`` doing nothing: compiling costs more than it saves here."""
-
-    def no_compile(function: Any = None, **_: Any) -> Any:
-        return (lambda decorated: decorated) if function is None else function
-
-    torch.compile = no_compile  # type: ignore[assignment]
+    torch.compile = uncompiled  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_model
 
     from jreg_megatron.cpu import has_training_loop

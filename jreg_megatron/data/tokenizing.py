@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import without_compilation
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's types that read a SentencePiece model."""
@@ -146,7 +147,7 @@ def build(settings: TokenizerSettings) -> Tokenizer:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_compilation():
         warnings.simplefilter("ignore")
         try:
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

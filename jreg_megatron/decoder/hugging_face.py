@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.decoder import Decoder, stream_out
-from jreg_megatron.decoder.load import errors_alone
 from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
 from jreg_megatron.decoder.structure import Structure, find_structure
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.extras import errors_alone, need
 from jreg_megatron.runtime.output import note
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

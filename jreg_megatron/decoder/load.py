@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,16 +102,3 @@ def load(reference: Reference, *, dtype: str, device: str, trust_remote_code: bo
         trust_remote_code=trust_remote_code,
     )
     return replace(decoder, step=reference.step) if reference.step is not None else decoder
-
-
-@contextmanager
-def errors_alone(*loggers: str) -> Iterator[None]:
-    """Keep what these loggers say below an error from the user."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)

@@ -14,12 +14,11 @@ import numpy as np
 
 from jreg_megatron.data.texts import held_out_speeches
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import errors_alone
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.paper import TASKS
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.extras import errors_alone, need
 
 SETS = {
     "speeches": tuple(SPEECH_TASKS),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
@@ -21,3 +24,35 @@ def need(package: str, purpose: str, extra: str) -> Any:
             f"{purpose} needs the package {error.name}, which is not installed; "
             f"install it with: pip install jreg_megatron[{extra}]"
         ) from error
+
+
+@contextmanager
+def errors_alone(*loggers: str) -> Iterator[None]:
+    """Keep what these loggers say below an error from the user."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
+def without_compilation() -> Iterator[None]:
+    """Let ``torch.compile`` do nothing. Megatron calls it on import, and a process that runs no model of it
+    imports Megatron in half the time so."""
+    import torch
+
+    compiling = torch.compile
+    torch.compile = uncompiled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiling
+
+
+def uncompiled(function: Any = None, **_: Any) -> Any:
+    """In the place of ``torch.compile``: the function as it is."""
+    return (lambda decorated: decorated) if function is None else function

@@ -17,9 +17,9 @@ from jreg_megatron.decoder.checkpoint.arguments import model_arguments, refuse_o
 from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, Samples
-from jreg_megatron.decoder.load import errors_alone
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.extras import errors_alone
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
