@@ -53,6 +53,16 @@ NAMED = [
 ]
 """What a reader looks for first, and what takes more than two things together to go wrong."""
 
+FSDP = [
+    Layout(data=2, fsdp=True),
+    Layout(data=4, fsdp=True, recompute="uniform", methods="all"),
+    Layout(tensor=2, sequence_parallel=True, data=2, fsdp=True, masked=True, tokens="unmasked"),
+    Layout(context=2, fsdp=True, recompute="selective", final_state="post_norm"),
+    *(Layout(data=2, fsdp=True, model=model) for model in ("moe", "mtp", "hybrid")),
+    Layout(data=2, fsdp=True, precision="bf16"),
+]
+"""By hand: it goes with so little that the search for pairs does not end."""
+
 
 def few_rows() -> list[Layout]:
     """Of :func:`rows` the named ones, and one of each model and precision, on at most four ranks."""
@@ -77,4 +87,4 @@ def rows() -> list[Layout]:
         for rule in (*RULES, sizes)
     ]
     pairwise = make(VALUES, constraints=constraints)
-    return list(dict.fromkeys([*NAMED, *(Layout(**row) for row in pairwise)]))
+    return list(dict.fromkeys([*NAMED, *(Layout(**row) for row in pairwise), *FSDP]))

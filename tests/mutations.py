@@ -1762,6 +1762,12 @@ FAULTS = [
         CLAIMS,
     ),
     Fault(
+        "take FSDP2 with a loss per token",
+        "stream/support.py",
+        (("if is_torchs and config.calculate_per_token_loss:", "if False:"),),
+        ("tests/test_attach.py::test_every_unsupported_setting_is_refused_by_its_name",),
+    ),
+    Fault(
         "take half an evaluation for a whole one",
         "claims/queue.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),

@@ -348,6 +348,9 @@ def refusals_of_settings() -> list[str]:
             super().__init__()
             self.module = model
 
+    class TorchFullyShardedDataParallel(FullyShardedDataParallel):
+        pass
+
     lines = []
     for name, value, final_state in UNSUPPORTED:
         before = getattr(model.config, name, None)
@@ -359,6 +362,11 @@ def refusals_of_settings() -> list[str]:
     with pytest.raises(UserError) as caught:
         attach(FullyShardedDataParallel(), JRegConfig(), num_microbatches=1)
     lines.append(str(caught.value))
+    model.config.calculate_per_token_loss = True
+    with pytest.raises(UserError) as caught:
+        attach(TorchFullyShardedDataParallel(), JRegConfig(), num_microbatches=1)
+    lines.append(str(caught.value))
+    model.config.calculate_per_token_loss = False
     attach(model, JRegConfig(), num_microbatches=1)  # nothing of all this is left
     return lines
 
@@ -372,7 +380,6 @@ UNSUPPORTED = [
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
     ("use_megatron_fsdp", True, "pre_norm"),
-    ("use_torch_fsdp2", True, "pre_norm"),
     ("heterogeneous_block_specs", True, "pre_norm"),
     ("cuda_graph_impl", "local", "pre_norm"),
     ("cuda_graph_impl", "transformer_engine", "pre_norm"),
@@ -447,7 +454,7 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:
     (lines,) = run_function(refusals_of_settings)
-    names = [name for name, *_ in UNSUPPORTED] + ["FullyShardedDataParallel"]
+    names = [name for name, *_ in UNSUPPORTED] + ["FullyShardedDataParallel", "calculate_per_token_loss"]
     for line, name in zip(lines, names, strict=True):
         named = {
             "heterogeneous_block_specs": "heterogeneous layers",

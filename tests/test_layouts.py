@@ -32,6 +32,7 @@ LAYOUTS = {
     "TP2 x PP2 with sequence parallelism": (4, (*TENSOR, *PIPELINE, "--sequence-parallel")),
     "CP2": (2, ("--context-parallel-size", 2)),
     "DP2 with the distributed optimizer": (2, ("--use-distributed-optimizer",)),
+    "DP2 with FSDP2": (2, ("--use-torch-fsdp2",)),
     "PP2 with two virtual stages each": (2, (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1)),
     "PP2 with full recompute": (2, (*PIPELINE, *EVERY_LAYER)),
     "TP2 with per-token loss": (2, (*TENSOR, "--calculate-per-token-loss")),

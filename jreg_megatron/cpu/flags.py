@@ -78,7 +78,6 @@ HYBRID_SPECS = (*_SPECS, _LOCAL_SPEC)
 
 _REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "use --use-distributed-optimizer",
-    "--use-torch-fsdp2": "use --use-distributed-optimizer",
     "--apply-layernorm-1p": "leave it out",
     "--experimental-attention-variant": "leave it out",
 }

@@ -12,6 +12,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from jreg_megatron.mcore.dataset_helper import use_built_helper
 from jreg_megatron.runtime.extras import uncompiled
@@ -68,6 +69,9 @@ def install() -> None:
 
     # The first save starts a helper process; started afresh, it would import Megatron once more in each rank.
     filesystem_async.get_write_results_queue = partial(_write_results_queue, filesystem_async)
+
+    # FSDP2 is given a mesh of CUDA devices by name.
+    DeviceMesh.from_group = partial(_on_the_cpu, DeviceMesh.from_group)  # type: ignore[method-assign]
 
     make_local_layers_torchs()
     _let_the_distributed_optimizer_resume(DistributedOptimizer)
@@ -126,6 +130,11 @@ def _let_torch_norms_be_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _on_the_cpu(from_group: Any, group: Any, _: str, **named: Any) -> DeviceMesh:
+    mesh: DeviceMesh = from_group(group, "cpu", **named)
+    return mesh
 
 
 def make_local_layers_torchs() -> None:

@@ -38,6 +38,8 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    fsdp: bool = False
+    """torch's FSDP2 in the place of Megatron's DistributedDataParallel."""
     num_microbatches: int = 2
     split: str = "even"
     """How layers are dealt out to pipeline stages: even, uneven (fewer on the first), embedding and loss
@@ -86,6 +88,7 @@ class Layout:
         words += ["SP"] * self.sequence_parallel
         words += ["distributed optimizer"] * self.distributed_optimizer
         words += ["1 micro-batch"] * (self.num_microbatches == 1)
+        words += ["FSDP2"] * self.fsdp
         words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
         words += [f"{self.split} split"] * (self.split != "even")
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
@@ -165,6 +168,22 @@ RULES = (
         lambda x: x.model != "mtp" or not x.tied or x.pipeline == 1,
     ),
     _rule(
+        "fsdp pipeline expert distributed_optimizer tied",
+        "Megatron refuses FSDP2 with it",
+        lambda x: not x.fsdp or (x.pipeline == x.expert == 1 and not x.distributed_optimizer and not x.tied),
+    ),
+    _rule("fsdp precision", "Megatron refuses it", lambda x: not x.fsdp or x.precision != "fp16"),
+    _rule(
+        "fsdp data context",
+        "FSDP2 needs ranks to share out the parameters to",
+        lambda x: not x.fsdp or x.data * x.context > 1,
+    ),
+    _rule(
+        "fsdp per_token_loss",
+        "Megatron does not divide FSDP2's gradients by the number of tokens",
+        lambda x: not x.fsdp or not x.per_token_loss,
+    ),
+    _rule(
         "model split",
         "a HybridModel's pipeline is cut by its pattern",
         lambda x: x.model != "hybrid" or x.split in ("even", "uneven"),
@@ -186,6 +205,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {},
     {"methods": "all"},
     {"model": "moe", "expert": 2},
+    {"fsdp": True},
     {"recompute": "uniform", "masked": True, "tokens": "unmasked"},
     {"per_token_loss": True, "masked": True},
     {"virtual": 2, "num_microbatches": 4},
@@ -230,7 +250,7 @@ def layouts_for(
     def allowed(cut: dict[str, int], mode: dict[str, Any]) -> Layout | None:
         values = {"num_microbatches": 2 if cut["data"] < BATCH else 1, **cut, **mode}
         values["sequence_parallel"] = cut["tensor"] > 1
-        values["distributed_optimizer"] = cut["data"] * cut["context"] > 1
+        values["distributed_optimizer"] = cut["data"] * cut["context"] > 1 and not mode.get("fsdp")
         if expert and expert > 1:
             values = {"model": "moe", **values, "expert": expert}
         if precision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
 from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
+from jreg_megatron.stream.anatomy import unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.method import Metrics
 
@@ -69,7 +70,10 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     model_parallel_cuda_manual_seed(1)
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
-    _set_weights(chunks, weights)
+    parts = _parts(chunks)  # before FSDP cuts the parameters itself
+    with torch.no_grad():
+        for name, where, data in _pieces(parts, lambda _, parameter: parameter):
+            data.copy_(weights[name][where])
     wrapped = _wrap(layout, config, chunks)
     handle = attach(wrapped, *settings_of(layout), num_microbatches=layout.num_microbatches)
     if layout.precision == "fp16":
@@ -97,7 +101,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     dist.all_reduce(total)
     metrics = handle.reduce_training_metrics()
     assert metrics is not None, "JREG saw no state of some layer"
-    _gather_gradients(wrapped)
+    gradients = _gathered_gradients(wrapped)
     scale = _loss_scale(layout)
     return Step(
         lm_loss=float(total[0] / total[1]),
@@ -108,7 +112,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         captured=handle.captured,
         gradients=[
             (name, where, gradient / scale)
-            for name, where, gradient in _pieces(chunks, lambda parameter: parameter.main_grad)
+            for name, where, gradient in _pieces(parts, lambda name, _: gradients[name])
         ],
     )
 
@@ -168,6 +172,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
     return TransformerConfig(
         num_layers=shape.num_layers * per_layer,
+        transformer_impl=transformer_impl,
         is_hybrid_model=layout.model == "hybrid",
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -263,6 +268,12 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
         halved: list[nn.Module] = [Float16Module(config, chunk) for chunk in chunks]
     else:
         halved = chunks
+    if layout.fsdp:
+        from megatron.core.distributed import TorchFullyShardedDataParallel
+
+        return [
+            TorchFullyShardedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in halved
+        ]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
     )
@@ -282,8 +293,9 @@ def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, C
     return output, loss
 
 
-def _gather_gradients(wrapped: list[nn.Module]) -> None:
-    """Complete every rank's gradients where the distributed optimizer left each with a shard."""
+def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
+    """The gradient of every parameter by its chunk's number and its name, whole where optimizers or FSDP2
+    leave each rank with a shard."""
     for model in wrapped:
         ddp: Any = model
         if not ddp.ddp_config.use_distributed_optimizer:
@@ -294,20 +306,51 @@ def _gather_gradients(wrapped: list[nn.Module]) -> None:
                 own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
+    def gradient(parameter: Any) -> Tensor:
+        whole: Tensor = (
+            parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad.full_tensor()
+        )
+        return whole
 
-def _set_weights(chunks: list[nn.Module], weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, where, data in _pieces(chunks, lambda parameter: parameter):
-            data.copy_(weights[name][where])
+    return {
+        f"{number} {name}": gradient(parameter)
+        for number, model in enumerate(wrapped)
+        for name, parameter in unwrap(model).named_parameters()
+    }
 
 
-def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator[tuple[str, Place, Tensor]]:
-    """``value(parameter)`` of every parameter, cut as Megatron's checkpoints cut the parameter.
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What this rank holds of a parameter."""
+
+    name: str
+    """Its chunk's number and its name there."""
+    entry: Any
+    """How Megatron's checkpoints cut it."""
+    is_hybrid: bool
+
+
+def _parts(chunks: list[nn.Module]) -> list[_Part]:
+    from megatron.core import parallel_state
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return [
+        _Part(f"{number} {names[entry.data]}", entry, hasattr(chunk, "hybrid_layer_pattern"))
+        for number, chunk in enumerate(chunks)
+        for names in [{parameter: name for name, parameter in chunk.named_parameters()}]
+        for entry in chunk.sharded_state_dict(metadata=metadata).values()  # type: ignore[operator]
+        if isinstance(getattr(entry, "data", None), nn.Parameter)  # else extra state of Transformer Engine
+    ]
+
+
+def _pieces(
+    parts: Sequence[_Part], value: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Place, Tensor]]:
+    """``value(name, parameter)`` of every parameter, cut as Megatron's checkpoints cut the parameter.
 
     Yields:
         The parameter's name in a checkpoint, the place in it that this rank holds, and the value there.
     """
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     def cut(entry: Any) -> Iterator[Any]:
@@ -322,18 +365,13 @@ def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator
             for part in entry:
                 yield from cut(part)
 
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    for chunk in chunks:
-        is_hybrid = hasattr(chunk, "hybrid_layer_pattern")
-        for entry in chunk.sharded_state_dict(metadata=metadata).values():  # type: ignore[operator]
-            if not isinstance(getattr(entry, "data", None), nn.Parameter):
-                continue  # extra state of Transformer Engine
-            data = value(entry.data)
-            changes: dict[str, Any] = {"data": data}
-            if isinstance(entry, ShardedTensor):
-                changes["dtype"] = data.dtype
-            for piece in cut(dataclasses.replace(entry, **changes)):
-                yield *_place(piece.key, _slice(piece), is_hybrid), piece.data
+    for part in parts:
+        data = value(part.name, part.entry.data)
+        changes: dict[str, Any] = {"data": data}
+        if isinstance(part.entry, ShardedTensor):
+            changes["dtype"] = data.dtype
+        for piece in cut(dataclasses.replace(part.entry, **changes)):
+            yield *_place(piece.key, _slice(piece), part.is_hybrid), piece.data
 
 
 def _slice(piece: Any) -> Place:

@@ -42,7 +42,9 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         # It takes away the tensor by which a recomputed layer's micro-batch is recognized.
         "distribute_saved_activations": value("distribute_saved_activations"),
         "use_megatron_fsdp": value("use_megatron_fsdp"),
-        "use_torch_fsdp2": value("use_torch_fsdp2"),
+        # Megatron divides no gradient of FSDP2's by the number of tokens.
+        "use_torch_fsdp2 with calculate_per_token_loss": value("use_torch_fsdp2")
+        and value("calculate_per_token_loss"),
         "heterogeneous layers": (
             value("heterogeneous_block_specs")
             or value("heterogeneous_layers_config_path")
@@ -60,17 +62,25 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         of_one.refuse(model_config)
 
 
-def refuse_fsdp(chunk: nn.Module) -> None:
-    """Refuse a model chunk that Megatron's or torch's FSDP wraps; its settings do not say so.
+def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
+    """Refuse a model chunk in Megatron-FSDP, and one in torch's FSDP2 whose gradients nothing scales; the
+    model's config does not say how it is wrapped.
 
     Raises:
         UserError: naming the wrapper.
     """
     wrapper: Any = chunk
     while isinstance(wrapper, nn.Module):
-        if "FullyShard" in type(wrapper).__name__:
+        name = type(wrapper).__name__
+        is_torchs = name == "TorchFullyShardedDataParallel"
+        if is_torchs and config.calculate_per_token_loss:
             raise UserError(
-                f"jreg_megatron does not support a model in {type(wrapper).__name__} yet; use Megatron's "
-                "DistributedDataParallel with the distributed optimizer"
+                f"jreg_megatron does not support calculate_per_token_loss with {name}, whose gradients "
+                "Megatron does not divide by the number of tokens; turn it off"
+            )
+        if not is_torchs and ("FullyShard" in name or name == "MegatronFSDP"):
+            raise UserError(
+                f"jreg_megatron does not support a model in {name} yet; use Megatron's "
+                "DistributedDataParallel with the distributed optimizer, or torch's FSDP2"
             )
         wrapper = getattr(wrapper, "module", None)
