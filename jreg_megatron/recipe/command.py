@@ -16,7 +16,7 @@ _SHOWN = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequence[str]) -> list[str]:
     """``torchrun`` of this Python, for this node's ranks.
 
-    SIGTERM is left to the ranks, which save first; torchrun would end them after half a minute.
+    torchrun leaves SIGTERM to the ranks, which save first. Otherwise it would kill them after half a minute.
     """
     from torch.distributed.run import get_args_parser
 
@@ -39,7 +39,7 @@ def on_the_cpu(ranks: int, flags: Sequence[str]) -> list[str]:
 
 
 def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as a shell takes it, a flag a line, with the variables that it depends on."""
+    """The command for a shell, one flag a line, with the environment variables that it needs."""
     lines, line = [], [f"{name}={shlex.quote(environment[name])}" for name in _SHOWN if name in environment]
     for word in command:
         if word.startswith("--"):
