@@ -117,28 +117,25 @@ def _p(question: Question) -> float | None:
 
 
 def _questions(claim: Claim) -> Table:
-    rows = []
-    for question in claim.questions:
-        p = _p(question)
-        rows.append(
-            (
-                question.text,
-                question.paper,
-                *_found(question),
-                f"{question.side} {question.bar:g}",
-                str(len(question.values)),
-                NOTHING if p is None else number(p, "#.2g"),
-                question.verdict,
-                question.number,
-            )
+    rows = [
+        (
+            question.text,
+            question.paper,
+            *_found(question),
+            f"{question.side} {question.bar:g}",
+            str(len(question.values)),
+            number(_p(question), "#.2g"),
+            question.verdict,
+            question.number,
         )
+        for question in claim.questions
+    ]
     numbers = ("the paper found", "found here", "95% interval", "the claim wants", "seeds", "p, one-sided")
     columns = ("question", *numbers, "verdict", "meaning of the number")
     return Table("Questions", columns, tuple(rows), is_text=True)
 
 
 def _found(question: Question) -> tuple[str, str]:
-    """The mean, and its interval."""
     found = question.estimate
     if found is None:
         return NOTHING, NOTHING
@@ -176,7 +173,6 @@ def _runs(evidence: Evidence) -> Table:
 
 
 def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
-    """By claim."""
     alphas = {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
     settings = {"baseline": evidence.baseline} | {name: runs for name, runs in alphas.items() if runs}
     growth = curves(

@@ -346,7 +346,6 @@ def _differences(
 
 
 def _learning_rates(evidence: Evidence) -> str:
-    """By batch."""
     found = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
     if len(set(found.values())) == 1:
         return f"{next(iter(found.values()))} with all batches"

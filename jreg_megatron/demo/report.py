@@ -59,7 +59,6 @@ def _draw(runs: Sequence[Run], summary: Path, path: Path) -> None:
 
 
 def _print_table(histories: Mapping[Run, History]) -> None:
-    """Print the last validation of each run, and the change of the loss against the first run."""
     from rich.console import Console
     from rich.table import Table
 

@@ -100,7 +100,8 @@ def _smoke(request: Request) -> None:
     asked = parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
     world_size = smoke.ranks(asked)
-    ranks = command.on_the_cpu(world_size, flags)
+    forked = [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(world_size)]
+    ranks = [*forked, *command.MODULE, "--cpu", *flags]
     print(f"Smoke: a toy of {request.recipe.stem} on {world_size} CPU ranks; its folder is {run}")
     if request.dry_run:
         print(command.as_text(ranks, os.environ))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jreg_megatron.recipe.request import Rendezvous
 
-_MODULE = ("-m", "jreg_megatron.pretrain")
+MODULE = ("-m", "jreg_megatron.pretrain")
 _SHOWN = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 
 
@@ -30,12 +30,7 @@ def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequenc
     command += ["--nproc-per-node", str(gpus)]
     if any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions):
         command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
-    return [*command, *_MODULE, *flags]
-
-
-def on_the_cpu(ranks: int, flags: Sequence[str]) -> list[str]:
-    """Forked ranks on this machine's CPU."""
-    return [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(ranks), *_MODULE, "--cpu", *flags]
+    return [*command, *MODULE, *flags]
 
 
 def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -29,13 +29,17 @@ def of(args: Namespace) -> dict[str, Any]:
 
 
 def difference(folder: Path, args: Namespace) -> str | None:
-    """The first setting of the run in the folder that is another one now, in words; None if none is."""
+    """:func:`differs` for the run in a folder."""
+    return differs(folder / _FILE, of(args))
+
+
+def differs(file: Path, asked: dict[str, Any]) -> str | None:
+    """The first setting in ``file`` that is another one in ``asked``, in words; None if none is."""
     try:
-        held: dict[str, Any] = json.loads((folder / _FILE).read_text())
+        held: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    asked = of(args)
-    for name in sorted((held.keys() | asked.keys()) - _OBSERVING):
+    for name in (name for name in dict.fromkeys((*asked, *held)) if name not in _OBSERVING):
         # A setting that an older version did not write had its default.
         if (held.get(name) or None) != (asked.get(name) or None):
             return f"{name} {held.get(name)}, and now it is {asked.get(name)}"
@@ -55,5 +59,10 @@ def refuse_another(folder: Path, args: Namespace) -> None:
 
 def keep(folder: Path, args: Namespace) -> None:
     """Write the settings of the run into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(json.dumps(of(args), indent=2) + "\n")
+    write(folder / _FILE, of(args))
+
+
+def write(file: Path, asked: dict[str, Any]) -> None:
+    """Write the settings of a run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asked, indent=2) + "\n")

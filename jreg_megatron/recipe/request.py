@@ -135,7 +135,7 @@ def _user_parser(recipe: Path) -> argparse.ArgumentParser:
         "in the recipe. The environment can set those that are written ${NAME:-value}. After a crash, start "
         "the same command again: it resumes. On SIGTERM and SIGUSR1 the run saves and ends with status 75.",
     )
-    parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline")
+    parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline", help="with JREG, or without")
     add_trials(
         parser,
         SMOKE_ITERATIONS,

@@ -47,13 +47,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no JSON: it is not UTF-8 text") from error
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+    # Also: no UTF-8 text, nested too deep, a number of thousands of digits.
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{file} is no JSON that can be read: {printable(str(error))}") from error
 
 
@@ -115,7 +110,6 @@ Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_
 
 
 def _wrong(error: ErrorDetails) -> str:
-    """The wrong field, its value and the values allowed."""
     about = error.get("ctx", {})
     place, value = "", about.get("value", error["input"])
     for part in (*error["loc"], *about.get("at", ())):

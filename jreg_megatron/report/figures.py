@@ -553,7 +553,6 @@ def _other_texts(used: dict[str, Evaluated]) -> str:
 
 
 def _states(rows: list[Row]) -> Choice:
-    """The choice between the last layer's states."""
     there = {row["state"] for row in rows}
     return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
 

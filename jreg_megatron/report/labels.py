@@ -80,7 +80,6 @@ def _revisions(twins: Sequence[Model]) -> list[str]:
 
 
 def _conditions(twins: Sequence[Model]) -> list[str]:
-    """The conditions of the measurements that differ."""
     found = [model.measured[-1].conditions if model.measured else {} for model in twins]
     known = [conditions for conditions in found if conditions]
     names = dict.fromkeys(name for conditions in known for name in conditions)

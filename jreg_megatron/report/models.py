@@ -65,12 +65,12 @@ def models_of(inputs: Inputs) -> list[Model]:
     """
     within_files: list[Model] = []
     for measured in inputs.measured:
-        _put(Model(measured.name, measured=[measured]), within_files, _is_of_one_file)
+        _put(Model(measured.name, measured=[measured]), within_files, lambda origin: origin.file)
     for evaluated in inputs.evaluated:
-        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, _is_of_one_file)
+        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, lambda origin: origin.file)
     models: list[Model] = []
     for model in within_files:
-        _put(model, models, _is_of_one_source)
+        _put(model, models, lambda origin: origin.source)
     for run in inputs.runs:
         home = next((m for m in models if m.run is None and _trained(run, m)), None)
         if home is None:
@@ -95,26 +95,21 @@ def without_step(origin: Origin) -> str:
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
-def _put(model: Model, found: list[Model], are_alike: Callable[[Model, Model], bool]) -> None:
-    """Join a model with the same model in ``found``, or append it."""
+def _put(model: Model, found: list[Model], place: Callable[[Origin], str]) -> None:
+    """Join a model with the same model in ``found``, or append it.
+
+    The same model has the same name, and an origin with the same place, layers and revision without step.
+    """
+
+    def keys(of: Model) -> set[tuple[str, int, str]]:
+        return {(place(origin), origin.num_layers, without_step(origin)) for origin in of.origins}
+
     for other in found:
-        if other.name == model.name and are_alike(other, model) and not _clash(other, model):
+        if other.name == model.name and keys(other) & keys(model) and not _clash(other, model):
             other.measured += model.measured
             other.evaluated += model.evaluated
             return
     found.append(model)
-
-
-def _is_of_one_file(*pair: Model) -> bool:
-    """Whether file and revision without step are the same."""
-    keys = {(o.file, o.num_layers, without_step(o)) for o in (model.origins[0] for model in pair)}
-    return len(keys) == 1
-
-
-def _is_of_one_source(*pair: Model) -> bool:
-    """Whether they share a source and revision without step."""
-    keys = [{(o.source, o.num_layers, without_step(o)) for o in model.origins} for model in pair]
-    return bool(keys[0] & keys[1])
 
 
 def _clash(a: Model, b: Model) -> bool:

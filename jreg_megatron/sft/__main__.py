@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.recipe import announcement, command, machine
+from jreg_megatron.recipe import announcement, command, identity, machine
 from jreg_megatron.recipe.request import Parser, add_trials, count, refuse, split_at
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -197,9 +197,10 @@ def _start(words: Sequence[str]) -> None:
     if steps < 1:
         raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1: set STEPS")
     share = accumulation(options.batch, options.gpus, asked.per_device_train_batch_size)
-    identity = {name: getattr(asked, name) for name in _IDENTITY}
-    identity |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
-    _refuse_another(run, identity)
+    asked_for = {name: getattr(asked, name) for name in _IDENTITY}
+    asked_for |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
+    if found := identity.differs(run / _RUN, asked_for):
+        raise UserError(f"{run} holds a run with {found}; set RUN to another folder")
     done, checkpoint = last_checkpoint(run)
     if done >= steps:  # the Trainer would make one more step
         print(f"{run} has all of its {steps:,} steps: nothing to do. The model is {checkpoint}")
@@ -227,13 +228,11 @@ def _start(words: Sequence[str]) -> None:
     if options.dry_run:
         print(command.as_text(ranks, os.environ))
         return
-    run.mkdir(parents=True, exist_ok=True)
-    (run / _RUN).write_text(json.dumps(identity, indent=2) + "\n")
+    identity.write(run / _RUN, asked_for)
     _become(ranks)
 
 
 def _smoke(options: Namespace, flags: list[str]) -> None:
-    """Train a toy or the given model on the CPU, on generated questions."""
     folder = Path(_parse(flags).output_dir) / "smoke"
     flags += [*_SMOKE.split(), "--gradient_accumulation_steps", "2", "--output_dir", str(folder / "run")]
     flags += ["--max_steps", str(options.smoke)]
@@ -283,19 +282,6 @@ def make_toy(folder: Path, pieces: int = 512) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=pieces, **sizes)).save_pretrained(folder)
-
-
-def _refuse_another(run: Path, identity: dict[str, Any]) -> None:
-    try:
-        held = json.loads((run / _RUN).read_text())
-    except (OSError, ValueError):
-        return
-    for name, value in identity.items():
-        if held.get(name) != value:
-            raise UserError(
-                f"{run} holds a run with {name} {held.get(name)}, and now it is {value}; set RUN to another "
-                "folder"
-            )
 
 
 def _rank(model: str, data: str, flags: Sequence[str]) -> list[str]:

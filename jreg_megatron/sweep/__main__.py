@@ -101,7 +101,6 @@ def _report(sweep: Sweep) -> None:
 
 
 def _as_line(sweep: Sweep, run: grid.SweepRun) -> str:
-    """A run as a line for a shell."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in sweep.settings(run).items())
     return f"{settings} {shlex.join(sweep.command(run))}"
 
