@@ -204,7 +204,9 @@ def settings(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     """Tables of training settings: those that differ, and all."""
     known = [model for model in models if model.settings]
     names = sorted(dict.fromkeys(name for model in known for name in model.settings))
-    differing = [name for name in names if _differ(known, name)]
+    # 3 and 3.0 are equal.
+    values = {name: {_plain(m.settings[name]) for m in known if name in m.settings} for name in names}
+    differing = [name for name in names if len(values[name]) > 1]
     return (
         _side_by_side("Settings that differ", known, differing) if differing else None,
         _side_by_side("All settings", known, names) if names else None,
@@ -221,11 +223,6 @@ def _side_by_side(caption: str, models: Sequence[Model], names: Sequence[str]) -
     if len(names) < _ABREAST < len(models):
         table = [("model", *(row[0] for row in grid)), *list(zip(*table, strict=True))[1:]]
     return Table(caption, table[0], tuple(table[1:]), is_text=True)
-
-
-def _differ(models: Sequence[Model], name: str) -> bool:
-    """Whether two models have different values; 3 and 3.0 are equal."""
-    return len({_plain(model.settings[name]) for model in models if name in model.settings}) > 1
 
 
 def _plain(text: str) -> int | float | str:
