@@ -3,7 +3,7 @@
 #
 #   docker/build.sh cluster|cpu [--dry-run] [more flags of docker build]
 #
-# The tag is jreg_megatron:VERSION-cluster or -cpu. $DOCKER is the program to build with (docker).
+# The tag is jreg_megatron:VERSION-cluster or -cpu. $DOCKER is the build program (default: docker).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ esac
 image=$1
 shift
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' jreg_megatron/__init__.py)
-# The commit's time is the image's, so that the same commit gives the same layers.
+# The image has the commit's time, so the same commit gives the same layers.
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
 command=(
     "${DOCKER:-docker}" build --file "$file" --tag "jreg_megatron:$version-$image"

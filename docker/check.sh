@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds both images where no Docker engine runs, and uses them.
+# Builds both images without a Docker engine, and uses them.
 #
-#   docker/check.sh [cpu] [cluster]   # both, unless told which
+#   docker/check.sh [cpu] [cluster]   # default: both
 #
-# As root, with debootstrap and buildah (both are Debian packages). Everything is real but the bases, which stand in for
-# what cannot be had without a registry of images: a fresh Debian with its Python, and, for the cluster, torch in it
-# where NVIDIA's is, called by another version than ours, with some packages older than ours. So Transformer Engine,
-# Apex and every GPU are left out. $WORK is the folder for it, of 40 GB, which is kept.
+# It needs root, debootstrap and buildah (both are Debian packages). Only the bases are substitutes, since a machine
+# without an image registry cannot have the real ones: a fresh Debian with its Python; for the cluster, the same with
+# torch in the place of NVIDIA's, under another version than ours, and with some packages older than ours. Transformer
+# Engine, Apex and GPUs are not tested. $WORK is its folder of 40 GB, which stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${WORK:-${TMPDIR:-/tmp}/jreg_megatron_images}
@@ -24,12 +24,12 @@ cache=$("$uv" cache dir)
 say() { printf '\n== %s\n' "$*"; }
 fail() { say "FAILED: $*" && exit 1; }
 
-# A folder as a base image
+# Makes a base image from a folder
 import() {
     local container
     container=$("$DOCKER" from scratch)
     "$DOCKER" add --quiet "$container" "$1" /
-    # The certificates are this host's: it may sit behind a proxy.
+    # This host's certificates: it may be behind a proxy.
     "$DOCKER" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt "$container"
     "$DOCKER" commit --quiet --rm "$container" "localhost/$2"
@@ -41,12 +41,12 @@ build() {
         --volume "$cache:/root/.cache/uv" --build-arg BASE_DIGEST= "${@:2}"
 }
 
-# What docker run IMAGE ARGUMENTS... would do, as the user $AS if there is one
+# Does what docker run IMAGE ARGUMENTS... does, as the user $AS if it is set
 run() {
     local image=localhost/jreg-$1 container entrypoint status=0
     read -ra entrypoint <<<"$("$DOCKER" inspect --type image --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$image")"
     container=$("$DOCKER" from --pull-never "$image")
-    # By a name that resolves, as Docker sees to: torchrun and gloo ask for the address of their own.
+    # A host name that resolves, as Docker gives it: torchrun and gloo look up their own address.
     "$DOCKER" run --isolation chroot --hostname localhost ${AS:+--user "$AS"} "$container" -- "${entrypoint[@]}" "${@:2}" || status=$?
     "$DOCKER" rm "$container" >/dev/null
     return "$status"
@@ -60,7 +60,7 @@ debian() {
         debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv trixie "$root" >"$work/debian.log"
         ln -s python3 "$root/usr/bin/python"
         cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
-        # pip lets nobody install into Debian's Python, and the images of Python and NVIDIA have no such rule.
+        # pip refuses to install into Debian's Python. The images of Python and NVIDIA have no such rule.
         rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
     fi
     import "$root" python
@@ -72,7 +72,7 @@ like_nvidia() {
         say "Putting torch into it"
         rm -rf "$root"
         cp -a "$work/debian" "$root"
-        rm -rf "$root"/usr/lib/python3*/ensurepip # Ubuntu has it in a package that NVIDIA leaves out
+        rm -rf "$root"/usr/lib/python3*/ensurepip # Ubuntu has it in a package that is not in NVIDIA's image
         site=$(echo "$root"/usr/local/lib/python3.*/dist-packages)
         "$uv" pip install --quiet --target "$site" --python-version "$(basename "${site%/*}" | tr -d '[:alpha:]')" \
             "torch==$(sed -n 's/^torch==//p' constraints.txt)" numpy==2.3.5 packaging==24.0 protobuf==5.29.5

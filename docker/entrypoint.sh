@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a container of jreg_megatron runs: a recipe, a tool, or any other command.
+# Runs a recipe, a tool or any other command in a container of jreg_megatron.
 #
 #   llama_1b jreg [--dry-run | --smoke] [-- MORE MEGATRON FLAGS]
 #   selftest --nproc 2
@@ -13,7 +13,7 @@ home=$(cd "$(dirname "$0")/.." && pwd)
 recipes=()
 for file in "$home"/recipes/*.sh; do
     name=$(basename "$file" .sh)
-    # run and slurm start a recipe; they are none.
+    # run and slurm are no recipes; they start one.
     if [[ -x $file && $name != run && $name != slurm ]]; then recipes+=("$name"); fi
 done
 tools=(bench claims data demo evaluate export import launch measure pretrain report selftest sweep)
@@ -27,11 +27,11 @@ if [[ $name == -h || $name == --help ]]; then
     exit
 fi
 shift || true
-# Each is exec'ed, so that a scheduler's SIGTERM reaches it.
+# exec, so that a scheduler's SIGTERM reaches the command.
 if [[ " ${recipes[*]} " == *" $name "* ]]; then
     exec "$home/recipes/$name.sh" "$@"
 elif [[ $name == test && " ${tools[*]} " == *" test "* ]]; then
-    # From the source's folder, to which the image's user cannot write
+    # In the source folder, where the image's user cannot write
     export HYPOTHESIS_STORAGE_DIRECTORY=$PWD/.hypothesis
     cd "$home"
     exec python -m pytest -p no:cacheprovider "$@"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Is this container fit to train? The first time: the self-test on two CPU ranks, out of a training job's way (no GPU,
-# low priority, one thread a rank). Once it has passed, only whether the same GPUs are still there.
+# Checks whether this container can train. The first check is the self-test on two CPU ranks, which does not disturb a
+# training job (no GPU, low priority, one thread per rank). Later checks only compare the list of GPUs with the first.
 #
-# $JREG_HEALTH is the file that remembers.
+# $JREG_HEALTH is the file that marks a passed self-test.
 set -euo pipefail
 passed=${JREG_HEALTH:-${TMPDIR:-/tmp}/jreg_megatron.healthy}
 
 gpus() {
-    # Put into the container by NVIDIA's runtime, if it is given GPUs
+    # NVIDIA's runtime adds nvidia-smi to a container with GPUs
     if command -v nvidia-smi >/dev/null; then nvidia-smi -L; fi
 }
 

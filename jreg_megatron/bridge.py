@@ -1,11 +1,11 @@
-"""Methods in Megatron-Bridge, the training loop of NVIDIA's NeMo framework: two lines of a recipe's script.
+"""Methods in Megatron-Bridge, the training loop of NVIDIA's NeMo framework: two lines in a recipe's script.
 
     from jreg_megatron.bridge import JRegCallback, JRegConfig
 
     pretrain(config, forward_step, callbacks=[JRegCallback(config, JRegConfig(coeff=1.0))])
 
-Bridge finds a callback's events by their names, so importing this needs no Bridge. Written for and tested
-with Megatron-Bridge 0.6.2.
+Bridge finds a callback's events by their names, so this module does not import Bridge. Tested with
+Megatron-Bridge 0.6.2.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 __all__ = ["JRegCallback", "JRegConfig"]
 
 _NOT_ATTACHED = (
-    "jreg_megatron is not attached to the model that Megatron-Bridge trains; the run is stopped: give "
-    "JRegCallback the same config as pretrain, and give it to pretrain among the callbacks"
+    "jreg_megatron is not attached to the model that Megatron-Bridge trains; the run stops: give "
+    "JRegCallback and pretrain the same config, and give pretrain the callback"
 )
 
 
 class JRegCallback:
-    """Attaches methods as soon as Bridge has built its model, and reports while Bridge's loop runs.
+    """Attaches methods to the model that Bridge builds, and logs their values while Bridge's loop runs.
 
-    Per log interval there is one collective, one console line of the last rank for each method, and the same
-    values in TensorBoard, W&B, MLflow and Comet where Bridge writes there; so too per validation. One
-    all-reduce after the first step of a run makes sure that every layer is seen. Other steps have none. A
-    log interval that the last iteration or ``exit_interval`` cuts off is logged too. Of an exit on SIGTERM
-    or after ``exit_duration_in_mins`` Bridge does not tell: what was measured since the last line is then
-    not logged, and the first line after the resume names the iterations that it is about.
+    In a log interval or a validation there is one collective and, for each method, one console line of the
+    last rank. TensorBoard, W&B, MLflow and Comet get the same values if Bridge uses them. One all-reduce
+    after the first step of a run checks that every layer is seen. Other steps have none.
+
+    A log interval that the last iteration or ``exit_interval`` cuts off is logged too. Bridge sends no event
+    on SIGTERM or after ``exit_duration_in_mins``: the values since the last line are then not logged, and the
+    first line after the resume names its iterations.
 
     Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
-    loss mask: ``tokens="unmasked"`` needs one pipeline stage, and a forward step that calls the model with
-    ``loss_mask=``. Without it the first micro-batch ends in a :class:`UserError`.
+    loss mask. So ``tokens="unmasked"`` needs one pipeline stage and a forward step that calls the model with
+    ``loss_mask=``; otherwise the first micro-batch ends in a :class:`UserError`.
     """
 
     def __init__(self, config: Any, *settings: Settings) -> None:
-        """Refuse what is not supported, and ask Bridge's model configuration for the built model.
+        """Refuse settings that are not supported, and add hooks to Bridge's model configuration.
 
-        What Bridge itself changes in the configuration later is refused when the model is built.
+        If Bridge changes the configuration later, the built model is checked again.
 
         Args:
-            config: the ``ConfigContainer`` that ``pretrain`` is given too.
-            settings: of each method, such as ``JRegConfig(coeff=1.0)``.
+            config: the ``ConfigContainer`` of ``pretrain``.
+            settings: one for each method, such as ``JRegConfig(coeff=1.0)``.
 
         Raises:
             UserError: if a setting of Bridge is not supported, or ``config`` is no ``ConfigContainer``.
@@ -75,7 +76,7 @@ class JRegCallback:
                     "pipeline stage"
                 )
 
-        # Functions, for a copy of the configuration shall not copy this object and the model with it.
+        # Functions: a copy of the configuration must not copy this object and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:
             self._attach(model)
             return model
@@ -90,7 +91,7 @@ class JRegCallback:
         """The handle of the attached model.
 
         Raises:
-            UserError: if nothing is attached, so that no run goes on silently without it.
+            UserError: if nothing is attached: no run continues silently without it.
         """
         if self._handle is None:
             raise UserError(_NOT_ATTACHED)
@@ -99,10 +100,8 @@ class JRegCallback:
     # -- Bridge's events ---------------------------------------------------------------------------
 
     def on_train_start(self, context: Any) -> None:
-        """Make sure that the model to be trained is the one with JREG.
-
-        Raises:
-            UserError: if it is not.
+        """Raises:
+        UserError: if Bridge trains another model than the one with JREG.
         """
         if [unwrap(chunk) for chunk in context.model] != self._chunks:
             raise UserError(_NOT_ATTACHED)
@@ -113,7 +112,7 @@ class JRegCallback:
         """At the end of a log interval report the mean over its micro-batches. Collective.
 
         Raises:
-            UserError: if a layer was not seen that should have been measured.
+            UserError: if a layer was not seen.
         """
         iteration, config = self._iteration(), context.state.cfg
         every, exit_interval = config.logger.log_interval, config.train.exit_interval
@@ -125,36 +124,34 @@ class JRegCallback:
             self._report(context.state, metrics, iteration, "", interval)
 
     def on_train_end(self, context: Any) -> None:
-        """Report the rest, where training ends within a log interval. Collective.
+        """Report the rest of a log interval at the end of training. Collective.
 
         Raises:
-            UserError: if a layer was not seen that should have been measured.
+            UserError: if a layer was not seen.
         """
         metrics = self.handle.end_training()
         if metrics is not None:
             self._report(context.state, metrics, int(context.state.train_state.step), "", [])
 
     def on_eval_start(self, context: Any) -> None:
-        """Begin a validation."""
+        """Begin a validation or a test."""
         self.handle.reset_validation_metrics()
 
     def on_eval_end(self, context: Any) -> None:
         """Report the mean over the validation's micro-batches. Collective.
 
         Raises:
-            UserError: if some layer was not seen.
+            UserError: if a layer was not seen.
         """
         self._report_evaluation(context.state, " validation")
 
-    def on_test_start(self, context: Any) -> None:
-        """Begin a test."""
-        self.on_eval_start(context)
+    on_test_start = on_eval_start
 
     def on_test_end(self, context: Any) -> None:
         """Report the mean over the test's micro-batches. Collective.
 
         Raises:
-            UserError: if some layer was not seen.
+            UserError: if a layer was not seen.
         """
         self._report_evaluation(context.state, " test")
 
@@ -167,8 +164,8 @@ class JRegCallback:
             print(self._handle.describe(), flush=True)
 
     def _iteration(self) -> int:
-        """The training iteration under way, 1-based; Bridge counts it after ``on_train_step_end``."""
-        if self._state is None:  # the model is trained, but no event has come
+        """The current training iteration, 1-based; Bridge counts it after ``on_train_step_end``."""
+        if self._state is None:  # the model trains, but no event came
             raise UserError(_NOT_ATTACHED)
         return int(self._state.train_state.step) + 1
 
@@ -186,7 +183,7 @@ class JRegCallback:
         suffix: str,
         interval: Sequence[int] | None = None,
     ) -> None:
-        """Log under the metrics' names with ``suffix``; Bridge keeps its writers on the last rank alone."""
+        """Log the values; ``suffix`` ends their names. Bridge has its writers on the last rank only."""
         if metrics is None:
             return
         for reading in metrics.readings if _rank() == _num_ranks() - 1 else ():
@@ -196,7 +193,7 @@ class JRegCallback:
         if writer := state.tensorboard_logger:
             for name, value in named.items():
                 writer.add_scalar(name, value, iteration)
-            writer.flush()  # Bridge does so before the last validation only
+            writer.flush()  # Bridge flushes before the last validation only
         if wandb := state.wandb_logger:
             wandb.log(named, iteration)
         for logger in (state.mlflow_logger, state.comet_logger):
@@ -205,9 +202,9 @@ class JRegCallback:
 
 
 def _when_built(model_config: Any, before: Any, hook: Any) -> None:
-    """Have ``before`` called with all of a rank's chunks when they are built, ``hook`` when they are wrapped.
+    """Register ``before`` and ``hook``, called with a rank's chunks before and after they are wrapped.
 
-    Before wrapping the model is not on its device yet.
+    Before that the model is not on its device yet.
     """
     if hasattr(model_config, "register_post_wrap_hook"):  # a model provider
         if before is not None:

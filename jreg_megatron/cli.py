@@ -1,4 +1,4 @@
-"""The command ``jreg-megatron``: one name for what ``python -m jreg_megatron.X`` starts."""
+"""The command ``jreg-megatron X``, which is ``python -m jreg_megatron.X``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from jreg_megatron import __version__
 
 _COMMANDS = {
-    "bench": "what JREG costs here: kernels, Megatron's step, and how it grows",
-    "claims": "the paper's six claims, judged on toys trained here or on your own runs",
-    "data": "text into Megatron's token files, and a look into them",
+    "bench": "measure the cost of JREG here: kernels, Megatron's step, growth with the size",
+    "claims": "judge the paper's six claims on toys that it trains, or on your own runs",
+    "data": "make Megatron's token files from text, and inspect them",
     "demo": "train two small Llamas on this machine's CPU, without JREG and with it",
-    "evaluate": "tasks, middle layers and early exit of a model, or of two compared",
-    "export": "a Megatron checkpoint into a Hugging Face folder",
-    "import": "a Hugging Face folder into a Megatron checkpoint",
-    "launch": "run a Megatron script that stays as it is with JREG in it",
-    "measure": "how far each layer of any model turns its state, and how far the last one jumps",
-    "pretrain": "pretrain with Megatron's own loop (one rank; torchrun starts several)",
-    "report": "one HTML page of measurements, evaluations and training runs",
+    "evaluate": "evaluate a model, or compare two: tasks, middle layers, early exit",
+    "export": "convert a Megatron checkpoint to a Hugging Face folder",
+    "import": "convert a Hugging Face folder to a Megatron checkpoint",
+    "launch": "run an unchanged Megatron script with JREG",
+    "measure": "measure how far each layer of a model turns the state, and the last layer's jump",
+    "pretrain": "pretrain with Megatron's own loop (one rank; use torchrun for several)",
+    "report": "make one HTML page of measurements, evaluations and training runs",
     "selftest": "compare JREG with an independent model at every layout of these ranks",
     "sweep": "train a recipe over a grid of lambda, alpha and seeds",
 }
@@ -29,7 +29,7 @@ _MODULES = {"export": "convert.export", "import": "convert.import_"}
 
 
 def main() -> None:
-    """Hand the rest of the command line to the module of the command."""
+    """Run the module of the command with the rest of the command line."""
     width = max(map(len, _COMMANDS))
     parser = argparse.ArgumentParser(
         prog="jreg-megatron",
@@ -38,7 +38,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="a command of the list below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
     options = parser.parse_args()
     sys.argv = [f"jreg-megatron {options.command}", *options.arguments]

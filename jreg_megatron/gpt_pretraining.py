@@ -1,8 +1,8 @@
-"""What Megatron's loop asks of a script: data, batches and the loss of a GPT-style language model.
+"""The functions that Megatron's loop needs from a script: data, batches and loss of a GPT-style model.
 
-Megatron-LM keeps this in ``pretrain_gpt.py``, which no wheel contains. This is plain language-model
-pretraining on ``.bin/.idx`` data or mock data, with every parallelism of the wheel. What that script can
-do beyond it is refused by name in :func:`refuse_other_tasks`; ``pretrain_gpt.py`` itself is the way then.
+In Megatron-LM they are in ``pretrain_gpt.py``, which no wheel contains. This is plain language-model
+pretraining on ``.bin/.idx`` data or mock data, with every parallelism of the wheel. Other tasks of that
+script are refused by name in :func:`refuse_other_tasks`; use ``pretrain_gpt.py`` itself for them.
 """
 
 from __future__ import annotations
@@ -32,40 +32,28 @@ from jreg_megatron.mcore.samples import dataset_config
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.training_loop import GIVES_LOSS_MASK
 
-_OTHER_TASKS = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
-    "logits_load_dir": "--logits-load-dir",
-    "logits_save_dir": "--logits-save-dir",
-    "per_dataset_sequences_path": "--per-dataset-sequences-path",
-    "perform_rl_step": "--perform-rl-step",
-    "modelopt_enabled": "--modelopt-enabled",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "cache_mla_latents": "--cache-mla-latents",
-    "config_logger_dir": "--config-logger-dir",
-    "mrope_section": "--mrope-section",
-    "init_method_xavier_uniform": "--init-method-xavier-uniform",
-}
+_OTHER_TASKS = (
+    *("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir"),
+    *("logits_save_dir", "per_dataset_sequences_path", "perform_rl_step", "modelopt_enabled"),
+    *("hybrid_layer_pattern", "overlap_moe_expert_parallel_comm", "cache_mla_latents", "config_logger_dir"),
+    *("mrope_section", "init_method_xavier_uniform"),
+)
 
 _SPIKE = 10.0
 
 
 def refuse_other_tasks(args: argparse.Namespace) -> None:
-    """Refuse what only Megatron-LM's own scripts can do.
+    """Refuse the tasks that only Megatron-LM's own scripts do.
 
     Raises:
         UserError: naming the flag.
     """
-    asked = {flag: getattr(args, name, None) for name, flag in _OTHER_TASKS.items()}
-    asked["--dataloader-type external"] = args.dataloader_type == "external"
-    for flag, is_given in asked.items():
-        if is_given:
-            raise UserError(
-                f"{flag} is not part of jreg_megatron.pretrain, which does plain pretraining; leave it out"
-            )
+    given = [f"--{name.replace('_', '-')}" for name in _OTHER_TASKS if getattr(args, name, None)]
+    given += ["--dataloader-type external"] if args.dataloader_type == "external" else []
+    for flag in given:
+        raise UserError(
+            f"{flag} is not part of jreg_megatron.pretrain, which does plain pretraining; leave it out"
+        )
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -77,7 +65,7 @@ def model_config(args: argparse.Namespace) -> Any:
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Training, validation and test set of the sizes asked for, built where they are needed."""
+    """Training, validation and test set with ``num_samples``, built only on ranks that need them."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = dataset_config(
@@ -103,12 +91,12 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, 
     return train, validation, test
 
 
-# Every rank builds (or skips) its own part, rather than tensor-parallel rank 0 alone.
+# Megatron calls it on every rank, not on tensor-parallel rank 0 only.
 datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
-    """Run a micro-batch through this stage; returns its output and the function that makes the loss."""
+    """Run a micro-batch through this stage; returns the output and the loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), _micro_batch_size(model))
@@ -128,7 +116,7 @@ setattr(forward_step, GIVES_LOSS_MASK, True)
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
-    """The ranks of a pipeline that hold the word embedding: first, last if tied, and those of MTP layers."""
+    """The pipeline ranks with the word embedding: the first, the last if tied, and those of MTP layers."""
     ranks = {pipeline_ranks[0]}
     if len(pipeline_ranks) > 1:
         args = get_args()
@@ -155,7 +143,7 @@ def _sees_tokens(vp_stage: int | None) -> bool:
 
 
 def _needs_loss_mask() -> bool:
-    """Whether JREG looks at the loss mask, which Megatron gives to the last pipeline stage only."""
+    """Whether JREG needs the loss mask; Megatron itself gives it to the last pipeline stage only."""
     return bool(getattr(get_args(), "jreg_tokens", "all") == "unmasked")
 
 
@@ -164,14 +152,14 @@ def _needs_data(vp_stage: int | None) -> bool:
 
 
 def _micro_batch_size(model: nn.Module) -> int:
-    """Sequences of a micro-batch, of which an evaluation may have another number."""
+    """Sequences in a micro-batch; an evaluation may have another number."""
     args = get_args()
     size = None if model.training else getattr(args, "eval_micro_batch_size", None)
     return int(size or args.micro_batch_size)
 
 
 def _next_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> dict[str, Tensor | None]:
-    """This rank's share of the next micro-batch; on middle pipeline stages at most the loss mask."""
+    """This rank's part of the next micro-batch; on middle pipeline stages only the loss mask, if needed."""
     sample: dict[str, Any] = {}
     if _needs_data(vp_stage):
         sample = next(data_iterator)
@@ -187,7 +175,7 @@ def _next_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int)
 
 
 def _loss_mask_on_this_tensor_rank(sample: dict[str, Any], micro_batch_size: int) -> Tensor:
-    """The loss mask ``[b, s]`` of the tensor-parallel rank that read the sample."""
+    """The loss mask ``[b, s]``, from the tensor-parallel rank that read the sample."""
     if mpu.get_tensor_model_parallel_rank() == 0:
         mask: Tensor = sample["loss_mask"].float().cuda(non_blocking=True)
     else:
@@ -201,12 +189,12 @@ def _loss_mask_on_this_tensor_rank(sample: dict[str, Any], micro_batch_size: int
 def _batch_on_this_tensor_rank(
     sample: dict[str, Any], vp_stage: int | None, micro_batch_size: int
 ) -> dict[str, Any]:
-    """What this stage needs of the sample that its first tensor-parallel rank has read."""
+    """This stage's part of the sample that the first tensor-parallel rank has read."""
     args = get_args()
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-        # The broadcast below looks these up too; they belong to packed sequences.
+        # The broadcast below also reads these keys of packed sequences.
         batch = dict.fromkeys(
             ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
         )
@@ -239,7 +227,7 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
 
 
 def _check_loss(loss: Tensor) -> None:
-    """Hand the loss to Megatron's guard against NaN, Inf and, if asked, spikes."""
+    """Let Megatron check the loss for NaN, Inf and, if its flag is given, spikes."""
     args = get_args()
     guard = get_rerun_state_machine()
     tests: list[tuple[str, Any, bool]] = []
@@ -249,7 +237,7 @@ def _check_loss(loss: Tensor) -> None:
         is_spike = partial(guard.is_unexpectedly_large, threshold=_SPIKE, context="loss")
         tests += [("a spike in the loss", is_spike, False)]
     for what, is_bad, fatal in tests:
-        # Tolerance 0: the forward pass is deterministic, so a rerun has to give the same.
+        # Tolerance 0: the forward pass is deterministic, so a rerun must give the same loss.
         guard.validate_result(
             result=loss, rejection_func=is_bad, message=f"found {what}", tolerance=0.0, fatal=fatal
         )

@@ -1,9 +1,9 @@
-"""JREG in an existing Megatron job, which stays as it is.
+"""JREG in an existing Megatron job, without a change to it.
 
 ``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 1`` runs the script with
-the Megatron that it would find by itself, its parser knowing the ``--jreg-...`` flags, JREG attached to the
-model that it builds, and the values in its log. Without a CUDA device, or with ``--cpu``, it runs on the CPU,
-where ``python -m jreg_megatron.launch --nproc N SCRIPT.py ARGS...`` starts the ranks faster than torchrun.
+its own Megatron. Megatron's parser gets the ``--jreg-...`` flags, its model gets JREG, its log gets the
+values. Without a CUDA device, or with ``--cpu``, the script runs on the CPU. There ``python -m
+jreg_megatron.launch --nproc N SCRIPT.py ARGS...`` starts the ranks faster than torchrun.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script that ``argv`` names, by default the process's own, with JREG in its training loop."""
+    """Run a script with JREG in its training loop; ``argv`` is by default the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.launch",
         usage="python -m jreg_megatron.launch [-h] [--cpu] [--nproc N] [-m] SCRIPT ARGS... [--jreg-... ...]",
-        description="Run a Megatron training script with JREG in it. The --jreg flags stand behind SCRIPT, "
-        "among its ARGS; without any, displacement is only measured.",
+        description="Run a Megatron training script with JREG. Put the --jreg flags behind SCRIPT, among its "
+        "ARGS. Without a --jreg flag, displacement is only measured.",
         allow_abbrev=False,
     )
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU; the default without CUDA")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU (the default without CUDA)")
     known.add_arguments(script.add_arguments(parser))
     options = parser.parse_args(argv)
     with user_errors_exit():
@@ -48,13 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         script.run(
             options,
             on_cpu=options.cpu or not torch.cuda.is_available(),
-            before_import=_refuse_early if trains else _nothing,
+            before_import=_refuse_early if trains else lambda: None,
             make_ready=_make_ready,
-            check_at_end=_refuse_to_end_unattached if trains else _nothing,
+            check_at_end=_refuse_to_end_unattached if trains else lambda: None,
         )
-
-
-def _nothing() -> None: ...
 
 
 def _refuse_early() -> None:
@@ -67,7 +64,7 @@ def _make_ready() -> None:
 
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.training") is None:
         raise UserError(
-            "there is no megatron.training beside the script or on Python's path; run the script of a "
+            "there is no megatron.training beside the script or on Python's path; run a script of a "
             "Megatron-LM tree, put the tree on PYTHONPATH, or install megatron-core 0.19 or later"
         )
     training_loop.install()
@@ -79,7 +76,7 @@ def _refuse_to_end_unattached() -> None:
 
     if not training_loop.is_attached():
         raise UserError(
-            "the script has ended and JREG was never attached: it built no model by "
+            "the script has ended and JREG was never attached: the script did not call "
             "megatron.training.training.setup_model_and_optimizer; use jreg_megatron.attach in its code"
         )
 

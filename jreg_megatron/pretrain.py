@@ -1,8 +1,8 @@
 """Entry point: ``torchrun ... -m jreg_megatron.pretrain <Megatron's arguments> --jreg-coeff 1``.
 
-Runs ``pretrain`` of the installed ``megatron.training`` with its own arguments, optimizer, schedules,
-checkpoints and logs, on a ``GPTModel`` with JREG attached. Without a CUDA device, or with ``--cpu``, the
-same command runs on the CPU with gloo.
+Runs ``pretrain`` of the installed ``megatron.training`` on a ``GPTModel`` with JREG. Arguments, optimizer,
+schedules, checkpoints and logs are Megatron's. Without a CUDA device, or with ``--cpu``, the same command
+runs on the CPU with gloo.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jreg_megatron.runtime.errors import UserError, megatrons_refusals, user_err
 from jreg_megatron.runtime.fork import end_with_the_parent
 
 APEX_FUSION = "fused_weight_gradient_mlp_cuda"
-"""Apex's module that Megatron's own linear layers need, unless told not to fuse gradient accumulation."""
+"""Apex's module for fused gradient accumulation in Megatron's own linear layers."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train; ``argv`` as after the program's name, by default the process's own."""
+    """Train; ``argv`` is the command line after the program's name, by default the process's own."""
     started = time.time()
     with user_errors_exit():
         _run(sys.argv[1:] if argv is None else argv, started)
 
 
 def _require_training_loop() -> None:
-    """Refuse a Megatron-Core whose wheel does not hold the training loop, or an older form of it."""
+    """Refuse a Megatron-Core without the training loop, or with an older one."""
     from megatron.core import __version__ as core
 
     from jreg_megatron.cpu import has_training_loop
@@ -44,7 +44,7 @@ def _require_training_loop() -> None:
 
 
 def _refuse_without_nvidias_packages(asked: argparse.Namespace) -> None:
-    """Refuse what Megatron takes for granted on a GPU, and fails on while it builds the model."""
+    """Refuse a missing package that Megatron needs on a GPU when it builds the model."""
     layers_are_its = asked.transformer_impl == "transformer_engine" and asked.spec is None
     if layers_are_its and find_spec("transformer_engine") is None:
         raise UserError(
@@ -62,7 +62,7 @@ def _run(argv: list[str], started: float) -> None:
     import torch
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A rank that outlived a killed torchrun would write into the folder of the run that comes after it.
+        # A rank that outlives a killed torchrun would write into the folder of the next run.
         end_with_the_parent()
     compile_helper()
     on_cpu = CPU_FLAG in argv or not torch.cuda.is_available()
@@ -117,7 +117,7 @@ def _run(argv: list[str], started: float) -> None:
             get_embedding_ranks=gpt_pretraining.embedding_ranks,
         )
     if (writer := get_tensorboard_writer()) is not None:
-        # Megatron flushes after training, before the last evaluation.
+        # Megatron flushes before the last evaluation.
         writer.flush()
 
 

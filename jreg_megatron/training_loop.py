@@ -1,9 +1,9 @@
-"""Methods in Megatron's training loop: a decorator for each of eight functions of ``megatron.training``.
+"""Methods in Megatron's training loop: decorators for eight functions of ``megatron.training``.
 
-They are the same from 0.16 on. :func:`install` decorates them in a running process, for the launcher and
-``jreg_megatron.pretrain``; the patches write the decorators into a Megatron-LM tree, all but the last two,
-which :func:`attach_to_model` adds. Either way nothing happens unless a method's flag is given, such as
-``--jreg-coeff``. Megatron's loop is global to a process, so what is known of it here is too.
+Megatron has these functions from 0.16 on. :func:`install` decorates them in a running process, for the
+launcher and ``jreg_megatron.pretrain``. The patches write six of the decorators into a Megatron-LM tree;
+:func:`attach_to_model` adds the other two. They do nothing unless a method's flag is given, such as
+``--jreg-coeff``. Megatron's loop is global to a process, and so is its state here.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
-"""Attribute of a forward step function that gives the model the loss mask on every pipeline stage."""
+"""Attribute of a forward step function: it gives the model the loss mask on every pipeline stage."""
 
 _NOT_ATTACHED = (
     "jreg_megatron is not attached to the model, since megatron.training.training.setup_model_and_optimizer "
-    "was not called before train_step or evaluate; the run is stopped: call it, or use jreg_megatron.attach "
-    "in code"
+    "was not called before train_step or evaluate; the run stops: call it, or use jreg_megatron.attach in "
+    "the code"
 )
 
 Function = Callable[..., Any]
@@ -42,41 +42,41 @@ Function = Callable[..., Any]
 
 @dataclass
 class _Attached:
-    """The model of the loop that runs in this process."""
+    """The model that this process trains."""
 
     settings: tuple[Settings, ...]
     handle: Handle
     validations: list[Metrics | None] = field(default_factory=list)
-    """Of the validation sets that were evaluated since the last report."""
+    """Values of the validation sets since the last report."""
 
 
 @dataclass
 class _Loop:
     attached: _Attached | None = None
     must_be_asked: bool = False
-    """Whether a method's flag must be among Megatron's arguments: the launcher has seen one."""
+    """Whether Megatron's arguments must have a method's flag: the launcher has seen one."""
     last_step: int | None = None
     """The iteration of the last training step."""
     decorated: dict[str, Function] = field(default_factory=dict)
-    """The functions as they were, by their names in Megatron."""
+    """The original functions, by their names in Megatron."""
 
 
 _loop = _Loop()
 
 
 def is_attached() -> bool:
-    """Whether a model was built and something attached to it."""
+    """Whether a method is attached to a model."""
     return _loop.attached is not None
 
 
 def install() -> None:
-    """Decorate the functions of ``megatron.training`` in this process; those that a patch decorated stay.
+    """Decorate the functions of ``megatron.training`` in this process, except those that a patch decorated.
 
-    Other modules of Megatron that have imported a function by its name get the decorated one too. From then
-    on a model is refused that is built without any of the methods' flags.
+    Other modules of Megatron that imported such a function get the decorated one too. From then on a model
+    without a method's flag is refused.
 
     Raises:
-        UserError: if Megatron has no such function, or one that is called otherwise.
+        UserError: if Megatron lacks a function, or if its arguments differ.
     """
     from megatron.training import arguments, training
 
@@ -91,8 +91,9 @@ def install() -> None:
 
 
 def _decorate_the_end(training: ModuleType) -> None:
-    _decorate(training, log_before_an_exit, "checkpoint_and_decide_exit")
-    _decorate(training, log_at_the_end, "train")
+    # It returns whether the process exits, alike on every rank.
+    _decorate(training, log_at_the_end, "checkpoint_and_decide_exit")
+    _decorate(training, functools.partial(log_at_the_end, ends=lambda _: True), "train")
 
 
 def _decorate_the_loading() -> None:
@@ -106,8 +107,8 @@ def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name
     function = getattr(module, name, None)
     if function is None:
         raise UserError(
-            f"{module.__name__} has no function {name} ({module.__file__}), by which jreg_megatron enters "
-            "Megatron's training loop from 0.16 on; use jreg_megatron.attach in the code instead"
+            f"{module.__name__} has no function {name} ({module.__file__}), which jreg_megatron decorates in "
+            "Megatron 0.16 or later; use jreg_megatron.attach in the code instead"
         )
     if hasattr(function, _MARK):
         return
@@ -122,7 +123,7 @@ def _decorate(module: ModuleType, decorate: Callable[[Function], Function], name
 
 
 def add_arguments(add_megatron_arguments: Function) -> Function:
-    """Have Megatron's parser know the methods' flags."""
+    """Add the methods' flags to Megatron's parser."""
 
     @_decorating(add_megatron_arguments)
     def with_jreg(*args: Any, **named: Any) -> ArgumentParser:
@@ -132,7 +133,7 @@ def add_arguments(add_megatron_arguments: Function) -> Function:
 
 
 def attach_to_model(setup_model_and_optimizer: Function) -> Function:
-    """Attach the methods that flags ask for to the model that is built."""
+    """Attach the methods to the built model, if their flags are given."""
 
     @_decorating(setup_model_and_optimizer)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -164,7 +165,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
 
 
 def refuse_another_model(check_checkpoint_args: Function) -> Function:
-    """Refuse to resume a model that a method has changed, unless this run changes it alike."""
+    """Refuse to resume a model that a method changed, unless this run changes it in the same way."""
 
     @_decorating(check_checkpoint_args)
     def with_jreg(saved_args: Namespace, *args: Any, **named: Any) -> Any:
@@ -175,8 +176,8 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
             if saved != own:
                 raise UserError(
                     f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, "
-                    "so its model is another one; give the flags of the checkpoint, or --finetune to start "
-                    "from its weights alone"
+                    "which is another model; give the flags of the checkpoint, or --finetune to take only "
+                    "its weights"
                 )
         return check_checkpoint_args(saved_args, *args, **named)
 
@@ -184,12 +185,11 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
 
 
 def _flags_of(settings: tuple[Settings, ...]) -> str:
-    """Flags as a user types them."""
     return " ".join(of_one.as_flags() for of_one in settings) or "no flag that changes the model"
 
 
 def require_attached(train_step: Function) -> Function:
-    """Stop before a step that the methods would not be in, or whose iteration it could not tell."""
+    """Stop before a step without the methods, or with an unknown iteration."""
     look_up = _arguments_of("train_step", train_step)
 
     @_decorating(train_step)
@@ -197,10 +197,10 @@ def require_attached(train_step: Function) -> Function:
         attached = _expected()
         if attached is not None:
             _check_step(attached.settings, *look_up(args, named))
-        with user_errors_exit():  # of what the first step shows
+        with user_errors_exit():  # errors of the first step's checks
             result = train_step(*args, **named)
         if attached is not None and result[_SHOULD_EXIT]:
-            # Megatron's loop ends right here, within this iteration.
+            # Megatron's loop ends here, within this iteration.
             _log_the_rest(attached.handle.end_iteration(_current_iteration()))
         return result
 
@@ -208,8 +208,7 @@ def require_attached(train_step: Function) -> Function:
 
 
 def log_training(training_log: Function) -> Function:
-    """Let the methods' values join Megatron's console line, TensorBoard and W&B: one reduction per log
-    interval."""
+    """Add the methods' values to Megatron's console line, TensorBoard and W&B: one reduction per interval."""
     look_up = _arguments_of("training_log", training_log)
 
     @_decorating(training_log)
@@ -222,7 +221,7 @@ def log_training(training_log: Function) -> Function:
         result = training_log(*args, **named)
         if metrics is not None:
             _print(iteration, metrics, _interval(iteration))
-            # A value that is not measured in the next interval must be absent there, not zero.
+            # A value that the next interval does not measure must be missing there, not zero.
             for reading in metrics.readings:
                 for name in reading.of.headline():
                     totals.pop(name, None)
@@ -232,7 +231,7 @@ def log_training(training_log: Function) -> Function:
 
 
 def measure_validation(evaluate: Function) -> Function:
-    """Collect a validation set's values."""
+    """Keep the values of a validation set."""
 
     @_decorating(evaluate)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -260,7 +259,7 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
     @_decorating(evaluate_and_print_results)
     def with_jreg(*args: Any, **named: Any) -> Any:
         attached = _loop.attached
-        if attached is None:  # then evaluate() speaks
+        if attached is None:  # evaluate() refuses
             return evaluate_and_print_results(*args, **named)
         from megatron.training import get_args, print_rank_last
 
@@ -282,26 +281,13 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
     return with_jreg
 
 
-def log_before_an_exit(checkpoint_and_decide_exit: Function) -> Function:
-    """Log what was measured since the last line, where the process ends within a log interval."""
+def log_at_the_end(function: Function, *, ends: Callable[[Any], bool] = bool) -> Function:
+    """Log the values since the last line, if ``ends`` is true of the function's result: training is over."""
 
-    @_decorating(checkpoint_and_decide_exit)
+    @_decorating(function)
     def with_jreg(*args: Any, **named: Any) -> Any:
-        is_over = checkpoint_and_decide_exit(*args, **named)  # alike on every rank
-        if is_over and _loop.attached is not None:
-            _end_training(_loop.attached)
-        return is_over
-
-    return with_jreg
-
-
-def log_at_the_end(train: Function) -> Function:
-    """Log what was measured since the last line, where all iterations are done."""
-
-    @_decorating(train)
-    def with_jreg(*args: Any, **named: Any) -> Any:
-        result = train(*args, **named)
-        if _loop.attached is not None:
+        result = function(*args, **named)
+        if ends(result) and _loop.attached is not None:
             _end_training(_loop.attached)
         return result
 
@@ -310,7 +296,7 @@ def log_at_the_end(train: Function) -> Function:
 
 _MARK = "_jreg"
 _SHOULD_EXIT = 3
-"""Which of the values that ``train_step`` returns tells that Megatron's rerun state machine ends the loop."""
+"""The place of ``should_exit`` in the result of ``train_step``: Megatron's rerun state machine sets it."""
 
 
 def _decorating(function: Function) -> Callable[[Function], Function]:
@@ -326,27 +312,25 @@ _READ = {
     "training_log": ("loss_dict", "total_loss_dict", "iteration", "skipped_iter"),
     "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
 }
-"""The arguments that are read of a function's calls, by their names in Megatron."""
+"""The arguments that are read here, by function, with their names in Megatron."""
 
 
 def _check_arguments(name: str, function: Function) -> None:
-    """Refuse what stands for Megatron's function ``name`` and lacks an argument that is read here.
-
-    Raises:
-        UserError: naming the arguments.
+    """Raises:
+    UserError: if Megatron's function ``name`` lacks an argument that is read here.
     """
     has = inspect.signature(function).parameters
     if missing := [argument for argument in _READ.get(name, ()) if argument not in has]:
         raise UserError(
             f"{function.__module__}.{name} has no argument {', '.join(missing)} "
-            f"({inspect.getfile(function)}), which jreg_megatron reads in Megatron's training loop from 0.16 "
-            f"on; it has {', '.join(has)}; use jreg_megatron.attach in the code instead"
+            f"({inspect.getfile(function)}), which jreg_megatron reads in Megatron 0.16 or later; it has "
+            f"{', '.join(has)}; use jreg_megatron.attach in the code instead"
         )
 
 
 def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
-    """A look-up of what a call gives for the arguments that are read, wherever a version has them."""
-    # Not checked here: a patched tree that has drifted must still run its jobs without us.
+    """A function that finds the values of these arguments in a call, at any place."""
+    # Not checked here: a patched tree that changed must still run its jobs without our flags.
     _loop.decorated[name] = function
     signature = inspect.signature(function)
 
@@ -362,10 +346,10 @@ def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], d
 
 
 def settings_of(args: Namespace) -> tuple[Settings, ...]:
-    """The settings among Megatron's arguments of the methods of which a flag is given.
+    """The settings in Megatron's arguments, of each method with a flag.
 
     Raises:
-        UserError: for a value that is not allowed, and where Megatron has dropped the flags.
+        UserError: for a value that is not allowed, or if Megatron lost the flags.
     """
     if settings := known.settings_in(args):
         return settings
@@ -373,18 +357,18 @@ def settings_of(args: Namespace) -> tuple[Settings, ...]:
     if _loop.must_be_asked or known.has_flag(sys.argv[1:]):
         flags = ", ".join(f"--{method.prefix}-..." for method in known.METHODS)
         raise UserError(
-            f"none of the flags {flags} is among Megatron's arguments any more: the script has put together "
-            "its own, or takes them from a file (--yaml-cfg); give the flags to Megatron's parser"
+            f"none of the flags {flags} is among Megatron's arguments any more: the script replaced them, or "
+            "read them from a file (--yaml-cfg); give the flags to Megatron's parser"
         )
     return ()
 
 
 @user_errors_exit()
 def _expected() -> _Attached | None:
-    """What is attached; None if no method was asked for.
+    """The attached model; None if no method's flag is given.
 
     Raises:
-        UserError: if it was, so that no run goes on silently without it.
+        UserError: if a flag is given and nothing is attached: no run continues silently without it.
     """
     from megatron.training import get_args
 
@@ -397,14 +381,14 @@ def _expected() -> _Attached | None:
 def _end_iteration(
     attached: _Attached, losses: dict[str, Any], totals: dict[str, Any], iteration: int, is_skipped: int
 ) -> Metrics | None:
-    """At the end of a log interval put its values among the totals that Megatron prints."""
+    """At the end of a log interval add its values to the totals that Megatron prints."""
     from megatron.training import get_args, is_last_rank
 
     if iteration != _current_iteration():
         raise UserError(
-            f"Megatron logs iteration {iteration}, while its args.curr_iteration told "
-            f"{_current_iteration()}, so the methods' schedule is not known; set args.curr_iteration before "
-            "each step as Megatron does, or use jreg_megatron.attach in the code"
+            f"Megatron logs iteration {iteration}, but args.curr_iteration gives {_current_iteration()}, so "
+            "the methods' schedule is unknown; set args.curr_iteration before each step as Megatron does, or "
+            "use jreg_megatron.attach in the code"
         )
     is_interval_end = iteration % get_args().log_interval == 0
     metrics = attached.handle.end_iteration(iteration, is_interval_end)
@@ -412,11 +396,11 @@ def _end_iteration(
         return None
     if is_interval_end:
         _write(metrics.scalars(), iteration)
-    if is_last_rank():  # the one that prints
-        # Behind Megatron's own: of all totals its main branch exports the first as the loss.
+    if is_last_rank():  # this rank prints
+        # After Megatron's own values: its main branch exports the first total as the loss.
         for name, loss in () if is_skipped else losses.items():
             totals.setdefault(name, torch.zeros(1, device=loss.device))
-        # training_log prints each total divided by the iterations that advanced since the last line.
+        # training_log divides each total by the iterations that advanced since the last line.
         advanced = totals.get("advanced iterations", 0) + (0 if is_skipped else 1)
         for reading in metrics.readings:
             for name, value in reading.of.headline().items():
@@ -426,7 +410,7 @@ def _end_iteration(
 
 
 def _interval(iteration: int) -> range | None:
-    """The iterations of the log interval that ends with ``iteration``; None if none does."""
+    """The iterations of the log interval that ends with ``iteration``; None if no interval ends."""
     from megatron.training import get_args
 
     length = get_args().log_interval
@@ -434,14 +418,14 @@ def _interval(iteration: int) -> range | None:
 
 
 class _Total(torch.Tensor):
-    """A total whose average Megatron prints, whatever it is."""
+    """A total whose average Megatron always prints."""
 
     def item(self) -> _Average:
         return _Average(super().item())
 
 
 class _Average(float):
-    """Passes for more than 0: Megatron 0.16 leaves out averages of 0, and all versions those that are NaN."""
+    """Is always greater than 0: Megatron 0.16 hides averages of 0, and all versions hide NaN."""
 
     def __truediv__(self, count: float) -> _Average:
         return _Average(float(self) / count)
@@ -465,8 +449,7 @@ def _log_the_rest(metrics: Metrics | None) -> None:
 
 
 def _print(iteration: int, metrics: Metrics, interval: range | None, with_values: bool = False) -> None:
-    """Print for each method what a reader must know, and where Megatron's line does not come the values
-    too."""
+    """Print each method's line; ``with_values`` where Megatron prints no line of its own."""
     from megatron.training import print_rank_last
 
     for reading in metrics.readings:
@@ -476,15 +459,14 @@ def _print(iteration: int, metrics: Metrics, interval: range | None, with_values
 
 @user_errors_exit()
 def _check_step(settings: tuple[Settings, ...], forward_step: Function) -> None:
-    """Refuse a training step whose iteration does not advance, or without a mask that a method needs."""
+    """Refuse a training step whose iteration does not advance, or that lacks a mask for a method."""
     from megatron.training import get_args
 
     iteration = _current_iteration()
     if iteration == _loop.last_step:
         raise UserError(
-            f"two training steps came with args.curr_iteration {iteration - 1}, so the methods' "
-            "schedule is not known; set it before each step as Megatron does, or use jreg_megatron.attach in "
-            "the code"
+            f"two training steps came with args.curr_iteration {iteration - 1}, so the methods' schedule is "
+            "unknown; set it before each step as Megatron does, or use jreg_megatron.attach in the code"
         )
     _loop.last_step = iteration
     is_cut = get_args().pipeline_model_parallel_size > 1
@@ -494,16 +476,14 @@ def _check_step(settings: tuple[Settings, ...], forward_step: Function) -> None:
                 raise UserError(
                     f"{of_one.flag('tokens')} is 'unmasked', and the script gives its model the loss mask on "
                     "the last pipeline stage only; leave the setting at 'all', use one pipeline stage, or "
-                    "give the mask on every stage and say so on the forward step function: "
-                    f"forward_step.{GIVES_LOSS_MASK} = True"
+                    f"give the mask on every stage and set forward_step.{GIVES_LOSS_MASK} = True"
                 )
 
 
 def _with_prepared_model(
     function: Function, settings: tuple[Settings, ...], args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of ``setup_model_and_optimizer`` by which methods may change the model before it is
-    wrapped."""
+    """The arguments of ``setup_model_and_optimizer``, with methods' changes before the model is wrapped."""
     if not prepares(settings):
         return args, named
     bound = inspect.signature(function).bind(*args, **named)
@@ -520,7 +500,7 @@ def _with_prepared_model(
 
 
 def _refuse_another_megatron() -> None:
-    """Refuse to go on with a Megatron that was imported before the script put another one in front of it."""
+    """Refuse a Megatron that was imported before the script put another one in front of the path."""
     import megatron.core
 
     loaded = Path(megatron.core.__file__).resolve()
@@ -536,17 +516,17 @@ def _refuse_another_megatron() -> None:
 
 
 def _refuse_another_model_to_generate(args: Namespace, settings: tuple[Settings, ...]) -> None:
-    """Refuse reinforcement learning, whose inference model nothing is attached to."""
+    """Refuse reinforcement learning: nothing is attached to its inference model."""
     for of_one in settings:
         if of_one.changes_model and getattr(args, "perform_rl_step", False):
             raise UserError(
-                f"--perform-rl-step generates with a model of its own, which {of_one.name} does not change; "
-                f"leave out {of_one.as_flags()}, or the flag"
+                f"--perform-rl-step generates with its own model, which {of_one.name} does not change; leave "
+                f"out {of_one.as_flags()}, or --perform-rl-step"
             )
 
 
 def _refuse_optimizer(args: Namespace) -> None:
-    """Refuse what Megatron finds out at the optimizer's first step, where its rules are known."""
+    """Refuse now what Megatron refuses only at the optimizer's first step; the rules are those of 0.19."""
     from megatron.core import __version__
 
     from jreg_megatron.mcore.preflight import optimizer
@@ -556,28 +536,28 @@ def _refuse_optimizer(args: Namespace) -> None:
 
 
 def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:
-    """Nodes of a recipe add the flag each for itself, where Apex is not installed."""
+    """Each node of a recipe adds the flag by itself if it lacks Apex."""
     ranks = of_every_rank(is_fused)
     if len(set(ranks)) > 1:
         raise UserError(
             f"rank {ranks.index(False)} has --no-gradient-accumulation-fusion, and rank {ranks.index(True)} "
-            "has not, so their gradients would round differently; give the flag to all, or install NVIDIA's "
-            "Apex on all nodes"
+            "has not, so their gradients would round differently; give the flag to all ranks, or install "
+            "NVIDIA's Apex on all nodes"
         )
 
 
 def _current_iteration() -> int:
-    """The training iteration under way, 1-based as in the log.
+    """The current training iteration, 1-based as in the log.
 
     Raises:
-        UserError: if Megatron does not tell.
+        UserError: if Megatron does not set it.
     """
     from megatron.training import get_args
 
     before: int | None = getattr(get_args(), "curr_iteration", None)
     if before is None:
         raise UserError(
-            "Megatron's args.curr_iteration is not set, so the methods' schedule is not known; set it before "
+            "Megatron's args.curr_iteration is not set, so the methods' schedule is unknown; set it before "
             "each step as Megatron does, or use jreg_megatron.attach in the code"
         )
     return before + 1

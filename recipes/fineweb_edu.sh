@@ -1,36 +1,35 @@
 #!/usr/bin/env bash
-# FineWeb-Edu as Megatron's token files, for the recipes beside this file.
+# FineWeb-Edu as Megatron's token files, for the recipes in this folder.
 #
-#   recipes/fineweb_edu.sh 100BT    what the recipes train on: 104.9 billion tokens of it
+#   recipes/fineweb_edu.sh 100BT    the data of the recipes, which train on 104.9 billion tokens of it
 #   recipes/fineweb_edu.sh 10BT     a tenth of it, for shorter runs
 #
-# Everything goes to $DATA: tokenizer.model, train_text_document.bin/.idx and validation_text_document.bin/.idx,
-# each with a manifest that says what it was made of. It is read from the Hugging Face hub range by range, so
-# the text itself takes no room on the disk. Killed at any time, the same command goes on from where it was.
+# $DATA gets all files: tokenizer.model, train_text_document.bin/.idx and validation_text_document.bin/.idx, each with
+# a manifest of its sources. The text is read from the Hugging Face hub range by range, so it takes no disk space.
+# After a kill, start the same command again: it resumes.
 #
-# What it takes: 2 bytes a token on disk, so 20 GB or 200 GB, and as many pieces of work as the corpus has
-# 64 MB. A core does 0.6 to 0.9 million tokens a second (tests/preprocess_comparison.py measures yours), so
-# 10BT is 3 to 5 core hours and 100BT 31 to 46; divide by the cores. The network has to bring the text as
-# fast: a core eats 2 to 3 MB of Parquet a second. If it does not, fetch a copy first and name it as SOURCE:
+# Disk: 2 bytes per token, so 20 GB or 200 GB. Time: a core makes 0.6 to 0.9 million tokens a second
+# (tests/preprocess_comparison.py measures yours), so 10BT takes 3 to 5 core hours and 100BT 31 to 46. Network: a core
+# reads 2 to 3 MB of Parquet a second. If the network is slower, download a copy first and name it as SOURCE:
 #   hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir fineweb
 #   SOURCE=fineweb/sample/10BT recipes/fineweb_edu.sh 10BT
 #
-# The paper names no tokenizer, only 32,000 pieces, which is Llama 2's number. Llama 2's own asks for a licence.
-# The nearest that is free is Mistral's first one, in the package mistral-common (Apache-2.0, 37 MB): it too is a
-# SentencePiece model of 32,000 pieces with bytes to fall back on. TOKENIZER=train trains one on the corpus instead.
+# The paper names no tokenizer, only 32,000 pieces, as in Llama 2. Llama 2's tokenizer needs a licence. Mistral's first
+# one is free and similar: a SentencePiece model of 32,000 pieces with byte fallback, in the package mistral-common
+# (Apache-2.0, 37 MB). TOKENIZER=train trains one on the corpus instead.
 set -euo pipefail
 SAMPLE=${1:-}
 if [[ $SAMPLE != 10BT && $SAMPLE != 100BT ]] || (($# > 1)); then
     echo "jreg_megatron: error: the sample is '$*'; give 10BT or 100BT" >&2
     exit 2
 fi
-DATA=${DATA:-data/fineweb_edu_${SAMPLE,,}}      # where the recipes look for it
+DATA=${DATA:-data/fineweb_edu_${SAMPLE,,}}      # the default of the recipes
 SOURCE=${SOURCE:-}                              # a folder of the sample's Parquet files, instead of the hub
-TOKENIZER=${TOKENIZER:-mistral}                 # or train, or a SentencePiece model of yours
-VOCABULARY=${VOCABULARY:-32000}                 # pieces, if one is trained: what the recipes' models have rows for
+TOKENIZER=${TOKENIZER:-mistral}                 # or train, or your own SentencePiece model
+VOCABULARY=${VOCABULARY:-32000}                 # pieces of a trained one; the recipes' models have as many rows
 SAMPLED=${SAMPLED:-268435456}                   # bytes of text to train it on, from 256 places in the corpus
 VALIDATION=${VALIDATION:-0.0001}                # share of documents held out: of 100BT about 11M tokens, as in the paper
-MAX_REFUSED=${MAX_REFUSED:-0}                   # stop at more bad records than this; there should be none
+MAX_REFUSED=${MAX_REFUSED:-0}                   # stop after more bad records than this
 WORKERS=${WORKERS:-$(nproc)}
 
 export OMP_NUM_THREADS=1

@@ -3,13 +3,13 @@
 #
 #   recipes/llama_170m.sh jreg|baseline [--dry-run] [--smoke] [-- MORE MEGATRON FLAGS]
 #
-# Every knob is in this file; what is written ${NAME:-value} can be set in the environment too.
-# recipes/README.md tells how to start it on one node, on several, by Slurm and on Kubernetes.
-# What is not marked as a choice of ours is the paper's, or the default of Meta Lingua, its training code.
+# All knobs are in this file. The environment can set those that are written ${NAME:-value}.
+# recipes/README.md: how to start it on one node, on several nodes, with Slurm and on Kubernetes.
+# A value is the paper's or the default of Meta Lingua, its training code, unless it is marked as ours.
 set -euo pipefail
 VARIANT=${1:-}
 
-# JREG: all that the two variants differ in. At lambda 0 the jump is measured and nothing is changed.
+# JREG: the only difference between the two variants. At lambda 0 the jump is only measured.
 LAMBDA=${LAMBDA:-1}
 ALPHA=${ALPHA:-1}
 if [[ $VARIANT == baseline ]]; then LAMBDA=0; fi
@@ -28,15 +28,15 @@ SEED=${SEED:-1234}
 SEQUENCE=1024
 BATCH=512               # sequences
 TOKENS=${TOKENS:-104857600000}
-EPOCHS=${EPOCHS:-1}     # passes over the data that are allowed
+EPOCHS=${EPOCHS:-1}     # allowed passes over the data
 
-# Machines. MASTER_ADDR, MASTER_PORT and NODE_RANK are asked for when there are several nodes.
+# Machines. Several nodes also need MASTER_ADDR, MASTER_PORT and NODE_RANK.
 NODES=${NODES:-1}
 GPUS=${GPUS:-4}                                 # per node; the paper had 4 H100
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1}             # the rest is data parallel, the fastest for a model that fits
 MICRO_BATCH=${MICRO_BATCH:-32}                  # sequences per GPU at a time, ours for 80 GB; the paper's is 128
-TFLOPS=${TFLOPS:-326}                           # a GPU's, to say how long it takes; the paper's 16 h come to this
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # Megatron asks for it before Blackwell
+TFLOPS=${TFLOPS:-326}                           # speed of a GPU, for the estimated time; the paper's 16 h give this
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # Megatron requires it before Blackwell
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 FLAGS=(
@@ -67,7 +67,7 @@ FLAGS=(
     --bf16 --transformer-impl transformer_engine --cross-entropy-loss-fusion
     --manual-gc --manual-gc-interval 100
 
-    # Checkpoints: the last one to go on from, and eight over the run, since the jump grows over training.
+    # Checkpoints: the last one for a resume, and eight over the run, since the jump grows over training.
     --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 1000
     --save-retain-interval 25000
     --exit-signal-handler
@@ -77,7 +77,7 @@ FLAGS=(
     --tensorboard-dir "$RUN/tensorboard" --tensorboard-log-interval 10
 
     --jreg-coeff "$LAMBDA" --jreg-alpha "$ALPHA" --jreg-log-per-layer
-    --jreg-measure-interval 10  # as the log: each line shows the one iteration that was measured
+    --jreg-measure-interval 10  # like the log: each line shows the one measured iteration
 )
 exec "$(dirname "$0")/run.sh" jreg_megatron.recipe \
     --recipe "$0" --variant="$VARIANT" --run "$RUN" --nodes "$NODES" --gpus "$GPUS" --tflops "$TFLOPS" \

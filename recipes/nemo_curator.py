@@ -1,19 +1,21 @@
-"""Past one machine: NeMo Curator writes Megatron's token files on a Ray cluster; `inspect` takes them over.
+"""For several machines: NeMo Curator writes Megatron's token files on a Ray cluster; `inspect` lists them.
 
-    pip install nemo-curator            # written for 1.4; in an environment of its own
+    pip install nemo-curator            # written for 1.4; in a separate environment
     python recipes/nemo_curator.py --input TEXT --output TOKENS --tokenizer-model FOLDER_OR_NAME
     python -m jreg_megatron.data inspect TOKENS --blend TOKENS/blend.txt
 
-and then train on the list of them: --data-args-path TOKENS/blend.txt --split 999,1,0 in the place of the
-data paths, with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER_OR_NAME.
+Then train on the list. In place of the data paths give --data-args-path TOKENS/blend.txt --split 999,1,0 and
+--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER_OR_NAME.
 
-Run it on one node of a Ray cluster that is up (RAY_ADDRESS names it), or alone, and it starts Ray on this
-machine. TEXT and TOKENS are on a file system that all nodes see, or URLs that fsspec knows.
+Run it on one node of a running Ray cluster (RAY_ADDRESS names it). Without a cluster it starts Ray on this
+machine. TEXT and TOKENS are on a shared file system, or URLs that fsspec knows.
 
-What differs from `python -m jreg_megatron.data prepare`: the tokenizer is a Hugging Face one, for Curator
-has no SentencePiece; each group of input files makes a pair .bin/.idx of its own, which the blend file
-lists; a text that gives no token is an empty sequence; with a vocabulary of 65,500 to 65,536 ids take two
-bytes, where Megatron's own tool takes four (Megatron reads both); and a bad record ends the run.
+Differences to `python -m jreg_megatron.data prepare`:
+- The tokenizer is a Hugging Face one, since Curator has no SentencePiece.
+- Each group of input files makes its own pair .bin/.idx. The blend file lists the pairs.
+- A text without tokens is an empty sequence.
+- With a vocabulary of 65,500 to 65,536 an id has two bytes; Megatron's own tool writes four, and reads both.
+- A bad record ends the run.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the token files")
     parser.add_argument("--tokenizer-model", required=True, help="Hugging Face tokenizer: a folder or a name")
     parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet")
-    parser.add_argument("--key", default="text", help="column or field that holds the text")
-    parser.add_argument("--files-per-pair", type=int, default=1, help="input files that make one .bin/.idx")
+    parser.add_argument("--key", default="text", help="column or field of the text")
+    parser.add_argument("--files-per-pair", type=int, default=1, help="input files per pair .bin/.idx")
     args = parser.parse_args()
 
     # Curator's reader and writer run as stages on Ray; to distribute, retry and scale is its business.

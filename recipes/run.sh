@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run `python -m MODULE ARGS...` of this checkout, by the first Python here that has what it needs: $PYTHON, else
-# python3 (of the container, or of an activated environment), else the one in .venv.
+# Run `python -m MODULE ARGS...` of this checkout. The Python is $PYTHON; else the first with the needed packages among
+# python3 (of the container, or of an activated environment) and the one in .venv.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -409,7 +409,7 @@ FAULTS = [
     Fault(
         "log nothing of a log interval that the run's end cuts off",
         "training_loop.py",
-        (("if is_over and _loop.attached is not None:", "if False:"),),
+        (('    _decorate(training, log_at_the_end, "checkpoint_and_decide_exit")\n', ""),),
         CUT_INTERVALS,
     ),
     Fault(
@@ -1607,12 +1607,7 @@ FAULTS = [
     Fault(
         "log nothing where the last iterations are skipped",
         "training_loop.py",
-        (
-            (
-                "        result = train(*args, **named)\n        if _loop.attached is not None:",
-                "        result = train(*args, **named)\n        if False:",
-            ),
-        ),
+        (("ends=lambda _: True", "ends=lambda _: False"),),
         CUT_INTERVALS,
     ),
     Fault(

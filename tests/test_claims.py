@@ -223,7 +223,7 @@ def test_the_papers_nine_tasks_are_judged_with_and_without_boolq(runs: Path, tmp
     assert by_seed(found, "6", 1) == pytest.approx([0.0] * 4)
     assert len(found["claims"]["6"]["questions"]) == 2
     power = stats.nct.sf(stats.t.ppf(0.95, 3), 3, 0.41 / 0.63 * 2)
-    assert f"{power:.0%} of the time" in found["claims"]["6"]["remark"]
+    assert f"a power of {power:.0%}" in found["claims"]["6"]["remark"]
 
 
 def test_what_there_are_no_runs_for_cannot_be_told(tmp_path: Path) -> None:
@@ -258,10 +258,10 @@ def test_a_run_that_is_not_finished_or_diverged_is_left_out_by_name(tmp_path: Pa
         "early": "its last validation is at step 200 of 800",
         "lost": "it has diverged",
         "samples": "its last validation is at step 200 of 800",
-        "stopped": "its jreg_stop_iteration is 100, and the paper's JREG has None",
-        "odd": "a setting that its TensorBoard files name is no number (invalid literal for int() with base "
+        "stopped": "its jreg_stop_iteration is 100; the paper's JREG has None",
+        "odd": "a setting in its TensorBoard files is no number (invalid literal for int() with base "
         "10: 'many')",
-        "shallow": "it has 3 layers, and a middle takes 4",
+        "shallow": "it has 3 layers; a middle needs 4",
     }
 
 
@@ -277,7 +277,7 @@ def test_runs_of_two_experiments_and_twins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no baseline"):
         gather([tmp_path / "short"])
     write_run(tmp_path / "twin", baseline(1), 1)
-    with pytest.raises(UserError, match="are one setting and seed"):
+    with pytest.raises(UserError, match="one setting and seed"):
         gather([tmp_path / "a", tmp_path / "twin"])
     with pytest.raises(UserError, match="no run is finished"):
         gather([tmp_path / "nowhere"])
@@ -375,12 +375,12 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
         (["--steps", "50"], "--steps is 50; it must be at least 32 and a multiple of 4"),
         (["--runs", "empty", "--steps", "40"], "--steps is 40, but --runs trains nothing"),
         (["--runs", "empty", "--", "--taks", "paper"], "--taks"),
-        (["--runs", "empty", "--", "--json", "x.json"], "names --json, which claims sets itself"),
+        (["--runs", "empty", "--", "--json", "x.json"], "names --json, which claims sets"),
         (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
-        (["--", "--tasks", "paper"], "--tasks paper is for evaluate"),
+        (["--", "--tasks", "paper"], "--tasks paper behind -- needs --runs"),
         (["--output", "file"], "--output is file, which cannot be made"),
         (["--output", "full"], "--output is full, where claims.html is a folder"),
-        (["--runs", "empty"], "--runs names empty, where no folder has a tensorboard folder"),
+        (["--runs", "empty"], "--runs names empty, which has no folder tensorboard"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(
@@ -487,7 +487,7 @@ def test_a_bar_that_never_ends_its_line_is_read_too(tmp_path: Path) -> None:
     prints = "for n in range(40000): print(f'{n} of many', end='\\r')\nprint('at last: é' * 1000, end='')"
     asyncio.run(run_logged("it", ["-c", prints], tmp_path / "log", lines.append))
     assert lines[-1] == "39999 of many" and len(lines) == 40000
-    with pytest.raises(UserError, match=r"it ended with status 3: .*; all it printed is in .*log"):
+    with pytest.raises(UserError, match=r"it ended with status 3: .*; its log is .*log"):
         asyncio.run(run_logged("it", ["-c", "print('why'); exit(3)"], tmp_path / "log", lines.append))
 
 

@@ -57,7 +57,7 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
             "early_exit_accuracy",
             "early_exit_agreement",
         ),
-        *("read_out_difference", "layer_drop"),
+        *("layer_drop", "read_out_difference"),
     ]
     assert page.column(HEADLINE, "model") == [*MODELS, "short", "short with jreg", "big run"]
     assert page.column("Files", "what") == ["measurement", "evaluation", "training run", "training run"]
@@ -117,7 +117,7 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     cells = [float(cell) for cell in page.column(per_layer, "baseline")]
     assert cells == pytest.approx([*before, first["displacement"]["post_norm"][-1]], rel=1e-3)
     assert page.column("Tasks; intervals in brackets", "jreg")[0] == "0.5300 (0.5100 to 0.5500)"
-    differences = "jreg less baseline, on the same samples"
+    differences = "jreg minus baseline, on the same samples"
     assert page.column(differences, "task") == [*TASKS, "mean of tasks"]
     assert page.column(differences, "95% interval")[-1] == "+0.00400 to +0.0180"
     assert page.column(differences, "p") == ["0.0800"] * len(TASKS) + ["< 0.001"]
@@ -195,7 +195,7 @@ def test_checkpoints_of_one_name_that_were_evaluated_are_compared_by_their_step(
     compared["read_out"]["p_value"][3] = compared["read_out"]["interval"][3] = None
     page = report(write(Path("m.json"), measurement(("a",), (100, 200))), write(Path("e.json"), document))
     assert page.column(HEADLINE, "model") == ["a (step 200)", "a (step 100)"]
-    assert page.column("a (step 200) less a (step 100), on the same samples", "p, adjusted") == [
+    assert page.column("a (step 200) minus a (step 100), on the same samples", "p, adjusted") == [
         *("–", "0.160", "–", "–", "–")
     ]
     assert page.column("Difference in loss behind each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
@@ -279,7 +279,7 @@ def test_a_model_without_a_final_norm_has_no_numbers_after_it(
     assert not any("jreg, after" in column for column in page.table("Jump rate ζ at each step")[0])
     text = Path("report.html").read_text()
     # In the captions of the displacement, the jump rate and each such model's map.
-    assert text.count("No final norm, so shown before it alone") == 2 + len(without_norm)
+    assert text.count("No final norm") == 2 + len(without_norm)
     assert Path("a/heat_map_1_post_norm.svg").exists() == some
     assert not Path("a/heat_map_2_post_norm.svg").exists()
 
@@ -311,12 +311,9 @@ def test_a_run_that_does_not_say_which_state_it_logged_is_put_under_neither(
     assert "ζ before the final norm" not in page.table(HEADLINE)[0]
     assert page.column(HEADLINE, "ζ after it") == ["–", "0.1000"]
     unknown, known = page.column("Files", "how")
-    assert unknown == "last layer before or after the final norm, which its logs do not say"
+    assert unknown == "last layer before or after the final norm (the logs do not say)"
     assert known == "last layer after the final norm"
-    assert (
-        "which its logs do not say in bridge and after the final norm in post."
-        in Path("report.html").read_text()
-    )
+    assert "do not say) in bridge and after the final norm in post." in Path("report.html").read_text()
 
 
 def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page]) -> None:
@@ -355,13 +352,13 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", "models.0.displacement", None, "models[0].displacement is null"),
     ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
     ("measurement", "models.0.with_first_token.jump_rate.post_norm", None, "with_first_token.jump_rate"),
-    ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be an integer >= 1"),
+    ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be"),
     ("measurement", "models.0.num_layers", 29.5, "num_layers is 29.5"),
     ("measurement", "models.0.step", "100", 'models[0].step is "100"'),
     ("measurement", "models.0.name", 7, "models[0].name is 7; it must be a text"),
-    ("measurement", "models.0.kind", "onnx", "must be hugging_face, gguf or megatron"),
-    ("measurement", "models", [], "models is a list of 0; it must be one with at least one entry"),
-    ("measurement", "version", 2, "version is 2; it must be 1; a newer file needs a newer jreg_megatron"),
+    ("measurement", "models.0.kind", "onnx", 'kind is "onnx"; it must be'),
+    ("measurement", "models", [], "models is a list of 0; it must be"),
+    ("measurement", "version", 2, "version is 2; it must be 1;"),
     ("measurement", "models.0.settings.a b", [], 'models[0].settings["a b"] is a list'),
     ("evaluation", f"{BOOLQ}.interval", [2, 1], "the lower end before the upper"),
     ("evaluation", f"{BOOLQ}.value", None, "models[0].tasks.boolq.value is null"),
@@ -372,8 +369,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("evaluation", "comparison.models", ["a"], "comparison.models[1] is missing"),
     ("evaluation", "models.0.layer_drop.loss.2", -1, "layer_drop.loss[2] is -1"),
     ("summary", "runs.jreg.history.1.validation_loss", float("nan"), "runs.jreg.history[1].validation"),
-    ("summary", "final_state", "middle", "must be pre_norm or post_norm"),
-    ("summary", "runs.jreg.history", [], "history is a list of 0; it must be one with at least one entry"),
+    ("summary", "final_state", "middle", 'final_state is "middle"; it must be'),
+    ("summary", "runs.jreg.history", [], "history is a list of 0; it must be"),
 ]
 
 
@@ -402,9 +399,9 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no JSON: line 1, column 1"),
+        (b"", "is no JSON that can be read: "),
         (b'{"format": "jreg_megatron measurement"', "is no JSON"),
-        (b"\xff\xfe\x00", "is no JSON: it is not UTF-8"),
+        (b"\xff\xfe\x00", "utf-8"),
         (b"[" * 200_000, "is no JSON that can be read"),
         (b"1" * 5000, "is no JSON that can be read"),
         (b"[]", "the whole is a list of 0"),
@@ -431,7 +428,7 @@ def test_places_without_input_are_refused_in_one_line(
     Path("broken/events.out.tfevents.1").write_bytes(b"no event at all" * 20)
     assert "no such\\nfile cannot be read" in refusal(report, capsys, "no such\nfile")
     assert "empty is a folder without TensorBoard files" in refusal(report, capsys, "empty")
-    assert "name the folder that it lies in" in refusal(report, capsys, "events.out.tfevents.1")
+    assert "name its folder" in refusal(report, capsys, "events.out.tfevents.1")
     assert "broken holds no events" in refusal(report, capsys, "broken")
     good = write(Path("m.json"), measurement())
     assert "--output is empty, which is a folder" in refusal(report, capsys, good, "--output", "empty")

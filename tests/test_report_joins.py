@@ -91,7 +91,7 @@ def test_what_was_measured_in_one_way_only_is_shown_so_and_says_it(report: Calla
     rate = dropped["models"][0]["jump_rate"]["pre_norm"]
     assert page.column(HEADLINE, "ζ before the final norm")[0] == f"{rate:#.4g} (first token dropped)"
     assert page.table(PER_LAYER)[0] == ["layer", "d, first token dropped", "k"]
-    assert "Measured only with the first token dropped, and shown so: d." in captions()
+    assert "only with the first token dropped: d." in captions()
 
 
 def test_pictures_that_stand_alone_name_the_convention(report: Callable[..., Page]) -> None:
@@ -138,9 +138,9 @@ def test_a_figure_over_other_texts_says_that_they_differ(report: Callable[..., P
     other["text"]["source"] = "tiny.txt"
     first = write(Path("m.json"), measurement(("a",), layers=3))
     report(first)
-    assert "read the same text" not in captions()
+    assert "read different texts" not in captions()
     report(first, write(Path("n.json"), other))
-    assert captions().count("Not all models read the same text") == 1
+    assert captions().count("read different texts") == 1
 
 
 def test_a_run_of_another_experiment_does_not_join_a_model_of_its_name(report: Callable[..., Page]) -> None:
@@ -244,7 +244,7 @@ def test_rounding_hides_neither_a_threshold_nor_a_difference(report: Callable[..
     page = report(write(Path("e.json"), document))
     last = page.table("What the middle layers already know")[-1]
     assert last == [str(LAYERS), "0.99996", "1.0000"]
-    differences = "jreg less baseline"
+    differences = "jreg minus baseline"
     shown = ["0.04996", "0.0499999", "0.0500", "0.0123"]
     assert page.column(differences, "p") == [*shown, "< 0.001"]
     assert page.column(differences, "p, adjusted") == [*shown, "–"]

@@ -122,5 +122,5 @@ def test_the_difference_without_boolq_is_shown_where_it_was_computed(report: Cal
         "p_value": 0.3,
     }
     page = report(write(Path("e.json"), document))
-    table = page.table("jreg less baseline")
+    table = page.table("jreg minus baseline")
     assert ["mean without BoolQ", "+0.00400"] in [row[:2] for row in table]

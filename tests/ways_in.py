@@ -131,7 +131,7 @@ def loop_of_ones_own(tree: Path, data: Path, folder: Path) -> Log:
 
 def main() -> int:
     clone, *tags = sys.argv[1:]
-    table = [("tree", "script", *VALUES, "largest difference", "coeff 0 is its own", "")]
+    table = [("tree", "script", *VALUES, "largest difference", "coeff 0 changes nothing", "")]
     with tempfile.TemporaryDirectory() as folder:
         for tag in tags or TAGS:
             for row in compare(Path(clone).resolve(), tag, Path(folder)):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs what jreg_megatron needs and the base lacks, without itself, so that the layer lasts as long as the pins do.
+# Installs the packages that jreg_megatron needs and the base lacks. The layer changes only when the pins change.
 #
 #   cluster_dependencies.sh EXTRA...   # of pyproject.toml
 #
-# By pip, for uv does not see the base's packages from inside a virtual environment and would bring another torch.
+# With pip: in a virtual environment uv does not see the base's packages and would install another torch.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$VIRTUAL_ENV/bin/python
-# Without PIP_CONSTRAINT, which names the base's own file there: ours holds the same packages, and says which may move.
+# Without PIP_CONSTRAINT, which names the base's own file: ours has the same packages, and says which may change.
 "$python" docker/steps/base.py requirements pyproject.toml "$@" |
     PIP_CONSTRAINT='' "$python" -m pip install --constraint "$VIRTUAL_ENV/constraints.txt" --requirement /dev/stdin || {
     echo "cluster_dependencies.sh: error: what jreg_megatron needs does not fit the base, see above;" \

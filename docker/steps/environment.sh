@@ -2,9 +2,9 @@
 # Makes the virtual environment of an image, in $VIRTUAL_ENV.
 #
 #   environment.sh             an empty one, with uv
-#   environment.sh --on-base   one over the base's packages, each of which is written down, to be kept
+#   environment.sh --on-base   one on top of the base's packages; it records their versions
 #
-# $BASE_PYTHON is the base's Python (python3). $UV is a uv to use instead of installing one.
+# $BASE_PYTHON is the base's Python (default: python3). $UV is an installed uv.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${BASE_PYTHON:-python3}
@@ -13,11 +13,11 @@ python=${BASE_PYTHON:-python3}
     exit 2
 }
 if [[ ${1-} == --on-base ]]; then
-    # Without pip: the base's own is seen from inside, and Ubuntu's Python cannot put another one in.
+    # Without pip: the base's pip is visible here, and Ubuntu's Python cannot install another one.
     "$python" -m venv --without-pip --system-site-packages "$VIRTUAL_ENV"
     "$python" docker/steps/base.py record "$VIRTUAL_ENV/base.json"
     "$python" docker/steps/base.py constraints "$VIRTUAL_ENV/base.json" constraints.txt >"$VIRTUAL_ENV/constraints.txt"
-    # The base's own torchrun starts the base's Python, which does not see what is in here.
+    # The base's own torchrun starts the base's Python, which does not see this environment.
     printf '#!/bin/sh\nexec "%s/bin/python" -m torch.distributed.run "$@"\n' "$VIRTUAL_ENV" >"$VIRTUAL_ENV/bin/torchrun"
     chmod +x "$VIRTUAL_ENV/bin/torchrun"
 else

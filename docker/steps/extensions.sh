@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Transformer Engine and Apex: the base's where it has them; else built against the base's torch.
+# Transformer Engine and Apex: those of the base, or built against the base's torch.
 #
-# $TRANSFORMER_ENGINE is a version, $APEX what pip can install; empty leaves it out.
+# $TRANSFORMER_ENGINE is a version, $APEX an argument of pip install. Empty: left out.
 set -euo pipefail
 python=$VIRTUAL_ENV/bin/python
 build() {
     PIP_CONSTRAINT='' "$python" -m pip install --constraint "$VIRTUAL_ENV/constraints.txt" --no-build-isolation "$@"
 }
-# Asked by the metadata alone: importing either one may need the driver, which no build has.
+# From the metadata only: an import may need the driver, which a build does not have.
 has() {
     "$python" -c 'import importlib.metadata as m, sys; print(sys.argv[1], "of the base:", m.version(sys.argv[1]))' "$1" \
         2>/dev/null

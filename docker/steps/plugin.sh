@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Puts jreg_megatron itself into the environment: editable, so that a checkout can be mounted over the image's copy.
+# Installs jreg_megatron itself: editable, so that a checkout can be mounted over the image's copy.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$VIRTUAL_ENV/bin/python
 uv=${UV:-$VIRTUAL_ENV/bin/uv}
-# The constraints pin what builds the package, too.
+# The constraints also pin the build tools.
 if [[ -x $uv ]]; then
     "$uv" pip install --python "$python" --no-deps --build-constraints constraints.txt --editable .
 else
-    # pip changed which of the two names a build obeys.
+    # Which of the two names applies to a build depends on pip's version.
     PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
         "$python" -m pip install --no-deps --editable .
 fi
-# Whoever runs the image may not write here. By hash: the sources' times are not the same in every build.
+# The image's user cannot write here. By hash, since the times of the sources differ between builds.
 "$python" -m compileall -q --invalidation-mode unchecked-hash jreg_megatron
 pinned=$(sed -n 's/^megatron-core==//p' constraints.txt)
 "$python" - "$pinned" <<'PYTHON'

@@ -1,1 +1,1 @@
-"""The paper's six claims, judged on trained models by rules that were written before: ``make claims``."""
+"""The paper's six claims, judged on trained models by rules that were written before the training."""

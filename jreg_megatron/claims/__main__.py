@@ -1,4 +1,4 @@
-"""``jreg-megatron claims``: the paper's six claims, judged on toys trained here or on your own runs."""
+"""``jreg-megatron claims``: judge the paper's six claims on toys that it trains, or on your own runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from jreg_megatron.claims import toy
 from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather, with_evaluations
 from jreg_megatron.claims.rules import FEWEST_SEEDS
+from jreg_megatron.recipe.request import split_at
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
@@ -27,23 +28,24 @@ _DATA = Path("runs/data")
 _PAGE, _NUMBERS, _LOCK = "claims.html", "claims.json", ".lock"
 _EPILOG = """\
 Without --runs it trains toys on this machine's CPU: baselines and JREG at the paper's lambda 1 and alpha 1
-over ten seeds, further alphas and batches over three. The same command goes on after a kill. With --runs it
-judges finished trainings of any size by the same rules; words behind -- go to jreg-megatron evaluate:
+with ten seeds, other alphas and batches with three. After a kill, start the same command again: it resumes.
+With --runs it judges finished runs of any size by the same rules. Words behind -- go to jreg-megatron
+evaluate:
 
   jreg-megatron claims
   jreg-megatron claims --steps 200 --seeds 3 --output runs/try
   jreg-megatron claims --runs runs/sweep_llama_170m --output runs/claims_170m -- --tasks paper --device cuda
 
-Runs are folders with tensorboard/ and checkpoints/ in them, of one experiment, trained with
---jreg-log-per-layer. A baseline and a JREG run of one seed are a pair. A verdict needs three seeds. Claim 3
-needs baselines with several batch sizes on equal tokens. Claim 4 needs runs with alpha 0.5, 1 and 3. Exit
-status: 0 judged, whatever the verdicts; 2 a mistake in the command, or a run that failed.
+A run is a folder with tensorboard/ and checkpoints/, trained with --jreg-log-per-layer. All runs must be of
+one experiment. A baseline and a JREG run of one seed are a pair. A verdict needs three seeds. Claim 3 needs
+baselines with several batch sizes on equal tokens. Claim 4 needs runs with alpha 0.5, 1 and 3. Exit status:
+0 the claims are judged; 2 a mistake in the command, or a run that failed.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, and judge."""
-    with user_errors_exit("what is finished is kept; the same command goes on"):
+    """Train the missing runs, and judge the claims."""
+    with user_errors_exit("finished runs are kept; to resume, start the same command again"):
         _claims(_arguments(argv))
 
 
@@ -51,7 +53,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron claims",
         usage="%(prog)s [OPTIONS] [--runs FOLDER... [-- WORDS FOR EVALUATE]]",
-        description="Judge the six claims of JREG's paper: one page, one JSON file.",
+        description="Judge the six claims of JREG's paper. Writes one page and one JSON file.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,28 +62,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path("runs/claims"),
         metavar="FOLDER",
-        help="where runs, evaluations, claims.html and claims.json go (default: %(default)s)",
+        help="folder of runs, evaluations, claims.html and claims.json (default: %(default)s)",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         nargs="+",
         metavar="FOLDER",
-        help="judge these finished trainings instead: run folders, or folders of them such as a sweep's",
+        help="judge these finished runs, train none: run folders, or folders of runs such as a sweep's",
     )
     parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="processes side by side (default: %(default)s)"
+        "--jobs", type=int, default=2, metavar="N", help="processes at a time (default: %(default)s)"
     )
     toys = parser.add_argument_group("toys")
-    toys.add_argument("--steps", type=int, metavar="N", help=f"of training (default: {toy.STEPS})")
+    toys.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {toy.STEPS})")
     toys.add_argument("--seeds", type=int, metavar="N", help=f"train seeds 1 to N (default: {toy.SEEDS})")
-    toys.add_argument(
-        "--data", type=Path, metavar="FOLDER", help=f"where the text is kept (default: {_DATA})"
-    )
+    toys.add_argument("--data", type=Path, metavar="FOLDER", help=f"folder of the text (default: {_DATA})")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table, no notes")
-    words = sys.argv[1:] if argv is None else list(argv)
-    at = words.index("--") if "--" in words else len(words)
-    return parser.parse_args(words[:at], argparse.Namespace(evaluate=words[at + 1 :]))
+    words, evaluate = split_at("--", sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(words, argparse.Namespace(evaluate=evaluate))
 
 
 def _claims(args: argparse.Namespace) -> None:
@@ -116,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.steps is not None and (args.steps < toy.FEWEST_STEPS or args.steps % toy.STEPS_BY):
         raise UserError(
             f"--steps is {args.steps}; it must be at least {toy.FEWEST_STEPS} and a multiple of "
-            f"{toy.STEPS_BY}, so that all batches see equally many tokens"
+            f"{toy.STEPS_BY}, so that all batches see the same number of tokens"
         )
     if args.runs:
         for flag in ("steps", "seeds", "data"):
@@ -124,7 +123,7 @@ def _check(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"--{flag} is {value}, but --runs trains nothing; leave out --{flag} or --runs"
                 )
-        # Refuse words that evaluate does not know, and those that change where its result goes.
+        # evaluate refuses unknown words. Words that change its output are refused here.
         from jreg_megatron.evaluate.__main__ import parser
 
         given = parser().parse_args(["MODEL", *args.evaluate])
@@ -136,13 +135,12 @@ def _check(args: argparse.Namespace) -> None:
         }.items():
             if is_given:
                 raise UserError(
-                    f"{shlex.join(args.evaluate)} behind -- names {what}, which claims sets itself; "
-                    "leave it out"
+                    f"{shlex.join(args.evaluate)} behind -- names {what}, which claims sets; leave it out"
                 )
     elif args.evaluate:
         raise UserError(
-            f"{shlex.join(args.evaluate)} is for evaluate, but toys are evaluated in one way; give --runs, "
-            "or leave it out"
+            f"{shlex.join(args.evaluate)} behind -- needs --runs, since all toys are evaluated alike; give "
+            "--runs, or leave it out"
         )
 
 
@@ -163,7 +161,7 @@ def _toys(args: argparse.Namespace, plan: toy.Plan) -> Evidence:
     from jreg_megatron.demo.data import prepare
 
     if plan.seeds < FEWEST_SEEDS and not args.quiet:
-        output.note(f"with fewer than {FEWEST_SEEDS} seeds every verdict will be: cannot tell")
+        output.note(f'with fewer than {FEWEST_SEEDS} seeds each verdict is "cannot tell"')
     runs = plan.runs(args.output / "runs")
     data = prepare(args.data or _DATA, vocab_size=toy.VOCABULARY, progress=not args.quiet)
     train_all(runs, data, args.jobs, args.quiet)
@@ -173,7 +171,7 @@ def _toys(args: argparse.Namespace, plan: toy.Plan) -> Evidence:
 def _evaluated(
     args: argparse.Namespace, evidence: Evidence, files: dict[Path, Path], words: Sequence[str]
 ) -> Evidence:
-    """With the evaluations of all pairs of a baseline and JREG; those that are there are read again."""
+    """The evidence with evaluations of all pairs of a baseline and JREG; existing files are reused."""
     from jreg_megatron.claims.queue import evaluate_all
 
     pairs = [pair for pair in evidence.pairs.values() if all(run.checkpoints.is_dir() for run in pair)]
@@ -183,8 +181,8 @@ def _evaluated(
         before = checked(asked, list[str], read_json(asked))
         if before != list(words):
             raise UserError(
-                f"--output: {args.output} has evaluations made with {shlex.join(before) or 'no words'}, not "
-                f"with {shlex.join(words) or 'none'}; name another --output, or delete them"
+                f"--output is {args.output}, where evaluations had {shlex.join(before) or 'no words'}, "
+                f"not {shlex.join(words) or 'none'}; name another --output, or delete them"
             )
     output.write_json(str(asked), list(words))
     models = [run for run in evidence.runs if run.folder in wanted]

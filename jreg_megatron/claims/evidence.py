@@ -1,9 +1,10 @@
-"""What is known of each trained model: its curves from TensorBoard, its evaluation from JSON."""
+"""The evidence of each trained model: its curves from TensorBoard, its evaluation from JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from jreg_megatron.report.inputs import Evaluated
 from jreg_megatron.report.reading import read
 from jreg_megatron.runtime.errors import UserError
 
-# Runs that differ in one of these are of two experiments.
+# All runs of an experiment have these in common.
 _COMMON = (
     *("num_layers", "hidden_size", "ffn_hidden_size"),
     *("num_attention_heads", "num_query_groups", "seq_length"),
@@ -26,9 +27,9 @@ _COMMON = (
     *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "lr_decay_style"),
     *("jreg_final_state", "jreg_tokens", "jreg_loss_weight", "jreg_negligible_weight"),
 )
-# What may follow the batch.
+# These may differ between batch sizes.
 _OF_A_BATCH = ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
-# JREG as the paper has it. Of a baseline they do not matter.
+# The paper's JREG has the defaults of these. A baseline may have others.
 _THE_PAPERS = ("jreg_weights", "jreg_start_iteration", "jreg_stop_iteration", "jreg_warmup_iterations")
 _DEFAULTS = {f"jreg_{f.name}": str(f.default) for f in fields(JRegConfig)}
 
@@ -50,13 +51,13 @@ class Trained:
     batch: int
     """Sequences a step."""
     tokens: int | None
-    """That it was trained on; None with a batch that grows."""
+    """Number of training tokens; None if the batch grows."""
     history: History
     evaluated: Evaluated | None = None
 
     @property
     def name(self) -> str:
-        """Of the folder, with the one above: sweeps call their runs alike."""
+        """The last two parts of the path, since runs of several sweeps have the same names."""
         return "/".join(self.folder.parts[-2:])
 
     @property
@@ -75,7 +76,7 @@ class Trained:
         return rise(self.history.displacement)
 
     def rise_at(self, share: float) -> float | None:
-        """:func:`rise` at a share of the steps; None if no validation is near it."""
+        """:func:`rise` at a share of the steps; None if no validation is near."""
         wanted = share * self.steps
         iterations = self.history.iterations
         at = min(range(len(iterations)), key=lambda n: abs(iterations[n] - wanted))
@@ -84,43 +85,33 @@ class Trained:
         return rise(self.history.profiles[at])
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
-        """zeta of the layer that lies so far below the last, at the end."""
+        """zeta at the end, of the layer that is so many layers below the last."""
         psi = torch.tensor(self.history.displacement, dtype=torch.float64)
         return float(jump_rate(psi, len(psi) - layers_below_last))
 
 
 def rise(profile: Sequence[float]) -> float:
-    """Psi of the last layer less that of the one before, in hundredths.
-
-    Where it is above 0 it is the jump rate zeta_L.
-    """
+    """Psi of the last layer minus Psi of the layer before, times 100; zeta_L if it is above 0."""
     return 100 * (profile[-1] - profile[-2])
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All runs of one experiment, sorted for the claims."""
+    """All runs of one experiment, selected for the claims."""
 
     runs: tuple[Trained, ...]
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why a folder does not count, by its path."""
+    """The reason why a folder does not count, by path."""
 
     @property
     def batch(self) -> int:
-        """The batch, in sequences, with the most pairs; of those the one with the most runs; the smallest."""
-        batches = {run.batch for run in self.runs}
-        return min(
-            batches,
-            key=lambda batch: (
-                -len(self._pairs(batch)),
-                -sum(run.batch == batch for run in self.runs),
-                batch,
-            ),
-        )
+        """The batch in sequences with the most pairs; if equal, the most runs; if equal, the smallest."""
+        runs = Counter(run.batch for run in self.runs)
+        return min(runs, key=lambda batch: (-len(self._pairs(batch)), -runs[batch], batch))
 
     @property
     def baseline(self) -> dict[int, Trained]:
-        """By seed, with that batch."""
+        """By seed, with :attr:`batch`."""
         return self._of(None, self.batch)
 
     @property
@@ -130,7 +121,7 @@ class Evidence:
 
     @property
     def alphas(self) -> list[float]:
-        """Of the runs with lambda 1 and that batch, rising."""
+        """The alphas of runs with lambda 1 and :attr:`batch`, rising."""
         found = {run.alpha for run in self.runs if run.coeff == 1 and run.batch == self.batch}
         return sorted(alpha for alpha in found if alpha is not None)
 
@@ -145,7 +136,7 @@ class Evidence:
 
     @property
     def batches(self) -> dict[int, dict[int, Trained]]:
-        """Baselines by seed and batch, of seeds with several on as many tokens as :attr:`baseline`."""
+        """Baselines by seed and batch, on as many tokens as :attr:`baseline`; seeds with several batches."""
         found = {}
         for seed, base in self.baseline.items():
             alike = {
@@ -159,16 +150,16 @@ class Evidence:
 
     @property
     def notes(self) -> list[str]:
-        """What was not used, and why."""
+        """The runs that are not used, and why."""
         pairs, batch = self.pairs, self.batch
         said = [f"{where} is left out: {why}." for where, why in self.left_out.items()]
         said += [
-            f"{run.folder} counts for no claim: its lambda is {run.coeff:g}, and the paper's is 1."
+            f"{run.folder} counts for no claim: its lambda is {run.coeff:g}, the paper's is 1."
             for run in self.runs
             if run.coeff not in (0, 1)
         ]
         said += [
-            f"{run.folder} counts for no claim: JREG is judged with a batch of {batch}, as most pairs have."
+            f"{run.folder} counts for no claim: JREG is judged at batch {batch}, which most pairs have."
             for run in self.runs
             if run.coeff == 1 and run.batch != batch
         ]
@@ -176,7 +167,7 @@ class Evidence:
         if unpaired:
             said.append(f"Seeds {', '.join(map(str, unpaired))} have no baseline, or no JREG at alpha 1.")
         said += [
-            f"{run.folder} is not evaluated, nor is its pair: it has no checkpoints folder."
+            f"{run.folder} and its pair are not evaluated: it has no checkpoints folder."
             for pair in pairs.values()
             for run in pair
             if not run.checkpoints.is_dir()
@@ -195,10 +186,10 @@ class Evidence:
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
-    """The run folders that lie in ``folders``: those with a ``tensorboard`` folder, up to two levels below.
+    """The run folders in ``folders``: those with a ``tensorboard`` folder, up to two levels below.
 
     Raises:
-        UserError: for a folder without any.
+        UserError: for a folder without a run.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
@@ -207,18 +198,18 @@ def find(folders: Iterable[Path]) -> list[Path]:
         ]
         runs = [run for run in runs if run.name != "smoke"]  # a recipe's toy
         if not runs:
-            raise UserError(f"--runs names {folder}, where no folder has a tensorboard folder; name the runs")
+            raise UserError(f"--runs names {folder}, which has no folder tensorboard; name folders of runs")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
 def gather(folders: Sequence[Path]) -> Evidence:
-    """Read the runs of ``folders``; what is not finished is left out.
+    """Read the finished runs of ``folders``.
 
     Raises:
-        UserError: if runs are of two experiments, if two have the same settings, if none is finished, or if
-            no baseline is.
+        UserError: if runs are of two experiments, if two have the same settings, or if no run or no baseline
+            is finished.
     """
     runs: list[Trained] = []
     left_out: dict[str, str] = {}
@@ -236,10 +227,10 @@ def gather(folders: Sequence[Path]) -> Evidence:
 
 
 def with_evaluations(evidence: Evidence, files: dict[Path, Path]) -> Evidence:
-    """The same with what ``evaluate --json`` wrote, by the runs' folders.
+    """The evidence with the files of ``evaluate --json``, by run folder.
 
     Raises:
-        UserError: for a file that is no evaluation of the run as it ended.
+        UserError: for a file that is no evaluation of the run's end.
     """
     runs = (
         replace(run, evaluated=evaluation(run, files[run.folder])) if run.folder in files else run
@@ -249,7 +240,7 @@ def with_evaluations(evidence: Evidence, files: dict[Path, Path]) -> Evidence:
 
 
 def evaluation_name(folder: Path) -> str:
-    """A file's name for a run's evaluation that no other run has: sweeps call their runs alike."""
+    """A unique file name for a run's evaluation; runs of several sweeps have the same names."""
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     return f"{folder.name[:80]}-{place[:8]}.json"
 
@@ -263,7 +254,7 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
     found = read([file]).evaluated
     if len(found) != 1:
         raise UserError(
-            f"{file} holds {len(found)} evaluations; delete it, and the same command makes it anew"
+            f"{file} holds {len(found)} evaluations; it must hold 1: delete it, and start the command again"
         )
     origin = found[0].origin
     for what, has, wanted in (
@@ -272,9 +263,7 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
         ("number of layers", origin.num_layers, len(run.history.displacement)),
     ):
         if has != wanted:
-            raise UserError(
-                f"{file} is of {what} {has}, and {run.folder} ended with {wanted}; delete it to evaluate anew"
-            )
+            raise UserError(f"{file} is of {what} {has}, and {run.folder} ended with {wanted}; delete it")
     return found[0]
 
 
@@ -287,7 +276,7 @@ def _trained(folder: Path) -> Trained:
     if not history.displacement:
         raise UserError("it was trained without --jreg-log-per-layer")
     if len(history.displacement) < _FEWEST_LAYERS:
-        raise UserError(f"it has {len(history.displacement)} layers, and a middle takes {_FEWEST_LAYERS}")
+        raise UserError(f"it has {len(history.displacement)} layers; a middle needs {_FEWEST_LAYERS}")
     numbers = (*history.validation_loss, *(psi for profile in history.profiles for psi in profile))
     if not all(map(math.isfinite, numbers)):
         raise UserError("it has diverged")
@@ -295,18 +284,18 @@ def _trained(folder: Path) -> Trained:
         seed, batch, sequence = (int(settings[name]) for name in ("seed", "global_batch_size", "seq_length"))
         coeff, alpha = float(settings["jreg_coeff"]), float(settings["jreg_alpha"])
     except ValueError as error:
-        raise UserError(f"a setting that its TensorBoard files name is no number ({error})") from error
+        raise UserError(f"a setting in its TensorBoard files is no number ({error})") from error
     steps = history.iterations[-1]
     by_steps, by_samples = settings.get("train_iters", "None"), settings.get("train_samples", "None")
     if not by_samples.isdecimal() and not by_steps.isdecimal():
-        raise UserError("its TensorBoard files do not say how long it was to be trained")
+        raise UserError("its TensorBoard files have neither train_iters nor train_samples")
     wanted = int(by_samples) // batch if by_samples.isdecimal() else int(by_steps)
     if steps < wanted:
         raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
     if coeff > 0:
         for name in _THE_PAPERS:
             if settings[name] != _DEFAULTS[name]:
-                raise UserError(f"its {name} is {settings[name]}, and the paper's JREG has {_DEFAULTS[name]}")
+                raise UserError(f"its {name} is {settings[name]}; the paper's JREG has {_DEFAULTS[name]}")
     grows = settings.get("rampup_batch_size", "None") != "None"
     return Trained(
         folder=folder,
@@ -328,12 +317,14 @@ def _refuse_two_experiments(runs: Sequence[Trained]) -> None:
         _refuse_difference(first, run, _OF_A_BATCH)
         if first.steps != run.steps:
             raise UserError(
-                f"--runs: {first.folder} has {first.steps:,} steps and {run.folder} {run.steps:,}, with one "
+                f"--runs: {first.folder} has {first.steps:,} steps and {run.folder} {run.steps:,} at one "
                 "batch; give runs of one length"
             )
         key = (run.seed, run.coeff, run.alpha, run.batch)
         if key in seen:
-            raise UserError(f"--runs: {seen[key].folder} and {run.folder} are one setting and seed; give one")
+            raise UserError(
+                f"--runs: {seen[key].folder} and {run.folder} have one setting and seed; give one"
+            )
         seen[key] = run
 
 

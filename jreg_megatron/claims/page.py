@@ -14,17 +14,17 @@ from jreg_megatron.report.page import Section, render
 from jreg_megatron.report.tables import LOSS, NOTHING, Table, number
 
 _BELOW = (0, 1, 2)
-"""Layers below the last whose jump rates are told."""
-_RISE = "Ψ of the last layer less that of the one before, x 100"
+"""The jump rates of these layers are listed, counted down from the last."""
+_RISE = "Ψ of the last layer minus Ψ of the layer before, x 100"
 
 
 def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it for JSON.
+    """The JSON document.
 
     Args:
-        evidence: what the claims were judged by.
+        evidence: the evidence for the claims.
         claims: by number.
-        about: further entries, such as versions.
+        about: more entries, such as versions.
     """
     found = {}
     for key, claim in claims.items():
@@ -56,7 +56,7 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
 
 
 def page(evidence: Evidence, claims: Mapping[str, Claim], how: Sequence[tuple[str, str]]) -> str:
-    """The page; ``how`` are rows of a table that says what was trained and where."""
+    """The page; ``how``: rows of a table on the training."""
     rows = tuple(
         (key, claim.text, claim.verdict, claim.deciding.text, claim.deciding.paper, *_found(claim.deciding))
         for key, claim in claims.items()
@@ -111,34 +111,31 @@ def _question(question: Question) -> dict[str, Any]:
 
 
 def _p(question: Question) -> float | None:
-    """Of the paper's test, that the number lies on the claim's side of the bar."""
+    """One-sided p of the paper's test that the number is on the claim's side of the bar."""
     sign = 1 if question.side == "above" else -1
     return p_one_sided([sign * (value - question.bar) for value in question.values.values()])
 
 
 def _questions(claim: Claim) -> Table:
-    rows = []
-    for question in claim.questions:
-        p = _p(question)
-        rows.append(
-            (
-                question.text,
-                question.paper,
-                *_found(question),
-                f"{question.side} {question.bar:g}",
-                str(len(question.values)),
-                NOTHING if p is None else number(p, "#.2g"),
-                question.verdict,
-                question.number,
-            )
+    rows = [
+        (
+            question.text,
+            question.paper,
+            *_found(question),
+            f"{question.side} {question.bar:g}",
+            str(len(question.values)),
+            number(_p(question), "#.2g"),
+            question.verdict,
+            question.number,
         )
+        for question in claim.questions
+    ]
     numbers = ("the paper found", "found here", "95% interval", "the claim wants", "seeds", "p, one-sided")
-    columns = ("question", *numbers, "verdict", "what the number is")
+    columns = ("question", *numbers, "verdict", "meaning of the number")
     return Table("Questions", columns, tuple(rows), is_text=True)
 
 
 def _found(question: Question) -> tuple[str, str]:
-    """The mean, and its interval."""
     found = question.estimate
     if found is None:
         return NOTHING, NOTHING
@@ -176,13 +173,12 @@ def _runs(evidence: Evidence) -> Table:
 
 
 def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
-    """By claim."""
     alphas = {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
     settings = {"baseline": evidence.baseline} | {name: runs for name, runs in alphas.items() if runs}
     growth = curves(
         "growth",
         "The last layer's jump over training",
-        "Below 0 the last layer turns the state less than the one before.",
+        "Below 0 the last layer turns the state less than the layer before.",
         {
             name: _over_seeds(
                 (step / run.steps, rise(psi))
@@ -200,7 +196,7 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
     steps = curves(
         "steps",
         "The baseline's jump against the number of steps, on equal tokens",
-        "Fewer steps have larger batches.",
+        "Runs with fewer steps have larger batches.",
         {
             "baseline": _over_seeds(
                 (run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()
@@ -211,7 +207,7 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
         band=True,
         rule=0,
     )
-    # Jumps differ by seed, so that only the same seeds are laid beside each other.
+    # Jumps differ by seed, so only seeds that all settings have are compared.
     common = sorted(set.intersection(*map(set, settings.values())))
     of_seeds = f"Mean over seeds {', '.join(map(str, common))}, at lambda 1."
     profiles = {
@@ -228,7 +224,7 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
     half = max(2, evidence.num_layers // 2)
     top = curves(
         "top",
-        "The same, the upper half on a linear axis",
+        "The upper half of the layers, on a linear axis",
         f"{of_seeds} The last layer's jump rate does not show a bump below the last layer.",
         {name: {x: y for x, y in of.items() if x > half} for name, of in profiles.items()},
         LAYER,
@@ -241,9 +237,9 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
     ]
     early_exit = curves(
         "early_exit",
-        "Loss behind each layer: JREG less the baseline",
-        "Below 0, JREG is better. As it is: by final norm and head. Through a lens: the state first goes "
-        "through a map, fitted on other texts, to the last layer's.",
+        "Loss behind each layer: JREG minus the baseline",
+        "Below 0, JREG is better. As it is: the final norm and the head read the state. Through a lens: "
+        "before that, a map fitted on other texts brings the state near to the last layer's.",
         {
             how: _over_seeds(
                 point for base, jreg in evaluated for point in enumerate(behind_layers(base, jreg, how))
@@ -257,8 +253,8 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
     )
     layer_drop = curves(
         "layer_drop",
-        "Loss that leaving out one layer adds",
-        "Higher: the model needs the layer more.",
+        "Added loss without one layer",
+        "A higher value: the model needs the layer more.",
         {
             name: _over_seeds(
                 (layer, loss - drop.unchanged)
@@ -276,7 +272,7 @@ def _figures(evidence: Evidence) -> dict[str, list[Figure | None]]:
 
 
 def _over_seeds(points: Iterable[tuple[float, float]]) -> dict[float, Estimate | None]:
-    """The mean of the values at each place, with its interval."""
+    """The mean of the values at each x, with its interval."""
     found: dict[float, list[float]] = {}
     for x, y in points:
         found.setdefault(x, []).append(y)

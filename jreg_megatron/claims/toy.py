@@ -1,6 +1,6 @@
 """The models that ``make claims`` trains: small, so that many seeds fit on two cores.
 
-The toy was chosen by the baseline alone, on seeds above 100, which no claim uses: README.md here tells how.
+The toy was chosen by the baseline alone, on seeds above 100. No claim uses these seeds. See README.md here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ STEPS = 2000
 """With the smallest batch."""
 SEEDS = 10
 BATCHES = (8, 16, 32)
-"""In sequences; the first is the one of all runs with JREG."""
+"""In sequences; all runs with JREG have the first."""
 OTHER_ALPHAS = (0.0, 0.1, 0.3, 0.5, 3.0)
 FEW_SEEDS = 3
 """For other batches and alphas."""
 
 TASKS = ("--tasks", "speeches_last_word,speeches_bits_per_byte")
-"""Words for ``evaluate``. The passages of the third task are longer than the model's sequences."""
+"""Words for ``evaluate``. The third task's passages are longer than the model's sequences."""
 
 _SEQUENCE = 64
 _VALIDATION = 256  # sequences
 STEPS_BY = BATCHES[-1] // BATCHES[0]
-"""Multiples of it give all batches equally many tokens."""
+"""With multiples of it all batches see the same number of tokens."""
 FEWEST_STEPS = 8 * STEPS_BY
 """So that each run is evaluated eight times."""
 
@@ -46,7 +46,7 @@ _LOGGING = "--log-interval 25 --tensorboard-log-interval 25 --jreg-log-per-layer
 
 @dataclass(frozen=True)
 class Plan:
-    """Which toys are trained."""
+    """The toys to train."""
 
     steps: int = STEPS
     seeds: int = SEEDS
@@ -63,7 +63,7 @@ class Plan:
         return [self._run(folder, *setting) for setting in settings]
 
     def _run(self, folder: Path, config: JRegConfig, batch: int, seed: int) -> Run:
-        """A run on as many tokens as all others."""
+        """A run; all runs have the same number of tokens."""
         what = "baseline" if config.coeff == 0 else f"alpha{config.alpha:g}"
         name = f"{what}_batch{batch}_seed{seed}"
         steps = self.steps * BATCHES[0] // batch
@@ -73,7 +73,7 @@ class Plan:
 
 
 def described(plan: Plan) -> list[tuple[str, str]]:
-    """The toy in a few rows, for the page."""
+    """Rows on the toy for the page."""
     return [
         ("model", " ".join(_MODEL.split())),
         ("optimizer", " ".join(_OPTIMIZER.split())),

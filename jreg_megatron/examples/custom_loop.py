@@ -1,9 +1,9 @@
-"""JREG in a training loop of one's own on ``megatron.core``, without ``megatron.training``.
+"""JREG in your own training loop on ``megatron.core``, without ``megatron.training``.
 
     torchrun --nproc-per-node 4 -m jreg_megatron.examples.custom_loop --tensor 2 --pipeline 2
 
-trains a small Llama on made-up text, on GPUs or, where there are none, on the CPU. What JREG needs in such a
-loop is marked ``# JREG``.
+trains a small Llama on generated text, on GPUs or, if there are none, on the CPU. The lines for JREG have the
+mark ``# JREG``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 
 
 def initialize(tensor: int, pipeline: int) -> None:
-    """Process group, Megatron's parallel state and random seeds, for one of torchrun's ranks."""
+    """Set up process group, Megatron's parallel state and random seeds in a rank of torchrun."""
     if "RANK" not in os.environ:
         raise UserError("RANK is not set; start the program with torchrun --nproc-per-node N -m ...")
     if torch.cuda.is_available():
@@ -91,7 +91,7 @@ def build_model() -> list[Any]:
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """One micro-batch through this pipeline stage; and how its output becomes the loss."""
+    """Run one micro-batch through this pipeline stage; returns the output and the loss function."""
     batch = next(batches)
     positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)
     losses = model(batch["tokens"], positions.expand_as(batch["tokens"]), None, labels=batch["labels"])
@@ -106,7 +106,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
 def train(
     batches: Iterator[Batch], steps: int, jreg: JRegConfig
 ) -> Iterator[tuple[float | None, Metrics | None]]:
-    """Train, and yield each step's cross-entropy (known on the last pipeline stage) and JREG's values."""
+    """Train; yields the cross-entropy of each step (only on the last pipeline stage) and JREG's values."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -160,7 +160,7 @@ def train(
 
 
 def made_up_text() -> Iterator[Batch]:
-    """Endless micro-batches, others on every data-parallel rank: each text counts upwards from somewhere."""
+    """Endless micro-batches, different on each data-parallel rank: a text counts upwards from a random id."""
     from megatron.core import parallel_state
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,14 +173,14 @@ def made_up_text() -> Iterator[Batch]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train for some steps and print a line for each."""
+    """Train for some steps and print a line for each step."""
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.examples.custom_loop",
-        description="Train a small Llama with JREG in a loop of one's own.",
+        description="Train a small Llama with JREG in your own training loop.",
     )
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size. Default: 1")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size. Default: 1")
-    parser.add_argument("--steps", type=int, default=20, help="training steps. Default: 20")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (default: 1)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (default: 1)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
     JRegConfig.add_arguments(parser)  # JREG
     options = parser.parse_args(argv)
     with user_errors_exit():

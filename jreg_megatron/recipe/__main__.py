@@ -23,7 +23,7 @@ from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what ``argv`` asks for; a run that starts takes this process over."""
+    """Run the command line ``argv``; a run that starts replaces this process."""
     for number in SIGNALS:
         signal.signal(number, _nothing_started)
     with user_errors_exit(), quiet_interrupt():
@@ -54,7 +54,7 @@ def _train(request: Request) -> None:
         check(asked)
     identity.refuse_another(request.run, asked)
     if not request.dry_run and last_checkpoint(asked.save) >= asked.train_iters:
-        print(f"{request.run} has all of its {asked.train_iters:,} iterations; nothing to do")
+        print(f"{request.run} has all of its {asked.train_iters:,} iterations: nothing to do")
         return
     added = machine.flags_without_apex(asked)
     flags += added
@@ -72,7 +72,7 @@ def _train(request: Request) -> None:
 
     rows = announcement.rows(request, planned)
     if added:
-        rows["added"] = f"{' '.join(added)}, for Apex is not installed here (each node looks for itself)"
+        rows["added"] = f"{' '.join(added)}, since Apex is not installed here (each node checks this)"
     findings: dict[str, Callable[[], str]] = {
         "data": check_files,
         "memory": partial(machine.check_memory, planned, gpus),
@@ -100,19 +100,20 @@ def _smoke(request: Request) -> None:
     asked = parse(flags, request.world_size)
     flags += smoke.flags(asked, run, request.smoke)
     world_size = smoke.ranks(asked)
-    ranks = command.on_the_cpu(world_size, flags)
-    print(f"Smoke: a toy of {request.recipe.stem} on {world_size} CPU ranks; its files go to {run}")
+    forked = [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(world_size)]
+    ranks = [*forked, *command.MODULE, "--cpu", *flags]
+    print(f"Smoke: a toy of {request.recipe.stem} on {world_size} CPU ranks; its folder is {run}")
     if request.dry_run:
         print(command.as_text(ranks, os.environ))
         return
     toy = parse(flags, world_size)
     if smoke.start_clean(toy, run):
-        print("Starting clean: removed the earlier run there, which was finished or another one")
+        print("Removed the earlier run there: it was finished or had other settings")
     _become(ranks, toy, run)
 
 
 def _import_megatron() -> None:
-    """Import Megatron in CPU mode, for this process only plans; what it misses here is no news."""
+    """Import Megatron in CPU mode, without its warnings: this process only plans."""
     from jreg_megatron import cpu
 
     warnings.simplefilter("ignore")
@@ -120,13 +121,13 @@ def _import_megatron() -> None:
     cpu.enable()
     from megatron.core import utils
 
-    # CPU mode hides it, and the flags are checked for ranks that will have it.
+    # CPU mode hides Transformer Engine, but the ranks will have it.
     with contextlib.suppress(PackageNotFoundError):
         utils._te_version = utils.PkgVersion(version("transformer-engine"))
 
 
 def _flags(request: Request) -> list[str]:
-    """The recipe's flags, the iterations that its tokens make, and the user's flags."""
+    """The recipe's flags, ``--train-iters`` from the number of tokens, and the user's flags."""
     from jreg_megatron.mcore.arguments import parse
 
     args = parse([*request.flags, *request.user_flags], request.world_size)
@@ -142,9 +143,9 @@ def _flags(request: Request) -> list[str]:
 
 
 def _become(ranks: Sequence[str], args: Namespace, run: Path | None) -> None:
-    """Let the small supervisor take the place of this process, which has all of Megatron in memory.
+    """Become the small supervisor; this process has all of Megatron in memory.
 
-    On the first node it keeps other runs out of the folder ``run``.
+    On the first node the supervisor keeps other runs out of the folder ``run``.
     """
     if run is not None:
         identity.keep(run, args)
@@ -152,7 +153,7 @@ def _become(ranks: Sequence[str], args: Namespace, run: Path | None) -> None:
     supervisor = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
     watched = ["--iterations", str(args.train_iters), "--checkpoints", str(Path(args.save))]
     watched += ["--lock", str(run)] if run is not None else []
-    # What comes before the supervisor has its handlers waits for them.
+    # Signals wait until the supervisor has its handlers.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execv(sys.executable, [*supervisor, *watched, "--", *ranks])
 

@@ -1,4 +1,4 @@
-"""One table of what a run will be, and for how long."""
+"""One table that announces a run: model, data, length, layout, time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDTH = 118
 
 
 def rows(request: Request, plan: Plan) -> dict[str, str]:
-    """What the plan alone says: a name and a text for each row."""
+    """The rows that follow from the plan: a name and a text each."""
     args = plan.args
     coeff = getattr(args, "jreg_coeff", 0.0)
     jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 1.0):g}"
@@ -33,7 +33,7 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
         "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, FFN "
         f"{args.ffn_hidden_size}, {args.num_attention_heads} heads of {args.kv_channels}, vocabulary "
         f"{args.padded_vocab_size:,}",
-        "JREG": jreg if coeff else "lambda 0: the jump is measured, nothing is changed",
+        "JREG": jreg if coeff else "lambda 0: the jump is measured, the training does not change",
         "length": f"{number_as_text(plan.tokens)} tokens ({plan.tokens / plan.parameters:.0f} a parameter): "
         f"{plan.iterations:,} iterations of {args.global_batch_size:,} sequences of {args.seq_length:,}"
         + (f"; going on from iteration {done:,}" if done else ""),
@@ -42,16 +42,16 @@ def rows(request: Request, plan: Plan) -> dict[str, str]:
         f"{args.lr:g} to {args.min_lr:g}, {args.lr_warmup_iters:,} iterations of warm-up",
         "layout": f"{request.nodes} x {request.gpus} GPUs: {division}; {steps} micro-batches of "
         f"{args.micro_batch_size} a step",
-        "time": f"about {seconds_as_text(seconds)}, {plan.flops:.1e} operations, if each GPU makes "
-        f"{request.tflops:g} TFLOP/s" + (f" ({1 - done / plan.iterations:.0%} of it left)" if done else ""),
+        "time": f"about {seconds_as_text(seconds)} at {request.tflops:g} TFLOP/s a GPU; {plan.flops:.1e} "
+        "operations" + (f" ({1 - done / plan.iterations:.0%} of it left)" if done else ""),
     }
 
 
 def found(findings: Mapping[str, Callable[[], str]], is_dry_run: bool) -> dict[str, str]:
-    """What checks find, by the names of their rows; in a dry run a refusal is what a check finds.
+    """The results of checks, by row. In a dry run a refusal is a result.
 
     Raises:
-        UserError: of the first check that refuses, unless this is a dry run.
+        UserError: from the first check that refuses, unless this is a dry run.
     """
     rows = {}
     for name, find in findings.items():
@@ -65,7 +65,6 @@ def found(findings: Mapping[str, Callable[[], str]], is_dry_run: bool) -> dict[s
 
 
 def show(title: str, found: dict[str, str]) -> None:
-    """Print the table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

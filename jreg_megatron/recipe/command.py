@@ -9,14 +9,14 @@ from pathlib import Path
 
 from jreg_megatron.recipe.request import Rendezvous
 
-_MODULE = ("-m", "jreg_megatron.pretrain")
+MODULE = ("-m", "jreg_megatron.pretrain")
 _SHOWN = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 
 
 def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequence[str]) -> list[str]:
     """``torchrun`` of this Python, for this node's ranks.
 
-    SIGTERM is left to the ranks, which save first; torchrun would end them after half a minute.
+    torchrun leaves SIGTERM to the ranks, which save first. Otherwise it would kill them after half a minute.
     """
     from torch.distributed.run import get_args_parser
 
@@ -30,16 +30,11 @@ def on_gpus(gpus: int, nodes: int, rendezvous: Rendezvous | None, flags: Sequenc
     command += ["--nproc-per-node", str(gpus)]
     if any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions):
         command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
-    return [*command, *_MODULE, *flags]
-
-
-def on_the_cpu(ranks: int, flags: Sequence[str]) -> list[str]:
-    """Forked ranks on this machine's CPU."""
-    return [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(ranks), *_MODULE, "--cpu", *flags]
+    return [*command, *MODULE, *flags]
 
 
 def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as a shell takes it, a flag a line, with the variables that it depends on."""
+    """The command for a shell, one flag a line, with the environment variables that it needs."""
     lines, line = [], [f"{name}={shlex.quote(environment[name])}" for name in _SHOWN if name in environment]
     for word in command:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""Which run a folder holds, so that another one does not go on from its checkpoints."""
+"""Which run a folder holds, so that no other run resumes from its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NAMES = (
     "tokenizer_model",
 )
 _OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval"}
-"""JREG's flags that change what is seen of a training, not the training."""
+"""JREG's flags that change the log, not the training."""
 
 
 def of(args: Namespace) -> dict[str, Any]:
-    """What makes a run the run that it is: JREG, model, length, rates, data; not how it is cut over GPUs."""
+    """The settings that identify a run: JREG, model, length, learning rate, data; not its layout."""
     names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith("jreg_"))]
     found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
     kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
@@ -29,14 +29,18 @@ def of(args: Namespace) -> dict[str, Any]:
 
 
 def difference(folder: Path, args: Namespace) -> str | None:
-    """The first thing in which the run in the folder is another one, in words; None where there is none."""
+    """:func:`differs` for the run in a folder."""
+    return differs(folder / _FILE, of(args))
+
+
+def differs(file: Path, asked: dict[str, Any]) -> str | None:
+    """The first setting in ``file`` that is another one in ``asked``, in words; None if none is."""
     try:
-        held: dict[str, Any] = json.loads((folder / _FILE).read_text())
+        held: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    asked = of(args)
-    for name in sorted((held.keys() | asked.keys()) - _OBSERVING):
-        # What an older version did not write down had its default.
+    for name in (name for name in dict.fromkeys((*asked, *held)) if name not in _OBSERVING):
+        # A setting that an older version did not write had its default.
         if (held.get(name) or None) != (asked.get(name) or None):
             return f"{name} {held.get(name)}, and now it is {asked.get(name)}"
     return None
@@ -49,11 +53,16 @@ def refuse_another(folder: Path, args: Namespace) -> None:
     if found := difference(folder, args):
         raise UserError(
             f"{folder} holds a run with {found}; set RUN to another folder, "
-            f"or remove {folder / _FILE} to go on from its checkpoints all the same"
+            f"or remove {folder / _FILE} to resume from its checkpoints in any case"
         )
 
 
 def keep(folder: Path, args: Namespace) -> None:
-    """Write down which run the folder holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(json.dumps(of(args), indent=2) + "\n")
+    """Write the settings of the run into the folder."""
+    write(folder / _FILE, of(args))
+
+
+def write(file: Path, asked: dict[str, Any]) -> None:
+    """Write the settings of a run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asked, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Whether this machine and these files can carry a run."""
+"""Whether this machine and these files suffice for a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.runtime.errors import UserError
 
+_NOT_HERE = "not on this machine, so not checked"
+
 
 def flags_without_apex(args: Namespace) -> list[str]:
-    """What Megatron must be told where Apex is not installed, unless ``args`` have it."""
+    """The flag that Megatron needs where Apex is not installed, unless ``args`` have it."""
     is_missing = args.gradient_accumulation_fusion and find_spec(APEX_FUSION) is None
     return ["--no-gradient-accumulation-fusion"] if is_missing else []
 
@@ -34,11 +36,11 @@ class Gpus:
     count: int
     name: str = ""
     bytes: int | None = None
-    """Memory of the smallest, or None where the driver does not say."""
+    """Memory of the smallest GPU, or None if the driver does not say."""
 
     @classmethod
     def of_this_node(cls) -> Gpus:
-        """Ask torch for their number and the driver for the rest, which leaves no context on a GPU."""
+        """Their number from torch, the rest from the driver. This makes no context on a GPU."""
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -55,18 +57,18 @@ def check_gpus(wanted: int, gpus: Gpus) -> str:
     """The GPUs of this node, as text.
 
     Raises:
-        UserError: if there are fewer than the run starts ranks.
+        UserError: if there are fewer GPUs than ranks.
     """
     if gpus.count < wanted:
         raise UserError(
-            f"GPUS is {wanted}, but this node has {gpus.count}; set GPUS to what it has, "
-            "or try the recipe with --smoke, which runs on the CPU"
+            f"GPUS is {wanted}, but this node has {gpus.count}; lower GPUS, or try the "
+            "recipe on the CPU with --smoke"
         )
     return f"{wanted} of {gpus.count} x {gpus.name or 'GPU'}"
 
 
 def check_memory(plan: Plan, gpus: Gpus) -> str:
-    """What the fullest GPU will hold, as text.
+    """The memory that the fullest GPU needs, as text.
 
     Raises:
         UserError: if weights, gradients and optimizer alone do not fit.
@@ -91,19 +93,19 @@ def check_memory(plan: Plan, gpus: Gpus) -> str:
 
 
 def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
-    """How much of the training data the run reads, as text.
+    """How often the run reads the training data, as text.
 
-    Megatron begins again at the end of the data without a word.
+    At the end of the data Megatron silently begins again.
 
     Raises:
-        UserError: if it would read them more than ``epochs`` times.
+        UserError: if the run would read a dataset more than ``epochs`` times.
     """
     there, most, fullest = 0.0, 0.0, ""
     for flag, share, blend in training_blends(args):
         if any("://" in prefix for _, prefix in blend):
-            return "not on this machine, so not looked into"
+            return _NOT_HERE
         sizes = [share * read_index_of(flag, prefix).tokens for _, prefix in blend]
-        # Without weights each dataset is read as often as the others.
+        # Without weights Megatron reads all datasets equally often.
         weights = [size if weight is None else weight for (weight, _), size in zip(blend, sizes, strict=True)]
         for (_, prefix), weight, size in zip(blend, weights, sizes, strict=True):
             passes = tokens * weight / sum(weights) / size
@@ -111,10 +113,10 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
                 most, fullest = passes, prefix
         there += sum(sizes)
     if not fullest:
-        return "not on this machine, so not looked into"
+        return _NOT_HERE
     if most > epochs:
         raise UserError(
-            f"TOKENS is {tokens:,}, but there are {there:,.0f} to train on: {most:.2f} passes over "
+            f"TOKENS is {tokens:,}, but there are only {there:,.0f}: it takes {most:.2f} passes over "
             f"{fullest}, and EPOCHS allows {epochs:g}; prepare more, lower TOKENS, or set "
             f"EPOCHS={math.ceil(most)}"
         )
@@ -122,10 +124,10 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Hold the tokenizer's file against the one that the data's manifests say they were made with.
+    """Refuse a tokenizer that differs from the one in the manifests of the data.
 
     Raises:
-        UserError: naming both, if it is another one.
+        UserError: naming both files.
     """
     if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
         return
@@ -141,15 +143,15 @@ def check_tokenizer(args: Namespace) -> None:
         if other != ours:
             raise UserError(
                 f"--tokenizer-model is {args.tokenizer_model}, but {prefix} of {flag} was made with another "
-                f"one, {made_with['tokenizer_model']} (says {manifest}); give that one"
+                f"one, {made_with['tokenizer_model']} (see {manifest}); give that one"
             )
 
 
 def check_disk(plan: Plan) -> str:
-    """How much of the disk the checkpoints still to come will take, as text.
+    """The disk space that the remaining checkpoints need, as text.
 
     Raises:
-        UserError: if that is more than is free, or the folder cannot be written.
+        UserError: if the disk has less free space, or the folder cannot be written.
     """
     if plan.args.save is None:
         return "none"
@@ -159,13 +161,13 @@ def check_disk(plan: Plan) -> str:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"RUN leads to {plan.args.save}, and {folder} cannot be written; name another folder")
     done = last_checkpoint(plan.args.load)
-    # A new checkpoint is whole before the one before it is removed.
+    # Megatron removes a checkpoint after it has written the next one.
     still = len([i for i in plan.saved_iterations if i > done]) + 1
     needed, free = still * plan.checkpoint_bytes, shutil.disk_usage(folder).free
     text = f"{still} x {number_as_text(plan.checkpoint_bytes, 'B')}, {number_as_text(free, 'B')} free"
     if needed > free:
         raise UserError(
             f"checkpoints will take {number_as_text(needed, 'B')} ({text}) in {plan.args.save}; "
-            "free some, set RUN to another disk, or raise --save-retain-interval"
+            "free some space, set RUN to another disk, or raise --save-retain-interval"
         )
     return text

@@ -1,4 +1,4 @@
-"""What a run will be: its flags read by Megatron itself, its model counted without memory for it."""
+"""The plan of a run: Megatron itself reads the flags; the model is counted without memory for it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Plan:
     """The numbers of a run that follow from its flags."""
 
     args: Namespace
-    """The arguments as Megatron validates them, with CPU mode's choices of kernels."""
+    """Megatron's validated arguments, with the kernels of CPU mode."""
     parameters: int
-    """Parameters of the whole model, embedding rows for padding included."""
+    """Parameters of the whole model, with the padding rows of the embedding."""
     flops: float
-    """Floating-point operations of the whole training, as Megatron counts them."""
+    """Floating-point operations of the whole training, by Megatron's count."""
     state_bytes: float
     """Weights, gradients and optimizer on the fullest GPU, by Megatron's estimate."""
     activation_bytes: float
@@ -41,12 +41,12 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint with the optimizer's state, under bf16."""
+        """Size of a bf16 checkpoint with the optimizer's state."""
         return self.parameters * _SAVED_BYTES
 
     @property
     def saved_iterations(self) -> list[int]:
-        """Iterations whose checkpoints are kept to the end."""
+        """Iterations whose checkpoints remain at the end."""
         args = self.args
         if args.save is None:
             return []
@@ -55,10 +55,10 @@ class Plan:
 
 
 def make(flags: list[str], world_size: int) -> Plan:
-    """Let Megatron validate the flags, and count.
+    """Let Megatron validate the flags, and count the model.
 
     Raises:
-        UserError: with Megatron's words, for what it refuses.
+        UserError: with Megatron's words, if it refuses the flags.
     """
     from megatron.training import arguments
     from megatron.training.theoretical_memory_usage import (
@@ -85,7 +85,7 @@ def make(flags: list[str], world_size: int) -> Plan:
 
 
 def count_parameters(args: Namespace) -> int:
-    """Parameters of the model that Megatron would build, by building it on torch's meta device."""
+    """Parameters of the model, which Megatron builds on torch's meta device."""
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
@@ -114,7 +114,7 @@ def count_parameters(args: Namespace) -> int:
 
 
 def seconds_as_text(seconds: float) -> str:
-    """A duration as a person says it: ``52 h``, ``8 days``, ``40 min``."""
+    """A rounded duration: ``52 h``, ``8 days``, ``40 min``."""
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 3 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,19 +1,18 @@
-"""What a recipe and its user ask for, read from the command line that the recipe file composes."""
+"""The request for a run: the words of a recipe file and of its user, read and checked."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jreg_megatron.runtime.errors import UserError
 
 VARIANTS = ("jreg", "baseline")
 SMOKE_ITERATIONS = 4
-_FLAGS_FOLLOW, _USER_FOLLOWS = "--", ":::"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +29,13 @@ class Request:
     tokens: int
     """Tokens to train on; ``--train-iters`` follows from it unless it is among :attr:`user_flags`."""
     epochs: float
-    """How often the training data may be read, at most."""
+    """The most passes over the training data that are allowed."""
     tflops: float
-    """TFLOP/s that a GPU is expected to achieve."""
+    """Expected speed of a GPU in TFLOP/s, for the time that the table shows."""
     flags: tuple[str, ...]
-    """Megatron's flags as the recipe has them."""
+    """Megatron's flags in the recipe."""
     user_flags: tuple[str, ...]
-    """Megatron's flags that the user adds; they win over the recipe's."""
+    """Megatron's flags of the user, which override the recipe's."""
     dry_run: bool
     smoke: int | None
     """Iterations of a run with a toy model on the CPU, or None for the real one."""
@@ -48,16 +47,16 @@ class Request:
 
     @classmethod
     def from_words(cls, words: list[str]) -> Request:
-        """Read ``OPTIONS -- FLAGS ::: WHAT THE USER TYPED``.
+        """Read ``OPTIONS -- MEGATRON FLAGS ::: USER'S WORDS``.
 
         Raises:
-            UserError: for what does not fit; settings are named as the recipe's user knows them.
+            UserError: for a word or value that is not allowed; it names a knob as the recipe's user knows it.
             SystemExit: after ``--help``.
         """
-        own, _, rest = partition(words, _FLAGS_FOLLOW)
-        flags, _, typed = partition(rest, _USER_FOLLOWS)
+        own, rest = split_at("--", words)
+        flags, typed = split_at(":::", rest)
         options = _options_parser().parse_args(own)
-        asked, _, user_flags = partition(typed, _FLAGS_FOLLOW)
+        asked, user_flags = split_at("--", typed)
         choice = _user_parser(options.recipe).parse_args(asked)
         if options.variant != choice.variant:
             raise UserError(
@@ -100,76 +99,85 @@ class Rendezvous:
         return cls(address, int(port), int(rank))
 
 
-def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
-    if mark not in words:
-        return words, "", []
-    at = words.index(mark)
-    return words[:at], mark, words[at + 1 :]
+def split_at(mark: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first ``mark`` and the words after it; all are before it if it is missing."""
+    at = words.index(mark) if mark in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
 
 
 def _options_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jreg_megatron.recipe",
         usage="%(prog)s OPTIONS -- MEGATRON FLAGS ::: USER'S WORDS",
         description="Check, announce and start a pretraining run. The files in recipes/ call this.",
-        allow_abbrev=False,
     )
-    parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe, for messages", required=True)
-    parser.add_argument("--variant", metavar="NAME", help="as the recipe has read it", required=True)
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="where the run is kept", required=True)
-    parser.add_argument("--nodes", type=count("NODES"), metavar="N", help="number of nodes", default=1)
-    parser.add_argument("--gpus", type=count("GPUS"), metavar="N", help="GPUs of each node", default=8)
-    parser.add_argument("--tokens", type=count("TOKENS"), metavar="N", help="training tokens", required=True)
-    parser.add_argument(
-        "--epochs", type=_positive("EPOCHS"), metavar="X", help="passes over the data, at most", default=1.0
-    )
-    parser.add_argument(
-        "--tflops",
-        type=_positive("TFLOPS"),
-        metavar="X",
-        help="expected of a GPU, for the time",
-        default=350.0,
-    )
+    for flag, kind, default, word, meaning in (
+        ("--recipe", Path, None, "FILE", "the recipe, for messages"),
+        ("--variant", str, None, "NAME", "jreg or baseline, as the recipe has read it"),
+        ("--run", Path, None, "FOLDER", "the run's folder"),
+        ("--nodes", count("NODES"), 1, "N", "number of nodes"),
+        ("--gpus", count("GPUS"), 8, "N", "GPUs of each node"),
+        ("--tokens", count("TOKENS"), None, "N", "training tokens"),
+        ("--epochs", _positive("EPOCHS"), 1.0, "X", "the most passes over the data"),
+        ("--tflops", _positive("TFLOPS"), 350.0, "X", "expected speed of a GPU in TFLOP/s"),
+    ):
+        parser.add_argument(
+            flag, type=kind, default=default, required=default is None, metavar=word, help=meaning
+        )
     return parser
 
 
 def _user_parser(recipe: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=str(recipe),
         usage="%(prog)s jreg|baseline [--dry-run] [--smoke [N]] [-- MORE MEGATRON FLAGS]",
-        description="Pretrain with JREG, or the baseline: the same run with lambda 0. The knobs stand in the "
-        "recipe; those written ${NAME:-value} can be set in the environment. The same command goes on after "
-        "a crash. SIGTERM and SIGUSR1 save first; the status is then 75.",
-        allow_abbrev=False,
+        description="Pretrain with JREG, or pretrain the baseline: the same run with lambda 0. All knobs are "
+        "in the recipe. The environment can set those that are written ${NAME:-value}. After a crash, start "
+        "the same command again: it resumes. On SIGTERM and SIGUSR1 the run saves and ends with status 75.",
     )
-    parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline")
+    parser.add_argument("variant", choices=VARIANTS, metavar="jreg|baseline", help="with JREG, or without")
     add_trials(
         parser,
         SMOKE_ITERATIONS,
-        f"instead, train a toy model for N iterations (default {SMOKE_ITERATIONS}) on this machine's "
-        "CPU, so that Megatron reads every flag",
+        f"train a toy model for N iterations (default {SMOKE_ITERATIONS}) on this machine's CPU instead; "
+        "Megatron reads every flag",
     )
     return parser
 
 
 def add_trials(parser: argparse.ArgumentParser, smoke_length: int, smoke_help: str) -> None:
-    """Add ``--dry-run``, and ``--smoke`` with its length where none is given."""
-    parser.add_argument("--dry-run", action="store_true", help="only print what would run, and the command")
+    """Add ``--dry-run``, and ``--smoke`` with its default length."""
+    parser.add_argument("--dry-run", action="store_true", help="print the run and its command, start nothing")
     parser.add_argument(
         "--smoke", type=count("--smoke"), nargs="?", const=smoke_length, metavar="N", help=smoke_help
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose errors are one line."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(allow_abbrev=False, **named)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises:
+        UserError: always.
+        """
+        refuse(message)
+
+
 def refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; --help says what there is")
+    raise UserError(f"{message}; see --help")
 
 
-def count(name: str) -> Callable[[str], int]:
+def count(name: str, least: int = 1) -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``least``; its error calls it ``name``."""
+
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{name} is {text or 'empty'}; it must be a whole number >= 1")
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{name} is {text or 'empty'}; it must be a whole number >= {least}"
+            )
         return int(text)
 
     return parse

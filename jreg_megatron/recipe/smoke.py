@@ -1,8 +1,7 @@
-"""A recipe's flags with a toy's sizes, so that the whole of it runs on a CPU in a minute."""
+"""A recipe's flags with the sizes of a toy, so that the recipe runs on a CPU in a minute."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -19,15 +18,15 @@ _DATA = (
 
 
 def ranks(args: Namespace) -> int:
-    """Ranks of the toy: one model's, and twice that where it stays small, for data parallelism."""
+    """Ranks of the toy: those of one model; two replicas if that makes at most four ranks."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     return int(model * 2 if model * 2 <= _MOST_RANKS else model)
 
 
 def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
-    """Flags that shrink the run of ``args`` and put it on the demo's data, to be set behind the recipe's.
+    """Flags to set after the recipe's: they shrink the model of ``args`` and take the demo's data.
 
-    Heads and their groups stay, so that tensor parallelism has to divide those of the recipe.
+    Heads and their groups stay, so tensor parallelism must divide those of the recipe.
     """
     from jreg_megatron.demo.data import prepare
 
@@ -35,14 +34,13 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
     heads, stages = args.num_attention_heads, args.pipeline_model_parallel_size
     layers = max(2, stages * (args.num_virtual_stages_per_pipeline_rank or 1))
     replicas = ranks(args) // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
-    vocabulary = json.loads((data.train_prefix.parent / "manifest.json").read_text())["recipe"]["vocab_size"]
     toy: dict[str, object] = {
         "num-layers": layers,
         "hidden-size": 8 * heads,
         "ffn-hidden-size": 16 * heads,
         "seq-length": _LENGTH,
         "max-position-embeddings": _LENGTH,
-        "padded-vocab-size": vocabulary,
+        "padded-vocab-size": data.vocab_size,
         "micro-batch-size": 1,
         "global-batch-size": 2 * replicas * stages,
         "train-iters": iterations,
@@ -66,7 +64,7 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
 
 
 def without_data(flags: list[str]) -> list[str]:
-    """The flags but those that name data, for a toy has its own."""
+    """The flags without those that name data; the toy has its own data."""
     kept: list[str] = []
     dropping = False
     for word in flags:
@@ -78,7 +76,7 @@ def without_data(flags: list[str]) -> list[str]:
 
 
 def start_clean(args: Namespace, run: Path) -> bool:
-    """Remove an earlier run that came to its end or was another one; True if there was one."""
+    """Remove an earlier run that is finished or was another one; True if there was one."""
     is_over = last_checkpoint(args.load) >= int(args.train_iters) or bool(identity.difference(run, args))
     if is_over:
         shutil.rmtree(run)

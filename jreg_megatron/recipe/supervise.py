@@ -1,12 +1,12 @@
-"""Stand between a scheduler and the ranks of a node: hand on its signals, and say how the run ended.
+"""The supervisor between a scheduler and the ranks of a node: it forwards signals and sets the exit status.
 
-``python -m jreg_megatron.recipe.supervise --iterations N --checkpoints FOLDER -- COMMAND...``; a recipe
+``python -m jreg_megatron.recipe.supervise --iterations N --checkpoints FOLDER -- COMMAND...``. A recipe
 becomes this process. SIGTERM (a preemption, ``scancel``, an evicted pod) and SIGUSR1 (Slurm's ``--signal``)
-reach each rank as SIGTERM, on which Megatron finishes the iteration, saves and ends on all nodes. torchrun
-itself would give the ranks thirty seconds and then kill them in the middle of their checkpoint.
+reach each rank as SIGTERM. Megatron then finishes the iteration, saves and ends on all nodes. torchrun alone
+would kill the ranks after thirty seconds, in the middle of their checkpoint.
 
-The exit status is 0 when all iterations are done, 75 (``EX_TEMPFAIL``) when the run has saved and ended
-before, so that a scheduler can start it again, and otherwise the command's own.
+The exit status is 0 when all iterations are done. It is 75 (``EX_TEMPFAIL``) when the run saved and ended
+earlier, so that a scheduler can start it again. Otherwise it is the command's own status.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -34,7 +34,7 @@ UNFINISHED = os.EX_TEMPFAIL
 """Exit status of a run that has saved and can go on: 75."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends to have a run save and end."""
+"""The signals by which a scheduler ends a run; the run saves first."""
 _POLL_SECONDS = 0.5
 _INTERRUPT_SECONDS = 5.0
 
@@ -46,31 +46,28 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
     def remember(number: int, _: FrameType | None) -> None:
         asked.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        if asked:
-            _say(f"{asked[0].name} before training began; the same command starts it")
-            return UNFINISHED
-        with subprocess.Popen(command, preexec_fn=_prepare) as process:  # noqa: PLW1509
-            told: set[int] = set()
-            interrupted = math.inf
-            while True:
-                try:
-                    status = process.wait(_POLL_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    if asked:
-                        _tell_ranks(process.pid, told, asked[0])
-                    if time.monotonic() > interrupted:
-                        process.send_signal(signal.SIGINT)
-                        interrupted = math.inf
-                except KeyboardInterrupt:
-                    # A terminal sends it to the ranks too; if nobody did, it is handed on.
-                    interrupted = time.monotonic() + _INTERRUPT_SECONDS
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if asked:
+        _say(f"{asked[0].name} before training began; the same command starts it")
+        return UNFINISHED
+    with subprocess.Popen(command, preexec_fn=_prepare) as process:  # noqa: PLW1509
+        told: set[int] = set()
+        interrupted = math.inf
+        while True:
+            try:
+                status = process.wait(_POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if asked:
+                    _tell_ranks(process.pid, told, asked[0])
+                if time.monotonic() > interrupted:
+                    process.send_signal(signal.SIGINT)
+                    interrupted = math.inf
+            except KeyboardInterrupt:
+                # A terminal sends SIGINT to the ranks too. If they still run later, they did not get it.
+                interrupted = time.monotonic() + _INTERRUPT_SECONDS
     if asked and status == 128 + signal.SIGTERM:
         status = 0
     if status == 0 and not is_finished():
@@ -81,10 +78,10 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
 
 
 def _prepare() -> None:
-    """In the command's process: end when this one is killed, and leave both signals to be handed on.
+    """In the command's process: end when the supervisor is killed, and ignore both signals.
 
-    A scheduler may send a signal to every process of a job; what is ignored here is ignored in the ranks,
-    until Megatron has its handler of SIGTERM in place.
+    A scheduler may send a signal to every process of a job. The ranks inherit that they ignore it, until
+    Megatron sets its handler of SIGTERM.
     """
     end_with_the_parent()
     for number in SIGNALS:
@@ -92,7 +89,7 @@ def _prepare() -> None:
 
 
 def _tell_ranks(launcher: int, told: set[int], asked: signal.Signals) -> None:
-    """Send SIGTERM once to each rank that is ready for it."""
+    """Send SIGTERM once to each rank that handles it."""
     try:
         ranks = psutil.Process(launcher).children()
     except psutil.NoSuchProcess:
@@ -106,7 +103,7 @@ def _tell_ranks(launcher: int, told: set[int], asked: signal.Signals) -> None:
 
 
 def _catches(process: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own for the signal (by Linux's list of those caught)."""
+    """Whether a process has a handler for the signal, by SigCgt of Linux's ``/proc/PID/status``."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -120,27 +117,24 @@ def _say(what: str) -> None:
 
 
 def main() -> None:
-    """Run the command named on the command line; exit with the status described above."""
+    """Run the command behind ``--``; exit with the status described above."""
     parser = argparse.ArgumentParser(prog="python -m jreg_megatron.recipe.supervise", description=__doc__)
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--lock", type=Path, metavar="FOLDER", help="let no other run be trained in it")
+    parser.add_argument("--lock", type=Path, metavar="FOLDER", help="keep other runs out of it")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
 
     def is_finished() -> bool:
         return last_checkpoint(options.checkpoints) >= int(options.iterations)
 
-    with user_errors_exit(), _alone(options.lock):
+    with user_errors_exit(), ExitStack() as held:
+        if folder := options.lock:
+            # Two runs in one folder would spoil its checkpoints.
+            folder.mkdir(parents=True, exist_ok=True)
+            what, instead = f"{folder} is being trained", "set RUN to another folder"
+            held.enter_context(lock(folder / "run.lock", what, instead))
         sys.exit(run(options.command[1:], is_finished))
-
-
-def _alone(folder: Path | None) -> AbstractContextManager[object]:
-    """Keep a second start of the same command out: two runs in one folder would spoil its checkpoints."""
-    if folder is None:
-        return nullcontext()
-    folder.mkdir(parents=True, exist_ok=True)
-    return lock(folder / "run.lock", f"{folder} is being trained", "set RUN to another folder")
 
 
 if __name__ == "__main__":

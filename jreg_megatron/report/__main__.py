@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from jreg_megatron.report.compose import Report
 
 _EPILOG = """\
-Give one or more of these as INPUT:
-  FILE.json      what measure --json or evaluate --json wrote
-  summary.json   what the demo or a sweep wrote
-  a folder       TensorBoard files of a training run, or a folder with tensorboard/ or summary.json in it
+INPUT is one or more of:
+  FILE.json      a file of measure --json or evaluate --json
+  summary.json   a file of the demo or of a sweep
+  a folder       TensorBoard files of a training run, or a folder with tensorboard/ or summary.json
 
-Several steps of one name are drawn over training if they were measured in the same way. A training run
-and a model of the same name are one entry if the model's checkpoints lie in the run's folder or in its
---save. The page opens in any browser, needs no network and can be printed. Exit status: 0 written, 2 a
-mistake in the command or the input.
+Several steps of one model are drawn over training if they were measured in the same way. A training run
+and a model are one entry if they have the same name and the model's checkpoints are in the run's folder
+or in its --save. The page opens in any browser without a network and can be printed. Exit status: 0 the
+page is written; 2 a mistake in the command or the input.
 """
 
 
@@ -47,12 +47,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
     )
-    parser.add_argument("--figures", metavar="DIR", help="write each figure there as SVG and as PNG too")
+    parser.add_argument("--figures", metavar="DIR", help="folder for each figure as SVG and as PNG")
     parser.add_argument(
         "--paper",
         type=str.lower,
         choices=SIZES,
-        help="draw the paper's displacement per layer of this model too, of its baseline and of alpha 1",
+        help="also draw the paper's displacement per layer of this model, for the baseline and alpha 1",
     )
     parser.add_argument("--title", default="The last-layer jump", help="heading (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no notes, only errors")
@@ -103,7 +103,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _drawn(report: Report) -> Iterator[tuple[str, bytes]]:
-    """Each figure, one for each choice of the last layer, as files with their names."""
+    """Names and contents of the picture files: each figure, for each state of the last layer."""
     from jreg_megatron.report.charts import pictures
 
     for figure in report.figures:

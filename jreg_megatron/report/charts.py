@@ -1,7 +1,7 @@
-"""Two kinds of picture, as Vega-Lite: lines with a marker per value, and a heat map.
+"""Two kinds of picture in Vega-Lite: lines with a marker per value, and a heat map.
 
-Every field that a chart reads has a name of ours, so that nothing in the input is ever read as an
-expression, a field or an address: names of models are values, and no more.
+Each field of a chart has a name of ours. Names of models are only values. So Vega never reads text of the
+input as an expression, a field or an address.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import vl_convert
 
 Row = dict[str, Any]
 
-# The Okabe-Ito palette, told apart in every kind of colour vision; grey for its black, which also shows on
-# a dark page.
+# The Okabe-Ito palette, for all kinds of colour vision; grey in place of its black, for dark pages.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676")
-# Paths of Vega's symbols, which the page draws in its legends; one more than colours, so that pairs differ.
+# Paths of Vega's symbols for the legends of the page; one more than colours, so that pairs differ.
 SYMBOLS = {
     "circle": "M5,0A5,5,0,1,1,-5,0A5,5,0,1,1,5,0Z",
     "square": "M-4.5,-4.5h9v9h-9Z",
@@ -34,14 +33,14 @@ SYMBOLS = {
     "triangle-left": "M-5,0L4.5,5.5V-5.5Z",
 }
 BANDS = 8
-"""Bands of more models than these would hide each other."""
+"""More bands would hide each other."""
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
 VEGA_LITE: str = vl_convert.get_vegalite_versions()[-1]
 _SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_WIDTH = 200  # of one of its columns
 _LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
-"""What tells models apart: a model may have the colour of one of the chart beside it."""
+"""The looks of models; charts side by side may use the same colour for different models."""
 _LEGEND = {
     "orient": "bottom",
     "title": None,
@@ -55,7 +54,7 @@ _MAP_AXES = {"step": "training step", "layer": "layer"}
 _LETTERS = 100
 _FEW_TICKS = 10
 _DWARFS = 8.0
-"""The largest value over the median one, from which on a linear axis hides most of them."""
+"""The ratio of largest value to median from which a linear axis hides most values."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
 _GREY = "#5b6470"
 _CONFIG = {
@@ -86,11 +85,11 @@ class Style:
     symbol: str
     dash: tuple[int, ...]
     thin: bool = False
-    """Whether it lies under the others, for comparison."""
+    """Whether it is a thin line under the others, for comparison."""
 
     @classmethod
     def of(cls, number: int) -> Style:
-        """The look of model ``number``, from 0; the first 168 are all different."""
+        """The look of model ``number``, from 0; the first 168 are different."""
         colours, symbols = len(COLOURS), len(SYMBOLS)
         dash = DASHES[number // (colours * symbols) % len(DASHES)]
         return cls(COLOURS[number % colours], list(SYMBOLS)[number % symbols], dash)
@@ -102,28 +101,28 @@ class Axis:
 
     title: str
     format: str = ".4~g"
-    """Of its values, in d3's words."""
+    """Of its values, in d3's syntax."""
     whole: bool = False
     """Whether its values are integers."""
     scale: Literal["linear", "log", "symlog", "auto"] = "linear"
-    """"auto" is linear unless that would hide most of the values."""
+    """"auto" is linear, unless that would hide most values."""
     zero: bool = False
     """Whether a linear axis begins at 0."""
     ticks: tuple[float, ...] = ()
-    """Where Vega is not to choose them."""
+    """Empty: Vega chooses them."""
 
     def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
-        """This axis for the values of a field, with its ticks, and no longer "auto"."""
+        """This axis for the values of a field, with ticks and a definite scale."""
         values = sorted({float(row[field]) for row in rows} if self.whole else [row[field] for row in rows])
         above = [value for value in values if value > 0]
         scale = self.scale
-        if scale == "auto" and self.whole:  # steps may be chosen to lie far apart, as Pythia's
+        if scale == "auto" and self.whole:  # some models have steps far apart, such as Pythia
             is_far = len(values) >= 5 and values[-1] >= 20 * median(values)
             scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
         elif scale == "auto":
             scale = "log" if above and values[0] >= 0 and above[-1] > _DWARFS * median(above) else "linear"
         if scale == "linear" and self.whole and values[-1] - values[0] < _FEW_TICKS:
-            # Vega would also draw halves, and call them by the next whole number.
+            # Vega would also draw halves, with the label of the next integer.
             return replace(self, scale=scale, ticks=tuple(range(round(values[0]), round(values[-1]) + 1)))
         if scale == "linear" or self.ticks or not above:
             return replace(self, scale=scale)
@@ -135,18 +134,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture without its size, colours of the page and rows."""
+    """A picture as a Vega-Lite specification, its parameters and its rows."""
 
     spec: dict[str, Any]
     params: list[dict[str, Any]]
     rows: list[Row]
 
     def interactive(self) -> dict[str, Any]:
-        """The specification for the page: as wide as its place, without legend and background."""
+        """The specification for the page: as wide as its container, without legend and background."""
         return self._whole("container")
 
     def svg(self, name: str) -> str:
-        """The same as a still picture for the page; ``name`` keeps its ids apart from other pictures'."""
+        """The same as a static picture for the page; its ids begin with ``name``."""
         return _convert(self._whole(_WIDTH), name)
 
     def _whole(self, width: int | str) -> dict[str, Any]:
@@ -170,9 +169,9 @@ def pictures(
     width: int = _WIDTH,
     chosen: Mapping[str, str] | None = None,
 ) -> tuple[str, bytes]:
-    """SVG and PNG to be used outside of the page: charts in rows, on white, with titles and legends.
+    """SVG and PNG as files: rows of charts on white, with titles and legends.
 
-    Charts in a row share their vertical axis if it has one title. Two charts with one legend have it once.
+    Charts in a row share a vertical axis with one title. Charts with the same legend share it.
 
     Args:
         title, subtitle: above all of them.
@@ -224,7 +223,7 @@ def pictures(
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """A few round numbers from ``low`` to ``high``, both above 0, at factors that look even."""
+    """A few round numbers from ``low`` to ``high``, both above 0, at even factors."""
     decades = math.log10(high / low)
     mantissas = (1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -257,9 +256,9 @@ def lines(
         rows: ``model``, ``x``, ``y``, with ``band`` also ``low`` and ``high``, and a field for each choice.
         models: label and look, in order.
         x, y: the axes.
-        choices: fields of which only the rows with a chosen value are shown, and what is chosen at first.
-        band: fill from ``low`` to ``high``; of more than :data:`BANDS` models only where one is picked.
-        rule: draw a horizontal line there.
+        choices: fields that select rows, each with its default value.
+        band: fill from ``low`` to ``high``; with more than :data:`BANDS` models only for picked ones.
+        rule: height of a horizontal line.
     """
     choices = choices or {}
     labels, styles = [label for label, _ in models], [style for _, style in models]
@@ -331,7 +330,7 @@ def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
 
 
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
-    """Layers over training steps, the displacement as colour on a logarithmic scale from low to high.
+    """Layers over training steps, with displacement as colour on a logarithmic scale.
 
     Args:
         rows: ``step``, ``layer``, ``state`` and ``value``, which is above 0.
@@ -368,12 +367,12 @@ def _field(name: str, kind: str = "quantitative") -> dict[str, Any]:
 
 
 def _position(name: str, axis: Axis) -> dict[str, Any]:
-    """A field along an axis, for a channel of place."""
+    """A field along an axis, for a channel of position."""
     ticks: dict[str, Any] = {"format": ",d" if axis.whole else ".6~g"}
     spaced = {"labelOverlap": True, "labelSeparation": 6}
     assert axis.scale != "auto", "the axis is fitted to no rows yet"
     if axis.scale != "linear":
-        # The page takes scale and ticks away when it changes the axis to a linear one.
+        # The page removes scale and ticks when it changes the axis to a linear one.
         scale: dict[str, Any] = {"type": axis.scale, "nice": False, "padding": 10}
         ticks |= spaced
     elif axis.whole:

@@ -1,4 +1,4 @@
-"""JSON files that are read against a schema; a wrong value is named with its file and its place there."""
+"""JSON files, read against a schema; an error names the file, the place in it and the wrong value."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from jreg_megatron.runtime.errors import UserError
 
 _SHOWN = 40
 _TOO_LARGE = 2**1000  # a float ends near 2**1024
-# What pydantic asks for, in a reader's words. Our own errors say it themselves.
+# Where pydantic's own words are Python's or too long.
 _MUST = {
     **dict.fromkeys(("model_type", "dict_type"), "an object"),
-    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
-    "bool_type": "true or false",
-    "too_short": "one with at least one entry",
+    "too_short": "a list with at least one entry",
     "too_long": "a pair",
 }
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with what is invisible or turns the direction of writing spelled out."""
+    """``text`` on one line, with escapes for characters that are invisible or change the direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, length: int) -> str:
-    """``text`` printable, and cut in the middle to ``length`` characters, so that both ends can be read."""
-    if len(text) > 2 * length:  # spelled out it only gets longer
+    """:func:`printable` text, cut in the middle to ``length`` characters, so that both ends remain."""
+    if len(text) > 2 * length:  # escapes only make it longer
         text = text[:length] + text[-length:]
     text = printable(text)
     head = (length - 1) // 2
@@ -49,13 +47,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no JSON: it is not UTF-8 text") from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+    # Also: no UTF-8 text, nested too deep, a number of thousands of digits.
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{file} is no JSON that can be read: {printable(str(error))}") from error
 
 
@@ -63,7 +56,7 @@ def checked(path: Path, schema: Any, value: Any) -> Any:
     """``value``, the content of a JSON file, as ``schema``: a pydantic model, a dataclass or another type.
 
     Raises:
-        UserError: that names the file, the first field that is wrong, its value and what it must be.
+        UserError: naming the file, the first wrong field, its value and the values allowed.
     """
     file = printable(str(path))
     try:
@@ -73,12 +66,12 @@ def checked(path: Path, schema: Any, value: Any) -> Any:
 
 
 def refuse(must: str, *at: str, **found: Any) -> PydanticCustomError:
-    """What a validator raises: its value, or with ``value`` that one ``at`` a place below it, is wrong."""
+    """The error of a validator: its value must be ``must``; or the ``value`` ``at`` a place inside it."""
     return PydanticCustomError("wrong", "wrong", {"must": must, "at": at, **found})
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> BeforeValidator:
-    """Of a finite number in ``low`` .. ``high``, which rounding may miss by a millionth."""
+    """A finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
     wanted = "a finite number"
     if low > -math.inf:
         wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
@@ -89,17 +82,6 @@ def number(low: float = -math.inf, high: float = math.inf) -> BeforeValidator:
         if not (is_number and abs(value) < _TOO_LARGE and low - slack <= value <= high + slack):
             raise refuse(wanted)
         return min(max(float(value), low), high)
-
-    return BeforeValidator(check)
-
-
-def whole(low: int = 0) -> BeforeValidator:
-    """Of an integer of at least ``low``."""
-
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**53:
-            raise refuse(f"an integer >= {low}")
-        return value
 
     return BeforeValidator(check)
 
@@ -117,26 +99,25 @@ def _as_text(value: Any) -> str:
 
 
 NULL_IS_EMPTY = BeforeValidator(lambda value: {} if value is None else value)
-"""Of an object: null is one without entries."""
-# Pydantic's own text refuses half a pair of UTF-16, which JSON may hold.
+"""For an object: null is an empty one."""
+# Pydantic's own type for text refuses half of a UTF-16 pair, which JSON allows.
 Name = Annotated[str, PlainValidator(str)]
 """The name of a field."""
 Text = Annotated[str, PlainValidator(_text)]
 """A text that is not empty."""
 Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_EMPTY]
-"""An object's values as text; null, true and numbers as JSON writes them."""
+"""An object whose values become text; null, true and numbers as in JSON."""
 
 
 def _wrong(error: ErrorDetails) -> str:
-    """Which field is wrong, what it is and what it must be."""
     about = error.get("ctx", {})
     place, value = "", about.get("value", error["input"])
     for part in (*error["loc"], *about.get("at", ())):
         place = f"{place}[{part}]" if isinstance(part, int) else _below(place, part)
     if error["type"] == "missing" or value is None:
         return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
-    must = about.get("must") or about.get("expected", "").replace("'", "") or _MUST.get(error["type"])
-    return f"{place or 'the whole'} is {_shown(value)}; it must be {must or error['msg']}"
+    must = about.get("must") or _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+    return f"{place or 'the whole'} is {_shown(value)}; it must be {must}"
 
 
 def _shown(value: Any) -> str:

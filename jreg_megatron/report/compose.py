@@ -1,4 +1,4 @@
-"""What goes on the page, in which order; a part without numbers is left out."""
+"""The parts of the page in order; a part without numbers is left out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OF_FIGURES = (
     ("middle", "Middle layers", ("read_out", "lens", "early_exit", "layer_drop")),
 )
 _FEW = 12
-_ABOUT_SCORES = "Scores with their intervals in brackets."
+_ABOUT_SCORES = "Scores, with intervals in brackets."
 _ABOUT_DIFFERENCES = (
-    " A difference is one model less the other, on the same samples. A small p value says that chance alone "
-    "would seldom make it so large. An adjusted one allows for several tests. Chance is that of the samples: "
-    "the same models trained anew, with other seeds, may differ by more or less."
+    " A difference is one model minus the other, on the same samples. A small p value: chance alone seldom "
+    "makes a difference so large. An adjusted p value is corrected for several tests. Chance is only that of "
+    "the samples: other training seeds may give a larger or smaller difference."
 )
 
 
@@ -44,14 +44,14 @@ class Report:
 
 
 def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
-    """The page's parts.
+    """The parts of the page.
 
     Args:
-        inputs: what was read.
-        paper: what to lay under the displacement per layer.
+        inputs: all inputs.
+        paper: profiles to draw under the displacement per layer.
 
     Raises:
-        UserError: if there is no displacement to lay the paper's under.
+        UserError: if ``paper`` is given and no input has a displacement.
     """
     models = models_of(inputs)
     label(models, taken=paper.looks if paper else ())
@@ -67,9 +67,9 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
         Section(
             "summary",
             "In short",
-            "Ψ, the displacement, says how far a layer turns the state, from 0 to 1. ζ, the jump rate, says "
-            "how much further the last layer turns it than the layer before, in hundredths. Both depend on "
-            "whether the last layer's output is taken before or after the final norm, so each is named.",
+            "Displacement Ψ: how far a layer turns the state, from 0 to 1. Jump rate ζ: Ψ of the last layer "
+            "minus Ψ of the layer before, times 100; 0 if that is negative. Both depend on the last layer's "
+            "output: before or after the final norm. Each number names its own.",
             tables=(tables.headline(models, first),),
         )
     ]
@@ -93,9 +93,8 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
     many = () if sources is None or few else (sources,)
     files = (tables.files(models), *few)
     conventions = (
-        "A measurement takes the last layer's output both before and after the final norm, if there is one; "
-        "a training run logs the one that its settings ask for. A first token that is dropped counts in no "
-        "mean."
+        "A measurement takes the last layer's output both before and after the final norm, if there is one. "
+        "A training run logs one of them, by its settings. A dropped first token counts in no mean."
     )
     sections.append(Section("sources", "Where the numbers come from", conventions, tables=files, folded=many))
     count = f"{len(models)} model" + ("" if len(models) == 1 else "s")
@@ -103,7 +102,7 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
 
 
 def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, str, str]:
-    """A comparison with the labels of its two models, which its file knows by name, or name@step."""
+    """A comparison with the labels of its two models; its file has their names, or name@step."""
     there = [model for model in models if comparison.file in {origin.file for origin in model.origins}]
     labels: list[str] = []
     for name in comparison.models:

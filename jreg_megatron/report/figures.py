@@ -1,4 +1,4 @@
-"""The figures of a report: pure functions of its models, each with its caption and its numbers as a table."""
+"""The figures of a report: pure functions of its models. Each has a caption and a table of its numbers."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ _MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of a figure's rows are shown, for the reader to choose."""
+    """A choice of the reader: which rows of a figure are shown."""
 
     field: str
     title: str
     options: dict[str, str]
-    """What is shown on the page for each value; the first is chosen at first."""
+    """The text of each value; the first value is the default."""
 
     @property
     def first(self) -> str:
-        """The value chosen at first."""
+        """The default."""
         return next(iter(self.options))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with all that is said about it."""
+    """A picture with its title, caption, table and choices."""
 
     name: str
-    """For files and addresses; of small letters, digits and underscores."""
+    """For files and links: small letters, digits and underscores."""
     title: str
     caption: str
     chart: Chart
     table: Table
     models: tuple[tuple[str, Style], ...] = ()
-    """Of its legend; empty if it has none."""
+    """The legend; may be empty."""
     choices: tuple[Choice, ...] = ()
     convention: str = ""
-    """What a picture outside of the page says of how it was measured; empty if nothing."""
+    """The subtitle of the picture as a file: how it was measured; may be empty."""
 
 
 Looks = Mapping[str, Style]
@@ -66,13 +66,13 @@ def figures(
     first: str = "kept",
     paper: PaperProfiles | None = None,
 ) -> list[Figure]:
-    """All figures that there are numbers for.
+    """All figures with numbers.
 
     Args:
         models: with their labels.
         comparisons: each with the labels of its two models.
-        first: whether the numbers are with the first token kept or dropped.
-        paper: what to lay under the displacement per layer.
+        first: the first token: ``kept`` or ``dropped``.
+        paper: profiles to draw under the displacement per layer.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found = [
@@ -81,9 +81,8 @@ def figures(
         jump_rate(models, looks, first),
         *in_training(models, looks),
         *heat_maps(models, first),
-        *read_outs(models, looks),
+        *by_layer(models, looks),
         *(read_out_difference(*compared, index) for index, compared in enumerate(comparisons)),
-        layer_drop(models, looks),
     ]
     return [figure for figure in found if figure is not None]
 
@@ -103,14 +102,14 @@ def drawn(
     band: bool = False,
     rule: float | None = None,
 ) -> Figure | None:
-    """A line for each model, with a choice of the axis where it is logarithmic; None without rows.
+    """A line for each model; a logarithmic axis can be switched to linear. None without rows.
 
     Args:
         name, title, caption, table, convention: see :class:`Figure`.
         rows: see :func:`~jreg_megatron.report.charts.lines`; so are ``band`` and ``rule``.
-        looks: of the models, by label, in order; there may be more.
+        looks: by label, in order; may have more models.
         x, y: the axes.
-        choices: between rows.
+        choices: of rows.
     """
     if not rows:
         return None
@@ -143,12 +142,12 @@ def curves(
 
     Args:
         name, title, caption, convention, rule: see there.
-        found: values by label and place on the horizontal axis. What is not finite is in the table alone.
+        found: values by label and horizontal place. Values that are not finite are in the table only.
         x, y: the axes.
-        looks: by label; by default one after the other.
-        table: its caption, if it is not the title.
-        form: of its numbers.
-        band: show the intervals of values over seeds.
+        looks: by label; by default in order.
+        table: the table's caption; by default the title.
+        form: the format of the table's numbers.
+        band: show the intervals over seeds.
     """
     rows: list[Row] = []
     columns: Columns = {label: {} for label, values in found.items() if values}
@@ -173,7 +172,7 @@ def curves(
 def displacement(
     models: Sequence[Model], looks: Looks, first: str, paper: PaperProfiles | None = None
 ) -> Figure | None:
-    """Displacement per layer as measured, with its spread over tokens."""
+    """Measured displacement per layer, with its spread over tokens."""
     last_ones = {model.label: model.measured[-1] for model in models if model.measured}
     if not last_ones:
         return None
@@ -194,7 +193,7 @@ def displacement(
     depth = max(entry.num_layers for entry in last_ones.values())
     said, words = f"First token of each text {kinds[0]}.", ""
     if paper is not None:
-        # Drawn first, they lie under the others.
+        # The first lines lie under the others.
         rows = [
             row for kind in kinds for row in paper.rows(depth, state=STATES[0], first=kind, spread=None)
         ] + rows
@@ -206,7 +205,7 @@ def displacement(
         psi, spread = row["y"], row["spread"]
         row["low"], row["high"] = (None, None) if spread is None else (max(floor, psi - spread), psi + spread)
     band = any(row["spread"] is not None for row in rows)
-    pick = ": pick a model to see its own." if len({row["model"] for row in rows}) > BANDS else "."
+    pick = ". Pick a model to see its band." if len({row["model"] for row in rows}) > BANDS else "."
     without_norm = _without_norm(last_ones.items())
     choices = [_states(rows)]
     if len(kinds) > 1:
@@ -214,10 +213,10 @@ def displacement(
     return drawn(
         "displacement",
         "How far each layer turns the state",
-        "Displacement Ψ is half of one minus the cosine between a layer's input and its output: 0 leaves the "
-        "direction as it is, 0.5 is a right angle. A last point far above the one before is the jump."
-        + (f" The band is one standard deviation over tokens, cut off at the axis{pick}" if band else "")
-        + (" Of several checkpoints the last is shown." if any(m.is_series for m in models) else "")
+        "Displacement Ψ is (1 - cosine) / 2 between a layer's input and its output: 0 is the same direction, "
+        "0.5 is a right angle. The jump is a last point far above the point before."
+        + (f" The band is one standard deviation over tokens, cut at the axis{pick}" if band else "")
+        + (" Only the last of several checkpoints is shown." if any(m.is_series for m in models) else "")
         + (f" {said}" if len(kinds) == 1 else "")
         + _one_only(last_ones.items(), kinds)
         + without_norm
@@ -259,8 +258,8 @@ def displacement_in_training(
     return drawn(
         "displacement_in_training",
         "How far each layer turns the state, at the end of training",
-        "Displacement Ψ of each layer as training logged it at the last validation. The last layer's output "
-        f"is taken {_of_runs(models)}.{words}",
+        "Displacement Ψ of each layer in the log of the last validation. The last layer's output is taken "
+        f"{_of_runs(models)}.{words}",
         rows,
         looks,
         LAYER,
@@ -286,10 +285,8 @@ def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | Non
     return drawn(
         "jump_rate",
         "The last layer's jump over training",
-        "Jump rate ζ: how much further the last layer turns the state than the layer before it, in "
-        f"hundredths of displacement. Measured on checkpoints; 0 is no jump. {said}"
-        + _one_only(series, (first,))
-        + without_norm,
+        "Jump rate ζ: the displacement of the last layer minus that of the layer before it, times 100; 0 if "
+        f"that is negative. Measured on checkpoints. {said}" + _one_only(series, (first,)) + without_norm,
         rows,
         looks,
         STEP,
@@ -306,9 +303,9 @@ def in_training(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
     return [
         curves(
             "jump_rate_in_training",
-            "The last layer's jump, as training logged it",
-            "Jump rate ζ on validation data: how much further the last layer turns the state than the layer "
-            f"before it, in hundredths of displacement. The last layer's output is taken {_of_runs(models)}.",
+            "The last layer's jump, in the training log",
+            "Jump rate ζ on validation data: the displacement of the last layer minus that of the layer "
+            f"before it, times 100; 0 if negative. The last layer's output is taken {_of_runs(models)}.",
             {label: dict(zip(run.iterations, run.jump_rate, strict=True)) for label, run in runs.items()},
             STEP,
             _RATE,
@@ -318,7 +315,7 @@ def in_training(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
         curves(
             "validation_loss",
             "Validation loss over training",
-            "Cross-entropy on held-out text; lower is better.",
+            "Cross-entropy on held-out text. Lower is better.",
             {
                 label: dict(zip(run.iterations, run.validation_loss, strict=True))
                 for label, run in runs.items()
@@ -333,7 +330,7 @@ def in_training(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
 
 
 def heat_maps(models: Sequence[Model], first: str) -> list[Figure]:
-    """Displacement over layers and steps, one map for each model that was measured at several."""
+    """Displacement over layers and steps: one map for each model with several measured steps."""
     series = [model for model in models if model.is_series]
     values = [
         psi
@@ -365,9 +362,9 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
     said, without_norm = f"First token of each text {first}.", _without_norm(entries)
     return Figure(
         name,
-        f"Where the turning is, over training: {model.label}",
-        "Each column is a checkpoint, each row a layer, the last one on top; brighter turns the state "
-        f"further. The colours are logarithmic and the same in all maps of this page. {said}"
+        f"How far each layer turns the state, over training: {model.label}",
+        "Each column is a checkpoint. Each row is a layer, the last layer on top. A brighter layer turns the "
+        f"state further. Colours are logarithmic, and the same in all maps of this page. {said}"
         + _one_only(entries, (first,))
         + without_norm,
         heat_map(
@@ -382,73 +379,62 @@ def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> F
     )
 
 
-def read_outs(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
-    """Loss, accuracy and agreement behind each layer."""
-    about = (
-        "The state behind each layer goes through the final norm and the head, as if the model ended there"
-    )
-
-    def figure(name: str, part: str, what: str, title: str, caption: str, axis: Axis) -> Figure | None:
-        def pick(evaluated: Evaluated) -> dict[int, float]:
-            return dict(enumerate(getattr(getattr(evaluated, part), what, None) or ()))
-
-        form = LOSS if axis is _LOSS else "#.4g"
-        return _by_layer(models, looks, pick, name, title, caption, axis, f"{title}: {axis.title}", form)
-
+def by_layer(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
+    """What each layer knows and is needed for, in the last evaluation of each model that has it."""
     return [
-        figure(
-            "read_out_loss",
-            "read_out",
-            "loss",
-            "What the middle layers already know",
-            f"{about}. Lower loss in the middle means more is known earlier. Layer 0 is the embedding.",
-            _LOSS,
-        ),
-        figure(
-            "lens_loss",
-            "lens",
-            "loss",
-            "What the middle layers know, read out through a fitted lens",
-            "The state behind each layer first goes through the affine map that brings it nearest to the "
-            "last layer's, fitted on other texts. What is left is what the layer does not know.",
-            _LOSS,
-        ),
-        figure(
-            "early_exit_accuracy",
-            "read_out",
-            "accuracy",
-            "Right predictions, leaving after each layer",
-            f"{about}: the share of next tokens predicted right. Higher is better.",
-            Axis("accuracy", zero=True),
-        ),
-        figure(
-            "early_exit_agreement",
-            "read_out",
-            "agreement",
-            "Predictions that are final, leaving after each layer",
-            f"{about}: the share of tokens for which it predicts what the whole model predicts.",
-            Axis("agreement", zero=True),
-        ),
+        _by_layer(models, looks, pick, name, title, caption, axis)
+        for name, pick, title, caption, axis in _OF_LAYERS
     ]
 
 
-def layer_drop(models: Sequence[Model], looks: Looks) -> Figure | None:
-    """How much worse a model gets without one of its layers."""
+def _behind(part: str, what: str) -> Callable[[Evaluated], dict[int, float]]:
+    return lambda evaluated: dict(enumerate(getattr(getattr(evaluated, part), what, None) or ()))
 
-    def pick(evaluated: Evaluated) -> dict[int, float]:
-        drop = evaluated.layer_drop
-        return {layer: loss - drop.unchanged for layer, loss in enumerate(drop.loss, start=1)} if drop else {}
 
-    return _by_layer(
-        models,
-        looks,
-        pick,
+def _without(evaluated: Evaluated) -> dict[int, float]:
+    drop = evaluated.layer_drop
+    return {layer: loss - drop.unchanged for layer, loss in enumerate(drop.loss, start=1)} if drop else {}
+
+
+_READ_OUT = "The final norm and the head read the state behind each layer, as if the model ended there."
+_OF_LAYERS: tuple[tuple[str, Callable[[Evaluated], dict[int, float]], str, str, Axis], ...] = (
+    (
+        "read_out_loss",
+        _behind("read_out", "loss"),
+        "What the middle layers already know",
+        f"{_READ_OUT} A lower loss in the middle: the model knows more there. Layer 0 is the embedding.",
+        _LOSS,
+    ),
+    (
+        "lens_loss",
+        _behind("lens", "loss"),
+        "What the middle layers know, through a fitted lens",
+        "An affine map first brings the state behind each layer near to the last layer's state. It was "
+        "fitted on other texts. The remaining loss is what the layer does not know.",
+        _LOSS,
+    ),
+    (
+        "early_exit_accuracy",
+        _behind("read_out", "accuracy"),
+        "Right predictions at an exit after each layer",
+        f"{_READ_OUT} The share of next tokens that are predicted right. Higher is better.",
+        Axis("accuracy", zero=True),
+    ),
+    (
+        "early_exit_agreement",
+        _behind("read_out", "agreement"),
+        "Final predictions at an exit after each layer",
+        f"{_READ_OUT} The share of tokens with the prediction of the whole model.",
+        Axis("agreement", zero=True),
+    ),
+    (
         "layer_drop",
+        _without,
         "What each layer is needed for",
-        "How much the loss rises when this one layer is left out; near 0 the layer does little.",
+        "The rise of the loss without this one layer. Near 0 the layer does little.",
         Axis("rise of the loss (nats per token)", scale="auto"),
-        "Rise of the loss without each layer, nats per token",
-    )
+    ),
+)
 
 
 def _by_layer(
@@ -459,10 +445,7 @@ def _by_layer(
     title: str,
     caption: str,
     axis: Axis,
-    table: str,
-    form: str = "#.4g",
 ) -> Figure | None:
-    """What ``pick`` finds by layer in the last evaluation of each model that has it."""
     used = {model.label: [entry for entry in model.evaluated if pick(entry)][-1:] for model in models}
     entries = {label: found[0] for label, found in used.items() if found}
     other = _other_texts(entries)
@@ -474,8 +457,8 @@ def _by_layer(
         LAYER,
         axis,
         looks=looks,
-        table=table,
-        form=form,
+        table=f"{title}: {axis.title}",
+        form=LOSS if axis is _LOSS else "#.4g",
         convention="The models read different texts." if other else "",
     )
 
@@ -502,9 +485,9 @@ def read_out_difference(comparison: Comparison, a: str, b: str, index: int = 0) 
     return drawn(
         f"read_out_difference{f'_{index + 1}' if index else ''}",
         "Which model's middle layers know more",
-        f"Loss behind each layer of {b} less that of {a}; below 0, {b} is better. The band is the "
-        f"{comparison.confidence:.0%} interval over texts: where it does not touch 0, other texts "
-        "would hardly change the sign. Training anew, with another seed, might.",
+        f"Loss behind each layer of {b} minus that of {a}. Below 0, {b} is better. The band is the "
+        f"{comparison.confidence:.0%} interval over texts. Where it excludes 0, other texts would hardly "
+        "change the sign. Another training seed might.",
         rows,
         {"difference": Style.of(0)},
         LAYER,
@@ -516,18 +499,18 @@ def read_out_difference(comparison: Comparison, a: str, b: str, index: int = 0) 
 
 
 def _place(layer: int, state: State, entry: Measured) -> float | str:
-    """A row of a table of layers; the last layer's two states stand in rows of their own."""
+    """The row of a layer in a table; the last layer has one row for each of its two states."""
     return f"{layer}, {STATE_WORDS[state]}" if layer == entry.num_layers else layer
 
 
 def _named(name: str, entry: Measured, first: str) -> str:
-    """A column's name, which says where its numbers are not of the convention that was asked for."""
+    """The name of a column; it says so if the first token is not as wanted."""
     counted = entry.first_for(first)
     return name if counted == first else f"{name}, first token {counted}"
 
 
 def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> str:
-    """What a caption says of those that were not measured in both ways."""
+    """The sentences of a caption about models that were measured in one way only."""
     found: dict[str, list[str]] = {}
     for label, entry in entries:
         for kind in order:
@@ -535,42 +518,41 @@ def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> 
             if counted != kind and label not in found.setdefault(counted, []):
                 found[counted].append(label)
     return "".join(
-        f" Measured only with the first token {counted}, and shown so: {', '.join(labels)}."
+        f" Measured and shown only with the first token {counted}: {', '.join(labels)}."
         for counted, labels in found.items()
     )
 
 
 def _without_norm(entries: Iterable[tuple[str, Measured]]) -> str:
-    """What a caption says of models that are not among the numbers after the final norm."""
+    """The sentence of a caption about models without a final norm."""
     found = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
-    return f" No final norm, so shown before it alone: {', '.join(found)}." if found else ""
+    return f" No final norm, so no numbers after it: {', '.join(found)}." if found else ""
 
 
 def _texts_measured(entries: Iterable[Measured]) -> str:
-    """What a caption says where not all models were measured on the same text."""
+    """The sentence of a caption about models that were measured on different texts."""
     texts = {
         tuple(item for item in entry.conditions.items() if item[0].startswith("text ")) for entry in entries
     }
-    return " Not all models read the same text; the files at the end say which." if len(texts) > 1 else ""
+    return " The models read different texts; see the files at the end." if len(texts) > 1 else ""
 
 
 def _other_texts(used: dict[str, Evaluated]) -> str:
-    """What a caption says where not all models read the same text."""
+    """The sentence of a caption about models that were evaluated on different texts."""
     texts: dict[str, list[str]] = {}
     for label, entry in used.items():
         read_out = entry.read_out or entry.lens
         words = [shortened(read_out.text, 80)] if read_out and read_out.text else []
         words += [f"{read_out.tokens:,} tokens"] if read_out and read_out.tokens is not None else []
         words += [f"max_tokens {entry.how['max tokens']}"] if "max tokens" in entry.how else []
-        texts.setdefault(", ".join(words) or "a text that the file does not name", []).append(label)
+        texts.setdefault(", ".join(words) or "unknown text", []).append(label)
     if len(texts) < 2:
         return ""
     each = "; ".join(f"{', '.join(labels)}: {words}" for words, labels in texts.items())
-    return f" Not comparable as they stand, for the texts differ: {each}."
+    return f" Not comparable, since the texts differ: {each}."
 
 
 def _states(rows: list[Row]) -> Choice:
-    """Between the last layer's states that there are numbers for."""
     there = {row["state"] for row in rows}
     return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
 

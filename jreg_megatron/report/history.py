@@ -1,4 +1,4 @@
-"""What a run measured on its validation set, read back from its TensorBoard files."""
+"""The validations of a run, read from its TensorBoard files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class History:
     """Validation over a run's training."""
 
     iterations: list[int]
-    """When it was evaluated, rising."""
+    """Iterations of the validations, rising."""
     validation_loss: list[float]
     """Cross-entropy in nats per token, one for each of :attr:`iterations`; not finite after a divergence."""
     jump_rate: list[float]
@@ -30,7 +30,7 @@ class History:
     """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`; the lists are
     empty without ``--jreg-log-per-layer``."""
     settings: dict[str, str]
-    """Megatron's arguments as the run had them in the end, as text; ``jreg_coeff`` and its like included."""
+    """Megatron's last arguments as text, with ``jreg_coeff`` and the like."""
 
     @property
     def displacement(self) -> list[float]:
@@ -38,7 +38,7 @@ class History:
         return self.profiles[-1]
 
     def summary(self) -> dict[str, Any]:
-        """A run's part of a ``summary.json``: the last values, and the two curves."""
+        """The run's part of a ``summary.json``: the last values and the two curves."""
         rows = zip(self.iterations, self.validation_loss, self.jump_rate, strict=True)
         return {
             "validation_loss": self.validation_loss[-1],
@@ -52,7 +52,7 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """Read all TensorBoard files of a run, also those of a run that was resumed.
+        """Read all TensorBoard files of a run, also of one that was resumed.
 
         Raises:
             UserError: if there are none, or they hold no validation with JREG's measurements.
@@ -66,7 +66,7 @@ class History:
         tags = events.Tags()
 
         def history(tag: str) -> dict[int, float]:
-            # The loop evaluates once more after the last iteration; the later value stands.
+            # Megatron evaluates once more after the last iteration; the later value counts.
             return {event.step: event.value for event in events.Scalars(tag)}
 
         if not any(tags[kind] for kind in ("scalars", "tensors")):
@@ -77,12 +77,12 @@ class History:
                 f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data"
             )
         loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
-        # Numbers are padded to one length, so that names sort as layers do.
+        # Numbers are padded to one length, so names sort like layers.
         layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, tags["scalars"]))]
-        # What a killed run has half written does not count.
+        # A killed run may have written a part of a validation, which does not count.
         iterations = sorted(set(loss).intersection(rate, *layers))
         if not iterations:
-            raise UserError(f"{folder} holds no whole validation; let the run go on")
+            raise UserError(f"{folder} holds no whole validation; continue the run")
         texts = [tag for tag in tags["tensors"] if tag.endswith(_SETTING)]
         return cls(
             iterations=iterations,

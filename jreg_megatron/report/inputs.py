@@ -1,4 +1,4 @@
-"""What a report is made of; measurements and evaluations are the schemas of their JSON files."""
+"""The inputs of a report; measurements and evaluations are the schemas of their JSON files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pydantic import (
     model_validator,
 )
 
-from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, number, refuse, whole
+from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, number, refuse
 from jreg_megatron.report.history import History
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
-"""Which state counts as the last layer's output: before or after the final norm, which a model may lack."""
+"""The state that counts as the last layer's output: before or after the final norm, if there is one."""
 STATE_WORDS: dict[str | None, str] = {
     "pre_norm": "before the final norm",
     "post_norm": "after the final norm",
-    None: "before or after the final norm, which its logs do not say",
+    None: "before or after the final norm (the logs do not say)",
 }
 FIRST_TOKEN = {"kept": "with_first_token", "dropped": "without_first_token"}
-"""Whether a text's first token was counted, and the block of a measurement that holds it."""
+"""Whether the first token of a text counts, and the block of a measurement for it."""
 _VERSION = 1
 
 
@@ -46,7 +46,7 @@ def _depth(layers: int, about: ValidationInfo[Any]) -> int:
 
 
 def _per_layer(more: int = 0) -> AfterValidator:
-    """Of a list with an entry for each of the model's layers, and ``more``."""
+    """For a list with one entry per layer of the model, and ``more``."""
 
     def check(values: list[Any], about: ValidationInfo[Any]) -> list[Any]:
         if len(values) != (length := about.context["layers"] + more):
@@ -58,7 +58,7 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
 def _version(found: Any) -> Any:
     if isinstance(found, bool) or found != _VERSION:
-        raise refuse(f"{_VERSION}; a newer file needs a newer jreg_megatron")
+        raise refuse(f"{_VERSION}; for a newer file install a newer jreg_megatron")
     return found
 
 
@@ -68,24 +68,24 @@ Rate = Annotated[float, number(0, 100)]
 """zeta in hundredths of displacement."""
 Loss = Annotated[float, number(0)]
 """In nats per token."""
-Whole = Annotated[int, whole()]
-Count = Annotated[int, whole(1)]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
 _Size = Annotated[float, number(-1e-6)]
 _Sizes = Annotated[list[_Size], _per_layer()]
 
 
 class Part(BaseModel):
-    """A part of a JSON file. Fields that are not named are not read."""
+    """A part of a JSON file. Other fields are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
 
 class Origin(Part):
-    """Where a model's numbers come from."""
+    """The source of a model's numbers."""
 
     file: str
-    """Its printable name."""
+    """The printable name of the file."""
     versions: Texts
     """Of the whole file."""
     name: Text
@@ -93,7 +93,7 @@ class Origin(Part):
     kind: Literal["hugging_face", "gguf", "megatron"]
     revision: Text | None = None
     step: Whole | None = None
-    """Training iteration of the checkpoint, where it is known."""
+    """Training iteration of the checkpoint, if known."""
     num_layers: Annotated[Count, AfterValidator(_depth)]
 
     @property
@@ -103,7 +103,7 @@ class Origin(Part):
 
 
 class Block(Part):
-    """What was measured over one set of tokens, by state."""
+    """A measurement over one set of tokens, by state."""
 
     displacement: dict[State, Annotated[list[Share], _per_layer()]]
     """Psi_l of layers 1..L, mean over tokens, each in [0, 1]."""
@@ -111,14 +111,14 @@ class Block(Part):
     """Standard deviation of Psi_l over tokens."""
     jump_rate: dict[State, Rate | None]
     """zeta_L; None for one layer."""
-    # What is not shown is checked as well: a list that is too long says that the file is not what it claims.
+    # Not shown, but checked: a list of another length shows that the file is wrong.
     angular_distance: dict[str, _Sizes] | None = None
     block_influence: dict[str, _Sizes] | None = None
     norm: dict[str, Annotated[list[_Size], _per_layer(1)]] | None = None
 
 
 class Measured(Block, Origin):
-    """One model of a measurement. The numbers outside of blocks are those of ``first_token``."""
+    """One model of a measurement. The numbers outside of blocks belong to ``first_token``."""
 
     text: Texts
     """Of the whole file."""
@@ -151,13 +151,13 @@ class Measured(Block, Origin):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """Those of :data:`STATES` that there are numbers for."""
+        """Those of :data:`STATES` with numbers."""
         has_norm = "post_norm" in {*self.displacement, *self.jump_rate}
         return STATES if has_norm else STATES[:1]
 
     @property
     def how(self) -> dict[str, str]:
-        """What else the file says of the measurement: text, tokens, dtype and so on."""
+        """How it was measured: text, tokens, dtype and so on."""
         found = {f"text {name}": "none" if value == "null" else value for name, value in self.text.items()}
         for name in ("texts", "tokens", "hidden_size", "dtype", "device"):
             if (value := getattr(self, name)) is not None:
@@ -166,13 +166,13 @@ class Measured(Block, Origin):
 
     @property
     def conditions(self) -> dict[str, str]:
-        """What has to be the same for two measurements to be points of one series."""
+        """What must be equal in two measurements of one series."""
         how = self.how.items()
         text = {name: value for name, value in how if name == "dtype" or name.startswith("text ")}
         return {"first token": self.first_token} | text
 
     def first_for(self, wanted: str) -> str:
-        """``wanted``, a key of :data:`FIRST_TOKEN`, or the other one where only that was measured."""
+        """``wanted``, a key of :data:`FIRST_TOKEN`, or the other key if only that was measured."""
         return wanted if wanted in self.blocks else self.first_token
 
     def block(self, wanted: str) -> Block:
@@ -189,15 +189,15 @@ class Score(Part):
     samples: Count | None = None
     higher_is_better: StrictBool | None = None
     chance: Number | None = None
-    """What guessing scores."""
+    """The score of a guess."""
 
 
 class ReadOut(Part):
-    """Predictions read out behind layers 0..L through the final norm and the head."""
+    """Predictions behind layers 0..L, read out through the final norm and the head."""
 
     text: Text | None = None
     tokens: Whole | None = None
-    """How many were predicted."""
+    """Number of predicted tokens."""
     loss: Annotated[list[Loss], _per_layer(1)] | None = None
     accuracy: Annotated[list[Share], _per_layer(1)] | None = None
     """Share of tokens predicted right."""
@@ -206,10 +206,10 @@ class ReadOut(Part):
 
 
 class LayerDrop(Part):
-    """Cross-entropy with single layers left out."""
+    """Cross-entropy without one layer."""
 
     loss: Annotated[list[Loss], _per_layer()]
-    """Without layer 1..L."""
+    """Without layer l, for l in 1..L."""
     unchanged: Loss
     """With all layers."""
 
@@ -218,7 +218,7 @@ class Evaluated(Origin):
     """One model of an evaluation."""
 
     limit: Loss | None = None
-    """Samples a task, of the whole file; so is the next."""
+    """Samples per task. This and the next belong to the whole file."""
     max_tokens: Loss | None = None
     tasks: Annotated[dict[Name, Score], NULL_IS_EMPTY] = {}
     read_out: ReadOut | None = None
@@ -228,7 +228,7 @@ class Evaluated(Origin):
 
     @property
     def how(self) -> dict[str, str]:
-        """What the file says of the evaluation: text, limit and so on."""
+        """How it was evaluated: text, limit and so on."""
         text = self.read_out.text if self.read_out else None
         tokens = self.read_out.tokens if self.read_out else None
         found = {} if text is None else {"read-out text": text}
@@ -240,16 +240,16 @@ class Evaluated(Origin):
 
 
 class Difference(Part):
-    """The second model less the first."""
+    """The second model minus the first."""
 
     difference: Number
     interval: Interval | None = None
     p_value: Share | None = None
     p_adjusted: Share | None = None
-    """The p value raised for there being several tests."""
+    """The p value, corrected for several tests."""
     samples: Count | None = None
     tasks: list[Any] | None = None
-    """Those whose mean it is, where they are known."""
+    """The tasks of the mean, if known."""
 
 
 class DifferenceByLayer(Part):
@@ -274,18 +274,18 @@ class Comparison(Part):
 
     file: str
     models: tuple[Text, Text]
-    """Names; every difference is the second less the first."""
+    """Names; each difference is the second model minus the first."""
     confidence: Share
     """Of the intervals, in (0, 1)."""
     tasks: Annotated[dict[Name, Difference], NULL_IS_EMPTY] = {}
     overall: Difference | None = None
     """Mean over tasks."""
     without_boolq: Difference | None = None
-    """Mean over the paper's nine tasks without BoolQ, where all nine were run."""
+    """Mean over the paper's nine tasks without BoolQ, if all nine were run."""
     read_out: DifferenceByLayer | None = None
     """Of the loss."""
     notes: list[Text] | None = None
-    """What was not compared, and why."""
+    """Comparisons that are missing, and why."""
 
 
 class _File(Part):
@@ -295,7 +295,7 @@ class _File(Part):
     @model_validator(mode="before")
     @classmethod
     def _said_once(cls, found: dict[str, Any], about: ValidationInfo[Any]) -> dict[str, Any]:
-        """Give each model what the file says once."""
+        """Copy the values of the whole file to each model."""
         common = {"versions": None, "text": None, "file": about.context["file"]}
         common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
 
@@ -308,13 +308,13 @@ class _File(Part):
 
 
 class Measurement(_File):
-    """What ``measure --json`` writes."""
+    """The file of ``measure --json``."""
 
     models: Annotated[list[Measured], Field(min_length=1)]
 
 
 class Evaluation(_File):
-    """What ``evaluate --json`` writes."""
+    """The file of ``evaluate --json``."""
 
     models: Annotated[list[Evaluated], Field(min_length=1)]
     comparison: Comparison | None = None
@@ -351,20 +351,20 @@ class Summary(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(History):
-    """A training run; of a summary only the last profile is known."""
+    """A training run; a summary has only the last profile."""
 
     file: str
     folder: Path
-    """What belongs to the run lies in it."""
+    """The folder of the run's files."""
     name: str
     final_state: str | None
-    """One of :data:`STATES`; None if the run does not say which it logged."""
+    """One of :data:`STATES`; None if the run does not say which state it logged."""
     versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that was read, in the order given."""
+    """All inputs, in order of the command line."""
 
     measured: list[Measured] = field(default_factory=list)
     evaluated: list[Evaluated] = field(default_factory=list)

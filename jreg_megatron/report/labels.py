@@ -1,4 +1,4 @@
-"""A label for each model that no other has, and that says what sets it apart."""
+"""A unique label for each model, which says how it differs from models of the same name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _USUAL_FOLDERS = ("checkpoints", "tensorboard")
 
 
 def label(models: Sequence[Model], taken: Iterable[str] = ()) -> None:
-    """Give each its label: the name; where several have one, with what tells them apart in brackets.
+    """Set the label of each model: its name, and in brackets the difference to others of that name.
 
     Args:
-        models: all of a page.
-        taken: labels of other lines, which no model gets.
+        models: all models of a page.
+        taken: labels of other lines; no model gets them.
     """
     twins: dict[str, list[Model]] = {}
     for model in models:
@@ -45,17 +45,17 @@ def label(models: Sequence[Model], taken: Iterable[str] = ()) -> None:
 
 
 def look(text: str) -> str:
-    """What a reader sees of a text: two that a page shows alike are the same."""
+    """A text as a reader sees it: two texts that look alike on a page are equal."""
     return " ".join(unicodedata.normalize("NFKC", printable(text)).split())
 
 
 def _visible(name: str) -> str:
-    """A name with the spaces that a page would not show spelled out."""
+    """A name with marks for the spaces that a page does not show."""
     return re.sub(r"^ +| +$| {2,}", lambda found: "␣" * len(found[0]), name)
 
 
 def _told_apart(twins: Sequence[Model]) -> list[str]:
-    """What each of several models of one name has alone; together, if no one thing sets all of them apart."""
+    """What differs between models of one name: one property, or several if one is not enough."""
     columns = [way(twins) for way in (_sources, _revisions, _conditions, _steps, _files)]
     best: list[list[str]] = []
     for column in columns:
@@ -67,7 +67,7 @@ def _told_apart(twins: Sequence[Model]) -> list[str]:
 
 
 def _sources(twins: Sequence[Model]) -> list[str]:
-    """Paths, without the last part that every training has."""
+    """Paths, without the usual last folder."""
     found = []
     for place in (m.origins[0].source if m.origins else m.run.file if m.run else "" for m in twins):
         head, _, last = place.rstrip("/").rpartition("/")
@@ -80,7 +80,6 @@ def _revisions(twins: Sequence[Model]) -> list[str]:
 
 
 def _conditions(twins: Sequence[Model]) -> list[str]:
-    """Those conditions of the measurements that differ."""
     found = [model.measured[-1].conditions if model.measured else {} for model in twins]
     known = [conditions for conditions in found if conditions]
     names = dict.fromkeys(name for conditions in known for name in conditions)
@@ -100,7 +99,7 @@ def _files(twins: Sequence[Model]) -> list[str]:
 
 
 def _tails(places: Sequence[str]) -> list[str]:
-    """For each path the shortest end that no other has; the whole if there is none."""
+    """The shortest end of each path that no other path has, or the whole path."""
 
     def tail(place: str) -> str:
         others = set(places) - {place}

@@ -1,4 +1,4 @@
-"""Which numbers belong to one model."""
+"""Joins the numbers that belong to one model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STEP_OF_REVISION = re.compile(r"[-_.]?step[-_]?\d+(-tokens[\w.]*)?", re.IGNOREC
 
 @dataclass
 class Model:
-    """All that is known of one model."""
+    """All numbers of one model."""
 
     name: str
     measured: list[Measured] = field(default_factory=list)
-    """By training step, all under the same conditions."""
+    """By training step, all with the same conditions."""
     evaluated: list[Evaluated] = field(default_factory=list)
     run: Run | None = None
     label: str = ""
-    """Printable, short, and unlike every other model's."""
+    """Printable, short and unique."""
 
     @property
     def origins(self) -> list[Origin]:
@@ -32,45 +32,45 @@ class Model:
 
     @property
     def num_layers(self) -> int | None:
-        """L, where it is known."""
+        """L, if known."""
         if self.origins:
             return self.origins[-1].num_layers
         return len(self.run.displacement) or None if self.run else None
 
     @property
     def settings(self) -> dict[str, str]:
-        """Of its training, from the run if there is one."""
+        """Settings of its training; values of the run override those of a measurement."""
         measured = self.measured[-1].settings if self.measured else {}
         return measured | (self.run.settings if self.run else {})
 
     @property
     def is_series(self) -> bool:
-        """Whether it was measured at several steps."""
+        """Whether several steps were measured."""
         return len({entry.step for entry in self.measured} - {None}) > 1
 
     @property
     def step(self) -> int | None:
-        """Of the last measurement; without one, of the last evaluation or of the run's end."""
+        """Step of the last measurement; if there is none, of the last evaluation or of the run's end."""
         if last := self.measured[-1:] or self.evaluated[-1:]:
             return last[0].step
         return self.run.iterations[-1] if self.run else None
 
 
 def models_of(inputs: Inputs) -> list[Model]:
-    """The models, in the order of the inputs, still without labels.
+    """The models in the order of the inputs, without labels.
 
-    Measurements of one name in one file are one model, a series over its steps, if they were made under the
-    same conditions and of the same revision but for the step. Between files they are one if a source is the
-    same too. An evaluation belongs to the last step, a run to the model of its name that it trained.
+    Measurements of one name in one file are one model, a series over its steps. They need the same conditions
+    and the same revision; only the step may differ. Measurements in several files also need the same source.
+    An evaluation belongs to the last step. A run belongs to the model of its name that it trained.
     """
     within_files: list[Model] = []
     for measured in inputs.measured:
-        _put(Model(measured.name, measured=[measured]), within_files, _is_of_one_file)
+        _put(Model(measured.name, measured=[measured]), within_files, lambda origin: origin.file)
     for evaluated in inputs.evaluated:
-        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, _is_of_one_file)
+        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, lambda origin: origin.file)
     models: list[Model] = []
     for model in within_files:
-        _put(model, models, _is_of_one_source)
+        _put(model, models, lambda origin: origin.source)
     for run in inputs.runs:
         home = next((m for m in models if m.run is None and _trained(run, m)), None)
         if home is None:
@@ -79,49 +79,43 @@ def models_of(inputs: Inputs) -> list[Model]:
             home.run = run
     for model in models:
         for entries in (model.measured, model.evaluated):
-            # By step; what has none is the finished model.
+            # By step; a model without a step is the finished one.
             entries.sort(key=lambda entry: (entry.step is None, entry.step or 0))
     return models
 
 
 def convention(models: Sequence[Model]) -> str:
-    """Whether a page's numbers are with the first token kept or dropped: as all were measured, or kept."""
+    """The first token on a page: ``kept`` or ``dropped`` if all were measured so, otherwise ``kept``."""
     firsts = {entry.first_token for model in models for entry in model.measured}
     return firsts.pop() if len(firsts) == 1 else "kept"
 
 
 def without_step(origin: Origin) -> str:
-    """A revision without its step: ``stage1`` of ``stage1-step1000-tokens5B``; empty if nothing is left."""
+    """A revision without its step: ``stage1`` for ``stage1-step1000-tokens5B``; may be empty."""
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
-def _put(model: Model, found: list[Model], are_alike: Callable[[Model, Model], bool]) -> None:
-    """Add what is known of a model to the one that it is, or the model itself."""
+def _put(model: Model, found: list[Model], place: Callable[[Origin], str]) -> None:
+    """Join a model with the same model in ``found``, or append it.
+
+    The same model has the same name, and an origin with the same place, layers and revision without step.
+    """
+
+    def keys(of: Model) -> set[tuple[str, int, str]]:
+        return {(place(origin), origin.num_layers, without_step(origin)) for origin in of.origins}
+
     for other in found:
-        if other.name == model.name and are_alike(other, model) and not _clash(other, model):
+        if other.name == model.name and keys(other) & keys(model) and not _clash(other, model):
             other.measured += model.measured
             other.evaluated += model.evaluated
             return
     found.append(model)
 
 
-def _is_of_one_file(*pair: Model) -> bool:
-    """Whether the file is the same, and the revision but for the step."""
-    keys = {(o.file, o.num_layers, without_step(o)) for o in (model.origins[0] for model in pair)}
-    return len(keys) == 1
-
-
-def _is_of_one_source(*pair: Model) -> bool:
-    """Whether some source is the same, and the revision but for the step."""
-    keys = [{(o.source, o.num_layers, without_step(o)) for o in model.origins} for model in pair]
-    return bool(keys[0] & keys[1])
-
-
 def _clash(a: Model, b: Model) -> bool:
     """Whether the two cannot be one model.
 
-    A series has one point for each step, all under the same conditions; an evaluation stands beside the last
-    step, and there is one.
+    A series has one point per step, all with the same conditions. There is one evaluation, of the last step.
     """
     steps = [{entry.step for entry in model.measured} for model in (a, b)]
     if steps[0] & steps[1] or (a.evaluated and b.evaluated):
@@ -134,10 +128,10 @@ def _clash(a: Model, b: Model) -> bool:
 
 
 def _trained(run: Run, model: Model) -> bool:
-    """Whether a run trained a model: it has its name, its layers, and lies beside or around its source."""
+    """Whether a run trained a model: same name and layers, and the model's source is in the run's folder."""
     if run.name != model.name or (run.displacement and model.num_layers != len(run.displacement)):
         return False
-    # What is no path here is the name of a model on a hub.
+    # A source that is no path here is the name of a model on the hub.
     sources = [o.source for o in model.origins if o.kind != "hugging_face" or os.path.exists(o.source)]
     places = {Path(os.path.realpath(source)) for source in sources}
     saved = run.settings.get("save")

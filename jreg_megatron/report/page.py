@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it that it needs, and no way out to a network."""
+"""The page: one HTML file with all it needs, without access to a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jreg_megatron.report.tables import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; at least one of its figures, tables and folded tables is there."""
+    """A part of the page with at least one figure, table or folded table."""
 
     name: str
     title: str
@@ -37,8 +37,8 @@ class Section:
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page as text.
 
-    Scripts run only if their hash is in the page's Content-Security-Policy, which also forbids every
-    connection; Vega's expressions go through its interpreter, so that no text is ever compiled to a script.
+    The page's Content-Security-Policy allows only scripts with its hashes, and no connection. Vega's
+    interpreter evaluates expressions, so no text is compiled to a script.
     """
     figures = [figure for section in sections for figure in section.figures]
     scripts = [_asset("page.js")]
@@ -80,9 +80,8 @@ def _embedded(data: Any) -> str:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
-    # Inside a string both spellings are one; outside of strings neither occurs.
+    # Inside a string both spellings are equal; outside of strings neither occurs.
     return re.sub(r"<(?=/script|script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)
 
 

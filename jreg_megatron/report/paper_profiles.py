@@ -18,7 +18,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class PaperProfiles:
-    """Of one of the paper's models, without JREG and at its setting across sizes, alpha 1."""
+    """The profiles of one of the paper's models: the baseline, and JREG at alpha 1."""
 
     size: str
     """One of :data:`jreg_megatron.paper.SIZES`."""
@@ -34,7 +34,7 @@ class PaperProfiles:
         return dict(zip(self.looks, (profile(self.size, setting) for setting in _SETTINGS), strict=True))
 
     def rows(self, num_layers: int, **fields: str | None) -> list[Row]:
-        """The values for a chart whose last layer is ``num_layers``; first and last layers fall together."""
+        """The values, stretched to ``num_layers`` layers for a chart; first and last layers match."""
         return [
             {"model": label, "x": 1 + at * (num_layers - 1) / (len(values) - 1), "y": psi, **fields}
             for label, values in self.displacement.items()
@@ -42,7 +42,7 @@ class PaperProfiles:
         ]
 
     def columns(self, of_last: str = "") -> dict[str, dict[Any, float | str | None]]:
-        """The values for a table of layers, by their numbers in the paper's model; the last with a remark."""
+        """The values for a table, by layer of the paper's model; ``of_last`` is a remark on the last."""
         return {
             label: {
                 f"{layer}{of_last}" if of_last and layer == len(values) else layer: psi
@@ -52,7 +52,7 @@ class PaperProfiles:
         }
 
     def origin(self, num_layers: int) -> str:
-        """Whose lines these are and where they stand, for a chart whose last layer is ``num_layers``."""
+        """The sentence on the source of the lines, for a chart with ``num_layers`` layers."""
         own = self._num_layers
         where = "" if own == num_layers else f", stretched so that layer {own} lies at {num_layers}"
         return (
@@ -61,11 +61,11 @@ class PaperProfiles:
         )
 
     def words(self, num_layers: int, has_after: bool = False) -> str:
-        """What a caption says of the lines, with ``has_after`` in a chart after the final norm too."""
+        """The sentences of a caption; ``has_after``: the chart also has numbers after the final norm."""
         base, jreg = (f"{numbers()['zeta'][self.size][setting][0]:g}" for setting in _SETTINGS)
         return (
-            f" {self.origin(num_layers)} Its ζ is {base} in the baseline and {jreg} with JREG; its text and "
-            "training are its own." + (" It has no numbers after the final norm." if has_after else "")
+            f" {self.origin(num_layers)} Its ζ is {base} in the baseline and {jreg} with JREG. It was "
+            "trained on another text." + (" It has no numbers after the final norm." if has_after else "")
         )
 
     @property

@@ -16,7 +16,7 @@ def read(paths: Sequence[Path]) -> Inputs:
     """Read JSON files and TensorBoard folders; a path that is given twice counts once.
 
     Raises:
-        UserError: that names the file and the field, for what is in none of the formats.
+        UserError: for a file of no known format; it names the file and the field.
     """
     inputs = Inputs()
     for path in {os.path.realpath(path): path for path in paths}.values():
@@ -25,37 +25,33 @@ def read(paths: Sequence[Path]) -> Inputs:
 
 
 def files_read(paths: Sequence[Path]) -> set[str]:
-    """The files of which :func:`read` reads, as absolute paths without links."""
-    found: set[Path] = set()
-    for path in paths:
-        if not os.path.isdir(path):
-            found.add(path)
-        elif (events := _events(path)) is not None:
-            found.update(events.glob("*tfevents*"))
-        else:
-            found.add(path / "summary.json")
-    return {os.path.realpath(path) for path in found}
+    """The files that :func:`read` reads, as absolute paths without links."""
+    sources = map(_source, paths)
+    files = (source.glob("*tfevents*") if os.path.isdir(source) else [source] for source in sources)
+    return {os.path.realpath(file) for several in files for file in several}
 
 
-def _events(path: Path) -> Path | None:
-    """The folder with TensorBoard files that a folder stands for."""
+def _source(path: Path) -> Path:
+    """The file, or the folder of TensorBoard files, that ``path`` leads to."""
+    if not os.path.isdir(path):
+        return path
     places = (path, path / "tensorboard")
-    return next((place for place in places if any(map(os.path.isfile, place.glob("*tfevents*")))), None)
+    events = (place for place in places if any(map(os.path.isfile, place.glob("*tfevents*"))))
+    return next(events, path / "summary.json")
 
 
-def _add(inputs: Inputs, path: Path) -> None:
+def _add(inputs: Inputs, given: Path) -> None:
+    path = _source(given)
+    if os.path.isdir(given) and not path.exists():
+        raise UserError(
+            f"{printable(str(given))} is a folder without TensorBoard files (events.out.tfevents.*) "
+            "and without summary.json; name the folder that holds them"
+        )
     if os.path.isdir(path):
-        if (events := _events(path)) is not None:
-            inputs.runs.append(_tensorboard(events))
-            return
-        if not os.path.isfile(path / "summary.json"):
-            raise UserError(
-                f"{printable(str(path))} is a folder without TensorBoard files (events.out.tfevents.*) "
-                "and without summary.json; name the folder that holds them"
-            )
-        path = path / "summary.json"
+        inputs.runs.append(_tensorboard(path))
+        return
     if "tfevents" in path.name:
-        raise UserError(f"{printable(str(path))} is one TensorBoard file; name the folder that it lies in")
+        raise UserError(f"{printable(str(path))} is one TensorBoard file; name its folder")
     found = checked(path, dict, read_json(path))
     kind = found.get("format")
     if kind is None and isinstance(found.get("runs"), dict):
@@ -75,9 +71,12 @@ def _add(inputs: Inputs, path: Path) -> None:
 
 def _tensorboard(folder: Path) -> Run:
     history = History.read(folder)
-    state = history.settings.get("jreg_final_state")  # which a loop of one's own does not log
+    state = history.settings.get("jreg_final_state")  # not logged by an own loop
     if state not in (*STATES, None):
-        raise UserError(f"{printable(str(folder))}: its jreg_final_state is {printable(str(state))}")
+        raise UserError(
+            f"{printable(str(folder))}: jreg_final_state is {printable(str(state))}; it must be one of "
+            f"{', '.join(STATES)}"
+        )
     place = folder.resolve()
     home = place.parent if place.name == "tensorboard" else place
     return Run(

@@ -1,4 +1,4 @@
-"""The tables of a report: every cell is text, ready to be shown."""
+"""The tables of a report. Each cell is text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Cell = float | str | None
 NOTHING = "–"
 HEADLINE = "The last state of each model"
 LOSS = "#.5g"
-"""Five digits, as differences are small."""
+"""Five digits, since differences are small."""
 _CELL, _LONG_CELL = 160, 300
 _ABREAST, _NAMED = 8, 4
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1)
-"""Which p values are held against; rounding carries none over."""
+"""The usual thresholds of p values; rounding moves no p value over them."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     is_text: bool = False
-    """Whether it holds words rather than numbers."""
+    """Whether its cells are words, not numbers."""
 
     @classmethod
     def of(
         cls, caption: str, corner: str, columns: Mapping[str, Mapping[Any, Cell]], form: str = "#.4g"
     ) -> Table:
-        """A table by column and row; numbers are formed, texts stand as they are.
+        """A table by column and row; ``form`` formats its numbers.
 
-        Rows are numbers, or texts such as ``30, before the final norm``; they stand in order.
+        Rows are numbers, or texts such as ``30, before the final norm``; they are sorted.
         """
 
         def place(row: float | str) -> tuple[float, bool]:
@@ -59,7 +59,7 @@ class Table:
 
 
 def number(value: float | None, form: str = "#.4g") -> str:
-    """A number to four digits, or as ``form`` says."""
+    """A number with four digits, or in the format ``form``."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -69,12 +69,12 @@ def number(value: float | None, form: str = "#.4g") -> str:
 
 
 def known(value: float) -> float | None:
-    """None in place of what is not finite."""
+    """None for a value that is not finite."""
     return value if math.isfinite(value) else None
 
 
 def headline(models: Sequence[Model], first: str) -> Table:
-    """What is asked first, a row for each model; ``first`` says whether first tokens are kept or dropped."""
+    """The main numbers, one row for each model; ``first``: first tokens are ``kept`` or ``dropped``."""
     caption = HEADLINE
     if any(model.measured for model in models):
         caption += f"; measurements with the first token of each text {first}"
@@ -89,7 +89,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     }
     words = {"pre_norm": ("ζ before the final norm", "last Ψ before the final norm")}
     words["post_norm"] = ("ζ after it", "last Ψ after it")
-    # All jump rates come before the displacements.
+    # All jump rates stand before the displacements.
     row |= {words[state][place]: NOTHING for place in (0, 1) for state in STATES}
     if entry:
         counted = entry.first_for(first)
@@ -116,7 +116,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
 
 
 def _mark(step: int, of_row: int | None) -> str:
-    """What is said beside a value of another step than its row's."""
+    """The remark beside a value of another step than that of its row."""
     return "" if step == of_row else f" (step {step:,})"
 
 
@@ -134,7 +134,7 @@ def tasks(models: Sequence[Model]) -> Table | None:
     scores = {label: found for label, found in scores.items() if found}
     rows = []
     for name in dict.fromkeys(name for found in scores.values() for name in found):
-        # Only what was scored in one way, on as many samples, stands in one row.
+        # A row holds scores of one metric on one number of samples.
         for way in dict.fromkeys(_way(found[name]) for found in scores.values() if name in found):
             metric, higher, samples, chance = way
             row = {
@@ -147,7 +147,7 @@ def tasks(models: Sequence[Model]) -> Table | None:
             for label, found in scores.items():
                 score = found.get(name)
                 same = score is not None and _way(score) == way
-                # Apart from the columns above, whatever a model is called.
+                # The mark keeps a model's name apart from the columns above.
                 row[f"\0{label}"] = (
                     f"{number(score.value)}{_interval(score.interval)}" if score and same else NOTHING
                 )
@@ -179,18 +179,18 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
         }
         for name, difference in found.items()
     ]
-    return _of_rows(f"{b} less {a}, on the same samples", rows) if rows else None
+    return _of_rows(f"{b} minus {a}, on the same samples", rows) if rows else None
 
 
 def _of_rows(caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
-    """A table of the columns that have something in them."""
+    """A table without its empty columns."""
     names = [name for name in rows[0] if any(row[name] != NOTHING for row in rows)]
     cells = tuple(tuple(row[name] for name in names) for row in rows)
     return Table(caption, tuple(name.removeprefix("\0") for name in names), cells)
 
 
 def p_value(value: float | None) -> str:
-    """A p value to three digits, or to as many as keep it on its side of the usual thresholds."""
+    """A p value with three digits, or with enough digits to stay on its side of the thresholds."""
     if value is None:
         return NOTHING
     if value < 0.001:
@@ -201,10 +201,12 @@ def p_value(value: float | None) -> str:
 
 
 def settings(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
-    """Training settings side by side: those that differ, and all of them."""
+    """Tables of training settings: those that differ, and all."""
     known = [model for model in models if model.settings]
     names = sorted(dict.fromkeys(name for model in known for name in model.settings))
-    differing = [name for name in names if _differ(known, name)]
+    # 3 and 3.0 are equal.
+    values = {name: {_plain(m.settings[name]) for m in known if name in m.settings} for name in names}
+    differing = [name for name in names if len(values[name]) > 1]
     return (
         _side_by_side("Settings that differ", known, differing) if differing else None,
         _side_by_side("All settings", known, names) if names else None,
@@ -212,7 +214,7 @@ def settings(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
 
 
 def _side_by_side(caption: str, models: Sequence[Model], names: Sequence[str]) -> Table:
-    """A column for each model; for each setting where there are more models than fit beside each other."""
+    """A column for each model; or a column for each setting, if there are too many models."""
     grid = [
         (shortened(name, 80), *(shortened(model.settings.get(name, NOTHING), _CELL) for model in models))
         for name in names
@@ -223,13 +225,8 @@ def _side_by_side(caption: str, models: Sequence[Model], names: Sequence[str]) -
     return Table(caption, table[0], tuple(table[1:]), is_text=True)
 
 
-def _differ(models: Sequence[Model], name: str) -> bool:
-    """Whether two models are known to have different values; 3 and 3.0 are one."""
-    return len({_plain(model.settings[name]) for model in models if name in model.settings}) > 1
-
-
 def _plain(text: str) -> int | float | str:
-    """A setting as a number, if it is one: 3 and 3.0 are equal, large integers only if every digit is."""
+    """A setting as a number, if it is one. Integers keep all their digits."""
     for kind in (int, float):
         try:
             plain = kind(text)
@@ -240,7 +237,7 @@ def _plain(text: str) -> int | float | str:
 
 
 def files(models: Sequence[Model]) -> Table:
-    """What each file holds, and how it was measured."""
+    """The content of each file, and how it was measured."""
     labels: dict[tuple[str, str, str, str], dict[str, None]] = {}
 
     def add(model: Model, file: str, what: str, how: str, versions: Mapping[str, str]) -> None:
@@ -264,7 +261,7 @@ def files(models: Sequence[Model]) -> Table:
 
 
 def sources(models: Sequence[Model]) -> Table | None:
-    """Where each measured or evaluated model lies."""
+    """The source of each measured or evaluated model."""
     rows = []
     for model in models:
         for source, kind in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):

@@ -3,15 +3,14 @@
 The first process checks model, data, batch and GPUs, prints one table and becomes ``torchrun``. Each rank is
 ``python -m jreg_megatron.sft train MODEL DATA TRL_FLAGS...``.
 
-``sft.jinja`` beside this file is Tulu's format, as its model cards show it and ``open-instruct`` trains it:
-a line with the role, the text, and the end token behind each answer. What stands between its ``generation``
-marks has labels: the answers with their end tokens. No token begins a text, as none does in the training
-data that ``jreg_megatron.data`` makes.
+``sft.jinja`` in this folder is Tulu's format, from its model cards and ``open-instruct``: a line with the
+role, the text, and the end token after each answer. The text between its ``generation`` marks has labels:
+the answers with their end tokens. A text has no begin token; the training data of ``jreg_megatron.data`` has
+none either.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.recipe import announcement, command, machine
-from jreg_megatron.recipe.request import add_trials, count, partition, refuse
+from jreg_megatron.recipe import announcement, command, identity, machine
+from jreg_megatron.recipe.request import Parser, add_trials, count, refuse, split_at
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.extras import need
 
@@ -35,17 +34,17 @@ _SMOKE = """
     --use_cpu true --per_device_train_batch_size 4 --max_length 256 --learning_rate 1e-3 --warmup_steps 0
     --logging_steps 1 --dataset_num_proc 1 --fsdp=
 """
-"""One process, without a GPU, on short texts, at a rate at which the loss falls in a few steps."""
+"""One process without a GPU, short texts, and a learning rate that lowers the loss in a few steps."""
 _RUN = "sft.json"
 _IDENTITY = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "max_length"),
     *("packing", "assistant_only_loss", "seed"),
 )
-"""What makes a run the run that it is, beside model, data and batch."""
+"""The settings that identify a run, beside model, data and batch."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what ``argv`` asks for; a run that starts takes this process over."""
+    """Run the command line ``argv``; a run that starts replaces this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     with user_errors_exit(), quiet_interrupt():
         if words[:1] == ["train"]:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(model: str, data: str, flags: Sequence[str]) -> None:
-    """Train in this rank, from the checkpoint that the flags name, if they do.
+    """Train in this rank, from the checkpoint in the flags if they name one.
 
     The last checkpoint is the result: a folder with model, tokenizer and template.
     """
@@ -64,17 +63,17 @@ def train(model: str, data: str, flags: Sequence[str]) -> None:
 
 
 def make_trainer(model: str, data: str, flags: Sequence[str]) -> Any:
-    """TRL's trainer with the data as tokens and labels."""
+    """TRL's trainer, with the data as tokens and labels."""
     trl = need("trl", "SFT", "sft")
     (settings,) = _parser().parse_args_into_dataclasses(list(flags))
     return trl.SFTTrainer(model=model, args=settings, train_dataset=read_data(data)[0])
 
 
 def read_data(data: str) -> tuple[Any, int]:
-    """The usable conversations of a JSON-lines file, a folder or a data set on the hub; how many are not.
+    """The usable conversations of a JSON-lines file, a folder or a data set on the hub; the number of others.
 
     Raises:
-        UserError: if there are none.
+        UserError: if no conversation is usable.
     """
     datasets = need("datasets", "SFT", "sft")
     path = Path(data)
@@ -83,28 +82,28 @@ def read_data(data: str) -> tuple[Any, int]:
     source: tuple[str, dict[str, str]] = ("json", {"data_files": data}) if path.is_file() else (data, {})
     try:
         rows = datasets.load_dataset(source[0], split="train", **source[1])
-    except Exception as error:  # datasets has no class of its own for what can go wrong here
+    except Exception as error:  # datasets has no common class for its errors
         said = " ".join(str(error.__cause__ or error).split())
         raise UserError(
             f"DATA is {data}, which cannot be read ({type(error).__name__}: {said}); name a JSON-lines file, "
-            "a folder of such, or a data set that the Hugging Face hub can be asked for from here"
+            "a folder of such files, or a data set of the Hugging Face hub, if this machine has a network"
         ) from error
     if "messages" not in rows.column_names:
         raise UserError(
-            f"DATA is {data}, whose rows have {', '.join(rows.column_names)}; each needs messages, "
+            f"DATA is {data}, whose rows have {', '.join(rows.column_names)}; each row needs messages, "
             'a list of {"role": ..., "content": ...}'
         )
     usable = rows.filter(is_usable, input_columns="messages")
     if not len(usable):
         raise UserError(
-            f"DATA is {data}, and no messages there have roles among {', '.join(ROLES)}, text as content and "
-            f"an answer by assistant; the first are {json.dumps(rows[0]['messages'])[:200]}"
+            f"DATA is {data}, where no row is usable; each needs roles among {', '.join(ROLES)}, text as "
+            f"content and an answer by assistant; the first row has {json.dumps(rows[0]['messages'])[:200]}"
         )
     return usable, len(rows) - len(usable)
 
 
 def is_usable(messages: Any) -> bool:
-    """Whether a conversation has Tulu's roles, texts, and an answer to learn from."""
+    """Whether a conversation has only Tulu's roles and texts, and at least one answer."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return False
     roles = [message.get("role") for message in messages]
@@ -116,15 +115,15 @@ def is_usable(messages: Any) -> bool:
 
 
 def accumulation(batch: int, gpus: int, micro_batch: int) -> int:
-    """Micro-batches that each GPU takes for one step.
+    """Micro-batches of each GPU in one step.
 
     Raises:
-        UserError: if the batch cannot be shared evenly.
+        UserError: if the GPUs cannot share the batch evenly.
     """
     if batch % (gpus * micro_batch):
         raise UserError(
-            f"BATCH is {batch}, which {gpus} GPUs cannot share in micro-batches of {micro_batch}: "
-            f"it must be a multiple of {gpus * micro_batch}; change MICRO_BATCH or GPUS"
+            f"BATCH is {batch}, which {gpus} GPUs cannot share in micro-batches of {micro_batch}; it must be "
+            f"a multiple of {gpus * micro_batch}: change MICRO_BATCH or GPUS"
         )
     return batch // (gpus * micro_batch)
 
@@ -133,7 +132,7 @@ def check_model(model: str, length: int) -> str:
     """The exported model, as text.
 
     Raises:
-        UserError: if this is no folder that ``jreg-megatron export`` has made with a tokenizer.
+        UserError: if ``model`` is no folder of ``jreg-megatron export`` with a tokenizer.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -152,7 +151,10 @@ def check_model(model: str, length: int) -> str:
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token is None:
-        raise UserError(f"MODEL is {model}, whose tokenizer has no end token (eos), which ends an answer")
+        raise UserError(
+            f"MODEL is {model}, whose tokenizer has no end token (eos); an answer must end with one: export "
+            "with another tokenizer"
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"MODEL is {model}, whose tokenizer has {len(tokenizer):,} tokens and its embedding "
@@ -165,14 +167,14 @@ def check_model(model: str, length: int) -> str:
         )
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    return f"{model}: {parameters:,} parameters, all are trained; vocabulary {len(tokenizer):,}"
+    return f"{model}: {parameters:,} parameters, all trained; vocabulary {len(tokenizer):,}"
 
 
 def check_data(data: str, examples: int) -> str:
-    """How much data there is and how often it is read, as text."""
+    """The size of the data and the number of passes over it, as text."""
     rows, left_out = read_data(data)
     return f"{len(rows):,} conversations of {data}, read {examples / len(rows):.2f} times" + (
-        f"; {left_out:,} left out, which have no answer or other roles" if left_out else ""
+        f"; {left_out:,} left out: no answer, or other roles" if left_out else ""
     )
 
 
@@ -193,14 +195,15 @@ def _start(words: Sequence[str]) -> None:
     asked = _parse(flags)
     run, steps = Path(asked.output_dir), asked.max_steps
     if steps < 1:
-        raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1, set STEPS")
+        raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1: set STEPS")
     share = accumulation(options.batch, options.gpus, asked.per_device_train_batch_size)
-    identity = {name: getattr(asked, name) for name in _IDENTITY}
-    identity |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
-    _refuse_another(run, identity)
+    asked_for = {name: getattr(asked, name) for name in _IDENTITY}
+    asked_for |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
+    if found := identity.differs(run / _RUN, asked_for):
+        raise UserError(f"{run} holds a run with {found}; set RUN to another folder")
     done, checkpoint = last_checkpoint(run)
-    if done >= steps:  # the Trainer would make one more
-        print(f"{run} has all of its {steps:,} steps; nothing to do: the model is {checkpoint}")
+    if done >= steps:  # the Trainer would make one more step
+        print(f"{run} has all of its {steps:,} steps: nothing to do. The model is {checkpoint}")
         return
     rows = {
         "length": f"{steps:,} steps of {options.batch:,} conversations of at most {asked.max_length:,} tokens"
@@ -208,7 +211,7 @@ def _start(words: Sequence[str]) -> None:
         "optimizer": f"AdamW {asked.adam_beta1:g}, {asked.adam_beta2:g}, weight decay "
         f"{asked.weight_decay:g}, clip {asked.max_grad_norm:g}; {asked.lr_scheduler_type} from "
         f"{asked.learning_rate:g}, warm-up {asked.warmup_steps:g}",
-        "loss": "on the answers alone" if asked.assistant_only_loss else "on all tokens",
+        "loss": "on the answers only" if asked.assistant_only_loss else "on all tokens",
         "layout": f"{options.gpus} GPUs; {share} micro-batches of {asked.per_device_train_batch_size} a step",
     }
     findings: dict[str, Callable[[], str]] = {
@@ -225,19 +228,17 @@ def _start(words: Sequence[str]) -> None:
     if options.dry_run:
         print(command.as_text(ranks, os.environ))
         return
-    run.mkdir(parents=True, exist_ok=True)
-    (run / _RUN).write_text(json.dumps(identity, indent=2) + "\n")
+    identity.write(run / _RUN, asked_for)
     _become(ranks)
 
 
 def _smoke(options: Namespace, flags: list[str]) -> None:
-    """Train a toy, or the model given, on questions that are made here, on the CPU."""
     folder = Path(_parse(flags).output_dir) / "smoke"
     flags += [*_SMOKE.split(), "--gradient_accumulation_steps", "2", "--output_dir", str(folder / "run")]
     flags += ["--max_steps", str(options.smoke)]
     model, data = options.model or str(folder / "model"), folder / "questions.jsonl"
     ranks = [sys.executable, *_rank(model, str(data), flags)]
-    print(f"Smoke: {options.model or 'a toy'} on this machine's CPU; its files go to {folder}")
+    print(f"Smoke: {options.model or 'a toy'} on this machine's CPU; its folder is {folder}")
     if options.model:
         check_model(model, _parse(flags).max_length)
     if options.dry_run:
@@ -252,7 +253,7 @@ def _smoke(options: Namespace, flags: list[str]) -> None:
 
 
 def questions(largest: int = 8) -> Iterator[list[dict[str, str]]]:
-    """Conversations about sums, some with a system's words and some with a second turn."""
+    """Conversations about sums, some with a system message and some with a second turn."""
     for a in range(largest):
         for b in range(largest):
             messages = [("system", "Answer in one sentence.")] if a % 2 else []
@@ -263,7 +264,7 @@ def questions(largest: int = 8) -> Iterator[list[dict[str, str]]]:
 
 
 def make_toy(folder: Path, pieces: int = 512) -> None:
-    """A small Llama with random weights and a tokenizer, as ``jreg-megatron export`` writes them."""
+    """A small Llama with random weights and a tokenizer, in the format of ``jreg-megatron export``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -281,19 +282,6 @@ def make_toy(folder: Path, pieces: int = 512) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=pieces, **sizes)).save_pretrained(folder)
-
-
-def _refuse_another(run: Path, identity: dict[str, Any]) -> None:
-    try:
-        held = json.loads((run / _RUN).read_text())
-    except (OSError, ValueError):
-        return
-    for name, value in identity.items():
-        if held.get(name) != value:
-            raise UserError(
-                f"{run} holds a run with {name} {held.get(name)}, and now it is {value}; set RUN to another "
-                "folder"
-            )
 
 
 def _rank(model: str, data: str, flags: Sequence[str]) -> list[str]:
@@ -315,37 +303,35 @@ def _parser() -> Any:
 
 
 def _parse(flags: Sequence[str]) -> Namespace:
-    """The flags as TRL has them, without what it asks of this machine."""
+    """TRL's values of the flags; this machine is not checked."""
     asked: Namespace = _parser().parse_args(list(flags))
     return asked
 
 
 def _request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Read ``OPTIONS -- TRL'S FLAGS ::: WHAT THE USER TYPED``: options, and the flags of both."""
-    own, _, rest = partition(list(words), "--")
-    flags, _, typed = partition(rest, ":::")
-    asked, _, more = partition(typed, "--")
-    parser = argparse.ArgumentParser(prog="python -m jreg_megatron.sft", allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+    """Read ``OPTIONS -- TRL FLAGS ::: USER'S WORDS``: the options, and the flags of recipe and user."""
+    own, rest = split_at("--", words)
+    flags, typed = split_at(":::", rest)
+    asked, more = split_at("--", typed)
+    parser = Parser(prog="python -m jreg_megatron.sft")
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--gpus", type=count("GPUS"), required=True)
     parser.add_argument("--batch", type=count("BATCH"), required=True)
     parser.add_argument("--data", required=True)
     options = parser.parse_args(own)
-    user = argparse.ArgumentParser(
+    user = Parser(
         prog=str(options.recipe),
         usage="%(prog)s MODEL [--dry-run] [--smoke [N]] [-- MORE TRL FLAGS]",
-        description="Fine-tune an exported model on instructions. The knobs stand in the recipe; those "
-        "written ${NAME:-value} can be set in the environment. The same command goes on after a crash.",
-        allow_abbrev=False,
+        description="Fine-tune an exported model on instructions. All knobs are in the recipe. The "
+        "environment can set those that are written ${NAME:-value}. After a crash, start the same command "
+        "again: it resumes.",
     )
-    user.error = refuse  # type: ignore[method-assign]
     user.add_argument("model", nargs="?", metavar="MODEL", help="folder that jreg-megatron export has made")
     add_trials(
         user,
         SMOKE_STEPS,
-        f"instead, train a toy (or MODEL, named before it) for N steps (default {SMOKE_STEPS}) on this "
-        "machine's CPU, on sums that are made here",
+        f"train a toy for N steps (default {SMOKE_STEPS}) on this machine's CPU instead, on generated sums; "
+        "with MODEL before it, train that model",
     )
     user.parse_args(asked, options)
     return options, ["--chat_template_path", str(TEMPLATE), *flags, *more]

@@ -1,7 +1,7 @@
 """Train a recipe over a grid of lambda, alpha and seeds, and draw the result.
 
-Every seed gets a baseline (lambda 0), and every run is the recipe itself, in a folder of its own. The same
-command goes on after a crash. Without a RECIPE the sweep that --output holds goes on as it is.
+Each seed also trains a baseline (lambda 0). Each run is the recipe itself, in a folder of its own. After a
+crash, start the same command again: it resumes. Without a RECIPE, the sweep in --output resumes.
 """
 
 from __future__ import annotations
@@ -10,32 +10,28 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.recipe.request import SMOKE_ITERATIONS
+from jreg_megatron.recipe.request import SMOKE_ITERATIONS, Parser, count, split_at
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.extras import need
 from jreg_megatron.sweep import grid, slurm
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
-_NEEDED = ("rich", "tqdm", "vl_convert")
 _SEED = 1234
 _TASK = -1
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what ``argv`` asks for."""
+    """Run the command line ``argv``."""
     with user_errors_exit():
         sys.exit(_main(_options(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(options: argparse.Namespace) -> int:
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} is not installed; pip install 'jreg_megatron[analysis]'")
+    for package in ("rich", "tqdm", "vl_convert"):
+        need(package, "a sweep", "analysis")
     sweep = _sweep(options)
     if options.report:
         _report(sweep)
@@ -46,7 +42,7 @@ def _main(options: argparse.Namespace) -> int:
         return _submit(sweep, options)
     nodes = os.environ.get("NODES", "1")
     if nodes != "1":
-        raise UserError(f"NODES is {nodes}, but the queue is this node's alone; use --slurm, or unset NODES")
+        raise UserError(f"NODES is {nodes}, but this command trains on one node; use --slurm, or unset NODES")
     if options.dry_run:
         for run in sweep.runs:
             print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
@@ -81,7 +77,7 @@ def _train_one(sweep: Sweep, options: argparse.Namespace) -> int:
 
 def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
     if not sweep.unfinished:
-        print(f"All {len(sweep.runs)} runs of the sweep are finished; nothing to submit")
+        print(f"All {len(sweep.runs)} runs of the sweep are finished: nothing to submit")
         _report(sweep)
         return 0
     words = slurm.command(sweep, options.slurm_options)
@@ -92,8 +88,8 @@ def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
     sweep.save()
     print(slurm.submit(words))
     print(
-        f"{len(sweep.unfinished)} runs, one in each task; each draws the result anew when it ends. "
-        f"By hand: python -m jreg_megatron.sweep --output {shlex.quote(str(sweep.output))} --report"
+        f"{len(sweep.unfinished)} runs, one per task. Each task draws the result again when it ends. "
+        f"To draw it now: python -m jreg_megatron.sweep --output {shlex.quote(str(sweep.output))} --report"
     )
     return 0
 
@@ -105,13 +101,12 @@ def _report(sweep: Sweep) -> None:
 
 
 def _as_line(sweep: Sweep, run: grid.SweepRun) -> str:
-    """A run as a shell takes it."""
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in sweep.settings(run).items())
     return f"{settings} {shlex.join(sweep.command(run))}"
 
 
 def _sweep(options: argparse.Namespace) -> Sweep:
-    """The sweep that is asked for: a new one, one that gains runs, or the one that the output holds."""
+    """A new sweep, the sweep in the output folder with more runs, or that sweep as it is."""
     if options.recipe is None:
         given = [
             f"--{name} is"
@@ -123,7 +118,7 @@ def _sweep(options: argparse.Namespace) -> Sweep:
             raise UserError(f"{what} given without a RECIPE; name one such as recipes/llama_170m.sh")
         if options.output is None:
             raise UserError(
-                "RECIPE is missing; name one such as recipes/llama_170m.sh, or an --output to go on with"
+                "RECIPE is missing; name one such as recipes/llama_170m.sh, or name an --output to resume"
             )
         sweep = Sweep.load(options.output)
         if not options.report:
@@ -144,76 +139,65 @@ def _sweep(options: argparse.Namespace) -> Sweep:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jreg_megatron.sweep",
         usage="%(prog)s RECIPE --coeff LAMBDA... [--alpha ALPHA...] [--seeds SEED...] [--output FOLDER]\n"
         "           [--smoke [N]] [--slurm] [--dry-run] [-- MORE MEGATRON FLAGS]\n"
         "       %(prog)s --output FOLDER [--slurm | --only N | --report]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.error = _refuse  # type: ignore[method-assign]
     add = parser.add_argument
-    add("recipe", type=Path, nargs="?", metavar="RECIPE", help="for example recipes/llama_170m.sh")
+    add(
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help="the recipe, such as recipes/llama_170m.sh",
+    )
     for flag, kind, word, meaning in (
         ("--coeff", float, "LAMBDA", "the lambdas to try, each > 0"),
-        ("--alpha", float, "ALPHA", f"the alphas to try with each (default: {JRegConfig().alpha:g})"),
-        ("--seeds", int, "SEED", f"train every setting with each of these seeds (default: {_SEED})"),
+        ("--alpha", float, "ALPHA", f"the alphas to try with each lambda (default: {JRegConfig().alpha:g})"),
+        ("--seeds", int, "SEED", f"the seeds to train each setting with (default: {_SEED})"),
     ):
         add(flag, type=kind, nargs="+", metavar=word, help=meaning)
     add(
         "--smoke",
-        type=_whole("--smoke", 1),
+        type=count("--smoke"),
         nargs="?",
         const=SMOKE_ITERATIONS,
         metavar="N",
-        help=f"toys on this machine's CPU, N iterations each (default {SMOKE_ITERATIONS})",
+        help=f"train toys on this machine's CPU, for N iterations each (default {SMOKE_ITERATIONS})",
     )
     add(
         "--only",
-        type=_whole("--only", 0),
+        type=count("--only", 0),
         nargs="?",
         const=_TASK,
         metavar="N",
-        help="train one run, by its number in sweep.json, from 0 (default: the one of this task of an array)",
+        help="train one run: its number in sweep.json, from 0 (default: the number of this Slurm array task)",
     )
     add(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where runs and result are kept (default: runs/sweep_ and the recipe's name); another grid "
-        "of the same recipe adds its runs to those that are there",
+        help="folder of the runs and the result (default: runs/sweep_ and the recipe's name); another grid "
+        "of the same recipe adds its runs there",
     )
     add(
         "--slurm-options",
         default="",
         metavar="WORDS",
-        help="further options for sbatch, as in '--nodes 2 --time 1-0'; SBATCH_* variables count too",
+        help="more options for sbatch, such as '--nodes 2 --time 1-0'; SBATCH_* variables also apply",
     )
     for flag, meaning in (
-        ("--slurm", "submit an array of jobs, one a run, instead of training here"),
-        ("--report", "only draw what is finished"),
-        ("--dry-run", "only print what would be started"),
+        ("--slurm", "submit a Slurm array with one task per run, and train nothing here"),
+        ("--report", "draw the finished runs, and train nothing"),
+        ("--dry-run", "print the commands, and start nothing"),
     ):
         add(flag, action="store_true", help=meaning)
-    at = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:at], argparse.Namespace(flags=argv[at + 1 :]))
-
-
-def _whole(flag: str, least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"{flag} is {text or 'empty'}; it must be a whole number >= {least}"
-            )
-        return int(text)
-
-    return parse
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; --help says what there is")
+    words, flags = split_at("--", argv)
+    return parser.parse_args(words, argparse.Namespace(flags=flags))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which runs a sweep is made of, and where it keeps them."""
+"""The runs of a sweep, and their files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 
 SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
-"""What a recipe must take from the environment so that it can be swept."""
+"""Knobs that a recipe must read from the environment for a sweep."""
 
-# Knobs that say on which machine a run is trained. The others must stay the same for all runs of a sweep.
+# Knobs about the machine. The other knobs must be the same for all runs of a sweep.
 _MACHINE = {"NODES", "GPUS", "TP", "PP", "CP", "MICRO_BATCH", "TFLOPS", "PYTHON"}
 _MACHINE |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
 _KNOB = re.compile(r"\$\{([A-Z][A-Z0-9_]*):-")
@@ -48,25 +48,25 @@ class SweepRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A recipe and the runs of it, as ``sweep.json`` in the output folder keeps them."""
+    """A recipe and its runs, as ``sweep.json`` in the output folder has them."""
 
     output: Path
     recipe: Path
     smoke: int | None
-    """Iterations of toy runs on the CPU, or None for the real ones."""
+    """Iterations of toy runs on the CPU, or None for real runs."""
     flags: tuple[str, ...]
-    """Megatron flags behind the recipe's, the same for all runs."""
+    """Megatron flags after the recipe's, the same for all runs."""
     knobs: dict[str, str]
-    """The recipe's knobs that were set in the environment, without those that are the machine's."""
+    """The recipe's knobs that the environment set, without those of the machine."""
     runs: tuple[SweepRun, ...]
 
     @property
     def file(self) -> Path:
-        """Where the sweep itself is kept."""
+        """The file of the sweep itself."""
         return self.output / "sweep.json"
 
     def folder(self, run: SweepRun) -> Path:
-        """What the recipe gets as RUN."""
+        """The recipe's RUN."""
         return self.output / run.name
 
     def tensorboard(self, run: SweepRun) -> Path:
@@ -74,25 +74,25 @@ class Sweep:
         return self.folder(run) / ("tensorboard" if self.smoke is None else "smoke/tensorboard")
 
     def log(self, run: SweepRun) -> Path:
-        """What the run has printed; other nodes than the first add their number."""
+        """The run's log; nodes after the first have logs with their number."""
         rank = node_rank()
         return self.folder(run) / (f"train_node{rank}.log" if rank else "train.log")
 
     def finished_file(self, run: SweepRun) -> Path:
-        """There when the recipe has ended with status 0, which it does after its last iteration."""
+        """The file that marks a finished run: its recipe ended with status 0, after the last iteration."""
         return self.folder(run) / "finished"
 
     def is_finished(self, run: SweepRun) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run is finished."""
         return self.finished_file(run).exists()
 
     @property
     def unfinished(self) -> list[SweepRun]:
-        """The runs still to be trained, in their order."""
+        """The runs that must still be trained, in order."""
         return [run for run in self.runs if not self.is_finished(run)]
 
     def command(self, run: SweepRun) -> list[str]:
-        """The recipe with its words, for :meth:`environment`."""
+        """The command of a run; it needs :meth:`environment`."""
         smoke = [] if self.smoke is None else ["--smoke", str(self.smoke)]
         flags = ["--", *self.flags] if self.flags else []
         variant = "baseline" if run.alpha is None else "jreg"
@@ -104,7 +104,7 @@ class Sweep:
         return {**self.knobs, **jreg, "SEED": str(run.seed), "RUN": str(self.folder(run))}
 
     def environment(self, run: SweepRun) -> dict[str, str]:
-        """The recipe's environment for a run; its Python is this one unless PYTHON names another."""
+        """The recipe's environment for a run. Its Python is this one, unless PYTHON names another."""
         inherited = {name: value for name, value in os.environ.items() if name not in SWEPT}
         return {"PYTHON": sys.executable} | inherited | self.settings(run)
 
@@ -122,7 +122,7 @@ class Sweep:
         """
         file = output / "sweep.json"
         if not file.exists():
-            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start one")
+            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start a sweep")
         try:
             kept = checked(file, dict[str, Any], read_json(file))
             found: Sweep = checked(file, cls, kept | {"output": output})
@@ -133,10 +133,10 @@ class Sweep:
         return found
 
     def check(self) -> None:
-        """See that the sweep can go on here as it began; knobs that are not set now are as they were.
+        """Refuse to resume a sweep with other knobs. A knob that is not set now keeps its value.
 
         Raises:
-            UserError: if the recipe is gone, or a knob has another value now.
+            UserError: if the recipe is missing, or a knob has another value now.
         """
         check_recipe(self.recipe)
         for name, value in knobs_of(self.recipe, os.environ).items():
@@ -149,10 +149,10 @@ class Sweep:
                 )
 
     def joined(self) -> Sweep:
-        """This sweep behind the one that its output folder holds: the runs of both, in a lasting order.
+        """The sweep in the output folder, and after its runs the new ones of this sweep.
 
         Raises:
-            UserError: if that one has another recipe, other flags, or other iterations of a smoke.
+            UserError: if that sweep has another recipe, other flags, or other iterations of a smoke.
         """
         if not self.file.exists():
             return self
@@ -182,11 +182,11 @@ def make(
     smoke: int | None = None,
     flags: Sequence[str] = (),
 ) -> Sweep:
-    """The grid, and for each seed a baseline before it, with what ``output`` holds of the same sweep.
+    """The grid, with a baseline before the runs of each seed, joined to the same sweep in ``output``.
 
     Raises:
-        UserError: for a setting that JREG does not take, a value given twice, a file that is no recipe,
-            flags that the sweep sets itself, or another sweep in ``output``.
+        UserError: for a setting that JREG refuses, a value given twice, a file that is no recipe, flags
+            that the sweep sets itself, or another sweep in ``output``.
     """
     check_recipe(recipe)
     for name, values in (("--coeff", coeffs), ("--alpha", alphas), ("--seeds", seeds)):
@@ -197,13 +197,13 @@ def make(
         for alpha in alphas:
             JRegConfig(coeff=coeff, alpha=alpha)
     if 0 in coeffs:
-        raise UserError("--coeff names 0, the baseline, which is trained for every seed anyway; leave it out")
+        raise UserError("--coeff names 0, the baseline, which each seed trains in any case; leave it out")
     for seed in seeds:
         if seed < 1:
-            raise UserError(f"--seeds names {seed}; Megatron wants whole numbers >= 1")
+            raise UserError(f"--seeds names {seed}; it must be a whole number >= 1")
     for flag in (word.partition("=")[0] for word in flags):
         if flag in _OWN_FLAGS:
-            raise UserError(f"{flag} stands behind --, but the sweep gives each run its own; leave it out")
+            raise UserError(f"{flag} stands behind --, but the sweep sets it for each run; leave it out")
     JRegConfig.check_flags(list(flags))
     runs = [
         run
@@ -217,15 +217,13 @@ def make(
 
 
 def check_recipe(recipe: Path) -> None:
-    """Refuse what cannot be started with the settings of a run.
-
-    Raises:
-        UserError: if it is no program, or does not mention each of :data:`SWEPT`.
+    """Raises:
+    UserError: if the recipe is no program, or does not mention each of :data:`SWEPT`.
     """
-    if not recipe.is_file() or not os.access(recipe, os.X_OK):
-        why = "that cannot be executed" if recipe.exists() else "that is not there"
+    if not recipe.is_file() or not os.access(recipe, os.X_OK | os.R_OK):
+        why = "that cannot be executed or read" if recipe.exists() else "that is not there"
         raise UserError(f"RECIPE is {recipe}, a file {why}; name one such as recipes/llama_170m.sh")
-    known = set(re.findall(r"\w+", _text(recipe)))
+    known = set(re.findall(r"\w+", recipe.read_text(errors="replace")))
     if missing := [name for name in SWEPT if name not in known]:
         raise UserError(
             f"RECIPE is {recipe}, which takes no {', '.join(missing)} from the environment; "
@@ -234,25 +232,19 @@ def check_recipe(recipe: Path) -> None:
 
 
 def knobs_of(recipe: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The knobs of a recipe, written ``${NAME:-value}`` in it, that the environment sets for all runs."""
-    lines = [line for line in _text(recipe).splitlines() if not line.lstrip().startswith("#")]
+    """The knobs of a recipe, ``${NAME:-value}`` in its text, that the environment sets for all runs."""
+    text = recipe.read_text(errors="replace")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     names = set(_KNOB.findall("\n".join(lines))) - _MACHINE - set(SWEPT)
     return {name: environment[name] for name in sorted(names) if environment.get(name)}
 
 
 def node_rank() -> int:
-    """Number of this node among those of its job."""
+    """Number of this node in its job, from 0."""
     return int(os.environ.get("NODE_RANK") or 0)
 
 
 def as_text(value: float) -> str:
-    """A number as people write it, and exactly: ``3``, ``0.1``."""
+    """The shortest exact text of a number: ``3``, ``0.1``."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-def _text(recipe: Path) -> str:
-    try:
-        return recipe.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"RECIPE is {recipe}, which cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""A sweep's result as a picture: loss and jump rate over lambda, and where the jump went."""
+"""A sweep's result as a picture: loss and jump rate over lambda, and the displacement of each layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BESIDE = 0.09
 
 
 def title(results: Results) -> str:
-    """The recipe, its length, the convention and the seeds, for the head of picture and table."""
+    """The title of picture and table: recipe, length, last state, seeds."""
     sweep, state = results.sweep, results.final_state
     toy = "" if sweep.smoke is None else " as a toy (--smoke)"
     seeds = len({run.seed for run in results.histories})
@@ -44,7 +44,7 @@ def draw(results: Results, path: Path) -> list[Path]:
 
 
 def compose(results: Results) -> list[list[tuple[str, Chart]]]:
-    """Rows of charts with their titles: loss and jump rate over lambda, then the layers, a chart an alpha."""
+    """Rows of charts with titles: loss and jump rate over lambda, then one chart of layers per alpha."""
     losses, rates = results.baseline.losses.values(), results.baseline.jump_rates.values()
     mean = math.fsum(losses) / max(1, len(losses))
     over_lambda = {
@@ -62,7 +62,7 @@ def compose(results: Results) -> list[list[tuple[str, Chart]]]:
 def _over_lambda(
     results: Results, axis: Axis, baseline: list[float], by_seed: Callable[[Setting], Mapping[int, float]]
 ) -> Chart | None:
-    """A line for each alpha, the mean over seeds with its interval; the baseline with its seeds' spread."""
+    """One line per alpha: mean over seeds with interval; and the baseline with the range of its seeds."""
     coeffs, alphas = results.coeffs, results.alphas
     if not coeffs:
         return None
@@ -88,7 +88,7 @@ def _over_lambda(
 
 
 def _by_layer(results: Results) -> list[tuple[str, Chart]]:
-    """For each alpha the displacement of each layer at the end, mean over seeds, a line per lambda."""
+    """One chart per alpha: displacement of each layer at the end, mean over seeds, one line per lambda."""
     looks = _looks([_lambda(coeff) for coeff in results.coeffs])
     drawn = []
     for alpha in results.alphas or (None,):
@@ -111,9 +111,9 @@ def _lambda(coeff: float) -> str:
 
 
 def _about(results: Results) -> str:
-    """What is missing, and what bars, bands and points are."""
+    """The subtitle: missing runs, and the meaning of bars, bands and points."""
     count = len(results.left_out)
     said = [f"{count} of {len(results.sweep.runs)} runs not finished or left out"] if count else []
     if results.has_intervals:
-        said.append(f"bars: {interval_name()}; faint: single seeds; grey: the baseline and its seeds' spread")
+        said.append(f"bars: {interval_name()}; faint: single seeds; grey: the baseline, range of its seeds")
     return "; ".join([*said, "below: at the end, mean over seeds"])

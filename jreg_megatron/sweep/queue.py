@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -25,37 +24,35 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def train_all(sweep: Sweep) -> int:
-    """Train what is not finished; a run that fails does not stop the others.
+    """Train the unfinished runs; a run that fails does not stop the others.
 
     Returns:
-        0 if all runs are finished now, 1 if some have failed, 75 if a signal ended the queue or a run has
-        saved and ended early, and 2 if the recipe refuses the first run, as it would all others.
+        0 if all runs are finished, 1 if some have failed, 75 if a signal ended the queue or a run saved and
+        ended early, 2 if the recipe refuses the very first run.
     """
     failed = 0
     runs = sweep.unfinished
     if len(runs) < len(sweep.runs):
-        print(
-            f"{len(sweep.runs) - len(runs)} of {len(sweep.runs)} runs are finished; going on with the others"
-        )
+        print(f"{len(sweep.runs) - len(runs)} of {len(sweep.runs)} runs are finished; training the others")
     with _Signals() as signals:
         for number, run in enumerate(runs, start=1):
             status = _train(sweep, run, signals, f"[{number}/{len(runs)}] {run.name}")
             if status == UNFINISHED:
-                print("The sweep has stopped; the same command goes on")
+                print("The sweep has stopped. To resume, start the same command again")
                 return UNFINISHED
             if status == EXIT_CODE and number == 1 and len(runs) == len(sweep.runs):
-                print("The recipe refuses what all runs have in common, so none of the others was started")
+                print("The recipe refuses the first run, so no other run was started")
                 return EXIT_CODE
             failed += status != 0
     if failed:
-        print(f"{failed} of {len(sweep.runs)} runs failed; the same command tries them again")
+        print(f"{failed} of {len(sweep.runs)} runs failed. To try them again, start the same command again")
     return 1 if failed else 0
 
 
 def train_one(sweep: Sweep, run: SweepRun) -> int:
-    """Train one run, as a task of an array does; returns the recipe's status, 0 if it is finished already."""
+    """Train one run, for a task of an array; returns the recipe's status, or 0 if the run was finished."""
     if sweep.is_finished(run):
-        print(f"{run.name} is finished; nothing to do")
+        print(f"{run.name} is finished: nothing to do")
         return 0
     with _Signals() as signals:
         return _train(sweep, run, signals, run.name)
@@ -63,7 +60,7 @@ def train_one(sweep: Sweep, run: SweepRun) -> int:
 
 @dataclass
 class _Signals:
-    """What a scheduler or the keyboard asks for reaches the recipe that runs, which saves and ends."""
+    """Forwards the signals of a scheduler or the keyboard to the running recipe, which saves and ends."""
 
     asked: list[int] = field(default_factory=list)
     recipe: int | None = None
@@ -89,7 +86,7 @@ class _Signals:
                 os.kill(self.recipe, number)
 
     def watch(self, recipe: int) -> None:
-        """Hand signals on to a process, also those that came while it was being made."""
+        """Forward signals to a process; those that came while it started too."""
         self.recipe = recipe
         for number in self.asked:
             self._tell(number)
@@ -99,9 +96,11 @@ def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
     if signals.asked:
         return UNFINISHED
     sweep.folder(run).mkdir(parents=True, exist_ok=True)
-    log = sweep.log(run)
-    with _alone(sweep, run):
-        print(f"{title}: started; it prints to {log}", flush=True)
+    log, folder = sweep.log(run), sweep.folder(run)
+    # The nodes of a job share the folder; another queue must not train in it.
+    held = lock(folder / ".lock", f"{folder} is being trained", "name another --output")
+    with nullcontext() if node_rank() else held:
+        print(f"{title}: started; its log is {log}", flush=True)
         started = time.monotonic()
         status, why = _run_recipe(sweep, run, signals, title)
         took = seconds_as_text(time.monotonic() - started)
@@ -109,7 +108,8 @@ def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
             if node_rank() == 0:
                 sweep.finished_file(run).write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
             print(f"{title}: finished after {took}", flush=True)
-        elif status == UNFINISHED or signals.asked or _ended_by_a_scheduler(status):
+        # A scheduler's signal that reached the recipe alone may have ended it before it could save.
+        elif signals.asked or status in (UNFINISHED, 128 + signal.SIGTERM, 128 + signal.SIGUSR1):
             print(f"{title}: ended early after {took}", flush=True)
             return UNFINISHED
         else:
@@ -118,7 +118,7 @@ def _train(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> int:
 
 
 def _run_recipe(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> tuple[int, str]:
-    """The recipe's exit status, and what it printed that says why it failed."""
+    """The recipe's exit status, and the line in its output that says why it failed."""
 
     def read(line: str) -> None:
         if found := ITERATION.search(line):
@@ -137,23 +137,3 @@ def _run_recipe(sweep: Sweep, run: SweepRun, signals: _Signals, title: str) -> t
         finally:
             signals.recipe = None
     return (128 - status if status < 0 else status), why
-
-
-def _ended_by_a_scheduler(status: int) -> bool:
-    """Whether a signal of theirs ended the recipe before it could save, which reached it alone."""
-    return status in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
-
-
-@contextmanager
-def _alone(sweep: Sweep, run: SweepRun) -> Iterator[None]:
-    """Hold a run's folder, so that two queues do not train it at once; the nodes of a job share it.
-
-    Raises:
-        UserError: if another process holds it.
-    """
-    if node_rank():
-        yield
-        return
-    folder = sweep.folder(run)
-    with lock(folder / ".lock", f"{folder} is being trained", "name another --output"):
-        yield

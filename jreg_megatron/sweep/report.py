@@ -22,8 +22,8 @@ def report(sweep: Sweep) -> None:
     Raises:
         UserError: if no run is finished.
     """
-    # Tasks of an array end when they like.
-    with lock(sweep.output / ".report.lock", "the report is drawn", "name another --output", wait=True):
+    # Several tasks of an array may end at once.
+    with lock(sweep.output / ".report.lock", "the report is being drawn", "name another --output", wait=True):
         results = Results.read(sweep)
         write_text(str(sweep.output / "summary.json"), json.dumps(results.summary(), indent=2) + "\n")
         drawn = picture.draw(results, sweep.output / "sweep")
@@ -32,7 +32,7 @@ def report(sweep: Sweep) -> None:
 
 
 def print_table(results: Results) -> None:
-    """Print each setting's last validation, what is best, and what is missing."""
+    """Print the last validation of each setting, and :func:`conclusions`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -65,26 +65,26 @@ def print_table(results: Results) -> None:
 
 
 def conclusions(results: Results) -> list[str]:
-    """What the numbers allow to say, a sentence or two each."""
+    """The best setting, the intervals, the runs that do not count, and arguments that differ."""
     lines = [_of_the_best(results)]
     if results.has_intervals:
-        lines.append(f"In brackets: {interval_name()}; the loss is compared between runs of the same seed.")
+        lines.append(f"In brackets: {interval_name()}. The loss is compared between runs of the same seed.")
     for why in dict.fromkeys(results.left_out.values()):
         names = [name for name, reason in results.left_out.items() if reason == why]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         lines.append(f"Not counted: {', '.join(names[:_NAMES_SHOWN])}{more}: {why}.")
     for name, values in results.disagreements.items():
-        lines.append(f"Compare with care: {name} is not the same in all runs: {', '.join(values)}.")
+        lines.append(f"Compare with care: {name} differs between runs: {', '.join(values)}.")
     return lines
 
 
 def _of_the_best(results: Results) -> str:
     best = results.best
     if best is None or best.difference is None:
-        return "No run can be compared yet: it and the baseline of its seed must both be finished."
+        return "Nothing to compare yet: a run and the baseline of its seed must both be finished."
     difference, tried = best.difference, results.as_often_tried
     seeds = f"{difference.n} seed" + ("" if difference.n == 1 else "s")
-    among = f" of the {len(tried)} settings that {seeds} tried" if len(tried) > 1 else ""
+    among = f" among {len(tried)} settings with {seeds}" if len(tried) > 1 else ""
     found = (
         f"Lowest loss against the baseline{among}: lambda {best.coeff:g}, alpha {best.alpha:g}, "
         f"{_with_interval(difference, '+.4f')}."
@@ -92,10 +92,10 @@ def _of_the_best(results: Results) -> str:
     if difference.mean >= 0:
         return f"{found} No setting is below the baseline."
     if difference.low is None or difference.high is None:
-        return f"{found} With one seed nobody knows how much of it is chance: add --seeds."
+        return f"{found} One seed does not show how much of it is chance: add --seeds."
     if difference.low <= 0 <= difference.high:
-        return f"{found} The interval contains 0: not told apart from the baseline."
-    chosen = " The best of several looks better than it is: confirm it with new seeds." if among else ""
+        return f"{found} The interval contains 0: the data show no difference to the baseline."
+    chosen = " It was chosen as the best, so it looks too good. Confirm it with new seeds." if among else ""
     return f"{found} The interval does not contain 0.{chosen}"
 
 

@@ -1,4 +1,4 @@
-"""What a sweep has found so far: each finished run against the baseline of its seed, and over the seeds."""
+"""The results of a sweep so far: each finished run against the baseline of its seed, and over the seeds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions
 from jreg_megatron.sweep.grid import Sweep, SweepRun
 
-# Arguments that differ between runs of one sweep, or between two starts of a run. What a start finds out
-# (the iteration it goes on from, the rank that writes) is no setting either.
+# Arguments that differ between the runs of a sweep, and values that a start finds out (the iteration from
+# which it resumes, the rank that writes).
 _OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
 _FOUND_OUT = {"iteration", "rank", "local_rank", "consumed_train_samples", "consumed_valid_samples"}
 _FOUND_OUT |= {"skipped_train_samples", "num_floating_point_operations_so_far", "nodes", "hostname"}
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def differences(self) -> dict[int, float]:
-        """Last validation loss less that of the baseline with the same seed, where both are finished."""
+        """Last validation loss minus that of the baseline of the same seed, where both are finished."""
         return {
             seed: loss - self.baselines[seed].validation_loss[-1]
             for seed, loss in self.losses.items()
@@ -76,20 +76,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a report shows."""
+    """All that a report shows."""
 
     sweep: Sweep
     histories: dict[SweepRun, History]
     """The runs that count."""
     left_out: dict[str, str]
-    """Why each of the others does not, by the run's name."""
+    """Why the other runs do not count, by name."""
 
     @classmethod
     def read(cls, sweep: Sweep) -> Results:
-        """Read the runs that are finished.
+        """Read the finished runs.
 
         Raises:
-            UserError: if none is.
+            UserError: if no run is finished.
         """
         histories, left_out = {}, {}
         for run in sweep.runs:
@@ -105,7 +105,7 @@ class Results:
                     del histories[run]
         if not histories:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-            raise UserError(f"nothing to show in {sweep.output} yet ({why})")
+            raise UserError(f"{sweep.output} has no finished run yet ({why}); wait for one")
         return cls(sweep, histories, left_out)
 
     @property
@@ -115,7 +115,7 @@ class Results:
 
     @property
     def final_state(self) -> str:
-        """Which state counts as the last layer's output: ``pre_norm`` or ``post_norm``."""
+        """The state that counts as the last layer's output: ``pre_norm`` or ``post_norm``."""
         history = next(iter(self.histories.values()))
         return history.settings.get("jreg_final_state", JRegConfig().final_state)
 
@@ -154,7 +154,7 @@ class Results:
 
     @cached_property
     def as_often_tried(self) -> list[Setting]:
-        """The settings that most seeds have compared with the baseline."""
+        """The settings with the most seeds whose baseline is finished too."""
         most = max((s.difference.n for s in self.settings if s.difference), default=0)
         return [s for s in self.settings if s.difference and s.difference.n == most]
 
@@ -167,7 +167,7 @@ class Results:
 
     @cached_property
     def disagreements(self) -> dict[str, list[str]]:
-        """Arguments of Megatron, beside those swept, that are not the same in all runs, with their values."""
+        """Megatron's arguments that differ between runs though the sweep does not set them; their values."""
         all_settings = [history.settings for history in self.histories.values() if history.settings]
         names = {name for settings in all_settings for name in settings} - _OWN - _FOUND_OUT
         values = {name: sorted({s.get(name, "not given") for s in all_settings}) for name in sorted(names)}
@@ -214,10 +214,10 @@ class Results:
 
 
 def _read(sweep: Sweep, run: SweepRun) -> History:
-    """A finished run's history.
+    """The history of a finished run.
 
     Raises:
-        UserError: saying why the run does not count.
+        UserError: with the reason why the run does not count.
     """
     if not sweep.is_finished(run):
         raise UserError("unfinished" if sweep.log(run).exists() else "not started")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import count, groupby
 
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.sweep.grid import Sweep
@@ -16,11 +17,11 @@ TASK = "SLURM_ARRAY_TASK_ID"
 
 
 def command(sweep: Sweep, options: str) -> list[str]:
-    """``sbatch`` for the runs that are not finished; a task's number is its run's place in ``sweep.json``.
+    """``sbatch`` for the unfinished runs; the number of a task is the place of its run in ``sweep.json``.
 
     Args:
-        sweep: what to train.
-        options: further options of sbatch, as a shell would take them; they win over ours.
+        sweep: the sweep to train.
+        options: more options of sbatch, quoted as for a shell; they override ours.
 
     Raises:
         UserError: if the options have an open quote, or the recipe has no ``slurm.sh`` beside it.
@@ -42,30 +43,28 @@ def command(sweep: Sweep, options: str) -> list[str]:
 
 
 def check() -> None:
-    """Refuse a machine that no job can be submitted from.
-
-    Raises:
-        UserError: if there is no sbatch.
+    """Raises:
+    UserError: if this machine has no sbatch.
     """
     if shutil.which("sbatch") is None:
         raise UserError("--slurm needs sbatch, which is not on PATH; run this on a login node of the cluster")
 
 
 def submit(words: Sequence[str]) -> str:
-    """Hand the array to Slurm; returns what sbatch says.
+    """Submit the array to Slurm; returns the words of sbatch.
 
     Raises:
-        UserError: if it refuses.
+        UserError: if sbatch refuses.
     """
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or "it says nothing"
+        said = " ".join(done.stderr.split()) or "without a message"
         raise UserError(f"sbatch refuses the array with status {done.returncode}: {said}")
     return done.stdout.strip()
 
 
 def task_number() -> int:
-    """The number of the array's task that this process belongs to.
+    """The number of this process's task in the array.
 
     Raises:
         UserError: outside an array.
@@ -73,17 +72,13 @@ def task_number() -> int:
     text = os.environ.get(TASK, "")
     if not text.isdecimal():
         raise UserError(
-            f"--only has no number, and {TASK} is {text or 'not set'}; name a run, as in --only 3"
+            f"--only has no number, and {TASK} is {text or 'not set'}; name a run, such as --only 3"
         )
     return int(text)
 
 
 def _as_ranges(numbers: Sequence[int]) -> str:
     """Rising numbers as Slurm writes them: ``0-3,7``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    places = count()
+    parts = [list(part) for _, part in groupby(numbers, lambda number: number - next(places))]
+    return ",".join(f"{part[0]}-{part[-1]}" if part[1:] else str(part[0]) for part in parts)
