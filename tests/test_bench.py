@@ -11,9 +11,12 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_steps
@@ -25,14 +28,14 @@ from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import growth, megatron, options, results, step, step_run, table
+from jreg_megatron.bench import counting, growth, megatron, options, results, step, step_run, table
 from jreg_megatron.bench.__main__ import main
-from jreg_megatron.bench.counting import Counts
+from jreg_megatron.bench.counting import Busy, Counts
 from jreg_megatron.bench.names import KINDS, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.shapes import SHAPES, find_shape
-from jreg_megatron.bench.step import InterleavedSteps, Measured, summarize
-from jreg_megatron.bench.variants import kind_of_step
+from jreg_megatron.bench.step import Measured, Task, summarize
+from jreg_megatron.bench.variants import Variant, kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.methods.jreg.settings import JRegConfig
@@ -41,20 +44,21 @@ ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"
 RESULTS = ROOT / "jreg_megatron/bench/results"
 KEPT = sorted(RESULTS.glob("*.json"))
+WHOLE = ("--rounds", "10", "--count")
 
 
 def measured(folder: Path, *argv: str, ranks: int = 1, entry: str = ENTRY) -> tuple[dict[str, Any], Finished]:
-    """The document and the output of one log interval of a tiny model's steps."""
+    """The document and the output of a tiny model's steps."""
     path = folder / "step.json"
-    words = ["step", *bench_steps.TINY, "--rounds", "1", "--json", path, *argv]
+    words = ["step", *bench_steps.TINY, "--json", path, *argv]
     finished = run_ranks(words, ranks, entry=entry)
     return json.loads(path.read_text()), finished
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Finished]:
-    """A whole run on one rank."""
-    return measured(tmp_path_factory.mktemp("one"))
+    """A whole run of one log interval on one rank."""
+    return measured(tmp_path_factory.mktemp("one"), *WHOLE)
 
 
 # The host
@@ -89,11 +93,9 @@ def test_every_way_but_the_unmodified_has_a_ratio_and_its_spread(
     step = one_rank[0]["step"]
     assert set(step["ratio"]) == set(step["spread"]) == set(WAYS) - {"unmodified"}
     for name, ratio in step["ratio"].items():
-        interval = step["spread"][name]["confidence_95"]
-        assert (interval is None) == (step["spread"][name]["steps"] < 10)
-        assert interval is None or 0 < interval[0] <= interval[1]
-        assert ratio > 0
-    assert {name for name, of in step["spread"].items() if of["confidence_95"]} == {"measure", "jreg"}
+        low, high = step["spread"][name]["confidence_95"]
+        assert 0 < low <= high and ratio > 0
+        assert step["spread"][name]["steps"] == 10
 
 
 def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
@@ -109,7 +111,7 @@ def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their
         places = [i for i, name in enumerate(names) if name == way]
         ratios = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in places]
         assert step["ratio"][way] == pytest.approx(statistics.median(ratios))
-        assert step["spread"][way]["steps"] == len(ratios) == 3
+        assert step["spread"][way]["steps"] == len(ratios) == 10
 
 
 def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
@@ -121,7 +123,7 @@ def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
     for way in ("measure", "jreg"):
         own = ratios[names[1:-1] == way]
         assert len(own) == 10
-        expected = 0.9 * np.median(own[:9]) + 0.1 * own[9]
+        expected = 0.9 * np.median(own[1:]) + 0.1 * own[0]
         assert step["ratio"][way] == pytest.approx(expected)
         assert step["kernels"][way]["logging"] > step["kernels"][way]["ordinary"]
     assert step["kernels"]["measure"]["ordinary"] == step["kernels"]["unmodified"]["ordinary"]
@@ -142,9 +144,7 @@ def test_jreg_waits_and_communicates_in_no_ordinary_step_and_reduces_once_where_
 
 def test_a_result_tells_what_made_it(one_rank: tuple[dict[str, Any], Finished]) -> None:
     document, _ = one_rank
-    assert document["command"] == " ".join(
-        ["python -m jreg_megatron.bench step", *bench_steps.TINY, "--rounds 1"]
-    )
+    assert document["command"] == " ".join(["python -m jreg_megatron.bench step", *bench_steps.TINY, *WHOLE])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", document["date"])
     assert {"torch", "megatron-core", "jreg_megatron"} <= set(document["versions"])
     assert document["machine"]["cores"] >= 1
@@ -168,7 +168,9 @@ def test_the_table_has_every_way_and_nothing_of_what_megatron_prints(
 
 def test_what_a_way_does_more_shows_in_its_ratio_and_in_no_other(tmp_path: Path) -> None:
     document, _ = measured(
-        tmp_path, "--ways", "unmodified_again,measure,jreg", entry="bench_steps:jreg_twice_as_slow"
+        tmp_path,
+        *("--ways", "unmodified_again,measure,jreg", "--rounds", "5"),
+        entry="bench_steps:jreg_twice_as_slow",
     )
     step = document["step"]
     plain = step["median_seconds"]["unmodified"]
@@ -194,7 +196,9 @@ def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_w
 
 
 def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_path: Path) -> None:
-    document, _ = measured(tmp_path, "--pp", "2", "--ways", "jreg,naive", "--dtype", "bf16", ranks=2)
+    document, _ = measured(
+        tmp_path, *"--pp 2 --ways jreg,naive --dtype bf16 --rounds 1 --count".split(), ranks=2
+    )
     step = document["step"]
     assert list(step["ratio"]) == ["jreg"]
     assert "naive is left out" in step["notes"][0]
@@ -209,7 +213,7 @@ def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_pat
 def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(tmp_path: Path) -> None:
     batch, sequence, width, in_flight = 4, 64, 64, 2
     shape = f"--pp 2 --layers 4 --width {width} --sequence {sequence} --micro-batch {batch} --micro-batches 4"
-    all_weighted = "--seconds 0.1 -- --jreg-alpha 0".split()
+    all_weighted = "--rounds 1 --count -- --jreg-alpha 0".split()
     document, _ = measured(tmp_path, *shape.split(), "--ways", "jreg", *all_weighted, ranks=2)
     peak = document["step"]["peak_bytes"]
     first, last = (
@@ -227,7 +231,6 @@ def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_fli
 
 def test_kernels_collectives_reads_and_peak_memory_of_a_step_are_counted() -> None:
     (found,) = run_function(bench_steps.counted, 1)
-    assert found["result"] == 6.0
     assert found["collectives"] == 2
     assert found["synchronisations"] == 2
     # Two tensors of four MiB are alive at a time.
@@ -362,24 +365,128 @@ def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
 
 
-@pytest.mark.parametrize(("interval", "rounds"), [(100, 3), (10, 3), (1, 2)])
+def ran(task: Task, seconds: Callable[[], float] = lambda: 1.0) -> list[tuple[str, int]]:
+    """The ways and iterations of a task's timed steps, each of which takes ``seconds``."""
+    steps: list[tuple[str, int]] = []
+
+    def run(name: str, iteration: int, _: object) -> tuple[float, float]:
+        steps.append((name, iteration))
+        return seconds(), seconds()
+
+    config = task.config
+    found = Measured(config)
+    found.shares = {name: {"ordinary": 1.0} for name in ("unmodified", *task.ways)}
+    task._time(found, dict.fromkeys(found.shares, Variant()), run)
+    return steps
+
+
+@pytest.mark.parametrize("interval", [100, 10, 1])
 def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
-    interval: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+    interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "_any_rank", bool)
+    monkeypatch.setattr(step, "_first_ranks", bool)
+    ways = [way for way in WAYS if way != "unmodified" and (interval > 1 or way != "jreg_every_step")]
     config = JRegConfig(coeff=0.1, measure_interval=interval)
-    ways = [way for way in WAYS if interval > 1 or way != "jreg_every_step"]
-    steps = InterleavedSteps(lambda: None, config, ways, rounds=1000, seconds=1e-9, on_step=lambda: None)
-    ran: list[tuple[str, int]] = []
-    monkeypatch.setattr(steps, "_timed", lambda _, name, iteration: ran.append((name, iteration)))
-    for _ in steps._timed_steps(dict.fromkeys(ways)):  # type: ignore[arg-type]
-        pass
-    assert {name for name, _ in ran} == set(ways)
-    for way in ("jreg", "measure"):
-        own = [iteration for name, iteration in ran if name == way]
-        assert len(own) == rounds
-        assert own[-1] % interval == 0
-        assert interval == 1 or all(iteration % interval for iteration in own[:-1])
+    steps = ran(Task(config, ways, 1000, time.monotonic(), False, True, lambda: None))
+    assert [name for name, _ in steps[::2]] == ["unmodified"] * (2 * len(ways) + 1)
+    for way in ways:
+        both = [iteration for name, iteration in steps if name == way]
+        assert [kind_of_step(config, iteration) for iteration in both] == [
+            "measures and logs",
+            "measures" if interval == 1 else "ordinary",
+        ]
+
+
+def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step, "_first_ranks", bool)
+    scattered = np.random.default_rng(0)
+    rounds = []
+    for scatter in (0.0, 0.005, 0.1):
+        task = Task(JRegConfig(coeff=0.1), ["jreg"], 100, time.monotonic() + 60, False, True, lambda: None)
+        steps = ran(task, lambda scatter=scatter: scattered.normal(1, scatter))
+        rounds.append(len(steps) // 2)
+    assert rounds[0] == 10 < rounds[1] < rounds[2] == 100
+
+
+def test_where_intervals_are_wide_the_table_says_too_few_rounds_to_tell() -> None:
+    wide = shown(document_of(summarize(ranks_that_need(BUSY, noise=0.1), by_processor_time=True)))
+    assert "Too few rounds to tell the ratio of unmodified_again, jreg within 1%: raise --seconds" in wide
+    assert "Too few" not in shown(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True)))
+
+
+@dataclass
+class Event:
+    """As the profiler records it, in nanoseconds."""
+
+    what: str
+    start: int
+    end: int
+    is_kernel: bool = False
+    is_span: bool = False
+
+    def name(self) -> str:
+        return self.what
+
+    def start_ns(self) -> int:
+        return self.start
+
+    def duration_ns(self) -> int:
+        return self.end - self.start
+
+    def device_type(self) -> Any:
+        return torch.autograd.DeviceType.CUDA if self.is_kernel else torch.autograd.DeviceType.CPU
+
+    def is_user_annotation(self) -> bool:
+        return self.is_span
+
+
+def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = [
+        Event("gemm", 0, 100_000_000, is_kernel=True),
+        Event("ncclDevKernel_AllReduce", 50_000_000, 150_000_000, is_kernel=True),
+        Event("Memcpy DtoH", 300_000_000, 310_000_000, is_kernel=True),
+        Event("nccl:all_reduce", 0, 900_000_000, is_kernel=True),
+        Event("a span of the user's", 0, 900_000_000, is_kernel=True, is_span=True),
+        Event("cudaLaunchKernel", 0, 900_000_000),
+        Event("cudaStreamSynchronize", 0, 20_000_000),
+        Event("cudaMemcpyAsync", 10_000_000, 30_000_000),
+    ]
+
+    @contextmanager
+    def profile(**_: Any) -> Iterator[Any]:
+        recorded = SimpleNamespace(events=lambda: events)
+        yield SimpleNamespace(profiler=SimpleNamespace(kineto_results=recorded))
+
+    monkeypatch.setattr(counting, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = counting.busy(lambda: time.sleep(0.2))
+    assert found.device == pytest.approx(0.16)
+    assert found.whole >= 0.2 and found.host == pytest.approx(found.whole - 0.03)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        (1.95, "something in 98% of an unmodified step, so a step waits for the device."),
+        (1.0, "something in 50% of an unmodified step, so a step waits for the host: Python and launches."),
+        (0.0, "The profiler saw nothing on the device"),
+    ],
+)
+def test_a_result_says_what_a_step_waits_for(device: float, says: str) -> None:
+    ranks = ranks_that_need(BUSY, BUSY, noise=0)
+    for number, rank in enumerate(ranks):
+        rank.busy = {way: [Busy(3.0, device * number, 1.5)] for way in BUSY}
+    found = summarize(ranks, by_processor_time=False)
+    assert found["busy"]["jreg"] == {"whole": 3.0, "device": device, "host": 1.5}
+    assert says in shown(document_of(found, ranks=2))
+    for rank in ranks:
+        rank.busy = {}
+    on_cpu = summarize(ranks, by_processor_time=True)
+    assert "Host and device are one here" in shown(document_of(on_cpu, ranks=2))
 
 
 def flags_of(words: list[str]) -> dict[str, str | None]:
@@ -555,7 +662,7 @@ REFUSED = {
     "-- --exit-duration-in-mins 1": "--exit-duration-in-mins would end",
     "-- --exit-signal-handler": "--exit-signal-handler would end",
     "-- --help": "--help would end",
-    "--rounds 100001": "--rounds is 100001; it must be in 1..100000",
+    "--rounds 10001": "--rounds is 10001; it must be in 1..10000",
     "--measure-interval 101": "--measure-interval is 101; it must be in 1..100",
     "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
     "--ways jreg_every_step --measure-interval 1": "--ways is jreg_every_step, but with --measure-interval 1",
@@ -617,7 +724,7 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
 
     monkeypatch.setattr(megatron, "train", full)
     with pytest.raises(UserError, match=r"does not fit \(CUDA out of memory\); give less --layers or"):
-        step_run._measure(default_setup(), on_cpu=True, is_quiet=True, is_verbose=False)
+        step_run._measure(default_setup(), 0.0, on_cpu=True, is_quiet=True, is_verbose=False)
 
 
 def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
@@ -637,13 +744,10 @@ def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_
     assert megatron.notes(on_cpu=False) == []
 
 
-def test_training_that_ends_before_all_is_measured_is_a_users_mistake(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    setup = default_setup()
-    monkeypatch.setattr(megatron, "train", lambda _, stand_in: stand_in(None))
-    with pytest.raises(UserError, match="ended the training before all was measured, after 0 timed steps"):
-        step_run._measure(setup, on_cpu=True, is_quiet=True, is_verbose=False)
+def test_steps_that_fp16s_loss_scale_skips_are_not_measured_and_those_alone_are_refused() -> None:
+    ((said, skipped),) = run_function(bench_steps.skipped_alone, 1)
+    assert skipped == [1, 1, 1]
+    assert said.startswith("Megatron ended the training before anything was measured; leave out what ends it")
 
 
 @pytest.mark.parametrize(
@@ -716,16 +820,6 @@ def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
     for process in left:
         process.kill()
     assert left == []
-
-
-def test_where_the_profiler_sees_no_kernel_the_table_says_so(
-    one_rank: tuple[dict[str, Any], Finished],
-) -> None:
-    assert "CUPTI" not in shown(one_rank[0])
-    blind = json.loads(json.dumps(one_rank[0]))
-    for kinds in blind["step"]["kernels"].values():
-        kinds.update({kind: [0 for _ in ranks] for kind, ranks in kinds.items()})
-    assert "The profiler saw no kernel, so kernels and synchronisations are not" in shown(blind)
 
 
 def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:

@@ -54,9 +54,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=45,
+        default=75,
         metavar="S",
-        help="of timed steps at each size, beside half a minute to start (default: %(default)g)",
+        help="for each size, its start too (default: %(default)g)",
     )
     parser.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
 
@@ -171,7 +171,8 @@ def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
 
 def _words(point: Point, args: Namespace, on_cpu: bool) -> list[str]:
     """The options of ``bench step`` at a point."""
-    words = ["--model", args.model, "--seconds", str(args.seconds), "--ways", f"{MEASURE},{JREG}"]
+    words = ["--model", args.model, "--seconds", str(args.seconds), "--count"]
+    words += ["--ways", f"{MEASURE},{JREG}"]
     for name in ("micro_batch", "micro_batches", "dtype"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

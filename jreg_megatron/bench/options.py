@@ -18,7 +18,7 @@ COEFF, ALPHA = 1.0, 1.0
 DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 
 # Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
-_MOST_ROUNDS, _LONGEST_INTERVAL = 100_000, 100
+_MOST_ROUNDS, _LONGEST_INTERVAL = 10_000, 100
 
 # What this tool sets by its own options.
 _OWN = {
@@ -63,7 +63,7 @@ class Setup:
     config: JRegConfig
     ways: tuple[str, ...]
     rounds: int
-    seconds: float
+    counts: bool
     megatron_arguments: tuple[str, ...]
     """More of the user's."""
 
@@ -131,20 +131,25 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         help=f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
     )
     run.add_argument(
-        "--rounds",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="at most N rounds, rounded up to whole log and measure intervals. In a round run measure, jreg "
-        "and one of the other ways, and the unmodified step before and after each (default: %(default)s)",
-    )
-    run.add_argument(
         "--seconds",
         type=float,
-        default=160,
+        default=150,
         metavar="S",
-        help="after so long no round is begun but those in which each way has its first turn "
-        "(default: %(default)g). Starting, warming up and counting come on top",
+        help="the run ends about so long after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run however long they take",
+    )
+    run.add_argument(
+        "--rounds",
+        type=int,
+        default=300,
+        metavar="N",
+        help="at most N rounds. In a round each way runs once, with the unmodified step before and after it "
+        "(default: %(default)s)",
+    )
+    run.add_argument(
+        "--count",
+        action="store_true",
+        help="count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
     )
     run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
     run.add_argument(
@@ -174,12 +179,11 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
     """
     shape = _shape(args)
     for name in ("tp", "pp", "cp", "measure_interval", "rounds"):
-        _require_at_least_one(name, getattr(args, name))
+        require_at_least_one(name, getattr(args, name))
     for name, most in (("rounds", _MOST_ROUNDS), ("measure_interval", _LONGEST_INTERVAL)):
         if (value := getattr(args, name)) > most:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in 1..{most}")
-    if not 0 < args.seconds < 86400:
-        raise UserError(f"--seconds is {args.seconds:g}; it must be above 0 and below a day")
+    check_seconds(args.seconds)
     parts = args.tp * args.pp * args.cp
     if world_size % parts:
         raise UserError(
@@ -211,7 +215,7 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
         config=config,
         ways=tuple(_ways(args)),
         rounds=args.rounds,
-        seconds=args.seconds,
+        counts=args.count,
         megatron_arguments=tuple(rest),
     )
     ways, notes = setup.ways_and_notes()
@@ -274,7 +278,7 @@ def _shape(args: Namespace) -> Shape:
         "micro_batches": ("micro_batches", args.micro_batches),
     }
     for option, value in changes.values():
-        _require_at_least_one(option, value)
+        require_at_least_one(option, value)
     if args.width is not None:
         if args.width % (2 * shape.num_attention_heads):
             raise UserError(
@@ -308,6 +312,13 @@ def _jreg(args: Namespace, more: list[str]) -> tuple[JRegConfig, list[str]]:
     return config, rest
 
 
-def _require_at_least_one(option: str, value: int | None) -> None:
+def require_at_least_one(option: str, value: int | None) -> None:
+    """Refuse a number below 1; None passes."""
     if value is not None and value < 1:
         raise UserError(f"--{option.replace('_', '-')} is {value}; it must be >= 1")
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse what is no time to measure for."""
+    if not 0 < seconds < 86400:
+        raise UserError(f"--seconds is {seconds:g}; it must be above 0 and below a day")
