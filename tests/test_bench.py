@@ -13,7 +13,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from typing import Any
 
 import bench_steps
 import numpy as np
+import on_gpu
 import psutil
 import pytest
 import torch
@@ -195,33 +196,38 @@ def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_w
     assert (jreg - naive).norm() < 1e-4 * added.norm()
 
 
-def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_path: Path) -> None:
-    document, _ = measured(
-        tmp_path, *"--pp 2 --ways jreg,naive --dtype bf16 --rounds 1 --count".split(), ranks=2
-    )
-    step = document["step"]
-    assert list(step["ratio"]) == ["jreg"]
-    assert "naive is left out" in step["notes"][0]
-    assert step["layout"] == {"ranks": 2, "tensor": 1, "pipeline": 2, "context": 1}
-    for way, least in (("jreg", 1), ("unmodified", 0)):
-        first, last = step["kernels"][way]["ordinary"]
-        plain_first, plain_last = step["kernels"]["unmodified"]["ordinary"]
-        assert first >= plain_first
-        assert last >= plain_last + least, "the last stage's layers have the weight"
+BATCH, SEQUENCE, WIDTH = 4, 64, 64
 
 
-def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(tmp_path: Path) -> None:
-    batch, sequence, width, in_flight = 4, 64, 64, 2
-    shape = f"--pp 2 --layers 4 --width {width} --sequence {sequence} --micro-batch {batch} --micro-batches 4"
-    all_weighted = "--rounds 1 --count -- --jreg-alpha 0".split()
-    document, _ = measured(tmp_path, *shape.split(), "--ways", "jreg", *all_weighted, ranks=2)
-    peak = document["step"]["peak_bytes"]
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Figures of two pipeline stages, all of whose layers have a gradient."""
+    shape = f"--pp 2 --layers 4 --width {WIDTH} --sequence {SEQUENCE} --micro-batch {BATCH} --micro-batches 4"
+    words = f"{shape} --ways jreg,naive --rounds 1 --count -- --jreg-alpha 0".split()
+    step: dict[str, Any] = measured(tmp_path_factory.mktemp("two"), *words, ranks=2)[0]["step"]
+    return step
+
+
+def test_pipeline_stages_are_measured_together_and_without_the_naive_way(two_stages: dict[str, Any]) -> None:
+    assert list(two_stages["ratio"]) == ["jreg"]
+    assert "naive is left out" in two_stages["notes"][0]
+    assert two_stages["layout"] == {"ranks": 2, "tensor": 1, "pipeline": 2, "context": 1}
+    kernels = two_stages["kernels"]
+    for more, plain in zip(kernels["jreg"]["ordinary"], kernels["unmodified"]["ordinary"], strict=True):
+        assert more > plain > 0
+    assert all(len(two_stages["steps"][clock]) == 2 for clock in ("wall", "processor"))
+
+
+def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(
+    two_stages: dict[str, Any],
+) -> None:
+    peak, in_flight = two_stages["peak_bytes"], 2
     first, last = (
         more - without
         for more, without in zip(peak["jreg"]["ordinary"], peak["unmodified"]["ordinary"], strict=True)
     )
-    tokens, layers = batch * sequence, 2
-    state, beside, profiler = 4 * tokens * width, 16 * tokens * layers, 8192
+    tokens, layers = BATCH * SEQUENCE, 2
+    state, beside, profiler = 4 * tokens * WIDTH, 16 * tokens * layers, 8192
     assert in_flight * state - profiler <= first <= (in_flight + 1) * state + beside + profiler
     assert abs(last) <= profiler, "its highest is at the loss, before the first gradient"
 
@@ -275,7 +281,7 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
 @pytest.mark.parametrize("interval", [1, 2, 7, 10, 20])
 def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(interval: int) -> None:
     config = JRegConfig(measure_interval=interval)
-    rank = Measured(config, counts={"unmodified": COUNTS, "jreg": COUNTS})
+    rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
     rank.shares["jreg"] = step.shares_of_kinds(config, lambda iteration: kind_of_step(config, iteration))
     costs = {"ordinary": 0.02, "measures": 0.05, "logs": 0.1, "measures and logs": 0.2}
     whole = step.whole_rounds(config)
@@ -300,7 +306,7 @@ def ranks_that_need(
     generator = np.random.default_rng(2)
     made = []
     for number, of_rank in enumerate(seconds):
-        rank = Measured(JRegConfig(measure_interval=10), counts=dict.fromkeys(of_rank, COUNTS))
+        rank = Measured(counts=dict.fromkeys(of_rank, COUNTS))
         ways = [way for way in of_rank if way != "unmodified"]
         rank.names = ["unmodified", *(name for way in ways * 50 for name in (way, "unmodified"))]
         rank.kinds = ["ordinary"] * len(rank.names)
@@ -373,8 +379,7 @@ def ran(task: Task, seconds: Callable[[], float] = lambda: 1.0) -> list[tuple[st
         steps.append((name, iteration))
         return seconds(), seconds()
 
-    config = task.config
-    found = Measured(config)
+    found = Measured()
     found.shares = {name: {"ordinary": 1.0} for name in ("unmodified", *task.ways)}
     task._time(found, dict.fromkeys(found.shares, Variant()), run)
     return steps
@@ -469,24 +474,64 @@ def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
 
 
 @pytest.mark.parametrize(
-    ("device", "says"),
+    ("device", "waits_for", "says"),
     [
-        (1.95, "something in 98% of an unmodified step, so a step waits for the device."),
-        (1.0, "something in 50% of an unmodified step, so a step waits for the host: Python and launches."),
-        (0.0, "The profiler saw nothing on the device"),
+        (1.95, "device", "A step waits for the device."),
+        (1.0, "host", "A step waits for the host: Python and launches."),
+        (0.0, "unknown", "The profiler saw nothing on the device"),
     ],
 )
-def test_a_result_says_what_a_step_waits_for(device: float, says: str) -> None:
+def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says: str) -> None:
     ranks = ranks_that_need(BUSY, BUSY, noise=0)
     for number, rank in enumerate(ranks):
         rank.busy = {way: [Busy(3.0, device * number, 1.5)] for way in BUSY}
     found = summarize(ranks, by_processor_time=False)
+    assert found["waits_for"] == waits_for
     assert found["busy"]["jreg"] == {"whole": 3.0, "device": device, "host": 1.5}
-    assert says in shown(document_of(found, ranks=2))
+    text = shown(document_of(found, ranks=2))
+    assert says in text
+    assert re.search(rf"^ +jreg +1\.0000 .* {device:.4g} +1\.5 *$", text, re.MULTILINE)
     for rank in ranks:
         rank.busy = {}
     on_cpu = summarize(ranks, by_processor_time=True)
+    assert on_cpu["waits_for"] == "one"
     assert "Host and device are one here" in shown(document_of(on_cpu, ranks=2))
+
+
+def test_on_a_gpu_each_way_is_looked_at_and_no_more_steps_run_than_there_are_data_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = [way for way in WAYS if way != "unmodified"]
+    on: list[str] = []
+
+    class Named(Variant):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @contextmanager
+        def on(self, iteration: int) -> Iterator[None]:
+            on.append(self.name)
+            yield
+            on.append("off")
+
+    def look(run: Callable[[], None]) -> Busy:
+        run()
+        return Busy(3.0, 2.0, 1.0)
+
+    monkeypatch.setattr(step, "make_variants", lambda *_: {name: Named(name) for name in WAYS})
+    monkeypatch.setattr(step, "busy", look)
+    monkeypatch.setattr(step, "count", lambda run: run() or Counts(1, 2, 3, 4))
+    monkeypatch.setattr(step, "_seconds", lambda run: run() or (1.0, 1.0))
+    monkeypatch.setattr(step, "_first_ranks", lambda _: False)
+    given, steps = [object() for _ in range(5)], []
+    task = Task(JRegConfig(coeff=0.1, measure_interval=10), ways, 3, math.inf, True, False, lambda: None)
+    found = task.run(lambda *of_step, **_: steps.append((on[-1], *of_step)), *given, iteration=1)
+    assert all(of_step == given for _, *of_step in steps), "Megatron's own arguments"
+    assert [name for name, *_ in steps] == on[::2], "each step runs while its way is on"
+    assert found.busy == {way: [Busy(3.0, 2.0, 1.0)] * 2 for way in WAYS}
+    assert found.counts == {way: dict.fromkeys(KINDS, Counts(1, 2, 3, 4)) for way in WAYS}
+    assert len(found.names) == 1 + 2 * 3 * len(ways)
+    assert len(steps) <= step.most_steps(3)
 
 
 def flags_of(words: list[str]) -> dict[str, str | None]:
@@ -530,11 +575,9 @@ def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
 # Growth
 
 
-def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, Any], Finished]) -> None:
-    step = one_rank[0]["step"] | {
-        "median_seconds": {"unmodified": 2.0},
-        "ratio": {"measure": 1.001, "jreg": 1.01},
-        "spread": {"measure": {"confidence_95": [0.9, 1.1]}, "jreg": {"confidence_95": [1.0, 1.02]}},
+def test_costs_are_what_is_beyond_the_unmodified_step() -> None:
+    step = {
+        "tokens": 32,
         "peak_bytes": {
             "unmodified": {"ordinary": [1000, 5000], "logging": [1000, 5000]},
             "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
@@ -546,15 +589,11 @@ def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, 
             "jreg": {"ordinary": [13, 20], "logging": [17, 26]},
         },
     }
-    found = growth.costs(step)
-    assert found["jreg"]["milliseconds"] == pytest.approx(20)
-    assert found["jreg"]["milliseconds_95"] == pytest.approx([0, 40])
-    assert found["jreg"]["bytes"] == 3840
-    assert found["measure"]["bytes"] == 100
-    assert found["measure"]["kernels"] == [0, 4]
-    assert found["jreg"]["kernels"] == [3, 7]
-    step["spread"]["jreg"]["confidence_95"] = None
-    assert growth.costs(step)["jreg"]["milliseconds_95"] is None
+    assert growth.costs(step) == {
+        "tokens": 32,
+        "measure": {"bytes": 100, "kernels": [0, 4]},
+        "jreg": {"bytes": 3840, "kernels": [3, 7]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -594,7 +633,7 @@ def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
 @pytest.mark.slow
 def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
     path = tmp_path / "growth.json"
-    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1 --seconds 0.1"
+    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1"
     command = [sys.executable, "-m", "jreg_megatron.bench", "growth", *axes.split(), "--json", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     points = json.loads(path.read_text())["growth"]["points"]
@@ -602,7 +641,58 @@ def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
         *(("layers", 2), ("layers", 4), ("sequence", 16), ("sequence", 32), ("stages", 1), ("stages", 2))
     ]
     assert points[3]["tokens"] == 32
-    assert "of peak memory" in run.stdout
+    assert "peak MiB" in run.stdout
+
+
+# All that a GPU has to show
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DATA", raising=False)
+
+    def forked(part: on_gpu.Part, output: Path, seconds: float) -> int:
+        """In a process that has imported Megatron."""
+        words = ["-m", *part.words]
+        if part.words[0].endswith(".sh"):
+            environment = os.environ | part.environment | {"PYTHON": "echo"}
+            echoed = subprocess.run(part.words, env=environment, capture_output=True, text=True, check=True)
+            words = echoed.stdout.splitlines()[-1].split()
+        finished = run_ranks(words[2:], entry=f"{words[1]}.__main__:main", check=False, timeout=120)
+        output.write_text(finished.output[0])
+        return finished.status[0]
+
+    assert on_gpu.run(tmp_path, is_toy=True, start=forked) == 0, capsys.readouterr().out
+    names = ["selftest", "kernel", "host", "step_170m", "step_1b", "step_34b", "recipe_170m"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["part"] for row in summary] == names
+    for row in summary:
+        assert row["is_fine"] and (tmp_path / row["result"]).stat().st_size > 100
+        if row["result"].endswith(".json"):
+            assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_cpu_{row['part']}\.json", row["result"])
+            shown(results.read(str(tmp_path / row["result"])))
+    assert "passed, 0 failed" in (tmp_path / "selftest.log").read_text()
+    log = (tmp_path / "recipe_170m.log").read_text()
+    assert "nproc-per-node 1" in log and "--train-iters 1907" in log
+
+
+def test_a_part_for_a_gpu_that_takes_too_long_is_ended_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeper = tmp_path / "sleeper.sh"
+    sleeper.write_text("#!/bin/sh\ntrap '' TERM\necho begun\nsleep 60 &\nwait\nsleep 60\n")
+    sleeper.chmod(0o755)
+    slow = on_gpu.Part("slow", 1.0, [str(sleeper)])
+    monkeypatch.setattr(on_gpu, "GRACE", 1)
+    monkeypatch.setattr(on_gpu, "parts", lambda *_: [slow, replace(slow, name="late", seconds=60)])
+    began = time.monotonic()
+    assert on_gpu.run(tmp_path / "results", is_toy=True, seconds=4) == 1
+    assert time.monotonic() - began < 8
+    slow_row, late_row = json.loads((tmp_path / "results/summary.json").read_text())
+    assert (slow_row["status"], late_row["status"]) == (-9, -9) or late_row["status"] is None
+    assert (tmp_path / "results/slow.log").read_text() == "begun\n"
+    assert "FAILED, status -9" in capsys.readouterr().out
 
 
 # What users see
@@ -807,7 +897,7 @@ def test_what_is_one_process_is_refused_under_torchrun(
 
 
 def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
-    axes = "--layers 1,2 --width none --sequence none --stages none --seconds 60".split()
+    axes = "--layers 1,2 --width none --sequence none --stages none".split()
     command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", *axes, "--quiet"]
     with subprocess.Popen(command, cwd=tmp_path) as growing:
         steps: list[psutil.Process] = []
@@ -851,7 +941,6 @@ def test_a_mistaken_axis_of_growth_is_refused(
     [
         ("--stages 1,3", "no step can be run at stages 3: --pp is 3, which does not divide the 8 layers"),
         ("--width 64,100", "no step can be run at width 100: --width is 100; it must be a multiple of 8"),
-        ("--seconds nan", "--seconds is nan"),
         ("--layers 2,4 -- --exit-interval 9", "--exit-interval would end"),
         ("--dtype fp64", "invalid choice: 'fp64'"),
     ],

@@ -131,7 +131,7 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
         ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
-        ("--tune", "--tune times Triton's kernels, and there is no CUDA device here"),
+        ("--tune displacement", "--tune times Triton's kernels, and there is no CUDA device here"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, message: str) -> None:
@@ -150,25 +150,36 @@ def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: in
     assert width < 128 or len(tiles) > 8
 
 
-def tuned_in_interpreter() -> dict[str, Any]:
-    return kernel_run.tune(kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1), [100])
+def tuned_in_interpreter(kernel: str) -> dict[str, Any]:
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
+    return kernel_run.tune(sizes, [100], kernel)
 
 
-def test_tuning_times_both_kernels_with_every_tile_and_shows_the_one_in_use() -> None:
-    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter)))
+@pytest.mark.parametrize("name", ["displacement", "gradients"])
+def test_tuning_times_a_kernel_with_every_tile_and_shows_the_one_in_use(name: str) -> None:
+    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter, name)))
     assert figures["tuned"]
-    for tiles in figures["widths"]["100"]["tiles"].values():
-        assert len(tiles) == len(kernel_run.tiles_for(100))
-        assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
-        assert sum(tile["in_use"] for tile in tiles) == 1
-    text = printed(figures)
-    assert "gradients  in use" in text and "displacement  in use" in text
+    ((kernel, tiles),) = figures["widths"]["100"]["tiles"].items()
+    assert kernel == name and len(tiles) == len(kernel_run.tiles_for(100))
+    assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
+    assert sum(tile["in_use"] for tile in tiles) == 1
+    assert f"{name}  in use" in printed(figures)
 
 
 def test_tuning_with_no_tile_that_runs_says_why() -> None:
     sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
     with pytest.raises(UserError, match=r"no tile of width 100 runs here \(\w+: .*\); leave --tune out"):
-        kernel_run.tune(sizes, [100])  # without the interpreter Triton finds no device
+        kernel_run.tune(sizes, [100], "gradients")  # without the interpreter Triton finds no device
+
+
+def test_tuning_refuses_a_tile_with_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jreg_megatron.methods.jreg.kernels import fused
+
+    wrong = lambda *_: torch.zeros(2)  # noqa: E731
+    monkeypatch.setattr(fused.TritonKernels, "displacement", wrong)
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
+    with pytest.raises(UserError, match=r"displacement is wrong with Tile\(.*\) at width 100; report it"):
+        kernel_run.tune(sizes, [100], "displacement")
 
 
 class FakeEvent:

@@ -46,8 +46,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     run.add_argument(
         "--tune",
-        action="store_true",
-        help="instead, on a GPU: time the Triton kernels with tiles and warps of every size that makes sense",
+        choices=("displacement", "gradients"),
+        help="instead, on a GPU: time this Triton kernel with tiles and warps of every size that makes sense",
     )
 
 
@@ -81,7 +81,7 @@ def run(args: Namespace) -> dict[str, Any]:
     kernel_run.check_memory(sizes, max(widths))
     try:
         if args.tune:
-            return kernel_run.tune(sizes, widths)
+            return kernel_run.tune(sizes, widths, args.tune)
         return kernel_run.measure(sizes, widths, with_compile=not args.no_compile)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.kernels import Kernels, check, choose, refuse_fault
+from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager, refuse_fault
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient
 from jreg_megatron.runtime.errors import UserError
 
@@ -184,44 +184,43 @@ def _of_width(sizes: Sizes, tensors: Tensors, kernels: Kernels, ways: dict[str, 
     return {"rounds": len(seconds[JREG]), "kernels": of_kernels, "ways": of_ways}
 
 
-def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
-    """The Triton kernels with every tile that makes sense, by width, the fastest first."""
+def tune(sizes: Sizes, widths: list[int], kernel: str) -> dict[str, Any]:
+    """One of the Triton kernels with every tile that makes sense, by width, the fastest first."""
     from jreg_megatron.methods.jreg.kernels import fused
 
     by_width = {}
     for width in widths:
         tensors = Tensors(sizes, width)
-        moved = bytes_moved(tensors)
+        moved = bytes_moved(tensors)[kernel]
+        psi = eager.KERNELS.displacement(tensors.h_in.detach(), tensors.h_out.detach())
         runs: dict[Any, Callable[[], Any]] = {}
         why_not = ""
         for tile in tiles_for(width):
-            kernels = fused.TritonKernels(tile)
-            of_tile = _kernel_runs(kernels, tensors)
+            once = _kernel_runs(fused.TritonKernels(tile), tensors)[kernel]
             try:
-                check(kernels, sizes.device, width, sizes.dtype)
-                for once in of_tile.values():
-                    once()
-            except (UserError, torch.OutOfMemoryError):
+                found = once()
+            except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
                 refuse_fault(sizes.device)
                 why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
-            runs |= {(name, tile): once for name, once in of_tile.items()}
+            if not torch.allclose(getattr(found, "psi", found), psi, atol=1e-5):
+                raise UserError(f"{kernel} is wrong with {tile} at width {width}; report it")
+            runs[tile] = once
         if not runs:
             raise UserError(f"no tile of width {width} runs here ({why_not}); leave --tune out")
         seconds = interleaved(sizes, runs)
-        tiles: dict[str, list[dict[str, Any]]] = {}
-        for (name, tile), its in sorted(seconds.items(), key=lambda of: median(of[1])):
-            tiles.setdefault(name, []).append(
-                {
-                    **{"rows": tile.rows, "columns": tile.columns, "num_warps": tile.num_warps},
-                    "in_use": tile == fused.tile_for(width),
-                    **_times(its),
-                    "bytes_per_second": moved[name] / median(its),
-                }
-            )
-        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": tiles}
+        tiles = [
+            {
+                **{"rows": tile.rows, "columns": tile.columns, "num_warps": tile.num_warps},
+                "in_use": tile == fused.tile_for(width),
+                **_times(its),
+                "bytes_per_second": moved / median(its),
+            }
+            for tile, its in sorted(seconds.items(), key=lambda of: median(of[1]))
+        ]
+        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": {kernel: tiles}}
     return {**_about(sizes, fused.KERNELS.name, by_width, _notes(sizes)), "tuned": True}
 
 

@@ -66,9 +66,9 @@ def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
         "--max-position-embeddings": shape.sequence,
         "--micro-batch-size": shape.micro_batch,
         "--global-batch-size": shape.micro_batch * shape.micro_batches * setup.data_parallel,
-        "--tensor-model-parallel-size": setup.tensor_parallel,
-        "--pipeline-model-parallel-size": setup.pipeline_parallel,
-        "--context-parallel-size": setup.context_parallel,
+        "--tensor-model-parallel-size": setup.layout["tensor"],
+        "--pipeline-model-parallel-size": setup.layout["pipeline"],
+        "--context-parallel-size": setup.layout["context"],
         "--vocab-size": shape.vocab_size - 1,  # and one for the end of a document
         "--train-iters": steps,
         "--log-interval": _NEVER,
@@ -83,7 +83,7 @@ def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
     argv += ["--lr", "1e-6", "--lr-decay-style", "constant"]
     # The norm is taken as ever, but none is above this: else some steps would scale their gradients.
     argv += ["--clip-grad", "1e6"]
-    if shape.recipe and setup.tensor_parallel > 1:
+    if shape.recipe and setup.layout["tensor"] > 1:
         argv.append("--sequence-parallel")
     if not on_cpu:
         argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
@@ -56,42 +57,22 @@ class Setup:
 
     shape: Shape
     dtype: str
-    tensor_parallel: int
-    pipeline_parallel: int
-    context_parallel: int
-    world_size: int
+    layout: dict[str, int]
+    """``ranks``, and the sizes of ``tensor``, ``pipeline`` and ``context`` parallelism."""
     config: JRegConfig
-    ways: tuple[str, ...]
+    ways: list[str]
+    notes: list[str]
+    """Why others are left out."""
     rounds: int
     counts: bool
-    megatron_arguments: tuple[str, ...]
+    megatron_arguments: list[str]
     """More of the user's."""
-
-    def ways_and_notes(self) -> tuple[list[str], list[str]]:
-        """The ways that can be run, and why others cannot."""
-        why_not = self._why_no_naive()
-        if why_not is None or NAIVE not in self.ways:
-            return list(self.ways), []
-        return [way for way in self.ways if way != NAIVE], [f"{NAIVE} is left out: {why_not}."]
 
     @property
     def data_parallel(self) -> int:
         """Replicas of the model."""
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.shape.micro_batch * self.shape.sequence
-
-    def _why_no_naive(self) -> str | None:
-        if self.world_size > 1:
-            return "it needs the whole model and all tokens on one rank"
-        if any(word.startswith("--recompute") for word in self.megatron_arguments):
-            return "its hooks fire twice where layers are recomputed"
-        if self.config.final_state != "pre_norm" or self.config.tokens != "all":
-            return "it knows the state before the final norm and all tokens only"
-        return None
+        ranks, *parts = self.layout.values()
+        return ranks // math.prod(parts)
 
 
 def add_step_arguments(parser: ArgumentParser) -> None:
@@ -107,7 +88,7 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         ("--layers", "layers; by default the model's"),
         ("--width", "hidden size; a multiple of the model's heads. The feed-forward size grows with it"),
         ("--sequence", "tokens of a sequence; by default the model's"),
-        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 4 of 2,048)"),
+        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"),
         ("--micro-batches", "micro-batches of a step (demo: 2, else 4)"),
     ):
         model.add_argument(flag, type=int, metavar="N", help=of_what)
@@ -205,24 +186,34 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
             )
         if flag.startswith(_ENDING):
             raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
-    setup = Setup(
-        shape=shape,
-        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
-        tensor_parallel=args.tp,
-        pipeline_parallel=args.pp,
-        context_parallel=args.cp,
-        world_size=world_size,
-        config=config,
-        ways=tuple(_ways(args)),
-        rounds=args.rounds,
-        counts=args.count,
-        megatron_arguments=tuple(rest),
-    )
-    ways, notes = setup.ways_and_notes()
+    ways, notes = _ways(args), []
+    if NAIVE in ways and (why_not := _why_no_naive(world_size, config, rest)):
+        ways.remove(NAIVE)
+        notes.append(f"{NAIVE} is left out: {why_not}.")
     if not ways:
         why = " and ".join(note.rstrip(".") for note in notes) or "with --measure-interval 1 that is jreg"
         raise UserError(f"--ways is {args.ways}, but {why}; name another way too")
-    return setup
+    return Setup(
+        shape=shape,
+        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
+        layout={"ranks": world_size, "tensor": args.tp, "pipeline": args.pp, "context": args.cp},
+        config=config,
+        ways=ways,
+        notes=notes,
+        rounds=args.rounds,
+        counts=args.count,
+        megatron_arguments=rest,
+    )
+
+
+def _why_no_naive(world_size: int, config: JRegConfig, megatron_arguments: list[str]) -> str | None:
+    if world_size > 1:
+        return "it needs the whole model and all tokens on one rank"
+    if any(word.startswith("--recompute") for word in megatron_arguments):
+        return "its hooks fire twice where layers are recomputed"
+    if config.final_state != "pre_norm" or config.tokens != "all":
+        return "it knows the state before the final norm and all tokens only"
+    return None
 
 
 def _ways(args: Namespace) -> list[str]:

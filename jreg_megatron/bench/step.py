@@ -29,6 +29,8 @@ from jreg_megatron.methods.jreg.settings import JRegConfig
 
 FEWEST_ROUNDS = 2
 """In the first one all ways that measure do, in the second one none has to."""
+BUSY = 0.9
+"""The share of a step in which the device does something, from which on the step waits for the device."""
 ENOUGH = 0.0025
 """Half the width of an interval, from which on no more rounds are needed."""
 
@@ -59,7 +61,6 @@ def most_steps(rounds: int) -> int:
 class Measured:
     """What a rank has measured."""
 
-    config: JRegConfig
     names: list[str] = field(default_factory=list)
     """The way of each timed step, in the order in which they ran."""
     kinds: list[str] = field(default_factory=list)
@@ -113,7 +114,7 @@ class Task:
             self.on_step()
             return found
 
-        measured = Measured(self.config)
+        measured = Measured()
         for name, variant in variants.items():
             measured.shares[name] = shares_of_kinds(self.config, variant.kind)
         for iteration in (whole, 1):  # what is done once in a run is done here
@@ -204,8 +205,9 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
     Returns:
         ``ratio`` and ``spread`` by way, the latter of processor time of several ranks with the ``rank``
         that needs most more; ``wall``, the same of wall time; ``median_seconds`` on the slowest rank;
-        ``busy``, by way the seconds of :class:`Busy` on the rank that has most; counts by way, kind of step
-        and rank, if there are any; all ``steps``, with seconds by rank.
+        ``busy``, by way the seconds of :class:`Busy` on the rank that has most; ``waits_for``: "device" or
+        "host", "one" on a CPU, where they are one, or "unknown"; counts by way, kind of step and rank, if
+        there are any; all ``steps``, with seconds by rank.
     """
     first = measured[0]
     wall = np.array([each.wall for each in measured])
@@ -215,13 +217,16 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
     found = _of_ways(first, processor) if by_processor_time else by_wall
     names = np.array(first.names)
     counted = ("peak_bytes", "kernels", "collectives", "synchronisations") if first.counts else ()
+    medians = {name: float(np.median(seconds[names == name])) for name in first.shares}
+    busy = {name: _busiest([each.busy[name] for each in measured]) for name in first.busy}
     return {
         "ratio": {name: of_name["ratio"] for name, of_name in found.items()},
         "spread": {name: _without_ratio(of_name) for name, of_name in found.items()},
         "wall": by_wall,
         "clock": "processor" if by_processor_time else "wall",
-        "median_seconds": {name: float(np.median(seconds[names == name])) for name in first.shares},
-        "busy": {name: _busiest([each.busy[name] for each in measured]) for name in first.busy},
+        "median_seconds": medians,
+        "busy": busy,
+        "waits_for": _waits_for(busy[UNMODIFIED]["device"], medians[UNMODIFIED]) if busy else "one",
         **{what: _of_ranks(measured, what) for what in counted},
         "steps": {"variant": first.names, "wall": wall.tolist(), "processor": processor.tolist()},
     }
@@ -254,6 +259,12 @@ def _largest(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _without_ratio(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "ratio"}
+
+
+def _waits_for(device_seconds: float, seconds: float) -> str:
+    if not device_seconds:
+        return "unknown"  # the profiler saw nothing
+    return "device" if device_seconds >= BUSY * seconds else "host"
 
 
 def _busiest(of_ranks: Sequence[Sequence[Busy]]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def _measure(
         bar = tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True)
         task = Task(
             setup.config,
-            ways=setup.ways_and_notes()[0],
+            ways=setup.ways,
             rounds=setup.rounds,
             deadline=deadline,
             counts=setup.counts,
@@ -85,14 +85,9 @@ def _about(setup: Setup, on_cpu: bool) -> dict[str, Any]:
     return {
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
-        "layout": {
-            "ranks": setup.world_size,
-            "tensor": setup.tensor_parallel,
-            "pipeline": setup.pipeline_parallel,
-            "context": setup.context_parallel,
-        },
-        "tokens": setup.tokens,
+        "layout": setup.layout,
+        "tokens": setup.shape.micro_batch * setup.shape.sequence,
         "jreg": asdict(setup.config),
         "weighted_layers": int((setup.config.gradient_weights(setup.shape.num_layers) > 0).sum()),
-        "notes": [*setup.ways_and_notes()[1], *megatron.notes(on_cpu)],
+        "notes": [*setup.notes, *megatron.notes(on_cpu)],
     }

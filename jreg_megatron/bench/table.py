@@ -20,10 +20,17 @@ COUNTED = {
 
 TELLS = 0.01
 """Half the width of an interval, above which too few rounds have run to tell."""
-_BUSY = 0.9
-"""The share of a step in which the device does something, from which on the step waits for the device."""
-
-_MIB = 2**20
+_WAITS_FOR = {
+    "one": "Host and device are one here: what either does is in a step's time.",
+    "device": "A step waits for the device.",
+    "host": "A step waits for the host: Python and launches.",
+    "unknown": "The profiler saw nothing on the device, so what a step waits for is not known: CUPTI may "
+    "need rights here (the driver's NVreg_RestrictProfilingToAdminUsers=0).",
+}
+_DEVICE_AND_HOST = (
+    "Device and host are seconds of an ordinary step in which each does something, by a profiler that makes "
+    "the host slower."
+)
 _KERNELS = {
     "processor": "Kernels are torch's operations that call no other; syncs, tensors' values read by Python.",
     "wall": "Kernels are what ran on the device, copies aside; syncs, the host's waits for it.",
@@ -72,10 +79,13 @@ def print_step(console: Console, step: dict[str, Any]) -> None:
         spread = step["spread"].get(name, {"steps": "", "rank": ""})
         row = ["1", ""]
         if name != UNMODIFIED:
-            row = [f"{step['ratio'][name]:.4f}", _interval(spread["confidence_95"], ".4f")]
+            row = [f"{step['ratio'][name]:.4f}", _interval(spread["confidence_95"])]
         row += [str(spread["steps"]), f"{seconds:.4g}"]
         if by_rank:
-            row += [str(spread["rank"]), f"{step['wall'].get(name, {'ratio': 1})['ratio']:.4g}"]
+            row += [
+                str(spread["rank"]),
+                f"{step['wall'][name]['ratio']:.4f}" if name in step["wall"] else "1",
+            ]
         row += [f"{busy[name][what]:.4g}" for what in ("device", "host") if busy]
         times.add_row(name, *row)
     console.print(times)
@@ -83,7 +93,12 @@ def print_step(console: Console, step: dict[str, Any]) -> None:
     width = max(map(len, step["median_seconds"]))
     _print_lines(console, *(f" {n:{width}}  {WAYS[n].format(**settings)}" for n in step["median_seconds"]))
     of_ranks = [_OF_RANKS] if by_rank else []
-    notes = [f"Times are the median {_CLOCKS[step['clock']]}.", *of_ranks, _waits_for(step)]
+    notes = [
+        f"Times are the median {_CLOCKS[step['clock']]}.",
+        *of_ranks,
+        _WAITS_FOR[step.get("waits_for", "one")],
+    ]
+    notes += [_DEVICE_AND_HOST] if busy else []
     notes += [*_too_noisy(step), *_too_few(step), *step["notes"]]
     _print_lines(console, *(f" {note}" for note in notes))
     if "kernels" in step:
@@ -96,8 +111,8 @@ def print_step(console: Console, step: dict[str, Any]) -> None:
 
 def print_growth(console: Console, growth: dict[str, Any]) -> None:
     """Print a line for each size and way."""
-    columns = ("step", "more", "95% interval", "kernels", "MiB")
-    table = _table("What a step costs beyond an unmodified one, in ms", "size", "way", *columns, texts=2)
+    title = "What a step does beyond an unmodified one"
+    table = _table(title, "size", "way", "kernels", "where it logs", "peak MiB", texts=2)
     axis = None
     for point in growth["points"]:
         if axis not in (None, point["axis"]):
@@ -105,19 +120,13 @@ def print_growth(console: Console, growth: dict[str, Any]) -> None:
         axis = point["axis"]
         size = f"{axis} {point['value']:,}"
         for way in (MEASURE, JREG):
-            cost = point[way]
-            memory = f"{round(cost['bytes'] / _MIB, 2) + 0.0:.2f}"
-            before = f"{1e3 * point['unmodified_seconds']:.0f}"
-            interval = _interval(cost["milliseconds_95"], ".1f")
-            kernels = " ".join(f"{number:,}" for number in cost["kernels"])
-            more = (f"{cost['milliseconds']:.1f}", interval, kernels, memory)
-            table.add_row(size, way, before, *more)
+            kernels = (f"{number:+,}" for number in point[way]["kernels"])
+            table.add_row(size, way, *kernels, _mib(point[way]["bytes"], "+"))
             size = ""
     console.print(table)
     _print_lines(
         console,
-        " step: the unmodified one. kernels: of an ordinary step, and of one that measures and logs. "
-        "MiB: of peak memory. Both on the rank that has most more.",
+        " On the rank that has most more. kernels: of an ordinary step, and of one that measures and logs.",
     )
     if growth.get("unfinished") is not None:
         _print_lines(console, f" Unfinished: {growth['unfinished']}.")
@@ -167,26 +176,8 @@ def _times(found: dict[str, Any]) -> tuple[str, str]:
     return f"{1e3 * found['seconds']:.4g}", f"{low} {high}"
 
 
-def _interval(limits: list[float] | None, form: str) -> str:
-    return "too few" if limits is None else " ".join(format(limit, form) for limit in limits)
-
-
-def _waits_for(step: dict[str, Any]) -> str:
-    """What a step's time depends on."""
-    if not (busy := step.get("busy")):
-        return "Host and device are one here: what either does is in a step's time."
-    if not busy[UNMODIFIED]["device"]:
-        return (
-            "The profiler saw nothing on the device, so what a step waits for is not known: CUPTI may need "
-            "rights here (the driver's NVreg_RestrictProfilingToAdminUsers=0)."
-        )
-    share = busy[UNMODIFIED]["device"] / step["median_seconds"][UNMODIFIED]
-    waits_for = "the device" if share >= _BUSY else "the host: Python and launches"
-    return (
-        f"The device does something in {100 * min(share, 1):.0f}% of an unmodified step, so a step waits for "
-        f"{waits_for}. Device and host are seconds of an ordinary step in which each does something, by a "
-        "profiler that makes the host slower."
-    )
+def _interval(limits: list[float] | None) -> str:
+    return "too few" if limits is None else " ".join(f"{limit:.4f}" for limit in limits)
 
 
 def _too_noisy(step: dict[str, Any]) -> list[str]:
@@ -244,10 +235,14 @@ def _counted(step: dict[str, Any], what: str, name: str) -> str:
         if name != UNMODIFIED:
             number -= most(UNMODIFIED, kind)
         sign = "" if name == UNMODIFIED else "+"
-        # A few KiB come and go with the profiler itself.
-        return f"{round(number / _MIB, 2) + 0.0:{sign}.2f}" if what == "peak_bytes" else f"{number:{sign},}"
+        return _mib(number, sign) if what == "peak_bytes" else f"{number:{sign},}"
 
     return " / ".join(dict.fromkeys(map(shown, KINDS)))
+
+
+def _mib(number: int, sign: str) -> str:
+    """Bytes in MiB; a few KiB come and go with the profiler itself."""
+    return f"{round(number / 2**20, 2) + 0.0:{sign}.2f}"
 
 
 def _table(title: str, *columns: str, texts: int = 1) -> Table:
