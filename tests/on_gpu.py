@@ -67,10 +67,11 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         result = f"{stem}_{name}.json"
         return Part(name, seconds, [_BENCH, *words(usual, toy), "--json", str(folder / result)], result)
 
-    def step(model: str, more: str = "") -> Part:
+    def step(model: str, narrowest: int, more: str = "") -> Part:
         usual = f"step --model {model} --seconds 48 --ways unmodified_again,measure,jreg {more}"
-        toy = "--cpu --rounds 1 --layers 1 --width 96 --sequence 8 --micro-batch 1 --micro-batches 1"
-        return bench(62, f"step_{model.replace('.', '')}", usual, toy)
+        toy = f"--cpu --ways jreg --rounds 1 --layers 1 --width {narrowest} --sequence 8"
+        name = f"step_{model.replace('.', '')}"
+        return bench(62, name, usual, f"{toy} --micro-batch 1 --micro-batches 1")
 
     found = [Part("selftest", 40, [_SELFTEST, *words("", "--cpu --precision bf16")])]
     if find_spec("transformer_engine") and not is_toy:
@@ -79,9 +80,9 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
     found += [
         bench(60, "kernel", "kernel --seconds 5", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),
         bench(25, "host", "host --rounds 60", "--layers 1 --rounds 1"),
-        step("170m"),
-        step("1b"),
-        step("3.4b", "--layers 10"),
+        step("170m", 24),
+        step("1b", 32),
+        step("3.4b", 48, "--layers 10"),
         recipe(work, is_toy),
     ]
     tune = "kernel --tune displacement --widths 768,2048,3072,3200,8192 --seconds 2"

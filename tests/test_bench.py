@@ -69,7 +69,7 @@ def test_the_host_costs_nothing_in_layers_with_which_nothing_is_done_and_somethi
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "host.json"
-    run_ranks(["host", "--layers", 6, "--rounds", 60, "--json", path], entry=ENTRY)
+    run_ranks(["host", "--layers", 4, "--rounds", 40, "--json", path], entry=ENTRY)
     host = json.loads(path.read_text())["host"]["microseconds"]
     both = {name: of_way["forward"] + of_way["backward"] for name, of_way in host.items()}
     assert both["regularized"] > both["regularized_no_kernels"] > 0
@@ -381,7 +381,7 @@ def ran(task: Task, seconds: Callable[[], float] = lambda: 1.0) -> list[tuple[st
 
     found = Measured()
     found.shares = {name: {"ordinary": 1.0} for name in ("unmodified", *task.ways)}
-    task._time(found, dict.fromkeys(found.shares, Variant()), run)
+    task._time(found, dict.fromkeys(found.shares, Variant()), run, task.deadline)
     return steps
 
 
@@ -409,10 +409,10 @@ def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
     scattered = np.random.default_rng(0)
     rounds = []
     for scatter in (0.0, 0.005, 0.1):
-        task = Task(JRegConfig(coeff=0.1), ["jreg"], 100, time.monotonic() + 60, False, True, lambda: None)
+        task = Task(JRegConfig(coeff=0.1), ["jreg"], 40, time.monotonic() + 60, False, True, lambda: None)
         steps = ran(task, lambda scatter=scatter: scattered.normal(1, scatter))
         rounds.append(len(steps) // 2)
-    assert rounds[0] == 10 < rounds[1] < rounds[2] == 100
+    assert rounds[0] == 10 < rounds[1] < rounds[2] == 40
 
 
 def test_where_intervals_are_wide_the_table_says_too_few_rounds_to_tell() -> None:

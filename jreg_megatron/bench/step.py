@@ -36,6 +36,8 @@ ENOUGH = 0.0025
 
 _LOOKS = 2
 """Steps of each way of which is looked at what the device and the host do."""
+_SLOWER = 3
+"""So many times as long as another one a step may take with the profiler; for the deadline."""
 _STEPS_TO_SETTLE = 64
 """At most so many are skipped until fp16's loss scale fits."""
 
@@ -118,21 +120,28 @@ class Task:
         for name, variant in variants.items():
             measured.shares[name] = shares_of_kinds(self.config, variant.kind)
         for iteration in (whole, 1):  # what is done once in a run is done here
+            began = time.monotonic()
             for name in variants:
                 run(name, iteration, _plainly)
-        if not self.by_processor_time:
+        a_step = (time.monotonic() - began) / len(variants)
+        # The profiler comes last: it may leave the host slower than it was.
+        looks = 0 if self.by_processor_time else 1 + _LOOKS * len(variants)
+        counts = 1 + len(KINDS) * len(variants) if self.counts else 0
+        self._time(measured, variants, run, self.deadline - _SLOWER * a_step * (looks + counts))
+        if looks:
             run(UNMODIFIED, 1, busy)  # the profiler's own first time
             for name in [*variants] * _LOOKS:
                 measured.busy.setdefault(name, []).append(run(name, 1, busy))
-        if self.counts:
+        if counts:
             run(UNMODIFIED, 1, count)
             for kind, iteration in zip(KINDS, (1, whole), strict=True):
                 for name in variants:
                     measured.counts.setdefault(name, {})[kind] = run(name, iteration, count)
-        self._time(measured, variants, run)
         return measured
 
-    def _time(self, measured: Measured, variants: dict[str, Variant], run: Callable[..., Any]) -> None:
+    def _time(
+        self, measured: Measured, variants: dict[str, Variant], run: Callable[..., Any], deadline: float
+    ) -> None:
         """Rounds of all ways, with an unmodified step before and after each."""
 
         def timed(name: str, iteration: int) -> None:
@@ -152,7 +161,7 @@ class Task:
             for name in order:
                 timed(name, number or whole_rounds(self.config))
                 timed(UNMODIFIED, 1)
-            is_enough = time.monotonic() > self.deadline or self._is_sharp(measured)
+            is_enough = time.monotonic() > deadline or self._is_sharp(measured)
             if number + 1 >= FEWEST_ROUNDS and _first_ranks(is_enough):
                 return
 
