@@ -78,8 +78,8 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         flags = "--transformer-impl transformer_engine --precision bf16"
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
     found += [
-        bench(60, "kernel", "kernel --seconds 5", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),
-        bench(25, "host", "host --rounds 60", "--layers 1 --rounds 1"),
+        bench(70, "kernel", "kernel --seconds 3", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),
+        bench(35, "host", "host --rounds 30", "--layers 1 --rounds 1"),
         step("170m", 24),
         step("1b", 32),
         step("3.4b", 48, "--layers 10"),
@@ -141,10 +141,11 @@ def start(part: Part, output: Path, seconds: float) -> int:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(GRACE)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its ranks too
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(GRACE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of it, ranks too
         return process.wait()
 
 

@@ -670,7 +670,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
     for row in summary:
         assert row["is_fine"] and (tmp_path / row["result"]).stat().st_size > 100
         if row["result"].endswith(".json"):
-            assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_cpu_{row['part']}\.json", row["result"])
+            assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_{on_gpu.device()}_{row['part']}\.json", row["result"])
             shown(results.read(str(tmp_path / row["result"])))
     assert "passed, 0 failed" in (tmp_path / "selftest.log").read_text()
     log = (tmp_path / "recipe_170m.log").read_text()
