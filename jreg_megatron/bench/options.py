@@ -218,7 +218,7 @@ def _why_no_naive(world_size: int, config: JRegConfig, megatron_arguments: list[
 
 def _ways(args: Namespace) -> list[str]:
     known = [name for name in WAYS if name != UNMODIFIED]
-    ways = known if args.ways is None else args.ways.split(",")
+    ways = known if args.ways is None else list(dict.fromkeys(args.ways.split(",")))
     for way in ways:
         if way not in known:
             raise UserError(f"--ways is {args.ways}; it must be some of {','.join(known)}")
