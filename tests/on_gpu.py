@@ -96,10 +96,9 @@ def recipe(work: Path, is_toy: bool) -> Part:
     knobs = {"RUN": str(work / "run"), "GPUS": "1", "PYTHON": sys.executable, "TOKENS": "1000000000"}
     words = [str(ROOT / "recipes/llama_170m.sh"), "jreg"]
     words += ["--dry-run"] if is_toy else []
-    words += ["--", "--log-interval", "5"]
     if "DATA" not in os.environ:
         make_up_data(work, 20_000 if is_toy else 4_000_000)
-        words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "31999"]
+        words += ["--", "--tokenizer-type", "NullTokenizer", "--vocab-size", "31999"]
     knobs |= {"DATA": os.environ.get("DATA", str(work)), "EPOCHS": "1000000"}
     return Part("recipe_170m", 120, words, environment=knobs, fine=(0, SAVED))
 
