@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo claims test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench mutations image image-cpu lint format check constraints clean distclean
+.PHONY: help venv demo claims test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench on-gpu mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -76,6 +76,10 @@ measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
 
 bench: $(STAMP)  ## Measure what JREG adds to a training step here; ARGS=growth, ARGS=kernel
 	@$(PY) -m jreg_megatron.bench $(or $(ARGS),step)
+
+on-gpu: $(STAMP)  ## Run what one GPU can show in eight minutes; results go to RESULTS
+	@test -n "$(RESULTS)" || { echo "Name a folder for the results: make on-gpu RESULTS=path" >&2; exit 2; }
+	$(PY) tests/on_gpu.py $(RESULTS) $(ARGS)
 
 mutations: $(STAMP)  ## Put small faults into copies of the package and see the tests catch each
 	@$(PY) tests/mutations.py $(ARGS)

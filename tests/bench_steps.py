@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from jreg_megatron import UserError
 
 TINY = "--layers 4 --width 32 --sequence 16 --micro-batch 2 --micro-batches 2".split()
 UNGUARDED = ["--no-check-for-nan-in-loss-and-grad"]  # the guard knows of whole steps only
@@ -23,52 +24,70 @@ def gradients(ways: list[str]) -> dict[str, Any]:
     setup = options.setup_of(parser.parse_args([*TINY, "--layers", "8"]), UNGUARDED, 1, on_cpu=True)
     found: dict[str, Any] = {}
 
-    def in_place_of(train_step: Any) -> Any:
-        def step(
-            forward_step: Any,
-            data: Any,
-            model: Any,
-            optimizer: Any,
-            schedule: Any,
-            config: Any,
-            run: Any,
-            **_: Any,
-        ) -> Any:
-            from megatron.training import get_args
+    def work(
+        train_step: Any,
+        forward_step: Any,
+        data: Any,
+        model: Any,
+        opt: Any,
+        schedule: Any,
+        config: Any,
+        run: Any,
+        **_: Any,
+    ) -> None:
+        batches = [next(data), next(data)]
+        variants = make_variants(model, setup.config, ways)
 
-            batches = [next(data), next(data)]
-            variants = make_variants(model, setup.config, ways)
+        def gradient(way: str) -> Tensor:
+            model[0].zero_grad_buffer()
+            before = _anatomy(model[0])
+            with variants[way].on(1):
+                found[f"touched {way}"] = _anatomy(model[0]) != before
+                run(
+                    forward_step_func=variants[way].forward_step(forward_step),
+                    data_iterator=iter(batches),
+                    model=model,
+                    num_microbatches=2,
+                    seq_length=16,
+                    micro_batch_size=2,
+                    forward_only=False,
+                )
+            found[f"left {way}"] = _anatomy(model[0]) != before
+            variants[way].after_step(1)
+            return torch.cat([p.main_grad.flatten().clone() for p in model[0].parameters()])
 
-            def gradient(way: str) -> Tensor:
-                model[0].zero_grad_buffer()
-                before = _anatomy(model[0])
-                with variants[way].on(1):
-                    found[f"touched {way}"] = _anatomy(model[0]) != before
-                    run(
-                        forward_step_func=variants[way].forward_step(forward_step),
-                        data_iterator=iter(batches),
-                        model=model,
-                        num_microbatches=2,
-                        seq_length=16,
-                        micro_batch_size=2,
-                        forward_only=False,
-                    )
-                found[f"left {way}"] = _anatomy(model[0]) != before
-                variants[way].after_step(1)
-                return torch.cat([p.main_grad.flatten().clone() for p in model[0].parameters()])
-
-            gradient("unmodified")  # the first pass leaves marks of Megatron's own
-            for way in ways:
-                found.setdefault(way, []).append(gradient(way))
-            get_args().train_iters = get_args().curr_iteration + 1
-            return train_step(forward_step, data, model, optimizer, schedule, config, run, **_)
-
-        step.measured = SimpleNamespace(config=setup.config)  # type: ignore[attr-defined]
-        return step
+        gradient("unmodified")  # the first pass leaves marks of Megatron's own
+        for way in ways:
+            found.setdefault(way, []).append(gradient(way))
 
     megatron.make_ready(on_cpu=True)
-    megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), in_place_of)
+    megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), setup.config, work)
     return found
+
+
+def skipped_alone() -> tuple[str, list[int]]:
+    """How three steps in fp16, for which the loss scale is too large, end, and which of them are skipped."""
+    from jreg_megatron.bench import megatron, options
+
+    parser = ArgumentParser()
+    options.add_step_arguments(parser)
+    setup = options.setup_of(parser.parse_args([*TINY, "--dtype", "fp16"]), [], 1, on_cpu=True)
+    megatron.make_ready(on_cpu=True)
+    from megatron.training import training
+
+    own, skipped = training.train_step, []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        result = own(*given, **named)
+        skipped.append(result[1])
+        return result
+
+    training.train_step = watched
+    try:
+        megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), setup.config, lambda *_, **__: None)
+    except UserError as error:
+        return str(error), skipped
+    return "", skipped
 
 
 def _anatomy(model: Any) -> list[Any]:
@@ -85,7 +104,7 @@ def _functions(module: Any) -> list[Any]:
 
 
 def counted(_: object = None) -> dict[str, Any]:
-    """What is counted in a step that is known exactly, and its result."""
+    """What is counted in a step that is known exactly."""
     import torch.distributed as dist
 
     from jreg_megatron.bench.counting import count
@@ -99,8 +118,7 @@ def counted(_: object = None) -> dict[str, Any]:
         dist.barrier()
         return second[0].item() + third[0].item()
 
-    result, counts = count(step)
-    return {"result": result, **vars(counts)}
+    return vars(count(step))
 
 
 def jreg_twice_as_slow(argv: list[str]) -> int:

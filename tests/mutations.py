@@ -31,6 +31,8 @@ LINE = (
 )
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
+BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
+BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
 PENALTY = ("tests/test_penalty.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
@@ -1773,6 +1775,36 @@ FAULTS = [
         "claims/queue.py",
         (("    left = [run for run in runs if not _is_finished(run)]", "    left = list(runs)"),),
         CLAIMS,
+    ),
+    Fault(
+        "measure steps that fp16's loss scale skips",
+        "bench/megatron.py",
+        (("        is_set_up = not result[1]", "        is_set_up = True"),),
+        BENCH,
+    ),
+    Fault(
+        "end a benchmark when its time is up, whatever has been seen",
+        "bench/step.py",
+        (("if number + 1 >= FEWEST_ROUNDS and", "if"),),
+        BENCH,
+    ),
+    Fault(
+        "take a benchmark's steps for sharp before they are",
+        "bench/step.py",
+        (("math.inf if limits is None else (limits[1] - limits[0]) / 2", "0.0"),),
+        BENCH,
+    ),
+    Fault(
+        "count the work of two streams twice",
+        "bench/counting.py",
+        (("covered += max(0, end - max(start, until))", "covered += end - start"),),
+        BENCH,
+    ),
+    Fault(
+        "time the host's launches for the device's work",
+        "bench/kernel_run.py",
+        (("            if not has_begun:", "            if True:"),),
+        BENCH_KERNEL,
     ),
 ]
 

@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_steps
 import numpy as np
+import on_gpu
 import psutil
 import pytest
 import torch
@@ -25,14 +29,14 @@ from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import growth, megatron, options, results, step, step_run, table
+from jreg_megatron.bench import counting, growth, megatron, options, results, step, step_run, table
 from jreg_megatron.bench.__main__ import main
-from jreg_megatron.bench.counting import Counts
+from jreg_megatron.bench.counting import Busy, Counts
 from jreg_megatron.bench.names import KINDS, WAYS
 from jreg_megatron.bench.ratios import median_ratio
 from jreg_megatron.bench.shapes import SHAPES, find_shape
-from jreg_megatron.bench.step import InterleavedSteps, Measured, summarize
-from jreg_megatron.bench.variants import kind_of_step
+from jreg_megatron.bench.step import Measured, Task, summarize
+from jreg_megatron.bench.variants import Variant, kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.methods.jreg.settings import JRegConfig
@@ -41,20 +45,21 @@ ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"
 RESULTS = ROOT / "jreg_megatron/bench/results"
 KEPT = sorted(RESULTS.glob("*.json"))
+WHOLE = ("--rounds", "10", "--count")
 
 
 def measured(folder: Path, *argv: str, ranks: int = 1, entry: str = ENTRY) -> tuple[dict[str, Any], Finished]:
-    """The document and the output of one log interval of a tiny model's steps."""
+    """The document and the output of a tiny model's steps."""
     path = folder / "step.json"
-    words = ["step", *bench_steps.TINY, "--rounds", "1", "--json", path, *argv]
+    words = ["step", *bench_steps.TINY, "--json", path, *argv]
     finished = run_ranks(words, ranks, entry=entry)
     return json.loads(path.read_text()), finished
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Finished]:
-    """A whole run on one rank."""
-    return measured(tmp_path_factory.mktemp("one"))
+    """A whole run of one log interval on one rank."""
+    return measured(tmp_path_factory.mktemp("one"), *WHOLE)
 
 
 # The host
@@ -64,7 +69,7 @@ def test_the_host_costs_nothing_in_layers_with_which_nothing_is_done_and_somethi
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "host.json"
-    run_ranks(["host", "--layers", 6, "--rounds", 60, "--json", path], entry=ENTRY)
+    run_ranks(["host", "--layers", 4, "--rounds", 40, "--json", path], entry=ENTRY)
     host = json.loads(path.read_text())["host"]["microseconds"]
     both = {name: of_way["forward"] + of_way["backward"] for name, of_way in host.items()}
     assert both["regularized"] > both["regularized_no_kernels"] > 0
@@ -89,11 +94,9 @@ def test_every_way_but_the_unmodified_has_a_ratio_and_its_spread(
     step = one_rank[0]["step"]
     assert set(step["ratio"]) == set(step["spread"]) == set(WAYS) - {"unmodified"}
     for name, ratio in step["ratio"].items():
-        interval = step["spread"][name]["confidence_95"]
-        assert (interval is None) == (step["spread"][name]["steps"] < 10)
-        assert interval is None or 0 < interval[0] <= interval[1]
-        assert ratio > 0
-    assert {name for name, of in step["spread"].items() if of["confidence_95"]} == {"measure", "jreg"}
+        low, high = step["spread"][name]["confidence_95"]
+        assert 0 < low <= high and ratio > 0
+        assert step["spread"][name]["steps"] == 10
 
 
 def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
@@ -109,7 +112,7 @@ def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their
         places = [i for i, name in enumerate(names) if name == way]
         ratios = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in places]
         assert step["ratio"][way] == pytest.approx(statistics.median(ratios))
-        assert step["spread"][way]["steps"] == len(ratios) == 3
+        assert step["spread"][way]["steps"] == len(ratios) == 10
 
 
 def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
@@ -121,7 +124,7 @@ def test_one_step_in_ten_of_measuring_and_of_jreg_measures(
     for way in ("measure", "jreg"):
         own = ratios[names[1:-1] == way]
         assert len(own) == 10
-        expected = 0.9 * np.median(own[:9]) + 0.1 * own[9]
+        expected = 0.9 * np.median(own[1:]) + 0.1 * own[0]
         assert step["ratio"][way] == pytest.approx(expected)
         assert step["kernels"][way]["logging"] > step["kernels"][way]["ordinary"]
     assert step["kernels"]["measure"]["ordinary"] == step["kernels"]["unmodified"]["ordinary"]
@@ -142,9 +145,7 @@ def test_jreg_waits_and_communicates_in_no_ordinary_step_and_reduces_once_where_
 
 def test_a_result_tells_what_made_it(one_rank: tuple[dict[str, Any], Finished]) -> None:
     document, _ = one_rank
-    assert document["command"] == " ".join(
-        ["python -m jreg_megatron.bench step", *bench_steps.TINY, "--rounds 1"]
-    )
+    assert document["command"] == " ".join(["python -m jreg_megatron.bench step", *bench_steps.TINY, *WHOLE])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", document["date"])
     assert {"torch", "megatron-core", "jreg_megatron"} <= set(document["versions"])
     assert document["machine"]["cores"] >= 1
@@ -168,7 +169,9 @@ def test_the_table_has_every_way_and_nothing_of_what_megatron_prints(
 
 def test_what_a_way_does_more_shows_in_its_ratio_and_in_no_other(tmp_path: Path) -> None:
     document, _ = measured(
-        tmp_path, "--ways", "unmodified_again,measure,jreg", entry="bench_steps:jreg_twice_as_slow"
+        tmp_path,
+        *("--ways", "unmodified_again,measure,jreg", "--rounds", "5"),
+        entry="bench_steps:jreg_twice_as_slow",
     )
     step = document["step"]
     plain = step["median_seconds"]["unmodified"]
@@ -193,31 +196,38 @@ def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_w
     assert (jreg - naive).norm() < 1e-4 * added.norm()
 
 
-def test_pipeline_stages_are_measured_together_and_without_the_naive_way(tmp_path: Path) -> None:
-    document, _ = measured(tmp_path, "--pp", "2", "--ways", "jreg,naive", "--dtype", "bf16", ranks=2)
-    step = document["step"]
-    assert list(step["ratio"]) == ["jreg"]
-    assert "naive is left out" in step["notes"][0]
-    assert step["layout"] == {"ranks": 2, "tensor": 1, "pipeline": 2, "context": 1}
-    for way, least in (("jreg", 1), ("unmodified", 0)):
-        first, last = step["kernels"][way]["ordinary"]
-        plain_first, plain_last = step["kernels"]["unmodified"]["ordinary"]
-        assert first >= plain_first
-        assert last >= plain_last + least, "the last stage's layers have the weight"
+BATCH, SEQUENCE, WIDTH = 4, 64, 64
 
 
-def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(tmp_path: Path) -> None:
-    batch, sequence, width, in_flight = 4, 64, 64, 2
-    shape = f"--pp 2 --layers 4 --width {width} --sequence {sequence} --micro-batch {batch} --micro-batches 4"
-    all_weighted = "--seconds 0.1 -- --jreg-alpha 0".split()
-    document, _ = measured(tmp_path, *shape.split(), "--ways", "jreg", *all_weighted, ranks=2)
-    peak = document["step"]["peak_bytes"]
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Figures of two pipeline stages, all of whose layers have a gradient."""
+    shape = f"--pp 2 --layers 4 --width {WIDTH} --sequence {SEQUENCE} --micro-batch {BATCH} --micro-batches 4"
+    words = f"{shape} --ways jreg,naive --rounds 1 --count -- --jreg-alpha 0".split()
+    step: dict[str, Any] = measured(tmp_path_factory.mktemp("two"), *words, ranks=2)[0]["step"]
+    return step
+
+
+def test_pipeline_stages_are_measured_together_and_without_the_naive_way(two_stages: dict[str, Any]) -> None:
+    assert list(two_stages["ratio"]) == ["jreg"]
+    assert "naive is left out" in two_stages["notes"][0]
+    assert two_stages["layout"] == {"ranks": 2, "tensor": 1, "pipeline": 2, "context": 1}
+    kernels = two_stages["kernels"]
+    for more, plain in zip(kernels["jreg"]["ordinary"], kernels["unmodified"]["ordinary"], strict=True):
+        assert more > plain > 0
+    assert all(len(two_stages["steps"][clock]) == 2 for clock in ("wall", "processor"))
+
+
+def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_flight(
+    two_stages: dict[str, Any],
+) -> None:
+    peak, in_flight = two_stages["peak_bytes"], 2
     first, last = (
         more - without
         for more, without in zip(peak["jreg"]["ordinary"], peak["unmodified"]["ordinary"], strict=True)
     )
-    tokens, layers = batch * sequence, 2
-    state, beside, profiler = 4 * tokens * width, 16 * tokens * layers, 8192
+    tokens, layers = BATCH * SEQUENCE, 2
+    state, beside, profiler = 4 * tokens * WIDTH, 16 * tokens * layers, 8192
     assert in_flight * state - profiler <= first <= (in_flight + 1) * state + beside + profiler
     assert abs(last) <= profiler, "its highest is at the loss, before the first gradient"
 
@@ -227,7 +237,6 @@ def test_jreg_takes_one_state_and_at_a_stages_end_one_for_each_microbatch_in_fli
 
 def test_kernels_collectives_reads_and_peak_memory_of_a_step_are_counted() -> None:
     (found,) = run_function(bench_steps.counted, 1)
-    assert found["result"] == 6.0
     assert found["collectives"] == 2
     assert found["synchronisations"] == 2
     # Two tensors of four MiB are alive at a time.
@@ -272,7 +281,7 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
 @pytest.mark.parametrize("interval", [1, 2, 7, 10, 20])
 def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(interval: int) -> None:
     config = JRegConfig(measure_interval=interval)
-    rank = Measured(config, counts={"unmodified": COUNTS, "jreg": COUNTS})
+    rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
     rank.shares["jreg"] = step.shares_of_kinds(config, lambda iteration: kind_of_step(config, iteration))
     costs = {"ordinary": 0.02, "measures": 0.05, "logs": 0.1, "measures and logs": 0.2}
     whole = step.whole_rounds(config)
@@ -297,7 +306,7 @@ def ranks_that_need(
     generator = np.random.default_rng(2)
     made = []
     for number, of_rank in enumerate(seconds):
-        rank = Measured(JRegConfig(measure_interval=10), counts=dict.fromkeys(of_rank, COUNTS))
+        rank = Measured(counts=dict.fromkeys(of_rank, COUNTS))
         ways = [way for way in of_rank if way != "unmodified"]
         rank.names = ["unmodified", *(name for way in ways * 50 for name in (way, "unmodified"))]
         rank.kinds = ["ordinary"] * len(rank.names)
@@ -362,24 +371,167 @@ def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
 
 
-@pytest.mark.parametrize(("interval", "rounds"), [(100, 3), (10, 3), (1, 2)])
+def ran(task: Task, seconds: Callable[[], float] = lambda: 1.0) -> list[tuple[str, int]]:
+    """The ways and iterations of a task's timed steps, each of which takes ``seconds``."""
+    steps: list[tuple[str, int]] = []
+
+    def run(name: str, iteration: int, _: object) -> tuple[float, float]:
+        steps.append((name, iteration))
+        return seconds(), seconds()
+
+    found = Measured()
+    found.shares = {name: {"ordinary": 1.0} for name in ("unmodified", *task.ways)}
+    task._time(found, dict.fromkeys(found.shares, Variant()), run, task.deadline)
+    return steps
+
+
+@pytest.mark.parametrize("interval", [100, 10, 1])
 def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
-    interval: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+    interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "_any_rank", bool)
+    monkeypatch.setattr(step, "_first_ranks", bool)
+    ways = [way for way in WAYS if way != "unmodified" and (interval > 1 or way != "jreg_every_step")]
     config = JRegConfig(coeff=0.1, measure_interval=interval)
-    ways = [way for way in WAYS if interval > 1 or way != "jreg_every_step"]
-    steps = InterleavedSteps(lambda: None, config, ways, rounds=1000, seconds=1e-9, on_step=lambda: None)
-    ran: list[tuple[str, int]] = []
-    monkeypatch.setattr(steps, "_timed", lambda _, name, iteration: ran.append((name, iteration)))
-    for _ in steps._timed_steps(dict.fromkeys(ways)):  # type: ignore[arg-type]
-        pass
-    assert {name for name, _ in ran} == set(ways)
-    for way in ("jreg", "measure"):
-        own = [iteration for name, iteration in ran if name == way]
-        assert len(own) == rounds
-        assert own[-1] % interval == 0
-        assert interval == 1 or all(iteration % interval for iteration in own[:-1])
+    steps = ran(Task(config, ways, 1000, time.monotonic(), False, True, lambda: None))
+    assert [name for name, _ in steps[::2]] == ["unmodified"] * (2 * len(ways) + 1)
+    for way in ways:
+        both = [iteration for name, iteration in steps if name == way]
+        assert [kind_of_step(config, iteration) for iteration in both] == [
+            "measures and logs",
+            "measures" if interval == 1 else "ordinary",
+        ]
+
+
+def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step, "_first_ranks", bool)
+    scattered = np.random.default_rng(0)
+    rounds = []
+    for scatter in (0.0, 0.005, 0.1):
+        task = Task(JRegConfig(coeff=0.1), ["jreg"], 40, time.monotonic() + 60, False, True, lambda: None)
+        steps = ran(task, lambda scatter=scatter: scattered.normal(1, scatter))
+        rounds.append(len(steps) // 2)
+    assert rounds[0] == 10 < rounds[1] < rounds[2] == 40
+
+
+def test_where_intervals_are_wide_the_table_says_too_few_rounds_to_tell() -> None:
+    wide = shown(document_of(summarize(ranks_that_need(BUSY, noise=0.1), by_processor_time=True)))
+    assert "Too few rounds to tell the ratio of unmodified_again, jreg within 1%: raise --seconds" in wide
+    assert "Too few" not in shown(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True)))
+
+
+@dataclass
+class Event:
+    """As the profiler records it, in nanoseconds."""
+
+    what: str
+    start: int
+    end: int
+    is_kernel: bool = False
+    is_span: bool = False
+
+    def name(self) -> str:
+        return self.what
+
+    def start_ns(self) -> int:
+        return self.start
+
+    def duration_ns(self) -> int:
+        return self.end - self.start
+
+    def device_type(self) -> Any:
+        return torch.autograd.DeviceType.CUDA if self.is_kernel else torch.autograd.DeviceType.CPU
+
+    def is_user_annotation(self) -> bool:
+        return self.is_span
+
+
+def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = [
+        Event("gemm", 0, 100_000_000, is_kernel=True),
+        Event("ncclDevKernel_AllReduce", 50_000_000, 150_000_000, is_kernel=True),
+        Event("Memcpy DtoH", 300_000_000, 310_000_000, is_kernel=True),
+        Event("nccl:all_reduce", 0, 900_000_000, is_kernel=True),
+        Event("a span of the user's", 0, 900_000_000, is_kernel=True, is_span=True),
+        Event("cudaLaunchKernel", 0, 900_000_000),
+        Event("cudaStreamSynchronize", 0, 20_000_000),
+        Event("cudaMemcpyAsync", 10_000_000, 30_000_000),
+    ]
+
+    @contextmanager
+    def profile(**_: Any) -> Iterator[Any]:
+        recorded = SimpleNamespace(events=lambda: events)
+        yield SimpleNamespace(profiler=SimpleNamespace(kineto_results=recorded))
+
+    monkeypatch.setattr(counting, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = counting.busy(lambda: time.sleep(0.2))
+    assert found.device == pytest.approx(0.16)
+    assert found.whole >= 0.2 and found.host == pytest.approx(found.whole - 0.03)
+
+
+@pytest.mark.parametrize(
+    ("device", "waits_for", "says"),
+    [
+        (1.95, "device", "A step waits for the device."),
+        (1.0, "host", "A step waits for the host: Python and launches."),
+        (0.0, "unknown", "The profiler saw nothing on the device"),
+    ],
+)
+def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says: str) -> None:
+    ranks = ranks_that_need(BUSY, BUSY, noise=0)
+    for number, rank in enumerate(ranks):
+        rank.busy = {way: [Busy(3.0, device * number, 1.5)] for way in BUSY}
+    found = summarize(ranks, by_processor_time=False)
+    assert found["waits_for"] == waits_for
+    assert found["busy"]["jreg"] == {"whole": 3.0, "device": device, "host": 1.5}
+    text = shown(document_of(found, ranks=2))
+    assert says in text
+    assert re.search(rf"^ +jreg +1\.0000 .* {device:.4g} +1\.5 *$", text, re.MULTILINE)
+    for rank in ranks:
+        rank.busy = {}
+    on_cpu = summarize(ranks, by_processor_time=True)
+    assert on_cpu["waits_for"] == "one"
+    assert "Host and device are one here" in shown(document_of(on_cpu, ranks=2))
+
+
+def test_on_a_gpu_each_way_is_looked_at_and_no_more_steps_run_than_there_are_data_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = [way for way in WAYS if way != "unmodified"]
+    on: list[str] = []
+
+    class Named(Variant):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @contextmanager
+        def on(self, iteration: int) -> Iterator[None]:
+            on.append(self.name)
+            yield
+            on.append("off")
+
+    def look(run: Callable[[], None]) -> Busy:
+        run()
+        return Busy(3.0, 2.0, 1.0)
+
+    monkeypatch.setattr(step, "make_variants", lambda *_: {name: Named(name) for name in WAYS})
+    monkeypatch.setattr(step, "busy", look)
+    monkeypatch.setattr(step, "count", lambda run: run() or Counts(1, 2, 3, 4))
+    monkeypatch.setattr(step, "_seconds", lambda run: run() or (1.0, 1.0))
+    monkeypatch.setattr(step, "_first_ranks", lambda _: False)
+    given, steps = [object() for _ in range(5)], []
+    task = Task(JRegConfig(coeff=0.1, measure_interval=10), ways, 3, math.inf, True, False, lambda: None)
+    found = task.run(lambda *of_step, **_: steps.append((on[-1], *of_step)), *given, iteration=1)
+    assert all(of_step == given for _, *of_step in steps), "Megatron's own arguments"
+    assert [name for name, *_ in steps] == on[::2], "each step runs while its way is on"
+    assert found.busy == {way: [Busy(3.0, 2.0, 1.0)] * 2 for way in WAYS}
+    assert found.counts == {way: dict.fromkeys(KINDS, Counts(1, 2, 3, 4)) for way in WAYS}
+    assert len(found.names) == 1 + 2 * 3 * len(ways)
+    assert len(steps) <= step.most_steps(3)
 
 
 def flags_of(words: list[str]) -> dict[str, str | None]:
@@ -423,11 +575,9 @@ def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
 # Growth
 
 
-def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, Any], Finished]) -> None:
-    step = one_rank[0]["step"] | {
-        "median_seconds": {"unmodified": 2.0},
-        "ratio": {"measure": 1.001, "jreg": 1.01},
-        "spread": {"measure": {"confidence_95": [0.9, 1.1]}, "jreg": {"confidence_95": [1.0, 1.02]}},
+def test_costs_are_what_is_beyond_the_unmodified_step() -> None:
+    step = {
+        "tokens": 32,
         "peak_bytes": {
             "unmodified": {"ordinary": [1000, 5000], "logging": [1000, 5000]},
             "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
@@ -439,15 +589,11 @@ def test_costs_are_what_is_beyond_the_unmodified_step(one_rank: tuple[dict[str, 
             "jreg": {"ordinary": [13, 20], "logging": [17, 26]},
         },
     }
-    found = growth.costs(step)
-    assert found["jreg"]["milliseconds"] == pytest.approx(20)
-    assert found["jreg"]["milliseconds_95"] == pytest.approx([0, 40])
-    assert found["jreg"]["bytes"] == 3840
-    assert found["measure"]["bytes"] == 100
-    assert found["measure"]["kernels"] == [0, 4]
-    assert found["jreg"]["kernels"] == [3, 7]
-    step["spread"]["jreg"]["confidence_95"] = None
-    assert growth.costs(step)["jreg"]["milliseconds_95"] is None
+    assert growth.costs(step) == {
+        "tokens": 32,
+        "measure": {"bytes": 100, "kernels": [0, 4]},
+        "jreg": {"bytes": 3840, "kernels": [3, 7]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -487,7 +633,7 @@ def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
 @pytest.mark.slow
 def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
     path = tmp_path / "growth.json"
-    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1 --seconds 0.1"
+    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1"
     command = [sys.executable, "-m", "jreg_megatron.bench", "growth", *axes.split(), "--json", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     points = json.loads(path.read_text())["growth"]["points"]
@@ -495,7 +641,58 @@ def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
         *(("layers", 2), ("layers", 4), ("sequence", 16), ("sequence", 32), ("stages", 1), ("stages", 2))
     ]
     assert points[3]["tokens"] == 32
-    assert "of peak memory" in run.stdout
+    assert "peak MiB" in run.stdout
+
+
+# All that a GPU has to show
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DATA", raising=False)
+
+    def forked(part: on_gpu.Part, output: Path, seconds: float) -> int:
+        """In a process that has imported Megatron."""
+        words = ["-m", *part.words]
+        if part.words[0].endswith(".sh"):
+            environment = os.environ | part.environment | {"PYTHON": "echo"}
+            echoed = subprocess.run(part.words, env=environment, capture_output=True, text=True, check=True)
+            words = echoed.stdout.splitlines()[-1].split()
+        finished = run_ranks(words[2:], entry=f"{words[1]}.__main__:main", check=False, timeout=120)
+        output.write_text(finished.output[0])
+        return finished.status[0]
+
+    assert on_gpu.run(tmp_path, is_toy=True, start=forked) == 0, capsys.readouterr().out
+    names = ["selftest", "kernel", "host", "step_170m", "step_1b", "step_34b", "recipe_170m"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["part"] for row in summary] == names
+    for row in summary:
+        assert row["is_fine"] and (tmp_path / row["result"]).stat().st_size > 100
+        if row["result"].endswith(".json"):
+            assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_{on_gpu.device()}_{row['part']}\.json", row["result"])
+            shown(results.read(str(tmp_path / row["result"])))
+    assert "passed, 0 failed" in (tmp_path / "selftest.log").read_text()
+    log = (tmp_path / "recipe_170m.log").read_text()
+    assert "nproc-per-node 1" in log and "--train-iters 1907" in log
+
+
+def test_a_part_for_a_gpu_that_takes_too_long_is_ended_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeper = tmp_path / "sleeper.sh"
+    sleeper.write_text("#!/bin/sh\ntrap '' TERM\necho begun\nsleep 60 &\nwait\nsleep 60\n")
+    sleeper.chmod(0o755)
+    slow = on_gpu.Part("slow", 1.0, [str(sleeper)])
+    monkeypatch.setattr(on_gpu, "GRACE", 1)
+    monkeypatch.setattr(on_gpu, "parts", lambda *_: [slow, replace(slow, name="late", seconds=60)])
+    began = time.monotonic()
+    assert on_gpu.run(tmp_path / "results", is_toy=True, seconds=4) == 1
+    assert time.monotonic() - began < 8
+    slow_row, late_row = json.loads((tmp_path / "results/summary.json").read_text())
+    assert (slow_row["status"], late_row["status"]) == (-9, -9) or late_row["status"] is None
+    assert (tmp_path / "results/slow.log").read_text() == "begun\n"
+    assert "FAILED, status -9" in capsys.readouterr().out
 
 
 # What users see
@@ -555,7 +752,7 @@ REFUSED = {
     "-- --exit-duration-in-mins 1": "--exit-duration-in-mins would end",
     "-- --exit-signal-handler": "--exit-signal-handler would end",
     "-- --help": "--help would end",
-    "--rounds 100001": "--rounds is 100001; it must be in 1..100000",
+    "--rounds 10001": "--rounds is 10001; it must be in 1..10000",
     "--measure-interval 101": "--measure-interval is 101; it must be in 1..100",
     "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
     "--ways jreg_every_step --measure-interval 1": "--ways is jreg_every_step, but with --measure-interval 1",
@@ -617,7 +814,7 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
 
     monkeypatch.setattr(megatron, "train", full)
     with pytest.raises(UserError, match=r"does not fit \(CUDA out of memory\); give less --layers or"):
-        step_run._measure(default_setup(), on_cpu=True, is_quiet=True, is_verbose=False)
+        step_run._measure(default_setup(), 0.0, on_cpu=True, is_quiet=True, is_verbose=False)
 
 
 def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
@@ -637,13 +834,10 @@ def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_
     assert megatron.notes(on_cpu=False) == []
 
 
-def test_training_that_ends_before_all_is_measured_is_a_users_mistake(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    setup = default_setup()
-    monkeypatch.setattr(megatron, "train", lambda _, stand_in: stand_in(None))
-    with pytest.raises(UserError, match="ended the training before all was measured, after 0 timed steps"):
-        step_run._measure(setup, on_cpu=True, is_quiet=True, is_verbose=False)
+def test_steps_that_fp16s_loss_scale_skips_are_not_measured_and_those_alone_are_refused() -> None:
+    ((said, skipped),) = run_function(bench_steps.skipped_alone, 1)
+    assert skipped == [1, 1, 1]
+    assert said.startswith("Megatron ended the training before anything was measured; leave out what ends it")
 
 
 @pytest.mark.parametrize(
@@ -703,7 +897,7 @@ def test_what_is_one_process_is_refused_under_torchrun(
 
 
 def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
-    axes = "--layers 1,2 --width none --sequence none --stages none --seconds 60".split()
+    axes = "--layers 1,2 --width none --sequence none --stages none".split()
     command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", *axes, "--quiet"]
     with subprocess.Popen(command, cwd=tmp_path) as growing:
         steps: list[psutil.Process] = []
@@ -716,16 +910,6 @@ def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
     for process in left:
         process.kill()
     assert left == []
-
-
-def test_where_the_profiler_sees_no_kernel_the_table_says_so(
-    one_rank: tuple[dict[str, Any], Finished],
-) -> None:
-    assert "CUPTI" not in shown(one_rank[0])
-    blind = json.loads(json.dumps(one_rank[0]))
-    for kinds in blind["step"]["kernels"].values():
-        kinds.update({kind: [0 for _ in ranks] for kind, ranks in kinds.items()})
-    assert "The profiler saw no kernel, so kernels and synchronisations are not" in shown(blind)
 
 
 def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:
@@ -757,7 +941,6 @@ def test_a_mistaken_axis_of_growth_is_refused(
     [
         ("--stages 1,3", "no step can be run at stages 3: --pp is 3, which does not divide the 8 layers"),
         ("--width 64,100", "no step can be run at width 100: --width is 100; it must be a multiple of 8"),
-        ("--seconds nan", "--seconds is nan"),
         ("--layers 2,4 -- --exit-interval 9", "--exit-interval would end"),
         ("--dtype fp64", "invalid choice: 'fp64'"),
     ],

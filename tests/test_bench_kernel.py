@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from argparse import ArgumentParser
 from typing import Any
 
@@ -14,7 +13,7 @@ from interpreted import in_interpreter
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import kernel, kernel_run
+from jreg_megatron.bench import kernel, kernel_run, table
 from jreg_megatron.methods.jreg.kernels import eager
 
 CPU = torch.device("cpu")
@@ -29,12 +28,12 @@ def figures_of(*words: str) -> dict[str, Any]:
 def printed(figures: dict[str, Any]) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        kernel.print_table(console, figures)
+        table.print_kernel(console, figures)
     return capture.get()
 
 
 def tiny(dtype: torch.dtype) -> kernel_run.Tensors:
-    sizes = kernel_run.Sizes(CPU, dtype, tokens=kernel_run.CHUNK_ROWS + 5, rounds=1, seconds=1)
+    sizes = kernel_run.Sizes(CPU, dtype, tokens=1000, rounds=1, seconds=1)
     return kernel_run.Tensors(sizes, 12)
 
 
@@ -55,12 +54,8 @@ def assert_same_work(way: kernel_run.Way, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "way",
-    [
-        kernel_run.with_jreg(eager.KERNELS),
-        kernel_run.with_autograd(kernel_run.textbook),
-        kernel_run.with_autograd(kernel_run.with_chunks),
-    ],
-    ids=[kernel_run.JREG, kernel_run.AUTOGRAD, kernel_run.CHUNKED],
+    [kernel_run.with_jreg(eager.KERNELS), kernel_run.with_autograd(kernel_run.textbook)],
+    ids=[kernel_run.JREG, kernel_run.AUTOGRAD],
 )
 def test_each_way_adds_the_regularizers_gradient_to_what_has_come(
     way: kernel_run.Way, dtype: torch.dtype
@@ -81,7 +76,7 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
 ) -> None:
     monkeypatch.setattr(kernel_run, "SHORTEST_COPY", 0.0)
     words = f"--tokens 10 --widths 12,48 --rounds 4 --no-compile --dtype {dtype}"
-    figures = json.loads(json.dumps(figures_of(*words.split()), allow_nan=False))["kernel"]
+    figures = json.loads(json.dumps(figures_of(*words.split()), allow_nan=False))
     assert list(figures["widths"]) == ["12", "48"] and figures["kernels"] == "torch"
     for width, of in figures["widths"].items():
         assert of["rounds"] == 4
@@ -93,7 +88,7 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
             low, high = found["quartiles"]
             assert 0 < low <= found["seconds"] <= high and found["share_of_copy"] > 0
             assert found["bytes_per_second"] == pytest.approx(found["bytes"] / found["seconds"])
-        assert list(of["ways"]) == [kernel_run.JREG, kernel_run.AUTOGRAD, kernel_run.CHUNKED]
+        assert list(of["ways"]) == [kernel_run.JREG, kernel_run.AUTOGRAD]
         assert of["ways"][kernel_run.JREG]["ratio"] == 1
     text = printed(figures)
     assert "of the copy's" in text and "times JREG's" in text
@@ -101,14 +96,14 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
 
 
 def test_a_copy_too_short_to_be_a_measure_gives_no_share_and_a_note() -> None:
-    figures = figures_of(*"--tokens 3 --widths 8 --rounds 1 --no-compile".split())["kernel"]
+    figures = figures_of(*"--tokens 3 --widths 8 --rounds 1 --no-compile".split())
     assert [found["share_of_copy"] for found in figures["widths"]["8"]["kernels"].values()] == [None, None]
     assert "A copy of less than 50 us is no measure: give more --tokens." in printed(figures)
 
 
 def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    figures = figures_of(*"--tokens 3 --widths 8,16 --rounds 1".split())["kernel"]
+    figures = figures_of(*"--tokens 3 --widths 8,16 --rounds 1".split())
     assert [note for note in figures["notes"] if "left out" in note] == [
         "compiled is left out: TORCHDYNAMO_DISABLE=1."
     ]
@@ -136,7 +131,7 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
         ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
-        ("--tune", "--tune times Triton's kernels, and there is no CUDA device here"),
+        ("--tune displacement", "--tune times Triton's kernels, and there is no CUDA device here"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, message: str) -> None:
@@ -155,40 +150,60 @@ def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: in
     assert width < 128 or len(tiles) > 8
 
 
-def tuned_in_interpreter() -> dict[str, Any]:
-    return kernel_run.tune(kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1), [100])
+def tuned_in_interpreter(kernel: str) -> dict[str, Any]:
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
+    return kernel_run.tune(sizes, [100], kernel)
 
 
-def test_tuning_times_both_kernels_with_every_tile_and_shows_the_one_in_use() -> None:
-    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter)))
+@pytest.mark.parametrize("name", ["displacement", "gradients"])
+def test_tuning_times_a_kernel_with_every_tile_and_shows_the_one_in_use(name: str) -> None:
+    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter, name)))
     assert figures["tuned"]
-    for tiles in figures["widths"]["100"]["tiles"].values():
-        assert len(tiles) == len(kernel_run.tiles_for(100))
-        assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
-        assert sum(tile["in_use"] for tile in tiles) == 1
-    text = printed(figures)
-    assert "gradients  in use" in text and "displacement  in use" in text
+    ((kernel, tiles),) = figures["widths"]["100"]["tiles"].items()
+    assert kernel == name and len(tiles) == len(kernel_run.tiles_for(100))
+    assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
+    assert sum(tile["in_use"] for tile in tiles) == 1
+    assert f"{name}  in use" in printed(figures)
 
 
 def test_tuning_with_no_tile_that_runs_says_why() -> None:
     sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
     with pytest.raises(UserError, match=r"no tile of width 100 runs here \(\w+: .*\); leave --tune out"):
-        kernel_run.tune(sizes, [100])  # without the interpreter Triton finds no device
+        kernel_run.tune(sizes, [100], "gradients")  # without the interpreter Triton finds no device
+
+
+def test_tuning_refuses_a_tile_with_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jreg_megatron.methods.jreg.kernels import fused
+
+    wrong = lambda *_: torch.zeros(2)  # noqa: E731
+    monkeypatch.setattr(fused.TritonKernels, "displacement", wrong)
+    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
+    with pytest.raises(UserError, match=r"displacement is wrong with Tile\(.*\) at width 100; report it"):
+        kernel_run.tune(sizes, [100], "displacement")
 
 
 class FakeEvent:
-    """Of a device whose clock makes a cycle a nanosecond."""
+    """Of a device that does what is launched while the host's clock goes on; a cycle is a nanosecond."""
 
-    cycles = 0
+    host = device = 0
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0
 
     def record(self) -> None:
-        self.at = FakeEvent.cycles
+        self.at = FakeEvent.launch(0)
+
+    @classmethod
+    def launch(cls, cycles: int) -> int:
+        """The device begins what is launched when it has done all before; returns when it has done it."""
+        cls.device = max(cls.device, cls.host) + cycles
+        return cls.device
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.host
 
     def synchronize(self) -> None:
-        pass
+        FakeEvent.host = max(FakeEvent.host, self.at)
 
     def elapsed_time(self, other: FakeEvent) -> float:
         return (other.at - self.at) / 1e6
@@ -199,13 +214,21 @@ def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: 
 
     def sleep(cycles: int) -> None:
         waits.append(cycles)
-        FakeEvent.cycles += cycles
+        FakeEvent.launch(cycles)
+
+    def launches(host: int, device: int) -> None:
+        FakeEvent.host += host
+        FakeEvent.launch(device)
 
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("L2", (), {"L2_cache_size": 1}))
     clock = kernel_run._CudaClock(CPU)
-    launches = lambda: time.sleep(0.01)  # noqa: E731
-    assert clock(launches) == clock(launches) == 0.0
-    assert waits[-2] == waits[0] and waits[-1] > 2 * 10_000_000
-    assert clock(lambda: sleep(5_000_000)) == pytest.approx(0.005)
+    # What the host takes ten milliseconds to launch is timed without them, each time, once the wait is long.
+    slow, fast = (lambda: launches(10_000_000, 34_000)), (lambda: launches(10_000, 5_000_000))
+    assert [clock(slow), clock(slow), clock(fast), clock(slow)] == pytest.approx(
+        [34e-6, 34e-6, 5e-3, 34e-6], rel=1e-9
+    )
+    assert waits == [1_000_000 * 2**n for n in range(5)] + [16_000_000, 1_000_000, 16_000_000]
+    with pytest.raises(UserError, match="launches too slowly"):
+        clock(lambda: launches(10**10, 1))

@@ -6,13 +6,14 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 _EXAMPLES = """examples:
-  python -m jreg_megatron.bench step                            the demo's model, 3 minutes on a CPU
+  python -m jreg_megatron.bench step                            the demo's model, 2.5 minutes
   torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
   python -m jreg_megatron.bench growth --json growth.json
@@ -38,10 +39,31 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"bench {args.part} is one process, and WORLD_SIZE is {ranks}; start it without torchrun"
             )
-        if args.part != "show":
-            output.check_outputs(json=args.json)
-        run: Callable[[Namespace, list[str], list[str]], int] = args.run
-        return run(args, more, argv)
+        if args.part == "show":
+            return _show(args)
+        output.check_outputs(json=args.json)
+        return _run(args, more, partial(_finish, args, argv))
+
+
+def _run(args: Namespace, more: list[str], finish: Callable[..., None]) -> int:
+    from jreg_megatron.bench import growth, kernel
+
+    if args.part == "step":
+        from jreg_megatron.bench import step_run
+
+        return step_run.run(args, more, finish)
+    if args.part == "growth":
+        figures = growth.run(args, more)
+        finish(figures, figures.pop("machine"))
+        if figures["unfinished"] is not None:
+            raise UserError(f"{figures['unfinished']}; the sizes before it are kept")
+    elif args.part == "kernel":
+        finish(kernel.run(args))
+    else:
+        from jreg_megatron.bench import host
+
+        finish(host.run(args))
+    return 0
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -60,65 +82,29 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    about: dict[str, tuple[str, Callable[[ArgumentParser], None], Any]] = {
-        "kernel": ("displacement and gradients by themselves", kernel.add_arguments, _kernel),
-        "host": ("what Python and launches take of a layer", options.add_host_arguments, _host),
-        "step": ("Megatron's training step, unmodified and with JREG", options.add_step_arguments, _step),
-        "growth": ("the step's cost over model sizes and pipeline stages", growth.add_arguments, _growth),
+    about = {
+        "kernel": ("displacement and gradients by themselves", kernel.add_arguments),
+        "host": ("what Python and launches take of a layer", options.add_host_arguments),
+        "step": ("Megatron's training step, unmodified and with JREG", options.add_step_arguments),
+        "growth": ("the step's cost over model sizes and pipeline stages", growth.add_arguments),
     }
-    for name, (what, add_arguments, run) in about.items():
+    for name, (what, add_arguments) in about.items():
         part = parts.add_parser(name, help=what, description=f"Measure {what}.")
         add_arguments(part)
         output.add_output_arguments(part, csv=False)
-        part.set_defaults(run=run)
         if name in _WITH_MEGATRON:
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
     show = parts.add_parser("show", help="print what --json has written", description="Print results.")
     show.add_argument("files", nargs="+", metavar="FILE")
-    show.set_defaults(run=_show)
     return parser
 
 
-def _kernel(args: Namespace, more: list[str], argv: list[str]) -> int:
-    from jreg_megatron.bench import kernel
-
-    _finish(args, argv, "kernel", kernel.run(args)["kernel"])
-    return 0
-
-
-def _host(args: Namespace, more: list[str], argv: list[str]) -> int:
-    from jreg_megatron.bench import host
-
-    _finish(args, argv, "host", host.run(args))
-    return 0
-
-
-def _step(args: Namespace, more: list[str], argv: list[str]) -> int:
-    from jreg_megatron.bench import step_run
-
-    return step_run.run(args, more, lambda figures: _finish(args, argv, "step", figures))
-
-
-def _growth(args: Namespace, more: list[str], argv: list[str]) -> int:
-    from jreg_megatron.bench import growth
-
-    figures = growth.run(args, more)
-    _finish(args, argv, "growth", figures, figures.pop("machine"))
-    if figures["unfinished"] is not None:
-        raise UserError(f"{figures['unfinished']}; the sizes before it are kept")
-    return 0
-
-
 def _finish(
-    args: Namespace,
-    argv: list[str],
-    part: str,
-    figures: dict[str, Any],
-    machine: dict[str, Any] | None = None,
+    args: Namespace, argv: list[str], figures: dict[str, Any], machine: dict[str, Any] | None = None
 ) -> None:
     from jreg_megatron.bench import results, table
 
-    document = results.document(argv, part, figures, machine or results.machine())
+    document = results.document(argv, args.part, figures, machine or results.machine())
     if not args.quiet:
         # First, so that a full disk does not take all.
         console = output.console(args)
@@ -127,7 +113,7 @@ def _finish(
         output.write_json(args.json, document)
 
 
-def _show(args: Namespace, more: list[str], argv: list[str]) -> int:
+def _show(args: Namespace) -> int:
     from rich.console import Console
 
     from jreg_megatron.bench import results, table

@@ -1,18 +1,35 @@
-"""What a training step does beside taking time: kernels, collectives, waits for the device, memory."""
+"""What a training step does on the device, on the host, in memory and between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_WAITS = (*_SYNCHRONISATIONS, "cudaMemcpy")
+"""Calls in which the host may wait for the device: a copy to memory that is not pinned ends with the copy."""
 _READS = "aten::_local_scalar_dense"
-_NO_KERNELS = ("Memcpy", "Memset", "nccl:")  # the last is a name for a span, beside NCCL's kernels
+_NO_KERNELS = ("Memcpy", "Memset")
+_MEMORY = "[memory]"
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Seconds of one step under the profiler, on one rank with a GPU."""
+
+    whole: float
+    """From its start until the device has done it. The profiler makes the host slower."""
+    device: float
+    """In which the device did something. NCCL's waiting for other ranks is in it."""
+    host: float
+    """In which the host did not wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +46,21 @@ class Counts:
     """Memory of tensors at its highest, above what was held before the step."""
 
 
-def count(step: Callable[[], Any]) -> tuple[Any, Counts]:
-    """Run a step under torch's profiler; returns its result and what was counted."""
+def busy(step: Callable[[], Any]) -> Busy:
+    """Run a step under torch's profiler, which looks at the device and at the host's calls for it alone."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        whole = time.perf_counter() - began
+    events = _events(profiler)
+    waits = _covered(event for event in events if event.name().startswith(_WAITS))
+    return Busy(whole, _covered(filter(_is_on_device, events)), whole - waits)
+
+
+def count(step: Callable[[], Any]) -> Counts:
+    """Run a step under torch's profiler and count."""
     on_gpu = dist.get_backend() == "nccl"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     if on_gpu:
@@ -38,32 +68,66 @@ def count(step: Callable[[], Any]) -> tuple[Any, Counts]:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     with profile(activities=activities, profile_memory=not on_gpu) as profiler:
-        result = step()
+        step()
         # Before the profiler's own wait.
         peak = torch.cuda.max_memory_allocated() - held
-    events = list(profiler.events())
-    on_host = [event for event in events if event.device_type.name == "CPU"]
+    events = _events(profiler)
     if on_gpu:
-        kernels = sum(
-            event.device_type.name == "CUDA"
-            and not event.is_user_annotation
-            and not event.name.startswith(_NO_KERNELS)
-            for event in events
-        )
-        synchronisations = sum(event.name in _WAITS for event in on_host)
+        kernels = sum(_is_on_device(event) and not event.name().startswith(_NO_KERNELS) for event in events)
+        synchronisations = sum(event.name() in _SYNCHRONISATIONS for event in events)
     else:
-        kernels = sum(event.name.startswith("aten::") and not event.cpu_children for event in on_host)
-        synchronisations = sum(event.name == _READS for event in on_host)
-        peak = _peak(profiler)
-    collectives = sum(event.name.startswith("c10d::") for event in on_host)
-    return result, Counts(kernels, collectives, synchronisations, peak)
+        kernels = _leaves(events)
+        synchronisations = sum(event.name() == _READS for event in events)
+        peak = _peak(events)
+    collectives = sum(_is_on_host(event) and event.name().startswith("c10d::") for event in events)
+    return Counts(kernels, collectives, synchronisations, peak)
 
 
-def _peak(profiler: Any) -> int:
+def _events(profiler: Any) -> list[Any]:
+    """As they were recorded: torch's own list of them takes seconds to make."""
+    return list(profiler.profiler.kineto_results.events())
+
+
+def _is_on_host(event: Any) -> bool:
+    return bool(event.device_type().name == "CPU")
+
+
+def _is_on_device(event: Any) -> bool:
+    # "nccl:" names a span, beside NCCL's kernels.
+    is_work = not event.is_user_annotation() and not event.name().startswith("nccl:")
+    return is_work and bool(event.device_type().name == "CUDA")
+
+
+def _covered(events: Iterable[Any]) -> float:
+    """Seconds in which at least one of them goes on."""
+    covered = until = 0
+    for start, end in sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events):
+        covered += max(0, end - max(start, until))
+        until = max(until, end)
+    return covered / 1e9
+
+
+def _leaves(events: Iterable[Any]) -> int:
+    """Operations of torch in which no other begins."""
+    on_host = (event for event in events if _is_on_host(event) and event.name() != _MEMORY)
+    spans = sorted(
+        (event.start_thread_id(), event.start_ns(), -event.duration_ns(), event.name()) for event in on_host
+    )
+    is_last = (None, 0, 0, "")
+    return sum(
+        name.startswith("aten::") and not (thread == next_thread and next_start < start - minus_duration)
+        for (thread, start, minus_duration, name), (next_thread, next_start, *_) in pairwise(
+            [*spans, is_last]
+        )
+    )
+
+
+def _peak(events: Iterable[Any]) -> int:
     """The highest sum of what was allocated less what was freed."""
-    of_memory = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(of_memory, key=lambda event: event.start_ns()):
+    for event in sorted(
+        (event for event in events if event.name() == _MEMORY), key=lambda event: event.start_ns()
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return peak

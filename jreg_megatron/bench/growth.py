@@ -1,4 +1,4 @@
-"""How JREG's cost grows with layers, width, sequence and pipeline stages: a step measured at each size."""
+"""How JREG's cost grows with layers, width, sequence and pipeline stages: counted in a step of each size."""
 
 from __future__ import annotations
 
@@ -51,13 +51,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step")
     parser.add_argument("--dtype", choices=options.DTYPES, help="by default bf16 on a GPU and fp32 on a CPU")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=45,
-        metavar="S",
-        help="of timed steps at each size, beside half a minute to start (default: %(default)g)",
-    )
     parser.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
 
 
@@ -105,22 +98,13 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
     """What measuring and JREG add to the unmodified step.
 
     Returns:
-        By way: ``ratio``, with its ``confidence_95``, None of too few steps; ``milliseconds`` a step, with
-        the same interval;
-        ``bytes`` of peak memory and ``kernels``, ordinary and logging, on the rank that has most more.
+        ``tokens`` of a micro-batch, and by way ``bytes`` of peak memory and ``kernels``, ordinary and
+        logging, on the rank that has most more.
     """
-    unmodified = step["median_seconds"][UNMODIFIED]
-    found: dict[str, Any] = {"unmodified_seconds": unmodified, "tokens": step["tokens"]}
+    found: dict[str, Any] = {"tokens": step["tokens"]}
     for way in (MEASURE, JREG):
-        interval = step["spread"][way]["confidence_95"]
-        found[way] = {
-            "ratio": step["ratio"][way],
-            "confidence_95": interval,
-            "milliseconds": 1e3 * unmodified * (step["ratio"][way] - 1),
-            "milliseconds_95": interval and [1e3 * unmodified * (limit - 1) for limit in interval],
-            "bytes": max(_most_more(step["peak_bytes"], way)),
-            "kernels": _most_more(step["kernels"], way),
-        }
+        kernels = _most_more(step["kernels"], way)
+        found[way] = {"bytes": max(_most_more(step["peak_bytes"], way)), "kernels": kernels}
     return found
 
 
@@ -171,7 +155,8 @@ def _values(args: Namespace, axis: str, default: list[int]) -> list[int]:
 
 def _words(point: Point, args: Namespace, on_cpu: bool) -> list[str]:
     """The options of ``bench step`` at a point."""
-    words = ["--model", args.model, "--seconds", str(args.seconds), "--ways", f"{MEASURE},{JREG}"]
+    words = ["--model", args.model, "--count", "--rounds", "1"]
+    words += ["--ways", f"{MEASURE},{JREG}"]
     for name in ("micro_batch", "micro_batches", "dtype"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

@@ -15,23 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.kernels import Kernels, check, choose, refuse_fault
+from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager, refuse_fault
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient
 from jreg_megatron.runtime.errors import UserError
 
-JREG, AUTOGRAD, COMPILED, CHUNKED = "jreg", "autograd", "compiled", "chunked"
+JREG, AUTOGRAD, COMPILED = "jreg", "autograd", "compiled"
 ABOUT = {
     JREG: "as in training: nothing in the forward pass, one kernel in the backward pass",
     AUTOGRAD: "the textbook formula, differentiated by torch",
     COMPILED: "the same by torch.compile",
-    CHUNKED: "the same in chunks of {rows} rows, their gradients computed in the forward pass",
 }
 
-CHUNK_ROWS = 1024
 COEFFICIENT, FACTOR = 0.1, 1e-4
-
-_MOST_CHUNKS = 16
-"""Of some 50 launches each; a device lets about a thousand wait."""
 
 SHORTEST_COPY = 50e-6
 """Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
@@ -41,9 +36,8 @@ _WARM_UP = 3
 _FLUSHED = 8
 """So many times what the L2 cache holds is read between two timed runs."""
 _CYCLES = 1_000_000
-"""Of the device's clock: how long it waits at least, while the host launches what is timed."""
-_HEAD_START = 2.0
-"""It waits so many times what the host takes for that."""
+"""Of the device's clock: how long it waits at first, while the host launches what is timed."""
+_MOST_CYCLES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -112,35 +106,6 @@ def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
     return way
 
 
-class _Chunked(torch.autograd.Function):
-    """As Liger's losses: gradients come in the forward pass, so that only a chunk's temporaries live."""
-
-    @staticmethod
-    def forward(ctx: Any, h_in: Tensor, h_out: Tensor) -> Tensor:
-        grads = [torch.empty_like(h) for h in (h_in, h_out)]
-        total = torch.zeros((), device=h_in.device)
-        chunks = zip(*(torch.split(h, CHUNK_ROWS) for h in (h_in, h_out, *grads)), strict=True)
-        for rows_in, rows_out, to_in, to_out in chunks:
-            rows = [rows.detach().requires_grad_() for rows in (rows_in, rows_out)]
-            with torch.enable_grad():
-                loss = textbook(*rows)
-            for to, grad in zip((to_in, to_out), torch.autograd.grad(loss, rows), strict=True):
-                to.copy_(grad)
-            total += loss.detach()
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-
-
-def with_chunks(h_in: Tensor, h_out: Tensor) -> Tensor:
-    """:func:`textbook` in chunks of rows."""
-    total: Tensor = _Chunked.apply(h_in, h_out)
-    return total
-
-
 def check_memory(sizes: Sizes, width: int) -> None:
     """Refuse sizes that no run on this device could hold.
 
@@ -174,7 +139,6 @@ def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, An
             ways[COMPILED] = compiled
         elif (note := f"{COMPILED} is left out: {why_not}.") not in notes:
             notes.append(note)
-        ways[CHUNKED] = with_autograd(with_chunks)
         by_width[str(width)] = _of_width(sizes, tensors, kernels, ways)
     of_kernels = [found for of in by_width.values() for found in of["kernels"].values()]
     if any(found["share_of_copy"] is None for found in of_kernels):
@@ -188,7 +152,7 @@ def measure(sizes: Sizes, widths: list[int], with_compile: bool) -> dict[str, An
     return {
         **_about(sizes, "; ".join(names), by_width, notes),
         "tuned": False,
-        "about": {name: what.format(rows=CHUNK_ROWS) for name, what in ABOUT.items() if name in used},
+        "about": {name: what for name, what in ABOUT.items() if name in used},
     }
 
 
@@ -220,44 +184,43 @@ def _of_width(sizes: Sizes, tensors: Tensors, kernels: Kernels, ways: dict[str, 
     return {"rounds": len(seconds[JREG]), "kernels": of_kernels, "ways": of_ways}
 
 
-def tune(sizes: Sizes, widths: list[int]) -> dict[str, Any]:
-    """The Triton kernels with every tile that makes sense, by width, the fastest first."""
+def tune(sizes: Sizes, widths: list[int], kernel: str) -> dict[str, Any]:
+    """One of the Triton kernels with every tile that makes sense, by width, the fastest first."""
     from jreg_megatron.methods.jreg.kernels import fused
 
     by_width = {}
     for width in widths:
         tensors = Tensors(sizes, width)
-        moved = bytes_moved(tensors)
+        moved = bytes_moved(tensors)[kernel]
+        psi = eager.KERNELS.displacement(tensors.h_in.detach(), tensors.h_out.detach())
         runs: dict[Any, Callable[[], Any]] = {}
         why_not = ""
         for tile in tiles_for(width):
-            kernels = fused.TritonKernels(tile)
-            of_tile = _kernel_runs(kernels, tensors)
+            once = _kernel_runs(fused.TritonKernels(tile), tensors)[kernel]
             try:
-                check(kernels, sizes.device, width, sizes.dtype)
-                for once in of_tile.values():
-                    once()
-            except (UserError, torch.OutOfMemoryError):
+                found = once()
+            except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
                 refuse_fault(sizes.device)
                 why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
-            runs |= {(name, tile): once for name, once in of_tile.items()}
+            if not torch.allclose(getattr(found, "psi", found), psi, atol=1e-5):
+                raise UserError(f"{kernel} is wrong with {tile} at width {width}; report it")
+            runs[tile] = once
         if not runs:
             raise UserError(f"no tile of width {width} runs here ({why_not}); leave --tune out")
         seconds = interleaved(sizes, runs)
-        tiles: dict[str, list[dict[str, Any]]] = {}
-        for (name, tile), its in sorted(seconds.items(), key=lambda of: median(of[1])):
-            tiles.setdefault(name, []).append(
-                {
-                    **{"rows": tile.rows, "columns": tile.columns, "num_warps": tile.num_warps},
-                    "in_use": tile == fused.tile_for(width),
-                    **_times(its),
-                    "bytes_per_second": moved[name] / median(its),
-                }
-            )
-        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": tiles}
+        tiles = [
+            {
+                **{"rows": tile.rows, "columns": tile.columns, "num_warps": tile.num_warps},
+                "in_use": tile == fused.tile_for(width),
+                **_times(its),
+                "bytes_per_second": moved / median(its),
+            }
+            for tile, its in sorted(seconds.items(), key=lambda of: median(of[1]))
+        ]
+        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": {kernel: tiles}}
     return {**_about(sizes, fused.KERNELS.name, by_width, _notes(sizes)), "tuned": True}
 
 
@@ -303,36 +266,34 @@ def _cpu_clock(once: Callable[[], Any]) -> float:
 
 
 class _CudaClock:
-    """Times by events what runs on the device, once the host has launched it all, or filled the queue."""
+    """Times what runs on the device, by events, once the host has launched all of it.
+
+    The device waits meanwhile. Where it did not wait long enough, the host's time would be in what is timed,
+    so that is timed again with a longer wait.
+    """
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._other = torch.ones(max(_FLUSHED * cache, 2**28) // 4, device=device)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        self._launching: dict[Callable[[], Any], float] = {}
-        """Seconds that the host has taken for each run where it took least."""
-
-        def wait() -> None:
-            torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call]
-
-        self._cycles_per_second = _CYCLES / min(self._timed(wait) for _ in range(_WARM_UP))
+        self._cycles: dict[Callable[[], Any], int] = {}
 
     def __call__(self, once: Callable[[], Any]) -> float:
-        self._other.sum()  # reads: what is left in the cache need not be written back while the clock runs
-        head_start = _HEAD_START * self._launching.get(once, 0.0) * self._cycles_per_second
-        torch.cuda._sleep(max(_CYCLES, round(head_start)))  # type: ignore[no-untyped-call]
-        return self._timed(once)
-
-    def _timed(self, once: Callable[[], Any]) -> float:
         started, ended = self._events
-        started.record()
-        began = time.perf_counter()
-        once()
-        took = time.perf_counter() - began
-        self._launching[once] = min(took, self._launching.get(once, took))
-        ended.record()
-        ended.synchronize()
-        return float(started.elapsed_time(ended)) / 1e3
+        while True:
+            cycles = self._cycles.setdefault(once, _CYCLES)
+            self._other.sum()  # reads: what is left in the cache need not be written back later
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+            started.record()
+            once()
+            has_begun = started.query()  # type: ignore[no-untyped-call]
+            ended.record()
+            ended.synchronize()
+            if not has_begun:
+                return float(started.elapsed_time(ended)) / 1e3
+            if cycles >= _MOST_CYCLES:
+                raise UserError("the host launches too slowly to time what the device does; try again later")
+            self._cycles[once] = min(2 * cycles, _MOST_CYCLES)
 
 
 def _kernel_runs(kernels: Kernels, t: Tensors) -> dict[str, Callable[[], Any]]:
@@ -384,8 +345,5 @@ def _about(sizes: Sizes, kernels: str, by_width: dict[str, Any], notes: list[str
 
 def _notes(sizes: Sizes) -> list[str]:
     if sizes.device.type == "cuda":
-        notes = ["Time on the device, by events; its cache holds other data when the clock starts."]
-        if sizes.tokens > _MOST_CHUNKS * CHUNK_ROWS:
-            notes.append(f"{CHUNKED} launches more than a device queues, so its time is the host's too.")
-        return notes
+        return ["Time on the device, by events; its cache holds other data when the clock starts."]
     return ["Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."]

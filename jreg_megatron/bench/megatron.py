@@ -9,12 +9,15 @@ import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from jreg_megatron.bench.options import DTYPES, Setup
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals
+
+if TYPE_CHECKING:
+    from jreg_megatron.methods.jreg.settings import JRegConfig
 
 _NEVER = 10**9
 
@@ -63,9 +66,9 @@ def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
         "--max-position-embeddings": shape.sequence,
         "--micro-batch-size": shape.micro_batch,
         "--global-batch-size": shape.micro_batch * shape.micro_batches * setup.data_parallel,
-        "--tensor-model-parallel-size": setup.tensor_parallel,
-        "--pipeline-model-parallel-size": setup.pipeline_parallel,
-        "--context-parallel-size": setup.context_parallel,
+        "--tensor-model-parallel-size": setup.layout["tensor"],
+        "--pipeline-model-parallel-size": setup.layout["pipeline"],
+        "--context-parallel-size": setup.layout["context"],
         "--vocab-size": shape.vocab_size - 1,  # and one for the end of a document
         "--train-iters": steps,
         "--log-interval": _NEVER,
@@ -80,7 +83,7 @@ def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
     argv += ["--lr", "1e-6", "--lr-decay-style", "constant"]
     # The norm is taken as ever, but none is above this: else some steps would scale their gradients.
     argv += ["--clip-grad", "1e6"]
-    if shape.recipe and setup.tensor_parallel > 1:
+    if shape.recipe and setup.layout["tensor"] > 1:
         argv.append("--sequence-parallel")
     if not on_cpu:
         argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()
@@ -93,15 +96,19 @@ def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
     return argv
 
 
-def train(argv: list[str], train_step: Any) -> None:
-    """Run Megatron's ``pretrain`` with this in place of its ``train_step``.
+def train[T](argv: list[str], config: JRegConfig, work: Callable[..., T]) -> T:
+    """Have Megatron set up a training; ``work`` stands for all of its steps but the first ones.
+
+    The first one is Megatron's own, which finishes its set-up behind it; so are those that fp16's loss scale
+    skips.
 
     Args:
         argv: its command line.
-        train_step: called with Megatron's, gives what stands for it.
+        config: of what ``work`` attaches.
+        work: called once, with Megatron's ``train_step`` and what that gets. Its result is returned.
 
     Raises:
-        UserError: for arguments that cannot be.
+        UserError: for arguments that cannot be, or if Megatron ends before ``work`` is called.
     """
     single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if "MASTER_PORT" not in os.environ:
@@ -112,7 +119,7 @@ def train(argv: list[str], train_step: Any) -> None:
         os.environ.setdefault(name, value)
 
     from megatron.core.enums import ModelType
-    from megatron.training import arguments, pretrain, training
+    from megatron.training import arguments, get_args, pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from jreg_megatron import gpt_pretraining
@@ -124,12 +131,23 @@ def train(argv: list[str], train_step: Any) -> None:
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)
     preflight.check_arguments(asked)
-    made = train_step(training.train_step)
-    refuse_unsupported(asked, made.measured.config)
+    refuse_unsupported(asked, config)
     with megatrons_refusals():
         args: Namespace = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
         model_config = gpt_pretraining.model_config(args)
-    training.train_step = made
+    train_step, is_set_up = training.train_step, False
+    found: list[T] = []
+
+    def steps(*given: Any, **named: Any) -> Any:
+        nonlocal is_set_up
+        if is_set_up:
+            found.append(work(train_step, *given, **named))
+            get_args().train_iters = get_args().curr_iteration + 1
+        result = train_step(*given, **named)
+        is_set_up = not result[1]  # whether it was skipped
+        return result
+
+    training.train_step = steps
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_pretraining.datasets,
@@ -137,6 +155,12 @@ def train(argv: list[str], train_step: Any) -> None:
         gpt_pretraining.forward_step,
         get_embedding_ranks=gpt_pretraining.embedding_ranks,
     )
+    if not found:
+        raise UserError(
+            "Megatron ended the training before anything was measured; leave out what ends it among the "
+            "arguments behind --, or take bf16 in place of fp16"
+        )
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ COEFF, ALPHA = 1.0, 1.0
 DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 
 # Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
-_MOST_ROUNDS, _LONGEST_INTERVAL = 100_000, 100
+_MOST_ROUNDS, _LONGEST_INTERVAL = 10_000, 100
 
 # What this tool sets by its own options.
 _OWN = {
@@ -56,42 +57,22 @@ class Setup:
 
     shape: Shape
     dtype: str
-    tensor_parallel: int
-    pipeline_parallel: int
-    context_parallel: int
-    world_size: int
+    layout: dict[str, int]
+    """``ranks``, and the sizes of ``tensor``, ``pipeline`` and ``context`` parallelism."""
     config: JRegConfig
-    ways: tuple[str, ...]
+    ways: list[str]
+    notes: list[str]
+    """Why others are left out."""
     rounds: int
-    seconds: float
-    megatron_arguments: tuple[str, ...]
+    counts: bool
+    megatron_arguments: list[str]
     """More of the user's."""
-
-    def ways_and_notes(self) -> tuple[list[str], list[str]]:
-        """The ways that can be run, and why others cannot."""
-        why_not = self._why_no_naive()
-        if why_not is None or NAIVE not in self.ways:
-            return list(self.ways), []
-        return [way for way in self.ways if way != NAIVE], [f"{NAIVE} is left out: {why_not}."]
 
     @property
     def data_parallel(self) -> int:
         """Replicas of the model."""
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.shape.micro_batch * self.shape.sequence
-
-    def _why_no_naive(self) -> str | None:
-        if self.world_size > 1:
-            return "it needs the whole model and all tokens on one rank"
-        if any(word.startswith("--recompute") for word in self.megatron_arguments):
-            return "its hooks fire twice where layers are recomputed"
-        if self.config.final_state != "pre_norm" or self.config.tokens != "all":
-            return "it knows the state before the final norm and all tokens only"
-        return None
+        ranks, *parts = self.layout.values()
+        return ranks // math.prod(parts)
 
 
 def add_step_arguments(parser: ArgumentParser) -> None:
@@ -107,7 +88,7 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         ("--layers", "layers; by default the model's"),
         ("--width", "hidden size; a multiple of the model's heads. The feed-forward size grows with it"),
         ("--sequence", "tokens of a sequence; by default the model's"),
-        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 4 of 2,048)"),
+        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"),
         ("--micro-batches", "micro-batches of a step (demo: 2, else 4)"),
     ):
         model.add_argument(flag, type=int, metavar="N", help=of_what)
@@ -131,20 +112,25 @@ def add_step_arguments(parser: ArgumentParser) -> None:
         help=f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
     )
     run.add_argument(
-        "--rounds",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="at most N rounds, rounded up to whole log and measure intervals. In a round run measure, jreg "
-        "and one of the other ways, and the unmodified step before and after each (default: %(default)s)",
-    )
-    run.add_argument(
         "--seconds",
         type=float,
-        default=160,
+        default=150,
         metavar="S",
-        help="after so long no round is begun but those in which each way has its first turn "
-        "(default: %(default)g). Starting, warming up and counting come on top",
+        help="the run ends about so long after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run however long they take",
+    )
+    run.add_argument(
+        "--rounds",
+        type=int,
+        default=300,
+        metavar="N",
+        help="at most N rounds. In a round each way runs once, with the unmodified step before and after it "
+        "(default: %(default)s)",
+    )
+    run.add_argument(
+        "--count",
+        action="store_true",
+        help="count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
     )
     run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
     run.add_argument(
@@ -174,12 +160,11 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
     """
     shape = _shape(args)
     for name in ("tp", "pp", "cp", "measure_interval", "rounds"):
-        _require_at_least_one(name, getattr(args, name))
+        require_at_least_one(name, getattr(args, name))
     for name, most in (("rounds", _MOST_ROUNDS), ("measure_interval", _LONGEST_INTERVAL)):
         if (value := getattr(args, name)) > most:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in 1..{most}")
-    if not 0 < args.seconds < 86400:
-        raise UserError(f"--seconds is {args.seconds:g}; it must be above 0 and below a day")
+    check_seconds(args.seconds)
     parts = args.tp * args.pp * args.cp
     if world_size % parts:
         raise UserError(
@@ -201,29 +186,39 @@ def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
             )
         if flag.startswith(_ENDING):
             raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
-    setup = Setup(
-        shape=shape,
-        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
-        tensor_parallel=args.tp,
-        pipeline_parallel=args.pp,
-        context_parallel=args.cp,
-        world_size=world_size,
-        config=config,
-        ways=tuple(_ways(args)),
-        rounds=args.rounds,
-        seconds=args.seconds,
-        megatron_arguments=tuple(rest),
-    )
-    ways, notes = setup.ways_and_notes()
+    ways, notes = _ways(args), []
+    if NAIVE in ways and (why_not := _why_no_naive(world_size, config, rest)):
+        ways.remove(NAIVE)
+        notes.append(f"{NAIVE} is left out: {why_not}.")
     if not ways:
         why = " and ".join(note.rstrip(".") for note in notes) or "with --measure-interval 1 that is jreg"
         raise UserError(f"--ways is {args.ways}, but {why}; name another way too")
-    return setup
+    return Setup(
+        shape=shape,
+        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
+        layout={"ranks": world_size, "tensor": args.tp, "pipeline": args.pp, "context": args.cp},
+        config=config,
+        ways=ways,
+        notes=notes,
+        rounds=args.rounds,
+        counts=args.count,
+        megatron_arguments=rest,
+    )
+
+
+def _why_no_naive(world_size: int, config: JRegConfig, megatron_arguments: list[str]) -> str | None:
+    if world_size > 1:
+        return "it needs the whole model and all tokens on one rank"
+    if any(word.startswith("--recompute") for word in megatron_arguments):
+        return "its hooks fire twice where layers are recomputed"
+    if config.final_state != "pre_norm" or config.tokens != "all":
+        return "it knows the state before the final norm and all tokens only"
+    return None
 
 
 def _ways(args: Namespace) -> list[str]:
     known = [name for name in WAYS if name != UNMODIFIED]
-    ways = known if args.ways is None else args.ways.split(",")
+    ways = known if args.ways is None else list(dict.fromkeys(args.ways.split(",")))
     for way in ways:
         if way not in known:
             raise UserError(f"--ways is {args.ways}; it must be some of {','.join(known)}")
@@ -274,7 +269,7 @@ def _shape(args: Namespace) -> Shape:
         "micro_batches": ("micro_batches", args.micro_batches),
     }
     for option, value in changes.values():
-        _require_at_least_one(option, value)
+        require_at_least_one(option, value)
     if args.width is not None:
         if args.width % (2 * shape.num_attention_heads):
             raise UserError(
@@ -308,6 +303,13 @@ def _jreg(args: Namespace, more: list[str]) -> tuple[JRegConfig, list[str]]:
     return config, rest
 
 
-def _require_at_least_one(option: str, value: int | None) -> None:
+def require_at_least_one(option: str, value: int | None) -> None:
+    """Refuse a number below 1; None passes."""
     if value is not None and value < 1:
         raise UserError(f"--{option.replace('_', '-')} is {value}; it must be >= 1")
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse what is no time to measure for."""
+    if not 0 < seconds < 86400:
+        raise UserError(f"--seconds is {seconds:g}; it must be above 0 and below a day")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,13 +19,14 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     Raises:
         UserError: for a mistake in the options.
     """
+    deadline = time.monotonic() + args.seconds
     world_size = world_size_of(args)
     on_cpu = bool(args.cpu or args.nproc) or not has_cuda()
     setup = setup_of(args, more, world_size, on_cpu)
     megatron.make_ready(on_cpu)
 
     def work() -> None:
-        figures = _measure(setup, on_cpu, args.quiet, args.verbose)
+        figures = _measure(setup, deadline, on_cpu, args.quiet, args.verbose)
         if figures is not None:
             finish(figures)
 
@@ -41,48 +43,38 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     return fork_ranks(args.nproc, rank)
 
 
-def _measure(setup: Setup, on_cpu: bool, is_quiet: bool, is_verbose: bool) -> dict[str, Any] | None:
+def _measure(
+    setup: Setup, deadline: float, on_cpu: bool, is_quiet: bool, is_verbose: bool
+) -> dict[str, Any] | None:
     import torch
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from jreg_megatron.bench.step import InterleavedSteps, most_steps, summarize
+    from jreg_megatron.bench.step import Task, most_steps, summarize
     from jreg_megatron.runtime.errors import UserError
 
     is_first = os.environ.get("RANK", "0") == "0"
-    made: list[InterleavedSteps] = []
     with megatron.quiet(is_verbose) as terminal:
         hidden = is_quiet or not is_first or is_verbose
         bar = tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True)
-
-        def stand_in(train_step: Callable[..., Any]) -> InterleavedSteps:
-            steps = InterleavedSteps(
-                train_step,
-                setup.config,
-                ways=setup.ways_and_notes()[0],
-                rounds=setup.rounds,
-                seconds=setup.seconds,
-                on_step=lambda: bar.update() and None,
-            )
-            made.append(steps)
-            return steps
-
+        task = Task(
+            setup.config,
+            ways=setup.ways,
+            rounds=setup.rounds,
+            deadline=deadline,
+            counts=setup.counts,
+            by_processor_time=on_cpu,
+            on_step=lambda: bar.update() and None,
+        )
         try:
-            megatron.train(
-                megatron.arguments_of(setup, most_steps(setup.rounds, setup.config), on_cpu), stand_in
-            )
+            argv = megatron.arguments_of(setup, most_steps(setup.rounds), on_cpu)
+            measured = megatron.train(argv, setup.config, task.run)
         except torch.OutOfMemoryError as error:
             what = " ".join(str(error).split()).partition(". ")[0]
             raise UserError(f"the model does not fit ({what}); give less --layers or --micro-batch") from None
         bar.close()
-        if not made[0].is_done:
-            raise UserError(
-                "Megatron ended the training before all was measured, after "
-                f"{len(made[0].measured.names)} timed steps; leave out what ends it among the "
-                "arguments behind --"
-            )
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, made[0].measured)
+        dist.all_gather_object(of_ranks, measured)
         dist.destroy_process_group()
     if not is_first:
         return None
@@ -93,14 +85,9 @@ def _about(setup: Setup, on_cpu: bool) -> dict[str, Any]:
     return {
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
-        "layout": {
-            "ranks": setup.world_size,
-            "tensor": setup.tensor_parallel,
-            "pipeline": setup.pipeline_parallel,
-            "context": setup.context_parallel,
-        },
-        "tokens": setup.tokens,
+        "layout": setup.layout,
+        "tokens": setup.shape.micro_batch * setup.shape.sequence,
         "jreg": asdict(setup.config),
         "weighted_layers": int((setup.config.gradient_weights(setup.shape.num_layers) > 0).sum()),
-        "notes": [*setup.ways_and_notes()[1], *megatron.notes(on_cpu)],
+        "notes": [*setup.notes, *megatron.notes(on_cpu)],
     }

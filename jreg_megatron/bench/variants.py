@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.bench.naive import NaivePenalty
 from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.stream.anatomy import residual_layers, unwrap
@@ -79,23 +81,57 @@ class Attached(Variant):
 
 
 class Naive(Variant):
-    """The penalty by hooks and autograd, of a model that one rank holds."""
+    """JREG as one would write it without this package: keep all states, let autograd do it.
+
+    Forward hooks keep every layer's state ``[s, b, h]``. When the loss is made, ``coeff * sum_l weight_l *
+    mean over tokens of (1 - cos(h_{l-1}, h_l)) / 2`` is added to it; one backward pass goes through both. It
+    needs every layer on one rank, and a forward pass that runs once.
+    """
 
     def __init__(self, model: list[nn.Module], config: JRegConfig) -> None:
-        layers: list[Any] = [layer.first for layer in residual_layers(unwrap(model[0]))]
-        weights = config.layer_weights(len(layers)).tolist()
-        self._penalty = NaivePenalty(layers, config.coeff, weights)
+        self._layers: list[Any] = [layer.first for layer in residual_layers(unwrap(model[0]))]
+        self._coeff = config.coeff
+        self._weights = config.layer_weights(len(self._layers)).tolist()
+        self._states: list[Tensor] = []  # of the micro-batch that goes forward: h_0 .. h_L
 
     @contextmanager
     def on(self, iteration: int) -> Iterator[None]:
-        self._penalty.put_on()
+        hooks = [self._layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)]
+        hooks += [layer.register_forward_hook(self._keep_output) for layer in self._layers]
         try:
             yield
         finally:
-            self._penalty.take_off()
+            for hook in hooks:
+                hook.remove()
+            self._states = []
 
     def forward_step(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        return self._penalty.in_forward_step(forward_step)
+        def with_penalty(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
+            output, loss_function = forward_step(data_iterator, model)
+            states, self._states = self._states, []
+
+            def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                loss_sum, num_tokens, report = loss_function(output)
+                # Megatron divides the sum by the number of tokens.
+                return loss_sum + num_tokens * self._penalty(states), num_tokens, report
+
+            return output, loss
+
+        return with_penalty
+
+    def _penalty(self, states: list[Tensor]) -> Tensor:
+        psi = [
+            (1 - cosine_similarity(before.float(), after.float(), dim=-1)).mean() / 2
+            for before, after in pairwise(states)
+        ]
+        weighted = [weight * value for weight, value in zip(self._weights, psi, strict=True)]
+        return self._coeff * torch.stack(weighted).sum()
+
+    def _keep_input(self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._states = [named["hidden_states"] if "hidden_states" in named else given[0]]
+
+    def _keep_output(self, layer: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        self._states.append(output[0] if isinstance(output, tuple) else output)
 
 
 def make_variants(model: list[nn.Module], config: JRegConfig, ways: Collection[str]) -> dict[str, Variant]:
