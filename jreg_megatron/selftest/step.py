@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,11 +15,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
-from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
+from jreg_megatron.selftest import reference
+from jreg_megatron.selftest.layouts import LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
+from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
 from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.method import Metrics
+
+_RECOMPUTED = {
+    "pairs": 2,
+    "latent attention": 2,
+    "experts": 2,
+    "lone sub-layers": 5,
+    "sub-layers as layers": 1,
+}
+"""Sub-layers of a HybridModel that are recomputed together; layers end there in every stage."""
+
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": reference.Q_RANK,
+    "kv_lora_rank": reference.KV_RANK,
+    "qk_head_dim": reference.OWN,
+    "qk_pos_emb_head_dim": reference.SHARED,
+    "v_head_dim": reference.VALUE,
+    "rope_type": "rope",
+    "rotary_scaling_factor": 1.0,
+    "qk_layernorm": True,
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +92,8 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     model_parallel_cuda_manual_seed(1)
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
-    _set_weights(chunks, weights)
+    pieces = functools.partial(_pieces, chunks, shape_of(layout))
+    _set_weights(pieces, weights)
     wrapped = _wrap(layout, config, chunks)
     handle = attach(wrapped, *settings_of(layout), num_microbatches=layout.num_microbatches)
     if layout.precision == "fp16":
@@ -108,7 +132,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         captured=handle.captured,
         gradients=[
             (name, where, gradient / scale)
-            for name, where, gradient in _pieces(chunks, lambda parameter: parameter.main_grad)
+            for name, where, gradient in pieces(lambda parameter: parameter.main_grad)
         ],
     )
 
@@ -131,13 +155,13 @@ def _loss_scale(layout: Layout) -> float:
 
 def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     shape = shape_of(layout)
     dtype = DTYPES[layout.precision]
     options: dict[str, Any] = {}
-    per_layer = 2 if layout.model == "hybrid" else 1  # what Megatron counts as layers
-    if layout.split == "uneven" and layout.model != "hybrid":
+    is_hybrid = layout.model == "hybrid"
+    if layout.split == "uneven" and not is_hybrid:
         options["num_layers_in_first_pipeline_stage"] = UNEVEN[0]
     elif layout.split == "embedding and loss":
         options |= {"account_for_embedding_in_pipeline_split": True}
@@ -153,7 +177,10 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options |= {"recompute_granularity": "selective", "recompute_modules": modules}
     elif layout.recompute != "none":
         options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
-        options |= {"recompute_num_layers": per_layer}
+        options |= {"recompute_num_layers": _RECOMPUTED[layout.layers] if is_hybrid else 1}
+    is_latent = any("+" in kinds for kinds in shape.layers)
+    if is_latent:
+        options |= LATENT
     if shape.num_experts:
         options |= {
             "num_moe_experts": shape.num_experts,
@@ -166,9 +193,9 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     if shape.mtp_num_layers:
         options |= {"mtp_num_layers": shape.mtp_num_layers}
         options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
-    return TransformerConfig(
-        num_layers=shape.num_layers * per_layer,
-        is_hybrid_model=layout.model == "hybrid",
+    return (MLATransformerConfig if is_latent else TransformerConfig)(
+        num_layers=len("".join(shape.layers)) if is_hybrid else shape.num_layers,
+        is_hybrid_model=is_hybrid,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -235,10 +262,10 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
         if te:
             from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
         else:
-            from jreg_megatron.cpu.hybrid import stack_spec
-        sizes = UNEVEN if layout.split == "uneven" else [NUM_LAYERS // layout.stages] * layout.stages
-        pattern = "|".join("*-" * size for size in sizes)
-        return HybridModel(config, stack_spec, hybrid_layer_pattern=pattern, **options)
+            from jreg_megatron.selftest.mixer import stack_spec
+        ends = itertools.accumulate(layout.stage_sizes, initial=0)
+        stages = ["".join(layout.sublayers[begin:end]) for begin, end in itertools.pairwise(ends)]
+        return HybridModel(config, stack_spec, hybrid_layer_pattern="|".join(stages), **options)
     experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     if te:
         layer = specs.get_gpt_layer_with_transformer_engine_spec(**experts)
@@ -295,13 +322,15 @@ def _gather_gradients(wrapped: list[nn.Module]) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
-def _set_weights(chunks: list[nn.Module], weights: dict[str, Tensor]) -> None:
+def _set_weights(pieces: Callable[..., Iterator[Any]], weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, where, data in _pieces(chunks, lambda parameter: parameter):
+        for name, where, data in pieces(lambda parameter: parameter):
             data.copy_(weights[name][where])
 
 
-def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator[tuple[str, Place, Tensor]]:
+def _pieces(
+    chunks: list[nn.Module], shape: Shape, value: Callable[[Any], Tensor]
+) -> Iterator[tuple[str, Place, Tensor]]:
     """``value(parameter)`` of every parameter, cut as Megatron's checkpoints cut the parameter.
 
     Yields:
@@ -333,7 +362,7 @@ def _pieces(chunks: list[nn.Module], value: Callable[[Any], Tensor]) -> Iterator
             if isinstance(entry, ShardedTensor):
                 changes["dtype"] = data.dtype
             for piece in cut(dataclasses.replace(entry, **changes)):
-                yield *_place(piece.key, _slice(piece), is_hybrid), piece.data
+                yield *_place(piece.key, _slice(piece), shape if is_hybrid else None), piece.data
 
 
 def _slice(piece: Any) -> Place:
@@ -347,11 +376,20 @@ def _slice(piece: Any) -> Place:
 _NUMBERED = re.compile(r"(decoder\.layers\.)(\d+)\.")
 
 
-def _place(key: str, where: Place, is_hybrid: bool) -> tuple[str, Place]:
-    """A parameter by the name that a ``GPTModel`` of alike layers has for it, and its place there."""
+def _place(key: str, where: Place, hybrid: Shape | None) -> tuple[str, Place]:
+    """A parameter by the reference's name for it, and its place there.
+
+    Args:
+        key: its name in a checkpoint; of a hybrid model with the number of its sub-layer.
+        where: its place in what the checkpoint has under that name.
+        hybrid: a hybrid model's shape.
+    """
     key = key.replace("decoder.final_norm.", "decoder.final_layernorm.")
-    if numbered := _NUMBERED.match(key):
-        number = int(numbered[2]) // (2 if is_hybrid else 1)
-        key, where = _NUMBERED.sub(r"\1", key), (number, *where)
     key = key.replace(".mtp_model_layer.", ".transformer_layer.")
-    return key.replace(".pre_mlp_layernorm.weight", f".{MLP_NORM}"), where
+    key = key.replace(".pre_mlp_layernorm.weight", f".{MLP_NORM}")
+    if numbered := _NUMBERED.match(key):
+        number = int(numbered[2])
+        if hybrid is not None:
+            number = hybrid.place(key[numbered.end() :], number)
+        key, where = _NUMBERED.sub(r"\1", key), (number, *where)
+    return key, where

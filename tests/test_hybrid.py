@@ -1,0 +1,96 @@
+"""Hybrid models of all kinds of sub-layers: displacement is that of plain hooks, the gradient autograd's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+from harness import run_function
+
+from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.methods.norms.settings import NormsConfig
+from jreg_megatron.stream.anatomy import residual_layers
+from jreg_megatron.stream.attachment import prepare
+from jreg_megatron.stream.settings import Settings
+
+COEFF = 5.0
+LAYERS = ["*- *- *-", "+- + +E", "G- G *-", "D- D G-", "M- M *-- M", "-- ME *", "* *- M", "*E G M-E"]
+"""Hybrid models, each layer's sub-layers together."""
+
+
+def differences(layers: str, rule: str) -> tuple[float, float, str]:
+    """How far displacement and gradient are from those written out, and what is said of the layers."""
+    import hybrid_toy
+
+    pieces = layers.split() if rule == "mixer" else list(layers.replace(" ", ""))
+    model = hybrid_toy.build(layers.replace(" ", ""))
+    config = JRegConfig(coeff=COEFF, alpha=0.5, layer=rule)
+    psi, wanted = hybrid_toy.written_out(model, pieces, COEFF, config.layer_weights(len(pieces)))
+    handle = attach(model, config, num_microbatches=1)
+    model.zero_grad()
+    hybrid_toy.losses(model).mean().backward()
+    metrics = handle.end_iteration(1)
+    assert metrics is not None
+    found = hybrid_toy.gradients(model)
+    assert found.keys() == wanted.keys()
+    worst = max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+    said = handle.describe().splitlines()[0]
+    handle.detach()
+    keys = [*vars(model)]
+    assert not any("jreg" in key for key in keys)
+    return float((metrics.displacement / psi.double() - 1).abs().max()), worst, said
+
+
+def all_differences() -> dict[tuple[str, str], tuple[float, float, str]]:
+    return {(layers, rule): differences(layers, rule) for layers in LAYERS for rule in ("mixer", "sublayer")}
+
+
+def test_sub_layers_of_every_kind_give_the_displacement_of_hooks_and_the_gradient_of_autograd() -> None:
+    (found,) = run_function(all_differences)
+    for model, (displacement, gradient, _) in found.items():
+        assert displacement < 1e-5 and gradient < 1e-5, model
+    assert found["*- *- *-", "mixer"][2] == (
+        "> HybridModel: a layer is a mixer with the feed-forward sub-layers behind it; layers 1 to 3: 3x*-"
+    )
+    assert found["-- ME *", "mixer"][2].endswith("layers 1 to 3: -- ME *")
+    assert found["-- ME *", "sublayer"][2].endswith("a layer is a sub-layer; layers 1 to 5: 2x- M E *")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Settings):
+    """A method that looks at the layers before the model is wrapped, and takes what layers there are."""
+
+    name: ClassVar[str] = "counts"
+    prefix: ClassVar[str] = "counts"
+
+    def prepare(self, chunk: Any) -> None:
+        chunk.counted = len(residual_layers(chunk))
+
+
+def counted() -> list[int]:
+    import hybrid_toy
+
+    model = hybrid_toy.build("*-M")
+    seen = []
+    for rule in ("mixer", "sublayer"):
+        prepare([model], [JRegConfig(layer=rule), NormsConfig(layer=rule), Counts()])
+        seen.append(model.counted)
+    return seen
+
+
+def test_a_method_that_changes_the_model_before_it_is_wrapped_sees_the_layers_of_the_others() -> None:
+    assert run_function(counted) == [[2, 3]]
+
+
+def sublayers_of_another_model() -> None:
+    import test_attach
+
+    with pytest.raises(
+        UserError, match="the setting layer is 'sublayer', and the layers of a GPTModel are not"
+    ):
+        attach(test_attach.build_model(), JRegConfig(layer="sublayer"), num_microbatches=1)
+
+
+def test_a_gpt_model_has_no_sub_layers_to_be_taken_for_layers() -> None:
+    run_function(sublayers_of_another_model)
