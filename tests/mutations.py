@@ -104,6 +104,7 @@ CHECKPOINT = tuple(
     for name in (
         "test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
         "test_a_model_that_cannot_be_run_is_refused_by_name",
+        "test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
         "test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
         "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
         "test_special_tokens_are_those_of_the_megatron_that_saved",
@@ -1286,7 +1287,19 @@ FAULTS = [
     Fault(
         "run hybrid models of any sub-layers",
         "decoder/checkpoint/arguments.py",
-        (('if pattern != "*-" * max(1, len(pattern) // 2):', "if False:"),),
+        (("if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:", "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "run the MLP of a hybrid model as experts",
+        "decoder/checkpoint/arguments.py",
+        (('[int(kinds == "*E") for kinds in layers]', "[1 for kinds in layers]"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "measure other layers than the training had",
+        "decoder/checkpoint/arguments.py",
+        (("if of_one.layer_rule not in (None, LAYER_RULES[0]):", "if False:"),),
         CHECKPOINT,
     ),
     Fault(
