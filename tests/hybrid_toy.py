@@ -21,6 +21,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import multi_token_prediction as mtp
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.experimental_attention_variant.absorbed_mla import (
     AbsorbedMLASelfAttention,
@@ -62,7 +63,7 @@ def build(pattern: str, **modules: type[Any]) -> Any:
     """A model whose sub-layers are as the pattern says.
 
     Args:
-        pattern: without stages.
+        pattern: without stages; behind a slash the sub-layers that predict a token further ahead.
         modules: by the name of a slot of Megatron's, the class that takes it.
     """
     if not parallel_state.is_initialized():
@@ -72,7 +73,8 @@ def build(pattern: str, **modules: type[Any]) -> Any:
     common.HAVE_FLA, common.l2norm = True, partial(F.normalize, dim=-1)  # its kernels are not used else
     is_latent = "+" in pattern or "D" in pattern
     config = (MLATransformerConfig if is_latent else TransformerConfig)(
-        num_layers=len(pattern),
+        num_layers=len(pattern.partition("/")[0]),
+        mtp_num_layers=1 if "/" in pattern else None,
         is_hybrid_model=True,
         hidden_size=32,
         ffn_hidden_size=48,
@@ -95,7 +97,11 @@ def build(pattern: str, **modules: type[Any]) -> Any:
         **(EXPERTS if "E" in pattern else {}),
         **(SPARSE if "D" in pattern else {}),
     )
-    slots = {"gdn_layer": _layer(GATED_DELTA_NET), "dsa_layer": _layer(SPARSE_ATTENTION)} | {
+    slots = {
+        "gdn_layer": _layer(GATED_DELTA_NET),
+        "dsa_layer": _layer(SPARSE_ATTENTION),
+        "mtp_block_spec": PREDICTS_AHEAD,
+    } | {
         name: dataclasses.replace(getattr(stack_spec.submodules, name), module=module)
         for name, module in modules.items()
     }
@@ -154,6 +160,25 @@ SPARSE_ATTENTION = ModuleSpec(
         linear_proj=RowParallelLinear,
         q_layernorm=WrappedTorchNorm,
         kv_layernorm=WrappedTorchNorm,
+    ),
+)
+
+
+PREDICTS_AHEAD = ModuleSpec(
+    module=mtp.MultiTokenPredictionBlock,
+    submodules=mtp.MultiTokenPredictionBlockSubmodules(
+        layer_specs=[
+            ModuleSpec(
+                module=mtp.MultiTokenPredictionLayer,
+                submodules=mtp.MultiTokenPredictionLayerSubmodules(
+                    enorm=WrappedTorchNorm,
+                    hnorm=WrappedTorchNorm,
+                    eh_proj=ColumnParallelLinear,
+                    mtp_model_layer=None,
+                    layer_norm=WrappedTorchNorm,
+                ),
+            )
+        ]
     ),
 )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from harness import run_function
+from harness import read_scalars, run_function, run_ranks
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -15,15 +16,26 @@ from jreg_megatron.stream.attachment import prepare
 from jreg_megatron.stream.settings import Settings
 
 COEFF = 5.0
-LAYERS = ["*- *- *-", "+- + +E", "G- G *-", "D- D G-", "M- M *-- M", "-- ME *", "* *- M", "*E G M-E"]
-"""Hybrid models, each layer's sub-layers together."""
+LAYERS = [
+    "*- *- *-",
+    "+- + +E",
+    "G- G *-",
+    "D- D G-",
+    "M- M *-- M",
+    "-- ME *",
+    "* *- M",
+    "*E G M-E",
+    "M *- M/*-",
+]
+"""Hybrid models, each layer's sub-layers together; behind a slash what predicts a token further ahead."""
 
 
 def differences(layers: str, rule: str) -> tuple[float, float, str]:
     """How far displacement and gradient are from those written out, and what is said of the layers."""
     import hybrid_toy
 
-    pieces = layers.split() if rule == "mixer" else list(layers.replace(" ", ""))
+    own = layers.partition("/")[0]
+    pieces = own.split() if rule == "mixer" else list(own.replace(" ", ""))
     model = hybrid_toy.build(layers.replace(" ", ""))
     config = JRegConfig(coeff=COEFF, alpha=0.5, layer=rule)
     psi, wanted = hybrid_toy.written_out(model, pieces, COEFF, config.layer_weights(len(pieces)))
@@ -94,3 +106,23 @@ def sublayers_of_another_model() -> None:
 
 def test_a_gpt_model_has_no_sub_layers_to_be_taken_for_layers() -> None:
     run_function(sublayers_of_another_model)
+
+
+def test_megatrons_loop_says_what_the_layers_are_and_refuses_a_stage_that_cuts_one(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    at = toy_arguments.index("--num-layers")
+    script = Path(__file__).with_name("unmodified_pretrain.py")
+    argv = [script, *toy_arguments[:at], *toy_arguments[at + 2 :], "--train-iters", 1]
+    argv += ["--spec", "jreg_megatron.cpu.hybrid", "stack_spec", "--hybrid-layer-pattern", "*-*|E-*"]
+    argv += ["--num-experts", 4, "--moe-ffn-hidden-size", 24, "--pipeline-model-parallel-size", 2]
+    argv += ["--tensorboard-dir", tmp_path, "--jreg-log-per-layer"]
+    cut = run_ranks(argv, 2, entry="jreg_megatron.launch:main", check=False)
+    assert cut.status == [2, 2]
+    for output in cut.output:
+        assert "Traceback" not in output
+    assert "layer 2, '*E-', is on two of them; begin each stage with a mixer" in "".join(cut.output)
+    run = run_ranks([*argv, "--jreg-layer", "sublayer"], 2, entry="jreg_megatron.launch:main")
+    line = "> HybridModel: a layer is a sub-layer; layers 1 to 6: * - * E - *"
+    assert [output.count(line) for output in run.output] == [1, 0]
+    assert "jreg/displacement_layer_06" in read_scalars(tmp_path)
