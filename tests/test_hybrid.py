@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from harness import read_scalars, run_function, run_ranks
+from harness import Finished, read_scalars, run_function, run_ranks
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -54,21 +54,6 @@ def differences(layers: str, rule: str) -> tuple[float, float, str]:
     return float((metrics.displacement / psi.double() - 1).abs().max()), worst, said
 
 
-def all_differences() -> dict[tuple[str, str], tuple[float, float, str]]:
-    return {(layers, rule): differences(layers, rule) for layers in LAYERS for rule in ("mixer", "sublayer")}
-
-
-def test_sub_layers_of_every_kind_give_the_displacement_of_hooks_and_the_gradient_of_autograd() -> None:
-    (found,) = run_function(all_differences)
-    for model, (displacement, gradient, _) in found.items():
-        assert displacement < 1e-5 and gradient < 1e-5, model
-    assert found["*- *- *-", "mixer"][2] == (
-        "> HybridModel: a layer is a mixer with the feed-forward sub-layers behind it; layers 1 to 3: 3x*-"
-    )
-    assert found["-- ME *", "mixer"][2].endswith("layers 1 to 3: -- ME *")
-    assert found["-- ME *", "sublayer"][2].endswith("a layer is a sub-layer; layers 1 to 5: 2x- M E *")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Counts(Settings):
     """A method that looks at the layers before the model is wrapped, and takes what layers there are."""
@@ -91,38 +76,70 @@ def counted() -> list[int]:
     return seen
 
 
-def test_a_method_that_changes_the_model_before_it_is_wrapped_sees_the_layers_of_the_others() -> None:
-    assert run_function(counted) == [[2, 3]]
-
-
-def sublayers_of_another_model() -> None:
+def refusal_of_sublayers_in_a_gpt_model() -> str:
     import test_attach
 
-    with pytest.raises(
-        UserError, match="the setting layer is 'sublayer', and the layers of a GPTModel are not"
-    ):
+    with pytest.raises(UserError) as refusal:
         attach(test_attach.build_model(), JRegConfig(layer="sublayer"), num_microbatches=1)
+    return str(refusal.value)
 
 
-def test_a_gpt_model_has_no_sub_layers_to_be_taken_for_layers() -> None:
-    run_function(sublayers_of_another_model)
+def on_one_rank() -> tuple[str, dict[tuple[str, str], tuple[float, float, str]], list[int]]:
+    said = refusal_of_sublayers_in_a_gpt_model()  # sets up Megatron's groups
+    rules = ("mixer", "sublayer")
+    return said, {(layers, rule): differences(layers, rule) for layers in LAYERS for rule in rules}, counted()
 
 
-def test_megatrons_loop_says_what_the_layers_are_and_refuses_a_stage_that_cuts_one(
+def test_sub_layers_of_every_kind_give_the_displacement_of_hooks_and_the_gradient_of_autograd() -> None:
+    ((said, found, counts),) = run_function(on_one_rank)
+    for model, (displacement, gradient, _) in found.items():
+        assert displacement < 1e-5 and gradient < 1e-5, model
+    assert found["*- *- *-", "mixer"][2] == (
+        "> HybridModel: a layer is a mixer with the feed-forward sub-layers behind it; layers 1 to 3: 3x*-"
+    )
+    assert found["-- ME *", "mixer"][2].endswith("layers 1 to 3: -- ME *")
+    assert found["-- ME *", "sublayer"][2].endswith("a layer is a sub-layer; layers 1 to 5: 2x- M E *")
+    assert "the setting layer is 'sublayer', and the layers of a GPTModel are not built of" in said
+    assert counts == [2, 3], "a method that changes the model before it is wrapped sees other layers"
+
+
+SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
+
+
+def hybrid(arguments: list[str], pattern: str) -> list[str]:
+    """The toy model's command line for a hybrid model of the pattern."""
+    at = arguments.index("--num-layers")
+    spec = ["--spec", "jreg_megatron.cpu.hybrid", "stack_spec"]
+    return [*arguments[:at], *arguments[at + 2 :], *spec, "--hybrid-layer-pattern", pattern]
+
+
+def launch(argv: list[Any], world_size: int = 1, **named: Any) -> Finished:
+    return run_ranks([SCRIPT, *argv], world_size, entry="jreg_megatron.launch:main", **named)
+
+
+def test_a_gpt_checkpoint_that_goes_on_as_a_hybrid_model_gives_the_same_numbers(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
-    at = toy_arguments.index("--num-layers")
-    script = Path(__file__).with_name("unmodified_pretrain.py")
-    argv = [script, *toy_arguments[:at], *toy_arguments[at + 2 :], "--train-iters", 1]
-    argv += ["--spec", "jreg_megatron.cpu.hybrid", "stack_spec", "--hybrid-layer-pattern", "*-*|E-*"]
+    models = {"GPTModel": toy_arguments, "HybridModel": hybrid(toy_arguments, "*-*-*-*-")}
+    flags = ["--jreg-coeff", 1, "--jreg-log-per-layer", "--dist-ckpt-optim-fully-reshardable"]
+    flags += ["--train-iters", 4, "--save-interval", 2]
+    launch([*toy_arguments, *flags, "--exit-interval", 2, "--save", tmp_path / "saved"])
+    for name, model in models.items():
+        launch([*model, *flags, "--load", tmp_path / "saved", "--tensorboard-dir", tmp_path / name])
+    gpt, other = (read_scalars(tmp_path / name) for name in models)
+    tags = ["lm loss", "jreg loss", "jump rate", "grad-norm"]
+    tags += [f"jreg/displacement_layer_0{number}" for number in range(1, 5)]
+    for tag in tags:
+        assert len(other[tag]) == 2 and other[tag] == pytest.approx(gpt[tag], rel=1e-6), tag
+
+
+def test_megatrons_loop_says_what_the_layers_are_and_logs_each(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*hybrid(toy_arguments, "*-*|E-*"), "--train-iters", 1]
     argv += ["--num-experts", 4, "--moe-ffn-hidden-size", 24, "--pipeline-model-parallel-size", 2]
     argv += ["--tensorboard-dir", tmp_path, "--jreg-log-per-layer"]
-    cut = run_ranks(argv, 2, entry="jreg_megatron.launch:main", check=False)
-    assert cut.status == [2, 2]
-    for output in cut.output:
-        assert "Traceback" not in output
-    assert "layer 2, '*E-', is on two of them; begin each stage with a mixer" in "".join(cut.output)
-    run = run_ranks([*argv, "--jreg-layer", "sublayer"], 2, entry="jreg_megatron.launch:main")
+    run = launch([*argv, "--jreg-layer", "sublayer"], 2)
     line = "> HybridModel: a layer is a sub-layer; layers 1 to 6: * - * E - *"
     assert [output.count(line) for output in run.output] == [1, 0]
     assert "jreg/displacement_layer_06" in read_scalars(tmp_path)

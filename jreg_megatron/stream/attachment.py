@@ -299,12 +299,11 @@ def _layer_rule(settings: Sequence[Settings]) -> str:
     Raises:
         UserError: if they differ.
     """
-    given = [of_one for of_one in settings if of_one.layer_rule is not None]
-    for other in given[1:]:
-        if other.layer_rule != given[0].layer_rule:
-            told = [f"{of_one.flag('layer')} is {of_one.layer_rule}" for of_one in (given[0], other)]
-            raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
-    return given[0].layer_rule or LAYER_RULES[0] if given else LAYER_RULES[0]
+    given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
+    if len(given) > 1:
+        told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]
+        raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
+    return next(iter(given), LAYER_RULES[0])
 
 
 def attach(
