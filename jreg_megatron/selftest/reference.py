@@ -264,9 +264,9 @@ def _rms_norm(h: Tensor, weight: Tensor) -> Tensor:
 
 def _mixed(layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
     """The stand-in for Mamba's mixer: a state that decays from token to token."""
-    state = torch.zeros_like(normed @ layer["mixer.in_proj.weight"].T)[:, 0]
-    outputs = []
-    for token in (normed @ layer["mixer.in_proj.weight"].T).unbind(dim=1):
+    added = normed @ layer["mixer.in_proj.weight"].T
+    state, outputs = torch.zeros_like(added[:, 0]), []
+    for token in added.unbind(dim=1):
         state = DECAY * state + token
         outputs.append(F.silu(state) @ layer["mixer.out_proj.weight"].T)
     return torch.stack(outputs, dim=1)

@@ -149,8 +149,7 @@ def _does_nothing(part: Any) -> bool:
 
 
 def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> list[ResidualLayer]:
-    """The layers of a hybrid model's chunk. The pattern counts them over the stages; modules must be as it
-    says."""
+    """The layers of a hybrid model's chunk, counted by the pattern, since other stages hold other modules."""
     adds = [_adds_of(module)[0] for module in modules]
     numbers = [module.layer_number for module in modules]
     start = numbers[0] - 1 if numbers else 0
@@ -165,8 +164,8 @@ def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> 
         if (kind in FEED_FORWARD) != (add == "mlp_bda"):
             raise UserError(
                 f"sub-layer {module.layer_number} is '{kind}' in the hybrid layer pattern {pattern}, and it "
-                f"is a {type(module).__name__} that adds to its input by {add}; jreg_megatron needs mlp_bda "
-                "first where the pattern has '-' or 'E', and nowhere else"
+                f"is a {type(module).__name__} that adds to its input by {add}; jreg_megatron needs one that "
+                "adds by mlp_bda alone where the pattern has '-' or 'E', and nowhere else"
             )
     found, end = [], -start
     for number, kinds in enumerate(layers_of(pattern, rule), start=1):
