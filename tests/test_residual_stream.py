@@ -150,6 +150,10 @@ def test_methods_on_a_model_must_agree_on_what_a_layer_is() -> None:
         attach(model, JRegConfig(layer="sublayer"), NormsConfig(), num_microbatches=1)
     with pytest.raises(UserError, match=r"--jreg-layer \(.*\) is block; it must be mixer or sub"):
         JRegConfig(layer="block")
+    own = NormsConfig()
+    object.__setattr__(own, "layer", "block")  # as a method may have it that does not check
+    with pytest.raises(UserError, match=r"--norms-layer \(.*\) is block; it must be mixer or sublayer"):
+        attach(model, own, num_microbatches=1)
     # Explicit weights are one for each layer, whatever that is.
     with pytest.raises(UserError, match="2 numbers, one for each layer of the model, not 4"):
         attach(model, JRegConfig(weights=(0, 0, 0, 1)), num_microbatches=1)

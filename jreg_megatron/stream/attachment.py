@@ -299,6 +299,8 @@ def _layer_rule(settings: Sequence[Settings]) -> str:
     Raises:
         UserError: if they differ.
     """
+    for of_one in settings:
+        of_one.require_layer()
     given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
     if len(given) > 1:
         told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]

@@ -121,7 +121,7 @@ class Settings:
     def require_layer(self) -> None:
         """Refuse a field ``layer`` that is not one of ``LAYER_RULES``."""
         layer = self.layer_rule
-        self.require("layer", layer, layer in LAYER_RULES, " or ".join(LAYER_RULES))
+        self.require("layer", layer, layer in (None, *LAYER_RULES), " or ".join(LAYER_RULES))
 
     @property
     def layer_rule(self) -> str | None:
