@@ -84,6 +84,8 @@ SEEDS = ("tests/test_evaluate_seeds.py",)
 REPORT_PAPER = ("tests/test_report_paper.py",)
 CONVERT = ("tests/test_convert.py",)
 FIRST_STEP = ("tests/test_first_step.py",)
+ANATOMY = ("tests/test_residual_stream.py",)
+HYBRID = ("tests/test_hybrid.py",)
 EXPORT = tuple(
     f"tests/test_convert.py::{name}"
     for name in (
@@ -104,6 +106,7 @@ CHECKPOINT = tuple(
     for name in (
         "test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
         "test_a_model_that_cannot_be_run_is_refused_by_name",
+        "test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
         "test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
         "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
         "test_special_tokens_are_those_of_the_megatron_that_saved",
@@ -183,8 +186,8 @@ FAULTS = [
         "stream/anatomy.py",
         (
             (
-                "[ResidualLayer(module.layer_number, module, module) for module in modules]",
-                "[ResidualLayer(i, module, module) for i, module in enumerate(modules, 1)]",
+                "[_layer(module.layer_number, [module]) for module in modules]",
+                "[_layer(i, [module]) for i, module in enumerate(modules, 1)]",
             ),
         ),
     ),
@@ -325,9 +328,82 @@ FAULTS = [
         (("return carried\n", "return carrier\n"),),
     ),
     Fault(
-        "pair a hybrid model's sub-layers one off",
+        "take a hybrid model's mixer for the whole layer",
         "stream/anatomy.py",
-        (("mlp.layer_number // 2, attention, mlp", "mlp.layer_number // 2, mlp, mlp"),),
+        (("_layer(number, modules[begin:end], kinds)", "_layer(number, modules[begin : begin + 1], kinds)"),),
+    ),
+    Fault(
+        "take the second of two feed-forward sub-layers for a layer",
+        "stream/anatomy.py",
+        (("[{MIXERS}][{FEED_FORWARD}]*|", "[{MIXERS}][{FEED_FORWARD}]?|"),),
+        ANATOMY,
+    ),
+    Fault(
+        "take the part of a layer that a stage holds for the layer",
+        "stream/anatomy.py",
+        (
+            ("if begin < 0 or end > len(modules):", "if False:"),
+            ("modules[begin:end]", "modules[max(0, begin) : end]"),
+        ),
+        ANATOMY,
+    ),
+    Fault(
+        "recompute the parts of a layer apart",
+        "stream/anatomy.py",
+        (("if not {*range(0, ends[-1], together)} <= {*ends}:", "if False:"),),
+        ANATOMY,
+    ),
+    Fault(
+        "believe a hybrid pattern, whatever was built",
+        "stream/anatomy.py",
+        (('if (kind in FEED_FORWARD) != (add == "mlp_bda"):', "if False:"),),
+        ANATOMY,
+    ),
+    Fault(
+        "believe the order of a hybrid model's sub-layers",
+        "stream/anatomy.py",
+        (("    if numbers != list(", "    if False and numbers != list("),),
+        ANATOMY,
+    ),
+    Fault(
+        "count sub-layers of which nothing is known",
+        "stream/anatomy.py",
+        (("if kind not in MIXERS + FEED_FORWARD]", "if False]"),),
+        ANATOMY,
+    ),
+    Fault(
+        "let methods on a model have layers of their own",
+        "stream/attachment.py",
+        (("    if len(given) > 1:", "    if False:"),),
+        ANATOMY,
+    ),
+    Fault(
+        "forget the setting of what a layer is",
+        "stream/attachment.py",
+        (
+            (
+                "    define_layers(chunks, _layer_rule(settings))\n    for chunk",
+                "    for chunk",
+            ),
+        ),
+        HYBRID,
+    ),
+    Fault(
+        "prepare a model by another rule of what a layer is",
+        "stream/attachment.py",
+        (("    define_layers([unwrap(chunk) for chunk in chunks], _layer_rule(settings))\n", ""),),
+        HYBRID,
+    ),
+    Fault(
+        "take a Mamba layer's output for its input",
+        "stream/tap.py",
+        (
+            (
+                "self._tapped_output(functools.partial(self._tapped_input, factory)",
+                "self._tapped_output(functools.partial(self._tapped_output, factory)",
+            ),
+        ),
+        HYBRID,
     ),
     Fault(
         "log what one rank saw",
@@ -910,6 +986,27 @@ FAULTS = [
         FIRST_STEP,
     ),
     Fault(
+        "let a layer begin and not end",
+        "stream/layer_watch.py",
+        (("elif self._is_running:", "elif False:"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer add to its input twice",
+        "stream/layer_watch.py",
+        (
+            ("        if self._given is None:\n", "        if False:\n"),
+            ("elif not self._given.is_same", "elif self._given and not self._given.is_same"),
+        ),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a layer add its end twice",
+        "stream/layer_watch.py",
+        (("        if self._tapped is not None:\n", "        if False:\n"),),
+        FIRST_STEP,
+    ),
+    Fault(
         "let the stream be wider than the model",
         "stream/layer_watch.py",
         (("if state.shape[-1] != self._hidden_size:", "if False:"),),
@@ -1042,7 +1139,12 @@ FAULTS = [
     Fault(
         "take a forward pass that broke off for a run",
         "stream/layer_watch.py",
-        (("        self._has_run, self._given, self._tapped = False, None, None\n", ""),),
+        (
+            (
+                "self._has_run = self._is_running = False\n        self._given = self._tapped = None\n",
+                "pass\n",
+            ),
+        ),
         FIRST_STEP,
     ),
     Fault(
@@ -1185,7 +1287,19 @@ FAULTS = [
     Fault(
         "run hybrid models of any sub-layers",
         "decoder/checkpoint/arguments.py",
-        (('if pattern != "*-" * max(1, len(pattern) // 2):', "if False:"),),
+        (("if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:", "if False:"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "run the MLP of a hybrid model as experts",
+        "decoder/checkpoint/arguments.py",
+        (('[int(kinds == "*E") for kinds in layers]', "[1 for kinds in layers]"),),
+        CHECKPOINT,
+    ),
+    Fault(
+        "measure other layers than the training had",
+        "decoder/checkpoint/arguments.py",
+        (("if of_one.layer_rule not in (None, LAYER_RULES[0]):", "if False:"),),
         CHECKPOINT,
     ),
     Fault(

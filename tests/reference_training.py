@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jreg_megatron.selftest.reference import ReferenceLlama, Shape, displacements
 
-SHAPE = Shape(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=256)
+SHAPE = Shape(layers=("*-",) * 4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=256)
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -128,6 +128,28 @@ def test_a_layer_that_treats_the_stream_otherwise_is_refused_by_its_class_in_the
         assert said[kind].startswith(f"layer 1 ({layer.__name__}) {why}"), kind
 
 
+def unknown_sublayers() -> dict[str, str]:
+    import hybrid_toy
+    import unknown_layers
+
+    said = {}
+    for kind, (module, _) in unknown_layers.UNKNOWN_SUBLAYERS.items():
+        model = hybrid_toy.build("M*M*-", **{kind.split()[0]: module})
+        handle = attach(model, JRegConfig(), num_microbatches=1)
+        said[kind] = refusal(hybrid_toy.losses, model)
+        handle.detach()
+        hybrid_toy.losses(model)  # nothing is left
+    return said
+
+
+def test_a_sub_layer_of_a_hybrid_model_that_treats_the_stream_otherwise_is_refused_by_its_class() -> None:
+    (said,) = run_function(unknown_sublayers)
+    import unknown_layers
+
+    for kind, (module, why) in unknown_layers.UNKNOWN_SUBLAYERS.items():
+        assert module.__name__ in said[kind] and why in said[kind], kind
+
+
 def unknown_layers_on_one_stage(kind: str) -> list[str]:
     """A pipeline whose second stage alone has such layers: in training, and in evaluation alone."""
     import torch

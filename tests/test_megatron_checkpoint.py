@@ -303,6 +303,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
         },
     ),
+    "experts behind a dense layer": (
+        f"{LLAMA_FLAGS} {PATTERN} *-*E*E {STACK} --num-experts 4 --moe-ffn-hidden-size 24",
+        {},
+    ),
 }
 """Flags, and what the checkpoint says otherwise: the model is built in one process, by today's names."""
 
@@ -348,14 +352,26 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
     (found,) = run_function(differences_to_hybrid_models, 1, tmp_path)
     for name, (logits, displacement, export) in found.items():
         assert logits < 1e-5 and displacement < 1e-6, name
-        assert (export == -1.0) if "GPT-2" in name else (0 <= export < 1e-4), name
+        cannot_be_exported = "GPT-2" in name or "experts" in name
+        assert (export == -1.0) if cannot_be_exported else (0 <= export < 1e-4), name
+
+
+def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others() -> None:
+    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_layers
+
+    refuse_other_layers({"jreg_coeff": 1.0, "jreg_layer": "mixer", "norms_measure_interval": 2}, "runs/x")
+    for has in ({"jreg_layer": "sublayer"}, {"jreg_coeff": 1.0, "norms_layer": "sublayer"}):
+        with pytest.raises(
+            UserError, match=r"runs/x was trained with --(jreg|norms)-layer sublayer, and measure"
+        ):
+            refuse_other_layers(has, "runs/x")
 
 
 @pytest.mark.parametrize(
     ("has", "said"),
     [
         ({"hybrid_layer_pattern": "M*-M*-"}, ["M*-M*-", "AutoBridge"]),
-        ({"hybrid_layer_pattern": "*E*-"}, ["*E*-", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "*E*--"}, ["*E*--", "AutoBridge"]),
         ({"hybrid_layer_pattern": "-*-*"}, ["-*-*", "AutoBridge"]),
         ({"hybrid_override_pattern": "*-*"}, ["*-*", "AutoBridge"]),
         ({"is_hybrid_model": True}, ["hybrid", "AutoBridge"]),
@@ -372,7 +388,7 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
     from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
 
-    for model in ({}, {"hybrid_layer_pattern": "*-|*-/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
+    for model in ({}, {"hybrid_layer_pattern": "*-|*E/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
         refuse_other_models(model, "runs/x")
     with pytest.raises(UserError) as caught:
         refuse_other_models(has, "runs/x")

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +81,22 @@ class AddsByItself(TransformerLayer):  # type: ignore[misc]
         return out
 
 
+class AttendsTwice(TransformerLayer):  # type: ignore[misc]
+    """Runs its attention twice, and adds both times."""
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        once, _ = super()._forward_attention(hidden_states, *args, **named)
+        return super()._forward_attention(once, *args, **named)
+
+
+class TwoFeedForwards(TransformerLayer):  # type: ignore[misc]
+    """Runs its MLP twice, and adds both times."""
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        once = super()._forward_mlp(hidden_states, *args, **named)
+        return super()._forward_mlp(once, *args, **named)
+
+
 class RunsTwice(TransformerLayer):  # type: ignore[misc]
     """Called once, runs twice: a layer of a looped model."""
 
@@ -111,6 +129,8 @@ UNKNOWN: dict[str, tuple[type[TransformerLayer], str]] = {
     "scales in place": (Scales, "returns another state than its last bias-dropout-add gives"),
     "turns its input": (TurnsItsInput, "adds to another state than it is given"),
     "adds by itself": (AddsByItself, "does not add its residual by self_attn_bda and mlp_bda"),
+    "attends twice": (AttendsTwice, "calls self_attn_bda more than once"),
+    "two feed-forwards": (TwoFeedForwards, "calls mlp_bda more than once"),
     "runs twice": (RunsTwice, "runs more than once in a forward pass"),
     "left out": (LeftOut, "has not run in a forward pass"),
     "recomputes itself": (RecomputesItself, "recomputes itself"),
@@ -129,3 +149,52 @@ def spec_of(kind: str) -> Any:
 def goes_on_spec(config: Any) -> Any:
     """For Megatron's ``--spec``."""
     return spec_of("goes on")
+
+
+class MambaGoesOn(MambaLayer):  # type: ignore[misc]
+    """Adds a term behind its base class."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        out = super().forward(*args, **named)
+        return out + out.sin()
+
+
+class MambaAddsToTheNormed(MambaLayer):  # type: ignore[misc]
+    """Post-norm: the residual is what the norm gives."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return super().forward(self.norm(hidden_states), *args, **named)
+
+
+class TwoMambas(MambaLayer):  # type: ignore[misc]
+    """Runs its mixer twice, and adds both times."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return super().forward(super().forward(hidden_states, *args, **named), *args, **named)
+
+
+class MambaByItself(MambaLayer):  # type: ignore[misc]
+    """Adds the residual without ``mamba_bda``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return hidden_states + self.mixer(self.norm(hidden_states))[0]
+
+
+class HandsOn(MLPLayer):  # type: ignore[misc]
+    """An MLP that does not run."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return hidden_states, None
+
+
+UNKNOWN_SUBLAYERS: dict[str, tuple[type[Any], str]] = {
+    "mamba_layer that goes on": (MambaGoesOn, "returns another state than its last bias-dropout-add gives"),
+    "mamba_layer that adds to the normed": (MambaAddsToTheNormed, "adds to another state than it is given"),
+    "mamba_layer twice": (TwoMambas, "calls mamba_bda more than once"),
+    "mamba_layer by itself": (MambaByItself, "does not add its residual by mamba_bda"),
+    "attention_layer that goes on": (GoesOn, "returns another state than its last bias-dropout-add gives"),
+    "attention_layer twice": (AttendsTwice, "calls self_attn_bda more than once"),
+    "mlp_layer twice": (TwoFeedForwards, "calls mlp_bda more than once"),
+    "mlp_layer that does not run": (HandsOn, "has not run behind its beginning"),
+}
+"""Sub-layers of a hybrid model: the name begins with that of the slot that they take."""

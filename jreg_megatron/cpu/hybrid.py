@@ -1,4 +1,4 @@
-"""A hybrid model's stack of sub-layers without Transformer Engine: attention and MLP.
+"""A hybrid model's stack of sub-layers without Transformer Engine: attention, latent attention, MLP, experts.
 
 Megatron has its specs for Transformer Engine only. ``--spec jreg_megatron.cpu.hybrid stack_spec`` is the same
 in torch, for Megatron-Core 0.16 to the newest.
@@ -6,11 +6,14 @@ in torch, for Megatron-Core 0.16 to the newest.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models import backends
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,7 +22,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from jreg_megatron.runtime.errors import UserError
 
@@ -39,11 +46,14 @@ class LocalStack(stack):  # type: ignore[misc]
     """Megatron's stack, whose final norm is otherwise Transformer Engine's whatever the spec says."""
 
     def __init__(self, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        if config.multi_latent_attention and hasattr(submodules, "mla_layer"):
+            submodules = replace(submodules, mla_layer=_latent_attention(config.qk_layernorm))
         super().__init__(config, submodules, *args, **{**kwargs, "post_layer_norm": False})
         if any(isinstance(layer, IdentityOp) for layer in self.layers):
             raise UserError(
-                "CPU mode runs hybrid models of attention ('*') and MLP ('-') only; leave other sub-layers "
-                "out of the hybrid layer pattern"
+                "CPU mode runs hybrid models of attention ('*'), MLP ('-'), experts ('E') and, from "
+                "Megatron-Core 0.19 on, latent attention ('+') only; leave others out of the hybrid "
+                "layer pattern"
             )
         self.post_layer_norm = True
         if self.post_process:
@@ -57,6 +67,19 @@ def _mlp() -> Any:
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MLP.as_mlp_submodule, submodules=parts)
     return ModuleSpec(module=MLP, submodules=parts)  # before 0.18
+
+
+def _latent_attention(normed: bool) -> Any:
+    """The attention of a layer whose queries, keys and values are latent, which norms follow or not."""
+    layer = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=normed).submodules
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WrappedTorchNorm,
+            self_attention=layer.self_attention,
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
 
 
 stack_spec = ModuleSpec(
@@ -86,6 +109,14 @@ stack_spec = ModuleSpec(
                 mlp=_mlp(),
                 mlp_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            ),
+        ),
+        moe_layer=ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False),
+                mlp_bda=get_bias_dropout_add,
             ),
         ),
     ),

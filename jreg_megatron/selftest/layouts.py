@@ -23,6 +23,15 @@ PIPELINE_LAYOUTS = {2: "Etttt|L", 4: "Et|tt|t|L"}
 UNEVEN = (1, 3)
 """Layers of two stages."""
 
+HYBRIDS: dict[str, tuple[str, ...]] = {
+    "pairs": ("*-", "*-", "*-", "*-"),
+    "latent attention": ("+-", "+-", "+-", "+-"),
+    "experts": ("*E", "*E", "*E", "*E"),
+    "lone sub-layers": ("--", "*E-", "M", "*"),
+    "sub-layers as layers": ("M", "-", "E", "*"),
+}
+"""Layers of a HybridModel, by name. Each is written out: this is the reference's word for what a layer is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -56,6 +65,8 @@ class Layout:
     """fp32, bf16, or fp16 with a loss scale."""
     model: str = "gpt"
     """gpt (dense Llama), moe, mtp (with a layer of multi-token prediction) or hybrid (HybridModel)."""
+    layers: str = "pairs"
+    """Of a HybridModel: one of ``HYBRIDS``."""
     tied: bool = False
     methods: str = "jreg"
     """What is attached: jreg, or all methods together."""
@@ -69,6 +80,23 @@ class Layout:
     def stages(self) -> int:
         """Pipeline stages, virtual ones counted."""
         return self.pipeline * self.virtual
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """The sub-layers of each layer, by the symbols of hybrid patterns."""
+        if self.model == "hybrid":
+            return HYBRIDS[self.layers]
+        return ("*E" if self.model == "moe" else "*-",) * NUM_LAYERS
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layer has experts."""
+        return any("E" in kinds for kinds in self.sublayers)
+
+    @property
+    def stage_sizes(self) -> list[int]:
+        """Layers of each stage of a HybridModel, virtual ones counted."""
+        return [*UNEVEN] if self.split == "uneven" else [NUM_LAYERS // self.stages] * self.stages
 
     @property
     def micro_batch_size(self) -> int:
@@ -97,6 +125,7 @@ class Layout:
         words += ["JREG on unmasked tokens"] * (self.tokens != "all")
         words += [self.final_state] * (self.final_state != "pre_norm")
         words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
+        words += [self.layers] * (self.layers != "pairs")
         words += ["tied"] * self.tied
         words += ["all methods"] * (self.methods == "all")
         words += [self.precision] * (self.precision != "fp32")
@@ -151,16 +180,26 @@ RULES = (
         "experts are shared among ranks of data and context parallelism",
         lambda x: (x.data * x.context) % x.expert == 0 and NUM_EXPERTS % x.expert == 0,
     ),
-    _rule("expert model", "only a MoE model has experts", lambda x: x.expert == 1 or x.model == "moe"),
     _rule(
-        "model tensor sequence_parallel",
+        "layers model",
+        "only a HybridModel has sub-layers",
+        lambda x: x.layers == "pairs" or x.model == "hybrid",
+    ),
+    _rule("expert model layers", "only a MoE model has experts", lambda x: x.expert == 1 or x.has_experts),
+    _rule(
+        "model layers tensor sequence_parallel",
         "Megatron trains MoE with tensor parallelism only with sequence parallelism",
-        lambda x: x.model != "moe" or x.tensor == 1 or x.sequence_parallel,
+        lambda x: not x.has_experts or x.tensor == 1 or x.sequence_parallel,
     ),
     _rule(
-        "model precision",
+        "model layers precision",
         "rounding sends tokens to other experts, so there is nothing exact to compare with",
-        lambda x: x.model != "moe" or x.precision == "fp32",
+        lambda x: not x.has_experts or x.precision == "fp32",
+    ),
+    _rule(
+        "layers context",
+        "the stand-in for a Mamba's mixer does not know context parallelism",
+        lambda x: x.context == 1 or not any("M" in kinds for kinds in x.sublayers),
     ),
     _rule(
         "model tied pipeline",
@@ -189,9 +228,9 @@ RULES = (
         lambda x: x.model != "hybrid" or x.split in ("even", "uneven"),
     ),
     _rule(
-        "model recompute",
-        "full recompute by block parts attention from MLP in a HybridModel, and it has no selective one",
-        lambda x: x.model != "hybrid" or x.recompute in ("none", "uniform"),
+        "model layers recompute",
+        "full recompute by block parts attention from MLP in a HybridModel",
+        lambda x: x.model != "hybrid" or x.recompute != "block" or max(map(len, x.sublayers)) == 1,
     ),
     _rule(
         "final_state split model",
@@ -210,6 +249,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"per_token_loss": True, "masked": True},
     {"virtual": 2, "num_microbatches": 4},
     {"model": "hybrid"},
+    {"model": "hybrid", "layers": "lone sub-layers"},
     {"model": "mtp"},
     {"final_state": "post_norm", "recompute": "block"},
     {"split": "layout", "tied": True},

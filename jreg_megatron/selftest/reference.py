@@ -1,5 +1,7 @@
 """An independent Llama with JREG in plain PyTorch, for one process. Nothing else of this package is imported.
 
+A layer is a row of sub-layers, by the symbols of Megatron's hybrid models: attention ``*``, latent attention
+``+``, the stand-in for a Mamba ``M``, MLP ``-``, experts ``E``.
 Parameters go by the names and shapes that a Megatron checkpoint gives them. The regularizer is written down
 with autograd, as in the paper.
 """
@@ -18,63 +20,100 @@ from torch import Tensor
 EPS, ROPE_BASE = 1e-5, 10000.0
 
 ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_weight"
+LATENT_NORM = "input_layernorm.weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
+
+Q_RANK, KV_RANK, OWN, SHARED, VALUE = 12, 20, 10, 6, 14
+"""Latent attention: ranks of queries and of keys and values; widths of a head's own and shared part of a key,
+and of its value. No two are equal, and none is the width of a head without it."""
+
+DECAY = 0.7
+"""What the stand-in for Mamba's mixer keeps of its state from one token to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes of a model, by the names of Megatron's arguments."""
 
-    num_layers: int
+    layers: tuple[str, ...]
+    """Each layer's sub-layers."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
     vocab_size: int
     num_experts: int = 0
-    """Experts per layer; 0 for one dense MLP."""
     top_k: int = 2
     """Experts that a token is sent to."""
     mtp_num_layers: int = 0
-    """Layers of multi-token prediction behind the last layer."""
+    """Layers of multi-token prediction behind the last layer, each of attention and MLP."""
     tied: bool = False
     """Whether the embedding is the output weight too."""
 
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    def place(self, name: str, sublayer: int) -> int:
+        """Where a parameter of a sub-layer, counted from 0 over all layers, is in its stack."""
+        return sum(name in self._parameters_of(kind) for kind in "".join(self.layers)[:sublayer])
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter; those of the layers are stacked along a first axis."""
-        h, layers = self.hidden_size, self.num_layers
+        """Name and shape of every parameter; those of all sub-layers that have it are stacked along a first
+        axis."""
+        h = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocab_size, h)}
         if not self.tied:
             shapes["output_layer.weight"] = (self.vocab_size, h)
         shapes["decoder.final_layernorm.weight"] = (h,)
-        for name, shape in self._layer_parameters().items():
-            shapes[f"decoder.layers.{name}"] = (layers, *shape)
+        kinds = "".join(self.layers)
+        of_one = {name: shape for kind in kinds for name, shape in self._parameters_of(kind).items()}
+        for name, shape in of_one.items():
+            shapes[f"decoder.layers.{name}"] = (self.place(name, len(kinds)), *shape)
         for layer in range(self.mtp_num_layers):
             prefix = f"mtp.layers.{layer}"
             for norm in ("enorm", "hnorm", "final_layernorm"):
                 shapes[f"{prefix}.{norm}.weight"] = (h,)
             shapes[f"{prefix}.eh_proj.weight"] = (h, 2 * h)
-            for name, shape in self._layer_parameters().items():
+            for name, shape in (self._parameters_of("*") | self._parameters_of("-")).items():
                 shapes[f"{prefix}.transformer_layer.{name}"] = shape
         return shapes
 
-    def _layer_parameters(self) -> dict[str, tuple[int, ...]]:
-        h, f, experts = self.hidden_size, self.ffn_hidden_size, self.num_experts
-        shapes: dict[str, tuple[int, ...]] = {
-            ATTENTION_NORM: (h,),
-            "self_attention.linear_qkv.weight": (3 * h, h),
-            "self_attention.linear_proj.weight": (h, h),
-            MLP_NORM: (h,),
-        }
-        if experts:
-            return shapes | {
-                "mlp.router.weight": (experts, h),
-                "mlp.experts.experts.linear_fc1.weight": (experts, 2 * f, h),
-                "mlp.experts.experts.linear_fc2.weight": (experts, h, f),
-            }
-        return shapes | {
-            "mlp.linear_fc1.weight": (2 * f, h),
-            "mlp.linear_fc2.weight": (h, f),
-        }
+    def _parameters_of(self, kind: str) -> dict[str, tuple[int, ...]]:
+        h, f, heads = self.hidden_size, self.ffn_hidden_size, self.num_attention_heads
+        match kind:
+            case "*":
+                return {
+                    ATTENTION_NORM: (h,),
+                    "self_attention.linear_qkv.weight": (3 * h, h),
+                    "self_attention.linear_proj.weight": (h, h),
+                }
+            case "+":
+                return {
+                    LATENT_NORM: (h,),
+                    "self_attention.linear_q_down_proj.weight": (Q_RANK, h),
+                    "self_attention.q_layernorm.weight": (Q_RANK,),
+                    "self_attention.linear_q_up_proj.weight": (heads * (OWN + SHARED), Q_RANK),
+                    "self_attention.linear_kv_down_proj.weight": (KV_RANK + SHARED, h),
+                    "self_attention.kv_layernorm.weight": (KV_RANK,),
+                    "self_attention.linear_kv_up_proj.weight": (heads * (OWN + VALUE), KV_RANK),
+                    "self_attention.linear_proj.weight": (h, heads * VALUE),
+                }
+            case "M":
+                return {
+                    "norm.weight": (h,),
+                    "mixer.in_proj.weight": (2 * h, h),
+                    "mixer.out_proj.weight": (h, 2 * h),
+                }
+            case "E":
+                return {
+                    MLP_NORM: (h,),
+                    "mlp.router.weight": (self.num_experts, h),
+                    "mlp.experts.experts.linear_fc1.weight": (self.num_experts, 2 * f, h),
+                    "mlp.experts.experts.linear_fc2.weight": (self.num_experts, h, f),
+                }
+            case _:
+                return {MLP_NORM: (h,), "mlp.linear_fc1.weight": (2 * f, h), "mlp.linear_fc2.weight": (h, f)}
 
 
 class ReferenceLlama:
@@ -94,11 +133,13 @@ class ReferenceLlama:
             kept: the part of its input that a layer keeps, by the layer's number, 1-based; all by default.
         """
         h = self._embed(tokens)
-        states = [h]
-        for layer in range(self.shape.num_layers):
-            layer_parameters = self._layer("decoder.layers.", layer)
-            added = self._transform(layer_parameters, h) - h
-            h = (kept or {}).get(layer + 1, 1) * h + added
+        states, sublayer = [h], 0
+        for number, kinds in enumerate(self.shape.layers, start=1):
+            out = h
+            for kind in kinds:
+                out = out + self._added(kind, self._parameters(kind, sublayer), out)
+                sublayer += 1
+            h = (kept or {}).get(number, 1) * h + (out - h)
             states.append(h)
         return states
 
@@ -123,7 +164,10 @@ class ReferenceLlama:
             embedded = _rms_norm(self._embed(tokens), self.parameters[f"{prefix}enorm.weight"])
             carried = _rms_norm(normed, self.parameters[f"{prefix}hnorm.weight"])
             h = torch.cat((embedded, carried), -1) @ self.parameters[f"{prefix}eh_proj.weight"].T
-            h = self._transform(self._layer(f"{prefix}transformer_layer."), h)
+            inner = f"{prefix}transformer_layer."
+            own = {name.removeprefix(inner): parameter for name, parameter in self.parameters.items()}
+            for kind in "*-":
+                h = h + self._added(kind, own, h)
             normed = _rms_norm(h, self.parameters[f"{prefix}final_layernorm.weight"])
             losses.append(self.token_losses(normed, labels))
         return losses
@@ -131,19 +175,26 @@ class ReferenceLlama:
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.parameters["embedding.word_embeddings.weight"][tokens]
 
-    def _layer(self, prefix: str, index: int | None = None) -> dict[str, Tensor]:
+    def _parameters(self, kind: str, sublayer: int) -> dict[str, Tensor]:
+        shape = self.shape
         return {
-            name.removeprefix(prefix): parameter if index is None else parameter[index]
-            for name, parameter in self.parameters.items()
-            if name.startswith(prefix)
+            name: self.parameters[f"decoder.layers.{name}"][shape.place(name, sublayer)]
+            for name in shape._parameters_of(kind)
         }
 
-    def _transform(self, layer: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        h = h + self._attention(layer, _rms_norm(h, layer[ATTENTION_NORM]))
+    def _added(self, kind: str, layer: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """What a sub-layer adds to its input."""
+        match kind:
+            case "*":
+                return self._attention(layer, _rms_norm(h, layer[ATTENTION_NORM]))
+            case "+":
+                return self._latent_attention(layer, _rms_norm(h, layer[LATENT_NORM]))
+            case "M":
+                return _mixed(layer, _rms_norm(h, layer["norm.weight"]))
+            case "E":
+                return self._experts(layer, _rms_norm(h, layer[MLP_NORM]))
         normed = _rms_norm(h, layer[MLP_NORM])
-        if self.shape.num_experts:
-            return h + self._experts(layer, normed)
-        return h + _swiglu(normed, layer["mlp.linear_fc1.weight"], layer["mlp.linear_fc2.weight"])
+        return _swiglu(normed, layer["mlp.linear_fc1.weight"], layer["mlp.linear_fc2.weight"])
 
     def _attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
         batch, length, width = normed.shape
@@ -153,10 +204,29 @@ class ReferenceLlama:
         qkv = (normed @ layer["self_attention.linear_qkv.weight"].T).view(batch, length, heads, 3, size)
         query, key, value = (qkv[:, :, :, part].transpose(1, 2) for part in range(3))
         scores = _rotate(query) @ _rotate(key).transpose(-1, -2) / math.sqrt(size)
-        future = torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
-        mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ value
+        mixed = scores.masked_fill(_future(normed), -math.inf).softmax(-1) @ value
         joined = mixed.transpose(1, 2).reshape(batch, length, width)
         return joined @ layer["self_attention.linear_proj.weight"].T
+
+    def _latent_attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
+        """As DeepSeek-V2 has it (arXiv:2405.04434, section 2.1)."""
+        batch, length, _ = normed.shape
+        heads = self.shape.num_attention_heads
+
+        def project(x: Tensor, name: str) -> Tensor:
+            return x @ layer[f"self_attention.linear_{name}.weight"].T
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return _rms_norm(x, layer[f"self_attention.{name}_layernorm.weight"])
+
+        query = project(norm(project(normed, "q_down_proj"), "q"), "q_up_proj").view(batch, length, heads, -1)
+        latent, shared = project(normed, "kv_down_proj").tensor_split((KV_RANK,), -1)
+        both = project(norm(latent, "kv"), "kv_up_proj").view(batch, length, heads, -1)
+        key, value = both.tensor_split((OWN,), -1)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query[..., :OWN], key)
+        scores = scores + torch.einsum("bqhd,bkd->bhqk", _turned(query[..., OWN:]), _turned(shared))
+        share = (scores / math.sqrt(OWN + SHARED)).masked_fill(_future(normed), -math.inf).softmax(-1)
+        return project(torch.einsum("bhqk,bkhd->bqhd", share, value).flatten(2), "proj")
 
     def _experts(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
         scores, chosen = (normed @ layer["mlp.router.weight"].T).topk(self.shape.top_k, dim=-1)
@@ -190,6 +260,32 @@ def _swiglu(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def _rms_norm(h: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(h, (h.shape[-1],), weight, EPS)
+
+
+def _mixed(layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
+    """The stand-in for Mamba's mixer: a state that decays from token to token."""
+    added = normed @ layer["mixer.in_proj.weight"].T
+    state, outputs = torch.zeros_like(added[:, 0]), []
+    for token in added.unbind(dim=1):
+        state = DECAY * state + token
+        outputs.append(F.silu(state) @ layer["mixer.out_proj.weight"].T)
+    return torch.stack(outputs, dim=1)
+
+
+def _future(normed: Tensor) -> Tensor:
+    """Which tokens ``[s, s]`` a token must not see."""
+    length = normed.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Rotary positions on ``[b, s, ..., d]``, each pair of neighbours a complex number."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.view_as_complex(x.to(wide).reshape(*x.shape[:-1], -1, 2))
+    frequency = ROPE_BASE ** (-torch.arange(0, x.shape[-1], 2, dtype=wide, device=x.device) / x.shape[-1])
+    angle = torch.arange(x.shape[1], device=x.device)[:, None] * frequency
+    angle = angle.view(x.shape[1], *(1,) * (x.ndim - 3), -1)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
 
 def _rotate(x: Tensor) -> Tensor:

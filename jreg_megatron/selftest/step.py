@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -14,12 +15,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, PIPELINE_LAYOUTS, UNEVEN, Layout
-from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE
+from jreg_megatron.selftest import reference
+from jreg_megatron.selftest.layouts import LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
+from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
 from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
 from jreg_megatron.stream.anatomy import unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.method import Metrics
+
+_RECOMPUTED = {
+    "pairs": 2,
+    "latent attention": 2,
+    "experts": 2,
+    "lone sub-layers": 5,
+    "sub-layers as layers": 1,
+}
+"""Sub-layers of a HybridModel that are recomputed together; layers end there in every stage."""
+
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": reference.Q_RANK,
+    "kv_lora_rank": reference.KV_RANK,
+    "qk_head_dim": reference.OWN,
+    "qk_pos_emb_head_dim": reference.SHARED,
+    "v_head_dim": reference.VALUE,
+    "rope_type": "rope",
+    "rotary_scaling_factor": 1.0,
+    "qk_layernorm": True,
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +93,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     model_parallel_cuda_manual_seed(1)
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
-    parts = _parts(chunks)  # before FSDP cuts the parameters itself
+    parts = _parts(chunks, shape_of(layout))  # before FSDP cuts the parameters itself
     with torch.no_grad():
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
@@ -135,13 +158,13 @@ def _loss_scale(layout: Layout) -> float:
 
 def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     shape = shape_of(layout)
     dtype = DTYPES[layout.precision]
     options: dict[str, Any] = {}
-    per_layer = 2 if layout.model == "hybrid" else 1  # what Megatron counts as layers
-    if layout.split == "uneven" and layout.model != "hybrid":
+    is_hybrid = layout.model == "hybrid"
+    if layout.split == "uneven" and not is_hybrid:
         options["num_layers_in_first_pipeline_stage"] = UNEVEN[0]
     elif layout.split == "embedding and loss":
         options |= {"account_for_embedding_in_pipeline_split": True}
@@ -157,7 +180,10 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options |= {"recompute_granularity": "selective", "recompute_modules": modules}
     elif layout.recompute != "none":
         options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
-        options |= {"recompute_num_layers": per_layer}
+        options |= {"recompute_num_layers": _RECOMPUTED[layout.layers] if is_hybrid else 1}
+    is_latent = any("+" in kinds for kinds in shape.layers)
+    if is_latent:
+        options |= LATENT
     if shape.num_experts:
         options |= {
             "num_moe_experts": shape.num_experts,
@@ -170,10 +196,10 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     if shape.mtp_num_layers:
         options |= {"mtp_num_layers": shape.mtp_num_layers}
         options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
-    return TransformerConfig(
-        num_layers=shape.num_layers * per_layer,
+    return (MLATransformerConfig if is_latent else TransformerConfig)(
+        num_layers=len("".join(shape.layers)) if is_hybrid else shape.num_layers,
         transformer_impl=transformer_impl,
-        is_hybrid_model=layout.model == "hybrid",
+        is_hybrid_model=is_hybrid,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -240,10 +266,10 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
         if te:
             from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
         else:
-            from jreg_megatron.cpu.hybrid import stack_spec
-        sizes = UNEVEN if layout.split == "uneven" else [NUM_LAYERS // layout.stages] * layout.stages
-        pattern = "|".join("*-" * size for size in sizes)
-        return HybridModel(config, stack_spec, hybrid_layer_pattern=pattern, **options)
+            from jreg_megatron.selftest.mixer import stack_spec
+        ends = itertools.accumulate(layout.stage_sizes, initial=0)
+        stages = ["".join(layout.sublayers[begin:end]) for begin, end in itertools.pairwise(ends)]
+        return HybridModel(config, stack_spec, hybrid_layer_pattern="|".join(stages), **options)
     experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     if te:
         layer = specs.get_gpt_layer_with_transformer_engine_spec(**experts)
@@ -327,15 +353,18 @@ class _Part:
     """Its chunk's number and its name there."""
     entry: Any
     """How Megatron's checkpoints cut it."""
-    is_hybrid: bool
+    shape: Shape | None
+    """Of the model, if it is a hybrid one."""
 
 
-def _parts(chunks: list[nn.Module]) -> list[_Part]:
+def _parts(chunks: list[nn.Module], shape: Shape) -> list[_Part]:
     from megatron.core import parallel_state
 
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return [
-        _Part(f"{number} {names[entry.data]}", entry, hasattr(chunk, "hybrid_layer_pattern"))
+        _Part(
+            f"{number} {names[entry.data]}", entry, shape if hasattr(chunk, "hybrid_layer_pattern") else None
+        )
         for number, chunk in enumerate(chunks)
         for names in [{parameter: name for name, parameter in chunk.named_parameters()}]
         for entry in chunk.sharded_state_dict(metadata=metadata).values()  # type: ignore[operator]
@@ -371,7 +400,7 @@ def _pieces(
         if isinstance(part.entry, ShardedTensor):
             changes["dtype"] = data.dtype
         for piece in cut(dataclasses.replace(part.entry, **changes)):
-            yield *_place(piece.key, _slice(piece), part.is_hybrid), piece.data
+            yield *_place(piece.key, _slice(piece), part.shape), piece.data
 
 
 def _slice(piece: Any) -> Place:
@@ -385,11 +414,20 @@ def _slice(piece: Any) -> Place:
 _NUMBERED = re.compile(r"(decoder\.layers\.)(\d+)\.")
 
 
-def _place(key: str, where: Place, is_hybrid: bool) -> tuple[str, Place]:
-    """A parameter by the name that a ``GPTModel`` of alike layers has for it, and its place there."""
+def _place(key: str, where: Place, hybrid: Shape | None) -> tuple[str, Place]:
+    """A parameter by the reference's name for it, and its place there.
+
+    Args:
+        key: its name in a checkpoint; of a hybrid model with the number of its sub-layer.
+        where: its place in what the checkpoint has under that name.
+        hybrid: a hybrid model's shape.
+    """
     key = key.replace("decoder.final_norm.", "decoder.final_layernorm.")
-    if numbered := _NUMBERED.match(key):
-        number = int(numbered[2]) // (2 if is_hybrid else 1)
-        key, where = _NUMBERED.sub(r"\1", key), (number, *where)
     key = key.replace(".mtp_model_layer.", ".transformer_layer.")
-    return key.replace(".pre_mlp_layernorm.weight", f".{MLP_NORM}"), where
+    key = key.replace(".pre_mlp_layernorm.weight", f".{MLP_NORM}")
+    if numbered := _NUMBERED.match(key):
+        number = int(numbered[2])
+        if hybrid is not None:
+            number = hybrid.place(key[numbered.end() :], number)
+        key, where = _NUMBERED.sub(r"\1", key), (number, *where)
+    return key, where

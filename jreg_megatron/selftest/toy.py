@@ -32,22 +32,26 @@ KEPT = dict.fromkeys((2, NUM_LAYERS), 0.6)
 
 def settings_of(layout: Layout) -> list[Settings]:
     """The settings that a layout is run with."""
-    jreg = JRegConfig(coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens)
+    rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
+    jreg = JRegConfig(
+        coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens, layer=rule
+    )
     if layout.methods == "jreg":
         return [jreg]
     (factor,) = set(KEPT.values())
-    return [AttenuationConfig(factor=factor, layers=tuple(KEPT)), NormsConfig(), jreg]
+    attenuation = AttenuationConfig(factor=factor, layers=tuple(KEPT), layer=rule)
+    return [attenuation, NormsConfig(layer=rule), jreg]
 
 
 def shape_of(layout: Layout) -> Shape:
     """Sizes of the toy model that a layout runs."""
     return Shape(
-        num_layers=NUM_LAYERS,
+        layers=layout.sublayers,
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=NUM_HEADS,
         vocab_size=VOCABULARY,
-        num_experts=NUM_EXPERTS if layout.model == "moe" else 0,
+        num_experts=NUM_EXPERTS if layout.has_experts else 0,
         mtp_num_layers=1 if layout.model == "mtp" else 0,
         tied=layout.tied,
     )

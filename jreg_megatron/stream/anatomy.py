@@ -1,25 +1,35 @@
 """The parts of a built Megatron model that the residual stream goes through.
 
 What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
-has sub-layers; there, a layer is an attention sub-layer and the MLP or experts behind it, so that a pattern
-of such pairs gives the numbers of the ``GPTModel`` with the same weights.
+has sub-layers. Mixers mix tokens: attention, latent attention, gated delta net, Mamba. The others are
+feed-forward: MLP and experts. There a layer is a mixer with the feed-forward sub-layers behind it, so that a
+pattern of pairs gives the numbers of the ``GPTModel`` with the same weights. Feed-forward sub-layers before
+the first mixer are a layer of their own. With the setting ``layer`` at ``sublayer`` each sub-layer is one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 from torch import nn
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.settings import LAYER_RULES
 
 MODELS = ("GPTModel", "HybridModel", "MambaModel")
 """Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
 
-LAYER_PARTS = ("self_attn_bda", "mlp_bda", "layer_number")
-"""What a Megatron layer must have for its residual stream to be seen."""
+MIXERS, FEED_FORWARD = "*+DGM", "-E"
+"""The sub-layers of a hybrid pattern, by Megatron's symbols."""
+
+_ADDS = ("self_attn_bda", "mamba_bda", "mlp_bda")
+"""The bias-dropout-adds by which a module adds to the residual stream, in the order of their calls."""
+
+_RULE = "_jreg_layer"
 
 
 def unwrap(chunk: nn.Module) -> nn.Module:
@@ -39,17 +49,57 @@ class ResidualLayer:
     number: int
     """1-based over the whole model."""
     first: Any
-    """The module whose ``self_attn_bda`` adds to the layer's input."""
+    """The module that is given the layer's input."""
     last: Any
-    """The module whose ``mlp_bda`` returns the layer's output; in a ``GPTModel`` the same."""
+    """The module that returns the layer's output; in a ``GPTModel`` the same."""
+    adds: tuple[tuple[Any, str], ...]
+    """By module and name: the bias-dropout-add that adds to the layer's input, and the one that returns the
+    layer's output; or one that does both."""
+    kinds: str = ""
+    """The sub-layers of a hybrid model's layer, as its pattern has them."""
+
+
+def define_layers(chunks: Sequence[Any], rule: str | None) -> None:
+    """Settle what a layer of unwrapped model chunks is, for all that look at them.
+
+    Args:
+        chunks: of one model.
+        rule: one of ``LAYER_RULES``; None to leave no trace.
+    """
+    for chunk in chunks:
+        if rule is not None:
+            setattr(chunk, _RULE, rule)
+        elif hasattr(chunk, _RULE):
+            delattr(chunk, _RULE)
+
+
+def layers_of(pattern: str, rule: str = "mixer") -> list[str]:
+    """The layers of a hybrid model, each as its sub-layers.
+
+    Args:
+        pattern: as :func:`sublayers_of` gives it.
+        rule: one of ``LAYER_RULES``.
+
+    Raises:
+        UserError: for a sub-layer that is not known.
+    """
+    if unknown := [kind for kind in dict.fromkeys(pattern) if kind not in MIXERS + FEED_FORWARD]:
+        raise UserError(
+            f"jreg_megatron does not support the sub-layer {' or '.join(unknown)} of the hybrid layer "
+            f"pattern {pattern}; known are {' '.join(MIXERS + FEED_FORWARD)}"
+        )
+    return list(pattern) if rule == "sublayer" else _A_LAYER.findall(pattern)
+
+
+_A_LAYER = re.compile(f"[{MIXERS}][{FEED_FORWARD}]*|[{FEED_FORWARD}]+")
 
 
 def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
     """The layers of an unwrapped model chunk, in order.
 
     Raises:
-        UserError: if the chunk is not built as a ``GPTModel`` is, or as a ``HybridModel`` of pairs of
-            attention and MLP; the message names what was looked for.
+        UserError: if the chunk is not built as a ``GPTModel`` or a ``HybridModel`` is, or holds a part of a
+            layer; the message names what was looked for.
     """
     modules = getattr(getattr(chunk, "decoder", None), "layers", None)
     if modules is None or not any(kind.__name__ in MODELS for kind in type(chunk).__mro__):
@@ -57,25 +107,114 @@ def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
             f"jreg_megatron does not support a {type(chunk).__name__}; it must be a Megatron-Core GPTModel "
             "or HybridModel, or derived from one"
         )
-    pattern = _hybrid_pattern(chunk)
+    pattern, rule = sublayers_of(chunk), _rule_of(chunk)
     if pattern is not None:
-        _refuse_unpaired(pattern, chunk.config)
-    elif not any(kind.__name__ == "GPTModel" for kind in type(chunk).__mro__):
+        return _hybrid_layers(pattern, rule, list(modules), chunk.config)
+    if not any(kind.__name__ == "GPTModel" for kind in type(chunk).__mro__):
         raise UserError(
             f"jreg_megatron does not support a {type(chunk).__name__} without a hybrid layer pattern; give "
             "one, such as --hybrid-override-pattern '*-*-*-*-'"
         )
-    for module in modules:
-        missing = [part for part in LAYER_PARTS if not hasattr(module, part)]
-        if missing:
+    if rule != LAYER_RULES[0]:
+        raise UserError(
+            f"the setting layer is '{rule}', and the layers of a {type(chunk).__name__} are not built of "
+            "sub-layers; leave it out"
+        )
+    return [_layer(module.layer_number, [module]) for module in modules]
+
+
+def _layer(number: int, modules: Sequence[Any], kinds: str = "") -> ResidualLayer:
+    first, last = modules[0], modules[-1]
+    add_first, add_last = (first, _adds_of(first)[0]), (last, _adds_of(last)[-1])
+    is_one = first is last and add_first[1] == add_last[1]
+    return ResidualLayer(number, first, last, (add_first,) if is_one else (add_first, add_last), kinds)
+
+
+def _adds_of(module: Any) -> list[str]:
+    """The names of a module's bias-dropout-adds that do something; at least one."""
+    names = [name for name in _ADDS if not _does_nothing(getattr(module, name, None))]
+    missing = ["layer_number"] * (not hasattr(module, "layer_number"))
+    if not names:
+        missing.append(f"{', '.join(_ADDS)} that adds to its input")
+    if missing:
+        raise UserError(
+            f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
+            "TransformerLayer and MambaLayer of Megatron-Core 0.16 or later are supported"
+        )
+    return names
+
+
+def _does_nothing(part: Any) -> bool:
+    return part is None or type(part).__name__ in ("Identity", "IdentityOp", "IdentityFuncOp")
+
+
+def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> list[ResidualLayer]:
+    """The layers of a hybrid model's chunk, counted by the pattern, since other stages hold other modules."""
+    adds = [_adds_of(module)[0] for module in modules]
+    numbers = [module.layer_number for module in modules]
+    start = numbers[0] - 1 if numbers else 0
+    held = pattern[max(start, 0) : start + len(modules)]
+    if numbers != list(range(start + 1, start + 1 + len(held))):
+        raise UserError(
+            f"the sub-layers of a model chunk have the numbers (layer_number) {' '.join(map(str, numbers))}, "
+            f"and the hybrid layer pattern {pattern} has {len(pattern)} sub-layers; jreg_megatron needs "
+            "consecutive numbers of the pattern's"
+        )
+    for module, kind, add in zip(modules, held, adds, strict=True):
+        if (kind in FEED_FORWARD) != (add == "mlp_bda"):
             raise UserError(
-                f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
-                "the TransformerLayer of Megatron-Core 0.16 or later is supported"
+                f"sub-layer {module.layer_number} is '{kind}' in the hybrid layer pattern {pattern}, and it "
+                f"is a {type(module).__name__} that adds to its input by {add}; jreg_megatron needs one that "
+                "adds by mlp_bda alone where the pattern has '-' or 'E', and nowhere else"
             )
-    if pattern is None:
-        return [ResidualLayer(module.layer_number, module, module) for module in modules]
-    pairs = zip(modules[::2], modules[1::2], strict=True)
-    return [ResidualLayer(mlp.layer_number // 2, attention, mlp) for attention, mlp in pairs]
+    found, end = [], -start
+    for number, kinds in enumerate(layers_of(pattern, rule), start=1):
+        begin, end = end, end + len(kinds)
+        if end <= 0 or begin >= len(modules):
+            continue
+        if begin < 0 or end > len(modules):
+            raise UserError(
+                f"jreg_megatron does not support the hybrid layer pattern {pattern} cut into these pipeline "
+                f"stages: layer {number}, '{kinds}', is on two of them; begin each stage with a mixer, or "
+                "take each sub-layer for a layer (the setting layer at 'sublayer', as in --jreg-layer)"
+            )
+        found.append(_layer(number, modules[begin:end], kinds))
+    _refuse_parting_recompute(found, config)
+    return found
+
+
+def _refuse_parting_recompute(layers: list[ResidualLayer], config: Any) -> None:
+    """Refuse full recompute of a part of a layer by itself: its input and output would be of two runs."""
+    if config.recompute_granularity != "full":
+        return
+    together = config.recompute_num_layers if config.recompute_method == "uniform" else 1  # a checkpoint
+    ends = [0, *accumulate(len(layer.kinds) for layer in layers)]
+    if not {*range(0, ends[-1], together)} <= {*ends}:
+        raise UserError(
+            f"jreg_megatron does not support --recompute-method {config.recompute_method} with "
+            f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model of the layers "
+            f"{' '.join(layer.kinds for layer in layers)}, since it parts one of them; take uniform and a "
+            "number of sub-layers at which layers end, or take each sub-layer for a layer (the setting layer "
+            "at 'sublayer', as in --jreg-layer)"
+        )
+
+
+def described_layers(model: Any) -> str:
+    """What the layers of a hybrid model are, for a report; empty for other models.
+
+    Args:
+        model: as :func:`sublayers_of` takes it.
+    """
+    if (pattern := sublayers_of(model)) is None:
+        return ""
+    rule = _rule_of(model)
+    runs = [(kinds, len(list(run))) for kinds, run in groupby(layers_of(pattern, rule))]
+    what = {
+        "mixer": "a layer is a mixer with the feed-forward sub-layers behind it",
+        "sublayer": "a layer is a sub-layer",
+    }
+    shown = " ".join(kinds if times == 1 else f"{times}x{kinds}" for kinds, times in runs)
+    return f"{what[rule]}; layers 1 to {num_layers(model)}: {shown}"
 
 
 def final_norm_of(chunk: Any) -> nn.Module | None:
@@ -83,18 +222,21 @@ def final_norm_of(chunk: Any) -> nn.Module | None:
     norm = getattr(chunk.decoder, "final_layernorm", None)
     if norm is None:
         norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
-    return None if type(norm).__name__ in ("Identity", "IdentityOp") else norm
+    return None if _does_nothing(norm) else norm
 
 
 def num_layers(chunk: Any) -> int:
-    """How many layers the whole model has that an unwrapped chunk is part of."""
+    """How many layers the whole model has that an unwrapped chunk is part of; of a hybrid one, its arguments
+    will do."""
+    if (pattern := sublayers_of(chunk)) is not None:
+        return len(layers_of(pattern, _rule_of(chunk)))
     count: int = chunk.config.num_layers
-    return count if _hybrid_pattern(chunk) is None else count // 2
+    return count
 
 
 def last_stage_has_a_layer(chunk: Any) -> bool:
     """Whether a hybrid model's last pipeline stage holds a layer; of other models the settings tell."""
-    pattern = _hybrid_pattern(chunk)
+    pattern = _pattern_of(chunk)
     return pattern is None or bool(pattern.rpartition("|")[2])
 
 
@@ -130,32 +272,21 @@ def _stages_of(layout: Any) -> list[list[Any]]:
     return stages
 
 
-def _hybrid_pattern(chunk: Any) -> str | None:
-    """A ``HybridModel``'s pattern of sub-layers without multi-token prediction; None for other models."""
-    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
+def sublayers_of(model: Any) -> str | None:
+    """A hybrid model's sub-layers without stages and multi-token prediction; None for other models.
+
+    Args:
+        model: a model chunk, or Megatron's arguments, which use the same names.
+    """
+    pattern = _pattern_of(model)
+    return None if pattern is None else pattern.replace("|", "")
+
+
+def _pattern_of(model: Any) -> str | None:
+    pattern = getattr(model, "hybrid_layer_pattern", None) or getattr(model, "hybrid_override_pattern", None)
     return pattern.partition("/")[0] if isinstance(pattern, str) else None
 
 
-def _refuse_unpaired(pattern: str, config: Any) -> None:
-    """Refuse, on every rank alike, a pattern whose layers are not whole pairs on every stage."""
-    stages = pattern.split("|")
-    sizes = [len(stage) for stage in stages]
-    if len(stages) == 1:
-        # Without bars Megatron deals sub-layers out evenly, the first and the last stage apart if asked.
-        ends = [config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage]
-        given = [size for size in ends if size is not None]
-        others = config.pipeline_model_parallel_size - len(given)
-        sizes = [*given, (len(pattern) - sum(given)) // others] if others else given
-    if any(size % 2 for size in sizes) or not all(re.fullmatch(r"(\*[-E])*", stage) for stage in stages):
-        raise UserError(
-            f"jreg_megatron does not support the hybrid layer pattern {pattern}; it must be made of pairs of "
-            "attention and MLP ('*-') or attention and experts ('*E'), whole on every pipeline stage"
-        )
-    if config.recompute_granularity == "full" and (
-        config.recompute_method != "uniform" or config.recompute_num_layers % 2
-    ):
-        raise UserError(
-            f"jreg_megatron does not support --recompute-method {config.recompute_method} with "
-            f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model, since it parts "
-            "attention from MLP; take uniform and an even number"
-        )
+def _rule_of(chunk: Any) -> str:
+    rule: str = getattr(chunk, _RULE, LAYER_RULES[0])
+    return rule

@@ -13,12 +13,18 @@ from torch import Tensor, nn
 
 from jreg_megatron.runtime.errors import DeviceFault, UserError
 from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
-from jreg_megatron.stream.anatomy import num_layers, residual_layers, unwrap
+from jreg_megatron.stream.anatomy import (
+    define_layers,
+    described_layers,
+    num_layers,
+    residual_layers,
+    unwrap,
+)
 from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
 from jreg_megatron.stream.scaling import Scaling
-from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.settings import LAYER_RULES, Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
 from jreg_megatron.stream.tap import Change, tap_residual_stream
 
@@ -122,8 +128,11 @@ class Handle:
         return ", ".join(self._tap.places) or "no layer on this rank"
 
     def describe(self) -> str:
-        """A line for each method that says what was attached."""
-        return "\n".join(method.describe() for method in self.methods)
+        """What the layers of a hybrid model are, and a line for each method that says what was attached."""
+        chunk = self._chunks[0]
+        layers = described_layers(chunk)
+        lines = [f"> {type(chunk).__name__}: {layers}"] if layers else []
+        return "\n".join([*lines, *(method.describe() for method in self.methods)])
 
     def end_iteration(self, iteration: int, is_interval_end: bool = True) -> Metrics | None:
         """To be called after every training iteration; at the end of a log interval it gives its metrics.
@@ -246,6 +255,7 @@ class Handle:
         for chunk in self._chunks:
             if getattr(chunk, _HANDLE, None) is self:
                 delattr(chunk, _HANDLE)
+                define_layers([chunk], None)
 
 
 def _changes(methods: Sequence[Method], chunks: Sequence[nn.Module]) -> dict[int, Change]:
@@ -276,10 +286,26 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
     To be called in a loop of one's own before ``DistributedDataParallel``, with the settings that
     :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
     """
+    define_layers([unwrap(chunk) for chunk in chunks], _layer_rule(settings))
     for chunk in chunks:
         for of_one in settings:
             of_one.prepare(unwrap(chunk))
     return chunks
+
+
+def _layer_rule(settings: Sequence[Settings]) -> str:
+    """What a layer of a hybrid model is to all methods.
+
+    Raises:
+        UserError: if they differ.
+    """
+    for of_one in settings:
+        of_one.require_layer()
+    given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
+    if len(given) > 1:
+        told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]
+        raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
+    return next(iter(given), LAYER_RULES[0])
 
 
 def attach(
@@ -374,6 +400,7 @@ def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None
                 f"the settings of {of_one.name} depend on the iteration (such as a start, a warm-up or a "
                 "measure interval); give attach(..., iteration=) a function that tells it, 1-based"
             )
+    _layer_rule(settings)
 
 
 def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
@@ -383,6 +410,7 @@ def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
         if (attached := getattr(chunk, _HANDLE, None)) is not None:
             names = " and ".join(method.settings.name for method in attached.methods)
             raise UserError(f"{names} is attached to this model already; call detach() on its handle first")
+    define_layers(chunks, _layer_rule(settings))
     for chunk in chunks:
         residual_layers(chunk)
     refuse_unsupported(chunks[0].config, *settings)

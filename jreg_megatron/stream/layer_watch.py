@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jreg_megatron.stream.anatomy import ResidualLayer
+
 _FIX = (
-    "jreg_megatron cannot see this layer's states; use Megatron's TransformerLayer as it is, or train "
-    "without it"
+    "jreg_megatron cannot see this layer's states; use Megatron's own layers as they are, or train without it"
 )
 
 _MOST_BETWEEN = 3
@@ -29,19 +30,22 @@ Report = Callable[[str, bool], None]
 class LayerWatch:
     """Compares a layer's own argument and return with what the tap sees, in each forward pass."""
 
-    def __init__(self, number: int, classes: str, config: Any, report: Report) -> None:
-        self._name = f"layer {number} ({classes})"
+    def __init__(self, layer: ResidualLayer, config: Any, report: Report) -> None:
+        classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
+        self._name = f"layer {layer.number} ({' and '.join(classes)})"
+        self._adds = [name for _, name in layer.adds]
         self._hidden_size = config.hidden_size
         # Transformer Engine's fused norm returns the residual too, maybe as a copy.
         self._may_copy = getattr(config, "fused_residual_rmsnorm", False)
         self._report = report
-        self._has_run = False
+        self._has_run = self._is_running = False
         self._given: _Kept | None = None
         self._tapped: _Kept | None = None
 
     def begin(self) -> None:
         """The model's forward pass begins; the one before may have broken off."""
-        self._has_run, self._given, self._tapped = False, None, None
+        self._has_run = self._is_running = False
+        self._given = self._tapped = None
 
     def given(self, state: Tensor) -> None:
         """The layer is called with ``state``."""
@@ -58,23 +62,29 @@ class LayerWatch:
                 "of hyper-connections; turn the wider stream off, or train without it",
                 True,
             )
-        self._has_run, self._given, self._tapped = True, _Kept(state), None
+        self._has_run = self._is_running = True
+        self._given, self._tapped = _Kept(state), None
 
     def adds_to(self, residual: Tensor) -> None:
         """The layer's first bias-dropout-add gets ``residual``: to the tap, the layer's input."""
-        if self._given is not None and not self._given.is_same(residual, self._may_copy):
+        if self._given is None:
+            self._report(f"{self._name} calls {self._adds[0]} more than once; {_FIX}", True)
+        elif not self._given.is_same(residual, self._may_copy):
             self._report(f"{self._name} adds to another state than it is given; {_FIX}", True)
         self._given = None
 
     def tapped(self, state: Tensor) -> None:
         """The layer's last bias-dropout-add returns ``state``, as the tap hands it on."""
+        if self._tapped is not None:
+            self._report(f"{self._name} calls {self._adds[-1]} more than once; {_FIX}", True)
         self._tapped = _Kept(state)
 
     def returned(self, output: Any) -> None:
         """The layer returns ``output``: the state, or a tuple that begins with it."""
         state = output[0] if isinstance(output, tuple) else output
         if self._given is not None or self._tapped is None:
-            self._report(f"{self._name} does not add its residual by self_attn_bda and mlp_bda; {_FIX}", True)
+            adds = " and ".join(self._adds)
+            self._report(f"{self._name} does not add its residual by {adds}; {_FIX}", True)
         elif not self._tapped.is_same(state):
             found = "returns another state than its last bias-dropout-add gives"
             self._report(f"{self._name} {found}; {_FIX}", True)
@@ -85,7 +95,7 @@ class LayerWatch:
                 "without jreg_megatron",
                 True,
             )
-        self._given = self._tapped = None
+        self._is_running, self._given, self._tapped = False, None, None
 
     def ended(self) -> None:
         """The model's forward pass is over, and did not break off."""
@@ -95,6 +105,8 @@ class LayerWatch:
                 "left out; train without it",
                 False,  # which ones may be drawn by each rank
             )
+        elif self._is_running:
+            self._report(f"the end of {self._name} has not run behind its beginning; {_FIX}", False)
 
 
 class _Kept:

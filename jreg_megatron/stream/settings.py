@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from jreg_megatron.stream.method import Method, Place
 
 
+LAYER_RULES = ("mixer", "sublayer")
+"""What a layer of a hybrid model is; see :mod:`jreg_megatron.stream.anatomy`."""
+
+
 def setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
     """A field of a method's settings.
 
@@ -32,6 +36,16 @@ def setting(default: Any, help: str, parse: Any = str, metavar: str | None = Non
         metavar: stands for the value in ``--help``.
     """
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
+
+
+def layer_setting() -> Any:
+    """The field ``layer`` of a method's settings; all methods on a model must have it alike."""
+    return setting(
+        LAYER_RULES[0],
+        "what a layer of a HybridModel is: 'mixer', each mixer (attention, Mamba) with the MLPs and experts "
+        "behind it, or 'sublayer', each sub-layer. All methods must take the same.",
+        metavar="RULE",
+    )
 
 
 class Settings:
@@ -103,6 +117,17 @@ class Settings:
             UserError: if it does not run there.
         """
         raise NotImplementedError
+
+    def require_layer(self) -> None:
+        """Refuse a field ``layer`` that is not one of ``LAYER_RULES``."""
+        layer = self.layer_rule
+        self.require("layer", layer, layer in (None, *LAYER_RULES), " or ".join(LAYER_RULES))
+
+    @property
+    def layer_rule(self) -> str | None:
+        """The method's setting ``layer``; None if it has none, and takes what layers there are."""
+        rule: str | None = getattr(self, "layer", None)
+        return rule
 
     # -- when it measures --------------------------------------------------------------------------
 
@@ -197,6 +222,8 @@ class Settings:
         words = []
         for f in _fields(self):
             value = getattr(self, f.name)
+            if f.name == "layer" and value == f.default:
+                continue  # it is about hybrid models alone
             if f.metadata["parse"] is bool or value is None:
                 words += [self.flag(f.name)] * bool(value)
             else:

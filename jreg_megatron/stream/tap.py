@@ -6,7 +6,8 @@ node on it. The taps are plain attributes of built layers: no subclass, no spec,
 
 Where the states are. ``TransformerLayer`` calls ``self_attn_bda(...)(x, residual, p)`` with the layer's
 input as ``residual``, and what ``mlp_bda(...)(...)`` returns is the layer's output; both in every
-version from 0.14 on. Forward hooks on the layer would not do: what they return is a view, which the
+version from 0.14 on. A hybrid model's sub-layer has one that adds, ``mamba_bda`` in a ``MambaLayer``, and it
+is both. Forward hooks on the layer would not do: what they return is a view, which the
 pipeline refuses to free; after ``mlp_bda`` the layer itself makes the tensor viewless.
 
 Counted once. Under full recompute a layer's forward runs twice, first without gradients; only the run
@@ -132,11 +133,10 @@ def tap_residual_stream(
     chunks = [unwrap(chunk) for chunk in chunks]
     layers = [residual_layers(chunk) for chunk in chunks]
     all_layers = [layer for chunk_layers in layers for layer in chunk_layers]
-    kinds = dict.fromkeys((type(layer.first).__name__, type(layer.last).__name__) for layer in all_layers)
-    tap = Tap(
-        tuple(layer.number for layer in all_layers),
-        tuple(f"{first}.self_attn_bda to {last}.mlp_bda" for first, last in kinds),
+    kinds = dict.fromkeys(
+        " to ".join(f"{type(module).__name__}.{name}" for module, name in layer.adds) for layer in all_layers
     )
+    tap = Tap(tuple(layer.number for layer in all_layers), tuple(kinds))
     for chunk, chunk_layers in zip(chunks, layers, strict=True):
         chunk_tap = _ChunkTap(chunk, observer, changes, tap._undo)
         chunk_tap.put_on(chunk_layers, report)
@@ -291,10 +291,9 @@ class _LayerTap:
         """Have the factories ``name(training, fused) -> add`` of both bias-dropout-adds give tapped ones."""
         if self._places:
             return
-        for module, name, tapped in (
-            (self._layer.first, "self_attn_bda", self._tapped_input),
-            (self._layer.last, "mlp_bda", self._tapped_output),
-        ):
+        adds = self._layer.adds
+        taps = (self._tapped_input, self._tapped_output) if len(adds) > 1 else (self._tapped_both,)
+        for (module, name), tapped in zip(adds, taps, strict=True):
             factory = getattr(module, name)
             ours = functools.partial(tapped, factory)
             self._places.append((module, name, factory, ours))
@@ -315,10 +314,8 @@ class _LayerTap:
 
     def start_watch(self, config: Any, report: Report) -> None:
         """Compare the layer's argument and return with what is tapped, in the forward passes that count."""
-        layer = self._layer
-        classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
-        self.watch = LayerWatch(layer.number, " and ".join(classes), config, report)
-        self._stop_watching_returns = layer.last.register_forward_hook(self._after_layer).remove
+        self.watch = LayerWatch(self._layer, config, report)
+        self._stop_watching_returns = self._layer.last.register_forward_hook(self._after_layer).remove
 
     def end_watch(self) -> None:
         self.watch = self._watching = None
@@ -355,17 +352,24 @@ class _LayerTap:
         if self._watching is not None:
             self._watching.given(state)
 
-    def _tapped_input(self, factory: Callable[..., Any], *options: Any) -> Callable[..., Tensor]:
+    def _tapped_input(
+        self, factory: Callable[..., Any], *options: Any, **named: Any
+    ) -> Callable[..., Tensor]:
         chunk = self._chunk
         if self._is_over:
-            return cast(Callable[..., Tensor], factory(*options))
+            return cast(Callable[..., Tensor], factory(*options, **named))
         if self._hook is None and not chunk.is_in_forward and chunk.is_training:
             raise UserError(_RERUN_LATER)
         self._microbatch, self._input = chunk.microbatch, None
-        return functools.partial(self._on_input, factory(*options))
+        return functools.partial(self._on_input, factory(*options, **named))
 
-    def _tapped_output(self, factory: Callable[..., Any], *options: Any) -> Callable[..., Tensor]:
-        return functools.partial(self._on_output, factory(*options))
+    def _tapped_output(
+        self, factory: Callable[..., Any], *options: Any, **named: Any
+    ) -> Callable[..., Tensor]:
+        return functools.partial(self._on_output, factory(*options, **named))
+
+    def _tapped_both(self, factory: Callable[..., Any], *options: Any, **named: Any) -> Callable[..., Tensor]:
+        return self._tapped_output(functools.partial(self._tapped_input, factory), *options, **named)
 
     def _on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
         self._input = residual

@@ -1,7 +1,8 @@
 """Which checkpoints can be run here, and Megatron's arguments for their models.
 
-In a ``HybridModel`` attention ('*') and MLP ('-') are layers of their own. A pair of them computes what one
-layer of a ``GPTModel`` does, so a checkpoint of whole pairs is read as one, under other names.
+In a ``HybridModel`` attention ('*'), MLP ('-') and experts ('E') are modules of their own. A pair of them
+computes what one layer of a ``GPTModel`` does, so a checkpoint of whole pairs is read as one, under other
+names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
+from jreg_megatron.stream.anatomy import layers_of, sublayers_of
+from jreg_megatron.stream.settings import LAYER_RULES
 
 _OTHER_MODELS = {
     "spec": ("has layers of its own (--spec)", None),
@@ -39,6 +42,9 @@ _OTHER_MODELS = {
     "retro_add_retriever": ("has a retriever (--retro-add-retriever)", None),
 }
 """By argument: what a checkpoint with it is, and a model of Megatron-Bridge's that is the same."""
+
+_PAIRS = ("*-", "*E")
+"""The layers of a hybrid model that are those of a ``GPTModel``."""
 
 _BY_NUMBER = ("no_rope_freq", "window_attn_skip_freq")
 """Arguments that count layers; a hybrid model counts sub-layers."""
@@ -81,10 +87,8 @@ def has_a_bearing(name: str) -> bool:
 
 def pattern_of(arguments: dict[str, Any]) -> str | None:
     """A hybrid model's sub-layers, without stages and those that predict further ahead; else None."""
-    pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
-    if not pattern:
-        return "" if arguments.get("is_hybrid_model") else None
-    return str(pattern).partition("/")[0].replace("|", "")
+    pattern = sublayers_of(Namespace(**arguments))
+    return "" if pattern is None and arguments.get("is_hybrid_model") else pattern
 
 
 def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
@@ -107,12 +111,28 @@ def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
         )
 
 
+def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
+    """Refuse a checkpoint whose training has taken something else for a layer than the tools do.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for of_one in known.settings_in(Namespace(**arguments)):
+        if of_one.layer_rule not in (None, LAYER_RULES[0]):
+            raise UserError(
+                f"{what} was trained with {of_one.flag('layer')} {of_one.layer_rule}, and measure and "
+                "evaluate take attention with the MLP or experts behind it for a layer, so their figures "
+                "would be of other layers; its training's own validation logs the figures of its layers"
+            )
+
+
 def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """What the model is that cannot be run, each with a model of Megatron-Bridge's that is the same."""
     pattern, spec = pattern_of(arguments), arguments.get("spec")
     if pattern is not None:
-        if pattern != "*-" * max(1, len(pattern) // 2):
-            layers = f"the layers {pattern or '?'}, not of pairs of attention and MLP ('*-')"
+        if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:
+            pairs = " or ".join(f"'{pair}'" for pair in _PAIRS)
+            layers = f"the layers {pattern or '?'}, not of pairs of attention with MLP or experts ({pairs})"
             yield f"is a hybrid model of {layers}", "Nemotron-H"
         if spec and tuple(spec) not in HYBRID_SPECS:
             yield f"has layers of its own (--spec {' '.join(spec)})", None
@@ -188,7 +208,9 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
     if pattern is not None:
         saved |= dict.fromkeys(("hybrid_layer_pattern", "hybrid_override_pattern", "spec"))
         # HybridModel is never told of --use-rope-scaling.
-        saved |= {"num_layers": len(pattern) // 2, "use_rope_scaling": False}
+        layers = layers_of(pattern)
+        saved |= {"num_layers": len(layers), "use_rope_scaling": False}
+        saved |= {"moe_layer_freq": [int(kinds == "*E") for kinds in layers]} if "E" in pattern else {}
     return saved
 
 

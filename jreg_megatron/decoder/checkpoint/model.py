@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.checkpoint.arguments import model_arguments, refuse_other_models, tell_once
+from jreg_megatron.decoder.checkpoint.arguments import (
+    model_arguments,
+    refuse_other_layers,
+    refuse_other_models,
+    tell_once,
+)
 from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, Samples
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import errors_alone
+from jreg_megatron.stream.anatomy import described_layers
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
@@ -43,9 +49,14 @@ def load_megatron(
 
     Raises:
         UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
-            nor a ``HybridModel`` whose sub-layers are pairs of attention and MLP.
+            nor a ``HybridModel`` whose sub-layers are pairs of attention with MLP or experts, or its training
+            has taken something else for a layer.
     """
-    return decoder_of(open_checkpoint(folder, step, device), dtype=dtype, device=device, source=str(folder))
+    checkpoint = open_checkpoint(folder, step, device)
+    refuse_other_layers(checkpoint.arguments, str(checkpoint.folder))
+    if layers := described_layers(Namespace(**checkpoint.arguments)):
+        tell_once(f"{folder} is a hybrid model: {layers}")
+    return decoder_of(checkpoint, dtype=dtype, device=device, source=str(folder))
 
 
 def open_checkpoint(folder: Path, step: int | None, device: torch.device) -> Checkpoint:

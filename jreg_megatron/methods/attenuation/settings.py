@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
+from jreg_megatron.stream.settings import Settings, is_finite, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
     from jreg_megatron.methods.attenuation.attenuation import Attenuation
@@ -54,8 +54,10 @@ class AttenuationConfig(Settings):
         _layers_from_text,
         "LAYERS",
     )
+    layer: str = layer_setting()
 
     def __post_init__(self) -> None:
+        self.require_layer()
         factor = self.factor
         self.require("factor", factor, is_finite(factor) and 0 <= factor <= 1, "a number from 0 to 1")
         if not isinstance(self.layers, str):

@@ -18,7 +18,7 @@ from jreg_megatron.stream.anatomy import (
     num_layers,
     residual_layers,
 )
-from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
+from jreg_megatron.stream.settings import Settings, is_finite, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
     from jreg_megatron.methods.jreg.regularizer import Regularizer
@@ -117,6 +117,7 @@ class JRegConfig(Settings):
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
     )
+    layer: str = layer_setting()
     kernels: str = setting(
         "auto",
         "what computes: 'triton' (fused, on a GPU), 'torch' (anywhere), or 'auto': triton where it runs. "
@@ -128,6 +129,7 @@ class JRegConfig(Settings):
     )
 
     def __post_init__(self) -> None:
+        self.require_layer()
         self.require("coeff", self.coeff, is_finite(self.coeff) and self.coeff >= 0, "a finite number >= 0")
         weight = self.loss_weight
         self.require("loss_weight", weight, is_finite(weight) and weight > 0, "a finite number > 0")

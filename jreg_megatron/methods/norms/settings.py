@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from jreg_megatron.stream.settings import Settings, is_integer, setting
+from jreg_megatron.stream.settings import Settings, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
     from jreg_megatron.methods.norms.norms import Norms
@@ -31,8 +31,10 @@ class NormsConfig(Settings):
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
     )
+    layer: str = layer_setting()
 
     def __post_init__(self) -> None:
+        self.require_layer()
         allowed = is_integer(self.measure_interval) and self.measure_interval >= 1
         self.require("measure_interval", self.measure_interval, allowed, "a whole number >= 1")
 
