@@ -20,7 +20,7 @@ import torch
 
 from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.data.texts import Text
-from jreg_megatron.data.windows import batches, windows
+from jreg_megatron.data.windows import batches
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.load import load
 from jreg_megatron.decoder.reference import find_models
@@ -52,7 +52,7 @@ def main() -> None:
 def _overhead(decoder: Decoder, tokens: int, rounds: int) -> None:
     assert decoder.tokenizer is not None
     texts = [Text(name, text) for name, text in list(read_speeches().items())[:3]]
-    (batch,) = batches(windows(texts, decoder.tokenizer.encode, decoder.vocab_size, tokens, None), 3)
+    (batch,) = batches(decoder.windows(texts, tokens), 3)
 
     def forward() -> None:
         decoder.logits(batch.tokens)

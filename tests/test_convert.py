@@ -336,7 +336,7 @@ MEGATRON = {
         ({"rotary_interleaved": True}, "--rotary-interleaved", "ERNIE 4.5"),
         ({"add_qkv_bias": True}, "--add-qkv-bias", "Qwen2"),
         ({"window_size": (16, 0)}, "--window-size", "gpt-oss"),
-        ({"num_attention_heads": 5}, "multiple", None),
+        ({"num_attention_heads": 5}, "5 heads", None),
     ],
 )
 def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
@@ -346,7 +346,7 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
     with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
         from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
     assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
-    assert str(caught.value).endswith(tool or "measure and evaluate read it as it is")
+    assert str(caught.value).endswith(tool or "measure and evaluate can read the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_a_training_is_never_overwritten(
 def test_an_existing_folder_is_left_alone_and_the_line_says_why(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "config.json").touch()
-    with pytest.raises(UserError, match=r"must not mix.*--overwrite"):
+    with pytest.raises(UserError, match=r"OUTPUT is .*/notes, which holds a model.*--overwrite"):
         check_place(tmp_path / "notes", ("config.*",), overwrite=False)
     check_place(tmp_path / "notes", ("config.*",), overwrite=True)
     (tmp_path / "notes" / "mine.txt").touch()
@@ -413,7 +413,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
             tmp_path / "nothing",
             "nothing is not a folder; name a Megatron training's --save folder\n",
         ),
-        ("import_", tmp_path, "has no config.json; name a Llama's Hugging Face folder\n"),
+        ("import_", tmp_path, "has no config.json; give the Hugging Face folder of a Llama\n"),
     )
     for module, source, line in cases:
         done = subprocess.run(

@@ -140,7 +140,7 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_it_goes_on(
     run.join(120)
     assert run.exitcode == 2
     (line,) = errors.read_text().splitlines()
-    assert f"a worker ended by SIGKILL in {source}" in line and "it goes on from here" in line
+    assert f"a worker ended by SIGKILL in {source}" in line and "fewer --workers" in line
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 
@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_go_on(argv: list[object], whole: dict[str, bytes], t
     os.kill(run.pid or 0, signal.SIGINT)
     run.join(60)
     assert run.exitcode == 130
-    assert errors.read_text().split("\n")[-2] == "Interrupted; the same command goes on from here"
+    assert errors.read_text().split("\n")[-2] == "Interrupted; the same command continues from here"
     assert call(*argv) == 0
     assert contents(tmp_path) == whole
 

@@ -236,7 +236,7 @@ def test_second_run_says_that_it_is_done_and_does_nothing(
     before = state_of(tmp_path)
     monkeypatch.setattr("jreg_megatron.data.tokenizing.build", None)  # calling it fails
     assert prepare(tmp_path / "out", model, source) == made
-    assert "out is done already; nothing to do" in capsys.readouterr().out
+    assert "out is done already" in capsys.readouterr().out
     assert state_of(tmp_path) == before
 
 
@@ -256,7 +256,7 @@ def test_what_changed_is_named_and_made_anew(
         (tmp_path / "out_text_document.idx").unlink()
     capsys.readouterr()
     assert prepare(tmp_path / "out", model, source, *argv) == of_tool(tmp_path, texts, model, eod=not argv)
-    assert f"the {change} changed since it was made; making it anew" in capsys.readouterr().out
+    assert f"the {change} changed since the last run" in capsys.readouterr().out
 
 
 def test_bad_records_are_listed_by_line_without_their_text(
@@ -327,7 +327,7 @@ def test_a_run_stopped_by_bad_records_goes_on_with_a_higher_limit(
     assert call("prepare", source, *argv, "--workers", 1) == 2
     assert f"{source} line 201 is not JSON (Expecting value" in capfd.readouterr().err
     assert call("prepare", source, *argv, "--workers", 3, "--max-refused", 1) == 0
-    assert "going on with 1 of" in capfd.readouterr().out
+    assert "continuing with 1 of" in capfd.readouterr().out
     assert files(tmp_path / "out_text_document") == of_tool(tmp_path, texts, model)
 
 

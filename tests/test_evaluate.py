@@ -210,12 +210,14 @@ def test_the_lens_is_the_weighted_least_squares_map_to_the_last_layer_fitted_on_
 
 def test_a_lens_on_the_texts_that_it_is_tested_on_or_on_too_few_is_refused() -> None:
     few = lens_texts(1)
-    with pytest.raises(UserError, match=r"--lens have 29 tokens, and toy 0 needs at least \d+; give more"):
+    with pytest.raises(
+        UserError, match=r"--lens has texts of 29 tokens, but toy 0 needs at least \d+; give more"
+    ):
         fit_lens(toy(), few, OPTIONS)
     how = {"tasks": {}, "limit": None, "texts": token_texts(), "options": OPTIONS}
     (found,) = evaluate(toy(), ["lens"], **how, lens_texts=lens_texts())
     assert found.lens is not None and found.lens_tokens == 12 * 29
-    with pytest.raises(UserError, match="--lens names 1 of the texts that the lens is tested on"):
+    with pytest.raises(UserError, match="--lens names 1 of the texts of the test"):
         list(evaluate(toy(), ["lens"], **how, lens_texts=[*lens_texts(), token_texts()[1]]))
 
 

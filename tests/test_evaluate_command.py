@@ -140,7 +140,7 @@ def test_fewer_than_the_nine_tasks_have_no_mean_and_the_missing_ones_are_named(
     assert [model["paper_means"] for model in found["models"]] == [None, None]
     assert found["comparison"]["without_boolq"] is None
     printed = " ".join(capsys.readouterr().out.split())
-    assert "No mean of the paper's nine tasks: arc_easy, boolq not run." in printed
+    assert "Not run: arc_easy, boolq." in printed
 
 
 def test_a_model_compared_with_itself_under_another_name_differs_by_nothing(
@@ -189,13 +189,13 @@ def test_what_is_finished_is_written_when_a_later_model_fails(
     ("arguments", "said"),
     [
         (["--parts", "taks"], "--parts names 'taks'; the parts are tasks, read-out, layer-drop"),
-        (["--parts", ""], "--parts names none; the parts are tasks, read-out, layer-drop"),
-        (["--tasks", ","], "--tasks names none; give speeches, paper or a task of the harness"),
+        (["--parts", ""], "--parts is empty; the parts are tasks, read-out, layer-drop"),
+        (["--tasks", ","], "--tasks is empty; give speeches, paper or a task of the harness"),
         (["--max-tokens", "1"], "--max-tokens is 1; it must be at least 2, or 0 for whole texts"),
-        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--limit", "0"], "--limit is 0; it must be >= 1"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--speeches", "1800-Nobody-1"], "--speeches names 1800-Nobody-1, which is none"),
+        (["--speeches", "1800-Nobody-1"], "--speeches names 1800-Nobody-1, which is no speech"),
         (["--json", "/nowhere/a.json"], "--json is /nowhere/a.json"),
         (["--device", "cuda:77"], "--device is cuda:77"),
     ],
@@ -236,4 +236,4 @@ def test_three_models_are_evaluated_without_a_comparison(
     found = json.loads(printed.out)
     assert [model["name"] for model in found["models"]] == ["first", "second", "third"]
     assert found["comparison"] is None
-    assert "Differences are computed where two models are given." in printed.err
+    assert "Differences are computed for two models only." in printed.err

@@ -136,13 +136,13 @@ def _measurement(documents: list[dict[str, Any]]) -> None:
     [
         (_drop_model, "seed1.json, which is no evaluation of two models"),
         (_drop_task, "seed1.json, where jreg lacks swag of the paper's nine tasks"),
-        (_other_metric, "piqa is not the same metric of as many samples"),
-        (_fewer_samples, "race is not the same metric of as many samples"),
+        (_other_metric, "piqa has another metric or number of samples"),
+        (_fewer_samples, "race has another metric or number of samples"),
         (_limit, "--limit was none and 100 in"),
-        (_turn_round, "hold baseline and jreg in two orders"),
+        (_turn_round, "have baseline and jreg in two orders"),
         (_copy, "baseline is the same model in"),
         (_one_baseline, "baseline is the same model in"),
-        (_one_seed, "--seeds has one evaluation; name those of at least two seeds"),
+        (_one_seed, "--seeds has one evaluation; give the files of at least two seeds"),
         (_measurement, "seed1.json is neither"),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_task_of_the_users_own_runs(tmp_path: Path) -> None:
 
 def test_a_task_that_has_the_model_write_is_refused_by_name(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own", output_type="generate_until", doc_to_choice=None)
-    with pytest.raises(UserError, match="the task mine has the model write text"):
+    with pytest.raises(UserError, match="the task mine lets the model write text"):
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(
 
 
 def test_a_missing_folder_of_tasks_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--include-path is .*/nowhere, which is no folder"):
+    with pytest.raises(UserError, match=r"--include-path is .*/nowhere, which is not a folder"):
         load_tasks(["mine"], [str(tmp_path / "nowhere")], tmp_path)
 
 

@@ -135,7 +135,7 @@ MISTAKES = {
     "an optimizer whose package is missing": (("--optimizer=soap",), "is soap, .* emerging_optimizers"),
     "an optimizer with what it does not run with": (
         ("--optimizer", "sgd", "--use-distributed-optimizer"),
-        "--optimizer is sgd, which --use-distributed-optimizer does not take",
+        "--optimizer is sgd, which does not run with --use-distributed-optimizer",
     ),
     "a loss mask that the script has on one stage only": (
         ("--jreg-tokens", "unmasked", "--pipeline-model-parallel-size", 2),

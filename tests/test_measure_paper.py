@@ -66,11 +66,11 @@ def test_what_is_missing_is_said(
     hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refusal(capsys, "--paper", "GPT-5")
-    assert said.startswith("--paper names GPT-5, which is none of the paper's: Llama-3.2-1B, ")
-    assert "MODEL is missing; name one, or --paper" in refusal(capsys)
+    assert said.startswith("--paper names GPT-5; the paper's models are Llama-3.2-1B, ")
+    assert "MODEL is missing; give one, or --paper" in refusal(capsys)
     assert "leave one out" in refusal(capsys, str(hub), "--paper")
     said = refusal(capsys, "--paper", "Llama-3.2-1B", "--last-validation")
-    assert said.startswith("--last-validation needs Megatron checkpoints, and ")
+    assert said.startswith("--last-validation needs Megatron checkpoints; ")
 
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no network")
@@ -81,4 +81,4 @@ def test_what_is_missing_is_said(
     text = tmp_path / "text.txt"
     text.write_text("Some words.")
     said = refusal(capsys, "--paper", "Gemma-2B", "--text", str(text))
-    assert said == "none of the paper's models could be loaded; the notes above say what is missing"
+    assert said == "--paper: none of the models could be loaded; see the notes above"

@@ -21,7 +21,7 @@ from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
-from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder, is_megatron, megatron_steps
+from jreg_megatron.decoder.checkpoint.folder import find_checkpoint, is_megatron, megatron_steps, step_of
 from jreg_megatron.methods.jreg.regularizer import displacement_name
 
 LAYERS = 4
@@ -230,7 +230,7 @@ def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_is_ex
     }
     named = [line for flag, line in refused.items() if flag in flags]
     if named:
-        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face has not"
+        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face does not have"
         assert str(export).startswith(expected)
     else:
         assert isinstance(export, float) and export < 1e-4
@@ -478,18 +478,18 @@ def test_steps_and_kinds_of_folders_are_told_without_torch(series: Path) -> None
     assert json.loads(done.stdout) == [True, True, False, [2, 4, 5], [4]]
 
 
-def test_a_checkpoint_whose_saving_broke_off_does_not_count(series: Path, tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_does_not_count(series: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(series, tmp_path / "run"))
     (folder / "iter_0000004" / "metadata.json").unlink()
     assert megatron_steps(folder) == [2, 5]
-    with pytest.raises(UserError, match=r"iter_0000004 .*saving broke off"):
-        CheckpointFolder.find(folder, 4)
+    with pytest.raises(UserError, match=r"iter_0000004 has no metadata.json"):
+        find_checkpoint(folder, 4)
     with pytest.raises(UserError, match=r"--step is 3, but .* has those of 2, 5"):
-        CheckpointFolder.find(folder, 3)
-    assert CheckpointFolder.find(folder).step == 5
+        find_checkpoint(folder, 3)
+    assert step_of(find_checkpoint(folder)) == 5
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
-    assert CheckpointFolder.find(folder).step == 2, "the one that Megatron would go on from"
-    assert CheckpointFolder.find(folder / "iter_0000005").step == 5
+    assert step_of(find_checkpoint(folder)) == 2, "the one that Megatron would go on from"
+    assert step_of(find_checkpoint(folder / "iter_0000005")) == 5
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, file: str, text: str,
     place.write_text(text)
     assert is_megatron(tmp_path)
     with pytest.raises(UserError, match=line):
-        CheckpointFolder.find(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 def saved_otherwise(folder: Path, work: Path) -> float:

@@ -127,10 +127,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"save": "out"}, ["--save is out", "--save-interval is missing"]),
     ({TP: 2, PP: 2, "world_size": 6}, ["parallel-size 2 x", "is 4", "the 6 started processes"]),
     ({TP: 2, "world_size": 1}, ["--tensor-model-parallel-size 2", "the 1 started processes"]),
-    ({"tensor_parallel_num_weight_shards": 3, TP: 2}, ["--tensor-parallel-num-weight-shards is 3"]),
+    ({"tensor_parallel_num_weight_shards": 3, TP: 2}, ["--tensor-parallel-num-weight-shards 3", "size 2"]),
     ({"hidden_size": 60}, ["--hidden-size 60", "--num-attention-heads 8"]),
     ({TP: 3, "world_size": 3}, ["--num-attention-heads 8", "--tensor-model-parallel-size 3"]),
-    ({"group_query_attention": True, "num_query_groups": 3}, ["--num-query-groups is 3", "heads 8"]),
+    (
+        {"group_query_attention": True, "num_query_groups": 3},
+        ["--num-attention-heads 8", "--num-query-groups 3"],
+    ),
     (
         {"group_query_attention": True, "num_query_groups": 3, "num_attention_heads": 6, "hidden_size": 96}
         | {TP: 2, "world_size": 2},
@@ -146,9 +149,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({PP: 2, "world_size": 2, VIRTUAL: 2, PER_VIRTUAL: 2}, [PER_VIRTUAL.replace("_", "-"), "exclude"]),
     (
         {PP: 2, "world_size": 2, FIRST: 2, LOSS: True},
-        ["--decoder-first-pipeline-num-layers", "split exclude"],
+        ["--decoder-first-pipeline-num-layers is 2", "--account-for-loss-in-pipeline-split, which exclude"],
     ),
-    ({PP: 2, "world_size": 2, FIRST: 4, PER_VIRTUAL: 2}, ["stage 2 exclude"]),
+    (
+        {PP: 2, "world_size": 2, FIRST: 4, PER_VIRTUAL: 2},
+        ["--decoder-first-pipeline-num-layers is 4", "stage is 2"],
+    ),
     ({PP: 3, "world_size": 3, FIRST: 3}, ["--num-layers 8 with", "layers 3 leaves 5 layers for 2 middle"]),
     ({PP: 2, "world_size": 2, FIRST: 3, LAST: 3}, ["leaves 2 layers for 0 middle stages"]),
     ({PP: 3, "world_size": 3, FIRST: 4, LAST: 4}, ["leaves 0 layers for 1 middle stages"]),

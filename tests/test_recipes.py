@@ -350,7 +350,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
     "two rules for initial weights": (
         ("jreg", "--", "--init-method-std", 0.01),
         {},
-        "--init-method-std is 0.01, and --init-fan-in sets the initial weights",
+        "--init-method-std is 0.01, but --init-fan-in ",
     ),
     "a flag that Megatron refuses": (
         ("jreg", "--", "--recompute-granularity", "full"),

@@ -1,4 +1,4 @@
-"""``jreg-megatron export``: a Megatron checkpoint as a Llama folder of Hugging Face."""
+"""``jreg-megatron export``: write a Megatron checkpoint as a Hugging Face folder of a Llama."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.convert.place import check_place, made_beside
-from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
+from jreg_megatron.convert.place import made_beside, run
+from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.load import DTYPES
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import need
-from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+from jreg_megatron.runtime.output import add_output_arguments, versions
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
@@ -23,46 +23,36 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinj
 _OWN = (*_MODEL_FILES, *_TOKENIZER_FILES, "added_tokens.json")
 _CHECKED_TOKENS = 64
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""Largest difference of logits, for logits of size one."""
+"""Largest difference of logits, relative to the largest logit or 1."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export what ``argv`` names."""
-    options = _parser().parse_args(argv)
-    with user_errors_exit("nothing was written"):
-        check_outputs(json=options.json)
-        check_place(options.output, _OWN, options.overwrite)
-        CheckpointFolder.find(options.checkpoints, options.step)
-        need("transformers", "export", "analysis")
-        report = export(options)
-        if options.json:
-            write_json(options.json, report)
-        if not options.quiet and options.json != STDOUT:
-            _print(report)
+    """Run the command."""
+    run(_parser().parse_args(argv), _OWN, export, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron export",
-        description="Write a Megatron torch_dist checkpoint of a Llama, saved at any layout, as a folder "
-        "that transformers, vLLM and others load: safetensors, config and tokenizer. Needs no GPU.",
-        epilog="The exported files are loaded again at the end: their logits must be the checkpoint's, and "
-        "their tokenizer's ids those of the training's tokenizer.",
+        description="Write a Megatron torch_dist checkpoint of a Llama, saved at any layout, as a folder for "
+        "transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
+        epilog="At the end the exported files are loaded. Their logits must be the checkpoint's, and their "
+        "tokenizer must give the ids of the training's tokenizer.",
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="a training's --save folder")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new folder")
     parser.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as saved)")
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
-        "--tokenizer-model", metavar="PATH", help="where the training's tokenizer is now, if it has moved"
+        "--tokenizer-model", metavar="PATH", help="the training's tokenizer, if it has moved"
     )
-    tokenizer.add_argument("--no-tokenizer", action="store_true", help="export weights and config alone")
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="export only weights and config")
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the embedding to export, if neither tokenizer nor training tells which are padding",
+        help="rows of the embedding to export, if neither tokenizer nor training tells the padding",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
     add_output_arguments(parser, csv=False)
@@ -70,11 +60,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
-    """Export, check what was written, and say what it is.
+    """Export, check the written files, and return the report for ``--json``.
 
     Raises:
-        UserError: for what a Llama cannot express, or files that are missing or damaged.
+        UserError: for a model that a Llama cannot express, or files that are missing or damaged.
     """
+    find_checkpoint(options.checkpoints, options.step)
+    need("transformers", "export", "analysis")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +78,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.checkpoints, options.step, device)
-    what = str(checkpoint.place.path)
+    what = str(checkpoint.folder)
     refuse_other_models(checkpoint.arguments, what)
     args, rows = all_arguments(checkpoint.arguments), padded_vocab_size(checkpoint.shapes)
     config = from_megatron(args, rows, what)
@@ -106,14 +98,14 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     with made_beside(options.output) as folder:
         if tokenizer:
             notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
-            config.eos_token_id = tokenizer.end_of_text
+            config.eos_token_id = tokenizer.eod
         weights = to_hugging_face(decoder.model.state_dict(), config)
         _save_model(folder, config, weights)
-        # Transformers 5 keeps rotary settings elsewhere, and older programs would take 10,000 in silence.
+        # Transformers 5 writes rotary settings elsewhere. Without these, older programs take 10,000.
         add_to_json(folder / "config.json", older_rope_settings(config))
         if not (told or options.vocab_size):
             notes.append(
-                f"nothing tells how many of the {rows} rows are vocabulary, so padding may be among them; "
+                f"the size of the vocabulary is not known, so padding may be among the {rows} exported rows; "
                 "give --vocab-size or --tokenizer-model"
             )
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -122,7 +114,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "format": "jreg_megatron export",
         "version": 1,
         "source": str(options.checkpoints),
-        "step": checkpoint.place.step,
+        "step": checkpoint.step,
         "output": str(options.output),
         "dtype": config.dtype,
         "parameters": sum(weight.numel() for weight in weights.values()),
@@ -139,30 +131,30 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 def _told_vocab_size(
     checkpoint: Checkpoint, rows: int, tokenizer: TrainingTokenizer | None, asked: int | None
 ) -> int | None:
-    """How many of the embedding's rows are no padding, as far as the checkpoint or a tokenizer tells.
+    """Rows of the embedding without padding, by checkpoint or tokenizer; None if not known.
 
     Raises:
         UserError: for a tokenizer or a ``--vocab-size`` that does not fit.
     """
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, pads_to, vocab_size_of
 
-    arguments, what = checkpoint.arguments, checkpoint.place.path
+    arguments, what = checkpoint.arguments, checkpoint.folder
     told = vocab_size_of(arguments, rows, tokenizer or TrainingTokenizer.of(arguments))
     if tokenizer:
         has = f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size}"
     if tokenizer and tokenizer.vocab_size > rows:
         raise UserError(
-            f"{has} tokens, and {what} has rows for {rows}, so it is not the training's; name that with "
-            "--tokenizer-model, or give --no-tokenizer"
+            f"{has} tokens, but {what} has {rows} rows, so it is not the training's tokenizer; give that one "
+            "with --tokenizer-model, or give --no-tokenizer"
         )
     if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
         instead = f"a vocabulary of {told}" if told else f"{rows} rows"
-        raise UserError(f"--vocab-size is {asked}, and {what} has {instead}; leave it out or correct it")
+        raise UserError(f"--vocab-size is {asked}, but {what} has {instead}; leave it out or correct it")
     fits = tokenizer is None or pads_to(arguments, tokenizer.vocab_size, rows) or told == rows
     if tokenizer and not (fits if asked is None else asked >= tokenizer.vocab_size):
         raise UserError(
-            f"{has} tokens, and the training would not have padded them to the {rows} rows of {what}; name "
-            "the training's with --tokenizer-model, or give --vocab-size with the rows to export"
+            f"{has} tokens, which the training would not pad to the {rows} rows of {what}; give its "
+            "tokenizer with --tokenizer-model, or the rows to export with --vocab-size"
         )
     return told
 
@@ -179,7 +171,7 @@ def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> Traini
     tokenizer = TrainingTokenizer.of(arguments | {"tokenizer_model": place})
     if tokenizer is None:
         raise UserError(
-            f"the training's tokenizer {place} is not there; say where it is with --tokenizer-model, "
+            f"the training's tokenizer {place} does not exist; give its new place with --tokenizer-model, "
             "or give --no-tokenizer"
         )
     return tokenizer
@@ -202,7 +194,7 @@ def _save_model(folder: Path, config: Any, weights: dict[str, Any]) -> None:
 
 
 def check_logits(decoder: Decoder, model: Any, what: str) -> float:
-    """Compare a Megatron model with its counterpart in Hugging Face at every position of a random sequence.
+    """Run a random sequence through a Megatron model and its copy in Hugging Face.
 
     Returns:
         The largest difference of their logits.
@@ -221,8 +213,8 @@ def check_logits(decoder: Decoder, model: Any, what: str) -> float:
     tolerance = _TOLERANCE[str(model.dtype).removeprefix("torch.")]
     if not largest <= tolerance * max(1.0, float(ours.abs().max())):
         raise UserError(
-            f"the {what} model's logits differ by up to {largest:g} from those it was made from, which is "
-            "more than rounding, so nothing was written; please report it"
+            f"the {what} model's logits differ by up to {largest:g} from the original's, which is more than "
+            "rounding, so nothing was written; please report it"
         )
     return largest
 
@@ -232,9 +224,9 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['source']}{step} -> {report['output']}")
     print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
     if report["rows_of_padding_left_out"]:
-        print(f"Left out: {report['rows_of_padding_left_out']} rows of padding behind the vocabulary")
+        print(f"Left out: {report['rows_of_padding_left_out']} rows of padding after the vocabulary")
     if report["mtp_layers_left_out"]:
-        print(f"Left out: {report['mtp_layers_left_out']} layers that predict further ahead (MTP)")
+        print(f"Left out: {report['mtp_layers_left_out']} layers of multi-token prediction (MTP)")
     print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}", end="")
     print("; the tokenizer gives the same ids" if report["tokenizer"] else "; no tokenizer")
     for note in report["notes"]:

@@ -1,4 +1,4 @@
-"""``jreg-megatron import``: a Llama folder of Hugging Face as a Megatron checkpoint to train on from."""
+"""``jreg-megatron import``: write a Hugging Face folder of a Llama as a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -8,42 +8,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.convert.export import check_logits
-from jreg_megatron.convert.place import check_place, made_beside
+from jreg_megatron.convert.place import made_beside, run
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
 from jreg_megatron.decoder.load import DTYPES
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
-from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+from jreg_megatron.runtime.output import add_output_arguments, versions
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Import what ``argv`` names."""
-    options = _parser().parse_args(argv)
-    with user_errors_exit("nothing was written"):
-        check_outputs(json=options.json)
-        check_place(options.output, (RELEASE, TRACKER), options.overwrite)
-        if not (options.folder / "config.json").is_file():
-            raise UserError(f"{options.folder} has no config.json; name a Llama's Hugging Face folder")
-        need("transformers", "import", "analysis")
-        report = import_folder(options)
-        if options.json:
-            write_json(options.json, report)
-        if not options.quiet and options.json != STDOUT:
-            _print(report)
+    """Run the command."""
+    run(_parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron import",
         description="Write a Llama of Hugging Face as a Megatron torch_dist checkpoint, which training loads "
-        "at any layout, and print the Megatron flags that describe the model. Needs no GPU.",
-        epilog="What was written is loaded again at the end: its logits must be the Hugging Face model's.",
+        "at any layout, and print the Megatron flags of the model. No GPU is needed.",
+        epilog="At the end the checkpoint is loaded. Its logits must be the Hugging Face model's.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and safetensors of a Llama")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make, for Megatron's --load")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new folder, for Megatron's --load")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as saved)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in OUTPUT")
     add_output_arguments(parser, csv=False)
@@ -51,11 +40,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def import_folder(options: argparse.Namespace) -> dict[str, Any]:
-    """Import, check what was written, and say what it is.
+    """Import, check the checkpoint, and return the report for ``--json``.
 
     Raises:
-        UserError: for what Megatron cannot express, or files that are missing or damaged.
+        UserError: for a model that Megatron cannot express, or files that are missing or damaged.
     """
+    if not (options.folder / "config.json").is_file():
+        raise UserError(f"{options.folder} has no config.json; give the Hugging Face folder of a Llama")
+    need("transformers", "import", "analysis")
     import torch
 
     from jreg_megatron.convert.llama import megatron_flags, refuse_other
@@ -72,7 +64,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     with made_beside(options.output) as folder:
         (folder / RELEASE).mkdir()
         _save(folder / RELEASE, weights, config.vocab_size, flags, model.dtype)
-        # Behind all weights, as Megatron does it: this file is what makes the folder a checkpoint.
+        # After all weights, as Megatron does it: this file makes the folder a checkpoint.
         (folder / TRACKER).write_text(f"{RELEASE}\n")
         decoder = load_megatron(folder, dtype=model.dtype, device=device)
         difference = check_logits(decoder, model, "imported")
@@ -96,7 +88,7 @@ def _config(folder: Path) -> LlamaConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{folder / 'config.json'} cannot be read: {one_line(error, 200)}") from error
 
 
 def _load(folder: Path, dtype: str | None) -> Any:
@@ -111,7 +103,7 @@ def _load(folder: Path, dtype: str | None) -> Any:
             folder, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
         )
     except Exception as error:  # of safetensors, torch or transformers
-        raise UserError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"the weights in {folder} cannot be loaded: {one_line(error, 200)}") from error
     for kind, has in (("missing_keys", "holds no"), ("mismatched_keys", "holds another size of")):
         if info.get(kind):
             raise UserError(f"{folder} {has} {min(map(str, info[kind]))}, which its config.json asks for")
@@ -127,7 +119,7 @@ def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
 
 
 def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[str], dtype: Any) -> None:
-    """One ``torch_dist`` checkpoint of the weights, with the arguments that describe them."""
+    """Write a ``torch_dist`` checkpoint of the weights, with the arguments that describe them."""
     import torch
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -138,7 +130,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     from jreg_megatron.mcore.one_process import single_process
 
     args = parse([*FLAGS, *flags], world_size=1)
-    # The rows of padding depend on the training's layout; Megatron adds them when it loads.
+    # The rows of padding depend on the training's layout. Megatron adds them at loading.
     args.vocab_size = args.padded_vocab_size = vocab_size
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
@@ -154,20 +146,16 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     sharded = model.sharded_state_dict(metadata=metadata | {"dp_cp_group": group})
     with building.without_noise():
         dist_checkpointing.save({"model": sharded} | common, str(folder), content_metadata=metadata)
-    # Where Megatron-Core before 0.19 looks for it; the newest reads either.
+    # Megatron-Core before 0.19 reads this file; newer versions read either.
     torch.save(common | {"content_metadata": metadata}, folder / "common.pt")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _print(report: dict[str, Any]) -> None:
     print(f"{report['source']} -> {report['output']}")
     print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
     print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}")
-    print("Continue training with these flags and your own for data, length, batch, optimizer and layout:\n")
-    # A flag with its values on a line, to paste into a shell script.
+    print("Continue training with these flags, and your own for data, length, batch, optimizer and layout:\n")
+    # One flag with its values on a line, for a shell script.
     words = [f"\\\n    {w}" if w.startswith("--") else w for w in map(shlex.quote, report["megatron_flags"])]
     print(" ".join(words).removeprefix("\\\n"))
 

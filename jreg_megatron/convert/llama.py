@@ -17,10 +17,10 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What Megatron's ``--use-rope-scaling`` does; its training loop knows no other numbers."""
+"""The numbers of Megatron's ``--use-rope-scaling``; its training loop has no others."""
 
-# What Megatron's GPTModel may have and a Llama does not: argument, values that a Llama has, what it is, and a
-# model of Megatron-Bridge's that has it too.
+# Features of Megatron's GPTModel that a Llama lacks: argument, values for a Llama, the feature, and a model
+# of Megatron-Bridge with this feature.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -46,25 +46,22 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
 )
 
 
-_AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate read it as it is"
+_AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
 
 
 def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
     """The ``LlamaConfig`` of the model that Megatron's arguments describe, without ids of a tokenizer.
 
-    Args:
-        args: the checkpoint's, with defaults for what it did not know.
-        vocab_size: rows of the embedding and the head, without padding.
-        what: the checkpoint, for messages.
+    ``vocab_size`` is the number of rows without padding; ``what`` names the checkpoint in messages.
 
     Raises:
-        UserError: naming what a ``LlamaForCausalLM`` cannot express.
+        UserError: naming the feature that a ``LlamaForCausalLM`` lacks.
     """
     from transformers import LlamaConfig
 
     def refuse(has: str, example: str | None) -> UserError:
         instead = bridge_as(example) if example else _AS_IT_IS
-        return UserError(f"{what} {has}, which a Llama of Hugging Face has not; {instead}")
+        return UserError(f"{what} {has}, which a Llama of Hugging Face does not have; {instead}")
 
     for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
         if getattr(args, name, allowed[0]) not in allowed:
@@ -74,8 +71,8 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
     heads = args.num_attention_heads
     if args.hidden_size % heads:
         raise UserError(
-            f"{what} has {heads} heads at a hidden size of {args.hidden_size}; a Llama of Hugging Face "
-            f"wants a multiple; {_AS_IT_IS}"
+            f"{what} has {heads} heads, which do not divide its hidden size {args.hidden_size} as a Llama's "
+            f"do; {_AS_IT_IS}"
         )
     scaling: dict[str, Any] | None = None
     if args.use_rope_scaling:
@@ -104,10 +101,8 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
 
 
 def refuse_other(config: LlamaConfig, what: str) -> None:
-    """Refuse a model of Hugging Face, by its config, that Megatron's ``GPTModel`` cannot express.
-
-    Raises:
-        UserError: naming what that is, or that it is no Llama.
+    """Raises:
+    UserError: naming a feature in the config that Megatron's ``GPTModel`` lacks, or if it is no Llama.
     """
 
     def refuse(has: str) -> UserError:
@@ -135,14 +130,14 @@ def refuse_other(config: LlamaConfig, what: str) -> None:
 
 
 def older_rope_settings(config: LlamaConfig) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` as transformers before 5, vLLM and others read them."""
+    """``rope_theta`` and ``rope_scaling``, for transformers before 5, vLLM and others."""
     scaling = dict(config.rope_parameters)
     theta = scaling.pop("rope_theta")
     return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
 
 
 def megatron_flags(config: LlamaConfig) -> list[str]:
-    """The flags that describe a ``LlamaConfig`` to Megatron's training loop, values behind them."""
+    """Megatron's flags for a ``LlamaConfig``, each followed by its value."""
     rope = config.rope_parameters
     flags: list[str | float] = [
         *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),

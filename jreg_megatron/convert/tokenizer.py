@@ -1,4 +1,4 @@
-"""A Megatron training's tokenizer as a folder that ``AutoTokenizer`` loads, held against the original."""
+"""Export a Megatron training's tokenizer for ``AutoTokenizer``, and compare it with the original."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE = (
     "Emoji: \N{GRINNING FACE} \N{FAMILY}\N{ZERO WIDTH JOINER}\N{VARIATION SELECTOR-16}; combining: e\u0301; "
     "no-break\u00a0space, ﬁ, ½, Å.\n\tint main() { return x != 0 ? a[0] : b->c; }  // code\n"
 )
-"""Text of many kinds that is always at hand, to hold tokenizers against each other."""
+"""Text of many kinds, to compare tokenizers."""
 
 _BPE, _UNIGRAM = 2, 1
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -25,16 +25,15 @@ _SPACE = "▁"
 
 
 def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str], int | None]:
-    """Write the tokenizer's files into a folder, and see that they give the ids that training used.
+    """Write the tokenizer's files into a folder, and check that they give the training's ids.
 
-    The text of a control piece, such as ``</s>``, is that piece for Hugging Face and plain text for
-    SentencePiece.
+    The text ``</s>`` is a control piece for Hugging Face, and plain text for SentencePiece.
 
     Returns:
-        What the user should know about it, and the id of the piece that begins a document, if it has one.
+        Notes for the user, and the id of the piece that begins a document, if there is one.
 
     Raises:
-        UserError: if transformers' tokenizer gives other ids or another text back.
+        UserError: if transformers' tokenizer gives other ids.
     """
     from transformers import AutoTokenizer
 
@@ -43,8 +42,8 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str
         AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     elif write_sentencepiece(Path(model), folder) == _UNIGRAM:
         notes.append(
-            "transformers rounds the scores of a unigram tokenizer in another way than SentencePiece, so "
-            "a long text may be split in another way in a few places"
+            "transformers and SentencePiece round the scores of a unigram tokenizer differently, so they may "
+            "split a long text differently in a few places"
         )
     written = AutoTokenizer.from_pretrained(folder)
     for text in sample_texts():
@@ -61,7 +60,7 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str
 
 
 def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
-    """Write a SentencePiece model as the files that ``AutoTokenizer`` loads; its model type is returned."""
+    """Write a SentencePiece model as files for ``AutoTokenizer``; returns its model type."""
     from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
@@ -77,18 +76,18 @@ def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
             if 0 <= number < len(model.pieces)
         },
     ).save_pretrained(folder)
-    # The class has a new name in transformers 5, which knows the old one, as older programs do.
+    # Transformers 5 has a new name for the class. It knows the old one, and older programs know only that.
     add_to_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     return int(model.trainer_spec.model_type)
 
 
 def add_to_json(path: Path, values: dict[str, Any]) -> None:
-    """Set keys of a file that holds a JSON object."""
+    """Set keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 def sample_texts() -> list[str]:
-    """Texts to hold tokenizers against each other with: the sample, and speeches where they are installed."""
+    """Texts to compare tokenizers: the sample, and speeches if they are installed."""
     from jreg_megatron.data.texts import held_out_speeches
 
     try:
@@ -99,7 +98,7 @@ def sample_texts() -> list[str]:
 
 
 def _fast_tokenizer(model: Any) -> Any:
-    """SentencePiece's algorithm in the library ``tokenizers``."""
+    """SentencePiece's model in the library ``tokenizers``."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     trainer, rules = model.trainer_spec, model.normalizer_spec
@@ -120,7 +119,8 @@ def _fast_tokenizer(model: Any) -> Any:
         )
     else:
         raise UserError(
-            "the training's SentencePiece model is of words or characters; export with --no-tokenizer"
+            "the training's SentencePiece model is of words or characters, which cannot be exported; give "
+            "--no-tokenizer"
         )
     tokenizer = Tokenizer(algorithm)
     steps: list[Any] = []
@@ -145,7 +145,7 @@ def _fast_tokenizer(model: Any) -> Any:
 
 
 def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Which pairs become one piece, best first: SentencePiece scores the piece, not the pair."""
+    """Pairs that become one piece, best first. SentencePiece scores the piece, not the pair."""
     found = [
         (-piece.score, vocabulary[left], vocabulary[right], left, right)
         for piece in model.pieces

@@ -1,7 +1,7 @@
-"""Weights by name between Megatron's ``GPTModel`` and Hugging Face's ``LlamaForCausalLM``; no number changes.
+"""Rename weights between Megatron's ``GPTModel`` and Hugging Face's ``LlamaForCausalLM``; no number changes.
 
-Megatron keeps queries, keys and values in one matrix, group by group (the queries of a group, its key, its
-value), and gate and up projection in another, one above the other.
+Megatron has queries, keys and values in one matrix, group by group (the queries of a group, its key, its
+value), and gate above up projection in another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def to_hugging_face(weights: Weights, config: LlamaConfig) -> Weights:
-    """Megatron's weights, the rows of padding left out, under Hugging Face's names."""
+    """Megatron's weights without rows of padding, under Hugging Face's names."""
     out = {theirs: weights[ours] for ours, theirs in _names(config)}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in out:
@@ -62,13 +62,13 @@ def to_megatron(weights: Weights, config: LlamaConfig) -> Weights:
 
 
 def _on_its_own(weight: Tensor) -> Tensor:
-    """A tensor that shares no memory with another, as safetensors wants it."""
+    """The tensor in its own memory, as safetensors needs it."""
     whole = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
     return weight if whole else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _layers(config: LlamaConfig) -> list[tuple[str, str, str]]:
-    """What the names of each layer's weights and biases begin with, in Megatron and in Hugging Face."""
+    """The beginning of the names of each layer's weights and biases, in Megatron and in Hugging Face."""
     return [
         (f"decoder.layers.{number}.", f"model.layers.{number}.", kind)
         for number in range(config.num_hidden_layers)
@@ -77,7 +77,7 @@ def _layers(config: LlamaConfig) -> list[tuple[str, str, str]]:
 
 
 def _names(config: LlamaConfig) -> list[tuple[str, str]]:
-    """Megatron's and Hugging Face's names of all weights that are the same in both."""
+    """Megatron's and Hugging Face's names of the weights that are alike in both."""
     names = list(_ENDS.items())
     if not config.tie_word_embeddings:
         names.append(_HEAD)

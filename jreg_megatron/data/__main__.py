@@ -1,4 +1,4 @@
-"""Text into Megatron's token files, and a look into them: ``python -m jreg_megatron.data COMMAND``."""
+"""Make Megatron's token files from text, and inspect them: ``python -m jreg_megatron.data COMMAND``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from jreg_megatron.data import sources, tokenizing
 from jreg_megatron.data.sources import Corpus
 from jreg_megatron.data.tokenizing import TokenizerSettings
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
+from jreg_megatron.runtime.output import check_outputs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,20 +23,19 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit("the same command goes on from here"):
+    with user_errors_exit("the same command continues from here"):
         args.command(args)
 
 
 def _prepare(args: Namespace) -> None:
-    from jreg_megatron.data.options import Options
-    from jreg_megatron.data.piece_folder import read_manifest
+    from jreg_megatron.data.piece_folder import Options, read_manifest
     from jreg_megatron.data.prepare import prepare
 
-    _check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
+    check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
     if not 0 <= args.validation_share < 1:
-        raise UserError(f"--validation-share is {args.validation_share}; it must be from 0 to below 1")
+        raise UserError(f"--validation-share is {args.validation_share}; it must be >= 0 and < 1")
     if bool(args.validation_share) != bool(args.validation_output):
-        raise UserError("--validation-share and --validation-output belong together; give both or none")
+        raise UserError("--validation-share and --validation-output need each other; give both or none")
     if len(set(args.keys)) != len(args.keys):
         raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
     options = _of_args(Options, args, tokenizer=TokenizerSettings.from_args(args))
@@ -43,7 +43,7 @@ def _prepare(args: Namespace) -> None:
     if args.quiet:
         return
     if not made:
-        print(f"{args.output} is done already; nothing to do")
+        print(f"{args.output} is done already")
     manifest = read_manifest(options.manifest)
     for name, output in manifest["outputs"].items():
         place = os.path.normpath(args.output.parent / name)
@@ -52,13 +52,13 @@ def _prepare(args: Namespace) -> None:
         print(f"Made in {manifest['seconds']:.0f} s")
     if manifest["refused"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["refused"].items())
-        print(f"Refused: {kinds}; they are listed in {args.output}.refused.jsonl")
+        print(f"Refused: {kinds}; {args.output}.refused.jsonl lists them")
 
 
 def _tokenizer(args: Namespace) -> None:
     from jreg_megatron.data.vocabulary import Options, make
 
-    _check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
+    check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
     made = make(_of_args(Options, args))
     print(f"{args.output}: {args.vocab_size:,} pieces" + ("" if made else "; it is done already"))
 
@@ -68,7 +68,8 @@ def _inspect(args: Namespace) -> None:
 
     from jreg_megatron.data import inspection
 
-    _check_least(args, samples=0)
+    check_least(args, samples=0)
+    check_outputs(blend=args.blend)
     prefixes = inspection.find_prefixes(args.prefix)
     tokenizer = None
     if args.tokenizer_model:
@@ -95,17 +96,10 @@ def _inspect(args: Namespace) -> None:
 
 
 def _of_args[T](kind: type[T], args: Namespace, **more: object) -> T:
-    """Options whose fields have the names of the arguments, but for the corpus and what is given."""
+    """Options from the arguments of the same names. The corpus and ``more`` are added."""
     corpus = Corpus(tuple(args.input), args.format, args.hub, args.subset, args.hub_split)
     values = vars(args) | {"corpus": corpus, **more}
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
-
-
-def _check_least(args: Namespace, **least: int) -> None:
-    for name, limit in least.items():
-        value = getattr(args, name)
-        if value is not None and value < limit:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be >= {limit}")
 
 
 def _parser() -> ArgumentParser:
@@ -117,24 +111,24 @@ def _parser() -> ArgumentParser:
         commands.add_parser(
             "prepare",
             help="encode text into Megatron's .bin and .idx",
-            description="Encode text into Megatron's .bin and .idx, byte for byte as Megatron's "
-            "tools/preprocess_data.py --append-eod does. You can kill it at any time: the same command keeps "
-            "the finished pieces and makes the others.",
+            description="Encode text into Megatron's .bin and .idx. The files are byte for byte those of "
+            "Megatron's tools/preprocess_data.py --append-eod. After a kill, the same command keeps the "
+            "finished pieces and makes the others.",
         )
     )
     _add_tokenizer(
         commands.add_parser(
             "tokenizer",
             help="train a SentencePiece model",
-            description="Train a SentencePiece model: BPE with byte fallback, so that decoding returns any "
-            "text unchanged. The same input gives the same bytes.",
+            description="Train a SentencePiece model: BPE with byte fallback. Decoding returns any text "
+            "unchanged. The same input gives the same bytes.",
         )
     )
     _add_inspect(
         commands.add_parser(
             "inspect",
-            help="verify token files and show what they hold",
-            description="Verify Megatron's token files, written by any program, and show what they hold.",
+            help="verify token files and show a summary",
+            description="Verify Megatron's token files, made by any program, and show a summary.",
         )
     )
     return parser
@@ -150,8 +144,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="PREFIX",
-        help="writes PREFIX_text_document.bin and .idx, and PREFIX.manifest.json, which lists the "
-        "sources, the tokenizer and the settings",
+        help="write PREFIX_text_document.bin and .idx. PREFIX.manifest.json lists sources, tokenizer and "
+        "settings",
     )
     group.add_argument(
         "--no-append-eod",
@@ -164,11 +158,11 @@ def _add_prepare(parser: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="hold out this share of the documents, from 0 to below 1; a hash of the text decides, so "
-        "all copies of a text go to the same side",
+        help="hold out this share of the documents, >= 0 and < 1. A hash of the text decides, so all copies "
+        "of a text are held out or none",
     )
     group.add_argument(
-        "--validation-output", type=Path, metavar="PREFIX", help="prefix of the files for held-out documents"
+        "--validation-output", type=Path, metavar="PREFIX", help="prefix of the files of held-out documents"
     )
     group = parser.add_argument_group("bad records")
     group.add_argument(
@@ -176,8 +170,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="stop after more than N bad records (default: %(default)s, so that no text is lost unseen). A "
-        "stopped run continues with a higher limit. PREFIX.refused.jsonl lists the bad records",
+        help="stop after more than N bad records (default: %(default)s). A stopped run continues with a "
+        "higher limit. PREFIX.refused.jsonl lists the bad records",
     )
     _add_max_record_bytes(group)
     group = parser.add_argument_group("run")
@@ -189,14 +183,14 @@ def _add_prepare(parser: ArgumentParser) -> None:
         "--piece-bytes",
         type=int,
         metavar="N",
-        help="bytes of input in a piece; a kill loses at most one piece for each worker (default: 1/256 of "
-        "the input, at least 1 MiB and at most 64 MiB). A .gz or .zst file is one piece",
+        help="bytes of input in a piece. A kill loses at most one piece of each worker. A .gz or .zst file "
+        "is one piece (default: 1/256 of the input, at least 1 MiB and at most 64 MiB)",
     )
     group.add_argument(
         "--no-disk-check",
         dest="check_disk",
         action="store_false",
-        help="start even if the disk seems too small",
+        help="do not check whether the disk has room",
     )
     group.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
@@ -216,7 +210,7 @@ def _add_tokenizer(parser: ArgumentParser) -> None:
         type=int,
         default=1 << 28,
         metavar="N",
-        help="about how much text to train on, taken evenly from the input (default: %(default)s)",
+        help="bytes of text to train on, about, taken evenly from the input (default: %(default)s)",
     )
     _add_max_record_bytes(group)
 
@@ -226,7 +220,7 @@ def _add_inspect(parser: ArgumentParser) -> None:
     parser.add_argument(
         "prefix", nargs="+", metavar="PREFIX|FOLDER", help="token files without .bin/.idx, or folders of them"
     )
-    parser.add_argument("--quick", action="store_true", help="verify the index only, do not read the tokens")
+    parser.add_argument("--quick", action="store_true", help="verify the index only; do not read the tokens")
     parser.add_argument(
         "--samples",
         type=int,
@@ -236,7 +230,7 @@ def _add_inspect(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--blend", type=Path, metavar="FILE", help="write the list of them for Megatron's --data-args-path"
+        "--blend", metavar="FILE", help="write a list of the files for Megatron's --data-args-path"
     )
     tokenizing.add_arguments(parser, required=False)
 
@@ -248,26 +242,28 @@ def _add_corpus(parser: ArgumentParser) -> None:
         "input",
         nargs="*",
         metavar="INPUT",
-        help="files, patterns and folders, read in this order; the files of a folder and of its subfolders "
-        f"are read by path. Known endings: {known}, and .gz or .zst after them. A document is a line of "
-        "JSON, a row of Parquet, or a text file",
+        help="files, patterns and folders, read in this order. The files below a folder are sorted by path. "
+        f"Known endings: {known}, and .gz or .zst after them. A document is a line of JSON, a row of "
+        "Parquet, or a text file",
     )
-    group.add_argument("--format", choices=sources.FORMATS, help="what the files are, whatever their endings")
+    group.add_argument(
+        "--format", choices=sources.FORMATS, help="format of all files, whatever their endings"
+    )
     group.add_argument(
         *("--keys", "--json-keys"),
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="fields or columns that hold text (default: text); each makes a token file of its own",
+        help="fields or columns that hold text (default: text). Each makes its own token file",
     )
     group.add_argument(
         "--hub",
         metavar="NAME",
-        help="a dataset on the Hugging Face hub instead; read over the network, none of its code is run",
+        help="read a dataset of the Hugging Face hub instead, over the network. Its code is not run",
     )
-    group.add_argument("--subset", metavar="NAME", help="its configuration")
+    group.add_argument("--subset", metavar="NAME", help="configuration of the dataset")
     group.add_argument(
-        "--hub-split", default="train", metavar="NAME", help="its split (default: %(default)s)"
+        "--hub-split", default="train", metavar="NAME", help="split of the dataset (default: %(default)s)"
     )
 
 

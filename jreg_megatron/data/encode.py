@@ -1,4 +1,4 @@
-"""A piece of a corpus into parts of token files: what a worker does."""
+"""A worker's task: encode a piece of a corpus into parts of token files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
-from jreg_megatron.data.options import Options
-from jreg_megatron.data.piece_folder import PieceFolder, Result
+from jreg_megatron.data.piece_folder import Options, PieceFolder, Result
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.records import Reader, Refusal, Text
 from jreg_megatron.data.sources import open_source
@@ -31,7 +30,7 @@ class Encoder:
 
     @property
     def options(self) -> Options:
-        """What the run is to do."""
+        """The run's options."""
         return self.folder.options
 
     @property
@@ -44,7 +43,7 @@ class Encoder:
         return Reader(self.folder.pieces[number], self.options.keys, self.options.max_record_bytes)
 
     def encode_piece(self, number: int, report: Callable[[tuple[int, int]], None]) -> Result:
-        """Encode a piece and keep it in the folder; ``report`` is told the bytes read and the tokens so far.
+        """Encode a piece and keep it in the folder. ``report`` gets the bytes read and the tokens so far.
 
         Raises:
             UserError: if it cannot be read or written, or too many records are refused.
@@ -65,21 +64,18 @@ class Encoder:
             return result
 
     def check_refused(self, count: int, refusal: Refusal, piece: Piece) -> None:
-        """Allow ``count`` refused records, of which ``refusal`` in ``piece`` is one.
-
-        Raises:
-            UserError: if that are too many.
+        """Raises:
+        UserError: if ``count`` refused records are too many; it names ``refusal`` in ``piece``.
         """
         if count > self.options.max_refused:
             line = refusal.line + _lines_before(piece)
             raise UserError(
                 f"{refusal.file} line {line} is {refusal.kind} ({refusal.reason}), and more than "
-                f"--max-refused {self.options.max_refused} records are refused; correct the file, or raise "
-                "the limit: the same command goes on"
+                f"--max-refused {self.options.max_refused} records are refused; correct the file or "
+                "raise the limit, then run the same command: it keeps the finished pieces"
             )
 
     def _add(self, writers: list[PartWriter], texts: list[Text]) -> None:
-        """Add a document to its files."""
         share = self.options.validation_share
         is_held_out = share > 0 and _uniform(texts[0]) < share
         for writer, text in zip(writers[len(texts) if is_held_out else 0 :], texts, strict=False):
@@ -87,8 +83,7 @@ class Encoder:
                 writer.add(*self.ids_of(text))
             except OverflowError as error:
                 raise UserError(
-                    f"the tokenizer gave an id beyond its {self.tokenizer.vocab_size} tokens; "
-                    "correct --tokenizer-model"
+                    f"--tokenizer-model gives an id beyond its {self.tokenizer.vocab_size} tokens; correct it"
                 ) from error
 
     def ids_of(self, text: Text) -> tuple[list[int], list[int]]:
@@ -102,7 +97,7 @@ class Encoder:
 
 
 def _lines_before(piece: Piece) -> int:
-    """Lines or rows of a file before the piece; of plain JSON lines by reading up to there."""
+    """Lines or rows of the file before the piece. Plain JSON lines are read to count them."""
     if not piece.start or piece.sources[0].format != "jsonl":
         return piece.first_row
     count, left = 1, piece.start - 1
@@ -121,7 +116,7 @@ def _uniform(text: Text) -> float:
 
 @contextlib.contextmanager
 def full_disk_refused(folder: Path) -> Iterator[None]:
-    """Turn the system's word for a full disk into one line that names the folder."""
+    """Turn the system's errors of a full disk into one line that names the folder."""
     try:
         yield
     except OSError as error:
@@ -129,5 +124,5 @@ def full_disk_refused(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{folder} takes no more data ({error.strerror}); make room and run the same command again: "
-            "what is finished is kept"
+            "it keeps the finished pieces"
         ) from error

@@ -1,4 +1,4 @@
-"""What Megatron's token files hold, whether they are whole, and what ``inspect`` prints of them."""
+"""Verify Megatron's token files and summarize them: ``data inspect``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy
 from jreg_megatron.data.token_file import TokenFile, sha256_of
 from jreg_megatron.data.tokenizing import Tokenizer
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.output import write_text
 
 _CHUNK = 1 << 22
 _SHOWN_TOKENS, _BAR = 200, 40
@@ -22,18 +23,12 @@ _SHOWN_TOKENS, _BAR = 200, 40
 
 @dataclass
 class Summary:
-    """What one or several token files hold.
+    """A summary of one or several token files, as ``--json`` prints it.
 
-    Attributes:
-        prefixes: the files, without their endings.
-        documents, sequences, tokens: how much there is.
-        empty: sequences without a token.
-        dtypes: NumPy types of a token.
-        shortest, longest: tokens of a document.
-        histogram: number of documents by length: ``histogram[0]`` of length 0, ``histogram[k]`` of length
-            2^(k-1) to 2^k - 1.
-        largest_id: the greatest token id, or None if the tokens were not read.
-        checked_sums: files whose SHA-256 is that of a manifest.
+    ``empty`` counts sequences without a token; ``shortest`` and ``longest`` are of documents, in tokens.
+    ``histogram[0]`` counts documents of length 0, ``histogram[k]`` those of length 2^(k-1) to 2^k - 1.
+    ``largest_id`` is None if the tokens were not read. ``checked_sums`` counts files whose SHA-256 is the
+    manifest's.
     """
 
     prefixes: list[str] = field(default_factory=list)
@@ -50,10 +45,10 @@ class Summary:
 
 
 def find_prefixes(names: Iterable[str]) -> list[str]:
-    """Prefixes of token files: those named, and all below the folders named, sorted.
+    """Prefixes of token files: the named ones, and all below the named folders, sorted.
 
     Raises:
-        UserError: for a folder without any.
+        UserError: for a folder without token files.
     """
     prefixes = []
     for name in names:
@@ -62,7 +57,7 @@ def find_prefixes(names: Iterable[str]) -> list[str]:
             continue
         found = sorted(str(path)[:-4] for path in Path(name).rglob("*.idx"))
         if not found:
-            raise UserError(f"{name} has no .idx file in it; name a prefix or a folder of token files")
+            raise UserError(f"{name} holds no .idx file; name a prefix or a folder of token files")
         prefixes += found
     return prefixes
 
@@ -70,16 +65,16 @@ def find_prefixes(names: Iterable[str]) -> list[str]:
 def inspect(
     prefixes: Iterable[str], vocab_size: int | None, read_tokens: bool, bar: Any | None = None
 ) -> Summary:
-    """Verify token files and sum up what they hold.
+    """Verify token files and summarize them.
 
     Args:
         prefixes: paths without their endings.
-        vocab_size: every id must be below it; None to take it from the manifest, if there is one.
-        read_tokens: whether to read all tokens, for their ids and for the sums in the manifest.
-        bar: its ``update`` is told the bytes that were read.
+        vocab_size: every id must be below it; None for the manifest's number, if there is a manifest.
+        read_tokens: read all tokens, to check their ids and the manifest's sums.
+        bar: a progress bar in bytes.
 
     Raises:
-        UserError: naming the file, for the first thing that is wrong.
+        UserError: naming the file, for the first error.
     """
     summary = Summary()
     for prefix in prefixes:
@@ -102,7 +97,7 @@ def inspect(
 
 
 def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
-    """Number, length in tokens and beginning of up to ``count`` documents that lie evenly in a file."""
+    """Number, length in tokens and beginning of up to ``count`` evenly spaced documents of a file."""
     file = TokenFile(prefix)
     count = min(count, file.index.documents)
     for place in range(count):
@@ -114,37 +109,21 @@ def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[tuple[int
         yield number, len(document), tokenizer.decode(ids)
 
 
-def documents(prefix: str) -> Iterator[numpy.ndarray]:
-    """The token ids of each document of a file, mapped and not loaded.
+def write_blend(path: str, prefixes: list[str]) -> None:
+    """Write the list for Megatron's ``--data-args-path``. It has no weights, so Megatron blends by size.
 
     Raises:
-        UserError: naming the file, if it is missing, damaged or holds no token ids.
-    """
-    file = TokenFile(prefix)
-    for number in range(file.index.documents):
-        yield file.document(number)
-
-
-def write_blend(path: Path, prefixes: list[str]) -> None:
-    """Write the list for Megatron's ``--data-args-path``. Without weights it blends by the files' lengths.
-
-    Raises:
-        UserError: if a path has a space in it, where Megatron would split it, or the file cannot be written.
+        UserError: if a path holds a space, where Megatron would split it, or the file cannot be written.
     """
     absolute = [os.path.abspath(prefix) for prefix in prefixes]
     for prefix in absolute:
         if len(prefix.split()) != 1:
-            raise UserError(f"{prefix} has a space in it, which Megatron's list cannot hold; move it")
-    try:
-        path.write_text("".join(f"{prefix}\n" for prefix in absolute), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--blend is {path}, which cannot be written ({error.strerror}); correct it"
-        ) from error
+            raise UserError(f"{prefix} holds a space, which Megatron's list cannot hold; move it")
+    write_text(path, "".join(f"{prefix}\n" for prefix in absolute))
 
 
 def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any | None) -> int:
-    """Check ids and sums; the greatest id."""
+    """Check ids and sums; returns the largest id."""
     digest, greatest = hashlib.sha256(), 0
     for start in range(0, len(file.tokens), _CHUNK):
         chunk = file.tokens[start : start + _CHUNK]
@@ -153,8 +132,8 @@ def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, 
             place = int(numpy.argmax(chunk < 0 if low < 0 else chunk >= vocab_size))
             limit = f"the tokenizer has {vocab_size} tokens" if vocab_size else "no id is negative"
             raise UserError(
-                f"{file.prefix}.bin holds the id {chunk[place]} as token {start + place}, but {limit}; "
-                "give the tokenizer that made the data"
+                f"{file.prefix}.bin holds the id {chunk[place]} as token {start + place}, but {limit}; give "
+                "the tokenizer of the data"
             )
         greatest = max(greatest, high)
         digest.update(chunk)
@@ -172,7 +151,7 @@ def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, 
 
 
 def _told_by_manifest(prefix: str) -> dict[str, Any]:
-    """What a manifest in the same folder says of the file, or nothing."""
+    """The file's entry in a manifest of its folder; empty if there is none."""
     folder, name = os.path.split(os.path.abspath(prefix))
     for path in sorted(Path(folder).glob("*.manifest.json")):
         try:
@@ -190,14 +169,14 @@ def _count(summary: Summary, lengths: numpy.ndarray) -> None:
     low, high = int(lengths.min()), int(lengths.max())
     summary.shortest = low if summary.shortest is None else min(low, summary.shortest)
     summary.longest = max(high, summary.longest)
-    # frexp gives the exponent of the next power of two: 0 for 0, k for 2^(k-1) to 2^k - 1.
+    # frexp gives the exponent of the next power of two.
     counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=len(summary.histogram))
     for exponent, count in enumerate(counts):
         summary.histogram[exponent] += int(count)
 
 
 def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
-    """Print numbers, the lengths of documents, and samples as (number, tokens, beginning)."""
+    """Print the numbers, a histogram of lengths, and samples as (number, tokens, beginning)."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -239,9 +218,7 @@ def _rows(summary: Summary) -> dict[str, str]:
 
 
 def _range(exponent: int) -> str:
-    if exponent < 2:
-        return str(exponent)
-    return f"{1 << (exponent - 1):,} to {(1 << exponent) - 1:,}"
+    return str(exponent) if exponent < 2 else f"{1 << (exponent - 1):,} to {(1 << exponent) - 1:,}"
 
 
 def _printable(text: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jreg_megatron.data.sources import Source, open_source
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
 
 _ROWS = 256
@@ -15,23 +15,23 @@ _TEXT = ("string", "large_string", "string_view", "binary", "large_binary")
 
 
 def row_groups(source: Source, columns: Sequence[str]) -> list[tuple[int, int]]:
-    """For each part of a file that is read at once: rows, and bytes on disk of all columns.
+    """Rows and bytes on disk of each row group.
 
     Raises:
-        UserError: if it is not a whole Parquet file, or a column is missing or holds no text.
+        UserError: if the Parquet file is damaged, or a column is missing or holds no text.
     """
     with _opened(source) as file:
         schema = file.schema_arrow
         for column in columns:
             if column not in schema.names:
                 raise UserError(
-                    f"{source.path} has no column {column}, only {', '.join(schema.names)}; "
-                    "name one with --keys"
+                    f"{source.path} has no column {column}; it has {', '.join(schema.names)}; give one with "
+                    "--keys"
                 )
             kind = schema.field(column).type
             if str(kind.value_type if _is_dictionary(kind) else kind) not in _TEXT:
                 raise UserError(
-                    f"{source.path} has a column {column} of {kind}, not of text; name another with --keys"
+                    f"{source.path} has a column {column} of {kind}, not of text; give another with --keys"
                 )
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         return [
@@ -43,14 +43,14 @@ def row_groups(source: Source, columns: Sequence[str]) -> list[tuple[int, int]]:
 def read_rows(
     source: Source, groups: Sequence[int], columns: Sequence[str]
 ) -> Iterator[tuple[bytes | None, ...]]:
-    """The columns of every row, as the bytes of the file; None where there is no value.
+    """The columns of every row, as bytes; None for a missing value.
 
     Raises:
-        UserError: if a page of it cannot be read.
+        UserError: if the file is damaged.
     """
     pyarrow = _pyarrow()
     with _opened(source) as file:
-        # One row group is in memory at a time, packed; its rows are unpacked in small batches.
+        # Memory holds one packed row group. Its rows are unpacked in small batches.
         for group in groups:
             batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
             for batch in batches:
@@ -72,10 +72,8 @@ def _opened(source: Source) -> Iterator[Any]:
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, ConnectionError | TimeoutError | PermissionError):
                 raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(
-                f"{source.path} is not a whole Parquet file ({reason}); fetch it again"
-            ) from error
+            reason = one_line(error).rstrip(".")
+            raise UserError(f"{source.path} is damaged or no Parquet ({reason}); fetch it again") from error
 
 
 def _pyarrow() -> Any:

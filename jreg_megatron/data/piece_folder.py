@@ -1,7 +1,7 @@
-"""The pieces of a run in a folder, and their parts put together into token files.
+"""What ``prepare`` is to do, and the folder in which it keeps pieces and joins them to token files.
 
-000012/         a piece that is finished
-    0.bin       the tokens of its part of output 0, until they stand in whole.0.bin
+000012/         a finished piece
+    0.bin       the tokens of its part of output 0, until they are in whole.0.bin
     0.lengths   see ``PartWriter``
     0.ends
     result.json
@@ -9,7 +9,7 @@
 whole.0.bin     output 0
 whole.0.idx
 refused.jsonl
-manifest.json   is written last: then the files only have to be moved
+manifest.json   written last: after it, files are only moved
 """
 
 from __future__ import annotations
@@ -23,18 +23,57 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data.options import Options
+from pydantic import TypeAdapter
+
 from jreg_megatron.data.pieces import Piece
 from jreg_megatron.data.records import Refusal
+from jreg_megatron.data.sources import Corpus
 from jreg_megatron.data.token_file import Counts, Part, crc_of, sha256_of, write_index
+from jreg_megatron.data.tokenizing import TokenizerSettings
 
 _RESULT, _REFUSED = "result.json", "refused.jsonl"
 _BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
+class Options:
+    """What to prepare. The fields are the command's flags, which ``--help`` describes."""
+
+    corpus: Corpus
+    tokenizer: TokenizerSettings
+    output: Path
+    keys: Sequence[str]
+    append_eod: bool
+    max_record_bytes: int
+    validation_share: float
+    validation_output: Path | None
+    workers: int
+    max_refused: int
+    piece_bytes: int | None
+    check_disk: bool
+    quiet: bool
+
+    @property
+    def outputs(self) -> list[tuple[str, str]]:
+        """Split and key of each token file."""
+        splits = ("train", "validation") if self.validation_share else ("train",)
+        return [(split, key) for split in splits for key in self.keys]
+
+    @property
+    def targets(self) -> list[Path]:
+        """The token files without their endings, in the order of the outputs; named as by Megatron's tool."""
+        prefixes = {"train": self.output, "validation": self.validation_output}
+        return [Path(f"{prefixes[split]}_{key}_document") for split, key in self.outputs]
+
+    @property
+    def manifest(self) -> Path:
+        """The manifest's file."""
+        return Path(f"{self.output}.manifest.json")
+
+
+@dataclass(frozen=True)
 class Result:
-    """A finished piece: a part per output, lines or rows read, and the records that were refused."""
+    """A finished piece: a part for each output, the lines or rows read, and the refused records."""
 
     parts: list[Part]
     lines: int
@@ -42,41 +81,35 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result | None:
-        """What a file says, if it is there and whole."""
+        """A result from its file; None if the file is missing or damaged."""
         try:
-            content = json.loads(path.read_text())
-            parts = [Part(Counts(**part["counts"]), part["files"]) for part in content["parts"]]
-            return cls(parts, content["lines"], [Refusal(**refusal) for refusal in content["refused"]])
-        except (OSError, ValueError, KeyError, TypeError):
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValueError):
             return None
 
 
 class PieceFolder:
     """The folder of a run.
 
-    A piece's tokens are removed once they stand in the whole, so the disk holds them once. Nothing waits for
-    the disk before the end: what an earlier run left is held against its sums.
+    Tokens in the whole file are removed from their piece, so the disk holds them once. Only the end waits for
+    the disk. So pieces of an earlier run are checked against their sums.
 
-    Attributes:
-        options: what the run is to do.
-        pieces: all pieces.
-        path: where the folder is.
-        results: the finished pieces, by number.
+    ``path`` is the folder, ``results`` are the finished pieces by number.
     """
 
     def __init__(self, options: Options, pieces: Sequence[Piece], fingerprint: str) -> None:
-        """The folder beside the output for that fingerprint; it is neither made nor read yet."""
+        """The folder beside the output for this fingerprint. It is not made or read yet."""
         self.options, self.pieces = options, pieces
         self.path = Path(f"{options.output}.pieces-{fingerprint[:8]}")
         self.results: dict[int, Result] = {}
 
     def of_other_runs(self) -> list[Path]:
-        """Folders that runs with other sources, tokenizers or settings have left for the same output."""
+        """Folders for the same output, left by runs with other sources, tokenizers or settings."""
         name = f"{glob.escape(self.options.output.name)}.pieces-*"
         return [path for path in self.path.parent.glob(name) if path != self.path]
 
     def resume(self) -> None:
-        """Take up the pieces that an earlier run has left whole, and remove the others."""
+        """Take the undamaged pieces of an earlier run, and remove the others."""
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob("*-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -84,7 +117,7 @@ class PieceFolder:
         for number in range(len(self.pieces)):
             piece = self._piece(number)
             result = Result.read(piece / _RESULT)
-            # Where its tokens are in a whole is known as long as no piece before it is missing.
+            # The place of its tokens in a whole file is known only if no piece before it is missing.
             if result and self._is_whole(piece, result, starts if len(self.results) == number else None):
                 self.results[number] = result
                 starts = [start + part.size for start, part in zip(starts, result.parts, strict=True)]
@@ -103,11 +136,11 @@ class PieceFolder:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the pieces that are still to be made."""
+        """Numbers of the pieces that are not made yet."""
         return [number for number in range(len(self.pieces)) if number not in self.results]
 
     def begin(self, number: int) -> Path:
-        """A new folder, of this process alone, to make a piece in."""
+        """A new folder of this process, to make a piece in."""
         place = self.path / f"{number:06d}-{os.getpid()}"
         place.mkdir()
         return place
@@ -118,11 +151,11 @@ class PieceFolder:
         place.rename(self._piece(number))
 
     def assemble(self, dtype: str) -> dict[str, dict[str, Any]]:
-        """Put all pieces together, bring them to the disk, and list the refused records.
+        """Join all pieces, flush them to the disk, and list the refused records.
 
         Returns:
-            For each token file, by its name relative to the output's folder: its counts, the type of a
-            token, and the size and the SHA-256 of its ``bin`` and ``idx``.
+            For each token file, by its path from the output's folder: its counts, the type of a token, and
+            size and SHA-256 of its ``bin`` and ``idx``.
         """
         self._list_refused()
         outputs = {}
@@ -155,11 +188,11 @@ class PieceFolder:
 
     @property
     def manifest(self) -> Path:
-        """The manifest before it is moved; if it is there, only :meth:`publish` is left to do."""
+        """The manifest before it is moved. If it exists, only :meth:`publish` is left to do."""
         return self.path / "manifest.json"
 
     def complete(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest; from then on the files only have to be moved."""
+        """Write the manifest. After that, files are only moved."""
         temporary = self.path / "manifest.new"
         with temporary.open("w") as stream:
             stream.write(f"{json.dumps(manifest, indent=2)}\n")
@@ -168,15 +201,12 @@ class PieceFolder:
         temporary.replace(self.manifest)
 
     def publish(self) -> None:
-        """Move the files into place, the manifest last, and remove the folder.
-
-        It may be cut short anywhere and called again.
-        """
+        """Move the files into place, the manifest last, and remove the folder. Can be called again."""
         moves = {self.path / _REFUSED: Path(f"{self.options.output}.refused.jsonl")}
         for output, target in enumerate(self.options.targets):
             for ending in (".bin", ".idx"):
                 moves[self._whole(output, ending)] = Path(f"{target}{ending}")
-        # Until the new manifest is there, nothing counts as finished.
+        # Without a manifest, nothing counts as finished.
         self.options.manifest.unlink(missing_ok=True)
         for source, target in moves.items():
             if source.exists():
@@ -192,7 +222,7 @@ class PieceFolder:
 
 
 def _join(whole: Path, parts: Mapping[Path, Part]) -> None:
-    """Put the tokens of parts one behind the other; those that have no file are in their place already."""
+    """Write the parts' tokens one after the other. A part without a file is in its place already."""
     whole.touch()
     with whole.open("r+b") as stream:
         position = 0
@@ -210,7 +240,7 @@ def _join(whole: Path, parts: Mapping[Path, Part]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest of :meth:`PieceFolder.complete`, or nothing if there is none."""
+    """A manifest of :meth:`PieceFolder.complete`; empty if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""A corpus cut into pieces of work that any process can do and that can be kept when a run is cut short.
+"""A corpus cut into pieces. A worker makes one piece at a time, and a stopped run keeps the finished ones.
 
-The cut depends on the sources alone, never on the number of workers, so a run goes on with other workers.
+The cut does not depend on the number of workers, so a run can continue with another number.
 """
 
 from __future__ import annotations
@@ -16,39 +16,30 @@ _SMALLEST, _LARGEST, _WANTED = 1 << 20, 1 << 26, 256
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file, or several small files.
-
-    Attributes:
-        sources: the file, or for text the files.
-        size: bytes on disk of the piece.
-        start: first byte of plain JSON lines, a line that starts before it belongs to the piece before;
-            first row group of Parquet; else 0.
-        stop: byte or row group behind the last; None for the end of the file.
-        first_row: rows of the Parquet file before this piece, else 0.
-        rows: rows in the piece, of Parquet, else 0.
-    """
+    """Part of a file, or several small text files."""
 
     sources: tuple[Source, ...]
     size: int
+    """Bytes on disk."""
     start: int = 0
+    """First byte of plain JSON lines, or first row group of Parquet. A line that starts before it belongs to
+    the piece before."""
     stop: int | None = None
+    """The byte or row group after the last; None for the end of the file."""
     first_row: int = 0
+    """Rows of the Parquet file before this piece."""
     rows: int = 0
+    """Rows of Parquet in this piece."""
 
 
 def cut(sources: Sequence[Source], piece_bytes: int, columns: Sequence[str]) -> list[Piece]:
-    """Cut sources into pieces of about ``piece_bytes``, in order.
+    """Cut sources into pieces of about ``piece_bytes`` on disk, in order.
 
-    Plain JSON lines are cut anywhere, Parquet between row groups, text between files; a compressed file
-    is one piece, since it can be read from its start only.
-
-    Args:
-        sources: the files.
-        piece_bytes: bytes on disk, at least 1.
-        columns: the columns that Parquet must have.
+    Plain JSON lines are cut at any line, Parquet between row groups, text between files. A compressed file is
+    one piece, because it can only be read from its start. ``columns`` are those of Parquet that hold text.
 
     Raises:
-        UserError: for Parquet that cannot be read or has no such columns of text.
+        UserError: for Parquet that is damaged or lacks such a column.
     """
     pieces: list[Piece] = []
     texts: list[Source] = []
@@ -72,7 +63,7 @@ def cut(sources: Sequence[Source], piece_bytes: int, columns: Sequence[str]) -> 
 
 
 def default_piece_bytes(sources: Sequence[Source]) -> int:
-    """A 256th of all, but 1 to 64 MiB: small enough to spread and to lose, large enough not to be many."""
+    """A 256th of the corpus, at least 1 MiB and at most 64 MiB."""
     total = sum(source.size for source in sources)
     return min(_LARGEST, max(_SMALLEST, total // _WANTED))
 

@@ -1,4 +1,4 @@
-"""Text into Megatron's token files, in parallel. A run that was killed can be continued."""
+"""Turn text into Megatron's token files, in parallel. A killed run can be continued."""
 
 from __future__ import annotations
 
@@ -19,30 +19,25 @@ from typing import Any
 
 from jreg_megatron.data import pieces, sources, tokenizing, workers
 from jreg_megatron.data.encode import Encoder, full_disk_refused
-from jreg_megatron.data.options import Options
-from jreg_megatron.data.piece_folder import PieceFolder, read_manifest
+from jreg_megatron.data.piece_folder import Options, PieceFolder, read_manifest
 from jreg_megatron.data.records import Record
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.lock import lock
-from jreg_megatron.runtime.output import versions
+from jreg_megatron.runtime.output import check_outputs, versions
 
-_LAYOUT = 1  # raise it when files change for a reason that the rest of the fingerprint does not show
+_LAYOUT = 1  # raise it if files change, and nothing else in the fingerprint does
 _SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0
 
 
 def prepare(options: Options) -> bool:
-    """Prepare a corpus, go on with one that was cut short, or find that it is done.
-
-    Returns:
-        whether it was made now.
+    """Prepare a corpus, or continue a stopped run. Returns False if an earlier run has finished it.
 
     Raises:
-        UserError: for anything that keeps it from being done. What is finished is kept then, and the same
-            call goes on.
+        UserError: for anything that stops it. Finished pieces are kept, and the same call continues.
     """
     _check_places(options)
     job = _Job(options)
-    with lock(Path(f"{options.output}.lock"), f"{options.output} is being made", "choose another --output"):
+    with lock(Path(f"{options.output}.lock"), f"{options.output} is being made", "give another --output"):
         job.refuse_foreign()
         if job.is_done():
             shutil.rmtree(job.folder.path, ignore_errors=True)
@@ -55,36 +50,19 @@ def prepare(options: Options) -> bool:
 
 
 def _check_places(options: Options) -> None:
-    prefixes = [prefix for prefix in (options.output, options.validation_output) if prefix is not None]
-    if len(set(prefixes)) != len(prefixes):
-        raise UserError(f"--validation-output is {prefixes[0]}, as is --output; give another prefix")
-    for prefix, flag in zip(prefixes, ("--output", "--validation-output"), strict=False):
-        if prefix.is_dir():
-            raise UserError(
-                f"{flag} is {prefix}, which is a folder; give the prefix of files, as in {prefix}/train"
-            )
-        try:
-            prefix.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{flag} is {prefix}, but its folder cannot be made ({error.strerror}); correct it"
-            ) from error
-        if not os.access(prefix.parent, os.W_OK | os.X_OK):
-            raise UserError(
-                f"{flag} is {prefix}, but its folder cannot be written to; correct it or its access"
-            )
+    prefixes = {"output": options.output, "validation-output": options.validation_output}
+    check_outputs(True, **{flag: str(prefix) for flag, prefix in prefixes.items() if prefix is not None})
     for path in (options.manifest, *(Path(f"{t}.{end}") for t in options.targets for end in ("bin", "idx"))):
         if path.is_dir():
             raise UserError(
-                f"{path} is a folder, but a file has to go there; remove it or choose another --output"
+                f"{path} is a folder, but a file has to go there; remove it or give another --output"
             )
 
 
 class _Job:
-    """What a run is to do, what it found, and the folder that it works in."""
+    """A run: its options, its input and its folder."""
 
     def __init__(self, options: Options) -> None:
-        """Find the files, look at the tokenizer, and cut the work into pieces."""
         self.options = options
         self.sources = options.corpus.find()
         identity = tokenizing.identify(options.tokenizer)
@@ -107,7 +85,7 @@ class _Job:
 
     def refuse_foreign(self) -> None:
         """Raises:
-        UserError: for a token file in the place of an output that no run of this command made.
+        UserError: if a token file that this command has not made is in the place of an output.
         """
         manifest = self.options.manifest
         folders = [self.folder.path, *self.folder.of_other_runs()]
@@ -120,12 +98,12 @@ class _Job:
             for file in (f"{target}.bin", f"{target}.idx"):
                 if os.path.relpath(target, manifest.parent) not in known and os.path.lexists(file):
                     raise UserError(
-                        f"{file} exists, but {manifest} does not name it, so it was not made by this "
-                        "command; remove it or choose another --output"
+                        f"{file} exists, but {manifest} does not name it, so this command has not made it; "
+                        "remove it or give another --output"
                     )
 
     def is_done(self) -> bool:
-        """Whether an earlier run has made the files, and they still have the manifest's sizes."""
+        """Whether an earlier run has made the files, and their sizes are those of the manifest."""
         earlier = read_manifest(self.options.manifest)
         if earlier.get("fingerprint") != self.fingerprint:
             return False
@@ -137,16 +115,16 @@ class _Job:
         return all(os.path.isfile(file) and os.path.getsize(file) == size for file, size in sizes.items())
 
     def remove_others(self) -> None:
-        """Remove what was begun with other sources, tokenizers or settings, and say why all is made anew."""
+        """Remove pieces of other sources, tokenizers or settings, and say why the run starts again."""
         if earlier := read_manifest(self.options.manifest):
             changed = [name for name, value in self.asked.items() if earlier.get(name) != value] or ["files"]
-            self._say(f"the {' and '.join(changed)} changed since it was made; making it anew")
+            self._say(f"the {' and '.join(changed)} changed since the last run; making it again")
         for other in self.folder.of_other_runs():
-            self._say("sources, tokenizer or settings changed since it was begun; starting anew")
+            self._say("sources, tokenizer or settings changed since the last run; starting again")
             shutil.rmtree(other)
 
     def make(self) -> None:
-        """Encode what is missing and leave all files in the folder, ready to be moved."""
+        """Encode the missing pieces, and leave all files in the folder, ready to be moved."""
         options, started = self.options, time.monotonic()
         count = f"{len(self.sources):,} files in {len(self.pieces):,} pieces"
         self._say(f"{count}; loading Megatron's tokenizer")
@@ -154,12 +132,12 @@ class _Job:
         if options.append_eod and encoder.tokenizer.eod is None:
             raise UserError(
                 f"--tokenizer-model {options.tokenizer.tokenizer_model} has no end-of-document token; "
-                "give another or --no-append-eod"
+                "give another model or --no-append-eod"
             )
         with full_disk_refused(options.output.parent):
             self.folder.resume()
             if self.folder.results:
-                self._say(f"going on with {len(self.folder.missing)} of {len(self.pieces)} pieces left")
+                self._say(f"continuing with {len(self.folder.missing)} of {len(self.pieces)} pieces left")
             self._check_disk(encoder)
             self._encode(encoder)
             sources.refuse_changed(self.sources)
@@ -169,7 +147,7 @@ class _Job:
             self.folder.complete(manifest | {"seconds": round(time.monotonic() - started, 1)})
 
     def _check_disk(self, encoder: Encoder) -> None:
-        """Encode the first documents, estimate the size of the rest, and compare it with the free space."""
+        """Encode the first documents, estimate the size of the output, and compare it with the free space."""
         missing, folder = self.folder.missing, self.options.output.parent
         if not self.options.check_disk or not missing:
             return
@@ -186,8 +164,8 @@ class _Job:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed, judging "
-                "by the first documents; make room, choose another --output, or give --no-disk-check"
+                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed, by the "
+                "size of the first documents; make room, give another --output, or --no-disk-check"
             )
 
     def _encode(self, encoder: Encoder) -> None:
@@ -216,12 +194,8 @@ class _Job:
                     if kind == "done":
                         self.folder.results[number] = value
                         self._check_refused(encoder)
-                        progress[number] = (
-                            self.pieces[number].size,
-                            sum(part.counts.tokens for part in value.parts),
-                        )
-                    else:
-                        progress[number] = value
+                        tokens = sum(part.counts.tokens for part in value.parts)
+                    progress[number] = (self.pieces[number].size, tokens) if kind == "done" else value
                     read, tokens = map(sum, zip(*progress.values(), strict=True))
                     rate = tokens / (time.monotonic() - started)
                     bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
@@ -231,15 +205,14 @@ class _Job:
                 how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
                 raise UserError(
                     f"a worker ended {how} in {self.pieces[error.task].sources[0].path}, perhaps because "
-                    "memory ran out; run the same command again, with fewer --workers: it goes on from here"
+                    "memory ran out; run the same command again with fewer --workers: it continues from here"
                 ) from error
 
     def _check_refused(self, encoder: Encoder) -> None:
-        bad = [number for number, result in self.folder.results.items() if result.refused]
+        bad = {number: result.refused for number, result in self.folder.results.items() if result.refused}
         if bad:
-            count = sum(len(self.folder.results[number].refused) for number in bad)
-            last = self.folder.results[bad[-1]].refused[0]
-            encoder.check_refused(count, last, self.pieces[bad[-1]])
+            last = list(bad)[-1]
+            encoder.check_refused(sum(map(len, bad.values())), bad[last][0], self.pieces[last])
 
     def _refuse_empty(self, outputs: dict[str, dict[str, Any]]) -> None:
         documents = [output["documents"] for output in outputs.values()]
@@ -249,8 +222,8 @@ class _Job:
             shutil.rmtree(self.folder.path)
             if split == "validation":
                 raise UserError(
-                    f"--validation-share {self.options.validation_share} holds no text out of {documents[0]} "
-                    "documents; raise it"
+                    f"--validation-share is {self.options.validation_share}, which takes no text of "
+                    f"{documents[0]} documents; raise it"
                 )
             files = self.sources[0].path if len(self.sources) == 1 else f"the {len(self.sources)} input files"
             hold = "holds" if len(self.sources) == 1 else "hold"

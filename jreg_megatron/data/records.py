@@ -1,4 +1,4 @@
-"""The documents of a piece, one by one, and what is wrong with those that are none."""
+"""The documents of a piece, one by one, and the reasons why bad records are refused."""
 
 from __future__ import annotations
 
@@ -15,29 +15,25 @@ Text = str | list[str]
 """A document; a list holds its sentences, as in Megatron's tool."""
 
 KINDS = ("not UTF-8", "not JSON", "not an object", "no such key", "not text", "lone surrogate", "too large")
-"""The ways in which a record is refused."""
+"""Why a record is refused."""
 
-_MARK = "\ufeff"  # of the order of bytes
+_MARK = "\ufeff"  # byte order mark
 
 
 @dataclass(frozen=True)
 class Record:
-    """A good record.
-
-    Attributes:
-        file: path of its file.
-        line: its line or row, from 1; counted from the start of the piece if the piece starts inside a file.
-        texts: a text per key, each of which UTF-8 can hold.
-    """
+    """A good record."""
 
     file: str
     line: int
+    """Line or row from 1, counted from the start of the piece."""
     texts: list[Text]
+    """A text for each key. UTF-8 can hold it."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused record: its file and line as in :class:`Record`, one of :data:`KINDS`, and why, in words."""
+    """A refused record: file and line as in :class:`Record`, one of :data:`KINDS`, and the reason."""
 
     file: str
     line: int
@@ -51,15 +47,12 @@ class _Refused(Exception):
 
 
 class Reader:
-    """Reads a piece's records.
+    """Reads the texts under ``keys`` of a piece's records. Records above ``max_record_bytes`` are refused.
 
-    Attributes:
-        bytes_read: bytes on disk read so far, at most the piece's size.
-        lines: lines, rows or files read so far.
+    ``bytes_read`` counts bytes on disk, at most the piece's size; ``lines`` counts lines, rows or files.
     """
 
     def __init__(self, piece: Piece, keys: Sequence[str], max_record_bytes: int) -> None:
-        """Read ``keys`` of each record; records of more than ``max_record_bytes`` bytes are refused."""
         self.bytes_read = self.lines = 0
         self._piece, self._keys, self._limit = piece, keys, max_record_bytes
 
@@ -67,7 +60,7 @@ class Reader:
         """Each record in order.
 
         Raises:
-            UserError: naming the file, if it cannot be read on.
+            UserError: naming the file, if it cannot be read.
         """
         kinds: dict[str, tuple[Callable[[], Iterator[Any]], Callable[[Any], list[Text]]]] = {
             "jsonl": (self._lines, self._texts_of_line),
@@ -75,7 +68,7 @@ class Reader:
             "text": (self._files, self._texts_of_file),
         }
         first = self._piece.sources[0]
-        is_text = first.format == "text"  # then each file is a record, and a piece may hold several
+        is_text = first.format == "text"  # each file is a record, and a piece may hold several
         read, texts_of = kinds[first.format]
         for content in read():
             file = self._piece.sources[self.lines - 1].path if is_text else first.path
@@ -85,7 +78,7 @@ class Reader:
                 yield Refusal(file, bad.line if is_text else self.lines, bad.kind, bad.reason)
 
     def _lines(self) -> Iterator[bytes]:
-        """Lines that are not empty, without their ends; of one that is too large, the beginning."""
+        """Lines that are not empty, without line ends; of a line that is too large, the beginning."""
         piece = self._piece
         with open_source(piece.sources[0]) as (stream, raw):
             position = piece.start
@@ -170,7 +163,7 @@ class Reader:
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Read up to the end of a line; the number of bytes that took."""
+    """Read to the end of a line; returns the number of bytes."""
     count = 0
     while part := stream.readline(1 << 20):
         count += len(part)

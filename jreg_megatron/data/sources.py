@@ -1,4 +1,4 @@
-"""The files that text comes from: which they are, in what order, and how to open them."""
+"""The input files of a corpus: find them, order them and open them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,33 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
-"""What a file may be, and the endings by which it is known; ``.gz`` and ``.zst`` may follow those of text."""
+"""Formats and their file endings. ``.gz`` or ``.zst`` may follow, except for Parquet."""
 
-_KNOWN = " ".join(chain(*FORMATS.values())) + " (and .gz, .zst behind them)"
+_KNOWN = " ".join(chain(*FORMATS.values())) + " (and .gz, .zst after them)"
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
-_ENDS = 1 << 20
 _BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file as it was when it was found.
-
-    Attributes:
-        path: absolute path, or the URL of a file on the Hugging Face hub.
-        format: ``jsonl``, ``parquet`` or ``text``.
-        compression: ``gz``, ``zst`` or nothing.
-        size: bytes on disk.
-        modified: nanoseconds since 1970; 0 on the hub, where the URL holds the revision.
-        ends: SHA-256 of the first and the last MiB; reading all of a corpus for a sum would take hours.
-    """
+    """An input file, as it was found."""
 
     path: str
+    """Absolute path, or the URL of a file on the Hugging Face hub."""
     format: str
+    """A key of :data:`FORMATS`."""
     compression: str
+    """``gz``, ``zst`` or nothing."""
     size: int
+    """Bytes on disk."""
     modified: int
+    """Nanoseconds since 1970; 0 on the hub, where the URL holds the revision."""
     ends: str
+    """SHA-256 of the first and the last MiB. A sum of a whole corpus would take hours."""
 
     @property
     def is_local(self) -> bool:
@@ -55,15 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Inputs to look for.
-
-    Attributes:
-        inputs: files, folders and patterns.
-        kind: their format, or None to go by the endings.
-        hub: a dataset's name instead, or a folder that is laid out like one.
-        subset: its configuration, or None if it has only one.
-        split: its split.
-    """
+    """The arguments that name the input, which ``--help`` describes."""
 
     inputs: tuple[str, ...] = ()
     kind: str | None = None
@@ -75,7 +63,7 @@ class Corpus:
         """The files, in order.
 
         Raises:
-            UserError: if there are none, or they are not of a kind that is read here.
+            UserError: if there are none, or their format is not known.
         """
         if self.hub is None:
             return find_sources(self.inputs, self.kind)
@@ -84,49 +72,41 @@ class Corpus:
         return [_hub_source(url) for url in self._urls(self.hub)]
 
     def _urls(self, name: str) -> list[str]:
-        """The files of the split as the hub's own library finds them; it runs no code of the dataset.
+        """The files of the split, found by the hub's library, which runs no code of the dataset.
 
-        They are read where they are, range by range, so nothing has to fit the disk but the tokens.
+        They are read over the network, range by range, so the disk holds the tokens alone.
         """
         datasets = need("datasets", "--hub", "data")
         datasets.logging.set_verbosity_error()
         log = need("huggingface_hub.utils.logging", "--hub", "data")
-        log.set_verbosity_error()  # it tells of every attempt
+        log.set_verbosity_error()  # it reports every attempt
         where = f"--hub {name}" + (f" --subset {self.subset}" if self.subset else "")
         try:
             builder = datasets.load_dataset_builder(name, self.subset)
             files = builder.config.data_files
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            said = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise UserError(
-                f"{where} cannot be found ({said}); correct the name or the network access"
+                f"{where} cannot be found ({one_line(error, 300)}); correct the name or the network access"
             ) from error
         if not files or self.split not in files:
-            known = f"only {', '.join(map(str, files))}" if files else "none"
-            raise UserError(f"{where} has no split {self.split}, {known}; name one with --hub-split")
+            known = ", ".join(map(str, files or ["none"]))
+            raise UserError(f"{where} has no split {self.split}; it has {known}; give one with --hub-split")
         return [os.fspath(file) for file in files[self.split]]
 
 
 def find_sources(inputs: Iterable[str], kind: str | None = None) -> list[Source]:
-    """The files that ``inputs`` name, in that order.
+    """The files that ``inputs`` name, in this order.
 
-    A folder stands for the files below it whose ending is known, sorted by path, hidden ones left out; a
-    pattern for its matches, sorted.
-
-    Args:
-        inputs: files, folders and patterns such as ``data/*.jsonl``.
-        kind: one of :data:`FORMATS` for all files, whatever their ending; None to go by the ending.
+    A folder gives the files below it that have a known ending and are not hidden, sorted by path. A pattern
+    such as ``data/*.jsonl`` gives its matches, sorted. ``kind`` is the format of all files, one of
+    :data:`FORMATS`; None to go by the ending.
 
     Raises:
-        UserError: if something is missing, unreadable, of unknown kind, or named twice.
+        UserError: if something is missing, unreadable, of unknown format, or named twice.
     """
-    paths: list[str] = []
-    for name in inputs:
-        paths += _expand(name, kind)
+    paths = [path for name in inputs for path in _expand(name, kind)]
     if not paths:
-        raise UserError(
-            "no input is given; name files, folders or patterns, before flags that take several words"
-        )
+        raise UserError("INPUT is missing; name files, folders or patterns, before --keys and its values")
     seen: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
@@ -151,7 +131,7 @@ def local_source(path: str, kind: str | None = None) -> Source:
 
 
 def _hub_source(url: str) -> Source:
-    """The file of a dataset on the Hugging Face hub, or of one that lies in a local folder."""
+    """A file of a dataset on the Hugging Face hub, or in a local folder with the same structure."""
     if "://" not in url:
         return local_source(url)
     fsspec = need("fsspec", "--hub", "data")
@@ -161,24 +141,18 @@ def _hub_source(url: str) -> Source:
 
 
 def _kind_of(path: str, kind: str | None) -> tuple[str, str]:
-    """Format and compression of a file; the format is ``kind`` or by its ending.
-
-    Raises:
-        UserError: if neither tells the format, or the format cannot be compressed so.
-    """
+    """Format and compression of a file. The format is ``kind``, or else by the ending."""
     by_ending, compression = _by_ending(path)
     kind = kind or by_ending
     if kind is None:
-        raise UserError(f"{path} has none of the endings {_KNOWN}; name the format with --format")
+        raise UserError(f"{path} has none of the endings {_KNOWN}; give the format with --format")
     if kind == "parquet" and compression:
-        raise UserError(
-            f"{path} is Parquet inside .{compression}; unpack it first, Parquet is compressed itself"
-        )
+        raise UserError(f"{path} is Parquet inside .{compression}, which cannot be read; unpack it first")
     return kind, compression
 
 
 def _by_ending(path: str) -> tuple[str | None, str]:
-    """Format, if the ending tells it, and compression of a file."""
+    """Format and compression of a file by its ending; None for an unknown format."""
     endings = PurePosixPath(path.lower()).suffixes
     compression = _COMPRESSIONS.get(endings[-1], "") if endings else ""
     ending = "".join(endings[-2:-1] if compression else endings[-1:])
@@ -187,7 +161,7 @@ def _by_ending(path: str) -> tuple[str | None, str]:
 
 def refuse_changed(sources: Iterable[Source]) -> None:
     """Raises:
-    UserError: for a file that is no longer as it was found.
+    UserError: for a file that has changed since it was found.
     """
     for source in sources:
         if source.is_local and local_source(source.path, source.format) != source:
@@ -198,11 +172,10 @@ def refuse_changed(sources: Iterable[Source]) -> None:
 
 @contextmanager
 def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file for reading: its content unpacked, and the file itself, whose ``tell()`` is what was read.
+    """Open a file for reading: its unpacked content, and itself. Its ``tell()`` counts packed bytes.
 
     Raises:
-        UserError: naming the file, for what goes wrong inside the block: cut short, not what its ending
-            says, or unreadable.
+        UserError: naming the file, if it is cut short, damaged or unreadable; inside the block too.
     """
     with _readable(source.path), _opened(source) as raw:
         if source.compression == "gz":
@@ -223,7 +196,7 @@ def _opened(source: Source) -> IO[bytes]:
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turn what goes wrong in reading ``path`` into one line that names it."""
+    """Turn errors in reading ``path`` into one line that names it."""
     try:
         yield
     except EOFError as error:
@@ -240,9 +213,7 @@ def _expand(name: str, kind: str | None) -> list[str]:
     if os.path.isdir(name):
         found = sorted(path for path in _files_below(name) if kind or _by_ending(path)[0])
         if not found:
-            raise UserError(
-                f"{name} has no file with one of the endings {_KNOWN}; name its files and --format"
-            )
+            raise UserError(f"{name} has no file with one of the endings {_KNOWN}; give --format")
         return found
     if os.path.lexists(name):
         return [name]
@@ -264,10 +235,10 @@ def _refuse(error: OSError) -> None:
 
 
 def _digest_of_ends(stream: IO[bytes], size: int) -> str:
-    digest = hashlib.sha256(stream.read(_ENDS))
-    if size > _ENDS:
-        stream.seek(max(_ENDS, size - _ENDS))
-        digest.update(stream.read(_ENDS))
+    digest = hashlib.sha256(stream.read(_BUFFER))
+    if size > _BUFFER:
+        stream.seek(max(_BUFFER, size - _BUFFER))
+        digest.update(stream.read(_BUFFER))
     return digest.hexdigest()
 
 
@@ -276,9 +247,9 @@ class _NotZstandard(Exception):
 
 
 class _Zstandard(io.RawIOBase):
-    """All frames of a ``.zst`` file, one behind the other.
+    """All frames of a ``.zst`` file, one after the other.
 
-    The reader of the ``zstandard`` package takes the end of a file that was cut short for its end.
+    The reader of the ``zstandard`` package does not notice a file that is cut short.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:

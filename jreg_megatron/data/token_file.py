@@ -1,7 +1,7 @@
-"""Megatron's token files: read and checked, written document by document, and put together from parts.
+"""Megatron's token files: read and check them, write them by document, and join parts.
 
-The bytes are those of Megatron's ``IndexedDatasetBuilder``, in memory that does not grow with the corpus.
-Megatron's own reader fails by assertion, or past the end of a file that was cut short.
+The bytes are those of Megatron's ``IndexedDatasetBuilder``. Memory does not grow with the corpus. Megatron's
+own reader fails with an assertion, or reads past the end of a file that is cut short.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy
 
 from jreg_megatron.runtime.errors import UserError
 
-assert sys.byteorder == "little", "Megatron's files are written in the order of the machine"
+assert sys.byteorder == "little", "Megatron's files have the byte order of the machine"
 
 # Megatron's codes for the type of a token, in its .idx format of version 1.
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _TYPE_CODES = {name: code for code, name in _DTYPES.items()}
-_MODE_BYTES = 1  # per sequence, behind all else, in multimodal data
+_MODE_BYTES = 1  # per sequence, at the end of the file, in multimodal data
 _AGAIN = "make the data again"
 _CODES = {"uint16": "H", "int32": "i"}
 _CHUNK = 1 << 22
@@ -35,7 +35,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Index:
-    """What an index says: the NumPy type of a token, and the numbers of tokens, sequences and documents."""
+    """An index: the NumPy type of a token, and the numbers of tokens, sequences and documents."""
 
     dtype: str
     tokens: int
@@ -44,10 +44,10 @@ class Index:
 
 
 def read_index(prefix: str) -> Index:
-    """Read the header and the end of ``prefix.idx`` and hold the size of ``prefix.bin`` against it.
+    """Read the header and the end of ``prefix.idx``, and compare them with the size of ``prefix.bin``.
 
     Raises:
-        UserError: naming the file, if one of the two is missing, foreign, cut short or holds no text.
+        UserError: naming the file, if one is missing, of another format, cut short or empty.
     """
     hint = "correct the prefix (the path without .bin/.idx)"
     if prefix.endswith((".bin", ".idx")):
@@ -75,7 +75,7 @@ def read_index(prefix: str) -> Index:
     if size < _HEADER.size + 12 * sequences + 8 * documents:
         raise UserError(f"{name} is cut short; {_AGAIN}")
     if sequences == 0:
-        raise UserError(f"{name} holds no text; make the data again from a filled file")
+        raise UserError(f"{name} holds no text; make the data again from a file with text")
     with open(name, "rb") as stream:
         stream.seek(_HEADER.size + 4 * (sequences - 1))
         (length,) = struct.unpack("<i", stream.read(4))
@@ -92,20 +92,20 @@ def read_index(prefix: str) -> Index:
 
 
 class TokenFile:
-    """A ``.bin`` and its ``.idx``, which are mapped and not loaded.
+    """A ``.bin`` and its ``.idx``, mapped and not loaded.
 
     Attributes:
-        prefix: their path without the endings.
-        index: what the index says.
-        lengths: tokens of every sequence.
+        prefix: the path without the endings.
+        index: the header's numbers.
+        lengths: the number of tokens of every sequence.
         tokens: all tokens.
     """
 
     def __init__(self, prefix: str) -> None:
-        """Check that sequences follow each other and that documents hold them all.
+        """Check that each sequence follows the one before, and that the documents hold all sequences.
 
         Raises:
-            UserError: naming the file, for the first thing that is wrong.
+            UserError: naming the file, for the first error.
         """
         self.prefix, self.index = prefix, read_index(prefix)
         sequences, documents = self.index.sequences, self.index.documents + 1
@@ -116,12 +116,12 @@ class TokenFile:
         self._item = numpy.dtype(self.index.dtype).itemsize
         listed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
         if size not in (listed, listed + _MODE_BYTES * sequences):
-            raise UserError(f"{prefix}.idx has {size} bytes, {listed} are in its lists; make the data again")
+            raise UserError(f"{prefix}.idx has {size} bytes, but its lists have {listed}; {_AGAIN}")
         listed, size = self.index.tokens * self._item, os.path.getsize(f"{prefix}.bin")
         if size != listed:
             raise UserError(
-                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}: they do not belong "
-                "together; copy or make both again"
+                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}, so they do not match; "
+                "copy or make both again"
             )
         self.tokens = numpy.memmap(f"{prefix}.bin", self.index.dtype, "r", shape=(self.index.tokens,))
         name, place = f"{prefix}.idx", _HEADER.size
@@ -142,7 +142,7 @@ class TokenFile:
             yield numpy.diff(self._bytes_before(self._ends[start : start + _CHUNK + 1])) // self._item
 
     def _bytes_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
-        """Where sequences start in the ``.bin``; the one behind the last starts at its end."""
+        """The byte of the ``.bin`` at which each sequence starts; one after the last starts at its end."""
         starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)]
         return numpy.where(sequences < len(self._starts), starts, self.tokens.nbytes)
 
@@ -151,7 +151,7 @@ class TokenFile:
             number = int(numpy.argmax(self.lengths < 0))
             raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
         if self._starts[0] != 0:
-            raise self._damaged(f"sequence 0 is said to start at byte {self._starts[0]}")
+            raise self._damaged(f"sequence 0 starts at byte {self._starts[0]}")
         for first in range(0, len(self.lengths) - 1, _CHUNK):
             following = self._starts[first + 1 : first + 1 + _CHUNK]
             chunk = slice(first, first + len(following))
@@ -160,8 +160,8 @@ class TokenFile:
             if wrong.any():
                 place = int(numpy.argmax(wrong))
                 raise self._damaged(
-                    f"sequence {first + place + 1} is said to start at byte {following[place]}, but the one "
-                    f"before ends at {ends[place]}"
+                    f"sequence {first + place + 1} starts at byte {following[place]}, but the one before "
+                    f"ends at {ends[place]}"
                 )
 
     def _check_documents(self) -> None:
@@ -173,17 +173,17 @@ class TokenFile:
             raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.prefix}.idx is damaged: {what}; make the data again")
+        return UserError(f"{self.prefix}.idx is damaged: {what}; {_AGAIN}")
 
 
 def token_type(vocab_size: int) -> str:
-    """The NumPy type that Megatron's tool stores ids of that vocabulary in."""
+    """The NumPy type in which Megatron's tool stores the ids of this vocabulary."""
     return "uint16" if vocab_size < 65500 else "int32"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a token file holds."""
+    """Numbers of a token file."""
 
     documents: int = 0
     sequences: int = 0
@@ -197,36 +197,33 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a token file holds, and by their endings the size and the CRC-32 of its files."""
+    """A part of a token file: its counts, and the size and CRC-32 of its files by ending."""
 
     counts: Counts
     files: dict[str, tuple[int, int]]
 
     @property
     def size(self) -> int:
-        """Bytes of its tokens."""
+        """Bytes of the tokens."""
         return self.files[".bin"][0]
 
 
 class PartWriter:
-    """Writes a part of a token file: ``PATH.bin`` as in the whole, and ``PATH.lengths``, ``PATH.ends``.
+    """Writes a part of a token file: ``PATH.bin``, ``PATH.lengths`` and ``PATH.ends``.
 
-    ``.lengths`` has the tokens of every sequence (int32), ``.ends`` the number of sequences up to the end
-    of every document (int64).
-
-    Attributes:
-        counts: what was added.
+    ``.bin`` is as in the whole file. ``.lengths`` has the number of tokens of every sequence (int32).
+    ``.ends`` has the number of sequences up to the end of every document (int64).
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
-        """Start a part of tokens of ``dtype``, ``uint16`` or ``int32``."""
+        """Open the files. ``dtype`` is ``uint16`` or ``int32``."""
         self.counts = Counts()
         self._code = _CODES[dtype]
         endings = (".bin", ".lengths", ".ends")
         self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in endings}  # noqa: SIM115
 
     def add(self, ids: list[int], lengths: Sequence[int]) -> None:
-        """Add a document of sequences of these lengths; one without tokens has no sequence.
+        """Add a document with sequences of these lengths. A document without tokens has no sequence.
 
         Raises:
             OverflowError: for an id that the type cannot hold.
@@ -238,7 +235,7 @@ class PartWriter:
         self._files[".ends"].write(array("q", [self.counts.sequences]))
 
     def close(self) -> Part:
-        """Finish the files. They need not be on the disk yet: the sums tell whether they came there."""
+        """Close the files. They may not be on the disk yet; the sums show it later."""
         files = {}
         for ending, file in self._files.items():
             file.close()
@@ -248,7 +245,7 @@ class PartWriter:
 
 
 def crc_of(path: Path, start: int, size: int) -> int | None:
-    """CRC-32 of ``size`` bytes of a file behind the first ``start``; None if it does not hold as many."""
+    """CRC-32 of ``size`` bytes of a file from ``start`` on; None if the file is shorter."""
     if not path.is_file() or path.stat().st_size < start + size:
         return None
     return zlib.crc32(numpy.memmap(path, "uint8", "r", start, (size,))) if size else 0
@@ -261,12 +258,9 @@ def sha256_of(path: Path) -> str:
 
 
 def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
-    """Write the ``.idx`` of parts that stand one behind the other.
+    """Write the ``.idx`` of joined parts. ``parts`` has, in order, the counts of each by its path.
 
-    Args:
-        path: the file to write.
-        parts: what each holds, in order, by its path as given to :class:`PartWriter`.
-        dtype: type of a token.
+    The path is as in :class:`PartWriter`; ``dtype`` is the type of a token.
     """
     total = sum(parts.values(), Counts())
     item = numpy.dtype(dtype).itemsize

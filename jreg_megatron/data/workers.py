@@ -1,4 +1,4 @@
-"""Processes that do pieces of work, and what happens when one of them dies."""
+"""Worker processes, and the error when one of them dies."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _INTERVAL = 0.2
 """Seconds between two reports of a worker."""
 
 Work = Callable[[int, Callable[[Any], None]], Any]
-"""``work(task, report)`` does a task, may call ``report(value)`` meanwhile, and returns its result."""
+"""``work(task, report)`` does a task and returns its result. It may call ``report(value)`` meanwhile."""
 
 
 class WorkerKilled(Exception):
-    """A worker ended without a word; ``status`` is its exit status, ``-9`` for signal 9."""
+    """A worker ended without a message; ``status`` is its exit status, ``-9`` for signal 9."""
 
     def __init__(self, task: int, status: int) -> None:
         super().__init__(f"worker ended with status {status}")
@@ -33,21 +33,21 @@ class WorkerKilled(Exception):
 
 
 def run(tasks: Iterable[int], work: Work, workers: int) -> Generator[tuple[int, str, Any]]:
-    """Do the tasks in forked processes and yield what they say, in the order in which they say it.
+    """Do the tasks in forked processes.
 
     The processes end with this one, even if it is killed, and when the generator is closed.
 
     Yields:
-        A task, and ``"done"`` with its result or ``"progress"`` with what it reported. Of reports that come
-        close behind each other, only the first.
+        A task, and ``"done"`` with its result or ``"progress"`` with its report, as they come. Of several
+        reports within 0.2 s only the first is passed on.
 
     Raises:
         UserError: as raised in a worker.
-        WorkerKilled: if a worker ended before its task did.
+        WorkerKilled: if a worker ends before its task is done.
         RuntimeError: with the traceback, for any other exception in a worker.
     """
     waiting = deque(tasks)
-    # Forked, so that what was imported and loaded is there at once.
+    # Forked processes have the imported modules and the tokenizer at once.
     context = multiprocessing.get_context("fork")
     processes: dict[Connection, BaseProcess] = {}
     busy: dict[Connection, int] = {}
@@ -88,9 +88,9 @@ def run(tasks: Iterable[int], work: Work, workers: int) -> Generator[tuple[int, 
 def _serve(connection: Connection, work: Work, parent: int) -> None:
     end_with_the_parent()
     if os.getppid() != parent:
-        return  # it ended before
-    gc.freeze()  # what was loaded before stays; looking through it would copy it into every worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
+        return  # the parent has ended already
+    gc.freeze()  # a garbage collection would copy the parent's objects into every worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     due = time.monotonic() + _INTERVAL
 

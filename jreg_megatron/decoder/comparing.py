@@ -1,4 +1,4 @@
-"""When two runs of a model gave the same: logits, and states of the residual stream."""
+"""Compare logits and states of two runs of a model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 _REACH = 32
-"""Logits are clipped so many median distances from their position's median: some 20 standard deviations."""
+"""Logits are clipped at this many median distances from the median of their position: about 20 standard
+deviations."""
 
 
 def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
-    """Logits ``[..., V]`` without what would drown their differences, in fp32 or wider.
+    """Logits ``[..., V]`` whose differences can be compared, in fp32 or wider.
 
-    An offset of all logits of a position says nothing, so its median is taken away. Ids that a model masks
-    (-Inf or the type's least number) and those with a bias of their own are clipped to a range that the
-    first argument's other logits give. NaN counts as 0, for it is found in the states, and named.
+    The median of each position is subtracted, because a common offset has no meaning. Masked ids (-Inf or the
+    type's smallest number) and ids with a large bias are clipped to the range of the first argument's other
+    logits. NaN counts as 0; NaN in the states gives an error of its own.
     """
     centred = []
     for each in (logits, *others):
@@ -28,15 +29,15 @@ def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two states hold the same, perhaps rounded to the type of the other or copied to its device."""
+    """Whether two states are the same, perhaps rounded to the other's type or copied to its device."""
     if a.shape != b.shape:
         return False
-    a, b = a.nan_to_num(), b.nan_to_num()  # one that is not finite is found elsewhere, and named
+    a, b = a.nan_to_num(), b.nan_to_num()  # values that are not finite give an error elsewhere
     return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
 
 
 def is_same_or_scaled(a: Tensor, b: Tensor) -> bool:
-    """Whether ``b`` is ``a``, perhaps times a positive number, which changes neither cosines nor a norm."""
+    """Whether ``b`` is ``a`` times a positive number, which changes no cosine and no norm's output."""
     if is_same(a, b):
         return True
     if a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""A causal language model as its parts: a stack of layers on a residual stream, a final norm, a head."""
+"""A causal language model as layers on a residual stream, a final norm and a head."""
 
 from __future__ import annotations
 
@@ -8,93 +8,93 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeGuard
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.data.windows import Window, windows
+from jreg_megatron.data.windows import Window
 from jreg_megatron.decoder.comparing import is_same_or_scaled
 from jreg_megatron.runtime.errors import UserError
 
 
 class TextTokenizer(Protocol):
-    """What a model's tokenizer can do."""
+    """A model's tokenizer."""
 
     def encode(self, text: str, /) -> list[int]:
-        """The ids of a text, with those special tokens that the model was trained to begin with."""
+        """The ids of a text, with the special tokens that begin the model's texts."""
 
     def decode(self, ids: list[int], /) -> str:
         """The text of ids."""
 
 
 class StateObserver(Protocol):
-    """Is told the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
+    """Gets the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        """Layer ``number`` (1-based) has run; for the last one this is before the final norm."""
+        """Called after layer ``number`` (1-based). The last layer's output is before the final norm."""
 
     def final_norm(self, normed: Tensor) -> None:
-        """The final norm, if there is one, has run on the output of the last layer."""
+        """Called after the final norm of the last layer's output, if there is one."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a validation saw, ``[n, seq_length]`` each."""
+    """The samples of a validation, ``[n, seq_length]`` each."""
 
     tokens: Tensor
     labels: Tensor
-    """The token behind each."""
+    """The next token of each."""
     loss_mask: Tensor
-    """1.0 where a token's loss counts, else 0.0."""
+    """1.0 if a token's loss counts, else 0.0."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model, in evaluation mode, whose layers and norm can be seen and replaced."""
+    """A causal language model in evaluation mode. Its layers and norm can be observed and replaced."""
 
     name: str
-    """Short, for tables and legends; a user may give another."""
+    """Short, for tables and legends. A user may give another."""
     source: str
-    """Where it came from: folder, file or name on the hub."""
+    """Folder, file or name on the hub."""
     kind: str
     """``hugging_face``, ``gguf`` or ``megatron``."""
     revision: str | None
-    """Of the hub's; None elsewhere."""
+    """On the hub; None elsewhere."""
     step: int | None
-    """Training iteration of the checkpoint, where it is known."""
+    """Training iteration of the checkpoint, if known."""
     model: nn.Module
     layers: Sequence[nn.Module]
-    """Layers 1..L. Each takes the residual stream as its first argument and returns it, or a tuple or
-    list that begins with it."""
+    """Layers 1..L. Each takes the residual stream as its first argument, and returns it or a tuple or list
+    that begins with it."""
     final_norm: nn.Module | None
-    """None where no norm runs on the last layer's output; there is no state behind it then."""
+    """None if no norm runs on the last layer's output."""
     head: Callable[[Tensor], Tensor] | None
-    """Logits ``[b, s, V]`` of states ``[b, s, h]`` behind the final norm, or the last layer where there is
-    none, all that the model does to them (such as a soft cap) included. None where they are known to differ
-    from :attr:`logits`."""
+    """Logits ``[b, s, V]`` of states ``[b, s, h]`` after the final norm, or after the last layer if there is
+    no norm. It includes all that the model does to its logits, such as a soft cap. None if they are known to
+    differ from :attr:`logits`."""
     run: Callable[[Tensor], None]
-    """Run token ids ``[b, s]`` through all layers and the final norm, for what an observer sees of it."""
+    """Run token ids ``[b, s]`` through all layers and the final norm, for an observer."""
     logits: Callable[[Tensor], Tensor]
     """Logits ``[b, s, V]`` of token ids ``[b, s]``."""
     tokenizer: TextTokenizer | None
-    """None where the model comes without one."""
     end_of_text: int | None
-    """Id that ends a document, where the tokenizer has one."""
+    """Id that ends a document, if the tokenizer has one."""
     vocab_size: int
     """Every id is below it."""
     hidden_size: int
     max_length: int | None
-    """Longest sequence that the model was made for, if it has such a limit."""
+    """The model's longest sequence; None without a limit."""
     device: torch.device
     dtype: torch.dtype
     in_place: bool = False
     """Whether a layer writes to its input."""
     sequence_first: bool = False
-    """Whether the modules have states ``[s, b, h]``, as in Megatron; an observer sees ``[b, s, h]``."""
+    """Whether the modules have states ``[s, b, h]``, as in Megatron. An observer gets ``[b, s, h]``."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """The training's arguments as text, those of JREG included, where the checkpoint holds them."""
+    """The training's arguments as text, with those of JREG, if the checkpoint holds them."""
     last_validation: Callable[[], Samples] | None = None
-    """What the model saw in the training's last validation, where that can be known."""
+    """The samples of the training's last validation, if they can be known."""
 
     @property
     def num_layers(self) -> int:
@@ -102,7 +102,7 @@ class Decoder:
         return len(self.layers)
 
     def described(self) -> dict[str, Any]:
-        """What a document says of the model, for JSON."""
+        """The model's entries in a JSON document."""
         return {
             **{"name": self.name, "source": self.source, "kind": self.kind, "revision": self.revision},
             **{"step": self.step, "num_layers": self.num_layers},
@@ -110,17 +110,39 @@ class Decoder:
         }
 
     def windows(self, texts: Iterable[Text], max_tokens: int | None) -> Iterator[Window]:
-        """Cut texts into sequences that the model can take, each text's first ``max_tokens`` if not None.
+        """Cut texts, or their first ``max_tokens``, into sequences of the model's length.
+
+        A text without a token gives none.
 
         Raises:
-            UserError: for a text that cannot be read, and ids that are not the model's.
+            UserError: for a text that cannot be read, text without a tokenizer, and ids that are not the
+                model's.
         """
-        encode = None if self.tokenizer is None else self.tokenizer.encode
-        return windows(texts, encode, self.vocab_size, max_tokens, self.max_length)
+        for number, text in enumerate(texts):
+            ids = self._ids(text)[:max_tokens]
+            if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+                raise UserError(
+                    f"{text.name} holds the id {wrong}, but the model has {self.vocab_size} tokens; give the "
+                    "text, or ids of the model's tokenizer"
+                )
+            step = self.max_length or max(1, ids.size)
+            for start in range(0, ids.size, step):
+                yield Window(number, ids[start : start + step], start + step >= ids.size)
+
+    def _ids(self, text: Text) -> numpy.ndarray:
+        content: object = text.content
+        if isinstance(content, str):
+            if self.tokenizer is None:
+                raise UserError(
+                    f"{text.name} is text, but the model has no tokenizer; give token ids (.bin/.idx)"
+                )
+            content = self.tokenizer.encode(content)
+        return numpy.asarray(content, dtype=numpy.int64).reshape(-1)
 
     @contextmanager
     def observed(self, observer: StateObserver) -> Iterator[None]:
-        """Tell ``observer`` about every forward pass inside the block."""
+        """Pass the states of every forward pass inside the block to ``observer``."""
         inputs: dict[int, Tensor] = {}
         done = 0  # layers of this run
         last: Tensor | None = None  # the last layer's output, until the final norm has run on it
@@ -131,7 +153,7 @@ class Decoder:
         def refuse(what: str) -> UserError:
             return UserError(
                 f"{what} for each text in {self.name}, so it cannot be measured; give texts of another "
-                "length, or another model"
+                "length or another model"
             )
 
         def refuse_if_cut(number: int) -> None:
@@ -156,7 +178,7 @@ class Decoder:
 
         def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal last
-            # The norm may be another head's too: it is the final one on the last layer's output.
+            # The norm may also run for another head. On the last layer's output it is the final norm.
             if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
                 last = None
                 observer.final_norm(outward(stream_out(output)))
@@ -172,7 +194,7 @@ class Decoder:
 
     @contextmanager
     def without_layer(self, number: int) -> Iterator[None]:
-        """Let layer ``number`` (1-based) hand on its input in every forward pass inside the block."""
+        """Let layer ``number`` (1-based) return its input in every forward pass inside the block."""
         saved: list[Tensor] = []
 
         def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +209,7 @@ class Decoder:
 
     @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:
-        """Logits ``[b, s, V]`` of the states ``[b, s, h]`` behind any layer, by final norm and head."""
+        """Logits ``[b, s, V]`` of the states ``[b, s, h]`` after any layer, through final norm and head."""
         assert self.head is not None, "the head's own logits are not the model's"
         if self.final_norm is None:
             return self.head(states)
@@ -197,7 +219,7 @@ class Decoder:
 
 
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among a layer's arguments: the first state, or that of the usual name."""
+    """The residual stream in a layer's arguments: the first state, or the one with the usual name."""
     named = kwargs.get("hidden_states")
     state = next((each for each in (*args, named, *kwargs.values()) if is_state(each)), None)
     assert state is not None, "a layer was not given the residual stream"
@@ -205,14 +227,14 @@ def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def stream_out(output: Any) -> Tensor:
-    """The residual stream in what a layer returned."""
+    """The residual stream in a layer's output."""
     state = output[0] if isinstance(output, tuple | list) and output else output
     assert isinstance(state, Tensor), "a layer did not return the residual stream"
     return state
 
 
 def with_stream(output: Any, state: Tensor) -> Any:
-    """What a layer returned, with ``state`` in place of its residual stream."""
+    """A layer's output with ``state`` in place of its residual stream."""
     if not isinstance(output, tuple | list):
         return state
     made = getattr(output, "_make", type(output))  # of a named tuple

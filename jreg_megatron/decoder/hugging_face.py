@@ -1,4 +1,4 @@
-"""Models of transformers: names on the hub, folders, and GGUF files."""
+"""Load models of transformers: names on the hub, folders, and GGUF files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from jreg_megatron.decoder.decoder import Decoder, stream_out
 from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
 from jreg_megatron.decoder.structure import Structure, find_structure
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 from jreg_megatron.runtime.output import note
 
@@ -31,20 +31,20 @@ class HubTokenizer:
     tokenizer: Any
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that this model begins with."""
+        """The ids of a text, with the special tokens that begin it."""
         ids = self._ids(text)
         return ids[: len(ids) - self._closing]
 
     @cached_property
     def _closing(self) -> int:
-        """How many special tokens it puts behind a text, which would be taken for a part of it."""
+        """The number of special tokens after a text. They are no part of it."""
         plain, ids = self._ids("a", add_special_tokens=False), self._ids("a")
         starts = (at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain)
         start = next(starts, None)
         return 0 if start is None else len(ids) - start - len(plain)
 
     def _ids(self, text: str, **how: bool) -> list[int]:
-        # verbose: it would warn of every text that is longer than the model's context.
+        # verbose would warn about every text that is longer than the model's context.
         ids: list[int] = self.tokenizer(text, verbose=False, **how)["input_ids"]
         return ids
 
@@ -66,11 +66,11 @@ def load_hugging_face(
 
     Args:
         source: name on the hub, folder, or GGUF file.
-        name: what to call it.
+        name: for tables and messages.
         revision: branch, tag or commit on the hub; None for the default.
-        dtype: of its weights; those of a GGUF file are unpacked to it.
-        device: a device, or ``auto`` to spread it over all GPUs, which needs ``accelerate``.
-        trust_remote_code: run code that comes with the model.
+        dtype: of the weights, unpacked ones of a GGUF file too.
+        device: a device, or ``auto`` for all GPUs, which needs ``accelerate``.
+        trust_remote_code: run the model's own code.
 
     Raises:
         UserError: if it cannot be loaded, or is not a causal decoder.
@@ -93,7 +93,7 @@ def load_hugging_face(
             dtype=dtype,
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # refused below
             **where,
         )
         tokenizer = _tokenizer(transformers, source_of, where)
@@ -120,10 +120,10 @@ def decoder_of(
     kind: str = "hugging_face",
     revision: str | None = None,
 ) -> Decoder:
-    """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers' own.
+    """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers.
 
     Raises:
-        UserError: if it has no layers that can be found, or is no causal decoder.
+        UserError: if its layers cannot be found, or it is no causal decoder.
     """
     config = model.config.get_text_config(decoder=True)
     device = model.device
@@ -145,13 +145,13 @@ def decoder_of(
     structure = find_structure(model, logits, vocab_size, name, num_layers, _max_length(config))
     if num_layers not in (None, len(structure.layers)):
         note(
-            f"the configuration of {name} counts {num_layers} layers; from its embedding to its head run "
-            f"{len(structure.layers)} of {type(structure.layers[0]).__name__}, which are taken as its layers"
+            f"the configuration of {name} counts {num_layers} layers, but {len(structure.layers)} of "
+            f"{type(structure.layers[0]).__name__} run from embedding to head; these are measured"
         )
     if structure.scales:
-        note(f"{name} scales its state between layers; its norms are those of the layers' outputs")
+        note(f"{name} scales its state between layers; its norms are of the layers' outputs")
     if not structure.feeds_head_alone:
-        note(f"the head of {name} reads more than its last layer's output; figures are of that output alone")
+        note(f"the head of {name} reads more than its last layer's output; figures are of this output only")
     without_head = _without_head(model, structure)
 
     def run(tokens: Tensor) -> None:
@@ -181,21 +181,20 @@ def decoder_of(
 
 
 def _called(module: nn.Module, tokens: Tensor) -> Any:
-    """What a model or a part of it makes of token ids, without a cache where it knows of one."""
+    """The output of a model, or of a part of it, for token ids; without a cache."""
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
 
 
 def _vocab_size(model: Any, config: Any, name: str) -> int:
-    """By the configuration, or else the rows of the head or the embedding."""
+    """From the configuration, or else from the rows of the head or the embedding."""
     ends = (getattr(model, get, lambda: None)() for get in ("get_output_embeddings", "get_input_embeddings"))
     rows = (len(weight) for end in ends if (weight := getattr(end, "weight", None)) is not None)
     size = getattr(config, "vocab_size", None) or next(rows, None)
     if size is None:
         raise UserError(
-            f"the configuration of {name} has no vocab_size, and the model no embedding that tells it; give "
-            "it a vocab_size"
+            f"the configuration of {name} has no vocab_size, and no embedding was found; add vocab_size"
         )
     return int(size)
 
@@ -207,13 +206,13 @@ def _max_length(config: Any) -> int | None:
 
 
 def _num_layers(config: Any) -> int | None:
-    # Of an encoder-decoder family, num_hidden_layers is the encoder's.
+    # In an encoder-decoder, num_hidden_layers is the encoder's.
     names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
-    """The innermost module that takes token ids to the last layer and the final norm; most have no head."""
+    """The innermost module from token ids to the last layer and the final norm, mostly without the head."""
     needed = {structure.layers[-1], structure.final_norm} - {None}
     around = [module for module in model.modules() if needed <= set(module.modules())]
     inner = (module for module in reversed(around[1:]) if _runs_alike(module, structure))
@@ -221,7 +220,7 @@ def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
 
 
 def _runs_alike(module: nn.Module, structure: Structure) -> bool:
-    """Whether a part of the model makes of token ids what the whole makes of them."""
+    """Whether a part of the model gives the same states as the whole model."""
     if "input_ids" not in signature(module.forward).parameters:
         return False
     seen: list[Tensor] = []
@@ -229,7 +228,7 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
     with torch.inference_mode(), last.register_forward_hook(lambda *call: seen.append(stream_out(call[-1]))):
         try:
             _called(module, structure.tokens.to(structure.output.device))
-        except Exception:  # it needs what the modules around it make of the ids
+        except Exception:  # it needs the modules around it
             return False
     slack = torch.finfo(structure.output.dtype).eps ** 0.5 * structure.output.norm()
     return len(seen) == 1 and not bool((seen[0] - structure.output).norm() > slack)
@@ -237,32 +236,31 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
 
 def _refuse_random_weights(info: Any, source: str) -> None:
     """Raises:
-    UserError: if transformers has drawn weights that the files do not hold, which it only warns of.
+    UserError: if transformers drew random weights because the files lack some; it only warns.
     """
     unused = sorted(map(str, info["unexpected_keys"]))
     if missing := sorted(map(str, info["missing_keys"])):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        instead = f"; they do hold {unused[0]}, which has no place in it" if unused else ""
+        instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
         raise UserError(
-            f"the files of {source} hold no {missing[0]}{more}, which its config.json asks for{instead}"
+            f"the files of {source} hold no {missing[0]}{more}, which its config.json needs{instead}"
         )
     if mismatched := sorted(info["mismatched_keys"], key=str):
         name, saved, wanted = mismatched[0]
         raise UserError(
-            f"the files of {source} hold {name} of size {list(saved)}, and its config.json asks for "
-            f"{list(wanted)}; one of the two is not this model's"
+            f"the files of {source} hold {name} of size {list(saved)}, but its config.json needs "
+            f"{list(wanted)}; one of them is of another model"
         )
     if unused:
         note(
-            f"{source} holds weights that its config.json has no place for, such as {unused[0]}; "
-            "they are left out"
+            f"{source} holds weights that its config.json does not use, such as {unused[0]}; they are ignored"
         )
 
 
 def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
-    """The output embedding, and what is done to its logits by those settings for it that are known here.
+    """The output embedding, with the known settings that change its logits.
 
-    Whether that is all shows against the model's own logits, before anything is read out.
+    Before a read-out its logits are compared with the model's own.
     """
     if (embedding := model.get_output_embeddings()) is None:
         return None
@@ -273,7 +271,7 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)
 
     def head(states: Tensor) -> Tensor:
-        # Some models keep the residual stream in fp32 whatever the type of their weights.
+        # Some models have an fp32 residual stream with weights of another type.
         logits: Tensor = embedding(states if kind is None else states.to(kind))
         if scale != 1.0:
             logits = logits * scale
@@ -285,44 +283,44 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
 def _tokenizer(transformers: Any, source: str, where: dict[str, Any]) -> Any | None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except Exception:  # whatever is wrong with it is said when a text has to be read
+    except Exception:  # the error comes when a text has to be read
         return None
-    # Where a folder holds no tokenizer, there may be one that knows special tokens alone.
+    # A folder without a tokenizer may give one that knows only special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_decoder) else None
 
 
 @contextmanager
 def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None]:
-    """Turn what transformers and the hub say of a model that cannot be loaded into one line."""
+    """Turn errors of transformers and the hub into one line."""
     at = f"{source}@{revision}" if revision else source
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{at} does not fit the device's memory; give --dtype bfloat16 or --device auto"
+            f"{at} does not fit into the device's memory; give --dtype bfloat16 or --device auto"
         ) from error
     except Exception as error:
-        said = " ".join((str(error) or type(error).__name__).split())
+        said = one_line(error)
         if "trust_remote_code" in said and not trusted:
             raise UserError(
-                f"{at} contains Python code of its own; if you trust it, give --trust-remote-code to run it"
+                f"{at} has its own Python code; if you trust it, give --trust-remote-code to run it"
             ) from error
         if isinstance(error, OSError) and not Path(source).exists():
             raise UserError(
-                f"{at} is no file or folder here, and the hub did not give it ({said[:160]}); correct the "
-                "name or the revision, or see that the hub can be reached"
+                f"{at} is no file or folder, and the hub does not give it ({said[:160]}); correct the name, "
+                "the revision or the network access"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
 
 
 @contextmanager
 def _silent(transformers: Any, is_gguf: bool) -> Iterator[None]:
-    """No warnings and no bars of transformers' own while a model is loaded; those of downloads stay."""
+    """Hide transformers' warnings and progress bars while a model is loaded, except those of downloads."""
     said = transformers.utils.logging
     has_bars = said.is_progress_bar_enabled()
     said.disable_progress_bar()
     try:
-        # Unpacking GGUF draws a bar that no setting switches off.
+        # No setting switches off the progress bar of unpacking GGUF.
         with (
             errors_alone("transformers", "accelerate"),
             redirect_stderr(io.StringIO()) if is_gguf else nullcontext(),

@@ -1,4 +1,4 @@
-"""Which models a user means: ``[NAME=]MODEL[@REVISION,...]``, found without importing torch."""
+"""Find the models of the arguments ``[NAME=]MODEL[@REVISION,...]``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jreg_megatron.decoder.checkpoint.folder import TRACKER, is_megatron, megatron_steps
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 
 GGUF_ENDING = ".gguf"
 ALL = "all"
 
 MODEL_HELP = (
     "[NAME=]MODEL[@REVISION,...]: a name on the Hugging Face hub, a folder, a .gguf file, or the --save "
-    "folder of a Megatron training. @ takes revisions on the hub, or iterations of a training; @all takes "
-    "all of them"
+    "folder of a Megatron training. After @ stand revisions on the hub or iterations of a training; @all "
+    "takes all of them"
 )
-"""What a MODEL may be, for ``--help``."""
+"""The help of MODEL."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that a user named: one checkpoint of it.
-
-    Attributes:
-        name: what to call it; the same for all checkpoints of a series.
-        source: name on the hub, folder or file.
-        revision: on the hub; None for the default, and for what is on this machine.
-        step: iteration of a Megatron checkpoint; None for the latest.
-        is_megatron: whether it is a folder of Megatron checkpoints.
-    """
+    """One checkpoint of a model that the user named."""
 
     name: str
+    """For tables and messages; the same for all checkpoints of a series."""
     source: str
+    """Name on the hub, folder or file."""
     revision: str | None = None
+    """On the hub; None for the default, and for a local model."""
     step: int | None = None
+    """Iteration of a Megatron checkpoint; None for the latest."""
     is_megatron: bool = False
 
     @property
@@ -56,11 +52,11 @@ def find_models(models: Sequence[str]) -> list[Reference]:
     """The checkpoints that the arguments name, in order.
 
     Raises:
-        UserError: for a path or an iteration that is not there.
+        UserError: for a path or an iteration that does not exist.
     """
     groups = [_expand(model) for model in models]
     names = Counter(group[0].name for group in groups)
-    # Two models of one name are called by what the user gave.
+    # Two models of the same name are named by their arguments.
     return [
         replace(reference, name=given) if names[reference.name] > 1 else reference
         for given, group in zip(models, groups, strict=True)
@@ -69,7 +65,7 @@ def find_models(models: Sequence[str]) -> list[Reference]:
 
 
 def step_of(text: str) -> int | None:
-    """The training step that a revision or a folder's name tells: ``step1000``, ``checkpoint-500``."""
+    """The training step in the name of a revision or a folder, as in ``step1000``, ``checkpoint-500``."""
     found = re.search(r"(?:step|checkpoint|iter)[-_]?0*(\d+)", Path(text).name)
     return int(found[1]) if found else None
 
@@ -77,7 +73,7 @@ def step_of(text: str) -> int | None:
 def _expand(model: str) -> list[Reference]:
     name, model = _split(model, "=")
     if not model:
-        raise UserError("a MODEL is empty; give a name on the hub, a folder or a file")
+        raise UserError("MODEL is empty; give a name on the hub, a folder or a file")
     given_revisions, source = "", model
     if not Path(model).expanduser().exists() and "@" in model:
         source, _, given_revisions = model.rpartition("@")
@@ -116,18 +112,14 @@ def _on_this_machine(name: str, path: Path, revisions: list[str]) -> list[Refere
         steps = _pick(path, sorted(saved), revisions or [str(max(saved))])
         return [Reference(name, str(saved[step]), step=step) for step in steps]
     if revisions:
-        raise UserError(
-            f"@{','.join(revisions)} asks for checkpoints of {path}, which is no series of them; leave it out"
-        )
+        raise UserError(f"@{','.join(revisions)} names checkpoints, but {path} is one model; leave it out")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
-            f"{path} holds no model: neither a config.json of transformers nor Megatron's {TRACKER}; name "
-            "the folder that the model was saved to"
+            f"{path} holds no model: neither a config.json of transformers nor Megatron's {TRACKER}; "
+            "give the folder of a saved model"
         )
     if path.is_file() and path.suffix != GGUF_ENDING:
-        raise UserError(
-            f"{path} is not a model file that is read here; give a .gguf file or a model's folder"
-        )
+        raise UserError(f"{path} is not a known model file; give a .gguf file or a model's folder")
     return [Reference(name, str(path))]
 
 
@@ -142,28 +134,27 @@ def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int]:
 
 
 def hub_revisions(source: str) -> list[str]:
-    """The branches on the hub of a model that tell a training step, in its order.
+    """A model's branches on the hub whose names hold a training step, by step.
 
     Raises:
-        UserError: if the hub does not answer, or no branch tells a step.
+        UserError: if the hub does not answer, or no name holds a step.
     """
     import huggingface_hub
 
     try:
         branches = [branch.name for branch in huggingface_hub.list_repo_refs(source).branches]
-    except Exception as error:  # the hub's client raises those of several libraries below it
-        said = " ".join(str(error).split())[:160]
+    except Exception as error:  # the hub's client raises errors of several libraries
         raise UserError(
-            f"{source}@all needs the hub, which did not answer ({said}); name the revisions"
+            f"{source}@all needs the hub, which did not answer ({one_line(error, 160)}); name the revisions"
         ) from error
     with_steps = [(step, branch) for branch in branches if (step := step_of(branch)) is not None]
     if not with_steps:
-        raise UserError(f"{source}@all: none of its branches tells a step; name revisions: {source}@A,B")
+        raise UserError(f"{source}@all finds no branch with a step in its name; name revisions: {source}@A,B")
     return [branch for _, branch in sorted(with_steps)]
 
 
 def _split(model: str, mark: str) -> tuple[str, str]:
-    # A path may hold the mark itself.
+    # A path may hold the mark too.
     if mark not in model or any(
         Path(path).expanduser().exists() for path in (model, model.rpartition("@")[0] or model)
     ):

@@ -1,9 +1,8 @@
-"""Where the layers and the final norm of a model are, found by what they do and not by their names.
+"""Find the layers and the final norm of a model by what they do, not by their names.
 
-Short forward passes show it. The layers are the ``ModuleList`` whose members run one after the other, each on
-what the one before it returned, and which hold all that mixes tokens: neither their input nor what is done to
-their output does. The final norm is a norm that runs on the last one's output, and all that the head sees
-comes through it.
+Short forward passes show it. The layers are the ``ModuleList`` whose members run in order, each on the output
+of the one before. Only they mix tokens: nothing before or after them does. The final norm is a norm that runs
+on the last layer's output, and the head sees nothing else.
 """
 
 from __future__ import annotations
@@ -23,59 +22,56 @@ from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
 from jreg_megatron.runtime.errors import UserError
 
 _LENGTH = 12
-"""Of the tokens that are run, where the model takes so many."""
+"""Number of tokens in a forward pass, if the model takes so many."""
 
 
 def _at(length: int) -> int:
-    """Where the two rows differ: no block of 2 to 6 tokens begins there, in which a model may look ahead."""
+    """The place where the two rows differ. No block of 2 to 6 tokens, in which a model may look ahead, begins
+    here."""
     return length * 7 // 12
 
 
 _SLIGHT, _MUCH, _HALF = 0.02, 0.1, 0.5
-"""Shares of the difference between the rows' logits: what may come from elsewhere where all comes from one
-module, what must come from the last layer where not all does, and what can never be rounding."""
+"""Shares of the difference between the rows' logits: the most that may come from elsewhere if all should come
+from one module, the least that must come from the last layer if not all does, and more than rounding."""
 _LEAST, _CLEAR = 1e-5, 0.1
-"""Of the logits: differences between rows that are none, and that rounding does not hide."""
-
+"""Shares of the logits: rows are equal up to the first, and rounding does not hide the second."""
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _STEPS = (1, 2, 5, 11, 23)
-"""From one id to the other. Reserved ids may share an embedding, or have none that is a number."""
+"""From one id to the other. Reserved ids may share an embedding, or have NaN."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The parts of a model.
-
-    Attributes:
-        layers: layers 1..L.
-        final_norm: None where no norm runs on the last layer's output, or not on it alone.
-        feeds_head_alone: whether the head sees nothing but the last layer's output.
-        tokens: the ids ``[2, s]`` that were run.
-        output: the last layer's states of them, ``[2, s, h]``.
-        in_place: whether a layer writes to its input.
-        scales: whether a state is multiplied by a number between layers.
-    """
+    """The parts of a model."""
 
     layers: Sequence[nn.Module]
+    """Layers 1..L."""
     final_norm: nn.Module | None
+    """None if no norm runs on the last layer's output, or not on it alone."""
     feeds_head_alone: bool
+    """Whether the head sees only the last layer's output."""
     tokens: Tensor
+    """The ids ``[2, s]`` of the forward pass."""
     output: Tensor
+    """The last layer's states of these ids, ``[2, s, h]``."""
     in_place: bool
+    """Whether a layer writes to its input."""
     scales: bool
+    """Whether a state is multiplied by a number between layers."""
 
 
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
     number: int
-    """Among the calls of this module, from 1."""
+    """Number among the calls of this module, from 1."""
     state_in: Tensor
     state_out: Tensor
     more_in: list[Tensor]
     more_out: list[Tensor]
-    """Further states that it was given, and that it returned."""
+    """Other states among its arguments, and in its output."""
     in_place: bool
     """Whether it wrote to its input."""
 
@@ -88,21 +84,21 @@ def find_structure(
     num_layers: int | None = None,
     max_length: int | None = None,
 ) -> Structure:
-    """Run a few tokens and see which modules carry the residual stream.
+    """Run a few tokens and find the modules on the residual stream.
 
     Args:
         model: the whole model, in evaluation mode.
         run: logits ``[b, s, V]`` of token ids ``[b, s]``.
-        vocab_size: ids below it are used.
-        name: of the model, for messages.
-        num_layers: as its configuration says; None if it does not.
-        max_length: of a sequence, in the same way.
+        vocab_size: every id is below it.
+        name: for messages.
+        num_layers: by the configuration; None if not known.
+        max_length: of a sequence; None if not known.
 
     Raises:
-        UserError: if no layers are found, or the model looks at tokens to come or gives other logits each
-            time; says what was looked for.
+        UserError: if no layers are found, the model looks at later tokens, or its logits change from run to
+            run.
     """
-    # Two rows that differ in one token: what comes before it must not see that.
+    # Two rows that differ in one token. States before it must not change.
     widest, length = -1.0, min(_LENGTH, max_length or _LENGTH)
     for step in _STEPS:
         some = (torch.arange(length) + step - 1).repeat(2, 1) % max(1, vocab_size - 1)
@@ -114,8 +110,8 @@ def find_structure(
             break
     if widest <= _LEAST:
         raise UserError(
-            f"{name} gives the same logits whatever token comes before, so its layers cannot be found; its "
-            "embedding may hold the same for all tokens"
+            f"{name} gives the same logits for different tokens, so its layers cannot be found; check its "
+            "embedding"
         )
 
     _refuse_noise(logits, lambda: run(tokens), name)
@@ -127,16 +123,16 @@ def find_structure(
         last = chain[-1]
         if _tells_apart(chain[0].state_in):
             is_last, is_all = effect(last)
-            # Beside the layers that the configuration counts there may be more, such as a skip to the head.
+            # Besides the layers in the configuration there may be others, such as a skip to the head.
             if is_last and (is_all or (len(chain) == num_layers and not _hands_on_more(chain))):
                 break
     else:
-        wanted = "" if num_layers is None else f"{num_layers} by its configuration, "
+        wanted = "" if num_layers is None else f" of {num_layers} layers (its configuration)"
         raise UserError(
-            f"{name} ({type(model).__name__}) has no layers that were found: looked for a ModuleList, or a "
-            f"Sequential or ModuleDict of one kind, whose members, {wanted}run in order from the embedding "
-            "to the head, each on the [batch, sequence, hidden] states that the last one returned; it has "
-            f"{_lists(model)}{_repeated(model, calls)}"
+            f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
+            "Sequential or ModuleDict of one type, whose members run in order from embedding to head, each "
+            f"on the [batch, sequence, hidden] states of the one before; it has {_lists(model)}"
+            f"{_repeated(model, calls)}"
         )
     _refuse_lookahead(last.state_out, name)
     behind = calls[calls.index(last) + 1 :]
@@ -149,7 +145,7 @@ def find_structure(
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
-    """Every module's call with states ``[b, s, h]`` on both sides, in the order of their ends; the logits."""
+    """All calls of modules from states to states ``[b, s, h]``, in the order of their ends; the logits."""
     calls: list[_Call] = []
     numbers: Counter[nn.Module] = Counter()
 
@@ -163,7 +159,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
         dicts = (each for each in (*args, *kwargs.values()) if isinstance(each, dict))
         return [value for each in dicts for value in each.values()]
 
-    # Copies of all states, for whoever runs next may write to them.
+    # Copies of all states, because later modules may write to them.
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = states(*args, kwargs.get("hidden_states"), *kwargs.values(), *kept(args, kwargs))
         given.setdefault(module, []).append([(state, state.clone()) for state in found])
@@ -178,7 +174,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
                 [copy for _, copy in found],
                 [state.clone() for state in states(*outputs)],
             )
-            # What it has put into a dict that it was given, it hands on too.
+            # States that it puts into a dict of its arguments are passed on too.
             new = (
                 each for each in states(*kept(args, kwargs)) if not any(is_same(each, old) for old in more_in)
             )
@@ -193,9 +189,9 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
 
 
 def _apart(logits: Tensor) -> float:
-    """How far the rows' logits are apart where their tokens are, as a share of them."""
+    """The difference of the rows' logits at the differing token, as a share of the logits."""
     at = _at(logits.shape[1])
-    if logits[:, at].isnan().any():  # other ids may do better, or it is found in the states, and named
+    if logits[:, at].isnan().any():  # try other ids; NaN in the states gives an error of its own
         return 2 * _LEAST
     first, second = comparable(logits)[0][:, at]
     return float((first - second).norm() / first.norm().clamp(min=torch.finfo(first.dtype).tiny))
@@ -203,9 +199,9 @@ def _apart(logits: Tensor) -> float:
 
 @torch.inference_mode()
 def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[bool, bool]:
-    """What a call's output does to the logits: whether much to its own token's alone, and whether all.
+    """The effect of a call's output on the logits: is it large and on its own token alone, and is it all?
 
-    It is swapped between the rows where their tokens differ, so that these logits should be swapped.
+    The output is swapped between the rows at the differing token. So these logits should be swapped.
     """
     numbers, at = count(1), _at(logits.shape[1])
     others = [place for place in range(logits.shape[1]) if place != at]
@@ -213,7 +209,7 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     def swap(_: nn.Module, __: Any, output: Any) -> Any:
         if next(numbers) != call.number:
             return None
-        # What was seen, for experts on a GPU need not round alike twice.
+        # The recorded state, because experts on a GPU may round differently the second time.
         state = call.state_out.clone()
         state[:, at] = state[:, at].flip(0)
         return with_stream(output, state)
@@ -226,15 +222,15 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     eps = 4 * torch.finfo(call.state_out.dtype).eps
     apart, moved = (own[0] - own[1])[at].norm(), (found - own)[:, at].norm()
     is_alone = bool(off[:, others].norm() <= min(eps, 1e-3) * own[:, others].norm())
-    # What rounding may do is bounded by what there is to see: a check that always passes is none.
+    # The slack for rounding is bounded by the difference, so that the check can fail.
     slack = torch.minimum(_SLIGHT * apart + eps * own[:, at].norm(), _HALF * apart)
     return is_alone and bool(moved >= _MUCH * apart), bool(off[:, at].norm() <= slack)
 
 
 def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
-    """The calls of each list of modules that hand the stream on.
+    """The calls of each list of modules that pass the stream on.
 
-    Those of ``num_layers`` come first, then the longest; the outermost of equal ones.
+    Lists of ``num_layers`` come first, then the longest ones, then the outermost ones.
     """
     by_module: dict[nn.Module, list[_Call]] = {}
     for call in calls:
@@ -244,10 +240,10 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
         if not isinstance(modules, _LISTS):
             continue
         members = modules._modules.values()
-        # Of Sequential and ModuleDict, for they may hold the norm and other things too.
+        # Sequential and ModuleDict may hold the norm and other modules too.
         if not isinstance(modules, nn.ModuleList) and len({type(module) for module in members}) > 1:
             continue
-        # Layers behind those that the model uses (config.num_hidden_layers) do not run.
+        # Layers beyond config.num_hidden_layers do not run.
         of_each = [by_module[module] for module in members if module in by_module]
         chain = [calls[0] for calls in of_each if len(calls) == 1]
         handed_on = all(is_same_or_scaled(a.state_out, b.state_in) for a, b in pairwise(chain))
@@ -257,13 +253,13 @@ def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> lis
 
 
 def _hands_on_more(chain: list[_Call]) -> bool:
-    """Whether a module gives the next one a second state, such as the sum of a stream and its last branch."""
+    """Whether a module passes on a second state, such as the sum of the stream and its last branch."""
     pairs = pairwise(chain)
     return any(is_same(out, into) for a, b in pairs for out in a.more_out for into in b.more_in)
 
 
 def _tells_apart(states: Tensor) -> bool:
-    """Whether states are of one token each: the rows' differ only where their tokens do."""
+    """Whether each state is of one token: the rows' states differ only at the differing token."""
     first, second = states.float()
     off = (first - second).norm(dim=-1)
     off[_at(len(off))] = 0
@@ -273,7 +269,7 @@ def _tells_apart(states: Tensor) -> bool:
 def _is_norm_of(call: _Call, state: Tensor) -> bool:
     """Whether a call is of a norm and runs on ``state``.
 
-    A norm has no weights but a scale and a shift, and gives the same whatever the length of its input.
+    A norm's only weights are a scale and a shift. Its output does not depend on the length of its input.
     """
     if not is_same_or_scaled(call.state_in, state) or is_same(call.state_out, state):
         return False
@@ -284,7 +280,7 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     try:
         with torch.inference_mode():
             once, twice = (stream_out(call.module(each))[:, :1].float() for each in (some, 2 * some[:, :1]))
-    except Exception:  # it takes more than states
+    except Exception:  # it needs more than states
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
 
@@ -294,29 +290,25 @@ def _refuse_noise(logits: Tensor, run: Callable[[], Tensor], name: str) -> None:
     own, again = comparable(logits, run())
     if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
         raise UserError(
-            f"{name} gives other logits for the same tokens each time, so it has no figures of its own; "
-            "switch off its dropout or noise, and what it keeps from one run to the next"
+            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
+            "its dropout, its noise and its memory of earlier runs"
         )
 
 
 def _refuse_lookahead(states: Tensor, name: str) -> None:
     first, second = states[:, : _at(states.shape[1])].float()
-    # The rows may differ by rounding, for experts take both rows' tokens together.
+    # The rows may differ by rounding, because experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
-        raise UserError(
-            f"{name} looks at tokens to come (an encoder, not a causal decoder); give a causal language model"
-        )
+        raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
 
 
 def _repeated(model: nn.Module, calls: list[_Call]) -> str:
-    """What to say of a member of a list that runs several times."""
+    """The part of an error about a member of a list that runs several times."""
     members = {each for each in model.modules() if isinstance(each, _LISTS) for each in each.children()}
     most = max((call for call in calls if call.module in members), key=lambda call: call.number, default=None)
     if most is None or most.number == 1:
         return ""
-    return (
-        f"; a {type(most.module).__name__} runs {most.number} times in one pass, and each layer must run once"
-    )
+    return f"; a {type(most.module).__name__} runs {most.number} times in one pass, but a layer must run once"
 
 
 def _lists(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Whether a text's states are its own: a trial of the first text, for what a few tokens cannot show."""
+"""Try the first text: do its states depend on anything else?"""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.runtime.errors import UserError
 
 _MAX_LOGITS = 1 << 27
-"""Of the whole model's run: 512 MiB in fp32."""
+"""In the whole model's run: 512 MiB in fp32."""
 _EARLY, _BESIDE, _PADDING = 8, 3, 3
-"""Tokens that must not see the others; rows in a batch; tokens of padding behind them."""
+"""First tokens that must not see the others; rows in a batch; tokens of padding."""
 _SHARE = 0.05
-"""Of tokens that may be off, since an expert may be chosen by rounding."""
+"""Share of tokens that may differ, because rounding may choose another expert."""
 
 
 class LastStates:
-    """Keeps the states behind the last layer, and those that the head takes."""
+    """Keeps the last layer's output, and the head's input."""
 
     layer_output: Tensor
     state: Tensor
@@ -29,25 +29,20 @@ class LastStates:
         self._last = decoder.num_layers
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        """Keep the last layer's output as it is now, for it may be written to later."""
+        """Copy the last layer's output, because the model may write to it later."""
         if number == self._last:
             self.layer_output = self.state = layer_output.clone()
 
     def final_norm(self, normed: Tensor) -> None:
-        """Keep what the head takes."""
+        """Keep the head's input."""
         self.state = normed
 
 
 def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
-    """Run a text by the whole model, and as it will be run: in a batch, with padding and by its layers alone.
-
-    Args:
-        decoder: the model.
-        ids: of the text, one at least.
-        batch_size: rows that will run side by side.
+    """Run a text through the whole model, and as in a measurement: in a batch, with padding, without head.
 
     Raises:
-        UserError: if a token's state depends on what runs beside it, or on the tokens behind it.
+        UserError: if a token's state depends on the other rows of a batch, or on later tokens.
     """
     row = torch.as_tensor(ids)[None, : max(1, _MAX_LOGITS // decoder.vocab_size)]
     length = row.shape[1]
@@ -64,13 +59,11 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
     eps = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, whole.dtype))
     if _is_other(whole, first[:length], eps):
         beside = "in a batch with padding than alone; give --batch-size 1"
-        inside = "in the part around its layers than in the whole model; give another model"
-        raise UserError(
-            f"{decoder.name} gives the same text other states {beside if batch_size > 1 else inside}"
-        )
+        inside = "without its head than in the whole model; give another model"
+        raise UserError(f"{decoder.name} gives a text other states {beside if batch_size > 1 else inside}")
     if _is_other(whole[:early], second[:early], eps):
         raise UserError(
-            f"{decoder.name} looks at tokens to come in a longer text; give a causal language model"
+            f"{decoder.name} looks at later tokens in a longer text; give a causal language model"
         )
 
 

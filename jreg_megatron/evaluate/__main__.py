@@ -1,4 +1,4 @@
-"""``jreg-megatron evaluate``: what models and their middle layers can do, and what two of them differ in."""
+"""``jreg-megatron evaluate``: tasks, the read-out of each layer, and the comparison of two models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jreg_megatron.data.texts import (
 from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
 from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
 from jreg_megatron.runtime import output
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
 
 if TYPE_CHECKING:
@@ -38,20 +38,21 @@ _EXAMPLES = """examples:
   jreg-megatron evaluate --seeds seed1.json seed2.json seed3.json
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --parts read-out,layer-drop --lens
   jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
-Two models are compared on the same samples and texts: bootstrap intervals; McNemar's exact test for
-accuracies, a permutation test for the rest; p-values adjusted for several tasks or layers (Benjamini and
-Hochberg). With fewer than 6 samples or texts there is neither. jreg-megatron report draws what --json holds.
+Two models are compared on the same samples and texts: bootstrap intervals, McNemar's exact test for
+accuracies, a permutation test for other figures. p-values are adjusted for several tasks or layers (Benjamini
+and Hochberg). Fewer than 6 samples or texts get no interval and no test. jreg-megatron report draws the
+--json file.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate models, and write what is asked for.
+    """Run the command.
 
     Raises:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = parser().parse_args(argv)
-    with user_errors_exit("what was finished is in --json and --csv, if they were given"):
+    with user_errors_exit("finished parts are in --json and --csv, if they were given"):
         _run(args)
 
 
@@ -89,25 +90,24 @@ def _run(args: Namespace) -> None:
                 ):
                     done[number:] = [so_far]
         finally:
-            if done:  # even if a later model or part fails: hours may be in it
+            if done:  # even if a later model or part fails: it may have taken hours
                 _write(args, done)
 
 
 def _checked(args: Namespace) -> list[Reference]:
     output.check_outputs(json=args.json, csv=args.csv)
     if not args.parts:
-        raise UserError(f"--parts names none; the parts are {', '.join(PARTS)}")
+        raise UserError(f"--parts is empty; the parts are {', '.join(PARTS)}")
     if not args.tasks:
-        raise UserError("--tasks names none; give speeches, paper or a task of the harness")
+        raise UserError("--tasks is empty; give speeches, paper or a task of the harness")
     for part in args.parts:
         if part not in PARTS:
             raise UserError(f"--parts names {part!r}; the parts are {', '.join(PARTS)}")
     if args.max_tokens < 0 or args.max_tokens == 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
     if args.lens == [] and args.text:
-        raise UserError("--lens names no texts, and those of --text are tested; name others: --lens FILE")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}; it must be at least 1")
+        raise UserError("--lens names no texts, and --text are for the test; name others: --lens FILE")
+    check_least(args, limit=1)
     return find_models(args.models)
 
 
@@ -159,11 +159,11 @@ def _put_out(
 
 
 def parser() -> ArgumentParser:
-    """Of the command's words."""
+    """The command's parser."""
     parser = ArgumentParser(
         prog="jreg-megatron evaluate",
-        description="What a model can do: zero-shot tasks, the loss when each layer is read out by the final "
-        "norm and the head, and the loss without each layer. Two models are compared.",
+        description="Evaluate models: zero-shot tasks, the loss of each layer read out through final norm "
+        "and head, and the loss without each layer. Two models are compared.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -171,16 +171,16 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds",
         action="store_true",
-        help="compare over training seeds: each MODEL is then a file that --json wrote, one for each seed, "
-        "of its baseline and its JREG on the paper's tasks. It prints their difference over the seeds, the "
-        "paper's one-sided t-test, a 95%% interval and the test's power, with and without BoolQ",
+        help="compare over training seeds. Each MODEL is then a --json file of one seed, with its baseline "
+        "and its JREG on the paper's tasks. It prints their difference over seeds, the paper's one-sided "
+        "t-test, a 95%% interval and the test's power, with and without BoolQ",
     )
     parser.add_argument(
         "--parts",
         type=_names,
         default=list(PARTS),
         metavar="PART,...",
-        help=f"run these parts: {', '.join(PARTS)} (default: all; layer-drop takes a run for each layer)",
+        help=f"run these parts: {', '.join(PARTS)} (default: all). layer-drop needs one run for each layer",
     )
     tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
     tasks.add_argument(
@@ -188,10 +188,10 @@ def parser() -> ArgumentParser:
         type=_names,
         default=["speeches"],
         metavar="TASK,...",
-        help="speeches: small tasks made of held-out speeches, which need no network and are no public "
-        "benchmark (the default); paper: the nine of JREG's paper, ARC-easy, BoolQ, HellaSwag, LAMBADA "
-        "(lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, zero-shot, from the Hugging Face hub, with "
-        "their mean, and that without BoolQ; or any task or group of the harness",
+        help="speeches (default): small tasks made of held-out speeches; they need no network and are no "
+        "public benchmark. paper: the nine tasks of JREG's paper, zero-shot, from the Hugging Face hub: "
+        "ARC-easy, BoolQ, HellaSwag, LAMBADA (lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, with "
+        "their mean, and the mean without BoolQ. Or any task or group of the harness",
     )
     tasks.add_argument(
         "--limit", type=int, metavar="N", help="run the first N samples of each task (default: all)"
@@ -201,7 +201,7 @@ def parser() -> ArgumentParser:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder of your own task files; may be given again",
+        help="a folder of your own task files; can be repeated",
     )
     text, _ = add_text_arguments(parser)
     text.add_argument(
@@ -215,8 +215,8 @@ def parser() -> ArgumentParser:
         "--lens",
         nargs="*",
         metavar="FILE",
-        help="also read each layer out through a fitted lens: the affine map, by least squares on these "
-        "texts, of its states to the last layer's (default texts: the other speeches)",
+        help="also read each layer out through a lens: an affine map of its states to the last layer's, "
+        "fitted by least squares on these texts (default: the other speeches)",
     )
     add_model_arguments(parser)
     output.add_output_arguments(parser)

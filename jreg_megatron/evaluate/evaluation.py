@@ -1,4 +1,4 @@
-"""All that is found out about a model, and about what two of them differ in."""
+"""The evaluation of a model, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from jreg_megatron.runtime.output import note
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of one model; a part that was not asked for, or not finished, is None."""
+    """One model's results. A part that was left out or is not finished is None."""
 
     model: dict[str, Any]
-    """What :meth:`Decoder.described` says of it."""
+    """From :meth:`Decoder.described`."""
     tasks: dict[str, TaskResult] | None = None
     read_out: PerText | None = None
     """Its C readings are layers 0..L."""
@@ -36,7 +36,7 @@ class Evaluation:
     lens: PerText | None = None
     """Its C readings are layers 0..L through the fitted lens."""
     lens_tokens: int = 0
-    """How many tokens the lens was fitted on."""
+    """Number of tokens in the lens's fit."""
 
     @property
     def at(self) -> str:
@@ -54,7 +54,7 @@ def evaluate(
     options: Options,
     lens_texts: Iterable[Text] = (),
 ) -> Iterator[Evaluation]:
-    """Evaluate a model; yields what is known so far after each part, so that no later part can lose it.
+    """Evaluate a model. After each part, yield the results so far, so that a later error cannot lose them.
 
     Args:
         decoder: the model.
@@ -62,11 +62,11 @@ def evaluate(
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         limit: samples of each task; None for all.
         texts: for the parts about layers.
-        options: how they are run.
-        lens_texts: for the fit of the lens; others than ``texts``.
+        options: for the parts about layers.
+        lens_texts: for the fit of the lens; other texts than ``texts``.
 
     Raises:
-        UserError: if a part cannot be done with this model; before anything is run where that can be seen.
+        UserError: if this model cannot run a part; before any part runs, if possible.
     """
     parts = set(parts)
     if (error := read_out_error(decoder)) is not None:
@@ -76,7 +76,7 @@ def evaluate(
             note(f"{error}; {' and '.join(left_out)} are left out")
         parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
     if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
-        raise UserError(f"--lens names {len(both)} of the texts that the lens is tested on; give others")
+        raise UserError(f"--lens names {len(both)} of the texts of the test; give others")
     if parts - {"tasks"}:
         texts = layers.checked_texts(decoder, texts, options)
     found = Evaluation(decoder.described())
@@ -98,21 +98,17 @@ def _contents(texts: Iterable[Text]) -> set[int]:
 
 
 def document(evaluations: Sequence[Evaluation], text: str) -> dict[str, Any]:
-    """All of it for JSON, without the name of the format; two models are compared.
-
-    Args:
-        evaluations: of each model.
-        text: what was read.
-    """
+    """The JSON document without the name of the format. Two models are compared; ``text`` names the texts."""
     compared = compare(*evaluations) if len(evaluations) == 2 else None
     return {"models": [_model(evaluation, text) for evaluation in evaluations], "comparison": compared}
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, Any]:
-    """What ``b`` differs from ``a`` in, on the samples and texts that both have seen, for JSON.
+    """The differences of ``b`` to ``a`` on the samples and texts that both have seen, for JSON.
 
-    A part that cannot be compared is None, and a note says why. ``overall`` is of the mean of the paper's
-    nine tasks if all are there, else of all tasks that are a share; ``without_boolq`` needs all nine.
+    A part that cannot be compared is None, and a note says why. ``overall`` is the mean of the paper's nine
+    tasks if both have all nine, else of all tasks with a share of right answers. ``without_boolq`` needs all
+    nine.
     """
     notes: list[str] = []
     first, second = a.tasks or {}, b.tasks or {}
@@ -148,7 +144,7 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, Any]:
 def _compare_layers(
     a: Evaluation, b: Evaluation, part: str, what: str, notes: list[str]
 ) -> dict[str, Any] | None:
-    """The loss behind layers 0..L by columns; None where it cannot be compared, which ``notes`` then say."""
+    """The loss after layers 0..L, by columns; None and a note if it cannot be compared."""
     first: PerText | None = getattr(a, part)
     second: PerText | None = getattr(b, part)
     depths = [each.model["num_layers"] for each in (a, b)]
@@ -160,7 +156,7 @@ def _compare_layers(
     elif first.ids != second.ids:
         notes.append(
             f"{what} is not compared: the models cut the texts differently (another tokenizer or another "
-            "longest sequence), so a loss per token is not the same thing; the task speeches_bits_per_byte "
+            "longest sequence), so their losses per token do not compare; the task speeches_bits_per_byte "
             "compares the whole models."
         )
     elif len(first.tokens) < paired.FEWEST:
@@ -174,7 +170,7 @@ def _compare_layers(
 
 
 def _adjusted(differences: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Differences for JSON, with the p-values adjusted for there being several."""
+    """Differences for JSON, with p-values adjusted for several tests."""
     corrected = paired.adjusted([found.p_value for found in differences])
     return [asdict(found) | {"p_adjusted": p} for found, p in zip(differences, corrected, strict=True)]
 

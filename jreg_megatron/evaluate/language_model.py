@@ -1,4 +1,4 @@
-"""A decoder as lm-evaluation-harness wants to see a model. Importing this takes seconds."""
+"""A decoder as a model for lm-evaluation-harness. The import takes seconds."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from jreg_megatron.evaluate.scoring import score_own
 from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
-"""Whatever names it, the ids of the context and those to be scored."""
+"""Any name, the ids of the context, and the ids to score."""
 
 
 class DecoderLM(TemplateLM):  # type: ignore[misc]
-    """Log-likelihoods from a :class:`Decoder`, whatever it was made of.
+    """Log-likelihoods from a :class:`Decoder`.
 
-    Texts too long for the model lose their beginning, as in the harness's own models.
+    The model sees the end of a text that is too long, as in the harness's own models.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, quiet: bool) -> None:
         """Raises :class:`UserError` for a model without a tokenizer."""
         super().__init__()
         if decoder.tokenizer is None:
-            raise UserError(f"{decoder.name} has no tokenizer, which tasks need; leave them out with --parts")
+            raise UserError(
+                f"{decoder.name} has no tokenizer, which tasks need; leave tasks out with --parts"
+            )
         self._decoder, self._batch_size, self._quiet = decoder, batch_size, quiet
         self._tried = False
         self._encode = decoder.tokenizer.encode
@@ -40,7 +42,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands before a text: what texts begin with, or else what ends them."""
+        """The token before a text: the one that begins texts, or else the one that ends them."""
         if self._begin:
             return self._begin[-1]
         if self._decoder.end_of_text is None:
@@ -48,17 +50,12 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         return self._decoder.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, without those that begin every text if ``add_special_tokens`` is False."""
+        """The ids of a text, without those that begin a text if ``add_special_tokens`` is False."""
         ids = self._encode(string)
         return ids[len(self._begin) :] if add_special_tokens is False else ids
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood in nats of each continuation, and whether greedy decoding would give it."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        return answers
-
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood in nats of each text, cut into pieces of the model's length."""
+        """Log-likelihood in nats of each text, in pieces of the model's length."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -77,7 +74,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Not offered; such tasks are refused by name when they are loaded."""
+        """Not supported; :func:`load_tasks` refuses such tasks."""
         raise NotImplementedError("text is not generated")
 
     def _loglikelihood_tokens(
@@ -89,7 +86,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
                     f"a task has a continuation of {len(wanted)} tokens, and {self._decoder.name} takes 1 to "
                     f"{self._max_length}; leave the task out"
                 )
-        # The longest first: if memory falls short it does so at once, and rows of a batch are of like length.
+        # The longest first: a lack of memory shows at once, and the rows of a batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         if order and not self._tried:
             _, context, wanted = requests[order[0]]
@@ -111,10 +108,10 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each request's last part, and whether each id of it is the most likely."""
+        """Log-likelihood of each request's last part, and whether all its ids are the most likely ones."""
         kept = [torch.tensor((context + ids)[-(self._max_length + 1) :]) for _, context, ids in requests]
         lengths = [len(wanted) for _, _, wanted in requests]
-        # Filled up on the right, where a causal model does not look.
+        # Padded on the right, which a causal model does not see.
         inputs = pad_sequence([ids[:-1] for ids in kept], batch_first=True).to(self._decoder.device)
         rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths))
         columns = torch.cat(

@@ -1,4 +1,4 @@
-"""What a model's middle layers know, and what each layer is worth: early exit, and layers left out."""
+"""The loss after each layer (early exit), and the loss without each layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NOTHING = "there is no text with a second token, so none to predict; give longe
 
 @dataclass(frozen=True)
 class Options:
-    """How texts are run."""
+    """Of a run over texts."""
 
     max_tokens: int | None
-    """First tokens of each text that are used, in windows of the model's length; None for all."""
+    """First tokens of each text, in windows of the model's length; None for all."""
     batch_size: int
     """Sequences at a time."""
     quiet: bool = False
@@ -39,31 +39,28 @@ class PerText:
     """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
 
     tokens: Floats
-    """``[T]``, how many tokens were predicted."""
+    """``[T]``, the number of predicted tokens."""
     ids: list[int]
-    """``[T]``, a hash of each text's tokens: two models whose are the same can be compared token by token."""
+    """``[T]``, a hash of each text's tokens. Models with the same hashes can be compared token by token."""
     loss: Floats
     """``[T, C]`` in nats."""
     correct: Floats
-    """``[T, C]``, how often the most likely token came."""
+    """``[T, C]``, how often the most likely token was right."""
     agreed: Floats
-    """``[T, C]``, how often the most likely token was that of the whole model."""
+    """``[T, C]``, how often the most likely token was the whole model's."""
 
     def mean(self, sums: Floats) -> list[float]:
-        """Per token, for each of C."""
+        """Means per token, ``[C]``."""
         values: list[float] = (sums.sum(0) / self.tokens.sum()).tolist()
         return values
 
 
 def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> list[Text]:
-    """Read all texts into tokens, once, and try the first: what is wrong is found before hours are spent.
-
-    Returns:
-        The texts as token ids.
+    """Read all texts into token ids, and try the first, before the long runs.
 
     Raises:
         UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
-            model that gives a text's tokens states that depend on other things.
+            model whose states of a text depend on anything else.
     """
     ids: dict[int, list[NDArray[np.int64]]] = {}
     for window in decoder.windows(texts, options.max_tokens):
@@ -82,13 +79,13 @@ def read_out(
     options: Options,
     lens: Callable[[int, Tensor], Tensor] | None = None,
 ) -> PerText:
-    """Predict each text from the states behind layer 0 (the embedding) to L, read out by final norm and head.
+    """Predict each text from the states after layers 0 (the embedding) to L, through final norm and head.
 
     Args:
-        decoder: its final norm and head must make its own logits.
+        decoder: its final norm and head must give its own logits.
         texts: to predict.
-        options: how they are run.
-        lens: given a layer's number and the states ``[n, h]`` behind it, makes what is read out of them.
+        options: of the runs.
+        lens: maps the states ``[n, h]`` after a layer, given its number, before they are read out.
 
     Raises:
         UserError: for texts that are too short or not this model's, and logits that are not finite.
@@ -110,11 +107,8 @@ def read_out(
 
 
 def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
-    """Predict each text without layer 1, ... without layer L, and by the whole model, in this order.
-
-    Raises:
-        UserError: as :func:`read_out`.
-    """
+    """Predict each text without layer 1, ... without layer L, and by the whole model; raises as
+    :func:`read_out`."""
 
     def final(ids: Tensor, kept: Tensor, targets: Tensor) -> Scores:
         return score_own(decoder, ids, kept.nonzero(as_tuple=True), targets)
@@ -131,12 +125,12 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> Per
 
 @dataclass(frozen=True)
 class StatesAt:
-    """Observes a decoder: hands on the states behind layer 0 (the embedding) to L while the model runs."""
+    """Observes a decoder: passes on the states after layers 0 (the embedding) to L while the model runs."""
 
     kept: Tensor
-    """``[b, s - 1]``, which positions' states."""
+    """``[b, s - 1]``, the positions whose states are passed on."""
     see: Callable[[int, Tensor], None]
-    """Is told a layer's number and the states ``[n, h]`` behind it."""
+    """Gets a layer's number and the states ``[n, h]`` after it."""
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         if number == 1:
@@ -148,20 +142,17 @@ class StatesAt:
 
 
 Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]
-"""Given ids ``[b, s]``, which positions ``[b, s - 1]`` predict, and the tokens ``[n]`` that they predict: the
-scores of each reading of the model, the whole model's last."""
+"""From ids ``[b, s]``, the predicting positions ``[b, s - 1]`` and the tokens ``[n]`` to predict: the scores
+of each reading of the model, the whole model last."""
 
 
 def prediction_batches(
     decoder: Decoder, texts: Iterable[Text], options: Options, what: str, total: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Batch]]:
-    """Batches of texts on the model's device, with a progress bar.
+    """Batches of texts on the model's device, with a progress bar; raises as :meth:`Decoder.windows`.
 
     Yields:
-        Ids ``[b, s]``, which positions ``[b, s - 1]`` predict, what they predict ``[n]``, and the batch.
-
-    Raises:
-        UserError: for a text that cannot be read, and ids that are not the model's.
+        Ids ``[b, s]``, the predicting positions ``[b, s - 1]``, the tokens ``[n]`` to predict, and the batch.
     """
     sequences, hidden = _predictable(decoder, texts, options), options.quiet or None
     with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
@@ -198,7 +189,7 @@ def _measure(
     hashes: dict[int, int] = {}
     for window in windows:
         hashes[window.text] = hash((hashes.get(window.text, 0), *window.ids.tolist()))
-    # Windows of a text follow one another.
+    # The windows of a text are neighbors.
     first = np.unique([window.text for window in windows], return_index=True)[1]
     loss, correct, agreed = np.moveaxis(np.add.reduceat(sums, first), -1, 0)
     tokens = np.add.reduceat([len(window.ids) - 1.0 for window in windows], first)

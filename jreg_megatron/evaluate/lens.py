@@ -1,11 +1,11 @@
-"""A fitted lens: for each layer the affine map of its states that comes nearest to the last layer's.
+"""A fitted lens: for each layer the affine map of its states that is nearest to the last layer's states.
 
-Read out by final norm and head as they are, a middle layer may look poor only since its states lie otherwise
-than the last layer's. The map takes that away; what is left is what a layer does not know. It is the
-least-squares fit of Din et al. (arXiv 2303.09435), with a bias: no step size, the same each time.
+Without a map, a middle layer may have a high loss only because its states lie elsewhere in the space. With
+the map, the loss shows what the layer does not know. The fit is the least-squares fit of Din et al. (arXiv
+2303.09435) with a bias. It has no step size and gives the same result each time.
 
-A token weighs ``1 / |h_L|^2``, since norms read a direction: else a few tokens with huge states, such as the
-first of a text, would decide.
+A token has the weight ``1 / |h_L|^2``, because a norm reads only the direction. Else a few tokens with huge
+states, such as the first of a text, would decide.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jreg_megatron.evaluate.layers import Options, StatesAt, prediction_batches
 from jreg_megatron.runtime.errors import UserError
 
 _RIDGE = 1e-6
-"""Of the mean square of a coordinate, added to each: states may not fill all their dimensions."""
+"""Share of the mean square of a coordinate that is added to each. States may not fill all dimensions."""
 _FEWEST = 10
-"""Tokens for each row of a map; fitted on fewer, it is too good on them and too bad on others."""
+"""Tokens for each row of a map. A fit on fewer tokens does not hold on other texts."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Lens:
     maps: Tensor
     """``[L, h + 1, h]`` float32; the last row is the bias."""
     tokens: int
-    """How many the fit has seen."""
+    """Number of tokens in the fit."""
 
     def __call__(self, number: int, states: Tensor) -> Tensor:
-        """States ``[n, h]`` behind layer ``number`` (0: the embedding) as the last layer would have them."""
+        """Map states ``[n, h]`` after layer ``number`` (0: the embedding) to the last layer's."""
         if number == len(self.maps):
             return states
         matrix = self.maps[number].to(states.device)
@@ -46,13 +46,13 @@ class Lens:
 
 @torch.inference_mode()
 def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
-    """Fit a lens on texts, which must be others than those that it will be tested on.
+    """Fit a lens. It must be tested on other texts.
 
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
     """
-    # All that least squares needs, in float64: for each layer but the last the products of its states and a
-    # one by these and the last layer's states.
+    # Least squares needs, for each layer but the last, the products of [its states, 1] by [its states, 1, the
+    # last layer's states], in float64.
     sums: dict[int, Tensor] = {}
     tokens = 0
     for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
@@ -69,8 +69,7 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Options) -> Lens:
     least = _FEWEST * (decoder.hidden_size + 1)
     if tokens < least:
         raise UserError(
-            f"the texts of --lens have {tokens:,} tokens, and {decoder.name} needs at least {least:,}; "
-            "give more"
+            f"--lens has texts of {tokens:,} tokens, but {decoder.name} needs at least {least:,}; give more"
         )
     maps = []
     for products in sums.values():

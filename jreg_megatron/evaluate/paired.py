@@ -1,15 +1,15 @@
-"""Intervals and tests over samples, by scipy: of one model, and of the difference of two on the same samples.
+"""Intervals and tests over samples, by scipy: of one model, and of the difference of two.
 
-A figure is a sum of amounts over a sum of weights: the mean where all weights are 1, nats per token where the
-weights are tokens.
+A figure is a sum of amounts over a sum of weights. With weights of 1 it is a mean; with tokens as weights it
+is nats per token.
 
-Intervals are percentile bootstraps that draw whole samples. For a share (such as an accuracy) of one model it
-is Wilson's interval, which is right at 0 and 1 too, where a bootstrap has no width.
+Intervals are percentile bootstraps over whole samples. A share of one model, such as an accuracy, gets
+Wilson's interval, because a bootstrap has no width at 0 and 1.
 
-Tests are two-sided. For two shares it is McNemar's exact test: a binomial test on the samples that only one
-model gets right. For anything else it is a permutation test that swaps the models' results sample by sample:
-it assumes no distribution, and tests the very figure that is reported, as a t-test and Wilcoxon's do not.
-:func:`adjusted` corrects for several tests by Benjamini and Hochberg's bound on the false discovery rate.
+Tests are two-sided. Two shares get McNemar's exact test: a binomial test on the samples that only one model
+gets right. Other figures get a permutation test that swaps the models' results sample by sample. It assumes
+no distribution and tests the reported figure; a t-test and Wilcoxon's test do not. :func:`adjusted` corrects
+for several tests by Benjamini and Hochberg's bound on the false discovery rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
 FEWEST = 6
-"""With fewer samples there is no interval: a bootstrap of them is too narrow, and no test can reach 0.05."""
+"""Fewer samples get no interval: a bootstrap would be too narrow, and no test could reach 0.05."""
 
 _RESAMPLES = 9999
 _SEED = 20
@@ -34,13 +34,12 @@ _BATCH = 1 << 22  # numbers held at a time
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the second model to the first, on the same samples."""
+    """The second model minus the first, on the same samples."""
 
     difference: float
     interval: Interval | None
-    """None for fewer than :data:`FEWEST` samples."""
+    """None for fewer than :data:`FEWEST` samples, as the p-value."""
     p_value: float | None
-    """The same."""
     samples: int
 
 
@@ -57,7 +56,7 @@ def interval(amounts: Floats, weights: Floats) -> Interval | None:
 
 
 def compare(a: Floats, b: Floats, weights: Floats) -> Difference:
-    """The difference of ``b`` to ``a``, amounts ``[n]`` of the same samples with the same weights ``[n]``."""
+    """``b`` minus ``a``: amounts ``[n]`` of the same samples with the same weights ``[n]``."""
     from scipy import stats
 
     value = float((b - a).sum() / weights.sum())
@@ -72,24 +71,24 @@ def compare(a: Floats, b: Floats, weights: Floats) -> Difference:
 
 
 def compare_mean(pairs: Sequence[tuple[Floats, Floats]]) -> Difference:
-    """The mean over tasks of the differences of shares, given each task's ``a`` and ``b`` ``[n]``.
+    """The mean over tasks of the differences of shares, from each task's ``a`` and ``b`` ``[n]``.
 
-    Samples are drawn and swapped within each task, since the tasks are given and their samples are chance.
+    Samples are drawn and swapped within each task, because only the samples are random, not the tasks.
     """
     value = float(np.mean([(b - a).mean() for a, b in pairs]))
     size = sum(len(a) for a, _ in pairs)
     if min(len(a) for a, _ in pairs) < FEWEST:
         return Difference(value, None, None, size)
     found = _bootstrap([(b - a, np.ones(len(a))) for a, b in pairs])
-    # Divided by its task's size, a sample counts in a plain sum as it does in the mean of the means.
+    # A sample is divided by its task's size. Then a plain sum weighs it as the mean of the means does.
     first, second = (np.concatenate([pair[side] / len(pair[side]) for pair in pairs]) for side in (0, 1))
     return Difference(value, found, _permutation(first, second), size)
 
 
 def adjusted(p_values: Sequence[float | None]) -> list[float | None]:
-    """The p-values of tests made together, raised: of those below x, about a share x are there by chance.
+    """The adjusted p-values of several tests: of those below x, about a share x are false discoveries.
 
-    None, for a test that was not made, stays.
+    None, for a missing test, stays.
     """
     from scipy import stats
 
@@ -104,10 +103,10 @@ def is_share(amounts: Floats, weights: Floats) -> bool:
 
 
 def _bootstrap(groups: list[tuple[Floats, Floats]]) -> Interval:
-    """Of the mean over groups of ``sum(amounts) / sum(weights)``; draws within groups."""
+    """Interval of the mean over groups of ``sum(amounts) / sum(weights)``. It draws within groups."""
     from scipy import stats
 
-    # scipy draws one array by another independently; indices keep amounts and weights together.
+    # scipy draws several arrays independently. Indices keep amounts and weights together.
     def statistic(*drawn: NDArray[np.int64], axis: int = -1) -> Floats:
         figures = [
             amounts[index].sum(axis) / weights[index].sum(axis)

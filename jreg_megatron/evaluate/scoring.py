@@ -1,4 +1,4 @@
-"""How well token ids are predicted from states: in pieces, so that logits take little memory."""
+"""Score predictions of token ids from states, in pieces, so that logits need little memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECKED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Scores:
-    """How tokens ``[n]`` were predicted."""
+    """Predictions of tokens ``[n]``."""
 
     loss: Tensor
     """Cross-entropy ``[n]`` in nats, fp32."""
@@ -32,10 +32,10 @@ class Scores:
 
 
 def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
-    """Score the ids ``targets`` ``[n]`` by the logits that ``to_logits`` makes of ``states`` ``[n, h]``.
+    """Score the ids ``targets`` ``[n]`` by the logits that ``to_logits`` gives for ``states`` ``[n, h]``.
 
     Raises:
-        UserError: if a logit is NaN, or a target is given no probability at all.
+        UserError: if a logit is NaN, or a target has probability 0.
     """
     rows = max(1, _MAX_LOGITS // decoder.vocab_size)
     losses, tops = [], []
@@ -46,18 +46,15 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
     loss = torch.cat(losses)
     if not bool(loss.isfinite().all()):
         raise UserError(
-            f"{decoder.name} gives logits that are not finite with {decoder.dtype}; give --dtype float32, or "
-            "if it is that already, look for broken weights"
+            f"{decoder.name} gives logits that are not finite with {decoder.dtype}; give --dtype float32, "
+            "and if that does not help, check the weights"
         )
     return Scores(loss, torch.cat(tops))
 
 
 def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:
-    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` in n rows and columns.
-
-    Raises:
-        UserError: as :func:`score`.
-    """
+    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` at n rows and columns;
+    raises as :func:`score`."""
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
@@ -68,7 +65,7 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tens
 
 
 def read_out_error(decoder: Decoder) -> str | None:
-    """Why no layer can be read out; None where final norm and head make the model's logits of the last."""
+    """Why no layer can be read out; None if final norm and head give the last layer's own logits."""
     ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
     if decoder.max_length is not None:
         ids = ids[:, : decoder.max_length]
@@ -84,7 +81,7 @@ def read_out_error(decoder: Decoder) -> str | None:
             # As layers are read out, and as the whole model is scored.
             reads = (decoder.read_out(seen.layer_output), decoder.head(seen.state))
         except RuntimeError:  # a projection between them
-            return f"{what}its head does not take the states behind its layers"
+            return f"{what}its head does not take the last layer's states"
     if any(read.shape != own.shape for read in reads):
         return f"{what}its head gives logits of another shape"
     own, *others = comparable(own, *reads)

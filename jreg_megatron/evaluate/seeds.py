@@ -1,4 +1,4 @@
-"""The paper's tasks over training seeds: evaluations of two models each, the paper's test and an interval."""
+"""Compare baseline and JREG on the paper's tasks over training seeds: the paper's test and an interval."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jreg_megatron.runtime.errors import UserError
 
 
 def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
-    """The second model less the first in the mean of the paper's tasks, over seeds.
+    """Differences in the mean of the paper's tasks, over seeds.
 
     Args:
-        files: what ``evaluate --json`` wrote, one a seed, each of two models: first the baseline.
+        files: one ``evaluate --json`` file for each seed, with two models: first the baseline, then JREG.
 
     Returns:
-        For JSON, without the name of the format. Differences are in percentage points, JREG's less the
-        baseline's; intervals are two-sided 95% t intervals of their mean.
+        The JSON document without the name of the format. Differences are JREG minus baseline in percentage
+        points. Intervals are two-sided 95% t intervals of their mean.
 
     Raises:
-        UserError: for fewer than two seeds, for a file that is no evaluation of two models on all of the
-            paper's tasks, and for seeds that were not evaluated alike or are the same models.
+        UserError: for fewer than two seeds, a file without two models on all of the paper's tasks, and seeds
+            that were evaluated differently or have the same models.
     """
     seeds = [_pair(file) for file in files]
     if len(seeds) < 2:
-        raise UserError("--seeds has one evaluation; name those of at least two seeds")
+        raise UserError("--seeds has one evaluation; give the files of at least two seeds")
     for seed in seeds[1:]:
         _check_alike(seeds[0], seed)
     _check_all_differ(seeds)
@@ -74,7 +74,7 @@ def _pair(file: str) -> tuple[Evaluated, Evaluated]:
     found = read([Path(file)])
     if len(found.evaluated) != 2 or found.measured or found.runs:
         raise UserError(
-            f"--seeds names {file}, which is no evaluation of two models; write one with: "
+            f"--seeds names {file}, which is no evaluation of two models; make one with: "
             "jreg-megatron evaluate BASELINE JREG --tasks paper --json FILE"
         )
     for model in found.evaluated:
@@ -87,29 +87,29 @@ def _pair(file: str) -> tuple[Evaluated, Evaluated]:
 
 
 def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
-    """Refuse seeds whose numbers do not belong in one mean."""
+    """Refuse seeds that were evaluated differently."""
     files = " and ".join(seed[0].origin.file for seed in (first, other))
     limits = [_limit(seed[0]) for seed in (first, other)]
     if limits[0] != limits[1]:
         raise UserError(
-            f"--seeds: --limit was {limits[0] or 'none'} and {limits[1] or 'none'} in {files}; evaluate them "
-            "alike"
+            f"--seeds: --limit was {limits[0] or 'none'} and {limits[1] or 'none'} in {files}; evaluate "
+            "both with the same --limit"
         )
     for name in TASKS:
         scores = [model.tasks[name] for model in (*first, *other)]
         if len({(score.metric, score.samples) for score in scores}) > 1:
             raise UserError(
-                f"--seeds: {name} is not the same metric of as many samples in {files}; evaluate them alike"
+                f"--seeds: {name} has another metric or number of samples in {files}; evaluate both alike"
             )
     names = [[model.origin.name for model in seed] for seed in (first, other)]
     if names[0] == names[1][::-1] != names[1]:
         raise UserError(
-            f"--seeds: {files} hold {' and '.join(names[0])} in two orders; evaluate the baseline first"
+            f"--seeds: {files} have {' and '.join(names[0])} in two orders; evaluate the baseline first"
         )
 
 
 def _limit(model: Evaluated) -> str | None:
-    """--limit as the report's reader has it; None for all samples."""
+    """``--limit`` as the report's reader gives it; None for all samples."""
     found = model.how.get("limit")
     return None if found == "none" else found
 

@@ -1,4 +1,4 @@
-"""An evaluation's document as tables for people and rows for other programs."""
+"""An evaluation's tables, and its rows for CSV."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jreg_megatron.measure.table import table as empty_table
 from jreg_megatron.paper import TASKS, missing_tasks
 
 MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
-"""What the paper's means are called; the remarks say of which nine."""
+"""Names of the paper's means."""
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
 _OF_LAYERS = {"read_out": "Loss read out by layer", "lens": "Loss through the lens by layer"}
 
 
 def print_tables(console: Any, document: dict[str, Any]) -> None:
-    """Print tasks, layers, and the notes on what was compared."""
+    """Print tasks, layers, differences and notes."""
     models, comparison = document["models"], document["comparison"]
     labels = [escape(name_at(model["name"], model["revision"], model["step"])) for model in models]
     if models[0]["tasks"]:
@@ -40,7 +40,7 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
 
 
 def print_seeds(console: Any, document: dict[str, Any]) -> None:
-    """Print the paper's test over seeds, with what it can and cannot find."""
+    """Print the paper's test over seeds, and its power."""
     first, second = map(escape, document["models"])
     seeds, power, paper = len(document["files"]), document["power"], document["paper"]
     columns = ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided")
@@ -53,14 +53,14 @@ def print_seeds(console: Any, document: dict[str, Any]) -> None:
         table.add_row(MEANS[key], *means, *differences, f"{found['sd']:.2f}", p_value)
     console.print(table)
     console.print(
-        f"The paper has, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
+        f"The paper, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
         f"{paper['p_one_sided']}.\n"
-        f"Power: if its difference and its sd ({paper['sd']}) are the true ones, {seeds} seeds find it "
-        f"{power['power']:.0%} of the time at p < {power['level']}; {power['seeds_for_80_percent']} seeds do "
-        "80%."
+        f"Power: if the paper's difference and sd ({paper['sd']}) are true, {seeds} seeds find the "
+        f"difference {power['power']:.0%} of the time at p < {power['level']}; 80% needs "
+        f"{power['seeds_for_80_percent']} seeds."
     )
     if document["limit"] is not None:
-        console.print(f"Of the first {document['limit']} samples of each task (--limit).")
+        console.print(f"Only the first {document['limit']} samples of each task (--limit).")
 
 
 def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -166,30 +166,30 @@ def _remarks(document: dict[str, Any]) -> list[str]:
     if lower := [name for name, task in models[0]["tasks"].items() if not task["higher_is_better"]]:
         lines.append(f"Lower is better: {', '.join(lower)}.")
     if any(name.startswith("speeches_") for name in models[0]["tasks"]):
-        lines.append("speeches_* are made of held-out speeches; they are no public benchmark.")
+        lines.append("speeches_* are tasks made of held-out speeches, and no public benchmark.")
     lines += _about_means(models[0], document["limit"])
     if models[0]["tasks"] or (comparison and comparison["read_out"]):
         lines.append("Below a figure: its 95% interval.")
     if comparison:
         lines.append(
-            "Intervals and tests are over samples and texts, not over training seeds: with other seeds, the "
-            "models may differ by more or less."
+            "Intervals and tests are over samples and texts, not over training seeds. Other seeds may give "
+            "another difference."
         )
         lines += comparison["notes"]
     elif len(models) > 2:
-        lines.append("Differences are computed where two models are given.")
+        lines.append("Differences are computed for two models only.")
     return lines
 
 
 def _about_means(model: dict[str, Any], limit: int | None) -> list[str]:
-    """What is to be known of the paper's means, or which tasks they lack; nothing where one is run alone."""
+    """Remarks on the paper's means, or the tasks that they lack; none if fewer than two tasks were run."""
     missing = missing_tasks(model["tasks"])
     if missing:
         few = len(TASKS) - len(missing) < 2
-        return [] if few else [f"No mean of the paper's nine tasks: {', '.join(missing)} not run."]
+        return [] if few else [f"No mean of the paper's nine tasks. Not run: {', '.join(missing)}."]
     lines = [
-        "The means are of the paper's nine tasks, by acc_norm where a task has it, else by acc; the paper "
-        "does not say which it took."
+        "The means are of the paper's nine tasks, by acc_norm if a task has it, else by acc. The paper does "
+        "not say which it took."
     ]
     if limit is not None:
         lines.append(f"They are of the first {limit} samples of each task (--limit); the paper took all.")

@@ -1,7 +1,7 @@
-"""Tasks for lm-evaluation-harness made of held-out speeches, which need no network. No public benchmark.
+"""Tasks for lm-evaluation-harness made of held-out speeches. They need no network.
 
-They tell models of one kind apart, and a trained model from one that knows nothing. Their figures compare
-with nothing that others publish.
+They distinguish similar models, and a trained model from an untrained one. They are no public benchmark, so
+their figures do not compare with published ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _LAST_WORD = re.compile(r"(.*) ([a-z]{5,})[.!?]")
 
 
 def write_speech_tasks(folder: Path, speeches: list[Text]) -> None:
-    """Write each task as YAML and JSON lines, as ``lm_eval --include_path`` reads them too."""
+    """Write each task as YAML and JSON lines, which ``lm_eval --include_path`` reads too."""
     for name, (make, config) in SPEECH_TASKS.items():
         rng = random.Random(_SEED)
         samples = make(speeches, rng)
-        rng.shuffle(samples)  # so that the first N are of all speeches
+        rng.shuffle(samples)  # the first N are of all speeches
         data = folder / f"{name}.jsonl"
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         data.write_text("".join(lines), encoding="utf-8")
@@ -61,7 +61,7 @@ def _last_words(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]
         for passage, _ in _passages(speech):
             match = _LAST_WORD.fullmatch(passage)
             said = set(_WORD.findall(match[1])) if match else set()
-            # Greedy decoding, as LAMBADA has it, is no use: of 40 such words a model of 135M got one.
+            # Greedy decoding, as in LAMBADA, is too hard: a model of 135M got one of 40 such words.
             if match and match[2] in said and len(said) >= _CHOICES:
                 found.append({"speech": speech.name, "context": match[1], **_choose(match[2], said, rng)})
         samples += _some(found, rng)
@@ -73,7 +73,7 @@ def _beginnings(speeches: list[Text], _: random.Random) -> list[dict[str, Any]]:
 
 
 def _passages(speech: Text) -> Iterator[tuple[str, str]]:
-    """Passages of whole sentences that do not overlap, each with the sentences that follow it."""
+    """Passages of whole sentences that do not overlap, each with the sentences after it."""
     sentences = _SPACE_AFTER_SENTENCE.split(" ".join(_content(speech).split()))
     while sentences:
         context, sentences = _take(sentences, _CONTEXT_WORDS[0])
@@ -85,7 +85,7 @@ def _passages(speech: Text) -> Iterator[tuple[str, str]]:
 
 
 def _take(sentences: list[str], least: int) -> tuple[str, list[str]]:
-    """Sentences of at least so many words together, and those left over."""
+    """The first sentences, with at least ``least`` words together, and the others."""
     words = 0
     for number, sentence in enumerate(sentences, start=1):
         words += len(sentence.split())
@@ -95,7 +95,7 @@ def _take(sentences: list[str], least: int) -> tuple[str, list[str]]:
 
 
 def _choose(right: str, among: Collection[str], rng: random.Random) -> dict[str, Any]:
-    """Choices, and which of them is right."""
+    """Choices, and the number of the right one."""
     choices = rng.sample(sorted(set(among) - {right}), _CHOICES - 1)
     gold = rng.randrange(_CHOICES)
     choices.insert(gold, right)
@@ -121,9 +121,9 @@ _CHOICE = {
 _Maker = Callable[[list[Text], random.Random], list[dict[str, Any]]]
 
 SPEECH_TASKS: dict[str, tuple[_Maker, dict[str, Any]]] = {
-    # Which of four passages goes on with a speech; the others are of other speeches.
+    # Which of four passages continues a speech. The others are of other speeches.
     "speeches_continuation": (_continuations, _CHOICE | {"metric_list": [_ACCURACY, _NORMED]}),
-    # Which of four words ends a sentence; all of them were said just before.
+    # Which of four words ends a sentence. All four are in the passage before.
     "speeches_last_word": (_last_words, _CHOICE | {"metric_list": [_ACCURACY]}),
     # Bits per byte of the first 4,000 characters of each speech.
     "speeches_bits_per_byte": (
@@ -134,4 +134,4 @@ SPEECH_TASKS: dict[str, tuple[_Maker, dict[str, Any]]] = {
         },
     ),
 }
-"""By name: what makes the samples, and how the harness asks them."""
+"""By name: the function that makes the samples, and the task's settings."""

@@ -1,4 +1,4 @@
-"""Zero-shot tasks of lm-evaluation-harness: finding them, running them, and keeping each sample's result."""
+"""Find and run zero-shot tasks of lm-evaluation-harness, and keep each sample's result."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.paper import TASKS
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 
 SETS = {
     "speeches": tuple(SPEECH_TASKS),
     "paper": TASKS,
 }
-"""Names of several tasks: those that need no network, and the nine of JREG's paper."""
+"""Names of several tasks together."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
-"""The first of these that a task has is the one reported; the paper does not say which it took."""
+"""A task's figure is the first of these that it has. The paper does not say which it took."""
 _BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model gave on a task; the figure is ``amounts.sum() / weights.sum()``."""
+    """A model's result on a task. The figure is ``amounts.sum() / weights.sum()``."""
 
     metric: str
     higher_is_better: bool
@@ -44,9 +44,9 @@ class TaskResult:
     samples: list[str]
     """``[n]``, the harness's hash of each sample."""
     chance: float | None
-    """What guessing gives, where there are choices."""
+    """The figure of guessing, for a task with choices."""
     others: dict[str, float]
-    """Further figures of the task, by metric."""
+    """Other figures of the task, by metric."""
 
     @property
     def value(self) -> float:
@@ -55,23 +55,20 @@ class TaskResult:
 
 
 def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Find tasks and their data.
+    """Find tasks and their data; returns the harness's tasks by name.
 
     Args:
-        names: tasks and groups of tasks of the harness, and keys of :data:`SETS`.
+        names: tasks and groups of the harness, and keys of :data:`SETS`.
         include_path: folders of the user's own task files.
-        folder: an empty one that stays until the tasks have run.
-
-    Returns:
-        The harness's tasks by name.
+        folder: an empty folder that exists until the tasks have run.
 
     Raises:
-        UserError: for an unknown name, a task that cannot be scored here, and data that cannot be had.
+        UserError: for an unknown name, a task that cannot be scored here, and missing data.
     """
     wanted = list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
     for path in include_path:
         if not Path(path).is_dir():
-            raise UserError(f"--include-path is {path}, which is no folder; name a folder of task files")
+            raise UserError(f"--include-path is {path}, which is not a folder; give a folder of task files")
     need("lm_eval", "evaluating on tasks", "analysis")
     datasets = need("datasets", "evaluating on tasks", "analysis")
     from lm_eval.tasks import TaskManager
@@ -80,17 +77,17 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     if set(wanted) & set(SPEECH_TASKS):
         write_speech_tasks(folder, held_out_speeches())
         folders.append(str(folder))
-    # Looking through the harness's own thousands of task files takes seconds, which only some need.
+    # Reading the harness's own thousands of task files takes seconds, and only some tasks need it.
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(wanted) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=folders)
     for name in wanted:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, [*SETS, *SPEECH_TASKS, *manager.all_tasks], n=3)
-            like = f"; did you mean {', '.join(near)}" if near else ""
-            unread = "; task files that are no valid YAML are passed over" if include_path else ""
+            like = f"did you mean {', '.join(near)}? " if near else ""
+            unread = "; task files that are no valid YAML are ignored" if include_path else ""
             raise UserError(
-                f"--tasks names {name}, which is no task{like}? `lm_eval ls tasks` lists them{unread}"
+                f"--tasks names {name}, which is no task; {like}`lm_eval ls tasks` lists them{unread}"
             )
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
@@ -99,14 +96,16 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
             with _silent():
                 tasks |= manager.load([name])["tasks"]
         except Exception as error:  # of the harness, of datasets, of a task's own code or templates
-            said = " ".join((str(error) or type(error).__name__).split())[:200]
             raise UserError(
-                f"the task {name} cannot be loaded ({type(error).__name__}: {said}); if its data are on the "
-                "Hugging Face hub, load them once with a network, or take --tasks speeches, which needs none"
+                f"the task {name} cannot be loaded ({type(error).__name__}: {one_line(error, 200)}); if its "
+                "data are on the Hugging Face hub, load them once with a network, or give --tasks speeches, "
+                "which needs none"
             ) from error
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            raise UserError(f"the task {name} has the model write text, which is not supported; leave it out")
+            raise UserError(
+                f"the task {name} lets the model write text, which is not supported; leave it out"
+            )
         if not _metrics_of(task):
             found = ", ".join(f"{metric} ({how.__name__})" for metric, how in task.aggregation().items())
             raise UserError(f"the task {name} is measured by {found}, which is not supported; leave it out")
@@ -119,14 +118,9 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
 def run_tasks(
     tasks: Mapping[str, Any], decoder: Decoder, *, batch_size: int, limit: int | None, quiet: bool
 ) -> dict[str, TaskResult]:
-    """Run tasks of :func:`load_tasks` on a model.
+    """Run tasks of :func:`load_tasks` on a model, with ``batch_size`` requests at a time.
 
-    Args:
-        tasks: by name.
-        decoder: must have a tokenizer.
-        batch_size: requests at a time.
-        limit: the first so many samples of each task; None for all.
-        quiet: no progress bar.
+    ``limit`` is the number of samples of each task; None for all.
 
     Raises:
         UserError: if the model has no tokenizer or gives logits that are not finite.
@@ -147,7 +141,7 @@ def run_tasks(
 
 
 def _metrics_of(task: Any) -> list[str]:
-    """The metrics of a task that are a mean over samples, or bits over bytes, in the order of preference."""
+    """A task's metrics that are a mean over samples, or bits over bytes, in the order of preference."""
     from lm_eval.api.metrics import bits_per_byte, mean
 
     how = task.aggregation()
@@ -155,13 +149,13 @@ def _metrics_of(task: Any) -> list[str]:
 
 
 def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
-    # Where a task filters answers in several ways, the first counts.
+    # If a task filters answers in several ways, the first counts.
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metric, *others = [name for name in _metrics_of(task) if name in samples[0]]
     amounts, weights = _column(samples, metric)
     if amounts.shape != weights.shape or not (np.isfinite(amounts).all() and np.isfinite(weights).all()):
         raise UserError(
-            f"the task {task.config.task} does not give a number for {metric} of each sample; correct it, or "
+            f"the task {task.config.task} does not give a number for {metric} of each sample; correct it or "
             "leave it out"
         )
     has_choices = task.OUTPUT_TYPE == "multiple_choice"
@@ -178,7 +172,7 @@ def _result(task: Any, samples: list[dict[str, Any]]) -> TaskResult:
 
 
 def _column(samples: list[dict[str, Any]], metric: str) -> tuple[Floats, Floats]:
-    """Amounts and weights of a metric, one of each for each sample."""
+    """A metric's amounts and weights, ``[n]`` each."""
     values = np.array([sample[metric] for sample in samples], dtype=float)
     if metric == _BITS:  # pairs of log-likelihood in nats and bytes
         return values[:, 0] / -np.log(2), values[:, 1]
@@ -191,7 +185,7 @@ def _figure(amounts: Floats, weights: Floats) -> float:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bars and remarks of the harness, and none of the hub's about tries that failed."""
+    """Hide the harness's progress bars and remarks, and the hub's remarks about failed tries."""
     import lm_eval.api.task as module
 
     bar = module.tqdm

@@ -1,5 +1,4 @@
-"""Megatron's arguments, with those of ``jreg_megatron.pretrain`` and of the methods, read by Megatron
-itself."""
+"""Megatron's own parser, with the flags of ``jreg_megatron.pretrain`` and of the methods."""
 
 from __future__ import annotations
 
@@ -19,30 +18,29 @@ CPU_FLAG = "--cpu"
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add what ``jreg_megatron.pretrain`` knows beyond Megatron's and the methods' flags; returns the
-    parser."""
+    """Add the flags of ``jreg_megatron.pretrain``; returns the parser."""
     group = parser.add_argument_group("jreg_megatron.pretrain")
     group.add_argument(
         CPU_FLAG,
         action="store_true",
-        help="run on the CPU with gloo; the default where there is no CUDA device",
+        help="run on the CPU with gloo; the default without a CUDA device",
     )
     group.add_argument(
         initialization.FLAG,
         action="store_true",
-        help="initial weights as in Meta Lingua: each matrix normal with standard deviation 1/sqrt(inputs), "
-        "cut at three of these, and no scale by depth",
+        help="initial weights as in Meta Lingua: each matrix is normal with standard deviation "
+        "1/sqrt(inputs), cut at three standard deviations, without a scale by depth",
     )
 
     for action in parser._actions:
-        # Some of Megatron's help texts hold a bare percent sign (0.19.2), at which --help breaks off.
+        # Some of Megatron's help texts hold a bare percent sign (0.19.2), which breaks --help.
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except (KeyError, TypeError, ValueError):
             action.help = str(action.help).replace("%", "%%")
 
     def refuse(message: str) -> NoReturn:
-        # argparse would print the usage of some hundred flags before the line that matters.
+        # argparse would print the usage of some hundred flags before the error.
         raise UserError(f"{message}; --help lists all arguments")
 
     parser.error = refuse  # type: ignore[method-assign]
@@ -50,10 +48,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def parse(flags: list[str], world_size: int) -> Namespace:
-    """Megatron's arguments, read but not validated, for that many ranks.
+    """Megatron's arguments for ``world_size`` ranks, parsed but not validated.
 
     Raises:
-        UserError: for flags that Megatron or we do not know, or values that a method does not take.
+        UserError: for unknown flags, or values that a method refuses.
     """
     from megatron.training import arguments
 
@@ -68,7 +66,7 @@ def parse(flags: list[str], world_size: int) -> Namespace:
 
 @contextlib.contextmanager
 def as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
-    """Megatron takes its command line and its place in a job from the process, and prints all arguments."""
+    """Give Megatron a command line and a rank, which it reads from the process, and hide what it prints."""
     argv, environment = sys.argv, {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     sys.argv = [argv[0], *flags]
     os.environ.update(RANK="0", WORLD_SIZE=str(world_size))

@@ -1,4 +1,4 @@
-"""Megatron's C++ dataset helper, which its wheel brings compiled and a source tree compiles on first use."""
+"""Megatron's C++ dataset helper. The wheel has it compiled; a source tree compiles it on first use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import torch
 from jreg_megatron.runtime.errors import UserError
 
 _SAYS_WHY = re.compile(r"error|cannot|denied|no space|read-only", re.IGNORECASE)
-"""A line of compiler, linker or make that tells what is wrong; the linker's own has no "error" in it."""
+"""A line of compiler, linker or make that tells the cause. The linker's line has no "error" in it."""
 
 
 def compile_helper() -> None:
-    """Compile the helper of the Megatron that will be imported, if that is still to do.
+    """Compile the helper of the Megatron that will be imported, if it is not compiled yet.
 
-    Megatron does so late, and where it fails every rank ends with a traceback. Here the first rank of a job
+    Megatron does this late, and an error ends every rank with a traceback. Here the first rank of a job
     compiles, or the process that starts the ranks. Megatron's Makefile asks the ``python3`` on ``PATH`` for
-    pybind11 and for the file's name, which may be another Python; both are given to it.
+    pybind11 and for the file's name. That may be another Python, so ``make`` is given both.
 
     Raises:
-        UserError: naming the tool that is missing, or what ``make`` says.
+        UserError: naming the missing tool, or with the error of ``make``.
     """
     core = core_folder()
     folder = None if core is None else core / "datasets"
@@ -35,28 +35,27 @@ def compile_helper() -> None:
         return
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    what = f"Megatron's dataset helper in {folder} is still to be compiled"
+    what = f"Megatron's dataset helper in {folder} is not compiled"
     compiler = (os.environ.get("CXX") or "g++").split()[0]
     if missing := [tool for tool in ("make", compiler) if shutil.which(tool) is None]:
-        raise UserError(f"{what}, and {' and '.join(missing)} cannot be found on PATH; install that")
+        raise UserError(f"{what}, and PATH has no {' and no '.join(missing)}; install it")
     includes = Path(torch.__file__).with_name("include"), sysconfig.get_path("include")  # torch has pybind11
     flags = f"CPPFLAGS={' '.join(f'-I{path}' for path in includes)}"
     name = f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"
-    # Of a make that started this process: its flags (-n) would be followed, its level would be told.
+    # A make that started this process must not pass on its flags (-n) or its level.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     plain |= {"GCC_COLORS": "", "LC_ALL": "C"}
     command = ["make", "-C", str(folder), flags, name]
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if _SAYS_WHY.search(line)]
-        raise UserError(f"{what}, and make fails: {(lines or ['it says nothing'])[0]}; correct that")
+        raise UserError(f"{what}, and make fails: {(lines or ['no error text'])[0]}; correct it")
 
 
 def use_built_helper() -> None:
-    """Keep Megatron's start-up from running ``make``, if there is nothing to make.
+    """Stop Megatron's start-up from running ``make`` if the helper is compiled.
 
-    The wheel leaves the Makefile out, yet start-up (0.19) runs ``make`` there all the same and ends the
-    process when that fails.
+    The wheel has no Makefile. Start-up (0.19) runs ``make`` all the same, and its error ends the process.
     """
     from megatron.core.datasets import utils
 
@@ -65,7 +64,7 @@ def use_built_helper() -> None:
 
 
 def core_folder() -> Path | None:
-    """Where the ``megatron.core`` is that will be imported, without importing it."""
+    """The folder of the ``megatron.core`` that will be imported; None if there is none. Imports nothing."""
     megatron = importlib.util.find_spec("megatron")  # a namespace: several folders may share the name
     for found in megatron.submodule_search_locations or () if megatron else ():
         if Path(found, "core", "__init__.py").is_file():
@@ -74,7 +73,7 @@ def core_folder() -> Path | None:
 
 
 def _is_compiled(folder: Path) -> bool:
-    """Whether this Python finds the helper there, as new as its source where ``make`` would look."""
+    """Whether this Python finds the helper there. With a Makefile it must be as new as its source."""
     files = [folder / f"helpers_cpp{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     source = folder / "helpers.cpp"
     least = source.stat().st_mtime if (folder / "Makefile").is_file() and source.is_file() else 0.0

@@ -1,4 +1,4 @@
-"""Initial weights as Meta Lingua draws them, which Megatron's flags cannot say: no scale by depth."""
+"""Initial weights of Meta Lingua, without a scale by depth. Megatron has no flags for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHERS = {
 
 
 def check(args: Namespace) -> None:
-    """Refuse what does not go with ``--init-fan-in``, which only ``jreg_megatron.pretrain`` knows.
+    """Refuse flags that exclude ``--init-fan-in``, a flag of ``jreg_megatron.pretrain``.
 
     Raises:
         UserError: naming the flag.
@@ -29,7 +29,7 @@ def check(args: Namespace) -> None:
     for name, (default, flag) in _OTHERS.items():
         value = getattr(args, name, default)
         if getattr(args, "init_fan_in", False) and value != default:
-            raise UserError(f"{flag} is {value}, and {FLAG} sets the initial weights; leave one of them out")
+            raise UserError(f"{flag} is {value}, but {FLAG} sets the initial weights; leave one of them out")
 
 
 def set_fan_in(config: Any, args: Namespace) -> None:
@@ -39,7 +39,7 @@ def set_fan_in(config: Any, args: Namespace) -> None:
     (arXiv 2601.18302 trained in Meta Lingua, whose defaults these are). Megatron's own rule is 0.02, divided
     by ``sqrt(2 * layers)`` for the two matrices that write to the residual stream.
     """
-    # Those two are split over their inputs. Drawn on a GPU, a rank sees its share; on a CPU, the whole.
+    # Those two are split over their inputs. On a GPU a rank draws its share, on a CPU the whole matrix.
     shares = 1 if args.use_cpu_initialization else args.tensor_model_parallel_size
     config.init_method = config.embedding_init_method = partial(_draw, 1)
     config.output_layer_init_method = partial(_draw, shares)
@@ -47,6 +47,6 @@ def set_fan_in(config: Any, args: Namespace) -> None:
 
 def _draw(shares: int, weight: Tensor) -> None:
     std = float(weight.shape[-1] * shares) ** -0.5
-    # In bfloat16 older versions of torch draw the tails of this distribution too coarsely.
+    # In bfloat16 older versions of torch draw the tails too coarsely.
     drawn = nn.init.trunc_normal_(weight.detach().float(), std=std, a=-_CUT * std, b=_CUT * std)
     weight.detach().copy_(drawn)

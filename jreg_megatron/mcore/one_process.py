@@ -1,4 +1,4 @@
-"""Megatron's parallel state in a process that is alone."""
+"""Megatron's parallel state in a single process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jreg_megatron.runtime.errors import UserError
 
 
 def single_process() -> None:
-    """Be the one rank of a job of one, unless that is so already.
+    """Initialize a job of one rank, if this is not done yet.
 
     Raises:
         UserError: inside a job of several ranks.
@@ -19,7 +19,9 @@ def single_process() -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if dist.get_world_size() > 1:
-        raise UserError("this works in one process; start it without torchrun")
+        raise UserError(
+            f"this command needs one process, not {dist.get_world_size()}; start it without torchrun"
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

@@ -1,4 +1,4 @@
-"""The samples of a training's data, in their order, as Megatron's arguments decide them."""
+"""The samples of a training and their order, by Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 
 def dataset_config(args: Namespace, tokenizer: Any, blend: Any, blend_per_split: Any, **where: Any) -> Any:
-    """Megatron's ``GPTDatasetConfig`` for a training, and for reading its samples again.
+    """Megatron's ``GPTDatasetConfig``, for training and for reading its samples again.
 
-    Args:
-        args: Megatron's arguments.
-        tokenizer: the training's.
-        blend, blend_per_split: of ``get_blend_and_blend_per_split``.
-        where: more of its fields, which say where and how the data is built and change no sample.
+    ``blend`` and ``blend_per_split`` are from ``get_blend_and_blend_per_split``. ``where`` are other fields,
+    which change no sample.
     """
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 

@@ -1,1 +1,1 @@
-"""How far each layer of any decoder turns the residual stream, from its states over texts."""
+"""Measure how far each layer of a decoder turns the residual stream."""

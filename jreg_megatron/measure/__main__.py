@@ -1,4 +1,4 @@
-"""``jreg-megatron measure``: how far each layer of a model turns its state, and the last one jumps."""
+"""``jreg-megatron measure``: displacement of each layer and jump rate of a model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _EXAMPLES = """examples:
   jreg-megatron measure baseline=runs/a jreg=runs/b --text held_out.jsonl --max-tokens 2048
   jreg-megatron measure --paper Llama-3.2-1B Pythia-1B --device cuda --json paper.json
   jreg-megatron measure EleutherAI/pythia-160m@step1000,step16000,step143000 --json pythia.json
-Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is layer l's displacement; zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the jump
-rate, both of the mean over texts of the means over tokens. jreg-megatron report draws what --json holds.
+Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is the displacement of layer l, zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the
+jump rate. Both are of the mean over texts of their means over tokens. jreg-megatron report draws --json
+files.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write what is asked for.
+    """Run the command.
 
     Raises:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    with user_errors_exit("what was finished is in --json and --csv, if they were given"):
+    with user_errors_exit("finished models are in --json and --csv, if they were given"):
         _measure(args)
 
 
@@ -51,14 +52,14 @@ def _parser() -> ArgumentParser:
         nargs="*",
         metavar="NAME",
         help="measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as "
-        "Llama-3.2-1B (default: all ten), on LAMBADA unless --text is given; the paper's figure is printed "
-        "beside ours",
+        "Llama-3.2-1B (default: all ten). The text is LAMBADA without --text. The paper's figure is printed "
+        "too",
     )
     text, which = add_text_arguments(parser)
     which.add_argument(
         "--last-validation",
         action="store_true",
-        help="read the samples of a Megatron training's last validation, whole",
+        help="read the whole samples of a Megatron training's last validation",
     )
     text.add_argument(
         "--max-tokens",
@@ -69,11 +70,11 @@ def _parser() -> ArgumentParser:
     text.add_argument(
         "--drop-first-token",
         action="store_true",
-        help="leave each sequence's first token out of the main figures; JSON and CSV hold both",
+        help="main figures without each sequence's first token; JSON and CSV hold both",
     )
     add_model_arguments(parser)
     output.add_output_arguments(parser)
-    parser.add_argument("--layers", action="store_true", help="print a line for each layer, too")
+    parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
     return parser
 
 
@@ -97,30 +98,30 @@ def _measure(args: Namespace) -> None:
                 if args.paper is None:
                     raise
                 output.note(f"{reference.at} is left out: {error}")
-            # After each one: what is finished stays if a later one fails.
+            # After each model: finished ones stay if a later one fails.
             _write(args, document, to_stdout=False)
     finally:
         if models:
             _write(args, document, to_stdout=True)
             _print(args, models, printed)
     if not models:
-        raise UserError("none of the paper's models could be loaded; the notes above say what is missing")
+        raise UserError("--paper: none of the models could be loaded; see the notes above")
 
 
 def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | None], float]]:
-    """The checkpoints to measure, and what the paper prints for them by name and revision."""
+    """The checkpoints to measure, and the paper's figures by name and revision."""
     output.check_outputs(json=args.json, csv=args.csv)
     if args.last_validation and args.max_tokens is not None:
-        raise UserError("--max-tokens and --last-validation exclude each other: its samples are taken whole")
+        raise UserError("--max-tokens and --last-validation exclude each other; give only one")
     if args.max_tokens is None:
         args.max_tokens = 0 if args.last_validation else _DEFAULT_TOKENS
     if args.max_tokens < 0:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
     if (args.paper is None) != bool(args.models):
         raise UserError(
-            "MODEL is missing; name one, or --paper for the paper's"
+            "MODEL is missing; give one, or --paper"
             if args.paper is None
-            else f"MODEL is {args.models[0]} beside --paper, which names the models itself; leave one out"
+            else f"MODEL is {args.models[0]}, but --paper names the models; leave one out"
         )
     printed: dict[tuple[str, str | None], float] = {}
     if args.paper is None:
@@ -133,12 +134,12 @@ def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | No
         printed = {(reference.name, reference.revision): zeta for reference, zeta in of_paper}
     for reference in references:
         if args.last_validation and not reference.is_megatron:
-            raise UserError(f"--last-validation needs Megatron checkpoints, and {reference.source} is none")
+            raise UserError(f"--last-validation needs Megatron checkpoints; {reference.source} is none")
     return references, printed
 
 
 def _texts(args: Namespace) -> tuple[Iterable[Text], str]:
-    """What is read, and its name; the samples of a last validation come with each model."""
+    """The texts and their name. The samples of a last validation come with each model."""
     if args.last_validation:
         return [], "the samples of each training's last validation"
     if args.paper is not None and not (args.text or args.speeches):
@@ -180,7 +181,7 @@ def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
     try:
         if args.json is not None and (args.json == output.STDOUT) == to_stdout:
             output.write_json(args.json, document)
-    finally:  # one full disk need not cost both
+    finally:  # a full disk may stop only one of the two
         if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
             output.write_csv(args.csv, csv_rows(document["models"]))
 

@@ -1,4 +1,4 @@
-"""A model's measurement: its figures, and how they are made."""
+"""Measure a model: figures of each layer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
 
 FINAL_STATES = ("pre_norm", "post_norm")
-"""The two conventions for the last layer's output: before and after the final norm, where there is one."""
+"""The last layer's output before and after the final norm."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured, by one choice about each sequence's first token.
+    """Figures of each layer, with or without each sequence's first token.
 
     Each is the mean over texts of their means over tokens. A dict has an entry for each of
-    :data:`FINAL_STATES`; they differ in the last layer only. Without a final norm there is no ``post_norm``.
+    :data:`FINAL_STATES`, which differ only in the last layer. A model without a final norm has no
+    ``post_norm``.
     """
 
     texts: int
@@ -45,19 +46,19 @@ class Figures:
     displacement: dict[str, list[float]]
     """Psi_l of layers 1..L, in [0, 1]."""
     displacement_std: dict[str, list[float]]
-    """Its standard deviation over tokens, every text weighing the same."""
+    """Standard deviation of Psi_l over tokens. All texts have the same weight."""
     jump_rate: dict[str, float | None]
-    """zeta_L of the mean displacement, in hundredths; None for a model of one layer."""
+    """zeta_L of the mean displacement, times 100; None for a model of one layer."""
     jump_rate_from: dict[str, list[float | None]]
-    """zeta_l of layers 1..L; the first is None, since Psi_0 does not exist."""
+    """zeta_l of layers 1..L. The first is None, because Psi_0 does not exist."""
     block_influence: dict[str, list[float]]
     """``1 - mean cos``, in [0, 2] (ShortGPT, arXiv 2403.03853)."""
     angular_distance: dict[str, list[float]]
-    """Mean of ``arccos(cos) / pi``, in [0, 1] (arXiv 2403.17887, which takes a text's last token alone)."""
+    """Mean of ``arccos(cos) / pi``, in [0, 1] (arXiv 2403.17887, which takes only a text's last token)."""
     norm: dict[str, list[float]]
     """Mean norm of h_0 .. h_L."""
     norm_rms: dict[str, list[float]]
-    """Root of the mean squared norm of h_0 .. h_L."""
+    """Root mean square of the norm of h_0 .. h_L."""
     norm_largest: dict[str, list[float]]
     """The largest norm of a token, of h_0 .. h_L."""
     update_ratio: dict[str, list[float]]
@@ -65,10 +66,8 @@ class Figures:
 
     @classmethod
     def of(cls, means: Mean, last: int) -> Figures | None:
-        """From those of :class:`~jreg_megatron.measure.statistics.TextStatistics`; None if there is no text.
-
-        ``last`` is the number of layers.
-        """
+        """From :class:`~jreg_megatron.measure.statistics.TextStatistics` of ``last`` layers; None without
+        text."""
         if not (isinstance(means.total, Tensor) and isinstance(means.largest, Tensor)):
             return None
         mean = torch.cat((means.total / means.texts, means.largest[None]))
@@ -102,7 +101,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a model, with each sequence's first token and without it."""
+    """A model's figures, with each sequence's first token and without it."""
 
     with_first_token: Figures
     without_first_token: Figures | None
@@ -117,27 +116,28 @@ def measure(
     batch_size: int = 8,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Measurement:
-    """Run texts through a model and measure how far each layer turns each token's state.
+    """Run texts through a model and measure each layer.
 
-    Texts longer than the model's context are cut into sequences that know nothing of each other. Says on
-    standard error if the model has no final norm.
+    Texts longer than the model's context are cut into independent sequences. A note on standard error tells
+    if the model has no final norm.
 
     Args:
         decoder: the model.
         texts: read once, in order; memory does not grow with their number.
-        max_tokens: only so many first tokens of each; None for all.
-        batch_size: sequences that run side by side.
-        on_tokens: is told the number of tokens of each batch when it is done.
+        max_tokens: first tokens of each text; None for all.
+        batch_size: sequences in a batch.
+        on_tokens: gets the number of tokens of each finished batch.
 
     Raises:
-        UserError: if there is no token, an id is not the model's, a state is NaN or infinite, or the model
-            gives a text's tokens states that depend on other things.
+        UserError: if there is no token, an id is not the model's, a state is NaN or infinite, or the states
+        of
+            a text depend on anything else.
     """
     has_final_norm = decoder.final_norm is not None
     if not has_final_norm:
         note(
-            f"no final norm runs on the last layer's output of {decoder.name}; its figures are without one "
-            "(pre_norm), and there is no post_norm"
+            f"no final norm runs on the last layer's output of {decoder.name}; its figures are pre_norm, and "
+            "there is no post_norm"
         )
     statistics = TextStatistics()
     for number, batch in enumerate(batches(decoder.windows(texts, max_tokens), batch_size)):
@@ -154,7 +154,7 @@ def measure(
             on_tokens(int(batch.lengths.sum()))
     with_first, without_first = (Figures.of(mean, decoder.num_layers) for mean in statistics.means)
     if with_first is None:
-        raise UserError("there is no text with a token in it; give --text files that hold some")
+        raise UserError("--text holds no token; give other files")
     return Measurement(with_first, without_first)
 
 
@@ -164,7 +164,7 @@ def _refuse_non_finite(sums: Tensor, decoder: Decoder) -> None:
         place = int((~finite).nonzero()[0])
         where = f"layer {place}" if place <= decoder.num_layers else "the final norm"
         raise UserError(
-            f"{decoder.name}: the states behind {'the embedding' if place == 0 else where} hold NaN or Inf; "
+            f"{decoder.name}: the states after {'the embedding' if place == 0 else where} hold NaN or Inf; "
             "the weights are damaged, or too large for this --dtype"
         )
 
@@ -177,7 +177,7 @@ def entry(decoder: Decoder, measurement: Measurement, drop_first: bool) -> dict[
     """
     chosen = measurement.without_first_token if drop_first else measurement.with_first_token
     if chosen is None:
-        raise UserError("--drop-first-token leaves nothing: no text has a second token; give longer texts")
+        raise UserError("--drop-first-token leaves no token: no text has a second one; give longer texts")
     return {
         **decoder.described(),
         "hidden_size": decoder.hidden_size,

@@ -1,4 +1,4 @@
-"""The open models of the paper's Tables 1 and 2, on the text that it measured them on: LAMBADA."""
+"""The open models of the paper's Tables 1 and 2, and its text: LAMBADA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.reference import Reference, hub_revisions, step_of
 from jreg_megatron.paper import numbers
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
 
 LAMBADA = "EleutherAI/lambada_openai"
@@ -15,19 +15,19 @@ LAMBADA = "EleutherAI/lambada_openai"
 
 
 def paper_models(names: Sequence[str]) -> list[tuple[Reference, float]]:
-    """The checkpoints of the paper's models, all of them without ``names``, and zeta_L as it prints it.
+    """Checkpoints of the paper's models (without ``names``: of all), and the zeta_L that it prints.
 
-    Of a model that the paper follows over training there is one checkpoint for each share of its steps: the
-    branch on the hub whose step is nearest. zeta_L is in hundredths of Psi.
+    A model that the paper follows over training has one checkpoint for each share of its steps: the branch on
+    the hub with the nearest step.
 
     Raises:
-        UserError: for a name that the paper does not have, and where the hub has to be asked and is silent.
+        UserError: for a name that the paper does not have, or if the hub does not answer.
     """
     known, trained, over_training = (
         numbers()[table] for table in ("hub", "open_models", "open_models_over_training")
     )
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--paper names {unknown[0]}, which is none of the paper's: {', '.join(known)}")
+        raise UserError(f"--paper names {unknown[0]}; the paper's models are {', '.join(known)}")
     found = []
     for name in names or known:
         source = known[name]
@@ -51,9 +51,9 @@ def lambada() -> list[Text]:
     try:
         rows = datasets.load_dataset(LAMBADA, "default", split="test")
     except Exception as error:  # datasets has no class of its own for what can go wrong here
-        said = " ".join(str(error).split())[:160]
         raise UserError(
             f"--paper measures on LAMBADA, the data set {LAMBADA} of the hub, which could not be loaded "
-            f"({type(error).__name__}: {said}); try with a network, or name its file by --text"
+            f"({type(error).__name__}: {one_line(error, 160)}); try with a network, or give its file "
+            "with --text"
         ) from error
     return [Text(f"LAMBADA {number}", text) for number, text in enumerate(rows["text"], start=1)]

@@ -1,4 +1,4 @@
-"""Running statistics of every layer over tokens and texts, in memory that does not grow with them."""
+"""Statistics of every layer over tokens and texts. Memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jreg_megatron.methods.jreg.formulas import displacement_of_units, unit_rows
 from jreg_megatron.methods.norms.formulas import update_ratios
 
 PSI, PSI_SQUARED, ANGLE, NORM, NORM_SQUARED, UPDATE = range(6)
-"""What is averaged over tokens: displacement, its square, ``arccos(cos) / pi``, the state's norm, its square,
-and the update ratio ``|h_l - h_{l-1}| / |h_{l-1}|``."""
+"""Averaged over tokens: displacement, its square, ``arccos(cos) / pi``, the state's norm, its square, and the
+update ratio ``|h_l - h_{l-1}| / |h_{l-1}|``."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class _Directions:
 class BatchStatistics:
     """Sums over the tokens of one batch. Observes a decoder's forward pass.
 
-    Its P places are the states h_0, h_1 .. h_L and, last, the final norm's output taken for h_L, if there is
-    a final norm.
+    The P places are the states h_0 .. h_L and, if there is a final norm, its output in the place of h_L.
     """
 
     batch: Batch
@@ -50,7 +49,7 @@ class BatchStatistics:
     _before: _Directions | None = None
 
     def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        """Add what layer ``number`` did; states are ``[b, s, h]``."""
+        """Add layer ``number``; states are ``[b, s, h]``."""
         before = self._before
         if before is None or not _is_same(before.state, layer_input):
             before = _Directions.of(layer_input.to(layer_output.device))
@@ -90,7 +89,7 @@ class BatchStatistics:
         # arccos(cos) of cos = 1 - 2 psi, in the form that is exact for small angles.
         angle = psi.clamp(0, 1).sqrt().asin() * (2 / math.pi)
         values = torch.stack((psi, psi.square(), angle, norm, norm.square(), update)).double()
-        values = torch.where(self._mask, values, 0.0)  # what is behind the end may be anything
+        values = torch.where(self._mask, values, 0.0)  # padding may be anything
         self._sums.append(torch.stack((values[..., 0], values[..., 1:].sum(dim=-1))))
         others = values[NORM].clone()
         others[..., 0] = 0.0
@@ -112,7 +111,7 @@ class Mean:
 class TextStatistics:
     """Means over texts, with each sequence's first token and without it.
 
-    A text's windows are added in order; it counts when its last one is there.
+    A text's windows are added in order. It counts when its last window is added.
     """
 
     def __init__(self) -> None:
@@ -121,14 +120,8 @@ class TextStatistics:
         self._tokens = [0, 0]
 
     def add(self, window: Window, first: Tensor, rest: Tensor, largest: Tensor) -> None:
-        """Add a sequence's sums over its first token and over the others, ``[6, P]`` each.
-
-        Args:
-            window: the sequence.
-            first: the sums over its first token.
-            rest: those over the others.
-            largest: the largest norms of the first token and of the others, ``[2, P]``.
-        """
+        """Add a sequence's sums over its first token and over the others, ``[6, P]`` each, and the largest
+        norms of both, ``[2, P]``."""
         for mean, norms in zip(self.means, (largest.amax(dim=0), largest[1]), strict=True):
             mean.largest = torch.maximum(norms, torch.as_tensor(mean.largest, dtype=norms.dtype))
         self._sums = self._sums + torch.stack((first + rest, rest))

@@ -1,4 +1,4 @@
-"""What a measurement looks like on a terminal and as CSV."""
+"""A measurement's tables, and its rows for CSV."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table(title: str, *columns: str, box: Box = HEAVY_HEAD) -> Table:
 
 
 def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
-    """Print a line for each checkpoint: jump rate and last displacement, by both conventions."""
+    """Print a line for each checkpoint: jump rate and last displacement, before and after the final norm."""
     steps = ["step"] if any(model["step"] is not None for model in models) else []
     columns = ("model", *steps, "L", "zeta_L", "after", "Psi_L", "after")
     title = "The last layer's jump, before and after the final norm"
@@ -57,8 +57,7 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
 
 
 def print_layers(console: Console, model: dict[str, Any]) -> None:
-    """Print a line for each layer: Psi and its spread over tokens, zeta from there on, angle, mean and
-    largest norm, update ratio."""
+    """Print a line for each layer."""
     at = "" if model["step"] is None else f" at step {model['step']:,}"
     columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm", "largest", "update")
     layers = table(f"{model['name']}{at}", *columns, box=SIMPLE_HEAD)
@@ -83,7 +82,7 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
 
 
 def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
-    """Print zeta_L of entries of the document, each beside what the paper prints."""
+    """Print zeta_L of entries of the document, each beside the paper's."""
     columns = ("model", "revision", "paper", "before the final norm", "after it")
     beside = table("zeta_L: the paper's and ours", *columns)
     for model, printed in rows:
@@ -93,7 +92,7 @@ def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]])
 
 
 def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each checkpoint, choice of the first token, convention and layer; empty where nothing is."""
+    """A row for each checkpoint, with and without first token, final state and layer."""
     return [row for model in models for row in _rows(model)]
 
 
@@ -116,7 +115,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _bars(values: Sequence[float], width: int) -> str:
-    """A bar for each value, from 0 to the greatest; the last ones where there is no room for all."""
+    """A bar for each value, from 0 to the largest; only the last ``width`` values."""
     shown = values[-width:]
     top = max(shown, default=0.0) or 1.0
     return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in shown)

@@ -1,4 +1,4 @@
-"""The paper's printed numbers (arXiv 2601.18302v1), for tests and to lay beside one's own: ``paper.toml``."""
+"""The paper's printed numbers (arXiv 2601.18302v1), from ``paper.toml``."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ SIZES = ("170m", "1b", "3.4b")
 """The paper's names for its models, of 12, 16 and 30 layers."""
 
 TASKS = tuple("arc_easy boolq hellaswag lambada_openai piqa race social_iqa sciq swag".split())
-"""The paper's nine tasks, by lm-evaluation-harness's names.
+"""The paper's nine tasks, by the names of lm-evaluation-harness.
 
-The paper says LAMBADA and RACE; the harness has two of the first, of which ``lambada_openai`` is the usual
-one, and of the second the high-school part alone.
+The harness has two versions of LAMBADA; ``lambada_openai`` is the usual one. Of RACE it has the high-school
+part only. The paper does not say which it took.
 """
 
 WITHOUT_BOOLQ = tuple(name for name in TASKS if name != "boolq")
-"""The same without the task that most of the paper's gain comes from."""
+"""Most of the paper's gain comes from BoolQ."""
 
 
 @cache
 def numbers() -> dict[str, Any]:
-    """All of ``paper.toml``, whose comments say what each number is and which table it stands in."""
+    """All of ``paper.toml``. Its comments tell what each number is and its table in the paper."""
     return tomllib.loads((files("jreg_megatron.paper") / "paper.toml").read_text(encoding="utf-8"))
 
 
 def profile(size: str, setting: str) -> tuple[float, ...]:
-    """Psi of layers 1..L, each in [0, 1] and rounded by the paper to four decimals.
+    """Psi of layers 1..L, each in [0, 1]; the paper rounds it to four decimals.
 
-    Args:
-        size: one of :data:`SIZES`.
-        setting: ``base`` or, for instance, ``alpha 1``; those that there are differ by size.
+    ``size`` is one of :data:`SIZES`, ``setting`` is ``base`` or, for instance, ``alpha 1``.
 
     Raises:
         KeyError: for a size or setting without a profile.
@@ -43,20 +41,16 @@ def profile(size: str, setting: str) -> tuple[float, ...]:
 
 
 def task_means(scores: Mapping[str, float]) -> dict[str, float] | None:
-    """``mean`` over the paper's nine tasks and ``mean_without_boolq``; None unless all nine are there.
+    """``mean`` over the paper's nine tasks and ``mean_without_boolq``; None unless ``scores`` has all nine.
 
-    Args:
-        scores: by task; further tasks count in neither mean.
+    Other tasks count in neither mean.
     """
     if missing_tasks(scores):
         return None
-
-    def mean(names: tuple[str, ...]) -> float:
-        return math.fsum(scores[name] for name in names) / len(names)
-
-    return {"mean": mean(TASKS), "mean_without_boolq": mean(WITHOUT_BOOLQ)}
+    means = {"mean": TASKS, "mean_without_boolq": WITHOUT_BOOLQ}
+    return {key: math.fsum(scores[name] for name in names) / len(names) for key, names in means.items()}
 
 
 def missing_tasks(scores: Mapping[str, Any]) -> list[str]:
-    """Those of the paper's nine that are not among ``scores``, in order."""
+    """The tasks of the paper that ``scores`` lacks, in order."""
     return [name for name in TASKS if name not in scores]

@@ -1,4 +1,4 @@
-"""A figure over training seeds: its mean and interval, the paper's test, and how much n seeds can show."""
+"""A figure over training seeds: its mean and interval, the paper's test, and the power of n seeds."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 LEVEL = 0.05
-"""Of the one-sided test whose power is told."""
+"""The level of the one-sided test in :func:`power`."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, with how far it is known."""
+    """A mean over seeds, and its interval."""
 
     mean: float
     low: float | None
-    """Lower end of the interval, see :func:`interval_name`; None for one seed."""
+    """Lower end of the interval that :func:`interval_name` names; None for one seed."""
     high: float | None
     n: int
     """Number of seeds."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate | None:
-        """The mean of one value a seed, and its 95% t interval; None for no value.
+        """The mean of one value for each seed, and its 95% t interval; None for no value.
 
-        Without SciPy the interval is the smallest and the largest value.
+        Without SciPy the interval is from the smallest to the largest value.
         """
         n = len(values)
         if n == 0:
@@ -44,7 +44,7 @@ class Estimate:
 
 
 def interval_name() -> str:
-    """What the ends of an :class:`Estimate` are."""
+    """The kind of interval of an :class:`Estimate`."""
     return "smallest to largest seed" if _t_factor(2) is None else "95% t interval over seeds"
 
 
@@ -58,13 +58,10 @@ def _t_factor(n: int) -> float | None:
 
 
 def p_one_sided(differences: Sequence[float]) -> float | None:
-    """The paper's test: a one-sided one-sample t-test that the mean of paired differences is above 0.
+    """The paper's test: a one-sided one-sample t-test that the mean of ``differences`` is above 0.
 
-    Args:
-        differences: one a seed, of JREG less its baseline.
-
-    Returns:
-        p in [0, 1]; None for fewer than two seeds and for differences that are all the same.
+    Each seed gives one difference, JREG minus its baseline. Returns p in [0, 1]; None for fewer than two
+    seeds, or if all differences are the same.
     """
     from scipy.special import stdtr
 
@@ -76,12 +73,9 @@ def p_one_sided(differences: Sequence[float]) -> float | None:
 
 
 def power(n: int, difference: float, sd: float) -> float:
-    """How often that test finds a true difference, at :data:`LEVEL`; by the non-central t.
+    """How often the test finds a true ``difference`` at :data:`LEVEL`, in [0, 1]; by the non-central t.
 
-    Args:
-        n: seeds, at least 2.
-        difference: the true mean of the paired differences.
-        sd: their true standard deviation over seeds, above 0, in the same unit.
+    ``n`` is the number of seeds, at least 2; ``sd`` the differences' standard deviation over seeds, above 0.
     """
     from scipy.special import nctdtr, stdtrit
 
@@ -89,7 +83,7 @@ def power(n: int, difference: float, sd: float) -> float:
 
 
 def seeds_needed(difference: float, sd: float, wanted: float = 0.8) -> int:
-    """The fewest seeds with a :func:`power` of ``wanted``, for a difference above 0."""
+    """The fewest seeds with a :func:`power` of at least ``wanted``, for a difference above 0."""
     n = 2
     while power(n, difference, sd) < wanted:
         n += 1

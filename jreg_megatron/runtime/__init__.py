@@ -1,1 +1,1 @@
-"""What every command needs: errors, ranks, locks, files that are written whole, optional packages."""
+"""For every command: errors, ranks, locks, files that are written whole, optional packages."""

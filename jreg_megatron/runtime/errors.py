@@ -1,4 +1,4 @@
-"""How a user's mistake ends: one clear line on every node, exit code 2, no traceback, no hang."""
+"""A user's mistake ends with one line on every node, exit status 2, no traceback and no hang."""
 
 from __future__ import annotations
 
@@ -8,38 +8,54 @@ import signal
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 EXIT_CODE = 2
-"""Process exit status for a user's mistake, as argparse uses it."""
+"""Exit status after a user's mistake, as argparse has it."""
 
 INTERRUPTED = 130
-"""Process exit status after Ctrl-C, as a shell has it."""
+"""Exit status after Ctrl-C, as a shell has it."""
 
 LINE_START = "jreg_megatron: error: "
-"""What the line of an error begins with."""
+"""Every error line begins with it."""
 
 _REFUSALS = (AssertionError, ImportError, NotImplementedError, OSError, ValueError)
 _IN_MEGATRON = re.compile(r"/megatron/(core|training)/(?!dist_checkpointing|datasets|checkpointing)[^:]*$")
 
-_MOST_SECONDS_TO_WAIT = 30.0  # for a first rank that imports from a busy file system, and goes down slowly
+_MOST_SECONDS_TO_WAIT = 30.0  # the first rank may import from a busy file system, and end slowly
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for.
-
-    The message is one line that names the setting, the value found and the fix, for example
+    """A user's mistake. Its one line names the setting, the value and the fix, as in
     ``--jreg-coeff is -0.1; it must be a finite number >= 0``.
     """
 
 
 class DeviceFault(UserError):
-    """The device fails: this process can do no more on it, collectives neither."""
+    """The device fails. This process can use it no more, for collectives either."""
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """An exception's text, or else its type, without line breaks; at most ``most`` characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
+def check_least(args: Namespace, **least: int) -> None:
+    """Refuse arguments that are given and below their least value; ``least`` is by name.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be >= {limit}")
 
 
 def print_error(message: str) -> None:
-    """Print the one line of an error."""
+    """Print an error's line."""
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
 
 
@@ -47,15 +63,15 @@ def print_error(message: str) -> None:
 def megatrons_refusals(
     has_begun: Callable[[], bool] = lambda: False, is_building: bool = False
 ) -> Iterator[None]:
-    """Turn an exception by which Megatron refuses what it was asked for into a :class:`UserError`.
+    """Turn an exception by which Megatron refuses its arguments into a :class:`UserError`.
 
     Args:
-        has_begun: whether the model is built, so that an exception is a fault and keeps its traceback.
-        is_building: the model is being built: an exception is a fault too if it comes from reading files,
-            or from somewhere else than Megatron's own code.
+        has_begun: whether training has begun. Then an exception is a fault and keeps its traceback.
+        is_building: the model is being built. Then an exception is a fault too if it comes from reading
+            files, or from outside Megatron.
 
     Raises:
-        UserError: with Megatron's words, or the line of an assertion that has none.
+        UserError: with Megatron's words, or with the code of an assertion without words.
     """
     try:
         yield
@@ -73,29 +89,22 @@ def megatrons_refusals(
 
 @contextmanager
 def quiet_interrupt() -> Iterator[None]:
-    """End on Ctrl-C with status 130 and no word, where another process says what there is to say."""
+    """End on Ctrl-C with status 130 and print nothing, because another process prints the message."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def _wait_to_be_ended() -> None:
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's --exit-signal-handler would outlast it
-    with quiet_interrupt():
-        time.sleep(_MOST_SECONDS_TO_WAIT)
-
-
 @contextmanager
 def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
     """Turn a :class:`UserError` into one line on standard error and exit status 2.
 
-    With ``interrupted``, Ctrl-C ends with these words and status 130.
+    With ``interrupted``, Ctrl-C prints this text and ends with status 130.
 
-    Every rank of a job usually finds the same mistake at about the same time. The first rank of each node
-    speaks at once; the others wait for the launcher to end them, so that the line appears once a node. A
-    mistake that the first rank does not find is printed too, after half a minute.
+    Usually every rank finds the same mistake at about the same time. The first rank of each node prints it
+    at once. The others wait until the launcher ends them, so the line appears once a node. After half a
+    minute they print it too: the first rank may not have found it.
 
     Raises:
         SystemExit: with status 2, in place of a :class:`UserError`, or 130 for Ctrl-C.
@@ -104,7 +113,10 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            _wait_to_be_ended()
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's --exit-signal-handler ignores it
+            with quiet_interrupt():
+                time.sleep(_MOST_SECONDS_TO_WAIT)
         print_error(str(error))
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:

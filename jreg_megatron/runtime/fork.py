@@ -37,18 +37,14 @@ def check_nproc(count: int) -> None:
 def fork_ranks(count: int, work: Callable[[], None]) -> int:
     """Run ``work`` in ``count`` forked ranks of one job on this machine.
 
-    Importing Megatron is most of a short run's time. Ranks that are forked after the import share one,
-    where a launcher that starts processes pays for each of them.
-
-    Args:
-        count: number of ranks.
-        work: what every rank runs; it finds its rank where torchrun would put it, in the environment.
+    Most of a short run's time goes into importing Megatron. Forked ranks share one import. The environment
+    tells each rank its number, as under torchrun.
 
     Returns:
-        0, or the exit status of the first rank that failed (128 + N after signal N); the others are ended
-        then.
+        0, or the exit status of the first rank that failed (128 + N after signal N). Then the others are
+        ended.
     """
-    # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
+    # Every rank needs these by its first step: tokenizers import transformers, optimizers import dynamo.
     import megatron.core.tokenizers.text  # noqa: F401
     import torch
     import torch._dynamo
@@ -59,13 +55,13 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
         WORLD_SIZE=str(count),
         LOCAL_WORLD_SIZE=str(count),
     )
-    # A collection in a rank would touch, and so copy, all that the import made.
+    # A garbage collection in a rank would touch all imported objects, and so copy their memory.
     gc.freeze()
     if "OMP_NUM_THREADS" not in os.environ:
-        # As under torchrun. More threads than free cores make a step many times slower, and their
-        # number would show in the last bits of the losses.
+        # As under torchrun. More threads than free cores make a step many times slower, and the number of
+        # threads changes the last bits of the losses.
         torch.set_num_threads(1)
-    # A scheduler ends a job by SIGTERM; the ranks must not outlive it.
+    # A scheduler ends a job by SIGTERM. The ranks must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_run_rank, args=(rank, work)) for rank in range(count)]
@@ -81,8 +77,8 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
 def _run_rank(rank: int, work: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_the_parent()
-    # What a killed rank has forked, such as the helper of Megatron's checkpoints, would hold its sockets and
-    # pipes open, so that neither the other ranks nor the launcher could see that it is gone.
+    # A killed rank may have forked, as for Megatron's checkpoints. That process must not keep the rank's
+    # sockets and pipes open: then neither the other ranks nor the launcher would see that the rank is gone.
     os.register_at_fork(after_in_child=end_with_the_parent)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     work()
@@ -104,7 +100,7 @@ def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
             rank = running.pop(number)
             rank.join()  # its pipe is closed a moment before it is gone
             ended[number] = rank.exitcode
-        # A rank that was killed could say nothing, and its loss makes the others fail: it comes first.
+        # A killed rank comes first: it printed nothing, and the others fail because of it.
         status, number = min((status or 0, number) for number, status in ended.items())
         if status < 0:
             what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
@@ -116,7 +112,7 @@ def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
 
 
 def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
-    """End the ranks that still run; one that does not heed SIGTERM in time is killed, as by torchrun."""
+    """End the ranks that still run. A rank that ignores SIGTERM is killed after a while, as by torchrun."""
     running = [rank for rank in ranks if rank.is_alive()]
     for rank in running:
         rank.terminate()
@@ -128,7 +124,7 @@ def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on, and that no outgoing connection takes meanwhile."""
+    """A TCP port that nothing listens on, and that no outgoing connection can take."""
     for port in random.SystemRandom().sample(_NOT_EPHEMERAL, 100):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("", port))

@@ -18,7 +18,7 @@ _DETAIL = re.compile(r"(?P<name>rank|exitcode|traceback)\s*: (?P<value>.*)")
 
 @dataclass
 class LastError:
-    """Takes in the lines of a run; as text, the one that says why it failed."""
+    """Reads the lines of a run. Its ``str()`` is the line that tells why the run failed."""
 
     _ours: str = ""
     _of_ranks: dict[str, str] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class LastError:
     _root_cause: dict[str, str] | None = None
 
     def read(self, line: str) -> None:
-        """Take in the next line."""
+        """Read the next line."""
         found = _LINE.match(line.strip())
         assert found is not None
         text, rank, rest = found["text"], found["rank"] or "", found["rest"]
@@ -41,8 +41,8 @@ class LastError:
             self._root_cause.setdefault(detail["name"], detail["value"])
 
     def __str__(self) -> str:
-        """This package's own last error; else that of the rank that torchrun saw fail first, or of the first
-        to print one: the others often fail for want of it; else the last line of all.
+        """This package's last error, else the error of the rank that torchrun saw fail first, else the first
+        rank's that printed one (others fail because of it), else the last line.
         """
         why = self._ours or self._of_root_cause() or self._of_first_rank()
         return why or self._last or "nothing was printed"

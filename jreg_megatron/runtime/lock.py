@@ -13,18 +13,18 @@ from jreg_megatron.runtime.errors import UserError
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, instead: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the file ``path`` while the block runs; it is made before and removed after.
+    """Hold the lock file ``path`` while the block runs, and remove it then.
 
-    The lock is this process's alone: it ends with it, however it ends, and its children do not keep it.
+    The lock ends with this process, however it ends. Child processes do not hold it.
 
     Args:
-        path: the lock's file, in a folder that is there.
-        what: what must not be done twice, for the message: ``runs/x is being trained``.
-        instead: what the user can do but wait: ``choose another --output``.
-        wait: wait for the other process rather than refuse.
+        path: a file in an existing folder.
+        what: for the message: ``runs/x is being trained``.
+        instead: what the user can do instead of waiting: ``choose another --output``.
+        wait: wait for the other process and do not refuse.
 
     Raises:
-        UserError: naming ``what`` and the process, if another one holds it.
+        UserError: naming ``what`` and the process that holds the lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -35,10 +35,10 @@ def lock(path: Path, what: str, instead: str, *, wait: bool = False) -> Iterator
             os.close(descriptor)
             raise UserError(f"{what} by {holder}; wait for its end, or {instead}") from error
         except OSError:
-            break  # a file system without locks: then it is up to the user
+            break  # a file system without locks: the user has to take care
         if _is_still(path, descriptor):
             break
-        os.close(descriptor)  # the holder before has removed it in between
+        os.close(descriptor)  # the process that held it has removed the file meanwhile
     try:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

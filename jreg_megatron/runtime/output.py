@@ -1,4 +1,4 @@
-"""What a tool leaves for other programs: JSON and CSV files, whole or not at all."""
+"""Files for other programs, such as JSON and CSV, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def add_output_arguments(parser: ArgumentParser, csv: bool = True) -> None:
     group.add_argument("--quiet", action="store_true", help="no table, no progress bar, no notes")
 
 
-def check_outputs(**paths: str | None) -> None:
-    """Refuse, before any time is spent, files that could not be written; ``paths`` by flag.
+def check_outputs(make_folders: bool = False, /, **paths: str | None) -> None:
+    """Refuse files that cannot be written, before time is spent. ``paths`` are by flag.
+
+    With ``make_folders``, missing folders are made.
 
     Raises:
         UserError: naming the flag.
@@ -44,9 +47,12 @@ def check_outputs(**paths: str | None) -> None:
         if len(os.fsencode(place.name)) > _LONGEST_NAME:
             raise UserError(f"--{flag} names a file of {len(place.name)} letters; name a shorter one")
         if place.is_dir():
-            raise UserError(f"--{flag} is {path}, which is a folder; name a file")
+            raise UserError(f"--{flag} is {path}, which is a folder; add a file name to it")
+        if make_folders:
+            with suppress(OSError):  # said below
+                folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
-            raise UserError(f"--{flag} is {path}, but there is no folder {folder}; make it first")
+            raise UserError(f"--{flag} is {path}, but there is no folder {folder}; make it or name another")
         if not os.access(folder, os.W_OK):
             raise UserError(f"--{flag} is {path}, but {folder} cannot be written to; name another folder")
     if len(set(given.values())) < len(given):
@@ -54,15 +60,15 @@ def check_outputs(**paths: str | None) -> None:
 
 
 def console(args: Namespace) -> Any:
-    """Where tables go: standard output, unless ``--json -`` or ``--csv -`` writes there."""
+    """The console for tables: standard output, or standard error if ``--json -`` or ``--csv -`` is given."""
     from rich.console import Console
 
-    # What is printed is no markup: "[rank1]" is a rank's name.
+    # No markup: "[rank1]" is a rank's name.
     return Console(markup=False, stderr=STDOUT in (args.json, getattr(args, "csv", None)))
 
 
 def note(text: str) -> None:
-    """Print a remark on standard error, on a line of its own beside a progress bar."""
+    """Print a line on standard error without breaking a progress bar."""
     from tqdm import tqdm
 
     tqdm.write(f"Note: {text}", file=sys.stderr)
@@ -72,13 +78,13 @@ def write_json(path: str, document: Any) -> None:
     """Write a document as JSON to a file, or to standard output for ``-``.
 
     Raises:
-        ValueError: if it holds NaN or Infinity, which JSON has no words for.
+        ValueError: if it holds NaN or Infinity, which JSON cannot hold.
     """
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows, whose keys are the columns, as CSV to a file, or to standard output for ``-``."""
+    """Write rows as CSV to a file, or to standard output for ``-``. Their keys are the columns."""
     columns = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
@@ -89,19 +95,25 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a text as :func:`write_bytes` does; ``-`` is standard output."""
-    if path == STDOUT:
-        _write_to_stdout(text)
-    else:
+    if path != STDOUT:
         write_bytes(path, text.encode())
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has enough, as `head` has. Python would complain again when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise UserError(f"standard output takes no more ({error.strerror}); write to a file") from error
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    A link stays and what it leads to is written; a pipe or a device is written to as it is.
+    """Write a file whole or not at all. A link stays and its target is written. A pipe or a device is written
+    directly.
 
     Raises:
-        UserError: if the disk is full or the place cannot be written to after all.
+        UserError: if the disk is full or the place cannot be written.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -120,21 +132,8 @@ def write_bytes(path: str, data: bytes) -> None:
         ) from error
 
 
-def _write_to_stdout(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever reads has seen enough, as `head` has. Python would complain again when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        raise UserError(
-            f"standard output takes no more ({error.strerror}); write to a file elsewhere"
-        ) from error
-
-
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of those packages that are installed, this one first."""
+    """Versions of the installed ones of these packages, this package first."""
     found = {}
     for package in ("jreg_megatron", *packages):
         try:

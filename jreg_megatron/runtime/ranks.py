@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other outside of a training step."""
+"""Ranks that compare their values, outside a training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def of_every_rank[T](own: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each rank of ``group`` (None: all) gives. A collective call."""
+    """The value of each rank of ``group`` (None: all ranks). A collective call."""
     of_all = [own]
     if dist.is_available() and dist.is_initialized():
         of_all *= dist.get_world_size(group)
@@ -19,11 +19,11 @@ def of_every_rank[T](own: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def first_that_differs(
     of_all: Sequence[object], group: dist.ProcessGroup | None = None
 ) -> tuple[int, int, int] | None:
-    """Where what :func:`of_every_rank` gave first differs from the first rank's.
+    """The first value of :func:`of_every_rank` that differs from the first rank's.
 
     Returns:
-        The place in ``of_all``, and the numbers of the first rank and the other one in the whole job; None if
-        all are alike.
+        Its place in ``of_all``, and the global numbers of the first rank and of this one. None if all are
+        alike.
     """
     at = next((at for at, own in enumerate(of_all) if own != of_all[0]), None)
     if at is None:

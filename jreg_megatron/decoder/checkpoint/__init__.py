@@ -1,4 +1,4 @@
-"""Megatron's ``torch_dist`` checkpoints as decoders, saved at any layout, in one process without a GPU.
+"""Read Megatron's ``torch_dist`` checkpoints of any layout as decoders, in one process without a GPU.
 
 ``folder`` -> ``weights`` -> ``arguments`` -> ``model``; beside them ``tokenizer`` and ``validation``.
 """

@@ -1,66 +1,56 @@
-"""Which checkpoints a folder of Megatron's holds, without torch or Megatron."""
+"""The checkpoints in a folder of Megatron, found without torch or Megatron."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.runtime.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""What Megatron calls a checkpoint of weights alone, which no training has saved."""
+"""Megatron's name of a checkpoint that holds weights alone and comes from no training."""
 
-_FINISHED = "metadata.json"  # Megatron writes it behind all weights
+_FINISHED = "metadata.json"  # Megatron writes it after all weights
 _FORMAT = "torch_dist"
 
 
-@dataclass(frozen=True)
-class CheckpointFolder:
-    """The folder of one finished ``torch_dist`` checkpoint."""
+def find_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The folder of one finished ``torch_dist`` checkpoint.
 
-    path: Path
-    step: int | None
-    """Iteration; None for a release."""
+    Args:
+        folder: a training's ``--save`` folder, or one ``iter_...`` folder in it.
+        step: iteration; None for the one from which Megatron would continue.
 
-    @classmethod
-    def find(cls, folder: Path, step: int | None = None) -> CheckpointFolder:
-        """The checkpoint of an iteration, by default of the last one that Megatron would go on from.
-
-        Args:
-            folder: what a training was given as ``--save``, or one ``iter_...`` folder in it.
-            step: iteration; of an ``iter_...`` folder it must be its own.
-
-        Raises:
-            UserError: if it is not there, not finished, or in another format.
-        """
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; name a Megatron training's --save folder")
-        own = step_of(folder)
-        if own is not None or folder.name == RELEASE:
-            if step not in (None, own):
-                raise UserError(f"--step is {step}, but {folder} is one checkpoint; leave --step out")
-            place = folder
-        elif step is not None:
-            place = folder / f"iter_{step:07d}"
-            if not place.is_dir():
-                raise UserError(f"--step is {step}, but {folder} has {_listed(megatron_steps(folder))}")
-        else:
-            place = _latest(folder)
-        _refuse_other_formats(place)
-        return cls(place, step_of(place))
+    Raises:
+        UserError: if it does not exist, is not finished, or has another format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name a Megatron training's --save folder")
+    own = step_of(folder)
+    if own is not None or folder.name == RELEASE:
+        if step not in (None, own):
+            raise UserError(f"--step is {step}, but {folder} is one checkpoint; leave --step out")
+        place = folder
+    elif step is not None:
+        place = folder / f"iter_{step:07d}"
+        if not place.is_dir():
+            raise UserError(f"--step is {step}, but {folder} has {_listed(megatron_steps(folder))}")
+    else:
+        place = _latest(folder)
+    _refuse_other_formats(place)
+    return place
 
 
 def last_checkpoint(folder: str | Path | None) -> int:
-    """Iteration of the checkpoint in a folder that Megatron would go on from; 0 where there is none."""
+    """Iteration of the checkpoint from which Megatron would continue; 0 without one."""
     tracked = _tracked(Path(folder)) if folder else None
     return int(tracked) if tracked and tracked != RELEASE else 0
 
 
 def bridge_as(example: str) -> str:
-    """How Megatron-Bridge exports what a Llama is not; ``example`` is a model that it knows."""
+    """How to export a model that is no Llama; ``example`` is a model that Megatron-Bridge knows."""
     return (
         "export it with Megatron-Bridge's AutoBridge (load_megatron_model, then save_hf_pretrained), as a "
         f"model with the same layers such as {example}"
@@ -68,7 +58,7 @@ def bridge_as(example: str) -> str:
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether a folder is a Megatron training's, or one checkpoint of it, in any of Megatron's formats."""
+    """Whether a folder holds Megatron checkpoints or is one, in any of Megatron's formats."""
     if not folder.is_dir():
         return False
     if (folder / TRACKER).is_file():
@@ -79,7 +69,7 @@ def is_megatron(folder: Path) -> bool:
 
 
 def megatron_steps(folder: Path) -> list[int]:
-    """Iterations of a training's finished checkpoints, rising; of an ``iter_...`` folder its own."""
+    """Iterations of the finished checkpoints, rising; of an ``iter_...`` folder its own."""
     own = step_of(folder)
     if own is not None:
         return [own] if _is_finished(folder) else []
@@ -89,7 +79,7 @@ def megatron_steps(folder: Path) -> list[int]:
 
 
 def step_of(path: Path) -> int | None:
-    """The iteration that a checkpoint's folder is named for; None for other names."""
+    """The iteration in the name of a checkpoint's folder; None for other names."""
     match = re.fullmatch(r"iter_(\d{7,})", path.name)
     return int(match[1]) if match and path.is_dir() else None
 
@@ -105,29 +95,29 @@ def _is_legacy(place: Path) -> bool:
 def _refuse_other_formats(place: Path) -> None:
     if _is_legacy(place):
         raise UserError(
-            f"{place} is in Megatron's old format 'torch', which only its own layout can read; convert it "
-            "with --ckpt-convert-format torch_dist"
+            f"{place} has Megatron's old format 'torch', which only the training's own layout can read; "
+            "convert it with --ckpt-convert-format torch_dist"
         )
     if (place / "run_config.yaml").is_file():
         raise UserError(
             f"{place} is a checkpoint of Megatron-Bridge (run_config.yaml); export it with Bridge's "
-            "AutoBridge, and name the Hugging Face folder"
+            "AutoBridge, and give the Hugging Face folder"
         )
     if not (place / _FINISHED).is_file():
         is_fsdp = " or it is in FSDP's format" if (place / ".metadata").is_file() else ""
-        raise UserError(f"{place} has no {_FINISHED}: its saving broke off{is_fsdp}; name another --step")
+        raise UserError(f"{place} has no {_FINISHED}: it was not saved whole{is_fsdp}; give another --step")
     try:
         backend = json.loads((place / _FINISHED).read_text())["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place / _FINISHED} cannot be read; name another --step") from error
+        raise UserError(f"{place / _FINISHED} cannot be read; give another --step") from error
     if backend != _FORMAT:
-        raise UserError(f"{place} is in the format {backend}, and only {_FORMAT} can be read; convert it")
+        raise UserError(f"{place} has the format {backend}, but only {_FORMAT} can be read; convert it")
     if not (place / ".metadata").is_file():
-        raise UserError(f"{place} has no .metadata, so its weights cannot be found; name another --step")
+        raise UserError(f"{place} has no .metadata, so its weights cannot be found; give another --step")
 
 
 def _tracked(folder: Path) -> str | None:
-    """What Megatron's tracker names: digits of an iteration, or :data:`RELEASE`; None where it is missing."""
+    """The checkpoint in Megatron's tracker: an iteration or :data:`RELEASE`; None without a tracker."""
     try:
         text = (folder / TRACKER).read_text().strip()
     except OSError:
@@ -136,7 +126,7 @@ def _tracked(folder: Path) -> str | None:
 
 
 def _latest(folder: Path) -> Path:
-    """The checkpoint that Megatron would go on from, else the last finished one, else the last one begun."""
+    """The checkpoint from which Megatron would continue, else the last finished one, else the last one."""
     tracked = _tracked(folder)
     if tracked == RELEASE:
         return folder / RELEASE
@@ -145,12 +135,12 @@ def _latest(folder: Path) -> Path:
     finished = [path for path in begun.values() if _is_finished(path)]
     places = [*named, *finished[-1:], *list(begun.values())[-1:]]
     if not places:
-        raise UserError(f"{folder} holds no checkpoint of Megatron's; name a training's --save folder")
+        raise UserError(f"{folder} holds no Megatron checkpoint; name a training's --save folder")
     return places[0]
 
 
 def _begun(folder: Path) -> dict[int, Path]:
-    """A training's checkpoints by iteration, rising, with those whose saving broke off."""
+    """A training's checkpoints by iteration, rising; unfinished ones too."""
     return dict(sorted((step, path) for path in folder.iterdir() if (step := step_of(path)) is not None))
 
 

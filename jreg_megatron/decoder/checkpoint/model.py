@@ -1,4 +1,4 @@
-"""Megatron's ``GPTModel`` in one process, as a checkpoint describes it, and the decoder that it is."""
+"""Build Megatron's ``GPTModel`` of a checkpoint in one process, as a decoder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jreg_megatron.decoder.checkpoint.arguments import (
     refuse_other_models,
     tell_once,
 )
-from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
+from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, Samples
 from jreg_megatron.mcore.one_process import single_process
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
 from jreg_megatron.stream.anatomy import described_layers
 
@@ -38,14 +38,14 @@ def load_megatron(
 ) -> Decoder:
     """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel``.
 
-    Its logits are those of the vocabulary. Megatron's own loss also counts the probability of the rows of
-    padding behind it, so it is a little higher.
+    Its logits are of the vocabulary alone. Megatron's own loss includes the rows of padding, so it is a
+    little higher.
 
     Args:
-        folder: what the training was given as ``--save``, or one ``iter_...`` folder in it.
-        step: iteration; by default the last.
-        dtype: type of weights and states, whatever they were saved in.
-        device: on the CPU, what Megatron asks of CUDA is redirected for the life of the process.
+        folder: a training's ``--save`` folder, or one ``iter_...`` folder in it.
+        step: iteration; None for the last.
+        dtype: of weights and states.
+        device: with a CPU, Megatron's calls of CUDA are redirected until the process ends.
 
     Raises:
         UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
@@ -60,12 +60,12 @@ def load_megatron(
 
 
 def open_checkpoint(folder: Path, step: int | None, device: torch.device) -> Checkpoint:
-    """Find a checkpoint and read all but its weights; imports Megatron.
+    """Find a checkpoint and read everything but its weights. Imports Megatron.
 
     Raises:
-        UserError: if there is no such checkpoint, or it is damaged.
+        UserError: if the checkpoint does not exist, or is damaged.
     """
-    place = CheckpointFolder.find(folder, step)
+    place = find_checkpoint(folder, step)
     import_megatron(device)
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
 
@@ -81,18 +81,10 @@ def decoder_of(
     source: str,
     vocab_size: int | None = None,
 ) -> Decoder:
-    """The model of an opened checkpoint, with its weights.
+    """The model of an opened checkpoint, with its weights; raises as :func:`load_megatron`.
 
-    Args:
-        checkpoint: what to read.
-        dtype: of weights and states.
-        device: where it runs.
-        source: what the user has named.
-        vocab_size: rows of the embedding that are no padding; by default what the checkpoint tells, and
-            where it tells nothing the user is told so, and all rows count.
-
-    Raises:
-        UserError: as :func:`load_megatron`.
+    ``source`` is the user's name for it. ``vocab_size`` is the number of rows of the embedding without
+    padding, by default from the checkpoint. If it is not known, all rows count and the user gets a note.
     """
     arguments = checkpoint.arguments
     refuse_other_models(arguments, str(checkpoint.folder))
@@ -105,16 +97,16 @@ def decoder_of(
     if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-                module.weight.data.add_(1)  # which the checkpoint leaves out
+                module.weight.data.add_(1)  # the checkpoint holds weight - 1
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    model.post_process = False  # it ends behind the final norm, so that states are to be had without logits
+    model.post_process = False  # it ends after the final norm: states without logits
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
     if vocab_size is None:
         tell_once(
-            f"nothing tells how many of the {padded} rows of the embedding of {source} are vocabulary (no "
-            "tokenizer that fits, no --vocab-size of the training), so padding may be among them and have "
-            "its part in the loss"
+            f"the size of the vocabulary of {source} is not known (no matching tokenizer, no --vocab-size of "
+            f"the training), so all {padded} rows of the embedding count, perhaps with padding, and the loss "
+            "may be higher"
         )
         vocab_size = padded
 
@@ -152,7 +144,7 @@ def decoder_of(
         source=source,
         kind="megatron",
         revision=None,
-        step=checkpoint.place.step,
+        step=checkpoint.step,
         model=model,
         layers=list(model.decoder.layers),
         final_norm=model.decoder.final_layernorm,
@@ -160,7 +152,7 @@ def decoder_of(
         run=run,
         logits=logits,
         tokenizer=tokenizer,
-        end_of_text=tokenizer.end_of_text if tokenizer else None,
+        end_of_text=tokenizer.eod if tokenizer else None,
         vocab_size=vocab_size,
         hidden_size=model.config.hidden_size,
         max_length=args.max_position_embeddings,
@@ -173,13 +165,13 @@ def decoder_of(
 
 
 def _name(place: Path) -> str:
-    """The run's: of ``runs/NAME/checkpoints`` that is NAME."""
+    """The run's name: NAME of ``runs/NAME/checkpoints``."""
     training = place.absolute().parent
     return training.parent.name if training.name in ("checkpoints", "checkpoint", "ckpt") else training.name
 
 
 def import_megatron(device: torch.device) -> None:
-    """Import Megatron's training package, and on a CPU redirect to it what Megatron asks of CUDA.
+    """Import Megatron's training package. For a CPU, redirect Megatron's calls of CUDA to it.
 
     Raises:
         UserError: if it is not installed, or too old.
@@ -196,33 +188,33 @@ def import_megatron(device: torch.device) -> None:
             if device.index is not None:
                 torch.cuda.set_device(device)
     if not cpu.has_training_loop():
-        raise UserError("Megatron's checkpoints need megatron-core 0.19 or later; upgrade it")
+        raise UserError("Megatron checkpoints need megatron-core 0.19 or later; upgrade it")
 
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Keep what Megatron and torch log and warn about their own ways from the user."""
+    """Hide logs and warnings of Megatron and torch."""
     with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def padded_vocab_size(shapes: dict[str, torch.Size]) -> int:
-    """Rows of the embedding, of which those above the real vocabulary are padding.
+    """Rows of the embedding, with padding.
 
     Raises:
         UserError: if there is no embedding.
     """
     if _EMBEDDING not in shapes:
-        raise UserError(f"the checkpoint has no {_EMBEDDING}; it holds no GPTModel of Megatron's")
+        raise UserError(f"the checkpoint has no {_EMBEDDING}; give a checkpoint of Megatron's GPTModel")
     return int(shapes[_EMBEDDING][0])
 
 
 def build(args: Namespace) -> nn.Module:
-    """The whole model on the CPU, its weights not yet set.
+    """The whole model on the CPU, without weights.
 
     Raises:
-        UserError: with Megatron's words, for what its torch-only layers cannot do.
+        UserError: with Megatron's words, for a model that its torch-only layers cannot run.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
@@ -235,8 +227,7 @@ def build(args: Namespace) -> nn.Module:
             config.transformer.activation_func = partial(nn.functional.gelu, approximate="tanh")
         model: nn.Module = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"Megatron cannot build the checkpoint's model from torch-only layers: {said}"
+            f"Megatron cannot build the checkpoint's model from torch-only layers: {one_line(error)}"
         ) from error
     return model

@@ -1,4 +1,4 @@
-"""The tokenizer that a Megatron training names, as long as it is where it was."""
+"""A Megatron training's tokenizer, if its files still exist."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jreg_megatron.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingTokenizer(Tokenizer):
-    """A training's tokenizer; no special tokens are added, as none are in the training's data."""
+    """A training's tokenizer. It adds no special tokens, because the training's data has none."""
 
     settings: TokenizerSettings
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> TrainingTokenizer | None:
-        """The one that Megatron's arguments name; None if it is gone, or of a type that takes no text."""
+        """From Megatron's arguments; None if it no longer exists, or its type takes no text."""
         settings = settings_of(arguments)
         if settings is None:
             return None
@@ -28,19 +28,11 @@ class TrainingTokenizer(Tokenizer):
         except UserError:
             return None
 
-    @property
-    def end_of_text(self) -> int | None:
-        """Id that ends a document."""
-        return self.eod
-
 
 def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingTokenizer | None) -> int | None:
-    """How many of the embedding's ``rows`` are the vocabulary, without padding; None if nothing tells it.
+    """The embedding's rows without padding, by Megatron's saved arguments; None if not known.
 
-    Args:
-        arguments: Megatron's, as the training had them when it saved.
-        rows: of the embedding.
-        tokenizer: the training's, where it is still there.
+    ``rows`` counts all rows; ``tokenizer`` is the training's, if it still exists.
     """
     kind, given, size = arguments.get("tokenizer_type"), arguments.get("vocab_size"), None
     if arguments.get("make_vocab_size_divisible_by", 0) * arguments.get("tensor_model_parallel_size", 0) == 1:
@@ -49,26 +41,26 @@ def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingToken
         size = tokenizer.vocab_size
     elif (told := told_vocab_size(arguments)) is not None:
         size = told
-    # With other types Megatron pads the size of the tokenizer, whatever --vocab-size says.
+    # With other types Megatron ignores --vocab-size and pads the tokenizer's size.
     elif given and kind not in TYPES and pads_to(arguments, given, rows, if_unknown=False):
         size = given
     return None if size is None else min(size, rows)
 
 
 def pads_to(arguments: dict[str, Any], size: int, rows: int, if_unknown: bool = True) -> bool:
-    """Whether Megatron would have made ``rows`` of a vocabulary of ``size``, by its arguments."""
+    """Whether Megatron, with these arguments, pads a vocabulary of ``size`` to ``rows``."""
     multiple = arguments.get("make_vocab_size_divisible_by", 0)
     multiple *= arguments.get("tensor_model_parallel_size", 0)
     return math.ceil(size / multiple) * multiple == rows if multiple else if_unknown
 
 
 def settings_of(arguments: dict[str, Any]) -> TokenizerSettings | None:
-    """What Megatron's arguments say about the tokenizer; None for a type that takes no text here."""
+    """The tokenizer's settings in Megatron's arguments; None for a type that takes no text here."""
     kind, model = arguments.get("tokenizer_type"), arguments.get("tokenizer_model")
     if kind not in TYPES or not model:
         return None
     if arguments.get("metadata_path") or arguments.get("tokenizer_metadata"):
-        return None  # may name another class
+        return None  # it may name another class
     if not arguments.get("tokenizer_sentencepiece_ignore_extra_whitespaces", True):
         return None  # not known to TokenizerSettings
     if "legacy_tokenizer" in arguments and not arguments["legacy_tokenizer"]:  # 0.15 and 0.16

@@ -1,4 +1,4 @@
-"""The samples that a training's last validation saw, from Megatron's own dataset."""
+"""The samples of a training's last validation, from Megatron's own dataset."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from jreg_megatron.runtime.errors import UserError
 
 _OTHER_SAMPLES = (
     *("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"),
-    # Their positions begin anew within a sample, or their tokens do not see the document before.
+    # Positions start again within a sample, or tokens do not see the document before.
     *("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
 )
 
 
 def last_validation_samples(checkpoint: Checkpoint) -> Samples:
-    """The samples that the model saw in the last validation, read from the training's data.
+    """The samples of the last validation, from the training's data.
 
-    Megatron evaluates once more behind the last iteration, after it has saved; for a checkpoint of the last
-    iteration that is the one. Else it is the last one before the checkpoint.
+    Megatron saves after the last iteration and then validates once more. A checkpoint of the last iteration
+    gives this validation; other checkpoints give the last one before them.
 
     Raises:
-        UserError: if data or tokenizer are not where they were, there was no validation, or it cannot be
-            repeated.
+        UserError: if data or tokenizer are missing, there was no validation, or it cannot be repeated.
     """
     args = all_arguments(checkpoint.arguments)
     consumed = checkpoint.arguments.get("consumed_valid_samples")
     if consumed is None:
         raise UserError(
-            f"{checkpoint.folder} does not tell consumed_valid_samples, so its last validation is not known; "
-            "give --text"
+            f"{checkpoint.folder} has no consumed_valid_samples, so its last validation is not known; give "
+            "--text"
         )
     iteration = int(checkpoint.common["iteration"])
     first, count = last_samples(args, iteration, int(consumed), str(checkpoint.folder))
@@ -46,26 +45,22 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
         if first + count > len(dataset):
             raise UserError(
                 f"the last validation read samples {first} to {first + count}, but the data holds "
-                f"{len(dataset)}; it is not the data of this training"
+                f"{len(dataset)}; put the training's data back"
             )
         rows = [dataset[index] for index in range(first, first + count)]
     return Samples(*(torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask")))
 
 
 def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
-    """Number of the last validation's first sample, and how many samples there were.
+    """The first sample's number and the number of samples of the last validation before ``iteration``.
 
-    Args:
-        args: of the training.
-        iteration: of the checkpoint.
-        consumed: validation samples that the training had read by then.
-        what: the checkpoint, for messages.
+    ``consumed`` counts the validation samples read until then; ``what`` names the checkpoint in messages.
 
     Raises:
         UserError: if there was no validation, or its samples are not known here.
     """
     if not args.train_iters:
-        raise UserError(f"{what} comes from no training; give texts")
+        raise UserError(f"{what} comes from no training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
         raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
     for flag in _OTHER_SAMPLES:
@@ -79,7 +74,7 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
         )
     count = args.eval_iters * _batch(args)
     if iteration >= args.train_iters:
-        # The evaluation behind the last iteration comes after its checkpoint.
+        # The validation after the last iteration comes after its checkpoint.
         return consumed, count
     if consumed < count:
         raise UserError(
@@ -106,24 +101,24 @@ def _dataset(args: Namespace, cache: str) -> Any:
     for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
         for prefix in prefixes:
             if "://" not in prefix and not Path(f"{prefix}.idx").is_file():
-                raise UserError(f"the training's data {prefix}.bin is not there; put it back in its place")
+                raise UserError(f"the training's data {prefix}.bin does not exist; put it back")
     try:
         tokenizer = build_tokenizer(args)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"the training's tokenizer {args.tokenizer_model} cannot be loaded; put it back in its place"
+            f"the training's tokenizer {args.tokenizer_model} cannot be loaded; put it back"
         ) from error
     config = dataset_config(
         args, tokenizer, blend, blend_per_split, path_to_cache=cache, create_attention_mask=False
     )
     if blend:
-        # The order of the training set alone may take an hour to build.
+        # The order of the training set may take an hour to build.
         config.split_matrix = [None, config.split_matrix[1], None]
     return BlendedMegatronDatasetBuilder(GPTDataset, _sizes(args), lambda: True, config).build()[1]
 
 
 def _sizes(args: Namespace) -> list[int]:
-    """Samples of training, validation and test set that Megatron asks for; they decide the order."""
+    """Megatron's numbers of samples of training, validation and test set. They decide the order."""
     train = args.train_samples or args.train_iters * args.global_batch_size
     evaluations = args.train_iters // args.eval_interval + 1
     if args.start_eval_at_iter is not None:

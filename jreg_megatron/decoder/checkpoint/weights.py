@@ -1,6 +1,6 @@
-"""What a ``torch_dist`` checkpoint holds, read in one process whatever layout has saved it.
+"""Read a ``torch_dist`` checkpoint of any layout in one process.
 
-A checkpoint is data here: of its pickles only torch's and Megatron's own records are built.
+A checkpoint is data: only torch's and Megatron's own record types are built from its pickles.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from jreg_megatron.decoder.checkpoint.arguments import hybrid_name, pattern_of
-from jreg_megatron.decoder.checkpoint.folder import CheckpointFolder
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.decoder.checkpoint.folder import step_of
+from jreg_megatron.runtime.errors import UserError, one_line
 
 _COMMON = "common_state/shard_0_1"
 _OLD_COMMON = "common.pt"  # before 0.19
@@ -37,31 +37,29 @@ _FUSED_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
-"""A norm's name, and its name where Transformer Engine has fused it with the linear layer behind it."""
+"""A norm's name, and its name if Transformer Engine has fused it with the next linear layer."""
 
 
 class Checkpoint:
     """An opened checkpoint: its common state, and the names and shapes of its weights."""
 
-    def __init__(self, place: CheckpointFolder) -> None:
-        """Read all but the weights; Megatron has to be imported before.
+    def __init__(self, folder: Path) -> None:
+        """Read everything but the weights. Megatron must be imported already.
 
         Raises:
-            UserError: if a file is missing or damaged, or names what is no data.
+            UserError: if a file is missing or damaged, or names other types than records.
         """
-        self.place = place
-        folder = self.folder = place.path
+        self.folder, self.step = folder, step_of(folder)
         with damage_refused(folder):
             reader = _Reader(folder)
             listed = reader.read_metadata().state_dict_metadata
             self.common = _read_common(reader, folder)
         if "args" not in self.common:
             raise UserError(
-                f"{folder} does not say how its model was made (no Megatron arguments in it); "
-                "name a checkpoint of Megatron's own training loop"
+                f"{folder} holds no Megatron arguments; give a checkpoint of Megatron's own training loop"
             )
         self.arguments: dict[str, Any] = dict(vars(self.common["args"]))
-        """Megatron's arguments by name, as the training had them when it saved."""
+        """Megatron's arguments by name, as saved."""
         weights = {
             name: entry
             for name, entry in listed.items()
@@ -70,12 +68,12 @@ class Checkpoint:
             and _EXTRA_STATE not in name
         }
         self.shapes = {name: entry.size for name, entry in weights.items()}
-        """Shapes of the model's weights by the names they are saved under; layers may be stacked."""
+        """Shapes of the model's weights by their saved names. Layers may be stacked."""
         self.dtype = next((entry.properties.dtype for entry in weights.values()), None)
-        """Type of the first weight that is listed."""
+        """Type of the first weight."""
 
     def load_into(self, model: nn.Module) -> None:
-        """Fill all parameters and buffers of a ``GPTModel`` that this process has whole.
+        """Load all parameters and buffers of a ``GPTModel`` that is whole in this process.
 
         Raises:
             UserError: if model and checkpoint do not have the same weights, or a file is damaged.
@@ -112,12 +110,12 @@ class Checkpoint:
                 entry.key = _other_name(entry.key, saved)
         used = {entry.key for entry in wanted.values()}
         if missing := sorted(used - saved):
-            raise UserError(f"{self.folder} holds no {_some(missing)}, which its arguments ask for")
+            raise UserError(f"{self.folder} holds no {_some(missing)}, which its arguments need")
         left = sorted(name for name in saved - used if not name.startswith(_PREDICTS_AHEAD))
         if left:
             raise UserError(
-                f"{self.folder} holds {_some(left)}, which Megatron's torch-only layers have no place for; "
-                "its layers cannot be built here"
+                f"{self.folder} holds {_some(left)}, which Megatron's torch-only layers do not have; its "
+                "layers cannot be built here"
             )
 
 
@@ -137,7 +135,7 @@ def _read_common(reader: _Reader, folder: Path) -> dict[str, Any]:
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader. It takes nothing but data from the file that lists the weights, and reads it once."""
+    """Torch's reader. It reads the list of weights once, and builds only records from it."""
 
     _listed: Metadata | None = None
 
@@ -149,7 +147,7 @@ class _Reader(FileSystemReader):
 
 
 class _SafePlanner(DefaultLoadPlanner):
-    """Torch's planner, which builds no object that Megatron has not declared to be harmless."""
+    """Torch's planner. It builds only objects that Megatron has declared safe."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
@@ -173,11 +171,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def damage_refused(folder: Path) -> Iterator[None]:
-    """Turn what torch and Megatron raise about files into one line that names the checkpoint.
-
-    Raises:
-        UserError: in place of their errors.
-    """
+    """Turn errors of torch and Megatron about files into a :class:`UserError` that names the checkpoint."""
     try:
         yield
     except UserError:
@@ -187,8 +181,9 @@ def damage_refused(folder: Path) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, CheckpointException) and cause.failures:
             cause = next(iter(cause.failures.values()))[0]
-        said = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"{folder} cannot be read: {said[:200]}; is a file missing or cut short?") from error
+        raise UserError(
+            f"{folder} cannot be read: {one_line(cause, 200)}; a file may be missing or cut short"
+        ) from error
 
 
 def _other_name(name: str, saved: set[str]) -> str:

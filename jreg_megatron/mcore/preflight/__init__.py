@@ -1,10 +1,10 @@
-"""Look for the common mistakes in Megatron's arguments before any time is spent on them.
+"""Find common mistakes in Megatron's arguments before the start.
 
-Megatron 0.19 finds most of them too, but by a bare assertion, after the start-up of every rank, or not at
-all: without data it trains on made-up tokens, and a token id beyond the vocabulary is silently embedded
-as zeros under tensor parallelism. Here each ends in one line that names the flag, the value and the fix.
-The checks read arguments and local files only, so every rank comes to the same verdict on its own.
-What they do not know, such as remote data and other model types, is left to Megatron.
+Megatron 0.19 finds most of them too, but by a bare assertion, after the start-up of every rank. Others it
+does not find: without data it trains on random tokens, and under tensor parallelism a token id beyond the
+vocabulary silently becomes zeros. Here each mistake ends in one line with the flag, the value and the fix.
+The checks read only arguments and local files, so every rank gets the same result. Remote data and other
+model types are left to Megatron.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from jreg_megatron.mcore.preflight import data, division, optimizer, training, v
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check the arguments as ``megatron.training.arguments.parse_args`` returns them, not yet validated.
+    """Check arguments that ``megatron.training.arguments.parse_args`` returned; ``args`` is not changed.
 
-    Nothing is changed in ``args``. With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of
-    heterogeneous layers only the optimizer's package is looked for, since the rest that counts is then still
-    to be read from elsewhere.
+    With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of heterogeneous layers only the
+    optimizer's package is checked, because the other settings come from elsewhere.
 
     Raises:
-        UserError: for the first mistake found, sizes before data.
+        UserError: for the first mistake, sizes before data.
     """
     optimizer.package(args.optimizer)
     is_read_elsewhere = (
@@ -56,7 +55,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     division.sequence_length,
     division.batch_sizes,
 )
-"""The checks that need the arguments alone; each may rely on those before it."""
+"""Checks of the arguments alone. Each may rely on those before it."""
 
 DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_source,
@@ -65,4 +64,4 @@ DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_files,
     vocabulary.token_ids,
 )
-"""The checks that look into files, the cheap ones first; they rely on :data:`SIZE_CHECKS`."""
+"""Checks that read files, cheap ones first. They rely on :data:`SIZE_CHECKS`."""

@@ -1,11 +1,10 @@
-"""What the arguments ask for, read the way Megatron reads them."""
+"""Megatron's arguments, read as Megatron reads them, and checks of one or two of them."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 
 
 def flag_of(name: str) -> str:
@@ -16,14 +15,27 @@ def given(args: Namespace, *names: str) -> list[str]:
     return [flag_of(name) for name in names if getattr(args, name) is not None]
 
 
-def positive(args: Namespace, *names: str) -> None:
+def divisible(args: Namespace, name: str, by: str, fix: str = "change one of them") -> None:
     """Raises:
-    UserError: if one of these is given and below 1.
+    UserError: if the argument ``name`` is given and not divisible by the argument ``by``.
     """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag_of(name)} is {value}; it must be >= 1")
+    value, part = getattr(args, name), getattr(args, by)
+    if value is not None and value % part:
+        raise UserError(f"{flag_of(name)} {value} is not divisible by {flag_of(by)} {part}; {fix}")
+
+
+def only_one(args: Namespace, *names: str, fix: str = "give only one") -> None:
+    """Raises:
+    UserError: if more than one of these arguments are given.
+    """
+    values = {flag_of(name): getattr(args, name) for name in names}
+    found = [
+        flag if value is True else f"{flag} is {value}"
+        for flag, value in values.items()
+        if value is not None and value is not False
+    ]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)}, which exclude each other; {fix}")
 
 
 def tensor_parallel(args: Namespace) -> int:
@@ -31,7 +43,7 @@ def tensor_parallel(args: Namespace) -> int:
 
 
 def weight_replicas(args: Namespace) -> int:
-    """Ranks that share one tensor-parallel slice of the weights; 1 without weight shards."""
+    """Ranks that share a tensor-parallel slice of the weights; 1 without weight shards."""
     return int(args.tensor_parallel_num_weight_shards or tensor_parallel(args)) // tensor_parallel(args)
 
 
@@ -44,10 +56,8 @@ def virtual_stages(args: Namespace) -> int:
     if isinstance(args.pipeline_model_parallel_layout, str):
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-        return (
-            int(PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout))
-            // stages
-        )
+        layout = args.pipeline_model_parallel_layout
+        return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout)) // stages
     if args.num_layers_per_virtual_pipeline_stage is not None:
         counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
         return (num_layers(args) + int(counted)) // stages // int(args.num_layers_per_virtual_pipeline_stage)
@@ -55,7 +65,7 @@ def virtual_stages(args: Namespace) -> int:
 
 
 def other_layer_plan(args: Namespace) -> bool:
-    """Whether the layers come from a pattern, which only Megatron knows how to count."""
+    """Whether a pattern gives the layers. Only Megatron can count them."""
     return bool(given(args, "hybrid_layer_pattern", "hybrid_override_pattern"))
 
 
@@ -73,7 +83,3 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def one_line(error: Any) -> str:
-    return " ".join(str(error).split())

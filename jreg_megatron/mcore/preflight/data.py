@@ -1,4 +1,4 @@
-"""Where the tokens come from."""
+"""Checks of the training data's files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import batched
 
 from jreg_megatron.data.token_file import Index, read_index
-from jreg_megatron.mcore.preflight.asked import flag_of, given, is_number, one_line, read_text
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.mcore.preflight.asked import flag_of, given, is_number, read_text
+from jreg_megatron.runtime.errors import UserError, one_line
 
 _SPLITS = ("train", "valid", "test")
 _DEFAULT_SPLIT = "969,30,1"  # Megatron's
@@ -24,8 +25,8 @@ def data_source(args: Namespace) -> None:
     sources += ["--mock-data"] if args.mock_data else []
     if not sources:
         raise UserError(
-            "--data-path is missing; give the prefix of .bin/.idx files (or --train-data-path, "
-            "--valid-data-path), or --mock-data for made-up tokens"
+            "--data-path is missing; give the prefix of .bin/.idx files (or --train-data-path and "
+            "--valid-data-path), or --mock-data for random tokens"
         )
     if len(sources) > 1:
         raise UserError(f"{sources[0]} and {sources[1]} exclude each other; give one source of data")
@@ -44,8 +45,8 @@ def data_files(args: Namespace) -> None:
 
 
 def local_prefixes(args: Namespace) -> Iterator[tuple[str, str]]:
-    """Each local dataset with the flag that names it, without the weights, each dataset once."""
-    # Fine-tuning data are JSON lines, mock data have no files.
+    """Each local dataset once, with the flag that names it."""
+    # Fine-tuning data are JSON lines. Mock data have no files.
     if args.mock_data or args.sft:
         return
     seen = set()
@@ -79,7 +80,7 @@ def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def training_blends(args: Namespace) -> Iterator[tuple[str, float, list[tuple[float | None, str]]]]:
-    """The training data: the flag, the share of each dataset that is not held out, weights and prefixes."""
+    """Of the training data: the flag, the share of each dataset for training, and weights with prefixes."""
     if args.mock_data or args.sft:
         return
     parts = [float(part) for part in re.split(r"[,/]", args.split or _DEFAULT_SPLIT)]
@@ -92,16 +93,13 @@ def training_blends(args: Namespace) -> Iterator[tuple[str, float, list[tuple[fl
 
 
 def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
-    """A blend's prefixes, each behind its weight, or all with None."""
+    """A blend's weights and prefixes; the weights are None if not given."""
     if not entries:
-        raise UserError(f"{flag} is empty; name the prefix of .bin/.idx files behind it")
+        raise UserError(f"{flag} is empty; give the prefix of .bin/.idx files")
     if len(entries) % 2 == 0:
         weights = [is_number(entry) for entry in entries[::2]]
         if all(weights):
-            return [
-                (float(weight), prefix.strip())
-                for weight, prefix in zip(entries[::2], entries[1::2], strict=True)
-            ]
+            return [(float(weight), prefix.strip()) for weight, prefix in batched(entries, 2)]
         if any(weights):
             raise UserError(
                 f"{flag} is {' '.join(entries)}; give a weight before every prefix or before none"
@@ -110,11 +108,7 @@ def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
 
 
 def read_index_of(flag: str, prefix: str) -> Index:
-    """The index of a dataset that ``flag`` names.
-
-    Raises:
-        UserError: naming both, for files that are missing, foreign, cut short or empty.
-    """
+    """The index of a dataset; raises as :func:`read_index`, naming ``flag`` too."""
     try:
         return read_index(prefix)
     except UserError as error:

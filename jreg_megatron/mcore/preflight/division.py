@@ -1,21 +1,24 @@
-"""How the model and the batch are divided over the ranks."""
+"""Checks of how the model and the batch are divided over the ranks."""
 
 from __future__ import annotations
 
 import math
 from argparse import Namespace
+from itertools import product
 
 from jreg_megatron.mcore.preflight.asked import (
+    divisible,
     flag_of,
-    given,
     num_layers,
-    one_line,
+    only_one,
     other_layer_plan,
     tensor_parallel,
     virtual_stages,
     weight_replicas,
 )
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, check_least, one_line
+
+_TP, _LAYOUT = "tensor_model_parallel_size", "pipeline_model_parallel_layout"
 
 _ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 _COUNTED = {
@@ -27,12 +30,8 @@ _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pip
 
 def world_size(args: Namespace) -> None:
     tp, pp, cp = tensor_parallel(args), args.pipeline_model_parallel_size, args.context_parallel_size
-    shards = args.tensor_parallel_num_weight_shards
-    if shards is not None and (shards < tp or shards % tp):
-        raise UserError(
-            f"--tensor-parallel-num-weight-shards is {shards}; it must be a multiple of "
-            f"--tensor-model-parallel-size {tp}"
-        )
+    check_least(args, tensor_parallel_num_weight_shards=1)
+    divisible(args, "tensor_parallel_num_weight_shards", _TP)
     size = tp * pp * cp * weight_replicas(args)
     if args.world_size % size:
         extra = f" x {weight_replicas(args)} weight shards" if weight_replicas(args) > 1 else ""
@@ -44,21 +43,13 @@ def world_size(args: Namespace) -> None:
 
 
 def heads(args: Namespace) -> None:
-    hidden, heads, tp = args.hidden_size, args.num_attention_heads, tensor_parallel(args)
-    if args.kv_channels is None and hidden % heads:
-        raise UserError(
-            f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}; "
-            "change one of them or give --kv-channels"
-        )
-    if heads % tp:
-        raise UserError(
-            f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}; "
-            "change one of them"
-        )
-    groups = args.num_query_groups
+    if args.kv_channels is None:
+        divisible(args, "hidden_size", "num_attention_heads", "change one of them or give --kv-channels")
+    divisible(args, "num_attention_heads", _TP)
+    groups, tp = args.num_query_groups, tensor_parallel(args)
     if args.group_query_attention and not args.multi_latent_attention:
-        if groups < 1 or heads % groups:
-            raise UserError(f"--num-query-groups is {groups}; it must divide --num-attention-heads {heads}")
+        check_least(args, num_query_groups=1)
+        divisible(args, "num_attention_heads", "num_query_groups")
         if groups % tp and tp % groups:
             raise UserError(
                 f"--num-query-groups is {groups}; it must be a multiple or a divisor of "
@@ -73,23 +64,24 @@ def experts(args: Namespace) -> None:
     tensor = args.tensor_model_parallel_size
     if number is not None and tensor > 1 and not args.sequence_parallel and not args.skip_train:
         raise UserError(
-            f"--num-experts is {number} with --tensor-model-parallel-size {tensor}, which Megatron trains "
-            "with --sequence-parallel only; give that too"
+            f"--num-experts is {number} with --tensor-model-parallel-size {tensor}, and Megatron trains this "
+            "only with --sequence-parallel; give it too"
         )
 
 
 def feed_forward(args: Namespace) -> None:
-    if args.ffn_hidden_size is not None and args.ffn_hidden_size % tensor_parallel(args):
-        raise UserError(
-            f"--ffn-hidden-size {args.ffn_hidden_size} is not divisible by "
-            f"--tensor-model-parallel-size {tensor_parallel(args)}; change one of them"
-        )
+    divisible(args, "ffn_hidden_size", _TP)
 
 
 def pipeline(args: Namespace) -> None:
     if other_layer_plan(args):
         return
-    _pipeline_options(args)
+    only_one(args, *_VIRTUAL, _LAYOUT)
+    counted = tuple(_COUNTED.values())
+    for one, other in (*product((_LAYOUT,), (*_ENDS, *counted)), *product(_ENDS, counted)):
+        only_one(args, one, other)
+    for end in _ENDS:
+        only_one(args, end, _VIRTUAL[0], fix="give --num-virtual-stages-per-pipeline-rank instead")
     if isinstance(args.pipeline_model_parallel_layout, str):
         _pipeline_layout(args, args.pipeline_model_parallel_layout)
     ends = {name: getattr(args, name) for name in _ENDS if getattr(args, name) is not None}
@@ -105,26 +97,8 @@ def pipeline(args: Namespace) -> None:
         )
 
 
-def _pipeline_options(args: Namespace) -> None:
-    """Options that Megatron does not take together."""
-    ways = given(args, *_VIRTUAL, "pipeline_model_parallel_layout")
-    if len(ways) > 1:
-        raise UserError(f"{' and '.join(ways)} exclude each other; give only one")
-    uneven, layout = given(args, *_ENDS), given(args, "pipeline_model_parallel_layout")
-    counted = [flag_of(name) for name in _COUNTED.values() if getattr(args, name)]
-    for one, others in ((layout, uneven + counted), (uneven, counted)):
-        if one and others:
-            raise UserError(f"{one[0]} and {others[0]} exclude each other; drop one")
-    if uneven and args.num_layers_per_virtual_pipeline_stage is not None:
-        raise UserError(
-            f"{uneven[0]} and --num-layers-per-virtual-pipeline-stage "
-            f"{args.num_layers_per_virtual_pipeline_stage} exclude each other; give "
-            "--num-virtual-stages-per-pipeline-rank instead"
-        )
-
-
 def _pipeline_layout(args: Namespace, layout: str) -> None:
-    """A layout that is given as text; one from Python, a list, is left to Megatron."""
+    """Check a layout that is text. A list, from Python, is left to Megatron."""
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -149,7 +123,7 @@ def _pipeline_layout(args: Namespace, layout: str) -> None:
 
 
 def _uneven_pipeline(args: Namespace, ends: dict[str, int]) -> None:
-    """Layers left for the middle stages, where the first or the last stage has its own number (``ends``)."""
+    """Check the middle stages, if the first or the last stage has its own number of layers (``ends``)."""
     stages, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank or 1
     for name, number in ends.items():
         if number < 1 or number % virtual:
@@ -163,7 +137,7 @@ def _uneven_pipeline(args: Namespace, ends: dict[str, int]) -> None:
         raise UserError(
             f"--num-layers {num_layers(args)} with {of_ends} leaves {middle} layers for "
             f"{max(middle_stages, 0)} middle stages{of_virtual} (--pipeline-model-parallel-size {stages}); "
-            "choose numbers that leave each as many"
+            "choose numbers that leave the same for each"
         )
 
 
@@ -209,17 +183,13 @@ def batch_sizes(args: Namespace) -> None:
     replicas = args.world_size // (
         tensor_parallel(args) * args.pipeline_model_parallel_size * args.context_parallel_size
     )
+    only_one(args, "step_batch_size_schedule", "global_batch_size")
     if args.step_batch_size_schedule is not None:
-        if args.global_batch_size is not None:
-            raise UserError(
-                f"--step-batch-size-schedule is {args.step_batch_size_schedule} and --global-batch-size is "
-                f"{args.global_batch_size}; give only one"
-            )
         return
     total = args.global_batch_size if args.global_batch_size is not None else micro * replicas
     step = micro * replicas
     named = f"--micro-batch-size {micro} x {replicas} data-parallel replicas = {step}"
-    # With --decrease-batch-size-if-needed a remainder is allowed, but not less than one micro-batch each.
+    # --decrease-batch-size-if-needed allows a remainder, but each replica needs one micro-batch.
     if total < step or (total % step and not args.decrease_batch_size_if_needed):
         raise UserError(f"--global-batch-size is {total}; it must be a multiple of {named}")
     eval_micro, eval_total = args.eval_micro_batch_size or micro, args.eval_global_batch_size or total

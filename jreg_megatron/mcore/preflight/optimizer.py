@@ -1,4 +1,4 @@
-"""Optimizers and what they run with, which Megatron finds out after it has built the model, or at a step."""
+"""Checks of the optimizer. Megatron finds these errors after it has built the model, or at a step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from jreg_megatron.mcore.dataset_helper import core_folder
 from jreg_megatron.runtime.errors import UserError
 
 _EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
-"""The optimizers that Megatron takes from the package ``emerging_optimizers``."""
+"""Optimizers of the package ``emerging_optimizers``."""
 _OLDEST = (0, 2)
-"""The version that Megatron-Core 0.19, whose training loop this checks, takes at least."""
+"""The oldest version of the package for Megatron-Core 0.19."""
 
 
 def package(name: str | None) -> None:
-    """Refuse the optimizer ``name`` if there is no package to take it from; imports nothing of Megatron.
+    """Refuse the optimizer ``name`` if its package is not installed. Imports nothing of Megatron.
 
-    A tree that has optimizers of its own by these names does not mention the package.
+    A Megatron tree with its own optimizers of these names does not mention the package.
 
     Raises:
         UserError: naming the package.
     """
     if name in _EMERGING and find_spec("emerging_optimizers") is None and _megatron_wants_it():
         raise UserError(
-            f"--optimizer is {name}, which needs the package emerging_optimizers, and that is not installed; "
-            "pip install emerging-optimizers, or give --optimizer adam"
+            f"--optimizer is {name}, which needs the package emerging_optimizers; pip install "
+            "emerging-optimizers, or give --optimizer adam"
         )
 
 
@@ -34,7 +34,7 @@ def combination(args: Namespace) -> None:
     name, is_distributed = args.optimizer, args.use_distributed_optimizer
     if name == "sgd" and is_distributed:
         raise UserError(
-            "--optimizer is sgd, which --use-distributed-optimizer does not take; leave one of them out"
+            "--optimizer is sgd, which does not run with --use-distributed-optimizer; leave one of them out"
         )
     if name not in _EMERGING:
         return
@@ -68,7 +68,7 @@ def _megatron_wants_it() -> bool:
 
 
 def _installed_version() -> tuple[int, ...]:
-    """The first two numbers of the package's version; none where they are not known."""
+    """The first two numbers of the package's version; empty if it is not installed."""
     try:
         return tuple(int(number) for number in version("emerging-optimizers").split(".")[:2])
     except PackageNotFoundError:

@@ -1,12 +1,12 @@
-"""Sizes that must be given, the length of training, its learning rate, evaluation and saving."""
+"""Checks of required sizes, training length, learning rate, evaluation and saving."""
 
 from __future__ import annotations
 
 import math
 from argparse import Namespace
 
-from jreg_megatron.mcore.preflight.asked import flag_of, other_layer_plan, positive
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.mcore.preflight.asked import flag_of, only_one, other_layer_plan
+from jreg_megatron.runtime.errors import UserError, check_least
 
 
 def sizes(args: Namespace) -> None:
@@ -17,21 +17,19 @@ def sizes(args: Namespace) -> None:
         required.append("seq_length")
     for name in required:
         if getattr(args, name) is None:
-            raise UserError(f"{flag_of(name)} is missing; give it a whole number >= 1")
+            raise UserError(f"{flag_of(name)} is missing; give a whole number >= 1")
     ranks = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    positive(args, *required, *ranks, "kv_channels", "log_interval", "tensorboard_log_interval")
+    others = ("kv_channels", "log_interval", "tensorboard_log_interval")
+    check_least(args, **dict.fromkeys((*required, *ranks, *others), 1))
 
 
 def training_length(args: Namespace) -> None:
     if args.skip_train:
         return
-    if args.train_iters is not None and args.train_samples is not None:
-        raise UserError(
-            f"--train-iters is {args.train_iters} and --train-samples is {args.train_samples}; give only one"
-        )
+    only_one(args, "train_iters", "train_samples")
     if args.train_iters is None and args.train_samples is None:
-        raise UserError("--train-iters is missing; say how many iterations to train (or --train-samples)")
-    positive(args, "train_iters", "train_samples")
+        raise UserError("--train-iters is missing; give the number of iterations (or --train-samples)")
+    check_least(args, train_iters=1, train_samples=1)
 
 
 def learning_rate(args: Namespace) -> None:
@@ -60,10 +58,7 @@ def learning_rate_schedule(args: Namespace) -> None:
     end = f"--train-{unit}" if decay is None else f"--lr-decay-{unit}"
     if args.lr_warmup_fraction is not None:
         if warmup:
-            raise UserError(
-                f"--lr-warmup-fraction is {args.lr_warmup_fraction} and --lr-warmup-{unit} is {warmup}; "
-                "give only one"
-            )
+            only_one(args, "lr_warmup_fraction", f"lr_warmup_{unit}")
         if not 0 <= args.lr_warmup_fraction < 1:
             raise UserError(f"--lr-warmup-fraction is {args.lr_warmup_fraction}; it must be >= 0 and < 1")
     elif warmup >= length:
@@ -76,30 +71,31 @@ def evaluation(args: Namespace) -> None:
     if args.full_validation and not args.multiple_validation_sets:
         raise UserError(
             "--full-validation ends in an error at the first evaluation (Megatron 0.19) without "
-            "--multiple-validation-sets; give that too, or --eval-iters instead"
+            "--multiple-validation-sets; give it too, or --eval-iters instead"
         )
     if args.full_validation:
         return
     if args.multiple_validation_sets:
         raise UserError(
-            "--multiple-validation-sets needs --full-validation (Megatron 0.19); give that too, or one "
+            "--multiple-validation-sets needs --full-validation (Megatron 0.19); give it too, or one "
             "validation set"
         )
-    # Megatron divides by it even where nothing is evaluated.
+    # Megatron divides by it even without evaluation.
     if not args.eval_interval or args.eval_interval < 0:
         found = "is missing" if args.eval_interval is None else f"is {args.eval_interval}"
         raise UserError(
-            f"--eval-interval {found}; say every how many iterations to evaluate "
-            "(with --eval-iters 0 nothing is evaluated)"
+            f"--eval-interval {found}; give a number of iterations >= 1 (--eval-iters 0 switches evaluation "
+            "off)"
         )
 
 
 def saving(args: Namespace) -> None:
     if args.save is not None and (args.save_interval is None or args.save_interval < 1):
         found = "is missing" if args.save_interval is None else f"is {args.save_interval}"
-        raise UserError(f"--save is {args.save}, but --save-interval {found}; give it in iterations, >= 1")
+        raise UserError(
+            f"--save is {args.save}, but --save-interval {found}; give a number of iterations >= 1"
+        )
     if args.wandb_project and not (args.save or args.wandb_save_dir):
         raise UserError(
-            f"--wandb-project is {args.wandb_project}, but there is no folder for it; give --wandb-save-dir "
-            "(or --save)"
+            f"--wandb-project is {args.wandb_project}, which needs a folder; give --wandb-save-dir or --save"
         )

@@ -1,4 +1,4 @@
-"""The tokenizer, the model's vocabulary, and the ids in the data."""
+"""Checks of the tokenizer, the model's vocabulary, and the ids in the data."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ from argparse import Namespace
 
 from jreg_megatron.data.token_file import Index
 from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
-from jreg_megatron.mcore.preflight.asked import flag_of, positive, tensor_parallel
+from jreg_megatron.mcore.preflight.asked import divisible, flag_of, tensor_parallel
 from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, check_least
 
 
 def tokenizer(args: Namespace) -> None:
     if args.tokenizer_type is None:
         raise UserError(
-            "--tokenizer-type is missing; for example SentencePieceTokenizer with --tokenizer-model"
+            "--tokenizer-type is missing; give one, for example SentencePieceTokenizer and --tokenizer-model"
         )
     if args.tokenizer_type in NULL_TYPES and not args.vocab_size:
         raise UserError(f"--vocab-size is missing; --tokenizer-type {args.tokenizer_type} needs it")
-    if args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer", "HuggingFaceTokenizer", "SFTTokenizer"):
-        if args.tokenizer_model is None:
-            raise UserError(f"--tokenizer-model is missing; --tokenizer-type {args.tokenizer_type} needs it")
-        # For the other two types it may also be the name of a model on the hub.
-        must_be_file = args.tokenizer_type in (*SENTENCEPIECE_TYPES, "TikTokenizer")
-        if must_be_file and not os.path.isfile(args.tokenizer_model):
-            raise UserError(
-                f"--tokenizer-model is {args.tokenizer_model}, which is not a file; correct the path"
-            )
-    for name in ("vocab_file", "merge_file", "metadata_path"):
+    of_file = (*SENTENCEPIECE_TYPES, "TikTokenizer")  # for the others it may also be a name on the hub
+    needs_model = args.tokenizer_type in (*of_file, "HuggingFaceTokenizer", "SFTTokenizer")
+    if needs_model and args.tokenizer_model is None:
+        raise UserError(f"--tokenizer-model is missing; --tokenizer-type {args.tokenizer_type} needs it")
+    model = ("tokenizer_model",) if args.tokenizer_type in of_file else ()
+    for name in (*model, "vocab_file", "merge_file", "metadata_path"):
         path = getattr(args, name)
         if path is not None and not os.path.isfile(path):
             flag = "--tokenizer-metadata" if name == "metadata_path" else flag_of(name)
@@ -38,16 +34,12 @@ def tokenizer(args: Namespace) -> None:
 
 
 def vocabulary_sizes(args: Namespace) -> None:
-    positive(args, "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by")
-    if args.padded_vocab_size is not None and args.padded_vocab_size % tensor_parallel(args):
-        raise UserError(
-            f"--padded-vocab-size {args.padded_vocab_size} is not divisible by "
-            f"--tensor-model-parallel-size {tensor_parallel(args)}; round it up"
-        )
+    check_least(args, vocab_size=1, padded_vocab_size=1, make_vocab_size_divisible_by=1)
+    divisible(args, "padded_vocab_size", "tensor_model_parallel_size", "round it up")
     if args.padded_vocab_size is None and not args.pad_vocab_size and args.vocab_size is None:
         raise UserError("--vocab-size is missing; --no-pad-vocab-size needs it (or --padded-vocab-size)")
     size = _exact_tokenizer_size(args)
-    # The size of other tokenizers comes from --vocab-size itself.
+    # Other tokenizers take their size from --vocab-size.
     named = ("vocab_size",) if args.tokenizer_type in SENTENCEPIECE_TYPES else ()
     for name in (*named, "padded_vocab_size"):
         value = getattr(args, name)
@@ -71,15 +63,15 @@ def token_ids(args: Namespace) -> None:
         if least < 0 or most >= vocabulary:
             raise UserError(
                 f"{flag} names {prefix}, which holds the token id {most if least >= 0 else least}, but the "
-                f"model's vocabulary is {vocabulary} (ids 0 to {vocabulary - 1}); give the tokenizer "
-                "that made the data or a larger --padded-vocab-size"
+                f"model's vocabulary is {vocabulary} (ids 0 to {vocabulary - 1}); give the tokenizer of the "
+                "data or a larger --padded-vocab-size"
             )
 
 
 def _extreme_ids(prefix: str, index: Index, windows: int, width: int = 1 << 14) -> tuple[int, int]:
-    """Least and greatest token id in up to ``windows`` evenly spaced pieces of ``width`` tokens.
+    """Smallest and largest token id in up to ``windows`` evenly spaced pieces of ``width`` tokens.
 
-    All tokens are read if the pieces cover them; the first and the last token always are.
+    The first and the last token are always read; all tokens if the pieces cover them.
     """
     import numpy
 
@@ -93,7 +85,7 @@ def _extreme_ids(prefix: str, index: Index, windows: int, width: int = 1 << 14) 
 
 
 def _model_vocabulary(args: Namespace) -> int | None:
-    """Rows of the embedding as Megatron derives them, or None where that is not known here."""
+    """Rows of the embedding, as Megatron computes them; None if not known here."""
     if args.padded_vocab_size is not None:
         return int(args.padded_vocab_size)
     size = args.vocab_size
@@ -106,9 +98,9 @@ def _model_vocabulary(args: Namespace) -> int | None:
 
 
 def _exact_tokenizer_size(args: Namespace) -> int | None:
-    """Number of tokens that Megatron's tokenizer will report, for the types where it is cheap to know."""
+    """Number of tokens of Megatron's tokenizer, for the types where it is cheap to know."""
     if args.metadata_path is not None:
-        return None  # it may name another tokenizer class
+        return None  # it may name another class
     if args.tokenizer_type not in SENTENCEPIECE_TYPES:
         return told_vocab_size(vars(args))
     import sentencepiece
@@ -126,7 +118,7 @@ def _exact_tokenizer_size(args: Namespace) -> int | None:
 
 
 def _hugging_face_size(args: Namespace) -> int | None:
-    """Upper bound on the size of a Hugging Face tokenizer that lies in a local folder."""
+    """Upper bound on the size of a Hugging Face tokenizer in a local folder."""
     path = os.path.join(args.tokenizer_model or "", "tokenizer.json")
     if args.tokenizer_type != "HuggingFaceTokenizer" or args.metadata_path is not None:
         return None
