@@ -123,7 +123,7 @@ def whole(toy_arguments: list[str], initial_weights: Path, tmp_path_factory: pyt
     ("before", "after"),
     [
         ("TP2 x PP2", "TP1 x PP1"),
-        ("TP1 x PP1", "TP2 x PP2"),
+        pytest.param("TP1 x PP1", "TP2 x PP2", marks=pytest.mark.slow),
         ("TP2 with the distributed optimizer", "DP2 with the distributed optimizer"),
     ],
     ids=str,

@@ -177,7 +177,7 @@ def test_megatron_without_a_makefile_is_left_alone(
     compile_in(tools(without="make"))
 
 
-@pytest.mark.parametrize("launcher", ["--nproc", "torchrun"])
+@pytest.mark.parametrize("launcher", ["--nproc", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_the_launcher_says_it_once_before_megatron_is_imported(
     launcher: str, tree: Path, tools: Callable[..., str]
 ) -> None:

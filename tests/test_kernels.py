@@ -254,7 +254,10 @@ def test_the_triton_kernels_give_the_numbers_of_float64_autograd(
 
 @both_ways
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, BF16), (FP32, FP32)], ids=str)
-@pytest.mark.parametrize("width", [768, 3200, 4160, 8192, 8193, 12288])
+@pytest.mark.parametrize(
+    "width",
+    [768, 8193, 12288, *(pytest.param(width, marks=pytest.mark.slow) for width in (3200, 4160, 8192))],
+)
 def test_wide_rows_of_every_kind_are_right(
     kernels: Kernels, width: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:

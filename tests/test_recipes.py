@@ -653,6 +653,7 @@ def test_sigterm_to_a_run_under_torchrun_saves_the_iteration_it_was_in(
     assert last_checkpoint(run / "checkpoints") == last
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_run_under_torchrun_that_is_killed(
     under_torchrun: tuple[subprocess.Popen[str], Path],
 ) -> None:
