@@ -1465,6 +1465,12 @@ FAULTS = [
         PREFLIGHT,
     ),
     Fault(
+        "lose the optimizer's step in a resume with FSDP2",
+        "mcore/preflight/__init__.py",
+        (("    optimizer.resuming,\n", ""),),
+        PREFLIGHT,
+    ),
+    Fault(
         "launch without an optimizer's package",
         "launch.py",
         (('    optimizer.package(value_of(sys.argv, "--optimizer"))\n', ""),),
