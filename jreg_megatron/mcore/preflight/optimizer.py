@@ -76,8 +76,8 @@ def resuming(args: Namespace) -> None:
         if is_used:
             raise UserError(
                 f"--{name} is {getattr(args, name)} with --use-torch-fsdp2, and Megatron 0.19 does not "
-                f"resume FSDP2's optimizer: the number of Adam's step is lost; give --no-{name}-optim to {name} "
-                "the weights alone, or --use-distributed-optimizer instead of --use-torch-fsdp2"
+                f"resume FSDP2's optimizer: the number of Adam's step is lost; give --no-{name}-optim to "
+                f"{name} the weights alone, or --use-distributed-optimizer instead of --use-torch-fsdp2"
             )
 
 
