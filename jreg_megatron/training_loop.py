@@ -526,13 +526,14 @@ def _refuse_another_model_to_generate(args: Namespace, settings: tuple[Settings,
 
 
 def _refuse_optimizer(args: Namespace) -> None:
-    """Refuse now what Megatron refuses only at the optimizer's first step; the rules are those of 0.19."""
+    """Refuse now what Megatron refuses at the optimizer's first step, or loses; the rules are of 0.19."""
     from megatron.core import __version__
 
     from jreg_megatron.mcore.preflight import optimizer
 
     if tuple(map(int, __version__.split(".")[:2])) >= (0, 19):
         optimizer.combination(args)
+        optimizer.resuming(args)
 
 
 def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:

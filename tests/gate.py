@@ -33,7 +33,7 @@ class GateConfig(Settings):
         for layer in residual_layers(chunk):
             gate = nn.Parameter(torch.full((1,), self.start))
             gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
-            layer.first.register_parameter("residual_gate", gate)
+            layer.last.register_parameter("residual_gate", gate)
 
     def make(self, place: Place) -> Method:
         return Gate(self, place)
@@ -43,10 +43,15 @@ class Gate(Method):
     def __init__(self, settings: GateConfig, place: Place) -> None:
         super().__init__(settings, place)
         layers = (layer for chunk in place.chunks for layer in residual_layers(chunk))
-        self._gates: dict[int, Any] = {layer.number: layer.first.residual_gate for layer in layers}
+        self._holders: dict[int, Any] = {layer.number: layer.last for layer in layers}
+
+    def gate(self, layer_number: int) -> Tensor:
+        """Of now: FSDP2 has the whole parameter in its place only while its module runs."""
+        gate: Tensor = self._holders[layer_number].residual_gate
+        return gate
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
-        return layer_output - (1 - torch.sigmoid(self._gates[layer_number])) * layer_input
+        return layer_output - (1 - torch.sigmoid(self.gate(layer_number))) * layer_input
 
 
 def train(argv: list[str]) -> None:
@@ -59,5 +64,7 @@ def train(argv: list[str]) -> None:
         pretrain.main(argv)
     finally:  # Megatron ends the process by itself where --exit-interval says so
         if attached := training_loop._loop.attached:
-            (gates,) = (method._gates for method in attached.handle.methods if isinstance(method, Gate))
-            print("\ngates", {number: gate.item() for number, gate in gates.items()}, flush=True)
+            (method,) = (method for method in attached.handle.methods if isinstance(method, Gate))
+            gates: dict[int, Any] = {number: method.gate(number) for number in method._holders}
+            whole = {n: getattr(gate, "full_tensor", lambda gate=gate: gate)() for n, gate in gates.items()}
+            print("\ngates", {number: gate.item() for number, gate in whole.items()}, flush=True)

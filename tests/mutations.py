@@ -1465,6 +1465,12 @@ FAULTS = [
         PREFLIGHT,
     ),
     Fault(
+        "lose the optimizer's step in a resume with FSDP2",
+        "mcore/preflight/__init__.py",
+        (("    optimizer.resuming,\n", ""),),
+        PREFLIGHT,
+    ),
+    Fault(
         "launch without an optimizer's package",
         "launch.py",
         (('    optimizer.package(value_of(sys.argv, "--optimizer"))\n', ""),),
@@ -1875,7 +1881,7 @@ FAULTS = [
     Fault(
         "take FSDP2 with a loss per token",
         "stream/support.py",
-        (("if is_torchs and config.calculate_per_token_loss:", "if False:"),),
+        (('if is_torchs and getattr(config, "calculate_per_token_loss", False):', "if False:"),),
         ("tests/test_attach.py::test_every_unsupported_setting_is_refused_by_its_name",),
     ),
     Fault(

@@ -348,6 +348,11 @@ def refusals_of_settings() -> list[str]:
             super().__init__()
             self.module = model
 
+        def __getattr__(self, name: str) -> Any:
+            if name in (modules := self.__dict__["_modules"]):
+                return modules[name]
+            return getattr(modules["module"], name)  # as torch's FSDP1 does
+
     class TorchFullyShardedDataParallel(FullyShardedDataParallel):
         pass
 

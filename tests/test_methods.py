@@ -310,10 +310,11 @@ def test_a_method_can_add_a_parameter_that_is_trained_saved_and_resumed(
     assert gates[0] == gates[1] == after[0], "the ranks that share a sequence have one gate"
     assert len(gates[0]) == 4 and all(abs(gate - 1.5) > 1e-4 for gate in gates[0].values()), "it is trained"
     assert half[0] != gates[0]
-    alone = run_ranks(
-        [*toy_arguments, *argv[len(toy_arguments) + len(LAYOUT) :], "--train-iters", 6], entry="gate:train"
-    )
+    plain = [*toy_arguments, *argv[len(toy_arguments) + len(LAYOUT) :], "--train-iters", 6]
+    alone = run_ranks(plain, entry="gate:train")
     assert gates_of(alone)[0] == pytest.approx(gates[0], abs=1e-5), "as on one rank"
+    cut = run_ranks([*plain, "--use-torch-fsdp2"], 2, entry="gate:train")
+    assert gates_of(cut)[1] == pytest.approx(gates[0], abs=1e-5), "and where FSDP2 cuts it"
     for name in ("lm loss", "grad-norm", "last residual norm", "norms/update_ratio_layer_04"):
         assert resumed[name] == whole[name][3:], name
 

@@ -61,6 +61,7 @@ FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_la
 PER_VIRTUAL, VIRTUAL = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
 LAYOUT, SHARDED = "pipeline_model_parallel_layout", "use_distributed_optimizer"
+FSDP = "use_torch_fsdp2"
 
 GOOD_CHANGES: list[dict[str, Any]] = [
     {},
@@ -89,6 +90,8 @@ GOOD_CHANGES: list[dict[str, Any]] = [
     {"num_experts": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2},
     {"wandb_project": "toy", "wandb_save_dir": "logs"},
     {"num_experts": 2},
+    {FSDP: True, "save": "out", "save_interval": 9, "no_save_optim": True, "load": "in", "finetune": True},
+    {FSDP: True, "load": "in", "no_load_optim": True},
     {"vocab_size": 70_000},
     {"sft": True, "mock_data": False, "data_path": ["chats.jsonl"], "split": "1,0,0"},
     {"mock_data": False, "data_path": ["s3://bucket/text_document"]},
@@ -125,6 +128,15 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"eval_interval": None}, ["--eval-interval is missing"]),
     ({"eval_interval": 0}, ["--eval-interval is 0"]),
     ({"save": "out"}, ["--save is out", "--save-interval is missing"]),
+    (
+        {FSDP: True, "save": "out", "save_interval": 9},
+        ["--save is out with --use-torch-fsdp2", "give --no-save-optim to save"],
+    ),
+    ({FSDP: True, "load": "in"}, ["--load is in with --use-torch-fsdp2", "give --no-load-optim to load"]),
+    (
+        {FSDP: True, "load": "in", "finetune": True, "ckpt_format": "torch_dcp"},
+        ["--load is in with --ckpt-format torch_dcp", "give --ckpt-format torch_dist"],
+    ),
     ({TP: 2, PP: 2, "world_size": 6}, ["parallel-size 2 x", "is 4", "the 6 started processes"]),
     ({TP: 2, "world_size": 1}, ["--tensor-model-parallel-size 2", "the 1 started processes"]),
     ({"tensor_parallel_num_weight_shards": 3, TP: 2}, ["--tensor-parallel-num-weight-shards 3", "size 2"]),

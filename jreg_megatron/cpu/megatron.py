@@ -132,7 +132,7 @@ def _let_torch_norms_be_sequence_parallel() -> None:
     WrappedTorchNorm.__new__ = staticmethod(new)
 
 
-def _on_the_cpu(from_group: Any, group: Any, _: str, **named: Any) -> DeviceMesh:
+def _on_the_cpu(from_group: Any, group: Any, device_type: str, **named: Any) -> DeviceMesh:
     mesh: DeviceMesh = from_group(group, "cpu", **named)
     return mesh
 

@@ -345,10 +345,10 @@ def attach(
     chunks = [unwrap(chunk) for chunk in given]
 
     def check() -> tuple[Callable[[], int], list[Method]]:
+        for outer, chunk in zip(given, chunks, strict=True):
+            refuse_fsdp(outer, getattr(chunk, "config", None))
         refuse_settings(settings, knows_iteration=iteration is not None)
         _refuse_model(chunks, settings)
-        for outer, chunk in zip(given, chunks, strict=True):
-            refuse_fsdp(outer, chunk.config)
         counter = _microbatch_counter(num_microbatches)
         place = _place_of(chunks, counter)
         return counter, [of_one.make(place) for of_one in settings]

@@ -12,8 +12,8 @@ from jreg_megatron.stream.settings import Settings
 LAYER_NOT_SEEN = (
     "jreg_megatron saw no state of some layer in an iteration that it measures, so that layer is not "
     "regularized either. Known causes: the model was not in training mode, metrics were asked for before the "
-    "backward pass, or full recompute did not run a frozen layer again. The run is stopped; correct that, or "
-    "train without jreg_megatron"
+    "backward pass, full recompute did not run a frozen layer again, or FSDP2's MixedPrecisionPolicy casts "
+    "the input of recomputed layers. The run is stopped; correct that, or train without jreg_megatron"
 )
 
 
@@ -73,7 +73,7 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
         is_torchs = name == "TorchFullyShardedDataParallel"
-        if is_torchs and config.calculate_per_token_loss:
+        if is_torchs and getattr(config, "calculate_per_token_loss", False):
             raise UserError(
                 f"jreg_megatron does not support calculate_per_token_loss with {name}, whose gradients "
                 "Megatron does not divide by the number of tokens; turn it off"

@@ -47,6 +47,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     initialization.check,
     training.evaluation,
     training.saving,
+    optimizer.resuming,
     division.world_size,
     division.heads,
     division.experts,

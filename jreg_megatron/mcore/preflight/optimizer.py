@@ -61,6 +61,26 @@ def combination(args: Namespace) -> None:
             )
 
 
+def resuming(args: Namespace) -> None:
+    """Refuse to save or load the optimizer's state with FSDP2. Megatron 0.19 loads Adam's moments from a
+    ``torch_dist`` checkpoint and not the number of its step; it reads no ``torch_dcp`` checkpoint at all."""
+    if not args.use_torch_fsdp2 or args.skip_train:
+        return
+    if args.load and args.ckpt_format == "torch_dcp":
+        raise UserError(
+            f"--load is {args.load} with --ckpt-format torch_dcp, which Megatron 0.19 writes and cannot "
+            "read; give --ckpt-format torch_dist"
+        )
+    is_loaded = args.load and not (args.finetune or args.no_load_optim)
+    for name, is_used in (("load", is_loaded), ("save", args.save and not args.no_save_optim)):
+        if is_used:
+            raise UserError(
+                f"--{name} is {getattr(args, name)} with --use-torch-fsdp2, and Megatron 0.19 does not "
+                f"resume FSDP2's optimizer: the number of Adam's step is lost; give --no-{name}-optim to "
+                f"{name} the weights alone, or --use-distributed-optimizer instead of --use-torch-fsdp2"
+            )
+
+
 def _megatron_wants_it() -> bool:
     folder = core_folder()
     files = [] if folder is None else (folder / "optimizer").glob("*.py")
