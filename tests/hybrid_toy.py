@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -36,9 +35,9 @@ from megatron.core.transformer.experimental_attention_variant.dsa import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from jreg_megatron.cpu.hybrid import attention_layer
 from jreg_megatron.methods.jreg.formulas import displacement
 from jreg_megatron.selftest.mixer import stack_spec
 from jreg_megatron.selftest.step import LATENT
@@ -98,8 +97,8 @@ def build(pattern: str, **modules: type[Any]) -> Any:
         **(SPARSE if "D" in pattern else {}),
     )
     slots = {
-        "gdn_layer": _layer(GATED_DELTA_NET),
-        "dsa_layer": _layer(SPARSE_ATTENTION),
+        "gdn_layer": attention_layer(GATED_DELTA_NET),
+        "dsa_layer": attention_layer(SPARSE_ATTENTION),
         "mtp_block_spec": PREDICTS_AHEAD,
     } | {
         name: dataclasses.replace(getattr(stack_spec.submodules, name), module=module)
@@ -181,15 +180,6 @@ PREDICTS_AHEAD = ModuleSpec(
         ]
     ),
 )
-
-
-def _layer(attention: ModuleSpec) -> ModuleSpec:
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
-        ),
-    )
 
 
 def losses(model: Any) -> Tensor:

@@ -105,19 +105,23 @@ def step(model: Any, handle: Any, iteration: int = 1, **named: Any) -> None:
 # -- layers ------------------------------------------------------------------------------------------
 
 
+def refused_and_detached(forward: Callable[[Any], Any], model: Any) -> str:
+    """What the first forward pass says; after detaching it runs as if nothing had been attached."""
+    handle = attach(model, JRegConfig(), num_microbatches=1)
+    said = refusal(forward, model)
+    handle.detach()
+    forward(model)
+    return said
+
+
 def unknown_layers_without_a_schedule() -> dict[str, str]:
     import test_attach  # its model of two layers
     import unknown_layers
 
     start()
-    said = {}
-    for kind in unknown_layers.UNKNOWN:
-        model = build(kind).module
-        handle = attach(model, JRegConfig(), num_microbatches=1)
-        said[kind] = refusal(test_attach.forward, model)
-        handle.detach()
-        test_attach.forward(model)  # nothing is left
-    return said
+    return {
+        kind: refused_and_detached(test_attach.forward, build(kind).module) for kind in unknown_layers.UNKNOWN
+    }
 
 
 def test_a_layer_that_treats_the_stream_otherwise_is_refused_by_its_class_in_the_first_forward_pass() -> None:
@@ -132,14 +136,10 @@ def unknown_sublayers() -> dict[str, str]:
     import hybrid_toy
     import unknown_layers
 
-    said = {}
-    for kind, (module, _) in unknown_layers.UNKNOWN_SUBLAYERS.items():
-        model = hybrid_toy.build("M*M*-", **{kind.split()[0]: module})
-        handle = attach(model, JRegConfig(), num_microbatches=1)
-        said[kind] = refusal(hybrid_toy.losses, model)
-        handle.detach()
-        hybrid_toy.losses(model)  # nothing is left
-    return said
+    return {
+        kind: refused_and_detached(hybrid_toy.losses, hybrid_toy.build("M*M*-", **{kind.split()[0]: module}))
+        for kind, (module, _) in unknown_layers.UNKNOWN_SUBLAYERS.items()
+    }
 
 
 def test_a_sub_layer_of_a_hybrid_model_that_treats_the_stream_otherwise_is_refused_by_its_class() -> None:

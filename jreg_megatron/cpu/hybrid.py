@@ -69,38 +69,39 @@ def _mlp() -> Any:
     return ModuleSpec(module=MLP, submodules=parts)  # before 0.18
 
 
-def _latent_attention(normed: bool) -> Any:
-    """The attention of a layer whose queries, keys and values are latent, which norms follow or not."""
-    layer = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=normed).submodules
+def attention_layer(attention: Any, **more: Any) -> Any:
+    """The spec of a sub-layer with this attention behind a norm; ``more`` are further parts of it."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=WrappedTorchNorm,
-            self_attention=layer.self_attention,
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
+            **more,
         ),
     )
+
+
+def _latent_attention(normed: bool) -> Any:
+    """The attention of a layer whose queries, keys and values are latent, which norms follow or not."""
+    layer = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=normed).submodules
+    return attention_layer(layer.self_attention)
 
 
 stack_spec = ModuleSpec(
     module=LocalStack,
     submodules=submodules(
-        attention_layer=ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=WrappedTorchNorm,
-                self_attention=ModuleSpec(
-                    module=SelfAttention,
-                    params={"attn_mask_type": AttnMaskType.causal},
-                    submodules=SelfAttentionSubmodules(
-                        linear_qkv=ColumnParallelLinear,
-                        core_attention=backends.LocalSpecProvider().core_attention(),
-                        linear_proj=RowParallelLinear,
-                    ),
+        attention_layer=attention_layer(
+            ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=backends.LocalSpecProvider().core_attention(),
+                    linear_proj=RowParallelLinear,
                 ),
-                self_attn_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
             ),
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
         ),
         mlp_layer=ModuleSpec(
             module=MLPLayer,

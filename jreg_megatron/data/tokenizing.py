@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import without_compilation
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -217,10 +217,9 @@ def _check_sentencepiece(path: str) -> None:
 
 
 def _not_loadable(settings: TokenizerSettings, error: Exception) -> UserError:
-    said = " ".join(str(error).split()) or type(error).__name__
     return UserError(
         f"--tokenizer-model {settings.tokenizer_model} cannot be loaded as {settings.tokenizer_type} "
-        f"({said[:300]}); correct the path or the type"
+        f"({one_line(error, 300)}); correct the path or the type"
     )
 
 

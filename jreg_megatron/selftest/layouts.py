@@ -115,8 +115,8 @@ class Layout:
         words = [f"{letters}{size}" for letters, size in sizes.items() if size > 1] or ["one rank"]
         words += ["SP"] * self.sequence_parallel
         words += ["distributed optimizer"] * self.distributed_optimizer
-        words += ["1 micro-batch"] * (self.num_microbatches == 1)
         words += ["FSDP2"] * self.fsdp
+        words += ["1 micro-batch"] * (self.num_microbatches == 1)
         words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
         words += [f"{self.split} split"] * (self.split != "even")
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
@@ -211,7 +211,7 @@ RULES = (
         "Megatron refuses FSDP2 with it",
         lambda x: not x.fsdp or (x.pipeline == x.expert == 1 and not x.distributed_optimizer and not x.tied),
     ),
-    _rule("fsdp precision", "Megatron refuses it", lambda x: not x.fsdp or x.precision != "fp16"),
+    _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(
         "fsdp data context",
         "FSDP2 needs ranks to share out the parameters to",
