@@ -1250,8 +1250,8 @@ FAULTS = [
     ),
     Fault(
         "trust what a killed run has left of a piece",
-        "data/piece_folder.py",
-        (("if crc_of(file, start, size) != crc:", "if False:"),),
+        "data/prepare.py",
+        ((" and sha256_of(file) == value", ""),),
         ("tests/test_data_kill.py::test_damaged_leftovers_of_a_killed_run_are_not_trusted",),
     ),
     Fault(

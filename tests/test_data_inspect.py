@@ -14,7 +14,6 @@ from data_toy import ODD, call, documents, hugging_face_folder, of_tool, sentenc
 from sentencepiece import SentencePieceProcessor
 
 pytest.importorskip("megatron.core")
-pytest.importorskip("rich", reason="the extra data is not installed (jreg_megatron[data])")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,8 @@ def test_a_control_character_in_a_sample_does_not_reach_the_terminal(
 ) -> None:
     from jreg_megatron.data import inspection
 
-    inspection.show(inspection.Summary(["one"], shortest=1), [(0, 1, "red \x1b[31m and [bold]")])
+    sample = {"document": 0, "tokens": 1, "text": "red \x1b[31m and [bold]"}
+    inspection.show(inspection.Summary(["one"], shortest=1), [sample])
     assert capsys.readouterr().out.endswith("red \\x1b[31m and [bold]\n")
 
 

@@ -78,11 +78,11 @@ def as_gz(folder: Path) -> list[Path]:
 
 
 def as_zst(folder: Path) -> list[Path]:
-    import zstandard
+    import pyarrow
 
     text = write_jsonl(folder / "text.jsonl", STRINGS).read_bytes()
-    packer = zstandard.ZstdCompressor()
-    (folder / "text.json.zst").write_bytes(packer.compress(text[:3001]) + packer.compress(text[3001:]))
+    parts = (pyarrow.compress(part, codec="zstd", asbytes=True) for part in (text[:3001], text[3001:]))
+    (folder / "text.json.zst").write_bytes(b"".join(parts))
     return [folder / "text.json.zst"]
 
 
@@ -334,9 +334,7 @@ def test_a_run_stopped_by_bad_records_goes_on_with_a_higher_limit(
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     import tracemalloc
 
-    from jreg_megatron.data.pieces import cut
-    from jreg_megatron.data.records import Reader, Record
-    from jreg_megatron.data.sources import find_sources
+    from jreg_megatron.data.corpus import cut, find_sources, records
 
     line = json.dumps({"text": "some words " * 1000}).encode() + b"\n"
     with gzip.open(tmp_path / "large.jsonl.gz", "wb", compresslevel=1) as stream:
@@ -344,19 +342,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             stream.write(line)  # 44 MB
     (piece,) = cut(find_sources([str(tmp_path / "large.jsonl.gz")]), 1, ["text"])
     tracemalloc.start()
-    read = sum(
-        len(record.texts[0]) for record in Reader(piece, ["text"], 1 << 20) if isinstance(record, Record)
-    )
+    read = sum(len(record.texts[0]) for record in records(piece, ["text"], 1 << 20))
     assert read == 44_000_000
     assert tracemalloc.get_traced_memory()[1] < 8e6
     tracemalloc.stop()
 
 
 def test_many_small_files_of_text_are_cut_in_a_moment() -> None:
-    from jreg_megatron.data.pieces import cut
-    from jreg_megatron.data.sources import Source
+    from jreg_megatron.data.corpus import Source, cut
 
-    files = [Source(f"/texts/{number}.txt", "text", "", 1000, 0, "") for number in range(30_000)]
+    files = [Source(f"/texts/{number}.txt", "text", "", 1000, 0) for number in range(30_000)]
     before = time.process_time()
     assert [len(piece.sources) for piece in cut(files, 29_000_000, ["text"])] == [29_000, 1_000]
     assert time.process_time() - before < 2

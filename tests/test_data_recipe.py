@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_toy import documents, sentencepiece_model, write_jsonl
 
-from jreg_megatron.data.token_file import read_index
+from jreg_megatron.data.token_file import TokenFile
 
 pytest.importorskip("megatron.core")
 pyarrow = pytest.importorskip("pyarrow", reason="the extra data is not installed (jreg_megatron[data])")
@@ -52,7 +52,7 @@ def test_it_makes_the_files_that_the_training_recipes_look_for(tmp_path: Path) -
     recipe = (RECIPES / "llama_170m.sh").read_text()
     for split in ("train", "validation"):
         assert f"$DATA/{split}_text_document" in recipe
-        counts[split] = read_index(f"{tmp_path}/data/{split}_text_document").documents
+        counts[split] = TokenFile(f"{tmp_path}/data/{split}_text_document").documents
     assert sum(counts.values()) == 400
     assert 20 < counts["validation"] < 60
     assert "TOKENIZER:-$DATA/tokenizer.model" in recipe

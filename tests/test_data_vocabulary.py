@@ -53,18 +53,17 @@ def test_any_text_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_taken_evenly_and_bounded(tmp_path: Path) -> None:
-    from jreg_megatron.data import vocabulary
-    from jreg_megatron.data.sources import Corpus
+    from jreg_megatron.data.corpus import find_sources
+    from jreg_megatron.data.vocabulary import sample_lines
 
     for number in range(8):  # 8 MB, of which every megabyte is a place
         line = json.dumps({"text": f"{number}" * 999}) + "\n"
         (tmp_path / f"{number}.jsonl").write_text(line * 1000)
-    corpus = Corpus((str(tmp_path),))
-    options = vocabulary.Options(corpus, ("text",), 400, tmp_path / "out", 80_000, 1 << 20)
-    lines = list(vocabulary.sample_lines(corpus.find(), options))
+    sources = find_sources([str(tmp_path)])
+    lines = list(sample_lines(sources, ["text"], 80_000, 1 << 20))
     assert {line[0] for line in lines} == set("01234567")
     assert 80_000 <= sum(map(len, lines)) <= 90_000
-    assert lines == list(vocabulary.sample_lines(corpus.find(), options))
+    assert lines == list(sample_lines(sources, ["text"], 80_000, 1 << 20))
 
 
 def test_bad_records_are_left_out(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jreg_megatron.runtime.output import write_text
 
 _CHUNK = 1 << 22
 _SHOWN_TOKENS, _BAR = 200, 40
+_BITS = 33
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Summary:
     dtypes: list[str] = field(default_factory=list)
     shortest: int | None = None
     longest: int = 0
-    histogram: list[int] = field(default_factory=lambda: [0] * 33)
+    histogram: list[int] = field(default_factory=lambda: [0] * _BITS)
     largest_id: int | None = None
     checked_sums: int = 0
 
@@ -52,64 +53,67 @@ def find_prefixes(names: Iterable[str]) -> list[str]:
     """
     prefixes = []
     for name in names:
-        if not os.path.isdir(name):
-            prefixes.append(name)
-            continue
-        found = sorted(str(path)[:-4] for path in Path(name).rglob("*.idx"))
-        if not found:
+        below = [str(path)[:-4] for path in Path(name).rglob("*.idx")] if os.path.isdir(name) else [name]
+        if not below:
             raise UserError(f"{name} holds no .idx file; name a prefix or a folder of token files")
-        prefixes += found
+        prefixes += sorted(below)
     return prefixes
 
 
-def inspect(
-    prefixes: Iterable[str], vocab_size: int | None, read_tokens: bool, bar: Any | None = None
-) -> Summary:
-    """Verify token files and summarize them.
+def inspect(prefixes: Sequence[str], vocab_size: int | None, read_tokens: bool) -> Summary:
+    """Verify token files and summarize them. A bar shows the progress.
 
     Args:
         prefixes: paths without their endings.
         vocab_size: every id must be below it; None for the manifest's number, if there is a manifest.
         read_tokens: read all tokens, to check their ids and the manifest's sums.
-        bar: a progress bar in bytes.
 
     Raises:
         UserError: naming the file, for the first error.
     """
-    summary = Summary()
-    for prefix in prefixes:
-        file = TokenFile(prefix)
-        summary.prefixes.append(prefix)
-        summary.documents += file.index.documents
-        summary.sequences += file.index.sequences
-        summary.tokens += file.index.tokens
-        summary.empty += file.index.sequences - int(numpy.count_nonzero(file.lengths))
-        if file.index.dtype not in summary.dtypes:
-            summary.dtypes.append(file.index.dtype)
-        for lengths in file.document_lengths():
-            _count(summary, lengths)
-        if read_tokens:
-            told = _told_by_manifest(prefix)
-            greatest = _read_tokens(file, told, vocab_size or told.get("vocab_size"), bar)
-            summary.largest_id = max(greatest, summary.largest_id or 0)
-            summary.checked_sums += 2 if told else 0
+    from tqdm import tqdm
+
+    summary = Summary(list(prefixes))
+    size = sum(path.stat().st_size for prefix in prefixes if (path := Path(f"{prefix}.bin")).is_file())
+    off = None if read_tokens else True
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=off, leave=False) as bar:
+        for prefix in prefixes:
+            file = TokenFile(prefix)
+            file.verify()
+            lengths = file.document_lengths()
+            summary.documents += file.documents
+            summary.sequences += len(file.lengths)
+            summary.tokens += len(file.tokens)
+            summary.empty += len(file.lengths) - int(numpy.count_nonzero(file.lengths))
+            summary.dtypes += [file.dtype] if file.dtype not in summary.dtypes else []
+            summary.longest = max(summary.longest, int(lengths.max(initial=0)))
+            shortest = int(lengths.min(initial=summary.longest))
+            summary.shortest = shortest if summary.shortest is None else min(shortest, summary.shortest)
+            # frexp gives the exponent of the next power of two.
+            counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=_BITS)
+            summary.histogram = (counts + summary.histogram).tolist()
+            if read_tokens:
+                told = _told_by_manifest(prefix)
+                greatest = _read_tokens(file, told, vocab_size or told.get("vocab_size"), bar)
+                summary.largest_id = max(greatest, summary.largest_id or 0)
+                summary.checked_sums += 2 if told else 0
     return summary
 
 
-def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
-    """Number, length in tokens and beginning of up to ``count`` evenly spaced documents of a file."""
+def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """Number, length and beginning of up to ``count`` evenly spaced documents, as ``--json`` prints them."""
     file = TokenFile(prefix)
-    count = min(count, file.index.documents)
+    count = min(count, file.documents)
     for place in range(count):
-        number = place * file.index.documents // count
+        number = place * file.documents // count
         document = file.document(number)
         ids = document[:_SHOWN_TOKENS].tolist()
         if ids and ids[-1] == tokenizer.eod:
             ids.pop()
-        yield number, len(document), tokenizer.decode(ids)
+        yield {"document": number, "tokens": len(document), "text": tokenizer.decode(ids)}
 
 
-def write_blend(path: str, prefixes: list[str]) -> None:
+def write_blend(path: str, prefixes: Iterable[str]) -> None:
     """Write the list for Megatron's ``--data-args-path``. It has no weights, so Megatron blends by size.
 
     Raises:
@@ -122,7 +126,32 @@ def write_blend(path: str, prefixes: list[str]) -> None:
     write_text(path, "".join(f"{prefix}\n" for prefix in absolute))
 
 
-def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any | None) -> int:
+def show(summary: Summary, samples: Iterable[dict[str, Any]]) -> None:
+    """Print the numbers, a histogram of lengths, and the samples."""
+    mean = summary.tokens / summary.documents if summary.documents else 0
+    more = " ..." if summary.prefixes[1:] else ""
+    empty = f", {summary.empty:,} of them empty" if summary.empty else ""
+    verified = "; the tokens were not read"
+    if summary.largest_id is not None:
+        verified = f", all token ids (0 to {summary.largest_id:,})"
+        verified += ", and the SHA-256 of the manifest" if summary.checked_sums else ""
+    print(f"files       {len(summary.prefixes):,} ({summary.prefixes[0]}{more})")
+    print(f"documents   {summary.documents:,}")
+    print(f"sequences   {summary.sequences:,}{empty}")
+    print(f"tokens      {summary.tokens:,} ({', '.join(summary.dtypes)})")
+    print(f"a document  {summary.shortest:,} to {summary.longest:,} tokens, {mean:,.0f} on average")
+    print(f"verified    the index{verified}\n\nDocuments by length in tokens\n")
+    filled = [exponent for exponent, count in enumerate(summary.histogram) if count]
+    for exponent in range(filled[0], filled[-1] + 1) if filled else ():
+        least, most, count = 1 << exponent >> 1, (1 << exponent) - 1, summary.histogram[exponent]
+        lengths = f"{least:,} to {most:,}" if least < most else str(least)
+        print(f"{lengths:>30} {count:>15,} {'█' * -(-_BAR * count // max(summary.histogram))}")
+    for sample in samples:
+        text = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in sample["text"])
+        print(f"\nDocument {sample['document']:,}, {sample['tokens']:,} tokens:\n{text}")
+
+
+def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any) -> int:
     """Check ids and sums; returns the largest id."""
     digest, greatest = hashlib.sha256(), 0
     for start in range(0, len(file.tokens), _CHUNK):
@@ -137,8 +166,7 @@ def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, 
             )
         greatest = max(greatest, high)
         digest.update(chunk)
-        if bar is not None:
-            bar.update(chunk.nbytes)
+        bar.update(chunk.nbytes)
     if told:
         sums = {"bin": digest.hexdigest(), "idx": sha256_of(Path(f"{file.prefix}.idx"))}
         for ending, value in sums.items():
@@ -161,65 +189,3 @@ def _told_by_manifest(prefix: str) -> dict[str, Any]:
             continue
         return found | {"manifest": str(path)}
     return {}
-
-
-def _count(summary: Summary, lengths: numpy.ndarray) -> None:
-    if not len(lengths):
-        return
-    low, high = int(lengths.min()), int(lengths.max())
-    summary.shortest = low if summary.shortest is None else min(low, summary.shortest)
-    summary.longest = max(high, summary.longest)
-    # frexp gives the exponent of the next power of two.
-    counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=len(summary.histogram))
-    for exponent, count in enumerate(counts):
-        summary.histogram[exponent] += int(count)
-
-
-def show(summary: Summary, samples: Iterable[tuple[int, int, str]]) -> None:
-    """Print the numbers, a histogram of lengths, and samples as (number, tokens, beginning)."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Console(highlight=False, markup=False)
-    for name, value in _rows(summary).items():
-        out.print(f"{name:<11} {value}", soft_wrap=True)
-    lengths = Table(box=SIMPLE, title="Documents by length in tokens", title_justify="left")
-    lengths.add_column("tokens", justify="right")
-    lengths.add_column("documents", justify="right")
-    lengths.add_column("")
-    filled = [exponent for exponent, count in enumerate(summary.histogram) if count]
-    most = max(summary.histogram)
-    for exponent in range(filled[0], filled[-1] + 1) if filled else ():
-        count = summary.histogram[exponent]
-        lengths.add_row(_range(exponent), f"{count:,}", "█" * -(-_BAR * count // most))
-    out.print(lengths)
-    for number, tokens, beginning in samples:
-        out.print(f"Document {number:,}, {tokens:,} tokens:", style="bold")
-        out.print(Text(_printable(beginning)))
-
-
-def _rows(summary: Summary) -> dict[str, str]:
-    mean = summary.tokens / summary.documents if summary.documents else 0
-    more = " ..." if len(summary.prefixes) > 1 else ""
-    rows = {
-        "files": f"{len(summary.prefixes):,} ({summary.prefixes[0]}{more})",
-        "documents": f"{summary.documents:,}",
-        "sequences": f"{summary.sequences:,}"
-        + (f", {summary.empty:,} of them empty" if summary.empty else ""),
-        "tokens": f"{summary.tokens:,} ({', '.join(summary.dtypes)})",
-        "a document": f"{summary.shortest:,} to {summary.longest:,} tokens, {mean:,.0f} on average",
-    }
-    if summary.largest_id is None:
-        return rows | {"verified": "the index; the tokens were not read"}
-    sums = ", and the SHA-256 of the manifest" if summary.checked_sums else ""
-    return rows | {"verified": f"the index, all token ids (0 to {summary.largest_id:,}){sums}"}
-
-
-def _range(exponent: int) -> str:
-    return str(exponent) if exponent < 2 else f"{1 << (exponent - 1):,} to {(1 << exponent) - 1:,}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

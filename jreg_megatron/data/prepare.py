@@ -1,249 +1,361 @@
-"""Turn text into Megatron's token files, in parallel. A killed run can be continued."""
+"""Turn text into Megatron's token files, in parallel. A killed run can be continued.
+
+The folder ``PREFIX.pieces-0123abcd`` holds what is made, until the end:
+
+000012.0.bin, 000012.0.idx   the token file of piece 12 for output 0
+000012.json                  written after them: their sums, and the refused records
+0.bin, 0.idx                 output 0, joined from all pieces
+refused.jsonl, manifest.json
+"""
 
 from __future__ import annotations
 
+import errno
+import gc
+import glob
 import hashlib
-import itertools
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data import pieces, sources, tokenizing, workers
-from jreg_megatron.data.encode import Encoder, full_disk_refused
-from jreg_megatron.data.piece_folder import Options, PieceFolder, read_manifest
-from jreg_megatron.data.records import Record
+from jreg_megatron.data import corpus, tokenizing
+from jreg_megatron.data.corpus import Piece, Text
+from jreg_megatron.data.token_file import TokenWriter, join, sha256_of, token_type
+from jreg_megatron.data.tokenizing import Tokenizer, TokenizerSettings
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.output import check_outputs, versions
 
-_LAYOUT = 1  # raise it if files change, and nothing else in the fingerprint does
-_SAMPLE_DOCUMENTS, _SAMPLE_SECONDS = 100, 1.0
+_LAYOUT = 2  # raise it if files change, and nothing else in the fingerprint does
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def prepare(options: Options) -> bool:
-    """Prepare a corpus, or continue a stopped run. Returns False if an earlier run has finished it.
+def prepare(args: Namespace) -> tuple[dict[str, Any], bool]:
+    """Prepare a corpus, or continue a stopped run. ``args`` are the command's.
+
+    Returns:
+        The manifest, and False if an earlier run has finished it.
 
     Raises:
         UserError: for anything that stops it. Finished pieces are kept, and the same call continues.
     """
-    _check_places(options)
-    job = _Job(options)
-    with lock(Path(f"{options.output}.lock"), f"{options.output} is being made", "give another --output"):
-        job.refuse_foreign()
-        if job.is_done():
-            shutil.rmtree(job.folder.path, ignore_errors=True)
-            return False
-        job.remove_others()
-        if not job.folder.manifest.exists():
-            job.make()
-        job.folder.publish()
-    return True
-
-
-def _check_places(options: Options) -> None:
-    prefixes = {"output": options.output, "validation-output": options.validation_output}
+    prefixes = {"output": args.output, "validation-output": args.validation_output}
     check_outputs(True, **{flag: str(prefix) for flag, prefix in prefixes.items() if prefix is not None})
-    for path in (options.manifest, *(Path(f"{t}.{end}") for t in options.targets for end in ("bin", "idx"))):
-        if path.is_dir():
-            raise UserError(
-                f"{path} is a folder, but a file has to go there; remove it or give another --output"
-            )
+    job = _Job(args)
+    with lock(Path(f"{args.output}.lock"), f"{args.output} is being made", "give another --output"):
+        if made := not job.is_done():
+            try:
+                job.make()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise UserError(
+                    f"{args.output.parent} takes no more data ({error.strerror}); make room and run the same "
+                    "command again: it keeps the finished pieces"
+                ) from error
+        shutil.rmtree(job.folder, ignore_errors=True)
+        return _read(job.manifest), made
 
 
 class _Job:
-    """A run: its options, its input and its folder."""
+    """A run: its arguments, its input, its outputs, and the folder in which it makes them."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.sources = options.corpus.find()
-        identity = tokenizing.identify(options.tokenizer)
-        piece_bytes = options.piece_bytes or pieces.default_piece_bytes(self.sources)
-        self.pieces = pieces.cut(self.sources, piece_bytes, options.keys)
+    tokenizer: Tokenizer
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.sources = corpus.find(args)
+        self.settings = TokenizerSettings.from_args(args)
+        piece_bytes = args.piece_bytes or corpus.default_piece_bytes(self.sources)
+        self.pieces = corpus.cut(self.sources, piece_bytes, args.keys)
+        self.size = sum(piece.size for piece in self.pieces)
+        self.results: dict[int, dict[str, Any]] = {}  # by piece: what its .json holds
+        prefixes = [args.output] + ([args.validation_output] if args.validation_share else [])
+        # Named as by Megatron's tool.
+        self.targets = [Path(f"{prefix}_{key}_document") for prefix in prefixes for key in args.keys]
+        self.names = [os.path.relpath(target, args.output.parent) for target in self.targets]
         self.asked = {
             "sources": [asdict(source) for source in self.sources],
-            "tokenizer": identity,
+            "tokenizer": tokenizing.identify(self.settings),
             "settings": {
-                "keys": list(options.keys),
-                "append_eod": options.append_eod,
-                "max_record_bytes": options.max_record_bytes,
-                "validation_share": options.validation_share,
+                "keys": args.keys,
+                "append_eod": args.append_eod,
+                "max_record_bytes": args.max_record_bytes,
+                "validation_share": args.validation_share,
                 "piece_bytes": piece_bytes,
             },
         }
-        asked = json.dumps([_LAYOUT, self.asked], sort_keys=True)
+        asked = json.dumps([_LAYOUT, self.names, self.asked], sort_keys=True)
         self.fingerprint = hashlib.sha256(asked.encode()).hexdigest()
-        self.folder = PieceFolder(options, self.pieces, self.fingerprint)
-
-    def refuse_foreign(self) -> None:
-        """Raises:
-        UserError: if a token file that this command has not made is in the place of an output.
-        """
-        manifest = self.options.manifest
-        folders = [self.folder.path, *self.folder.of_other_runs()]
-        known = {
-            name
-            for path in (manifest, *(folder / self.folder.manifest.name for folder in folders))
-            for name in read_manifest(path).get("outputs", ())
-        }
-        for target in self.options.targets:
-            for file in (f"{target}.bin", f"{target}.idx"):
-                if os.path.relpath(target, manifest.parent) not in known and os.path.lexists(file):
-                    raise UserError(
-                        f"{file} exists, but {manifest} does not name it, so this command has not made it; "
-                        "remove it or give another --output"
-                    )
+        self.manifest = Path(f"{args.output}.manifest.json")
+        self.folder = Path(f"{args.output}.pieces-{self.fingerprint[:8]}")
 
     def is_done(self) -> bool:
         """Whether an earlier run has made the files, and their sizes are those of the manifest."""
-        earlier = read_manifest(self.options.manifest)
-        if earlier.get("fingerprint") != self.fingerprint:
-            return False
-        sizes = {
-            f"{target}.{ending}": size
-            for target, output in zip(self.options.targets, earlier["outputs"].values(), strict=False)
+        earlier = _read(self.manifest)
+        return earlier.get("fingerprint") == self.fingerprint and all(
+            os.path.isfile(file := f"{target}.{ending}") and os.path.getsize(file) == size
+            for target, output in zip(self.targets, earlier["outputs"].values(), strict=True)
             for ending, size in output["bytes"].items()
-        }
-        return all(os.path.isfile(file) and os.path.getsize(file) == size for file, size in sizes.items())
-
-    def remove_others(self) -> None:
-        """Remove pieces of other sources, tokenizers or settings, and say why the run starts again."""
-        if earlier := read_manifest(self.options.manifest):
-            changed = [name for name, value in self.asked.items() if earlier.get(name) != value] or ["files"]
-            self._say(f"the {' and '.join(changed)} changed since the last run; making it again")
-        for other in self.folder.of_other_runs():
-            self._say("sources, tokenizer or settings changed since the last run; starting again")
-            shutil.rmtree(other)
+        )
 
     def make(self) -> None:
-        """Encode the missing pieces, and leave all files in the folder, ready to be moved."""
-        options, started = self.options, time.monotonic()
-        count = f"{len(self.sources):,} files in {len(self.pieces):,} pieces"
-        self._say(f"{count}; loading Megatron's tokenizer")
-        encoder = Encoder(self.folder, tokenizing.build(options.tokenizer))
-        if options.append_eod and encoder.tokenizer.eod is None:
+        """Encode the missing pieces, join all, and move the files into place."""
+        started = time.monotonic()
+        self._take_place()
+        self._say(f"{len(self.sources):,} files in {len(self.pieces):,} pieces; loading Megatron's tokenizer")
+        self.tokenizer = tokenizing.build(self.settings)
+        if self.args.append_eod and self.tokenizer.eod is None:
             raise UserError(
-                f"--tokenizer-model {options.tokenizer.tokenizer_model} has no end-of-document token; "
+                f"--tokenizer-model {self.args.tokenizer_model} has no end-of-document token; "
                 "give another model or --no-append-eod"
             )
-        with full_disk_refused(options.output.parent):
-            self.folder.resume()
-            if self.folder.results:
-                self._say(f"continuing with {len(self.folder.missing)} of {len(self.pieces)} pieces left")
-            self._check_disk(encoder)
-            self._encode(encoder)
-            sources.refuse_changed(self.sources)
-            outputs = self.folder.assemble(encoder.dtype)
-            self._refuse_empty(outputs)
-            manifest = self._manifest(encoder, outputs)
-            self.folder.complete(manifest | {"seconds": round(time.monotonic() - started, 1)})
+        for number in range(len(self.pieces)):
+            result = _read(self.folder / f"{number:06d}.json")
+            # Files that a kill of the whole machine has damaged are made again.
+            sums = [(self.folder / name, value) for name, value in result.get("sha256", {}).items()]
+            if sums and all(file.is_file() and sha256_of(file) == value for file, value in sums):
+                self._keep(number, result)
+        missing = [number for number in range(len(self.pieces)) if number not in self.results]
+        if self.results:
+            self._say(f"continuing with {len(missing)} of {len(self.pieces)} pieces left")
+        self._encode_all(missing)
+        corpus.refuse_changed(self.sources)
+        self._publish(started)
 
-    def _check_disk(self, encoder: Encoder) -> None:
-        """Encode the first documents, estimate the size of the output, and compare it with the free space."""
-        missing, folder = self.folder.missing, self.options.output.parent
-        if not self.options.check_disk or not missing:
-            return
-        reader = encoder.reader(missing[0])
-        size, until = 0, time.monotonic() + _SAMPLE_SECONDS
-        item = 2 if encoder.dtype == "uint16" else 4
-        for record in itertools.islice(reader, _SAMPLE_DOCUMENTS):
-            for text in record.texts if isinstance(record, Record) else ():
-                size += 20 + item * len(encoder.ids_of(text)[0])
-            if time.monotonic() > until:
-                break
-        rest = sum(self.pieces[number].size for number in missing)
-        needed = int(size / reader.bytes_read * rest) if reader.bytes_read else 0
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed, by the "
-                "size of the first documents; make room, give another --output, or --no-disk-check"
-            )
+    def _take_place(self) -> None:
+        """Make the folder, unless files of others are in the way, and remove those of other settings."""
+        earlier = _read(self.manifest)
+        for target, name in zip(self.targets, self.names, strict=True):
+            for file in (f"{target}.bin", f"{target}.idx"):
+                # Where the folder is, an earlier run of the same command has passed here.
+                if (
+                    os.path.lexists(file)
+                    and name not in earlier.get("outputs", ())
+                    and not self.folder.exists()
+                ):
+                    raise UserError(
+                        f"{file} exists, but {self.manifest} does not name it, so this command has not made "
+                        "it; remove it or give another --output"
+                    )
+        if earlier:
+            changed = [name for name, value in self.asked.items() if earlier.get(name) != value] or ["files"]
+            self._say(f"the {' and '.join(changed)} changed since the last run; making it again")
+        for other in self.folder.parent.glob(f"{glob.escape(self.args.output.name)}.pieces-*"):
+            if other != self.folder:
+                self._say("sources, tokenizer or settings changed since the last run; starting again")
+                shutil.rmtree(other)
+        self.folder.mkdir(exist_ok=True)
 
-    def _encode(self, encoder: Encoder) -> None:
+    def _part(self, number: int, output: int) -> Path:
+        """The token file of a piece for an output, without its ending."""
+        return self.folder / f"{number:06d}.{output}"
+
+    def _encode_all(self, missing: list[int]) -> None:
         from tqdm import tqdm
 
-        missing = self.folder.missing
-        total = sum(piece.size for piece in self.pieces)
-        before = total - sum(self.pieces[number].size for number in missing)
-        progress: dict[int, tuple[int, int]] = {}  # bytes read and tokens, by piece
-        started = time.monotonic()
-        self._check_refused(encoder)
-        with (
-            closing(workers.run(missing, encoder.encode_piece, self.options.workers)) as events,
-            tqdm(
-                total=total,
-                initial=before,
-                unit="B",
-                unit_scale=True,
-                dynamic_ncols=True,
-                desc=self.options.output.name,
-                disable=True if self.options.quiet else None,
-            ) as bar,
-        ):
+        workers = min(self.args.workers, len(missing)) or 1
+        # Forked processes have the imported modules and the tokenizer at once.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
             try:
-                for number, kind, value in events:
-                    if kind == "done":
-                        self.folder.results[number] = value
-                        self._check_refused(encoder)
-                        tokens = sum(part.counts.tokens for part in value.parts)
-                    progress[number] = (self.pieces[number].size, tokens) if kind == "done" else value
-                    read, tokens = map(sum, zip(*progress.values(), strict=True))
-                    rate = tokens / (time.monotonic() - started)
-                    bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
-                    bar.update(before + read - bar.n)
-            except workers.WorkerKilled as error:
-                status = error.status
-                how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+                pieces = {pool.submit(_encode, number): number for number in missing}
+                with tqdm(
+                    total=self.size,
+                    initial=self.size - sum(self.pieces[number].size for number in missing),
+                    unit="B",
+                    unit_scale=True,
+                    dynamic_ncols=True,
+                    desc=self.args.output.name,
+                    disable=True if self.args.quiet else None,
+                ) as bar:
+                    for done in as_completed(pieces):
+                        self._keep(pieces[done], done.result())
+                        self._check_disk()
+                        bar.update(self.pieces[pieces[done]].size)
+            except BaseException as error:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                if not isinstance(error, BrokenProcessPool):
+                    raise
                 raise UserError(
-                    f"a worker ended {how} in {self.pieces[error.task].sources[0].path}, perhaps because "
-                    "memory ran out; run the same command again with fewer --workers: it continues from here"
+                    f"one of {workers} workers was killed, perhaps because memory ran out; run the same "
+                    "command again with fewer --workers: it continues from here"
                 ) from error
 
-    def _check_refused(self, encoder: Encoder) -> None:
-        bad = {number: result.refused for number, result in self.folder.results.items() if result.refused}
-        if bad:
-            last = list(bad)[-1]
-            encoder.check_refused(sum(map(len, bad.values())), bad[last][0], self.pieces[last])
+    def encode(self, number: int) -> dict[str, Any]:
+        """Make the files of a piece, in a worker; returns what its ``.json`` holds."""
+        dtype, piece = token_type(self.tokenizer.vocab_size), self.pieces[number]
+        parts = [self._part(number, output) for output in range(len(self.targets))]
+        writers = [TokenWriter(part, dtype) for part in parts]
+        refused: list[dict[str, Any]] = []
+        lines = 0
+        for record in corpus.records(piece, self.args.keys, self.args.max_record_bytes):
+            lines = record.line
+            if record.kind:
+                names = ("file", "line", "kind", "reason")
+                refused.append({name: getattr(record, name) for name in names})
+                self._check_refused(len(refused), refused[-1], piece)
+            elif record.texts:
+                share = self.args.validation_share
+                first = len(record.texts) if share and _uniform(record.texts[0]) < share else 0
+                for writer, text in zip(writers[first:], record.texts, strict=False):
+                    writer.add(*self._ids_of(text))
+        for writer in writers:
+            writer.close()
+        files = [Path(f"{part}{ending}") for part in parts for ending in (".bin", ".idx")]
+        result = {
+            "sha256": {file.name: sha256_of(file) for file in files},
+            "bytes": sum(file.stat().st_size for file in files),
+            "lines": lines,
+            "refused": refused,
+        }
+        (self.folder / f"{number:06d}.json").write_text(json.dumps(result))
+        return result
 
-    def _refuse_empty(self, outputs: dict[str, dict[str, Any]]) -> None:
-        documents = [output["documents"] for output in outputs.values()]
-        for (split, key), output in zip(self.options.outputs, outputs.values(), strict=True):
-            if output["tokens"]:
-                continue
-            shutil.rmtree(self.folder.path)
-            if split == "validation":
-                raise UserError(
-                    f"--validation-share is {self.options.validation_share}, which takes no text of "
-                    f"{documents[0]} documents; raise it"
-                )
-            files = self.sources[0].path if len(self.sources) == 1 else f"the {len(self.sources)} input files"
-            hold = "holds" if len(self.sources) == 1 else "hold"
-            raise UserError(f"{files} {hold} no text under {key!r}; give other inputs")
+    def _ids_of(self, text: Text) -> tuple[list[int], list[int]]:
+        """Ids of a document and the lengths of its sequences, as Megatron's tool makes them."""
+        sentences = [text] if isinstance(text, str) else text
+        parts = [part for sentence in sentences if (part := self.tokenizer.encode(sentence))]
+        if parts and self.args.append_eod:
+            assert self.tokenizer.eod is not None
+            parts[-1] = [*parts[-1], self.tokenizer.eod]
+        return list(chain.from_iterable(parts)), [len(part) for part in parts]
 
-    def _manifest(self, encoder: Encoder, outputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        results = self.folder.results.values()
-        refused = Counter(refusal.kind for result in results for refusal in result.refused)
-        return {
+    def _keep(self, number: int, result: dict[str, Any]) -> None:
+        self.results[number] = result
+        if result["refused"]:
+            count = sum(len(each["refused"]) for each in self.results.values())
+            self._check_refused(count, result["refused"][0], self.pieces[number])
+
+    def _check_refused(self, count: int, refusal: dict[str, Any], piece: Piece) -> None:
+        """Raises:
+        UserError: if ``count`` refused records are too many; it names ``refusal`` in ``piece``.
+        """
+        if count > self.args.max_refused:
+            line = refusal["line"] + corpus.lines_before(piece)
+            raise UserError(
+                f"{refusal['file']} line {line} is {refusal['kind']} ({refusal['reason']}), and more than "
+                f"--max-refused {self.args.max_refused} records are refused; correct the file or raise the "
+                "limit, then run the same command: it keeps the finished pieces"
+            )
+
+    def _check_disk(self) -> None:
+        """Refuse to go on if the disk has no room for the other pieces, and for all of them when joined."""
+        read = sum(self.pieces[number].size for number in self.results)
+        written = sum(result["bytes"] for result in self.results.values())
+        needed = written * (2 * self.size - read) // max(1, read)
+        folder = self.args.output.parent
+        free = shutil.disk_usage(folder).free
+        if self.args.check_disk and needed > free:
+            raise UserError(
+                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB more are needed, by "
+                "the size of the first pieces; make room and run the same command again, or --no-disk-check"
+            )
+
+    def _publish(self, started: float) -> None:
+        """Join the pieces, and move the files into place, the manifest last."""
+        dtype = token_type(self.tokenizer.vocab_size)
+        moves: dict[Path, str] = {}
+        outputs: dict[str, dict[str, Any]] = {}
+        for output, (destination, name) in enumerate(zip(self.targets, self.names, strict=True)):
+            parts = [self._part(number, output) for number in range(len(self.pieces))]
+            numbers = join(self.folder / str(output), parts, dtype)
+            if not numbers["tokens"]:
+                shutil.rmtree(self.folder)
+                if output >= len(self.args.keys):
+                    raise UserError(
+                        f"--validation-share is {self.args.validation_share}, which takes no text of "
+                        f"{outputs[self.names[0]]['documents']} documents; raise it"
+                    )
+                files = "the input files" if self.sources[1:] else self.sources[0].path
+                raise UserError(f"no text is under {self.args.keys[output]!r} in {files}; give other inputs")
+            made = {ending: self.folder / f"{output}.{ending}" for ending in ("bin", "idx")}
+            moves |= {file: f"{destination}.{ending}" for ending, file in made.items()}
+            outputs[name] = numbers | {
+                "dtype": dtype,
+                "bytes": {ending: file.stat().st_size for ending, file in made.items()},
+                "sha256": {ending: sha256_of(file) for ending, file in made.items()},
+            }
+        refused = list(self._refused())
+        (self.folder / "refused.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in refused))
+        moves[self.folder / "refused.jsonl"] = f"{self.args.output}.refused.jsonl"
+        manifest = {
             "fingerprint": self.fingerprint,
             "command": sys.argv,
             "outputs": outputs,
-            "refused": dict(sorted(refused.items())),
-            "workers": self.options.workers,
-            "vocab_size": encoder.tokenizer.vocab_size,
-            "eod": encoder.tokenizer.eod if self.options.append_eod else None,
+            "refused": dict(sorted(Counter(row["kind"] for row in refused).items())),
+            "workers": self.args.workers,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eod": self.tokenizer.eod if self.args.append_eod else None,
             **self.asked,
             "versions": versions("megatron-core", "numpy") | {"python": platform.python_version()},
+            "seconds": round(time.monotonic() - started, 1),
         }
+        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        moves[self.folder / "manifest.json"] = str(self.manifest)
+        for file in moves:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        # Without a manifest, nothing counts as finished.
+        self.manifest.unlink(missing_ok=True)
+        for file, target in moves.items():
+            os.replace(file, target)
+
+    def _refused(self) -> Iterator[dict[str, Any]]:
+        """All refused records, with their lines counted from the start of the file."""
+        before = 0
+        for number, piece in enumerate(self.pieces):
+            before = before if piece.start else 0
+            for row in self.results[number]["refused"]:
+                yield row | {"line": row["line"] + before}
+            before += self.results[number]["lines"]
 
     def _say(self, words: str) -> None:
-        if not self.options.quiet:
-            print(f"{self.options.output}: {words}", flush=True)
+        if not self.args.quiet:
+            print(f"{self.args.output}: {words}", flush=True)
+
+
+_jobs: list[_Job] = []  # a worker's job, which it has by the fork; a pickle of a tokenizer may lack something
+
+
+def _begin_worker(job: _Job) -> None:
+    end_with_the_parent()
+    gc.freeze()  # a garbage collection would copy the parent's objects into every worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
+    _jobs.append(job)
+
+
+def _encode(number: int) -> dict[str, Any]:
+    return _jobs[-1].encode(number)
+
+
+def _uniform(text: Text) -> float:
+    """A number from 0 to 1 that is the same for the same text."""
+    content = text if isinstance(text, str) else "".join(text)
+    return int.from_bytes(blake2b(content.encode(), digest_size=8).digest()) / 2**64
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy
 
-from jreg_megatron.data.pieces import cut
-from jreg_megatron.data.records import Reader, Refusal
-from jreg_megatron.data.sources import Source, find_sources
+from jreg_megatron.data.corpus import Piece, Source, find_sources, records
 from jreg_megatron.data.speeches import is_validation, read_speeches
-from jreg_megatron.data.token_file import TokenFile, read_index
+from jreg_megatron.data.token_file import TokenFile
 from jreg_megatron.runtime.errors import UserError
 
 _MAX_BYTES = 1 << 30
@@ -36,7 +34,7 @@ class TextFiles:
 
     key: str
     """Field of JSON lines or column of Parquet that holds the text."""
-    _parts: tuple[str | Source, ...]
+    _parts: tuple[TokenFile | Source, ...]
 
     @classmethod
     def find(cls, inputs: Sequence[str], key: str = "text") -> TextFiles:
@@ -46,14 +44,10 @@ class TextFiles:
         Raises:
             UserError: for a file that is missing, unreadable, damaged or of unknown format.
         """
-        parts: list[str | Source] = []
+        parts: list[TokenFile | Source] = []
         for name in inputs:
             prefix = name[:-4] if name.endswith((".bin", ".idx")) else name
-            if os.path.isfile(f"{prefix}.idx"):
-                read_index(prefix)
-                parts.append(prefix)
-            else:
-                parts += find_sources([name])
+            parts += [TokenFile(prefix)] if os.path.isfile(f"{prefix}.idx") else find_sources([name])
         return cls(key, tuple(parts))
 
     def __iter__(self) -> Iterator[Text]:
@@ -63,21 +57,17 @@ class TextFiles:
             UserError: naming file and line, for a bad record.
         """
         for part in self._parts:
-            if isinstance(part, str):
-                file = TokenFile(part)
-                for number in range(file.index.documents):
-                    yield Text(f"{part} document {number + 1}", file.document(number))
-            else:
-                yield from self._records(part)
-
-    def _records(self, source: Source) -> Iterator[Text]:
-        for piece in cut([source], max(1, source.size), [self.key]):
-            for record in Reader(piece, [self.key], _MAX_BYTES):
-                place = source.path if source.format == "text" else f"{source.path} line {record.line}"
-                if isinstance(record, Refusal):
+            if isinstance(part, TokenFile):
+                part.verify()
+                for number in range(part.documents):
+                    yield Text(f"{part.prefix} document {number + 1}", part.document(number))
+                continue
+            for record in records(Piece((part,), part.size), [self.key], _MAX_BYTES):
+                place = part.path if part.format == "text" else f"{part.path} line {record.line}"
+                if record.kind:
                     raise UserError(f"{place}: {record.kind} ({record.reason}); correct it or leave it out")
-                (text,) = record.texts
-                yield Text(place, text if isinstance(text, str) else " ".join(text))
+                for text in record.texts:
+                    yield Text(place, text if isinstance(text, str) else " ".join(text))
 
 
 def held_out_speeches() -> list[Text]:

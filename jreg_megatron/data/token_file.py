@@ -1,6 +1,6 @@
-"""Megatron's token files: read and check them, write them by document, and join parts.
+"""Megatron's token files: read and check them, write them by document, and join them.
 
-The bytes are those of Megatron's ``IndexedDatasetBuilder``. Memory does not grow with the corpus. Megatron's
+The bytes are those of Megatron's ``IndexedDatasetBuilder``, which makes a Python object of every number. Its
 own reader fails with an assertion, or reads past the end of a file that is cut short.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 import sys
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy
@@ -26,69 +25,9 @@ assert sys.byteorder == "little", "Megatron's files have the byte order of the m
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_TYPE_CODES = {name: code for code, name in _DTYPES.items()}
 _MODE_BYTES = 1  # per sequence, at the end of the file, in multimodal data
 _AGAIN = "make the data again"
-_CODES = {"uint16": "H", "int32": "i"}
-_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Index:
-    """An index: the NumPy type of a token, and the numbers of tokens, sequences and documents."""
-
-    dtype: str
-    tokens: int
-    sequences: int
-    documents: int
-
-
-def read_index(prefix: str) -> Index:
-    """Read the header and the end of ``prefix.idx``, and compare them with the size of ``prefix.bin``.
-
-    Raises:
-        UserError: naming the file, if one is missing, of another format, cut short or empty.
-    """
-    hint = "correct the prefix (the path without .bin/.idx)"
-    if prefix.endswith((".bin", ".idx")):
-        hint = f"leave {prefix[-4:]} out"
-    name = f"{prefix}.idx"
-    for path in (name, f"{prefix}.bin"):
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is not a file; {hint}")
-    try:
-        with open(name, "rb") as stream, open(f"{prefix}.bin", "rb") as tokens:
-            header = stream.read(_HEADER.size)
-            size, bin_size = (os.fstat(file.fileno()).st_size for file in (stream, tokens))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
-    if header[:9] != _MAGIC:
-        raise UserError(f"{name} is not a Megatron index; {_AGAIN}")
-    if len(header) < _HEADER.size:
-        raise UserError(f"{name} is cut short; {_AGAIN}")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise UserError(
-            f"{name} has version {version} and token type {code}, which Megatron does not read; {_AGAIN}"
-        )
-    # Per sequence a length (int32) and a position (int64), per document a sequence number (int64).
-    if size < _HEADER.size + 12 * sequences + 8 * documents:
-        raise UserError(f"{name} is cut short; {_AGAIN}")
-    if sequences == 0:
-        raise UserError(f"{name} holds no text; make the data again from a file with text")
-    with open(name, "rb") as stream:
-        stream.seek(_HEADER.size + 4 * (sequences - 1))
-        (length,) = struct.unpack("<i", stream.read(4))
-        stream.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        (position,) = struct.unpack("<q", stream.read(8))
-    item = numpy.dtype(_DTYPES[code]).itemsize
-    end = position + length * item
-    if bin_size < end:
-        raise UserError(
-            f"{prefix}.bin is cut short: {bin_size} bytes of the {end} that {name} lists; "
-            "copy or make it again"
-        )
-    return Index(dtype=_DTYPES[code], tokens=end // item, sequences=sequences, documents=documents - 1)
+_BUFFER = 1 << 20
 
 
 class TokenFile:
@@ -96,81 +35,87 @@ class TokenFile:
 
     Attributes:
         prefix: the path without the endings.
-        index: the header's numbers.
+        dtype: the NumPy type of a token.
         lengths: the number of tokens of every sequence.
         tokens: all tokens.
+        documents: the number of documents.
     """
 
     def __init__(self, prefix: str) -> None:
+        """Read the header, and compare the end of the index with the size of the ``.bin``.
+
+        Raises:
+            UserError: naming the file, if one is missing, of another format, cut short or empty.
+        """
+        self.prefix = prefix
+        hint = "correct the prefix (the path without .bin/.idx)"
+        if prefix.endswith((".bin", ".idx")):
+            hint = f"leave {prefix[-4:]} out"
+        name, bin_name = f"{prefix}.idx", f"{prefix}.bin"
+        for path in (name, bin_name):
+            if not os.path.isfile(path):
+                raise UserError(f"{path} is not a file; {hint}")
+        self.dtype, self.lengths, self._starts, self._ends = _read_lists(prefix)
+        self._item = numpy.dtype(self.dtype).itemsize
+        self.documents = len(self._ends) - 1
+        end = int(self._starts[-1]) + int(self.lengths[-1]) * self._item if len(self.lengths) else 0
+        if end <= 0:
+            raise UserError(f"{name} holds no text; make the data again from a file with text")
+        if os.path.getsize(bin_name) < end:
+            raise UserError(
+                f"{bin_name} is cut short: {os.path.getsize(bin_name)} bytes of the {end} that {name} lists; "
+                "copy or make it again"
+            )
+        self.tokens = numpy.memmap(bin_name, self.dtype, "r", shape=(end // self._item,))
+
+    def verify(self) -> None:
         """Check that each sequence follows the one before, and that the documents hold all sequences.
 
         Raises:
             UserError: naming the file, for the first error.
         """
-        self.prefix, self.index = prefix, read_index(prefix)
-        sequences, documents = self.index.sequences, self.index.documents + 1
-        if documents < 1:
+        name, ends, count = f"{self.prefix}.idx", self._ends, len(self.lengths)
+        if not len(ends):
             raise self._damaged("it has no list of documents")
-        if self.index.dtype.startswith("float"):
-            raise UserError(f"{prefix}.idx holds {self.index.dtype}, not token ids; name token files")
-        self._item = numpy.dtype(self.index.dtype).itemsize
-        listed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(f"{prefix}.idx")
-        if size not in (listed, listed + _MODE_BYTES * sequences):
-            raise UserError(f"{prefix}.idx has {size} bytes, but its lists have {listed}; {_AGAIN}")
-        listed, size = self.index.tokens * self._item, os.path.getsize(f"{prefix}.bin")
-        if size != listed:
+        if self.dtype.startswith("float"):
+            raise UserError(f"{name} holds {self.dtype}, not token ids; name token files")
+        size, listed = os.path.getsize(name), _HEADER.size + 12 * count + 8 * len(ends)
+        if size not in (listed, listed + _MODE_BYTES * count):
+            raise UserError(f"{name} has {size} bytes, but its lists have {listed}; {_AGAIN}")
+        size = os.path.getsize(f"{self.prefix}.bin")
+        if size != self.tokens.nbytes:
             raise UserError(
-                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {listed}, so they do not match; "
-                "copy or make both again"
+                f"{self.prefix}.bin has {size} bytes, but {name} lists {self.tokens.nbytes}, so they do not "
+                "match; copy or make both again"
             )
-        self.tokens = numpy.memmap(f"{prefix}.bin", self.index.dtype, "r", shape=(self.index.tokens,))
-        name, place = f"{prefix}.idx", _HEADER.size
-        self.lengths = numpy.memmap(name, "int32", "r", place, (sequences,))
-        self._starts = numpy.memmap(name, "int64", "r", place + 4 * sequences, (sequences,))
-        self._ends = numpy.memmap(name, "int64", "r", place + 12 * sequences, (documents,))
-        self._check_sequences()
-        self._check_documents()
-
-    def document(self, number: int) -> numpy.ndarray:
-        """The tokens of a document."""
-        start, stop = self._bytes_before(self._ends[number : number + 2]) // self._item
-        return self.tokens[start:stop]
-
-    def document_lengths(self) -> Iterator[numpy.ndarray]:
-        """Tokens of the documents, in chunks."""
-        for start in range(0, self.index.documents, _CHUNK):
-            yield numpy.diff(self._bytes_before(self._ends[start : start + _CHUNK + 1])) // self._item
-
-    def _bytes_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
-        """The byte of the ``.bin`` at which each sequence starts; one after the last starts at its end."""
-        starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)]
-        return numpy.where(sequences < len(self._starts), starts, self.tokens.nbytes)
-
-    def _check_sequences(self) -> None:
         if self.lengths.min() < 0:
             number = int(numpy.argmax(self.lengths < 0))
             raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
-        if self._starts[0] != 0:
-            raise self._damaged(f"sequence 0 starts at byte {self._starts[0]}")
-        for first in range(0, len(self.lengths) - 1, _CHUNK):
-            following = self._starts[first + 1 : first + 1 + _CHUNK]
-            chunk = slice(first, first + len(following))
-            ends = self._starts[chunk] + self.lengths[chunk].astype("int64") * self._item
-            wrong = ends != following
-            if wrong.any():
-                place = int(numpy.argmax(wrong))
-                raise self._damaged(
-                    f"sequence {first + place + 1} starts at byte {following[place]}, but the one before "
-                    f"ends at {ends[place]}"
-                )
-
-    def _check_documents(self) -> None:
-        ends, sequences = self._ends, len(self.lengths)
-        if ends[0] != 0 or ends[-1] != sequences:
-            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {sequences}")
-        is_falling = ends[1:] < ends[:-1]
-        if is_falling.any():
+        starts = _starts(self.lengths, self._item)
+        if (wrong := starts != self._starts).any():
+            number = int(numpy.argmax(wrong))
+            raise self._damaged(
+                f"sequence {number} starts at byte {self._starts[number]}, but those before end at "
+                f"{starts[number]}"
+            )
+        if ends[0] != 0 or ends[-1] != count:
+            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {count}")
+        if (is_falling := ends[1:] < ends[:-1]).any():
             raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
+
+    def document(self, number: int) -> numpy.ndarray:
+        """The tokens of a document."""
+        start, stop = self._tokens_before(self._ends[number : number + 2])
+        return self.tokens[start:stop]
+
+    def document_lengths(self) -> numpy.ndarray:
+        """Tokens of every document."""
+        return numpy.diff(self._tokens_before(self._ends))
+
+    def _tokens_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
+        """The token at which each sequence starts; one after the last starts at the end."""
+        starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)] // self._item
+        return numpy.where(sequences < len(self._starts), starts, len(self.tokens))
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.prefix}.idx is damaged: {what}; {_AGAIN}")
@@ -181,46 +126,19 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size < 65500 else "int32"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of a token file."""
+class TokenWriter:
+    """Writes ``PREFIX.bin`` document by document, and ``PREFIX.idx`` in the end.
 
-    documents: int = 0
-    sequences: int = 0
-    tokens: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.documents + other.documents, self.sequences + other.sequences, self.tokens + other.tokens
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a token file: its counts, and the size and CRC-32 of its files by ending."""
-
-    counts: Counts
-    files: dict[str, tuple[int, int]]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the tokens."""
-        return self.files[".bin"][0]
-
-
-class PartWriter:
-    """Writes a part of a token file: ``PATH.bin``, ``PATH.lengths`` and ``PATH.ends``.
-
-    ``.bin`` is as in the whole file. ``.lengths`` has the number of tokens of every sequence (int32).
-    ``.ends`` has the number of sequences up to the end of every document (int64).
+    Attributes:
+        lengths: the number of tokens of every sequence (int32).
+        ends: 0, and the number of sequences up to the end of every document (int64).
     """
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        """Open the files. ``dtype`` is ``uint16`` or ``int32``."""
-        self.counts = Counts()
-        self._code = _CODES[dtype]
-        endings = (".bin", ".lengths", ".ends")
-        self._files = {ending: Path(f"{path}{ending}").open("wb") for ending in endings}  # noqa: SIM115
+    def __init__(self, prefix: Path, dtype: str) -> None:
+        """Open the ``.bin``. ``dtype`` is ``uint16`` or ``int32``."""
+        self.prefix, self.dtype = prefix, dtype
+        self.lengths, self.ends = array("i"), array("q", [0])
+        self._stream = open(f"{prefix}.bin", "wb")  # noqa: SIM115
 
     def add(self, ids: list[int], lengths: Sequence[int]) -> None:
         """Add a document with sequences of these lengths. A document without tokens has no sequence.
@@ -228,27 +146,39 @@ class PartWriter:
         Raises:
             OverflowError: for an id that the type cannot hold.
         """
-        tokens = array(self._code, ids)
-        self.counts += Counts(1, len(lengths), len(ids))
-        self._files[".bin"].write(tokens)
-        self._files[".lengths"].write(array("i", lengths))
-        self._files[".ends"].write(array("q", [self.counts.sequences]))
+        self._stream.write(array("H" if self.dtype == "uint16" else "i", ids))
+        self.lengths.extend(lengths)
+        self.ends.append(len(self.lengths))
 
-    def close(self) -> Part:
-        """Close the files. They may not be on the disk yet; the sums show it later."""
-        files = {}
-        for ending, file in self._files.items():
-            file.close()
-            size = os.path.getsize(file.name)
-            files[ending] = (size, crc_of(Path(file.name), 0, size) or 0)
-        return Part(self.counts, files)
+    def close(self) -> None:
+        """Write the ``.idx``. The files may not be on the disk yet."""
+        self._stream.close()
+        _write_lists(self.prefix, self.dtype, numpy.array(self.lengths), numpy.array(self.ends))
 
 
-def crc_of(path: Path, start: int, size: int) -> int | None:
-    """CRC-32 of ``size`` bytes of a file from ``start`` on; None if the file is shorter."""
-    if not path.is_file() or path.stat().st_size < start + size:
-        return None
-    return zlib.crc32(numpy.memmap(path, "uint8", "r", start, (size,))) if size else 0
+def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) -> int:
+    """Write documents of one sequence each, none of them empty; returns the number of tokens."""
+    writer = TokenWriter(prefix, dtype)
+    for ids in documents:
+        writer.add(ids, [len(ids)])
+    writer.close()
+    return sum(writer.lengths)
+
+
+def join(prefix: Path, parts: Iterable[Path], dtype: str) -> dict[str, int]:
+    """Join token files to one; returns its numbers of documents, sequences and tokens."""
+    lengths, ends, sequences = [numpy.zeros(0, "int32")], [numpy.zeros(1, "int64")], 0
+    with open(f"{prefix}.bin", "wb") as stream:
+        for part in parts:
+            with open(f"{part}.bin", "rb") as source:
+                shutil.copyfileobj(source, stream, _BUFFER)
+            _, lengths_of_part, _, ends_of_part = _read_lists(str(part))
+            lengths.append(lengths_of_part.copy())  # and let the file be closed
+            ends.append(ends_of_part[1:] + sequences)
+            sequences += len(lengths_of_part)
+    _write_lists(prefix, dtype, numpy.concatenate(lengths), numpy.concatenate(ends))
+    documents, tokens = sum(map(len, ends)) - 1, sum(int(some.sum()) for some in lengths)
+    return {"documents": documents, "sequences": sequences, "tokens": tokens}
 
 
 def sha256_of(path: Path) -> str:
@@ -257,38 +187,39 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_index(path: Path, parts: Mapping[Path, Counts], dtype: str) -> None:
-    """Write the ``.idx`` of joined parts. ``parts`` has, in order, the counts of each by its path.
-
-    The path is as in :class:`PartWriter`; ``dtype`` is the type of a token.
-    """
-    total = sum(parts.values(), Counts())
-    item = numpy.dtype(dtype).itemsize
-    with path.open("wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, _TYPE_CODES[dtype], total.sequences, total.documents + 1))
-        for part, counts in parts.items():
-            stream.write(numpy.fromfile(f"{part}.lengths", "int32", counts.sequences))
-        before = Counts()
-        for part, counts in parts.items():
-            lengths = numpy.fromfile(f"{part}.lengths", "int32", counts.sequences).astype("int64")
-            stream.write((before.tokens + numpy.cumsum(lengths) - lengths) * item)
-            before += counts
-        stream.write(bytes(8))  # the first document starts at sequence 0
-        before = Counts()
-        for part, counts in parts.items():
-            stream.write(before.sequences + numpy.fromfile(f"{part}.ends", "int64", counts.documents))
-            before += counts
-        stream.flush()
-        os.fsync(stream.fileno())
+def _read_lists(prefix: str) -> tuple[str, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Of an ``.idx``: the type of a token, each sequence's length and first byte, each document's end."""
+    name = f"{prefix}.idx"
+    try:
+        with open(name, "rb") as stream, open(f"{prefix}.bin", "rb"):
+            header = stream.read(_HEADER.size).ljust(_HEADER.size, b"\0")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its access") from error
+    magic, version, code, sequences, ends = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise UserError(f"{name} is not a Megatron index; {_AGAIN}")
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{name} has version {version} and token type {code}, which Megatron does not read; {_AGAIN}"
+        )
+    index, place = numpy.memmap(name, "uint8", "r"), _HEADER.size
+    if len(index) < place + 12 * sequences + 8 * ends:
+        raise UserError(f"{name} is cut short; {_AGAIN}")
+    lengths = numpy.frombuffer(index, "int32", sequences, place)
+    starts = numpy.frombuffer(index, "int64", sequences, place + 4 * sequences)
+    return _DTYPES[code], lengths, starts, numpy.frombuffer(index, "int64", ends, place + 12 * sequences)
 
 
-def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) -> Counts:
-    """Write ``PREFIX.bin`` and ``PREFIX.idx`` of documents of one sequence each, none of them empty."""
-    writer = PartWriter(prefix, dtype)
-    for ids in documents:
-        writer.add(ids, [len(ids)])
-    writer.close()
-    write_index(Path(f"{prefix}.idx"), {prefix: writer.counts}, dtype)
-    for ending in (".lengths", ".ends"):
-        Path(f"{prefix}{ending}").unlink()
-    return writer.counts
+def _write_lists(prefix: Path, dtype: str, lengths: numpy.ndarray, ends: numpy.ndarray) -> None:
+    code = next(code for code, name in _DTYPES.items() if name == dtype)
+    starts = _starts(lengths, numpy.dtype(dtype).itemsize)
+    with open(f"{prefix}.idx", "wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(ends)))
+        for values in (lengths, starts, ends):
+            stream.write(values.tobytes())
+
+
+def _starts(lengths: numpy.ndarray, item: int) -> numpy.ndarray:
+    """The byte at which each sequence starts."""
+    starts: numpy.ndarray = (numpy.cumsum(lengths, dtype="int64") - lengths) * item
+    return starts

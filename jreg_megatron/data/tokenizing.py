@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import without_compilation
+from jreg_megatron.runtime.extras import need, without_compilation
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's types that read a SentencePiece model."""
@@ -34,7 +33,7 @@ class TokenizerSettings:
 
     tokenizer_type: str
     tokenizer_model: str
-    special_tokens: tuple[str, ...] = ()
+    special_tokens: Sequence[str] = ()
     tokenizer_sentencepiece_legacy: bool = False
     tokenizer_hf_no_use_fast: bool = False
     tokenizer_hf_no_include_special_tokens: bool = False
@@ -42,14 +41,7 @@ class TokenizerSettings:
     @classmethod
     def from_args(cls, args: Namespace) -> TokenizerSettings:
         """Take them from arguments that :func:`add_arguments` has defined."""
-        return cls(
-            args.tokenizer_type,
-            args.tokenizer_model,
-            tuple(args.tokenizer_special_tokens),
-            args.tokenizer_sentencepiece_legacy,
-            args.tokenizer_hf_no_use_fast,
-            args.tokenizer_hf_no_include_special_tokens,
-        )
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
     def is_sentencepiece(self) -> bool:
@@ -106,9 +98,8 @@ def add_arguments(parser: ArgumentParser, required: bool) -> None:
         metavar="PATH",
         help="SentencePiece model, or for HuggingFaceTokenizer a folder or a name on the hub",
     )
-    group.add_argument(
-        "--tokenizer-special-tokens", nargs="+", default=[], metavar="TOKEN", help="tokens to add"
-    )
+    tokens: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "TOKEN", "help": "tokens to add"}
+    group.add_argument("--tokenizer-special-tokens", dest="special_tokens", **tokens)
     for flag in ("sentencepiece-legacy", "hf-no-use-fast", "hf-no-include-special-tokens"):
         group.add_argument(f"--tokenizer-{flag}", action="store_true", help="as in Megatron")
 
@@ -119,23 +110,22 @@ def identify(settings: TokenizerSettings) -> dict[str, Any]:
     Raises:
         UserError: if the model is not there or not one of its type; found without importing Megatron.
     """
-    identity = asdict(settings) | {"special_tokens": list(settings.special_tokens)}
+    model, libraries = Path(settings.tokenizer_model), ["sentencepiece"]
     if settings.is_sentencepiece:
         _check_sentencepiece(settings.tokenizer_model)
-        return identity | {
-            "sha256": _sum_of([Path(settings.tokenizer_model)]),
-            "library": f"sentencepiece {version('sentencepiece')}",
-        }
-    folder = Path(settings.tokenizer_model)
-    if folder.exists() and not (folder / "tokenizer_config.json").is_file():
-        raise UserError(
-            f"--tokenizer-model is {folder}, which has no tokenizer_config.json; "
-            "name the folder that a Hugging Face tokenizer was saved to"
-        )
-    files = sorted(path for pattern in _HUGGING_FACE_FILES for path in folder.glob(pattern) if path.is_file())
-    return identity | {
-        "sha256": _sum_of(files) if files else _sum_of_vocabulary(settings),
-        "library": f"transformers {version('transformers')}, tokenizers {version('tokenizers')}",
+        files = [model]
+    else:
+        libraries = ["transformers", "tokenizers"]
+        try:
+            if not model.exists():
+                hub = need("huggingface_hub", "HuggingFaceTokenizer", "data")
+                model = Path(hub.snapshot_download(str(model), allow_patterns=[*_HUGGING_FACE_FILES]))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _not_loadable(settings, error) from error
+        files = sorted(path for each in _HUGGING_FACE_FILES for path in model.glob(each) if path.is_file())
+    return asdict(settings) | {
+        "sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "library": ", ".join(f"{library} {version(library)}" for library in libraries),
     }
 
 
@@ -191,17 +181,6 @@ def told_vocab_size(arguments: Mapping[str, Any]) -> int | None:
     return int(size) + adds_end
 
 
-def _sum_of(files: list[Path]) -> str:
-    """SHA-256 of the contents, one behind the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); fix its access") from error
-    return digest.hexdigest()
-
-
 def _check_sentencepiece(path: str) -> None:
     import sentencepiece
 
@@ -221,16 +200,3 @@ def _not_loadable(settings: TokenizerSettings, error: Exception) -> UserError:
         f"--tokenizer-model {settings.tokenizer_model} cannot be loaded as {settings.tokenizer_type} "
         f"({one_line(error, 300)}); correct the path or the type"
     )
-
-
-def _sum_of_vocabulary(settings: TokenizerSettings) -> str:
-    """SHA-256 of a tokenizer of the hub, which has no files here."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _not_loadable(settings, error) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data import pieces, sources
-from jreg_megatron.data.records import Reader, Record
-from jreg_megatron.data.sources import Corpus
+from jreg_megatron.data.corpus import Source, cut, default_piece_bytes, find, records
 from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.output import check_outputs, write_bytes, write_json
@@ -35,42 +34,32 @@ _LINE = 1 << 18
 _PLACES = 256
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to train. The fields are the command's flags, which ``--help`` describes."""
-
-    corpus: Corpus
-    keys: Sequence[str]
-    vocab_size: int
-    output: Path
-    sample_bytes: int
-    max_record_bytes: int
-
-
-def make(options: Options) -> bool:
+def make(args: Namespace) -> bool:
     """Train and write a model and its manifest. Returns False if an earlier run has made them.
+
+    ``args`` are the command's.
 
     Raises:
         UserError: if there is not enough text for the vocabulary, or the file cannot be written.
     """
-    manifest = Path(f"{options.output}.manifest.json")
-    check_outputs(True, output=str(options.output))
-    found = options.corpus.find()
+    manifest = Path(f"{args.output}.manifest.json")
+    check_outputs(True, output=str(args.output))
+    sources = find(args)
     asked = {
-        "sources": [asdict(source) for source in found],
-        "trainer": TRAINER | {"vocab_size": options.vocab_size},
-        "settings": {
-            "keys": list(options.keys),
-            "sample_bytes": options.sample_bytes,
-            "max_record_bytes": options.max_record_bytes,
-        },
+        "sources": [asdict(source) for source in sources],
+        "trainer": TRAINER | {"vocab_size": args.vocab_size},
+        "settings": {name: getattr(args, name) for name in ("keys", "sample_bytes", "max_record_bytes")},
         "sentencepiece": version("sentencepiece"),
     }
-    if _is_made(options.output, manifest, asked):
-        return False
-    model = train(sample_lines(found, options), options.vocab_size)
+    try:
+        if json.loads(manifest.read_text("utf-8")) == asked | {"sha256": sha256_of(args.output)}:
+            return False
+    except (OSError, ValueError):
+        pass  # not made yet
+    lines = sample_lines(sources, args.keys, args.sample_bytes, args.max_record_bytes)
+    model = train(lines, args.vocab_size)
     manifest.unlink(missing_ok=True)
-    write_bytes(str(options.output), model)
+    write_bytes(str(args.output), model)
     write_json(str(manifest), asked | {"sha256": hashlib.sha256(model).hexdigest()})
     return True
 
@@ -96,31 +85,20 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """A document's lines for SentencePiece. Long lines are cut: SentencePiece would ignore them."""
-    for line in text.split("\n"):
-        for start in range(0, len(line), _LINE):
-            yield line[start : start + _LINE]
-
-
-def sample_lines(found: Sequence[sources.Source], options: Options) -> Iterator[str]:
+def sample_lines(
+    sources: Sequence[Source], keys: Sequence[str], sample_bytes: int, max_record_bytes: int
+) -> Iterator[str]:
     """Lines from up to 256 evenly spaced places in the corpus, about ``sample_bytes`` in all."""
-    work = pieces.cut(found, pieces.default_piece_bytes(found), options.keys)
-    count = min(len(work), _PLACES)
+    pieces = cut(sources, default_piece_bytes(sources), keys)
+    count = min(len(pieces), _PLACES)
     for place in range(count):
-        quota = options.sample_bytes // count
-        for record in Reader(work[place * len(work) // count], options.keys, options.max_record_bytes):
-            for text in record.texts if isinstance(record, Record) else ():
+        quota = sample_bytes // count
+        for record in records(pieces[place * len(pieces) // count], keys, max_record_bytes):
+            for text in record.texts:
                 for sentence in [text] if isinstance(text, str) else text:
                     quota -= len(sentence.encode())
-                    # SentencePiece takes no zero bytes.
-                    yield from lines_of(sentence.replace("\0", " "))
+                    # SentencePiece takes no zero bytes, and would ignore long lines.
+                    for line in sentence.replace("\0", " ").split("\n"):
+                        yield from (line[start : start + _LINE] for start in range(0, len(line), _LINE))
             if quota <= 0:
                 break
-
-
-def _is_made(model: Path, manifest: Path, asked: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads(manifest.read_text("utf-8")) == asked | {"sha256": sha256_of(model)})
-    except (OSError, ValueError):
-        return False

@@ -191,7 +191,7 @@ def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> i
             bar.update()
 
     dtype = token_file.token_type(tokenizer.get_piece_size())
-    return token_file.write_documents(prefix, encoded(), dtype).tokens
+    return token_file.write_documents(prefix, encoded(), dtype)
 
 
 def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:

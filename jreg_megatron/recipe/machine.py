@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
-from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of, training_blends
+from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
 from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.runtime.errors import UserError
@@ -104,7 +104,7 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
     for flag, share, blend in training_blends(args):
         if any("://" in prefix for _, prefix in blend):
             return _NOT_HERE
-        sizes = [share * read_index_of(flag, prefix).tokens for _, prefix in blend]
+        sizes = [share * len(token_file_of(flag, prefix).tokens) for _, prefix in blend]
         # Without weights Megatron reads all datasets equally often.
         weights = [size if weight is None else weight for (weight, _), size in zip(blend, sizes, strict=True)]
         for (_, prefix), weight, size in zip(blend, weights, sizes, strict=True):

@@ -21,7 +21,7 @@ def need(package: str, purpose: str, extra: str) -> Any:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{purpose} needs the package {error.name}, which is not installed; "
+            f"{purpose} needs the package {(error.name or package).split('.')[0]}, which is not installed; "
             f"install it with: pip install jreg_megatron[{extra}]"
         ) from error
 

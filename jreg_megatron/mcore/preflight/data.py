@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from itertools import batched
 
-from jreg_megatron.data.token_file import Index, read_index
+from jreg_megatron.data.token_file import TokenFile
 from jreg_megatron.mcore.preflight.asked import flag_of, given, is_number, read_text
 from jreg_megatron.runtime.errors import UserError, one_line
 
@@ -41,7 +41,7 @@ def data_source(args: Namespace) -> None:
 
 def data_files(args: Namespace) -> None:
     for flag, prefix in local_prefixes(args):
-        read_index_of(flag, prefix)
+        token_file_of(flag, prefix)
 
 
 def local_prefixes(args: Namespace) -> Iterator[tuple[str, str]]:
@@ -107,10 +107,10 @@ def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
     return [(None, entry.strip()) for entry in entries]
 
 
-def read_index_of(flag: str, prefix: str) -> Index:
-    """The index of a dataset; raises as :func:`read_index`, naming ``flag`` too."""
+def token_file_of(flag: str, prefix: str) -> TokenFile:
+    """The files of a dataset; raises as :class:`TokenFile`, naming ``flag`` too."""
     try:
-        return read_index(prefix)
+        return TokenFile(prefix)
     except UserError as error:
         hint = "; give a weight before every prefix or before none" if is_number(prefix) else ""
         raise UserError(f"{flag} names {prefix}, but {error}{hint}") from error

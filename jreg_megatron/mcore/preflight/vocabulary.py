@@ -6,11 +6,11 @@ import json
 import math
 import os
 from argparse import Namespace
+from typing import Any
 
-from jreg_megatron.data.token_file import Index
 from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
 from jreg_megatron.mcore.preflight.asked import divisible, flag_of, tensor_parallel
-from jreg_megatron.mcore.preflight.data import local_prefixes, read_index_of
+from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of
 from jreg_megatron.runtime.errors import UserError, check_least
 
 
@@ -56,10 +56,10 @@ def token_ids(args: Namespace) -> None:
         return
     prefixes = list(local_prefixes(args))
     for flag, prefix in prefixes:
-        index = read_index_of(flag, prefix)
-        if index.dtype.startswith("float"):
+        file = token_file_of(flag, prefix)
+        if file.dtype.startswith("float"):
             continue
-        least, most = _extreme_ids(prefix, index, windows=max(8, min(64, 1024 // len(prefixes))))
+        least, most = _extreme_ids(file.tokens, windows=max(8, min(64, 1024 // len(prefixes))))
         if least < 0 or most >= vocabulary:
             raise UserError(
                 f"{flag} names {prefix}, which holds the token id {most if least >= 0 else least}, but the "
@@ -68,18 +68,15 @@ def token_ids(args: Namespace) -> None:
             )
 
 
-def _extreme_ids(prefix: str, index: Index, windows: int, width: int = 1 << 14) -> tuple[int, int]:
+def _extreme_ids(tokens: Any, windows: int, width: int = 1 << 14) -> tuple[int, int]:
     """Smallest and largest token id in up to ``windows`` evenly spaced pieces of ``width`` tokens.
 
     The first and the last token are always read; all tokens if the pieces cover them.
     """
-    import numpy
-
-    tokens = numpy.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=(index.tokens,))
-    if index.tokens <= windows * width:
-        starts, width = [0], index.tokens
+    if len(tokens) <= windows * width:
+        starts, width = [0], len(tokens)
     else:
-        starts = [piece * (index.tokens - width) // (windows - 1) for piece in range(windows)]
+        starts = [piece * (len(tokens) - width) // (windows - 1) for piece in range(windows)]
     pieces = [tokens[start : start + width] for start in starts]
     return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
 
