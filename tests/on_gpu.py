@@ -110,7 +110,7 @@ def make_up_data(folder: Path, tokens: int) -> None:
     draw = random.Random(0).choices
     for name in ("train", "validation"):
         documents = (draw(range(31_000), k=1000) for _ in range(tokens // 1000))
-        write_documents(folder / f"{name}_text_document", documents, "uint16")
+        write_documents(folder / f"{name}_text_document", documents, 31_999)
 
 
 def device() -> str:

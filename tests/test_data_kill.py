@@ -80,7 +80,7 @@ def killer(name: str, number: int) -> Callable[[], None]:
 
 # The joined files are brought to the disk and moved into place; then the pieces are removed.
 @pytest.mark.parametrize(
-    ("name", "numbers"), [("fsync", (1, 3, 5)), ("replace", range(1, 8)), ("unlink", (1, 5, 2))]
+    ("name", "numbers"), [("fsync", (1, 3, 5)), ("rename", range(1, 8)), ("unlink", (1, 5, 2))]
 )
 def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(
     name: str, numbers: tuple[int, ...], argv: list[object], whole: dict[str, bytes], tmp_path: Path

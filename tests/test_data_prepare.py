@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from data_toy import (
     ODD,
@@ -355,12 +354,3 @@ def test_many_small_files_of_text_are_cut_in_a_moment() -> None:
     before = time.process_time()
     assert [len(piece.sources) for piece in cut(files, 29_000_000, ["text"])] == [29_000, 1_000]
     assert time.process_time() - before < 2
-
-
-def test_token_type_is_megatrons() -> None:
-    from megatron.core.datasets.indexed_dataset import DType
-
-    from jreg_megatron.data.token_file import token_type
-
-    for size in (1, 65499, 65500, 65536, 1 << 20):
-        assert np.dtype(token_type(size)) == np.dtype(DType.optimal_dtype(size))

@@ -6,6 +6,7 @@ import json
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from jreg_megatron.data.corpus import FORMATS
 from jreg_megatron.data.tokenizing import TokenizerSettings
 from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.output import check_outputs
+
+_NUMBER: Any = {"type": int, "metavar": "N"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prepare(args: Namespace) -> None:
+    """Encode text into Megatron's .bin and .idx. The files are byte for byte those of Megatron's
+    tools/preprocess_data.py --append-eod. After a kill, the same command keeps the finished pieces and makes
+    the others."""
     from jreg_megatron.data.prepare import prepare
 
     check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
@@ -35,8 +41,7 @@ def _prepare(args: Namespace) -> None:
         raise UserError(f"--validation-share is {args.validation_share}; it must be >= 0 and < 1")
     if bool(args.validation_share) != bool(args.validation_output):
         raise UserError("--validation-share and --validation-output need each other; give both or none")
-    if len(set(args.keys)) != len(args.keys):
-        raise UserError(f"--keys is {' '.join(args.keys)}; name each key once")
+    args.keys = list(dict.fromkeys(args.keys))
     manifest, made = prepare(args)
     if args.quiet:
         return
@@ -53,6 +58,8 @@ def _prepare(args: Namespace) -> None:
 
 
 def _tokenizer(args: Namespace) -> None:
+    """Train a SentencePiece model: BPE with byte fallback. Decoding returns any text unchanged. The same
+    input gives the same bytes."""
     from jreg_megatron.data.vocabulary import make
 
     check_least(args, vocab_size=1, sample_bytes=1, max_record_bytes=1)
@@ -61,6 +68,7 @@ def _tokenizer(args: Namespace) -> None:
 
 
 def _inspect(args: Namespace) -> None:
+    """Verify Megatron's token files, made by any program, and show a summary."""
     from jreg_megatron.data import inspection
 
     check_least(args, samples=0)
@@ -87,42 +95,20 @@ def _parser() -> ArgumentParser:
     about = "Text for pretraining with Megatron."
     parser = ArgumentParser(prog="python -m jreg_megatron.data", description=about)
     commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
-    prepare = commands.add_parser(
-        "prepare",
-        help="encode text into Megatron's .bin and .idx",
-        description="Encode text into Megatron's .bin and .idx. The files are byte for byte those of "
-        "Megatron's tools/preprocess_data.py --append-eod. After a kill, the same command keeps the finished "
-        "pieces and makes the others.",
-    )
-    _add_input(prepare)
-    tokenizing.add_arguments(prepare, required=True)
-    _add_prepare(prepare)
-    tokenizer = commands.add_parser(
-        "tokenizer",
-        help="train a SentencePiece model",
-        description="Train a SentencePiece model: BPE with byte fallback. Decoding returns any text "
-        "unchanged. The same input gives the same bytes.",
-    )
-    _add_input(tokenizer)
-    _add_tokenizer(tokenizer)
-    inspect = commands.add_parser(
-        "inspect",
-        help="verify token files and show a summary",
-        description="Verify Megatron's token files, made by any program, and show a summary.",
-    )
-    _add_inspect(inspect)
-    tokenizing.add_arguments(inspect, required=False)
+    for run, add_flags in ((_prepare, _add_prepare), (_tokenizer, _add_tokenizer), (_inspect, _add_inspect)):
+        about = run.__doc__ or ""  # written for the user
+        brief = about.partition(". ")[0].rstrip(".")
+        command = commands.add_parser(run.__name__[1:], help=brief, description=about)
+        command.set_defaults(command=run)
+        add_flags(command)
     return parser
 
 
-def _number(group: Any, flag: str, default: int | None, help: str) -> None:
-    group.add_argument(flag, type=int, default=default, metavar="N", help=help)
-
-
 def _add_prepare(parser: ArgumentParser) -> None:
-    parser.set_defaults(command=_prepare)
-    group = parser.add_argument_group("output")
-    group.add_argument(
+    _add_input(parser)
+    tokenizing.add_arguments(parser, required=True)
+    add = parser.add_argument_group("output").add_argument
+    add(
         *("--output", "--output-prefix"),
         required=True,
         type=Path,
@@ -130,89 +116,69 @@ def _add_prepare(parser: ArgumentParser) -> None:
         help="write PREFIX_text_document.bin and .idx. PREFIX.manifest.json lists sources, tokenizer and "
         "settings",
     )
-    group.add_argument(
-        "--no-append-eod",
-        dest="append_eod",
-        action="store_false",
-        help="do not end documents with the end-of-document id",
+    no_eod = "do not end documents with the end-of-document id"
+    add("--no-append-eod", dest="append_eod", action="store_false", help=no_eod)
+    share = (
+        "hold out this share of the documents, >= 0 and < 1. A hash of the text decides, so all copies of a "
+        "text are held out or none"
     )
-    group.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="hold out this share of the documents, >= 0 and < 1. A hash of the text decides, so all copies "
-        "of a text are held out or none",
-    )
-    group.add_argument(
-        "--validation-output", type=Path, metavar="PREFIX", help="prefix of the files of held-out documents"
-    )
-    group = parser.add_argument_group("run")
+    add("--validation-share", type=float, default=0.0, metavar="SHARE", help=share)
+    held_out = "prefix of the files of held-out documents"
+    add("--validation-output", type=Path, metavar="PREFIX", help=held_out)
+    add = parser.add_argument_group("run").add_argument
     refused = (
         "stop after more than N bad records (default: %(default)s). A stopped run continues with a higher "
         "limit. PREFIX.refused.jsonl lists the bad records"
     )
-    _number(group, "--max-refused", 0, refused)
+    add("--max-refused", **_NUMBER, default=0, help=refused)
     cores = len(os.sched_getaffinity(0))
-    _number(group, "--workers", cores, "processes (default: the cores, %(default)s)")
+    add("--workers", **_NUMBER, default=cores, help="processes (default: the cores, %(default)s)")
     piece = (
         "bytes of input in a piece. A kill loses at most one piece of each worker. A .gz or .zst file is one "
         "piece (default: 1/256 of the input, at least 1 MiB and at most 64 MiB)"
     )
-    _number(group, "--piece-bytes", None, piece)
+    add("--piece-bytes", **_NUMBER, help=piece)
     no_check = "do not check whether the disk has room"
-    group.add_argument("--no-disk-check", dest="check_disk", action="store_false", help=no_check)
-    group.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    add("--no-disk-check", dest="check_disk", action="store_false", help=no_check)
+    add("--quiet", action="store_true", help="no progress, no summary")
 
 
 def _add_tokenizer(parser: ArgumentParser) -> None:
-    parser.set_defaults(command=_tokenizer)
-    group = parser.add_argument_group("output")
-    model = "the model, as in tokenizer.model"
-    group.add_argument("--output", required=True, type=Path, metavar="FILE", help=model)
-    _number(group, "--vocab-size", 32000, "number of pieces (default: %(default)s)")
+    _add_input(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, type=Path, metavar="FILE", help="the model, as in tokenizer.model")
+    add("--vocab-size", **_NUMBER, default=32000, help="number of pieces (default: %(default)s)")
     sample = "bytes of text to train on, about, taken evenly from the input (default: %(default)s)"
-    _number(group, "--sample-bytes", 1 << 28, sample)
+    add("--sample-bytes", **_NUMBER, default=1 << 28, help=sample)
 
 
 def _add_inspect(parser: ArgumentParser) -> None:
-    parser.set_defaults(command=_inspect)
-    parser.add_argument(
-        "prefix", nargs="+", metavar="PREFIX|FOLDER", help="token files without .bin/.idx, or folders of them"
-    )
-    parser.add_argument("--quick", action="store_true", help="verify the index only; do not read the tokens")
-    _number(parser, "--samples", 3, "documents to show, with --tokenizer-model (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    blend = "write a list of the files for Megatron's --data-args-path"
-    parser.add_argument("--blend", metavar="FILE", help=blend)
+    add, files = parser.add_argument, "token files without .bin/.idx, or folders of them"
+    add("prefix", nargs="+", metavar="PREFIX|FOLDER", help=files)
+    add("--quick", action="store_true", help="verify the index only; do not read the tokens")
+    samples = "documents to show, with --tokenizer-model (default: %(default)s)"
+    add("--samples", **_NUMBER, default=3, help=samples)
+    add("--json", action="store_true", help="print JSON")
+    add("--blend", metavar="FILE", help="write a list of the files for Megatron's --data-args-path")
+    tokenizing.add_arguments(parser, required=False)
 
 
 def _add_input(parser: ArgumentParser) -> None:
-    known = " ".join(ending for endings in FORMATS.values() for ending in endings)
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "input",
-        nargs="*",
-        metavar="INPUT",
-        help="files, patterns and folders, read in this order. The files below a folder are sorted by path. "
-        f"Known endings: {known}, and .gz or .zst after them. A document is a line of JSON, a row of "
-        "Parquet, or a text file",
+    add = parser.add_argument_group("input").add_argument
+    files = (
+        "files, patterns and folders, read in this order. The files below a folder are sorted by path. Known "
+        f"endings: {' '.join(chain(*FORMATS.values()))}, and .gz or .zst after them. A document is a line of "
+        "JSON, a row of Parquet, or a text file"
     )
-    of_all = "format of all files, whatever their endings"
-    group.add_argument("--format", choices=FORMATS, help=of_all)
-    group.add_argument(
-        *("--keys", "--json-keys"),
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="fields or columns that hold text (default: text). Each makes its own token file",
-    )
+    add("input", nargs="*", metavar="INPUT", help=files)
+    add("--format", choices=FORMATS, help="format of all files, whatever their endings")
+    keys = "fields or columns that hold text (default: text). Each makes its own token file"
+    add("--keys", "--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
     hub = "read a dataset of the Hugging Face hub instead, over the network. Its code is not run"
-    group.add_argument("--hub", metavar="NAME", help=hub)
-    group.add_argument("--subset", metavar="NAME", help="configuration of the dataset")
-    split = "split of the dataset (default: %(default)s)"
-    group.add_argument("--hub-split", default="train", metavar="NAME", help=split)
-    _number(group, "--max-record-bytes", 1 << 28, "refuse larger records (default: %(default)s)")
+    add("--hub", metavar="NAME", help=hub)
+    add("--subset", metavar="NAME", help="configuration of the dataset")
+    add("--hub-split", default="train", metavar="NAME", help="split of the dataset (default: %(default)s)")
+    add("--max-record-bytes", **_NUMBER, default=1 << 28, help="refuse larger records (default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from jreg_megatron.runtime.extras import need
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
 """Formats and their file endings. ``.gz`` or ``.zst`` may follow, except for Parquet."""
-KINDS = ("not UTF-8", "not JSON", "not an object", "no such key", "not text", "lone surrogate", "too large")
-"""Why a record is refused."""
 Text = str | list[str]
 """A document; a list holds its sentences, as in Megatron's tool."""
 
@@ -35,45 +33,36 @@ _MARK = "\ufeff"  # byte order mark
 class Source:
     """An input file, as it was found."""
 
-    path: str
-    """Absolute path, or the URL of a file on the Hugging Face hub."""
-    format: str
-    """A key of :data:`FORMATS`."""
-    compression: str
-    """``gzip``, ``zstd`` or nothing."""
-    size: int
-    """Bytes on disk."""
-    modified: int
-    """Nanoseconds since 1970; 0 on the hub, where the URL holds the revision."""
+    path: str  # absolute, or the URL of a file on the Hugging Face hub
+    format: str  # a key of FORMATS
+    compression: str  # gzip, zstd or nothing
+    size: int  # bytes on disk
+    modified: int  # nanoseconds since 1970; 0 on the hub, where the URL holds the revision
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file, or several small text files."""
+    """Part of a file, or several small text files.
+
+    ``start`` is the first byte of plain JSON lines, or the first row group of Parquet; ``stop`` is the one
+    after the last, or None for the end of the file. A line belongs to the piece in which it starts.
+    """
 
     sources: tuple[Source, ...]
-    size: int
-    """Bytes on disk."""
+    size: int  # bytes on disk
     start: int = 0
-    """First byte of plain JSON lines, or first row group of Parquet. A line that starts before it belongs to
-    the piece before."""
     stop: int | None = None
-    """The byte or row group after the last; None for the end of the file."""
-    first_row: int = 0
-    """Rows of the Parquet file before this piece."""
+    first_row: int = 0  # rows of the Parquet file before this piece
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record that was read."""
+    """A record: its texts, one for each key. An empty line and a refused record have none."""
 
     file: str
-    line: int
-    """Line or row from 1, counted from the start of the piece."""
+    line: int  # or row, from 1, counted from the start of the piece
     texts: Sequence[Text] = ()
-    """A text for each key; none in an empty line or a refused record. UTF-8 can hold them."""
-    kind: str = ""
-    """Of a refused record: one of :data:`KINDS`."""
+    kind: str = ""  # of a refused record, such as "not JSON"
     reason: str = ""
 
 
@@ -140,21 +129,19 @@ def refuse_changed(sources: Iterable[Source]) -> None:
             )
 
 
-def default_piece_bytes(sources: Sequence[Source]) -> int:
-    """A 256th of the corpus, at least 1 MiB and at most 64 MiB."""
-    return min(_LARGEST_PIECE, max(_SMALLEST_PIECE, sum(source.size for source in sources) // _PIECES))
-
-
-def cut(sources: Sequence[Source], piece_bytes: int, columns: Sequence[str]) -> list[Piece]:
+def cut(sources: Sequence[Source], piece_bytes: int | None, columns: Sequence[str]) -> list[Piece]:
     """Cut sources into pieces of about ``piece_bytes`` on disk, in order.
 
-    Plain JSON lines are cut at any line, Parquet between row groups, text between files. A compressed file is
-    one piece, because it can only be read from its start. ``columns`` are those of Parquet that hold text.
-    The cut does not depend on the number of workers, so a run can continue with another number.
+    None is a 256th of the corpus, at least 1 MiB and at most 64 MiB. Plain JSON lines are cut at any line,
+    Parquet between row groups, text between files. A compressed file is one piece, because it can only be
+    read from its start. The number of workers does not matter, so a run can continue with another one.
+    ``columns`` are those of Parquet that hold text.
 
     Raises:
         UserError: for Parquet that is damaged or lacks such a column.
     """
+    wanted = min(_LARGEST_PIECE, max(_SMALLEST_PIECE, sum(source.size for source in sources) // _PIECES))
+    piece_bytes = piece_bytes or wanted
     pieces: list[Piece] = []
     texts: list[Source] = []
     size = 0
@@ -199,18 +186,17 @@ def lines_before(piece: Piece) -> int:
 
 
 def _expand(name: str, kind: str | None) -> list[str]:
+    what = "does not exist; correct the path"
     if os.path.isdir(name):
-        found = sorted(path for path in _files_below(name) if kind or _by_ending(path)[0])
-        if not found:
-            raise UserError(f"{name} has no file with one of the endings {_KNOWN}; give --format")
-        return found
-    if os.path.lexists(name):
-        return [name]
-    found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
+        what = f"has no file with one of the endings {_KNOWN}; give --format"
+        found = [path for path in _files_below(name) if kind or _by_ending(path)[0]]
+    elif os.path.lexists(name):
+        found = [name]
+    else:
+        found = [path for path in glob.glob(name, recursive=True) if not os.path.isdir(path)]
     if not found:
-        what = "matches no file" if glob.has_magic(name) else "does not exist"
-        raise UserError(f"{name} {what}; correct the path")
-    return found
+        raise UserError(f"{name} {what}")
+    return sorted(found)
 
 
 def _files_below(name: str) -> Iterator[str]:
@@ -250,12 +236,10 @@ def _opened(path: str, compression: str = "") -> Iterator[IO[bytes]]:
     Raises:
         UserError: naming the file, if it is cut short, damaged or unreadable; inside the block too.
     """
+    fsspec = need("fsspec", "reading files", "data")
+
     try:
-        if "://" in path:
-            raw = need("fsspec", "--hub", "data").open(path, "rb", block_size=16 * _BUFFER).open()
-        else:
-            raw = open(path, "rb", buffering=_BUFFER)  # noqa: SIM115
-        with raw:
+        with fsspec.open(path, "rb", block_size=16 * _BUFFER) as raw:
             if compression:
                 # The packages gzip and zstandard are slower, and zstandard takes a file that is cut short.
                 pyarrow = need("pyarrow", "reading .gz and .zst", "data")

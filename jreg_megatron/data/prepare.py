@@ -33,9 +33,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data import corpus, tokenizing
+from jreg_megatron.data import corpus, token_file, tokenizing
 from jreg_megatron.data.corpus import Piece, Text
-from jreg_megatron.data.token_file import TokenWriter, join, sha256_of, token_type
+from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.data.tokenizing import Tokenizer, TokenizerSettings
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import end_with_the_parent
@@ -82,26 +82,20 @@ class _Job:
         self.args = args
         self.sources = corpus.find(args)
         self.settings = TokenizerSettings.from_args(args)
-        piece_bytes = args.piece_bytes or corpus.default_piece_bytes(self.sources)
-        self.pieces = corpus.cut(self.sources, piece_bytes, args.keys)
+        self.pieces = corpus.cut(self.sources, args.piece_bytes, args.keys)
         self.size = sum(piece.size for piece in self.pieces)
         self.results: dict[int, dict[str, Any]] = {}  # by piece: what its .json holds
         prefixes = [args.output] + ([args.validation_output] if args.validation_share else [])
-        # Named as by Megatron's tool.
-        self.targets = [Path(f"{prefix}_{key}_document") for prefix in prefixes for key in args.keys]
-        self.names = [os.path.relpath(target, args.output.parent) for target in self.targets]
+        # By the names in the manifest; named as by Megatron's tool.
+        targets = [Path(f"{prefix}_{key}_document") for prefix in prefixes for key in args.keys]
+        self.targets = {os.path.relpath(target, args.output.parent): target for target in targets}
+        settings = ("keys", "append_eod", "max_record_bytes", "validation_share", "piece_bytes")
         self.asked = {
             "sources": [asdict(source) for source in self.sources],
             "tokenizer": tokenizing.identify(self.settings),
-            "settings": {
-                "keys": args.keys,
-                "append_eod": args.append_eod,
-                "max_record_bytes": args.max_record_bytes,
-                "validation_share": args.validation_share,
-                "piece_bytes": piece_bytes,
-            },
+            "settings": {name: getattr(args, name) for name in settings},
         }
-        asked = json.dumps([_LAYOUT, self.names, self.asked], sort_keys=True)
+        asked = json.dumps([_LAYOUT, [*self.targets], self.asked], sort_keys=True)
         self.fingerprint = hashlib.sha256(asked.encode()).hexdigest()
         self.manifest = Path(f"{args.output}.manifest.json")
         self.folder = Path(f"{args.output}.pieces-{self.fingerprint[:8]}")
@@ -111,8 +105,8 @@ class _Job:
         earlier = _read(self.manifest)
         return earlier.get("fingerprint") == self.fingerprint and all(
             os.path.isfile(file := f"{target}.{ending}") and os.path.getsize(file) == size
-            for target, output in zip(self.targets, earlier["outputs"].values(), strict=True)
-            for ending, size in output["bytes"].items()
+            for name, target in self.targets.items()
+            for ending, size in earlier["outputs"][name]["bytes"].items()
         )
 
     def make(self) -> None:
@@ -142,14 +136,11 @@ class _Job:
     def _take_place(self) -> None:
         """Make the folder, unless files of others are in the way, and remove those of other settings."""
         earlier = _read(self.manifest)
-        for target, name in zip(self.targets, self.names, strict=True):
+        # Where the folder is, an earlier run of the same command has passed here.
+        known = self.targets if self.folder.exists() else earlier.get("outputs", ())
+        for name, target in self.targets.items():
             for file in (f"{target}.bin", f"{target}.idx"):
-                # Where the folder is, an earlier run of the same command has passed here.
-                if (
-                    os.path.lexists(file)
-                    and name not in earlier.get("outputs", ())
-                    and not self.folder.exists()
-                ):
+                if name not in known and os.path.lexists(file):
                     raise UserError(
                         f"{file} exists, but {self.manifest} does not name it, so this command has not made "
                         "it; remove it or give another --output"
@@ -176,19 +167,17 @@ class _Job:
         with ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
             try:
                 pieces = {pool.submit(_encode, number): number for number in missing}
-                with tqdm(
-                    total=self.size,
-                    initial=self.size - sum(self.pieces[number].size for number in missing),
-                    unit="B",
-                    unit_scale=True,
-                    dynamic_ncols=True,
+                bar = tqdm(
+                    as_completed(pieces),
                     desc=self.args.output.name,
+                    total=len(self.pieces),
+                    initial=len(self.results),
+                    unit=" pieces",
                     disable=True if self.args.quiet else None,
-                ) as bar:
-                    for done in as_completed(pieces):
-                        self._keep(pieces[done], done.result())
-                        self._check_disk()
-                        bar.update(self.pieces[pieces[done]].size)
+                )
+                for done in bar:
+                    self._keep(pieces[done], done.result())
+                    self._check_disk()
             except BaseException as error:
                 for process in multiprocessing.active_children():
                     process.terminate()
@@ -201,9 +190,9 @@ class _Job:
 
     def encode(self, number: int) -> dict[str, Any]:
         """Make the files of a piece, in a worker; returns what its ``.json`` holds."""
-        dtype, piece = token_type(self.tokenizer.vocab_size), self.pieces[number]
+        piece, vocab_size = self.pieces[number], self.tokenizer.vocab_size
         parts = [self._part(number, output) for output in range(len(self.targets))]
-        writers = [TokenWriter(part, dtype) for part in parts]
+        writers = [token_file.builder(part, vocab_size) for part in parts]
         refused: list[dict[str, Any]] = []
         lines = 0
         for record in corpus.records(piece, self.args.keys, self.args.max_record_bytes):
@@ -216,9 +205,9 @@ class _Job:
                 share = self.args.validation_share
                 first = len(record.texts) if share and _uniform(record.texts[0]) < share else 0
                 for writer, text in zip(writers[first:], record.texts, strict=False):
-                    writer.add(*self._ids_of(text))
-        for writer in writers:
-            writer.close()
+                    writer.add_document(*self._ids_of(text))
+        for writer, part in zip(writers, parts, strict=True):
+            writer.finalize(f"{part}.idx")
         files = [Path(f"{part}{ending}") for part in parts for ending in (".bin", ".idx")]
         result = {
             "sha256": {file.name: sha256_of(file) for file in files},
@@ -271,25 +260,20 @@ class _Job:
 
     def _publish(self, started: float) -> None:
         """Join the pieces, and move the files into place, the manifest last."""
-        dtype = token_type(self.tokenizer.vocab_size)
         moves: dict[Path, str] = {}
         outputs: dict[str, dict[str, Any]] = {}
-        for output, (destination, name) in enumerate(zip(self.targets, self.names, strict=True)):
+        for output, (name, target) in enumerate(self.targets.items()):
             parts = [self._part(number, output) for number in range(len(self.pieces))]
-            numbers = join(self.folder / str(output), parts, dtype)
+            numbers = token_file.join(self.folder / str(output), parts, self.tokenizer.vocab_size)
             if not numbers["tokens"]:
-                shutil.rmtree(self.folder)
-                if output >= len(self.args.keys):
-                    raise UserError(
-                        f"--validation-share is {self.args.validation_share}, which takes no text of "
-                        f"{outputs[self.names[0]]['documents']} documents; raise it"
-                    )
-                files = "the input files" if self.sources[1:] else self.sources[0].path
-                raise UserError(f"no text is under {self.args.keys[output]!r} in {files}; give other inputs")
+                more = " and the other files" if self.sources[1:] else ""
+                raise UserError(
+                    f"no text in {self.sources[0].path}{more} is for {target}; give other inputs, other "
+                    "--keys or a larger --validation-share"
+                )
             made = {ending: self.folder / f"{output}.{ending}" for ending in ("bin", "idx")}
-            moves |= {file: f"{destination}.{ending}" for ending, file in made.items()}
+            moves |= {file: f"{target}.{ending}" for ending, file in made.items()}
             outputs[name] = numbers | {
-                "dtype": dtype,
                 "bytes": {ending: file.stat().st_size for ending, file in made.items()},
                 "sha256": {ending: sha256_of(file) for ending, file in made.items()},
             }
@@ -315,8 +299,8 @@ class _Job:
                 os.fsync(stream.fileno())
         # Without a manifest, nothing counts as finished.
         self.manifest.unlink(missing_ok=True)
-        for file, target in moves.items():
-            os.replace(file, target)
+        for file, place in moves.items():
+            shutil.move(file, place)
 
     def _refused(self) -> Iterator[dict[str, Any]]:
         """All refused records, with their lines counted from the start of the file."""

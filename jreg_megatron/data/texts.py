@@ -22,18 +22,15 @@ _MAX_BYTES = 1 << 30
 class Text:
     """A document."""
 
-    name: str
-    """For messages: a speech, a file, or a file and the line or number in it."""
-    content: str | Sequence[int] | numpy.ndarray
-    """The text, or its token ids."""
+    name: str  # for messages: a speech, a file, or a file and the line or number in it
+    content: str | Sequence[int] | numpy.ndarray  # the text, or its token ids
 
 
 @dataclass(frozen=True)
 class TextFiles:
     """Files of texts that were found. Iteration reads one text at a time."""
 
-    key: str
-    """Field of JSON lines or column of Parquet that holds the text."""
+    key: str  # field of JSON lines or column of Parquet that holds the text
     _parts: tuple[TokenFile | Source, ...]
 
     @classmethod
@@ -99,23 +96,13 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
     """Define ``--text``, ``--speeches`` and ``--key``; returns the group, and its mutually exclusive part."""
     group = parser.add_argument_group("texts (default: the held-out State of the Union speeches)")
     which = group.add_mutually_exclusive_group()
-    which.add_argument(
-        "--text",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="files, folders or patterns: text, JSON lines (.gz, .zst too), Parquet; or .bin/.idx prefixes",
-    )
-    which.add_argument(
-        "--speeches",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="State of the Union speeches, such as 1862-Lincoln-1",
-    )
-    group.add_argument(
-        "--key", default="text", help="field of JSON lines, column of Parquet (default: %(default)s)"
-    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    files = "files, folders or patterns: text, JSON lines (.gz, .zst too), Parquet; or .bin/.idx prefixes"
+    which.add_argument("--text", **several, metavar="FILE", help=files)
+    speeches = "State of the Union speeches, such as 1862-Lincoln-1"
+    which.add_argument("--speeches", **several, metavar="NAME", help=speeches)
+    key = "field of JSON lines, column of Parquet (default: %(default)s)"
+    group.add_argument("--key", default="text", help=key)
     return group, which
 
 

@@ -1,7 +1,6 @@
-"""Megatron's token files: read and check them, write them by document, and join them.
+"""Megatron's token files: read and check them, and write and join them by Megatron's own builder.
 
-The bytes are those of Megatron's ``IndexedDatasetBuilder``, which makes a Python object of every number. Its
-own reader fails with an assertion, or reads past the end of a file that is cut short.
+Megatron's own reader fails with an assertion, or reads past the end of a file that is cut short.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import os
 import shutil
 import struct
 import sys
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -75,33 +74,23 @@ class TokenFile:
             UserError: naming the file, for the first error.
         """
         name, ends, count = f"{self.prefix}.idx", self._ends, len(self.lengths)
-        if not len(ends):
-            raise self._damaged("it has no list of documents")
         if self.dtype.startswith("float"):
             raise UserError(f"{name} holds {self.dtype}, not token ids; name token files")
-        size, listed = os.path.getsize(name), _HEADER.size + 12 * count + 8 * len(ends)
-        if size not in (listed, listed + _MODE_BYTES * count):
-            raise UserError(f"{name} has {size} bytes, but its lists have {listed}; {_AGAIN}")
-        size = os.path.getsize(f"{self.prefix}.bin")
-        if size != self.tokens.nbytes:
+        lists = _HEADER.size + 12 * count + 8 * len(ends)
+        modes = _MODE_BYTES * count * (os.path.getsize(name) != lists)
+        for path, listed in ((name, lists + modes), (f"{self.prefix}.bin", self.tokens.nbytes)):
+            if os.path.getsize(path) != listed:
+                raise UserError(
+                    f"{path} has {os.path.getsize(path)} bytes, but {name} lists {listed}; copy or make both "
+                    "again"
+                )
+        starts = (numpy.cumsum(self.lengths, dtype="int64") - self.lengths) * self._item
+        is_whole = self.lengths.min() >= 0 and (starts == self._starts).all()
+        is_whole &= len(ends) > 0 and ends[0] == 0 and ends[-1] == count and (numpy.diff(ends) >= 0).all()
+        if not is_whole:
             raise UserError(
-                f"{self.prefix}.bin has {size} bytes, but {name} lists {self.tokens.nbytes}, so they do not "
-                "match; copy or make both again"
+                f"{name} is damaged: its sequences or documents do not follow each other; {_AGAIN}"
             )
-        if self.lengths.min() < 0:
-            number = int(numpy.argmax(self.lengths < 0))
-            raise self._damaged(f"sequence {number} has {self.lengths[number]} tokens")
-        starts = _starts(self.lengths, self._item)
-        if (wrong := starts != self._starts).any():
-            number = int(numpy.argmax(wrong))
-            raise self._damaged(
-                f"sequence {number} starts at byte {self._starts[number]}, but those before end at "
-                f"{starts[number]}"
-            )
-        if ends[0] != 0 or ends[-1] != count:
-            raise self._damaged(f"its documents are sequences {ends[0]} to {ends[-1]} of {count}")
-        if (is_falling := ends[1:] < ends[:-1]).any():
-            raise self._damaged(f"document {int(numpy.argmax(is_falling))} ends before it starts")
 
     def document(self, number: int) -> numpy.ndarray:
         """The tokens of a document."""
@@ -117,68 +106,41 @@ class TokenFile:
         starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)] // self._item
         return numpy.where(sequences < len(self._starts), starts, len(self.tokens))
 
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.prefix}.idx is damaged: {what}; {_AGAIN}")
+
+def builder(prefix: Path, vocab_size: int) -> Any:
+    """Megatron's writer of token files; its ``finalize`` writes the ``.idx``."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    return IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(vocab_size))
 
 
-def token_type(vocab_size: int) -> str:
-    """The NumPy type in which Megatron's tool stores the ids of this vocabulary."""
-    return "uint16" if vocab_size < 65500 else "int32"
-
-
-class TokenWriter:
-    """Writes ``PREFIX.bin`` document by document, and ``PREFIX.idx`` in the end.
-
-    Attributes:
-        lengths: the number of tokens of every sequence (int32).
-        ends: 0, and the number of sequences up to the end of every document (int64).
-    """
-
-    def __init__(self, prefix: Path, dtype: str) -> None:
-        """Open the ``.bin``. ``dtype`` is ``uint16`` or ``int32``."""
-        self.prefix, self.dtype = prefix, dtype
-        self.lengths, self.ends = array("i"), array("q", [0])
-        self._stream = open(f"{prefix}.bin", "wb")  # noqa: SIM115
-
-    def add(self, ids: list[int], lengths: Sequence[int]) -> None:
-        """Add a document with sequences of these lengths. A document without tokens has no sequence.
-
-        Raises:
-            OverflowError: for an id that the type cannot hold.
-        """
-        self._stream.write(array("H" if self.dtype == "uint16" else "i", ids))
-        self.lengths.extend(lengths)
-        self.ends.append(len(self.lengths))
-
-    def close(self) -> None:
-        """Write the ``.idx``. The files may not be on the disk yet."""
-        self._stream.close()
-        _write_lists(self.prefix, self.dtype, numpy.array(self.lengths), numpy.array(self.ends))
-
-
-def write_documents(prefix: Path, documents: Iterable[list[int]], dtype: str) -> int:
+def write_documents(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> int:
     """Write documents of one sequence each, none of them empty; returns the number of tokens."""
-    writer = TokenWriter(prefix, dtype)
+    writer = builder(prefix, vocab_size)
     for ids in documents:
-        writer.add(ids, [len(ids)])
-    writer.close()
-    return sum(writer.lengths)
+        writer.add_document(ids, [len(ids)])
+    writer.finalize(f"{prefix}.idx")
+    return sum(writer.sequence_lengths)
 
 
-def join(prefix: Path, parts: Iterable[Path], dtype: str) -> dict[str, int]:
-    """Join token files to one; returns its numbers of documents, sequences and tokens."""
-    lengths, ends, sequences = [numpy.zeros(0, "int32")], [numpy.zeros(1, "int64")], 0
-    with open(f"{prefix}.bin", "wb") as stream:
-        for part in parts:
-            with open(f"{part}.bin", "rb") as source:
-                shutil.copyfileobj(source, stream, _BUFFER)
-            _, lengths_of_part, _, ends_of_part = _read_lists(str(part))
-            lengths.append(lengths_of_part.copy())  # and let the file be closed
-            ends.append(ends_of_part[1:] + sequences)
-            sequences += len(lengths_of_part)
-    _write_lists(prefix, dtype, numpy.concatenate(lengths), numpy.concatenate(ends))
-    documents, tokens = sum(map(len, ends)) - 1, sum(int(some.sum()) for some in lengths)
-    return {"documents": documents, "sequences": sequences, "tokens": tokens}
+def join(prefix: Path, parts: Iterable[Path], vocab_size: int) -> dict[str, Any]:
+    """Join token files to one; returns its numbers of documents, sequences and tokens, and a token's type."""
+    whole, sequences = builder(prefix, vocab_size), 0
+    lengths, ends = [numpy.zeros(0, "int32")], [numpy.zeros(1, "int64")]
+    for part in parts:
+        with open(f"{part}.bin", "rb") as source:
+            shutil.copyfileobj(source, whole.data_file, _BUFFER)
+        _, lengths_of_part, _, ends_of_part = _read_lists(str(part))
+        lengths.append(lengths_of_part.copy())  # and let the file be closed
+        ends.append(ends_of_part[1:] + sequences)
+        sequences += len(lengths_of_part)
+    # Megatron's add_index makes a Python object of every number, and collects garbage after every part.
+    whole.sequence_lengths = numpy.concatenate(lengths)
+    whole.document_indices = numpy.concatenate(ends)
+    whole.finalize(f"{prefix}.idx")
+    tokens, documents = whole.sequence_lengths.sum(dtype="int64"), len(whole.document_indices) - 1
+    dtype = whole.dtype.__name__
+    return {"documents": documents, "sequences": sequences, "tokens": int(tokens), "dtype": dtype}
 
 
 def sha256_of(path: Path) -> str:
@@ -208,18 +170,3 @@ def _read_lists(prefix: str) -> tuple[str, numpy.ndarray, numpy.ndarray, numpy.n
     lengths = numpy.frombuffer(index, "int32", sequences, place)
     starts = numpy.frombuffer(index, "int64", sequences, place + 4 * sequences)
     return _DTYPES[code], lengths, starts, numpy.frombuffer(index, "int64", ends, place + 12 * sequences)
-
-
-def _write_lists(prefix: Path, dtype: str, lengths: numpy.ndarray, ends: numpy.ndarray) -> None:
-    code = next(code for code, name in _DTYPES.items() if name == dtype)
-    starts = _starts(lengths, numpy.dtype(dtype).itemsize)
-    with open(f"{prefix}.idx", "wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(ends)))
-        for values in (lengths, starts, ends):
-            stream.write(values.tobytes())
-
-
-def _starts(lengths: numpy.ndarray, item: int) -> numpy.ndarray:
-    """The byte at which each sequence starts."""
-    starts: numpy.ndarray = (numpy.cumsum(lengths, dtype="int64") - lengths) * item
-    return starts

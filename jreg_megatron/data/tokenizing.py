@@ -50,58 +50,36 @@ class TokenizerSettings:
 
     def megatron_arguments(self) -> Namespace:
         """The namespace that Megatron builds a tokenizer from. No code of the hub is executed."""
-        values = asdict(self) | {"special_tokens": list(self.special_tokens) or None}
-        # In Megatron's preprocessing tool these have the same values.
-        padding = {"rank": 1, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
         unused = ("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size")
-        return Namespace(
-            **values,
-            **padding,
-            **dict.fromkeys((*unused, "padded_vocab_size")),
-            trust_remote_code=False,
-            pad_vocab_size=True,
-            vocab_extra_ids=0,
-            tokenizer_sentencepiece_ignore_extra_whitespaces=True,
-        )
+        # In Megatron's preprocessing tool these have the same values.
+        same = {"rank": 1, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
+        same |= {"pad_vocab_size": True, "vocab_extra_ids": 0, "trust_remote_code": False}
+        same |= {"tokenizer_sentencepiece_ignore_extra_whitespaces": True}
+        given = asdict(self) | {"special_tokens": list(self.special_tokens) or None}
+        return Namespace(**given, **same, **dict.fromkeys((*unused, "padded_vocab_size")))
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer that Megatron has built.
-
-    Attributes:
-        encode: the ids of a text.
-        decode: the text of ids.
-        vocab_size: every id is below it.
-        eod: id that ends a document; None if the tokenizer has none.
-    """
+    """A tokenizer that Megatron has built."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    vocab_size: int
-    eod: int | None
+    vocab_size: int  # every id is below it
+    eod: int | None  # the id that ends a document
 
 
 def add_arguments(parser: ArgumentParser, required: bool) -> None:
     """Define the flags, named as Megatron names them."""
-    group = parser.add_argument_group("tokenizer, by Megatron's own flags")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=TYPES,
-        default=TYPES[0],
-        metavar="TYPE",
-        help=f"one of {', '.join(TYPES)} (default: %(default)s)",
-    )
-    group.add_argument(
-        "--tokenizer-model",
-        required=required,
-        metavar="PATH",
-        help="SentencePiece model, or for HuggingFaceTokenizer a folder or a name on the hub",
-    )
-    tokens: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "TOKEN", "help": "tokens to add"}
-    group.add_argument("--tokenizer-special-tokens", dest="special_tokens", **tokens)
+    add = parser.add_argument_group("tokenizer, by Megatron's own flags").add_argument
+    types = f"one of {', '.join(TYPES)} (default: %(default)s)"
+    add("--tokenizer-type", choices=TYPES, default=TYPES[0], metavar="TYPE", help=types)
+    model = "SentencePiece model, or for HuggingFaceTokenizer a folder or a name on the hub"
+    add("--tokenizer-model", required=required, metavar="PATH", help=model)
+    tokens: dict[str, Any] = {"dest": "special_tokens", "nargs": "+", "default": [], "metavar": "TOKEN"}
+    add("--tokenizer-special-tokens", **tokens, help="tokens to add")
     for flag in ("sentencepiece-legacy", "hf-no-use-fast", "hf-no-include-special-tokens"):
-        group.add_argument(f"--tokenizer-{flag}", action="store_true", help="as in Megatron")
+        add(f"--tokenizer-{flag}", action="store_true", help="as in Megatron")
 
 
 def identify(settings: TokenizerSettings) -> dict[str, Any]:
@@ -112,7 +90,15 @@ def identify(settings: TokenizerSettings) -> dict[str, Any]:
     """
     model, libraries = Path(settings.tokenizer_model), ["sentencepiece"]
     if settings.is_sentencepiece:
-        _check_sentencepiece(settings.tokenizer_model)
+        import sentencepiece
+
+        try:
+            sentencepiece.SentencePieceProcessor().Load(str(model))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--tokenizer-model is {model}, which is not a SentencePiece model ({one_line(error)}); "
+                "correct the path, or give --tokenizer-type HuggingFaceTokenizer with a folder"
+            ) from error
         files = [model]
     else:
         libraries = ["transformers", "tokenizers"]
@@ -179,20 +165,6 @@ def told_vocab_size(arguments: Mapping[str, Any]) -> int | None:
     # Before 0.18 the NullTokenizer added a token that ends a document. The multimodal one still does.
     adds_end = kind != "NullTokenizer" or "null_tokenizer_eod_id" not in arguments
     return int(size) + adds_end
-
-
-def _check_sentencepiece(path: str) -> None:
-    import sentencepiece
-
-    if not os.path.isfile(path):
-        raise UserError(f"--tokenizer-model is {path}, which is not a file; correct the path")
-    try:
-        sentencepiece.SentencePieceProcessor().Load(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--tokenizer-model is {path}, which is not a SentencePiece model; correct the path, or give "
-            "--tokenizer-type HuggingFaceTokenizer with a folder"
-        ) from error
 
 
 def _not_loadable(settings: TokenizerSettings, error: Exception) -> UserError:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.data.corpus import Source, cut, default_piece_bytes, find, records
+from jreg_megatron.data.corpus import Source, cut, find, records
 from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.output import check_outputs, write_bytes, write_json
@@ -89,7 +89,7 @@ def sample_lines(
     sources: Sequence[Source], keys: Sequence[str], sample_bytes: int, max_record_bytes: int
 ) -> Iterator[str]:
     """Lines from up to 256 evenly spaced places in the corpus, about ``sample_bytes`` in all."""
-    pieces = cut(sources, default_piece_bytes(sources), keys)
+    pieces = cut(sources, None, keys)
     count = min(len(pieces), _PLACES)
     for place in range(count):
         quota = sample_bytes // count

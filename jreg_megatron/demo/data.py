@@ -190,8 +190,7 @@ def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> i
             yield [*tokenizer.encode(text), tokenizer.eos_id()]
             bar.update()
 
-    dtype = token_file.token_type(tokenizer.get_piece_size())
-    return token_file.write_documents(prefix, encoded(), dtype)
+    return token_file.write_documents(prefix, encoded(), tokenizer.get_piece_size())
 
 
 def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
