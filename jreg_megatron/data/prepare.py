@@ -202,9 +202,8 @@ class _Job:
                 refused.append({name: getattr(record, name) for name in names})
                 self._check_refused(len(refused), refused[-1], piece)
             elif record.texts:
-                share = self.args.validation_share
-                first = len(record.texts) if share and _uniform(record.texts[0]) < share else 0
-                for writer, text in zip(writers[first:], record.texts, strict=False):
+                outputs = writers[len(record.texts) :] if self._is_held_out(record.texts[0]) else writers
+                for writer, text in zip(outputs, record.texts, strict=False):
                     writer.add_document(*self._ids_of(text))
         for writer, part in zip(writers, parts, strict=True):
             writer.finalize(f"{part}.idx")
@@ -217,6 +216,12 @@ class _Job:
         }
         (self.folder / f"{number:06d}.json").write_text(json.dumps(result))
         return result
+
+    def _is_held_out(self, text: Text) -> bool:
+        """By a hash of the text, so that copies of a text stay together."""
+        content = text if isinstance(text, str) else "".join(text)
+        share = int.from_bytes(blake2b(content.encode(), digest_size=8).digest()) / 2**64
+        return bool(share < self.args.validation_share)
 
     def _ids_of(self, text: Text) -> tuple[list[int], list[int]]:
         """Ids of a document and the lengths of its sequences, as Megatron's tool makes them."""
@@ -328,12 +333,6 @@ def _begin_worker(job: _Job) -> None:
 
 def _encode(number: int) -> dict[str, Any]:
     return _jobs[-1].encode(number)
-
-
-def _uniform(text: Text) -> float:
-    """A number from 0 to 1 that is the same for the same text."""
-    content = text if isinstance(text, str) else "".join(text)
-    return int.from_bytes(blake2b(content.encode(), digest_size=8).digest()) / 2**64
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,12 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 class Window:
     """A sequence of token ids."""
 
-    text: int
-    """Number of its text, from 0."""
-    ids: numpy.ndarray
-    """int64 ``[n]``, n >= 1."""
-    is_last: bool
-    """Whether it is the last one of its text."""
+    text: int  # number of its text, from 0
+    ids: numpy.ndarray  # int64 [n], n >= 1
+    is_last: bool  # whether it is the last one of its text
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,8 @@ class Batch:
     """Sequences side by side."""
 
     windows: tuple[Window, ...]
-    tokens: Tensor
-    """int64 ``[b, s]``, padded at the end, which a causal model's states before it do not see."""
-    lengths: Tensor
-    """``[b]``"""
+    tokens: Tensor  # int64 [b, s], padded at the end, which a causal model's states before it do not see
+    lengths: Tensor  # [b]
 
 
 def batches(sequences: Iterable[Window], size: int) -> Iterator[Batch]:
