@@ -1652,13 +1652,13 @@ FAULTS = [
     Fault(
         "show the paper's last layer as one after the final norm",
         "report/figures.py",
-        (("paper.rows(depth, state=STATES[0],", "paper.rows(depth, state=STATES[1],"),),
+        (("state=STATES[0]) if paper", "state=STATES[1]) if paper"),),
         REPORT_PAPER,
     ),
     Fault(
         "give a model the label of a line of the paper's",
-        "report/labels.py",
-        (("used = set(map(look, taken))", "used: set[str] = set()"),),
+        "report/models.py",
+        (("used = set(taken)", "used: set[str] = set()"),),
         REPORT_PAPER,
     ),
     Fault(
@@ -1675,7 +1675,7 @@ FAULTS = [
     Fault(
         "draw the paper's lines as thick as measured ones",
         "report/charts.py",
-        (("[label for label, style in models if style.thin]", "[]"),),
+        (("[label for label, style in looks.items() if style.thin]", "[]"),),
         REPORT_PAPER,
     ),
     Fault(
@@ -1886,14 +1886,14 @@ FAULTS = [
     ),
     Fault(
         "take half an evaluation for a whole one",
-        "claims/queue.py",
+        "claims/__main__.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),
     Fault(
         "train a finished toy again",
-        "claims/queue.py",
-        (("    left = [run for run in runs if not _is_finished(run)]", "    left = list(runs)"),),
+        "demo/training.py",
+        (("    left = [run for run in runs if not run.is_finished()]", "    left = list(runs)"),),
         CLAIMS,
     ),
     Fault(

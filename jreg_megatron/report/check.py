@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jreg_megatron.runtime.errors import UserError
 
 _SHOWN = 40
-_TOO_LARGE = 2**1000  # a float ends near 2**1024
 # Where pydantic's own words are Python's or too long.
 _MUST = {
     **dict.fromkeys(("model_type", "dict_type"), "an object"),
@@ -70,20 +69,18 @@ def refuse(must: str, *at: str, **found: Any) -> PydanticCustomError:
     return PydanticCustomError("wrong", "wrong", {"must": must, "at": at, **found})
 
 
-def number(low: float = -math.inf, high: float = math.inf) -> BeforeValidator:
-    """A finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
+def within(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
+    """For a finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
     wanted = "a finite number"
     if low > -math.inf:
         wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
-    slack = 1e-6 * (high - low) if math.isfinite(high - low) else 0.0
 
-    def check(value: Any) -> float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and abs(value) < _TOO_LARGE and low - slack <= value <= high + slack):
+    def check(value: float) -> float:
+        if not (math.isfinite(value) and low - 1e-6 <= value <= high + 1e-6):
             raise refuse(wanted)
-        return min(max(float(value), low), high)
+        return min(max(value, low), high)
 
-    return BeforeValidator(check)
+    return AfterValidator(check)
 
 
 def _text(value: Any) -> str:

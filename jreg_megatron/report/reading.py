@@ -53,6 +53,13 @@ def _add(inputs: Inputs, given: Path) -> None:
     if "tfevents" in path.name:
         raise UserError(f"{printable(str(path))} is one TensorBoard file; name its folder")
     found = checked(path, dict, read_json(path))
+    # What a file says once belongs to each of its models.
+    models = found.get("models")
+    common = {"file": printable(str(path)), "versions": None, "text": None}
+    common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
+    for part in (*(models if isinstance(models, list) else ()), found.get("comparison")):
+        if isinstance(part, dict):
+            part.update(common)
     kind = found.get("format")
     if kind is None and isinstance(found.get("runs"), dict):
         inputs.runs.extend(_runs(path, checked(path, Summary, found)))
@@ -71,10 +78,11 @@ def _add(inputs: Inputs, given: Path) -> None:
 
 def _tensorboard(folder: Path) -> Run:
     history = History.read(folder)
-    state = history.settings.get("jreg_final_state")  # not logged by an own loop
-    if state not in (*STATES, None):
+    said = history.settings.get("jreg_final_state")  # not logged by an own loop
+    state = next((name for name in STATES if name == said), None)
+    if said is not None and state is None:
         raise UserError(
-            f"{printable(str(folder))}: jreg_final_state is {printable(str(state))}; it must be one of "
+            f"{printable(str(folder))}: jreg_final_state is {printable(said)}; it must be one of "
             f"{', '.join(STATES)}"
         )
     place = folder.resolve()
@@ -90,13 +98,14 @@ def _tensorboard(folder: Path) -> Run:
 
 
 def _runs(path: Path, summary: Summary) -> Iterator[Run]:
-    common = {"iterations": str(summary.iterations)}
-    common |= {} if summary.recipe is None else {"recipe": summary.recipe}
-    common |= {} if summary.seed is None else {"seed": str(summary.seed)}
     for name, run in summary.runs.items():
-        settings = common | {"jreg_coeff": f"{run.coeff or 0:g}"}
-        settings |= {} if run.alpha is None else {"jreg_alpha": f"{run.alpha:g}"}
-        settings |= {} if run.seed is None else {"seed": str(run.seed)}
+        settings = {
+            "iterations": summary.iterations,
+            "recipe": summary.recipe,
+            "seed": summary.seed if run.seed is None else run.seed,
+            "jreg_coeff": run.coeff or 0.0,
+            "jreg_alpha": run.alpha,
+        }
         yield Run(
             file=printable(str(path)),
             folder=Path(os.path.realpath(path)).parent,
@@ -106,6 +115,10 @@ def _runs(path: Path, summary: Summary) -> Iterator[Run]:
             jump_rate=[point.jump_rate for point in run.history],
             profiles=[[]] * (len(run.history) - 1) + [run.displacement],
             final_state=summary.final_state,
-            settings=settings,
+            settings={
+                name: f"{value:g}" if isinstance(value, float) else str(value)
+                for name, value in settings.items()
+                if value is not None
+            },
             versions=summary.versions,
         )
