@@ -1897,6 +1897,18 @@ FAULTS = [
         CLAIMS,
     ),
     Fault(
+        "keep a scheduler's signal from the recipe",
+        "sweep/queue.py",
+        (("                os.kill(recipe, number)", "                pass"),),
+        ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",),
+    ),
+    Fault(
+        "leave a value that is not finite out of its table",
+        "report/figures.py",
+        (('        if "y" in row and (place', '        if "y" in row and row["y"] == row["y"] and (place'),),
+        REPORT,
+    ),
+    Fault(
         "measure steps that fp16's loss scale skips",
         "bench/megatron.py",
         (("        is_set_up = not result[1]", "        is_set_up = True"),),

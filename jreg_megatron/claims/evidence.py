@@ -17,9 +17,8 @@ from pydantic import BaseModel, Field
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.report.check import checked
-from jreg_megatron.report.history import History
-from jreg_megatron.report.inputs import Evaluated
-from jreg_megatron.report.reading import read
+from jreg_megatron.report.inputs import Evaluated, History
+from jreg_megatron.report.reading import read, read_history
 from jreg_megatron.runtime.errors import UserError
 
 # All runs of an experiment have these in common.
@@ -264,7 +263,7 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
 
 
 def _trained(folder: Path) -> Trained:
-    history = History.read(folder / "tensorboard")
+    history = read_history(folder / "tensorboard")
     if not history.displacement:
         raise UserError("it was trained without --jreg-log-per-layer")
     if len(history.displacement) < _FEWEST_LAYERS:

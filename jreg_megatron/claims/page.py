@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.claims.evidence import Evidence, rise
 from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, more
-from jreg_megatron.paper.over_seeds import Estimate, p_one_sided
+from jreg_megatron.paper.over_seeds import p_one_sided
 from jreg_megatron.report.charts import Axis
 from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
 from jreg_megatron.report.page import Section, render
@@ -20,13 +20,7 @@ _RISE = Axis("Ψ of the last layer minus Ψ of the layer before, x 100")
 
 
 def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON document.
-
-    Args:
-        evidence: the evidence for the claims.
-        claims: by number.
-        about: more entries, such as versions.
-    """
+    """The JSON document of claims by number; ``about`` are more entries, such as versions."""
     found = {}
     for key, claim in claims.items():
         deciding = _question(claim.deciding)
@@ -143,90 +137,57 @@ def _run(folder: str, run: Mapping[str, Any]) -> dict[str, str]:
 def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     """Each with the number of its claim."""
     over_seeds: dict[str, Any] = {"band": True, "rule": 0}
-    alphas = {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
-    settings = {"baseline": evidence.baseline} | {name: runs for name, runs in alphas.items() if runs}
-    rises: dict[str, dict[float, Estimate | None]] = {
-        name: _over_seeds(
+    settings = {"baseline": evidence.baseline}
+    settings |= {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
+    rises = {
+        name: [
             (step / run.steps, rise(psi))
-            for run in settings[name].values()
+            for run in settings.get(name, {}).values()
             for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
-        )
+        ]
         for name in ("baseline", "alpha 1")
-        if name in settings
     }
-    title, below = "The last layer's jump over training", "Below 0 the last layer turns the state less than "
-    share = Axis("share of the training steps")
-    yield "2", curves("growth", title, f"{below}the layer before.", rises, share, _RISE, **over_seeds)
-    by_steps = ((run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values())
-    yield (
-        "3",
-        curves(
-            "steps",
-            "The baseline's jump against the number of steps, on equal tokens",
-            "Runs with fewer steps have larger batches.",
-            {"baseline": _over_seeds(by_steps)},
-            Axis("training steps", whole=True),
-            _RISE,
-            **over_seeds,
-        ),
-    )
+    title, share = "The last layer's jump over training", Axis("share of the training steps")
+    about = "Below 0 the last layer turns the state less than the layer before."
+    yield "2", curves("growth", title, about, rises, share, _RISE, **over_seeds)
+
+    by_steps = [(run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()]
+    title = "The baseline's jump against the number of steps, on equal tokens"
+    about, steps = "Runs with fewer steps have larger batches.", Axis("training steps", whole=True)
+    yield "3", curves("steps", title, about, {"baseline": by_steps}, steps, _RISE, **over_seeds)
+
     # Jumps differ by seed, so only seeds that all settings have are compared.
     common = sorted(set.intersection(*map(set, settings.values())))
-    of_seeds = f"Mean over seeds {', '.join(map(str, common))}, at lambda 1."
     profiles = {
-        name: _over_seeds(
-            (layer, psi)
-            for seed in common
-            for layer, psi in enumerate(runs[seed].history.displacement, start=1)
-        )
+        name: [point for seed in common for point in enumerate(runs[seed].history.displacement, start=1)]
         for name, runs in settings.items()
     }
-    title = "How far each layer turns the state, at the end"
-    yield "4", curves("profiles", title, of_seeds, profiles, LAYER, PSI)
+    title, about = (
+        "How far each layer turns the state, at the end",
+        f"Mean over seeds {', '.join(map(str, common))}",
+    )
+    about += ", at lambda 1."
+    yield "4", curves("profiles", title, about, profiles, LAYER, PSI)
+
     half = max(2, evidence.num_layers // 2)
-    upper = {name: {x: y for x, y in of.items() if x > half} for name, of in profiles.items()}
-    title = "The upper half of the layers, on a linear axis"
-    hidden = f"{of_seeds} The last layer's jump rate does not show a bump below the last layer."
-    yield "4", curves("top", title, hidden, upper, LAYER, Axis(PSI.title, zero=True))
+    upper = {name: [point for point in points if point[0] > half] for name, points in profiles.items()}
+    title, linear = "The upper half of the layers, on a linear axis", Axis(PSI.title, zero=True)
+    about += " The last layer's jump rate does not show a bump below the last layer."
+    yield "4", curves("top", title, about, upper, LAYER, linear)
+
     pairs = evidence.evaluated.values()
-    yield (
-        "5",
-        curves(
-            "early_exit",
-            "Loss behind each layer: JREG minus the baseline",
-            "Below 0, JREG is better. As it is: the final norm and the head read the state. Through a lens: "
-            "before that, a map fitted on other texts brings the state near to the last layer's.",
-            {
-                how: _over_seeds(point for pair in pairs for point in more(*pair, what).items())
-                for how, what in READ_OUTS.items()
-            },
-            LAYER,
-            Axis("difference (nats per token)"),
-            **over_seeds,
-        ),
+    gains = {how: [p for pair in pairs for p in more(*pair, what).items()] for how, what in READ_OUTS.items()}
+    title, axis = "Loss behind each layer: JREG minus the baseline", Axis("difference (nats per token)")
+    about = (
+        "Below 0, JREG is better. As it is: the final norm and the head read the state. Through a lens: "
+        "before that, a map fitted on other texts brings the state near to the last layer's."
     )
-    yield (
-        "5",
-        curves(
-            "layer_drop",
-            "Added loss without one layer",
-            "A higher value: the model needs the layer more.",
-            {
-                name: _over_seeds(
-                    point for pair in pairs for point in pair[side].by_layer("layer_drop").items()
-                )
-                for side, name in enumerate(("baseline", "alpha 1"))
-            },
-            LAYER,
-            Axis("added loss (nats per token)", scale="log"),
-            band=True,
-        ),
-    )
+    yield "5", curves("early_exit", title, about, gains, LAYER, axis, **over_seeds)
 
-
-def _over_seeds(points: Iterable[tuple[float, float]]) -> dict[float, Estimate | None]:
-    """The mean of the values at each x, with its interval."""
-    found: dict[float, list[float]] = {}
-    for x, y in points:
-        found.setdefault(x, []).append(y)
-    return {x: Estimate.of(values) for x, values in found.items()}
+    drops = {
+        name: [point for pair in pairs for point in pair[side].by_layer("layer_drop").items()]
+        for side, name in enumerate(("baseline", "alpha 1"))
+    }
+    title, axis = "Added loss without one layer", Axis("added loss (nats per token)", scale="log")
+    about = "A higher value: the model needs the layer more."
+    yield "5", curves("layer_drop", title, about, drops, LAYER, axis, band=True)

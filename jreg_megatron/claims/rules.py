@@ -73,7 +73,7 @@ class Claim:
     """One of the paper's claims."""
 
     text: str
-    questions: tuple[Question, ...]
+    questions: Sequence[Question]
     remark: str = ""
     """A limit of the numbers."""
 
@@ -92,107 +92,85 @@ class Claim:
 
 
 def claims(evidence: Evidence) -> dict[str, Claim]:
-    """All six, by number.
-
-    Args:
-        evidence: trained models. A question without models has no values.
-    """
-    return {
-        "1": _the_jump(evidence),
-        "2": _growth(evidence),
-        "3": _equal_tokens(evidence),
-        "4": _removal(evidence),
-        "5": _middle_layers(evidence),
-        "6": _tasks(evidence),
-    }
+    """All six, by number. A question without trained models has no values."""
+    all_six = (_the_jump, _growth, _equal_tokens, _removal, _middle_layers, _tasks)
+    return {str(number): claim(evidence) for number, claim in enumerate(all_six, start=1)}
 
 
 def _the_jump(evidence: Evidence) -> Claim:
     llama, own = numbers()["open_models"]["Llama-3.2-1B"][0], numbers()["zeta"]["170m"]["base"][0]
+    question = Question(
+        "The last layer turns the state further than the layer before it.",
+        "Psi_L - Psi_(L-1) at the end, x 100",
+        f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
+        {seed: run.rise for seed, run in evidence.baseline.items()},
+    )
     return Claim(
         "Without JREG the last layer turns the state further than the layer before it.",
-        (
-            Question(
-                "The last layer turns the state further than the layer before it.",
-                "Psi_L - Psi_(L-1) at the end, x 100",
-                f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
-                {seed: run.rise for seed, run in evidence.baseline.items()},
-            ),
-        ),
+        [question],
         "The paper's claim is about open models. To measure them: jreg-megatron measure --paper.",
     )
 
 
 def _growth(evidence: Evidence) -> Claim:
     zeta = numbers()["zeta_over_training"]["170m"]["base"]
-    return Claim(
-        "The jump grows over training.",
-        (
-            Question(
-                "The jump is larger at the end than after a quarter of the steps.",
-                "rise of Psi_L - Psi_(L-1) between these two, x 100",
-                f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
-                {
-                    seed: run.rise - early
-                    for seed, run in evidence.baseline.items()
-                    if (early := run.rise_at(_QUARTER)) is not None
-                },
-            ),
-        ),
+    early = {seed: run.rise_at(_QUARTER) for seed, run in evidence.baseline.items()}
+    question = Question(
+        "The jump is larger at the end than after a quarter of the steps.",
+        "rise of Psi_L - Psi_(L-1) between these two, x 100",
+        f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
+        {seed: evidence.baseline[seed].rise - rise for seed, rise in early.items() if rise is not None},
     )
+    return Claim("The jump grows over training.", [question])
 
 
 def _equal_tokens(evidence: Evidence) -> Claim:
     many, few = numbers()["zeta_at_equal_tokens"].values()
     slopes = {
-        seed: linear_regression([math.log2(r.steps) for r in runs], [r.rise for r in runs]).slope
+        seed: linear_regression([math.log2(run.steps) for run in runs], [run.rise for run in runs]).slope
         for seed, runs in ((seed, by_batch.values()) for seed, by_batch in evidence.batches.items())
     }
+    question = Question(
+        "The baseline's jump rises with each doubling of the steps, on equal tokens.",
+        "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
+        f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
+        slopes,
+    )
+    rates = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
+    here = ", ".join(f"{rate} with a batch of {batch}" for batch, rate in sorted(rates.items()))
+    if len(set(rates.values())) == 1:
+        here = f"{evidence.runs[0].history.settings.get('lr', 'not logged')} with all batches"
     return Claim(
         "On equal tokens the jump grows with the number of training steps.",
-        (
-            Question(
-                "The baseline's jump rises with each doubling of the steps, on equal tokens.",
-                "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
-                f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
-                slopes,
-            ),
-        ),
-        "The paper does not say whether the learning rate depended on the batch. "
-        f"Here: {_learning_rates(evidence)}.",
+        [question],
+        f"The paper does not say whether the learning rate depended on the batch. Here: {here}.",
     )
 
 
 def _removal(evidence: Evidence) -> Claim:
-    zeta = numbers()["zeta"]["170m"]
+    zeta, base = numbers()["zeta"]["170m"], evidence.baseline
     questions = [
         Question(
             f"Alpha {alpha:g} leaves at most a fifth of the baseline's jump.",
             "jump rate minus a fifth of the baseline's, same seed",
             f"170M: jump rate {zeta['base'][0]} without JREG, {zeta[f'alpha {alpha:g}'][0]} with it",
             {
-                seed: run.jump_rate() - _LEFT * evidence.baseline[seed].jump_rate()
+                seed: run.jump_rate() - _LEFT * base[seed].jump_rate()
                 for seed, run in evidence.jreg(alpha).items()
-                if seed in evidence.baseline
+                if seed in base
             },
             "below",
         )
         for alpha in (1.0, 0.5, 3.0)
     ]
-    sharp, usual = evidence.jreg(3.0), evidence.jreg()
-    questions.append(
-        Question(
-            "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
-            "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
-            f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
-            {
-                seed: run.jump_rate(2) - usual[seed].jump_rate(2)
-                for seed, run in sharp.items()
-                if seed in usual
-            },
-        )
+    sharp, usual = ({s: run.jump_rate(2) for s, run in evidence.jreg(alpha).items()} for alpha in (3.0, 1.0))
+    bump = Question(
+        "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
+        "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
+        f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
+        {seed: rate - usual[seed] for seed, rate in sharp.items() if seed in usual},
     )
-    return Claim("JREG removes the jump.", tuple(questions))
+    return Claim("JREG removes the jump.", [*questions, bump])
 
 
 READ_OUTS = {"as it is": "read_out.loss", "through a lens": "lens.loss"}
@@ -249,7 +227,7 @@ def _middle_layers(evidence: Evidence) -> Claim:
     ]
     return Claim(
         "With JREG the layers in the middle do more.",
-        tuple(questions),
+        questions,
         "Read out as it is, a layer also looks better with JREG because the last layers turn less: its state "
         "is near the last one. The lens removes this effect.",
     )
@@ -291,17 +269,10 @@ def _tasks(evidence: Evidence) -> Claim:
             f"With {len(means)} seeds the paper's test has a power of {power(len(means), gain, sd):.0%} to "
             f"find the paper's gain ({gain} points, standard deviation {sd}), at level {LEVEL:g}."
         )
-    return Claim("Models trained with JREG do better in tasks.", tuple(questions), remark)
+    return Claim("Models trained with JREG do better in tasks.", questions, remark)
 
 
 def _turns_more(base: Sequence[float], jreg: Sequence[float]) -> float:
     """Percent by which JREG's summed Psi of layers 2 to 3L/4 is above the baseline's."""
     middle = slice(1, 3 * len(base) // 4)
     return 100 * (math.fsum(jreg[middle]) / math.fsum(base[middle]) - 1)
-
-
-def _learning_rates(evidence: Evidence) -> str:
-    found = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
-    if len(set(found.values())) == 1:
-        return f"{next(iter(found.values()))} with all batches"
-    return ", ".join(f"{rate} with a batch of {batch}" for batch, rate in sorted(found.items()))

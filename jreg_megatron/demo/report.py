@@ -8,15 +8,14 @@ from pathlib import Path
 from jreg_megatron.demo.training import NUM_LAYERS, PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
 from jreg_megatron.report.charts import pictures
 from jreg_megatron.report.figures import figures
-from jreg_megatron.report.history import History
 from jreg_megatron.report.models import models_of
-from jreg_megatron.report.reading import read
+from jreg_megatron.report.reading import read, read_history
 from jreg_megatron.runtime.output import print_table, versions, write_bytes, write_json
 
 
 def report(runs: Sequence[Run], summary: Path, picture: Path) -> None:
     """Write the summary and the picture of finished runs, the baseline first, and print their table."""
-    histories = [History.read(run.tensorboard) for run in runs]
+    histories = [read_history(run.tensorboard) for run in runs]
     found = {}
     for run, history in zip(runs, histories, strict=True):
         settings = {"coeff": run.config.coeff, "alpha": run.config.alpha} if run.config.coeff > 0 else {}

@@ -156,8 +156,8 @@ def lines(
             intervals of the others are bars.
         looks: by label, in order.
         x, y: the axes, fitted to the rows.
-        choices: fields that select rows, each with its default value.
-        band: fill from ``low`` to ``high``; with more than :data:`BANDS` models only for picked ones.
+        choices: the default value of each field that selects rows.
+        band: fill between the ends; with more than :data:`BANDS` models only for picked ones.
         rule: height of a horizontal line.
     """
     choices = choices or {}
@@ -209,10 +209,7 @@ def lines(
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
     """Layers over training steps, with displacement as colour on a logarithmic scale.
 
-    Args:
-        rows: ``step``, ``layer``, ``state`` and ``value``.
-        low, high: ends of the colour scale, above 0; equal for all maps of a page.
-        height: in pixels.
+    ``rows`` have ``step``, ``layer``, ``state`` and ``value``; the colours end at ``low`` and ``high``.
     """
     step, layer = _field("step", "ordinal"), _field("layer", "ordinal") | {"title": "layer"}
     step |= {"title": "training step"}
@@ -244,13 +241,8 @@ def pictures(
 ) -> tuple[str, bytes]:
     """SVG and PNG as files: rows of charts on white, with titles and legends.
 
-    Charts in a row share a vertical axis with one title. Charts with the same legend share it.
-
-    Args:
-        title, subtitle: above all of them.
-        rows: each chart with its title.
-        width: of a chart, in pixels of the SVG; the PNG has twice as many.
-        chosen: values of the charts' parameters.
+    Charts in a row share a vertical axis with one title. Charts with the same legend share it. A chart is
+    ``width`` pixels wide in the SVG, twice as many in the PNG; ``chosen`` are values of its parameters.
     """
     datasets: dict[str, list[Row]] = {}
     params: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jreg_megatron.runtime.errors import UserError
 
-_SHOWN = 40
+_SHOWN, _PLACE = 40, 120
 # Where pydantic's own words are Python's or too long.
 _MUST = {
     **dict.fromkeys(("model_type", "dict_type"), "an object"),
@@ -59,7 +59,7 @@ def checked(path: Path, schema: Any, value: Any) -> Any:
     """
     file = printable(str(path))
     try:
-        return TypeAdapter(schema).validate_python(value, context={"file": file, "layers": 0})
+        return TypeAdapter(schema).validate_python(value, context={"layers": 0})
     except ValidationError as error:
         raise UserError(f"{file}: {_wrong(error.errors()[0])}") from error
 
@@ -108,9 +108,9 @@ Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_
 
 def _wrong(error: ErrorDetails) -> str:
     about = error.get("ctx", {})
-    place, value = "", about.get("value", error["input"])
-    for part in (*error["loc"], *about.get("at", ())):
-        place = f"{place}[{part}]" if isinstance(part, int) else _below(place, part)
+    value, parts = about.get("value", error["input"]), (*error["loc"], *about.get("at", ()))
+    keys = (f".{part}" if str(part).isidentifier() else f"[{json.dumps(part)}]" for part in parts)
+    place = shortened("".join(keys).removeprefix("."), _PLACE)
     if error["type"] == "missing" or value is None:
         return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
     must = about.get("must") or _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
@@ -118,15 +118,8 @@ def _wrong(error: ErrorDetails) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object of {len(value)}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and abs(value) > 10**_SHOWN:
         return "a number too large"
     return shortened(json.dumps(value, ensure_ascii=False), _SHOWN)
-
-
-def _below(place: str, key: str) -> str:
-    name = key if key.isidentifier() and len(key) <= _SHOWN else f'["{shortened(key, _SHOWN)}"]'
-    return f"{place}.{name}" if place and not name.startswith("[") else f"{place}{name}"

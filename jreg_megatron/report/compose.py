@@ -37,11 +37,7 @@ _ABOUT_SOURCES = (
 
 
 def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> tuple[str, list[Section]]:
-    """The subtitle and the parts of the page.
-
-    Args:
-        inputs: all inputs.
-        paper: profiles to draw under the displacement per layer.
+    """The subtitle and the parts of the page, with ``paper`` under the displacement per layer.
 
     Raises:
         UserError: if ``paper`` is given and no input has a displacement.
@@ -56,36 +52,25 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> tuple[str, li
             f"--paper is {paper.size}, but no input has the displacement of layers; add a measurement or a "
             "training run, or leave --paper out"
         )
-    scores = [tables.tasks(models), *(tables.comparison(*entry) for entry in compared)]
+    scores = [*tables.tasks(models), *(table for entry in compared for table in tables.comparison(*entry))]
     notes = [note for comparison, _, _ in compared for note in comparison.notes or ()]
+    about = _ABOUT_SCORES + (_ABOUT_DIFFERENCES if compared else "")
     differing, every = tables.settings(models)
     sources = tables.sources(models)
-    is_long = sources is not None and len(sources.rows) > _FEW
     sections = [
-        Section("summary", "In short", _ABOUT_SUMMARY, tables=(tables.headline(models, first),)),
+        Section("summary", "In short", _ABOUT_SUMMARY, tables=[tables.headline(models, first)]),
         *(
-            Section(name, title, figures=tuple(f for f in drawn if f.name.startswith(prefixes)))
+            Section(name, title, figures=[figure for figure in drawn if figure.name.startswith(prefixes)])
             for name, title, prefixes in _OF_FIGURES
         ),
-        Section(
-            "tasks",
-            "Tasks",
-            _ABOUT_SCORES + (_ABOUT_DIFFERENCES if compared else ""),
-            tables=tuple(filter(None, scores)),
-            notes=tuple(shortened(note, 400) for note in notes) if any(scores) else (),
-        ),
-        Section(
-            "settings",
-            "Settings",
-            tables=tuple(filter(None, [differing])),
-            folded=tuple(filter(None, [every])),
-        ),
+        Section("tasks", "Tasks", about, tables=scores, notes=[shortened(note, 400) for note in notes]),
+        Section("settings", "Settings", tables=differing, folded=every),
         Section(
             "sources",
             "Where the numbers come from",
             _ABOUT_SOURCES,
-            tables=(tables.files(models), *([sources] if sources and not is_long else ())),
-            folded=(sources,) if sources and is_long else (),
+            tables=[tables.files(models), *(table for table in sources if len(table.rows) <= _FEW)],
+            folded=[table for table in sources if len(table.rows) > _FEW],
         ),
     ]
     count = f"{len(models)} model" + ("" if len(models) == 1 else "s")

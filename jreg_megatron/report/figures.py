@@ -22,33 +22,27 @@ _LOSS = Axis("loss (nats per token)", format=".5~g")
 _MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
 
 Looks = dict[str, Style]
-Columns = dict[Any, dict[Any, Cell]]
-"""A figure's numbers by column and row of its table."""
 Entries = Sequence[tuple[str, Measured]]
 """Measurements, each with the label of its model."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of the reader: which rows of a figure are shown."""
+    """A choice of the reader: the value of a field in the rows that are shown.
+
+    ``options`` has the text of each value; the first value is the default.
+    """
 
     field: str
     title: str
     options: dict[str, str]
-    """The text of each value; the first value is the default."""
-
-    @property
-    def first(self) -> str:
-        """The default."""
-        return next(iter(self.options))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its title, caption, table and choices."""
+    """A picture with its table. The name is for files and links: small letters, digits and underscores."""
 
     name: str
-    """For files and links: small letters, digits and underscores."""
     title: str
     caption: str
     chart: Chart
@@ -57,7 +51,7 @@ class Figure:
     """The legend, by label; may be empty."""
     choices: tuple[Choice, ...] = ()
     convention: str = ""
-    """The subtitle of the picture as a file: how it was measured; may be empty."""
+    """How it was measured: the subtitle of the picture as a file."""
 
 
 def figures(
@@ -66,13 +60,9 @@ def figures(
     first: str = "kept",
     paper: PaperProfiles | None = None,
 ) -> list[Figure]:
-    """All figures with numbers.
+    """All figures with numbers; comparisons come with the labels of their models.
 
-    Args:
-        models: with their labels.
-        comparisons: each with the labels of its two models.
-        first: the first token: ``kept`` or ``dropped``.
-        paper: profiles to draw under the displacement per layer.
+    ``first`` says whether first tokens are ``kept`` or ``dropped``; ``paper`` lies under the displacement.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found = [
@@ -104,31 +94,24 @@ def drawn(
     """A line for each model; a logarithmic axis can be switched to linear. None without a finite number.
 
     Args:
-        name, title, caption, convention: see :class:`Figure`.
-        rows: see :func:`~jreg_megatron.report.charts.lines`; so are ``band`` and ``rule``. Values that are
-            not finite are in the table only. There a value stands in ``column`` and ``row``, by default its
-            model and its ``x``; with None as ``row`` it is not in the table.
-        x, y: the axes.
-        looks: by label, in order; may have more models. By default in order of the rows.
-        table: the table, or its caption; by default the title.
-        form: the format of the table's numbers.
-        choices: of rows.
+        rows: as for :func:`~.charts.lines`. Values that are not finite are in the table only. There a value
+            stands in ``column`` and ``row``, by default its model and its ``x``; with None as ``row`` not.
+        looks: by label, in order; may have more models.
+        table: the table, or its caption; by default the title. ``form`` is the format of its numbers.
     """
-    columns: Columns = {}
-    found: list[Row] = []
-    for row in rows:
-        if (place := row.get("row", row["x"])) is not None and "y" in row:
-            columns.setdefault(row.get("column", row["model"]), {})[place] = row["y"]
-        value = row.get("y", row.get("seed"))
-        if value is not None and math.isfinite(value):
-            found.append({key: value for key, value in row.items() if key not in ("column", "row")})
-    if not any("y" in row for row in found):
+    rows = list(rows)
+    values = [row.get("y", row.get("seed")) for row in rows]
+    found = [
+        {key: cell for key, cell in row.items() if key not in ("column", "row")}
+        for row, value in zip(rows, values, strict=True)
+        if value is not None and math.isfinite(value)
+    ]
+    if not (means := [row for row in found if "y" in row]):
         return None
-    looks = looks or {row["model"]: Style.of(0) for row in found}
-    labels = {row["model"] for row in found}
+    labels = dict.fromkeys(row["model"] for row in found)
+    looks = looks or {label: Style.of(0) for label in labels}
     shown = {label: style for label, style in looks.items() if label in labels}
     found.sort(key=lambda row: not shown[row["model"]].thin)  # what is drawn first lies below
-    means = [row for row in found if "y" in row]
     x, y = x.fitted(means, "x"), y.fitted(means, "y")
     if y.scale == "log":
         caption += " The axis is logarithmic: equal distances are equal factors."
@@ -137,34 +120,54 @@ def drawn(
         for row in means:
             if row.get("low") is not None:
                 row["low"] = max(floor, row["low"])
-    chosen = {choice.field: choice.first for choice in choices if choice.field != "scale"}
+    chosen = {choice.field: next(iter(choice.options)) for choice in choices if choice.field != "scale"}
     chart = lines(found, shown, x, y, choices=chosen, band=band, rule=rule)
     if not isinstance(table, Table):
-        table = Table.of(table or title, x.title.removeprefix("training "), columns, form)
+        table = _numbers(table or title, x.title.removeprefix("training "), rows, form)
     return Figure(name, title, caption, chart, table, shown, tuple(choices), convention.strip())
+
+
+def _numbers(caption: str, corner: str, rows: Iterable[Row], form: str = "#.4g") -> Table:
+    """The table of a figure's rows."""
+    columns: dict[Any, dict[Any, Cell]] = {}
+    for row in rows:
+        if "y" in row and (place := row.get("row", row["x"])) is not None:
+            columns.setdefault(row.get("column", row["model"]), {})[place] = row["y"]
+    return Table.of(caption, corner, columns, form)
 
 
 def curves(
     name: str,
     title: str,
     caption: str,
-    found: Mapping[str, Mapping[Any, float | Estimate | None]],
+    found: Mapping[str, Mapping[Any, Estimate | float] | Sequence[tuple[Any, float]]],
     x: Axis,
     y: Axis,
+    *,
+    seeds: Sequence[Row] = (),
     **more: Any,
 ) -> Figure | None:
-    """:func:`drawn` from values by label and horizontal place; with ``band`` of estimates over seeds."""
-    labels = [label for label, values in found.items() if values]
+    """:func:`drawn` from points by label: the mean of the values at each place, over seeds.
+
+    With ``band`` its interval is drawn too; ``seeds`` are rows of single seeds.
+    """
     rows: list[Row] = []
-    for label in labels:
-        for place, value in sorted(found[label].items()):
-            mean, *ends = (value.mean, value.low, value.high) if isinstance(value, Estimate) else (value,) * 3
-            low, high = (mean if end is None else end for end in ends)
-            band = {"low": low, "high": high} if more.get("band") else {}
-            rows.append({"model": label, "x": place, "y": mean} | band)
+    looks: Looks = {}
+    for label, points in found.items():
+        at: dict[Any, list[Any]] = {}
+        for place, value in points.items() if isinstance(points, Mapping) else points:
+            at.setdefault(place, []).append(value)
+        looks |= {label: Style.of(len(looks))} if at else {}
+        for place, values in sorted(at.items()):
+            of = values[0] if isinstance(values[0], Estimate) else Estimate.of(values)
+            assert of is not None  # there are values
+            ends = {
+                "low": of.mean if of.low is None else of.low,
+                "high": of.mean if of.high is None else of.high,
+            }
+            rows.append({"model": label, "x": place, "y": of.mean} | (ends if more.get("band") else {}))
     caption += f" The band is the {interval_name()}." if more.get("band") else ""
-    looks = {label: Style.of(index) for index, label in enumerate(labels)}
-    return drawn(name, title, caption, [*rows, *more.pop("seeds", ())], x, y, **{"looks": looks} | more)
+    return drawn(name, title, caption, [*rows, *seeds], x, y, **{"looks": looks} | more)
 
 
 def _displacement(
@@ -252,9 +255,6 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
             {"step": steps[row["model"]], "layer": row["x"], "state": row["state"], "value": row["y"]}
             for row in turns[model]
         ]
-        columns: Columns = {}
-        for row in turns[model]:
-            columns.setdefault(row["column"], {})[row["row"]] = row["y"]
         height = min(max(_MAP_LEAST, _MAP_ROW * (model.num_layers or 1)), _MAP_MOST)
         about, convention = _about([(model.label, entry) for _, entry in entries], (first,))
         yield Figure(
@@ -263,7 +263,7 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
             "Each column is a checkpoint. Each row is a layer, the last layer on top. A brighter layer turns "
             "the state further. Colours are logarithmic, and the same in all maps of this page." + about,
             heat_map(rows, low=low, high=high, height=height),
-            Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
+            _numbers(f"Displacement Ψ by layer and step, first token {first}", "layer", turns[model]),
             {},
             choices=(_states(rows),),
             convention=convention,

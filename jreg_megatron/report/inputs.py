@@ -21,7 +21,6 @@ from pydantic import (
 )
 
 from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, refuse, within
-from jreg_megatron.report.history import History
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
@@ -323,6 +322,41 @@ class Summary(Part):
     seed: Whole | None = None
     versions: Texts = {}
     runs: Annotated[dict[Name, SummaryRun], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class History:
+    """Validation over a run's training."""
+
+    iterations: list[int]
+    """Iterations of the validations, rising."""
+    validation_loss: list[float]
+    """Cross-entropy in nats per token, one for each of :attr:`iterations`; not finite after a divergence."""
+    jump_rate: list[float]
+    """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
+    profiles: list[list[float]]
+    """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`; the lists are
+    empty without ``--jreg-log-per-layer``."""
+    settings: dict[str, str]
+    """Megatron's last arguments as text, with ``jreg_coeff`` and the like."""
+
+    @property
+    def displacement(self) -> list[float]:
+        """Per layer 1..L at the end."""
+        return self.profiles[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """The run's part of a ``summary.json``: the last values and the two curves."""
+        rows = zip(self.iterations, self.validation_loss, self.jump_rate, strict=True)
+        return {
+            "validation_loss": self.validation_loss[-1],
+            "jump_rate": self.jump_rate[-1],
+            "displacement": self.displacement,
+            "history": [
+                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
+                for iteration, loss, rate in rows
+            ],
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

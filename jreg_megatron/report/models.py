@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -67,28 +67,26 @@ class Model:
 def models_of(inputs: Inputs) -> list[Model]:
     """The models in the order of the inputs, without labels.
 
-    Measurements of one name in one file are one model, a series over its steps. They need the same conditions
-    and the same revision; only the step may differ. Measurements in several files also need the same source.
-    An evaluation belongs to the last step. A run belongs to the model of its name that it trained.
+    Measurements of one name, source and revision under the same conditions are one model, a series over its
+    steps. An evaluation belongs to the last step. A run belongs to the model of its name that it trained.
     """
-    within_files: list[Model] = []
-    for measured in inputs.measured:
-        _put(Model(measured.name, measured=[measured]), within_files, lambda origin: origin.file)
-    for evaluated in inputs.evaluated:
-        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, lambda origin: origin.file)
     models: list[Model] = []
-    for model in within_files:
-        _put(model, models, lambda origin: origin.source)
-    for run in inputs.runs:
-        home = next((m for m in models if m.run is None and _trained(run, m)), None)
+    entries: list[Measured | Evaluated] = [*inputs.measured, *inputs.evaluated]
+    for entry in entries:
+        home = next((model for model in models if _is_of(entry, model)), None)
         if home is None:
-            models.append(Model(run.name, run=run))
+            models.append(home := Model(entry.name))
+        if isinstance(entry, Measured):
+            home.measured.append(entry)
         else:
-            home.run = run
-    for model in models:
-        for entries in (model.measured, model.evaluated):
-            # By step; a model without a step is the finished one.
-            entries.sort(key=lambda entry: (entry.step is None, entry.step or 0))
+            home.evaluated.append(entry)
+    for run in inputs.runs:
+        home = next((model for model in models if model.run is None and _trained(run, model)), None)
+        if home is None:
+            models.append(home := Model(run.name))
+        home.run = run
+    for model in models:  # by step; a model without a step is the finished one
+        model.measured.sort(key=lambda entry: (entry.step is None, entry.step or 0))
     return models
 
 
@@ -103,36 +101,18 @@ def _without_step(origin: Origin) -> str:
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
-def _put(model: Model, found: list[Model], place: Callable[[Origin], str]) -> None:
-    """Join a model with the same model in ``found``, or append it.
-
-    The same model has the same name, and an origin with the same place, layers and revision without step.
-    """
-
-    def keys(of: Model) -> set[tuple[str, int, str]]:
-        return {(place(origin), origin.num_layers, _without_step(origin)) for origin in of.origins}
-
-    for other in found:
-        if other.name == model.name and keys(other) & keys(model) and not _clash(other, model):
-            other.measured += model.measured
-            other.evaluated += model.evaluated
-            return
-    found.append(model)
-
-
-def _clash(a: Model, b: Model) -> bool:
-    """Whether the two cannot be one model.
-
-    A series has one point per step, all with the same conditions. There is one evaluation, of the last step.
-    """
-    steps = [{entry.step for entry in model.measured} for model in (a, b)]
-    if steps[0] & steps[1] or (a.evaluated and b.evaluated):
-        return True
-    if a.measured and b.measured and a.measured[0].conditions != b.measured[0].conditions:
-        return True
-    last = max((step for step in steps[0] | steps[1] if step is not None), default=None)
-    evaluated = {entry.step for entry in (*a.evaluated, *b.evaluated)}
-    return bool(last is not None and evaluated - {None, last})
+def _is_of(entry: Measured | Evaluated, model: Model) -> bool:
+    """Whether a measurement or an evaluation belongs to a model that has others."""
+    if not model.origins:
+        return False
+    places = [(o.name, o.source, o.num_layers, _without_step(o)) for o in (entry, model.origins[0])]
+    steps = {measured.step for measured in model.measured}
+    if places[0] != places[1]:
+        return False
+    if isinstance(entry, Measured):
+        return entry.step not in steps and entry.conditions == model.measured[0].conditions
+    last = max((step for step in steps if step is not None), default=None)
+    return not model.evaluated and (last is None or entry.step in (None, last))
 
 
 def _trained(run: Run, model: Model) -> bool:

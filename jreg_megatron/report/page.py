@@ -28,10 +28,10 @@ class Section:
     name: str
     title: str
     intro: str = ""
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
-    folded: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
+    notes: Sequence[str] = ()
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jreg_megatron.methods.jreg.regularizer import RATE_NAME, displacement_name
 from jreg_megatron.report.check import checked, printable, read_json
-from jreg_megatron.report.history import History
-from jreg_megatron.report.inputs import STATES, Evaluation, Inputs, Measurement, Run, Summary
+from jreg_megatron.report.inputs import STATES, Evaluation, History, Inputs, Measurement, Run, Summary
 from jreg_megatron.runtime.errors import UserError
+
+_VALIDATION = " validation"
+_LOSS = "lm loss" + _VALIDATION
+_LAYER = re.compile(re.escape(displacement_name(1, 1)).replace("01", r"\d+") + _VALIDATION)
+_SETTING = "/text_summary"
 
 
 def read(paths: Sequence[Path]) -> Inputs:
@@ -76,23 +82,58 @@ def _add(inputs: Inputs, given: Path) -> None:
         )
 
 
+def read_history(folder: Path) -> History:
+    """Read all TensorBoard files of a run, also of one that was resumed.
+
+    Raises:
+        UserError: if there are none, or they hold no validation with JREG's measurements.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there; train with --tensorboard-dir")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+
+    def history(tag: str) -> dict[int, float]:
+        # Megatron evaluates once more after the last iteration; the later value counts.
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    if not any(tags[kind] for kind in ("scalars", "tensors")):
+        raise UserError(f"{folder} holds no events; its files are empty or damaged, name another folder")
+    missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(tags["scalars"])
+    if missing:
+        raise UserError(f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data")
+    loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
+    # Numbers are padded to one length, so names sort like layers.
+    layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, tags["scalars"]))]
+    # A killed run may have written a part of a validation, which does not count.
+    iterations = sorted(set(loss).intersection(rate, *layers))
+    if not iterations:
+        raise UserError(f"{folder} holds no whole validation; continue the run")
+    texts = [tag for tag in tags["tensors"] if tag.endswith(_SETTING)]
+    return History(
+        iterations=iterations,
+        validation_loss=[loss[iteration] for iteration in iterations],
+        jump_rate=[rate[iteration] for iteration in iterations],
+        profiles=[[layer[iteration] for layer in layers] for iteration in iterations],
+        settings={
+            tag.removesuffix(_SETTING): events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+            for tag in texts
+        },
+    )
+
+
 def _tensorboard(folder: Path) -> Run:
-    history = History.read(folder)
+    history, place = read_history(folder), folder.resolve()
     said = history.settings.get("jreg_final_state")  # not logged by an own loop
-    state = next((name for name in STATES if name == said), None)
-    if said is not None and state is None:
-        raise UserError(
-            f"{printable(str(folder))}: jreg_final_state is {printable(said)}; it must be one of "
-            f"{', '.join(STATES)}"
-        )
-    place = folder.resolve()
-    home = place.parent if place.name == "tensorboard" else place
     return Run(
         **vars(history),
         file=printable(str(folder)),
-        folder=home,
+        folder=(home := place.parent if place.name == "tensorboard" else place),
         name=home.name,
-        final_state=state,
+        final_state=next((state for state in STATES if state == said), None),
         versions={},
     )
 

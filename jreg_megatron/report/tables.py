@@ -126,7 +126,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     return row
 
 
-def tasks(models: Sequence[Model]) -> Table | None:
+def tasks(models: Sequence[Model]) -> list[Table]:
     """Each task's score for each model, with its interval."""
     scores = {
         model.label: {name: score for entry in model.evaluated for name, score in entry.tasks.items()}
@@ -158,14 +158,14 @@ def tasks(models: Sequence[Model]) -> Table | None:
                 ends = f" ({interval(score.interval)})" if score.interval else ""
                 row[label,] = number(score.value) + ends
         rows.append(row)
-    return Table.of_rows("Tasks; intervals in brackets", rows) if rows else None
+    return [Table.of_rows("Tasks; intervals in brackets", rows)] if rows else []
 
 
 def _way(score: Score) -> tuple[str, bool, int | None, float | None]:
     return score.metric, score.higher_is_better is not False, score.samples, score.chance
 
 
-def comparison(compared: Comparison, a: str, b: str) -> Table | None:
+def comparison(compared: Comparison, a: str, b: str) -> list[Table]:
     """The paired differences of two models in tasks."""
     found = {shortened(name, _CELL): task for name, task in compared.tasks.items()}
     if compared.overall is not None:
@@ -184,7 +184,7 @@ def comparison(compared: Comparison, a: str, b: str) -> Table | None:
         }
         for name, difference in found.items()
     ]
-    return Table.of_rows(f"{b} minus {a}, on the same samples", rows) if rows else None
+    return [Table.of_rows(f"{b} minus {a}, on the same samples", rows)] if rows else []
 
 
 def p_value(value: float | None) -> str:
@@ -198,17 +198,15 @@ def p_value(value: float | None) -> str:
     return next(text for text in shown if [float(text) < threshold for threshold in _THRESHOLDS] == sides)
 
 
-def settings(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
-    """Tables of training settings: those that differ, and all."""
+def settings(models: Sequence[Model]) -> list[list[Table]]:
+    """Tables of training settings: those that differ, and all; each may be missing."""
     known = [model for model in models if model.settings]
     names = sorted({name for model in known for name in model.settings})
     # 3 and 3.0 are equal.
     values = {name: {_plain(m.settings[name]) for m in known if name in m.settings} for name in names}
     differing = [name for name in names if len(values[name]) > 1]
-    return (
-        _side_by_side("Settings that differ", known, differing) if differing else None,
-        _side_by_side("All settings", known, names) if names else None,
-    )
+    wanted = {"Settings that differ": differing, "All settings": names}
+    return [[_side_by_side(caption, known, of)] if of else [] for caption, of in wanted.items()]
 
 
 def _side_by_side(caption: str, models: Sequence[Model], names: Sequence[str]) -> Table:
@@ -260,8 +258,8 @@ def files(models: Sequence[Model]) -> Table:
     return Table.of_rows("Files", rows, is_text=True)
 
 
-def sources(models: Sequence[Model]) -> Table | None:
-    """The source of each measured or evaluated model."""
+def sources(models: Sequence[Model]) -> list[Table]:
+    """The source of each measured or evaluated model, if there is one."""
     rows = []
     for model in models:
         for source, kind in dict.fromkeys((origin.source, origin.kind) for origin in model.origins):
@@ -272,7 +270,7 @@ def sources(models: Sequence[Model]) -> Table | None:
             row |= {"step": _from_to([f"{step:,}" for step in steps])}
             cut = {name: shortened(cell, _LONG_CELL) for name, cell in row.items()}
             rows.append({"model": model.label} | cut)
-    return Table.of_rows("Models", rows, is_text=True) if rows else None
+    return [Table.of_rows("Models", rows, is_text=True)] if rows else []
 
 
 def _from_to(values: Sequence[str]) -> str:

@@ -114,11 +114,9 @@ async def _train(
 
 
 def array(sweep: Sweep, options: str) -> list[str]:
-    """``sbatch`` for the unfinished runs; the number of a task is the place of its run in ``sweep.json``.
+    """``sbatch`` for the unfinished runs, with more ``options``, which override ours.
 
-    Args:
-        sweep: the sweep to train.
-        options: more options of sbatch, quoted as for a shell; they override ours.
+    The number of a task is the place of its run in ``sweep.json``.
 
     Raises:
         UserError: if the options have an open quote, or the recipe has no ``slurm.sh`` beside it.
@@ -130,9 +128,9 @@ def array(sweep: Sweep, options: str) -> list[str]:
         more = shlex.split(options)
     except ValueError as error:
         raise UserError(f"--slurm-options is {options}; it cannot be split into words: {error}") from None
-    numbers = [str(number) for number, run in enumerate(sweep.runs) if not sweep.is_finished(run)]
+    numbers = ",".join(str(number) for number, run in enumerate(sweep.runs) if not sweep.is_finished(run))
     return [
-        *("sbatch", f"--array={','.join(numbers)}", f"--job-name={sweep.output.name}"),
+        *("sbatch", f"--array={numbers}", f"--job-name={sweep.output.name}"),
         *(f"--output={sweep.output}/slurm-%A_%a.log", *more, str(script)),
         *(os.environ.get("PYTHON") or sys.executable, "-m", "jreg_megatron.sweep"),
         *("--output", str(sweep.output), "--only"),

@@ -11,7 +11,8 @@ from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
-from jreg_megatron.report.history import History
+from jreg_megatron.report.inputs import History
+from jreg_megatron.report.reading import read_history
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions
 from jreg_megatron.sweep.grid import Sweep, SweepRun
@@ -193,7 +194,7 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
     """
     if not sweep.is_finished(run):
         raise UserError("unfinished" if sweep.log(run).exists() else "not started")
-    history = History.read(sweep.tensorboard(run))
+    history = read_history(sweep.tensorboard(run))
     if not all(
         map(math.isfinite, (history.validation_loss[-1], history.jump_rate[-1], *history.displacement))
     ):
