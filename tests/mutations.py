@@ -1658,13 +1658,13 @@ FAULTS = [
     Fault(
         "show the paper's last layer as one after the final norm",
         "report/figures.py",
-        (("paper.rows(depth, state=STATES[0],", "paper.rows(depth, state=STATES[1],"),),
+        (("state=STATES[0]) if paper", "state=STATES[1]) if paper"),),
         REPORT_PAPER,
     ),
     Fault(
         "give a model the label of a line of the paper's",
-        "report/labels.py",
-        (("used = set(map(look, taken))", "used: set[str] = set()"),),
+        "report/models.py",
+        (("used = set(taken)", "used: set[str] = set()"),),
         REPORT_PAPER,
     ),
     Fault(
@@ -1681,7 +1681,7 @@ FAULTS = [
     Fault(
         "draw the paper's lines as thick as measured ones",
         "report/charts.py",
-        (("[label for label, style in models if style.thin]", "[]"),),
+        (("[label for label, style in looks.items() if style.thin]", "[]"),),
         REPORT_PAPER,
     ),
     Fault(
@@ -1892,15 +1892,27 @@ FAULTS = [
     ),
     Fault(
         "take half an evaluation for a whole one",
-        "claims/queue.py",
+        "claims/__main__.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),
     Fault(
         "train a finished toy again",
-        "claims/queue.py",
-        (("    left = [run for run in runs if not _is_finished(run)]", "    left = list(runs)"),),
+        "demo/training.py",
+        (("    left = [run for run in runs if not run.is_finished()]", "    left = list(runs)"),),
         CLAIMS,
+    ),
+    Fault(
+        "keep a scheduler's signal from the recipe",
+        "sweep/queue.py",
+        (("                os.kill(recipe, number)", "                pass"),),
+        ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",),
+    ),
+    Fault(
+        "leave a value that is not finite out of its table",
+        "report/figures.py",
+        (('        if "y" in row and (place', '        if "y" in row and row["y"] == row["y"] and (place'),),
+        REPORT,
     ),
     Fault(
         "measure steps that fp16's loss scale skips",

@@ -14,13 +14,13 @@ import pytest
 from report_toy import Page, write_events
 from scipy import stats
 
-from jreg_megatron.claims import queue
+from jreg_megatron.claims import __main__ as command
 from jreg_megatron.claims.__main__ import main
 from jreg_megatron.claims.evidence import evaluation_name, find, gather
 from jreg_megatron.claims.rules import Claim, Question
 from jreg_megatron.claims.toy import Plan
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.demo.training import Run, run_logged
+from jreg_megatron.demo.training import Run, run_logged, train_all
 from jreg_megatron.paper import TASKS
 from jreg_megatron.runtime.errors import UserError
 
@@ -33,7 +33,7 @@ COMMON = {
 
 
 def question(values: Sequence[float], side: Any = "above", bar: float = 0.0) -> Question:
-    return Question("", "", side, "", dict(enumerate(values)), bar)
+    return Question("", "", "", dict(enumerate(values)), side, bar)
 
 
 @pytest.mark.parametrize("shift", [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
@@ -259,8 +259,8 @@ def test_a_run_that_is_not_finished_or_diverged_is_left_out_by_name(tmp_path: Pa
         "lost": "it has diverged",
         "samples": "its last validation is at step 200 of 800",
         "stopped": "its jreg_stop_iteration is 100; the paper's JREG has None",
-        "odd": "a setting in its TensorBoard files is no number (invalid literal for int() with base "
-        "10: 'many')",
+        "odd": f'{tmp_path / "odd"}: seq_length is "many"; it must be a valid integer, '
+        "unable to parse string as an integer",
         "shallow": "it has 3 layers; a middle needs 4",
     }
 
@@ -357,11 +357,11 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
     for folder in runs.iterdir():
         (folder / "checkpoints").mkdir()
 
-    async def fails(what: str, command: list[str], log: Path, on_line: Any) -> None:
-        Path(command[command.index("--json") + 1]).write_text(json.dumps(evaluation(1, False)))
+    async def fails(what: str, words: list[str], log: Path, on_line: Any) -> None:
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(evaluation(1, False)))
         raise UserError("out of memory")
 
-    monkeypatch.setattr(queue, "run_logged", fails)
+    monkeypatch.setattr(command, "run_logged", fails)
     with pytest.raises(SystemExit):
         main(["--runs", str(runs), "--output", str(tmp_path / "out")])
     assert [file.name for file in (tmp_path / "out" / "evaluations").glob("[!.]*.json")] == ["words.json"]
@@ -370,13 +370,13 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
-        (["--steps", "30"], "--steps is 30; it must be at least 32 and a multiple of 4"),
-        (["--steps", "50"], "--steps is 50; it must be at least 32 and a multiple of 4"),
+        (["--seeds", "0"], "--seeds is 0; it must be >= 1"),
+        (["--steps", "30"], "--steps is 30; it must be >= 32"),
+        (["--steps", "50"], "--steps is 50; it must be a multiple of 4"),
         (["--runs", "empty", "--steps", "40"], "--steps is 40, but --runs trains nothing"),
         (["--runs", "empty", "--", "--taks", "paper"], "--taks"),
         (["--runs", "empty", "--", "--json", "x.json"], "names --json, which claims sets"),
-        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        (["--jobs", "0"], "--jobs is 0; it must be >= 1"),
         (["--", "--tasks", "paper"], "--tasks paper behind -- needs --runs"),
         (["--output", "file"], "--output is file, which cannot be made"),
         (["--output", "full"], "--output is full, where claims.html is a folder"),
@@ -450,7 +450,7 @@ def fakes(tmp_path: Path) -> list[FakeRun]:
 
 def train(runs: Sequence[Run]) -> None:
     data: Any = DemoData
-    queue.train_all(runs, data, 2, quiet=True)
+    train_all(runs, data, 2, quiet=True)
 
 
 def test_as_many_runs_as_asked_train_side_by_side_and_finished_ones_never_again(fakes: list[FakeRun]) -> None:

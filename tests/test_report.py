@@ -347,7 +347,6 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", f"{PSI}.0", True, "pre_norm[0] is true"),
     ("measurement", f"{PSI}.0", 10**400, "pre_norm[0] is a number too large"),
     ("measurement", PSI, [0.1] * 31, "must be a list of 30 numbers"),
-    ("measurement", "models.0.norm.pre_norm", [1.0] * 30, "norm.pre_norm is a list of 30"),
     ("measurement", PSI, {}, "displacement.pre_norm is an object"),
     ("measurement", "models.0.displacement", None, "models[0].displacement is null"),
     ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
@@ -520,8 +519,8 @@ def test_a_folder_with_a_pictures_name_is_refused_before_the_page_is_written(
 ) -> None:
     Path("f/displacement_post_norm.png").mkdir(parents=True)
     line = refusal(report, capsys, write(Path("m.json"), measurement(layers=3)), "--figures", "f")
-    assert "--figures is f, where displacement_post_norm.png is a folder" in line
-    assert not Path("report.html").exists() and len(list(Path("f").iterdir())) == 1
+    assert "f/displacement_post_norm.png cannot be written (Is a directory)" in line
+    assert not Path("report.html").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no event at all" * 300])

@@ -216,13 +216,6 @@ def test_stages_of_one_training_are_series_of_their_own(report: Callable[..., Pa
     ]
 
 
-def test_names_that_look_alike_get_labels_that_do_not(report: Callable[..., Page]) -> None:
-    names = ("m", "m ", " m", "a b", "a  b", "e\u0301", "\u00e9")
-    labels = report(write(Path("m.json"), measurement(names, source="one"))).column(HEADLINE, "model")
-    assert labels[:5] == ["m", "m␣", "␣m", "a b", "a␣␣b"]
-    assert labels[6] != labels[5] and labels[6].endswith("#2")
-
-
 def test_settings_differ_only_if_their_values_do(report: Callable[..., Page]) -> None:
     document = measurement()
     for index, model in enumerate(document["models"]):

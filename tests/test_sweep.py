@@ -23,7 +23,7 @@ from jreg_megatron.report.reading import read
 from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.sweep import grid
 from jreg_megatron.sweep.__main__ import main
-from jreg_megatron.sweep.picture import compose, title
+from jreg_megatron.sweep.report import compose
 from jreg_megatron.sweep.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -544,7 +544,7 @@ def test_the_picture_shows_the_means_of_all_settings_also_of_a_sweep_that_is_not
 
     def lines(panel: tuple[str, Chart], key: str = "y") -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
-        for row in panel[1].rows:
+        for row in panel[1]["datasets"]["rows"]:
             found.setdefault(row["model"], []).extend([row[key]] if key in row else [])
         return found
 
@@ -555,9 +555,9 @@ def test_the_picture_shows_the_means_of_all_settings_also_of_a_sweep_that_is_not
     assert [title.partition("α")[2] for title, _ in layers] == [" = 0.5", " = 1"]
     assert lines(layers[1])["λ = 0.1"] == pytest.approx([0.2, 0.02, 0.015])
     assert lines(layers[1])["baseline"] == pytest.approx([0.2, 0.01, 0.03])
-    assert title(results) == "toy, 200 iterations, last state before the final norm, 2 seeds"
     picture = (output / "sweep.svg").read_text()
-    assert title(results) in picture and "1 of 10 runs not finished" in picture
+    assert "toy, 200 iterations, last state before the final norm, 2 seeds" in picture
+    assert "1 of 10 runs not finished" in picture
 
 
 SLURM = {
@@ -610,7 +610,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     assert sweep(*words, "--slurm-options", "--time=60 --nodes=1") == 0
     assert "Submitted batch job 100" in capsys.readouterr().out
     called = (slurm.folder / "sbatch_words").read_text()
-    assert "--array=0-1 " in called
+    assert "--array=0,1 " in called
     assert (
         called.index("--time=60 --nodes=1") < called.index("slurm.sh") < called.index("jreg_megatron.sweep")
     )
@@ -635,7 +635,7 @@ def test_slurm_without_sbatch_is_refused_in_one_line(
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     words = (slurm.recipe, "--coeff", 1, "--output", slurm.folder / "out", "--slurm")
     assert sweep(*words, "--dry-run") == 0
-    assert capsys.readouterr().out.startswith("sbatch --array=0-1 ")
+    assert capsys.readouterr().out.startswith("sbatch --array=0,1 ")
     assert sweep(*words) == 2
     assert "--slurm needs sbatch, which is not on PATH" in capsys.readouterr().err
     assert not (slurm.folder / "out").exists()

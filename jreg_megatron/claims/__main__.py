@@ -8,17 +8,19 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.claims import toy
-from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather, with_evaluations
+from jreg_megatron.claims.evidence import Evidence, Trained, evaluation, evaluation_name, find, gather
 from jreg_megatron.claims.rules import FEWEST_SEEDS
+from jreg_megatron.demo.training import each, progress, run_logged, train_all
 from jreg_megatron.recipe.request import split_at
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.lock import lock
 
@@ -57,27 +59,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/claims"),
-        metavar="FOLDER",
-        help="folder of runs, evaluations, claims.html and claims.json (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="judge these finished runs, train none: run folders, or folders of runs such as a sweep's",
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="processes at a time (default: %(default)s)"
-    )
+    runs = "judge these finished runs, train none: run folders, or folders of runs such as a sweep's"
+    output = "folder of runs, evaluations, claims.html and claims.json (default: %(default)s)"
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    parser.add_argument("--output", help=output, default=Path("runs/claims"), **folder)
+    parser.add_argument("--runs", help=runs, nargs="+", **folder)
+    parser.add_argument("--jobs", help="processes at a time (default: %(default)s)", default=2, **number)
     toys = parser.add_argument_group("toys")
-    toys.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {toy.STEPS})")
-    toys.add_argument("--seeds", type=int, metavar="N", help=f"train seeds 1 to N (default: {toy.SEEDS})")
-    toys.add_argument("--data", type=Path, metavar="FOLDER", help=f"folder of the text (default: {_DATA})")
+    toys.add_argument("--steps", help=f"training steps (default: {toy.STEPS})", **number)
+    toys.add_argument("--seeds", help=f"train seeds 1 to N (default: {toy.SEEDS})", **number)
+    toys.add_argument("--data", help=f"folder of the text (default: {_DATA})", **folder)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table, no notes")
     words, evaluate = split_at("--", sys.argv[1:] if argv is None else argv)
     return parser.parse_args(words, argparse.Namespace(evaluate=evaluate))
@@ -93,10 +85,7 @@ def _claims(args: argparse.Namespace) -> None:
             evidence, words = gather(find(args.runs)), args.evaluate
             folder = args.output / "evaluations"
             files = {run.folder: folder / evaluation_name(run.folder) for run in evidence.runs}
-            how = [
-                ("runs", ", ".join(map(str, args.runs))),
-                ("words for evaluate", shlex.join(words) or "none"),
-            ]
+            how = {"runs": ", ".join(map(str, args.runs)), "words for evaluate": shlex.join(words) or "none"}
         else:
             plan = toy.Plan(args.steps or toy.STEPS, args.seeds or toy.SEEDS)
             evidence, words = _toys(args, plan), toy.TASKS
@@ -105,18 +94,17 @@ def _claims(args: argparse.Namespace) -> None:
         evidence = _evaluated(args, evidence, files, words)
         machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
         machine += f", Python {platform.python_version()}"
-        _write(args, evidence, [*how, ("finished", date.today().isoformat()), ("machine", machine)])
+        _write(args, evidence, how | {"finished": date.today().isoformat(), "machine": machine})
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag in ("jobs", "seeds"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} is {value}; it must be at least 1")
-    if args.steps is not None and (args.steps < toy.FEWEST_STEPS or args.steps % toy.STEPS_BY):
+    check_least(args, jobs=1, seeds=1, steps=toy.FEWEST_STEPS)
+    if (args.steps or 0) % toy.STEPS_BY:
         raise UserError(
-            f"--steps is {args.steps}; it must be at least {toy.FEWEST_STEPS} and a multiple of "
-            f"{toy.STEPS_BY}, so that all batches see the same number of tokens"
+            f"--steps is {args.steps}; it must be a multiple of {toy.STEPS_BY}, so that all batches see the "
+            "same number of tokens"
         )
+    words = shlex.join(args.evaluate)
     if args.runs:
         for flag in ("steps", "seeds", "data"):
             if (value := getattr(args, flag)) is not None:
@@ -126,21 +114,14 @@ def _check(args: argparse.Namespace) -> None:
         # evaluate refuses unknown words. Words that change its output are refused here.
         from jreg_megatron.evaluate.__main__ import parser
 
-        given = parser().parse_args(["MODEL", *args.evaluate])
-        for what, is_given in {
-            "a MODEL": given.models != ["MODEL"],
-            "--json": given.json is not None,
-            "--csv": given.csv is not None,
-            "--seeds": bool(given.seeds),
-        }.items():
-            if is_given:
-                raise UserError(
-                    f"{shlex.join(args.evaluate)} behind -- names {what}, which claims sets; leave it out"
-                )
+        given = vars(parser().parse_args(["MODEL", *args.evaluate]))
+        usual = {"models": ["MODEL"], "json": None, "csv": None, "seeds": False}
+        for name in (name for name, value in usual.items() if given[name] != value):
+            what = "a MODEL" if name == "models" else f"--{name}"
+            raise UserError(f"{words} behind -- names {what}, which claims sets; leave it out")
     elif args.evaluate:
         raise UserError(
-            f"{shlex.join(args.evaluate)} behind -- needs --runs, since all toys are evaluated alike; give "
-            "--runs, or leave it out"
+            f"{words} behind -- needs --runs, since all toys are evaluated alike; add it, or leave them out"
         )
 
 
@@ -157,7 +138,6 @@ def _make_output(folder: Path) -> None:
 
 
 def _toys(args: argparse.Namespace, plan: toy.Plan) -> Evidence:
-    from jreg_megatron.claims.queue import train_all
     from jreg_megatron.demo.data import prepare
 
     if plan.seeds < FEWEST_SEEDS and not args.quiet:
@@ -172,12 +152,11 @@ def _evaluated(
     args: argparse.Namespace, evidence: Evidence, files: dict[Path, Path], words: Sequence[str]
 ) -> Evidence:
     """The evidence with evaluations of all pairs of a baseline and JREG; existing files are reused."""
-    from jreg_megatron.claims.queue import evaluate_all
-
     pairs = [pair for pair in evidence.pairs.values() if all(run.checkpoints.is_dir() for run in pair)]
-    wanted = {run.folder: files[run.folder] for pair in pairs for run in pair}
+    runs = [run for pair in pairs for run in pair]
     asked = args.output / "evaluations" / "words.json"
-    if asked.exists() and any(file.exists() for file in wanted.values()):
+    done = {run.folder: evaluation(run, files[run.folder]) for run in runs if files[run.folder].exists()}
+    if asked.exists() and done:
         before = checked(asked, list[str], read_json(asked))
         if before != list(words):
             raise UserError(
@@ -185,34 +164,43 @@ def _evaluated(
                 f"not {shlex.join(words) or 'none'}; name another --output, or delete them"
             )
     output.write_json(str(asked), list(words))
-    models = [run for run in evidence.runs if run.folder in wanted]
-    evaluate_all(wanted, models, words, args.jobs, args.quiet)
-    return with_evaluations(evidence, wanted)
+
+    async def evaluate(run: Trained) -> None:
+        file = files[run.folder]
+        # A file that is cut off by a failure does not count.
+        part = file.with_name(f".{file.name}")
+        command = ["-m", "jreg_megatron.evaluate", f"model={run.checkpoints}", "--lens", "--quiet"]
+        command += [*words, "--json", str(part)]
+        await run_logged(f"evaluating {run.folder}", command, file.with_suffix(".log"), lambda _: None)
+        os.replace(part, file)
+        done[run.folder] = evaluation(run, file)
+        bar.update()
+
+    left = [run for run in runs if run.folder not in done]
+    with progress("evaluating", "models", len(runs), len(left), args.quiet) as bar:
+        each(left, evaluate, args.jobs)
+    return replace(
+        evidence, runs=tuple(replace(run, evaluated=done.get(run.folder)) for run in evidence.runs)
+    )
 
 
-def _write(args: argparse.Namespace, evidence: Evidence, how: Sequence[tuple[str, str]]) -> None:
+def _write(args: argparse.Namespace, evidence: Evidence, how: dict[str, str]) -> None:
     from jreg_megatron.claims.page import document, page
     from jreg_megatron.claims.rules import claims
 
     judged = claims(evidence)
-    about: dict[str, Any] = {"format": FORMAT, "version": 1}
-    about |= {"versions": output.versions("megatron-core", "torch", "lm_eval", "scipy"), "how": dict(how)}
-    output.write_json(str(args.output / _NUMBERS), document(evidence, judged, about))
-    how = [*how, ("versions", ", ".join(f"{name} {number}" for name, number in about["versions"].items()))]
-    output.write_text(str(args.output / _PAGE), page(evidence, judged, how))
+    versions = output.versions("megatron-core", "torch", "lm_eval", "scipy")
+    about = {"format": FORMAT, "version": 1, "versions": versions, "how": how}
+    found = document(evidence, judged, about)
+    output.write_json(str(args.output / _NUMBERS), found)
+    output.write_text(str(args.output / _PAGE), page(found, evidence))
     if args.quiet:
         return
-    from rich.console import Console
-    from rich.table import Table
-
     for text in evidence.notes:
         output.note(text)
-    table = Table(title="The paper's claims", title_justify="left")
-    for column in ("", "claim", "verdict"):
-        table.add_column(column)
-    for key, claim in judged.items():
-        table.add_row(key, claim.text, claim.verdict)
-    Console(markup=False).print(table)
+    rows = [(key, claim.text, claim.verdict) for key, claim in judged.items()]
+    columns = ("", "claim", "verdict")
+    output.print_table("The paper's claims", columns, rows, words=columns)
     print(f"Page: {args.output / _PAGE}\nNumbers: {args.output / _NUMBERS}")
 
 

@@ -6,16 +6,19 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.report.history import History
-from jreg_megatron.report.inputs import Evaluated
-from jreg_megatron.report.reading import read
+from jreg_megatron.report.check import checked
+from jreg_megatron.report.inputs import Evaluated, History
+from jreg_megatron.report.reading import read, read_history
 from jreg_megatron.runtime.errors import UserError
 
 # All runs of an experiment have these in common.
@@ -38,6 +41,19 @@ _NEAR = 0.05
 _FEWEST_LAYERS = 4
 
 
+class _Settings(BaseModel):
+    """Megatron's arguments that tell what a run counts for."""
+
+    seed: int
+    global_batch_size: Annotated[int, Field(gt=0)]
+    seq_length: int
+    jreg_coeff: float
+    jreg_alpha: float = JRegConfig().alpha
+    train_iters: int | None = None
+    train_samples: int | None = None
+    rampup_batch_size: str | None = None
+
+
 @dataclass(frozen=True)
 class Trained:
     """One finished training run."""
@@ -54,11 +70,6 @@ class Trained:
     """Number of training tokens; None if the batch grows."""
     history: History
     evaluated: Evaluated | None = None
-
-    @property
-    def name(self) -> str:
-        """The last two parts of the path, since runs of several sweeps have the same names."""
-        return "/".join(self.folder.parts[-2:])
 
     @property
     def checkpoints(self) -> Path:
@@ -78,11 +89,9 @@ class Trained:
     def rise_at(self, share: float) -> float | None:
         """:func:`rise` at a share of the steps; None if no validation is near."""
         wanted = share * self.steps
-        iterations = self.history.iterations
-        at = min(range(len(iterations)), key=lambda n: abs(iterations[n] - wanted))
-        if abs(iterations[at] - wanted) > _NEAR * self.steps:
-            return None
-        return rise(self.history.profiles[at])
+        profiles = zip(self.history.iterations, self.history.profiles, strict=True)
+        step, profile = min(profiles, key=lambda found: abs(found[0] - wanted))
+        return rise(profile) if abs(step - wanted) <= _NEAR * self.steps else None
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
         """zeta at the end, of the layer that is so many layers below the last."""
@@ -103,7 +112,7 @@ class Evidence:
     left_out: dict[str, str] = field(default_factory=dict)
     """The reason why a folder does not count, by path."""
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """The batch in sequences with the most pairs; if equal, the most runs; if equal, the smallest."""
         runs = Counter(run.batch for run in self.runs)
@@ -126,7 +135,7 @@ class Evidence:
         return sorted(alpha for alpha in found if alpha is not None)
 
     def jreg(self, alpha: float = 1.0) -> dict[int, Trained]:
-        """By seed, the runs with lambda 1."""
+        """By seed, the runs with lambda 1 and :attr:`batch`."""
         return self._of(alpha, self.batch)
 
     @property
@@ -135,36 +144,37 @@ class Evidence:
         return self._pairs(self.batch)
 
     @property
+    def evaluated(self) -> dict[int, tuple[Evaluated, Evaluated]]:
+        """The evaluations of :attr:`pairs`, where both are there."""
+        return {
+            seed: (base.evaluated, jreg.evaluated)
+            for seed, (base, jreg) in self.pairs.items()
+            if base.evaluated and jreg.evaluated
+        }
+
+    @property
     def batches(self) -> dict[int, dict[int, Trained]]:
         """Baselines by seed and batch, on as many tokens as :attr:`baseline`; seeds with several batches."""
-        found = {}
+        found: dict[int, dict[int, Trained]] = {}
         for seed, base in self.baseline.items():
-            alike = {
-                run.batch: run
-                for run in sorted(self.runs, key=lambda run: run.batch)
-                if (run.seed, run.alpha) == (seed, None) and _is_near(run.tokens, base.tokens)
-            }
-            if len(alike) > 1:
-                found[seed] = alike
-        return found
+            for run in sorted(self.runs, key=lambda run: run.batch):
+                if (run.seed, run.alpha) == (seed, None) and _is_near(run.tokens, base.tokens):
+                    found.setdefault(seed, {})[run.batch] = run
+        return {seed: runs for seed, runs in found.items() if len(runs) > 1}
 
     @property
     def notes(self) -> list[str]:
         """The runs that are not used, and why."""
-        pairs, batch = self.pairs, self.batch
+        pairs = self.pairs
         said = [f"{where} is left out: {why}." for where, why in self.left_out.items()]
-        said += [
-            f"{run.folder} counts for no claim: its lambda is {run.coeff:g}, the paper's is 1."
-            for run in self.runs
-            if run.coeff not in (0, 1)
-        ]
-        said += [
-            f"{run.folder} counts for no claim: JREG is judged at batch {batch}, which most pairs have."
-            for run in self.runs
-            if run.coeff == 1 and run.batch != batch
-        ]
-        unpaired = sorted({*self.baseline, *self.jreg()} - pairs.keys())
-        if unpaired:
+        for run in self.runs:
+            why = ""
+            if run.coeff not in (0, 1):
+                why = f"its lambda is {run.coeff:g}, the paper's is 1"
+            elif run.coeff == 1 and run.batch != self.batch:
+                why = f"JREG is judged at batch {self.batch}, which most pairs have"
+            said += [f"{run.folder} counts for no claim: {why}."] if why else []
+        if unpaired := sorted({*self.baseline, *self.jreg()} - pairs.keys()):
             said.append(f"Seeds {', '.join(map(str, unpaired))} have no baseline, or no JREG at alpha 1.")
         said += [
             f"{run.folder} and its pair are not evaluated: it has no checkpoints folder."
@@ -179,10 +189,8 @@ class Evidence:
         return {seed: (run, jreg[seed]) for seed, run in base.items() if seed in jreg}
 
     def _of(self, alpha: float | None, batch: int) -> dict[int, Trained]:
-        coeff = 0 if alpha is None else 1
-        return {
-            run.seed: run for run in self.runs if (run.alpha, run.coeff, run.batch) == (alpha, coeff, batch)
-        }
+        wanted = (alpha, 0 if alpha is None else 1, batch)
+        return {run.seed: run for run in self.runs if (run.alpha, run.coeff, run.batch) == wanted}
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -226,19 +234,6 @@ def gather(folders: Sequence[Path]) -> Evidence:
     return Evidence(tuple(runs), left_out)
 
 
-def with_evaluations(evidence: Evidence, files: dict[Path, Path]) -> Evidence:
-    """The evidence with the files of ``evaluate --json``, by run folder.
-
-    Raises:
-        UserError: for a file that is no evaluation of the run's end.
-    """
-    runs = (
-        replace(run, evaluated=evaluation(run, files[run.folder])) if run.folder in files else run
-        for run in evidence.runs
-    )
-    return replace(evidence, runs=tuple(runs))
-
-
 def evaluation_name(folder: Path) -> str:
     """A unique file name for a run's evaluation; runs of several sweeps have the same names."""
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
@@ -256,7 +251,7 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
         raise UserError(
             f"{file} holds {len(found)} evaluations; it must hold 1: delete it, and start the command again"
         )
-    origin = found[0].origin
+    origin = found[0]
     for what, has, wanted in (
         ("checkpoint", Path(origin.source).resolve(), run.checkpoints.resolve()),
         ("step", origin.step, run.steps),
@@ -268,11 +263,7 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
 
 
 def _trained(folder: Path) -> Trained:
-    history = History.read(folder / "tensorboard")
-    settings = _DEFAULTS | history.settings
-    for name in ("jreg_coeff", "seed", "global_batch_size", "seq_length"):
-        if name not in history.settings:
-            raise UserError(f"its TensorBoard files do not say its {name}")
+    history = read_history(folder / "tensorboard")
     if not history.displacement:
         raise UserError("it was trained without --jreg-log-per-layer")
     if len(history.displacement) < _FEWEST_LAYERS:
@@ -280,30 +271,25 @@ def _trained(folder: Path) -> Trained:
     numbers = (*history.validation_loss, *(psi for profile in history.profiles for psi in profile))
     if not all(map(math.isfinite, numbers)):
         raise UserError("it has diverged")
-    try:
-        seed, batch, sequence = (int(settings[name]) for name in ("seed", "global_batch_size", "seq_length"))
-        coeff, alpha = float(settings["jreg_coeff"]), float(settings["jreg_alpha"])
-    except ValueError as error:
-        raise UserError(f"a setting in its TensorBoard files is no number ({error})") from error
-    steps = history.iterations[-1]
-    by_steps, by_samples = settings.get("train_iters", "None"), settings.get("train_samples", "None")
-    if not by_samples.isdecimal() and not by_steps.isdecimal():
+    given = {name: value for name, value in history.settings.items() if value != "None"}
+    asked: _Settings = checked(folder, _Settings, given)
+    steps, batch, coeff = history.iterations[-1], asked.global_batch_size, asked.jreg_coeff
+    wanted = asked.train_samples // batch if asked.train_samples else asked.train_iters
+    if wanted is None:
         raise UserError("its TensorBoard files have neither train_iters nor train_samples")
-    wanted = int(by_samples) // batch if by_samples.isdecimal() else int(by_steps)
     if steps < wanted:
         raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
     if coeff > 0:
         for name in _THE_PAPERS:
-            if settings[name] != _DEFAULTS[name]:
-                raise UserError(f"its {name} is {settings[name]}; the paper's JREG has {_DEFAULTS[name]}")
-    grows = settings.get("rampup_batch_size", "None") != "None"
+            if (had := history.settings.get(name, _DEFAULTS[name])) != _DEFAULTS[name]:
+                raise UserError(f"its {name} is {had}; the paper's JREG has {_DEFAULTS[name]}")
     return Trained(
         folder=folder,
-        seed=seed,
+        seed=asked.seed,
         coeff=coeff,
-        alpha=alpha if coeff > 0 else None,
+        alpha=asked.jreg_alpha if coeff > 0 else None,
         batch=batch,
-        tokens=None if grows else steps * batch * sequence,
+        tokens=None if asked.rampup_batch_size else steps * batch * asked.seq_length,
         history=history,
     )
 
@@ -312,31 +298,24 @@ def _refuse_two_experiments(runs: Sequence[Trained]) -> None:
     first_of: dict[int, Trained] = {}
     seen: dict[tuple[object, ...], Trained] = {}
     for run in runs:
-        _refuse_difference(runs[0], run, _COMMON)
         first = first_of.setdefault(run.batch, run)
-        _refuse_difference(first, run, _OF_A_BATCH)
+        for other, names in ((runs[0], _COMMON), (first, _OF_A_BATCH)):
+            for name in names:
+                values = [(_DEFAULTS | r.history.settings).get(name) for r in (other, run)]
+                if None not in values and values[0] != values[1]:
+                    raise UserError(
+                        f"--runs: {name} is {values[0]} in {other.folder} and {values[1]} in {run.folder}; "
+                        "give the runs of one experiment"
+                    )
         if first.steps != run.steps:
             raise UserError(
                 f"--runs: {first.folder} has {first.steps:,} steps and {run.folder} {run.steps:,} at one "
                 "batch; give runs of one length"
             )
-        key = (run.seed, run.coeff, run.alpha, run.batch)
-        if key in seen:
-            raise UserError(
-                f"--runs: {seen[key].folder} and {run.folder} have one setting and seed; give one"
-            )
-        seen[key] = run
-
-
-def _refuse_difference(first: Trained, run: Trained, names: Iterable[str]) -> None:
-    for name in names:
-        values = [(_DEFAULTS | r.history.settings).get(name) for r in (first, run)]
-        if None not in values and values[0] != values[1]:
-            raise UserError(
-                f"--runs: {name} is {values[0]} in {first.folder} and {values[1]} in {run.folder}; give the "
-                "runs of one experiment"
-            )
+        twin = seen.setdefault((run.seed, run.coeff, run.alpha, run.batch), run)
+        if twin is not run:
+            raise UserError(f"--runs: {twin.folder} and {run.folder} have one setting and seed; give one")
 
 
 def _is_near(a: int | None, b: int | None) -> bool:
-    return a is not None and b is not None and abs(a - b) <= _EQUAL_TOKENS * b
+    return a is not None and b is not None and math.isclose(a, b, rel_tol=_EQUAL_TOKENS)

@@ -6,15 +6,15 @@ Rule, questions and bars were written before the toys were trained. README.md he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
 from typing import Literal
 
-from jreg_megatron.claims.evidence import Evidence, Trained
-from jreg_megatron.paper import SIZES, missing_tasks, numbers, profile, task_means
+from jreg_megatron.claims.evidence import Evidence
+from jreg_megatron.paper import SIZES, numbers, profile, task_means
 from jreg_megatron.paper.over_seeds import LEVEL, Estimate, power
-from jreg_megatron.report.inputs import Evaluated, ReadOut
+from jreg_megatron.report.inputs import Evaluated
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 
@@ -32,6 +32,7 @@ RULE = (
 _LEFT = 0.2
 """The share of the baseline's jump rate that may remain when JREG "removes" the jump."""
 _QUARTER = 0.25
+_BITS = "speeches_bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Question:
     """A statement that is true if the claim holds."""
     number: str
     """The meaning of the number, with its unit."""
-    side: Literal["above", "below"]
-    """The claim's side of the bar."""
     paper: str
     """The paper's result."""
     values: Mapping[int, float]
     """By seed."""
+    side: Literal["above", "below"] = "above"
+    """The claim's side of the bar."""
     bar: float = 0.0
 
     @property
@@ -72,7 +73,7 @@ class Claim:
     """One of the paper's claims."""
 
     text: str
-    questions: tuple[Question, ...]
+    questions: Sequence[Question]
     remark: str = ""
     """A limit of the numbers."""
 
@@ -91,118 +92,95 @@ class Claim:
 
 
 def claims(evidence: Evidence) -> dict[str, Claim]:
-    """All six, by number.
-
-    Args:
-        evidence: trained models. A question without models has no values.
-    """
-    return {
-        "1": _the_jump(evidence),
-        "2": _growth(evidence),
-        "3": _equal_tokens(evidence),
-        "4": _removal(evidence),
-        "5": _middle_layers(evidence),
-        "6": _tasks(evidence),
-    }
+    """All six, by number. A question without trained models has no values."""
+    all_six = (_the_jump, _growth, _equal_tokens, _removal, _middle_layers, _tasks)
+    return {str(number): claim(evidence) for number, claim in enumerate(all_six, start=1)}
 
 
 def _the_jump(evidence: Evidence) -> Claim:
     llama, own = numbers()["open_models"]["Llama-3.2-1B"][0], numbers()["zeta"]["170m"]["base"][0]
+    question = Question(
+        "The last layer turns the state further than the layer before it.",
+        "Psi_L - Psi_(L-1) at the end, x 100",
+        f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
+        {seed: run.rise for seed, run in evidence.baseline.items()},
+    )
     return Claim(
         "Without JREG the last layer turns the state further than the layer before it.",
-        (
-            Question(
-                "The last layer turns the state further than the layer before it.",
-                "Psi_L - Psi_(L-1) at the end, x 100",
-                "above",
-                f"in nearly every open model: jump rate {llama} in Llama-3.2-1B; {own} in its own 170M",
-                {seed: run.rise for seed, run in evidence.baseline.items()},
-            ),
-        ),
+        [question],
         "The paper's claim is about open models. To measure them: jreg-megatron measure --paper.",
     )
 
 
 def _growth(evidence: Evidence) -> Claim:
     zeta = numbers()["zeta_over_training"]["170m"]["base"]
-    return Claim(
-        "The jump grows over training.",
-        (
-            Question(
-                "The jump is larger at the end than after a quarter of the steps.",
-                "rise of Psi_L - Psi_(L-1) between these two, x 100",
-                "above",
-                f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
-                {
-                    seed: run.rise - early
-                    for seed, run in evidence.baseline.items()
-                    if (early := run.rise_at(_QUARTER)) is not None
-                },
-            ),
-        ),
+    early = {seed: run.rise_at(_QUARTER) for seed, run in evidence.baseline.items()}
+    question = Question(
+        "The jump is larger at the end than after a quarter of the steps.",
+        "rise of Psi_L - Psi_(L-1) between these two, x 100",
+        f"170M: jump rate {zeta[0]} at a quarter, {zeta[-1]} at the end",
+        {seed: evidence.baseline[seed].rise - rise for seed, rise in early.items() if rise is not None},
     )
+    return Claim("The jump grows over training.", [question])
 
 
 def _equal_tokens(evidence: Evidence) -> Claim:
     many, few = numbers()["zeta_at_equal_tokens"].values()
+    slopes = {
+        seed: linear_regression([math.log2(run.steps) for run in runs], [run.rise for run in runs]).slope
+        for seed, runs in ((seed, by_batch.values()) for seed, by_batch in evidence.batches.items())
+    }
+    question = Question(
+        "The baseline's jump rises with each doubling of the steps, on equal tokens.",
+        "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
+        f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
+        slopes,
+    )
+    rates = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
+    here = ", ".join(f"{rate} with a batch of {batch}" for batch, rate in sorted(rates.items()))
+    if len(set(rates.values())) == 1:
+        here = f"{evidence.runs[0].history.settings.get('lr', 'not logged')} with all batches"
     return Claim(
         "On equal tokens the jump grows with the number of training steps.",
-        (
-            Question(
-                "The baseline's jump rises with each doubling of the steps, on equal tokens.",
-                "slope of Psi_L - Psi_(L-1) over log2(steps), x 100",
-                "above",
-                f"170M: jump rate {many} with 200,000 steps, {few} with 20,000",
-                {seed: _slope(runs) for seed, runs in evidence.batches.items()},
-            ),
-        ),
-        "The paper does not say whether the learning rate depended on the batch. "
-        f"Here: {_learning_rates(evidence)}.",
+        [question],
+        f"The paper does not say whether the learning rate depended on the batch. Here: {here}.",
     )
 
 
 def _removal(evidence: Evidence) -> Claim:
-    zeta = numbers()["zeta"]["170m"]
+    zeta, base = numbers()["zeta"]["170m"], evidence.baseline
     questions = [
         Question(
             f"Alpha {alpha:g} leaves at most a fifth of the baseline's jump.",
             "jump rate minus a fifth of the baseline's, same seed",
-            "below",
             f"170M: jump rate {zeta['base'][0]} without JREG, {zeta[f'alpha {alpha:g}'][0]} with it",
-            _left(evidence, alpha),
+            {
+                seed: run.jump_rate() - _LEFT * base[seed].jump_rate()
+                for seed, run in evidence.jreg(alpha).items()
+                if seed in base
+            },
+            "below",
         )
         for alpha in (1.0, 0.5, 3.0)
     ]
-    sharp, usual = evidence.jreg(3.0), evidence.jreg()
-    questions.append(
-        Question(
-            "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
-            "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
-            "above",
-            f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
-            {
-                seed: run.jump_rate(2) - usual[seed].jump_rate(2)
-                for seed, run in sharp.items()
-                if seed in usual
-            },
-        )
+    sharp, usual = ({s: run.jump_rate(2) for s, run in evidence.jreg(alpha).items()} for alpha in (3.0, 1.0))
+    bump = Question(
+        "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
+        "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
+        f"170M: {zeta['alpha 3'][2]} and {zeta['alpha 1'][2]}",
+        {seed: rate - usual[seed] for seed, rate in sharp.items() if seed in usual},
     )
-    return Claim("JREG removes the jump.", tuple(questions))
+    return Claim("JREG removes the jump.", [*questions, bump])
 
 
-READ_OUTS: dict[str, Callable[[Evaluated], ReadOut | None]] = {
-    "as it is": lambda evaluated: evaluated.read_out,
-    "through a lens": lambda evaluated: evaluated.lens,
-}
+READ_OUTS = {"as it is": "read_out.loss", "through a lens": "lens.loss"}
 """The ways to read out the state behind a layer."""
 
 
-def behind_layers(base: Evaluated, jreg: Evaluated, how: str) -> list[float]:
-    """JREG's loss minus the baseline's behind layers 0..L, read out by ``how``; empty if unknown."""
-    first, second = READ_OUTS[how](base), READ_OUTS[how](jreg)
-    if not (first and second and first.loss and second.loss):
-        return []
-    return [b - a for a, b in zip(first.loss, second.loss, strict=True)]
+def more(base: Evaluated, jreg: Evaluated, what: str) -> dict[int, float]:
+    """JREG's numbers minus the baseline's, by layer; see :meth:`.Evaluated.by_layer`. Empty if unknown."""
+    first, second = base.by_layer(what), jreg.by_layer(what)
+    return {layer: second[layer] - value for layer, value in first.items()} if second else {}
 
 
 def _middle_layers(evidence: Evidence) -> Claim:
@@ -211,14 +189,10 @@ def _middle_layers(evidence: Evidence) -> Claim:
     figure = "a figure: below the baseline's at every layer under the last, one seed"
     of_lower, of_upper = (f"layers {layers[0]} to {layers[-1]}" for layers in (lower, upper))
 
-    def mean(layers: range, how: str) -> dict[int, float]:
-        """JREG's loss minus the baseline's, mean over the layers, by seed."""
-
-        def difference(base: Evaluated, jreg: Evaluated) -> float | None:
-            found = behind_layers(base, jreg, how)
-            return fmean(found[layer] for layer in layers) if found else None
-
-        return _differences(evidence, difference)
+    def mean(layers: range, what: str) -> dict[int, float]:
+        """JREG's number minus the baseline's, mean over the layers, by seed."""
+        found = {seed: more(*pair, what) for seed, pair in evidence.evaluated.items()}
+        return {seed: fmean(by[layer] for layer in layers) for seed, by in found.items() if by}
 
     turned = {
         seed: _turns_more(base.history.displacement, jreg.history.displacement)
@@ -229,43 +203,28 @@ def _middle_layers(evidence: Evidence) -> Claim:
         for size in SIZES
     )
     loss = "loss minus the baseline's, mean of these layers, in nats"
-    questions = (
+    questions = [
         Question(
             f"Layers 2 to {3 * evidence.num_layers // 4} together turn the state further with JREG.",
             "sum of their Psi relative to the baseline's, in percent",
-            "above",
             f"computed from its profiles: {', '.join(printed)}",
             turned,
         ),
-        Question(
-            f"Read out as they are, {of_lower} predict better with JREG.",
-            loss,
-            "below",
-            figure,
-            mean(lower, "as it is"),
-        ),
-        Question(
-            f"Read out as they are, {of_upper} predict better with JREG.",
-            loss,
-            "below",
-            figure,
-            mean(upper, "as it is"),
-        ),
-        Question(
-            f"Read out through a fitted lens, {of_lower} predict better with JREG.",
-            loss,
-            "below",
-            "not measured",
-            mean(lower, "through a lens"),
+        *(
+            Question(f"Read out {how}, {words} predict better with JREG.", loss, paper, values, "below")
+            for how, words, paper, values in (
+                ("as they are", of_lower, figure, mean(lower, "read_out.loss")),
+                ("as they are", of_upper, figure, mean(upper, "read_out.loss")),
+                ("through a fitted lens", of_lower, "not measured", mean(lower, "lens.loss")),
+            )
         ),
         Question(
             f"A model with JREG loses more when one of layers 2 to {half} is left out.",
             "added loss without one layer, mean of these layers, minus the baseline's, in nats",
-            "above",
             "not measured",
-            _differences(evidence, lambda base, jreg: _dropped(base, jreg, lower[1:])),
+            mean(lower[1:], "layer_drop"),
         ),
-    )
+    ]
     return Claim(
         "With JREG the layers in the middle do more.",
         questions,
@@ -277,122 +236,43 @@ def _middle_layers(evidence: Evidence) -> Claim:
 def _tasks(evidence: Evidence) -> Claim:
     seeds = numbers()["tasks"]["seeds"]
     ten = f"{seeds['difference']:+} points over {seeds['seeds']} seeds, one-sided p {seeds['p_one_sided']}"
-    on_paper = {seed: [_means(run.evaluated) for run in pair] for seed, pair in evidence.pairs.items()}
-    both = {seed: (a, b) for seed, (a, b) in on_paper.items() if a and b}
-    if both:
-        questions = [
-            Question(
-                text,
-                "mean with JREG minus the baseline's, in points",
-                "above",
-                paper,
-                {seed: 100 * (jreg[key] - base[key]) for seed, (base, jreg) in both.items()},
-            )
-            for text, key, paper in (
-                ("The mean of the paper's nine tasks is higher with JREG.", "mean", ten),
-                (
-                    "The mean without BoolQ is higher with JREG.",
-                    "mean_without_boolq",
-                    "58% of the gain is BoolQ's",
-                ),
-            )
-        ]
-    else:
-        questions = [
-            Question(
-                "The mean accuracy in tasks is higher with JREG.",
-                "mean with JREG minus the baseline's, in points",
-                "above",
-                f"{ten} in nine other tasks",
-                _differences(evidence, _accuracy),
-            )
-        ]
-    questions.append(
-        Question(
-            "Held-out text takes fewer bits per byte with JREG.",
-            "bits per byte minus the baseline's",
-            "below",
-            "not printed",
-            _differences(evidence, _bits),
+    means: dict[int, dict[str, float]] = {}
+    points: dict[int, float] = {}
+    bits: dict[int, float] = {}
+    for seed, pair in evidence.evaluated.items():
+        base, jreg = ({name: score.value for name, score in each.tasks.items()} for each in pair)
+        gains = {name: 100 * (jreg[name] - value) for name, value in base.items() if name in jreg}
+        if gain := task_means(gains):
+            means[seed] = gain
+        scored = [gains[name] for name in gains if pair[0].tasks[name].chance is not None]
+        points |= {seed: fmean(scored)} if scored else {}
+        bits |= {seed: gains[_BITS] / 100} if _BITS in gains else {}
+    asked = [("The mean accuracy in tasks is higher with JREG.", f"{ten} in nine other tasks", points)]
+    if means:
+        of_nine, without = (
+            {s: found[key] for s, found in means.items()} for key in next(iter(means.values()))
         )
-    )
+        asked = [
+            ("The mean of the paper's nine tasks is higher with JREG.", ten, of_nine),
+            ("The mean without BoolQ is higher with JREG.", "58% of the gain is BoolQ's", without),
+        ]
+    number = "mean with JREG minus the baseline's, in points"
+    questions = [Question(text, number, paper, values) for text, paper, values in asked]
+    fewer = "Held-out text takes fewer bits per byte with JREG."
+    questions.append(Question(fewer, "bits per byte minus the baseline's", "not printed", bits, "below"))
     if any(question.values for question in questions):  # leave out tasks that were not run
         questions = [question for question in questions if question.values]
     remark = ""
-    if len(both) > 1:
+    if len(means) > 1:
         gain, sd = seeds["difference"], seeds["sd"]
         remark = (
-            f"With {len(both)} seeds the paper's test has a power of {power(len(both), gain, sd):.0%} to "
+            f"With {len(means)} seeds the paper's test has a power of {power(len(means), gain, sd):.0%} to "
             f"find the paper's gain ({gain} points, standard deviation {sd}), at level {LEVEL:g}."
         )
-    return Claim("Models trained with JREG do better in tasks.", tuple(questions), remark)
+    return Claim("Models trained with JREG do better in tasks.", questions, remark)
 
 
 def _turns_more(base: Sequence[float], jreg: Sequence[float]) -> float:
     """Percent by which JREG's summed Psi of layers 2 to 3L/4 is above the baseline's."""
     middle = slice(1, 3 * len(base) // 4)
     return 100 * (math.fsum(jreg[middle]) / math.fsum(base[middle]) - 1)
-
-
-def _differences(
-    evidence: Evidence, what: Callable[[Evaluated, Evaluated], float | None]
-) -> dict[int, float]:
-    """``what`` of baseline and JREG at alpha 1, by seed, where it is known."""
-    return {
-        seed: value
-        for seed, (base, jreg) in evidence.pairs.items()
-        if base.evaluated and jreg.evaluated and (value := what(base.evaluated, jreg.evaluated)) is not None
-    }
-
-
-def _learning_rates(evidence: Evidence) -> str:
-    found = {run.batch: run.history.settings.get("lr", "not logged") for run in evidence.runs}
-    if len(set(found.values())) == 1:
-        return f"{next(iter(found.values()))} with all batches"
-    return ", ".join(f"{rate} with a batch of {batch}" for batch, rate in sorted(found.items()))
-
-
-def _slope(runs: Mapping[int, Trained]) -> float:
-    """Slope of the last layer's rise over log2 of the steps, by least squares."""
-    steps = [math.log2(run.steps) for run in runs.values()]
-    return linear_regression(steps, [run.rise for run in runs.values()]).slope
-
-
-def _left(evidence: Evidence, alpha: float) -> dict[int, float]:
-    """The jump rate minus the share of the baseline's that may remain, by seed."""
-    return {
-        seed: run.jump_rate() - _LEFT * base.jump_rate()
-        for seed, run in evidence.jreg(alpha).items()
-        if (base := evidence.baseline.get(seed))
-    }
-
-
-def _dropped(base: Evaluated, jreg: Evaluated, layers: range) -> float | None:
-    if base.layer_drop is None or jreg.layer_drop is None:
-        return None
-    added = [
-        fmean(drop.loss[layer - 1] - drop.unchanged for layer in layers)
-        for drop in (base.layer_drop, jreg.layer_drop)
-    ]
-    return added[1] - added[0]
-
-
-def _means(evaluated: Evaluated | None) -> dict[str, float] | None:
-    if evaluated is None or missing_tasks(evaluated.tasks):
-        return None
-    return task_means({name: score.value for name, score in evaluated.tasks.items()})
-
-
-def _accuracy(base: Evaluated, jreg: Evaluated) -> float | None:
-    """Mean difference in points, over tasks of both with a known chance score."""
-    names = [name for name, score in base.tasks.items() if score.chance is not None and name in jreg.tasks]
-    if not names:
-        return None
-    return 100 * fmean(jreg.tasks[name].value - base.tasks[name].value for name in names)
-
-
-def _bits(base: Evaluated, jreg: Evaluated) -> float | None:
-    task = "speeches_bits_per_byte"
-    if task not in base.tasks or task not in jreg.tasks:
-        return None
-    return jreg.tasks[task].value - base.tasks[task].value

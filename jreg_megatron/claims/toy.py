@@ -72,16 +72,13 @@ class Plan:
         return Run(name, config, steps, folder / name, seed, tuple(words.split()), ranks=1)
 
 
-def described(plan: Plan) -> list[tuple[str, str]]:
-    """Rows on the toy for the page."""
-    return [
-        ("model", " ".join(_MODEL.split())),
-        ("optimizer", " ".join(_OPTIMIZER.split())),
-        ("text", f"State of the Union speeches; a SentencePiece vocabulary of {VOCABULARY} pieces"),
-        (
-            "length",
-            f"{plan.steps:,} steps of {BATCHES[0]} x {_SEQUENCE} tokens, "
-            f"{plan.steps * BATCHES[0] * _SEQUENCE:,} in all",
-        ),
-        ("seeds", f"1 to {plan.seeds}; 1 to {min(FEW_SEEDS, plan.seeds)} for other batches and alphas"),
-    ]
+def described(plan: Plan) -> dict[str, str]:
+    """What the page says of the toy."""
+    tokens = BATCHES[0] * _SEQUENCE  # of a step
+    return {
+        "model": " ".join(_MODEL.split()),
+        "optimizer": " ".join(_OPTIMIZER.split()),
+        "text": f"State of the Union speeches; a SentencePiece vocabulary of {VOCABULARY} pieces",
+        "length": f"{plan.steps:,} steps of {tokens} tokens, {plan.steps * tokens:,} in all",
+        "seeds": f"1 to {plan.seeds}; 1 to {min(FEW_SEEDS, plan.seeds)} for other batches and alphas",
+    }

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jreg_megatron.demo.data import prepare
-from jreg_megatron.demo.report import report
-from jreg_megatron.demo.training import ALPHA, COEFF, ITERATIONS, Run
+from jreg_megatron.demo.training import ALPHA, COEFF, ITERATIONS, Run, train_all
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.errors import check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
-
-_SUMMARY, _PICTURE = "summary.json", "report.png"
 
 
 def main() -> None:
@@ -50,50 +44,34 @@ def _setting(text: str) -> JRegConfig:
 
 def _demo(args: argparse.Namespace) -> None:
     need("vl_convert", "the demo's picture", "demo")
-    if args.iterations < 10:
-        raise UserError(f"--iterations is {args.iterations}; it must be at least 10")
-    output: Path = args.output
+    check_least(args, iterations=10)
+    summary, picture = args.output / "summary.json", args.output / "report.png"
     configs = {"baseline": JRegConfig(coeff=0.0), "jreg": JRegConfig(coeff=args.coeff, alpha=args.alpha)}
     configs |= {f"jreg_{config.coeff:g}_{config.alpha:g}": config for config in args.also}
-    runs = [Run(name, config, args.iterations, output / name) for name, config in configs.items()]
+    runs = [Run(name, config, args.iterations, args.output / name) for name, config in configs.items()]
     data = prepare(args.data)
     print(
         f"Data: {'reused' if data.reused else 'made'} {data.train_tokens:,} training and "
         f"{data.validation_tokens:,} validation tokens in {args.data}"
     )
-    _clear(output, [run.folder.name for run in runs])
+    for file in (summary, picture):
+        file.unlink(missing_ok=True)
+    for earlier in [run.folder for run in runs if run.folder.exists()]:
+        print(f"Removed the earlier run {earlier}")
+        shutil.rmtree(earlier)
     started = time.monotonic()
-    with tqdm(total=len(runs) * args.iterations, unit="it", dynamic_ncols=True, smoothing=0.1) as bar:
-        for index, run in enumerate(runs):
-            bar.set_description(f"{run.name}: starting")
+    train_all(runs, data)
+    from jreg_megatron.demo.report import report  # imported late: it imports what draws
 
-            def advance(iteration: int, run: Run = run, done: int = index * args.iterations) -> None:
-                bar.set_description(run.name)
-                bar.update(done + iteration - bar.n)
-
-            asyncio.run(run.train(data, advance))
-    report(runs, output / _SUMMARY, output / _PICTURE)
+    report(runs, summary, picture)
     print(
         f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The paper takes 1 and 1. At alpha 3 the jump "
         "moves to earlier\nlayers, and the jump rate does not show it: make demo ARGS='--also 1:3'"
     )
-    print(f"Trained in {time.monotonic() - started:.0f} s. Picture: {output / _PICTURE}")
-    print(f"Numbers: {output / _SUMMARY}. Logs: {', '.join(str(run.log) for run in runs)}")
+    print(f"Trained in {time.monotonic() - started:.0f} s. Picture: {picture}")
+    print(f"Numbers: {summary}. Logs: {', '.join(str(run.log) for run in runs)}")
     models = " ".join(f"{run.name}={run.checkpoints}" for run in runs[:2])
     print(f"Compare the two models layer by layer: jreg-megatron evaluate {models}")
-
-
-def _clear(output: Path, names: list[str]) -> None:
-    """Remove the files of an earlier demo, and nothing else."""
-    earlier = [path for name in (*names, _SUMMARY, _PICTURE) if (path := output / name).exists()]
-    for path in earlier:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if earlier:
-        print(f"Removed the earlier runs in {output}")
-    output.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

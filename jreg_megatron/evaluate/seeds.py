@@ -39,8 +39,8 @@ def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
     paper = numbers()["tasks"]["seeds"]
     assumed = paper["difference"], paper["sd"]
     return {
-        "files": [seed[0].origin.file for seed in seeds],
-        "models": [model.origin.name for model in seeds[0]],
+        "files": [seed[0].file for seed in seeds],
+        "models": [model.name for model in seeds[0]],
         "limit": _limit(seeds[0][0]),
         "confidence": over_seeds.CONFIDENCE,
         "means": {
@@ -80,7 +80,7 @@ def _pair(file: str) -> tuple[Evaluated, Evaluated]:
     for model in found.evaluated:
         if missing := missing_tasks(model.tasks):
             raise UserError(
-                f"--seeds names {file}, where {model.origin.name} lacks {', '.join(missing)} of the paper's "
+                f"--seeds names {file}, where {model.name} lacks {', '.join(missing)} of the paper's "
                 "nine tasks; evaluate it with --tasks paper"
             )
     return found.evaluated[0], found.evaluated[1]
@@ -88,7 +88,7 @@ def _pair(file: str) -> tuple[Evaluated, Evaluated]:
 
 def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
     """Refuse seeds that were evaluated differently."""
-    files = " and ".join(seed[0].origin.file for seed in (first, other))
+    files = " and ".join(seed[0].file for seed in (first, other))
     limits = [_limit(seed[0]) for seed in (first, other)]
     if limits[0] != limits[1]:
         raise UserError(
@@ -101,7 +101,7 @@ def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None
             raise UserError(
                 f"--seeds: {name} has another metric or number of samples in {files}; evaluate both alike"
             )
-    names = [[model.origin.name for model in seed] for seed in (first, other)]
+    names = [[model.name for model in seed] for seed in (first, other)]
     if names[0] == names[1][::-1] != names[1]:
         raise UserError(
             f"--seeds: {files} have {' and '.join(names[0])} in two orders; evaluate the baseline first"
@@ -118,15 +118,14 @@ def _check_all_differ(seeds: Sequence[Sequence[Evaluated]]) -> None:
     """Refuse a model that would count as two seeds."""
     seen: dict[Any, str] = {}
     for model in chain(*seeds):
-        origin = model.origin
         scores = tuple(model.tasks[name].value for name in TASKS)
-        key = (origin.source, origin.revision, origin.step, scores)
+        key = (model.source, model.revision, model.step, scores)
         if key in seen:
             raise UserError(
-                f"--seeds: {origin.name} is the same model in {seen[key]} and in {origin.file}; each "
+                f"--seeds: {model.name} is the same model in {seen[key]} and in {model.file}; each "
                 "seed has a baseline and a JREG of its own"
             )
-        seen[key] = origin.file
+        seen[key] = model.file
 
 
 def _means(model: Evaluated) -> dict[str, float]:

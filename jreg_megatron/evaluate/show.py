@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from jreg_megatron.decoder.reference import name_at
-from jreg_megatron.measure.table import table as empty_table
 from jreg_megatron.paper import TASKS, missing_tasks
+from jreg_megatron.runtime.output import print_table
 
 MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
 """Names of the paper's means."""
@@ -23,35 +21,38 @@ _OF_LAYERS = {"read_out": "Loss read out by layer", "lens": "Loss through the le
 def print_tables(console: Any, document: dict[str, Any]) -> None:
     """Print tasks, layers, differences and notes."""
     models, comparison = document["models"], document["comparison"]
-    labels = [escape(name_at(model["name"], model["revision"], model["step"])) for model in models]
+    labels = [name_at(model["name"], model["revision"], model["step"]) for model in models]
     if models[0]["tasks"]:
-        console.print(_tasks_table(models, labels))
+        _print_tasks(console, models, labels)
         if comparison:
-            console.print(_difference_table(comparison, "Differences by task", _by_task(comparison)))
+            _print_differences(console, comparison, "Differences by task", _by_task(comparison))
     if any(model["read_out"] or model["lens"] or model["layer_drop"] for model in models):
         for model, name in zip(models, labels, strict=True):
-            console.print(_layers_table(model, name))
+            _print_layers(console, model, name)
         for part, title in _OF_LAYERS.items():
             if comparison and comparison[part]:
                 by_layer = dict(zip(map(str, count()), _by_layer(comparison[part]), strict=False))
-                console.print(_difference_table(comparison, title, by_layer))
+                _print_differences(console, comparison, title, by_layer)
     for line in _remarks(document):
         console.print(Text(line))
 
 
 def print_seeds(console: Any, document: dict[str, Any]) -> None:
     """Print the paper's test over seeds, and its power."""
-    first, second = map(escape, document["models"])
+    first, second = document["models"]
     seeds, power, paper = len(document["files"]), document["power"], document["paper"]
-    columns = ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided")
-    table = empty_table(f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}", *columns)
-    table.caption = f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference"
+    rows = []
     for key, found in document["means"].items():
         means = [f"{found[model]:.2f}" for model in ("first", "second")]
         differences = [f"{number:+.2f}" for number in (found["difference"], *found["interval"])]
-        p_value = "" if found["p_one_sided"] is None else _p(found["p_one_sided"])
-        table.add_row(MEANS[key], *means, *differences, f"{found['sd']:.2f}", p_value)
-    console.print(table)
+        rows.append([MEANS[key], *means, *differences, f"{found['sd']:.2f}", _p(found["p_one_sided"])])
+    print_table(
+        f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}",
+        ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided"),
+        rows,
+        f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference",
+        console=console,
+    )
     console.print(
         f"The paper, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
         f"{paper['p_one_sided']}.\n"
@@ -115,49 +116,45 @@ def _row(
     }
 
 
-def _tasks_table(models: list[dict[str, Any]], labels: list[str]) -> Table:
-    table = empty_table("Tasks", "task", "samples", "chance", *labels)
+def _print_tasks(console: Any, models: list[dict[str, Any]], labels: list[str]) -> None:
+    rows = []
     for name, task in models[0]["tasks"].items():
         chance = "" if task["chance"] is None else f"{task['chance']:.3f}"
         cells = [_value(model["tasks"][name]) if name in model["tasks"] else "" for model in models]
-        table.add_row(f"{escape(name)}\n{task['metric']}", str(task["samples"]), chance, *cells)
+        rows.append([f"{name}\n{task['metric']}", task["samples"], chance, *cells])
     if models[0]["paper_means"]:
         for key, words in MEANS.items():
             means = [(model["paper_means"] or {}).get(key) for model in models]
-            table.add_row(words, "", "", *("" if mean is None else f"{mean:.4f}" for mean in means))
-    return table
+            rows.append([words, "", "", *("" if mean is None else f"{mean:.4f}" for mean in means)])
+    print_table("Tasks", ("task", "samples", "chance", *labels), rows, console=console)
 
 
-def _layers_table(model: dict[str, Any], name: str) -> Table:
+def _print_layers(console: Any, model: dict[str, Any], name: str) -> None:
     read_out, layer_drop = model["read_out"] or {}, model["layer_drop"]
-    columns = {
-        title: [f"{value:.4f}" for value in read_out[key]]
-        for key, title in _READ_OUT_TITLES.items()
-        if key in read_out
-    }
-    if model["lens"]:
-        columns["loss by lens"] = [f"{value:.4f}" for value in model["lens"]["loss"]]
-    if layer_drop:
-        columns["loss without it"] = ["", *(f"{value:.4f}" for value in layer_drop["loss"])]
-    table = empty_table(f"Layers of {name}", "layer", *columns)
-    for layer, cells in enumerate(zip(*columns.values(), strict=True)):
-        table.add_row(str(layer), *cells)
+    columns = {title: read_out[key] for key, title in _READ_OUT_TITLES.items() if key in read_out}
+    columns |= {"loss by lens": model["lens"]["loss"]} if model["lens"] else {}
+    columns |= {"loss without it": [None, *layer_drop["loss"]]} if layer_drop else {}
+    rows = [
+        [layer, *("" if cell is None else f"{cell:.4f}" for cell in cells)]
+        for layer, cells in enumerate(zip(*columns.values(), strict=True))
+    ]
     unchanged = f" Nothing left out: {layer_drop['unchanged']:.4f}" if layer_drop else ""
-    table.caption = f"Loss in nats per token.{unchanged}"
-    return table
+    about = f"Loss in nats per token.{unchanged}"
+    print_table(f"Layers of {name}", ("layer", *columns), rows, about, console=console)
 
 
-def _difference_table(comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]) -> Table:
-    first, second = map(escape, comparison["models"])
-    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
-    table = empty_table(f"{title}: {second} - {first}", *columns)
-    table.caption = f"From, to: {comparison['confidence']:.0%} interval"
+def _print_differences(
+    console: Any, comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]
+) -> None:
+    rows = []
     for name, difference in found.items():
         numbers = [difference["difference"], *(difference["interval"] or (None, None))]
         cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
-        p_values = [difference["p_value"], difference.get("p_adjusted")]
-        table.add_row(escape(name), *cells, *("" if each is None else _p(each) for each in p_values))
-    return table
+        rows.append([name, *cells, _p(difference["p_value"]), _p(difference.get("p_adjusted"))])
+    first, second = comparison["models"]
+    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
+    about = f"From, to: {comparison['confidence']:.0%} interval"
+    print_table(f"{title}: {second} - {first}", columns, rows, about, console=console)
 
 
 def _remarks(document: dict[str, Any]) -> list[str]:
@@ -220,5 +217,7 @@ def _value(task: dict[str, Any]) -> str:
     return f"{task['value']:.3f}\n{low:.3f}–{high:.3f}"
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.2g}" if value >= 0.001 else "< 0.001"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+
+from jreg_megatron.runtime.output import print_table
 
 FINAL_STATES = {"pre_norm": "before", "post_norm": "after"}
 
@@ -20,75 +21,62 @@ _OF_LAYERS = (
     "angular_distance",
     "update_ratio",
 )
+_IN_LINES = {"displacement": 4, "displacement_std": 4, "jump_rate_from": 2, "angular_distance": 4}
+_IN_LINES |= {"norm": 2, "norm_largest": 2, "update_ratio": 4}
+"""The figures in a layer's line, each with its digits."""
 _COLUMNS, _LEAST_BARS = 54, 8
+_BAR_COLUMNS = ("Psi from layer 2 on", "Psi at the end")
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-def table(title: str, *columns: str, box: Box = HEAVY_HEAD) -> Table:
-    """An empty table whose first column holds names and the others numbers."""
-    made = Table(title=title, title_justify="left", caption_justify="left", box=box)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
-    return made
 
 
 def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
     """Print a line for each checkpoint: jump rate and last displacement, before and after the final norm."""
-    steps = ["step"] if any(model["step"] is not None for model in models) else []
-    columns = ("model", *steps, "L", "zeta_L", "after", "Psi_L", "after")
-    title = "The last layer's jump, before and after the final norm"
-    summary = table(title, *columns, box=SIMPLE_HEAD)
-    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * len(steps)
+    has_steps = any(model["step"] is not None for model in models)
+    columns = ["model", *(["step"] if has_steps else []), "L", "zeta_L", "after", "Psi_L", "after"]
+    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * has_steps
     if room >= _LEAST_BARS:
         most = max(model["num_layers"] for model in models)
-        summary.add_column("Psi from layer 2 on" if room > most else "Psi at the end")
+        columns.append(_BAR_COLUMNS[room <= most])
+    rows = []
     for model in models:
         rates, psi = model["jump_rate"], model["displacement"]
         step = "" if model["step"] is None else f"{model['step']:,}"
-        summary.add_row(
-            model["name"],
-            *([step] if steps else []),
-            str(model["num_layers"]),
-            *(_number(rates.get(state), 3) for state in FINAL_STATES),
-            *(_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES),
-            *([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []),
-        )
-    console.print(summary)
+        row = [model["name"], *([step] if has_steps else []), model["num_layers"]]
+        row += [_number(rates.get(state), 3) for state in FINAL_STATES]
+        row += [_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES]
+        rows.append(row + ([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []))
+    title = "The last layer's jump, before and after the final norm"
+    print_table(title, columns, rows, console=console, words=_BAR_COLUMNS, box=SIMPLE_HEAD)
 
 
 def print_layers(console: Console, model: dict[str, Any]) -> None:
     """Print a line for each layer."""
-    at = "" if model["step"] is None else f" at step {model['step']:,}"
-    columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm", "largest", "update")
-    layers = table(f"{model['name']}{at}", *columns, box=SIMPLE_HEAD)
     norms = [_number(model[kind]["pre_norm"][0], 2) for kind in ("norm", "norm_largest")]
-    layers.add_row("0", "", "", "", "", *norms, "")
+    rows = [["0", "", "", "", "", *norms, ""]]
     last = model["num_layers"] - 1
     for index in range(model["num_layers"]):
         states = ["pre_norm"] if index < last else list(model["displacement"])
         for state in states:
             note = f" ({FINAL_STATES[state]} norm)" if index == last and len(states) > 1 else ""
-            layers.add_row(
-                f"{index + 1}{note}",
-                _number(model["displacement"][state][index], 4),
-                _number(model["displacement_std"][state][index], 4),
-                _number(model["jump_rate_from"][state][index], 2),
-                _number(model["angular_distance"][state][index], 4),
-                _number(model["norm"][state][index + 1], 2),
-                _number(model["norm_largest"][state][index + 1], 2),
-                _number(model["update_ratio"][state][index], 4),
-            )
-    console.print(layers)
+            cells = [
+                _number(model[what][state][index + what.startswith("norm")], digits)
+                for what, digits in _IN_LINES.items()
+            ]
+            rows.append([f"{index + 1}{note}", *cells])
+    at = "" if model["step"] is None else f" at step {model['step']:,}"
+    columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm", "largest", "update")
+    print_table(f"{model['name']}{at}", columns, rows, console=console, box=SIMPLE_HEAD)
 
 
 def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
     """Print zeta_L of entries of the document, each beside the paper's."""
     columns = ("model", "revision", "paper", "before the final norm", "after it")
-    beside = table("zeta_L: the paper's and ours", *columns)
-    for model, printed in rows:
-        ours = [_number(model["jump_rate"].get(state), 2) for state in FINAL_STATES]
-        beside.add_row(model["name"], model["revision"] or "", f"{printed:g}", *ours)
-    console.print(beside)
+    found = [
+        [model["name"], model["revision"] or "", f"{printed:g}"]
+        + [_number(model["jump_rate"].get(state), 2) for state in FINAL_STATES]
+        for model, printed in rows
+    ]
+    print_table("zeta_L: the paper's and ours", columns, found, console=console)
 
 
 def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

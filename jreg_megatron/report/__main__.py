@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import STDOUT, check_outputs, write_bytes, write_text
 
 if TYPE_CHECKING:
-    from jreg_megatron.report.compose import Report
+    from jreg_megatron.report.page import Section
 
 _EPILOG = """\
 INPUT is one or more of:
@@ -68,45 +68,33 @@ def _report(args: argparse.Namespace) -> None:
     from jreg_megatron.report.reading import files_read, read
 
     paths = [Path(text) for text in args.inputs]
-    output = printable(args.output)
-    try:
-        check_outputs(output=args.output)
-    except OSError as error:
-        raise UserError(
-            f"--output is {output}, which cannot be written: {error.strerror}; name another"
-        ) from error
+    output, figures = printable(args.output), printable(args.figures or "")
+    check_outputs(output=args.output)
     inputs = files_read(paths)
     if args.output != STDOUT and os.path.realpath(args.output) in inputs:
         raise UserError(f"--output is {output}, which is an input; name another file")
-    figures = printable(args.figures or "")
     try:
         if args.figures:
             Path(args.figures).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--figures is {figures}, which cannot be made: {error.strerror}") from error
-    report = compose(read(paths), PaperProfiles(args.paper) if args.paper else None)
-    pictures = {Path(args.figures) / name: data for name, data in _drawn(report)} if args.figures else {}
-    for path in pictures:
-        if path.is_dir() or os.path.realpath(path) in inputs:
-            what = "a folder" if path.is_dir() else "an input"
-            raise UserError(f"--figures is {figures}, where {path.name} is {what}; name another folder")
-    write_text(args.output, render(printable(args.title), report.subtitle, report.sections))
+    subtitle, sections = compose(read(paths), PaperProfiles(args.paper) if args.paper else None)
+    pictures = {Path(args.figures) / name: data for name, data in _drawn(sections)} if args.figures else {}
+    page = render(printable(args.title), subtitle, sections)
     for path, data in pictures.items():
-        try:
-            write_bytes(str(path), data)
-        except UserError as error:
-            raise UserError(f"--figures is {figures}: {error}") from error
+        write_bytes(str(path), data)
+    write_text(args.output, page)
     if not args.quiet and args.output != STDOUT:
         print(f"Page: {output}")
         if pictures:
             print(f"Pictures: {len(pictures) // 2}, each as SVG and PNG, in {figures}")
 
 
-def _drawn(report: Report) -> Iterator[tuple[str, bytes]]:
+def _drawn(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the picture files: each figure, for each state of the last layer."""
     from jreg_megatron.report.charts import pictures
 
-    for figure in report.figures:
+    for figure in (figure for section in sections for figure in section.figures):
         states = next((choice.options for choice in figure.choices if choice.field == "state"), None)
         for state, words in (states or {"": ""}).items():
             name = f"{figure.name}_{state}" if states else figure.name

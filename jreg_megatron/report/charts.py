@@ -1,4 +1,4 @@
-"""Two kinds of picture in Vega-Lite: lines with a marker per value, and a heat map.
+"""Two kinds of picture as Vega-Lite dictionaries: lines with a marker per value, and a heat map.
 
 Each field of a chart has a name of ours. Names of models are only values. So Vega never reads text of the
 input as an expression, a field or an address.
@@ -6,7 +6,6 @@ input as an expression, a field or an address.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,6 +17,8 @@ from typing import Any, Literal
 import vl_convert
 
 Row = dict[str, Any]
+Chart = dict[str, Any]
+"""A Vega-Lite specification with its rows, as wide as its container and without a legend."""
 
 # The Okabe-Ito palette, for all kinds of colour vision; grey in place of its black, for dark pages.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676")
@@ -39,40 +40,26 @@ VEGA_LITE: str = vl_convert.get_vegalite_versions()[-1]
 _SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
 _WIDTH, _HEIGHT = 720, 330
 _LEGEND_WIDTH = 200  # of one of its columns
+_LEGEND = {"orient": "bottom", "title": None, "labelLimit": _LEGEND_WIDTH + 60}
+_LEGEND |= {"symbolSize": 70, "symbolOpacity": 1, "symbolLimit": 0}
 _LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
 """The looks of models; charts side by side may use the same colour for different models."""
-_LEGEND = {
-    "orient": "bottom",
-    "title": None,
-    "labelLimit": _LEGEND_WIDTH + 60,
-    "symbolSize": 70,
-    "symbolOpacity": 1,
-    "symbolLimit": 0,
-}
 _IS_THIN = "indexof(thin, datum.model) >= 0"
-_MAP_AXES = {"step": "training step", "layer": "layer"}
+_PICKED = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
 _LETTERS = 100
 _FEW_TICKS = 10
-_DWARFS = 8.0
-"""The ratio of largest value to median from which a linear axis hides most values."""
+_DWARFS, _FAR = 8.0, 20.0
+"""The ratio of largest value to median from which a linear axis hides most values; and most steps."""
+_SPACED = {"labelOverlap": True, "labelSeparation": 6}
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
-_GREY = "#5b6470"
+_WORDS = dict.fromkeys(("labelColor", "titleColor"), "#5b6470") | {"labelFontSize": 12}
 _CONFIG = {
     "font": _FONT,
     "aria": False,
     "view": {"stroke": None},
-    "axis": {
-        "gridColor": "#e3e6ea",
-        "domainColor": "#8a929c",
-        "tickColor": "#8a929c",
-        "labelColor": _GREY,
-        "titleColor": _GREY,
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-        "titlePadding": 8,
-    },
-    "legend": {"labelColor": _GREY, "titleColor": _GREY, "labelFontSize": 12, "titleFontWeight": "normal"},
+    "axis": {"gridColor": "#e3e6ea", "domainColor": "#8a929c", "tickColor": "#8a929c"}
+    | {"titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, **_WORDS},
+    "legend": {"titleFontWeight": "normal", **_WORDS},
     "title": {"color": "#1b1f24"},
 }
 
@@ -112,53 +99,136 @@ class Axis:
     """Empty: Vega chooses them."""
 
     def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
-        """This axis for the values of a field, with ticks and a definite scale."""
+        """This axis for the values of a field, with a definite scale."""
         values = sorted({float(row[field]) for row in rows} if self.whole else [row[field] for row in rows])
-        above = [value for value in values if value > 0]
         scale = self.scale
         if scale == "auto" and self.whole:  # some models have steps far apart, such as Pythia
-            is_far = len(values) >= 5 and values[-1] >= 20 * median(values)
+            is_far = len(values) >= 5 and values[-1] >= _FAR * median(values)
             scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
         elif scale == "auto":
-            scale = "log" if above and values[0] >= 0 and above[-1] > _DWARFS * median(above) else "linear"
+            above = [value for value in values if value > 0]
+            is_far = bool(above) and values[0] >= 0 and above[-1] > _DWARFS * median(above)
+            scale = "log" if is_far else "linear"
+        ticks = self.ticks
         if scale == "linear" and self.whole and values[-1] - values[0] < _FEW_TICKS:
             # Vega would also draw halves, with the label of the next integer.
-            return replace(self, scale=scale, ticks=tuple(range(round(values[0]), round(values[-1]) + 1)))
-        if scale == "linear" or self.ticks or not above:
-            return replace(self, scale=scale)
-        ends = [row[end] for row in rows if field == "y" for end in ("low", "high") if row.get(end)]
-        ends = [end for end in (*ends, *above) if end > 0]
-        ticks = log_ticks(min(ends), max(ends))
-        return replace(self, scale=scale, ticks=(0, *ticks) if scale == "symlog" else ticks)
+            ticks = tuple(range(round(values[0]), round(values[-1]) + 1))
+        elif scale != "linear" and not ticks:
+            # Vega would label 0.03 and 0.07.
+            even = (float(f"{digit}e{exponent}") for exponent in range(-9, 10) for digit in (1, 2, 5))
+            inside = [tick for tick in even if 0.9 * values[0] <= tick <= 1.1 * values[-1]]
+            ticks = (*([0] if scale == "symlog" else []), *inside) if len(inside) > 1 else ()
+        return replace(self, scale=scale, ticks=ticks)
+
+    def channel(self, field: str) -> dict[str, Any]:
+        """A field along this axis, for a channel of position."""
+        assert self.scale != "auto", "the axis is fitted to no rows yet"
+        ticks: dict[str, Any] = {"format": ",d" if self.whole else ".6~g"}
+        if self.scale != "linear":
+            # The page removes scale and ticks when it changes the axis to a linear one.
+            scale: dict[str, Any] = {"type": self.scale, "nice": False, "padding": 10}
+            ticks |= _SPACED
+        elif self.whole:
+            scale = {"nice": False, "zero": False, "padding": 8}
+            ticks |= {"tickMinStep": 1} | _SPACED
+        else:
+            scale = {"zero": self.zero}
+            ticks |= {"tickCount": 6}
+        ticks |= {"values": self.ticks} if self.ticks else {}
+        return _field(field) | {"title": self.title, "scale": scale, "axis": ticks}
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A picture as a Vega-Lite specification, its parameters and its rows."""
+def lines(
+    rows: list[Row],
+    looks: Mapping[str, Style],
+    x: Axis,
+    y: Axis,
+    *,
+    choices: Mapping[str, str] | None = None,
+    band: bool = False,
+    rule: float | None = None,
+) -> Chart:
+    """A line for each model through its values, with a marker on each.
 
-    spec: dict[str, Any]
-    params: list[dict[str, Any]]
-    rows: list[Row]
+    Args:
+        rows: ``model``, ``x``, ``y``, with ``band`` also ``low`` and ``high``, and a field for each choice.
+            Rows with ``seed`` in place of ``y`` are faint points. Then only thin models have bands, and the
+            intervals of the others are bars.
+        looks: by label, in order.
+        x, y: the axes, fitted to the rows.
+        choices: the default value of each field that selects rows.
+        band: fill between the ends; with more than :data:`BANDS` models only for picked ones.
+        rule: height of a horizontal line.
+    """
+    choices = choices or {}
 
-    def interactive(self) -> dict[str, Any]:
-        """The specification for the page: as wide as its container, without legend and background."""
-        return self._whole("container")
+    def look(values: list[Any]) -> dict[str, Any]:
+        return _field("model", "nominal") | {"legend": None, "scale": {"domain": [*looks], "range": values}}
 
-    def svg(self, name: str) -> str:
-        """The same as a static picture for the page; its ids begin with ``name``."""
-        return _convert(self._whole(_WIDTH), name)
+    def thin(value: int, usual: int) -> dict[str, Any]:
+        return {"condition": {"test": _IS_THIN, "value": value}, "value": usual}
 
-    def _whole(self, width: int | str) -> dict[str, Any]:
-        return self.spec | {
-            "$schema": _SCHEMA,
-            "config": _CONFIG,
-            "background": None,
-            "width": width,
-            "autosize": {"type": "fit-x", "contains": "padding"},
-            "params": self.params,
-            "data": {"name": "rows"},
-            "datasets": {"rows": self.rows},
-        }
+    tips = {"x": (x.title, "," if x.whole else x.format), "y": (y.title, y.format)}
+    tips |= {"low": ("band from", y.format), "high": ("band to", y.format)} if band else {}
+    tooltip = [_field("model", "nominal") | {"title": "model"}]
+    tooltip += [_field(name) | {"title": title, "format": form} for name, (title, form) in tips.items()]
+    base = {"x": x.channel("x"), "color": look([style.colour for style in looks.values()])}
+    fade = {"opacity": {"condition": {"test": _PICKED, "value": 1}, "value": 0.12}}
+    value = base | {"y": y.channel("y")} | fade
+    between = {"y": y.channel("low"), "y2": {"field": "high"}}
+    faint = min(0.22, 0.6 / len(looks)) if len(looks) <= BANDS else 0
+    opacity = [{"test": "length(picked) == 0", "value": faint}, {"test": _PICKED, "value": 0.25}]
+    dash = {"strokeDash": look([list(style.dash) for style in looks.values()]), "strokeWidth": thin(1, 2)}
+    shape = {"shape": look([style.symbol for style in looks.values()]), "size": thin(14, 46)}
+    has_seeds = any("seed" in row for row in rows)
+    means = "isValid(datum.y)"
+
+    def layer(mark: str, encoding: Mapping[str, Any], only: str = means, **more: Any) -> dict[str, Any]:
+        found = {"mark": {"type": mark} | more, "encoding": encoding}
+        return found | {"transform": [{"filter": only}]} if has_seeds else found
+
+    layers: list[dict[str, Any]] = []
+    if band:
+        area = base | between | {"opacity": {"condition": opacity, "value": 0}}
+        layers.append(layer("area", area, f"{means} && {_IS_THIN}"))
+    if rule is not None:
+        layers.append(layer("rule", {"y": {"datum": rule}}, strokeDash=[4, 4], color="#767676"))
+    layers.append(layer("line", value | dash))
+    layers.append(layer("point", value | shape | {"tooltip": tooltip}, filled=True))
+    if has_seeds:
+        layers.append(layer("rule", base | between, f"{means} && !({_IS_THIN})", strokeWidth=1.5))
+        seeds = base | {"y": y.channel("seed")}
+        layers.append(layer("point", seeds, "isValid(datum.seed)", filled=True, size=36, opacity=0.35))
+    is_log = y.scale == "log"
+    filters = [f"datum.{name} === {name}" for name in choices]
+    filters += ["scale !== 'log' || !(datum.y <= 0)"] if is_log else []
+    params = {"picked": [], "thin": [label for label, style in looks.items() if style.thin], **choices}
+    return _chart({"layer": layers}, filters, params | ({"scale": "log"} if is_log else {}), rows)
+
+
+def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
+    """Layers over training steps, with displacement as colour on a logarithmic scale.
+
+    ``rows`` have ``step``, ``layer``, ``state`` and ``value``; the colours end at ``low`` and ``high``.
+    """
+    step, layer = _field("step", "ordinal"), _field("layer", "ordinal") | {"title": "layer"}
+    step |= {"title": "training step"}
+    legend = {"title": "displacement", "format": ".2~g", "gradientLength": min(height, 200), "tickCount": 4}
+    scale = {"type": "log", "domain": [low, high], "scheme": "viridis", "clamp": True}
+    value = _field("value") | {"title": "displacement"}
+    encoding = {
+        "x": step | {"axis": {"labelAngle": 0, "format": ","} | _SPACED},
+        "y": layer | {"sort": "descending", "axis": _SPACED},
+        "color": value | {"legend": legend, "scale": scale},
+        "tooltip": [step | {"format": ","}, layer, value | {"format": ".4~g"}],
+    }
+    spec = {"mark": {"type": "rect"}, "encoding": encoding}
+    return _chart(spec, ["datum.state === state"], {"state": "pre_norm"}, rows, height)
+
+
+def still(chart: Chart, name: str) -> str:
+    """A chart as a static picture for the page, in SVG; its ids begin with ``name``."""
+    return _convert(chart | {"width": _WIDTH}, name)
 
 
 def pictures(
@@ -171,33 +241,32 @@ def pictures(
 ) -> tuple[str, bytes]:
     """SVG and PNG as files: rows of charts on white, with titles and legends.
 
-    Charts in a row share a vertical axis with one title. Charts with the same legend share it.
-
-    Args:
-        title, subtitle: above all of them.
-        rows: each chart with its title.
-        width: of a chart, in pixels of the SVG; the PNG has twice as many.
-        chosen: values of the charts' parameters.
+    Charts in a row share a vertical axis with one title. Charts with the same legend share it. A chart is
+    ``width`` pixels wide in the SVG, twice as many in the PNG; ``chosen`` are values of its parameters.
     """
     datasets: dict[str, list[Row]] = {}
     params: dict[str, Any] = {}
-    domains: list[Any] = []
+    legends: list[Any] = []
     placed = []
     for row in rows:
         panels = []
         for name, chart in row:
             data = f"rows{len(datasets)}"
-            datasets[data] = chart.rows
-            params |= {param["name"]: param for param in chart.params}
-            panel = deepcopy(chart.spec) | {"width": width, "data": {"name": data}}
+            datasets[data] = chart["datasets"]["rows"]
+            params |= {param["name"]: param for param in chart["params"]}
+            panel = {key: deepcopy(chart[key]) for key in _OF_A_PANEL if key in chart}
+            panel |= {"width": width, "data": {"name": data}}
             panel["title"] = {"text": name, "fontSize": 13, "fontWeight": "normal"}
             channels = [
-                layer["encoding"].get(name, {}) for layer in panel.get("layer", []) for name in _LOOKS
+                layer["encoding"][look]
+                for layer in panel.get("layer", ())
+                for look in _LOOKS
+                if look in layer["encoding"]
             ]
-            if (domain := [found["scale"]["domain"] for found in channels if found]) not in domains:
-                domains.append(domain)
-                for found in filter(None, channels):
-                    found["legend"] = _LEGEND | {"columns": len(row) * width // _LEGEND_WIDTH}
+            if (legend := [channel["scale"]["domain"] for channel in channels]) not in legends:
+                legends.append(legend)
+                for channel in channels:
+                    channel["legend"] = _LEGEND | {"columns": len(row) * width // _LEGEND_WIDTH}
             panels.append(panel)
         titles = {panel["layer"][-1]["encoding"]["y"]["title"] for panel in panels if "layer" in panel}
         scales = _LOOKS | {"y": "shared" if len(titles) == 1 else "independent"}
@@ -205,30 +274,16 @@ def pictures(
     heading: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 12}
     letters = _LETTERS * max(map(len, rows), default=1) * width // _WIDTH
     heading |= {"subtitle": wrap(subtitle, letters), "subtitleFontSize": 12} if subtitle else {}
-    svg = _convert(
-        {
-            "$schema": _SCHEMA,
-            "title": heading,
-            "background": "white",
-            "padding": 14,
-            "config": _CONFIG,
-            "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
-            "datasets": datasets,
-            "vconcat": placed,
-            "resolve": {"scale": _LOOKS},
-        },
-        "figure",
-    )
+    whole = {
+        **{"$schema": _SCHEMA, "title": heading, "background": "white", "padding": 14, "config": _CONFIG},
+        "params": [p | {"value": (chosen or {}).get(p["name"], p["value"])} for p in params.values()],
+        **{"datasets": datasets, "vconcat": placed, "resolve": {"scale": _LOOKS}},
+    }
+    svg = _convert(whole, "figure")
     return svg, vl_convert.svg_to_png(svg, scale=2)
 
 
-def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """A few round numbers from ``low`` to ``high``, both above 0, at even factors."""
-    decades = math.log10(high / low)
-    mantissas = (1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{mantissa}e{exponent}") for exponent in exponents for mantissa in mantissas]
-    return tuple(tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high)
+_OF_A_PANEL = ("layer", "mark", "encoding", "height", "transform")
 
 
 def _convert(spec: dict[str, Any], name: str) -> str:
@@ -240,149 +295,8 @@ def _convert(spec: dict[str, Any], name: str) -> str:
     return svg
 
 
-def lines(
-    rows: list[Row],
-    models: Sequence[tuple[str, Style]],
-    x: Axis,
-    y: Axis,
-    *,
-    choices: dict[str, str] | None = None,
-    band: bool = False,
-    rule: float | None = None,
-) -> Chart:
-    """A line for each model through its values, with a marker on each.
-
-    Args:
-        rows: ``model``, ``x``, ``y``, with ``band`` also ``low`` and ``high``, and a field for each choice.
-        models: label and look, in order.
-        x, y: the axes.
-        choices: fields that select rows, each with its default value.
-        band: fill from ``low`` to ``high``; with more than :data:`BANDS` models only for picked ones.
-        rule: height of a horizontal line.
-    """
-    choices = choices or {}
-    labels, styles = [label for label, _ in models], [style for _, style in models]
-    picked = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
-
-    def look(values: list[Any]) -> dict[str, Any]:
-        return _field("model", "nominal") | {"legend": None, "scale": {"domain": labels, "range": values}}
-
-    def thin(value: int, usual: int) -> dict[str, Any]:
-        return {"condition": {"test": _IS_THIN, "value": value}, "value": usual}
-
-    tips = {"x": (x.title, "," if x.whole else x.format), "y": (y.title, y.format)}
-    tips |= {"low": ("band from", y.format), "high": ("band to", y.format)} if band else {}
-    tooltip = [_field("model", "nominal") | {"title": "model"}]
-    tooltip += [_field(name) | {"title": title, "format": form} for name, (title, form) in tips.items()]
-    base = {"x": _position("x", x), "color": look([style.colour for style in styles])}
-    value = base | {
-        "y": _position("y", y),
-        "opacity": {"condition": {"test": picked, "value": 1}, "value": 0.12},
-    }
-    faint = min(0.22, 0.6 / len(models)) if len(models) <= BANDS else 0
-    opacity = [{"test": "length(picked) == 0", "value": faint}, {"test": picked, "value": 0.25}]
-    area = {"y": _position("low", y), "y2": {"field": "high"}, "opacity": {"condition": opacity, "value": 0}}
-    layers: list[dict[str, Any]] = [{"mark": {"type": "area"}, "encoding": base | area}] if band else []
-    if rule is not None:
-        mark = {"type": "rule", "strokeDash": [4, 4], "color": "#767676"}
-        layers.append({"mark": mark, "encoding": {"y": {"datum": rule}}})
-    dash = {"strokeDash": look([list(style.dash) for style in styles]), "strokeWidth": thin(1, 2)}
-    shape = {"shape": look([style.symbol for style in styles]), "size": thin(14, 46), "tooltip": tooltip}
-    layers.append({"mark": {"type": "line"}, "encoding": value | dash})
-    layers.append({"mark": {"type": "point", "filled": True}, "encoding": value | shape})
-    is_log = y.scale == "log"
-    filters = [f"datum.{name} === {name}" for name in choices]
-    filters += ["scale !== 'log' || datum.y > 0"] if is_log else []
-    thin_ones = [label for label, style in models if style.thin]
-    params = {"picked": [], "thin": thin_ones} | choices | ({"scale": "log"} if is_log else {})
-    return _chart({"layer": layers}, filters, params, rows)
-
-
-def with_seeds(chart: Chart, seeds: list[Row]) -> Chart:
-    """Add a faint point for each seed to a chart of :func:`lines`, and draw intervals as bars.
-
-    Thin models keep their bands.
-
-    Args:
-        chart: with bands.
-        seeds: ``model``, ``x`` and ``seed``, the seed's value.
-    """
-    spec, is_mean = deepcopy(chart.spec), "isValid(datum.y)"
-    for layer in spec["layer"]:
-        layer["transform"] = [{"filter": is_mean}]
-    spec["layer"][0]["transform"].append({"filter": _IS_THIN})
-    line = spec["layer"][-1]["encoding"]
-    of_model = {"x": line["x"], "color": line["color"]}
-    y = {key: line["y"][key] for key in ("axis", "scale", "title", "type")}
-    spec["layer"] += [
-        {
-            "mark": {"type": "rule", "strokeWidth": 1.5},
-            "transform": [{"filter": f"{is_mean} && !({_IS_THIN})"}],
-            "encoding": of_model | {"y": y | {"field": "low"}, "y2": {"field": "high"}},
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 36, "opacity": 0.35},
-            "transform": [{"filter": "isValid(datum.seed)"}],
-            "encoding": of_model | {"y": y | {"field": "seed"}},
-        },
-    ]
-    return replace(chart, spec=spec, rows=chart.rows + seeds)
-
-
-def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
-    """Layers over training steps, with displacement as colour on a logarithmic scale.
-
-    Args:
-        rows: ``step``, ``layer``, ``state`` and ``value``, which is above 0.
-        low, high: ends of the colour scale; equal for all maps of a page.
-        height: in pixels.
-    """
-    spaced = {"labelOverlap": True, "labelSeparation": 6}
-    step, layer = (_field(name, "ordinal") | {"title": title} for name, title in _MAP_AXES.items())
-    turn = {
-        "legend": {
-            "title": "displacement",
-            "format": ".2~g",
-            "gradientLength": min(height, 200),
-            "tickCount": 4,
-        },
-        "scale": {"type": "log", "domain": [low, high], "scheme": "viridis", "clamp": True},
-    }
-    encoding = {
-        "x": step | {"axis": {"labelAngle": 0, "format": ","} | spaced},
-        "y": layer | {"sort": "descending", "axis": spaced},
-        "color": _field("value") | turn,
-        "tooltip": [
-            step | {"format": ","},
-            layer,
-            _field("exact") | {"title": "displacement", "format": ".4~g"},
-        ],
-    }
-    spec = {"mark": {"type": "rect"}, "encoding": encoding}
-    return _chart(spec, ["datum.state === state"], {"state": "pre_norm"}, rows, height)
-
-
 def _field(name: str, kind: str = "quantitative") -> dict[str, Any]:
     return {"field": name, "type": kind}
-
-
-def _position(name: str, axis: Axis) -> dict[str, Any]:
-    """A field along an axis, for a channel of position."""
-    ticks: dict[str, Any] = {"format": ",d" if axis.whole else ".6~g"}
-    spaced = {"labelOverlap": True, "labelSeparation": 6}
-    assert axis.scale != "auto", "the axis is fitted to no rows yet"
-    if axis.scale != "linear":
-        # The page removes scale and ticks when it changes the axis to a linear one.
-        scale: dict[str, Any] = {"type": axis.scale, "nice": False, "padding": 10}
-        ticks |= spaced
-    elif axis.whole:
-        scale = {"nice": False, "zero": False, "padding": 8}
-        ticks |= {"tickMinStep": 1} | spaced
-    else:
-        scale = {"zero": axis.zero}
-        ticks |= {"tickCount": 6}
-    ticks |= {"values": axis.ticks} if axis.ticks else {}
-    return _field(name) | {"title": axis.title, "scale": scale, "axis": ticks}
 
 
 def _chart(
@@ -392,5 +306,10 @@ def _chart(
     rows: list[Row],
     height: int = _HEIGHT,
 ) -> Chart:
-    spec |= {"height": height, "transform": [{"filter": text} for text in filters]}
-    return Chart(spec, [{"name": name, "value": value} for name, value in params.items()], rows)
+    return spec | {
+        **{"$schema": _SCHEMA, "config": _CONFIG, "background": None, "width": "container"},
+        **{"height": height, "autosize": {"type": "fit-x", "contains": "padding"}},
+        "transform": [{"filter": text} for text in filters],
+        "params": [{"name": name, "value": value} for name, value in params.items()],
+        **{"data": {"name": "rows"}, "datasets": {"rows": rows}},
+    }

@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jreg_megatron.runtime.errors import UserError
 
-_SHOWN = 40
-_TOO_LARGE = 2**1000  # a float ends near 2**1024
+_SHOWN, _PLACE = 40, 120
 # Where pydantic's own words are Python's or too long.
 _MUST = {
     **dict.fromkeys(("model_type", "dict_type"), "an object"),
@@ -60,7 +59,7 @@ def checked(path: Path, schema: Any, value: Any) -> Any:
     """
     file = printable(str(path))
     try:
-        return TypeAdapter(schema).validate_python(value, context={"file": file, "layers": 0})
+        return TypeAdapter(schema).validate_python(value, context={"layers": 0})
     except ValidationError as error:
         raise UserError(f"{file}: {_wrong(error.errors()[0])}") from error
 
@@ -70,20 +69,18 @@ def refuse(must: str, *at: str, **found: Any) -> PydanticCustomError:
     return PydanticCustomError("wrong", "wrong", {"must": must, "at": at, **found})
 
 
-def number(low: float = -math.inf, high: float = math.inf) -> BeforeValidator:
-    """A finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
+def within(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
+    """For a finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
     wanted = "a finite number"
     if low > -math.inf:
         wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
-    slack = 1e-6 * (high - low) if math.isfinite(high - low) else 0.0
 
-    def check(value: Any) -> float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and abs(value) < _TOO_LARGE and low - slack <= value <= high + slack):
+    def check(value: float) -> float:
+        if not (math.isfinite(value) and low - 1e-6 <= value <= high + 1e-6):
             raise refuse(wanted)
-        return min(max(float(value), low), high)
+        return min(max(value, low), high)
 
-    return BeforeValidator(check)
+    return AfterValidator(check)
 
 
 def _text(value: Any) -> str:
@@ -111,9 +108,9 @@ Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_
 
 def _wrong(error: ErrorDetails) -> str:
     about = error.get("ctx", {})
-    place, value = "", about.get("value", error["input"])
-    for part in (*error["loc"], *about.get("at", ())):
-        place = f"{place}[{part}]" if isinstance(part, int) else _below(place, part)
+    value, parts = about.get("value", error["input"]), (*error["loc"], *about.get("at", ()))
+    keys = (f".{part}" if str(part).isidentifier() else f"[{json.dumps(part)}]" for part in parts)
+    place = shortened("".join(keys).removeprefix("."), _PLACE)
     if error["type"] == "missing" or value is None:
         return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
     must = about.get("must") or _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
@@ -121,15 +118,8 @@ def _wrong(error: ErrorDetails) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object of {len(value)}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and abs(value) > 10**_SHOWN:
         return "a number too large"
     return shortened(json.dumps(value, ensure_ascii=False), _SHOWN)
-
-
-def _below(place: str, key: str) -> str:
-    name = key if key.isidentifier() and len(key) <= _SHOWN else f'["{shortened(key, _SHOWN)}"]'
-    return f"{place}.{name}" if place and not name.startswith("[") else f"{place}{name}"

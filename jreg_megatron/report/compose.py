@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jreg_megatron.report import tables
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.figures import Figure, figures
+from jreg_megatron.report.figures import figures
 from jreg_megatron.report.inputs import Comparison, Inputs
-from jreg_megatron.report.labels import LENGTH, label
-from jreg_megatron.report.models import Model, convention, models_of
+from jreg_megatron.report.models import LENGTH, Model, convention, label, models_of
 from jreg_megatron.report.page import Section
 from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.runtime.errors import UserError
@@ -22,33 +19,25 @@ _OF_FIGURES = (
     ("middle", "Middle layers", ("read_out", "lens", "early_exit", "layer_drop")),
 )
 _FEW = 12
+_ABOUT_SUMMARY = (
+    "Displacement Ψ: how far a layer turns the state, from 0 to 1. Jump rate ζ: Ψ of the last layer minus Ψ "
+    "of the layer before, times 100; 0 if that is negative. Both depend on the last layer's output: before "
+    "or after the final norm. Each number names its own."
+)
 _ABOUT_SCORES = "Scores, with intervals in brackets."
 _ABOUT_DIFFERENCES = (
     " A difference is one model minus the other, on the same samples. A small p value: chance alone seldom "
     "makes a difference so large. An adjusted p value is corrected for several tests. Chance is only that of "
     "the samples: other training seeds may give a larger or smaller difference."
 )
+_ABOUT_SOURCES = (
+    "A measurement takes the last layer's output both before and after the final norm, if there is one. "
+    "A training run logs one of them, by its settings. A dropped first token counts in no mean."
+)
 
 
-@dataclass(frozen=True)
-class Report:
-    """All parts of a page."""
-
-    subtitle: str
-    sections: list[Section]
-
-    @property
-    def figures(self) -> list[Figure]:
-        """In order of the page."""
-        return [figure for section in self.sections for figure in section.figures]
-
-
-def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
-    """The parts of the page.
-
-    Args:
-        inputs: all inputs.
-        paper: profiles to draw under the displacement per layer.
+def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> tuple[str, list[Section]]:
+    """The subtitle and the parts of the page, with ``paper`` under the displacement per layer.
 
     Raises:
         UserError: if ``paper`` is given and no input has a displacement.
@@ -63,42 +52,29 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> Report:
             f"--paper is {paper.size}, but no input has the displacement of layers; add a measurement or a "
             "training run, or leave --paper out"
         )
-    sections = [
-        Section(
-            "summary",
-            "In short",
-            "Displacement Ψ: how far a layer turns the state, from 0 to 1. Jump rate ζ: Ψ of the last layer "
-            "minus Ψ of the layer before, times 100; 0 if that is negative. Both depend on the last layer's "
-            "output: before or after the final norm. Each number names its own.",
-            tables=(tables.headline(models, first),),
-        )
-    ]
-    for name, title, prefixes in _OF_FIGURES:
-        if mine := tuple(figure for figure in drawn if figure.name.startswith(prefixes)):
-            sections.append(Section(name, title, figures=mine))
-    scores = [tables.tasks(models), *(tables.comparison(*entry) for entry in compared)]
-    found = tuple(table for table in scores if table is not None)
-    if found:
-        notes = tuple(
-            shortened(note, 400) for comparison, _, _ in compared for note in comparison.notes or ()
-        )
-        about = _ABOUT_SCORES + (_ABOUT_DIFFERENCES if inputs.comparisons else "")
-        sections.append(Section("tasks", "Tasks", about, tables=found, notes=notes))
+    scores = [*tables.tasks(models), *(table for entry in compared for table in tables.comparison(*entry))]
+    notes = [note for comparison, _, _ in compared for note in comparison.notes or ()]
+    about = _ABOUT_SCORES + (_ABOUT_DIFFERENCES if compared else "")
     differing, every = tables.settings(models)
-    if every:
-        shown = () if differing is None else (differing,)
-        sections.append(Section("settings", "Settings", tables=shown, folded=(every,)))
     sources = tables.sources(models)
-    few = () if sources is None or len(sources.rows) > _FEW else (sources,)
-    many = () if sources is None or few else (sources,)
-    files = (tables.files(models), *few)
-    conventions = (
-        "A measurement takes the last layer's output both before and after the final norm, if there is one. "
-        "A training run logs one of them, by its settings. A dropped first token counts in no mean."
-    )
-    sections.append(Section("sources", "Where the numbers come from", conventions, tables=files, folded=many))
+    sections = [
+        Section("summary", "In short", _ABOUT_SUMMARY, tables=[tables.headline(models, first)]),
+        *(
+            Section(name, title, figures=[figure for figure in drawn if figure.name.startswith(prefixes)])
+            for name, title, prefixes in _OF_FIGURES
+        ),
+        Section("tasks", "Tasks", about, tables=scores, notes=[shortened(note, 400) for note in notes]),
+        Section("settings", "Settings", tables=differing, folded=every),
+        Section(
+            "sources",
+            "Where the numbers come from",
+            _ABOUT_SOURCES,
+            tables=[tables.files(models), *(table for table in sources if len(table.rows) <= _FEW)],
+            folded=[table for table in sources if len(table.rows) > _FEW],
+        ),
+    ]
     count = f"{len(models)} model" + ("" if len(models) == 1 else "s")
-    return Report(count, sections)
+    return count, [part for part in sections if part.figures or part.tables or part.folded]
 
 
 def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, str, str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines
 from jreg_megatron.report.check import shortened
-from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured, State
+from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured
 from jreg_megatron.report.models import Model
 from jreg_megatron.report.paper_profiles import PaperProfiles
-from jreg_megatron.report.tables import LOSS, Cell, Table, known, p_value
+from jreg_megatron.report.tables import LOSS, Cell, Table, p_value
 
 STEP, LAYER = Axis("training step", whole=True, scale="auto"), Axis("layer", whole=True)
 PSI = Axis("displacement Ψ", scale="auto")
@@ -22,42 +21,37 @@ _RATE = Axis("jump rate ζ", zero=True)
 _LOSS = Axis("loss (nats per token)", format=".5~g")
 _MAP_ROW, _MAP_LEAST, _MAP_MOST = 9, 150, 600
 
+Looks = dict[str, Style]
+Entries = Sequence[tuple[str, Measured]]
+"""Measurements, each with the label of its model."""
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of the reader: which rows of a figure are shown."""
+    """A choice of the reader: the value of a field in the rows that are shown.
+
+    ``options`` has the text of each value; the first value is the default.
+    """
 
     field: str
     title: str
     options: dict[str, str]
-    """The text of each value; the first value is the default."""
-
-    @property
-    def first(self) -> str:
-        """The default."""
-        return next(iter(self.options))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its title, caption, table and choices."""
+    """A picture with its table. The name is for files and links: small letters, digits and underscores."""
 
     name: str
-    """For files and links: small letters, digits and underscores."""
     title: str
     caption: str
     chart: Chart
     table: Table
-    models: tuple[tuple[str, Style], ...] = ()
-    """The legend; may be empty."""
+    looks: Looks
+    """The legend, by label; may be empty."""
     choices: tuple[Choice, ...] = ()
     convention: str = ""
-    """The subtitle of the picture as a file: how it was measured; may be empty."""
-
-
-Looks = Mapping[str, Style]
-Columns = dict[str, dict[Any, Cell]]
-"""A figure's numbers by column and row of its table."""
+    """How it was measured: the subtitle of the picture as a file."""
 
 
 def figures(
@@ -66,23 +60,17 @@ def figures(
     first: str = "kept",
     paper: PaperProfiles | None = None,
 ) -> list[Figure]:
-    """All figures with numbers.
+    """All figures with numbers; comparisons come with the labels of their models.
 
-    Args:
-        models: with their labels.
-        comparisons: each with the labels of its two models.
-        first: the first token: ``kept`` or ``dropped``.
-        paper: profiles to draw under the displacement per layer.
+    ``first`` says whether first tokens are ``kept`` or ``dropped``; ``paper`` lies under the displacement.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found = [
-        displacement(models, looks, first, paper),
-        displacement_in_training(models, looks, paper),
-        jump_rate(models, looks, first),
-        *in_training(models, looks),
-        *heat_maps(models, first),
-        *by_layer(models, looks),
-        *(read_out_difference(*compared, index) for index, compared in enumerate(comparisons)),
+        _displacement(models, looks, first, paper),
+        _jump_rate(models, looks, first),
+        *(_curve(models, looks, paper, *curve) for curve in _CURVES),
+        *_heat_maps(models, first),
+        *(_read_out_difference(*compared, number) for number, compared in enumerate(comparisons, start=1)),
     ]
     return [figure for figure in found if figure is not None]
 
@@ -91,125 +79,118 @@ def drawn(
     name: str,
     title: str,
     caption: str,
-    rows: list[Row],
-    looks: Looks,
+    rows: Iterable[Row],
     x: Axis,
     y: Axis,
-    table: Table,
     *,
+    looks: Looks | None = None,
+    table: Table | str = "",
+    form: str = "#.4g",
     choices: Sequence[Choice] = (),
     convention: str = "",
     band: bool = False,
     rule: float | None = None,
 ) -> Figure | None:
-    """A line for each model; a logarithmic axis can be switched to linear. None without rows.
+    """A line for each model; a logarithmic axis can be switched to linear. None without a finite number.
 
     Args:
-        name, title, caption, table, convention: see :class:`Figure`.
-        rows: see :func:`~jreg_megatron.report.charts.lines`; so are ``band`` and ``rule``.
+        rows: as for :func:`~.charts.lines`. Values that are not finite are in the table only. There a value
+            stands in ``column`` and ``row``, by default its model and its ``x``; with None as ``row`` not.
         looks: by label, in order; may have more models.
-        x, y: the axes.
-        choices: of rows.
+        table: the table, or its caption; by default the title. ``form`` is the format of its numbers.
     """
-    if not rows:
+    rows = list(rows)
+    values = [row.get("y", row.get("seed")) for row in rows]
+    found = [
+        {key: cell for key, cell in row.items() if key not in ("column", "row")}
+        for row, value in zip(rows, values, strict=True)
+        if value is not None and math.isfinite(value)
+    ]
+    if not (means := [row for row in found if "y" in row]):
         return None
-    x, y = x.fitted(rows, "x"), y.fitted(rows, "y")
-    labels = {row["model"] for row in rows}
-    shown = tuple((label, style) for label, style in looks.items() if label in labels)
-    chart = lines(rows, shown, x, y, choices={c.field: c.first for c in choices}, band=band, rule=rule)
+    labels = dict.fromkeys(row["model"] for row in found)
+    looks = looks or {label: Style.of(0) for label in labels}
+    shown = {label: style for label, style in looks.items() if label in labels}
+    found.sort(key=lambda row: not shown[row["model"]].thin)  # what is drawn first lies below
+    x, y = x.fitted(means, "x"), y.fitted(means, "y")
     if y.scale == "log":
         caption += " The axis is logarithmic: equal distances are equal factors."
         choices = [*choices, Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"})]
+        floor = min((row["y"] for row in means if row["y"] > 0), default=1e-9) / 2
+        for row in means:
+            if row.get("low") is not None:
+                row["low"] = max(floor, row["low"])
+    chosen = {choice.field: next(iter(choice.options)) for choice in choices if choice.field != "scale"}
+    chart = lines(found, shown, x, y, choices=chosen, band=band, rule=rule)
+    if not isinstance(table, Table):
+        table = _numbers(table or title, x.title.removeprefix("training "), rows, form)
     return Figure(name, title, caption, chart, table, shown, tuple(choices), convention.strip())
+
+
+def _numbers(caption: str, corner: str, rows: Iterable[Row], form: str = "#.4g") -> Table:
+    """The table of a figure's rows."""
+    columns: dict[Any, dict[Any, Cell]] = {}
+    for row in rows:
+        if "y" in row and (place := row.get("row", row["x"])) is not None:
+            columns.setdefault(row.get("column", row["model"]), {})[place] = row["y"]
+    return Table.of(caption, corner, columns, form)
 
 
 def curves(
     name: str,
     title: str,
     caption: str,
-    found: Mapping[str, Mapping[Any, float | Estimate | None]],
+    found: Mapping[str, Mapping[Any, Estimate | float] | Sequence[tuple[Any, float]]],
     x: Axis,
     y: Axis,
     *,
-    looks: Looks | None = None,
-    table: str = "",
-    form: str = "#.4g",
-    convention: str = "",
-    band: bool = False,
-    rule: float | None = None,
+    seeds: Sequence[Row] = (),
+    **more: Any,
 ) -> Figure | None:
-    """A line for each label through its values; see :func:`drawn`.
+    """:func:`drawn` from points by label: the mean of the values at each place, over seeds.
 
-    Args:
-        name, title, caption, convention, rule: see there.
-        found: values by label and horizontal place. Values that are not finite are in the table only.
-        x, y: the axes.
-        looks: by label; by default in order.
-        table: the table's caption; by default the title.
-        form: the format of the table's numbers.
-        band: show the intervals over seeds.
+    With ``band`` its interval is drawn too; ``seeds`` are rows of single seeds.
     """
     rows: list[Row] = []
-    columns: Columns = {label: {} for label, values in found.items() if values}
-    for label in columns:
-        for place, value in sorted(found[label].items()):
-            mean, *ends = (value.mean, value.low, value.high) if isinstance(value, Estimate) else (value,)
-            columns[label][place] = mean
-            if mean is not None and math.isfinite(mean):
-                low, high = (mean if end is None else end for end in ends or (None, None))
-                low = max(low, mean / 10) if y.scale == "log" else low
-                rows.append(
-                    {"model": label, "x": place, "y": mean, **({"low": low, "high": high} if band else {})}
-                )
-    caption += f" The band is the {interval_name()}." if band else ""
-    looks = looks or {label: Style.of(index) for index, label in enumerate(columns)}
-    numbers = Table.of(table or title, x.title.removeprefix("training "), columns, form)
-    return drawn(
-        name, title, caption, rows, looks, x, y, numbers, convention=convention, band=band, rule=rule
-    )
+    looks: Looks = {}
+    for label, points in found.items():
+        at: dict[Any, list[Any]] = {}
+        for place, value in points.items() if isinstance(points, Mapping) else points:
+            at.setdefault(place, []).append(value)
+        looks |= {label: Style.of(len(looks))} if at else {}
+        for place, values in sorted(at.items()):
+            of = values[0] if isinstance(values[0], Estimate) else Estimate.of(values)
+            assert of is not None  # there are values
+            ends = {
+                "low": of.mean if of.low is None else of.low,
+                "high": of.mean if of.high is None else of.high,
+            }
+            rows.append({"model": label, "x": place, "y": of.mean} | (ends if more.get("band") else {}))
+    caption += f" The band is the {interval_name()}." if more.get("band") else ""
+    return drawn(name, title, caption, [*rows, *seeds], x, y, **{"looks": looks} | more)
 
 
-def displacement(
-    models: Sequence[Model], looks: Looks, first: str, paper: PaperProfiles | None = None
+def _displacement(
+    models: Sequence[Model], looks: Looks, first: str, paper: PaperProfiles | None
 ) -> Figure | None:
     """Measured displacement per layer, with its spread over tokens."""
-    last_ones = {model.label: model.measured[-1] for model in models if model.measured}
-    if not last_ones:
+    entries = [(model.label, model.measured[-1]) for model in models if model.measured]
+    if not entries:
         return None
-    kinds = sorted({kind for entry in last_ones.values() for kind in entry.blocks}, key=lambda k: k != first)
+    kinds = sorted({kind for _, entry in entries for kind in entry.blocks}, key=lambda kind: kind != first)
+    depth = max(entry.num_layers for _, entry in entries)
     rows: list[Row] = []
-    columns: Columns = {}
-    for (label, entry), kind, state in product(last_ones.items(), kinds, STATES):
-        if state not in entry.states:
-            continue
-        block = entry.block(kind)
-        spreads = block.displacement_std[state] if block.displacement_std else [None] * entry.num_layers
-        for layer, (psi, spread) in enumerate(zip(block.displacement[state], spreads, strict=True), start=1):
-            rows.append(
-                {"model": label, "x": layer, "y": psi, "state": state, "first": kind, "spread": spread}
-            )
-            if kind == kinds[0]:
-                columns.setdefault(_named(label, entry, kind), {})[_place(layer, state, entry)] = psi
-    depth = max(entry.num_layers for entry in last_ones.values())
-    said, words = f"First token of each text {kinds[0]}.", ""
-    if paper is not None:
-        # The first lines lie under the others.
-        rows = [
-            row for kind in kinds for row in paper.rows(depth, state=STATES[0], first=kind, spread=None)
-        ] + rows
-        columns |= paper.columns(f", {STATE_WORDS[STATES[0]]}")
-        looks = {**looks, **paper.looks}
-        words = paper.words(depth, any(row["state"] == STATES[1] for row in rows))
-    floor = min((row["y"] for row in rows if row["y"] > 0), default=1e-9) / 2
-    for row in rows:
-        psi, spread = row["y"], row["spread"]
-        row["low"], row["high"] = (None, None) if spread is None else (max(floor, psi - spread), psi + spread)
-    band = any(row["spread"] is not None for row in rows)
+    for kind in kinds:
+        of_kind = list(_turns(entries, kind))
+        of_kind += paper.rows(depth, f", {STATE_WORDS[STATES[0]]}", state=STATES[0]) if paper else []
+        rows += [row | {"first": kind} | ({} if kind == kinds[0] else {"row": None}) for row in of_kind]
+    band = any(row["low"] is not None for row in rows)
     pick = ". Pick a model to see its band." if len({row["model"] for row in rows}) > BANDS else "."
-    without_norm = _without_norm(last_ones.items())
     choices = [_states(rows)]
     if len(kinds) > 1:
         choices.append(Choice("first", "first token of each text", {kind: kind for kind in kinds}))
+    about, convention = _about(entries, kinds)
+    texts = {tuple(item for item in e.conditions.items() if item[0].startswith("text ")) for _, e in entries}
     return drawn(
         "displacement",
         "How far each layer turns the state",
@@ -217,290 +198,224 @@ def displacement(
         "0.5 is a right angle. The jump is a last point far above the point before."
         + (f" The band is one standard deviation over tokens, cut at the axis{pick}" if band else "")
         + (" Only the last of several checkpoints is shown." if any(m.is_series for m in models) else "")
-        + (f" {said}" if len(kinds) == 1 else "")
-        + _one_only(last_ones.items(), kinds)
-        + without_norm
-        + _texts_measured(last_ones.values())
-        + words,
+        + about
+        + (" The models read different texts; see the files at the end." if len(texts) > 1 else "")
+        + (paper.words(depth, any(row["state"] == STATES[1] for row in rows)) if paper else ""),
         rows,
-        looks,
         LAYER,
         PSI,
-        Table.of(f"Displacement Ψ of each layer, mean over tokens, first token {kinds[0]}", "layer", columns),
+        looks=looks | paper.looks if paper else looks,
+        table=f"Displacement Ψ of each layer, mean over tokens, first token {kinds[0]}",
         choices=choices,
-        convention=said + without_norm + (f" {paper.origin(depth)}" if paper else ""),
+        convention=convention + (f" {paper.origin(depth)}" if paper else ""),
         band=band,
     )
 
 
-def displacement_in_training(
-    models: Sequence[Model], looks: Looks, paper: PaperProfiles | None = None
-) -> Figure | None:
-    """Displacement per layer at the last validation of runs."""
-    runs = {model.label: model.run for model in models if model.run and model.run.displacement}
-    columns: Columns = {
-        label: {layer: known(psi) for layer, psi in enumerate(run.displacement, start=1)}
-        for label, run in runs.items()
-    }
-    rows: list[Row] = [
-        {"model": label, "x": layer, "y": psi}
-        for label, column in columns.items()
-        for layer, psi in column.items()
-        if psi is not None
-    ]
-    words = convention = ""
-    if paper is not None and rows:
-        depth = max(len(run.displacement) for run in runs.values())
-        rows = paper.rows(depth) + rows
-        columns |= paper.columns()
-        looks = {**looks, **paper.looks}
-        words, convention = paper.words(depth), paper.origin(depth)
-    return drawn(
-        "displacement_in_training",
-        "How far each layer turns the state, at the end of training",
-        "Displacement Ψ of each layer in the log of the last validation. The last layer's output is taken "
-        f"{_of_runs(models)}.{words}",
-        rows,
-        looks,
-        LAYER,
-        PSI,
-        Table.of("Displacement Ψ of each layer at the last validation", "layer", columns),
-        convention=convention,
-    )
-
-
-def jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
+def _jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
     """zeta_L of models that were measured at several steps."""
-    rows: list[Row] = []
-    columns: Columns = {}
-    series = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
-    for label, entry in series:
-        for state in entry.states:
-            rate = entry.block(first).jump_rate.get(state)
-            if entry.step is not None and rate is not None:
-                rows.append({"model": label, "x": entry.step, "y": rate, "state": state})
-                name = f"{_named(label, entry, first)}, {STATE_WORDS[state]}"
-                columns.setdefault(name, {})[entry.step] = rate
-    said, without_norm = f"First token of each text {first}.", _without_norm(series)
+    entries = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
+    rows: list[Row] = [
+        {"model": label, "x": entry.step, "y": rate, "state": state}
+        | {"column": f"{_named(label, entry, first)}, {STATE_WORDS[state]}"}
+        for label, entry in entries
+        for state in entry.states
+        if entry.step is not None and (rate := entry.block(first).jump_rate.get(state)) is not None
+    ]
+    about, convention = _about(entries, (first,))
     return drawn(
         "jump_rate",
         "The last layer's jump over training",
         "Jump rate ζ: the displacement of the last layer minus that of the layer before it, times 100; 0 if "
-        f"that is negative. Measured on checkpoints. {said}" + _one_only(series, (first,)) + without_norm,
+        "that is negative. Measured on checkpoints." + about,
         rows,
-        looks,
         STEP,
         _RATE,
-        Table.of(f"Jump rate ζ at each step, first token {first}", "step", columns),
+        looks=looks,
+        table=f"Jump rate ζ at each step, first token {first}",
         choices=(_states(rows),),
-        convention=said + without_norm,
+        convention=convention,
     )
 
 
-def in_training(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
-    """zeta_L and validation loss as runs logged them."""
-    runs = {model.label: model.run for model in models if model.run}
-    return [
-        curves(
-            "jump_rate_in_training",
-            "The last layer's jump, in the training log",
-            "Jump rate ζ on validation data: the displacement of the last layer minus that of the layer "
-            f"before it, times 100; 0 if negative. The last layer's output is taken {_of_runs(models)}.",
-            {label: dict(zip(run.iterations, run.jump_rate, strict=True)) for label, run in runs.items()},
-            STEP,
-            _RATE,
-            looks=looks,
-            table="Jump rate ζ at each validation",
-        ),
-        curves(
-            "validation_loss",
-            "Validation loss over training",
-            "Cross-entropy on held-out text. Lower is better.",
-            {
-                label: dict(zip(run.iterations, run.validation_loss, strict=True))
-                for label, run in runs.items()
-            },
-            STEP,
-            _LOSS,
-            looks=looks,
-            table="Validation loss, nats per token",
-            form=LOSS,
-        ),
-    ]
-
-
-def heat_maps(models: Sequence[Model], first: str) -> list[Figure]:
+def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
     """Displacement over layers and steps: one map for each model with several measured steps."""
-    series = [model for model in models if model.is_series]
-    values = [
-        psi
-        for model in series
-        for entry in model.measured
-        for state in entry.states
-        for psi in entry.block(first).displacement[state]
-        if psi > 0
-    ]
+    series = {
+        model: [(f"step {entry.step:,}", entry) for entry in model.measured if entry.step is not None]
+        for model in models
+        if model.is_series
+    }
+    turns = {model: list(_turns(entries, first)) for model, entries in series.items()}
+    values = [row["y"] for rows in turns.values() for row in rows if row["y"] > 0]
     low, high = min(values, default=1e-3), max(values, default=1.0)
-    if low == high:
-        low /= 2
-    return [
-        _heat_map(model, first, f"heat_map_{index}", low, high) for index, model in enumerate(series, start=1)
-    ]
-
-
-def _heat_map(model: Model, first: str, name: str, low: float, high: float) -> Figure:
-    rows: list[Row] = []
-    columns: Columns = {}
-    entries = [(model.label, entry) for entry in model.measured]
-    for _, entry in entries:
-        for state in entry.states if entry.step is not None else ():
-            for layer, psi in enumerate(entry.block(first).displacement[state], start=1):
-                row: Row = {"step": entry.step, "layer": layer, "state": state}
-                rows.append(row | {"value": max(psi, low), "exact": psi})
-                column = columns.setdefault(_named(f"step {entry.step:,}", entry, first), {})
-                column[_place(layer, state, entry)] = psi
-    said, without_norm = f"First token of each text {first}.", _without_norm(entries)
-    return Figure(
-        name,
-        f"How far each layer turns the state, over training: {model.label}",
-        "Each column is a checkpoint. Each row is a layer, the last layer on top. A brighter layer turns the "
-        f"state further. Colours are logarithmic, and the same in all maps of this page. {said}"
-        + _one_only(entries, (first,))
-        + without_norm,
-        heat_map(
-            rows,
-            low=low,
-            high=high,
-            height=min(max(_MAP_LEAST, _MAP_ROW * (model.num_layers or 1)), _MAP_MOST),
-        ),
-        Table.of(f"Displacement Ψ by layer and step, first token {first}", "layer", columns),
-        choices=(_states(rows),),
-        convention=said + without_norm,
-    )
-
-
-def by_layer(models: Sequence[Model], looks: Looks) -> list[Figure | None]:
-    """What each layer knows and is needed for, in the last evaluation of each model that has it."""
-    return [
-        _by_layer(models, looks, pick, name, title, caption, axis)
-        for name, pick, title, caption, axis in _OF_LAYERS
-    ]
-
-
-def _behind(part: str, what: str) -> Callable[[Evaluated], dict[int, float]]:
-    return lambda evaluated: dict(enumerate(getattr(getattr(evaluated, part), what, None) or ()))
-
-
-def _without(evaluated: Evaluated) -> dict[int, float]:
-    drop = evaluated.layer_drop
-    return {layer: loss - drop.unchanged for layer, loss in enumerate(drop.loss, start=1)} if drop else {}
+    low = low / 2 if low == high else low
+    for number, (model, entries) in enumerate(series.items(), start=1):
+        steps = {label: entry.step for label, entry in entries}
+        rows = [
+            {"step": steps[row["model"]], "layer": row["x"], "state": row["state"], "value": row["y"]}
+            for row in turns[model]
+        ]
+        height = min(max(_MAP_LEAST, _MAP_ROW * (model.num_layers or 1)), _MAP_MOST)
+        about, convention = _about([(model.label, entry) for _, entry in entries], (first,))
+        yield Figure(
+            f"heat_map_{number}",
+            f"How far each layer turns the state, over training: {model.label}",
+            "Each column is a checkpoint. Each row is a layer, the last layer on top. A brighter layer turns "
+            "the state further. Colours are logarithmic, and the same in all maps of this page." + about,
+            heat_map(rows, low=low, high=high, height=height),
+            _numbers(f"Displacement Ψ by layer and step, first token {first}", "layer", turns[model]),
+            {},
+            choices=(_states(rows),),
+            convention=convention,
+        )
 
 
 _READ_OUT = "The final norm and the head read the state behind each layer, as if the model ended there."
-_OF_LAYERS: tuple[tuple[str, Callable[[Evaluated], dict[int, float]], str, str, Axis], ...] = (
+_TABLES = {
+    "displacement": "Displacement Ψ of each layer at the last validation",
+    "jump_rate": "Jump rate ζ at each validation",
+    "validation_loss": "Validation loss, nats per token",
+}
+# Name, what of a model, title, caption and axes. {taken}: where the last layer ends.
+_CURVES = (
+    (
+        "displacement_in_training",
+        "displacement",
+        "How far each layer turns the state, at the end of training",
+        "Displacement Ψ of each layer in the log of the last validation. The last layer's output is taken "
+        "{taken}.",
+        (LAYER, PSI),
+    ),
+    (
+        "jump_rate_in_training",
+        "jump_rate",
+        "The last layer's jump, in the training log",
+        "Jump rate ζ on validation data: the displacement of the last layer minus that of the layer "
+        "before it, times 100; 0 if negative. The last layer's output is taken {taken}.",
+        (STEP, _RATE),
+    ),
+    (
+        "validation_loss",
+        "validation_loss",
+        "Validation loss over training",
+        "Cross-entropy on held-out text. Lower is better.",
+        (STEP, _LOSS),
+    ),
     (
         "read_out_loss",
-        _behind("read_out", "loss"),
+        "read_out.loss",
         "What the middle layers already know",
         f"{_READ_OUT} A lower loss in the middle: the model knows more there. Layer 0 is the embedding.",
-        _LOSS,
+        (LAYER, _LOSS),
     ),
     (
         "lens_loss",
-        _behind("lens", "loss"),
+        "lens.loss",
         "What the middle layers know, through a fitted lens",
         "An affine map first brings the state behind each layer near to the last layer's state. It was "
         "fitted on other texts. The remaining loss is what the layer does not know.",
-        _LOSS,
+        (LAYER, _LOSS),
     ),
     (
         "early_exit_accuracy",
-        _behind("read_out", "accuracy"),
+        "read_out.accuracy",
         "Right predictions at an exit after each layer",
         f"{_READ_OUT} The share of next tokens that are predicted right. Higher is better.",
-        Axis("accuracy", zero=True),
+        (LAYER, Axis("accuracy", zero=True)),
     ),
     (
         "early_exit_agreement",
-        _behind("read_out", "agreement"),
+        "read_out.agreement",
         "Final predictions at an exit after each layer",
         f"{_READ_OUT} The share of tokens with the prediction of the whole model.",
-        Axis("agreement", zero=True),
+        (LAYER, Axis("agreement", zero=True)),
     ),
     (
         "layer_drop",
-        _without,
+        "layer_drop",
         "What each layer is needed for",
         "The rise of the loss without this one layer. Near 0 the layer does little.",
-        Axis("rise of the loss (nats per token)", scale="auto"),
+        (LAYER, Axis("rise of the loss (nats per token)", scale="auto")),
     ),
 )
 
 
-def _by_layer(
-    models: Sequence[Model],
-    looks: Looks,
-    pick: Callable[[Evaluated], dict[int, float]],
-    name: str,
-    title: str,
-    caption: str,
-    axis: Axis,
+def _curve(
+    models: Sequence[Model], looks: Looks, paper: PaperProfiles | None, name: str, what: str, *about: Any
 ) -> Figure | None:
-    used = {model.label: [entry for entry in model.evaluated if pick(entry)][-1:] for model in models}
-    entries = {label: found[0] for label, found in used.items() if found}
-    other = _other_texts(entries)
-    return curves(
+    """Numbers over training or by layer, of each run or of the last evaluation that has them."""
+    title, caption, axes = about
+    found = {m.label: each for m in models for each in (*m.evaluated, m.run) if each and each.by_layer(what)}
+    rows: list[Row] = [
+        {"model": label, "x": place, "y": value}
+        for label, entry in found.items()
+        for place, value in entry.by_layer(what).items()
+    ]
+    other = _other_texts({label: entry for label, entry in found.items() if isinstance(entry, Evaluated)})
+    convention = "The models read different texts." if other else ""
+    if paper and what == "displacement" and any(row["y"] is not None for row in rows):
+        depth = max(row["x"] for row in rows)
+        rows += paper.rows(depth)
+        looks, other, convention = looks | paper.looks, paper.words(depth), paper.origin(depth)
+    return drawn(
         name,
         title,
-        caption + other,
-        {label: pick(entry) for label, entry in entries.items()},
-        LAYER,
-        axis,
+        caption.format(taken=_of_runs(models)) + other,
+        rows,
+        *axes,
         looks=looks,
-        table=f"{title}: {axis.title}",
-        form=LOSS if axis is _LOSS else "#.4g",
-        convention="The models read different texts." if other else "",
+        table=_TABLES.get(what, f"{title}: {axes[1].title}"),
+        form=LOSS if axes[1] is _LOSS else "#.4g",
+        convention=convention,
     )
 
 
-def read_out_difference(comparison: Comparison, a: str, b: str, index: int = 0) -> Figure | None:
+def _read_out_difference(comparison: Comparison, a: str, b: str, number: int) -> Figure | None:
     """Difference of the loss behind each layer between two models, with its interval."""
     found = comparison.read_out
     if found is None:
         return None
-    nothing = [None] * len(found.difference)
-    intervals = [interval or (None, None) for interval in found.interval or nothing]
-    values = list(zip(found.difference, *zip(*intervals, strict=True), strict=True))
-    rows: list[Row] = [
-        {"model": "difference", "x": layer, "y": value, "low": low, "high": high}
-        for layer, (value, low, high) in enumerate(values)
-    ]
-    columns: Columns = {
-        name: dict(enumerate(column))
-        for name, column in zip(("difference", "from", "to"), zip(*values, strict=True), strict=True)
-    }
-    for name, column in {"p": found.p_value, "p, adjusted": found.p_adjusted}.items():
-        if column and set(column) != {None}:
-            columns[name] = {layer: p_value(value) for layer, value in enumerate(column)}
+    intervals = [interval or (None, None) for interval in found.interval or [None] * len(found.difference)]
+    lows, highs = zip(*intervals, strict=True) if intervals else ((), ())
+    columns: dict[str, Sequence[Any]] = {"difference": found.difference, "from": lows, "to": highs}
+    for name, values in {"p": found.p_value, "p, adjusted": found.p_adjusted}.items():
+        columns |= {name: list(map(p_value, values))} if values and set(values) != {None} else {}
+    numbers = {name: dict(enumerate(values)) for name, values in columns.items()}
     return drawn(
-        f"read_out_difference{f'_{index + 1}' if index else ''}",
+        f"read_out_difference{f'_{number}' if number > 1 else ''}",
         "Which model's middle layers know more",
         f"Loss behind each layer of {b} minus that of {a}. Below 0, {b} is better. The band is the "
         f"{comparison.confidence:.0%} interval over texts. Where it excludes 0, other texts would hardly "
         "change the sign. Another training seed might.",
-        rows,
-        {"difference": Style.of(0)},
+        [
+            {"model": "difference", "x": layer, "y": value, "low": lows[layer], "high": highs[layer]}
+            for layer, value in enumerate(found.difference)
+        ],
         LAYER,
         Axis("difference in loss"),
-        Table.of("Difference in loss behind each layer", "layer", columns),
+        table=Table.of("Difference in loss behind each layer", "layer", numbers),
         band=True,
         rule=0,
     )
 
 
-def _place(layer: int, state: State, entry: Measured) -> float | str:
-    """The row of a layer in a table; the last layer has one row for each of its two states."""
-    return f"{layer}, {STATE_WORDS[state]}" if layer == entry.num_layers else layer
+def _turns(entries: Entries, kind: str) -> Iterator[Row]:
+    """Psi of each layer and state: rows for :func:`drawn`, with the spread over tokens as band.
+
+    In a table the last layer has one row for each of its two states.
+    """
+    for label, entry in entries:
+        block = entry.block(kind)
+        for state in entry.states:
+            spreads = block.displacement_std[state] if block.displacement_std else [None] * entry.num_layers
+            turns = zip(block.displacement[state], spreads, strict=True)
+            for layer, (psi, spread) in enumerate(turns, start=1):
+                low, high = (None, None) if spread is None else (psi - spread, psi + spread)
+                place = f"{layer}, {STATE_WORDS[state]}" if layer == entry.num_layers else layer
+                yield {
+                    **{"model": label, "x": layer, "y": psi, "low": low, "high": high, "state": state},
+                    **{"column": _named(label, entry, kind), "row": place},
+                }
 
 
 def _named(name: str, entry: Measured, first: str) -> str:
@@ -509,35 +424,27 @@ def _named(name: str, entry: Measured, first: str) -> str:
     return name if counted == first else f"{name}, first token {counted}"
 
 
-def _one_only(entries: Iterable[tuple[str, Measured]], order: Sequence[str]) -> str:
-    """The sentences of a caption about models that were measured in one way only."""
-    found: dict[str, list[str]] = {}
+def _about(entries: Entries, kinds: Sequence[str]) -> tuple[str, str]:
+    """The sentences of a caption on how models were measured, and those under a picture that stands alone.
+
+    They name the first token, the models that were measured only with the other, and those without a final
+    norm. With several ``kinds`` of first token the reader chooses one.
+    """
+    only: dict[str, dict[str, None]] = {}
     for label, entry in entries:
-        for kind in order:
-            counted = entry.first_for(kind)
-            if counted != kind and label not in found.setdefault(counted, []):
-                found[counted].append(label)
-    return "".join(
-        f" Measured and shown only with the first token {counted}: {', '.join(labels)}."
-        for counted, labels in found.items()
-    )
+        for kind in kinds:
+            if (counted := entry.first_for(kind)) != kind:
+                only.setdefault(counted, {})[label] = None
+    said = f"First token of each text {kinds[0]}."
+    about = f" {said}" if len(kinds) == 1 else ""
+    for counted, labels in only.items():
+        about += f" Measured and shown only with the first token {counted}: {', '.join(labels)}."
+    without = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
+    norm = f" No final norm, so no numbers after it: {', '.join(without)}." if without else ""
+    return about + norm, said + norm
 
 
-def _without_norm(entries: Iterable[tuple[str, Measured]]) -> str:
-    """The sentence of a caption about models without a final norm."""
-    found = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
-    return f" No final norm, so no numbers after it: {', '.join(found)}." if found else ""
-
-
-def _texts_measured(entries: Iterable[Measured]) -> str:
-    """The sentence of a caption about models that were measured on different texts."""
-    texts = {
-        tuple(item for item in entry.conditions.items() if item[0].startswith("text ")) for entry in entries
-    }
-    return " The models read different texts; see the files at the end." if len(texts) > 1 else ""
-
-
-def _other_texts(used: dict[str, Evaluated]) -> str:
+def _other_texts(used: Mapping[str, Evaluated]) -> str:
     """The sentence of a caption about models that were evaluated on different texts."""
     texts: dict[str, list[str]] = {}
     for label, entry in used.items():
@@ -546,20 +453,20 @@ def _other_texts(used: dict[str, Evaluated]) -> str:
         words += [f"{read_out.tokens:,} tokens"] if read_out and read_out.tokens is not None else []
         words += [f"max_tokens {entry.how['max tokens']}"] if "max tokens" in entry.how else []
         texts.setdefault(", ".join(words) or "unknown text", []).append(label)
-    if len(texts) < 2:
-        return ""
     each = "; ".join(f"{', '.join(labels)}: {words}" for words, labels in texts.items())
-    return f" Not comparable, since the texts differ: {each}."
+    return f" Not comparable, since the texts differ: {each}." if len(texts) > 1 else ""
 
 
-def _states(rows: list[Row]) -> Choice:
+def _states(rows: Sequence[Row]) -> Choice:
     there = {row["state"] for row in rows}
     return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
 
 
 def _of_runs(models: Sequence[Model]) -> str:
-    states = dict.fromkeys(model.run.final_state for model in models if model.run)
-    if len(states) == 1:
-        return STATE_WORDS[next(iter(states))]
-    named = {state: [m.label for m in models if m.run and m.run.final_state == state] for state in states}
+    named: dict[str | None, list[str]] = {}
+    for model in models:
+        if model.run:
+            named.setdefault(model.run.final_state, []).append(model.label)
+    if len(named) == 1:
+        return STATE_WORDS[next(iter(named))]
     return " and ".join(f"{STATE_WORDS[state]} in {', '.join(labels)}" for state, labels in named.items())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,8 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, number, refuse
-from jreg_megatron.report.history import History
+from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, refuse, within
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
@@ -62,17 +63,18 @@ def _version(found: Any) -> Any:
     return found
 
 
-Number = Annotated[float, number()]
-Share = Annotated[float, number(0, 1)]
-Rate = Annotated[float, number(0, 100)]
+_Float = Annotated[float, Field(strict=True)]
+Number = Annotated[_Float, within()]
+Share = Annotated[_Float, within(0, 1)]
+Rate = Annotated[_Float, within(0, 100)]
 """zeta in hundredths of displacement."""
-Loss = Annotated[float, number(0)]
+Loss = Annotated[_Float, within(0)]
 """In nats per token."""
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
-_Size = Annotated[float, number(-1e-6)]
-_Sizes = Annotated[list[_Size], _per_layer()]
+Turns = dict[State, Annotated[list[Share], _per_layer()]]
+"""A number of each layer 1..L, by state."""
 
 
 class Part(BaseModel):
@@ -81,47 +83,40 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+def _as_words(found: Mapping[str, Any]) -> dict[str, str]:
+    """What is known, as text."""
+    return {
+        name.replace("_", " "): value if isinstance(value, str) else f"{value:,.10g}"
+        for name, value in found.items()
+        if value is not None
+    }
+
+
 class Origin(Part):
-    """The source of a model's numbers."""
+    """The source of a model's numbers; file (a printable name) and versions belong to the whole file."""
 
     file: str
-    """The printable name of the file."""
     versions: Texts
-    """Of the whole file."""
     name: Text
     source: Text
     kind: Literal["hugging_face", "gguf", "megatron"]
     revision: Text | None = None
     step: Whole | None = None
-    """Training iteration of the checkpoint, if known."""
     num_layers: Annotated[Count, AfterValidator(_depth)]
-
-    @property
-    def origin(self) -> Origin:
-        """This, without the numbers."""
-        return self
 
 
 class Block(Part):
-    """A measurement over one set of tokens, by state."""
+    """A measurement over one set of tokens: mean and deviation of Psi_l, and zeta_L of two or more layers."""
 
-    displacement: dict[State, Annotated[list[Share], _per_layer()]]
-    """Psi_l of layers 1..L, mean over tokens, each in [0, 1]."""
-    displacement_std: dict[State, Annotated[list[Share], _per_layer()]] | None = None
-    """Standard deviation of Psi_l over tokens."""
+    displacement: Turns
+    displacement_std: Turns | None = None
     jump_rate: dict[State, Rate | None]
-    """zeta_L; None for one layer."""
-    # Not shown, but checked: a list of another length shows that the file is wrong.
-    angular_distance: dict[str, _Sizes] | None = None
-    block_influence: dict[str, _Sizes] | None = None
-    norm: dict[str, Annotated[list[_Size], _per_layer(1)]] | None = None
 
 
 class Measured(Block, Origin):
     """One model of a measurement. The numbers outside of blocks belong to ``first_token``."""
 
     text: Texts
-    """Of the whole file."""
     texts: Count | None = None
     tokens: Count | None = None
     hidden_size: Count | None = None
@@ -158,11 +153,11 @@ class Measured(Block, Origin):
     @property
     def how(self) -> dict[str, str]:
         """How it was measured: text, tokens, dtype and so on."""
-        found = {f"text {name}": "none" if value == "null" else value for name, value in self.text.items()}
-        for name in ("texts", "tokens", "hidden_size", "dtype", "device"):
-            if (value := getattr(self, name)) is not None:
-                found[name] = value if isinstance(value, str) else f"{value:,}"
-        return {name.replace("_", " "): value for name, value in found.items()}
+        found: dict[str, Any] = {
+            f"text {name}": "none" if value == "null" else value for name, value in self.text.items()
+        }
+        found |= {name: getattr(self, name) for name in ("texts", "tokens", "hidden_size", "dtype", "device")}
+        return _as_words(found)
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -181,7 +176,7 @@ class Measured(Block, Origin):
 
 
 class Score(Part):
-    """A model's result in a task."""
+    """A model's result in a task; ``chance`` is the score of a guess."""
 
     metric: Text
     value: Number
@@ -189,101 +184,95 @@ class Score(Part):
     samples: Count | None = None
     higher_is_better: StrictBool | None = None
     chance: Number | None = None
-    """The score of a guess."""
 
 
 class ReadOut(Part):
-    """Predictions behind layers 0..L, read out through the final norm and the head."""
+    """Predictions behind layers 0..L, read out through the final norm and the head.
+
+    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them.
+    """
 
     text: Text | None = None
     tokens: Whole | None = None
-    """Number of predicted tokens."""
     loss: Annotated[list[Loss], _per_layer(1)] | None = None
     accuracy: Annotated[list[Share], _per_layer(1)] | None = None
-    """Share of tokens predicted right."""
     agreement: Annotated[list[Share], _per_layer(1)] | None = None
-    """Share of tokens predicted as the whole model predicts them."""
 
 
 class LayerDrop(Part):
-    """Cross-entropy without one layer."""
+    """Cross-entropy without layer l, for l in 1..L, and with all layers."""
 
     loss: Annotated[list[Loss], _per_layer()]
-    """Without layer l, for l in 1..L."""
     unchanged: Loss
-    """With all layers."""
 
 
 class Evaluated(Origin):
-    """One model of an evaluation."""
+    """One model of an evaluation; ``limit`` and ``max_tokens`` belong to the whole file."""
 
     limit: Loss | None = None
-    """Samples per task. This and the next belong to the whole file."""
     max_tokens: Loss | None = None
     tasks: Annotated[dict[Name, Score], NULL_IS_EMPTY] = {}
     read_out: ReadOut | None = None
     lens: ReadOut | None = None
-    """The same through the fitted lens."""
     layer_drop: LayerDrop | None = None
 
     @property
     def how(self) -> dict[str, str]:
         """How it was evaluated: text, limit and so on."""
-        text = self.read_out.text if self.read_out else None
-        tokens = self.read_out.tokens if self.read_out else None
-        found = {} if text is None else {"read-out text": text}
-        found |= {} if tokens is None else {"read-out tokens": f"{tokens:,}"}
-        for name, value in {"limit": self.limit, "max_tokens": self.max_tokens}.items():
+        about = self.read_out or ReadOut()
+        found: dict[str, Any] = {"read-out text": about.text, "read-out tokens": about.tokens}
+        for name in ("limit", "max_tokens"):
             if name in self.model_fields_set:
-                found[name.replace("_", " ")] = "none" if value is None else f"{value:,.10g}"
-        return found
+                found[name] = "none" if (value := getattr(self, name)) is None else value
+        return _as_words(found)
+
+    def by_layer(self, what: str) -> dict[int, float]:
+        """Numbers by layer; empty if they are not known.
+
+        Args:
+            what: ``read_out.loss``, ``lens.loss``, ``read_out.accuracy`` or ``read_out.agreement`` of layers
+                0..L; or ``layer_drop``, the rise of the loss without one of layers 1..L.
+        """
+        part, _, name = what.partition(".")
+        found = getattr(self, part, None)
+        if isinstance(found, LayerDrop):
+            return {layer: loss - found.unchanged for layer, loss in enumerate(found.loss, start=1)}
+        return dict(enumerate(getattr(found, name, None) or ()))
 
 
 class Difference(Part):
-    """The second model minus the first."""
+    """The second model minus the first; ``p_adjusted`` is corrected for several tests."""
 
     difference: Number
     interval: Interval | None = None
     p_value: Share | None = None
     p_adjusted: Share | None = None
-    """The p value, corrected for several tests."""
     samples: Count | None = None
     tasks: list[Any] | None = None
     """The tasks of the mean, if known."""
 
 
 class DifferenceByLayer(Part):
-    """The same behind layers 0..L."""
+    """The same behind layers 0..L, of models with the same L."""
 
-    difference: list[Number]
-    interval: list[Interval | None] | None = None
-    p_value: list[Share | None] | None = None
-    p_adjusted: list[Share | None] | None = None
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        for key in ("interval", "p_value", "p_adjusted"):
-            values, length = getattr(self, key), len(self.difference)
-            if values is not None and len(values) != length:
-                raise refuse(f"a list of {length} numbers", key, value=values)
-        return self
+    difference: Annotated[list[Number], _per_layer(1)]
+    interval: Annotated[list[Interval | None], _per_layer(1)] | None = None
+    p_value: Annotated[list[Share | None], _per_layer(1)] | None = None
+    p_adjusted: Annotated[list[Share | None], _per_layer(1)] | None = None
 
 
 class Comparison(Part):
-    """A paired comparison of two models of one evaluation."""
+    """A paired comparison of two models of one evaluation, by their names."""
 
     file: str
     models: tuple[Text, Text]
-    """Names; each difference is the second model minus the first."""
     confidence: Share
-    """Of the intervals, in (0, 1)."""
     tasks: Annotated[dict[Name, Difference], NULL_IS_EMPTY] = {}
     overall: Difference | None = None
     """Mean over tasks."""
     without_boolq: Difference | None = None
     """Mean over the paper's nine tasks without BoolQ, if all nine were run."""
     read_out: DifferenceByLayer | None = None
-    """Of the loss."""
     notes: list[Text] | None = None
     """Comparisons that are missing, and why."""
 
@@ -291,20 +280,6 @@ class Comparison(Part):
 class _File(Part):
     version: Annotated[int, BeforeValidator(_version)]
     versions: Texts = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _said_once(cls, found: dict[str, Any], about: ValidationInfo[Any]) -> dict[str, Any]:
-        """Copy the values of the whole file to each model."""
-        common = {"versions": None, "text": None, "file": about.context["file"]}
-        common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
-
-        def with_common(part: Any) -> Any:
-            return part | common if isinstance(part, dict) else part
-
-        models, compared = found.get("models"), with_common(found.get("comparison"))
-        models = [with_common(model) for model in models] if isinstance(models, list) else models
-        return found | ({} if models is None else {"models": models}) | {"comparison": compared}
 
 
 class Measurement(_File):
@@ -349,6 +324,41 @@ class Summary(Part):
     runs: Annotated[dict[Name, SummaryRun], Field(min_length=1)]
 
 
+@dataclass(frozen=True)
+class History:
+    """Validation over a run's training."""
+
+    iterations: list[int]
+    """Iterations of the validations, rising."""
+    validation_loss: list[float]
+    """Cross-entropy in nats per token, one for each of :attr:`iterations`; not finite after a divergence."""
+    jump_rate: list[float]
+    """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
+    profiles: list[list[float]]
+    """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`; the lists are
+    empty without ``--jreg-log-per-layer``."""
+    settings: dict[str, str]
+    """Megatron's last arguments as text, with ``jreg_coeff`` and the like."""
+
+    @property
+    def displacement(self) -> list[float]:
+        """Per layer 1..L at the end."""
+        return self.profiles[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """The run's part of a ``summary.json``: the last values and the two curves."""
+        rows = zip(self.iterations, self.validation_loss, self.jump_rate, strict=True)
+        return {
+            "validation_loss": self.validation_loss[-1],
+            "jump_rate": self.jump_rate[-1],
+            "displacement": self.displacement,
+            "history": [
+                {"iteration": iteration, "validation_loss": loss, "jump_rate": rate}
+                for iteration, loss, rate in rows
+            ],
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run(History):
     """A training run; a summary has only the last profile."""
@@ -357,9 +367,16 @@ class Run(History):
     folder: Path
     """The folder of the run's files."""
     name: str
-    final_state: str | None
+    final_state: State | None
     """One of :data:`STATES`; None if the run does not say which state it logged."""
     versions: dict[str, str]
+
+    def by_layer(self, what: str) -> dict[int, float | None]:
+        """``displacement`` by layer; ``jump_rate`` or ``validation_loss`` by step."""
+        if what == "displacement":
+            return {layer: x if isfinite(x) else None for layer, x in enumerate(self.displacement, start=1)}
+        values = vars(self).get(what)
+        return dict(zip(self.iterations, values, strict=True)) if values else {}
 
 
 @dataclass(frozen=True)

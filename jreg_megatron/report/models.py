@@ -1,19 +1,22 @@
-"""Joins the numbers that belong to one model."""
+"""Joins the numbers that belong to one model, and gives each model a label that no other has."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
+from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import Evaluated, Inputs, Measured, Origin, Run
 
+LENGTH = 48
 _STEP_OF_REVISION = re.compile(r"[-_.]?step[-_]?\d+(-tokens[\w.]*)?", re.IGNORECASE)
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """All numbers of one model."""
 
@@ -29,6 +32,11 @@ class Model:
     def origins(self) -> list[Origin]:
         """All measurements and evaluations."""
         return [*self.measured, *self.evaluated]
+
+    @property
+    def file(self) -> str:
+        """The first file with its numbers."""
+        return self.origins[0].file if self.origins else self.run.file if self.run else ""
 
     @property
     def num_layers(self) -> int | None:
@@ -59,28 +67,26 @@ class Model:
 def models_of(inputs: Inputs) -> list[Model]:
     """The models in the order of the inputs, without labels.
 
-    Measurements of one name in one file are one model, a series over its steps. They need the same conditions
-    and the same revision; only the step may differ. Measurements in several files also need the same source.
-    An evaluation belongs to the last step. A run belongs to the model of its name that it trained.
+    Measurements of one name, source and revision under the same conditions are one model, a series over its
+    steps. An evaluation belongs to the last step. A run belongs to the model of its name that it trained.
     """
-    within_files: list[Model] = []
-    for measured in inputs.measured:
-        _put(Model(measured.name, measured=[measured]), within_files, lambda origin: origin.file)
-    for evaluated in inputs.evaluated:
-        _put(Model(evaluated.name, evaluated=[evaluated]), within_files, lambda origin: origin.file)
     models: list[Model] = []
-    for model in within_files:
-        _put(model, models, lambda origin: origin.source)
-    for run in inputs.runs:
-        home = next((m for m in models if m.run is None and _trained(run, m)), None)
+    entries: list[Measured | Evaluated] = [*inputs.measured, *inputs.evaluated]
+    for entry in entries:
+        home = next((model for model in models if _is_of(entry, model)), None)
         if home is None:
-            models.append(Model(run.name, run=run))
+            models.append(home := Model(entry.name))
+        if isinstance(entry, Measured):
+            home.measured.append(entry)
         else:
-            home.run = run
-    for model in models:
-        for entries in (model.measured, model.evaluated):
-            # By step; a model without a step is the finished one.
-            entries.sort(key=lambda entry: (entry.step is None, entry.step or 0))
+            home.evaluated.append(entry)
+    for run in inputs.runs:
+        home = next((model for model in models if model.run is None and _trained(run, model)), None)
+        if home is None:
+            models.append(home := Model(run.name))
+        home.run = run
+    for model in models:  # by step; a model without a step is the finished one
+        model.measured.sort(key=lambda entry: (entry.step is None, entry.step or 0))
     return models
 
 
@@ -90,41 +96,23 @@ def convention(models: Sequence[Model]) -> str:
     return firsts.pop() if len(firsts) == 1 else "kept"
 
 
-def without_step(origin: Origin) -> str:
+def _without_step(origin: Origin) -> str:
     """A revision without its step: ``stage1`` for ``stage1-step1000-tokens5B``; may be empty."""
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
-def _put(model: Model, found: list[Model], place: Callable[[Origin], str]) -> None:
-    """Join a model with the same model in ``found``, or append it.
-
-    The same model has the same name, and an origin with the same place, layers and revision without step.
-    """
-
-    def keys(of: Model) -> set[tuple[str, int, str]]:
-        return {(place(origin), origin.num_layers, without_step(origin)) for origin in of.origins}
-
-    for other in found:
-        if other.name == model.name and keys(other) & keys(model) and not _clash(other, model):
-            other.measured += model.measured
-            other.evaluated += model.evaluated
-            return
-    found.append(model)
-
-
-def _clash(a: Model, b: Model) -> bool:
-    """Whether the two cannot be one model.
-
-    A series has one point per step, all with the same conditions. There is one evaluation, of the last step.
-    """
-    steps = [{entry.step for entry in model.measured} for model in (a, b)]
-    if steps[0] & steps[1] or (a.evaluated and b.evaluated):
-        return True
-    if a.measured and b.measured and a.measured[0].conditions != b.measured[0].conditions:
-        return True
-    last = max((step for step in steps[0] | steps[1] if step is not None), default=None)
-    evaluated = {entry.step for entry in (*a.evaluated, *b.evaluated)}
-    return bool(last is not None and evaluated - {None, last})
+def _is_of(entry: Measured | Evaluated, model: Model) -> bool:
+    """Whether a measurement or an evaluation belongs to a model that has others."""
+    if not model.origins:
+        return False
+    places = [(o.name, o.source, o.num_layers, _without_step(o)) for o in (entry, model.origins[0])]
+    steps = {measured.step for measured in model.measured}
+    if places[0] != places[1]:
+        return False
+    if isinstance(entry, Measured):
+        return entry.step not in steps and entry.conditions == model.measured[0].conditions
+    last = max((step for step in steps if step is not None), default=None)
+    return not model.evaluated and (last is None or entry.step in (None, last))
 
 
 def _trained(run: Run, model: Model) -> bool:
@@ -137,4 +125,68 @@ def _trained(run: Run, model: Model) -> bool:
     saved = run.settings.get("save")
     if saved and (saved in sources or Path(os.path.realpath(saved)) in places):
         return True
-    return any(run.folder == place or run.folder in place.parents for place in places)
+    return any(place.is_relative_to(run.folder) for place in places)
+
+
+def label(models: Sequence[Model], taken: Iterable[str] = ()) -> None:
+    """Set the label of each model: its name, and in brackets the difference to others of that name.
+
+    No model gets a label that is ``taken``.
+    """
+    twins: dict[str, list[Model]] = {}
+    for model in models:
+        twins.setdefault(model.name, []).append(model)
+    apart = {
+        model: words
+        for group in twins.values()
+        if len(group) > 1
+        for model, words in zip(group, _told_apart(group), strict=True)
+    }
+    used = set(taken)
+    for model in models:
+        text = model.name
+        if words := apart.get(model):
+            text = shortened(text, LENGTH // 2)
+            text = f"{text} ({shortened(words, LENGTH - len(text) - 3)})"
+        ways = (f"{shortened(text, LENGTH - 6)} #{number}" for number in count(2))
+        model.label = next(way for way in chain([shortened(text, LENGTH)], ways) if way not in used)
+        used.add(model.label)
+
+
+def _told_apart(twins: Sequence[Model]) -> list[str]:
+    """What differs between models of one name: one property, or several if one is not enough."""
+    lasts = [model.origins[-1] if model.origins else None for model in twins]
+    sources = [model.origins[0].source if model.origins else model.file for model in twins]
+    steps = ["" if last is None or last.step is None else f"step {last.step}" for last in lasts]
+    columns = [
+        _tails([re.sub(r"(?<=.)/(checkpoints|tensorboard)/*$", "", source) for source in sources]),
+        [_without_step(last) if last else "" for last in lasts],
+        _conditions(twins),
+        [last.revision or step if last else "" for last, step in zip(lasts, steps, strict=True)],
+        _tails([model.file for model in twins]),
+    ]
+    for column in columns:
+        if len(set(column)) == len(twins):
+            return column
+    differing = [column for column in columns if len(set(column)) > 1]
+    return ["; ".join(filter(None, words)) for words in zip(*differing, strict=True)] or [""] * len(twins)
+
+
+def _conditions(twins: Sequence[Model]) -> list[str]:
+    found = [model.measured[-1].conditions if model.measured else {} for model in twins]
+    known = [conditions for conditions in found if conditions]
+    names = dict.fromkeys(name for conditions in known for name in conditions)
+    differing = [name for name in names if len({conditions.get(name) for conditions in known}) > 1]
+    return ["; ".join(f"{name} {own[name]}" for name in differing if name in own) for own in found]
+
+
+def _tails(places: Sequence[str]) -> list[str]:
+    """The shortest end of each path that no other path has, or the whole path."""
+
+    def tail(place: str) -> str:
+        parts = place.split("/")
+        ends = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        alone = (end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in {*places}) == 1)
+        return next(alone, place)
+
+    return [tail(place) for place in places]

@@ -16,7 +16,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from jreg_megatron.report.charts import SYMBOLS, VEGA_LITE
+from jreg_megatron.report.charts import SYMBOLS, VEGA_LITE, still
 from jreg_megatron.report.figures import Figure
 from jreg_megatron.report.tables import Table
 
@@ -28,10 +28,10 @@ class Section:
     name: str
     title: str
     intro: str = ""
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
-    folded: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
+    notes: Sequence[str] = ()
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -57,8 +57,8 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         style=Markup(_asset("page.css")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
-        data=Markup(_embedded({figure.name: {"spec": figure.chart.interactive()} for figure in figures})),
-        pictures={figure.name: Markup(figure.chart.svg(figure.name)) for figure in figures},
+        data=Markup(_embedded({figure.name: {"spec": figure.chart} for figure in figures})),
+        pictures={figure.name: Markup(still(figure.chart, figure.name)) for figure in figures},
         symbols=SYMBOLS,
     )
 

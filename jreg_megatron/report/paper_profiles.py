@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from jreg_megatron.paper import numbers, profile
 from jreg_megatron.report.charts import Row, Style
@@ -26,37 +26,27 @@ class PaperProfiles:
     @property
     def looks(self) -> dict[str, Style]:
         """The look of each line, by its label."""
-        return {f"the paper's {self._name}, {words}": style for words, style in _SETTINGS.values()}
+        return {f"the paper's {self.size.upper()}, {words}": style for words, style in _SETTINGS.values()}
 
-    @property
-    def displacement(self) -> dict[str, tuple[float, ...]]:
-        """Psi of layers 1..L by label, each in [0, 1]; of layer L before the final norm."""
-        return dict(zip(self.looks, (profile(self.size, setting) for setting in _SETTINGS), strict=True))
+    def rows(self, num_layers: int, of_last: str = "", **fields: str) -> Iterator[Row]:
+        """The values, stretched to ``num_layers`` layers for a chart; first and last layers match.
 
-    def rows(self, num_layers: int, **fields: str | None) -> list[Row]:
-        """The values, stretched to ``num_layers`` layers for a chart; first and last layers match."""
-        return [
-            {"model": label, "x": 1 + at * (num_layers - 1) / (len(values) - 1), "y": psi, **fields}
-            for label, values in self.displacement.items()
-            for at, psi in enumerate(values)
-        ]
-
-    def columns(self, of_last: str = "") -> dict[str, dict[Any, float | str | None]]:
-        """The values for a table, by layer of the paper's model; ``of_last`` is a remark on the last."""
-        return {
-            label: {
-                f"{layer}{of_last}" if of_last and layer == len(values) else layer: psi
-                for layer, psi in enumerate(values, start=1)
-            }
-            for label, values in self.displacement.items()
-        }
+        In a table they stand at the layer of the paper's model; ``of_last`` is a remark on the last layer,
+        which is before the final norm.
+        """
+        for label, setting in zip(self.looks, _SETTINGS, strict=True):
+            values = profile(self.size, setting)
+            for at, psi in enumerate(values):
+                place = f"{at + 1}{of_last}" if of_last and at + 1 == len(values) else at + 1
+                x = 1 + at * (num_layers - 1) / (len(values) - 1)
+                yield {"model": label, "x": x, "y": psi, "low": None, "high": None, "row": place, **fields}
 
     def origin(self, num_layers: int) -> str:
         """The sentence on the source of the lines, for a chart with ``num_layers`` layers."""
-        own = self._num_layers
+        own = len(profile(self.size, "base"))
         where = "" if own == num_layers else f", stretched so that layer {own} lies at {num_layers}"
         return (
-            f"Grey: the paper's {self._name} ({own} layers; arXiv 2601.18302v1, Tables 5 and 16), "
+            f"Grey: the paper's {self.size.upper()} ({own} layers; arXiv 2601.18302v1, Tables 5 and 16), "
             f"{STATE_WORDS[STATES[0]]}{where}."
         )
 
@@ -67,11 +57,3 @@ class PaperProfiles:
             f" {self.origin(num_layers)} Its ζ is {base} in the baseline and {jreg} with JREG. It was "
             "trained on another text." + (" It has no numbers after the final norm." if has_after else "")
         )
-
-    @property
-    def _name(self) -> str:
-        return self.size.upper()
-
-    @property
-    def _num_layers(self) -> int:
-        return len(profile(self.size, "base"))

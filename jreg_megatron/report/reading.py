@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jreg_megatron.methods.jreg.regularizer import RATE_NAME, displacement_name
 from jreg_megatron.report.check import checked, printable, read_json
-from jreg_megatron.report.history import History
-from jreg_megatron.report.inputs import STATES, Evaluation, Inputs, Measurement, Run, Summary
+from jreg_megatron.report.inputs import STATES, Evaluation, History, Inputs, Measurement, Run, Summary
 from jreg_megatron.runtime.errors import UserError
+
+_VALIDATION = " validation"
+_LOSS = "lm loss" + _VALIDATION
+_LAYER = re.compile(re.escape(displacement_name(1, 1)).replace("01", r"\d+") + _VALIDATION)
+_SETTING = "/text_summary"
 
 
 def read(paths: Sequence[Path]) -> Inputs:
@@ -53,6 +59,13 @@ def _add(inputs: Inputs, given: Path) -> None:
     if "tfevents" in path.name:
         raise UserError(f"{printable(str(path))} is one TensorBoard file; name its folder")
     found = checked(path, dict, read_json(path))
+    # What a file says once belongs to each of its models.
+    models = found.get("models")
+    common = {"file": printable(str(path)), "versions": None, "text": None}
+    common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
+    for part in (*(models if isinstance(models, list) else ()), found.get("comparison")):
+        if isinstance(part, dict):
+            part.update(common)
     kind = found.get("format")
     if kind is None and isinstance(found.get("runs"), dict):
         inputs.runs.extend(_runs(path, checked(path, Summary, found)))
@@ -69,34 +82,71 @@ def _add(inputs: Inputs, given: Path) -> None:
         )
 
 
+def read_history(folder: Path) -> History:
+    """Read all TensorBoard files of a run, also of one that was resumed.
+
+    Raises:
+        UserError: if there are none, or they hold no validation with JREG's measurements.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there; train with --tensorboard-dir")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+
+    def history(tag: str) -> dict[int, float]:
+        # Megatron evaluates once more after the last iteration; the later value counts.
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    if not any(tags[kind] for kind in ("scalars", "tensors")):
+        raise UserError(f"{folder} holds no events; its files are empty or damaged, name another folder")
+    missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(tags["scalars"])
+    if missing:
+        raise UserError(f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data")
+    loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
+    # Numbers are padded to one length, so names sort like layers.
+    layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, tags["scalars"]))]
+    # A killed run may have written a part of a validation, which does not count.
+    iterations = sorted(set(loss).intersection(rate, *layers))
+    if not iterations:
+        raise UserError(f"{folder} holds no whole validation; continue the run")
+    texts = [tag for tag in tags["tensors"] if tag.endswith(_SETTING)]
+    return History(
+        iterations=iterations,
+        validation_loss=[loss[iteration] for iteration in iterations],
+        jump_rate=[rate[iteration] for iteration in iterations],
+        profiles=[[layer[iteration] for layer in layers] for iteration in iterations],
+        settings={
+            tag.removesuffix(_SETTING): events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+            for tag in texts
+        },
+    )
+
+
 def _tensorboard(folder: Path) -> Run:
-    history = History.read(folder)
-    state = history.settings.get("jreg_final_state")  # not logged by an own loop
-    if state not in (*STATES, None):
-        raise UserError(
-            f"{printable(str(folder))}: jreg_final_state is {printable(str(state))}; it must be one of "
-            f"{', '.join(STATES)}"
-        )
-    place = folder.resolve()
-    home = place.parent if place.name == "tensorboard" else place
+    history, place = read_history(folder), folder.resolve()
+    said = history.settings.get("jreg_final_state")  # not logged by an own loop
     return Run(
         **vars(history),
         file=printable(str(folder)),
-        folder=home,
+        folder=(home := place.parent if place.name == "tensorboard" else place),
         name=home.name,
-        final_state=state,
+        final_state=next((state for state in STATES if state == said), None),
         versions={},
     )
 
 
 def _runs(path: Path, summary: Summary) -> Iterator[Run]:
-    common = {"iterations": str(summary.iterations)}
-    common |= {} if summary.recipe is None else {"recipe": summary.recipe}
-    common |= {} if summary.seed is None else {"seed": str(summary.seed)}
     for name, run in summary.runs.items():
-        settings = common | {"jreg_coeff": f"{run.coeff or 0:g}"}
-        settings |= {} if run.alpha is None else {"jreg_alpha": f"{run.alpha:g}"}
-        settings |= {} if run.seed is None else {"seed": str(run.seed)}
+        settings = {
+            "iterations": summary.iterations,
+            "recipe": summary.recipe,
+            "seed": summary.seed if run.seed is None else run.seed,
+            "jreg_coeff": run.coeff or 0.0,
+            "jreg_alpha": run.alpha,
+        }
         yield Run(
             file=printable(str(path)),
             folder=Path(os.path.realpath(path)).parent,
@@ -106,6 +156,10 @@ def _runs(path: Path, summary: Summary) -> Iterator[Run]:
             jump_rate=[point.jump_rate for point in run.history],
             profiles=[[]] * (len(run.history) - 1) + [run.displacement],
             final_state=summary.final_state,
-            settings=settings,
+            settings={
+                name: f"{value:g}" if isinstance(value, float) else str(value)
+                for name, value in settings.items()
+                if value is not None
+            },
             versions=summary.versions,
         )

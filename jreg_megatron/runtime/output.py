@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +65,41 @@ def console(args: Namespace) -> Any:
 
     # No markup: "[rank1]" is a rank's name.
     return Console(markup=False, stderr=STDOUT in (args.json, getattr(args, "csv", None)))
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    caption: str = "",
+    *,
+    console: Any = None,
+    words: Container[str] = (),
+    box: Any = None,
+    bold: Container[int] = (),
+) -> None:
+    """Print a table of texts.
+
+    Args:
+        title, caption: above and below it.
+        columns: their names. The first holds names; the others hold numbers, unless they are in ``words``.
+        rows: the cells.
+        console: rich's; by default standard output.
+        box: rich's, for the lines.
+        bold: numbers of rows, from 0.
+    """
+    from rich.box import HEAVY_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    made.box = box or HEAVY_HEAD
+    for number, column in enumerate(columns):
+        is_number = number > 0 and column not in words
+        made.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for number, row in enumerate(rows):
+        made.add_row(*map(str, row), style="bold" if number in bold else None)
+    (console or Console(markup=False)).print(made)
 
 
 def note(text: str) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.recipe.request import SMOKE_ITERATIONS, Parser, count, split_at
-from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.recipe.supervise import UNFINISHED
+from jreg_megatron.runtime.errors import EXIT_CODE, UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
-from jreg_megatron.sweep import grid, slurm
+from jreg_megatron.sweep import grid, queue
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
 _SEED = 1234
@@ -47,29 +50,33 @@ def _main(options: argparse.Namespace) -> int:
         for run in sweep.runs:
             print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
         return 0
-    from jreg_megatron.recipe.supervise import UNFINISHED
-    from jreg_megatron.sweep.queue import train_all
-
     sweep.save()
-    status = train_all(sweep)
-    if status != UNFINISHED and len(sweep.unfinished) < len(sweep.runs):
+    was_begun = len(sweep.unfinished) < len(sweep.runs)
+    statuses = queue.train(sweep, sweep.runs)
+    if UNFINISHED in statuses:
+        print("The sweep has stopped. To resume, start the same command again")
+        return UNFINISHED
+    if statuses == [EXIT_CODE] and not was_begun:
+        print("The recipe refuses the first run, so no other run was started")
+        return EXIT_CODE
+    if failed := sum(status != 0 for status in statuses):
+        print(f"{failed} of {len(sweep.runs)} runs failed. To try them again, start the same command again")
+    if len(sweep.unfinished) < len(sweep.runs):
         _report(sweep)
-    return status
+    return 1 if failed else 0
 
 
 def _train_one(sweep: Sweep, options: argparse.Namespace) -> int:
-    number = slurm.task_number() if options.only == _TASK else options.only
+    number = queue.task_number() if options.only == _TASK else options.only
     if number >= len(sweep.runs):
-        raise UserError(f"--only is {number}; {sweep.file} has runs 0 to {len(sweep.runs) - 1}")
+        raise UserError(f"--only is {number}; {sweep.output} has runs 0 to {len(sweep.runs) - 1}")
     run = sweep.runs[number]
     if options.dry_run:
         print(_as_line(sweep, run))
         return 0
-    from jreg_megatron.sweep.queue import train_one
-
     if options.recipe is not None and node_rank() == 0:
         sweep.save()
-    status = train_one(sweep, run)
+    status = sum(queue.train(sweep, [run]))
     if status == 0 and node_rank() == 0:
         _report(sweep)
     return status
@@ -80,13 +87,14 @@ def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
         print(f"All {len(sweep.runs)} runs of the sweep are finished: nothing to submit")
         _report(sweep)
         return 0
-    words = slurm.command(sweep, options.slurm_options)
+    words = queue.array(sweep, options.slurm_options)
     if options.dry_run:
         print(shlex.join(words))
         return 0
-    slurm.check()
+    if shutil.which("sbatch") is None:
+        raise UserError("--slurm needs sbatch, which is not on PATH; run this on a login node of the cluster")
     sweep.save()
-    print(slurm.submit(words))
+    print(queue.submit(words))
     print(
         f"{len(sweep.unfinished)} runs, one per task. Each task draws the result again when it ends. "
         f"To draw it now: python -m jreg_megatron.sweep --output {shlex.quote(str(sweep.output))} --report"
@@ -109,13 +117,11 @@ def _sweep(options: argparse.Namespace) -> Sweep:
     """A new sweep, the sweep in the output folder with more runs, or that sweep as it is."""
     if options.recipe is None:
         given = [
-            f"--{name} is"
-            for name in ("coeff", "alpha", "seeds", "smoke")
-            if getattr(options, name) is not None
+            f"--{name} is" for name in ("coeff", "alpha", "seeds", "smoke") if vars(options)[name] is not None
         ]
-        if given or options.flags:
-            what = given[0] if given else "Megatron flags are"
-            raise UserError(f"{what} given without a RECIPE; name one such as recipes/llama_170m.sh")
+        given += ["Megatron flags are"] if options.flags else []
+        if given:
+            raise UserError(f"{given[0]} given without a RECIPE; name one such as recipes/llama_170m.sh")
         if options.output is None:
             raise UserError(
                 "RECIPE is missing; name one such as recipes/llama_170m.sh, or name an --output to resume"
@@ -147,55 +153,35 @@ def _options(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "recipe",
-        type=Path,
-        nargs="?",
-        metavar="RECIPE",
-        help="the recipe, such as recipes/llama_170m.sh",
-    )
-    for flag, kind, word, meaning in (
-        ("--coeff", float, "LAMBDA", "the lambdas to try, each > 0"),
-        ("--alpha", float, "ALPHA", f"the alphas to try with each lambda (default: {JRegConfig().alpha:g})"),
-        ("--seeds", int, "SEED", f"the seeds to train each setting with (default: {_SEED})"),
+
+    numbers: dict[str, Any] = {"nargs": "+"}
+    number: dict[str, Any] = {"nargs": "?", "metavar": "N"}
+    switch: dict[str, Any] = {"action": "store_true"}
+    alphas = f"the alphas to try with each lambda (default: {JRegConfig().alpha:g})"
+    seeds = f"the seeds to train each setting with (default: {_SEED})"
+    smoke = f"train toys on this machine's CPU, for N iterations each (default {SMOKE_ITERATIONS})"
+    only = "train one run: its number in sweep.json, from 0 (default: the number of this Slurm array task)"
+    output = "folder of the runs and the result (default: runs/sweep_ and the recipe's name); another grid "
+    output += "of the same recipe adds its runs there"
+    slurm = "more options for sbatch, such as '--nodes 2 --time 1-0'; SBATCH_* variables also apply"
+    for flag, meaning, more in (
+        (
+            "recipe",
+            "the recipe, such as recipes/llama_170m.sh",
+            {"type": Path, "nargs": "?", "metavar": "RECIPE"},
+        ),
+        ("--coeff", "the lambdas to try, each > 0", numbers | {"type": float, "metavar": "LAMBDA"}),
+        ("--alpha", alphas, numbers | {"type": float, "metavar": "ALPHA"}),
+        ("--seeds", seeds, numbers | {"type": int, "metavar": "SEED"}),
+        ("--smoke", smoke, number | {"type": count("--smoke"), "const": SMOKE_ITERATIONS}),
+        ("--only", only, number | {"type": count("--only", 0), "const": _TASK}),
+        ("--output", output, {"type": Path, "metavar": "FOLDER"}),
+        ("--slurm-options", slurm, {"default": "", "metavar": "WORDS"}),
+        ("--slurm", "submit a Slurm array with one task per run, and train nothing here", switch),
+        ("--report", "draw the finished runs, and train nothing", switch),
+        ("--dry-run", "print the commands, and start nothing", switch),
     ):
-        add(flag, type=kind, nargs="+", metavar=word, help=meaning)
-    add(
-        "--smoke",
-        type=count("--smoke"),
-        nargs="?",
-        const=SMOKE_ITERATIONS,
-        metavar="N",
-        help=f"train toys on this machine's CPU, for N iterations each (default {SMOKE_ITERATIONS})",
-    )
-    add(
-        "--only",
-        type=count("--only", 0),
-        nargs="?",
-        const=_TASK,
-        metavar="N",
-        help="train one run: its number in sweep.json, from 0 (default: the number of this Slurm array task)",
-    )
-    add(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the runs and the result (default: runs/sweep_ and the recipe's name); another grid "
-        "of the same recipe adds its runs there",
-    )
-    add(
-        "--slurm-options",
-        default="",
-        metavar="WORDS",
-        help="more options for sbatch, such as '--nodes 2 --time 1-0'; SBATCH_* variables also apply",
-    )
-    for flag, meaning in (
-        ("--slurm", "submit a Slurm array with one task per run, and train nothing here"),
-        ("--report", "draw the finished runs, and train nothing"),
-        ("--dry-run", "print the commands, and start nothing"),
-    ):
-        add(flag, action="store_true", help=meaning)
+        parser.add_argument(flag, help=meaning, **more)
     words, flags = split_at("--", argv)
     return parser.parse_args(words, argparse.Namespace(flags=flags))
 

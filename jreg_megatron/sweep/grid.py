@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.report.check import checked, read_json
@@ -26,11 +24,13 @@ _MACHINE = {"NODES", "GPUS", "TP", "PP", "CP", "MICRO_BATCH", "TFLOPS", "PYTHON"
 _MACHINE |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
 _KNOB = re.compile(r"\$\{([A-Z][A-Z0-9_]*):-")
 _OWN_FLAGS = (flag_of("coeff"), flag_of("alpha"), "--seed", "--save", "--load", "--tensorboard-dir")
+_FILE = "sweep.json"
 
 
-@dataclass(frozen=True)
-class SweepRun:
+class SweepRun(BaseModel):
     """One run of a sweep."""
+
+    model_config = ConfigDict(frozen=True)
 
     seed: int
     coeff: float = 0.0
@@ -43,11 +43,10 @@ class SweepRun:
         """Its folder: ``coeff0.1_alpha3_seed1`` or ``baseline_seed1``."""
         if self.alpha is None:
             return f"baseline_seed{self.seed}"
-        return f"coeff{as_text(self.coeff)}_alpha{as_text(self.alpha)}_seed{self.seed}"
+        return f"coeff{_as_text(self.coeff)}_alpha{_as_text(self.alpha)}_seed{self.seed}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(BaseModel):
     """A recipe and its runs, as ``sweep.json`` in the output folder has them."""
 
     output: Path
@@ -59,11 +58,6 @@ class Sweep:
     knobs: dict[str, str]
     """The recipe's knobs that the environment set, without those of the machine."""
     runs: tuple[SweepRun, ...]
-
-    @property
-    def file(self) -> Path:
-        """The file of the sweep itself."""
-        return self.output / "sweep.json"
 
     def folder(self, run: SweepRun) -> Path:
         """The recipe's RUN."""
@@ -100,7 +94,7 @@ class Sweep:
 
     def settings(self, run: SweepRun) -> dict[str, str]:
         """The recipe's knobs for a run."""
-        jreg = {"LAMBDA": as_text(run.coeff)} | ({} if run.alpha is None else {"ALPHA": as_text(run.alpha)})
+        jreg = {"LAMBDA": _as_text(run.coeff)} | ({} if run.alpha is None else {"ALPHA": _as_text(run.alpha)})
         return {**self.knobs, **jreg, "SEED": str(run.seed), "RUN": str(self.folder(run))}
 
     def environment(self, run: SweepRun) -> dict[str, str]:
@@ -111,7 +105,7 @@ class Sweep:
     def save(self) -> None:
         """Write ``sweep.json``, whole or not at all."""
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(str(self.file), TypeAdapter(Sweep).dump_python(self, mode="json", exclude={"output"}))
+        write_json(str(self.output / _FILE), self.model_dump(mode="json", exclude={"output"}))
 
     @classmethod
     def load(cls, output: Path) -> Sweep:
@@ -120,7 +114,7 @@ class Sweep:
         Raises:
             UserError: if there is none, or it is no sweep.
         """
-        file = output / "sweep.json"
+        file = output / _FILE
         if not file.exists():
             raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start a sweep")
         try:
@@ -138,8 +132,8 @@ class Sweep:
         Raises:
             UserError: if the recipe is missing, or a knob has another value now.
         """
-        check_recipe(self.recipe)
-        for name, value in knobs_of(self.recipe, os.environ).items():
+        _check_recipe(self.recipe)
+        for name, value in _knobs_of(self.recipe, os.environ).items():
             before = self.knobs.get(name)
             if before != value:
                 had = "without it" if before is None else f"with {before}"
@@ -154,22 +148,22 @@ class Sweep:
         Raises:
             UserError: if that sweep has another recipe, other flags, or other iterations of a smoke.
         """
-        if not self.file.exists():
+        if not (self.output / _FILE).exists():
             return self
         before = Sweep.load(self.output)
         before.check()
+        same_recipe = self.recipe.resolve() == before.recipe.resolve()
         for what, now, then in (
-            ("RECIPE", str(self.recipe), str(before.recipe)),
-            ("Megatron flags", " ".join(self.flags) or "none", " ".join(before.flags) or "none"),
-            ("--smoke", self.smoke or "not given", before.smoke or "not given"),
+            ("RECIPE is", self.recipe, self.recipe if same_recipe else before.recipe),
+            ("Megatron flags are", " ".join(self.flags) or "none", " ".join(before.flags) or "none"),
+            ("--smoke is", self.smoke or "not given", before.smoke or "not given"),
         ):
-            if now != then and not (what == "RECIPE" and self.recipe.resolve() == before.recipe.resolve()):
-                verb = "are" if what.endswith("s") else "is"
+            if now != then:
                 raise UserError(
-                    f"{what} {verb} {now}, but the sweep in {self.output} has {then}; name another --output"
+                    f"{what} {now}, but the sweep in {self.output} has {then}; name another --output"
                 )
         new = [run for run in self.runs if run not in before.runs]
-        return dataclasses.replace(before, runs=(*before.runs, *new))
+        return before.model_copy(update={"runs": (*before.runs, *new)})
 
 
 def make(
@@ -179,8 +173,8 @@ def make(
     coeffs: Sequence[float],
     alphas: Sequence[float],
     seeds: Sequence[int],
-    smoke: int | None = None,
-    flags: Sequence[str] = (),
+    smoke: int | None,
+    flags: Sequence[str],
 ) -> Sweep:
     """The grid, with a baseline before the runs of each seed, joined to the same sweep in ``output``.
 
@@ -188,38 +182,36 @@ def make(
         UserError: for a setting that JREG refuses, a value given twice, a file that is no recipe, flags
             that the sweep sets itself, or another sweep in ``output``.
     """
-    check_recipe(recipe)
+    _check_recipe(recipe)
     for name, values in (("--coeff", coeffs), ("--alpha", alphas), ("--seeds", seeds)):
-        twice = next((value for n, value in enumerate(values) if value in values[:n]), None)
-        if twice is not None:
+        if len(set(values)) < len(values):
+            twice = next(value for n, value in enumerate(values) if value in values[:n])
             raise UserError(f"{name} names {twice:g} twice; name each value once")
-    for coeff in coeffs:
-        for alpha in alphas:
-            JRegConfig(coeff=coeff, alpha=alpha)
+    jreg = [JRegConfig(coeff=coeff, alpha=alpha) for alpha in alphas for coeff in coeffs]
     if 0 in coeffs:
         raise UserError("--coeff names 0, the baseline, which each seed trains in any case; leave it out")
-    for seed in seeds:
-        if seed < 1:
-            raise UserError(f"--seeds names {seed}; it must be a whole number >= 1")
+    if min(seeds) < 1:
+        raise UserError(f"--seeds names {min(seeds)}; it must be a whole number >= 1")
     for flag in (word.partition("=")[0] for word in flags):
         if flag in _OWN_FLAGS:
             raise UserError(f"{flag} stands behind --, but the sweep sets it for each run; leave it out")
     JRegConfig.check_flags(list(flags))
-    runs = [
-        run
-        for seed in seeds
-        for run in (SweepRun(seed), *(SweepRun(seed, coeff, alpha) for alpha in alphas for coeff in coeffs))
-    ]
-    knobs = knobs_of(recipe, os.environ)
-    return Sweep(
-        output=output, recipe=recipe, smoke=smoke, flags=tuple(flags), knobs=knobs, runs=tuple(runs)
-    ).joined()
+    runs: list[SweepRun] = []
+    for seed in seeds:
+        of_seed = [SweepRun(seed=seed, coeff=config.coeff, alpha=config.alpha) for config in jreg]
+        runs += [SweepRun(seed=seed), *of_seed]
+    knobs = _knobs_of(recipe, os.environ)
+    made = {"output": output, "recipe": recipe, "smoke": smoke, "flags": flags, "knobs": knobs, "runs": runs}
+    return Sweep.model_validate(made).joined()
 
 
-def check_recipe(recipe: Path) -> None:
-    """Raises:
-    UserError: if the recipe is no program, or does not mention each of :data:`SWEPT`.
-    """
+def node_rank() -> int:
+    """Number of this node in its job, from 0."""
+    return int(os.environ.get("NODE_RANK") or 0)
+
+
+def _check_recipe(recipe: Path) -> None:
+    """Refuse a recipe that is no program, or does not mention each of :data:`SWEPT`."""
     if not recipe.is_file() or not os.access(recipe, os.X_OK | os.R_OK):
         why = "that cannot be executed or read" if recipe.exists() else "that is not there"
         raise UserError(f"RECIPE is {recipe}, a file {why}; name one such as recipes/llama_170m.sh")
@@ -231,20 +223,15 @@ def check_recipe(recipe: Path) -> None:
         )
 
 
-def knobs_of(recipe: Path, environment: Mapping[str, str]) -> dict[str, str]:
+def _knobs_of(recipe: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """The knobs of a recipe, ``${NAME:-value}`` in its text, that the environment sets for all runs."""
-    text = recipe.read_text(errors="replace")
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    names = set(_KNOB.findall("\n".join(lines))) - _MACHINE - set(SWEPT)
+    lines = recipe.read_text(errors="replace").splitlines()
+    found = _KNOB.findall("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+    names = set(found) - _MACHINE - set(SWEPT)
     return {name: environment[name] for name in sorted(names) if environment.get(name)}
 
 
-def node_rank() -> int:
-    """Number of this node in its job, from 0."""
-    return int(os.environ.get("NODE_RANK") or 0)
-
-
-def as_text(value: float) -> str:
+def _as_text(value: float) -> str:
     """The shortest exact text of a number: ``3``, ``0.1``."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)

@@ -6,15 +6,19 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.paper.over_seeds import Estimate, interval_name
-from jreg_megatron.report.history import History
+from jreg_megatron.report.inputs import History
+from jreg_megatron.report.reading import read_history
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions
 from jreg_megatron.sweep.grid import Sweep, SweepRun
 
+BASELINE = "baseline"
+LOSS, DIFFERENCE, RATE = "validation_loss", "difference_to_baseline", "jump_rate"
 # Arguments that differ between the runs of a sweep, and values that a start finds out (the iteration from
 # which it resumes, the rank that writes).
 _OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
@@ -34,44 +38,37 @@ class Setting:
     """The finished baselines by seed."""
 
     @property
-    def losses(self) -> dict[int, float]:
-        """Last validation loss by seed, in nats per token."""
-        return {seed: history.validation_loss[-1] for seed, history in self.histories.items()}
-
-    @property
-    def differences(self) -> dict[int, float]:
-        """Last validation loss minus that of the baseline of the same seed, where both are finished."""
+    def by_seed(self) -> dict[str, dict[int, float]]:
+        """At the end of each run: the validation loss in nats per token, its difference to the baseline of
+        the same seed where both are finished (below 0 is better), and zeta_L in hundredths of displacement.
+        """
+        losses = {seed: history.validation_loss[-1] for seed, history in self.histories.items()}
+        bases = {seed: history.validation_loss[-1] for seed, history in self.baselines.items()}
         return {
-            seed: loss - self.baselines[seed].validation_loss[-1]
-            for seed, loss in self.losses.items()
-            if seed in self.baselines
+            LOSS: losses,
+            DIFFERENCE: {seed: loss - bases[seed] for seed, loss in losses.items() if seed in bases},
+            RATE: {seed: history.jump_rate[-1] for seed, history in self.histories.items()},
         }
 
-    @property
-    def jump_rates(self) -> dict[int, float]:
-        """Last zeta_L by seed, in hundredths of displacement."""
-        return {seed: history.jump_rate[-1] for seed, history in self.histories.items()}
-
     @cached_property
-    def loss(self) -> Estimate | None:
-        """Last validation loss over the seeds."""
-        return Estimate.of(list(self.losses.values()))
-
-    @cached_property
-    def difference(self) -> Estimate | None:
-        """Paired difference to the baseline over the seeds; below 0 is better than the baseline."""
-        return Estimate.of(list(self.differences.values()))
-
-    @cached_property
-    def jump_rate(self) -> Estimate | None:
-        """zeta_L over the seeds."""
-        return Estimate.of(list(self.jump_rates.values()))
+    def over_seeds(self) -> dict[str, Estimate | None]:
+        """The mean of each of :attr:`by_seed`."""
+        return {what: Estimate.of(list(values.values())) for what, values in self.by_seed.items()}
 
     @property
     def displacement(self) -> list[float]:
         """Psi of layers 1..L at the end, mean over the seeds."""
-        layers = zip(*(history.displacement for history in self.histories.values()), strict=True)
-        return [math.fsum(layer) / len(layer) for layer in layers]
+        return list(map(fmean, zip(*(run.displacement for run in self.histories.values()), strict=True)))
+
+    def summary(self) -> dict[str, Any]:
+        """Its part of ``summary.json``."""
+        over_seeds = {
+            what: None if found is None else dataclasses.asdict(found)
+            for what, found in self.over_seeds.items()
+            if (what, self.alpha) != (DIFFERENCE, None)
+        }
+        found = {"coeff": self.coeff, "alpha": self.alpha, "seeds": sorted(self.histories), **over_seeds}
+        return found | {"displacement": self.displacement}
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,9 @@ class Results:
                 histories[run] = _read(sweep, run)
             except UserError as error:
                 left_out[run.name] = str(error)
-        if histories:
-            last = max(history.iterations[-1] for history in histories.values())
-            for run, history in list(histories.items()):
-                if history.iterations[-1] != last:
-                    left_out[run.name] = f"its last validation is at iteration {history.iterations[-1]:,}"
-                    del histories[run]
+        last = max((history.iterations[-1] for history in histories.values()), default=0)
+        for run in [run for run, history in histories.items() if history.iterations[-1] != last]:
+            left_out[run.name] = f"its last validation is at iteration {histories.pop(run).iterations[-1]:,}"
         if not histories:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise UserError(f"{sweep.output} has no finished run yet ({why}); wait for one")
@@ -150,20 +144,18 @@ class Results:
     @property
     def has_intervals(self) -> bool:
         """Whether a mean is over several seeds."""
-        return any(s.loss is not None and s.loss.n > 1 for s in (self.baseline, *self.settings))
+        return any(len(setting.histories) > 1 for setting in (self.baseline, *self.settings))
 
     @cached_property
     def as_often_tried(self) -> list[Setting]:
-        """The settings with the most seeds whose baseline is finished too."""
-        most = max((s.difference.n for s in self.settings if s.difference), default=0)
-        return [s for s in self.settings if s.difference and s.difference.n == most]
+        """The settings with the most seeds whose baseline is finished too; the best one first.
 
-    @property
-    def best(self) -> Setting | None:
-        """The lowest mean difference to the baseline among :attr:`as_often_tried`."""
-        return min(
-            self.as_often_tried, key=lambda s: s.difference.mean if s.difference else math.inf, default=None
-        )
+        The best has the lowest mean difference to the baseline.
+        """
+        pairs = [list(setting.by_seed[DIFFERENCE].values()) for setting in self.settings]
+        most = max(map(len, pairs), default=0)
+        ranked = sorted((fmean(of), n) for n, of in enumerate(pairs) if len(of) == most > 0)
+        return [self.settings[n] for _, n in ranked]
 
     @cached_property
     def disagreements(self) -> dict[str, list[str]]:
@@ -175,6 +167,7 @@ class Results:
 
     def summary(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
+        best = self.as_often_tried[:1]
         return {
             "recipe": str(self.sweep.recipe),
             "smoke": self.sweep.smoke,
@@ -183,33 +176,13 @@ class Results:
             "iterations": self.iterations,
             "final_state": self.final_state,
             "interval": interval_name(),
-            "baseline": self._setting_summary(self.baseline),
-            "settings": [self._setting_summary(setting) for setting in self.settings],
-            "lowest_validation_loss": None
-            if self.best is None
-            else {"coeff": self.best.coeff, "alpha": self.best.alpha},
-            "runs": {
-                run.name: dataclasses.asdict(run) | history.summary()
-                for run, history in self.histories.items()
-            },
+            "baseline": self.baseline.summary(),
+            "settings": [setting.summary() for setting in self.settings],
+            "lowest_validation_loss": {"coeff": best[0].coeff, "alpha": best[0].alpha} if best else None,
+            "runs": {run.name: run.model_dump() | of.summary() for run, of in self.histories.items()},
             "left_out": self.left_out,
             "arguments_that_differ": self.disagreements,
             "versions": versions("megatron-core", "torch"),
-        }
-
-    def _setting_summary(self, setting: Setting) -> dict[str, Any]:
-        def shown(estimate: Estimate | None) -> dict[str, Any] | None:
-            return None if estimate is None else dataclasses.asdict(estimate)
-
-        paired = {} if setting.alpha is None else {"difference_to_baseline": shown(setting.difference)}
-        return {
-            "coeff": setting.coeff,
-            "alpha": setting.alpha,
-            "seeds": sorted(setting.histories),
-            "validation_loss": shown(setting.loss),
-            **paired,
-            "jump_rate": shown(setting.jump_rate),
-            "displacement": setting.displacement,
         }
 
 
@@ -221,7 +194,7 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
     """
     if not sweep.is_finished(run):
         raise UserError("unfinished" if sweep.log(run).exists() else "not started")
-    history = History.read(sweep.tensorboard(run))
+    history = read_history(sweep.tensorboard(run))
     if not all(
         map(math.isfinite, (history.validation_loss[-1], history.jump_rate[-1], *history.displacement))
     ):
