@@ -209,7 +209,7 @@ def refuses_a_mask_of_other_tokens() -> None:
         ((16,), r"\[16\]"),
         ((8, 2), r"\[2, 8\]"),
     ):
-        with pytest.raises(UserError, match="the loss mask is for " + told):
+        with pytest.raises(UserError, match="the mask is for " + told):
             forward(model, torch.ones(shape))
 
 
@@ -308,7 +308,7 @@ def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tu
     class Observer:
         count = 0
 
-        def begin_microbatch(self, training: bool, loss_mask: Any) -> int:
+        def begin_microbatch(self, training: bool, given: Any) -> int:
             self.count += 1
             return self.count
 
@@ -448,7 +448,7 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
             "num_microbatches=2.5",
             "numbers (layer_number) 1 1, and its config.num_layers tells 2",
             "numbers (layer_number) 1 2, and its config.num_layers tells 3",
-            "without a loss mask on this pipeline stage",
+            "without a loss mask or padding mask on some pipeline stage",
             "attached to this model already",
         ),
         strict=True,
