@@ -948,6 +948,16 @@ FAULTS = [
         CONVERT,
     ),
     Fault(
+        "take the norm of keys for that of queries",
+        "convert/weights.py",
+        (
+            ('("self_attn.q_norm",)', '("self_attn.norm",)'),
+            ('("self_attn.k_norm",)', '("self_attn.q_norm",)'),
+            ('("self_attn.norm",)', '("self_attn.k_norm",)'),
+        ),
+        CONVERT,
+    ),
+    Fault(
         "compare a layer's values and not its memory",
         "stream/layer_watch.py",
         (("if is_moved and other.dtype", "if False and other.dtype"),),
@@ -1317,7 +1327,7 @@ FAULTS = [
     Fault(
         "run hybrid models of any sub-layers",
         "decoder/checkpoint/arguments.py",
-        (("if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:", "if False:"),),
+        (("if not pattern or not {*layers_of(pattern)} <= {*allowed}:", "if False:"),),
         CHECKPOINT,
     ),
     Fault(
