@@ -1333,7 +1333,7 @@ FAULTS = [
     Fault(
         "run the MLP of a hybrid model as experts",
         "decoder/checkpoint/arguments.py",
-        (('[int(kinds == "*E") for kinds in layers]', "[1 for kinds in layers]"),),
+        (('[int(kinds[1] == "E") for kinds in layers]', "[1 for kinds in layers]"),),
         CHECKPOINT,
     ),
     Fault(

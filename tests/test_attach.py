@@ -8,6 +8,7 @@ import pytest
 from harness import run_function
 
 from jreg_megatron import JRegConfig, UserError
+from jreg_megatron.stream.support import REFUSED
 
 
 def build_model(recompute: str = "none") -> Any:
@@ -358,12 +359,12 @@ def refusals_of_settings() -> list[str]:
 
     lines = []
     for name, value, final_state in UNSUPPORTED:
-        before = getattr(model.config, name, None)
-        setattr(model.config, name, value)
+        before = {part: getattr(model.config, part, None) for part in name.split(" with ")}
+        vars(model.config).update(dict.fromkeys(before, value))
         with pytest.raises(UserError) as caught:
             attach(model, JRegConfig(final_state=final_state), num_microbatches=1)
         lines.append(str(caught.value))
-        setattr(model.config, name, before)
+        vars(model.config).update(before)
     with pytest.raises(UserError) as caught:
         attach(FullyShardedDataParallel(), JRegConfig(), num_microbatches=1)
     lines.append(str(caught.value))
@@ -385,7 +386,10 @@ UNSUPPORTED = [
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
     ("use_megatron_fsdp", True, "pre_norm"),
+    ("use_torch_fsdp2 with calculate_per_token_loss", True, "pre_norm"),
     ("heterogeneous_block_specs", True, "pre_norm"),
+    ("heterogeneous_layers_config_path", "layers.json", "pre_norm"),
+    ("heterogeneous_layers_config_encoded_json", "{}", "pre_norm"),
     ("cuda_graph_impl", "local", "pre_norm"),
     ("cuda_graph_impl", "transformer_engine", "pre_norm"),
     ("cuda_graph_impl", "full_iteration", "pre_norm"),
@@ -459,10 +463,10 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:
     (lines,) = run_function(refusals_of_settings)
+    assert {*REFUSED} <= {name for name, *_ in UNSUPPORTED}
     names = [name for name, *_ in UNSUPPORTED] + ["FullyShardedDataParallel", "calculate_per_token_loss"]
     for line, name in zip(lines, names, strict=True):
         named = {
-            "heterogeneous_block_specs": "heterogeneous layers",
             "pipeline_model_parallel_layout": "'post_norm' with no layer on the last pipeline stage",
         }.get(name, name)
         assert " does not support " in line and named in line and "\n" not in line
