@@ -16,6 +16,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from jreg_megatron.runtime.errors import UserError
+
 _SUMS_THE_GRADIENT = "copy_to_tensor_model_parallel_region"
 """What a Megatron imports for latent attention that sums the gradient itself."""
 
@@ -79,6 +81,11 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
             key = torch.cat((own, copy_to_tensor_model_parallel_region(shared, group=self.tp_group)), dim=-1)
         group = parallel_state.get_context_parallel_group()
         size = group.size()
+        if packed_seq_params is not None and size > 1:  # each sequence would be cut by itself
+            raise UserError(
+                f"packed sequences come with context parallelism over {size} ranks, which CPU mode does not "
+                "support; set the context-parallel size to 1"
+            )
         everywhere = torch.arange(key.shape[0] * size, device=query.device)
         here = everywhere[-query.shape[0] :]
         if size > 1:
