@@ -44,7 +44,7 @@ class JRegCallback:
     first line after the resume names its iterations.
 
     Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
-    loss mask. Those behind 0.6.2 give a padding mask with packed sequences, on every pipeline stage:
+    loss mask. Those after version 0.6.2 give a padding mask with packed sequences, on every pipeline stage:
     ``tokens="unmasked"`` follows it. Else it needs a forward step that gives one of the masks on every stage,
     and without it the first step ends in a :class:`UserError`.
     """
