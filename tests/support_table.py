@@ -60,7 +60,7 @@ KINDS = {
 """What ``test_variants`` compares with a reference, each with its name there."""
 
 TESTS = {
-    "Muon (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
+    "Muon, `dist_muon` (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
     "gated delta net, sparse attention": "test_hybrid::test_sub_layers_of_every_kind_give",
     "Transformer Engine's layers; a stand-in for it": "test_transformer_engine::test_step_in_transformer",
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
