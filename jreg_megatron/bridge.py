@@ -44,8 +44,9 @@ class JRegCallback:
     first line after the resume names its iterations.
 
     Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
-    loss mask. So ``tokens="unmasked"`` needs one pipeline stage and a forward step that calls the model with
-    ``loss_mask=``; otherwise the first micro-batch ends in a :class:`UserError`.
+    loss mask. Those after version 0.6.2 give a padding mask with packed sequences, on every pipeline stage:
+    ``tokens="unmasked"`` follows it. Else it needs a forward step that gives one of the masks on every stage,
+    and without it the first step ends in a :class:`UserError`.
     """
 
     def __init__(self, config: Any, *settings: Settings) -> None:
@@ -67,14 +68,6 @@ class JRegCallback:
         self._state: Any = None
         for part in ("model", "ddp", "dist", "comm_overlap"):
             refuse_unsupported(getattr(config, part, None), *settings)
-        stages = getattr(getattr(config, "model", None), "pipeline_model_parallel_size", 1)
-        for of_one in settings if stages > 1 else ():
-            if of_one.needs_loss_mask:
-                raise UserError(
-                    f"{type(of_one).__name__}.tokens is 'unmasked' with {stages} pipeline stages, and "
-                    "Megatron-Bridge has the loss mask on the last stage only; leave it at 'all', or use one "
-                    "pipeline stage"
-                )
 
         # Functions: a copy of the configuration must not copy this object and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:

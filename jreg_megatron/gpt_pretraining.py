@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from jreg_megatron.mcore import initialization
 from jreg_megatron.mcore.samples import dataset_config
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.training_loop import GIVES_LOSS_MASK
 
 _OTHER_TASKS = (
     *("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir"),
@@ -110,9 +109,6 @@ def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
         loss_mask=loss_mask,
     )
     return output, partial(_loss, loss_mask)
-
-
-setattr(forward_step, GIVES_LOSS_MASK, True)
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:

@@ -28,9 +28,6 @@ from jreg_megatron.stream.method import Metrics
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
-GIVES_LOSS_MASK = "jreg_loss_mask_on_every_stage"
-"""Attribute of a forward step function: it gives the model the loss mask on every pipeline stage."""
-
 _NOT_ATTACHED = (
     "jreg_megatron is not attached to the model, since megatron.training.training.setup_model_and_optimizer "
     "was not called before train_step or evaluate; the run stops: call it, or use jreg_megatron.attach in "
@@ -190,13 +187,12 @@ def _flags_of(settings: tuple[Settings, ...]) -> str:
 
 def require_attached(train_step: Function) -> Function:
     """Stop before a step without the methods, or with an unknown iteration."""
-    look_up = _arguments_of("train_step", train_step)
 
     @_decorating(train_step)
     def with_jreg(*args: Any, **named: Any) -> Any:
         attached = _expected()
         if attached is not None:
-            _check_step(attached.settings, *look_up(args, named))
+            _check_step()
         with user_errors_exit():  # errors of the first step's checks
             result = train_step(*args, **named)
         if attached is not None and result[_SHOULD_EXIT]:
@@ -308,7 +304,6 @@ def _decorating(function: Function) -> Callable[[Function], Function]:
 
 
 _READ = {
-    "train_step": ("forward_step_func",),
     "training_log": ("loss_dict", "total_loss_dict", "iteration", "skipped_iter"),
     "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
 }
@@ -458,10 +453,8 @@ def _print(iteration: int, metrics: Metrics, interval: range | None, with_values
 
 
 @user_errors_exit()
-def _check_step(settings: tuple[Settings, ...], forward_step: Function) -> None:
-    """Refuse a training step whose iteration does not advance, or that lacks a mask for a method."""
-    from megatron.training import get_args
-
+def _check_step() -> None:
+    """Refuse a training step whose iteration does not advance."""
     iteration = _current_iteration()
     if iteration == _loop.last_step:
         raise UserError(
@@ -469,15 +462,6 @@ def _check_step(settings: tuple[Settings, ...], forward_step: Function) -> None:
             "unknown; set it before each step as Megatron does, or use jreg_megatron.attach in the code"
         )
     _loop.last_step = iteration
-    is_cut = get_args().pipeline_model_parallel_size > 1
-    if is_cut and not hasattr(forward_step, GIVES_LOSS_MASK):
-        for of_one in settings:
-            if of_one.needs_loss_mask:
-                raise UserError(
-                    f"{of_one.flag('tokens')} is 'unmasked', and the script gives its model the loss mask on "
-                    "the last pipeline stage only; leave the setting at 'all', use one pipeline stage, or "
-                    f"give the mask on every stage and set forward_step.{GIVES_LOSS_MASK} = True"
-                )
 
 
 def _with_prepared_model(

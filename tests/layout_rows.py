@@ -51,6 +51,15 @@ NAMED = [
     Layout(pipeline=4, recompute="uniform", num_microbatches=4, masked=True, tokens="unmasked"),
     Layout(pipeline=2, recompute="uniform", num_microbatches=4, final_state="post_norm"),
     *(
+        Layout(tensor=2, pipeline=2, padded=True, tokens="unmasked", **more)
+        for more in (
+            {"masked": True},
+            {"sequence_parallel": True, "context": 2, "recompute": "uniform", "final_state": "post_norm"},
+            {"sequence_parallel": True, "virtual": 2, "packed": True, "model": "moe"},
+            {"sequence_parallel": True, "masked": True, "per_token_loss": True, "model": "hybrid"},
+        )
+    ),
+    *(
         Layout(model="hybrid", layers=layers, **cut)
         for layers, cuts in {
             "latent attention": (

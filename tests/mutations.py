@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
 BRIDGE = ("tests/test_bridge.py",)
+PADDING = ("tests/test_equivalence.py", "-k", "padding")
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CUT_INTERVALS = (
     "tests/test_pretrain.py::test_a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
@@ -264,7 +265,7 @@ FAULTS = [
     Fault(
         "take another rank's part of the mask",
         "stream/scaling.py",
-        (("x.chunk(self._size)[self._rank]", "x.chunk(self._size)[0]"),),
+        (("[self._sharing.rank()]", "[0]"),),
     ),
     Fault(
         "regularize masked tokens too",
@@ -947,6 +948,16 @@ FAULTS = [
         CONVERT,
     ),
     Fault(
+        "take the norm of keys for that of queries",
+        "convert/weights.py",
+        (
+            ('("self_attn.q_norm",)', '("self_attn.norm",)'),
+            ('("self_attn.k_norm",)', '("self_attn.q_norm",)'),
+            ('("self_attn.norm",)', '("self_attn.k_norm",)'),
+        ),
+        CONVERT,
+    ),
+    Fault(
         "compare a layer's values and not its memory",
         "stream/layer_watch.py",
         (("if is_moved and other.dtype", "if False and other.dtype"),),
@@ -1171,10 +1182,39 @@ FAULTS = [
         (("    _refuse_other_numbers(chunks, group)\n", ""),),
     ),
     Fault(
-        "let Bridge's stages start without the mask that they lack",
-        "bridge.py",
-        (("if of_one.needs_loss_mask:", "if False:"),),
-        BRIDGE,
+        "follow the loss mask although padding is told",
+        "stream/method.py",
+        (
+            (
+                "self.loss_mask if self.padding_mask is None else",
+                "self.loss_mask if self.loss_mask is not None else",
+            ),
+        ),
+        PADDING,
+    ),
+    Fault(
+        "count the tokens of a cut mask on each rank alone",
+        "stream/scaling.py",
+        (("        if is_cut:\n", "        if False:\n"),),
+        PADDING,
+    ),
+    Fault(
+        "cut a mask that is cut already",
+        "stream/scaling.py",
+        (("len(mask) == len(state)", "False"),),
+        PADDING,
+    ),
+    Fault(
+        "let pipeline stages count other tokens",
+        "stream/meter.py",
+        (("if not torch.allclose(num_tokens,", "if False and not torch.allclose(num_tokens,"),),
+        FIRST_STEP,
+    ),
+    Fault(
+        "let a packed sequence see the one before it",
+        "cpu/attention.py",
+        (("(sequence[:, None] != sequence) | ", ""),),
+        PADDING,
     ),
     Fault(
         "export rows of padding where no tokenizer is wanted",
@@ -1293,13 +1333,13 @@ FAULTS = [
     Fault(
         "run hybrid models of any sub-layers",
         "decoder/checkpoint/arguments.py",
-        (("if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:", "if False:"),),
+        (("if not pattern or not {*layers_of(pattern)} <= {*allowed}:", "if False:"),),
         CHECKPOINT,
     ),
     Fault(
         "run the MLP of a hybrid model as experts",
         "decoder/checkpoint/arguments.py",
-        (('[int(kinds == "*E") for kinds in layers]', "[1 for kinds in layers]"),),
+        (('[int(kinds[1] == "E") for kinds in layers]', "[1 for kinds in layers]"),),
         CHECKPOINT,
     ),
     Fault(

@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = {
     "settings": ROOT / "README.md",
+    "support": ROOT / "jreg_megatron" / "selftest" / "README.md",
+    "refusals": ROOT / "jreg_megatron" / "selftest" / "README.md",
     "layouts": ROOT / "jreg_megatron" / "selftest" / "README.md",
     "ways in": ROOT / "patches" / "README.md",
 }

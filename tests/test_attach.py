@@ -8,6 +8,7 @@ import pytest
 from harness import run_function
 
 from jreg_megatron import JRegConfig, UserError
+from jreg_megatron.stream.support import REFUSED
 
 
 def build_model(recompute: str = "none") -> Any:
@@ -209,7 +210,7 @@ def refuses_a_mask_of_other_tokens() -> None:
         ((16,), r"\[16\]"),
         ((8, 2), r"\[2, 8\]"),
     ):
-        with pytest.raises(UserError, match="the loss mask is for " + told):
+        with pytest.raises(UserError, match="the mask is for " + told):
             forward(model, torch.ones(shape))
 
 
@@ -308,7 +309,7 @@ def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tu
     class Observer:
         count = 0
 
-        def begin_microbatch(self, training: bool, loss_mask: Any) -> int:
+        def begin_microbatch(self, training: bool, given: Any) -> int:
             self.count += 1
             return self.count
 
@@ -358,12 +359,12 @@ def refusals_of_settings() -> list[str]:
 
     lines = []
     for name, value, final_state in UNSUPPORTED:
-        before = getattr(model.config, name, None)
-        setattr(model.config, name, value)
+        before = {part: getattr(model.config, part, None) for part in name.split(" with ")}
+        vars(model.config).update(dict.fromkeys(before, value))
         with pytest.raises(UserError) as caught:
             attach(model, JRegConfig(final_state=final_state), num_microbatches=1)
         lines.append(str(caught.value))
-        setattr(model.config, name, before)
+        vars(model.config).update(before)
     with pytest.raises(UserError) as caught:
         attach(FullyShardedDataParallel(), JRegConfig(), num_microbatches=1)
     lines.append(str(caught.value))
@@ -385,7 +386,10 @@ UNSUPPORTED = [
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
     ("use_megatron_fsdp", True, "pre_norm"),
+    ("use_torch_fsdp2 with calculate_per_token_loss", True, "pre_norm"),
     ("heterogeneous_block_specs", True, "pre_norm"),
+    ("heterogeneous_layers_config_path", "layers.json", "pre_norm"),
+    ("heterogeneous_layers_config_encoded_json", "{}", "pre_norm"),
     ("cuda_graph_impl", "local", "pre_norm"),
     ("cuda_graph_impl", "transformer_engine", "pre_norm"),
     ("cuda_graph_impl", "full_iteration", "pre_norm"),
@@ -448,7 +452,7 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
             "num_microbatches=2.5",
             "numbers (layer_number) 1 1, and its config.num_layers tells 2",
             "numbers (layer_number) 1 2, and its config.num_layers tells 3",
-            "without a loss mask on this pipeline stage",
+            "without a loss mask or padding mask on some pipeline stage",
             "attached to this model already",
         ),
         strict=True,
@@ -459,10 +463,10 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:
     (lines,) = run_function(refusals_of_settings)
+    assert {*REFUSED} <= {name for name, *_ in UNSUPPORTED}
     names = [name for name, *_ in UNSUPPORTED] + ["FullyShardedDataParallel", "calculate_per_token_loss"]
     for line, name in zip(lines, names, strict=True):
         named = {
-            "heterogeneous_block_specs": "heterogeneous layers",
             "pipeline_model_parallel_layout": "'post_norm' with no layer on the last pipeline stage",
         }.get(name, name)
         assert " does not support " in line and named in line and "\n" not in line

@@ -358,14 +358,6 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
         JRegCallback(config, JRegConfig())
 
 
-def test_unmasked_tokens_with_pipeline_stages_are_refused_before_anything_is_built() -> None:
-    config = container()
-    config.model.pipeline_model_parallel_size = 2
-    with pytest.raises(UserError, match="'unmasked' with 2 pipeline stages"):
-        JRegCallback(config, JRegConfig(tokens="unmasked"))
-    JRegCallback(config, JRegConfig())
-
-
 def test_the_model_configuration_alone_is_refused() -> None:
     with pytest.raises(UserError, match="takes the ConfigContainer"):
         JRegCallback(Provider(), JRegConfig())

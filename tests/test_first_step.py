@@ -522,9 +522,9 @@ def mask_on_the_second_rank() -> str:
 
     start()
     model = build(finalize_model_grads_func=finalize_model_grads)
-    forward = model.module.forward
+    forward = model.forward
     if dist.get_rank() == 1:
-        model.module.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
+        model.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
     attach(model, JRegConfig(coeff=COEFF, tokens="unmasked"), num_microbatches=M)
     return refusal(schedule, model)
 
@@ -534,16 +534,35 @@ def mask_on_the_last_stage() -> str:
 
     start(pipeline=2)
     model = build(finalize_model_grads_func=finalize_model_grads)
-    forward = model.module.forward
+    forward = model.forward
     if model.module.post_process:
         import torch
 
-        model.module.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
+        model.forward = lambda *a, **n: forward(*a, loss_mask=torch.ones(2, 32), **n)
     attach(model, JRegConfig(coeff=COEFF, tokens="unmasked"), num_microbatches=M)
     return refusal(schedule, model)
+
+
+def other_masks_on_two_stages() -> str:
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    start(pipeline=2)
+    model = build(finalize_model_grads_func=finalize_model_grads)
+    forward, mask = model.forward, torch.ones(2, 32)
+    mask[0, 20:] = 0
+    given = {"padding_mask": mask == 0} if model.module.pre_process else {"loss_mask": torch.ones(2, 32)}
+    model.forward = lambda *a, **n: forward(*a, **given, **n)
+    handle = attach(model, JRegConfig(coeff=COEFF, tokens="unmasked"), num_microbatches=M)
+    return refusal(step, model, handle)
+
+
+def test_stages_that_are_given_masks_of_other_tokens_are_refused_behind_the_first_step() -> None:
+    first, second = run_function(other_masks_on_two_stages, 2, timeout=180)
+    assert first == second and "saw other tokens in some layers than in others" in first
 
 
 def test_a_loss_mask_that_one_stage_or_one_rank_lacks_is_refused_on_all() -> None:
     for where in (mask_on_the_last_stage, mask_on_the_second_rank):
         first, second = run_function(where, 2, timeout=180)
-        assert first == second and "without a loss mask on this pipeline stage" in first
+        assert first == second and "without a loss mask or padding mask on some pipeline stage" in first

@@ -185,13 +185,22 @@ def test_the_command_measures_a_series_as_training_logged_it(series: Path, tmp_p
         assert each["settings"].items() >= SETTINGS.items()
 
 
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 20 --qk-head-dim 10 --qk-pos-emb-head-dim 6 "
+    "--v-head-dim 14 --rope-type rope"
+)
 LLAMA = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope"
 RUNS: dict[str, tuple[int, str, str]] = {
-    "a tied Llama in virtual stages": (
+    "a tied Qwen2 in virtual stages": (
         2,
         "--untie-embeddings-and-output-weights",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-        "--jreg-final-state post_norm",
+        "--jreg-final-state post_norm --add-qkv-bias",
+    ),
+    "latent attention": (
+        2,
+        "",
+        f"{LATENT} --qk-layernorm --tensor-model-parallel-size 2",
     ),
     "a GPT-2 in uneven stages, TP2 x PP2": (
         4,
@@ -206,17 +215,13 @@ RUNS: dict[str, tuple[int, str, str]] = {
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-ffn-hidden-size 48 "
         "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
     ),
-    "norms of queries and keys, and a layer that predicts further ahead": (
-        1,
-        "",
-        "--qk-layernorm --mtp-num-layers 1",
-    ),
+    "a Qwen3 with a layer that predicts further ahead": (1, "", "--qk-layernorm --mtp-num-layers 1"),
 }
 """By name: ranks, flags of the toy that are left out, and flags that are added."""
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_is_exported(
+def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_or_qwen_is_exported(
     name: str, toy_data: Path, tmp_path: Path
 ) -> None:
     world_size, without, flags = RUNS[name]
@@ -226,11 +231,11 @@ def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_is_ex
     refused = {
         "--decoder-first-pipeline-num-layers": "has another norm than RMSNorm (--normalization)",
         "--num-experts": "is a mixture of experts (--num-experts)",
-        "--qk-layernorm": "has norms of queries and keys (--qk-layernorm)",
+        "--multi-latent-attention": "has multi-latent attention",
     }
     named = [line for flag, line in refused.items() if flag in flags]
     if named:
-        expected = f"{folder}/iter_0000002 {named[0]}, which a Llama of Hugging Face does not have"
+        expected = f"{folder}/iter_0000002 {named[0]}, which no Llama or Qwen of Hugging Face has"
         assert str(export).startswith(expected)
     else:
         assert isinstance(export, float) and export < 1e-4
@@ -245,10 +250,10 @@ def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torc
     except UserError as error:
         assert not output.exists()
         return str(error)
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.inference_mode():
-        logits: torch.Tensor = LlamaForCausalLM.from_pretrained(output)(input_ids=ids).logits
+        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(output)(input_ids=ids).logits
     return logits.clone()
 
 
@@ -302,6 +307,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "hybrid_layer_pattern": None,
             "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
         },
+    ),
+    "latent attention and experts": (
+        f"{LLAMA_FLAGS} {PATTERN} +-+E {STACK} {LATENT} --num-experts 4 --moe-ffn-hidden-size 24",
+        {},
     ),
     "experts behind a dense layer": (
         f"{LLAMA_FLAGS} {PATTERN} *-*E*E {STACK} --num-experts 4 --moe-ffn-hidden-size 24",
@@ -378,9 +387,9 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
         ({"hybrid_layer_pattern": "*-", "spec": ["my.specs", "stack"]}, ["--spec my.specs stack"]),
         ({"hybrid_layer_pattern": "*-*-", "no_rope_freq": [0, 0, 1, 0]}, ["--no-rope-freq [0, 0, 1, 0]"]),
         ({"hybrid_layer_pattern": "*-*-", "window_attn_skip_freq": 2}, ["--window-attn-skip-freq 2"]),
-        ({"hybrid_layer_pattern": "*-*-", "multi_latent_attention": True}, ["latent", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "*-*-", "multi_latent_attention": True}, ["*-*-", "'+-'", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "+-+-"}, ["+-+-", "'*-'", "AutoBridge"]),
         ({"spec": ["my.specs", "layer"]}, ["--spec"]),
-        ({"multi_latent_attention": True}, ["latent", "AutoBridge", "DeepSeek-V3"]),
         ({"qk_l2_norm": True}, ["--qk-l2-norm"]),
         ({"num_experts": 4, "moe_mlp_glu_interleave_size": 32}, ["--moe-mlp-glu-interleave-size"]),
     ],

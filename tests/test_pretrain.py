@@ -71,7 +71,8 @@ def test_muon_that_ranks_share_gives_what_each_gives_alone_and_resumes_bit_ident
     run_ranks([*argv, "--tensorboard-dir", tmp_path / "alone"], 2)
     run_ranks([*shared, *saving, "--tensorboard-dir", tmp_path / "shared"], 2)
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
-    run_ranks([*shared, "--load", tmp_path / "saved", "--tensorboard-dir", tmp_path / "resumed"], 2)
+    by_its_old_name = [*shared, "--optimizer", "dist_muon", "--load", tmp_path / "saved"]
+    run_ranks([*by_its_old_name, "--tensorboard-dir", tmp_path / "resumed"], 2)
     alone, shared_values, resumed = (read_scalars(tmp_path / name) for name in ("alone", "shared", "resumed"))
     for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
         # Norms are summed in another order, and bf16 makes more of it at every step.

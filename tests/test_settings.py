@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import readme
 import settings_table
+import support_table
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,6 +151,11 @@ def test_the_coefficient_follows_start_warmup_and_stop() -> None:
 def test_measuring_follows_the_interval() -> None:
     config = JRegConfig(measure_interval=3)
     assert [n for n in range(1, 10) if config.measures_at(n)] == [3, 6, 9]
+
+
+def test_the_readme_has_what_is_supported_and_refused_as_the_code_and_the_tests_have_it() -> None:
+    for name, table in (("support", support_table.supported()), ("refusals", support_table.refused())):
+        assert readme.read(name) == table, "run: python tests/support_table.py"
 
 
 def test_the_readme_has_the_settings_as_they_are() -> None:

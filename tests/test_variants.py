@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from variant_step import KINDS, on_ranks
 
@@ -18,6 +20,11 @@ TP_SP_EP = Layout(tensor=2, sequence_parallel=True, data=2, model="moe", expert=
         (Layout(tensor=2, pipeline=2, recompute="uniform"), ATTENTION),
         (TP_SP_CP, (*ATTENTION, "norms recomputed")),
         (TP_SP_EP, ("tokens exchanged",)),
+        (
+            replace(TP_SP_CP, pipeline=2, per_token_loss=True, masked=True),
+            ("MuP", "learnable sinks", "fixed sinks"),
+        ),
+        (Layout(pipeline=2, recompute="uniform", final_state="post_norm"), ("Liger",)),
         (Layout(pipeline=2, precision="bf16"), ("fp32 residual",)),
     ],
     ids=lambda value: value.name if isinstance(value, Layout) else "",

@@ -12,9 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from harness import run_function
+from megatron.core import tensor_parallel
+from megatron.core.models import backends
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.transformer import transformer_config
+from megatron.core.transformer import transformer_block, transformer_config
 from torch import Tensor
 
 from jreg_megatron.selftest import compare, reference, step, toy
@@ -44,12 +47,109 @@ class WindowLlama(reference.ReferenceLlama):
         return joined @ layer[f"{PREFIX}linear_proj.weight"].T
 
 
+GROUPS = 2
+"""Of queries that share their key and value."""
+
+OFFSET = f"{PREFIX}core_attention.softmax_offset"
+
+
+class SinkShape(reference.Shape):
+    """Heads that share keys and values, and attention that may look at nothing: a number for each head."""
+
+    is_learnable = True
+
+    def _parameters_of(self, kind: str) -> dict[str, tuple[int, ...]]:
+        shapes, heads = super()._parameters_of(kind), self.num_attention_heads
+        if kind == "*":
+            width = self.hidden_size // heads
+            shapes[f"{PREFIX}linear_qkv.weight"] = ((heads + 2 * GROUPS) * width, self.hidden_size)
+            shapes |= {OFFSET: (heads,)} if self.is_learnable else {}
+        return shapes
+
+
+class SinkLlama(reference.ReferenceLlama):
+    """``exp(score) / (exp(offset) + sum of exp(score))``, as in gpt-oss; the offset is learnt, or 0."""
+
+    def _attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
+        heads = self.shape.num_attention_heads
+        qkv = (normed @ layer[f"{PREFIX}linear_qkv.weight"].T).unflatten(
+            -1, (GROUPS, heads // GROUPS + 2, -1)
+        )
+        queries, keys, values = qkv.tensor_split((heads // GROUPS, heads // GROUPS + 1), dim=3)
+        query, key, value = (x.permute(0, 2, 3, 1, 4) for x in (queries, keys, values))  # b, group, head, s
+        scores = reference._rotate(query) @ reference._rotate(key).mT / math.sqrt(query.shape[-1])
+        raised = scores.masked_fill(reference._future(normed), -math.inf).exp()
+        offset = layer.get(OFFSET, normed.new_zeros(heads)).view(GROUPS, -1, 1, 1)
+        mixed = raised / (offset.exp() + raised.sum(-1, keepdim=True)) @ value
+        return mixed.flatten(1, 2).transpose(1, 2).flatten(2) @ layer[f"{PREFIX}linear_proj.weight"].T
+
+
+WIDER, EMBEDDED = 4, 3.0
+"""How much wider the model is than the one with MuP's hyperparameters, and the embedding's factor."""
+
+
+class MupLlama(reference.ReferenceLlama):
+    """Scores over the head's width, not its root, and scaled embedding and logits (arXiv:2203.03466)."""
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return EMBEDDED * super()._embed(tokens)
+
+    def _attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
+        heads, qkv = self.shape.num_attention_heads, layer[f"{PREFIX}linear_qkv.weight"]
+        factor = qkv.new_tensor([math.sqrt(heads / normed.shape[-1]), 1, 1]).view(3, 1, 1)
+        scaled = (qkv.unflatten(0, (heads, 3, -1)) * factor).flatten(0, 2)
+        return super()._attention({**layer, f"{PREFIX}linear_qkv.weight": scaled}, normed)
+
+    def token_losses(self, normed: Tensor, labels: Tensor) -> Tensor:
+        return super().token_losses(normed / WIDER, labels)
+
+
+class LossInPlace(torch.autograd.Function):
+    """Cross-entropy ``[s, b]`` that keeps its gradient in the place of the logits, as Liger's does."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, *_: Any) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        ctx.kept = logits.detach().copy_(logits.softmax(-1) - F.one_hot(target, logits.shape[-1]))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.kept.mul_(grad[..., None]), None, None
+
+
+def apply_liger() -> None:
+    """Put stand-ins where ``apply_liger_kernel_to_megatron`` of liger-kernel 0.8.5 puts its classes."""
+
+    class RMSNorm(torch.nn.Module):
+        def __init__(self, config: Any, hidden_size: int, eps: float, **_: Any) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+            self.weight.sequence_parallel = config.sequence_parallel
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    backends.LocalSpecProvider.layer_norm = lambda *_, **__: RMSNorm
+    transformer_block.LayerNormImpl = RMSNorm
+    tensor_parallel.vocab_parallel_cross_entropy = lambda logits, target, **_: LossInPlace.apply(
+        logits, target
+    )
+
+
 KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "latent": (reference.ReferenceLlama, step.LATENT),
     "window": (WindowLlama, {"window_size": (WINDOW, 0)}),
     # Transformer Engine lets a causal window look ahead nowhere either.
     "window that would look ahead": (WindowLlama, {"window_size": (WINDOW, 2)}),
     "window without an end": (reference.ReferenceLlama, {"window_size": (-1, 0)}),
+    "MuP": (
+        MupLlama,
+        {"use_mup": True, "mup_base_hidden_size": 32 // WIDER, "mup_embedding_mult": EMBEDDED},
+    ),
+    "learnable sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "learnable"}),
+    "fixed sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "off-by-one"}),
+    "Liger": (reference.ReferenceLlama, {}),
     "fp32 residual": (reference.ReferenceLlama, {"fp32_residual_connection": True}),
     "tokens exchanged": (reference.ReferenceLlama, {"moe_token_dispatcher_type": "alltoall"}),
     "norms recomputed": (
@@ -77,16 +177,23 @@ _local_spec, _shape_of = gpt_layer_specs.get_gpt_layer_local_spec, toy.shape_of
 def _compare_kind(layout: Layout, kind: str) -> Comparison:
     model, options = KINDS[kind]
     is_latent = kind == "latent"
+    if kind == "Liger":
+        apply_liger()
     transformer_config.TransformerConfig = lambda **given: _CONFIGS[is_latent](**{**given, **options})
     gpt_layer_specs.get_gpt_layer_local_spec = partial(
         _local_spec, **dict.fromkeys(("multi_latent_attention", "qk_layernorm"), is_latent)
     )
     toy.ReferenceLlama = model  # type: ignore[misc]
     for module in (toy, step, compare):
-        module.shape_of = _latent_shape_of if is_latent else _shape_of  # type: ignore[assignment]
+        module.shape_of = partial(_shape_for, kind)  # type: ignore[assignment]
     return compare.compare_step(layout)
 
 
-def _latent_shape_of(layout: Layout) -> reference.Shape:
+def _shape_for(kind: str, layout: Layout) -> reference.Shape:
     shape = _shape_of(layout)
-    return replace(shape, layers=("+-",) * shape.num_layers)
+    if kind == "latent":
+        return replace(shape, layers=("+-",) * shape.num_layers)
+    if "sinks" in kind:
+        shape = SinkShape(**vars(shape))
+        object.__setattr__(shape, "is_learnable", kind == "learnable sinks")
+    return shape

@@ -1,4 +1,4 @@
-"""``jreg-megatron export``: write a Megatron checkpoint as a Hugging Face folder of a Llama."""
+"""``jreg-megatron export``: write a Megatron checkpoint as a Hugging Face folder of a Llama or Qwen."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron export",
-        description="Write a Megatron torch_dist checkpoint of a Llama, saved at any layout, as a folder for "
-        "transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
+        description="Write a Megatron torch_dist checkpoint of a Llama, Qwen2 or Qwen3, saved at any layout, "
+        "as a folder for transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
         epilog="At the end the exported files are loaded. Their logits must be the checkpoint's, and their "
         "tokenizer must give the ids of the training's tokenizer.",
     )
@@ -63,7 +63,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """Export, check the written files, and return the report for ``--json``.
 
     Raises:
-        UserError: for a model that a Llama cannot express, or files that are missing or damaged.
+        UserError: for a model that neither Llama nor Qwen can express, or files that are missing or damaged.
     """
     find_checkpoint(options.checkpoints, options.step)
     need("transformers", "export", "analysis")
@@ -179,12 +179,12 @@ def _tokenizer(arguments: dict[str, Any], options: argparse.Namespace) -> Traini
 
 def _save_model(folder: Path, config: Any, weights: dict[str, Any]) -> None:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()

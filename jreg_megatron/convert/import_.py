@@ -1,11 +1,11 @@
-"""``jreg-megatron import``: write a Hugging Face folder of a Llama as a Megatron checkpoint."""
+"""``jreg-megatron import``: write a Hugging Face folder of a Llama or Qwen as a Megatron checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jreg_megatron.convert.export import check_logits
 from jreg_megatron.convert.place import made_beside, run
@@ -14,9 +14,6 @@ from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.output import add_output_arguments, versions
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jreg-megatron import",
-        description="Write a Llama of Hugging Face as a Megatron torch_dist checkpoint, which training loads "
-        "at any layout, and print the Megatron flags of the model. No GPU is needed.",
+        description="Write a Llama, Qwen2 or Qwen3 of Hugging Face as a Megatron torch_dist checkpoint, "
+        "which training loads at any layout, and print the Megatron flags of the model. No GPU is needed.",
         epilog="At the end the checkpoint is loaded. Its logits must be the Hugging Face model's.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and safetensors of a Llama")
@@ -82,7 +79,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _config(folder: Path) -> LlamaConfig:
+def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -93,13 +90,13 @@ def _config(folder: Path) -> LlamaConfig:
 
 def _load(folder: Path, dtype: str | None) -> Any:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, info = LlamaForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
         )
     except Exception as error:  # of safetensors, torch or transformers
@@ -108,7 +105,7 @@ def _load(folder: Path, dtype: str | None) -> Any:
         if info.get(kind):
             raise UserError(f"{folder} {has} {min(map(str, info[kind]))}, which its config.json asks for")
     if info.get("unexpected_keys"):
-        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, which a Llama does not have")
+        raise UserError(f"{folder} holds {min(info['unexpected_keys'])}, which such a model does not have")
     return model.eval()
 
 

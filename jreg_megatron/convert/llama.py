@@ -1,14 +1,11 @@
-"""Models that both Megatron's ``GPTModel`` and Hugging Face's ``LlamaForCausalLM`` can express."""
+"""Models that both Megatron's ``GPTModel`` and Hugging Face's Llama, Qwen2 or Qwen3 can express."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -19,8 +16,8 @@ LLAMA3_ROPE = {
 }
 """The numbers of Megatron's ``--use-rope-scaling``; its training loop has no others."""
 
-# Features of Megatron's GPTModel that a Llama lacks: argument, values for a Llama, the feature, and a model
-# of Megatron-Bridge with this feature.
+# Features of Megatron's GPTModel that a Llama and a Qwen lack: argument, their values, the feature, and a
+# model of Megatron-Bridge with this feature.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -30,7 +27,6 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("swiglu", (True,), "has another activation than SwiGLU (no --swiglu)", None),
     ("glu_linear_offset", (0, None), "has --glu-linear-offset", "gpt-oss"),
     ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value", "gpt-oss"),
-    ("qk_layernorm", (False,), "has norms of queries and keys (--qk-layernorm)", "Qwen3"),
     ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)", None),
     ("position_embedding_type", ("rope",), "has no rotary positions (--position-embedding-type)", None),
     ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)", "Nemotron"),
@@ -49,25 +45,37 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
 _AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
 
 
-def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
-    """The ``LlamaConfig`` of the model that Megatron's arguments describe, without ids of a tokenizer.
+KINDS = ("llama", "qwen2", "qwen3")
+"""Hugging Face's ``model_type``. A Qwen2 is a Llama with biases in queries, keys and values; a Qwen3 one with
+norms of queries and keys."""
+
+
+def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
+    """Hugging Face's config of the model that Megatron's arguments describe, without ids of a tokenizer.
 
     ``vocab_size`` is the number of rows without padding; ``what`` names the checkpoint in messages.
 
     Raises:
-        UserError: naming the feature that a ``LlamaForCausalLM`` lacks.
+        UserError: naming the feature that none of ``KINDS`` has.
     """
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     def refuse(has: str, example: str | None) -> UserError:
         instead = bridge_as(example) if example else _AS_IT_IS
-        return UserError(f"{what} {has}, which a Llama of Hugging Face does not have; {instead}")
+        return UserError(f"{what} {has}, which no Llama or Qwen of Hugging Face has; {instead}")
 
     for name, allowed, is_other, example in _ONLY_IN_MEGATRON:
         if getattr(args, name, allowed[0]) not in allowed:
             raise refuse(is_other, example)
-    if getattr(args, "add_qkv_bias", False) and not args.add_bias_linear:
-        raise refuse("has biases in queries, keys and values alone (--add-qkv-bias)", "Qwen2")
+    has_biases, is_normed = bool(args.add_bias_linear), getattr(args, "qk_layernorm", False)
+    has_qkv_biases = getattr(args, "add_qkv_bias", False) and not has_biases
+    if is_normed and (has_biases or has_qkv_biases):
+        raise refuse(
+            "has norms of queries and keys, and biases (--qk-layernorm without --disable-bias-linear)", None
+        )
+    own: dict[str, Any] = {"model_type": "qwen3" if is_normed else "qwen2" if has_qkv_biases else "llama"}
+    if own["model_type"] == "llama":
+        own |= {"attention_bias": has_biases, "mlp_bias": has_biases}
     heads = args.num_attention_heads
     if args.hidden_size % heads:
         raise UserError(
@@ -79,7 +87,8 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
         scaling = dict(LLAMA3_ROPE)
     elif args.rotary_seq_len_interpolation_factor:
         scaling = {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        **own,
         num_hidden_layers=args.num_layers,
         hidden_size=args.hidden_size,
         intermediate_size=args.ffn_hidden_size,
@@ -92,28 +101,28 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> LlamaConfig:
         rope_theta=float(args.rotary_base),
         rope_scaling=scaling,
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
-        attention_bias=bool(args.add_bias_linear),
-        mlp_bias=bool(args.add_bias_linear),
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
 
 
-def refuse_other(config: LlamaConfig, what: str) -> None:
+def refuse_other(config: Any, what: str) -> None:
     """Raises:
-    UserError: naming a feature in the config that Megatron's ``GPTModel`` lacks, or if it is no Llama.
+    UserError: naming a feature in the config that Megatron's ``GPTModel`` lacks, or a type not in ``KINDS``.
     """
 
     def refuse(has: str) -> UserError:
         return UserError(f"{what} {has}, which Megatron's GPTModel does not have; it cannot be imported")
 
-    if config.model_type != "llama":
-        raise UserError(f"{what} is of type {config.model_type}, and only llama can be imported")
+    if config.model_type not in KINDS:
+        raise UserError(f"{what} is of type {config.model_type}, and only {', '.join(KINDS)} can be imported")
     if config.hidden_act != "silu":
         raise refuse(f"has the activation {config.hidden_act}")
-    if config.attention_bias != config.mlp_bias:
+    if getattr(config, "attention_bias", False) != getattr(config, "mlp_bias", False):
         raise refuse("has biases in attention or MLP alone")
+    if getattr(config, "use_sliding_window", False):
+        raise refuse("has a sliding window in some layers (use_sliding_window)")
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise refuse(f"has rotary positions scaled by {rope['rope_type']}")
@@ -129,20 +138,25 @@ def refuse_other(config: LlamaConfig, what: str) -> None:
         raise refuse(f"divides positions by {rope['factor']}, no whole number")
 
 
-def older_rope_settings(config: LlamaConfig) -> dict[str, Any]:
+def older_rope_settings(config: Any) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, for transformers before 5, vLLM and others."""
     scaling = dict(config.rope_parameters)
     theta = scaling.pop("rope_theta")
     return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
 
 
-def megatron_flags(config: LlamaConfig) -> list[str]:
-    """Megatron's flags for a ``LlamaConfig``, each followed by its value."""
+def head_width(config: Any) -> int:
+    """Of a query, a key and a value."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def megatron_flags(config: Any) -> list[str]:
+    """Megatron's flags for a Hugging Face config, each followed by its value."""
     rope = config.rope_parameters
     flags: list[str | float] = [
         *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),
         *("--ffn-hidden-size", config.intermediate_size, "--num-attention-heads", config.num_attention_heads),
-        *("--kv-channels", config.head_dim),
+        *("--kv-channels", head_width(config)),
     ]
     if config.num_key_value_heads != config.num_attention_heads:
         flags += ["--group-query-attention", "--num-query-groups", config.num_key_value_heads]
@@ -155,8 +169,9 @@ def megatron_flags(config: LlamaConfig) -> list[str]:
     if rope["rope_type"] == "linear":
         flags += ["--rotary-seq-len-interpolation-factor", int(rope["factor"])]
     flags += ["--normalization", "RMSNorm", "--norm-epsilon", config.rms_norm_eps, "--swiglu"]
-    if not config.attention_bias:
+    if not getattr(config, "attention_bias", False):
         flags.append("--disable-bias-linear")
+    flags += {"qwen2": ["--add-qkv-bias"], "qwen3": ["--qk-layernorm"]}.get(config.model_type, [])
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
     flags += ["--attention-dropout", 0, "--hidden-dropout", 0]

@@ -16,6 +16,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from jreg_megatron.runtime.errors import UserError
+
 _SUMS_THE_GRADIENT = "copy_to_tensor_model_parallel_region"
 """What a Megatron imports for latent attention that sums the gradient itself."""
 
@@ -28,6 +30,7 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
       in order; in the backward pass their gradients are summed and scattered.
     - Widths of keys and of values that differ, as latent attention has them.
     - A causal window that looks ahead nowhere, and back without an end if its first number is negative.
+    - Packed sequences, without context parallelism.
     """
 
     def __init__(
@@ -63,17 +66,26 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
+        packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """As the parent's: states ``[s / C, b, heads, d]`` to ``[s / C, b, heads * d]``.
 
         ``attention_mask`` is ``[b, 1, s / C, s]``, True where a query must not look; None means causal.
+        States of packed sequences are without ``b``.
         """
+        if packed_seq_params is not None:
+            query, key, value = (x[:, None] for x in (query, key, value))
         if self._width_shared:
             own, shared = key.tensor_split((-self._width_shared,), dim=-1)
             key = torch.cat((own, copy_to_tensor_model_parallel_region(shared, group=self.tp_group)), dim=-1)
         group = parallel_state.get_context_parallel_group()
         size = group.size()
+        if packed_seq_params is not None and size > 1:  # each sequence would be cut by itself
+            raise UserError(
+                f"packed sequences come with context parallelism over {size} ranks, which CPU mode does not "
+                "support; set the context-parallel size to 1"
+            )
         everywhere = torch.arange(key.shape[0] * size, device=query.device)
         here = everywhere[-query.shape[0] :]
         if size > 1:
@@ -90,6 +102,10 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
             is_hidden = distance < 0
             if self._looks_back is not None and self._looks_back >= 0:
                 is_hidden |= distance > self._looks_back
+            attention_mask = is_hidden[None, None] if attention_mask is None else attention_mask | is_hidden
+        if packed_seq_params is not None:
+            sequence = torch.bucketize(everywhere, packed_seq_params.cu_seqlens_q, right=True)
+            is_hidden = (sequence[:, None] != sequence) | (here[:, None] < everywhere)
             attention_mask = is_hidden[None, None] if attention_mask is None else attention_mask | is_hidden
         output: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
         return output

@@ -87,7 +87,7 @@ def compare_step(
     """
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     weights = {name: value.to(device) for name, value in draw_weights(shape_of(layout)).items()}
-    batch = draw_batch(layout.masked).to(device)
+    batch = draw_batch(layout.masked, layout.padded).to(device)
     exact, limit = _expected(layout, weights, batch)
     step = run_step(layout, weights, batch, transformer_impl, timeout)
 

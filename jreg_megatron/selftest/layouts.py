@@ -60,6 +60,10 @@ class Layout:
     """Whether the loss mask leaves tokens out, unevenly."""
     tokens: str = "all"
     """Which tokens JREG counts: all or unmasked."""
+    padded: bool = False
+    """Whether sequences end in padding. Every stage has the padding mask then, the last the loss mask too."""
+    packed: bool = False
+    """Whether a micro-batch's sequences are packed into one."""
     final_state: str = "pre_norm"
     precision: str = "fp32"
     """fp32, bf16, or fp16 with a loss scale."""
@@ -122,6 +126,8 @@ class Layout:
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
         words += ["per-token loss"] * self.per_token_loss
         words += ["masked tokens"] * self.masked
+        words += ["padding"] * self.padded
+        words += ["packed sequences"] * self.packed
         words += ["JREG on unmasked tokens"] * (self.tokens != "all")
         words += [self.final_state] * (self.final_state != "pre_norm")
         words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
@@ -200,6 +206,11 @@ RULES = (
         "layers context",
         "the stand-in for a Mamba's mixer does not know context parallelism",
         lambda x: x.context == 1 or not any("M" in kinds for kinds in x.sublayers),
+    ),
+    _rule(
+        "packed context model",
+        "packed sequences are compared in GPTModels without context parallelism",
+        lambda x: not x.packed or (x.context == 1 and x.model in ("gpt", "moe")),
     ),
     _rule(
         "model tied pipeline",

@@ -112,12 +112,12 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
 
     iterators = [batches() for _ in wrapped]
     reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=functools.partial(_forward_step, layout),
         data_iterator=iterators if layout.virtual > 1 else iterators[0],
         model=wrapped if layout.virtual > 1 else wrapped[0],
         num_microbatches=layout.num_microbatches,
-        seq_length=LENGTH,
-        micro_batch_size=layout.micro_batch_size,
+        seq_length=LENGTH * layout.micro_batch_size if layout.packed else LENGTH,
+        micro_batch_size=1 if layout.packed else layout.micro_batch_size,
         forward_only=False,
     )
     total = torch.stack([*reports, torch.zeros(2, dtype=torch.float64).to(batch.tokens.device)]).sum(0)
@@ -306,10 +306,18 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
     return [DistributedDataParallel(config, ddp_config, chunk) for chunk in halved]
 
 
-def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    part = next(batches)
+def _forward_step(
+    layout: Layout, batches: Iterator[Batch], model: nn.Module
+) -> tuple[Tensor, Callable[..., Any]]:
+    part, chunk = next(batches), unwrap(model)
     position_ids = torch.arange(part.tokens.shape[1], device=part.tokens.device).expand_as(part.tokens)
-    output = model(part.tokens, position_ids, None, labels=part.labels, loss_mask=part.loss_mask)
+    options: dict[str, Any] = {"loss_mask": part.loss_mask}
+    if layout.padded:
+        options = {"loss_mask": part.loss_mask if chunk.post_process else None}
+        options["padding_mask"] = _padding_mask(layout, part, chunk)
+    if layout.packed:
+        options["packed_seq_params"] = _packed_parameters(layout, part.tokens)
+    output = model(part.tokens, position_ids, None, labels=part.labels, **options)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = (losses.float() * part.loss_mask).sum()
@@ -317,6 +325,27 @@ def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, C
         return total, count.int(), torch.stack((total.detach(), count)).double()
 
     return output, loss
+
+
+def _padding_mask(layout: Layout, part: Batch, chunk: Any) -> Tensor:
+    """Whole where the model cuts it for sequence parallelism, as a GPTModel does on the first stage. Else
+    cut, as its experts need it."""
+    from megatron.core import parallel_state
+
+    if not layout.sequence_parallel or (chunk.pre_process and layout.model != "hybrid"):
+        return part.padding_mask
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    cut: Tensor = part.padding_mask.chunk(layout.tensor, dim=1)[rank]
+    return cut
+
+
+def _packed_parameters(layout: Layout, tokens: Tensor) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = torch.arange(0, tokens.numel() + 1, LENGTH, dtype=torch.int32, device=tokens.device)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH
+    )
 
 
 def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:

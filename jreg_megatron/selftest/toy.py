@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -77,16 +77,22 @@ class Batch:
     labels: Tensor
     loss_mask: Tensor
     """1.0 where a token's loss counts, else 0.0."""
+    padding_mask: Tensor
+    """True at padding, which has no loss."""
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(field.to(device) for field in (self.tokens, self.labels, self.loss_mask)))
+        return self._each(lambda field: field.to(device))
 
     def part(self, layout: Layout, data_rank: int, micro_batch: int, context_rank: int) -> Batch:
         """What a rank sees of a micro-batch, ``[micro batch, LENGTH / context]``."""
         rows = self.rows(layout, data_rank, micro_batch)
         columns = positions(layout, context_rank)
-        return Batch(*(field[rows][:, columns] for field in (self.tokens, self.labels, self.loss_mask)))
+        shape = (1, -1) if layout.packed else (layout.micro_batch_size, -1)
+        return self._each(lambda field: field[rows][:, columns].reshape(shape))
 
     @staticmethod
     def rows(layout: Layout, data_rank: int, micro_batch: int) -> slice:
@@ -101,8 +107,13 @@ def positions(layout: Layout, context_rank: int) -> Tensor:
     return torch.cat((pieces[context_rank], pieces[2 * layout.context - 1 - context_rank]))
 
 
-def draw_batch(masked: bool) -> Batch:
-    """The same random sequences for every layout; with ``masked``, some tokens are left out of the loss."""
+def draw_batch(masked: bool, padded: bool = False) -> Batch:
+    """The same random sequences for every layout.
+
+    Args:
+        masked: whether some tokens are left out of the loss.
+        padded: whether sequences end in padding, each in another number of tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
     loss_mask = torch.ones(BATCH, LENGTH)
@@ -110,7 +121,9 @@ def draw_batch(masked: bool) -> Batch:
         # Unevenly over sequences and positions, so that no two ranks or micro-batches have equally many.
         share = torch.linspace(0.1, 0.9, BATCH)[:, None] * torch.linspace(0.3, 1.2, LENGTH)
         loss_mask = (torch.rand(BATCH, LENGTH, generator=generator) > share).float()
-    return Batch(drawn[:, :-1], drawn[:, 1:], loss_mask)
+    lengths = torch.arange(BATCH) * 5 % LENGTH + 1 if padded else torch.full((BATCH,), LENGTH)
+    padding_mask = torch.arange(LENGTH) >= lengths[:, None]
+    return Batch(drawn[:, :-1], drawn[:, 1:], loss_mask * ~padding_mask, padding_mask)
 
 
 Place = tuple[int | slice, ...]
@@ -163,8 +176,13 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     psi = displacements([*states[:-1], normed] if layout.final_state == "post_norm" else states)
     alphas = ALPHA * torch.arange(1, NUM_LAYERS + 1, dtype=torch.float64)
     layer_weights = (alphas.exp() / alphas.exp().sum()).to(wide).to(psi.device)
-    if layout.tokens == "unmasked":
+    if layout.tokens == "unmasked" and not layout.padded:
         counted, psi_share = batch.loss_mask.to(wide), share
+    elif layout.tokens == "unmasked":
+        counted = (~batch.padding_mask).to(wide)
+        psi_share = _token_shares(layout, counted, counted)
+        if layout.per_token_loss:  # which is divided by the number of tokens that have a loss
+            psi_share = counted / batch.loss_mask.sum()
     else:
         counted = torch.ones_like(losses)
         psi_share = counted / (batch.loss_mask.sum() if layout.per_token_loss else losses.numel())

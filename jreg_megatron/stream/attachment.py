@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -86,14 +86,14 @@ class Handle:
 
     # -- what the residual stream tells ------------------------------------------------------------
 
-    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> _Told | None:
+    def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> _Told | None:
         """Ask each method whether, and with what, it wants to be told of this micro-batch's layers."""
         if training and not self._first_step.has_ended:
             self._first_step.begin_training_microbatch()
         if training and self._is_count_fixed:
             self._ran += 1
         iteration = self._iteration() if training and self._iteration is not None else None
-        call = Call(training, iteration, loss_mask)
+        call = Call(training, iteration, given.get("loss_mask"), given.get("padding_mask"))
         asked = [(method, method.begin_microbatch(call)) for method in self.methods]
         told = [(method, own) for method, own in asked if own is not None]
         wanted = [getattr(own, "layers", None) for _, own in told]

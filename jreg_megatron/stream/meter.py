@@ -25,6 +25,10 @@ LAYERS_SEEN_UNEQUALLY = (
     "metrics between steps, and after a forward pass without a backward pass, or a step that was broken off, "
     "call reset_training_metrics() of the handle"
 )
+OTHER_TOKENS = (
+    "jreg_megatron saw other tokens in some layers than in others: pipeline stages were called with masks of "
+    "other tokens; call the model on every stage with the same loss_mask= or padding_mask="
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def reduce_meters(
         For each meter its values, the same on every rank; None if some layer was not seen.
 
     Raises:
-        UserError: if some layers were seen more often than others, so that they stand for other tokens.
+        UserError: if some layers were seen more often than others, or with more tokens.
     """
     if not meters:
         return []
@@ -181,4 +185,6 @@ def _values_of(sums: Tensor, largest: Tensor) -> LayerValues | None:
         return None
     if times_seen.min() != times_seen.max():
         raise UserError(LAYERS_SEEN_UNEQUALLY)
+    if not torch.allclose(num_tokens, num_tokens[:1], rtol=1e-6, atol=0):
+        raise UserError(OTHER_TOKENS)
     return LayerValues(values / num_tokens[:, None], largest)

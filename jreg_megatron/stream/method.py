@@ -45,8 +45,16 @@ class Call:
     """Whether a backward pass will follow."""
     iteration: int | None
     """The training iteration, 1-based; None in evaluation, and where nobody tells."""
-    loss_mask: Tensor | None
-    """What the model was called with, ``[b, s]``, if anything."""
+    loss_mask: Tensor | None = None
+    """What the model was called with, ``[b, s]``, if anything; often on the last pipeline stage alone."""
+    padding_mask: Tensor | None = None
+    """What the model was called with, ``[b, s]``, if anything: True at padding; on all pipeline stages."""
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which tokens count, ``[b, s]``: those that are no padding, if the model is told of it; else those
+        that the loss mask keeps. None without a mask."""
+        return self.loss_mask if self.padding_mask is None else self.padding_mask == 0
 
 
 class Readings:

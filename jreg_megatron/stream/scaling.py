@@ -31,10 +31,14 @@ masked ones too, and where a mask is used the effective lambda is larger by all/
 *Unmasked tokens only.* A loss can be averaged as Megatron averages cross-entropy: over the ``m`` unmasked
 tokens of a context-parallel rank's part of a micro-batch, and over these parts. Each unmasked token gets
 ``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that share that
-part by sequence parallelism hold its whole mask, so each can count ``m``.
+part by sequence parallelism hold its whole mask, so each can count ``m``. But a padding mask may be cut among
+them, as experts need it on later pipeline stages. Then they sum ``m``, the one collective here.
 
-None of this needs a collective, and nothing in it is known only on some ranks. That the loss is scaled so is
-looked at in the first step (:mod:`jreg_megatron.stream.first_step`).
+With per-token loss and a padding mask the division is by the loss mask's tokens all the same, and the
+effective lambda is larger by unpadded/unmasked.
+
+Nothing in it is known only on some ranks. That the loss is scaled so is looked at in the first step
+(:mod:`jreg_megatron.stream.first_step`).
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -70,7 +75,8 @@ class Scaling:
         """
         self._config = chunk.config
         self._num_microbatches = num_microbatches
-        self._size, self._rank = _sequence_parallel_place(chunk)
+        self._sharing = _sequence_parallel_group(chunk)
+        self._size = 1 if self._sharing is None else self._sharing.size()
 
     def fill(self, coefficient: Tensor, coeff: float) -> None:
         """Set ``coefficient`` ``[1]`` to what all layers have in common: ``g * lambda / M``, no host sync."""
@@ -86,29 +92,34 @@ class Scaling:
             return 1.0
         return 1.0 / (state.shape[0] * state.shape[1] * self._size)
 
-    def of_unmasked_tokens(self, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What it is multiplied by where the unmasked tokens count.
+    def of_unmasked_tokens(self, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What it is multiplied by where the unmasked tokens count. Collective if the mask is cut.
 
         Args:
-            loss_mask: ``[b, s]``, as the model is called with it.
+            mask: ``[s, b]`` float32, for all tokens of the ranks that share a sequence among them, or cut to
+                those of ``state``.
+            state: ``[s, b, h]`` of this rank.
 
         Returns:
-            This rank's part of the mask, and what it is multiplied by at each token, both ``[s, b]`` float32.
+            This rank's part of the mask, and what it is multiplied by at each token, both ``[s, b]``.
         """
-        mask = loss_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
-        weights = mask if self._config.calculate_per_token_loss else mask / mask.sum().clamp(min=1)
-        if self._size > 1:
-            mask, weights = (x.chunk(self._size)[self._rank] for x in (mask, weights))
-        return mask, weights
+        count, is_cut = mask.sum(), self._sharing is not None and len(mask) == len(state)
+        if self._sharing is not None and not is_cut:
+            mask = mask.chunk(self._size)[self._sharing.rank()]
+        if self._config.calculate_per_token_loss:
+            return mask, mask
+        if is_cut:
+            dist.all_reduce(count, group=self._sharing)
+        return mask, mask / count.clamp(min=1)
 
 
-def _sequence_parallel_place(chunk: Any) -> tuple[int, int]:
-    """Among how many ranks sequence parallelism shares a sequence, and which of them this one is."""
+def _sequence_parallel_group(chunk: Any) -> Any:
+    """The ranks among which sequence parallelism shares a sequence; None without it."""
     if not chunk.config.sequence_parallel:
-        return 1, 0
+        return None
     group = getattr(getattr(chunk, "pg_collection", None), "tp", None)
     if group is None:
         from megatron.core import parallel_state
 
         group = parallel_state.get_tensor_model_parallel_group()
-    return group.size(), group.rank()
+    return group

@@ -71,11 +71,6 @@ class Settings:
         return self._measure_interval > 1
 
     @property
-    def needs_loss_mask(self) -> bool:
-        """Whether the model must be called with a loss mask, on every pipeline stage."""
-        return False
-
-    @property
     def changes_model(self) -> bool:
         """Whether a model that was trained with the method is another one without it."""
         return False

@@ -17,47 +17,47 @@ LAYER_NOT_SEEN = (
 )
 
 
+REFUSED = {
+    "overlap_moe_expert_parallel_comm": "its schedule cuts a layer's graph into parts",
+    "enable_hyper_connections": "a layer then has several residual streams",
+    "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
+    "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
+    "fine_grained_activation_offloading": "it may free a layer's input",
+    "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
+    "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
+    "use_megatron_fsdp": "no run of it has been compared with the reference",
+    "use_torch_fsdp2 with calculate_per_token_loss": "Megatron divides none of its gradients by the tokens",
+    **dict.fromkeys(
+        (
+            "heterogeneous_block_specs",
+            "heterogeneous_layers_config_path",
+            "heterogeneous_layers_config_encoded_json",
+        ),
+        "a layer may then lack attention or MLP",
+    ),
+    **dict.fromkeys(
+        ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),  # the last two before 0.17
+        "a graph repeats the choice of whether to regularize and to measure",
+    ),
+}
+"""Megatron's settings that give wrong numbers, or have not been shown to give right ones, and why."""
+
+
 def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
-    """Refuse by name what would give wrong numbers, or has not been shown to give right ones.
+    """Refuse by name what is in ``REFUSED``, and what a method does not support.
 
     Args:
         model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
         settings: of the methods.
 
     Raises:
-        UserError: naming the setting that is not supported, and what to do.
+        UserError: naming the setting that is not supported, why, and what to do.
     """
-
-    def value(name: str) -> Any:
-        return getattr(model_config, name, None)
-
-    unsupported = {
-        "overlap_moe_expert_parallel_comm": value("overlap_moe_expert_parallel_comm"),
-        "enable_hyper_connections": value("enable_hyper_connections"),
-        "enable_mhc_connections": value("enable_mhc_connections"),  # its name on main
-        # It adds the residual within attention and MLP, in evaluation before 0.18 and in inference.
-        "inference_fuse_tp_communication": value("inference_fuse_tp_communication"),
-        "fine_grained_activation_offloading": value("fine_grained_activation_offloading"),
-        "hybrid_context_parallel": value("hybrid_context_parallel"),
-        # It takes away the tensor by which a recomputed layer's micro-batch is recognized.
-        "distribute_saved_activations": value("distribute_saved_activations"),
-        "use_megatron_fsdp": value("use_megatron_fsdp"),
-        # Megatron divides no gradient of FSDP2's by the number of tokens.
-        "use_torch_fsdp2 with calculate_per_token_loss": value("use_torch_fsdp2")
-        and value("calculate_per_token_loss"),
-        "heterogeneous layers": (
-            value("heterogeneous_block_specs")
-            or value("heterogeneous_layers_config_path")
-            or value("heterogeneous_layers_config_encoded_json")
-        ),
-        # A graph replays the choice of whether to regularize and to measure that it was captured with.
-        f"cuda_graph_impl '{value('cuda_graph_impl')}'": value("cuda_graph_impl") not in (None, "none"),
-        "enable_cuda_graph": value("enable_cuda_graph"),  # its name before 0.17
-        "external_cuda_graph": value("external_cuda_graph"),
-    }
-    for name, is_used in unsupported.items():
-        if is_used:
-            raise UserError(f"jreg_megatron does not support {name} yet; turn it off")
+    for name, reason in REFUSED.items():
+        values = [getattr(model_config, part, None) for part in name.split(" with ")]
+        if all(value and value != "none" for value in values):
+            shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
+            raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; turn it off")
     for of_one in settings:
         of_one.refuse(model_config)
 

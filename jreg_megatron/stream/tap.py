@@ -52,12 +52,12 @@ _RERUN_LATER = (
 class ResidualStreamObserver(Protocol):
     """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence."""
 
-    def begin_microbatch(self, training: bool, loss_mask: Tensor | None) -> Any:
+    def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> Any:
         """A model chunk starts the forward pass of a micro-batch.
 
         Args:
             training: whether a backward pass will follow.
-            loss_mask: what the model was called with, ``[b, s]``, if anything.
+            given: what the model was called with, by the names of its arguments.
 
         Returns:
             Whatever belongs to this micro-batch; it comes back with each of its layers. If it has an
@@ -218,8 +218,7 @@ class _ChunkTap:
         for key in gone:
             del self._checkpointed[key]
         is_counted = torch.is_grad_enabled() or not chunk.training
-        loss_mask = named.get("loss_mask")
-        self.microbatch = self.observer.begin_microbatch(chunk.training, loss_mask) if is_counted else None
+        self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
         # One evaluation shows what there is to see; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)

@@ -1,6 +1,6 @@
 """Which checkpoints can be run here, and Megatron's arguments for their models.
 
-In a ``HybridModel`` attention ('*'), MLP ('-') and experts ('E') are modules of their own. A pair of them
+In a ``HybridModel`` attention ('*', latent '+'), MLP ('-') and experts ('E') are modules of their own. A pair
 computes what one layer of a ``GPTModel`` does, so a checkpoint of whole pairs is read as one, under other
 names.
 """
@@ -34,7 +34,6 @@ _OTHER_MODELS = {
     "use_torch_fsdp2": ("was trained with FSDP2", None),
     "enable_hyper_connections": ("has hyper-connections, several residual streams", "DeepSeek-V4"),
     "enable_mhc_connections": ("has hyper-connections, several residual streams", "DeepSeek-V4"),
-    "multi_latent_attention": ("has multi-latent attention", "DeepSeek-V3"),
     "experimental_attention_variant": ("has --experimental-attention-variant", "Qwen3-Next"),
     "kitchen_config_file": ("was trained with Kitchen's layers", None),
     "moe_mlp_glu_interleave_size": ("has --moe-mlp-glu-interleave-size", None),
@@ -43,8 +42,8 @@ _OTHER_MODELS = {
 }
 """By argument: what a checkpoint with it is, and a model of Megatron-Bridge's that is the same."""
 
-_PAIRS = ("*-", "*E")
-"""The layers of a hybrid model that are those of a ``GPTModel``."""
+_PAIRS = {False: ("*-", "*E"), True: ("+-", "+E")}
+"""The layers of a hybrid model that are those of a ``GPTModel``, by whether attention is latent."""
 
 _BY_NUMBER = ("no_rope_freq", "window_attn_skip_freq")
 """Arguments that count layers; a hybrid model counts sub-layers."""
@@ -130,8 +129,9 @@ def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """What the model is that cannot be run, each with a model of Megatron-Bridge's that is the same."""
     pattern, spec = pattern_of(arguments), arguments.get("spec")
     if pattern is not None:
-        if not pattern or not {*layers_of(pattern)} <= {*_PAIRS}:
-            pairs = " or ".join(f"'{pair}'" for pair in _PAIRS)
+        allowed = _PAIRS[bool(arguments.get("multi_latent_attention"))]
+        if not pattern or not {*layers_of(pattern)} <= {*allowed}:
+            pairs = " or ".join(f"'{pair}'" for pair in allowed)
             layers = f"the layers {pattern or '?'}, not of pairs of attention with MLP or experts ({pairs})"
             yield f"is a hybrid model of {layers}", "Nemotron-H"
         if spec and tuple(spec) not in HYBRID_SPECS:
@@ -210,7 +210,7 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
         # HybridModel is never told of --use-rope-scaling.
         layers = layers_of(pattern)
         saved |= {"num_layers": len(layers), "use_rope_scaling": False}
-        saved |= {"moe_layer_freq": [int(kinds == "*E") for kinds in layers]} if "E" in pattern else {}
+        saved |= {"moe_layer_freq": [int(kinds[1] == "E") for kinds in layers]} if "E" in pattern else {}
     return saved
 
 

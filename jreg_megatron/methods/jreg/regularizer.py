@@ -24,12 +24,12 @@ LOSS_NAME = "jreg loss"
 RATE_NAME = "jump rate"
 
 _MASK_OF_OTHER_TOKENS = (
-    f"{flag_of('tokens')} is 'unmasked', and the loss mask is for {{}} tokens, while this rank has {{}}; "
-    "call the model with a loss mask [b, s] of a number for each of its tokens"
+    f"{flag_of('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; call the "
+    "model with a loss mask or a padding mask [b, s] of a number for each of its tokens"
 )
 _NO_MASK = (
-    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask on this pipeline "
-    "stage; call it on every stage with loss_mask=, or leave the setting at 'all'"
+    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask or padding mask on "
+    "some pipeline stage; call it on every stage with the same one, or leave the setting at 'all'"
 )
 
 _MOST_STRENGTHS = 1024
@@ -74,10 +74,12 @@ class _Microbatch:
     meter: Meter | None
     """Which measures it; None if it is not measured."""
     is_regularizing: bool
-    mask: Tensor | None
-    """``[s, b]``: which tokens of this rank count; None if all do."""
-    token_weights: Tensor | None
-    """``[s, b]``: what each counts for in the loss."""
+    given: Tensor | None
+    """``[s, b]``: the mask that the model was called with; None if all tokens count."""
+    mask: Tensor | None = None
+    """``[s, b]``: which tokens of this rank count; set by the first layer."""
+    token_weights: Tensor | None = None
+    """``[s, b]``: what each counts for in the loss; set by the first layer."""
     layers: Set[int] | None = None
     """Those that are regularized, if no others are measured."""
     normed: Tensor | None = None
@@ -132,18 +134,16 @@ class Regularizer(Method):
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
         """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
         settings, iteration = self.settings, call.iteration
-        mask = token_weights = None
+        given = call.token_mask if settings.tokens == "unmasked" else None
         if settings.tokens == "unmasked":
-            if call.loss_mask is None and not call.training:
+            if given is None and not call.training:
                 return None  # text is being generated
-            if call.loss_mask is None or call.loss_mask.dim() != 2:
+            if given is None or given.dim() != 2:
                 self.refuse(
-                    _NO_MASK
-                    if call.loss_mask is None
-                    else _MASK_OF_OTHER_TOKENS.format([*call.loss_mask.shape], "[s, b]")
+                    _NO_MASK if given is None else _MASK_OF_OTHER_TOKENS.format([*given.shape], "[s, b]")
                 )
                 return None
-            mask, token_weights = self._scaling.of_unmasked_tokens(call.loss_mask)
+            given = given.transpose(0, 1).float().clone()  # the caller may use its buffer again
         coeff = settings.coeff if iteration is None else settings.coeff_at(iteration)
         is_regularizing = call.training and coeff > 0 and bool(self._regularized)
         if is_regularizing:
@@ -153,9 +153,8 @@ class Regularizer(Method):
             meter = self.training_meter if call.training else self.validation_meter
         if meter is None and not is_regularizing:
             return None
-        return _Microbatch(
-            meter, is_regularizing, mask, token_weights, self._regularized if meter is None else None
-        )
+        wanted = self._regularized if meter is None else None
+        return _Microbatch(meter, is_regularizing, given, layers=wanted)
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
@@ -181,9 +180,13 @@ class Regularizer(Method):
         return self._observe(microbatch, layer_number, layer_input, normed)
 
     def _observe(self, microbatch: _Microbatch, layer_number: int, h_in: Tensor, h_out: Tensor) -> Tensor:
-        if microbatch.mask is not None and microbatch.mask.shape != h_out.shape[:2]:
-            self.refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
-            return h_out
+        if microbatch.given is not None:
+            if microbatch.mask is None:
+                found = self._scaling.of_unmasked_tokens(microbatch.given, h_out)
+                microbatch.mask, microbatch.token_weights = found
+            if microbatch.mask.shape != h_out.shape[:2]:
+                self.refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
+                return h_out
         on_psi = None
         if microbatch.meter is not None:
             on_psi = functools.partial(microbatch.meter.add, layer_number, mask=microbatch.mask)

@@ -105,8 +105,8 @@ class JRegConfig(Settings):
     )
     tokens: str = setting(
         "all",
-        "the tokens that count: 'all', or 'unmasked', those that the loss mask keeps, averaged as "
-        "cross-entropy is.",
+        "the tokens that count: 'all', or 'unmasked', those that the loss mask keeps, or if the model is "
+        "given a padding mask, those that are no padding; averaged as cross-entropy is.",
         metavar="TOKENS",
     )
     start_iteration: int = setting(1, "first training iteration with the regularizer.", int, "N")
@@ -222,11 +222,6 @@ class JRegConfig(Settings):
         if step < 1 or (self.stop_iteration is not None and iteration >= self.stop_iteration):
             return 0.0
         return self.coeff * min(1.0, step / self.warmup_iterations) if self.warmup_iterations else self.coeff
-
-    @property
-    def needs_loss_mask(self) -> bool:
-        """Whether only the tokens count that the loss mask keeps."""
-        return self.tokens == "unmasked"
 
     def refuse(self, model_config: Any) -> None:
         """Refuse ``post_norm`` where no layer is on the pipeline stage of the final norm."""
