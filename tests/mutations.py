@@ -440,6 +440,18 @@ FAULTS = [
         METHODS,
     ),
     Fault(
+        "sum a gate's gradient over no other ranks",
+        "methods/attenuation/attenuation.py",
+        (("gate.sequence_parallel = chunk.config.sequence_parallel", "gate.sequence_parallel = False"),),
+        ("tests/test_equivalence.py",),
+    ),
+    Fault(
+        "add what a learned gate takes",
+        "methods/attenuation/attenuation.py",
+        (("(self._kept(layer_number) - 1)", "(1 - self._kept(layer_number))"),),
+        ("tests/test_equivalence.py",),
+    ),
+    Fault(
         "take the largest norm of one rank",
         "stream/meter.py",
         (("ranks[:, sums.numel() :].amax(0)", "ranks[0, sums.numel() :]"),),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import re
 import subprocess
 import sys
@@ -188,6 +187,7 @@ def refuses() -> list[str]:
         (JRegConfig(), JRegConfig()),
         (AttenuationConfig(layers=(3,)),),
         (NormsConfig(measure_interval=10),),
+        (AttenuationConfig(learned=0.9),),
     ):
         with pytest.raises(UserError) as caught:
             attach(model, *settings, num_microbatches=1)
@@ -211,6 +211,7 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
             "two JRegConfig",
             "--attenuation-layers names layer 3, and the model has 2 layers",
             "settings of norms depend on the iteration",
+            "--attenuation-learned needs a parameter in each layer",
             "was given [JRegConfig(",
             "was given <class",
             "norms is attached to this model already",
@@ -261,6 +262,8 @@ def test_values_of_unlike_micro_batches_do_not_pile_up() -> None:
         (AttenuationConfig, "layers", (0,)),
         (AttenuationConfig, "layers", (2, 2)),
         (AttenuationConfig, "layers", 2),
+        (AttenuationConfig, "learned", 1.0),
+        (AttenuationConfig, "learned", 0),
     ],
 )
 def test_a_bad_value_is_one_line_with_setting_value_and_fix(kind: Any, setting: str, value: Any) -> None:
@@ -268,6 +271,12 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(kind: Any, setting: 
         kind(**{setting: value})
     line = str(caught.value)
     assert kind.flag(setting) in line and "it must be" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("setting", "value"), [("factor", 0.9), ("layers", (2,))])
+def test_where_a_factor_is_learned_none_is_given(setting: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"--attenuation-{setting}.*left out.*--attenuation-learned"):
+        AttenuationConfig(learned=0.9, **{setting: value})
 
 
 def test_each_method_has_its_own_flags_and_one_flag_turns_it_on() -> None:
@@ -290,33 +299,32 @@ def test_every_method_has_a_row_in_the_readme() -> None:
 LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")
 
 
-def gates_of(finished: Any) -> list[dict[int, float]]:
-    return [ast.literal_eval(re.findall(r"^gates (.*)$", output, re.M)[-1]) for output in finished.output]
+def kept(log: dict[str, list[float]]) -> list[list[float]]:
+    """What each layer keeps, by iteration."""
+    return [log[f"attenuation/kept_layer_{layer:02}"] for layer in range(1, 5)]
 
 
-def test_a_method_can_add_a_parameter_that_is_trained_saved_and_resumed(
+def test_learned_attenuation_is_trained_logged_saved_and_resumed(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 3)
-    argv = (*toy_arguments, *LAYOUT, "--gate-start", 1.5, "--norms-measure-interval", 1, "--lr", 0.01)
+    flags = ("--attenuation-learned", 0.8, "--norms-measure-interval", 1, "--lr", 0.01, "--train-iters", 6)
 
-    def trained(board: str, *more: object) -> tuple[dict[str, list[float]], list[dict[int, float]]]:
-        run = run_ranks([*argv, *more, "--tensorboard-dir", tmp_path / board], 2, entry="gate:train")
-        return read_scalars(tmp_path / board), gates_of(run)
+    def trained(board: str, *more: object, ranks: int = 1) -> dict[str, list[float]]:
+        run_ranks([*toy_arguments, *flags, *more, "--tensorboard-dir", tmp_path / board], ranks)
+        return read_scalars(tmp_path / board)
 
-    whole, gates = trained("whole", "--train-iters", 6)
-    _, half = trained("half", "--train-iters", 6, "--exit-interval", 3, *saved)
-    resumed, after = trained("resumed", "--train-iters", 6, *saved)
-    assert gates[0] == gates[1] == after[0], "the ranks that share a sequence have one gate"
-    assert len(gates[0]) == 4 and all(abs(gate - 1.5) > 1e-4 for gate in gates[0].values()), "it is trained"
-    assert half[0] != gates[0]
-    plain = [*toy_arguments, *argv[len(toy_arguments) + len(LAYOUT) :], "--train-iters", 6]
-    alone = run_ranks(plain, entry="gate:train")
-    assert gates_of(alone)[0] == pytest.approx(gates[0], abs=1e-5), "as on one rank"
-    cut = run_ranks([*plain, "--use-torch-fsdp2"], 2, entry="gate:train")
-    assert gates_of(cut)[1] == pytest.approx(gates[0], abs=1e-5), "and where FSDP2 cuts it"
-    for name in ("lm loss", "grad-norm", "last residual norm", "norms/update_ratio_layer_04"):
+    whole = trained("whole", *LAYOUT, ranks=2)
+    assert all(of_layer[0] == pytest.approx(0.8) for of_layer in kept(whole)), "it starts where it is told"
+    assert all(abs(of_layer[-1] - 0.8) > 1e-3 for of_layer in kept(whole)), "it is trained"
+    assert whole["least residual kept"] == [min(of_step) for of_step in zip(*kept(whole), strict=True)]
+    trained("half", *LAYOUT, "--exit-interval", 3, *saved, ranks=2)
+    resumed = trained("resumed", *LAYOUT, *saved, ranks=2)
+    for name in ("lm loss", "grad-norm", "last residual norm", "attenuation/kept_layer_04"):
         assert resumed[name] == whole[name][3:], name
+    for other in (trained("alone"), trained("cut", "--use-torch-fsdp2", ranks=2)):
+        for ours, its in zip(kept(whole), kept(other), strict=True):
+            assert its == pytest.approx(ours, abs=1e-5), "as on one rank, and where FSDP2 cuts it"
 
 
 def test_attenuation_in_megatrons_loop_is_in_the_log_and_the_checkpoint_asks_for_it(

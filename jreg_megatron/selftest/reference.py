@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 EPS, ROPE_BASE = 1e-5, 10000.0
 
 ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_weight"
+GATE = "attenuation_gate"
 LATENT_NORM = "input_layernorm.weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 
@@ -48,6 +49,8 @@ class Shape:
     """Layers of multi-token prediction behind the last layer, each of attention and MLP."""
     tied: bool = False
     """Whether the embedding is the output weight too."""
+    gated: bool = False
+    """Whether each layer keeps a learned part of its input."""
 
     @property
     def num_layers(self) -> int:
@@ -56,6 +59,8 @@ class Shape:
 
     def place(self, name: str, sublayer: int) -> int:
         """Where a parameter of a sub-layer, counted from 0 over all layers, is in its stack."""
+        if name == GATE:
+            return next(at for at, end in enumerate(accumulate(map(len, self.layers))) if sublayer < end)
         return sum(name in self._parameters_of(kind) for kind in "".join(self.layers)[:sublayer])
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -70,6 +75,8 @@ class Shape:
         of_one = {name: shape for kind in kinds for name, shape in self._parameters_of(kind).items()}
         for name, shape in of_one.items():
             shapes[f"decoder.layers.{name}"] = (self.place(name, len(kinds)), *shape)
+        if self.gated:
+            shapes[f"decoder.layers.{GATE}"] = (self.num_layers, 1)
         for layer in range(self.mtp_num_layers):
             prefix = f"mtp.layers.{layer}"
             for norm in ("enorm", "hnorm", "final_layernorm"):
@@ -125,21 +132,19 @@ class ReferenceLlama:
             name: weights[name].detach().to(dtype).clone().requires_grad_() for name in shape.parameters()
         }
 
-    def states(self, tokens: Tensor, kept: Mapping[int, float] | None = None) -> list[Tensor]:
-        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``.
-
-        Args:
-            tokens: the ids.
-            kept: the part of its input that a layer keeps, by the layer's number, 1-based; all by default.
-        """
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``."""
         h = self._embed(tokens)
         states, sublayer = [h], 0
-        for number, kinds in enumerate(self.shape.layers, start=1):
+        for number, kinds in enumerate(self.shape.layers):
             out = h
             for kind in kinds:
                 out = out + self._added(kind, self._parameters(kind, sublayer), out)
                 sublayer += 1
-            h = (kept or {}).get(number, 1) * h + (out - h)
+            if self.shape.gated:
+                gate = self.parameters[f"decoder.layers.{GATE}"][number]
+                out = torch.sigmoid(gate) * h + (out - h)
+            h = out
             states.append(h)
         return states
 

@@ -20,7 +20,7 @@ from jreg_megatron.selftest.layouts import LENGTH, PIPELINE_LAYOUTS, UNEVEN, Lay
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
 from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
 from jreg_megatron.stream.anatomy import unwrap
-from jreg_megatron.stream.attachment import attach
+from jreg_megatron.stream.attachment import attach, prepare
 from jreg_megatron.stream.method import Metrics
 
 _RECOMPUTED = {
@@ -93,12 +93,14 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     model_parallel_cuda_manual_seed(1)
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
+    settings = settings_of(layout)
+    prepare(chunks, settings)
     parts = _parts(chunks, shape_of(layout))  # before FSDP cuts the parameters itself
     with torch.no_grad():
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
     wrapped = _wrap(layout, config, chunks)
-    handle = attach(wrapped, *settings_of(layout), num_microbatches=layout.num_microbatches)
+    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches)
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads

@@ -26,10 +26,6 @@ COEFF, ALPHA = 20.0, 0.7
 """So strong that the regularizer's gradient is about as large as cross-entropy's."""
 
 
-KEPT = dict.fromkeys((2, NUM_LAYERS), 0.6)
-"""The part of its input that an attenuated layer keeps, by the layer's number."""
-
-
 def settings_of(layout: Layout) -> list[Settings]:
     """The settings that a layout is run with."""
     rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
@@ -38,9 +34,7 @@ def settings_of(layout: Layout) -> list[Settings]:
     )
     if layout.methods == "jreg":
         return [jreg]
-    (factor,) = set(KEPT.values())
-    attenuation = AttenuationConfig(factor=factor, layers=tuple(KEPT), layer=rule)
-    return [attenuation, NormsConfig(layer=rule), jreg]
+    return [AttenuationConfig(learned=0.5, layer=rule), NormsConfig(layer=rule), jreg]
 
 
 def shape_of(layout: Layout) -> Shape:
@@ -54,6 +48,7 @@ def shape_of(layout: Layout) -> Shape:
         num_experts=NUM_EXPERTS if layout.has_experts else 0,
         mtp_num_layers=1 if layout.model == "mtp" else 0,
         tied=layout.tied,
+        gated=layout.methods == "all",
     )
 
 
@@ -158,7 +153,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     micro-batch, and then over these; with per-token loss it is one mean over all unmasked tokens.
     """
     model = ReferenceLlama(shape_of(layout), weights, dtype)
-    states = model.states(batch.tokens, KEPT if layout.methods == "all" else None)
+    states = model.states(batch.tokens)
     normed = model.final_norm(states[-1])
     losses = model.token_losses(normed, batch.labels)
     wide = losses.dtype

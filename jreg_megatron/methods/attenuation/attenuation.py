@@ -2,31 +2,112 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
-from jreg_megatron.stream.method import Method, Place
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.anatomy import residual_layers
+from jreg_megatron.stream.meter import LayerValues, Meter
+from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+
+GATE = "attenuation_gate"
+"""The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
+
+LEAST_NAME = "least residual kept"
+
+
+@dataclass(frozen=True)
+class AttenuationMetrics(Readings):
+    """What layers keep of their input, where they learn it."""
+
+    residual_kept: Tensor
+    """``a_l`` of layers 1..L, ``[L]`` float64 on the CPU, each in (0, 1)."""
+
+    def headline(self) -> dict[str, float]:
+        """The smallest part that a layer keeps."""
+        return {LEAST_NAME: float(self.residual_kept.min())}
+
+    def per_layer(self) -> dict[str, float]:
+        """Each layer's part."""
+        layers = len(self.residual_kept)
+        values = enumerate(self.residual_kept.tolist(), start=1)
+        return {layer_name("attenuation/kept", number, layers): value for number, value in values}
+
+    def remarks(self) -> list[str]:
+        """The layers whose gate is not a number."""
+        return not_finite("gate", self.residual_kept)
 
 
 class Attenuation(Method):
-    """Takes ``(1 - factor) * h_{l-1}`` from the output of chosen layers, in every run of them."""
+    """Takes ``(1 - a_l) * h_{l-1}`` from the output of chosen layers, in every run of them."""
 
     def __init__(self, settings: AttenuationConfig, place: Place) -> None:
         super().__init__(settings, place)
         self._numbers = settings.numbers(place.num_layers)
+        self._modules: dict[int, Any] = {
+            layer.number: layer.last for chunk in place.chunks for layer in residual_layers(chunk)
+        }
+        if settings.learned is not None:
+            if not all(hasattr(module, GATE) for module in self._modules.values()):
+                raise UserError(
+                    f"{settings.flag('learned')} needs a parameter in each layer, which the model does "
+                    "not have; call jreg_megatron.prepare(chunks, settings) before the model is wrapped and "
+                    "has an optimizer"
+                )
+            self.training_meter, self.validation_meter = (
+                Meter(place.num_layers, place.device) for _ in range(2)
+            )
 
     def describe(self) -> str:
         """One line that says what was attached."""
-        layers = ", ".join(map(str, self._numbers))
-        return f"> attenuation attached: factor {self.settings.factor:g} at layers {layers}"
+        settings, layers = self.settings, ", ".join(map(str, self._numbers))
+        if settings.learned is not None:
+            return f"> attenuation attached: a learned factor in every layer, from {settings.learned:g} on"
+        return f"> attenuation attached: factor {settings.factor:g} at layers {layers}"
 
     def changes(self, layer_number: int) -> bool:
         """At the chosen layers alone."""
-        return layer_number in self._numbers and self.settings.factor != 1
+        return layer_number in self._numbers and self.settings.changes_model
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
-        """``layer_output - (1 - factor) * layer_input``."""
+        """``layer_output - (1 - a_l) * layer_input``."""
         # Megatron-Core 0.16 rounds a float32 residual stream to the type of what is added to it.
         kept = layer_input.to(layer_output.dtype)
-        return torch.add(layer_output, kept, alpha=self.settings.factor - 1)
+        if self.settings.learned is None:
+            return torch.add(layer_output, kept, alpha=self.settings.factor - 1)
+        taken = (self._kept(layer_number) - 1).to(layer_output.dtype)
+        return torch.addcmul(layer_output, kept, taken)
+
+    def _kept(self, layer_number: int) -> Tensor:
+        """``a_l`` of now, ``[1]``: FSDP2 has the whole parameter in its place only while its module runs."""
+        return torch.sigmoid(getattr(self._modules[layer_number], GATE).float())
+
+    def begin_microbatch(self, call: Call) -> Meter | None:
+        """The meter that takes what is kept, if it is learned."""
+        return self.training_meter if call.training else self.validation_meter
+
+    @torch.no_grad()
+    def layer(
+        self, microbatch: Meter, layer_number: int, layer_input: Tensor, layer_output: Tensor
+    ) -> Tensor:
+        """Note what the layer keeps."""
+        microbatch.add(layer_number, self._kept(layer_number).expand(layer_output.shape[:2]))
+        return layer_output
+
+    def read(self, values: LayerValues) -> AttenuationMetrics:
+        """What each layer keeps."""
+        return AttenuationMetrics(values.means[:, 0])
+
+
+def add_gates(chunk: nn.Module, start: float) -> None:
+    """Give each layer of an unwrapped model chunk a gate that keeps the part ``start`` of its input."""
+    logit = math.log(start) - math.log1p(-start)
+    for layer in residual_layers(chunk):
+        gate = nn.Parameter(torch.full((1,), logit))
+        gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
+        layer.last.register_parameter(GATE, gate)

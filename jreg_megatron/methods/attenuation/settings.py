@@ -9,8 +9,12 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from jreg_megatron.methods.attenuation.attenuation import Attenuation
     from jreg_megatron.stream.method import Place
+
+_FACTOR = 0.5
 
 
 def _layers_from_text(text: str) -> str | tuple[int, ...]:
@@ -26,8 +30,10 @@ class AttenuationConfig(Settings):
     """Settings of residual attenuation, ``h_l = factor * h_{l-1} + F_l(h_{l-1})`` at chosen layers.
 
     ``F_l(h)`` is what layer l adds to ``h`` without it: ``layer(h) - h``. The paper (arXiv 2602.14760) takes
-    one late layer and tells no factor that we have found; the defaults are our choice. The model is another
-    one by it: training, evaluation and generation must all have it, with the same settings.
+    one late layer, or learns a gate for each layer. It tells no factor, and no form of the gate, that we have
+    found; the defaults are our choice, and a gate is ``factor_l = sigmoid(g_l)`` with one number ``g_l`` a
+    layer. The model is another one by it: training, evaluation and generation must all have it, with the
+    same settings.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -42,11 +48,18 @@ class AttenuationConfig(Settings):
     )
 
     factor: float = setting(
-        0.5,
+        _FACTOR,
         "the part of a layer's input that is kept, 0 to 1. At 1 nothing changes. Our choice; the paper's "
         "number is not known to us.",
         float,
         "FACTOR",
+    )
+    learned: float | None = setting(
+        None,
+        "learn a factor for every layer; all start at this value, above 0 and below 1. A layer's factor is "
+        "the sigmoid of a parameter, without weight decay. The other settings are left out.",
+        float,
+        "START",
     )
     layers: str | tuple[int, ...] = setting(
         "last",
@@ -72,14 +85,23 @@ class AttenuationConfig(Settings):
         else:
             is_known = self.layers == "last"
             self.require("layers", self.layers, is_known, "'last', or layers' numbers, as in 23,24")
+        if self.learned is not None:
+            allowed = is_finite(self.learned) and 0 < self.learned < 1
+            self.require("learned", self.learned, allowed, "a number above 0 and below 1")
+            alone = f"left out where {self.flag('learned')} is given"
+            self.require("factor", factor, factor == _FACTOR, alone)
+            # Megatron's checkpoints stack a parameter over all layers, and refuse one that some lack.
+            self.require("layers", self.layers, self.layers == "last", f"{alone}: every layer learns")
 
     @property
     def changes_model(self) -> bool:
         """It does, unless all of a layer's input is kept: a trained model needs it in every run."""
-        return self.factor != 1
+        return self.learned is not None or self.factor != 1
 
     def numbers(self, num_layers: int) -> tuple[int, ...]:
         """The layers that are attenuated, 1-based."""
+        if self.learned is not None:
+            return tuple(range(1, num_layers + 1))
         return (num_layers,) if isinstance(self.layers, str) else self.layers
 
     def refuse_layers(self, num_layers: int) -> None:
@@ -90,6 +112,13 @@ class AttenuationConfig(Settings):
                     f"{self.flag('layers')} names layer {number}, and the model has {num_layers} layers; "
                     f"take numbers from 1 to {num_layers}"
                 )
+
+    def prepare(self, chunk: nn.Module) -> None:
+        """Add the parameters of learned factors."""
+        if self.learned is not None:
+            from jreg_megatron.methods.attenuation.attenuation import add_gates
+
+            add_gates(chunk, self.learned)
 
     def make(self, place: Place) -> Attenuation:
         """The attenuation of a built model."""
