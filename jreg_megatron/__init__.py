@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jreg_megatron.methods.jreg.settings import JRegConfig
     from jreg_megatron.methods.norms.norms import NormsMetrics
     from jreg_megatron.methods.norms.settings import NormsConfig
+    from jreg_megatron.methods.slowqk.settings import SlowQKConfig
     from jreg_megatron.runtime.errors import UserError
     from jreg_megatron.stream.attachment import Handle, attach, prepare
     from jreg_megatron.stream.method import Metrics
@@ -31,6 +32,7 @@ __all__ = [
     "Metrics",
     "NormsConfig",
     "NormsMetrics",
+    "SlowQKConfig",
     "UserError",
     "attach",
     "displacement",
@@ -47,6 +49,7 @@ _MODULES = {
     "Metrics": "stream.method",
     "NormsConfig": "methods.norms.settings",
     "NormsMetrics": "methods.norms.norms",
+    "SlowQKConfig": "methods.slowqk.settings",
     "UserError": "runtime.errors",
     "attach": "stream.attachment",
     "displacement": "methods.jreg.formulas",

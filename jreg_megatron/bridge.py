@@ -66,7 +66,7 @@ class JRegCallback:
         self._handle: Handle | None = None
         self._chunks: list[nn.Module] = []
         self._state: Any = None
-        for part in ("model", "ddp", "dist", "comm_overlap"):
+        for part in ("model", "ddp", "dist", "comm_overlap", "optimizer"):
             refuse_unsupported(getattr(config, part, None), *settings)
 
         # Functions: a copy of the configuration must not copy this object and its model.
@@ -99,6 +99,8 @@ class JRegCallback:
         if [unwrap(chunk) for chunk in context.model] != self._chunks:
             raise UserError(_NOT_ATTACHED)
         self._state = context.state
+        if context.optimizer is not None:
+            self.handle.use_optimizer(context.optimizer)
         self.handle.reset_training_metrics()
 
     def on_train_step_end(self, context: Any) -> None:

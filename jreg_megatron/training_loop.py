@@ -153,7 +153,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
         built = setup_model_and_optimizer(*args, **named)
         if settings:
             with user_errors_exit():
-                handle = attach(built[0], *settings, iteration=_current_iteration)
+                handle = attach(built[0], *settings, iteration=_current_iteration, optimizer=built[1])
             _loop.attached = _Attached(settings, handle)
             print_rank_0(handle.describe())
         return built

@@ -440,6 +440,24 @@ FAULTS = [
         METHODS,
     ),
     Fault(
+        "slow the values down too",
+        "methods/slowqk/slowqk.py",
+        (("(queries + 1) * head)", "(queries + 2) * head)"),),
+        ("tests/test_slowqk.py",),
+    ),
+    Fault(
+        "forget where a shard of the optimizer begins",
+        "methods/slowqk/slowqk.py",
+        (("""["param"].start""", """["param"].start * 0"""),),
+        ("tests/test_slowqk.py",),
+    ),
+    Fault(
+        "begin to rise an iteration early",
+        "methods/slowqk/settings.py",
+        (("beyond = iteration - self.hold_iterations", "beyond = iteration + 1 - self.hold_iterations"),),
+        ("tests/test_slowqk.py",),
+    ),
+    Fault(
         "sum a gate's gradient over no other ranks",
         "methods/attenuation/attenuation.py",
         (("gate.sequence_parallel = chunk.config.sequence_parallel", "gate.sequence_parallel = False"),),

@@ -5,6 +5,7 @@ Weights come from a Megatron ``torch_dist`` checkpoint, read with torch alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,12 +41,15 @@ def train(
     adam_eps: float = 1e-8,
     lr: float = 1e-3,
     clip: float = 1.0,
+    slow: Sequence[float] = (),
+    trained: dict[str, Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """Train from a checkpoint on ``steps``, each a list of micro-batches (tokens, labels, loss mask).
 
     Cross-entropy is averaged over each micro-batch's unmasked tokens and then over micro-batches, or with
     ``per_token`` over all unmasked tokens of a step. The regularizer takes part with every token, or with
-    ``only_unmasked`` as cross-entropy does.
+    ``only_unmasked`` as cross-entropy does. In each step of ``slow``, queries and keys of the upper half of
+    the layers learn so many times as fast as the rest. ``trained`` gets the weights of the end.
     """
     model = ReferenceLlama(SHAPE, load_weights(checkpoint), torch.float32)
     weights = torch.softmax(alpha * torch.arange(1.0, SHAPE.num_layers + 1, dtype=torch.float64), 0).float()
@@ -55,7 +59,11 @@ def train(
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=adam_eps)
     log: dict[str, list[float]] = {"lm loss": [], "jreg loss": [], "jump rate": [], "grad-norm": []}
-    for micro_batches in steps:
+    qkv = model.parameters["decoder.layers.self_attention.linear_qkv.weight"]
+    heads, upper = SHAPE.num_attention_heads, SHAPE.num_layers // 2
+    # By layer and head: queries, keys and values.
+    queries_and_keys = qkv.detach().unflatten(1, (heads, 3, -1))[upper:, :, :2]
+    for number, micro_batches in enumerate(steps):
         all_unmasked = sum(mask.sum() for *_, mask in micro_batches)
         psi_sum, psi_count = torch.zeros(SHAPE.num_layers), 0.0
         cross_entropy = 0.0
@@ -77,7 +85,10 @@ def train(
             psi_count += counted.sum().item()
             cross_entropy += (losses.detach() * mask).sum().item() / float(all_unmasked)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        before = queries_and_keys.clone()
         optimizer.step()
+        if number < len(slow):
+            queries_and_keys.copy_(before + slow[number] * (queries_and_keys - before))
         optimizer.zero_grad()
         mean = psi_sum / psi_count
         log["lm loss"].append(cross_entropy)
@@ -86,4 +97,6 @@ def train(
         for layer, displacement in enumerate(mean.tolist(), start=1):
             log.setdefault(f"jreg/displacement_layer_{layer:02d}", []).append(displacement)
         log["grad-norm"].append(norm.item())
+    if trained is not None:
+        trained.update({name: parameter.detach() for name, parameter in model.parameters.items()})
     return log

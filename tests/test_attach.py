@@ -11,8 +11,8 @@ from jreg_megatron import JRegConfig, UserError
 from jreg_megatron.stream.support import REFUSED
 
 
-def build_model(recompute: str = "none") -> Any:
-    """A two-layer GPTModel on one rank, in this process."""
+def build_model(recompute: str = "none", **options: Any) -> Any:
+    """A two-layer GPTModel on one rank, in this process; ``options`` are of its configuration."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -25,11 +25,10 @@ def build_model(recompute: str = "none") -> Any:
     config = TransformerConfig(
         num_layers=2,
         hidden_size=16,
-        num_attention_heads=2,
         use_cpu_initialization=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        **({} if recompute == "none" else full),
+        **{"num_attention_heads": 2, **options, **({} if recompute == "none" else full)},
     )
     return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=8)
 

@@ -97,6 +97,7 @@ class State:
 class Context:
     state: State
     model: list[Any]
+    optimizer: Any = None
 
 
 class Manager:

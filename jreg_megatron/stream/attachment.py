@@ -248,8 +248,24 @@ class Handle:
                 "end_iteration once a step"
             )
 
+    def use_optimizer(self, optimizer: Any) -> None:
+        """Give the methods the model's optimizer, Megatron's or torch's, before the first step. Collective.
+
+        Raises:
+            UserError: if a method does not know its kind.
+        """
+
+        def give() -> None:
+            for method in self.methods:
+                method.use_optimizer(optimizer)
+
+        if any(type(method).use_optimizer is not Method.use_optimizer for method in self.methods):
+            _alike_on_every_rank(give, self._group)
+
     def detach(self) -> None:
         """Leave the model as it was before :func:`attach`. A second call does nothing."""
+        for method in self.methods:
+            method.detached()
         self._first_step.end()
         self._tap.remove()
         for chunk in self._chunks:
@@ -314,6 +330,7 @@ def attach(
     num_microbatches: int | Callable[[], int] | None = None,
     iteration: Callable[[], int] | None = None,
     group: dist.ProcessGroup | None = None,
+    optimizer: Any = None,
 ) -> Handle:
     """Attach methods to a built Megatron-Core model. Changes no state dict.
 
@@ -328,6 +345,8 @@ def attach(
             data-parallel replica in a training step. By default Megatron-Core's calculator is asked at each.
         iteration: tells the current training iteration, 1-based. Needed when the settings depend on it.
         group: the ranks among which the model and the batch are split, for metrics; by default all.
+        optimizer: the model's, Megatron's or torch's, for a method that takes part in its steps. It can be
+            given later too, by :meth:`Handle.use_optimizer`.
 
     Returns:
         The handle, with metrics and ``detach()``.
@@ -359,7 +378,14 @@ def attach(
     for method in methods:
         method.agree(group)
     count_given = None if callable(num_microbatches) else num_microbatches
-    return Handle(methods, chunks, counter, iteration, group, count_given)
+    handle = Handle(methods, chunks, counter, iteration, group, count_given)
+    if optimizer is not None:
+        try:
+            handle.use_optimizer(optimizer)
+        except UserError:
+            handle.detach()
+            raise
+    return handle
 
 
 def _refuse_other_settings(settings: Sequence[Settings], group: dist.ProcessGroup | None) -> None:

@@ -103,6 +103,16 @@ class Method:
         """One line that says what was attached."""
         return f"> {self.settings.name} attached"
 
+    def use_optimizer(self, optimizer: Any) -> None:
+        """The model's optimizer, Megatron's or torch's; told once, before the first step, if at all.
+
+        Raises:
+            UserError: if the method needs it and does not know its kind.
+        """
+
+    def detached(self) -> None:
+        """The method is taken off the model: undo what was done beyond it, such as hooks on the optimizer."""
+
     # -- every run of a layer ----------------------------------------------------------------------
 
     def changes(self, layer_number: int) -> bool:

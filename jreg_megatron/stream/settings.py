@@ -196,7 +196,8 @@ class Settings:
         for flag in (word.partition("=")[0] for word in rest if cls.is_flag(word)):
             known = [cls.flag(f.name) for f in _fields(cls)]
             raise UserError(f"unknown flag {flag}; {_nearest(flag, known)}")
-        cls.from_args(namespace)
+        if cls.is_in(namespace):
+            cls.from_args(namespace)
 
     @classmethod
     def is_in(cls, args: argparse.Namespace) -> bool:
