@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
     from jreg_megatron.methods.jreg.regularizer import JRegMetrics
     from jreg_megatron.methods.jreg.settings import JRegConfig
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
     from jreg_megatron.methods.norms.norms import NormsMetrics
     from jreg_megatron.methods.norms.settings import NormsConfig
+    from jreg_megatron.methods.periln.settings import PeriLNConfig
     from jreg_megatron.methods.slowqk.settings import SlowQKConfig
     from jreg_megatron.runtime.errors import UserError
     from jreg_megatron.stream.attachment import Handle, attach, prepare
@@ -29,9 +31,11 @@ __all__ = [
     "Handle",
     "JRegConfig",
     "JRegMetrics",
+    "LayerNormScalingConfig",
     "Metrics",
     "NormsConfig",
     "NormsMetrics",
+    "PeriLNConfig",
     "SlowQKConfig",
     "UserError",
     "attach",
@@ -46,9 +50,11 @@ _MODULES = {
     "JRegConfig": "methods.jreg.settings",
     "Handle": "stream.attachment",
     "JRegMetrics": "methods.jreg.regularizer",
+    "LayerNormScalingConfig": "methods.lns.settings",
     "Metrics": "stream.method",
     "NormsConfig": "methods.norms.settings",
     "NormsMetrics": "methods.norms.norms",
+    "PeriLNConfig": "methods.periln.settings",
     "SlowQKConfig": "methods.slowqk.settings",
     "UserError": "runtime.errors",
     "attach": "stream.attachment",

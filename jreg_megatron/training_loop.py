@@ -8,6 +8,7 @@ launcher and ``jreg_megatron.pretrain``. The patches write six of the decorators
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -147,6 +148,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
                     _check_arguments(name, function)
                 refuse_unsupported(get_args(), *settings)
                 _refuse_another_model_to_generate(get_args(), settings)
+                _refuse_another_checkpoint(get_args())
                 _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
                 args, named = _with_prepared_model(setup_model_and_optimizer, settings, args, named)
@@ -169,16 +171,45 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
         from megatron.training import get_args
 
         with user_errors_exit():
-            saved, own = known.changes_in(saved_args), known.changes_in(get_args())
-            if saved != own:
-                raise UserError(
-                    f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, "
-                    "which is another model; give the flags of the checkpoint, or --finetune to take only "
-                    "its weights"
-                )
+            _refuse_other_changes(known.changes_in(saved_args), get_args())
         return check_checkpoint_args(saved_args, *args, **named)
 
     return with_jreg
+
+
+def _refuse_other_changes(saved: tuple[Settings, ...], args: Namespace) -> None:
+    own = known.changes_in(args)
+    if saved != own:
+        raise UserError(
+            f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, which is "
+            "another model; give the flags of the checkpoint, or --finetune to take only its weights"
+        )
+
+
+def _refuse_another_checkpoint(args: Namespace) -> None:
+    """The same, before Megatron finds that a parameter is missing in a checkpoint, or one too many."""
+    if not args.load or args.finetune:
+        return
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    def saved() -> tuple[Settings, ...] | None:
+        tracker = Path(checkpointing.get_checkpoint_tracker_filename(args.load))
+        if not tracker.is_file():
+            return None
+        at = str(args.ckpt_step or tracker.read_text(encoding="utf-8").strip())
+        which = (0, True) if at == "release" else (int(at), False)
+        folder = checkpointing.get_checkpoint_name(args.load, *which, return_base_dir=True)
+        if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+            return None
+        return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
+
+    found = None
+    if torch.distributed.get_rank() == 0:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # Megatron will tell
+            found = saved()
+    if (found := of_every_rank(found)[0]) is not None:
+        _refuse_other_changes(found, args)
 
 
 def _flags_of(settings: tuple[Settings, ...]) -> str:
@@ -473,11 +504,12 @@ def _with_prepared_model(
     bound = inspect.signature(function).bind(*args, **named)
     container, provider = (bound.arguments.get(name) for name in ("cfg_container", "model_provider_func"))
     if (config := getattr(container, "model", None)) is not None:
-        config.pre_wrap_hooks.append(functools.partial(prepare, settings=settings))
+        config.pre_wrap_hooks.append(functools.partial(user_errors_exit()(prepare), settings=settings))
     elif provider is not None:
 
         def prepared(*args: Any, **named: Any) -> Any:
-            return prepare([provider(*args, **named)], settings)[0]
+            with user_errors_exit():
+                return prepare([provider(*args, **named)], settings)[0]
 
         bound.arguments["model_provider_func"] = functools.wraps(provider)(prepared)
     return bound.args, bound.kwargs

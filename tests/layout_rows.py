@@ -30,7 +30,7 @@ VALUES: dict[str, list[Any]] = {
     "masked": [False, True],
     "tokens": ["all", "unmasked"],
     "tied": [False, True],
-    "methods": ["jreg", "all"],
+    "methods": ["jreg", "all", "blocks"],
 }
 
 NAMED = [

@@ -440,6 +440,18 @@ FAULTS = [
         METHODS,
     ),
     Fault(
+        "count layers from 0 in LayerNorm scaling",
+        "methods/lns/settings.py",
+        (("scale = layer.number**-self.power", "scale = max(1, layer.number - 1) ** -self.power"),),
+        ("tests/test_equivalence.py",),
+    ),
+    Fault(
+        "forget that sequence parallelism shares the tokens of Peri-LN's norms",
+        "methods/periln/settings.py",
+        (("parameter.sequence_parallel = config.sequence_parallel", "parameter.sequence_parallel = False"),),
+        ("tests/test_equivalence.py",),
+    ),
+    Fault(
         "slow the values down too",
         "methods/slowqk/slowqk.py",
         (("(queries + 1) * head)", "(queries + 2) * head)"),),

@@ -246,12 +246,12 @@ def counts_only_unmasked_tokens() -> None:
     assert handle.reduce_validation_metrics() is None
 
 
-def build_model_like(model: Any) -> Any:
-    """A copy of the model without JREG."""
+def build_model_like(model: Any, **options: Any) -> Any:
+    """A copy of the model without JREG; ``options`` as it was built with."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    copy = build_model()
+    copy = build_model(**options)
     copy.load_state_dict(model.state_dict())
     return copy
 

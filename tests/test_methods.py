@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from harness import read_scalars, run_function, run_ranks
-from test_attach import build_model, forward, step
+from test_attach import build_model, build_model_like, forward, step
 
-from jreg_megatron import AttenuationConfig, JRegConfig, NormsConfig, UserError, attach
+from jreg_megatron import (
+    AttenuationConfig,
+    JRegConfig,
+    LayerNormScalingConfig,
+    NormsConfig,
+    PeriLNConfig,
+    UserError,
+    attach,
+    prepare,
+)
 from jreg_megatron.examples.own_method import ShortConfig
 from jreg_megatron.methods import known
 from jreg_megatron.stream.meter import Meter
@@ -188,6 +197,8 @@ def refuses() -> list[str]:
         (AttenuationConfig(layers=(3,)),),
         (NormsConfig(measure_interval=10),),
         (AttenuationConfig(learned=0.9),),
+        (LayerNormScalingConfig(),),
+        (PeriLNConfig(),),
     ):
         with pytest.raises(UserError) as caught:
             attach(model, *settings, num_microbatches=1)
@@ -211,7 +222,9 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
             "two JRegConfig",
             "--attenuation-layers names layer 3, and the model has 2 layers",
             "settings of norms depend on the iteration",
-            "--attenuation-learned needs a parameter in each layer",
+            "attenuation changes a model where it is built",
+            "LayerNorm scaling changes a model where it is built",
+            "Peri-LN changes a model where it is built",
             "was given [JRegConfig(",
             "was given <class",
             "norms is attached to this model already",
@@ -325,6 +338,79 @@ def test_learned_attenuation_is_trained_logged_saved_and_resumed(
     for other in (trained("alone"), trained("cut", "--use-torch-fsdp2", ranks=2)):
         for ours, its in zip(kept(whole), kept(other), strict=True):
             assert its == pytest.approx(ours, abs=1e-5), "as on one rank, and where FSDP2 cuts it"
+
+
+def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_saved_and_resumed_and_asked_for(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 3)
+    flags = ("--lns-power", 0.5, "--periln-gain", 0.7)
+    argv = (*toy_arguments, "--jreg-coeff", 1, "--lr", 0.01, "--train-iters", 6)
+
+    def trained(board: str, *more: object) -> dict[str, list[float]]:
+        run_ranks([*argv, *LAYOUT, *more, "--tensorboard-dir", tmp_path / board], 2)
+        return read_scalars(tmp_path / board)
+
+    whole = trained("whole", *flags)
+    trained("half", *flags, "--exit-interval", 3, *saved)
+    resumed = trained("resumed", *flags, *saved)
+    for name in ("lm loss", "grad-norm", "jump rate"):
+        assert resumed[name] == whole[name][3:], name
+    one = trained("one", "--lns-power", 0.5)
+    assert one["lm loss"] != whole["lm loss"]
+    assert trained("none")["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != one["lm loss"]
+    other = run_ranks([*argv, *LAYOUT, *saved, "--lns-power", 0.5], 2, check=False)
+    assert "saved with --lns-power 0.5 --periln-gain 0.7, and this run has --lns-power 0.5" in other.output[0]
+    measure = [sys.executable, "-m", "jreg_megatron.cli", "measure", tmp_path / "saved", "--last-validation"]
+    run = subprocess.run(measure, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "--lns-power 0.5" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--lns-power", -1), "--lns-power"),
+        (("--periln-gain", 0), "--periln-gain"),
+        (("--lns-power", 0.5, "--mtp-num-layers", 1), "LayerNorm scaling supports the layers of a GPTModel"),
+        (("--periln-gain", 1, "--mtp-num-layers", 1), "Peri-LN supports the layers of a GPTModel"),
+    ],
+)
+def test_layers_that_cannot_be_changed_are_refused_by_name(
+    flags: tuple[object, ...], named: str, toy_arguments: list[str]
+) -> None:
+    run = run_ranks([*toy_arguments, *flags, "--train-iters", 1], check=False)
+    assert run.status == [2] and named in run.output[0]
+
+
+def scales_what_transformer_engine_joins() -> None:
+    class Joined(torch.nn.Linear):
+        """Norm and linear layer in one, which returns a bias beside its output."""
+
+        def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+            return super().forward(torch.nn.functional.rms_norm(h, h.shape[-1:])), None
+
+    model = build_model(add_bias_linear=False, gated_linear_unit=False)
+    scaled = build_model_like(model, add_bias_linear=False, gated_linear_unit=False)
+    for chunk in (model, scaled):
+        for layer in chunk.decoder.layers:
+            layer.input_layernorm, layer.pre_mlp_layernorm = torch.nn.Identity(), torch.nn.Identity()
+            for holder, name in ((layer.self_attention, "linear_qkv"), (layer.mlp, "linear_fc1")):
+                weight = getattr(holder, name).weight
+                joined = Joined(*reversed(weight.shape), bias=False)
+                joined.weight = weight
+                setattr(holder, name, joined)
+    prepare([scaled], [LayerNormScalingConfig()])
+    with torch.no_grad():
+        for holder, name in (("self_attention", "linear_qkv"), ("mlp", "linear_fc1")):
+            getattr(getattr(model.decoder.layers[1], holder), name).weight /= 2**0.5
+        torch.testing.assert_close(forward(scaled), forward(model))
+    joined.bias = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(UserError, match=r"bias of linear_fc1.*--disable-bias-linear"):
+        prepare([scaled], [LayerNormScalingConfig()])
+
+
+def test_layernorm_scaling_finds_the_norm_in_transformer_engines_linear_layers() -> None:
+    run_function(scales_what_transformer_engine_joins)
 
 
 def test_attenuation_in_megatrons_loop_is_in_the_log_and_the_checkpoint_asks_for_it(

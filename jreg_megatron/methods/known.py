@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
+from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.stream.settings import Settings
 
-METHODS: list[type[Settings]] = [JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig]
+METHODS: list[type[Settings]] = [
+    *(JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig, PeriLNConfig)
+]
 """The settings of each method; a script that has a method of its own appends its settings before it
 trains."""
 

@@ -73,7 +73,8 @@ class Layout:
     """Of a HybridModel: one of ``HYBRIDS``."""
     tied: bool = False
     methods: str = "jreg"
-    """What is attached: jreg, or all methods together."""
+    """What is attached: jreg; all of JREG, norms and attenuation; or blocks, JREG on layers with LayerNorm
+    scaling and Peri-LN."""
 
     @property
     def world_size(self) -> int:
@@ -134,6 +135,7 @@ class Layout:
         words += [self.layers] * (self.layers != "pairs")
         words += ["tied"] * self.tied
         words += ["all methods"] * (self.methods == "all")
+        words += ["LayerNorm scaling and Peri-LN"] * (self.methods == "blocks")
         words += [self.precision] * (self.precision != "fp32")
         return " ".join(words[:1]) + "".join(f", {word}" for word in words[1:])
 
@@ -234,6 +236,11 @@ RULES = (
         lambda x: not x.fsdp or not x.per_token_loss,
     ),
     _rule(
+        "methods model",
+        "LayerNorm scaling and Peri-LN know the layers of a GPTModel without MTP",
+        lambda x: x.methods != "blocks" or x.model in ("gpt", "moe"),
+    ),
+    _rule(
         "model split",
         "a HybridModel's pipeline is cut by its pattern",
         lambda x: x.model != "hybrid" or x.split in ("even", "uneven"),
@@ -254,6 +261,7 @@ RULES = (
 MODES: tuple[dict[str, Any], ...] = (
     {},
     {"methods": "all"},
+    {"methods": "blocks"},
     {"model": "moe", "expert": 2},
     {"fsdp": True},
     {"recompute": "uniform", "masked": True, "tokens": "unmasked"},

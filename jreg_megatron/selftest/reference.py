@@ -24,6 +24,12 @@ GATE = "attenuation_gate"
 LATENT_NORM = "input_layernorm.weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 
+_NORMS_BEHIND = {
+    "*": "post_attention_norm.weight",
+    "-": "post_mlp_norm.weight",
+    "E": "post_mlp_norm.weight",
+}
+
 Q_RANK, KV_RANK, OWN, SHARED, VALUE = 12, 20, 10, 6, 14
 """Latent attention: ranks of queries and of keys and values; widths of a head's own and shared part of a key,
 and of its value. No two are equal, and none is the width of a head without it."""
@@ -51,6 +57,8 @@ class Shape:
     """Whether the embedding is the output weight too."""
     gated: bool = False
     """Whether each layer keeps a learned part of its input."""
+    blocks: bool = False
+    """Whether norms of layer l are multiplied by 1 / sqrt(l), and each sub-layer has a norm behind it too."""
 
     @property
     def num_layers(self) -> int:
@@ -61,6 +69,8 @@ class Shape:
         """Where a parameter of a sub-layer, counted from 0 over all layers, is in its stack."""
         if name == GATE:
             return next(at for at, end in enumerate(accumulate(map(len, self.layers))) if sublayer < end)
+        if name in _NORMS_BEHIND.values():
+            return len(self.layers)
         return sum(name in self._parameters_of(kind) for kind in "".join(self.layers)[:sublayer])
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -73,6 +83,8 @@ class Shape:
         shapes["decoder.final_layernorm.weight"] = (h,)
         kinds = "".join(self.layers)
         of_one = {name: shape for kind in kinds for name, shape in self._parameters_of(kind).items()}
+        if self.blocks:
+            of_one |= dict.fromkeys(_NORMS_BEHIND.values(), (h,))
         for name, shape in of_one.items():
             shapes[f"decoder.layers.{name}"] = (self.place(name, len(kinds)), *shape)
         if self.gated:
@@ -139,7 +151,14 @@ class ReferenceLlama:
         for number, kinds in enumerate(self.shape.layers):
             out = h
             for kind in kinds:
-                out = out + self._added(kind, self._parameters(kind, sublayer), out)
+                parameters = self._parameters(kind, sublayer)
+                if self.shape.blocks:
+                    added = self._added(kind, parameters, out, 1 / math.sqrt(number + 1))
+                    norm = f"decoder.layers.{_NORMS_BEHIND[kind]}"
+                    added = _rms_norm(added, self.parameters[norm][number])
+                else:
+                    added = self._added(kind, parameters, out)
+                out = out + added
                 sublayer += 1
             if self.shape.gated:
                 gate = self.parameters[f"decoder.layers.{GATE}"][number]
@@ -187,18 +206,19 @@ class ReferenceLlama:
             for name in shape._parameters_of(kind)
         }
 
-    def _added(self, kind: str, layer: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        """What a sub-layer adds to its input."""
+    def _added(self, kind: str, layer: Mapping[str, Tensor], h: Tensor, scale: float = 1) -> Tensor:
+        """What a sub-layer adds to its input, whose norm is multiplied by ``scale``."""
+        norms = {"*": ATTENTION_NORM, "+": LATENT_NORM, "M": "norm.weight"}
+        normed = scale * _rms_norm(h, layer[norms.get(kind, MLP_NORM)])
         match kind:
             case "*":
-                return self._attention(layer, _rms_norm(h, layer[ATTENTION_NORM]))
+                return self._attention(layer, normed)
             case "+":
-                return self._latent_attention(layer, _rms_norm(h, layer[LATENT_NORM]))
+                return self._latent_attention(layer, normed)
             case "M":
-                return _mixed(layer, _rms_norm(h, layer["norm.weight"]))
+                return _mixed(layer, normed)
             case "E":
-                return self._experts(layer, _rms_norm(h, layer[MLP_NORM]))
-        normed = _rms_norm(h, layer[MLP_NORM])
+                return self._experts(layer, normed)
         return _swiglu(normed, layer["mlp.linear_fc1.weight"], layer["mlp.linear_fc2.weight"])
 
     def _attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
+from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.selftest.layouts import BATCH, LENGTH, NUM_EXPERTS, NUM_HEADS, NUM_LAYERS, Layout
 from jreg_megatron.selftest.reference import ReferenceLlama, Shape, displacements, shifted
 from jreg_megatron.stream.settings import Settings
@@ -34,6 +36,8 @@ def settings_of(layout: Layout) -> list[Settings]:
     )
     if layout.methods == "jreg":
         return [jreg]
+    if layout.methods == "blocks":
+        return [LayerNormScalingConfig(), PeriLNConfig(), jreg]
     return [AttenuationConfig(learned=0.5, layer=rule), NormsConfig(layer=rule), jreg]
 
 
@@ -48,6 +52,7 @@ def shape_of(layout: Layout) -> Shape:
         num_experts=NUM_EXPERTS if layout.has_experts else 0,
         mtp_num_layers=1 if layout.model == "mtp" else 0,
         tied=layout.tied,
+        blocks=layout.methods == "blocks",
         gated=layout.methods == "all",
     )
 

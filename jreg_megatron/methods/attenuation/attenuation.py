@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
-from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+from jreg_megatron.stream.method import (
+    Call,
+    Method,
+    Place,
+    Readings,
+    layer_name,
+    not_finite,
+    refuse_unprepared,
+)
 
 GATE = "attenuation_gate"
 """The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
@@ -53,12 +60,7 @@ class Attenuation(Method):
             layer.number: layer.last for chunk in place.chunks for layer in residual_layers(chunk)
         }
         if settings.learned is not None:
-            if not all(hasattr(module, GATE) for module in self._modules.values()):
-                raise UserError(
-                    f"{settings.flag('learned')} needs a parameter in each layer, which the model does "
-                    "not have; call jreg_megatron.prepare(chunks, settings) before the model is wrapped and "
-                    "has an optimizer"
-                )
+            refuse_unprepared(settings, place, GATE)
             self.training_meter, self.validation_meter = (
                 Meter(place.num_layers, place.device) for _ in range(2)
             )

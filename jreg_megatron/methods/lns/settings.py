@@ -1,0 +1,121 @@
+"""Settings of LayerNorm scaling, and what it does to a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.settings import Settings, is_finite, setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from jreg_megatron.stream.method import Method, Place
+
+_SCALE = "layer_norm_scale"
+"""Attribute of a layer whose norms are scaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormScalingConfig(Settings):
+    """Settings of LayerNorm scaling (arXiv 2502.05795, *The Curse of Depth*).
+
+    The outputs of both norms of layer l are multiplied by ``1 / sqrt(l)``; the final norm's is not. The model
+    is another one by it. Published with it: all weights are drawn alike, without a smaller scale for the
+    layers' output projections. Others of the same name draw the norms' gains so and let them learn; that is
+    another method.
+
+    Raises:
+        UserError: for a value that is not allowed; the message names the setting, the value and the fix.
+    """
+
+    name: ClassVar[str] = "LayerNorm scaling"
+    prefix: ClassVar[str] = "lns"
+    title: ClassVar[str] = "LayerNorm scaling"
+    about: ClassVar[str] = (
+        "the outputs of both norms of layer l times 1 / sqrt(l) (arXiv 2502.05795). It changes the model: "
+        "give the same flag in every run of it."
+    )
+
+    power: float = setting(
+        0.5,
+        "p, where the norms of layer l are multiplied by 1 / l^p, >= 0. At 0 nothing changes. The paper "
+        "takes 0.5.",
+        float,
+        "P",
+    )
+
+    def __post_init__(self) -> None:
+        self.require("power", self.power, is_finite(self.power) and self.power >= 0, "a finite number >= 0")
+
+    @property
+    def changes_model(self) -> bool:
+        """It does."""
+        return self.power != 0
+
+    def refuse(self, model_config: Any) -> None:
+        """Refuse layers whose norms cannot be scaled."""
+        refuse_other_layers(self.name, model_config)
+
+    def prepare(self, chunk: nn.Module) -> None:
+        """Scale the norms' outputs in every layer of the chunk.
+
+        Raises:
+            UserError: if a norm cannot be scaled.
+        """
+        from jreg_megatron.stream.anatomy import residual_layers
+
+        for layer in residual_layers(chunk):
+            scale = layer.number**-self.power
+            setattr(layer.first, _SCALE, scale)
+            for norm in self._norms_of(layer.first) if scale != 1 else ():
+                norm.register_forward_hook(functools.partial(_scaled, scale))
+
+    def _norms_of(self, layer: Any) -> Iterator[Any]:
+        """The norms of a ``TransformerLayer``, or the linear layers that Transformer Engine joins with one."""
+        for name, holder, linear_name in (
+            ("input_layernorm", "self_attention", "linear_qkv"),
+            ("pre_mlp_layernorm", "mlp", "linear_fc1"),
+        ):
+            norm = getattr(layer, name)
+            if any(True for _ in norm.parameters()):
+                yield norm
+                continue
+            linear = getattr(getattr(layer, holder), linear_name)
+            if any(name.endswith("bias") and "norm" not in name for name, _ in linear.named_parameters()):
+                raise UserError(
+                    f"{self.name} does not support a bias of {linear_name} where Transformer Engine joins it "
+                    "with the norm; give --disable-bias-linear, and no --add-qkv-bias"
+                )
+            yield linear
+
+    def make(self, place: Place) -> Method:
+        """Nothing is left to do on a built model."""
+        from jreg_megatron.stream.method import Built
+
+        return Built(self, place, _SCALE, f"1 / l^{self.power:g} in every layer l")
+
+
+def refuse_other_layers(name: str, model_config: Any) -> None:
+    """Refuse layers that are not those of a plain ``GPTModel``.
+
+    Raises:
+        UserError: naming ``name``, the method, and the setting.
+    """
+    for setting_name in (
+        *("is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers"),
+        *("use_transformer_engine_op_fuser", "heterogeneous_layers_config_path"),
+    ):
+        if value := getattr(model_config, setting_name, None):
+            raise UserError(
+                f"{name} supports the layers of a GPTModel, and {setting_name} is {value}; leave one of the "
+                "two out"
+            )
+
+
+def _scaled(scale: float, _: Any, given: Any, output: Any) -> Any:
+    # With a second output: the residual stream, or a bias that is not added yet.
+    return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale

@@ -1,0 +1,91 @@
+"""Settings of Peri-LN, and what it does to a model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jreg_megatron.methods.lns.settings import refuse_other_layers
+from jreg_megatron.stream.settings import Settings, is_finite, setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from jreg_megatron.stream.method import Method, Place
+
+_NORMS = {"self_attention": "post_attention_norm", "mlp": "post_mlp_norm"}
+"""The modules of a layer, and the names of the norms behind them, in checkpoints too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriLNConfig(Settings):
+    """Settings of Peri-LN (arXiv 2502.02732): ``h + Norm(Module(Norm(h)))`` for attention and MLP.
+
+    The norm behind a module is of the model's kind and has a gain that is learned. The paper can have a norm
+    on the embedding too; that is not done here. The model is another one by it.
+
+    Raises:
+        UserError: for a value that is not allowed; the message names the setting, the value and the fix.
+    """
+
+    name: ClassVar[str] = "Peri-LN"
+    prefix: ClassVar[str] = "periln"
+    title: ClassVar[str] = "Peri-LN"
+    about: ClassVar[str] = (
+        "a norm behind attention and MLP too, h + Norm(Module(Norm(h))) (arXiv 2502.02732). It changes the "
+        "model: give the same flag in every run of it."
+    )
+
+    gain: float = setting(
+        1.0, "where the gains of these norms start, above 0. The paper takes 1.", float, "G"
+    )
+
+    def __post_init__(self) -> None:
+        self.require("gain", self.gain, is_finite(self.gain) and self.gain > 0, "a finite number above 0")
+
+    @property
+    def changes_model(self) -> bool:
+        """It does."""
+        return True
+
+    def refuse(self, model_config: Any) -> None:
+        """Refuse layers of another kind."""
+        refuse_other_layers(self.name, model_config)
+
+    def prepare(self, chunk: nn.Module) -> None:
+        """Put the norms behind attention and MLP of every layer of the chunk."""
+        from jreg_megatron.stream.anatomy import residual_layers
+
+        for layer in residual_layers(chunk):
+            for module, name in _NORMS.items():
+                norm = _norm_like(chunk.config, layer.first, self.gain)
+                layer.first.add_module(name, norm)
+                getattr(layer.first, module).register_forward_hook(functools.partial(_normed, norm))
+
+    def make(self, place: Place) -> Method:
+        """Nothing is left to do on a built model."""
+        from jreg_megatron.stream.method import Built
+
+        return Built(self, place, _NORMS["mlp"], "a norm behind attention and MLP of every layer")
+
+
+def _norm_like(config: Any, layer: nn.Module, gain: float) -> nn.Module:
+    from megatron.core.models.backends import LocalSpecProvider
+
+    # The configuration's word for it is "transformer_engine" also where a spec of local modules was built.
+    if any("transformer_engine" in type(module).__module__ for module in layer.modules()):
+        from megatron.core.extensions.transformer_engine import TENorm as build
+    else:
+        build = LocalSpecProvider().layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
+    norm: nn.Module = build(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    norm.to(next(layer.parameters()).device)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    norm.weight.data.fill_(gain - 1 if config.layernorm_zero_centered_gamma else gain)  # type: ignore[operator]
+    return norm
+
+
+def _normed(norm: nn.Module, _: Any, given: Any, output: tuple[Any, Any]) -> tuple[Any, None]:
+    added, bias = output
+    return norm(added if bias is None else added + bias), None
