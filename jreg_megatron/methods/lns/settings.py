@@ -75,7 +75,7 @@ class LayerNormScalingConfig(Settings):
                 norm.register_forward_hook(functools.partial(_scaled, scale))
 
     def _norms_of(self, layer: Any) -> Iterator[Any]:
-        """The norms of a ``TransformerLayer``, or the linear layers that Transformer Engine joins with one."""
+        """The norms of a ``TransformerLayer``, or the linear layers that Transformer Engine joins with it."""
         for name, holder, linear_name in (
             ("input_layernorm", "self_attention", "linear_qkv"),
             ("pre_mlp_layernorm", "mlp", "linear_fc1"),
