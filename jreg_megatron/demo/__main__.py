@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from jreg_megatron.demo.data import prepare
-from jreg_megatron.demo.training import ALPHA, COEFF, ITERATIONS, Run, train_all
+from jreg_megatron.demo.training import ALPHA, COEFF, FLAGS, ITERATIONS, METHOD_FLAGS, Run, train_all
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -33,6 +33,14 @@ def main() -> None:
         metavar="LAMBDA:ALPHA",
         help="more JREG runs for comparison, such as 1:3 1:0.5",
     )
+    parser.add_argument(
+        "--method",
+        choices=METHOD_FLAGS,
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help=f"a run with another method too, without JREG: {', '.join(METHOD_FLAGS)}",
+    )
     with user_errors_exit():
         _demo(parser.parse_args())
 
@@ -49,6 +57,11 @@ def _demo(args: argparse.Namespace) -> None:
     configs = {"baseline": JRegConfig(coeff=0.0), "jreg": JRegConfig(coeff=args.coeff, alpha=args.alpha)}
     configs |= {f"jreg_{config.coeff:g}_{config.alpha:g}": config for config in args.also}
     runs = [Run(name, config, args.iterations, args.output / name) for name, config in configs.items()]
+    runs += [
+        Run(name, configs["baseline"], args.iterations, args.output / name, flags=(*FLAGS, *flags.split()))
+        for name in args.method
+        for flags in [METHOD_FLAGS[name].format(hold=max(1, args.iterations // 25))]
+    ]
     data = prepare(args.data)
     print(
         f"Data: {'reused' if data.reused else 'made'} {data.train_tokens:,} training and "

@@ -51,7 +51,7 @@ def _picture(runs: Sequence[Run], summary: Path) -> bytes:
     models = models_of(read([summary]))
     for model, run in zip(models, runs, strict=True):
         settings = f"JREG, λ {run.config.coeff:g}, α {run.config.alpha:g}"
-        model.label = "baseline" if run.config.coeff == 0 else settings
+        model.label = run.name if run.config.coeff == 0 else settings
     title = (
         f"A Llama of {NUM_LAYERS} layers on State of the Union speeches, {runs[0].iterations} iterations, "
         f"TP{TENSOR_PARALLEL} x PP{PIPELINE_PARALLEL} on a CPU"

@@ -47,6 +47,14 @@ _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jre
 FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
 """The demo's flags for Megatron."""
 
+METHOD_FLAGS = {
+    "attenuation": "--attenuation-learned 0.98",
+    "lns": "--lns-power 0.5",
+    "periln": "--periln-gain 1",
+    "slowqk": "--slowqk-hold-iterations {hold}",
+}
+"""Of the methods beside JREG that train another model; as published, as far as that is known."""
+
 ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
 """In a line of Megatron's log: the iteration and the number of all iterations."""
 _LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines with \\r
