@@ -371,8 +371,8 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_saved_and_resumed_a
     [
         (("--lns-power", -1), "--lns-power"),
         (("--periln-gain", 0), "--periln-gain"),
-        (("--lns-power", 0.5, "--mtp-num-layers", 1), "LayerNorm scaling supports the layers of a GPTModel"),
-        (("--periln-gain", 1, "--mtp-num-layers", 1), "Peri-LN supports the layers of a GPTModel"),
+        (("--lns-power", 0.5, "--mtp-num-layers", 1), "LayerNorm scaling does not support mtp_num_layers"),
+        (("--periln-gain", 1, "--mtp-num-layers", 1), "Peri-LN does not support mtp_num_layers"),
     ],
 )
 def test_layers_that_cannot_be_changed_are_refused_by_name(

@@ -12,6 +12,7 @@ from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from jreg_megatron.runtime.errors import UserError
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
     from jreg_megatron.stream.method import Method, Place
 
+
+OTHER_LAYERS = {
+    **dict.fromkeys(
+        ("is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern"),
+        "the layers of a HybridModel are not those of a GPTModel",
+    ),
+    "mtp_num_layers": "the layers of multi-token prediction would stay as they are",
+    "use_transformer_engine_op_fuser": "an MLP is then one operation",
+    "heterogeneous_layers_config_path": "a layer may then lack attention or MLP",
+}
+"""For :attr:`Settings.refused` of a method that changes the layers of a ``GPTModel`` alone."""
 
 LAYER_RULES = ("mixer", "sublayer")
 """What a layer of a hybrid model is; see :mod:`jreg_megatron.stream.anatomy`."""
@@ -65,6 +77,9 @@ class Settings:
 
     # -- what a method may tell of itself ----------------------------------------------------------
 
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Megatron's settings with which it is not supported, and why."""
+
     @property
     def has_schedule(self) -> bool:
         """Whether what the method does depends on the training iteration."""
@@ -76,7 +91,7 @@ class Settings:
         return False
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse by name what the method does not support.
+        """Refuse by name what the method does not support; by default what is in :attr:`refused`.
 
         Args:
             model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names. It
@@ -85,6 +100,12 @@ class Settings:
         Raises:
             UserError: naming the setting, its value and what to do.
         """
+        for name, reason in self.refused.items():
+            if value := getattr(model_config, name, None):
+                raise UserError(
+                    f"{self.name} does not support {name} ({value!s:.40}), since {reason}; leave one "
+                    "of the two out"
+                )
 
     def refuse_layers(self, num_layers: int) -> None:
         """As :meth:`refuse`, for settings that do not fit a model of so many layers."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.settings import Settings, is_finite, setting
+from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,8 @@ class LayerNormScalingConfig(Settings):
         "give the same flag in every run of it."
     )
 
+    refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
+
     power: float = setting(
         0.5,
         "p, where the norms of layer l are multiplied by 1 / l^p, >= 0. At 0 nothing changes. The paper "
@@ -55,10 +57,6 @@ class LayerNormScalingConfig(Settings):
     def changes_model(self) -> bool:
         """It does."""
         return self.power != 0
-
-    def refuse(self, model_config: Any) -> None:
-        """Refuse layers whose norms cannot be scaled."""
-        refuse_other_layers(self.name, model_config)
 
     def prepare(self, chunk: nn.Module) -> None:
         """Scale the norms' outputs in every layer of the chunk.
@@ -97,23 +95,6 @@ class LayerNormScalingConfig(Settings):
         from jreg_megatron.stream.method import Built
 
         return Built(self, place, _SCALE, f"1 / l^{self.power:g} in every layer l")
-
-
-def refuse_other_layers(name: str, model_config: Any) -> None:
-    """Refuse layers that are not those of a plain ``GPTModel``.
-
-    Raises:
-        UserError: naming ``name``, the method, and the setting.
-    """
-    for setting_name in (
-        *("is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers"),
-        *("use_transformer_engine_op_fuser", "heterogeneous_layers_config_path"),
-    ):
-        if value := getattr(model_config, setting_name, None):
-            raise UserError(
-                f"{name} supports the layers of a GPTModel, and {setting_name} is {value}; leave one of the "
-                "two out"
-            )
 
 
 def _scaled(scale: float, _: Any, given: Any, output: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jreg_megatron.methods.lns.settings import refuse_other_layers
-from jreg_megatron.stream.settings import Settings, is_finite, setting
+from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,8 @@ class PeriLNConfig(Settings):
         "model: give the same flag in every run of it."
     )
 
+    refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
+
     gain: float = setting(
         1.0, "where the gains of these norms start, above 0. The paper takes 1.", float, "G"
     )
@@ -48,10 +50,6 @@ class PeriLNConfig(Settings):
     def changes_model(self) -> bool:
         """It does."""
         return True
-
-    def refuse(self, model_config: Any) -> None:
-        """Refuse layers of another kind."""
-        refuse_other_layers(self.name, model_config)
 
     def prepare(self, chunk: nn.Module) -> None:
         """Put the norms behind attention and MLP of every layer of the chunk."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ class SlowQKConfig(Settings):
         "in the upper layers W_Q and W_K learn more slowly at first (arXiv 2605.10504). It needs "
         "--slowqk-hold-iterations."
     )
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "multi_latent_attention": "it has no W_Q and W_K of that kind",
+        "attention_output_gate": "its queries lie among gates in one weight",
+        "use_precision_aware_optimizer": "the weights that are updated are inside of the optimizer",
+        "optimizer_cpu_offload": "the weights that are updated are copies on the host",
+        "use_torch_fsdp2": "each rank has other rows of a weight",
+    }
 
     multiplier: float = setting(
         0.25,
@@ -87,25 +95,8 @@ class SlowQKConfig(Settings):
         """Whether a layer, 1-based, is one of the upper ones."""
         return layer_number > num_layers * (1 - self.share) + 1e-9
 
-    def refuse(self, model_config: Any) -> None:
-        """Refuse optimizers that do not update the weights in this process, or in parts not known here."""
-        for name, what in _REFUSED.items():
-            if getattr(model_config, name, False):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{self.name} does not support {flag}: {what}; leave one of the two out")
-
     def make(self, place: Place) -> SlowQK:
         """Slower queries and keys of a built model."""
         from jreg_megatron.methods.slowqk.slowqk import SlowQK
 
         return SlowQK(self, place)
-
-
-_REFUSED = {
-    "multi_latent_attention": "it has no W_Q and W_K of that kind",
-    "attention_output_gate": "its queries lie among gates in one weight",
-    "use_precision_aware_optimizer": "the weights that are updated are inside of the optimizer",
-    "optimizer_cpu_offload": "the weights that are updated are copies on the host",
-    "use_torch_fsdp2": "each rank has other rows of a weight",
-}
-"""By Megatron's name of a setting."""
