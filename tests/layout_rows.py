@@ -59,6 +59,9 @@ NAMED = [
             {"sequence_parallel": True, "masked": True, "per_token_loss": True, "model": "hybrid"},
         )
     ),
+    Layout(tensor=2, pipeline=2, context=2, sequence_parallel=True, token_stride=4),
+    Layout(pipeline=2, token_stride=2, masked=True, tokens="unmasked", recompute="uniform"),
+    Layout(pipeline=2, virtual=2, token_stride=4, final_state="post_norm", recompute="block"),
     *(
         Layout(model="hybrid", layers=layers, **cut)
         for layers, cuts in {

@@ -440,6 +440,18 @@ FAULTS = [
         METHODS,
     ),
     Fault(
+        "take the same tokens in each step",
+        "methods/jreg/regularizer.py",
+        (("Rows(self._stride, iteration % self._stride)", "Rows(self._stride, 0)"),),
+        ("tests/test_attach.py", "tests/test_equivalence.py"),
+    ),
+    Fault(
+        "read states of tokens without a gradient",
+        "methods/jreg/kernels/programs.py",
+        (("((row // batch) % STRIDE == first)", "(row % STRIDE == first)"),),
+        ("tests/test_kernels.py",),
+    ),
+    Fault(
         "count layers from 0 in LayerNorm scaling",
         "methods/lns/settings.py",
         (("scale = layer.number**-self.power", "scale = max(1, layer.number - 1) ** -self.power"),),

@@ -246,6 +246,43 @@ def counts_only_unmasked_tokens() -> None:
     assert handle.reduce_validation_metrics() is None
 
 
+def samples_tokens() -> str:
+    from jreg_megatron import attach
+
+    model = build_model()
+    _, without = step(model)
+
+    def added(iteration: int, **settings: Any) -> dict[str, Any]:
+        config = JRegConfig(coeff=1.0, weights="uniform", **settings)
+        handle = attach(model, config, num_microbatches=1, iteration=lambda: iteration)
+        _, gradients = step(model)
+        metrics = handle.end_iteration(iteration)
+        handle.detach()
+        assert metrics is not None
+        displacements.append(metrics.displacement)
+        return {name: gradients[name] - without[name] for name in without}
+
+    displacements: list[Any] = []
+    whole = added(1)
+    parts = [added(iteration, token_share=0.25) for iteration in range(1, 6)]
+    for name, gradient in whole.items():
+        mean = sum(part[name] for part in parts[:4]) / 4
+        assert (mean - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        assert (parts[0][name] - parts[4][name]).norm() <= 1e-5 * gradient.norm() + 1e-9, (
+            "every fourth step alike"
+        )
+    assert any((parts[0][name] - gradient).norm() > 0.1 * gradient.norm() for name, gradient in whole.items())
+    assert all((found - displacements[0]).abs().max() <= 1e-6 for found in displacements), "all are measured"
+    with pytest.raises(UserError) as caught:
+        added(1, token_share=1 / 3)
+    return str(caught.value)
+
+
+def test_a_share_of_the_tokens_rotates_and_gives_the_whole_gradient_on_average() -> None:
+    (refusal,) = run_function(samples_tokens)
+    assert "--jreg-token-share is 0.333333" in refusal and "multiple of 3" in refusal and "8" in refusal
+
+
 def build_model_like(model: Any, **options: Any) -> Any:
     """A copy of the model without JREG; ``options`` as it was built with."""
     from megatron.core import parallel_state

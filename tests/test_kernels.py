@@ -18,7 +18,7 @@ from interpreted import InterpretedKernels, call_guarded, chosen, in_interpreter
 from torch import Tensor
 
 from jreg_megatron import UserError
-from jreg_megatron.methods.jreg.kernels import Above, Kernels, choose, eager
+from jreg_megatron.methods.jreg.kernels import Above, Gradients, Kernels, Rows, choose, eager
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = "random near parallel opposite tiny huge tiny_in zero_in zero_out zero_both zero_above nan".split()
@@ -369,6 +369,37 @@ def test_without_the_inputs_gradient_the_rest_is_the_same_to_the_bit(kernels: Ke
         none, *rest = case.gradients(kernels)
         assert none is None
         assert all(map(torch.equal, whole, rest))
+
+
+@both_ways
+@pytest.mark.parametrize("width", [16, 50])
+def test_where_some_rows_have_a_gradient_the_others_stay_as_they_were_to_the_bit(
+    kernels: Kernels, width: int
+) -> None:
+    if isinstance(kernels, InterpretedKernels):
+        kernels = InterpretedKernels(SMALL_TILE)
+    layouts = ("transposed", "sliced", "contiguous")
+    case = make_case(KINDS[:-1], (7, 2, width), layouts=layouts, with_above=True)
+    assert case.h_above is not None
+    upper, lower = (case.h_out, case.h_above, case.grad_out), (case.h_in, case.h_out, case.grad_out)
+    chosen = torch.tensor([0.0, 1, 0, 0, 1, 0, 0])[:, None].expand(7, 2)
+    drawn = torch.rand(7, 2, generator=torch.Generator().manual_seed(1))
+
+    def found(weights: Tensor | None, rows: Rows | None) -> tuple[Gradients, Gradients]:
+        how = torch.tensor([case.coefficient]), case.factor, weights
+        above = kernels.gradients(*upper, *how, hands_down=True, rows=rows)
+        return above, kernels.gradients(*lower, *how, above=above.handed, rows=rows)
+
+    for weights in (None, drawn):
+        # A row of weight 0 has no gradient either.
+        expected = found(chosen if weights is None else chosen * weights, None)
+        for got, wanted in zip(found(weights, Rows(3, 1)), expected, strict=True):
+            assert got.psi is None
+            torch.testing.assert_close(got.total, wanted.total, rtol=1e-6, atol=0)
+            assert torch.equal(got.total[chosen == 0], case.grad_out[chosen == 0])
+        assert got.grad_in is not None and wanted.grad_in is not None
+        torch.testing.assert_close(got.grad_in, wanted.grad_in, rtol=1e-6, atol=0)
+        assert (got.grad_in[chosen == 0] == 0).all() and (got.grad_in[chosen == 1] != 0).any()
 
 
 @both_ways

@@ -81,6 +81,9 @@ def test_settings_cannot_be_changed_once_made() -> None:
         ("warmup_iterations", -1),
         ("measure_interval", 0),
         ("measure_interval", 1.5),
+        ("token_share", 0),
+        ("token_share", 0.3),
+        ("token_share", 2),
         ("log_per_layer", "yes"),
     ],
 )

@@ -64,6 +64,8 @@ class Layout:
     """Whether sequences end in padding. Every stage has the padding mask then, the last the loss mask too."""
     packed: bool = False
     """Whether a micro-batch's sequences are packed into one."""
+    token_stride: int = 1
+    """Of so many tokens of a sequence one has the regularizer's gradient."""
     final_state: str = "pre_norm"
     precision: str = "fp32"
     """fp32, bf16, or fp16 with a loss scale."""
@@ -134,6 +136,7 @@ class Layout:
         words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
         words += [self.layers] * (self.layers != "pairs")
         words += ["tied"] * self.tied
+        words += [f"gradient in each {self.token_stride}th token"] * (self.token_stride > 1)
         words += ["all methods"] * (self.methods == "all")
         words += ["LayerNorm scaling and Peri-LN"] * (self.methods == "blocks")
         words += [self.precision] * (self.precision != "fp32")
@@ -262,6 +265,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {},
     {"methods": "all"},
     {"methods": "blocks"},
+    {"token_stride": 4, "recompute": "selective"},
     {"model": "moe", "expert": 2},
     {"fsdp": True},
     {"recompute": "uniform", "masked": True, "tokens": "unmasked"},

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from jreg_megatron.selftest import reference
 from jreg_megatron.selftest.layouts import LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
-from jreg_megatron.selftest.toy import MTP_LOSS_SCALING_FACTOR, Batch, Place, Step, settings_of, shape_of
+from jreg_megatron.selftest.toy import (
+    ITERATION,
+    MTP_LOSS_SCALING_FACTOR,
+    Batch,
+    Place,
+    Step,
+    settings_of,
+    shape_of,
+)
 from jreg_megatron.stream.anatomy import unwrap
 from jreg_megatron.stream.attachment import attach, prepare
 from jreg_megatron.stream.method import Metrics
@@ -100,7 +108,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
     wrapped = _wrap(layout, config, chunks)
-    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches)
+    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: ITERATION)
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads

@@ -24,6 +24,9 @@ MTP_LOSS_SCALING_FACTOR = 0.5
 STACKED = "decoder.layers."
 """What the names of parameters begin with that are stacked along the layers."""
 
+ITERATION = 3
+"""The step's number in a training, by which a share of the tokens is chosen."""
+
 COEFF, ALPHA = 20.0, 0.7
 """So strong that the regularizer's gradient is about as large as cross-entropy's."""
 
@@ -32,7 +35,12 @@ def settings_of(layout: Layout) -> list[Settings]:
     """The settings that a layout is run with."""
     rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
     jreg = JRegConfig(
-        coeff=COEFF, alpha=ALPHA, final_state=layout.final_state, tokens=layout.tokens, layer=rule
+        token_share=1 / layout.token_stride,
+        coeff=COEFF,
+        alpha=ALPHA,
+        final_state=layout.final_state,
+        tokens=layout.tokens,
+        layer=rule,
     )
     if layout.methods == "jreg":
         return [jreg]
@@ -186,6 +194,9 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     else:
         counted = torch.ones_like(losses)
         psi_share = counted / (batch.loss_mask.sum() if layout.per_token_loss else losses.numel())
+    if layout.token_stride > 1:
+        places = torch.arange(LENGTH, device=psi_share.device) % layout.token_stride
+        psi_share = psi_share * layout.token_stride * (places == ITERATION % layout.token_stride)
     loss = loss + COEFF * torch.einsum("l,lbs,bs->", layer_weights, psi.to(wide), psi_share)
     loss.backward()  # type: ignore[no-untyped-call]
 

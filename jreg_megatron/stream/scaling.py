@@ -86,6 +86,12 @@ class Scaling:
         if grad_scale is not None:
             coefficient.copy_(grad_scale(coefficient.clone()))
 
+    def is_whole_in_strides(self, state: Tensor, stride: int) -> bool:
+        """Whether each stride-th place of ``state`` ``[s, b, h]`` is each stride-th of the sequence too, at
+        every layout. A context-parallel rank has two pieces of a sequence."""
+        length, pieces = state.shape[0], 2 if self._config.context_parallel_size > 1 else 1
+        return length % stride == 0 and length * self._size % (pieces * stride) == 0
+
     def of_all_tokens(self, state: Tensor) -> float:
         """What that is multiplied by, beside ``w_l``, where all tokens of ``state`` ``[s, b, h]`` count."""
         if self._config.calculate_per_token_loss:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.kernels import Above, Kernels
+from jreg_megatron.methods.jreg.kernels import Above, Kernels, Rows
 from jreg_megatron.runtime.errors import UserError
 
 
@@ -36,6 +36,8 @@ class Strength:
     """Constant part of the coefficient."""
     token_weights: Tensor | None = None
     """``[...]``, what each token counts for; by default each counts 1."""
+    rows: Rows | None = None
+    """The tokens that have a gradient, along the states' first axis; by default all have."""
 
 
 def add_displacement_gradient(
@@ -47,7 +49,8 @@ def add_displacement_gradient(
         h_in: the layer's input, ``[..., h]``.
         h_out: the layer's output, ``[..., h]``; it must require a gradient, or nothing will happen.
         strength: what is added.
-        on_psi: is given Psi ``[...]`` (float32, no graph) in the backward pass.
+        on_psi: is given Psi ``[...]`` (float32, no graph) in the backward pass; not where only some rows
+            have a gradient.
 
     Returns:
         ``h_out`` with the same value, to be used in its place.
@@ -112,6 +115,7 @@ class _AddDisplacementGradient(torch.autograd.Function):
             needs_psi=ctx.on_psi is not None,
             above=above,
             hands_down=below is not None,
+            rows=strength.rows,
         )
         if below is not None:
             below.handed = torch._C._current_graph_task_id(), handed
@@ -140,7 +144,9 @@ def _node_below(ctx: Any, h_in: Tensor) -> Any:
     (below, _), _, (witness, _) = ctx.next_functions
     goes_everywhere = torch._C._will_engine_execute_node(witness)
     is_watched = h_in._backward_hooks or h_in.retains_grad
-    if not goes_everywhere or is_watched or below.strength.kernels is not ctx.strength.kernels:
+    ours, theirs = ctx.strength, below.strength
+    is_alike = theirs.kernels is ours.kernels and theirs.rows == ours.rows
+    if not goes_everywhere or is_watched or not is_alike:
         return None
     return None if _handed_to(below) is not None else below
 
@@ -166,6 +172,13 @@ class _AddInputGradient(torch.autograd.Function):
         h_in, h_out, token_weights = ctx.saved_tensors
         strength: Strength = ctx.strength
         found = strength.kernels.gradients(
-            h_in, h_out, grad, strength.coefficient, strength.factor, token_weights, needs_psi=False
+            h_in,
+            h_out,
+            grad,
+            strength.coefficient,
+            strength.factor,
+            token_weights,
+            needs_psi=False,
+            rows=strength.rows,
         )
         return grad, found.grad_in, None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jreg_megatron.methods.jreg import kernels
 from jreg_megatron.methods.jreg.formulas import jump_rate
+from jreg_megatron.methods.jreg.kernels import Rows
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
 from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.runtime.errors import UserError
@@ -82,6 +83,8 @@ class _Microbatch:
     """``[s, b]``: what each counts for in the loss; set by the first layer."""
     layers: Set[int] | None = None
     """Those that are regularized, if no others are measured."""
+    rows: Rows | None = None
+    """The tokens of a sequence that have a gradient in this step; None if all have."""
     normed: Tensor | None = None
     """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
 
@@ -100,6 +103,7 @@ class Regularizer(Method):
         self._weight_of = settings.gradient_weights(place.num_layers).tolist()
         self._normed_layer = place.num_layers if settings.final_state == "post_norm" else None
         self._strengths: dict[tuple[int, ...], Strength] = {}
+        self._stride = settings.token_stride
         self._regularized = frozenset(n for n in place.layer_numbers if self._weight_of[n - 1] > 0)
         self._scaling = place.scaling
         # What all layers have in common in this step: a fixed buffer, read by the backward pass (penalty.py).
@@ -153,8 +157,11 @@ class Regularizer(Method):
             meter = self.training_meter if call.training else self.validation_meter
         if meter is None and not is_regularizing:
             return None
-        wanted = self._regularized if meter is None else None
-        return _Microbatch(meter, is_regularizing, given, layers=wanted)
+        wanted, rows = self._regularized if meter is None else None, None
+        if is_regularizing and self._stride > 1:
+            assert iteration is not None
+            rows = Rows(self._stride, iteration % self._stride)
+        return _Microbatch(meter, is_regularizing, given, layers=wanted, rows=rows)
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
@@ -187,28 +194,39 @@ class Regularizer(Method):
             if microbatch.mask.shape != h_out.shape[:2]:
                 self.refuse(_MASK_OF_OTHER_TOKENS.format([*microbatch.mask.shape], [*h_out.shape[:2]]))
                 return h_out
+        if microbatch.rows is not None and not self._scaling.is_whole_in_strides(h_out, self._stride):
+            self.refuse(
+                f"{flag_of('token_share')} is {self.settings.token_share:g}, so each part of a sequence on a "
+                f"rank must be a multiple of {self._stride} tokens; here a rank has {h_out.shape[0]}: take "
+                "another sequence length, or leave the setting at 1"
+            )
+            return h_out
         on_psi = None
         if microbatch.meter is not None:
             on_psi = functools.partial(microbatch.meter.add, layer_number, mask=microbatch.mask)
         # What is frozen up to here has no backward pass to do it in.
         if microbatch.is_regularizing and layer_number in self._regularized and h_out.requires_grad:
             strength = self._strength(microbatch, layer_number, h_out)
-            return add_displacement_gradient(h_in, h_out, strength, on_psi)
+            if microbatch.rows is None:
+                return add_displacement_gradient(h_in, h_out, strength, on_psi)
+            if on_psi is not None:  # every token is measured
+                on_psi(self.kernels.displacement(h_in, h_out))
+            return add_displacement_gradient(h_in, h_out, strength)
         if on_psi is not None:
             on_psi(self.kernels.displacement(h_in, h_out))
         return h_out
 
     def _strength(self, microbatch: _Microbatch, layer_number: int, state: Tensor) -> Strength:
         """``k`` of the derivation in scaling.py: coefficient (of the step), factor and weights of tokens."""
-        weight = self._weight_of[layer_number - 1]
+        weight, rows = self._stride * self._weight_of[layer_number - 1], microbatch.rows
         if microbatch.token_weights is not None:
-            return Strength(self.kernels, self._coefficient, weight, microbatch.token_weights)
-        key = (layer_number, *state.shape)
+            return Strength(self.kernels, self._coefficient, weight, microbatch.token_weights, rows)
+        key = (layer_number, *state.shape, *(rows or ()))
         if key not in self._strengths:
             if len(self._strengths) >= _MOST_STRENGTHS:
                 self._strengths.clear()
             factor = weight * self._scaling.of_all_tokens(state)
-            self._strengths[key] = Strength(self.kernels, self._coefficient, factor)
+            self._strengths[key] = Strength(self.kernels, self._coefficient, factor, rows=rows)
         return self._strengths[key]
 
     def read(self, values: LayerValues) -> JRegMetrics:

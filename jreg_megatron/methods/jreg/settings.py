@@ -109,6 +109,14 @@ class JRegConfig(Settings):
         "given a padding mask, those that are no padding; averaged as cross-entropy is.",
         metavar="TOKENS",
     )
+    token_share: float = setting(
+        1.0,
+        "the share of the tokens that get the gradient, 1 / n: each n-th of a sequence, other ones in each "
+        "step, with n times the weight. On average over steps the gradient is that of all tokens. All tokens "
+        "are measured.",
+        float,
+        "SHARE",
+    )
     start_iteration: int = setting(1, "first training iteration with the regularizer.", int, "N")
     stop_iteration: int | None = setting(None, "first training iteration without it again.", int, "N")
     warmup_iterations: int = setting(
@@ -156,6 +164,9 @@ class JRegConfig(Settings):
             "negligible_weight", share, is_finite(share) and 0 <= share < 1, "a number >= 0 and below 1"
         )
         self.require("tokens", self.tokens, self.tokens in TOKENS, " or ".join(TOKENS))
+        share = self.token_share
+        allowed = is_finite(share) and 0 < share <= 1 and abs(1 / share - round(1 / share)) < 1e-6
+        self.require("token_share", share, allowed, "1, or 1 over a whole number, such as 0.5 or 0.25")
         self.require("kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
         for name, least in (("start_iteration", 1), ("warmup_iterations", 0), ("measure_interval", 1)):
             value = getattr(self, name)
@@ -208,9 +219,15 @@ class JRegConfig(Settings):
         return weights
 
     @property
+    def token_stride(self) -> int:
+        """One over :attr:`token_share`."""
+        return round(1 / self.token_share)
+
+    @property
     def has_schedule(self) -> bool:
-        """Whether the coefficient or the measuring depends on the iteration."""
+        """Whether the coefficient, its tokens or the measuring depends on the iteration."""
         constant = self.start_iteration == 1 and self.stop_iteration is None and self.warmup_iterations == 0
+        constant = constant and self.token_share == 1
         return super().has_schedule or (self.coeff > 0 and not constant)
 
     def coeff_at(self, iteration: int) -> float:

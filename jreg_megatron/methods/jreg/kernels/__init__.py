@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from jreg_megatron.methods.jreg.kernels import eager
-from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients, Rows
 from jreg_megatron.methods.jreg.settings import flag_of
 from jreg_megatron.runtime.errors import DeviceFault, UserError
 
-__all__ = ["Above", "DeviceFault", "Gradients", "Kernels", "check", "choose", "refuse_fault"]
+__all__ = ["Above", "DeviceFault", "Gradients", "Kernels", "Rows", "check", "choose", "refuse_fault"]
 
 _CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
 
@@ -43,6 +43,7 @@ class Kernels(Protocol):
         needs_psi: bool = True,
         above: Above | None = None,
         hands_down: bool = False,
+        rows: Rows | None = None,
     ) -> Gradients:
         """The gradients of ``coefficient * factor * sum of weight * Psi``, the output's on top of its own.
 
@@ -62,6 +63,7 @@ class Kernels(Protocol):
             needs_psi: whether Psi is.
             above: what these kernels have handed down from the layer above, whose input is this ``h_out``.
                 That layer's gradient for it is then added too.
+            rows: those that have a gradient; Psi is not given then. By default all have.
             hands_down: whether the layer below will add the gradient for ``h_in``; it is not made here then.
 
         Returns:
@@ -146,6 +148,7 @@ def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype
             upper = by.gradients(b, above, grad, coefficient, 2 * factor, each, hands_down=True)
             lower = by.gradients(a, b, grad, coefficient, factor, each, above=upper.handed)
             found += [*alone[:3], upper.total, upper.psi, *lower[:3]]
+            found += by.gradients(a, b, grad, coefficient, factor, each, rows=Rows(2, 1))[:2]
         return found
 
     ours = numbers(kernels, *states)

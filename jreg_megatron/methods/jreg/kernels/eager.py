@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients, Rows
 
 _LONGEST_SUM, _SHORTEST_PIECE = 1024, 64
 
@@ -47,6 +47,7 @@ class TorchKernels:
         needs_psi: bool = True,
         above: Above | None = None,
         hands_down: bool = False,
+        rows: Rows | None = None,
     ) -> Gradients:
         """The gradients for both states, Psi, and what is handed down.
 
@@ -62,6 +63,18 @@ class TorchKernels:
 
         Autograd must be off, as it is in a backward pass. A context to switch it off would cost a tenth.
         """
+        if rows is not None:
+            at = slice(rows.first, None, rows.stride)
+            weights = None if token_weights is None else token_weights[at]
+            of_rows = (h_in[at], h_out[at], grad_out[at], coefficient, factor, weights)
+            found = self.gradients(*of_rows, needs_grad_in, False, above, hands_down)
+            total = grad_out.to(h_out.dtype, copy=True)
+            total[at] = found.total
+            whole = None
+            if found.grad_in is not None:
+                whole = torch.zeros_like(h_in)
+                whole[at] = found.grad_in
+            return found._replace(total=total, grad_in=whole)
         dtype = computed_in(h_in, h_out)
         a, b, grad_out = _as(h_in, dtype), _as(h_out, dtype), _as(grad_out, dtype)
         inverse_in = _inverse_norms(a)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from jreg_megatron.methods.jreg.kernels.eager import computed_in
-from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
+from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients, Rows
 from jreg_megatron.methods.jreg.kernels.programs import displacement_kernel, gradients_kernel
 
 WIDEST = 8192
@@ -86,6 +86,7 @@ class TritonKernels:
         needs_psi: bool = True,
         above: Above | None = None,
         hands_down: bool = False,
+        rows: Rows | None = None,
     ) -> Gradients:
         """The gradients for both states, Psi, which costs nothing here, and what is handed down.
 
@@ -107,14 +108,15 @@ class TritonKernels:
             gradients_kernel,
             a,
             compute,
-            *(a, b, g, coefficient, weights, *written, c, of_c, factor),
+            *(a, b, g, coefficient, weights, *written, c, of_c, factor, rows.first if rows else 0),
             strides=(a, b, g, weights, c),
             HAS_WEIGHTS=token_weights is not None,
             NEEDS_GRAD_IN=grad_in is not None,
             HAS_ABOVE=above is not None,
             HANDS_DOWN=hands_down,
+            STRIDE=rows.stride if rows else 1,
         )
-        psi = numbers[0] if needs_psi else None
+        psi = numbers[0] if needs_psi and rows is None else None
         return Gradients(grad_in, total, psi, Above(h_out, (numbers,)) if hands_down else None)
 
     def _launch(
@@ -124,7 +126,7 @@ class TritonKernels:
         compute: torch.dtype,
         *operands: Any,
         strides: tuple[Tensor, ...],
-        **options: bool,
+        **options: int,
     ) -> None:
         length, batch, width = like.shape
         num_rows = length * batch

@@ -7,6 +7,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Rows(NamedTuple):
+    """Each stride-th row of a state ``[s, ...]``, along its first axis."""
+
+    stride: int
+    first: int
+    """In 0..stride - 1."""
+
+
 class Above(NamedTuple):
     """What a layer leaves for the one below it, which adds both layers' gradients to their common state.
 

@@ -113,6 +113,7 @@ def gradients_kernel(
     above_ptr,
     above_numbers_ptr,
     factor,
+    first,
     num_rows,
     batch,
     in_s,
@@ -133,14 +134,20 @@ def gradients_kernel(
     NEEDS_GRAD_IN: tl.constexpr,
     HAS_ABOVE: tl.constexpr,
     HANDS_DOWN: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
     """Psi of a tile of rows, the gradient for the input, and the incoming plus that for the output.
 
     ``numbers`` are Psi and, to hand down, the output's inverse norm and the scale, ``[3, num_rows]`` in all.
     With those of the layer above and its output, the total has what that layer adds to its input too.
+    Of each ``STRIDE`` places of a sequence only one, ``first``, has a gradient. The states of the others are
+    not read, so they count as zero rows.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
+    is_used = is_row
+    if STRIDE > 1:
+        is_used = is_row & ((row // batch) % STRIDE == first)
     column = tl.arange(0, COLUMNS)[None, :]
     in_rows = (in_ptr + _rows_of(row, batch, in_s, in_b))[:, None]
     out_rows = (out_ptr + _rows_of(row, batch, out_s, out_b))[:, None]
@@ -153,36 +160,38 @@ def gradients_kernel(
         scale *= weights.to(COMPUTE)
     if HAS_ABOVE:
         above_rows = (above_ptr + _rows_of(row, batch, above_s, above_b))[:, None]
-        twice_above = 2 * tl.load(above_numbers_ptr + row, mask=is_row, other=0.0).to(COMPUTE)[:, None]
-        inverse_above = tl.load(above_numbers_ptr + num_rows + row, mask=is_row, other=0.0).to(COMPUTE)
-        scale_above = tl.load(above_numbers_ptr + 2 * num_rows + row, mask=is_row, other=0.0).to(COMPUTE)
+        twice_above = 2 * tl.load(above_numbers_ptr + row, mask=is_used, other=0.0).to(COMPUTE)[:, None]
+        inverse_above = tl.load(above_numbers_ptr + num_rows + row, mask=is_used, other=0.0).to(COMPUTE)
+        scale_above = tl.load(above_numbers_ptr + 2 * num_rows + row, mask=is_used, other=0.0).to(COMPUTE)
     if WIDTH <= COLUMNS:
         mask = is_row[:, None] & (column < WIDTH)
+        used = is_used[:, None] & (column < WIDTH)
         grad = tl.load(grad_rows + column, mask=mask, other=0.0)  # asked for before the norms are waited for
-        u, v, inverse_in, inverse_out, psi = _whole_rows(in_rows, out_rows, column, mask, COMPUTE)
+        u, v, inverse_in, inverse_out, psi = _whole_rows(in_rows, out_rows, column, used, COMPUTE)
         twice = (2 * psi)[:, None]
         if NEEDS_GRAD_IN:
             grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
             tl.store(grad_in_rows + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
         total = grad.to(COMPUTE) + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
         if HAS_ABOVE:
-            above = tl.load(above_rows + column, mask=mask, other=0.0).to(COMPUTE) * inverse_above[:, None]
+            above = tl.load(above_rows + column, mask=used, other=0.0).to(COMPUTE) * inverse_above[:, None]
             total += (twice_above * v - (v - above)) * (scale_above * inverse_out)[:, None]
         tl.store(total_rows + column, total.to(total_ptr.dtype.element_ty), mask=mask)
     else:
-        inverse_in, inverse_out, psi = _looped_rows(in_rows, out_rows, column, is_row, WIDTH, COMPUTE)
+        inverse_in, inverse_out, psi = _looped_rows(in_rows, out_rows, column, is_used, WIDTH, COMPUTE)
         twice = (2 * psi)[:, None]
         for start in range(0, WIDTH, COLUMNS):
             mask = is_row[:, None] & (start + column < WIDTH)
-            u = tl.load(in_rows + start + column, mask=mask, other=0.0).to(COMPUTE) * inverse_in[:, None]
-            v = tl.load(out_rows + start + column, mask=mask, other=0.0).to(COMPUTE) * inverse_out[:, None]
+            used = is_used[:, None] & (start + column < WIDTH)
+            u = tl.load(in_rows + start + column, mask=used, other=0.0).to(COMPUTE) * inverse_in[:, None]
+            v = tl.load(out_rows + start + column, mask=used, other=0.0).to(COMPUTE) * inverse_out[:, None]
             grad = tl.load(grad_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
             if NEEDS_GRAD_IN:
                 grad_in = (twice * u - (u - v)) * (scale * inverse_in)[:, None]
                 tl.store(grad_in_rows + start + column, grad_in.to(grad_in_ptr.dtype.element_ty), mask=mask)
             total = grad + (twice * v + (u - v)) * (scale * inverse_out)[:, None]
             if HAS_ABOVE:
-                above = tl.load(above_rows + start + column, mask=mask, other=0.0).to(COMPUTE)
+                above = tl.load(above_rows + start + column, mask=used, other=0.0).to(COMPUTE)
                 above *= inverse_above[:, None]
                 total += (twice_above * v - (v - above)) * (scale_above * inverse_out)[:, None]
             tl.store(total_rows + start + column, total.to(total_ptr.dtype.element_ty), mask=mask)
