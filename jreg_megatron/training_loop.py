@@ -179,24 +179,25 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
 
 def _refuse_other_changes(saved: tuple[Settings, ...], args: Namespace) -> None:
     own = known.changes_in(args)
-    if saved != own:
+    there = {type(of_one) for of_one in saved if of_one.adds_parameters}
+    is_lacking = any(of_one.adds_parameters and type(of_one) not in there for of_one in own)
+    if saved != own and (is_lacking or not args.finetune):
+        other = "leave out what adds parameters" if is_lacking else "--finetune to take only its weights"
         raise UserError(
             f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, which is "
-            "another model; give the flags of the checkpoint, or --finetune to take only its weights"
+            f"another model; give the flags of the checkpoint, or {other}"
         )
 
 
 def _refuse_another_checkpoint(args: Namespace) -> None:
-    """The same, before Megatron finds that a parameter is missing in a checkpoint, or one too many."""
-    if not args.load or args.finetune:
-        return
+    """The same, before Megatron finds that a parameter of a checkpoint is missing, or one too many.
+    Collective."""
     from megatron.core import dist_checkpointing
     from megatron.training import checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     def saved() -> tuple[Settings, ...] | None:
         tracker = Path(checkpointing.get_checkpoint_tracker_filename(args.load))
-        if not tracker.is_file():
-            return None
         at = str(args.ckpt_step or tracker.read_text(encoding="utf-8").strip())
         which = (0, True) if at == "release" else (int(at), False)
         folder = checkpointing.get_checkpoint_name(args.load, *which, return_base_dir=True)
@@ -205,8 +206,8 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
         return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
 
     found = None
-    if torch.distributed.get_rank() == 0:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # Megatron will tell
+    if args.load and torch.distributed.get_rank() == 0:
+        with contextlib.suppress(Exception, CheckpointException):  # Megatron will tell
             found = saved()
     if (found := of_every_rank(found)[0]) is not None:
         _refuse_other_changes(found, args)

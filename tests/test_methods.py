@@ -6,6 +6,7 @@ import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,9 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
             "two JRegConfig",
             "--attenuation-layers names layer 3, and the model has 2 layers",
             "settings of norms depend on the iteration",
-            "attenuation changes a model where it is built",
-            "LayerNorm scaling changes a model where it is built",
-            "Peri-LN changes a model where it is built",
+            "is attached with --attenuation-factor 0.5 --attenuation-learned 0.9",
+            "is attached with --lns-power 0.5",
+            "is attached with --periln-gain 1.0",
             "was given [JRegConfig(",
             "was given <class",
             "norms is attached to this model already",
@@ -359,8 +360,11 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_saved_and_resumed_a
     one = trained("one", "--lns-power", 0.5)
     assert one["lm loss"] != whole["lm loss"]
     assert trained("none")["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != one["lm loss"]
-    other = run_ranks([*argv, *LAYOUT, *saved, "--lns-power", 0.5], 2, check=False)
+    other = run_ranks([*argv, *LAYOUT, *saved, "--ckpt-step", 3, "--lns-power", 0.5], 2, check=False)
     assert "saved with --lns-power 0.5 --periln-gain 0.7, and this run has --lns-power 0.5" in other.output[0]
+    more = (*flags, "--finetune", "--attenuation-learned", 0.9)
+    finetuned = run_ranks([*argv, *LAYOUT, *saved, *more], 2, check=False)
+    assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
     measure = [sys.executable, "-m", "jreg_megatron.cli", "measure", tmp_path / "saved", "--last-validation"]
     run = subprocess.run(measure, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "--lns-power 0.5" in run.stderr
@@ -404,13 +408,46 @@ def scales_what_transformer_engine_joins() -> None:
         for holder, name in (("self_attention", "linear_qkv"), ("mlp", "linear_fc1")):
             getattr(getattr(model.decoder.layers[1], holder), name).weight /= 2**0.5
         torch.testing.assert_close(forward(scaled), forward(model))
-    joined.bias = torch.nn.Parameter(torch.ones(1))
+    model.decoder.layers[1].mlp.linear_fc1.bias = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(UserError, match=r"bias of linear_fc1.*--disable-bias-linear"):
-        prepare([scaled], [LayerNormScalingConfig()])
+        prepare([model], [LayerNormScalingConfig()])
 
 
 def test_layernorm_scaling_finds_the_norm_in_transformer_engines_linear_layers() -> None:
     run_function(scales_what_transformer_engine_joins)
+
+
+def prepares() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    def refused(named: str, act: Callable[[], object]) -> None:
+        with pytest.raises(UserError, match=named):
+            act()
+
+    def anew() -> Any:
+        parallel_state.destroy_model_parallel()
+        return build_model(add_bias_linear=False)
+
+    def built(*settings: Any) -> Any:
+        return prepare([anew()], settings)[0]
+
+    model = built(LayerNormScalingConfig())
+    refused("called twice.*--lns-power 0.5", lambda: prepare([model], [LayerNormScalingConfig()]))
+    for other in (LayerNormScalingConfig(power=2.0), JRegConfig()):
+        named = "prepared for --lns-power 0.5, and is attached with"
+        refused(named, lambda other=other: attach(model, other, num_microbatches=1))  # type: ignore[misc]
+    attach(model, LayerNormScalingConfig(), JRegConfig(), num_microbatches=1).detach()
+    learned = built(AttenuationConfig(learned=0.3))
+    refused("prepared for", lambda: attach(learned, AttenuationConfig(factor=0.9), num_microbatches=1))
+    hybrid = anew()
+    hybrid.decoder.layers[0].self_attention = IdentityOp()
+    for of_one in (LayerNormScalingConfig(), PeriLNConfig()):
+        refused("layer 1.*IdentityOp", lambda of_one=of_one: prepare([hybrid], [of_one]))  # type: ignore[misc]
+
+
+def test_a_model_is_prepared_once_and_attached_with_the_same_settings() -> None:
+    run_function(prepares)
 
 
 def test_attenuation_in_megatrons_loop_is_in_the_log_and_the_checkpoint_asks_for_it(

@@ -140,6 +140,22 @@ def slows_torchs_optimizer() -> list[str]:
     assert not stays[name.format(0)].any() and not stays["decoder.layers.1.mlp.linear_fc1.weight"].any()
     handle.detach()
     assert not step()[name.format(1)].any(), "taken off, it does nothing"
+    halved = SlowQKConfig(multiplier=0.5, hold_iterations=1)
+    handle = attach(model, halved, num_microbatches=1, iteration=lambda: 1, optimizer=optimizer)
+    optimizer.step()  # an empty one, before the first micro-batch
+    handle.use_optimizer(optimizer)
+    weight = model.decoder.layers[1].self_attention.linear_qkv.weight
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.state.clear()
+    old, rate = weight.detach().clone(), optimizer.param_groups[0]["lr"]
+    step()  # the first one of Adam is as long as its rate
+    moved = (weight - old).abs()[: weight.shape[0] // 3]
+    assert moved.median().item() == pytest.approx(rate / 2, rel=1e-2), "given twice, it is halved once"
+    handle.detach()
+    weight.requires_grad_(False)
+    with pytest.raises(UserError, match="finds no linear_qkv"):
+        attach(model, halved, num_microbatches=1, iteration=lambda: 1)
     return lines
 
 

@@ -28,7 +28,8 @@ from jreg_megatron.stream.settings import LAYER_RULES, Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
 from jreg_megatron.stream.tap import Change, tap_residual_stream
 
-_HANDLE = "_jreg_handle"
+_HANDLE, _PREPARED = "_jreg_handle", "_jreg_prepared"
+"""Attributes of a model chunk: what is attached to it, and the settings that :func:`prepare` got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,20 +294,45 @@ def _changes(methods: Sequence[Method], chunks: Sequence[nn.Module]) -> dict[int
 
 def prepares(settings: Sequence[Settings]) -> bool:
     """Whether some method changes the model in :func:`prepare`."""
-    return any(type(of_one).prepare is not Settings.prepare for of_one in settings)
+    return any(of_one.changes_modules for of_one in settings)
 
 
 def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
     """Let methods change model chunks before these are wrapped and have an optimizer; returns the chunks.
 
-    To be called in a loop of one's own before ``DistributedDataParallel``, with the settings that
+    To be called in a loop of one's own before ``DistributedDataParallel``, once, with the settings that
     :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
+
+    Raises:
+        UserError: if a chunk is prepared already, or is none that a method can change.
     """
     define_layers([unwrap(chunk) for chunk in chunks], _layer_rule(settings))
-    for chunk in chunks:
-        for of_one in settings:
-            of_one.prepare(unwrap(chunk))
+    changing = tuple(of_one for of_one in settings if of_one.changes_modules)
+    for chunk in map(unwrap, chunks):
+        if done := getattr(chunk, _PREPARED, ()):
+            raise UserError(f"prepare was called twice for a model, the first time with {_flags_of(done)}")
+        for of_one in changing:
+            of_one.prepare(chunk)
+        setattr(chunk, _PREPARED, changing)
     return chunks
+
+
+def _refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Settings]) -> None:
+    """Refuse a model that was prepared for other settings than those it is attached with, or not at all."""
+    wanted = {of_one for of_one in settings if of_one.changes_modules}
+    for chunk in chunks:
+        done = getattr(chunk, _PREPARED, ())
+        if set(done) != wanted:
+            raise UserError(
+                f"the model was prepared for {_flags_of(done)}, and is attached with "
+                f"{_flags_of(tuple(of_one for of_one in settings if of_one in wanted))}; call "
+                "jreg_megatron.prepare(chunks, settings) with the same settings, before the model is wrapped "
+                "and has an optimizer"
+            )
+
+
+def _flags_of(settings: Sequence[Settings]) -> str:
+    return " ".join(of_one.as_flags() for of_one in settings) or "no method that changes it"
 
 
 def _layer_rule(settings: Sequence[Settings]) -> str:
@@ -440,6 +466,7 @@ def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
     for chunk in chunks:
         residual_layers(chunk)
     refuse_unsupported(chunks[0].config, *settings)
+    _refuse_other_preparation(chunks, settings)
     for of_one in settings:
         of_one.refuse_layers(num_layers(chunks[0]))
         of_one.refuse_model(chunks)

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.meter import LayerValues, Meter
 from jreg_megatron.stream.scaling import AddedLoss, Scaling
 from jreg_megatron.stream.settings import Settings
@@ -173,39 +171,14 @@ class Method:
 class Built(Method):
     """Of a method that changes a model where it is built, and has nothing to do after that."""
 
-    def __init__(self, settings: Settings, place: Place, mark: str, done: str) -> None:
-        """Refuse a model that :meth:`Settings.prepare` has not changed.
-
-        Args:
-            settings: the method's.
-            place: the model.
-            mark: what each layer's first module has since then.
-            done: what was done to the model, for a line.
-
-        Raises:
-            UserError: if a layer has it not.
-        """
+    def __init__(self, settings: Settings, place: Place, done: str) -> None:
+        """Nothing is left to do; ``done`` says what was done to the model, for a line."""
         super().__init__(settings, place)
         self._done = done
-        refuse_unprepared(settings, place, mark)
 
     def describe(self) -> str:
         """One line that says what was done."""
         return f"> {self.settings.name} attached: {self._done}"
-
-
-def refuse_unprepared(settings: Settings, place: Place, mark: str) -> None:
-    """Refuse a model whose layers do not have what :meth:`Settings.prepare` gives their modules.
-
-    Raises:
-        UserError: naming the method and the fix.
-    """
-    layers = [layer for chunk in place.chunks for layer in residual_layers(chunk)]
-    if not all(hasattr(layer.first, mark) or hasattr(layer.last, mark) for layer in layers):
-        raise UserError(
-            f"{settings.name} changes a model where it is built, and this model is as it was; call "
-            "jreg_megatron.prepare(chunks, settings) before the model is wrapped and has an optimizer"
-        )
 
 
 @dataclass(frozen=True)

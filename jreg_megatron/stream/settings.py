@@ -90,6 +90,16 @@ class Settings:
         """Whether a model that was trained with the method is another one without it."""
         return False
 
+    @property
+    def changes_modules(self) -> bool:
+        """Whether :meth:`prepare` changes the model; by default if there is one."""
+        return type(self).prepare is not Settings.prepare
+
+    @property
+    def adds_parameters(self) -> bool:
+        """Whether a parameter is added there, which a checkpoint without the method lacks."""
+        return False
+
     def refuse(self, model_config: Any) -> None:
         """Refuse by name what the method does not support; by default what is in :attr:`refused`.
 

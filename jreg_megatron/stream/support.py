@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
@@ -60,6 +61,23 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
             raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; turn it off")
     for of_one in settings:
         of_one.refuse(model_config)
+
+
+def plain_layers(chunk: nn.Module, name: str) -> list[tuple[int, Any]]:
+    """Number and module of each layer of an unwrapped chunk, for a method that changes what is in them.
+
+    Raises:
+        UserError: naming ``name``, the method, if they are not a ``GPTModel``'s with attention and MLP each.
+    """
+    layers = [(layer.number, layer.first) for layer in residual_layers(chunk)]
+    for number, layer in layers:
+        parts = [type(getattr(layer, part, None)).__name__ for part in ("self_attention", "mlp")]
+        if any(part.startswith(("NoneType", "Identity", "TEFused")) for part in parts):
+            raise UserError(
+                f"{name} supports layers of attention and MLP, each a module of its own, and layer {number} "
+                f"is a {type(layer).__name__} with {' and '.join(parts)}; leave the method out"
+            )
+    return layers
 
 
 def refuse_fsdp(chunk: nn.Module, config: Any) -> None:

@@ -19,7 +19,6 @@ from jreg_megatron.stream.method import (
     Readings,
     layer_name,
     not_finite,
-    refuse_unprepared,
 )
 
 GATE = "attenuation_gate"
@@ -60,7 +59,6 @@ class Attenuation(Method):
             layer.number: layer.last for chunk in place.chunks for layer in residual_layers(chunk)
         }
         if settings.learned is not None:
-            refuse_unprepared(settings, place, GATE)
             self.training_meter, self.validation_meter = (
                 Meter(place.num_layers, place.device) for _ in range(2)
             )

@@ -113,12 +113,22 @@ class AttenuationConfig(Settings):
                     f"take numbers from 1 to {num_layers}"
                 )
 
+    @property
+    def changes_modules(self) -> bool:
+        """Only to learn."""
+        return self.learned is not None
+
+    @property
+    def adds_parameters(self) -> bool:
+        """What is learned."""
+        return self.learned is not None
+
     def prepare(self, chunk: nn.Module) -> None:
         """Add the parameters of learned factors."""
-        if self.learned is not None:
-            from jreg_megatron.methods.attenuation.attenuation import add_gates
+        from jreg_megatron.methods.attenuation.attenuation import add_gates
 
-            add_gates(chunk, self.learned)
+        assert self.learned is not None
+        add_gates(chunk, self.learned)
 
     def make(self, place: Place) -> Attenuation:
         """The attenuation of a built model."""

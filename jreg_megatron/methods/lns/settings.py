@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from jreg_megatron.stream.method import Method, Place
 
-_SCALE = "layer_norm_scale"
-"""Attribute of a layer whose norms are scaled."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormScalingConfig(Settings):
@@ -40,7 +37,10 @@ class LayerNormScalingConfig(Settings):
         "give the same flag in every run of it."
     )
 
-    refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
+    refused: ClassVar[Mapping[str, str]] = {
+        **OTHER_LAYERS,
+        "fused_residual_rmsnorm": "a norm is then joined with the residual stream",
+    }
 
     power: float = setting(
         0.5,
@@ -58,18 +58,22 @@ class LayerNormScalingConfig(Settings):
         """It does."""
         return self.power != 0
 
+    @property
+    def changes_modules(self) -> bool:
+        """It does."""
+        return self.power != 0
+
     def prepare(self, chunk: nn.Module) -> None:
         """Scale the norms' outputs in every layer of the chunk.
 
         Raises:
             UserError: if a norm cannot be scaled.
         """
-        from jreg_megatron.stream.anatomy import residual_layers
+        from jreg_megatron.stream.support import plain_layers
 
-        for layer in residual_layers(chunk):
-            scale = layer.number**-self.power
-            setattr(layer.first, _SCALE, scale)
-            for norm in self._norms_of(layer.first) if scale != 1 else ():
+        for number, layer in plain_layers(chunk, self.name):
+            scale = number**-self.power
+            for norm in self._norms_of(layer):
                 norm.register_forward_hook(functools.partial(_scaled, scale))
 
     def _norms_of(self, layer: Any) -> Iterator[Any]:
@@ -82,7 +86,9 @@ class LayerNormScalingConfig(Settings):
             if any(True for _ in norm.parameters()):
                 yield norm
                 continue
-            linear = getattr(getattr(layer, holder), linear_name)
+            linear = getattr(getattr(layer, holder), linear_name, None)
+            if linear is None:
+                raise UserError(f"{self.name} finds no norm of {holder}; leave one of the two out")
             if any(name.endswith("bias") and "norm" not in name for name, _ in linear.named_parameters()):
                 raise UserError(
                     f"{self.name} does not support a bias of {linear_name} where Transformer Engine joins it "
@@ -94,7 +100,7 @@ class LayerNormScalingConfig(Settings):
         """Nothing is left to do on a built model."""
         from jreg_megatron.stream.method import Built
 
-        return Built(self, place, _SCALE, f"1 / l^{self.power:g} in every layer l")
+        return Built(self, place, f"1 / l^{self.power:g} in every layer l")
 
 
 def _scaled(scale: float, _: Any, given: Any, output: Any) -> Any:

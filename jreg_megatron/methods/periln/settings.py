@@ -51,21 +51,26 @@ class PeriLNConfig(Settings):
         """It does."""
         return True
 
+    @property
+    def adds_parameters(self) -> bool:
+        """The gains."""
+        return True
+
     def prepare(self, chunk: nn.Module) -> None:
         """Put the norms behind attention and MLP of every layer of the chunk."""
-        from jreg_megatron.stream.anatomy import residual_layers
+        from jreg_megatron.stream.support import plain_layers
 
-        for layer in residual_layers(chunk):
+        for _, layer in plain_layers(chunk, self.name):
             for module, name in _NORMS.items():
-                norm = _norm_like(chunk.config, layer.first, self.gain)
-                layer.first.add_module(name, norm)
-                getattr(layer.first, module).register_forward_hook(functools.partial(_normed, norm))
+                norm = _norm_like(chunk.config, layer, self.gain)
+                layer.add_module(name, norm)
+                getattr(layer, module).register_forward_hook(functools.partial(_normed, norm))
 
     def make(self, place: Place) -> Method:
         """Nothing is left to do on a built model."""
         from jreg_megatron.stream.method import Built
 
-        return Built(self, place, _NORMS["mlp"], "a norm behind attention and MLP of every layer")
+        return Built(self, place, "a norm behind attention and MLP of every layer")
 
 
 def _norm_like(config: Any, layer: nn.Module, gain: float) -> nn.Module:

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.method import Call, Method, Place
 
@@ -28,28 +30,40 @@ class SlowQK(Method):
 
     def __init__(self, settings: SlowQKConfig, place: Place) -> None:
         super().__init__(settings, place)
-        self._num_layers = place.num_layers
-        attentions: list[Any] = [
-            getattr(layer.first, "self_attention", None)
-            for chunk in place.chunks
-            for layer in residual_layers(chunk)
-            if settings.is_slow(layer.number, place.num_layers)
-        ]
-        self._rows = {
-            attention.linear_qkv.weight: rows_of_q_and_k(attention, settings.name)
-            for attention in attentions
-            if hasattr(attention, "linear_qkv") and attention.linear_qkv.weight.requires_grad
-        }
+        self._rows: dict[Tensor, list[tuple[int, int]]] = {}
+        self._found: list[int] = []
+        """The layers, 1-based, whose queries and keys learn more slowly; of all ranks once they have met."""
+        for layer in (layer for chunk in place.chunks for layer in residual_layers(chunk)):
+            attention: Any = getattr(layer.first, "self_attention", None)
+            weight: Any = getattr(getattr(attention, "linear_qkv", None), "weight", None)
+            is_there = weight is not None and weight.requires_grad
+            if not is_there or not settings.is_slow(layer.number, place.num_layers):
+                continue
+            if hasattr(weight, "full_tensor"):
+                raise UserError(
+                    f"{settings.name} does not support weights in torch's FSDP2, where each rank has other "
+                    "rows of a weight; leave one of the two out"
+                )
+            self._rows[weight] = rows_of_q_and_k(attention, settings.name)
+            self._found.append(layer.number)
         self._iteration: int | None = None
         self._hooks: list[Any] | None = None  # None until there is an optimizer
+
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Refuse a model without such weights. A collective call."""
+        self._found = sorted({number for found in of_every_rank(self._found, group) for number in found})
+        if not self._found:
+            raise UserError(
+                f"{self.settings.name} finds no linear_qkv that is trained in the last "
+                f"{self.settings.share:g} of the layers; leave it out"
+            )
 
     def describe(self) -> str:
         """One line that says what was attached."""
         settings: SlowQKConfig = self.settings
-        first = next(n for n in range(1, self._num_layers + 1) if settings.is_slow(n, self._num_layers))
         return (
-            f"> slow Q/K attached: updates times {settings.multiplier:g} in layers {first} to "
-            f"{self._num_layers}, for {settings.hold_iterations} iterations"
+            f"> slow Q/K attached: updates times {settings.multiplier:g} for {settings.hold_iterations} "
+            f"iterations, layers {', '.join(map(str, self._found))}"
         )
 
     def begin_microbatch(self, call: Call) -> None:
@@ -66,9 +80,11 @@ class SlowQK(Method):
         Raises:
             UserError: for an optimizer whose weights are not found.
         """
+        self.detached()
         self._hooks = []
         updated: set[Tensor] = set()
-        for one in getattr(optimizer, "chained_optimizers", None) or [optimizer]:
+        for one in _parts_of(optimizer):
+            self.settings.refuse(getattr(one, "config", None))
             inner = one if isinstance(one, torch.optim.Optimizer) else getattr(one, "optimizer", None)
             if not isinstance(inner, torch.optim.Optimizer):
                 continue  # a rank without parameters of this kind
@@ -87,8 +103,8 @@ class SlowQK(Method):
         old: list[Tensor] = []
 
         def multiplier() -> float:
-            assert self._iteration is not None
-            return float(self.settings.multiplier_at(self._iteration))
+            # Before the first micro-batch somebody may take an empty step, as torch's checkpoints do.
+            return 1.0 if self._iteration is None else float(self.settings.multiplier_at(self._iteration))
 
         def parts() -> list[Tensor]:
             return [
@@ -112,6 +128,7 @@ class SlowQK(Method):
         """Take part in no more steps."""
         for hook in self._hooks or ():
             hook.remove()
+        self._hooks = None
 
 
 def rows_of_q_and_k(attention: Any, name: str) -> list[tuple[int, int]]:
@@ -134,6 +151,12 @@ def rows_of_q_and_k(attention: Any, name: str) -> list[tuple[int, int]]:
         )
     first_rows = (group * of_group for group in range(groups))
     return [(first * width, (first + (queries + 1) * head) * width) for first in first_rows]
+
+
+def _parts_of(optimizer: Any) -> list[Any]:
+    """The optimizers that one of Megatron's is made of."""
+    parts = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if parts is None else [part for one in parts for part in _parts_of(one)]
 
 
 def _held_by(one: Any, inner: torch.optim.Optimizer, weights: Iterable[Tensor]) -> dict[Tensor, Held | None]:
