@@ -605,31 +605,26 @@ FAULTS = [
     ),
     Fault(
         "measure padding as if it were text",
-        "measure/statistics.py",
-        (("values = torch.where(self._mask, values, 0.0)", "values = values + 0 * self._mask"),),
+        "measure/measurement.py",
+        (("values = torch.where(mask, values, 0.0)", "values = values + 0 * mask"),),
         MEASURE,
     ),
     Fault(
         "compare the normed state with the last layer's output",
-        "measure/statistics.py",
-        (("self._before = before if number == self.num_layers else after", "self._before = after"),),
+        "decoder/decoder.py",
+        (("last_input, last = layer_input, layer_output", "last_input, last = layer_output, layer_output"),),
         MEASURE,
     ),
     Fault(
         "measure all tokens alike, whatever text they are in",
-        "measure/statistics.py",
-        (("mean.total = mean.total + sums / tokens", "mean.total = mean.total + sums"),),
+        "measure/measurement.py",
+        (("self._total = self._total + of_text / count", "self._total = self._total + of_text"),),
         MEASURE,
     ),
     Fault(
         "leave out the first token of a text, not of each sequence",
-        "measure/statistics.py",
-        (
-            (
-                "enumerate((len(window.ids), len(window.ids) - 1))",
-                "enumerate((len(window.ids), len(window.ids) - (self._tokens == [0, 0])))",
-            ),
-        ),
+        "measure/measurement.py",
+        (("self._of_text[1] + tokens", "self._of_text[1] + tokens + (self._of_text[1] > 0)"),),
         MEASURE,
     ),
     Fault(
@@ -682,20 +677,20 @@ FAULTS = [
     ),
     Fault(
         "measure a model that is another one in a batch",
-        "decoder/trial.py",
-        (("if _is_other(whole, first[:length], eps):", "if False:"),),
+        "decoder/decoder.py",
+        (("if is_other(whole, first[:length]):", "if False:"),),
         OWN,
     ),
     Fault(
         "try a batch without padding",
-        "decoder/trial.py",
+        "decoder/decoder.py",
         (("pad(rows, (0, room))", "pad(rows, (0, 0))"),),
         OWN,
     ),
     Fault(
         "let a long text look ahead",
-        "decoder/trial.py",
-        (("if _is_other(whole[:early], second[:early], eps):", "if False:"),),
+        "decoder/decoder.py",
+        (("if is_other(whole[:early], second[:early]):", "if False:"),),
         OWN,
     ),
     Fault(
@@ -814,7 +809,7 @@ FAULTS = [
     Fault(
         "count the encoder's layers",
         "decoder/hugging_face.py",
-        (('("decoder_layers", "num_decoder_layers", ', "("),),
+        (("decoder_layers num_decoder_layers ", ""),),
         STRUCTURE,
     ),
     Fault(
@@ -868,7 +863,7 @@ FAULTS = [
     Fault(
         "say nothing of a final norm that is not there",
         "measure/measurement.py",
-        (("    if not has_final_norm:\n", "    if False:\n"),),
+        (("    if decoder.final_norm is None:\n        note(", "    if False:\n        note("),),
         MEASURE,
     ),
     Fault(
@@ -886,7 +881,7 @@ FAULTS = [
     Fault(
         "know a context by its usual name alone",
         "decoder/hugging_face.py",
-        (('"n_positions", "max_seq_len", "seq_length")', '"n_positions")'),),
+        ((" n_positions max_seq_len seq_length", " n_positions"),),
         MEASURE,
     ),
     Fault(
@@ -1255,7 +1250,7 @@ FAULTS = [
     Fault(
         "take Megatron's numbers for those that a Llama's config leaves out",
         "convert/llama.py",
-        (("rope.get(name) != value:", "rope.get(name, value) != value:"),),
+        (("given = rope.get(name)\n", "given = rope.get(name, value)\n"),),
         ("tests/test_convert.py::test_what_megatron_cannot_express_is_refused_by_name",),
     ),
     Fault(
@@ -1726,7 +1721,7 @@ FAULTS = [
     ),
     Fault(
         "fit the lens to states of any size alike",
-        "evaluate/lens.py",
+        "evaluate/layers.py",
         (("size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)", "size = torch.ones_like(last[:, :1])"),),
         EVALUATE,
     ),

@@ -260,7 +260,7 @@ def validation_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     from jreg_megatron.decoder.checkpoint.validation import last_validation_samples
 
     samples = last_validation_samples(open_checkpoint(folder, None, torch.device("cpu")))
-    return samples.tokens, samples.labels
+    return samples["tokens"], samples["labels"]
 
 
 SIZES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def toy(begins: bool = False) -> Any:
 
 
 def run(decoder: Any, tasks: dict[str, Any], batch_size: int = 5) -> Any:
-    return run_tasks(tasks, decoder, batch_size=batch_size, limit=LIMIT, quiet=True)
+    return run_tasks(tasks, decoder, Namespace(batch_size=batch_size, limit=LIMIT, quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_the_same_speeches_give_the_same_tasks(tmp_path: Path) -> None:
 
 def test_a_model_that_knows_nothing_does_not_beat_chance(speech_tasks: dict[str, Any]) -> None:
     tasks = {"speeches_continuation": speech_tasks["speeches_continuation"]}
-    found = run_tasks(tasks, toy(), batch_size=32, limit=None, quiet=True)["speeches_continuation"]
+    found = run_tasks(tasks, toy(), Namespace(batch_size=32, limit=None, quiet=True))["speeches_continuation"]
     assert found.chance == 0.25
     assert found.value == pytest.approx(0.25, abs=0.1)  # three standard deviations
 

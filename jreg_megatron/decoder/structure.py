@@ -46,34 +46,26 @@ _STEPS = (1, 2, 5, 11, 23)
 class Structure:
     """The parts of a model."""
 
-    layers: Sequence[nn.Module]
-    """Layers 1..L."""
-    final_norm: nn.Module | None
-    """None if no norm runs on the last layer's output, or not on it alone."""
-    feeds_head_alone: bool
-    """Whether the head sees only the last layer's output."""
-    tokens: Tensor
-    """The ids ``[2, s]`` of the forward pass."""
-    output: Tensor
-    """The last layer's states of these ids, ``[2, s, h]``."""
-    in_place: bool
-    """Whether a layer writes to its input."""
-    scales: bool
-    """Whether a state is multiplied by a number between layers."""
+    layers: Sequence[nn.Module]  # 1..L
+    final_norm: nn.Module | None  # None if no norm runs on the last layer's output, or not on it alone
+    feeds_head_alone: bool  # whether the head sees only the last layer's output
+    tokens: Tensor  # the ids [2, s] of the forward pass
+    output: Tensor  # the last layer's states of these ids, [2, s, h]
+    in_place: bool  # whether a layer writes to its input
+    scales: bool  # whether the state is multiplied by a number between layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
+    """A call of a module from states to states."""
+
     module: nn.Module
-    number: int
-    """Number among the calls of this module, from 1."""
+    number: int  # of the module's calls, from 1
     state_in: Tensor
     state_out: Tensor
-    more_in: list[Tensor]
+    more_in: list[Tensor]  # its other states
     more_out: list[Tensor]
-    """Other states among its arguments, and in its output."""
     in_place: bool
-    """Whether it wrote to its input."""
 
 
 def find_structure(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from jreg_megatron.decoder.comparing import comparable
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.trial import LastStates
 from jreg_megatron.runtime.errors import UserError
+
+Scores = tuple[Tensor, Tensor]
+"""Of predictions of n tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
 
 _MAX_LOGITS = 1 << 25
 """Logits at a time: 128 MiB in fp32."""
@@ -19,16 +20,6 @@ _MAX_LOGITS = 1 << 25
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 2e-2  # bf16 and fp16
 _CHECKED_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Predictions of tokens ``[n]``."""
-
-    loss: Tensor
-    """Cross-entropy ``[n]`` in nats, fp32."""
-    top: Tensor
-    """The most likely ids ``[n]``."""
 
 
 def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
@@ -49,7 +40,7 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
             f"{decoder.name} gives logits that are not finite with {decoder.dtype}; give --dtype float32, "
             "and if that does not help, check the weights"
         )
-    return Scores(loss, torch.cat(tops))
+    return loss, torch.cat(tops)
 
 
 def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:
@@ -58,30 +49,25 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tens
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
-    seen = LastStates(decoder)
-    with torch.inference_mode(), decoder.observed(seen):
-        decoder.run(ids)
-    return score(decoder.head, seen.state[rows, columns], targets, decoder)
+    return score(decoder.head, decoder.last_states(ids)[1][rows, columns], targets, decoder)
 
 
+@torch.inference_mode()
 def read_out_error(decoder: Decoder) -> str | None:
     """Why no layer can be read out; None if final norm and head give the last layer's own logits."""
-    ids = torch.arange(_CHECKED_TOKENS, device=decoder.device)[None] % decoder.vocab_size
-    if decoder.max_length is not None:
-        ids = ids[:, : decoder.max_length]
-    seen = LastStates(decoder)
+    ids = (
+        torch.arange(_CHECKED_TOKENS, device=decoder.device)[None, : decoder.max_length] % decoder.vocab_size
+    )
     what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
     if decoder.head is None:
         return f"{what}its head was not found"
-    with torch.inference_mode():
-        with decoder.observed(seen):
-            decoder.run(ids)
-        own = decoder.logits(ids)
-        try:
-            # As layers are read out, and as the whole model is scored.
-            reads = (decoder.read_out(seen.layer_output), decoder.head(seen.state))
-        except RuntimeError:  # a projection between them
-            return f"{what}its head does not take the last layer's states"
+    last, state = decoder.last_states(ids)
+    own = decoder.logits(ids)
+    try:
+        # As layers are read out, and as the whole model is scored.
+        reads = (decoder.read_out(last), decoder.head(state))
+    except RuntimeError:  # a projection between them
+        return f"{what}its head does not take the last layer's states"
     if any(read.shape != own.shape for read in reads):
         return f"{what}its head gives logits of another shape"
     own, *others = comparable(own, *reads)

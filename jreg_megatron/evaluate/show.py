@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from jreg_megatron.decoder.reference import name_at
+from jreg_megatron.decoder.load import name_at
 from jreg_megatron.paper import TASKS, missing_tasks
 from jreg_megatron.runtime.output import print_table
 
@@ -37,83 +37,44 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
         console.print(Text(line))
 
 
-def print_seeds(console: Any, document: dict[str, Any]) -> None:
-    """Print the paper's test over seeds, and its power."""
-    first, second = document["models"]
-    seeds, power, paper = len(document["files"]), document["power"], document["paper"]
-    rows = []
-    for key, found in document["means"].items():
-        means = [f"{found[model]:.2f}" for model in ("first", "second")]
-        differences = [f"{number:+.2f}" for number in (found["difference"], *found["interval"])]
-        rows.append([MEANS[key], *means, *differences, f"{found['sd']:.2f}", _p(found["p_one_sided"])])
-    print_table(
-        f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}",
-        ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided"),
-        rows,
-        f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference",
-        console=console,
-    )
-    console.print(
-        f"The paper, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
-        f"{paper['p_one_sided']}.\n"
-        f"Power: if the paper's difference and sd ({paper['sd']}) are true, {seeds} seeds find the "
-        f"difference {power['power']:.0%} of the time at p < {power['level']}; 80% needs "
-        f"{power['seeds_for_80_percent']} seeds."
-    )
-    if document["limit"] is not None:
-        console.print(f"Only the first {document['limit']} samples of each task (--limit).")
-
-
 def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each figure, for CSV."""
+
+    def row(part: str, item: object, metric: str, value: float, found: Any = None) -> dict[str, Any]:
+        found = found or {}
+        low, high = found.get("interval") or (None, None)
+        figures = {"part": part, "item": item, "metric": metric, "value": value, "low": low, "high": high}
+        return of | figures | {key: found.get(key) for key in ("samples", "p_value", "p_adjusted")}
+
     for model in document["models"]:
-        of_model = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
+        of = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
         for name, task in model["tasks"].items():
-            yield _row(of_model, "tasks", name, task["metric"], task["value"], task)
-            for metric, value in task["other_metrics"].items():
-                yield _row(of_model, "tasks", name, metric, value)
-            if task["chance"] is not None:
-                yield _row(of_model, "tasks", name, "chance", task["chance"])
+            yield row("tasks", name, task["metric"], task["value"], task)
+            chance = {} if task["chance"] is None else {"chance": task["chance"]}
+            for metric, value in (task["other_metrics"] | chance).items():
+                yield row("tasks", name, metric, value)
         for name, value in (model["paper_means"] or {}).items():
-            yield _row(of_model, "tasks", "paper", name, value)
+            yield row("tasks", "paper", name, value)
         for part in _OF_LAYERS:
-            for metric in ("loss", "accuracy", "agreement"):
+            for metric in _READ_OUT_TITLES:
                 for layer, value in enumerate((model[part] or {}).get(metric, [])):
-                    yield _row(of_model, part, layer, metric, value)
-        for layer, value in enumerate((model["layer_drop"] or {}).get("loss", []), start=1):
-            yield _row(of_model, "layer_drop", layer, "loss", value)
-        if model["layer_drop"]:
-            yield _row(of_model, "layer_drop", "none", "loss", model["layer_drop"]["unchanged"])
+                    yield row(part, layer, metric, value)
+        if drop := model["layer_drop"]:
+            for which, value in (*enumerate(drop["loss"], start=1), ("none", drop["unchanged"])):
+                yield row("layer_drop", which, "loss", value)
     comparison = document["comparison"]
     if comparison is None:
         return
     first, second = comparison["models"]
-    of_pair = {"model": f"{second} - {first}", "step": None, "revision": None}
+    of = {"model": f"{second} - {first}", "step": None, "revision": None}
     for name, found in comparison["tasks"].items():
-        metric = document["models"][0]["tasks"][name]["metric"]
-        yield _row(of_pair, "tasks", name, metric, found["difference"], found)
+        yield row("tasks", name, document["models"][0]["tasks"][name]["metric"], found["difference"], found)
     for key, metric in (("overall", "mean"), ("without_boolq", "mean_without_boolq")):
         if found := comparison[key]:
-            yield _row(of_pair, "tasks", "overall", metric, found["difference"], found)
+            yield row("tasks", "overall", metric, found["difference"], found)
     for part in _OF_LAYERS:
         for layer, found in enumerate(_by_layer(comparison[part])):
-            yield _row(of_pair, part, layer, "loss", found["difference"], found)
-
-
-def _row(
-    of: dict[str, Any],
-    part: str,
-    item: object,
-    metric: str,
-    value: float,
-    found: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    found = found or {}
-    low, high = found.get("interval") or (None, None)
-    return of | {
-        **{"part": part, "item": item, "metric": metric, "value": value, "low": low, "high": high},
-        **{key: found.get(key) for key in ("samples", "p_value", "p_adjusted")},
-    }
+            yield row(part, layer, "loss", found["difference"], found)
 
 
 def _print_tasks(console: Any, models: list[dict[str, Any]], labels: list[str]) -> None:
@@ -150,7 +111,7 @@ def _print_differences(
     for name, difference in found.items():
         numbers = [difference["difference"], *(difference["interval"] or (None, None))]
         cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
-        rows.append([name, *cells, _p(difference["p_value"]), _p(difference.get("p_adjusted"))])
+        rows.append([name, *cells, p_text(difference["p_value"]), p_text(difference.get("p_adjusted"))])
     first, second = comparison["models"]
     columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
     about = f"From, to: {comparison['confidence']:.0%} interval"
@@ -217,7 +178,8 @@ def _value(task: dict[str, Any]) -> str:
     return f"{task['value']:.3f}\n{low:.3f}–{high:.3f}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p-value for a table."""
     if value is None:
         return ""
     return f"{value:.2g}" if value >= 0.001 else "< 0.001"
