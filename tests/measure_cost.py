@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _overhead(decoder: Decoder, tokens: int, rounds: int) -> None:
-    assert decoder.tokenizer is not None
+    assert decoder.encode is not None
     texts = [Text(name, text) for name, text in list(read_speeches().items())[:3]]
     (batch,) = batches(decoder.windows(texts, tokens), 3)
 

@@ -14,7 +14,7 @@ from small_models import FAMILIES, LAYERS, VOCABULARY, small_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jreg_megatron.decoder.hugging_face import HubTokenizer, decoder_of, load_hugging_face
+from jreg_megatron.decoder.hugging_face import decoder_of, encoder_of, load_hugging_face
 from jreg_megatron.decoder.load import Reference, check_model_arguments, find_models, step_of
 from jreg_megatron.runtime.errors import UserError
 
@@ -164,12 +164,12 @@ def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> N
         torch.testing.assert_close(calls[0], model.model.norm(seen.states[LAYERS]))
 
 
-def test_a_model_without_layers_is_refused_with_the_lists_that_it_has() -> None:
+def test_a_model_without_layers_is_refused_by_name() -> None:
     model = small_model("llama")
     model.model.layers = nn.ModuleList([nn.ModuleList(list(model.model.layers))])
     model.model.layers.__class__ = _Nested
     with pytest.raises(
-        UserError, match=r"odd .*has no layers that can be found: no ModuleList.*; it has "
+        UserError, match=r"odd .*has no layers that can be found: no ModuleList.*; give another model"
     ) as refused:
         decoder_of(_Flat(model), None, name="odd", source="odd")
     assert "\n" not in str(refused.value)
@@ -203,7 +203,7 @@ class _Flat(nn.Module):
 def test_a_saved_folder_loads_in_the_type_asked_for(tmp_path: Path) -> None:
     small_model("qwen3").save_pretrained(tmp_path / "small")
     loaded = load_hugging_face(Reference("small", str(tmp_path / "small")), torch.bfloat16)
-    assert (loaded.dtype, loaded.num_layers, loaded.tokenizer) == (torch.bfloat16, LAYERS, None)
+    assert (loaded.dtype, loaded.num_layers, loaded.encode) == (torch.bfloat16, LAYERS, None)
     assert loaded.logits(TOKENS).dtype == torch.bfloat16
 
 
@@ -247,7 +247,7 @@ def _change_weights(folder: Path, change: Any) -> None:
         ),
         (
             lambda weights: weights | {"model.norm.weight": torch.ones(7)},
-            r"hold model\.norm\.weight of size \[7\], but its config\.json needs \[32\]",
+            r"cannot be loaded .*model\.norm\.weight.*7",
         ),
     ],
 )
@@ -294,9 +294,9 @@ def test_special_tokens_begin_a_text_and_never_end_it(template: str, expected: l
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ids = [("<s>", 1), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-    found = HubTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
-    assert found.encode("x y") == expected
-    assert found.encode("") == expected[:-2]
+    encode = encoder_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert encode("x y") == expected
+    assert encode("") == expected[:-2]
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
     assert step_of(text) == step
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "hpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "hpu"])
 def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--device is {device}")):
         check_model_arguments(Namespace(batch_size=1, device=device))

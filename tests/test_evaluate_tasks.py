@@ -244,7 +244,7 @@ def test_a_continuation_longer_than_the_models_context_is_refused(speech_tasks: 
 
 def test_a_model_without_a_tokenizer_is_refused_by_name(speech_tasks: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="toy has no tokenizer, which tasks need"):
-        run(replace(toy(), tokenizer=None), speech_tasks)
+        run(replace(toy(), encode=None), speech_tasks)
 
 
 def test_a_tokenizer_without_beginning_and_end_is_refused_where_one_is_needed(

@@ -117,21 +117,18 @@ def _told_vocab_size(
 
     arguments, what = checkpoint.arguments, checkpoint.folder
     told = vocab_size_of(arguments, rows, tokenizer or TrainingTokenizer.of(arguments))
-    if tokenizer:
-        has = f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size}"
-    if tokenizer and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{has} tokens, but {what} has {rows} rows, so it is not the training's tokenizer; give that one "
-            "with --tokenizer-model, or give --no-tokenizer"
-        )
     if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
         instead = f"a vocabulary of {told}" if told else f"{rows} rows"
         raise UserError(f"--vocab-size is {asked}, but {what} has {instead}; leave it out or correct it")
-    fits = tokenizer is None or pads_to(arguments, tokenizer.vocab_size, rows) or told == rows
-    if tokenizer and not (fits if asked is None else asked >= tokenizer.vocab_size):
+    if tokenizer is None:
+        return told
+    size = tokenizer.vocab_size
+    fits = pads_to(arguments, size, rows) or told == rows if asked is None else asked >= size
+    if not (fits and size <= rows):
         raise UserError(
-            f"{has} tokens, which the training would not pad to the {rows} rows of {what}; give its "
-            "tokenizer with --tokenizer-model, or the rows to export with --vocab-size"
+            f"the tokenizer {tokenizer.settings.tokenizer_model} has {size} tokens, which the training would "
+            f"not pad to the {rows} rows of {what}; give its tokenizer with --tokenizer-model, the rows to "
+            "export with --vocab-size, or --no-tokenizer"
         )
     return told
 

@@ -106,18 +106,12 @@ def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     others = [name for name in held if not any(fnmatch(name, pattern) for pattern in own)]
     if others:
-        raise UserError(
-            f"OUTPUT is {output}, which holds {others[0]}, a file that this command does not write; name a "
-            "new folder"
-        )
+        what = f"{others[0]}, a file that this command does not write; name a new folder"
+        raise UserError(f"OUTPUT is {output}, which holds {what}")
     if held and not overwrite:
-        raise UserError(
-            f"OUTPUT is {output}, which holds a model already; name a new folder, or give --overwrite to "
-            "replace it"
-        )
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+        what = "a model already; name a new folder, or give --overwrite to replace it"
+        raise UserError(f"OUTPUT is {output}, which holds {what}")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"OUTPUT is {output}, but {parent} cannot be written to; name another folder")
 

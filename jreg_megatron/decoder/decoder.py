@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy
 import torch
@@ -29,13 +29,6 @@ _SHARE = 0.05
 """Share of tokens that may differ, because rounding may choose another expert."""
 
 
-class TextTokenizer(Protocol):
-    """A model's tokenizer."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """The ids of a text, with the special tokens that begin the model's texts."""
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model in evaluation mode. Its layers and norm can be observed and replaced."""
@@ -56,7 +49,8 @@ class Decoder:
     differ from :attr:`logits`."""
     run: Callable[[Tensor], None]  # token ids [b, s] through all layers and the final norm, for an observer
     logits: Callable[[Tensor], Tensor]  # [b, s, V] of token ids [b, s]
-    tokenizer: TextTokenizer | None
+    encode: Callable[[str], list[int]] | None
+    """The tokenizer: ids of a text, with the special tokens that begin the model's texts."""
     end_of_text: int | None  # id that ends a document, if the tokenizer has one
     vocab_size: int  # every id is below it
     hidden_size: int
@@ -96,11 +90,11 @@ class Decoder:
         for number, text in enumerate(texts):
             content: Any = text.content
             if isinstance(content, str):
-                if self.tokenizer is None:
+                if self.encode is None:
                     raise UserError(
                         f"{text.name} is text, but the model has no tokenizer; give token ids (.bin/.idx)"
                     )
-                content = self.tokenizer.encode(content)
+                content = self.encode(content)
             ids = numpy.asarray(content, dtype=numpy.int64).reshape(-1)[:max_tokens]
             if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
                 wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,19 @@ from jreg_megatron.runtime.extras import errors_alone, need
 from jreg_megatron.runtime.output import note
 
 
-class HubTokenizer:
-    """A tokenizer of transformers."""
+def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """The ids of a text by a tokenizer of transformers, with the special tokens that begin it alone."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that begin it."""
-        ids = self._ids(text)
-        return ids[: len(ids) - self._closing]
-
-    @cached_property
-    def _closing(self) -> int:
-        """The number of special tokens after a text. They are no part of it."""
-        plain, ids = self._ids("a", add_special_tokens=False), self._ids("a")
-        starts = (at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain)
-        start = next(starts, None)
-        return 0 if start is None else len(ids) - start - len(plain)
-
-    def _ids(self, text: str, **how: bool) -> list[int]:
+    def ids(text: str, **how: bool) -> list[int]:
         # verbose would warn about every text that is longer than the model's context.
-        ids: list[int] = self._tokenizer(text, verbose=False, **how)["input_ids"]
-        return ids
+        found: list[int] = tokenizer(text, verbose=False, **how)["input_ids"]
+        return found
+
+    # The special tokens after a text are no part of it.
+    plain, whole = ids("a", add_special_tokens=False), ids("a")
+    starts = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
+    closing = len(whole) - len(plain) - next(starts, len(whole) - len(plain))
+    return lambda text: (found := ids(text))[: len(found) - closing]
 
 
 def load_hugging_face(
@@ -100,16 +89,23 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    at = reference.source
     logging.disable_progress_bar()  # downloads have bars of their own
     with loading_errors(reference, trust_remote_code), errors_alone("transformers", "accelerate"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below
             trust_remote_code=trust_remote_code,
             **how,
         )
-    _refuse_random_weights(info, reference.source)
+    # Transformers draws random weights for what the files lack, and only warns.
+    missing, unused = (sorted(map(str, info[keys])) for keys in ("missing_keys", "unexpected_keys"))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
+        raise UserError(f"the files of {at} hold no {missing[0]}{more}, which its config.json needs{instead}")
+    if unused:
+        note(f"{at} holds weights that its config.json does not use, such as {unused[0]}; they are ignored")
     return model.eval().requires_grad_(False)
 
 
@@ -155,8 +151,8 @@ def decoder_of(
         config, "max_target_positions max_position_embeddings n_positions max_seq_len seq_length"
     )
     max_length = next((int(length) for length in lengths if length > 0), None)
-    vocab_size = _vocab_size(model, config, name)
-    structure = find_structure(model, logits, vocab_size, name, num_layers, max_length)
+    ids = getattr(config, "vocab_size", None) or len(model.get_output_embeddings().weight)
+    structure = find_structure(model, logits, int(ids), name, num_layers, max_length)
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers, but {len(structure.layers)} of "
@@ -184,9 +180,9 @@ def decoder_of(
         head=_head(model, config),
         run=run,
         logits=logits,
-        tokenizer=None if tokenizer is None else HubTokenizer(tokenizer),
+        encode=None if tokenizer is None else encoder_of(tokenizer),
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
-        vocab_size=vocab_size,
+        vocab_size=int(ids),
         hidden_size=structure.output.shape[-1],
         max_length=max_length,
         device=device,
@@ -205,18 +201,6 @@ def _called(module: nn.Module, tokens: Tensor) -> Any:
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
-
-
-def _vocab_size(model: Any, config: Any, name: str) -> int:
-    """From the configuration, or else from the rows of the head or the embedding."""
-    ends = (getattr(model, get, lambda: None)() for get in ("get_output_embeddings", "get_input_embeddings"))
-    rows = (len(weight) for end in ends if (weight := getattr(end, "weight", None)) is not None)
-    size = getattr(config, "vocab_size", None) or next(rows, None)
-    if size is None:
-        raise UserError(
-            f"the configuration of {name} has no vocab_size, and no embedding was found; add vocab_size"
-        )
-    return int(size)
 
 
 def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
@@ -240,29 +224,6 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
             return False
     slack = torch.finfo(structure.output.dtype).eps ** 0.5 * structure.output.norm()
     return len(seen) == 1 and not bool((seen[0] - structure.output).norm() > slack)
-
-
-def _refuse_random_weights(info: Any, source: str) -> None:
-    """Raises:
-    UserError: if transformers drew random weights because the files lack some; it only warns.
-    """
-    unused = sorted(map(str, info["unexpected_keys"]))
-    if missing := sorted(map(str, info["missing_keys"])):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
-        raise UserError(
-            f"the files of {source} hold no {missing[0]}{more}, which its config.json needs{instead}"
-        )
-    if mismatched := sorted(info["mismatched_keys"], key=str):
-        name, saved, wanted = mismatched[0]
-        raise UserError(
-            f"the files of {source} hold {name} of size {list(saved)}, but its config.json needs "
-            f"{list(wanted)}; one of them is of another model"
-        )
-    if unused:
-        note(
-            f"{source} holds weights that its config.json does not use, such as {unused[0]}; they are ignored"
-        )
 
 
 def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:

@@ -73,14 +73,13 @@ def check_model_arguments(args: Namespace) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     try:
-        is_meta = args.device != "auto" and torch.empty(1, device=args.device).is_meta
+        if args.device != "auto":
+            torch.empty(1, device=args.device)
     except Exception as error:  # of torch, or of a device's own package
         raise UserError(
             f"--device is {args.device}, which this machine does not have; give cpu, or a device that torch "
             "sees"
         ) from error
-    if is_meta:
-        raise UserError("--device is meta, which computes nothing; give cpu or cuda")
 
 
 def load(reference: Reference, args: Namespace) -> Decoder:

@@ -122,9 +122,8 @@ def find_structure(
         wanted = "" if num_layers is None else f" of {num_layers} layers (its configuration)"
         raise UserError(
             f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
-            "Sequential or ModuleDict of one type, whose members run in order from embedding to head, each "
-            f"on the [batch, sequence, hidden] states of the one before; it has {_lists(model)}"
-            f"{_repeated(model, calls)}"
+            "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
+            "head, each on the [batch, sequence, hidden] states of the one before; give another model"
         )
     _refuse_lookahead(last.state_out, name)
     behind = calls[calls.index(last) + 1 :]
@@ -292,22 +291,3 @@ def _refuse_lookahead(states: Tensor, name: str) -> None:
     # The rows may differ by rounding, because experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
         raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
-
-
-def _repeated(model: nn.Module, calls: list[_Call]) -> str:
-    """The part of an error about a member of a list that runs several times."""
-    members = {each for each in model.modules() if isinstance(each, _LISTS) for each in each.children()}
-    most = max((call for call in calls if call.module in members), key=lambda call: call.number, default=None)
-    if most is None or most.number == 1:
-        return ""
-    return f"; a {type(most.module).__name__} runs {most.number} times in one pass, but a layer must run once"
-
-
-def _lists(model: nn.Module) -> str:
-    lists = [
-        f"{name} ({len(module)} x {type(module[0]).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    more = f" and {len(lists) - 4} more" if len(lists) > 4 else ""
-    return ", ".join(lists[:4]) + more if lists else "no ModuleList at all"

@@ -13,8 +13,7 @@ from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.load import name_at
 from jreg_megatron.evaluate import layers, paired
-from jreg_megatron.evaluate.layers import PerText
-from jreg_megatron.evaluate.scoring import read_out_error
+from jreg_megatron.evaluate.layers import PerText, read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
 from jreg_megatron.paper import TASKS, WITHOUT_BOOLQ, missing_tasks, task_means
 from jreg_megatron.runtime.errors import UserError

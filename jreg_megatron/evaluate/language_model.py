@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from jreg_megatron.decoder.decoder import Decoder, refuse_dependence
-from jreg_megatron.evaluate.scoring import score_own
+from jreg_megatron.evaluate.layers import score_own
 from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
@@ -29,13 +29,13 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, decoder: Decoder, batch_size: int, quiet: bool) -> None:
         """Raises :class:`UserError` for a model without a tokenizer."""
         super().__init__()
-        if decoder.tokenizer is None:
+        if decoder.encode is None:
             raise UserError(
                 f"{decoder.name} has no tokenizer, which tasks need; leave tasks out with --parts"
             )
         self._decoder, self._batch_size, self._quiet = decoder, batch_size, quiet
         self._tried = False
-        self._encode = decoder.tokenizer.encode
+        self._encode = decoder.encode
         self._begin = self._encode("")
         self._max_length = decoder.max_length or DEFAULT_MAX_LENGTH
 

@@ -51,31 +51,18 @@ def _parser() -> ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--paper",
-        nargs="*",
-        metavar="NAME",
-        help="measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as "
-        "Llama-3.2-1B (default: all ten). The text is LAMBADA without --text. The paper's figure is printed "
-        "too",
+    paper = (
+        "measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as Llama-3.2-1B "
+        "(default: all ten). The text is LAMBADA without --text. The paper's figure is printed too"
     )
+    parser.add_argument("--paper", nargs="*", metavar="NAME", help=paper)
     text, which = add_text_arguments(parser)
-    which.add_argument(
-        "--last-validation",
-        action="store_true",
-        help="read the whole samples of a Megatron training's last validation",
-    )
-    text.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help=f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})",
-    )
-    text.add_argument(
-        "--drop-first-token",
-        action="store_true",
-        help="main figures without each sequence's first token; JSON and CSV hold both",
-    )
+    samples = "read the whole samples of a Megatron training's last validation"
+    which.add_argument("--last-validation", action="store_true", help=samples)
+    first = f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})"
+    text.add_argument("--max-tokens", type=int, metavar="N", help=first)
+    without = "main figures without each sequence's first token; JSON and CSV hold both"
+    text.add_argument("--drop-first-token", action="store_true", help=without)
     add_model_arguments(parser, "*")
     output.add_output_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
@@ -86,6 +73,8 @@ def _measure(args: Namespace) -> None:
     references, printed = _checked(args)
     texts, source = _texts(args)
     check_model_arguments(args)
+    from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
+
     models: list[dict[str, Any]] = []
     document = {
         "format": FORMAT,
@@ -95,15 +84,12 @@ def _measure(args: Namespace) -> None:
         "models": models,
     }
 
-    def write(to_stdout: bool) -> None:
-        from jreg_megatron.measure.table import csv_rows
-
-        try:
-            if args.json is not None and (args.json == output.STDOUT) == to_stdout:
-                output.write_json(args.json, document)
-        finally:  # a full disk may stop only one of the two
-            if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
-                output.write_csv(args.csv, csv_rows(models))
+    def show(console: Any) -> None:
+        print_summary(console, models)
+        for model in models if args.layers else []:
+            print_layers(console, model)
+        if printed:
+            print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
 
     try:
         for number, reference in enumerate(references, start=1):
@@ -113,11 +99,11 @@ def _measure(args: Namespace) -> None:
                 if args.paper is None:
                     raise
                 output.note(f"{reference.at} is left out: {error}")
-            write(to_stdout=False)  # after each model: finished ones stay if a later one fails
+            # After each model: finished ones stay if a later one fails.
+            output.put_out(args, document, csv_rows(models))
     finally:
         if models:
-            write(to_stdout=True)
-            _print(args, models, printed)
+            output.put_out(args, document, csv_rows(models), show)
     if not models:
         raise UserError("--paper: none of the models could be loaded; see the notes above")
 
@@ -176,21 +162,6 @@ def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: 
         how: dict[str, Any] = {"max_tokens": args.max_tokens or None, "batch_size": args.batch_size}
         measured = measure(decoder, texts, **how, on_tokens=bar.update)
     return entry(decoder, measured, args.drop_first_token)
-
-
-def _print(
-    args: Namespace, models: list[dict[str, Any]], printed: dict[tuple[str, str | None], float]
-) -> None:
-    if args.quiet:
-        return
-    from jreg_megatron.measure.table import print_beside, print_layers, print_summary
-
-    console = output.console(args)
-    print_summary(console, models)
-    for model in models if args.layers else []:
-        print_layers(console, model)
-    if printed:
-        print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def decoder_of(
         head=head,
         run=run,
         logits=logits,
-        tokenizer=tokenizer,
+        encode=tokenizer.encode if tokenizer else None,
         end_of_text=tokenizer.eod if tokenizer else None,
         vocab_size=vocab_size,
         hidden_size=model.config.hidden_size,
