@@ -702,7 +702,7 @@ FAULTS = [
     Fault(
         "take noise for a look ahead",
         "decoder/structure.py",
-        (("    _refuse_noise(logits, lambda: run(tokens), name)\n", ""),),
+        (("if bool((again - own).norm() > max(", "if False and bool((again - own).norm() > max("),),
         OWN,
     ),
     Fault(
@@ -766,19 +766,19 @@ FAULTS = [
     ),
     Fault(
         "let masked logits drown the others",
-        "decoder/comparing.py",
+        "decoder/decoder.py",
         (("away.clamp(-reach, reach).nan_to_num(0.0)", "away.nan_to_num(0.0)"),),
         DROWNED,
     ),
     Fault(
         "measure rounding by an offset of all logits",
-        "decoder/comparing.py",
+        "decoder/decoder.py",
         (("(wide - median, masked)", "(wide - 0 * median, masked)"),),
         DROWNED,
     ),
     Fault(
         "let a token's NaN fail a check",
-        "decoder/comparing.py",
+        "decoder/decoder.py",
         (("away.clamp(-reach, reach).nan_to_num(0.0)", "away.clamp(-reach, reach)"),),
         DROWNED,
     ),
@@ -838,7 +838,7 @@ FAULTS = [
     ),
     Fault(
         "overlook a final norm of what was rounded",
-        "decoder/comparing.py",
+        "decoder/decoder.py",
         (("torch.equal(a.to(b), b) or torch.equal(a, b.to(a))", "torch.equal(a, b)"),),
         MEASURE,
     ),
@@ -933,7 +933,7 @@ FAULTS = [
     ),
     Fault(
         "swap gate and up projection",
-        "convert/weights.py",
+        "convert/llama.py",
         (
             (
                 '_SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")',
@@ -944,7 +944,7 @@ FAULTS = [
     ),
     Fault(
         "take the norm of keys for that of queries",
-        "convert/weights.py",
+        "convert/llama.py",
         (
             ('("self_attn.q_norm",)', '("self_attn.norm",)'),
             ('("self_attn.k_norm",)', '("self_attn.q_norm",)'),

@@ -57,9 +57,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jreg_megatron.convert.llama import from_megatron, older_rope_settings
+    from jreg_megatron.convert.llama import from_megatron, older_rope_settings, to_hugging_face
     from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
-    from jreg_megatron.convert.weights import to_hugging_face
     from jreg_megatron.decoder.checkpoint.arguments import all_arguments, refuse_other_models
     from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint
 

@@ -43,8 +43,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from jreg_megatron.convert.llama import megatron_flags, refuse_other
-    from jreg_megatron.convert.weights import to_megatron
+    from jreg_megatron.convert.llama import megatron_flags, refuse_other, to_megatron
     from jreg_megatron.decoder.checkpoint.model import import_megatron, load_megatron
     from jreg_megatron.decoder.hugging_face import loading_errors, model_of
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import Window
-from jreg_megatron.decoder.comparing import is_same_or_scaled
 from jreg_megatron.runtime.errors import UserError
 
 See = Callable[[int, Tensor, Tensor], None]
 """Gets a layer's number 1..L, its input and its output, ``[b, s, h]`` each in the model's type. If there is a
 final norm, it then gets L + 1, the last layer's input, and the final norm of its output."""
 
+_REACH = 32
+"""Logits are clipped at this many median distances from the median of their position: about 20 standard
+deviations."""
 _MAX_LOGITS = 1 << 27
 """In the whole model's run: 512 MiB in fp32."""
 _EARLY, _BESIDE, _PADDING = 8, 3, 3
@@ -259,3 +261,42 @@ def with_stream(output: Any, state: Tensor) -> Any:
 def is_state(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a tensor ``[b, s, h]`` of real numbers."""
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
+    """Logits ``[..., V]`` whose differences can be compared, in fp32 or wider.
+
+    The median of each position is subtracted, because a common offset has no meaning. Masked ids (-Inf or the
+    type's smallest number) and ids with a large bias are clipped to the range of the first argument's other
+    logits. NaN counts as 0; NaN in the states gives an error of its own.
+    """
+    centred = []
+    for each in (logits, *others):
+        wide = each.to(torch.promote_types(each.dtype, torch.float32))
+        masked = ~wide.isfinite() | (wide.abs() >= torch.finfo(each.dtype).max / 2)
+        median = wide.masked_fill(masked, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        centred.append((wide - median, masked))
+    away, masked = centred[0]
+    reach = _REACH * away.masked_fill(masked, torch.nan).abs().nanmedian().nan_to_num(0.0)
+    return [away.clamp(-reach, reach).nan_to_num(0.0) for away, _ in centred]
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are the same, perhaps rounded to the other's type or copied to its device."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()  # values that are not finite give an error elsewhere
+    return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
+
+
+def is_same_or_scaled(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` is ``a`` times a positive number, which changes no cosine and no norm's output."""
+    if is_same(a, b):
+        return True
+    if a.shape != b.shape:
+        return False
+    eps = max(torch.finfo(each.dtype).eps for each in (a, b))
+    a, b = (each.nan_to_num().to(b.device, torch.promote_types(each.dtype, torch.float32)) for each in (a, b))
+    factor = float((a * b).sum() / a.square().sum())
+    is_scale = factor > 0 and abs(factor - 1) > 2 * eps
+    return is_scale and bool((b - factor * a).norm() <= eps * b.norm())

@@ -57,11 +57,8 @@ def load_hugging_face(
         source, where["gguf_file"] = str(Path(source).parent), Path(source).name
     if is_gguf or device == "auto":
         need("accelerate", "reading GGUF" if is_gguf else "--device auto", "analysis")
-    # No setting switches off the progress bar of unpacking GGUF.
-    with redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
-        model = model_of(
-            reference, source, dtype=dtype, device_map="auto" if device == "auto" else None, **where
-        )
+    spread = "auto" if device == "auto" else None
+    model = model_of(reference, source, dtype=dtype, device_map=spread, **where)
     with errors_alone("transformers"):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
@@ -91,13 +88,11 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
 
     at = reference.source
     logging.disable_progress_bar()  # downloads have bars of their own
-    with loading_errors(reference, trust_remote_code), errors_alone("transformers", "accelerate"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **how,
-        )
+    # No setting switches off the progress bar of unpacking GGUF.
+    hidden = redirect_stderr(io.StringIO()) if "gguf_file" in how else nullcontext()
+    with loading_errors(reference, trust_remote_code), errors_alone("transformers", "accelerate"), hidden:
+        how |= {"output_loading_info": True, "trust_remote_code": trust_remote_code}
+        model, info = AutoModelForCausalLM.from_pretrained(source, **how)
     # Transformers draws random weights for what the files lack, and only warns.
     missing, unused = (sorted(map(str, info[keys])) for keys in ("missing_keys", "unexpected_keys"))
     if missing:

@@ -17,8 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.comparing import comparable, is_same, is_same_or_scaled
-from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
+from jreg_megatron.decoder.decoder import (
+    comparable,
+    is_same,
+    is_same_or_scaled,
+    is_state,
+    stream_out,
+    with_stream,
+)
 from jreg_megatron.runtime.errors import UserError
 
 _LENGTH = 12
@@ -105,8 +111,13 @@ def find_structure(
             f"{name} gives the same logits for different tokens, so its layers cannot be found; check its "
             "embedding"
         )
-
-    _refuse_noise(logits, lambda: run(tokens), name)
+    with torch.inference_mode():
+        own, again = comparable(logits, run(tokens))
+    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
+        raise UserError(
+            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
+            "its dropout, its noise and its memory of earlier runs"
+        )
 
     def effect(call: _Call) -> tuple[bool, bool]:
         return _effect(call, logits, lambda: run(tokens))
@@ -125,7 +136,10 @@ def find_structure(
             "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
             "head, each on the [batch, sequence, hidden] states of the one before; give another model"
         )
-    _refuse_lookahead(last.state_out, name)
+    first, second = last.state_out[:, : _at(length)].float()
+    # The rows may differ by rounding, because experts take both rows' tokens together.
+    if (first - second).norm() > torch.finfo(last.state_out.dtype).eps ** 0.5 * first.norm():
+        raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
     behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
@@ -274,20 +288,3 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     except Exception:  # it needs more than states
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
-
-
-@torch.inference_mode()
-def _refuse_noise(logits: Tensor, run: Callable[[], Tensor], name: str) -> None:
-    own, again = comparable(logits, run())
-    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
-        raise UserError(
-            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
-            "its dropout, its noise and its memory of earlier runs"
-        )
-
-
-def _refuse_lookahead(states: Tensor, name: str) -> None:
-    first, second = states[:, : _at(states.shape[1])].float()
-    # The rows may differ by rounding, because experts take both rows' tokens together.
-    if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
-        raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")

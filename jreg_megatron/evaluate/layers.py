@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import Batch, Window, batches
-from jreg_megatron.decoder.comparing import comparable
-from jreg_megatron.decoder.decoder import Decoder, See, refuse_dependence
+from jreg_megatron.decoder.decoder import Decoder, See, comparable, refuse_dependence
 from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.runtime.errors import UserError
 

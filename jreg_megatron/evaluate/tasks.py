@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,14 +73,11 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(wanted) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=folders)
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*SETS, *SPEECH_TASKS, *manager.all_tasks], n=3)
-            like = f"did you mean {', '.join(near)}? " if near else ""
-            unread = "; task files that are no valid YAML are ignored" if include_path else ""
-            raise UserError(
-                f"--tasks names {name}, which is no task; {like}`lm_eval ls tasks` lists them{unread}"
-            )
+    if unknown := [name for name in wanted if name not in manager.task_index]:
+        unread = "; task files that are no valid YAML are ignored" if include_path else ""
+        raise UserError(
+            f"--tasks names {unknown[0]}, which is no task; `lm_eval ls tasks` lists them{unread}"
+        )
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
     for name in wanted:
