@@ -92,6 +92,7 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
     hidden = redirect_stderr(io.StringIO()) if "gguf_file" in how else nullcontext()
     with loading_errors(reference, trust_remote_code), errors_alone("transformers", "accelerate"), hidden:
         how |= {"output_loading_info": True, "trust_remote_code": trust_remote_code}
+        how["ignore_mismatched_sizes"] = True  # refused below, by name
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
     # Transformers draws random weights for what the files lack, and only warns.
     missing, unused = (sorted(map(str, info[keys])) for keys in ("missing_keys", "unexpected_keys"))
@@ -99,6 +100,11 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
         raise UserError(f"the files of {at} hold no {missing[0]}{more}, which its config.json needs{instead}")
+    for name, held, needed in sorted(info["mismatched_keys"], key=str):
+        raise UserError(
+            f"the files of {at} hold {name} of size {list(held)}, but its config.json needs {list(needed)}; "
+            "one of them is of another model"
+        )
     if unused:
         note(f"{at} holds weights that its config.json does not use, such as {unused[0]}; they are ignored")
     return model.eval().requires_grad_(False)
