@@ -22,10 +22,8 @@ from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import batches
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import load
-from jreg_megatron.decoder.reference import find_models
-from jreg_megatron.measure.measurement import measure
-from jreg_megatron.measure.statistics import BatchStatistics
+from jreg_megatron.decoder.load import find_models, load
+from jreg_megatron.measure.measurement import BatchSums, measure
 from jreg_megatron.runtime.output import versions
 
 
@@ -39,7 +37,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 1000])
     args = parser.parse_args()
     (reference,) = find_models([args.model])
-    decoder = load(reference, dtype="float32", device="cpu")
+    decoder = load(reference, argparse.Namespace(dtype="float32", device="cpu", trust_remote_code=False))
     packages = ", ".join(" ".join(pair) for pair in versions("torch", "transformers").items())
     print(
         f"{reference.name}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
@@ -50,7 +48,7 @@ def main() -> None:
 
 
 def _overhead(decoder: Decoder, tokens: int, rounds: int) -> None:
-    assert decoder.tokenizer is not None
+    assert decoder.encode is not None
     texts = [Text(name, text) for name, text in list(read_speeches().items())[:3]]
     (batch,) = batches(decoder.windows(texts, tokens), 3)
 
@@ -61,10 +59,10 @@ def _overhead(decoder: Decoder, tokens: int, rounds: int) -> None:
         decoder.run(batch.tokens)
 
     def measured() -> None:
-        statistics = BatchStatistics(batch, decoder.num_layers)
-        with decoder.observed(statistics):
+        sums = BatchSums(batch)
+        with decoder.observed(sums):
             decoder.run(batch.tokens)
-        statistics.sums()
+        sums.table()
 
     forward()
     over_forward, over_layers = [], []

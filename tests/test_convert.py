@@ -96,8 +96,8 @@ def there_and_back(checkpoints: Path, work: Path) -> dict[str, Any]:
     imported = load_megatron(work / "imported", dtype=torch.float32, device=device)
     theirs = logits_of_export(work / "first", tokens)
     tokenizer, speeches = AutoTokenizer.from_pretrained(work / "first"), held_out_speeches()
-    assert decoder.tokenizer is not None
-    encode = decoder.tokenizer.encode
+    encode = decoder.encode
+    assert encode is not None
 
     def ids_of(text: Text) -> list[int]:
         return list(tokenizer(text.content)["input_ids"])
@@ -260,7 +260,7 @@ def validation_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     from jreg_megatron.decoder.checkpoint.validation import last_validation_samples
 
     samples = last_validation_samples(open_checkpoint(folder, None, torch.device("cpu")))
-    return samples.tokens, samples.labels
+    return samples["tokens"], samples["labels"]
 
 
 SIZES = {

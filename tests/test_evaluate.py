@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 from math import comb
 from typing import Any
@@ -16,15 +17,21 @@ from torch import Tensor
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.evaluate import paired, scoring
+from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.evaluation import compare, evaluate
-from jreg_megatron.evaluate.layers import Options, PerText, layer_drop, read_out
-from jreg_megatron.evaluate.lens import fit_lens
+from jreg_megatron.evaluate.layers import PerText, fit_lens, layer_drop, read_out
 from jreg_megatron.evaluate.paired import compare as compare_figures
 from jreg_megatron.runtime.errors import UserError
 
 LENGTHS = (5, 40, 17, 2, 23, 9, 31)
-OPTIONS = Options(max_tokens=None, batch_size=3, quiet=True)
+
+
+def options(**more: Any) -> Namespace:
+    usual = {"max_tokens": 0, "batch_size": 3, "quiet": True, "limit": None, "lens": None}
+    return Namespace(**usual | more)
+
+
+OPTIONS = options()
 
 
 def toy(layers: int = 3, seed: int = 0, tokenizer: Any = None) -> Decoder:
@@ -109,9 +116,9 @@ def test_leaving_a_layer_out_gives_the_loss_of_the_model_built_without_it() -> N
 
 
 def test_neither_batches_nor_pieces_of_the_logits_change_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = read_out(toy(), token_texts(), replace(OPTIONS, batch_size=1))
-    monkeypatch.setattr(scoring, "_MAX_LOGITS", 3 * VOCABULARY)
-    other = read_out(toy(), token_texts(), replace(OPTIONS, batch_size=7))
+    one = read_out(toy(), token_texts(), options(batch_size=1))
+    monkeypatch.setattr(layers, "_MAX_LOGITS", 3 * VOCABULARY)
+    other = read_out(toy(), token_texts(), options(batch_size=7))
     np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
     assert (one.correct == other.correct).all() and one.ids == other.ids
 
@@ -123,8 +130,8 @@ def test_logits_are_never_held_for_more_than_a_few_positions(monkeypatch: pytest
         widths.append(states.shape[0] * states.shape[1])
         return head_of(whole, states)
 
-    monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * VOCABULARY)
-    read_out(replace(whole, head=head), token_texts(), replace(OPTIONS, batch_size=7))
+    monkeypatch.setattr(layers, "_MAX_LOGITS", 16 * VOCABULARY)
+    read_out(replace(whole, head=head), token_texts(), options(batch_size=7))
     assert max(widths) == 16
 
 
@@ -139,7 +146,7 @@ def test_a_text_longer_than_the_models_context_is_read_in_windows() -> None:
 
 def test_only_the_first_tokens_of_each_text_are_read_if_asked() -> None:
     short = read_out(toy(), [Text("a", ids(40)[:12])], OPTIONS)
-    cut = read_out(toy(), [Text("a", ids(40))], replace(OPTIONS, max_tokens=12))
+    cut = read_out(toy(), [Text("a", ids(40))], options(max_tokens=12))
     np.testing.assert_allclose(short.loss, cut.loss)
 
 
@@ -214,11 +221,11 @@ def test_a_lens_on_the_texts_that_it_is_tested_on_or_on_too_few_is_refused() -> 
         UserError, match=r"--lens has texts of 29 tokens, but toy 0 needs at least \d+; give more"
     ):
         fit_lens(toy(), few, OPTIONS)
-    how = {"tasks": {}, "limit": None, "texts": token_texts(), "options": OPTIONS}
-    (found,) = evaluate(toy(), ["lens"], **how, lens_texts=lens_texts())
+    args, how = options(parts=[], lens=[]), {"tasks": {}, "texts": token_texts()}
+    (found,) = evaluate(toy(), args, **how, lens_texts=lens_texts())
     assert found.lens is not None and found.lens_tokens == 12 * 29
     with pytest.raises(UserError, match="--lens names 1 of the texts of the test"):
-        list(evaluate(toy(), ["lens"], **how, lens_texts=[*lens_texts(), token_texts()[1]]))
+        list(evaluate(toy(), args, **how, lens_texts=[*lens_texts(), token_texts()[1]]))
 
 
 def test_a_model_whose_head_does_more_than_is_known_cannot_be_read_out() -> None:
@@ -249,7 +256,7 @@ def test_read_out_is_left_out_by_name_where_it_would_be_wrong_and_the_rest_stays
     if family == "granite":
         model.config.logits_scaling = 4.0  # in place of one by a name that is not known
     parts, texts = ["read-out", "layer-drop"], token_texts(model.config.vocab_size)
-    (found,) = evaluate(decoder, parts, tasks={}, limit=None, texts=texts, options=OPTIONS)
+    (found,) = evaluate(decoder, options(parts=parts), tasks={}, texts=texts)
     err = capsys.readouterr().err
     assert f"Note: {family} (" in err and "cannot be read out" in err and "left out" in err
     assert found.read_out is None
@@ -280,14 +287,12 @@ def test_a_model_without_a_final_norm_is_read_out_by_its_head_alone() -> None:
 
 def evaluated(decoder: Decoder, texts: list[Text] | None = None) -> Any:
     texts = token_texts() if texts is None else texts
-    (found,) = evaluate(decoder, ["read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS)
+    (found,) = evaluate(decoder, options(parts=["read-out"]), tasks={}, texts=texts)
     return found
 
 
 def test_what_a_finished_part_found_is_known_before_the_next_begins() -> None:
-    parts = evaluate(
-        toy(), ["read-out", "layer-drop"], tasks={}, limit=None, texts=token_texts(), options=OPTIONS
-    )
+    parts = evaluate(toy(), options(parts=["read-out", "layer-drop"]), tasks={}, texts=token_texts())
     first = next(parts)
     assert first.read_out is not None and first.layer_drop is None
     second = next(parts)
@@ -301,7 +306,7 @@ def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("jreg_megatron.evaluate.evaluation.run_tasks", never)
     texts = [*token_texts(), Text("odd", [1, 10**6])]
     with pytest.raises(UserError, match="odd holds the id 1000000"):
-        next(evaluate(toy(), ["tasks", "read-out"], tasks={}, limit=None, texts=texts, options=OPTIONS))
+        next(evaluate(toy(), options(parts=["tasks", "read-out"]), tasks={}, texts=texts))
 
 
 def test_models_of_which_one_lacks_a_part_are_compared_in_the_rest() -> None:
@@ -419,7 +424,10 @@ def test_the_overall_test_weighs_samples_as_the_overall_difference_does() -> Non
 
 def test_p_values_of_several_tests_are_adjusted_as_benjamini_and_hochberg_say() -> None:
     # Sorted: 0.01 * 3 / 1, 0.03 * 3 / 2, 0.04 * 3 / 3; none above the next larger one's.
-    assert paired.adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    found = paired.adjusted([paired.Difference(0.0, None, p, 9) for p in (0.01, 0.04, None, 0.03)])
+    assert [each["p_adjusted"] for each in found] == [
+        *(pytest.approx(0.03), pytest.approx(0.04), None, pytest.approx(0.04))
+    ]
 
 
 def test_means_weigh_every_token_alike() -> None:

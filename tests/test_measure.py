@@ -26,7 +26,7 @@ from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
 from jreg_megatron.measure.__main__ import main
-from jreg_megatron.measure.measurement import Figures, measure
+from jreg_megatron.measure.measurement import measure
 from jreg_megatron.runtime.errors import UserError
 
 STATES = ("pre_norm", "post_norm")
@@ -105,12 +105,12 @@ def reference(model: Any, sequences: Sequence[Sequence[Any]], drop_first: bool) 
     return figures
 
 
-def assert_equals(figures: Figures | None, expected: dict[str, Any], **tolerance: float) -> None:
+def assert_equals(figures: dict[str, Any] | None, expected: dict[str, Any], **tolerance: float) -> None:
     assert figures is not None
     tolerance = tolerance or {"rel": 1e-6, "abs": 1e-9}
     for state in STATES:
         for name, value in expected[state].items():
-            measured = getattr(figures, name)[state]
+            measured = figures[name][state]
             if name == "jump_rate_from":
                 assert measured[0] is None
                 measured = measured[1:]
@@ -120,19 +120,22 @@ def assert_equals(figures: Figures | None, expected: dict[str, Any], **tolerance
 def test_figures_are_means_over_texts_of_means_over_tokens(model: Any, decoder: Decoder) -> None:
     texts = documents([5, 40, 12])
     measured = measure(decoder, texts, batch_size=2)
-    for figures, drop_first in ((measured.with_first_token, False), (measured.without_first_token, True)):
+    for figures, drop_first in (
+        (measured["with_first_token"], False),
+        (measured["without_first_token"], True),
+    ):
         assert_equals(figures, reference(model, [[text.content] for text in texts], drop_first))
-    assert (measured.with_first_token.texts, measured.with_first_token.tokens) == (3, 57)
-    assert measured.without_first_token is not None
-    assert (measured.without_first_token.texts, measured.without_first_token.tokens) == (3, 54)
+    assert (measured["with_first_token"]["texts"], measured["with_first_token"]["tokens"]) == (3, 57)
+    assert measured["without_first_token"] is not None
+    assert (measured["without_first_token"]["texts"], measured["without_first_token"]["tokens"]) == (3, 54)
 
 
 def test_a_text_longer_than_the_models_context_is_cut_into_sequences(model: Any, decoder: Decoder) -> None:
     (text,) = documents([150])
     pieces = [text.content[start : start + 64] for start in (0, 64, 128)]
     measured = measure(decoder, [text], batch_size=2)
-    assert_equals(measured.with_first_token, reference(model, [pieces], drop_first=False))
-    assert_equals(measured.without_first_token, reference(model, [pieces], drop_first=True))
+    assert_equals(measured["with_first_token"], reference(model, [pieces], drop_first=False))
+    assert_equals(measured["without_first_token"], reference(model, [pieces], drop_first=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
@@ -140,30 +143,32 @@ def test_the_batch_size_changes_nothing(decoder: Decoder, batch_size: int) -> No
     texts = documents([3, 70, 1, 20, 20, 64, 2])
     alone, together = measure(decoder, texts, batch_size=1), measure(decoder, texts, batch_size=batch_size)
     for block in ("with_first_token", "without_first_token"):
-        one, other = getattr(alone, block), getattr(together, block)
-        assert (one.texts, one.tokens) == (other.texts, other.tokens)
+        one, other = alone[block], together[block]
+        assert one is not None and other is not None
+        assert (one["texts"], one["tokens"]) == (other["texts"], other["tokens"])
         for state in STATES:
-            assert other.displacement[state] == pytest.approx(one.displacement[state], rel=1e-6)
-            assert other.norm[state] == pytest.approx(one.norm[state], rel=1e-6)
+            assert other["displacement"][state] == pytest.approx(one["displacement"][state], rel=1e-6)
+            assert other["norm"][state] == pytest.approx(one["norm"][state], rel=1e-6)
 
 
 def test_only_the_first_tokens_are_taken_if_asked(model: Any, decoder: Decoder) -> None:
     texts = documents([30, 4])
     measured = measure(decoder, texts, max_tokens=9)
     assert_equals(
-        measured.with_first_token, reference(model, [[text.content[:9]] for text in texts], drop_first=False)
+        measured["with_first_token"],
+        reference(model, [[text.content[:9]] for text in texts], drop_first=False),
     )
 
 
 def test_a_text_of_one_token_counts_only_where_the_first_token_counts(decoder: Decoder) -> None:
     measured = measure(decoder, documents([1, 5]))
-    assert measured.without_first_token is not None
-    assert (measured.with_first_token.texts, measured.without_first_token.texts) == (2, 1)
-    assert measure(decoder, documents([1])).without_first_token is None
+    assert measured["without_first_token"] is not None
+    assert (measured["with_first_token"]["texts"], measured["without_first_token"]["texts"]) == (2, 1)
+    assert measure(decoder, documents([1]))["without_first_token"] is None
 
 
 def test_empty_texts_are_passed_over_and_no_text_at_all_is_refused(decoder: Decoder) -> None:
-    assert measure(decoder, documents([0, 5, 0])).with_first_token.texts == 1
+    assert measure(decoder, documents([0, 5, 0]))["with_first_token"]["texts"] == 1
     with pytest.raises(UserError, match="--text holds no token"):
         measure(decoder, documents([0]))
 
@@ -182,11 +187,11 @@ def test_other_families_measure_as_transformers_states_say(family: str) -> None:
         turned = [(1 - cosine_similarity(a, b, dim=-1)) / 2 for a, b in pairwise(states)]
         by_hand.append(torch.stack(turned)[:, 0].mean(dim=1))
     # What transformers returns for the last layer is behind the final norm.
-    assert measured.with_first_token.displacement["post_norm"] == pytest.approx(
+    assert measured["with_first_token"]["displacement"]["post_norm"] == pytest.approx(
         torch.stack(by_hand).mean(dim=0).tolist(), rel=1e-4
     )
-    assert measured.with_first_token.displacement["pre_norm"][:-1] == pytest.approx(
-        measured.with_first_token.displacement["post_norm"][:-1]
+    assert measured["with_first_token"]["displacement"]["pre_norm"][:-1] == pytest.approx(
+        measured["with_first_token"]["displacement"]["post_norm"][:-1]
     )
 
 
@@ -197,12 +202,14 @@ def test_small_turns_keep_their_digits_in_float32() -> None:
             if "o_proj" in name or "down_proj" in name:
                 parameter.mul_(1e-3)
     texts = documents([30])
-    low = measure(decoder_of(quiet, None, name="quiet", source="quiet"), texts).with_first_token
+    low = measure(decoder_of(quiet, None, name="quiet", source="quiet"), texts)["with_first_token"]
     exact = reference(quiet.double(), [[texts[0].content]], drop_first=False)
     psi = exact["pre_norm"]["displacement"]
     assert max(psi) < 1e-5
-    assert low.displacement["pre_norm"] == pytest.approx(psi, rel=1e-3)
-    assert low.angular_distance["pre_norm"] == pytest.approx(exact["pre_norm"]["angular_distance"], rel=1e-3)
+    assert low["displacement"]["pre_norm"] == pytest.approx(psi, rel=1e-3)
+    assert low["angular_distance"]["pre_norm"] == pytest.approx(
+        exact["pre_norm"]["angular_distance"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -228,9 +235,9 @@ def test_text_for_a_model_without_a_tokenizer_is_refused(decoder: Decoder) -> No
 
 def test_a_model_of_one_layer_has_no_jump_rate() -> None:
     one = decoder_of(small_model("llama", num_hidden_layers=1), None, name="one", source="one")
-    figures = measure(one, documents([5])).with_first_token
-    assert figures.jump_rate == {"pre_norm": None, "post_norm": None}
-    assert len(figures.displacement["pre_norm"]) == 1
+    figures = measure(one, documents([5]))["with_first_token"]
+    assert figures["jump_rate"] == {"pre_norm": None, "post_norm": None}
+    assert len(figures["displacement"]["pre_norm"]) == 1
 
 
 def test_memory_does_not_grow_with_the_number_of_documents(decoder: Decoder) -> None:

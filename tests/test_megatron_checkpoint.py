@@ -34,18 +34,19 @@ SETTINGS = {"jreg_coeff": "0.1", "seed": "3", "global_batch_size": "8", "lr": "0
 class Displacements:
     """Observes a decoder: sums over tokens of (1 - cos) / 2 between a layer's input and output."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
         self.sums: dict[int, float] = {}
         self.after_norm = 0.0
         self.tokens = 0
 
-    def layer(self, number: int, layer_input: torch.Tensor, layer_output: torch.Tensor) -> None:
-        self.sums[number] = self.sums.get(number, 0.0) + self.turned(layer_input, layer_output)
-        self.tokens += layer_input[..., 0].numel() if number == 1 else 0
-        self.last_input = layer_input
-
-    def final_norm(self, normed: torch.Tensor) -> None:
-        self.after_norm += self.turned(self.last_input, normed)
+    def __call__(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        if number > self.num_layers:
+            self.after_norm += self.turned(self.last_input, after)
+            return
+        self.sums[number] = self.sums.get(number, 0.0) + self.turned(before, after)
+        self.tokens += before[..., 0].numel() if number == 1 else 0
+        self.last_input = before
 
     @staticmethod
     def turned(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -60,15 +61,15 @@ def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
     decoder = load_megatron(folder, step, dtype=torch.float32, device=torch.device("cpu"))
     assert decoder.last_validation is not None
     samples = decoder.last_validation()
-    seen, loss = Displacements(), 0.0
-    for tokens, labels, mask in zip(samples.tokens, samples.labels, samples.loss_mask, strict=True):
+    seen, loss = Displacements(decoder.num_layers), 0.0
+    for tokens, labels, mask in zip(*samples.values(), strict=True):
         with decoder.observed(seen):
             logits = decoder.logits(tokens[None])[0]
         loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="none") @ mask)
-    alone, longer = samples.tokens[:1, :5], samples.tokens[:1, :9]
+    alone, longer = samples["tokens"][:1, :5], samples["tokens"][:1, :9]
     return {
         "decoder": (decoder.name, decoder.step, decoder.num_layers, decoder.vocab_size, decoder.max_length),
-        "loss": loss / float(samples.loss_mask.sum()),
+        "loss": loss / float(samples["loss_mask"].sum()),
         "pre_norm": [seen.sums[number] / seen.tokens for number in range(1, decoder.num_layers + 1)],
         "post_norm": seen.after_norm / seen.tokens,
         "later tokens": (decoder.logits(alone) - decoder.logits(longer)[:, :5]).abs().max().item(),
@@ -78,16 +79,10 @@ def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _read_out_difference(decoder: Any, tokens: torch.Tensor) -> float:
-    class Last:
-        def layer(self, _: int, __: torch.Tensor, layer_output: torch.Tensor) -> None:
-            self.state = layer_output
-
-        def final_norm(self, _: torch.Tensor) -> None: ...
-
-    last = Last()
-    with decoder.observed(last):
+    states: dict[int, torch.Tensor] = {}
+    with decoder.observed(lambda number, _, after: states.update({number: after})):
         decoder.run(tokens)
-    return float((decoder.read_out(last.state) - decoder.logits(tokens)).abs().max())
+    return float((decoder.read_out(states[decoder.num_layers]) - decoder.logits(tokens)).abs().max())
 
 
 def _without_layer_difference(decoder: Any, tokens: torch.Tensor) -> float:
@@ -343,7 +338,7 @@ def differences_to_hybrid_models(work: Path) -> dict[str, tuple[float, float, fl
         expected = logits_of(model, ids)[..., :130]
         turned = [Displacements.turned(a, b) for a, b in pairwise(states_of(model, ids))]
         decoder = load_megatron(work / name, dtype=torch.float32, device=torch.device("cpu"))
-        seen = Displacements()
+        seen = Displacements(decoder.num_layers)
         with decoder.observed(seen):
             logits = decoder.logits(ids)
         assert len(turned) == decoder.num_layers == len(seen.sums)

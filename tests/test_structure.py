@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
-from jreg_megatron.evaluate.scoring import read_out_error, score_own
+from jreg_megatron.evaluate.layers import read_out_error, score_own
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.runtime.errors import UserError
 
@@ -44,7 +44,7 @@ def seen_by(model: Any, found: Decoder) -> Recorder:
     hooks = [
         layer.register_forward_hook(lambda _, __, out: by_hook.append(_first(out))) for layer in found.layers
     ]
-    seen = Recorder()
+    seen = Recorder(found.num_layers)
     with found.observed(seen), torch.no_grad():
         model(input_ids=TOKENS, use_cache=False)
     for hook in hooks:
@@ -465,8 +465,8 @@ def test_a_norm_that_other_heads_share_is_the_final_one_on_the_last_layers_outpu
     assert read_out_error(found) is None
     rows, columns = torch.arange(2), torch.tensor([3, 5])
     expected = nn.functional.cross_entropy(logits[rows, columns], TOKENS[rows, columns], reduction="none")
-    scores = score_own(found, TOKENS, (rows, columns), TOKENS[rows, columns])
-    torch.testing.assert_close(scores.loss, expected)
+    loss, _ = score_own(found, TOKENS, (rows, columns), TOKENS[rows, columns])
+    torch.testing.assert_close(loss, expected)
 
 
 class InPlace(Layer):
@@ -483,8 +483,8 @@ def test_layers_that_write_to_their_input_are_measured_and_left_out_by_what_they
     model = Odd(lambda m, x: m.norm(m.body(x)), body=Stack(*parts), norm=nn.LayerNorm(WIDTH))
     found = found_in(model)
     psi, _ = by_hand(model, parts, TOKENS[:1])
-    measured = measure(found, [Text("a", TOKENS[0].numpy())]).with_first_token
-    assert measured.displacement["pre_norm"] == pytest.approx(psi, rel=1e-5)
+    measured = measure(found, [Text("a", TOKENS[0].numpy())])["with_first_token"]
+    assert measured["displacement"]["pre_norm"] == pytest.approx(psi, rel=1e-5)
     with found.without_layer(2):
         logits = found.logits(TOKENS)
     model.body.parts = nn.ModuleList([parts[0], *parts[2:]])
@@ -513,7 +513,7 @@ def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> N
 
     found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
     ids = torch.arange(30).numpy()
-    assert measure(found, [Text("short", ids[:16])]).with_first_token.texts == 1
+    assert measure(found, [Text("short", ids[:16])])["with_first_token"]["texts"] == 1
     with pytest.raises(UserError, match=r"does not run behind layer .* for each text in odd"):
         measure(found, [Text("long", ids)])
 
@@ -561,7 +561,7 @@ def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
     (note,) = notes(capsys)
     assert "odd scales its state between layers; its norms are of the layers' outputs" in note
     psi, _ = by_hand(model, model.body.parts, ids)
-    measured = measure(found, [Text("a", ids[0].numpy())]).with_first_token.displacement
+    measured = measure(found, [Text("a", ids[0].numpy())])["with_first_token"]["displacement"]
     assert measured["pre_norm"] == pytest.approx(psi, rel=1e-5)
     normed: list[Tensor] = []
     hook = model.norm.register_forward_hook(lambda _, __, out: normed.append(out))
@@ -600,9 +600,9 @@ def test_a_norm_among_the_layers_is_not_taken_for_one_of_them() -> None:
     refused(Odd(lambda m, x: m.body(x), body=nn.Sequential(*stack().parts, nn.LayerNorm(WIDTH))))
 
 
-def test_a_layer_that_runs_several_times_is_named() -> None:
+def test_a_layer_that_runs_several_times_is_refused() -> None:
     layer = Layer()
-    assert "a Layer runs 4 times" in refused(Odd(lambda m, x: m.body(x), body=Stack(*4 * [layer])))
+    assert "run once each" in refused(Odd(lambda m, x: m.body(x), body=Stack(*4 * [layer])))
 
 
 def test_a_branch_whose_sum_is_kept_in_a_dict_is_refused() -> None:
@@ -690,7 +690,7 @@ def ran(model: Odd, batch_size: int = 8) -> Any:
         )
     ids = numpy.random.default_rng(0).integers(0, VOCABULARY, 30)
     measured = measure(found_in(model), [Text("a", ids)], batch_size=batch_size)
-    return measured.with_first_token.displacement["pre_norm"], torch.from_numpy(ids)[None]
+    return measured["with_first_token"]["displacement"]["pre_norm"], torch.from_numpy(ids)[None]
 
 
 DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {

@@ -6,56 +6,43 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.convert.place import made_beside, run
+from jreg_megatron.convert import place
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
-from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import need
-from jreg_megatron.runtime.output import add_output_arguments, versions
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
-    from jreg_megatron.decoder.decoder import Decoder
 
-_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
-_OWN = (*_MODEL_FILES, *_TOKENIZER_FILES, "added_tokens.json")
-_CHECKED_TOKENS = 64
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""Largest difference of logits, relative to the largest logit or 1."""
+_OWN = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt"),
+    "added_tokens.json",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    run(_parser().parse_args(argv), _OWN, export, _print)
+    place.run("export", _parser().parse_args(argv), _OWN, export, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jreg-megatron export",
-        description="Write a Megatron torch_dist checkpoint of a Llama, Qwen2 or Qwen3, saved at any layout, "
-        "as a folder for transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
-        epilog="At the end the exported files are loaded. Their logits must be the checkpoint's, and their "
+    parser = place.parser(
+        "export",
+        ("CHECKPOINTS", "a training's --save folder"),
+        "new folder",
+        "Write a Megatron torch_dist checkpoint of a Llama, Qwen2 or Qwen3, saved at any layout, as a folder "
+        "for transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
+        "At the end the exported files are loaded. Their logits must be the checkpoint's, and their "
         "tokenizer must give the ids of the training's tokenizer.",
     )
-    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="a training's --save folder")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new folder")
     parser.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as saved)")
-    tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument(
-        "--tokenizer-model", metavar="PATH", help="the training's tokenizer, if it has moved"
-    )
-    tokenizer.add_argument("--no-tokenizer", action="store_true", help="export only weights and config")
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="rows of the embedding to export, if neither tokenizer nor training tells the padding",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model in OUTPUT")
-    add_output_arguments(parser, csv=False)
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--tokenizer-model", metavar="PATH", help="the training's tokenizer, if it has moved")
+    which("--no-tokenizer", action="store_true", help="export only weights and config")
+    rows = "rows of the embedding to export, if neither tokenizer nor training tells the padding"
+    parser.add_argument("--vocab-size", type=int, metavar="N", help=rows)
     return parser
 
 
@@ -65,37 +52,31 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: for a model that neither Llama nor Qwen can express, or files that are missing or damaged.
     """
-    find_checkpoint(options.checkpoints, options.step)
+    find_checkpoint(options.source, options.step)
     need("transformers", "export", "analysis")
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jreg_megatron.convert.llama import from_megatron, older_rope_settings
+    from jreg_megatron.convert.llama import from_megatron, older_rope_settings, to_hugging_face
     from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
-    from jreg_megatron.convert.weights import to_hugging_face
     from jreg_megatron.decoder.checkpoint.arguments import all_arguments, refuse_other_models
-    from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint, padded_vocab_size
+    from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint
 
     device = torch.device("cpu")
-    checkpoint = open_checkpoint(options.checkpoints, options.step, device)
+    checkpoint = open_checkpoint(options.source, options.step, device)
     what = str(checkpoint.folder)
     refuse_other_models(checkpoint.arguments, what)
-    args, rows = all_arguments(checkpoint.arguments), padded_vocab_size(checkpoint.shapes)
+    args, rows = all_arguments(checkpoint.arguments), checkpoint.rows
     config = from_megatron(args, rows, what)
     tokenizer = _tokenizer(checkpoint.arguments, options)
     told = _told_vocab_size(checkpoint, rows, tokenizer, options.vocab_size)
     config.vocab_size = told or options.vocab_size or rows
     config.dtype = options.dtype or str(checkpoint.dtype).removeprefix("torch.")
     dtype = getattr(torch, config.dtype)
-    decoder = decoder_of(
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        source=str(options.checkpoints),
-        vocab_size=config.vocab_size,
-    )
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "vocab_size": config.vocab_size}
+    decoder = decoder_of(checkpoint, source=str(options.source), **how)
     notes: list[str] = []
-    with made_beside(options.output) as folder:
+    with place.made_beside(options.output) as folder:
         if tokenizer:
             notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
             config.eos_token_id = tokenizer.eod
@@ -109,13 +90,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
                 "give --vocab-size or --tokenizer-model"
             )
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        difference = check_logits(decoder, written, "exported")
+        difference = place.check_logits(decoder, written, "exported")
     return {
-        "format": "jreg_megatron export",
-        "version": 1,
-        "source": str(options.checkpoints),
         "step": checkpoint.step,
-        "output": str(options.output),
         "dtype": config.dtype,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "vocab_size": config.vocab_size,
@@ -124,7 +101,6 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "tokenizer": tokenizer.settings.tokenizer_model if tokenizer else None,
         "largest_logit_difference": difference,
         "notes": notes,
-        "versions": versions("megatron-core", "torch", "transformers"),
     }
 
 
@@ -140,21 +116,18 @@ def _told_vocab_size(
 
     arguments, what = checkpoint.arguments, checkpoint.folder
     told = vocab_size_of(arguments, rows, tokenizer or TrainingTokenizer.of(arguments))
-    if tokenizer:
-        has = f"the tokenizer {tokenizer.settings.tokenizer_model} has {tokenizer.vocab_size}"
-    if tokenizer and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{has} tokens, but {what} has {rows} rows, so it is not the training's tokenizer; give that one "
-            "with --tokenizer-model, or give --no-tokenizer"
-        )
     if asked is not None and not (0 < asked <= rows and asked == (told or asked)):
         instead = f"a vocabulary of {told}" if told else f"{rows} rows"
         raise UserError(f"--vocab-size is {asked}, but {what} has {instead}; leave it out or correct it")
-    fits = tokenizer is None or pads_to(arguments, tokenizer.vocab_size, rows) or told == rows
-    if tokenizer and not (fits if asked is None else asked >= tokenizer.vocab_size):
+    if tokenizer is None:
+        return told
+    size = tokenizer.vocab_size
+    fits = pads_to(arguments, size, rows) or told == rows if asked is None else asked >= size
+    if not (fits and size <= rows):
         raise UserError(
-            f"{has} tokens, which the training would not pad to the {rows} rows of {what}; give its "
-            "tokenizer with --tokenizer-model, or the rows to export with --vocab-size"
+            f"the tokenizer {tokenizer.settings.tokenizer_model} has {size} tokens, which the training would "
+            f"not pad to the {rows} rows of {what}; give its tokenizer with --tokenizer-model, the rows to "
+            "export with --vocab-size, or --no-tokenizer"
         )
     return told
 
@@ -193,36 +166,7 @@ def _save_model(folder: Path, config: Any, weights: dict[str, Any]) -> None:
     model.save_pretrained(folder)
 
 
-def check_logits(decoder: Decoder, model: Any, what: str) -> float:
-    """Run a random sequence through a Megatron model and its copy in Hugging Face.
-
-    Returns:
-        The largest difference of their logits.
-
-    Raises:
-        UserError: if it is more than rounding.
-    """
-    import torch
-
-    length = min(_CHECKED_TOKENS, decoder.max_length or _CHECKED_TOKENS)
-    ids = torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = decoder.logits(ids).float()
-    largest = float((theirs - ours).abs().max())
-    tolerance = _TOLERANCE[str(model.dtype).removeprefix("torch.")]
-    if not largest <= tolerance * max(1.0, float(ours.abs().max())):
-        raise UserError(
-            f"the {what} model's logits differ by up to {largest:g} from the original's, which is more than "
-            "rounding, so nothing was written; please report it"
-        )
-    return largest
-
-
 def _print(report: dict[str, Any]) -> None:
-    step = f" at step {report['step']}" if report["step"] is not None else ""
-    print(f"{report['source']}{step} -> {report['output']}")
-    print(f"{report['parameters']:,} parameters in {report['dtype']}, vocabulary {report['vocab_size']:,}")
     if report["rows_of_padding_left_out"]:
         print(f"Left out: {report['rows_of_padding_left_out']} rows of padding after the vocabulary")
     if report["mtp_layers_left_out"]:

@@ -1,8 +1,15 @@
-"""Models that both Megatron's ``GPTModel`` and Hugging Face's Llama, Qwen2 or Qwen3 can express."""
+"""Models that both Megatron's ``GPTModel`` and Hugging Face's Llama, Qwen2 or Qwen3 can express.
+
+Their weights have other names, and no number changes. Megatron has queries, keys and values in one matrix,
+group by group (the queries of a group, its key, its value), and gate above up projection in another.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
@@ -41,13 +48,22 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),
 )
 
-
 _AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
-
 
 KINDS = ("llama", "qwen2", "qwen3")
 """Hugging Face's ``model_type``. A Qwen2 is a Llama with biases in queries, keys and values; a Qwen3 one with
 norms of queries and keys."""
+
+
+_SAME = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+}
+"""Hugging Face's names of settings, and Megatron's."""
 
 
 def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
@@ -76,12 +92,9 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
     own: dict[str, Any] = {"model_type": "qwen3" if is_normed else "qwen2" if has_qkv_biases else "llama"}
     if own["model_type"] == "llama":
         own |= {"attention_bias": has_biases, "mlp_bias": has_biases}
-    heads = args.num_attention_heads
-    if args.hidden_size % heads:
-        raise UserError(
-            f"{what} has {heads} heads, which do not divide its hidden size {args.hidden_size} as a Llama's "
-            f"do; {_AS_IT_IS}"
-        )
+    heads, width = args.num_attention_heads, args.hidden_size
+    if width % heads:
+        raise refuse(f"has {heads} heads, which do not divide its hidden size {width}", None)
     scaling: dict[str, Any] | None = None
     if args.use_rope_scaling:
         scaling = dict(LLAMA3_ROPE)
@@ -89,15 +102,10 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
         scaling = {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
     return AutoConfig.for_model(
         **own,
-        num_hidden_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.ffn_hidden_size,
-        num_attention_heads=heads,
+        **{theirs: getattr(args, ours) for theirs, ours in _SAME.items()},
         num_key_value_heads=args.num_query_groups if args.group_query_attention else heads,
-        head_dim=args.kv_channels or args.hidden_size // heads,
+        head_dim=args.kv_channels or width // heads,
         vocab_size=vocab_size,
-        max_position_embeddings=args.max_position_embeddings,
-        rms_norm_eps=args.layernorm_epsilon,
         rope_theta=float(args.rotary_base),
         rope_scaling=scaling,
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
@@ -112,30 +120,34 @@ def refuse_other(config: Any, what: str) -> None:
     UserError: naming a feature in the config that Megatron's ``GPTModel`` lacks, or a type not in ``KINDS``.
     """
 
-    def refuse(has: str) -> UserError:
-        return UserError(f"{what} {has}, which Megatron's GPTModel does not have; it cannot be imported")
-
     if config.model_type not in KINDS:
         raise UserError(f"{what} is of type {config.model_type}, and only {', '.join(KINDS)} can be imported")
-    if config.hidden_act != "silu":
-        raise refuse(f"has the activation {config.hidden_act}")
-    if getattr(config, "attention_bias", False) != getattr(config, "mlp_bias", False):
-        raise refuse("has biases in attention or MLP alone")
-    if getattr(config, "use_sliding_window", False):
-        raise refuse("has a sliding window in some layers (use_sliding_window)")
     rope = config.rope_parameters
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise refuse(f"has rotary positions scaled by {rope['rope_type']}")
-    if rope["rope_type"] == "llama3":
-        for name, value in LLAMA3_ROPE.items():
-            if rope.get(name) != value:
-                raise refuse(f"has {name} {rope.get(name)} for its rotary positions, not {value}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse("turns only a part of each head (partial_rotary_factor)")
-    if rope["rope_theta"] != int(rope["rope_theta"]):
-        raise refuse(f"has a rope_theta of {rope['rope_theta']}, no whole number")
-    if rope["rope_type"] == "linear" and rope["factor"] != int(rope["factor"]):
-        raise refuse(f"divides positions by {rope['factor']}, no whole number")
+    scaling, theta, factor = rope["rope_type"], rope.get("rope_theta", 1), rope.get("factor", 1)
+
+    def own(name: str) -> Any:
+        return getattr(config, name, False)
+
+    wrong = [
+        (own("hidden_act") != "silu", f"the activation {config.hidden_act}"),
+        (own("attention_bias") != own("mlp_bias"), "biases in attention or MLP alone"),
+        (own("use_sliding_window"), "a sliding window in some layers (use_sliding_window)"),
+        (scaling not in ("default", "linear", "llama3"), f"rotary positions scaled by {scaling}"),
+        (
+            rope.get("partial_rotary_factor", 1) != 1,
+            "positions for a part of each head (partial_rotary_factor)",
+        ),
+        (theta != int(theta), f"a rope_theta of {theta}, no whole number"),
+        (scaling == "linear" and factor != int(factor), f"positions divided by {factor}, no whole number"),
+    ]
+    for name, value in LLAMA3_ROPE.items() if scaling == "llama3" else ():
+        given = rope.get(name)
+        wrong.append((given != value, f"{name} {given} for its rotary positions, not {value}"))
+    for is_so, has in wrong:
+        if is_so:
+            raise UserError(
+                f"{what} has {has}, which Megatron's GPTModel does not have; it cannot be imported"
+            )
 
 
 def older_rope_settings(config: Any) -> dict[str, Any]:
@@ -153,26 +165,107 @@ def head_width(config: Any) -> int:
 def megatron_flags(config: Any) -> list[str]:
     """Megatron's flags for a Hugging Face config, each followed by its value."""
     rope = config.rope_parameters
-    flags: list[str | float] = [
-        *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),
-        *("--ffn-hidden-size", config.intermediate_size, "--num-attention-heads", config.num_attention_heads),
-        *("--kv-channels", head_width(config)),
-    ]
+    flags: list[str | float] = ["--kv-channels", head_width(config), "--rotary-base", int(rope["rope_theta"])]
+    for theirs, ours in _SAME.items():
+        name = "norm_epsilon" if ours == "layernorm_epsilon" else ours
+        flags += [f"--{name.replace('_', '-')}", getattr(config, theirs)]
     if config.num_key_value_heads != config.num_attention_heads:
         flags += ["--group-query-attention", "--num-query-groups", config.num_key_value_heads]
-    flags += [
-        *("--max-position-embeddings", config.max_position_embeddings, "--position-embedding-type", "rope"),
-        *("--rotary-base", int(rope["rope_theta"])),
-    ]
+    flags += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"]
     if rope["rope_type"] == "llama3":
         flags.append("--use-rope-scaling")
     if rope["rope_type"] == "linear":
         flags += ["--rotary-seq-len-interpolation-factor", int(rope["factor"])]
-    flags += ["--normalization", "RMSNorm", "--norm-epsilon", config.rms_norm_eps, "--swiglu"]
     if not getattr(config, "attention_bias", False):
         flags.append("--disable-bias-linear")
     flags += {"qwen2": ["--add-qkv-bias"], "qwen3": ["--qk-layernorm"]}.get(config.model_type, [])
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
-    flags += ["--attention-dropout", 0, "--hidden-dropout", 0]
-    return list(map(str, flags))
+    return [*map(str, flags), "--attention-dropout", "0", "--hidden-dropout", "0"]
+
+
+Weights = dict[str, Tensor]
+
+_QKV, _GATE_UP = "self_attention.linear_qkv", "mlp.linear_fc1"
+_SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_MODULES: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings": ("model.embed_tokens",),
+    "decoder.final_layernorm": ("model.norm",),
+    "output_layer": ("lm_head",),
+    "input_layernorm": ("input_layernorm",),
+    _QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.q_layernorm": ("self_attn.q_norm",),
+    "self_attention.k_layernorm": ("self_attn.k_norm",),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+    _GATE_UP: _SEPARATE_GATE_UP,
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
+"""Megatron's modules, those of a layer without its number, and what of Hugging Face's holds the same."""
+
+_OURS, _THEIRS = "decoder.layers.", "model.layers."
+
+
+def to_hugging_face(weights: Weights, config: Any) -> Weights:
+    """Megatron's weights without rows of padding, under Hugging Face's names."""
+    out: Weights = {}
+    for name, weight in weights.items():
+        if name.endswith("_extra_state"):
+            continue
+        number, module, kind = _cut(name, _OURS)
+        names = _MODULES[module]
+        parts = _split_qkv(weight, config) if module == _QKV else weight.chunk(len(names))
+        out |= {
+            _joined(_THEIRS, number, theirs, kind): part for theirs, part in zip(names, parts, strict=True)
+        }
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in out:
+            out[name] = out[name][: config.vocab_size]
+    return {name: _on_its_own(weight) for name, weight in out.items()}
+
+
+def to_megatron(weights: Weights, config: Any) -> Weights:
+    """Hugging Face's weights under Megatron's names, without rows of padding."""
+    ours = {theirs[0]: module for module, theirs in _MODULES.items()}
+    out: Weights = {}
+    for name in weights:
+        number, module, kind = _cut(name, _THEIRS)
+        is_tied = module == "lm_head" and config.tie_word_embeddings
+        if module not in ours or is_tied:
+            continue  # it comes with the first part of its whole
+        whole = ours[module]
+        parts = [weights[_joined(_THEIRS, number, part, kind)] for part in _MODULES[whole]]
+        joint = _join_qkv(parts, config) if whole == _QKV else torch.cat(parts)
+        out[_joined(_OURS, number, whole, kind)] = joint
+    return out
+
+
+def _cut(name: str, layers: str) -> tuple[str, str, str]:
+    """A weight's layer, empty for none, its module, and whether it is ``weight`` or ``bias``."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith(layers):
+        return "", module, kind
+    number, _, module = module.removeprefix(layers).partition(".")
+    return number, module, kind
+
+
+def _joined(layers: str, number: str, module: str, kind: str) -> str:
+    return f"{layers}{number}.{module}.{kind}" if number else f"{module}.{kind}"
+
+
+def _on_its_own(weight: Tensor) -> Tensor:
+    """The tensor in its own memory, as safetensors needs it."""
+    whole = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
+    return weight if whole else weight.clone(memory_format=torch.contiguous_format)
+
+
+def _split_qkv(joint: Tensor, config: Any) -> list[Tensor]:
+    per_group = joint.reshape(config.num_key_value_heads, -1, head_width(config), *joint.shape[1:])
+    parts = per_group[:, :-2], per_group[:, -2], per_group[:, -1]
+    return [part.reshape(-1, *joint.shape[1:]) for part in parts]
+
+
+def _join_qkv(separate: list[Tensor], config: Any) -> Tensor:
+    rest = separate[0].shape[1:]
+    parts = [part.reshape(config.num_key_value_heads, -1, head_width(config), *rest) for part in separate]
+    return torch.cat(parts, dim=1).reshape(-1, *rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str
         expected = tokenizer.encode(text)
         found = written(text, add_special_tokens=False, verbose=False)["input_ids"]
         if found != expected:
-            pairs = zip(expected, found, strict=False)
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            pairs = enumerate(zip(expected, found, strict=False))
+            same = next((at for at, (a, b) in pairs if a != b), min(len(expected), len(found)))
             raise UserError(
                 f"transformers gives other ids than the training's tokenizer {model} near "
                 f"{tokenizer.decode(expected[max(0, same - 2) : same + 3])!r}; export with --no-tokenizer"

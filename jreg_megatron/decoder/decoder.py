@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy
 import torch
@@ -14,87 +14,58 @@ from torch import Tensor, nn
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import Window
-from jreg_megatron.decoder.comparing import is_same_or_scaled
 from jreg_megatron.runtime.errors import UserError
 
+See = Callable[[int, Tensor, Tensor], None]
+"""Gets a layer's number 1..L, its input and its output, ``[b, s, h]`` each in the model's type. If there is a
+final norm, it then gets L + 1, the last layer's input, and the final norm of its output."""
 
-class TextTokenizer(Protocol):
-    """A model's tokenizer."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """The ids of a text, with the special tokens that begin the model's texts."""
-
-    def decode(self, ids: list[int], /) -> str:
-        """The text of ids."""
-
-
-class StateObserver(Protocol):
-    """Gets the states of a forward pass, ``[b, s, h]`` each, in the model's type."""
-
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        """Called after layer ``number`` (1-based). The last layer's output is before the final norm."""
-
-    def final_norm(self, normed: Tensor) -> None:
-        """Called after the final norm of the last layer's output, if there is one."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a validation, ``[n, seq_length]`` each."""
-
-    tokens: Tensor
-    labels: Tensor
-    """The next token of each."""
-    loss_mask: Tensor
-    """1.0 if a token's loss counts, else 0.0."""
+_REACH = 32
+"""Logits are clipped at this many median distances from the median of their position: about 20 standard
+deviations."""
+_MAX_LOGITS = 1 << 27
+"""In the whole model's run: 512 MiB in fp32."""
+_EARLY, _BESIDE, _PADDING = 8, 3, 3
+"""First tokens that must not see the others; rows in a batch; tokens of padding."""
+_SHARE = 0.05
+"""Share of tokens that may differ, because rounding may choose another expert."""
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model in evaluation mode. Its layers and norm can be observed and replaced."""
 
-    name: str
-    """Short, for tables and legends. A user may give another."""
-    source: str
-    """Folder, file or name on the hub."""
-    kind: str
-    """``hugging_face``, ``gguf`` or ``megatron``."""
-    revision: str | None
-    """On the hub; None elsewhere."""
-    step: int | None
-    """Training iteration of the checkpoint, if known."""
+    name: str  # short, for tables and legends; a user may give another
+    source: str  # folder, file or name on the hub
+    kind: str  # hugging_face, gguf or megatron
+    revision: str | None  # on the hub
+    step: int | None  # training iteration of the checkpoint, if known
     model: nn.Module
     layers: Sequence[nn.Module]
     """Layers 1..L. Each takes the residual stream as its first argument, and returns it or a tuple or list
     that begins with it."""
-    final_norm: nn.Module | None
-    """None if no norm runs on the last layer's output."""
+    final_norm: nn.Module | None  # None if no norm runs on the last layer's output
     head: Callable[[Tensor], Tensor] | None
     """Logits ``[b, s, V]`` of states ``[b, s, h]`` after the final norm, or after the last layer if there is
     no norm. It includes all that the model does to its logits, such as a soft cap. None if they are known to
     differ from :attr:`logits`."""
-    run: Callable[[Tensor], None]
-    """Run token ids ``[b, s]`` through all layers and the final norm, for an observer."""
-    logits: Callable[[Tensor], Tensor]
-    """Logits ``[b, s, V]`` of token ids ``[b, s]``."""
-    tokenizer: TextTokenizer | None
-    end_of_text: int | None
-    """Id that ends a document, if the tokenizer has one."""
-    vocab_size: int
-    """Every id is below it."""
+    run: Callable[[Tensor], None]  # token ids [b, s] through all layers and the final norm, for an observer
+    logits: Callable[[Tensor], Tensor]  # [b, s, V] of token ids [b, s]
+    encode: Callable[[str], list[int]] | None
+    """The tokenizer: ids of a text, with the special tokens that begin the model's texts."""
+    end_of_text: int | None  # id that ends a document, if the tokenizer has one
+    vocab_size: int  # every id is below it
     hidden_size: int
-    max_length: int | None
-    """The model's longest sequence; None without a limit."""
+    max_length: int | None  # the model's longest sequence; None without a limit
     device: torch.device
     dtype: torch.dtype
-    in_place: bool = False
-    """Whether a layer writes to its input."""
-    sequence_first: bool = False
-    """Whether the modules have states ``[s, b, h]``, as in Megatron. An observer gets ``[b, s, h]``."""
+    in_place: bool = False  # whether a layer writes to its input
+    sequence_first: bool = False  # whether the modules have states [s, b, h], as in Megatron
     settings: Mapping[str, str] = field(default_factory=dict)
     """The training's arguments as text, with those of JREG, if the checkpoint holds them."""
-    last_validation: Callable[[], Samples] | None = None
-    """The samples of the training's last validation, if they can be known."""
+    last_validation: Callable[[], dict[str, Tensor]] | None = None
+    """The samples of the training's last validation, if they can be known: ``tokens``, ``labels`` (the next
+    token of each) and ``loss_mask`` (1.0 if a token's loss counts, else 0.0), ``[n, seq_length]`` each."""
 
     @property
     def num_layers(self) -> int:
@@ -119,7 +90,14 @@ class Decoder:
                 model's.
         """
         for number, text in enumerate(texts):
-            ids = self._ids(text)[:max_tokens]
+            content: Any = text.content
+            if isinstance(content, str):
+                if self.encode is None:
+                    raise UserError(
+                        f"{text.name} is text, but the model has no tokenizer; give token ids (.bin/.idx)"
+                    )
+                content = self.encode(content)
+            ids = numpy.asarray(content, dtype=numpy.int64).reshape(-1)[:max_tokens]
             if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
                 wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
                 raise UserError(
@@ -130,22 +108,13 @@ class Decoder:
             for start in range(0, ids.size, step):
                 yield Window(number, ids[start : start + step], start + step >= ids.size)
 
-    def _ids(self, text: Text) -> numpy.ndarray:
-        content: object = text.content
-        if isinstance(content, str):
-            if self.tokenizer is None:
-                raise UserError(
-                    f"{text.name} is text, but the model has no tokenizer; give token ids (.bin/.idx)"
-                )
-            content = self.tokenizer.encode(content)
-        return numpy.asarray(content, dtype=numpy.int64).reshape(-1)
-
     @contextmanager
-    def observed(self, observer: StateObserver) -> Iterator[None]:
-        """Pass the states of every forward pass inside the block to ``observer``."""
+    def observed(self, see: See) -> Iterator[None]:
+        """Pass the states of every forward pass inside the block to ``see``."""
         inputs: dict[int, Tensor] = {}
         done = 0  # layers of this run
         last: Tensor | None = None  # the last layer's output, until the final norm has run on it
+        last_input: Tensor
 
         def outward(states: Tensor) -> Tensor:
             return states.transpose(0, 1) if self.sequence_first else states
@@ -168,20 +137,21 @@ class Decoder:
             inputs[number] = state.clone() if self.in_place else state
 
         def tell(number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            nonlocal done, last
+            nonlocal done, last, last_input
             refuse_if_cut(number)
             done = number
-            layer_output = stream_out(output)
-            observer.layer(number, outward(inputs.pop(number)), outward(layer_output))
+            layer_input, layer_output = inputs.pop(number), stream_out(output)
+            see(number, outward(layer_input), outward(layer_output))
             if number == self.num_layers and self.final_norm is not None:
-                last = layer_output.clone()  # it may be written to before the norm runs
+                # The output may be written to before the norm runs.
+                last_input, last = layer_input, layer_output.clone()
 
         def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal last
             # The norm may also run for another head. On the last layer's output it is the final norm.
             if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
                 last = None
-                observer.final_norm(outward(stream_out(output)))
+                see(self.num_layers + 1, outward(last_input), outward(stream_out(output)))
 
         with ExitStack() as hooks:
             for number, layer in enumerate(self.layers, start=1):
@@ -208,6 +178,21 @@ class Decoder:
             yield
 
     @torch.inference_mode()
+    def last_states(
+        self, tokens: Tensor, run: Callable[[Tensor], Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run ids: the last layer's output, and the head's input, ``[b, s, h]`` each."""
+        seen: dict[int, Tensor] = {}
+
+        def see(number: int, _: Tensor, state: Tensor) -> None:
+            if number >= self.num_layers:
+                seen[number] = state.clone()  # the model may write to it later
+
+        with self.observed(see):
+            (run or self.run)(tokens)
+        return seen[self.num_layers], seen[max(seen)]
+
+    @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:
         """Logits ``[b, s, V]`` of the states ``[b, s, h]`` after any layer, through final norm and head."""
         assert self.head is not None, "the head's own logits are not the model's"
@@ -216,6 +201,38 @@ class Decoder:
         if self.sequence_first:
             return self.head(self.final_norm(states.transpose(0, 1)).transpose(0, 1))
         return self.head(stream_out(self.final_norm(states)))
+
+
+def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
+    """Run a text through the whole model, and as in a measurement: in a batch, with padding, without head.
+
+    Raises:
+        UserError: if a token's state depends on the other rows of a batch, or on later tokens.
+    """
+    row = torch.as_tensor(ids)[None, : max(1, _MAX_LOGITS // decoder.vocab_size)]
+    length = row.shape[1]
+    early = min(_EARLY, length - 1)
+    other = torch.cat((row[:, :early], (row[:, early:] + 1) % decoder.vocab_size), dim=1)
+    rows = torch.cat((row, *[other] * max(1, min(_BESIDE, batch_size) - 1)))
+    if batch_size > 1:
+        room = _PADDING if decoder.max_length is None else min(_PADDING, decoder.max_length - length)
+        rows = torch.nn.functional.pad(rows, (0, room))
+    whole = decoder.last_states(row, decoder.logits)[0][0]
+    first, second = torch.cat([decoder.last_states(some)[0] for some in torch.split(rows, batch_size)])[:2]
+    eps = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, whole.dtype))
+
+    def is_other(a: Tensor, b: Tensor) -> bool:
+        off = (a - b).float().norm(dim=-1) > 2 * eps**0.5 * a.float().norm(dim=-1)
+        return int(off.sum()) > _SHARE * len(off)
+
+    if is_other(whole, first[:length]):
+        beside = "in a batch with padding than alone; give --batch-size 1"
+        inside = "without its head than in the whole model; give another model"
+        raise UserError(f"{decoder.name} gives a text other states {beside if batch_size > 1 else inside}")
+    if is_other(whole[:early], second[:early]):
+        raise UserError(
+            f"{decoder.name} looks at later tokens in a longer text; give a causal language model"
+        )
 
 
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -244,3 +261,42 @@ def with_stream(output: Any, state: Tensor) -> Any:
 def is_state(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a tensor ``[b, s, h]`` of real numbers."""
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
+    """Logits ``[..., V]`` whose differences can be compared, in fp32 or wider.
+
+    The median of each position is subtracted, because a common offset has no meaning. Masked ids (-Inf or the
+    type's smallest number) and ids with a large bias are clipped to the range of the first argument's other
+    logits. NaN counts as 0; NaN in the states gives an error of its own.
+    """
+    centred = []
+    for each in (logits, *others):
+        wide = each.to(torch.promote_types(each.dtype, torch.float32))
+        masked = ~wide.isfinite() | (wide.abs() >= torch.finfo(each.dtype).max / 2)
+        median = wide.masked_fill(masked, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        centred.append((wide - median, masked))
+    away, masked = centred[0]
+    reach = _REACH * away.masked_fill(masked, torch.nan).abs().nanmedian().nan_to_num(0.0)
+    return [away.clamp(-reach, reach).nan_to_num(0.0) for away, _ in centred]
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are the same, perhaps rounded to the other's type or copied to its device."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()  # values that are not finite give an error elsewhere
+    return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
+
+
+def is_same_or_scaled(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` is ``a`` times a positive number, which changes no cosine and no norm's output."""
+    if is_same(a, b):
+        return True
+    if a.shape != b.shape:
+        return False
+    eps = max(torch.finfo(each.dtype).eps for each in (a, b))
+    a, b = (each.nan_to_num().to(b.device, torch.promote_types(each.dtype, torch.float32)) for each in (a, b))
+    factor = float((a * b).sum() / a.square().sum())
+    is_scale = factor > 0 and abs(factor - 1) > 2 * eps
+    return is_scale and bool((b - factor * a).norm() <= eps * b.norm())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
-from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,59 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.decoder import Decoder, stream_out
-from jreg_megatron.decoder.reference import GGUF_ENDING, step_of
+from jreg_megatron.decoder.load import GGUF_ENDING, Reference, step_of
 from jreg_megatron.decoder.structure import Structure, find_structure
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 from jreg_megatron.runtime.output import note
 
-_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """The ids of a text by a tokenizer of transformers, with the special tokens that begin it alone."""
 
-@dataclass(frozen=True)
-class HubTokenizer:
-    """A tokenizer of transformers."""
-
-    tokenizer: Any
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that begin it."""
-        ids = self._ids(text)
-        return ids[: len(ids) - self._closing]
-
-    @cached_property
-    def _closing(self) -> int:
-        """The number of special tokens after a text. They are no part of it."""
-        plain, ids = self._ids("a", add_special_tokens=False), self._ids("a")
-        starts = (at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain)
-        start = next(starts, None)
-        return 0 if start is None else len(ids) - start - len(plain)
-
-    def _ids(self, text: str, **how: bool) -> list[int]:
+    def ids(text: str, **how: bool) -> list[int]:
         # verbose would warn about every text that is longer than the model's context.
-        ids: list[int] = self.tokenizer(text, verbose=False, **how)["input_ids"]
-        return ids
+        found: list[int] = tokenizer(text, verbose=False, **how)["input_ids"]
+        return found
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
-        return str(self.tokenizer.decode(ids))
+    # The special tokens after a text are no part of it.
+    plain, whole = ids("a", add_special_tokens=False), ids("a")
+    starts = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
+    closing = len(whole) - len(plain) - next(starts, len(whole) - len(plain))
+    return lambda text: (found := ids(text))[: len(found) - closing]
 
 
 def load_hugging_face(
-    source: str,
-    *,
-    name: str,
-    revision: str | None,
-    dtype: torch.dtype,
-    device: str,
-    trust_remote_code: bool,
+    reference: Reference, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
 ) -> Decoder:
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: name on the hub, folder, or GGUF file.
-        name: for tables and messages.
-        revision: branch, tag or commit on the hub; None for the default.
+        reference: names it.
         dtype: of the weights, unpacked ones of a GGUF file too.
         device: a device, or ``auto`` for all GPUs, which needs ``accelerate``.
         trust_remote_code: run the model's own code.
@@ -76,39 +50,64 @@ def load_hugging_face(
         UserError: if it cannot be loaded, or is not a causal decoder.
     """
     transformers = need("transformers", "measuring a model of Hugging Face", "analysis")
-    is_gguf = source.endswith(GGUF_ENDING)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source, is_gguf = reference.source, reference.source.endswith(GGUF_ENDING)
+    where: dict[str, Any] = {"revision": reference.revision, "trust_remote_code": trust_remote_code}
     if is_gguf:
-        for package in ("gguf", "accelerate"):
-            need(package, "reading GGUF", "analysis")
-        path = Path(source)
-        source_of, where["gguf_file"] = str(path.parent), path.name
-    else:
-        source_of = source
-    if device == "auto":
-        need("accelerate", "--device auto", "analysis")
-    with _one_line(source, revision, trust_remote_code), _silent(transformers, is_gguf):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source_of,
-            dtype=dtype,
-            device_map="auto" if device == "auto" else None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below
-            **where,
-        )
-        tokenizer = _tokenizer(transformers, source_of, where)
-    _refuse_random_weights(info, source)
-    model = model.eval().requires_grad_(False)
-    if device != "auto":
-        model = model.to(device)
+        need("gguf", "reading GGUF", "analysis")
+        source, where["gguf_file"] = str(Path(source).parent), Path(source).name
+    if is_gguf or device == "auto":
+        need("accelerate", "reading GGUF" if is_gguf else "--device auto", "analysis")
+    spread = "auto" if device == "auto" else None
+    model = model_of(reference, source, dtype=dtype, device_map=spread, **where)
+    with errors_alone("transformers"):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+            # A folder without a tokenizer may give one that knows only special tokens.
+            has_words = len(tokenizer) > len(tokenizer.added_tokens_decoder)
+        except Exception:  # the error comes when a text has to be read
+            has_words = False
     return decoder_of(
-        model,
-        tokenizer,
-        name=name,
-        source=source,
+        model if device == "auto" else model.to(device),
+        tokenizer if has_words else None,
+        name=reference.name,
+        source=reference.source,
         kind="gguf" if is_gguf else "hugging_face",
-        revision=revision,
+        revision=reference.revision,
+        step=reference.step,
     )
+
+
+def model_of(reference: Reference, source: str, *, trust_remote_code: bool = False, **how: Any) -> Any:
+    """The model of transformers in ``source``, in evaluation mode; ``how`` is for ``from_pretrained``.
+
+    Raises:
+        UserError: if it cannot be loaded, or its files lack a weight.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    at = reference.source
+    logging.disable_progress_bar()  # downloads have bars of their own
+    # No setting switches off the progress bar of unpacking GGUF.
+    hidden = redirect_stderr(io.StringIO()) if "gguf_file" in how else nullcontext()
+    with loading_errors(reference, trust_remote_code), errors_alone("transformers", "accelerate"), hidden:
+        how |= {"output_loading_info": True, "trust_remote_code": trust_remote_code}
+        how["ignore_mismatched_sizes"] = True  # refused below, by name
+        model, info = AutoModelForCausalLM.from_pretrained(source, **how)
+    # Transformers draws random weights for what the files lack, and only warns.
+    missing, unused = (sorted(map(str, info[keys])) for keys in ("missing_keys", "unexpected_keys"))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
+        raise UserError(f"the files of {at} hold no {missing[0]}{more}, which its config.json needs{instead}")
+    for name, held, needed in sorted(info["mismatched_keys"], key=str):
+        raise UserError(
+            f"the files of {at} hold {name} of size {list(held)}, but its config.json needs {list(needed)}; "
+            "one of them is of another model"
+        )
+    if unused:
+        note(f"{at} holds weights that its config.json does not use, such as {unused[0]}; they are ignored")
+    return model.eval().requires_grad_(False)
 
 
 def decoder_of(
@@ -119,6 +118,7 @@ def decoder_of(
     source: str,
     kind: str = "hugging_face",
     revision: str | None = None,
+    step: int | None = None,
 ) -> Decoder:
     """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers.
 
@@ -128,11 +128,13 @@ def decoder_of(
     config = model.config.get_text_config(decoder=True)
     device = model.device
 
+    @torch.inference_mode()
     def logits(tokens: Tensor) -> Tensor:
-        found = _called(model, tokens.to(device))
-        found = (
-            found.logits if hasattr(found, "logits") else found["logits" if isinstance(found, dict) else 0]
-        )
+        found: Any = _called(model, tokens.to(device))
+        if not hasattr(found, "logits"):
+            found = found["logits" if isinstance(found, dict) else 0]
+        else:
+            found = found.logits
         if found.ndim != 3 or found.shape[:2] != tokens.shape:
             raise UserError(
                 f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
@@ -141,8 +143,17 @@ def decoder_of(
         out: Tensor = found
         return out
 
-    num_layers, vocab_size = _num_layers(config), _vocab_size(model, config, name)
-    structure = find_structure(model, logits, vocab_size, name, num_layers, _max_length(config))
+    # In an encoder-decoder, num_hidden_layers is the encoder's.
+    counts = _settings(
+        config, "decoder_layers num_decoder_layers num_hidden_layers n_layer n_layers num_layers"
+    )
+    num_layers = next((count for count in counts if isinstance(count, int)), None)
+    lengths = _settings(
+        config, "max_target_positions max_position_embeddings n_positions max_seq_len seq_length"
+    )
+    max_length = next((int(length) for length in lengths if length > 0), None)
+    ids = getattr(config, "vocab_size", None) or len(model.get_output_embeddings().weight)
+    structure = find_structure(model, logits, int(ids), name, num_layers, max_length)
     if num_layers not in (None, len(structure.layers)):
         note(
             f"the configuration of {name} counts {num_layers} layers, but {len(structure.layers)} of "
@@ -154,6 +165,7 @@ def decoder_of(
         note(f"the head of {name} reads more than its last layer's output; figures are of this output only")
     without_head = _without_head(model, structure)
 
+    @torch.inference_mode()
     def run(tokens: Tensor) -> None:
         _called(without_head, tokens.to(device))
 
@@ -162,22 +174,27 @@ def decoder_of(
         source=source,
         kind=kind,
         revision=revision,
-        step=step_of(revision or source),
+        step=step_of(revision or source) if step is None else step,
         model=model,
         layers=structure.layers,
         final_norm=structure.final_norm,
         head=_head(model, config),
-        run=torch.inference_mode()(run),
-        logits=torch.inference_mode()(logits),
-        tokenizer=None if tokenizer is None else HubTokenizer(tokenizer),
+        run=run,
+        logits=logits,
+        encode=None if tokenizer is None else encoder_of(tokenizer),
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
-        vocab_size=vocab_size,
+        vocab_size=int(ids),
         hidden_size=structure.output.shape[-1],
-        max_length=_max_length(config),
+        max_length=max_length,
         device=device,
         dtype=model.dtype,
         in_place=structure.in_place,
     )
+
+
+def _settings(config: Any, names: str) -> list[Any]:
+    """Those of a configuration's settings that are there and not zero, by their names in the order given."""
+    return [value for name in names.split() if (value := getattr(config, name, None))]
 
 
 def _called(module: nn.Module, tokens: Tensor) -> Any:
@@ -185,30 +202,6 @@ def _called(module: nn.Module, tokens: Tensor) -> Any:
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
-
-
-def _vocab_size(model: Any, config: Any, name: str) -> int:
-    """From the configuration, or else from the rows of the head or the embedding."""
-    ends = (getattr(model, get, lambda: None)() for get in ("get_output_embeddings", "get_input_embeddings"))
-    rows = (len(weight) for end in ends if (weight := getattr(end, "weight", None)) is not None)
-    size = getattr(config, "vocab_size", None) or next(rows, None)
-    if size is None:
-        raise UserError(
-            f"the configuration of {name} has no vocab_size, and no embedding was found; add vocab_size"
-        )
-    return int(size)
-
-
-def _max_length(config: Any) -> int | None:
-    names = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    lengths = (getattr(config, name, None) for name in names)
-    return next((int(length) for length in lengths if length and length > 0), None)
-
-
-def _num_layers(config: Any) -> int | None:
-    # In an encoder-decoder, num_hidden_layers is the encoder's.
-    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
@@ -234,29 +227,6 @@ def _runs_alike(module: nn.Module, structure: Structure) -> bool:
     return len(seen) == 1 and not bool((seen[0] - structure.output).norm() > slack)
 
 
-def _refuse_random_weights(info: Any, source: str) -> None:
-    """Raises:
-    UserError: if transformers drew random weights because the files lack some; it only warns.
-    """
-    unused = sorted(map(str, info["unexpected_keys"]))
-    if missing := sorted(map(str, info["missing_keys"])):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        instead = f"; they hold {unused[0]}, which the model does not have" if unused else ""
-        raise UserError(
-            f"the files of {source} hold no {missing[0]}{more}, which its config.json needs{instead}"
-        )
-    if mismatched := sorted(info["mismatched_keys"], key=str):
-        name, saved, wanted = mismatched[0]
-        raise UserError(
-            f"the files of {source} hold {name} of size {list(saved)}, but its config.json needs "
-            f"{list(wanted)}; one of them is of another model"
-        )
-    if unused:
-        note(
-            f"{source} holds weights that its config.json does not use, such as {unused[0]}; they are ignored"
-        )
-
-
 def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     """The output embedding, with the known settings that change its logits.
 
@@ -265,10 +235,10 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     if (embedding := model.get_output_embeddings()) is None:
         return None
     kind = next((weight.dtype for weight in embedding.parameters() if weight.is_floating_point()), None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = 1.0 if isinstance(scale, str) else scale  # of MPT, which transformers does not apply
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    cap = next((value for name in _SOFT_CAPS if (value := getattr(config, name, None))), None)
+    scales = [*_settings(config, "logit_scale"), 1.0]
+    scale = 1.0 if isinstance(scales[0], str) else scales[0]  # of MPT, which transformers does not apply
+    scale /= [*_settings(config, "logits_scaling"), 1.0][0]
+    cap = next(iter(_settings(config, "final_logit_softcapping logits_soft_cap output_logit_soft_cap")), None)
 
     def head(states: Tensor) -> Tensor:
         # Some models have an fp32 residual stream with weights of another type.
@@ -280,19 +250,10 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     return head
 
 
-def _tokenizer(transformers: Any, source: str, where: dict[str, Any]) -> Any | None:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-    except Exception:  # the error comes when a text has to be read
-        return None
-    # A folder without a tokenizer may give one that knows only special tokens.
-    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_decoder) else None
-
-
 @contextmanager
-def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None]:
+def loading_errors(reference: Reference, trusted: bool = False) -> Iterator[None]:
     """Turn errors of transformers and the hub into one line."""
-    at = f"{source}@{revision}" if revision else source
+    at = f"{reference.source}@{reference.revision}" if reference.revision else reference.source
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -305,27 +266,9 @@ def _one_line(source: str, revision: str | None, trusted: bool) -> Iterator[None
             raise UserError(
                 f"{at} has its own Python code; if you trust it, give --trust-remote-code to run it"
             ) from error
-        if isinstance(error, OSError) and not Path(source).exists():
+        if isinstance(error, OSError) and not Path(reference.source).exists():
             raise UserError(
                 f"{at} is no file or folder, and the hub does not give it ({said[:160]}); correct the name, "
                 "the revision or the network access"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
-
-
-@contextmanager
-def _silent(transformers: Any, is_gguf: bool) -> Iterator[None]:
-    """Hide transformers' warnings and progress bars while a model is loaded, except those of downloads."""
-    said = transformers.utils.logging
-    has_bars = said.is_progress_bar_enabled()
-    said.disable_progress_bar()
-    try:
-        # No setting switches off the progress bar of unpacking GGUF.
-        with (
-            errors_alone("transformers", "accelerate"),
-            redirect_stderr(io.StringIO()) if is_gguf else nullcontext(),
-        ):
-            yield
-    finally:
-        if has_bars:
-            said.enable_progress_bar()

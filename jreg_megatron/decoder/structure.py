@@ -17,8 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.comparing import comparable, is_same, is_same_or_scaled
-from jreg_megatron.decoder.decoder import is_state, stream_out, with_stream
+from jreg_megatron.decoder.decoder import (
+    comparable,
+    is_same,
+    is_same_or_scaled,
+    is_state,
+    stream_out,
+    with_stream,
+)
 from jreg_megatron.runtime.errors import UserError
 
 _LENGTH = 12
@@ -46,34 +52,26 @@ _STEPS = (1, 2, 5, 11, 23)
 class Structure:
     """The parts of a model."""
 
-    layers: Sequence[nn.Module]
-    """Layers 1..L."""
-    final_norm: nn.Module | None
-    """None if no norm runs on the last layer's output, or not on it alone."""
-    feeds_head_alone: bool
-    """Whether the head sees only the last layer's output."""
-    tokens: Tensor
-    """The ids ``[2, s]`` of the forward pass."""
-    output: Tensor
-    """The last layer's states of these ids, ``[2, s, h]``."""
-    in_place: bool
-    """Whether a layer writes to its input."""
-    scales: bool
-    """Whether a state is multiplied by a number between layers."""
+    layers: Sequence[nn.Module]  # 1..L
+    final_norm: nn.Module | None  # None if no norm runs on the last layer's output, or not on it alone
+    feeds_head_alone: bool  # whether the head sees only the last layer's output
+    tokens: Tensor  # the ids [2, s] of the forward pass
+    output: Tensor  # the last layer's states of these ids, [2, s, h]
+    in_place: bool  # whether a layer writes to its input
+    scales: bool  # whether the state is multiplied by a number between layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
+    """A call of a module from states to states."""
+
     module: nn.Module
-    number: int
-    """Number among the calls of this module, from 1."""
+    number: int  # of the module's calls, from 1
     state_in: Tensor
     state_out: Tensor
-    more_in: list[Tensor]
+    more_in: list[Tensor]  # its other states
     more_out: list[Tensor]
-    """Other states among its arguments, and in its output."""
     in_place: bool
-    """Whether it wrote to its input."""
 
 
 def find_structure(
@@ -113,8 +111,13 @@ def find_structure(
             f"{name} gives the same logits for different tokens, so its layers cannot be found; check its "
             "embedding"
         )
-
-    _refuse_noise(logits, lambda: run(tokens), name)
+    with torch.inference_mode():
+        own, again = comparable(logits, run(tokens))
+    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
+        raise UserError(
+            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
+            "its dropout, its noise and its memory of earlier runs"
+        )
 
     def effect(call: _Call) -> tuple[bool, bool]:
         return _effect(call, logits, lambda: run(tokens))
@@ -130,11 +133,13 @@ def find_structure(
         wanted = "" if num_layers is None else f" of {num_layers} layers (its configuration)"
         raise UserError(
             f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
-            "Sequential or ModuleDict of one type, whose members run in order from embedding to head, each "
-            f"on the [batch, sequence, hidden] states of the one before; it has {_lists(model)}"
-            f"{_repeated(model, calls)}"
+            "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
+            "head, each on the [batch, sequence, hidden] states of the one before; give another model"
         )
-    _refuse_lookahead(last.state_out, name)
+    first, second = last.state_out[:, : _at(length)].float()
+    # The rows may differ by rounding, because experts take both rows' tokens together.
+    if (first - second).norm() > torch.finfo(last.state_out.dtype).eps ** 0.5 * first.norm():
+        raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
     behind = calls[calls.index(last) + 1 :]
     norms = (call for call in behind if _is_norm_of(call, last.state_out) and effect(call)[1])
     norm = next((call.module for call in norms), None)
@@ -283,39 +288,3 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     except Exception:  # it needs more than states
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())
-
-
-@torch.inference_mode()
-def _refuse_noise(logits: Tensor, run: Callable[[], Tensor], name: str) -> None:
-    own, again = comparable(logits, run())
-    if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
-        raise UserError(
-            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
-            "its dropout, its noise and its memory of earlier runs"
-        )
-
-
-def _refuse_lookahead(states: Tensor, name: str) -> None:
-    first, second = states[:, : _at(states.shape[1])].float()
-    # The rows may differ by rounding, because experts take both rows' tokens together.
-    if (first - second).norm() > torch.finfo(states.dtype).eps ** 0.5 * first.norm():
-        raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
-
-
-def _repeated(model: nn.Module, calls: list[_Call]) -> str:
-    """The part of an error about a member of a list that runs several times."""
-    members = {each for each in model.modules() if isinstance(each, _LISTS) for each in each.children()}
-    most = max((call for call in calls if call.module in members), key=lambda call: call.number, default=None)
-    if most is None or most.number == 1:
-        return ""
-    return f"; a {type(most.module).__name__} runs {most.number} times in one pass, but a layer must run once"
-
-
-def _lists(model: nn.Module) -> str:
-    lists = [
-        f"{name} ({len(module)} x {type(module[0]).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    more = f" and {len(lists) - 4} more" if len(lists) > 4 else ""
-    return ", ".join(lists[:4]) + more if lists else "no ModuleList at all"

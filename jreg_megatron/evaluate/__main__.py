@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,13 @@ from jreg_megatron.data.texts import (
     texts_of,
     training_speeches,
 )
-from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
-from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
+from jreg_megatron.decoder.load import (
+    Reference,
+    add_model_arguments,
+    check_model_arguments,
+    find_models,
+    load,
+)
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -58,11 +63,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: Namespace) -> None:
     if args.seeds:
-        _compare_seeds(args)
+        output.check_outputs(json=args.json, csv=args.csv)
+        need("scipy", "comparing over seeds", "analysis")
+        from jreg_megatron.evaluate.seeds import compare_seeds, csv_rows, print_tables
+
+        found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
+        _put_out(args, found | compare_seeds(args.models), csv_rows, print_tables)
         return
     references = _checked(args)
     texts = [] if args.parts == ["tasks"] and args.lens is None else texts_of(args)
-    lens_texts = _lens_texts(args)
+    lens_texts: Iterable[Text] = TextFiles.find(args.lens, args.key) if args.lens else []
+    if args.lens == []:
+        lens_texts = [text for text in training_speeches() if text.name not in (args.speeches or ())]
     check_model_arguments(args)
     done: list[Evaluation] = []
     with TemporaryDirectory(prefix="jreg_megatron-tasks-") as folder:
@@ -72,22 +84,11 @@ def _run(args: Namespace) -> None:
 
             tasks = load_tasks(args.tasks, args.include_path, Path(folder))
         from jreg_megatron.evaluate.evaluation import evaluate
-        from jreg_megatron.evaluate.layers import Options
 
         try:
             for number, reference in enumerate(references):
-                decoder = load(
-                    reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
-                )
-                for so_far in evaluate(
-                    decoder,
-                    args.parts if args.lens is None else [*args.parts, "lens"],
-                    tasks=tasks,
-                    limit=args.limit,
-                    texts=texts,
-                    options=Options(args.max_tokens or None, args.batch_size, args.quiet),
-                    lens_texts=lens_texts,
-                ):
+                decoder = load(reference, args)
+                for so_far in evaluate(decoder, args, tasks=tasks, texts=texts, lens_texts=lens_texts):
                     done[number:] = [so_far]
         finally:
             if done:  # even if a later model or part fails: it may have taken hours
@@ -100,23 +101,14 @@ def _checked(args: Namespace) -> list[Reference]:
         raise UserError(f"--parts is empty; the parts are {', '.join(PARTS)}")
     if not args.tasks:
         raise UserError("--tasks is empty; give speeches, paper or a task of the harness")
-    for part in args.parts:
-        if part not in PARTS:
-            raise UserError(f"--parts names {part!r}; the parts are {', '.join(PARTS)}")
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        raise UserError(f"--parts names {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     if args.max_tokens < 0 or args.max_tokens == 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
     if args.lens == [] and args.text:
         raise UserError("--lens names no texts, and --text are for the test; name others: --lens FILE")
     check_least(args, limit=1)
     return find_models(args.models)
-
-
-def _lens_texts(args: Namespace) -> Iterable[Text]:
-    if args.lens is None:
-        return []
-    if not args.lens:
-        return [text for text in training_speeches() if text.name not in (args.speeches or ())]
-    return TextFiles.find(args.lens, args.key)
 
 
 def _write(args: Namespace, done: list[Evaluation]) -> None:
@@ -134,28 +126,10 @@ def _write(args: Namespace, done: list[Evaluation]) -> None:
     _put_out(args, found, csv_rows, print_tables)
 
 
-def _compare_seeds(args: Namespace) -> None:
-    output.check_outputs(json=args.json, csv=args.csv)
-    need("scipy", "comparing over seeds", "analysis")
-    from jreg_megatron.evaluate.seeds import compare_seeds, csv_rows
-    from jreg_megatron.evaluate.show import print_seeds
-
-    found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
-    _put_out(args, found | compare_seeds(args.models), csv_rows, print_seeds)
-
-
-def _put_out(
-    args: Namespace,
-    found: dict[str, Any],
-    csv_rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
-    show: Callable[[Any, dict[str, Any]], None],
-) -> None:
-    if args.json is not None:
-        output.write_json(args.json, found)
-    if args.csv is not None:
-        output.write_csv(args.csv, list(csv_rows(found)))
-    if not args.quiet:
-        show(output.console(args), found)
+def _put_out(args: Namespace, found: dict[str, Any], csv_rows: Any, show: Any) -> None:
+    rows = list(csv_rows(found))
+    output.put_out(args, found, rows)
+    output.put_out(args, found, rows, lambda console: show(console, found))
 
 
 def parser() -> ArgumentParser:
@@ -167,64 +141,38 @@ def parser() -> ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--seeds",
-        action="store_true",
-        help="compare over training seeds. Each MODEL is then a --json file of one seed, with its baseline "
-        "and its JREG on the paper's tasks. It prints their difference over seeds, the paper's one-sided "
-        "t-test, a 95%% interval and the test's power, with and without BoolQ",
+    seeds = (
+        "compare over training seeds. Each MODEL is then a --json file of one seed, with its baseline and "
+        "its JREG on the paper's tasks. It prints their difference over seeds, the paper's one-sided t-test, "
+        "a 95%% interval and the test's power, with and without BoolQ"
     )
-    parser.add_argument(
-        "--parts",
-        type=_names,
-        default=list(PARTS),
-        metavar="PART,...",
-        help=f"run these parts: {', '.join(PARTS)} (default: all). layer-drop needs one run for each layer",
+    parser.add_argument("--seeds", action="store_true", help=seeds)
+    names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
+    parts = f"run these parts: {', '.join(PARTS)} (default: all). layer-drop needs one run for each layer"
+    parser.add_argument("--parts", **names, default=list(PARTS), metavar="PART,...", help=parts)
+    group = parser.add_argument_group("tasks, by lm-evaluation-harness")
+    tasks = (
+        "speeches (default): small tasks made of held-out speeches; they need no network and are no public "
+        "benchmark. paper: the nine tasks of JREG's paper, zero-shot, from the Hugging Face hub: ARC-easy, "
+        "BoolQ, HellaSwag, LAMBADA (lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, with their mean, "
+        "and the mean without BoolQ. Or any task or group of the harness"
     )
-    tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
-    tasks.add_argument(
-        "--tasks",
-        type=_names,
-        default=["speeches"],
-        metavar="TASK,...",
-        help="speeches (default): small tasks made of held-out speeches; they need no network and are no "
-        "public benchmark. paper: the nine tasks of JREG's paper, zero-shot, from the Hugging Face hub: "
-        "ARC-easy, BoolQ, HellaSwag, LAMBADA (lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, with "
-        "their mean, and the mean without BoolQ. Or any task or group of the harness",
-    )
-    tasks.add_argument(
-        "--limit", type=int, metavar="N", help="run the first N samples of each task (default: all)"
-    )
-    tasks.add_argument(
-        "--include-path",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="a folder of your own task files; can be repeated",
-    )
+    group.add_argument("--tasks", **names, default=["speeches"], metavar="TASK,...", help=tasks)
+    limit = "run the first N samples of each task (default: all)"
+    group.add_argument("--limit", type=int, metavar="N", help=limit)
+    own: dict[str, Any] = {"action": "append", "default": [], "metavar": "FOLDER"}
+    group.add_argument("--include-path", **own, help="a folder of your own task files; can be repeated")
     text, _ = add_text_arguments(parser)
-    text.add_argument(
-        "--max-tokens",
-        type=int,
-        default=_DEFAULT_TOKENS,
-        metavar="N",
-        help="read the first N tokens of each text; 0 reads all (default: %(default)s)",
+    first = "read the first N tokens of each text; 0 reads all (default: %(default)s)"
+    text.add_argument("--max-tokens", type=int, default=_DEFAULT_TOKENS, metavar="N", help=first)
+    lens = (
+        "also read each layer out through a lens: an affine map of its states to the last layer's, fitted by "
+        "least squares on these texts (default: the other speeches)"
     )
-    text.add_argument(
-        "--lens",
-        nargs="*",
-        metavar="FILE",
-        help="also read each layer out through a lens: an affine map of its states to the last layer's, "
-        "fitted by least squares on these texts (default: the other speeches)",
-    )
-    add_model_arguments(parser)
+    text.add_argument("--lens", nargs="*", metavar="FILE", help=lens)
+    add_model_arguments(parser, "+")
     output.add_output_arguments(parser)
     return parser
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.reference import name_at
+from jreg_megatron.decoder.load import name_at
 from jreg_megatron.evaluate import layers, paired
-from jreg_megatron.evaluate.layers import Options, PerText
-from jreg_megatron.evaluate.lens import fit_lens
-from jreg_megatron.evaluate.paired import Difference
-from jreg_megatron.evaluate.scoring import read_out_error
+from jreg_megatron.evaluate.layers import PerText, read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
 from jreg_megatron.paper import TASKS, WITHOUT_BOOLQ, missing_tasks, task_means
 from jreg_megatron.runtime.errors import UserError
@@ -26,17 +24,12 @@ from jreg_megatron.runtime.output import note
 class Evaluation:
     """One model's results. A part that was left out or is not finished is None."""
 
-    model: dict[str, Any]
-    """From :meth:`Decoder.described`."""
+    model: dict[str, Any]  # from Decoder.described
     tasks: dict[str, TaskResult] | None = None
-    read_out: PerText | None = None
-    """Its C readings are layers 0..L."""
-    layer_drop: PerText | None = None
-    """Its C readings are without layer 1..L, then the whole model."""
-    lens: PerText | None = None
-    """Its C readings are layers 0..L through the fitted lens."""
-    lens_tokens: int = 0
-    """Number of tokens in the lens's fit."""
+    read_out: PerText | None = None  # its C readings are layers 0..L
+    layer_drop: PerText | None = None  # its C readings are without layer 1..L, then the whole model
+    lens: PerText | None = None  # its C readings are layers 0..L through the fitted lens
+    lens_tokens: int = 0  # in the lens's fit
 
     @property
     def at(self) -> str:
@@ -46,29 +39,25 @@ class Evaluation:
 
 def evaluate(
     decoder: Decoder,
-    parts: Iterable[str],
+    args: Namespace,
     *,
     tasks: Mapping[str, Any],
-    limit: int | None,
     texts: Iterable[Text],
-    options: Options,
     lens_texts: Iterable[Text] = (),
 ) -> Iterator[Evaluation]:
     """Evaluate a model. After each part, yield the results so far, so that a later error cannot lose them.
 
     Args:
         decoder: the model.
-        parts: of ``tasks``, ``read-out``, ``layer-drop`` and ``lens``.
+        args: the command's: ``parts``, ``lens``, ``limit``, ``max_tokens``, ``batch_size`` and ``quiet``.
         tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
-        limit: samples of each task; None for all.
         texts: for the parts about layers.
-        options: for the parts about layers.
         lens_texts: for the fit of the lens; other texts than ``texts``.
 
     Raises:
         UserError: if this model cannot run a part; before any part runs, if possible.
     """
-    parts = set(parts)
+    parts = {*args.parts, *(["lens"] if args.lens is not None else [])}
     if (error := read_out_error(decoder)) is not None:
         if parts <= {"read-out", "lens"}:
             raise UserError(error)
@@ -78,19 +67,18 @@ def evaluate(
     if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
         raise UserError(f"--lens names {len(both)} of the texts of the test; give others")
     if parts - {"tasks"}:
-        texts = layers.checked_texts(decoder, texts, options)
+        texts = layers.checked_texts(decoder, texts, args)
     found = Evaluation(decoder.described())
     if "tasks" in parts:
-        results = run_tasks(tasks, decoder, batch_size=options.batch_size, limit=limit, quiet=options.quiet)
-        yield (found := replace(found, tasks=results))
+        yield (found := replace(found, tasks=run_tasks(tasks, decoder, args)))
     if "read-out" in parts:
-        yield (found := replace(found, read_out=layers.read_out(decoder, texts, options)))
+        yield (found := replace(found, read_out=layers.read_out(decoder, texts, args)))
     if "lens" in parts:
-        lens = fit_lens(decoder, lens_texts, options)
-        through = layers.read_out(decoder, texts, options, lens)
+        lens = layers.fit_lens(decoder, lens_texts, args)
+        through = layers.read_out(decoder, texts, args, lens)
         yield (found := replace(found, lens=through, lens_tokens=lens.tokens))
     if "layer-drop" in parts:
-        yield replace(found, layer_drop=layers.layer_drop(decoder, texts, options))
+        yield replace(found, layer_drop=layers.layer_drop(decoder, texts, args))
 
 
 def _contents(texts: Iterable[Text]) -> set[int]:
@@ -127,12 +115,12 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     averaged = [name for name in shares if not has_all or name in TASKS]
 
     def mean_of(names: Sequence[str]) -> dict[str, Any]:
-        return asdict(paired.compare_mean([pairs[name] for name in names]))
+        return paired.compare_mean([pairs[name] for name in names])._asdict()
 
     return {
         "models": (a.model["name"], b.model["name"]) if a.model["name"] != b.model["name"] else (a.at, b.at),
         "confidence": paired.CONFIDENCE,
-        "tasks": dict(zip(pairs, _adjusted(of_tasks), strict=True)),
+        "tasks": dict(zip(pairs, paired.adjusted(of_tasks), strict=True)),
         "overall": mean_of(averaged) | {"tasks": averaged} if averaged else None,
         "without_boolq": mean_of(WITHOUT_BOOLQ) if has_all else None,
         "read_out": _compare_layers(a, b, "read_out", "Read-out", notes),
@@ -145,34 +133,27 @@ def _compare_layers(
     a: Evaluation, b: Evaluation, part: str, what: str, notes: list[str]
 ) -> dict[str, Any] | None:
     """The loss after layers 0..L, by columns; None and a note if it cannot be compared."""
-    first: PerText | None = getattr(a, part)
-    second: PerText | None = getattr(b, part)
+    first, second = getattr(a, part), getattr(b, part)
     depths = [each.model["num_layers"] for each in (a, b)]
-    if first is None or second is None:
-        if first or second:
-            notes.append(f"{what} is not compared: {(b if first else a).at} has none.")
+    why = f"{what} is not compared: "
+    if not (first and second):
+        notes += [f"{why}{(b if first else a).at} has none."] if first or second else []
     elif depths[0] != depths[1]:
-        notes.append(f"{what} is not compared: {a.at} has {depths[0]} layers, {b.at} has {depths[1]}.")
+        notes.append(f"{why}{a.at} has {depths[0]} layers, {b.at} has {depths[1]}.")
     elif first.ids != second.ids:
         notes.append(
-            f"{what} is not compared: the models cut the texts differently (another tokenizer or another "
-            "longest sequence), so their losses per token do not compare; the task speeches_bits_per_byte "
-            "compares the whole models."
+            f"{why}the models cut the texts differently (another tokenizer or another longest sequence), so "
+            "their losses per token do not compare; the task speeches_bits_per_byte compares the whole "
+            "models."
         )
     elif len(first.tokens) < paired.FEWEST:
         notes.append(_too_few("texts", f"the {what.lower()} ({len(first.tokens)})"))
     else:
         of_layers = zip(first.loss.T, second.loss.T, strict=True)
-        rows = _adjusted([paired.compare(*pair, first.tokens) for pair in of_layers])
+        rows = paired.adjusted([paired.compare(*pair, first.tokens) for pair in of_layers])
         keys = ("difference", "interval", "p_value", "p_adjusted")
         return {key: [row[key] for row in rows] for key in keys} | {"texts": len(first.tokens)}
     return None
-
-
-def _adjusted(differences: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Differences for JSON, with p-values adjusted for several tests."""
-    corrected = paired.adjusted([found.p_value for found in differences])
-    return [asdict(found) | {"p_adjusted": p} for found, p in zip(differences, corrected, strict=True)]
 
 
 def _too_few(what: str, where: str) -> str:
@@ -192,26 +173,20 @@ def _model(e: Evaluation, text: str) -> dict[str, Any]:
         }
         for name, task in (e.tasks or {}).items()
     }
-    found = {
+
+    def by_layer(found: PerText) -> dict[str, Any]:
+        means = {"loss": found.loss, "accuracy": found.correct, "agreement": found.agreed}
+        return {
+            **{"text": text, "texts": len(found.tokens), "tokens": int(found.tokens.sum())},
+            **{key: found.mean(sums) for key, sums in means.items()},
+        }
+
+    losses = e.layer_drop and e.layer_drop.mean(e.layer_drop.loss)
+    return {
         **e.model,
         "tasks": tasks,
         "paper_means": task_means({name: task.value for name, task in (e.tasks or {}).items()}),
-        "read_out": e.read_out and _by_layer(e.read_out, text),
-        "lens": e.lens and _by_layer(e.lens, text) | {"fit_tokens": e.lens_tokens},
-        "layer_drop": None,
-    }
-    if e.layer_drop is not None:
-        *loss, unchanged = e.layer_drop.mean(e.layer_drop.loss)
-        found["layer_drop"] = {"loss": loss, "unchanged": unchanged}
-    return found
-
-
-def _by_layer(found: PerText, text: str) -> dict[str, Any]:
-    return {
-        "text": text,
-        "texts": len(found.tokens),
-        "tokens": int(found.tokens.sum()),
-        "loss": found.mean(found.loss),
-        "accuracy": found.mean(found.correct),
-        "agreement": found.mean(found.agreed),
+        "read_out": e.read_out and by_layer(e.read_out),
+        "lens": e.lens and by_layer(e.lens) | {"fit_tokens": e.lens_tokens},
+        "layer_drop": losses and {"loss": losses[:-1], "unchanged": losses[-1]},
     }

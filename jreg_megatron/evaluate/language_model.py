@@ -12,9 +12,8 @@ from lm_eval.defaults import DEFAULT_MAX_LENGTH
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.trial import refuse_dependence
-from jreg_megatron.evaluate.scoring import score_own
+from jreg_megatron.decoder.decoder import Decoder, refuse_dependence
+from jreg_megatron.evaluate.layers import score_own
 from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
@@ -30,13 +29,13 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, decoder: Decoder, batch_size: int, quiet: bool) -> None:
         """Raises :class:`UserError` for a model without a tokenizer."""
         super().__init__()
-        if decoder.tokenizer is None:
+        if decoder.encode is None:
             raise UserError(
                 f"{decoder.name} has no tokenizer, which tasks need; leave tasks out with --parts"
             )
         self._decoder, self._batch_size, self._quiet = decoder, batch_size, quiet
         self._tried = False
-        self._encode = decoder.tokenizer.encode
+        self._encode = decoder.encode
         self._begin = self._encode("")
         self._max_length = decoder.max_length or DEFAULT_MAX_LENGTH
 
@@ -93,13 +92,8 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             refuse_dependence(self._decoder, (context + wanted)[-self._max_length :], self._batch_size)
             self._tried = True
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(
-            total=len(requests),
-            desc=f"{self._decoder.name}: tasks",
-            unit=" requests",
-            leave=False,
-            disable=self._quiet or None,
-        ) as bar:
+        about = {"desc": f"{self._decoder.name}: tasks", "unit": " requests", "leave": False}
+        with tqdm(total=len(requests), disable=self._quiet or None, **about) as bar:
             for batch in batched(order, self._batch_size):
                 for number, answer in zip(batch, self._answers([requests[n] for n in batch]), strict=True):
                     answers[number] = answer
@@ -114,12 +108,9 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         # Padded on the right, which a causal model does not see.
         inputs = pad_sequence([ids[:-1] for ids in kept], batch_first=True).to(self._decoder.device)
         rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths))
-        columns = torch.cat(
-            [torch.arange(len(ids) - 1)[-length:] for ids, length in zip(kept, lengths, strict=True)]
-        )
-        targets = torch.cat([ids[-length:] for ids, length in zip(kept, lengths, strict=True)])
-        targets = targets.to(self._decoder.device)
-        scores = score_own(self._decoder, inputs, (rows, columns), targets)
-        hits = torch.split(scores.top == targets, lengths)
-        losses = torch.split(scores.loss.double(), lengths)
-        return [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(losses, hits, strict=True)]
+        ends = list(zip(kept, lengths, strict=True))
+        columns = torch.cat([torch.arange(len(ids) - 1)[-length:] for ids, length in ends])
+        targets = torch.cat([ids[-length:] for ids, length in ends]).to(self._decoder.device)
+        loss, top = score_own(self._decoder, inputs, (rows, columns), targets)
+        parts = zip(torch.split(loss.double(), lengths), torch.split(top == targets, lengths), strict=True)
+        return [(-float(losses.sum()), bool(hits.all())) for losses, hits in parts]

@@ -1,8 +1,12 @@
-"""The loss after each layer (early exit), and the loss without each layer."""
+"""The loss after each layer (early exit), also through a fitted lens, and the loss without each layer.
+
+``options`` are the command's ``max_tokens`` (of each text; 0 for all), ``batch_size`` and ``quiet``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,41 +17,36 @@ from tqdm import tqdm
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import Batch, Window, batches
-from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.trial import refuse_dependence
+from jreg_megatron.decoder.decoder import Decoder, See, comparable, refuse_dependence
 from jreg_megatron.evaluate.paired import Floats
-from jreg_megatron.evaluate.scoring import Scores, score, score_own
 from jreg_megatron.runtime.errors import UserError
 
+Scores = tuple[Tensor, Tensor]
+"""Of predictions of n tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
+
+_MAX_LOGITS = 1 << 25
+"""Logits at a time: 128 MiB in fp32."""
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_COARSE_TOLERANCE = 2e-2  # bf16 and fp16
+_CHECKED_TOKENS = 32
+
 _NOTHING = "there is no text with a second token, so none to predict; give longer texts"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of a run over texts."""
-
-    max_tokens: int | None
-    """First tokens of each text, in windows of the model's length; None for all."""
-    batch_size: int
-    """Sequences at a time."""
-    quiet: bool = False
-    """No progress bar."""
+_RIDGE = 1e-6
+"""Share of the mean square of a coordinate that is added to each. States may not fill all dimensions."""
+_FEWEST = 10
+"""Tokens for each row of a lens's map. A fit on fewer tokens does not hold on other texts."""
 
 
 @dataclass(frozen=True)
 class PerText:
     """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
 
-    tokens: Floats
-    """``[T]``, the number of predicted tokens."""
-    ids: list[int]
-    """``[T]``, a hash of each text's tokens. Models with the same hashes can be compared token by token."""
-    loss: Floats
-    """``[T, C]`` in nats."""
-    correct: Floats
-    """``[T, C]``, how often the most likely token was right."""
-    agreed: Floats
-    """``[T, C]``, how often the most likely token was the whole model's."""
+    tokens: Floats  # [T], the number of predicted tokens
+    ids: list[int]  # [T], a hash of each text's tokens; only models with the same hashes can be compared
+    loss: Floats  # [T, C] in nats
+    correct: Floats  # [T, C], how often the most likely token was right
+    agreed: Floats  # [T, C], how often the most likely token was the whole model's
 
     def mean(self, sums: Floats) -> list[float]:
         """Means per token, ``[C]``."""
@@ -55,7 +54,22 @@ class PerText:
         return values
 
 
-def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> list[Text]:
+@dataclass(frozen=True)
+class Lens:
+    """For each layer 0..L-1 the affine map of its states that is nearest to the last layer's states."""
+
+    maps: Tensor  # [L, h + 1, h] float32; the last row is the bias
+    tokens: int  # in the fit
+
+    def __call__(self, number: int, states: Tensor) -> Tensor:
+        """Map states ``[n, h]`` after layer ``number`` (0: the embedding) to the last layer's."""
+        if number == len(self.maps):
+            return states
+        matrix = self.maps[number].to(states.device)
+        return (states.float() @ matrix[:-1] + matrix[-1]).to(states.dtype)
+
+
+def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> list[Text]:
     """Read all texts into token ids, and try the first, before the long runs.
 
     Raises:
@@ -63,7 +77,7 @@ def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> 
             model whose states of a text depend on anything else.
     """
     ids: dict[int, list[NDArray[np.int64]]] = {}
-    for window in decoder.windows(texts, options.max_tokens):
+    for window in decoder.windows(texts, options.max_tokens or None):
         ids.setdefault(window.text, []).append(window.ids)
     read = [Text(f"text {number + 1}", np.concatenate(parts)) for number, parts in ids.items()]
     first = next(_predictable(decoder, read, options), None)
@@ -74,18 +88,10 @@ def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Options) -> 
 
 
 def read_out(
-    decoder: Decoder,
-    texts: Iterable[Text],
-    options: Options,
-    lens: Callable[[int, Tensor], Tensor] | None = None,
+    decoder: Decoder, texts: Iterable[Text], options: Namespace, lens: Lens | None = None
 ) -> PerText:
-    """Predict each text from the states after layers 0 (the embedding) to L, through final norm and head.
-
-    Args:
-        decoder: its final norm and head must give its own logits.
-        texts: to predict.
-        options: of the runs.
-        lens: maps the states ``[n, h]`` after a layer, given its number, before they are read out.
+    """Predict each text from the states after layers 0 (the embedding) to L, through final norm and head,
+    which must give the model's own logits, and before them through a lens if there is one.
 
     Raises:
         UserError: for texts that are too short or not this model's, and logits that are not finite.
@@ -99,55 +105,81 @@ def read_out(
                 states = lens(number, states)
             scores.append(score(decoder.read_out, states, targets, decoder))
 
-        with decoder.observed(StatesAt(kept, read)):
+        with decoder.observed(_states_at(kept, decoder, read)):
             decoder.run(ids)
         return scores
 
     return _measure(decoder, texts, options, readings, "read-out" if lens is None else "lens")
 
 
-def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Options) -> PerText:
+def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> PerText:
     """Predict each text without layer 1, ... without layer L, and by the whole model; raises as
     :func:`read_out`."""
 
-    def final(ids: Tensor, kept: Tensor, targets: Tensor) -> Scores:
-        return score_own(decoder, ids, kept.nonzero(as_tuple=True), targets)
-
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
-        scores = []
+        scores, at = [], kept.nonzero(as_tuple=True)
         for number in range(1, decoder.num_layers + 1):
             with decoder.without_layer(number):
-                scores.append(final(ids, kept, targets))
-        return [*scores, final(ids, kept, targets)]
+                scores.append(score_own(decoder, ids, at, targets))
+        return [*scores, score_own(decoder, ids, at, targets)]
 
     return _measure(decoder, texts, options, readings, "layer drop")
 
 
-@dataclass(frozen=True)
-class StatesAt:
-    """Observes a decoder: passes on the states after layers 0 (the embedding) to L while the model runs."""
+@torch.inference_mode()
+def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Lens:
+    """Fit a lens; it must be tested on other texts.
 
-    kept: Tensor
-    """``[b, s - 1]``, the positions whose states are passed on."""
-    see: Callable[[int, Tensor], None]
-    """Gets a layer's number and the states ``[n, h]`` after it."""
+    Without a map, a middle layer may have a high loss only because its states lie elsewhere in the space.
+    With the map, the loss shows what the layer does not know. The fit is the least-squares fit of Din et al.
+    (arXiv 2303.09435) with a bias. A token has the weight ``1 / |h_L|^2``, because a norm reads only the
+    direction. Else a few tokens with huge states, such as the first of a text, would decide.
 
-    def layer(self, number: int, layer_input: Tensor, layer_output: Tensor) -> None:
+    Raises:
+        UserError: if the texts have too few tokens, or cannot be read.
+    """
+    # Least squares needs, for each layer but the last, the products of [its states, 1] by [its states, 1, the
+    # last layer's states], in float64.
+    sums: dict[int, Tensor] = {}
+    tokens = 0
+    for ids, kept, _, _ in _prediction_batches(decoder, texts, options, "lens"):
+        states: dict[int, Tensor] = {}
+        with decoder.observed(_states_at(kept, decoder, states.__setitem__)):
+            decoder.run(ids)
+        last = states.pop(decoder.num_layers).double()
+        size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        tokens += len(last)
+        for number, state in states.items():
+            rows = torch.cat((state.double(), torch.ones_like(state[:, :1])), dim=-1) / size.to(state.device)
+            products = rows.T @ torch.cat((rows, (last / size).to(state.device)), dim=-1)
+            sums[number] = sums.get(number, 0) + products
+    least = _FEWEST * (decoder.hidden_size + 1)
+    if tokens < least:
+        raise UserError(
+            f"--lens has texts of {tokens:,} tokens, but {decoder.name} needs at least {least:,}; give more"
+        )
+    maps = []
+    for products in sums.values():
+        square, product = products[:, : len(products)], products[:, len(products) :]
+        square.diagonal()[:-1] += _RIDGE * square.diagonal()[:-1].mean()
+        maps.append(torch.linalg.solve(square, product).float().cpu())
+    return Lens(torch.stack(maps), tokens)
+
+
+def _states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], None]) -> See:
+    """Passes on the states ``[n, h]`` after layers 0 to L at the positions ``kept`` ``[b, s - 1]``."""
+
+    def see(number: int, before: Tensor, after: Tensor) -> None:
         if number == 1:
-            self.see(0, layer_input[:, :-1][self.kept.to(layer_input.device)])
-        self.see(number, layer_output[:, :-1][self.kept.to(layer_output.device)])
+            read(0, before[:, :-1][kept.to(before.device)])
+        if number <= decoder.num_layers:
+            read(number, after[:, :-1][kept.to(after.device)])
 
-    def final_norm(self, normed: Tensor) -> None:
-        pass
-
-
-Readings = Callable[[Tensor, Tensor, Tensor], list[Scores]]
-"""From ids ``[b, s]``, the predicting positions ``[b, s - 1]`` and the tokens ``[n]`` to predict: the scores
-of each reading of the model, the whole model last."""
+    return see
 
 
-def prediction_batches(
-    decoder: Decoder, texts: Iterable[Text], options: Options, what: str, total: int | None = None
+def _prediction_batches(
+    decoder: Decoder, texts: Iterable[Text], options: Namespace, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Batch]]:
     """Batches of texts on the model's device, with a progress bar; raises as :meth:`Decoder.windows`.
 
@@ -155,7 +187,8 @@ def prediction_batches(
         Ids ``[b, s]``, the predicting positions ``[b, s - 1]``, the tokens ``[n]`` to predict, and the batch.
     """
     sequences, hidden = _predictable(decoder, texts, options), options.quiet or None
-    with tqdm(total=total, desc=f"{decoder.name}: {what}", unit=" texts", leave=False, disable=hidden) as bar:
+    total, about = len(texts) if isinstance(texts, Sized) else None, f"{decoder.name}: {what}"
+    with tqdm(total=total, desc=about, unit=" texts", leave=False, disable=hidden) as bar:
         for batch in batches(sequences, options.batch_size):
             ids, lengths = batch.tokens.to(decoder.device), batch.lengths.to(decoder.device)
             kept = torch.arange(1, ids.shape[1], device=decoder.device) < lengths[:, None]
@@ -163,23 +196,27 @@ def prediction_batches(
             bar.update(batch.windows[-1].text + 1 - bar.n)
 
 
-def _predictable(decoder: Decoder, texts: Iterable[Text], options: Options) -> Iterator[Window]:
+def _predictable(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Iterator[Window]:
     """The sequences that have a second token."""
-    return (window for window in decoder.windows(texts, options.max_tokens) if len(window.ids) > 1)
+    return (window for window in decoder.windows(texts, options.max_tokens or None) if len(window.ids) > 1)
 
 
 @torch.inference_mode()
 def _measure(
-    decoder: Decoder, texts: Iterable[Text], options: Options, readings: Readings, what: str
+    decoder: Decoder,
+    texts: Iterable[Text],
+    options: Namespace,
+    readings: Callable[[Tensor, Tensor, Tensor], list[Scores]],
+    what: str,
 ) -> PerText:
+    """``readings`` gives the scores of each reading of the model, the whole model last."""
     windows: list[Window] = []
     sums: list[Floats] = []
-    total = len(texts) if isinstance(texts, Sized) else None
-    for ids, kept, targets, batch in prediction_batches(decoder, texts, options, what, total):
+    for ids, kept, targets, batch in _prediction_batches(decoder, texts, options, what):
         scores = readings(ids, kept, targets)
-        whole = scores[-1].top
+        whole = scores[-1][1]
         table = torch.stack(
-            [torch.stack([s.loss.double(), s.top == targets, s.top == whole]) for s in scores]
+            [torch.stack([loss.double(), top == targets, top == whole]) for loss, top in scores]
         )
         windows += batch.windows
         parts = torch.split(table, (batch.lengths - 1).tolist(), dim=-1)
@@ -194,3 +231,60 @@ def _measure(
     loss, correct, agreed = np.moveaxis(np.add.reduceat(sums, first), -1, 0)
     tokens = np.add.reduceat([len(window.ids) - 1.0 for window in windows], first)
     return PerText(tokens, list(hashes.values()), loss, correct, agreed)
+
+
+def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
+    """Score the ids ``targets`` ``[n]`` by the logits that ``to_logits`` gives for ``states`` ``[n, h]``.
+
+    Raises:
+        UserError: if a logit is NaN, or a target has probability 0.
+    """
+    rows = max(1, _MAX_LOGITS // decoder.vocab_size)
+    losses, tops = [], []
+    for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
+        logits = to_logits(some[None])[0].to(wanted.device).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        tops.append(logits.argmax(-1))
+    loss = torch.cat(losses)
+    if not bool(loss.isfinite().all()):
+        raise UserError(
+            f"{decoder.name} gives logits that are not finite with {decoder.dtype}; give --dtype float32, "
+            "and if that does not help, check the weights"
+        )
+    return loss, torch.cat(tops)
+
+
+def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:
+    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` at n rows and columns;
+    raises as :func:`score`."""
+    rows, columns = at
+    if decoder.head is None:
+        return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
+    return score(decoder.head, decoder.last_states(ids)[1][rows, columns], targets, decoder)
+
+
+@torch.inference_mode()
+def read_out_error(decoder: Decoder) -> str | None:
+    """Why no layer can be read out; None if final norm and head give the last layer's own logits."""
+    ids = (
+        torch.arange(_CHECKED_TOKENS, device=decoder.device)[None, : decoder.max_length] % decoder.vocab_size
+    )
+    what = f"{decoder.name} ({type(decoder.model).__name__}) cannot be read out: "
+    if decoder.head is None:
+        return f"{what}its head was not found"
+    last, state = decoder.last_states(ids)
+    own = decoder.logits(ids)
+    try:
+        # As layers are read out, and as the whole model is scored.
+        reads = (decoder.read_out(last), decoder.head(state))
+    except RuntimeError:  # a projection between them
+        return f"{what}its head does not take the last layer's states"
+    if any(read.shape != own.shape for read in reads):
+        return f"{what}its head gives logits of another shape"
+    own, *others = comparable(own, *reads)
+    off = torch.stack([(own - other).abs() for other in others])
+    size = own.abs() + own.square().mean(dim=-1, keepdim=True).sqrt()
+    if bool((off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size).all()):
+        return None
+    by = "head" if decoder.final_norm is None else "final norm and head"
+    return f"{what}its last layer's output by {by} misses its logits by up to {float(off.max()):.2g}"

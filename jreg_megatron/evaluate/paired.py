@@ -15,7 +15,7 @@ for several tests by Benjamini and Hochberg's bound on the false discovery rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,11 @@ _SEED = 20
 _BATCH = 1 << 22  # numbers held at a time
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """The second model minus the first, on the same samples."""
 
     difference: float
-    interval: Interval | None
-    """None for fewer than :data:`FEWEST` samples, as the p-value."""
+    interval: Interval | None  # None for fewer than FEWEST samples, as the p-value
     p_value: float | None
     samples: int
 
@@ -85,16 +83,17 @@ def compare_mean(pairs: Sequence[tuple[Floats, Floats]]) -> Difference:
     return Difference(value, found, _permutation(first, second), size)
 
 
-def adjusted(p_values: Sequence[float | None]) -> list[float | None]:
-    """The adjusted p-values of several tests: of those below x, about a share x are false discoveries.
-
-    None, for a missing test, stays.
-    """
+def adjusted(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """Differences for JSON, with the adjusted p-values of several tests: of those below x, about a share x
+    are false discoveries. A missing one stays None."""
     from scipy import stats
 
-    made = [p_value for p_value in p_values if p_value is not None]
+    made = [found.p_value for found in differences if found.p_value is not None]
     raised = iter(stats.false_discovery_control(made).tolist() if made else [])
-    return [None if p_value is None else next(raised) for p_value in p_values]
+    return [
+        found._asdict() | {"p_adjusted": None if found.p_value is None else next(raised)}
+        for found in differences
+    ]
 
 
 def is_share(amounts: Floats, weights: Floats) -> bool:
@@ -107,41 +106,27 @@ def _bootstrap(groups: list[tuple[Floats, Floats]]) -> Interval:
     from scipy import stats
 
     # scipy draws several arrays independently. Indices keep amounts and weights together.
-    def statistic(*drawn: NDArray[np.int64], axis: int = -1) -> Floats:
-        figures = [
-            amounts[index].sum(axis) / weights[index].sum(axis)
-            for index, (amounts, weights) in zip(drawn, groups, strict=True)
-        ]
-        mean: Floats = np.mean(figures, axis=0)
-        return mean
+    def statistic(*drawn: NDArray[np.int64], axis: int = -1) -> Any:
+        drawn_of = zip(drawn, groups, strict=True)
+        return np.mean([a[index].sum(axis) / w[index].sum(axis) for index, (a, w) in drawn_of], axis=0)
 
-    found = stats.bootstrap(
-        [np.arange(len(amounts)) for amounts, _ in groups],
-        statistic,
-        n_resamples=_RESAMPLES,
-        batch=_batch(sum(len(amounts) for amounts, _ in groups)),
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    ).confidence_interval
+    samples = [np.arange(len(amounts)) for amounts, _ in groups]
+    how = _how(sum(map(len, samples))) | {"confidence_level": CONFIDENCE, "method": "percentile"}
+    found = stats.bootstrap(samples, statistic, **how).confidence_interval
     return float(found.low), float(found.high)
 
 
 def _permutation(a: Floats, b: Floats) -> float:
     from scipy import stats
 
-    found = stats.permutation_test(
-        (a, b),
-        lambda first, second, axis: (second - first).sum(axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        batch=_batch(len(a)),
-        rng=np.random.default_rng(_SEED),
-    )
+    def statistic(first: Floats, second: Floats, axis: int) -> Any:
+        return (second - first).sum(axis)
+
+    found = stats.permutation_test((a, b), statistic, permutation_type="samples", **_how(len(a)))
     return float(found.pvalue)
 
 
-def _batch(samples: int) -> int:
-    return max(1, _BATCH // samples)
+def _how(samples: int) -> dict[str, Any]:
+    """scipy's settings of all resampling."""
+    how = {"n_resamples": _RESAMPLES, "vectorized": True, "rng": np.random.default_rng(_SEED)}
+    return how | {"batch": max(1, _BATCH // samples)}

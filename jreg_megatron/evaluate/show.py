@@ -3,117 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 from rich.text import Text
 
-from jreg_megatron.decoder.reference import name_at
+from jreg_megatron.decoder.load import name_at
 from jreg_megatron.paper import TASKS, missing_tasks
 from jreg_megatron.runtime.output import print_table
 
 MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
 """Names of the paper's means."""
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
-_OF_LAYERS = {"read_out": "Loss read out by layer", "lens": "Loss through the lens by layer"}
+_OF_LAYERS = ("read_out", "lens")
+_TITLES = {"tasks": "Differences by task", "read_out": "Loss read out by layer"}
+_TITLES |= {"lens": "Loss through the lens by layer"}
 
 
 def print_tables(console: Any, document: dict[str, Any]) -> None:
     """Print tasks, layers, differences and notes."""
-    models, comparison = document["models"], document["comparison"]
+    models, differences = document["models"], dict[str, list[list[str]]]()
     labels = [name_at(model["name"], model["revision"], model["step"]) for model in models]
     if models[0]["tasks"]:
         _print_tasks(console, models, labels)
-        if comparison:
-            _print_differences(console, comparison, "Differences by task", _by_task(comparison))
-    if any(model["read_out"] or model["lens"] or model["layer_drop"] for model in models):
-        for model, name in zip(models, labels, strict=True):
+    for model, name in zip(models, labels, strict=True):
+        if model["read_out"] or model["lens"] or model["layer_drop"]:
             _print_layers(console, model, name)
-        for part, title in _OF_LAYERS.items():
-            if comparison and comparison[part]:
-                by_layer = dict(zip(map(str, count()), _by_layer(comparison[part]), strict=False))
-                _print_differences(console, comparison, title, by_layer)
+    for part, _, _, found, label in _differences(document):
+        numbers = [found["difference"], *(found["interval"] or (None, None))]
+        cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
+        cells += [p_text(found["p_value"]), p_text(found.get("p_adjusted"))]
+        differences.setdefault(part, []).extend([[label, *cells]] if label else [])
+    for part, rows in differences.items():
+        first, second = document["comparison"]["models"]
+        columns = (_TITLES[part].rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
+        about = f"From, to: {document['comparison']['confidence']:.0%} interval"
+        print_table(f"{_TITLES[part]}: {second} - {first}", columns, rows, about, console=console)
     for line in _remarks(document):
         console.print(Text(line))
 
 
-def print_seeds(console: Any, document: dict[str, Any]) -> None:
-    """Print the paper's test over seeds, and its power."""
-    first, second = document["models"]
-    seeds, power, paper = len(document["files"]), document["power"], document["paper"]
-    rows = []
-    for key, found in document["means"].items():
-        means = [f"{found[model]:.2f}" for model in ("first", "second")]
-        differences = [f"{number:+.2f}" for number in (found["difference"], *found["interval"])]
-        rows.append([MEANS[key], *means, *differences, f"{found['sd']:.2f}", _p(found["p_one_sided"])])
-    print_table(
-        f"The paper's tasks over {seeds} seeds, in percent: {second} - {first}",
-        ("mean", first, second, "difference", "from", "to", "sd", "p, one-sided"),
-        rows,
-        f"From, to: two-sided {document['confidence']:.0%} t interval of the mean difference",
-        console=console,
-    )
-    console.print(
-        f"The paper, at 170M over {paper['seeds']} seeds: {paper['difference']:+.2f}, one-sided p "
-        f"{paper['p_one_sided']}.\n"
-        f"Power: if the paper's difference and sd ({paper['sd']}) are true, {seeds} seeds find the "
-        f"difference {power['power']:.0%} of the time at p < {power['level']}; 80% needs "
-        f"{power['seeds_for_80_percent']} seeds."
-    )
-    if document["limit"] is not None:
-        console.print(f"Only the first {document['limit']} samples of each task (--limit).")
+def _differences(document: dict[str, Any]) -> Iterator[tuple[str, Any, str, dict[str, Any], str]]:
+    """Part, item and metric for CSV, the difference, and its name in a table ("": it has no row there)."""
+    comparison = document["comparison"]
+    if comparison is None:
+        return
+    for name, found in comparison["tasks"].items():
+        yield "tasks", name, document["models"][0]["tasks"][name]["metric"], found, name
+    if overall := comparison["overall"]:
+        words = MEANS["mean"] if comparison["without_boolq"] else "mean of accuracies"
+        yield "tasks", "overall", "mean", overall, words if len(overall["tasks"]) > 1 else ""
+    if found := comparison["without_boolq"]:
+        yield "tasks", "overall", "mean_without_boolq", found, MEANS["mean_without_boolq"]
+    for part in _OF_LAYERS:
+        columns = dict(comparison[part] or {})
+        samples = {"samples": columns.pop("texts", None)}
+        for layer, figures in enumerate(zip(*columns.values(), strict=True)):
+            found = dict(zip(columns, figures, strict=True)) | samples
+            yield part, layer, "loss", found, str(layer)
 
 
 def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each figure, for CSV."""
+
+    def row(part: str, item: object, metric: str, value: float, found: Any = None) -> dict[str, Any]:
+        found = found or {}
+        low, high = found.get("interval") or (None, None)
+        figures = {"part": part, "item": item, "metric": metric, "value": value, "low": low, "high": high}
+        return of | figures | {key: found.get(key) for key in ("samples", "p_value", "p_adjusted")}
+
     for model in document["models"]:
-        of_model = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
+        of = {"model": model["name"], "step": model["step"], "revision": model["revision"]}
         for name, task in model["tasks"].items():
-            yield _row(of_model, "tasks", name, task["metric"], task["value"], task)
-            for metric, value in task["other_metrics"].items():
-                yield _row(of_model, "tasks", name, metric, value)
-            if task["chance"] is not None:
-                yield _row(of_model, "tasks", name, "chance", task["chance"])
+            yield row("tasks", name, task["metric"], task["value"], task)
+            chance = {} if task["chance"] is None else {"chance": task["chance"]}
+            for metric, value in (task["other_metrics"] | chance).items():
+                yield row("tasks", name, metric, value)
         for name, value in (model["paper_means"] or {}).items():
-            yield _row(of_model, "tasks", "paper", name, value)
+            yield row("tasks", "paper", name, value)
         for part in _OF_LAYERS:
-            for metric in ("loss", "accuracy", "agreement"):
+            for metric in _READ_OUT_TITLES:
                 for layer, value in enumerate((model[part] or {}).get(metric, [])):
-                    yield _row(of_model, part, layer, metric, value)
-        for layer, value in enumerate((model["layer_drop"] or {}).get("loss", []), start=1):
-            yield _row(of_model, "layer_drop", layer, "loss", value)
-        if model["layer_drop"]:
-            yield _row(of_model, "layer_drop", "none", "loss", model["layer_drop"]["unchanged"])
-    comparison = document["comparison"]
-    if comparison is None:
-        return
-    first, second = comparison["models"]
-    of_pair = {"model": f"{second} - {first}", "step": None, "revision": None}
-    for name, found in comparison["tasks"].items():
-        metric = document["models"][0]["tasks"][name]["metric"]
-        yield _row(of_pair, "tasks", name, metric, found["difference"], found)
-    for key, metric in (("overall", "mean"), ("without_boolq", "mean_without_boolq")):
-        if found := comparison[key]:
-            yield _row(of_pair, "tasks", "overall", metric, found["difference"], found)
-    for part in _OF_LAYERS:
-        for layer, found in enumerate(_by_layer(comparison[part])):
-            yield _row(of_pair, part, layer, "loss", found["difference"], found)
-
-
-def _row(
-    of: dict[str, Any],
-    part: str,
-    item: object,
-    metric: str,
-    value: float,
-    found: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    found = found or {}
-    low, high = found.get("interval") or (None, None)
-    return of | {
-        **{"part": part, "item": item, "metric": metric, "value": value, "low": low, "high": high},
-        **{key: found.get(key) for key in ("samples", "p_value", "p_adjusted")},
-    }
+                    yield row(part, layer, metric, value)
+        if drop := model["layer_drop"]:
+            for which, value in (*enumerate(drop["loss"], start=1), ("none", drop["unchanged"])):
+                yield row("layer_drop", which, "loss", value)
+    for part, item, metric, found, _ in _differences(document):
+        first, second = document["comparison"]["models"]
+        of = {"model": f"{second} - {first}", "step": None, "revision": None}
+        yield row(part, item, metric, found["difference"], found)
 
 
 def _print_tasks(console: Any, models: list[dict[str, Any]], labels: list[str]) -> None:
@@ -143,20 +120,6 @@ def _print_layers(console: Any, model: dict[str, Any], name: str) -> None:
     print_table(f"Layers of {name}", ("layer", *columns), rows, about, console=console)
 
 
-def _print_differences(
-    console: Any, comparison: dict[str, Any], title: str, found: dict[str, dict[str, Any]]
-) -> None:
-    rows = []
-    for name, difference in found.items():
-        numbers = [difference["difference"], *(difference["interval"] or (None, None))]
-        cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
-        rows.append([name, *cells, _p(difference["p_value"]), _p(difference.get("p_adjusted"))])
-    first, second = comparison["models"]
-    columns = (title.rsplit(maxsplit=1)[-1], "difference", "from", "to", "p", "p, adjusted")
-    about = f"From, to: {comparison['confidence']:.0%} interval"
-    print_table(f"{title}: {second} - {first}", columns, rows, about, console=console)
-
-
 def _remarks(document: dict[str, Any]) -> list[str]:
     lines = []
     models, comparison = document["models"], document["comparison"]
@@ -164,7 +127,16 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         lines.append(f"Lower is better: {', '.join(lower)}.")
     if any(name.startswith("speeches_") for name in models[0]["tasks"]):
         lines.append("speeches_* are tasks made of held-out speeches, and no public benchmark.")
-    lines += _about_means(models[0], document["limit"])
+    missing, limit = missing_tasks(models[0]["tasks"]), document["limit"]
+    if missing and len(TASKS) - len(missing) > 1:
+        lines.append(f"No mean of the paper's nine tasks. Not run: {', '.join(missing)}.")
+    if not missing:
+        lines.append(
+            "The means are of the paper's nine tasks, by acc_norm if a task has it, else by acc. The paper "
+            "does not say which it took."
+        )
+    if not missing and limit is not None:
+        lines.append(f"They are of the first {limit} samples of each task (--limit); the paper took all.")
     if models[0]["tasks"] or (comparison and comparison["read_out"]):
         lines.append("Below a figure: its 95% interval.")
     if comparison:
@@ -178,38 +150,6 @@ def _remarks(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _about_means(model: dict[str, Any], limit: int | None) -> list[str]:
-    """Remarks on the paper's means, or the tasks that they lack; none if fewer than two tasks were run."""
-    missing = missing_tasks(model["tasks"])
-    if missing:
-        few = len(TASKS) - len(missing) < 2
-        return [] if few else [f"No mean of the paper's nine tasks. Not run: {', '.join(missing)}."]
-    lines = [
-        "The means are of the paper's nine tasks, by acc_norm if a task has it, else by acc. The paper does "
-        "not say which it took."
-    ]
-    if limit is not None:
-        lines.append(f"They are of the first {limit} samples of each task (--limit); the paper took all.")
-    return lines
-
-
-def _by_task(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = dict(comparison["tasks"])
-    if comparison["overall"] and len(comparison["overall"]["tasks"]) > 1:
-        whole = comparison["without_boolq"] is not None
-        found[MEANS["mean"] if whole else "mean of accuracies"] = comparison["overall"]
-        found |= {MEANS["mean_without_boolq"]: comparison["without_boolq"]} if whole else {}
-    return found
-
-
-def _by_layer(read_out: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if read_out is None:
-        return []
-    keys = ("difference", "interval", "p_value", "p_adjusted")
-    columns = zip(*(read_out[key] for key in keys), strict=True)
-    return [dict(zip(keys, column, strict=True)) | {"samples": read_out["texts"]} for column in columns]
-
-
 def _value(task: dict[str, Any]) -> str:
     if task["interval"] is None:
         return f"{task['value']:.3f}"
@@ -217,7 +157,8 @@ def _value(task: dict[str, Any]) -> str:
     return f"{task['value']:.3f}\n{low:.3f}–{high:.3f}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p-value for a table."""
     if value is None:
         return ""
     return f"{value:.2g}" if value >= 0.001 else "< 0.001"

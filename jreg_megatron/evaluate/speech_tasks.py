@@ -69,12 +69,12 @@ def _last_words(speeches: list[Text], rng: random.Random) -> list[dict[str, Any]
 
 
 def _beginnings(speeches: list[Text], _: random.Random) -> list[dict[str, Any]]:
-    return [{"speech": speech.name, "text": _content(speech)[:_CHARACTERS]} for speech in speeches]
+    return [{"speech": speech.name, "text": str(speech.content)[:_CHARACTERS]} for speech in speeches]
 
 
 def _passages(speech: Text) -> Iterator[tuple[str, str]]:
     """Passages of whole sentences that do not overlap, each with the sentences after it."""
-    sentences = _SPACE_AFTER_SENTENCE.split(" ".join(_content(speech).split()))
+    sentences = _SPACE_AFTER_SENTENCE.split(" ".join(str(speech.content).split()))
     while sentences:
         context, sentences = _take(sentences, _CONTEXT_WORDS[0])
         ending, sentences = _take(sentences, _ENDING_WORDS[0])
@@ -106,32 +106,26 @@ def _some[T](of: list[T], rng: random.Random) -> list[T]:
     return rng.sample(of, min(_PER_SPEECH, len(of)))
 
 
-def _content(speech: Text) -> str:
-    assert isinstance(speech.content, str)
-    return speech.content
-
-
-_ACCURACY, _NORMED = (
-    {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-)
 _CHOICE = {
     **{"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices"},
     "doc_to_target": "gold",
 }
+_BITS = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+
+
+def _metrics(*names: str, **how: Any) -> dict[str, Any]:
+    return {"metric_list": [{"metric": name, **how} for name in names]}
+
+
+_MEAN = {"aggregation": "mean", "higher_is_better": True}
 _Maker = Callable[[list[Text], random.Random], list[dict[str, Any]]]
 
 SPEECH_TASKS: dict[str, tuple[_Maker, dict[str, Any]]] = {
     # Which of four passages continues a speech. The others are of other speeches.
-    "speeches_continuation": (_continuations, _CHOICE | {"metric_list": [_ACCURACY, _NORMED]}),
+    "speeches_continuation": (_continuations, _CHOICE | _metrics("acc", "acc_norm", **_MEAN)),
     # Which of four words ends a sentence. All four are in the passage before.
-    "speeches_last_word": (_last_words, _CHOICE | {"metric_list": [_ACCURACY]}),
+    "speeches_last_word": (_last_words, _CHOICE | _metrics("acc", **_MEAN)),
     # Bits per byte of the first 4,000 characters of each speech.
-    "speeches_bits_per_byte": (
-        _beginnings,
-        {
-            **{"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"},
-            "metric_list": [{"metric": "bits_per_byte"}],
-        },
-    ),
+    "speeches_bits_per_byte": (_beginnings, _BITS | _metrics("bits_per_byte")),
 }
 """By name: the function that makes the samples, and the task's settings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +20,7 @@ from jreg_megatron.paper import TASKS
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 
-SETS = {
-    "speeches": tuple(SPEECH_TASKS),
-    "paper": TASKS,
-}
+SETS = {"speeches": tuple(SPEECH_TASKS), "paper": TASKS}
 """Names of several tasks together."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
@@ -37,16 +34,11 @@ class TaskResult:
 
     metric: str
     higher_is_better: bool
-    amounts: Floats
-    """``[n]``: 0 or 1 for an accuracy, bits for bits per byte."""
-    weights: Floats
-    """``[n]``: 1, or bytes."""
-    samples: list[str]
-    """``[n]``, the harness's hash of each sample."""
-    chance: float | None
-    """The figure of guessing, for a task with choices."""
-    others: dict[str, float]
-    """Other figures of the task, by metric."""
+    amounts: Floats  # [n]: 0 or 1 for an accuracy, bits for bits per byte
+    weights: Floats  # [n]: 1, or bytes
+    samples: list[str]  # [n], the harness's hash of each sample
+    chance: float | None  # the figure of guessing, for a task with choices
+    others: dict[str, float]  # other figures of the task, by metric
 
     @property
     def value(self) -> float:
@@ -81,14 +73,11 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(wanted) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=folders)
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*SETS, *SPEECH_TASKS, *manager.all_tasks], n=3)
-            like = f"did you mean {', '.join(near)}? " if near else ""
-            unread = "; task files that are no valid YAML are ignored" if include_path else ""
-            raise UserError(
-                f"--tasks names {name}, which is no task; {like}`lm_eval ls tasks` lists them{unread}"
-            )
+    if unknown := [name for name in wanted if name not in manager.task_index]:
+        unread = "; task files that are no valid YAML are ignored" if include_path else ""
+        raise UserError(
+            f"--tasks names {unknown[0]}, which is no task; `lm_eval ls tasks` lists them{unread}"
+        )
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
     for name in wanted:
@@ -115,12 +104,11 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     return tasks
 
 
-def run_tasks(
-    tasks: Mapping[str, Any], decoder: Decoder, *, batch_size: int, limit: int | None, quiet: bool
-) -> dict[str, TaskResult]:
-    """Run tasks of :func:`load_tasks` on a model, with ``batch_size`` requests at a time.
+def run_tasks(tasks: Mapping[str, Any], decoder: Decoder, args: Namespace) -> dict[str, TaskResult]:
+    """Run tasks of :func:`load_tasks` on a model.
 
-    ``limit`` is the number of samples of each task; None for all.
+    Of the command's arguments, ``batch_size`` is the number of requests at a time, and ``limit`` that of
+    samples of each task; None for all.
 
     Raises:
         UserError: if the model has no tokenizer or gives logits that are not finite.
@@ -131,9 +119,9 @@ def run_tasks(
 
     with _silent():
         found = evaluate(
-            DecoderLM(decoder, batch_size, quiet),
+            DecoderLM(decoder, args.batch_size, args.quiet),
             {"tasks": dict(tasks), "groups": {}, "group_map": {}},
-            limit=limit,
+            limit=args.limit,
             bootstrap_iters=0,
             log_samples=True,
         )

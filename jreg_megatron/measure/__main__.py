@@ -7,8 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from jreg_megatron.data.texts import Text, add_text_arguments, describe, texts_of
-from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
-from jreg_megatron.decoder.reference import MODEL_HELP, Reference, find_models
+from jreg_megatron.decoder.load import (
+    Reference,
+    add_model_arguments,
+    check_model_arguments,
+    find_models,
+    load,
+)
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
@@ -46,33 +51,19 @@ def _parser() -> ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--paper",
-        nargs="*",
-        metavar="NAME",
-        help="measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as "
-        "Llama-3.2-1B (default: all ten). The text is LAMBADA without --text. The paper's figure is printed "
-        "too",
+    paper = (
+        "measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as Llama-3.2-1B "
+        "(default: all ten). The text is LAMBADA without --text. The paper's figure is printed too"
     )
+    parser.add_argument("--paper", nargs="*", metavar="NAME", help=paper)
     text, which = add_text_arguments(parser)
-    which.add_argument(
-        "--last-validation",
-        action="store_true",
-        help="read the whole samples of a Megatron training's last validation",
-    )
-    text.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help=f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})",
-    )
-    text.add_argument(
-        "--drop-first-token",
-        action="store_true",
-        help="main figures without each sequence's first token; JSON and CSV hold both",
-    )
-    add_model_arguments(parser)
+    samples = "read the whole samples of a Megatron training's last validation"
+    which.add_argument("--last-validation", action="store_true", help=samples)
+    first = f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})"
+    text.add_argument("--max-tokens", type=int, metavar="N", help=first)
+    without = "main figures without each sequence's first token; JSON and CSV hold both"
+    text.add_argument("--drop-first-token", action="store_true", help=without)
+    add_model_arguments(parser, "*")
     output.add_output_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
     return parser
@@ -82,6 +73,8 @@ def _measure(args: Namespace) -> None:
     references, printed = _checked(args)
     texts, source = _texts(args)
     check_model_arguments(args)
+    from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
+
     models: list[dict[str, Any]] = []
     document = {
         "format": FORMAT,
@@ -90,6 +83,14 @@ def _measure(args: Namespace) -> None:
         "versions": output.versions("torch", "transformers", "megatron-core"),
         "models": models,
     }
+
+    def show(console: Any) -> None:
+        print_summary(console, models)
+        for model in models if args.layers else []:
+            print_layers(console, model)
+        if printed:
+            print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
+
     try:
         for number, reference in enumerate(references, start=1):
             try:
@@ -99,11 +100,10 @@ def _measure(args: Namespace) -> None:
                     raise
                 output.note(f"{reference.at} is left out: {error}")
             # After each model: finished ones stay if a later one fails.
-            _write(args, document, to_stdout=False)
+            output.put_out(args, document, csv_rows(models))
     finally:
         if models:
-            _write(args, document, to_stdout=True)
-            _print(args, models, printed)
+            output.put_out(args, document, csv_rows(models), show)
     if not models:
         raise UserError("--paper: none of the models could be loaded; see the notes above")
 
@@ -117,15 +117,12 @@ def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | No
         args.max_tokens = 0 if args.last_validation else _DEFAULT_TOKENS
     if args.max_tokens < 0:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
-    if (args.paper is None) != bool(args.models):
-        raise UserError(
-            "MODEL is missing; give one, or --paper"
-            if args.paper is None
-            else f"MODEL is {args.models[0]}, but --paper names the models; leave one out"
-        )
-    printed: dict[tuple[str, str | None], float] = {}
+    if args.paper is None and not args.models:
+        raise UserError("MODEL is missing; give one, or --paper")
+    if args.paper is not None and args.models:
+        raise UserError(f"MODEL is {args.models[0]}, but --paper names the models; leave one out")
     if args.paper is None:
-        references = find_models(args.models)
+        references, printed = find_models(args.models), {}
     else:
         from jreg_megatron.measure.paper_models import paper_models
 
@@ -154,51 +151,17 @@ def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: 
 
     from jreg_megatron.measure.measurement import entry, measure
 
-    what = f"{reference.at}: loading ({which})"
-    quiet = args.quiet or None
+    what, quiet = f"{reference.at}: loading ({which})", args.quiet or None
     with tqdm(desc=what, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
-        decoder = load(
-            reference, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
-        )
+        decoder = load(reference, args)
         bar.set_description(f"{reference.at} ({which})")
         bar.reset()
         if args.last_validation and decoder.last_validation:
-            samples = decoder.last_validation().tokens.numpy()
+            samples = decoder.last_validation()["tokens"].numpy()
             texts = [Text(f"validation sample {number}", ids) for number, ids in enumerate(samples, start=1)]
-        measurement = measure(
-            decoder,
-            texts,
-            max_tokens=args.max_tokens or None,
-            batch_size=args.batch_size,
-            on_tokens=bar.update,
-        )
-    return entry(decoder, measurement, args.drop_first_token)
-
-
-def _write(args: Namespace, document: dict[str, Any], to_stdout: bool) -> None:
-    from jreg_megatron.measure.table import csv_rows
-
-    try:
-        if args.json is not None and (args.json == output.STDOUT) == to_stdout:
-            output.write_json(args.json, document)
-    finally:  # a full disk may stop only one of the two
-        if args.csv is not None and (args.csv == output.STDOUT) == to_stdout:
-            output.write_csv(args.csv, csv_rows(document["models"]))
-
-
-def _print(
-    args: Namespace, models: list[dict[str, Any]], printed: dict[tuple[str, str | None], float]
-) -> None:
-    if args.quiet:
-        return
-    from jreg_megatron.measure.table import print_beside, print_layers, print_summary
-
-    console = output.console(args)
-    print_summary(console, models)
-    for model in models if args.layers else []:
-        print_layers(console, model)
-    if printed:
-        print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
+        how: dict[str, Any] = {"max_tokens": args.max_tokens or None, "batch_size": args.batch_size}
+        measured = measure(decoder, texts, **how, on_tokens=bar.update)
+    return entry(decoder, measured, args.drop_first_token)
 
 
 if __name__ == "__main__":

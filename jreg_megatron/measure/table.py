@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
+from jreg_megatron.measure.measurement import BLOCKS
 from jreg_megatron.runtime.output import print_table
 
 FINAL_STATES = {"pre_norm": "before", "post_norm": "after"}
 
-_BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
 _OF_LAYERS = (
-    "displacement",
-    "displacement_std",
-    "jump_rate_from",
-    "block_influence",
-    "angular_distance",
-    "update_ratio",
+    *("displacement", "displacement_std", "jump_rate_from", "block_influence", "angular_distance"),
+    *("update_ratio", "norm", "norm_rms", "norm_largest"),
 )
 _IN_LINES = {"displacement": 4, "displacement_std": 4, "jump_rate_from": 2, "angular_distance": 4}
 _IN_LINES |= {"norm": 2, "norm_largest": 2, "update_ratio": 4}
@@ -81,21 +77,15 @@ def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]])
 
 def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each checkpoint, with and without first token, final state and layer."""
-    return [row for model in models for row in _rows(model)]
-
-
-def _rows(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    head = {key: model[key] for key in ("name", "source", "revision", "step")}
-    for first_token, block in _BLOCKS.items():
-        figures = model[block]
-        for state in figures["displacement"] if figures else ():
-            for index in range(model["num_layers"]):
-                yield {
-                    **head,
-                    **{"first_token": first_token, "final_state": state, "layer": index + 1},
-                    **{key: figures[key][state][index] for key in _OF_LAYERS},
-                    **{key: figures[key][state][index + 1] for key in ("norm", "norm_rms", "norm_largest")},
-                }
+    return [
+        {key: model[key] for key in ("name", "source", "revision", "step")}
+        | {"first_token": first_token, "final_state": state, "layer": index + 1}
+        | {key: model[block][key][state][index + key.startswith("norm")] for key in _OF_LAYERS}
+        for model in models
+        for first_token, block in BLOCKS.items()
+        for state in (model[block] or {"displacement": ()})["displacement"]
+        for index in range(model["num_layers"])
+    ]
 
 
 def _number(value: float | None, digits: int) -> str:

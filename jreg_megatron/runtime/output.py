@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,6 +107,27 @@ def note(text: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(f"Note: {text}", file=sys.stderr)
+
+
+def put_out(
+    args: Namespace,
+    document: Any,
+    rows: Sequence[dict[str, Any]],
+    show: Callable[[Any], None] | None = None,
+) -> None:
+    """Write the files that :func:`add_output_arguments` asks for, as often as there is more to write.
+
+    At last, with ``show``, write to standard output: document or rows, and unless ``--quiet`` what ``show``
+    prints.
+    """
+    try:
+        if args.json is not None and (args.json == STDOUT) == bool(show):
+            write_json(args.json, document)
+    finally:  # a full disk may stop only one of the two
+        if args.csv is not None and (args.csv == STDOUT) == bool(show):
+            write_csv(args.csv, rows)
+    if show and not args.quiet:
+        show(console(args))
 
 
 def write_json(path: str, document: Any) -> None:

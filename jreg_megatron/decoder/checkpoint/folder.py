@@ -36,7 +36,10 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
     elif step is not None:
         place = folder / f"iter_{step:07d}"
         if not place.is_dir():
-            raise UserError(f"--step is {step}, but {folder} has {_listed(megatron_steps(folder))}")
+            steps = megatron_steps(folder)
+            shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]))
+            there = f"those of {shown}" if steps else "no finished checkpoint"
+            raise UserError(f"--step is {step}, but {folder} has {there}")
     else:
         place = _latest(folder)
     _refuse_other_formats(place)
@@ -59,23 +62,17 @@ def bridge_as(example: str) -> str:
 
 def is_megatron(folder: Path) -> bool:
     """Whether a folder holds Megatron checkpoints or is one, in any of Megatron's formats."""
-    if not folder.is_dir():
-        return False
-    if (folder / TRACKER).is_file():
-        return True
-    if step_of(folder) is not None or folder.name == RELEASE:
-        return (folder / _FINISHED).is_file() or (folder / ".metadata").is_file() or _is_legacy(folder)
-    return bool(_begun(folder))
+    if folder.is_dir() and (step_of(folder) is not None or folder.name == RELEASE):
+        files = (_FINISHED, ".metadata", TRACKER)
+        return any((folder / file).is_file() for file in files) or _is_legacy(folder)
+    return (folder / TRACKER).is_file() or bool(_begun(folder))
 
 
 def megatron_steps(folder: Path) -> list[int]:
     """Iterations of the finished checkpoints, rising; of an ``iter_...`` folder its own."""
     own = step_of(folder)
-    if own is not None:
-        return [own] if _is_finished(folder) else []
-    if not folder.is_dir():
-        return []
-    return [step for step, path in _begun(folder).items() if _is_finished(path)]
+    begun = _begun(folder) if own is None else {own: folder}
+    return [step for step, path in begun.items() if _is_finished(path)]
 
 
 def step_of(path: Path) -> int | None:
@@ -131,21 +128,14 @@ def _latest(folder: Path) -> Path:
     if tracked == RELEASE:
         return folder / RELEASE
     begun = _begun(folder)
-    named = [begun[int(tracked)]] if tracked and int(tracked) in begun else []
-    finished = [path for path in begun.values() if _is_finished(path)]
-    places = [*named, *finished[-1:], *list(begun.values())[-1:]]
-    if not places:
+    if not begun:
         raise UserError(f"{folder} holds no Megatron checkpoint; name a training's --save folder")
-    return places[0]
+    if tracked and int(tracked) in begun:
+        return begun[int(tracked)]
+    finished = [path for path in begun.values() if _is_finished(path)]
+    return (finished or list(begun.values()))[-1]
 
 
 def _begun(folder: Path) -> dict[int, Path]:
     """A training's checkpoints by iteration, rising; unfinished ones too."""
-    return dict(sorted((step, path) for path in folder.iterdir() if (step := step_of(path)) is not None))
-
-
-def _listed(steps: list[int]) -> str:
-    if not steps:
-        return "no finished checkpoint"
-    shown = steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]
-    return "those of " + ", ".join(map(str, shown))
+    return dict(sorted((step, path) for path in folder.glob("iter_*") if (step := step_of(path)) is not None))

@@ -21,7 +21,7 @@ from jreg_megatron.decoder.checkpoint.arguments import (
 )
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
-from jreg_megatron.decoder.decoder import Decoder, Samples
+from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
@@ -29,8 +29,6 @@ from jreg_megatron.stream.anatomy import described_layers
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def load_megatron(
@@ -41,11 +39,8 @@ def load_megatron(
     Its logits are of the vocabulary alone. Megatron's own loss includes the rows of padding, so it is a
     little higher.
 
-    Args:
-        folder: a training's ``--save`` folder, or one ``iter_...`` folder in it.
-        step: iteration; None for the last.
-        dtype: of weights and states.
-        device: with a CPU, Megatron's calls of CUDA are redirected until the process ends.
+    ``folder`` and ``step`` are as in :func:`find_checkpoint`. For a CPU, Megatron's calls of CUDA are
+    redirected until the process ends.
 
     Raises:
         UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
@@ -81,14 +76,14 @@ def decoder_of(
     source: str,
     vocab_size: int | None = None,
 ) -> Decoder:
-    """The model of an opened checkpoint, with its weights; raises as :func:`load_megatron`.
+    """The model of an opened checkpoint, by the user's name ``source``; raises as :func:`load_megatron`.
 
-    ``source`` is the user's name for it. ``vocab_size`` is the number of rows of the embedding without
-    padding, by default from the checkpoint. If it is not known, all rows count and the user gets a note.
+    ``vocab_size`` is the number of rows of the embedding without padding, by default from the checkpoint. If
+    it is not known, all rows count and the user gets a note.
     """
     arguments = checkpoint.arguments
     refuse_other_models(arguments, str(checkpoint.folder))
-    padded = padded_vocab_size(checkpoint.shapes)
+    padded = checkpoint.rows
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
         single_process()
@@ -110,16 +105,11 @@ def decoder_of(
         )
         vocab_size = padded
 
-    def states(tokens: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def run(tokens: Tensor) -> Any:
         tokens = tokens.to(device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        # Without a mask, Megatron's attention is causal.
-        out: Tensor = model(tokens, positions, None)
-        return out
-
-    @torch.inference_mode()
-    def run(tokens: Tensor) -> None:
-        states(tokens)
+        return model(tokens, positions, None)  # without a mask, Megatron's attention is causal
 
     @torch.inference_mode()
     def head(normed: Tensor) -> Tensor:
@@ -131,9 +121,9 @@ def decoder_of(
 
     @torch.inference_mode()
     def logits(tokens: Tensor) -> Tensor:
-        return head(states(tokens).transpose(0, 1))
+        return head(run(tokens).transpose(0, 1))
 
-    def last_validation() -> Samples:
+    def last_validation() -> dict[str, Tensor]:
         from jreg_megatron.decoder.checkpoint.validation import last_validation_samples
 
         with without_noise():
@@ -151,7 +141,7 @@ def decoder_of(
         head=head,
         run=run,
         logits=logits,
-        tokenizer=tokenizer,
+        encode=tokenizer.encode if tokenizer else None,
         end_of_text=tokenizer.eod if tokenizer else None,
         vocab_size=vocab_size,
         hidden_size=model.config.hidden_size,
@@ -197,17 +187,6 @@ def without_noise() -> Iterator[None]:
     with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def padded_vocab_size(shapes: dict[str, torch.Size]) -> int:
-    """Rows of the embedding, with padding.
-
-    Raises:
-        UserError: if there is no embedding.
-    """
-    if _EMBEDDING not in shapes:
-        raise UserError(f"the checkpoint has no {_EMBEDDING}; give a checkpoint of Megatron's GPTModel")
-    return int(shapes[_EMBEDDING][0])
 
 
 def build(args: Namespace) -> nn.Module:

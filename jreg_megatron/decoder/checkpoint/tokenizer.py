@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,9 @@ class TrainingTokenizer(Tokenizer):
     def of(cls, arguments: dict[str, Any]) -> TrainingTokenizer | None:
         """From Megatron's arguments; None if it no longer exists, or its type takes no text."""
         settings = settings_of(arguments)
-        if settings is None:
-            return None
-        try:
-            return cls(**vars(build(settings)), settings=settings)
-        except UserError:
-            return None
+        with suppress(UserError):
+            return cls(**vars(build(settings)), settings=settings) if settings else None
+        return None
 
 
 def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingTokenizer | None) -> int | None:

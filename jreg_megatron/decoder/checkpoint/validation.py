@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jreg_megatron.decoder.checkpoint.arguments import all_arguments
 from jreg_megatron.decoder.checkpoint.weights import Checkpoint
-from jreg_megatron.decoder.decoder import Samples
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError
 
@@ -22,8 +22,8 @@ _OTHER_SAMPLES = (
 )
 
 
-def last_validation_samples(checkpoint: Checkpoint) -> Samples:
-    """The samples of the last validation, from the training's data.
+def last_validation_samples(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The samples of the last validation, from the training's data, as in :attr:`Decoder.last_validation`.
 
     Megatron saves after the last iteration and then validates once more. A checkpoint of the last iteration
     gives this validation; other checkpoints give the last one before them.
@@ -31,15 +31,13 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
     Raises:
         UserError: if data or tokenizer are missing, there was no validation, or it cannot be repeated.
     """
-    args = all_arguments(checkpoint.arguments)
+    args, what = all_arguments(checkpoint.arguments), str(checkpoint.folder)
     consumed = checkpoint.arguments.get("consumed_valid_samples")
     if consumed is None:
         raise UserError(
-            f"{checkpoint.folder} has no consumed_valid_samples, so its last validation is not known; give "
-            "--text"
+            f"{what} has no consumed_valid_samples, so its last validation is not known; give --text"
         )
-    iteration = int(checkpoint.common["iteration"])
-    first, count = last_samples(args, iteration, int(consumed), str(checkpoint.folder))
+    first, count = last_samples(args, int(checkpoint.common["iteration"]), int(consumed), what)
     with tempfile.TemporaryDirectory() as cache:  # else Megatron writes beside the data
         dataset = _dataset(args, cache)
         if first + count > len(dataset):
@@ -48,7 +46,7 @@ def last_validation_samples(checkpoint: Checkpoint) -> Samples:
                 f"{len(dataset)}; put the training's data back"
             )
         rows = [dataset[index] for index in range(first, first + count)]
-    return Samples(*(torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask")))
+    return {key: torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask")}
 
 
 def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
@@ -63,22 +61,18 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
         raise UserError(f"{what} comes from no training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
         raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
-    for flag in _OTHER_SAMPLES:
-        if getattr(args, flag, None):
-            raise UserError(
-                f"{what} was trained with --{flag.replace('_', '-')}, whose samples are not known here"
-            )
+    others = [f"--{flag.replace('_', '-')}" for flag in _OTHER_SAMPLES if getattr(args, flag, None)]
     if args.dataloader_type != "single":
-        raise UserError(
-            f"{what} was trained with --dataloader-type {args.dataloader_type}; only single is known"
-        )
-    count = args.eval_iters * _batch(args)
+        others.append(f"--dataloader-type {args.dataloader_type}")
+    if others:
+        raise UserError(f"{what} was trained with {others[0]}, whose samples are not known here; give --text")
+    count = args.eval_iters * int(args.eval_global_batch_size or args.global_batch_size)
     if iteration >= args.train_iters:
-        # The validation after the last iteration comes after its checkpoint.
-        return consumed, count
+        return consumed, count  # the validation after the last iteration comes after its checkpoint
     if consumed < count:
         raise UserError(
-            f"{what} was saved before the first validation (--eval-interval {args.eval_interval})"
+            f"{what} was saved before the first validation (--eval-interval {args.eval_interval}); give "
+            "--text"
         )
     return consumed - count, count
 
@@ -114,18 +108,11 @@ def _dataset(args: Namespace, cache: str) -> Any:
     if blend:
         # The order of the training set may take an hour to build.
         config.split_matrix = [None, config.split_matrix[1], None]
-    return BlendedMegatronDatasetBuilder(GPTDataset, _sizes(args), lambda: True, config).build()[1]
-
-
-def _sizes(args: Namespace) -> list[int]:
-    """Megatron's numbers of samples of training, validation and test set. They decide the order."""
-    train = args.train_samples or args.train_iters * args.global_batch_size
+    # Megatron's numbers of samples of training, validation and test set decide the order.
     evaluations = args.train_iters // args.eval_interval + 1
     if args.start_eval_at_iter is not None:
         evaluations = max(0, evaluations - args.start_eval_at_iter // args.eval_interval)
-    per_evaluation = args.eval_iters * _batch(args)
-    return [train, evaluations * per_evaluation, per_evaluation]
-
-
-def _batch(args: Namespace) -> int:
-    return int(args.eval_global_batch_size or args.global_batch_size)
+    train = args.train_samples or args.train_iters * args.global_batch_size
+    count = args.eval_iters * int(args.eval_global_batch_size or args.global_batch_size)
+    sizes = [train, evaluations * count, count]
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[1]

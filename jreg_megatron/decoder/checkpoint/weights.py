@@ -17,13 +17,14 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from jreg_megatron.decoder.checkpoint.arguments import hybrid_name, pattern_of
 from jreg_megatron.decoder.checkpoint.folder import step_of
 from jreg_megatron.runtime.errors import UserError, one_line
 
+_EMBEDDING = "embedding.word_embeddings.weight"
 _COMMON = "common_state/shard_0_1"
 _OLD_COMMON = "common.pt"  # before 0.19
 
@@ -51,15 +52,15 @@ class Checkpoint:
         """
         self.folder, self.step = folder, step_of(folder)
         with damage_refused(folder):
-            reader = _Reader(folder)
-            listed = reader.read_metadata().state_dict_metadata
-            self.common = _read_common(reader, folder)
+            with (folder / ".metadata").open("rb") as file:
+                # Torch reads it again, and then it is known to be harmless.
+                listed = _MetadataUnpickler(file).load().state_dict_metadata
+            self.common = _read_common(folder, listed)
         if "args" not in self.common:
             raise UserError(
                 f"{folder} holds no Megatron arguments; give a checkpoint of Megatron's own training loop"
             )
-        self.arguments: dict[str, Any] = dict(vars(self.common["args"]))
-        """Megatron's arguments by name, as saved."""
+        self.arguments: dict[str, Any] = dict(vars(self.common["args"]))  # Megatron's by name, as saved
         weights = {
             name: entry
             for name, entry in listed.items()
@@ -67,10 +68,20 @@ class Checkpoint:
             and not name.startswith(_TRAINING_ONLY)
             and _EXTRA_STATE not in name
         }
+        # Shapes of the model's weights by their saved names (layers may be stacked); type of the first one.
         self.shapes = {name: entry.size for name, entry in weights.items()}
-        """Shapes of the model's weights by their saved names. Layers may be stacked."""
         self.dtype = next((entry.properties.dtype for entry in weights.values()), None)
-        """Type of the first weight."""
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding, with padding.
+
+        Raises:
+            UserError: if there is no embedding.
+        """
+        if _EMBEDDING not in self.shapes:
+            raise UserError(f"the checkpoint has no {_EMBEDDING}; give a checkpoint of Megatron's GPTModel")
+        return int(self.shapes[_EMBEDDING][0])
 
     def load_into(self, model: nn.Module) -> None:
         """Load all parameters and buffers of a ``GPTModel`` that is whole in this process.
@@ -99,15 +110,16 @@ class Checkpoint:
                 {"model": wanted}, str(self.folder), validate_access_integrity=False
             )
         missing, _ = model.load_state_dict(loaded["model"], strict=False)
-        missing = [name for name in missing if _EXTRA_STATE not in name]
-        if missing:
+        if missing := [name for name in missing if _EXTRA_STATE not in name]:
             raise UserError(f"{self.folder} gives no weights for {_some(missing)}; it cannot be read")
 
     def _match_names(self, wanted: dict[str, Any]) -> None:
         saved = set(self.shapes)
         for entry in wanted.values():
-            if entry.key not in saved:
-                entry.key = _other_name(entry.key, saved)
+            # Norms may be fused with the next layer in one of the two.
+            pairs = (pair for both in _FUSED_NORMS.items() for pair in (both, both[::-1]))
+            others = (entry.key.replace(ours, theirs) for ours, theirs in pairs)
+            entry.key = next((name for name in (entry.key, *others) if name in saved), entry.key)
         used = {entry.key for entry in wanted.values()}
         if missing := sorted(used - saved):
             raise UserError(f"{self.folder} holds no {_some(missing)}, which its arguments need")
@@ -119,31 +131,20 @@ class Checkpoint:
             )
 
 
-def _read_common(reader: _Reader, folder: Path) -> dict[str, Any]:
+def _read_common(folder: Path, listed: dict[str, Any]) -> dict[str, Any]:
     old = folder / _OLD_COMMON
     if old.is_file():
         return dict(torch.load(old, map_location="cpu", weights_only=True))
-    if _COMMON not in reader.read_metadata().state_dict_metadata:
+    if _COMMON not in listed:
         raise UserError(f"{folder} has no {_OLD_COMMON}, so its arguments are not known")
     state = {_COMMON: io.BytesIO()}
+    reader = FileSystemReader(folder)
     load_distributed(state, storage_reader=reader, planner=_SafePlanner(False, False), no_dist=True)
     common: Any = state[_COMMON]
     if isinstance(common, io.BytesIO):  # saved within what was saved
         common.seek(0)
         common = torch.load(common, map_location="cpu", weights_only=True)
     return dict(common[0])
-
-
-class _Reader(FileSystemReader):
-    """Torch's reader. It reads the list of weights once, and builds only records from it."""
-
-    _listed: Metadata | None = None
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        if self._listed is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                self._listed = _MetadataUnpickler(file).load()
-        return self._listed
 
 
 class _SafePlanner(DefaultLoadPlanner):
@@ -184,15 +185,6 @@ def damage_refused(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} cannot be read: {one_line(cause, 200)}; a file may be missing or cut short"
         ) from error
-
-
-def _other_name(name: str, saved: set[str]) -> str:
-    for plain, fused in _FUSED_NORMS.items():
-        for ours, theirs in ((plain, fused), (fused, plain)):
-            other = name.replace(ours, theirs)
-            if other != name and other in saved:
-                return other
-    return name
 
 
 def _some(names: list[str]) -> str:
