@@ -134,20 +134,15 @@ _STREAM = _Stream()
 def install() -> None:
     """Redirect CUDA to the CPU in this process, for good."""
     cuda = torch.cuda
+    nothing = ("set_device", "synchronize", "empty_cache", "set_stream", "check_error")
+    memory = ("memory_allocated", "memory_reserved")
     answers: dict[str, Any] = {
         "device_count": lambda: 1,
         "current_device": lambda: _CPU,
-        "set_device": _no_op(),
-        "synchronize": _no_op(),
-        "empty_cache": _no_op(),
-        "Stream": _Stream,
-        "Event": _Stream,
-        "current_stream": lambda *_: _STREAM,
-        "default_stream": lambda *_: _STREAM,
+        **{name: _no_op() for name in nothing},
+        **dict.fromkeys(("Stream", "Event"), _Stream),
+        **dict.fromkeys(("current_stream", "default_stream", "cudart"), lambda *_: _STREAM),
         "stream": lambda *_: nullcontext(),
-        "set_stream": _no_op(),
-        "cudart": lambda: _STREAM,
-        "check_error": _no_op(),
         "is_current_stream_capturing": lambda: False,
         # Compute capability 10 frees Megatron of wishes about CUDA's launch queue.
         "get_device_capability": lambda *_: (10, 0),
@@ -156,10 +151,7 @@ def install() -> None:
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         # Not torch.manual_seed: that one calls torch.cuda again.
         "manual_seed": torch.default_generator.manual_seed,
-        "memory_allocated": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0,
-        "memory_reserved": lambda *_: 0,
-        "max_memory_reserved": lambda *_: 0,
+        **{name: lambda *_: 0 for most in memory for name in (most, f"max_{most}")},
         "device_memory_used": lambda *_: 0,
         "memory_stats": lambda *_: {},
     }

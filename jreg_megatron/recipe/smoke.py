@@ -77,7 +77,9 @@ def without_data(flags: list[str]) -> list[str]:
 
 def start_clean(args: Namespace, run: Path) -> bool:
     """Remove an earlier run that is finished or was another one; True if there was one."""
-    is_over = last_checkpoint(args.load) >= int(args.train_iters) or bool(identity.difference(run, args))
+    settings = identity.settings(args)
+    is_over = last_checkpoint(args.load) >= int(args.train_iters)
+    is_over |= identity.difference(run / identity.FILE, settings) is not None
     if is_over:
         shutil.rmtree(run)
     return is_over
