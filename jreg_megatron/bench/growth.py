@@ -57,11 +57,12 @@ def run(args: Namespace, more: list[str], finish: Callable[..., None]) -> int:
         try:
             found = step((*words, *(["--", *more] if more else [])), 1 if on_cpu else ranks)
         except (UserError, KeyboardInterrupt) as error:
+            is_ours = isinstance(error, UserError)
             unfinished = (
-                f"the step at {axis} {value} {error}" if str(error) else f"interrupted at {axis} {value}"
+                f"the step at {axis} {value} {error}" if is_ours else f"interrupted at {axis} {value}"
             )
             if not rows:
-                raise UserError(unfinished) from None
+                raise UserError(unfinished) if is_ours else error from None
             break
         machine = machine or found["machine"]
         rows.append({"axis": axis, "value": value, **costs(found["step"])})

@@ -54,19 +54,15 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     args.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     args.dtype = getattr(torch, DTYPES[args.dtype or ("fp32" if on_cpu else "bf16")])
     args.rounds = args.rounds or (20 if on_cpu else 200)
-    has = (
-        psutil.virtual_memory().total
-        if on_cpu
-        else torch.cuda.get_device_properties(args.device).total_memory
-    )
+    too_many = f"--tokens is {args.tokens}, which takes more than"
     # Two states, what has come to both, two gradients; autograd's float32 copies of the states.
     needs = args.tokens * max(args.widths) * (6 * args.dtype.itemsize + 2 * 4)
-    too_many = f"--tokens is {args.tokens}, which takes more than"
-    if needs > has:
+    has = psutil.virtual_memory().total
+    if on_cpu and needs > has:  # a GPU says so itself
         raise UserError(f"{too_many} {needs / 2**30:,.0f} GiB, and there are {has / 2**30:,.0f}; give less")
     try:
         finish(tune(args) if args.tune else measure(args))
-    except (torch.OutOfMemoryError, MemoryError):
+    except torch.OutOfMemoryError:
         raise UserError(f"{too_many} the memory that is free; give less") from None
     return 0
 

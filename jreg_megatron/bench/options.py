@@ -100,14 +100,15 @@ def _ways(text: str) -> list[str]:
 def _numbers(flag: str, fewest: int = 1, most: int | None = None) -> Callable[[str], list[int]]:
     """An argparse type: ``fewest`` numbers or more with commas. Where one is too few, ``none`` is none."""
 
+    wanted = ">= 1" if most is None else f"in 1..{most}"
+    wanted = f"whole numbers {wanted} with commas{', or none' * (fewest > 1)}"
+
     def parse(text: str) -> list[int]:
         if fewest > 1 and text == "none":
             return []
         try:
-            numbers = list(dict.fromkeys(count(flag, 1, most)(word) for word in text.split(",")))
+            numbers = list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
         except ArgumentTypeError:
-            wanted = f"numbers in 1..{most} with commas between them" if most else "whole numbers >= 1 with "
-            wanted += "" if most else "commas, or none"
             raise ArgumentTypeError(f"{flag} is {text}; it must be {wanted}") from None
         if len(numbers) < fewest:
             raise ArgumentTypeError(f"{flag} is {text}; growth needs two sizes, or none")

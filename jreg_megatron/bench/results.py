@@ -9,6 +9,7 @@ import re
 import shlex
 from contextlib import suppress
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[
 
 def command(argv: list[str]) -> str:
     """The command that makes the figures again, without where they went."""
-    words = shlex.join(["python", "-m", "jreg_megatron.bench", *argv])
-    return re.sub(r" --(quiet|verbose|json(=| )('.*?'|\S+))(?= |$)", "", words)
+    kept = [
+        word
+        for before, word in pairwise(["", *argv])
+        if before != "--json"
+        and word not in ("--json", "--quiet", "--verbose")
+        and not word.startswith("--json=")
+    ]
+    return shlex.join(["python", "-m", "jreg_megatron.bench", *kept])
 
 
 def machine() -> dict[str, Any]:

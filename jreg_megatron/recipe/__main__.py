@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -99,7 +100,10 @@ def _smoke(asked: Namespace) -> None:
     ranks = [*forked, *announcement.MODULE, "--cpu", *flags]
     print(f"Smoke: a toy of {asked.recipe.stem} on {world_size} CPU ranks; its folder is {run}")
     toy = parse(flags, world_size)
-    if not asked.dry_run and smoke.start_clean(toy, run):
+    is_over = last_checkpoint(toy.load) >= toy.train_iters
+    is_over |= identity.difference(run / identity.FILE, identity.settings(toy)) is not None
+    if is_over and not asked.dry_run:
+        shutil.rmtree(run)
         print("Removed the earlier run there: it was finished or had other settings")
     _become(ranks, toy, run, asked.dry_run)
 
