@@ -35,7 +35,7 @@ def run(args: Namespace, more: list[str], finish: Callable[..., None]) -> int:
     Raises:
         UserError: for a mistake in the options, or where a run ends with one.
     """
-    on_cpu = args.cpu or not options.has_cuda()
+    on_cpu = args.cpu or not torch.cuda.is_available()
     points = list(_points(args, on_cpu))
     if not points:
         raise UserError("every axis is none; leave one in")

@@ -290,13 +290,6 @@ _OF_THE_MODEL = (
 _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
 
 
-def has_cuda() -> bool:
-    """Whether there is a CUDA device to measure on."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def world_size_of(args: Namespace) -> int:
     """How many ranks there are or will be.
 

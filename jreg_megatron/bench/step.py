@@ -58,7 +58,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     """
     deadline = time.monotonic() + args.seconds
     world_size = options.world_size_of(args)
-    on_cpu = bool(args.cpu or args.nproc) or not options.has_cuda()
+    on_cpu = bool(args.cpu or args.nproc) or not torch.cuda.is_available()
     options.complete(args, more, world_size, on_cpu)
     megatron.make_ready(on_cpu)
     if args.nproc in (None, 1):
