@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ def gradients(ways: list[str]) -> dict[str, Any]:
     from jreg_megatron.bench import megatron, options
     from jreg_megatron.bench.variants import make_variants
 
-    parser = ArgumentParser()
-    options.add_step_arguments(parser)
-    setup = options.setup_of(parser.parse_args([*TINY, "--layers", "8"]), UNGUARDED, 1, on_cpu=True)
+    args = options.parser().parse_args(["step", *TINY, "--layers", "8"])
+    options.complete(args, UNGUARDED, 1, on_cpu=True)
     found: dict[str, Any] = {}
 
     def work(
@@ -36,7 +34,7 @@ def gradients(ways: list[str]) -> dict[str, Any]:
         **_: Any,
     ) -> None:
         batches = [next(data), next(data)]
-        variants = make_variants(model, setup.config, ways)
+        variants = make_variants(model, args.config, ways)
 
         def gradient(way: str) -> Tensor:
             model[0].zero_grad_buffer()
@@ -61,7 +59,7 @@ def gradients(ways: list[str]) -> dict[str, Any]:
             found.setdefault(way, []).append(gradient(way))
 
     megatron.make_ready(on_cpu=True)
-    megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), setup.config, work)
+    megatron.train(megatron.arguments_of(args, 3), args, work)
     return found
 
 
@@ -69,9 +67,8 @@ def skipped_alone() -> tuple[str, list[int]]:
     """How three steps in fp16, for which the loss scale is too large, end, and which of them are skipped."""
     from jreg_megatron.bench import megatron, options
 
-    parser = ArgumentParser()
-    options.add_step_arguments(parser)
-    setup = options.setup_of(parser.parse_args([*TINY, "--dtype", "fp16"]), [], 1, on_cpu=True)
+    args = options.parser().parse_args(["step", *TINY, "--dtype", "fp16"])
+    options.complete(args, [], 1, on_cpu=True)
     megatron.make_ready(on_cpu=True)
     from megatron.training import training
 
@@ -84,7 +81,7 @@ def skipped_alone() -> tuple[str, list[int]]:
 
     training.train_step = watched
     try:
-        megatron.train(megatron.arguments_of(setup, 3, on_cpu=True), setup.config, lambda *_, **__: None)
+        megatron.train(megatron.arguments_of(args, 3), args, lambda *_, **__: None)
     except UserError as error:
         return str(error), skipped
     return "", skipped
@@ -118,7 +115,7 @@ def counted(_: object = None) -> dict[str, Any]:
         dist.barrier()
         return second[0].item() + third[0].item()
 
-    return vars(count(step))
+    return count(step)
 
 
 def jreg_twice_as_slow(argv: list[str]) -> int:
@@ -131,7 +128,7 @@ def jreg_twice_as_slow(argv: list[str]) -> int:
     on, after = variants.Attached.on, variants.Attached.after_step
 
     def slow_after(self: Any, iteration: int) -> None:
-        if self._config.coeff > 0:
+        if self.config.coeff > 0:
             began = time.process_time()
             while time.process_time() < began + SECONDS:
                 pass

@@ -1550,7 +1550,7 @@ FAULTS = [
     Fault(
         "let ranks share an optimizer in fp32",
         "mcore/preflight/optimizer.py",
-        (("if not args.bf16 and (", "if False and ("),),
+        (("        not args.bf16 and (", "        False and ("),),
         PREFLIGHT,
     ),
     Fault(
@@ -1568,7 +1568,7 @@ FAULTS = [
     Fault(
         "plan without an optimizer's package",
         "recipe/__main__.py",
-        (("        preflight.optimizer.package(asked.optimizer)\n", ""),),
+        (("        preflight.optimizer.package(args.optimizer)\n", ""),),
         ("tests/test_recipes.py::" + NO_PACKAGE,),
     ),
     Fault(
@@ -1616,7 +1616,7 @@ FAULTS = [
     Fault(
         "take a package of any version for Megatron's optimizers",
         "mcore/preflight/optimizer.py",
-        (("if () < installed < _OLDEST:", "if False:"),),
+        (("() < _installed() < _OLDEST", "False"),),
         ("tests/test_preflight.py::test_an_older_package_of_optimizers_is_refused_by_its_version",),
     ),
     Fault(
@@ -1843,13 +1843,13 @@ FAULTS = [
     Fault(
         "train experts under tensor parallelism without sequence parallelism",
         "mcore/preflight/division.py",
-        (("tensor > 1 and not args.sequence_parallel", "False"),),
+        (("tensor_parallel(args) > 1 and not args.sequence_parallel", "False"),),
         PREFLIGHT,
     ),
     Fault(
         "build several validation sets that Megatron does not take",
         "mcore/preflight/training.py",
-        (("    if args.multiple_validation_sets:\n", "    if False:\n"),),
+        (("args.multiple_validation_sets and not args.full_validation", "False"),),
         PREFLIGHT,
     ),
     Fault(
@@ -1918,7 +1918,7 @@ FAULTS = [
     Fault(
         "let the recipe's flags win over the user's",
         "sft/__main__.py",
-        (("str(TEMPLATE), *flags, *more]", "str(TEMPLATE), *more, *flags]"),),
+        (("*asked.flags, *asked.user_flags]", "*asked.user_flags, *asked.flags]"),),
         SFT,
     ),
     Fault(
@@ -2001,7 +2001,7 @@ FAULTS = [
     Fault(
         "end a benchmark when its time is up, whatever has been seen",
         "bench/step.py",
-        (("if number + 1 >= FEWEST_ROUNDS and", "if"),),
+        (("args.rounds, FEWEST_ROUNDS, is_over", "args.rounds, 1, is_over"),),
         BENCH,
     ),
     Fault(
@@ -2018,7 +2018,7 @@ FAULTS = [
     ),
     Fault(
         "time the host's launches for the device's work",
-        "bench/kernel_run.py",
+        "bench/kernel.py",
         (("            if not has_begun:", "            if True:"),),
         BENCH_KERNEL,
     ),

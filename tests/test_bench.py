@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +29,11 @@ from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import counting, growth, megatron, options, results, step, step_run, table
+from jreg_megatron.bench import counting, growth, megatron, options, results, step, table
 from jreg_megatron.bench.__main__ import main
-from jreg_megatron.bench.counting import Busy, Counts
-from jreg_megatron.bench.names import KINDS, WAYS
-from jreg_megatron.bench.ratios import median_ratio
-from jreg_megatron.bench.shapes import SHAPES, find_shape
-from jreg_megatron.bench.step import Measured, Task, summarize
+from jreg_megatron.bench.options import KINDS, SHAPES, WAYS, shape_named
+from jreg_megatron.bench.rounds import median_ratio
+from jreg_megatron.bench.step import Measured, summarize
 from jreg_megatron.bench.variants import Variant, kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
@@ -282,9 +280,9 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
 def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(interval: int) -> None:
     config = JRegConfig(measure_interval=interval)
     rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
-    rank.shares["jreg"] = step.shares_of_kinds(config, lambda iteration: kind_of_step(config, iteration))
     costs = {"ordinary": 0.02, "measures": 0.05, "logs": 0.1, "measures and logs": 0.2}
     whole = step.whole_rounds(config)
+    rank.shares["jreg"] = step.shares_of_kinds(config, whole)
     for iteration in range(1, whole + 1):
         kind = kind_of_step(config, iteration)
         rank.names += ["unmodified", "jreg"]
@@ -318,7 +316,7 @@ def ranks_that_need(
     return made
 
 
-COUNTS = {kind: Counts(0, 0, 0, 0) for kind in KINDS}
+COUNTS = {kind: dict.fromkeys(counting.COUNTED, 0) for kind in KINDS}
 BUSY = {"unmodified": 2.0, "unmodified_again": 2.0, "jreg": 2.0}
 LAST = {"unmodified": 1.0, "unmodified_again": 1.0, "jreg": 1.4}
 
@@ -371,17 +369,23 @@ def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
 
 
-def ran(task: Task, seconds: Callable[[], float] = lambda: 1.0) -> list[tuple[str, int]]:
-    """The ways and iterations of a task's timed steps, each of which takes ``seconds``."""
+def ran(
+    ways: list[str],
+    rounds: int,
+    deadline: float,
+    interval: int = 10,
+    seconds: Callable[[], float] = lambda: 1.0,
+) -> list[tuple[str, int]]:
+    """The ways and iterations of the timed steps, each of which takes ``seconds``."""
     steps: list[tuple[str, int]] = []
 
     def run(name: str, iteration: int, _: object) -> tuple[float, float]:
         steps.append((name, iteration))
         return seconds(), seconds()
 
-    found = Measured()
-    found.shares = {name: {"ordinary": 1.0} for name in ("unmodified", *task.ways)}
-    task._time(found, dict.fromkeys(found.shares, Variant()), run, task.deadline)
+    config = JRegConfig(coeff=0.1, measure_interval=interval)
+    args = Namespace(config=config, ways=ways, rounds=rounds, on_cpu=True)
+    step.time_rounds(args, dict.fromkeys(("unmodified", *ways)), run, deadline)
     return steps
 
 
@@ -392,7 +396,7 @@ def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
     monkeypatch.setattr(step, "_first_ranks", bool)
     ways = [way for way in WAYS if way != "unmodified" and (interval > 1 or way != "jreg_every_step")]
     config = JRegConfig(coeff=0.1, measure_interval=interval)
-    steps = ran(Task(config, ways, 1000, time.monotonic(), False, True, lambda: None))
+    steps = ran(ways, 1000, time.monotonic(), interval)
     assert [name for name, _ in steps[::2]] == ["unmodified"] * (2 * len(ways) + 1)
     for way in ways:
         both = [iteration for name, iteration in steps if name == way]
@@ -409,8 +413,8 @@ def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
     scattered = np.random.default_rng(0)
     rounds = []
     for scatter in (0.0, 0.005, 0.1):
-        task = Task(JRegConfig(coeff=0.1), ["jreg"], 40, time.monotonic() + 60, False, True, lambda: None)
-        steps = ran(task, lambda scatter=scatter: scattered.normal(1, scatter))
+        seconds = lambda scatter=scatter: scattered.normal(1, scatter)  # noqa: E731
+        steps = ran(["jreg"], 40, time.monotonic() + 60, seconds=seconds)
         rounds.append(len(steps) // 2)
     assert rounds[0] == 10 < rounds[1] < rounds[2] == 40
 
@@ -469,8 +473,8 @@ def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
     monkeypatch.setattr(counting, "profile", profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = counting.busy(lambda: time.sleep(0.2))
-    assert found.device == pytest.approx(0.16)
-    assert found.whole >= 0.2 and found.host == pytest.approx(found.whole - 0.03)
+    assert found["device"] == pytest.approx(0.16)
+    assert found["whole"] >= 0.2 and found["host"] == pytest.approx(found["whole"] - 0.03)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +488,7 @@ def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
 def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says: str) -> None:
     ranks = ranks_that_need(BUSY, BUSY, noise=0)
     for number, rank in enumerate(ranks):
-        rank.busy = {way: [Busy(3.0, device * number, 1.5)] for way in BUSY}
+        rank.busy = {way: [{"whole": 3.0, "device": device * number, "host": 1.5}] for way in BUSY}
     found = summarize(ranks, by_processor_time=False)
     assert found["waits_for"] == waits_for
     assert found["busy"]["jreg"] == {"whole": 3.0, "device": device, "host": 1.5}
@@ -514,22 +518,22 @@ def test_on_a_gpu_each_way_is_looked_at_and_no_more_steps_run_than_there_are_dat
             yield
             on.append("off")
 
-    def look(run: Callable[[], None]) -> Busy:
-        run()
-        return Busy(3.0, 2.0, 1.0)
+    looked, counts = {"whole": 3.0, "device": 2.0, "host": 1.0}, {"kernels": 1}
 
     monkeypatch.setattr(step, "make_variants", lambda *_: {name: Named(name) for name in WAYS})
-    monkeypatch.setattr(step, "busy", look)
-    monkeypatch.setattr(step, "count", lambda run: run() or Counts(1, 2, 3, 4))
+    monkeypatch.setattr(step, "busy", lambda run: run() or looked)
+    monkeypatch.setattr(step, "count", lambda run: run() or counts)
     monkeypatch.setattr(step, "_seconds", lambda run: run() or (1.0, 1.0))
     monkeypatch.setattr(step, "_first_ranks", lambda _: False)
     given, steps = [object() for _ in range(5)], []
-    task = Task(JRegConfig(coeff=0.1, measure_interval=10), ways, 3, math.inf, True, False, lambda: None)
-    found = task.run(lambda *of_step, **_: steps.append((on[-1], *of_step)), *given, iteration=1)
+    config = JRegConfig(coeff=0.1, measure_interval=10)
+    args = Namespace(config=config, ways=ways, rounds=3, on_cpu=False, count=True)
+    train_step = lambda *of_step, **_: steps.append((on[-1], *of_step))  # noqa: E731
+    found = step.measure(args, math.inf, lambda: None, train_step, *given, iteration=1)
     assert all(of_step == given for _, *of_step in steps), "Megatron's own arguments"
     assert [name for name, *_ in steps] == on[::2], "each step runs while its way is on"
-    assert found.busy == {way: [Busy(3.0, 2.0, 1.0)] * 2 for way in WAYS}
-    assert found.counts == {way: dict.fromkeys(KINDS, Counts(1, 2, 3, 4)) for way in WAYS}
+    assert found.busy == {way: [looked] * 2 for way in WAYS}
+    assert found.counts == {way: dict.fromkeys(KINDS, counts) for way in WAYS}
     assert len(found.names) == 1 + 2 * 3 * len(ways)
     assert len(steps) <= step.most_steps(3)
 
@@ -555,7 +559,7 @@ def test_a_model_is_that_of_its_recipe(name: str) -> None:
     architecture = flags_of(body[: body.index("--optimizer")].split())
     sizes = {"--seq-length", "--max-position-embeddings"}
     assert set(architecture) - set(ours) == sizes, "what the recipe's architecture says, and this does not"
-    assert find_shape(str(shape.recipe)) is shape
+    assert shape_named(str(shape.recipe)) is shape
 
 
 def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,8 +603,8 @@ def test_costs_are_what_is_beyond_the_unmodified_step() -> None:
 @pytest.mark.parametrize(
     ("end", "why"),
     [
-        (UserError("the step at layers 8 ended with status 1: no memory"), "status 1: no memory"),
-        (KeyboardInterrupt(), "interrupted at layers 8"),
+        (UserError("ended with status 1: no memory"), "the step at layers 16 ended with status 1: no memory"),
+        (KeyboardInterrupt(), "interrupted at layers 16"),
     ],
 )
 def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
@@ -611,21 +615,21 @@ def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def measure(point: growth.Point, *_: Any) -> dict[str, Any]:
-        if point.value == 8:
+    def measure(words: tuple[str, ...], _: int) -> dict[str, Any]:
+        if words[-2:] == ("16", "--cpu"):
             raise end
         return one_rank[0]
 
     monkeypatch.setattr(growth, "_step", measure)
     path = tmp_path / "growth.json"
-    words = "growth --cpu --width none --sequence none --stages none --layers 2,4,8 --json"
+    words = "growth --cpu --width none --sequence none --stages none --layers 2,4,16 --json"
     with pytest.raises(SystemExit) as ended:
         main([*words.split(), str(path)])
     assert ended.value.code == 2
     printed = capsys.readouterr()
     assert f"{why}; the sizes before it are kept" in printed.err
     assert "Traceback" not in printed.err
-    assert f"Unfinished: {str(end) or why}" in printed.out
+    assert f"Unfinished: {why}" in printed.out
     points = json.loads(path.read_text())["growth"]["points"]
     assert [(point["axis"], point["value"]) for point in points] == [("layers", 2), ("layers", 4)]
 
@@ -731,16 +735,16 @@ def test_where_a_result_went_is_not_part_of_its_command() -> None:
 
 REFUSED = {
     "--model 7b": "--model is 7b; it must be one of demo, 170m, 1b, 3.4b, llama_170m",
-    "--layers 0": "--layers is 0; it must be >= 1",
-    "--rounds 0": "--rounds is 0; it must be >= 1",
-    "--micro-batches -1": "--micro-batches is -1; it must be >= 1",
-    "--measure-interval 0": "--measure-interval is 0; it must be >= 1",
-    "--seconds nan": "--seconds is nan; it must be above 0",
+    "--layers 0": "--layers is 0; it must be a whole number >= 1",
+    "--rounds 0": "--rounds is 0; it must be a whole number in 1..10000",
+    "--micro-batches -1": "--micro-batches is -1; it must be a whole number >= 1",
+    "--measure-interval 0": "--measure-interval is 0; it must be a whole number in 1..100",
+    "--seconds nan": "--seconds is nan; it must be a number > 0",
     "--width 100": "--width is 100; it must be a multiple of 8",
     "--ways jreg,fast": "--ways is jreg,fast; it must be some of unmodified_again,measure,jreg",
     "--pp 2": "--pp 2 x --cp 1 is 2, which does not divide the 1 rank; add --nproc 2",
     "--nproc 3 --pp 3": "--pp is 3, which does not divide the 8 layers",
-    "--nproc 0": "--nproc is 0; it must be >= 1",
+    "--nproc 0": "--nproc is 0; it must be a whole number >= 1",
     "-- --num-layers 3": "--num-layers cannot be given behind --; use --layers",
     "-- --hidden-size 256": "--hidden-size cannot be given behind --; use --width",
     "-- --ffn-hidden-size=99": "--ffn-hidden-size belongs to the model, demo; leave it out",
@@ -752,10 +756,10 @@ REFUSED = {
     "-- --exit-duration-in-mins 1": "--exit-duration-in-mins would end",
     "-- --exit-signal-handler": "--exit-signal-handler would end",
     "-- --help": "--help would end",
-    "--rounds 10001": "--rounds is 10001; it must be in 1..10000",
-    "--measure-interval 101": "--measure-interval is 101; it must be in 1..100",
+    "--rounds 10001": "--rounds is 10001; it must be a whole number in 1..10000",
+    "--measure-interval 101": "--measure-interval is 101; it must be a whole number in 1..100",
     "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
-    "--ways jreg_every_step --measure-interval 1": "--ways is jreg_every_step, but with --measure-interval 1",
+    "--ways jreg_every_step --measure-interval 1": "jreg_every_step is left out: with --measure-interval 1",
     "-- --jreg-measure-interval 3": "cannot be given behind --; use --measure-interval",
     "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to be measured",
     "-- --jreg-coef 1": "unknown flag --jreg-coef; did you mean --jreg-coeff?",
@@ -802,10 +806,8 @@ def test_megatron_that_exits_before_all_is_measured_is_a_users_mistake(
     assert ("why" in capfd.readouterr().out) == is_verbose
 
 
-def default_setup() -> options.Setup:
-    parser = ArgumentParser()
-    options.add_step_arguments(parser)
-    return options.setup_of(parser.parse_args([]), [], 1, on_cpu=True)
+def default_options(on_cpu: bool = True) -> Namespace:
+    return options.complete(options.parser().parse_args(["step", "--quiet"]), [], 1, on_cpu)
 
 
 def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -814,14 +816,14 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
 
     monkeypatch.setattr(megatron, "train", full)
     with pytest.raises(UserError, match=r"does not fit \(CUDA out of memory\); give less --layers or"):
-        step_run._measure(default_setup(), 0.0, on_cpu=True, is_quiet=True, is_verbose=False)
+        step._measure(default_options(), 0.0, lambda _: None)
 
 
 def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(megatron, "find_spec", lambda _: None)
-    words = megatron.arguments_of(default_setup(), 3, on_cpu=False)
+    words = megatron.arguments_of(default_options(on_cpu=False), 3)
     assert "--no-gradient-accumulation-fusion" in words and "unfused" in words
     assert [note.split(",")[0][:22] for note in megatron.notes(on_cpu=False)] == [
         "Without Transformer En",
@@ -829,7 +831,7 @@ def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_
     ]
     assert megatron.notes(on_cpu=True) == []
     monkeypatch.setattr(megatron, "find_spec", lambda name: name)
-    words = megatron.arguments_of(default_setup(), 3, on_cpu=False)
+    words = megatron.arguments_of(default_options(on_cpu=False), 3)
     assert "--no-gradient-accumulation-fusion" not in words and "transformer_engine" in words
     assert megatron.notes(on_cpu=False) == []
 
@@ -924,7 +926,11 @@ def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finish
 @pytest.mark.parametrize("axis", ["layers", "stages"])
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("4", "growth needs two sizes"), ("4,x", "must be whole numbers"), ("0,4", ">= 1")],
+    [
+        ("4", "growth needs two sizes"),
+        ("4,x", "must be whole numbers >= 1 with"),
+        ("0,4", ">= 1"),
+    ],
 )
 def test_a_mistaken_axis_of_growth_is_refused(
     axis: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -13,31 +13,36 @@ from interpreted import in_interpreter
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import kernel, kernel_run, table
+from jreg_megatron.bench import kernel, options, table
 from jreg_megatron.methods.jreg.kernels import eager
 
 CPU = torch.device("cpu")
 
 
 def figures_of(*words: str) -> dict[str, Any]:
-    parser = ArgumentParser()
-    kernel.add_arguments(parser)
-    return kernel.run(parser.parse_args(["--cpu", *words]))
+    figures: list[dict[str, Any]] = []
+    kernel.run(options.parser().parse_args(["kernel", "--cpu", *words]), [], figures.append)
+    return figures[0]
+
+
+def sizes(**changes: Any) -> Namespace:
+    usual = {"device": CPU, "dtype": torch.float32, "tokens": 2, "rounds": 1, "seconds": 1}
+    return Namespace(**usual | {"widths": [100], "tune": None} | changes)
 
 
 def printed(figures: dict[str, Any]) -> str:
     console = Console(width=200)
+    about = {"command": "", "date": "", "machine": {"device": "none", "threads": 1}, "versions": {}}
     with console.capture() as capture:
-        table.print_kernel(console, figures)
+        table.print_document(console, {**about, "kernel": figures})
     return capture.get()
 
 
-def tiny(dtype: torch.dtype) -> kernel_run.Tensors:
-    sizes = kernel_run.Sizes(CPU, dtype, tokens=1000, rounds=1, seconds=1)
-    return kernel_run.Tensors(sizes, 12)
+def tiny(dtype: torch.dtype) -> kernel.Tensors:
+    return kernel.Tensors(sizes(dtype=dtype, tokens=1000), 12)
 
 
-def assert_same_work(way: kernel_run.Way, dtype: torch.dtype) -> None:
+def assert_same_work(way: kernel.Way, dtype: torch.dtype) -> None:
     t = tiny(dtype)
     a, b = (h.detach().double().requires_grad_() for h in (t.h_in, t.h_out))
     loss = 1e-5 * ((1 - F.cosine_similarity(a, b, dim=-1)) / 2).sum()
@@ -54,18 +59,18 @@ def assert_same_work(way: kernel_run.Way, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "way",
-    [kernel_run.with_jreg(eager.KERNELS), kernel_run.with_autograd(kernel_run.textbook)],
-    ids=[kernel_run.JREG, kernel_run.AUTOGRAD],
+    [kernel.with_jreg(eager.KERNELS), kernel.with_autograd(kernel.textbook)],
+    ids=[kernel.JREG, kernel.AUTOGRAD],
 )
 def test_each_way_adds_the_regularizers_gradient_to_what_has_come(
-    way: kernel_run.Way, dtype: torch.dtype
+    way: kernel.Way, dtype: torch.dtype
 ) -> None:
     assert_same_work(way, dtype)
 
 
 @pytest.mark.slow
 def test_so_does_the_compiled_one() -> None:
-    way, why_not = kernel_run._compiled(tiny(torch.float32))
+    way, why_not = kernel._compiled(tiny(torch.float32))
     assert way is not None, why_not
     assert_same_work(way, torch.float32)
 
@@ -74,7 +79,7 @@ def test_so_does_the_compiled_one() -> None:
 def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
     dtype: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_run, "SHORTEST_COPY", 0.0)
+    monkeypatch.setattr(kernel, "SHORTEST_COPY", 0.0)
     words = f"--tokens 10 --widths 12,48 --rounds 4 --no-compile --dtype {dtype}"
     figures = json.loads(json.dumps(figures_of(*words.split()), allow_nan=False))
     assert list(figures["widths"]) == ["12", "48"] and figures["kernels"] == "torch"
@@ -88,8 +93,8 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
             low, high = found["quartiles"]
             assert 0 < low <= found["seconds"] <= high and found["share_of_copy"] > 0
             assert found["bytes_per_second"] == pytest.approx(found["bytes"] / found["seconds"])
-        assert list(of["ways"]) == [kernel_run.JREG, kernel_run.AUTOGRAD]
-        assert of["ways"][kernel_run.JREG]["ratio"] == 1
+        assert list(of["ways"]) == [kernel.JREG, kernel.AUTOGRAD]
+        assert of["ways"][kernel.JREG]["ratio"] == 1
     text = printed(figures)
     assert "of the copy's" in text and "times JREG's" in text
     assert "compiled is left out: --no-compile." in text
@@ -98,7 +103,7 @@ def test_on_a_cpu_it_gives_times_bytes_and_shares_of_a_copy_for_every_width(
 def test_a_copy_too_short_to_be_a_measure_gives_no_share_and_a_note() -> None:
     figures = figures_of(*"--tokens 3 --widths 8 --rounds 1 --no-compile".split())
     assert [found["share_of_copy"] for found in figures["widths"]["8"]["kernels"].values()] == [None, None]
-    assert "A copy of less than 50 us is no measure: give more --tokens." in printed(figures)
+    assert "A copy of less than 50 us is no measure: starting and ending count" in printed(figures)
 
 
 def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,22 +117,21 @@ def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.Mon
 def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> None:
     ran: list[str] = []
     runs = {name: lambda name=name: ran.append(name) for name in "abc"}
-    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=1, rounds=7, seconds=60)
-    found = kernel_run.interleaved(sizes, runs)
+    found = kernel.interleaved(sizes(rounds=7, seconds=60), runs)
     rounds = [ran[start : start + 3] for start in range(3, len(ran), 3)]  # behind the warm-up
     assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1, "the order changes"
     assert all(len(times) == 7 for times in found.values())
-    short = kernel_run.Sizes(CPU, torch.float32, tokens=1, rounds=7, seconds=1e-9)
-    assert len(kernel_run.interleaved(short, runs)["a"]) == 3, "enough for a spread"
+    short = kernel.interleaved(sizes(rounds=7, seconds=1e-9), runs)
+    assert len(short["a"]) == 3, "enough for a spread"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--widths 768,x", "--widths is 768,x; it must be numbers in 1..65536"),
+        ("--widths 768,x", "--widths is 768,x; it must be whole numbers in 1..65536"),
         ("--widths 0", "--widths is 0"),
-        ("--tokens 0", "--tokens is 0; it must be >= 1"),
+        ("--tokens 0", "--tokens is 0; it must be a whole number >= 1"),
         ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
@@ -144,32 +148,30 @@ def test_a_mistake_is_one_line(words: str, message: str) -> None:
 def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: int) -> None:
     from jreg_megatron.methods.jreg.kernels import fused
 
-    tiles = kernel_run.tiles_for(width)
+    tiles = kernel.tiles_for(width)
     assert tiles[0] == fused.tile_for(width) and len(set(tiles)) == len(tiles)
     assert all(tile.columns & (tile.columns - 1) == 0 for tile in tiles)
     assert width < 128 or len(tiles) > 8
 
 
-def tuned_in_interpreter(kernel: str) -> dict[str, Any]:
-    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
-    return kernel_run.tune(sizes, [100], kernel)
+def tuned_in_interpreter(name: str) -> dict[str, Any]:
+    return kernel.tune(sizes(tune=name))
 
 
 @pytest.mark.parametrize("name", ["displacement", "gradients"])
 def test_tuning_times_a_kernel_with_every_tile_and_shows_the_one_in_use(name: str) -> None:
     figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter, name)))
     assert figures["tuned"]
-    ((kernel, tiles),) = figures["widths"]["100"]["tiles"].items()
-    assert kernel == name and len(tiles) == len(kernel_run.tiles_for(100))
+    ((tuned, tiles),) = figures["widths"]["100"]["tiles"].items()
+    assert tuned == name and len(tiles) == len(kernel.tiles_for(100))
     assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
     assert sum(tile["in_use"] for tile in tiles) == 1
     assert f"{name}  in use" in printed(figures)
 
 
 def test_tuning_with_no_tile_that_runs_says_why() -> None:
-    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
     with pytest.raises(UserError, match=r"no tile of width 100 runs here \(\w+: .*\); leave --tune out"):
-        kernel_run.tune(sizes, [100], "gradients")  # without the interpreter Triton finds no device
+        kernel.tune(sizes(tune="gradients"))  # without the interpreter Triton finds no device
 
 
 def test_tuning_refuses_a_tile_with_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +179,8 @@ def test_tuning_refuses_a_tile_with_wrong_numbers(monkeypatch: pytest.MonkeyPatc
 
     wrong = lambda *_: torch.zeros(2)  # noqa: E731
     monkeypatch.setattr(fused.TritonKernels, "displacement", wrong)
-    sizes = kernel_run.Sizes(CPU, torch.float32, tokens=2, rounds=1, seconds=1)
     with pytest.raises(UserError, match=r"displacement is wrong with Tile\(.*\) at width 100; report it"):
-        kernel_run.tune(sizes, [100], "displacement")
+        kernel.tune(sizes(tune="displacement"))
 
 
 class FakeEvent:
@@ -223,7 +224,7 @@ def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("L2", (), {"L2_cache_size": 1}))
-    clock = kernel_run._CudaClock(CPU)
+    clock = kernel._CudaClock(CPU)
     # What the host takes ten milliseconds to launch is timed without them, each time, once the wait is long.
     slow, fast = (lambda: launches(10_000_000, 34_000)), (lambda: launches(10_000, 5_000_000))
     assert [clock(slow), clock(slow), clock(fast), clock(slow)] == pytest.approx(

@@ -27,9 +27,9 @@ from harness import Finished, read_scalars, run_ranks
 
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import machine
-from jreg_megatron.recipe.command import on_gpus
+from jreg_megatron.recipe.announcement import torchrun
 from jreg_megatron.recipe.plan import Plan
-from jreg_megatron.recipe.request import Rendezvous, Request
+from jreg_megatron.recipe.request import Rendezvous, read, rendezvous
 from jreg_megatron.runtime.errors import UserError
 
 NO_FUSION = "--no-gradient-accumulation-fusion"
@@ -386,9 +386,8 @@ NODE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NODE_RANK": "1"}
     ],
 )
 def test_nodes_that_could_not_meet_are_refused(changes: dict[str, str], expected: str) -> None:
-    words = "--recipe x.sh --variant jreg --run x --nodes 2 --gpus 8 --tokens 1 -- ::: jreg".split()
     with pytest.raises(UserError, match=expected):
-        Rendezvous.from_environment(Request.from_words(words), NODE | changes)
+        rendezvous(2, NODE | changes)
 
 
 SHORT = ("--", "--lr-warmup-iters", 0)
@@ -506,18 +505,22 @@ def test_a_folder_that_holds_another_run_is_refused_by_what_differs(
     from jreg_megatron.recipe import identity
 
     args = argparse.Namespace(seed=1234, train_iters=19073, jreg_coeff=0.1, jreg_alpha=3.0, num_layers=12)
-    identity.keep(tmp_path, args)
-    identity.refuse_another(tmp_path, args)
-    identity.refuse_another(tmp_path / "new", args)
-    seen_otherwise = {"jreg_measure_interval": 10, "jreg_kernels": "torch", "jreg_log_per_layer": True}
-    identity.refuse_another(tmp_path, argparse.Namespace(**vars(args) | seen_otherwise))
+    file = tmp_path / identity.FILE
+
+    def refuse(file: Path = file, **changes: object) -> None:
+        identity.refuse_another(file, identity.settings(argparse.Namespace(**vars(args) | changes)))
+
+    identity.write(file, identity.settings(args))
+    refuse()
+    refuse(tmp_path / "new" / identity.FILE)
+    refuse(jreg_measure_interval=10, jreg_kernels="torch", jreg_log_per_layer=True)
     for name, value, expected in (
         ("jreg_coeff", 0.7, r"--jreg-coeff 0.1, and now it is 0.7; set RUN to another folder"),
         ("seed", 9, "--seed 1234, and now it is 9"),
         ("train_iters", 5, "--train-iters 19073, and now it is 5"),
     ):
         with pytest.raises(UserError, match=expected):
-            identity.refuse_another(tmp_path, argparse.Namespace(**vars(args) | {name: value}))
+            refuse(**{name: value})
     run = plan(words_of("llama_170m", "jreg", RUN=tmp_path, LAMBDA=0.7), check=False)
     assert run.status == [2]
     assert "holds a run with --" in run.output[0]
@@ -575,7 +578,6 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> No
     args = SimpleNamespace(**vars(A_PLAN.args) | {"save": tmp_path / "run", "load": tmp_path / "run"})
     here = replace(A_PLAN, args=args, parameters=10**6)  # type: ignore[arg-type]
     # Kept are those of 2000, 4000 and 5000; one more is written before its forerunner is removed.
-    assert here.saved_iterations == [2000, 4000, 5000]
     assert machine.check_disk(here).startswith("4 x 14 MB, ")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("4500")
@@ -632,7 +634,7 @@ def under_torchrun(
     """A toy on two ranks that torchrun started as on GPUs, past its fourth iteration; its run folder."""
     words = words_of("llama_170m", "jreg", "--dry-run", "--smoke", 200, RUN=tmp_path)
     _, flags = ranks_and_flags(plan(words).output[0])
-    command = on_gpus(2, 1, None, [*flags, "--cpu"])
+    command = torchrun(2, 1, None, [*flags, "--cpu"])
     with subprocess.Popen([*supervisor(tmp_path), *command], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
@@ -749,10 +751,10 @@ def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path
         "--gpus",
         environment["GPUS"],
     ]
-    request = Request.from_words([*words, "--tokens", "1", "--", ":::", container["args"][1]])
+    request = read([*words, "--tokens", "1", "--", ":::", container["args"][1]])
     assert request.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
     # A pod of an indexed job is called JOB-INDEX, and found as JOB-INDEX.SERVICE.
     name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
     assert pod["subdomain"] == subdomain and service["spec"]["selector"] == {"job-name": name}
-    assert Rendezvous.from_environment(request, environment) == Rendezvous(f"{name}-0.{subdomain}", 29500, 1)
+    assert rendezvous(request.nodes, environment) == Rendezvous(f"{name}-0.{subdomain}", 29500, 1)
     assert (RECIPES / f"{container['args'][0]}.sh").exists()

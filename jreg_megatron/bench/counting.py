@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+COUNTED = ("peak_bytes", "kernels", "collectives", "synchronisations")
 _SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _WAITS = (*_SYNCHRONISATIONS, "cudaMemcpy")
 """Calls in which the host may wait for the device: a copy to memory that is not pinned ends with the copy."""
@@ -20,34 +20,14 @@ _NO_KERNELS = ("Memcpy", "Memset")
 _MEMORY = "[memory]"
 
 
-@dataclass(frozen=True)
-class Busy:
-    """Seconds of one step under the profiler, on one rank with a GPU."""
+def busy(step: Callable[[], Any]) -> dict[str, float]:
+    """Run a step under torch's profiler, which looks at the device and at the host's calls for it alone.
 
-    whole: float
-    """From its start until the device has done it. The profiler makes the host slower."""
-    device: float
-    """In which the device did something. NCCL's waiting for other ranks is in it."""
-    host: float
-    """In which the host did not wait for the device."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of one step, on one rank."""
-
-    kernels: int
-    """On a GPU what ran on it, copies aside; on a CPU the operations of torch that call no other."""
-    collectives: int
-    """Calls of torch.distributed, sends and receives too."""
-    synchronisations: int
-    """Waits of the host for the device; on a CPU, where there are none, values read from a tensor."""
-    peak_bytes: int
-    """Memory of tensors at its highest, above what was held before the step."""
-
-
-def busy(step: Callable[[], Any]) -> Busy:
-    """Run a step under torch's profiler, which looks at the device and at the host's calls for it alone."""
+    Returns:
+        Seconds: ``whole``, until the device has done the step, with a host that the profiler makes slower;
+        ``device``, in which the device did something, NCCL's waiting for other ranks included; ``host``, in
+        which the host did not wait for the device.
+    """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         began = time.perf_counter()
@@ -56,11 +36,17 @@ def busy(step: Callable[[], Any]) -> Busy:
         whole = time.perf_counter() - began
     events = _events(profiler)
     waits = _covered(event for event in events if event.name().startswith(_WAITS))
-    return Busy(whole, _covered(filter(_is_on_device, events)), whole - waits)
+    return {"whole": whole, "device": _covered(filter(_is_on_device, events)), "host": whole - waits}
 
 
-def count(step: Callable[[], Any]) -> Counts:
-    """Run a step under torch's profiler and count."""
+def count(step: Callable[[], Any]) -> dict[str, int]:
+    """Run a step under torch's profiler and count.
+
+    Returns:
+        By :data:`COUNTED`: the highest memory of tensors above what was held before; on a GPU what ran on it,
+        copies aside, on a CPU the operations of torch that call no other; calls of torch.distributed, sends
+        and receives too; waits of the host for the device, on a CPU values read from a tensor.
+    """
     on_gpu = dist.get_backend() == "nccl"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     if on_gpu:
@@ -80,12 +66,12 @@ def count(step: Callable[[], Any]) -> Counts:
         synchronisations = sum(event.name() == _READS for event in events)
         peak = _peak(events)
     collectives = sum(_is_on_host(event) and event.name().startswith("c10d::") for event in events)
-    return Counts(kernels, collectives, synchronisations, peak)
+    return dict(zip(COUNTED, (peak, kernels, collectives, synchronisations), strict=True))
 
 
 def _events(profiler: Any) -> list[Any]:
     """As they were recorded: torch's own list of them takes seconds to make."""
-    return list(profiler.profiler.kineto_results.events())
+    return sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
 
 
 def _is_on_host(event: Any) -> bool:
@@ -99,9 +85,10 @@ def _is_on_device(event: Any) -> bool:
 
 
 def _covered(events: Iterable[Any]) -> float:
-    """Seconds in which at least one of them goes on."""
+    """Seconds in which at least one of them, in the order of their starts, goes on."""
     covered = until = 0
-    for start, end in sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events):
+    for event in events:
+        start, end = event.start_ns(), event.start_ns() + event.duration_ns()
         covered += max(0, end - max(start, until))
         until = max(until, end)
     return covered / 1e9
@@ -123,11 +110,9 @@ def _leaves(events: Iterable[Any]) -> int:
 
 
 def _peak(events: Iterable[Any]) -> int:
-    """The highest sum of what was allocated less what was freed."""
+    """The highest sum of what was allocated less what was freed, by events in their order."""
     held = peak = 0
-    for event in sorted(
-        (event for event in events if event.name() == _MEMORY), key=lambda event: event.start_ns()
-    ):
-        held += event.nbytes()
+    for event in events:
+        held += event.nbytes() if event.name() == _MEMORY else 0
         peak = max(peak, held)
     return peak

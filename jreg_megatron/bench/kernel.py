@@ -1,96 +1,326 @@
-"""``bench kernel``: what can be asked of it."""
+"""The kernels by themselves, and a layer's whole work in other ways: time and bytes, interleaved."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
-from jreg_megatron.bench.options import check_seconds, require_at_least_one
-from jreg_megatron.runtime.errors import UserError
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-WIDTHS = "768,2048,3072,3200"  # the recipes', and 3200 as some 3B models have it
+from jreg_megatron.bench.options import DTYPES
+from jreg_megatron.bench.rounds import rounds, times
+from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager, refuse_fault
+from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient
+from jreg_megatron.runtime.errors import UserError, one_line
 
-_WIDEST = 65536
+JREG, AUTOGRAD, COMPILED = "jreg", "autograd", "compiled"
+ABOUT = {
+    JREG: "as in training: nothing in the forward pass, one kernel in the backward pass",
+    AUTOGRAD: "the textbook formula, differentiated by torch",
+    COMPILED: "the same by torch.compile",
+}
 
+COEFFICIENT, FACTOR = 0.1, 1e-4
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Define the options of ``bench kernel``."""
-    group = parser.add_argument_group("sizes")
-    group.add_argument(
-        "--widths", default=WIDTHS, metavar="H,...", help="hidden sizes of the states (default: %(default)s)"
-    )
-    group.add_argument(
-        "--tokens", type=int, default=8192, metavar="N", help="rows of a state (default: %(default)s)"
-    )
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help="at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)",
-    )
-    run.add_argument(
-        "--seconds",
-        type=float,
-        default=30,
-        metavar="S",
-        help="no round of a width begins after so long (default: %(default)g)",
-    )
-    run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
-    run.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes its time to compile"
-    )
-    run.add_argument(
-        "--tune",
-        choices=("displacement", "gradients"),
-        help="instead, on a GPU: time this Triton kernel with tiles and warps of every size that makes sense",
-    )
+SHORTEST_COPY = 50e-6
+"""Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
+
+_FEWEST_ROUNDS = 3
+_WARM_UP = 3
+_FLUSHED = 8
+"""So many times what the L2 cache holds is read between two timed runs."""
+_CYCLES = 1_000_000
+"""Of the device's clock: how long it waits at first, while the host launches what is timed."""
+_MOST_CYCLES = 2**31 - 1
 
 
-def run(args: Namespace) -> dict[str, Any]:
-    """Measure.
-
-    Returns:
-        Times in seconds, by width.
+def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
+    """Measure; ``finish`` gets times in seconds, by width.
 
     Raises:
-        UserError: for a mistake in the options.
+        UserError: for ``--tune`` without a GPU, or sizes that the memory does not hold.
     """
-    widths = _widths(args.widths)
-    require_at_least_one("tokens", args.tokens)
-    require_at_least_one("rounds", args.rounds)
-    check_seconds(args.seconds)
-    import torch
-
     on_cpu = args.cpu or not torch.cuda.is_available()
     if args.tune and on_cpu:
         raise UserError("--tune times Triton's kernels, and there is no CUDA device here; leave it out")
-    from jreg_megatron.bench import kernel_run
-
-    sizes = kernel_run.Sizes(
-        device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-        dtype=getattr(torch, DTYPES[args.dtype or ("fp32" if on_cpu else "bf16")]),
-        tokens=args.tokens,
-        rounds=args.rounds or (20 if on_cpu else 200),
-        seconds=args.seconds,
-    )
-    kernel_run.check_memory(sizes, max(widths))
+    args.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    args.dtype = getattr(torch, DTYPES[args.dtype or ("fp32" if on_cpu else "bf16")])
+    args.rounds = args.rounds or (20 if on_cpu else 200)
+    too_many = f"--tokens is {args.tokens}, which takes more than"
+    # Two states, what has come to both, two gradients; autograd's float32 copies of the states.
+    needs = args.tokens * max(args.widths) * (6 * args.dtype.itemsize + 2 * 4)
+    has = psutil.virtual_memory().total
+    if on_cpu and needs > has:  # a GPU says so itself
+        raise UserError(f"{too_many} {needs / 2**30:,.0f} GiB, and there are {has / 2**30:,.0f}; give less")
     try:
-        if args.tune:
-            return kernel_run.tune(sizes, widths, args.tune)
-        return kernel_run.measure(sizes, widths, with_compile=not args.no_compile)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"--tokens is {args.tokens}, for which the memory does not suffice; give less"
-        ) from None
+        finish(tune(args) if args.tune else measure(args))
+    except torch.OutOfMemoryError:
+        raise UserError(f"{too_many} the memory that is free; give less") from None
+    return 0
 
 
-def _widths(given: str) -> list[int]:
-    words = given.split(",")
-    if not all(word.isdecimal() and 1 <= int(word) <= _WIDEST for word in words):
-        raise UserError(f"--widths is {given}; it must be numbers in 1..{_WIDEST} with commas between them")
-    return list(dict.fromkeys(map(int, words)))
+class Tensors:
+    """A layer's states ``[tokens, h]``, and what has come to both from the rest of the model."""
+
+    def __init__(self, args: Namespace, width: int) -> None:
+        generator = torch.Generator(args.device).manual_seed(0)
+
+        def drawn() -> Tensor:
+            shape = (args.tokens, width)
+            return torch.randn(shape, generator=generator, device=args.device).to(args.dtype)
+
+        self.h_in = drawn().requires_grad_()
+        self.h_out = (self.h_in.detach() + 0.3 * drawn()).requires_grad_()
+        self.grad_in, self.grad_out = drawn().mul_(0.01), drawn().mul_(0.01)
+        self.coefficient = torch.full((1,), COEFFICIENT, device=args.device)
+
+
+Way = Callable[[Tensors], tuple[Tensor, ...]]
+"""Returns the gradients of ``h_in`` and ``h_out``, the regularizer's on top of those from the model."""
+
+
+def bytes_moved(tensors: Tensors) -> dict[str, int]:
+    """What each kernel must read and write at least, in bytes."""
+    state, tokens = tensors.h_in.numel() * tensors.h_in.element_size(), tensors.h_in.shape[0]
+    psi = 4 * tokens
+    return {"displacement": 2 * state + psi, "gradients": 5 * state + psi}
+
+
+def textbook(h_in: Tensor, h_out: Tensor) -> Tensor:
+    """The regularizer of a layer before its weight: the sum of Psi over tokens, in float32."""
+    return ((1 - F.cosine_similarity(h_in.float(), h_out.float(), dim=-1)) / 2).sum()
+
+
+def with_jreg(kernels: Kernels) -> Way:
+    """The way of this package."""
+
+    def way(t: Tensors) -> tuple[Tensor, ...]:
+        strength = Strength(kernels, t.coefficient, FACTOR)
+        out = add_displacement_gradient(t.h_in, t.h_out, strength)
+        return torch.autograd.grad((out, t.h_in), (t.h_in, t.h_out), (t.grad_out, t.grad_in))
+
+    return way
+
+
+def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
+    """A way whose regularizer has a value in the forward pass, by which autograd goes back."""
+
+    def way(t: Tensors) -> tuple[Tensor, ...]:
+        loss = (t.coefficient * FACTOR * regularizer(t.h_in, t.h_out)).sum()
+        outputs = (loss, t.h_in, t.h_out)
+        return torch.autograd.grad(outputs, (t.h_in, t.h_out), (None, t.grad_in, t.grad_out))
+
+    return way
+
+
+def measure(args: Namespace) -> dict[str, Any]:
+    """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
+    names: dict[str, None] = {}
+    by_width, notes = {}, []
+    for width in args.widths:
+        kernels = choose("auto", args.device, width, args.dtype)
+        names[kernels.name] = None
+        tensors = Tensors(args, width)
+        ways = {JREG: with_jreg(kernels), AUTOGRAD: with_autograd(textbook)}
+        compiled, why_not = (None, "--no-compile") if args.no_compile else _compiled(tensors)
+        if compiled is not None:
+            ways[COMPILED] = compiled
+        elif (note := f"{COMPILED} is left out: {why_not}.") not in notes:
+            notes.append(note)
+        by_width[str(width)] = _of_width(args, tensors, kernels, ways)
+    of_kernels = [found for of in by_width.values() for found in of["kernels"].values()]
+    if any(found["copy_seconds"] < SHORTEST_COPY for found in of_kernels):
+        notes.append(
+            f"A copy of less than {1e6 * SHORTEST_COPY:g} us is no measure: starting and ending count, and "
+            "what is written may stay in the cache. Give more --tokens."
+        )
+    used = {name for of in by_width.values() for name in of["ways"]}
+    return _figures(args, "; ".join(names), by_width, notes) | {
+        "about": {name: what for name, what in ABOUT.items() if name in used}
+    }
+
+
+def _of_width(args: Namespace, tensors: Tensors, kernels: Kernels, ways: dict[str, Way]) -> dict[str, Any]:
+    moved = bytes_moved(tensors)
+    runs = _kernel_runs(kernels, tensors)
+    runs |= {f"copy {name}": _copy(number, args.device) for name, number in moved.items()}
+    runs |= {name: partial(way, tensors) for name, way in ways.items()}
+    seconds = interleaved(args, runs)
+
+    def ratio(one: str, other: str) -> float:
+        return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+    of_kernels = {}
+    for name, number in moved.items():
+        own, copy = times(seconds[name]), median(seconds[f"copy {name}"])
+        is_short = args.device.type == "cpu" and copy < SHORTEST_COPY
+        of_kernels[name] = own | {
+            "bytes": number,
+            "bytes_per_second": number / own["seconds"],
+            "copy_seconds": copy,
+            "share_of_copy": None if is_short else ratio(f"copy {name}", name),
+        }
+    of_ways = {name: times(seconds[name]) | {"ratio": ratio(name, JREG)} for name in ways}
+    return {"rounds": len(seconds[JREG]), "kernels": of_kernels, "ways": of_ways}
+
+
+def tune(args: Namespace) -> dict[str, Any]:
+    """One of the Triton kernels with every tile that makes sense, by width, the fastest first."""
+    from jreg_megatron.methods.jreg.kernels import fused
+
+    kernel, by_width = args.tune, {}
+    for width in args.widths:
+        tensors = Tensors(args, width)
+        moved = bytes_moved(tensors)[kernel]
+        psi = eager.KERNELS.displacement(tensors.h_in.detach(), tensors.h_out.detach())
+        runs: dict[Any, Callable[[], Any]] = {}
+        why_not = ""
+        for tile in tiles_for(width):
+            once = _kernel_runs(fused.TritonKernels(tile), tensors)[kernel]
+            try:
+                found = once()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
+                refuse_fault(args.device)
+                why_not = f"{type(error).__name__}: {one_line(error, 200)}"
+                continue
+            if not torch.allclose(getattr(found, "psi", found), psi, atol=1e-5):
+                raise UserError(f"{kernel} is wrong with {tile} at width {width}; report it")
+            runs[tile] = once
+        if not runs:
+            raise UserError(f"no tile of width {width} runs here ({why_not}); leave --tune out")
+        seconds = interleaved(args, runs)
+        tiles = [
+            {name: getattr(tile, name) for name in ("rows", "columns", "num_warps")}
+            | {"in_use": tile == fused.tile_for(width)}
+            | times(its)
+            | {"bytes_per_second": moved / median(its)}
+            for tile, its in sorted(seconds.items(), key=lambda of: median(of[1]))
+        ]
+        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": {kernel: tiles}}
+    return _figures(args, fused.KERNELS.name, by_width, [])
+
+
+def _figures(args: Namespace, kernels: str, by_width: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    clock = "Time on the device, by events; its cache holds other data when the clock starts."
+    if args.device.type == "cpu":
+        clock = "Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."
+    return {
+        "kernels": kernels,
+        "device": args.device.type,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "tokens": args.tokens,
+        "widths": by_width,
+        "notes": [clock, *notes],
+        "tuned": bool(args.tune),
+    }
+
+
+def tiles_for(width: int) -> list[Any]:
+    """Tiles worth a try: 4 to 64 elements a thread, of whole rows, or of a part of one at a time."""
+    from jreg_megatron.methods.jreg.kernels import fused
+
+    whole = 1 << (width - 1).bit_length()
+    shapes = [(rows, whole) for rows in (1, 2, 4, 8)]
+    shapes += [(1, columns) for columns in (2048, 4096, 8192) if columns < whole]
+    tiles = {
+        fused.Tile(rows, columns, num_warps): None
+        for rows, columns in shapes
+        for num_warps in (1, 2, 4, 8, 16, 32)
+        if 4 <= rows * columns / (32 * num_warps) <= 64
+    }
+    return list({fused.tile_for(width): None} | tiles)
+
+
+def interleaved(args: Namespace, runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
+    """Seconds of each run in each round."""
+    on_gpu = args.device.type == "cuda"
+    seconds_of = _CudaClock(args.device) if on_gpu else _cpu_clock
+    for once in runs.values():
+        once()  # what is compiled is compiled here
+        for _ in range(_WARM_UP if on_gpu else 0):
+            seconds_of(once)
+    found: dict[Any, list[float]] = {name: [] for name in runs}
+    deadline = time.monotonic() + args.seconds
+    for _, name in rounds(
+        list(runs), args.rounds, min(_FEWEST_ROUNDS, args.rounds), lambda: time.monotonic() > deadline
+    ):
+        found[name].append(seconds_of(runs[name]))
+    return found
+
+
+def _cpu_clock(once: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    once()
+    return time.perf_counter() - began
+
+
+class _CudaClock:
+    """Times what runs on the device, by events, once the host has launched all of it.
+
+    The device waits meanwhile. Where it did not wait long enough, the host's time would be in what is timed,
+    so that is timed again with a longer wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._other = torch.ones(max(_FLUSHED * cache, 2**28) // 4, device=device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._cycles: dict[Callable[[], Any], int] = {}
+
+    def __call__(self, once: Callable[[], Any]) -> float:
+        started, ended = self._events
+        while True:
+            cycles = self._cycles.setdefault(once, _CYCLES)
+            self._other.sum()  # reads: what is left in the cache need not be written back later
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+            started.record()
+            once()
+            has_begun = started.query()  # type: ignore[no-untyped-call]
+            ended.record()
+            ended.synchronize()
+            if not has_begun:
+                return float(started.elapsed_time(ended)) / 1e3
+            if cycles >= _MOST_CYCLES:
+                raise UserError("the host launches too slowly to time what the device does; try again later")
+            self._cycles[once] = min(2 * cycles, _MOST_CYCLES)
+
+
+def _kernel_runs(kernels: Kernels, t: Tensors) -> dict[str, Callable[[], Any]]:
+    h_in, h_out = t.h_in.detach(), t.h_out.detach()
+    return {
+        "displacement": lambda: kernels.displacement(h_in, h_out),
+        "gradients": lambda: kernels.gradients(h_in, h_out, t.grad_out, t.coefficient, FACTOR),
+    }
+
+
+def _copy(moved: int, device: torch.device) -> Callable[[], Any]:
+    """A copy that reads and writes so many bytes together."""
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def _compiled(tensors: Tensors) -> tuple[Way | None, str]:
+    """The textbook formula compiled, run once; or None, and why."""
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(variable, "0") == "1":
+            return None, f"{variable}=1"
+    torch._dynamo.reset()  # of another width: it would compile for any from the second one on
+    way = with_autograd(torch.compile(textbook, dynamic=False))
+    try:
+        way(tensors)
+    except Exception as error:  # no compiler, no Triton, ...: whatever stops it here, it is only a comparison
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None, f"it does not run here ({type(error).__name__}: {str(error).strip().split(chr(10))[0]})"
+    return way, ""

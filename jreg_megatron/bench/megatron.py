@@ -11,13 +11,9 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from jreg_megatron.bench.options import DTYPES, Setup
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals
-
-if TYPE_CHECKING:
-    from jreg_megatron.methods.jreg.settings import JRegConfig
 
 _NEVER = 10**9
 
@@ -58,45 +54,44 @@ def make_ready(on_cpu: bool) -> None:
     use_built_helper()
 
 
-def arguments_of(setup: Setup, steps: int, on_cpu: bool) -> list[str]:
-    """Megatron's command line for at most so many steps."""
-    shape = setup.shape
+def arguments_of(args: Namespace, steps: int) -> list[str]:
+    """Megatron's command line for at most so many steps; ``args`` are from :func:`.options.complete`."""
+    shape = args.model
     sizes = {
         "--seq-length": shape.sequence,
         "--max-position-embeddings": shape.sequence,
         "--micro-batch-size": shape.micro_batch,
-        "--global-batch-size": shape.micro_batch * shape.micro_batches * setup.data_parallel,
-        "--tensor-model-parallel-size": setup.layout["tensor"],
-        "--pipeline-model-parallel-size": setup.layout["pipeline"],
-        "--context-parallel-size": setup.layout["context"],
+        "--global-batch-size": shape.micro_batch * shape.micro_batches * args.data_parallel,
+        "--tensor-model-parallel-size": args.tp,
+        "--pipeline-model-parallel-size": args.pp,
+        "--context-parallel-size": args.cp,
         "--vocab-size": shape.vocab_size - 1,  # and one for the end of a document
         "--train-iters": steps,
         "--log-interval": _NEVER,
         "--eval-interval": _NEVER,
         "--eval-iters": 0,
         "--manual-gc-interval": 100,
+        # So slow that the model stays what it is.
+        "--lr": 1e-6,
+        "--lr-decay-style": "constant",
+        # The norm is taken as ever, but none is above this: else some steps would scale their gradients.
+        "--clip-grad": 1e6,
+        "--tokenizer-type": "NullTokenizer",
     }
-    argv = [*shape.megatron_arguments(), *DTYPES[setup.dtype]]
-    argv += [word for flag, size in sizes.items() for word in (flag, str(size))]
-    argv += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--manual-gc"]
-    # So slow that the model stays what it is.
-    argv += ["--lr", "1e-6", "--lr-decay-style", "constant"]
-    # The norm is taken as ever, but none is above this: else some steps would scale their gradients.
-    argv += ["--clip-grad", "1e6"]
-    if shape.recipe and setup.layout["tensor"] > 1:
+    argv = shape.megatron_arguments() + ([] if args.dtype == "fp32" else [f"--{args.dtype}"])
+    argv += [str(word) for flag_and_size in sizes.items() for word in flag_and_size]
+    argv += ["--mock-data", "--manual-gc"]
+    if shape.recipe and args.tp > 1:
         argv.append("--sequence-parallel")
-    if not on_cpu:
-        argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()
-        argv += [] if _has_apex() else [_NO_FUSION]
-    argv += setup.megatron_arguments
-    if on_cpu:
+    if args.on_cpu:
         from jreg_megatron import cpu
 
-        argv = cpu.with_cpu_flags(argv)
-    return argv
+        return cpu.with_cpu_flags([*argv, *args.more])
+    argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()
+    return [*argv, *([] if _has_apex() else [_NO_FUSION]), *args.more]
 
 
-def train[T](argv: list[str], config: JRegConfig, work: Callable[..., T]) -> T:
+def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     """Have Megatron set up a training; ``work`` stands for all of its steps but the first ones.
 
     The first one is Megatron's own, which finishes its set-up behind it; so are those that fp16's loss scale
@@ -104,20 +99,12 @@ def train[T](argv: list[str], config: JRegConfig, work: Callable[..., T]) -> T:
 
     Args:
         argv: its command line.
-        config: of what ``work`` attaches.
+        args: with the ``config`` of what ``work`` attaches.
         work: called once, with Megatron's ``train_step`` and what that gets. Its result is returned.
 
     Raises:
         UserError: for arguments that cannot be, or if Megatron ends before ``work`` is called.
     """
-    single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    if "MASTER_PORT" not in os.environ:
-        from jreg_megatron.runtime.fork import free_port
-
-        single["MASTER_PORT"] = str(free_port())
-    for name, value in single.items():
-        os.environ.setdefault(name, value)
-
     from megatron.core.enums import ModelType
     from megatron.training import arguments, get_args, pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -125,16 +112,20 @@ def train[T](argv: list[str], config: JRegConfig, work: Callable[..., T]) -> T:
     from jreg_megatron import gpt_pretraining
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import add_arguments
+    from jreg_megatron.runtime.fork import free_port
     from jreg_megatron.stream.support import refuse_unsupported
 
+    single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in ({"MASTER_PORT": str(free_port())} | single).items():
+        os.environ.setdefault(name, value)
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)
     preflight.check_arguments(asked)
-    refuse_unsupported(asked, config)
+    refuse_unsupported(asked, args.config)
     with megatrons_refusals():
-        args: Namespace = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-        model_config = gpt_pretraining.model_config(args)
+        validated = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        model_config = gpt_pretraining.model_config(validated)
     train_step, is_set_up = training.train_step, False
     found: list[T] = []
 
@@ -149,7 +140,7 @@ def train[T](argv: list[str], config: JRegConfig, work: Callable[..., T]) -> T:
 
     training.train_step = steps
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        pretrain_cfg_container_from_args(validated, model_config),
         gpt_pretraining.datasets,
         ModelType.encoder_or_decoder,
         gpt_pretraining.forward_step,
@@ -170,41 +161,30 @@ def quiet(is_verbose: bool) -> Iterator[TextIO]:
     Raises:
         UserError: where something in it exits, with what was printed last.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with contextlib.ExitStack() as stack:
-        terminal = stack.enter_context(os.fdopen(os.dup(2), "w"))
-        log = None
-        if not is_verbose:
-            log = stack.enter_context(tempfile.TemporaryFile())
-            saved = [os.dup(descriptor) for descriptor in (1, 2)]
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            stack.callback(_restore, saved)
+
+    def point(to: tuple[int, int]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, target in zip((1, 2), to, strict=True):
+            os.dup2(target, descriptor)
+
+    own = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile("w+b") as log, os.fdopen(os.dup(2), "w") as terminal:
+        point(own if is_verbose else (log.fileno(), log.fileno()))
         try:
             yield terminal
         except SystemExit as ended:
-            said = f"; the last that it printed: {_last_line(log)}" if log else ""
+            point(own)
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
+            last = log.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
+            said = "" if is_verbose else f"; the last that it printed: {last or 'nothing'}"
             raise UserError(
                 f"Megatron ended the run with status {ended.code or 0} before all was measured{said}"
             ) from None
-
-
-def _last_line(log: IO[bytes]) -> str:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    size = log.seek(0, os.SEEK_END)
-    log.seek(max(0, size - 10_000))
-    lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-
-
-def _restore(saved: list[int]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for descriptor, copy in zip((1, 2), saved, strict=True):
-        os.dup2(copy, descriptor)
-        os.close(copy)
+        finally:
+            point(own)
+            for descriptor in own:
+                os.close(descriptor)
 
 
 def notes(on_cpu: bool) -> list[str]:

@@ -1,27 +1,271 @@
-"""What can be asked of ``bench step``, checked before any time is spent."""
+"""What can be asked of the benchmark: ways, models and flags, checked before any time is spent."""
 
 from __future__ import annotations
 
-import math
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-from jreg_megatron.bench.names import EVERY_STEP, NAIVE, UNMODIFIED, WAYS
-from jreg_megatron.bench.shapes import SHAPES, Shape, find_shape
+from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import Parser, count, positive
 
-if TYPE_CHECKING:  # it brings torch, for which --help should not wait
-    from jreg_megatron.methods.jreg.settings import JRegConfig
+UNMODIFIED, AGAIN = "unmodified", "unmodified_again"
+MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
+WAYS = {
+    UNMODIFIED: "nothing attached",
+    AGAIN: "the same once more: how much is noise",
+    MEASURE: "lambda 0, measuring one step in {interval}",
+    JREG: "lambda {coeff:g}, measuring one step in {interval}",
+    EVERY_STEP: "lambda {coeff:g}, measuring in every step",
+    NAIVE: "all states kept, cosines by autograd at the end",
+}
+"""The ways in which a training step is run, with the settings it is run with."""
+KINDS = ("ordinary", "logging")
+"""Of steps whose doings are counted: one that neither measures nor logs, and one that does both."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-COEFF, ALPHA = 1.0, 1.0
-DTYPES = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
+# What the four models share; a test compares all of it with the demo and the recipes.
+_LLAMA = """
+    --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
+    --position-embedding-type rope --rotary-base 10000
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+"""
+_DEMO = "--init-method-std 0.02"
+_RECIPE = """
+    --init-fan-in
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --cross-entropy-loss-fusion --no-create-attention-mask-in-dataloader
+"""
 
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the work of a step of one data-parallel replica."""
+
+    name: str
+    recipe: str | None
+    """Its file in ``recipes/``, without ``.sh``."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    sequence: int
+    vocab_size: int
+    micro_batch: int
+    """Sequences at a time."""
+    micro_batches: int
+    """Micro-batches a step."""
+
+    def megatron_arguments(self) -> list[str]:
+        """The Megatron flags of the model and its optimizer, without batch, sequence and data."""
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        flags = [word for name in sizes for word in (f"--{name.replace('_', '-')}", str(getattr(self, name)))]
+        flags += ["--padded-vocab-size", str(self.vocab_size)]
+        return [*flags, *_LLAMA.split(), *(_RECIPE if self.recipe else _DEMO).split()]
+
+
+# Micro-batches hold 8,192 tokens, for which the costs are stated. More micro-batches a step would make the
+# optimizer's share, to which JREG adds nothing, smaller.
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("demo", None, 8, 128, 352, 4, 128, 4096, 4, 2),
+        Shape("170m", "llama_170m", 12, 768, 2048, 12, 1024, 32000, 8, 4),
+        Shape("1b", "llama_1b", 16, 2048, 5376, 16, 1024, 32000, 8, 4),
+        Shape("3.4b", "llama_3b4", 30, 3072, 8192, 24, 1024, 32000, 8, 4),
+    )
+}
+
+
+def shape_named(name: str) -> Shape:
+    """An argparse type: the shape of that name, or of that recipe."""
+    names = SHAPES | {shape.recipe: shape for shape in SHAPES.values() if shape.recipe}
+    if name.lower() not in names:
+        raise ArgumentTypeError(f"--model is {name}; it must be one of {', '.join(names)}")
+    return names[name.lower()]
+
+
+def _ways(text: str) -> list[str]:
+    known = [name for name in WAYS if name != UNMODIFIED]
+    ways = list(dict.fromkeys(text.split(",")))
+    if not set(ways) <= set(known):
+        raise ArgumentTypeError(f"--ways is {text}; it must be some of {','.join(known)}")
+    return ways
+
+
+def _numbers(flag: str, fewest: int = 1, most: int | None = None) -> Callable[[str], list[int]]:
+    """An argparse type: ``fewest`` numbers or more with commas. Where one is too few, ``none`` is none."""
+
+    wanted = ">= 1" if most is None else f"in 1..{most}"
+    wanted = f"whole numbers {wanted} with commas{', or none' * (fewest > 1)}"
+
+    def parse(text: str) -> list[int]:
+        if fewest > 1 and text == "none":
+            return []
+        try:
+            numbers = list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
+        except ArgumentTypeError:
+            raise ArgumentTypeError(f"{flag} is {text}; it must be {wanted}") from None
+        if len(numbers) < fewest:
+            raise ArgumentTypeError(f"{flag} is {text}; growth needs two sizes, or none")
+        return numbers
+
+    return parse
+
+
+def _model(which: str) -> dict[str, Any]:
+    return {
+        "type": shape_named,
+        "default": "demo",
+        "metavar": "NAME",
+        "help": f"{which}{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
+    }
+
+
+_CPU = {"action": "store_true", "help": "the default where there is no CUDA device"}
+_DTYPE = {"choices": DTYPES, "help": "number type; by default bf16 on a GPU and fp32 on a CPU"}
 # Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
 _MOST_ROUNDS, _LONGEST_INTERVAL = 10_000, 100
 
-# What this tool sets by its own options.
+_STEP: dict[str, dict[str, Any]] = {
+    "--model": _model(""),
+    "--layers": {"help": "layers; by default the model's", "dest": "num_layers"},
+    "--width": {
+        "dest": "hidden_size",
+        "help": "hidden size; a multiple of the model's heads. The feed-forward size grows with it",
+    },
+    "--sequence": {"help": "tokens of a sequence; by default the model's"},
+    "--micro-batch": {"help": "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"},
+    "--micro-batches": {"help": "micro-batches of a step (demo: 2, else 4)"},
+    "--dtype": _DTYPE,
+    "--tp": {"default": 1, "help": "tensor-parallel size (default: 1)"},
+    "--pp": {"default": 1, "help": "pipeline-parallel size (default: 1)"},
+    "--cp": {"default": 1, "help": "context-parallel size (default: 1)"},
+    "--measure-interval": {
+        "default": 10,
+        "most": _LONGEST_INTERVAL,
+        "help": f"'measure' and 'jreg' measure one step in N, N in 1..{_LONGEST_INTERVAL}; "
+        "'jreg_every_step' in each (default: 10)",
+    },
+    "--ways": {
+        "type": _ways,
+        "metavar": "NAME,...",
+        "help": f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
+    },
+    "--seconds": {
+        "default": 150.0,
+        "help": "the run ends about so long after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run however long they take",
+    },
+    "--rounds": {
+        "default": 300,
+        "most": _MOST_ROUNDS,
+        "help": "at most N rounds. In a round each way runs once, with the unmodified step before and after "
+        "it (default: %(default)s)",
+    },
+    "--count": {
+        "action": "store_true",
+        "help": "count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
+    },
+    "--cpu": _CPU,
+    "--nproc": {"help": "start N ranks on this machine's CPU; for a run without torchrun"},
+    "--verbose": {"action": "store_true", "help": "show what Megatron prints"},
+}
+_AROUND = "half, the model's own, and twice it"
+AXES = {
+    **{axis: (axis, _AROUND) for axis in ("layers", "width", "sequence")},
+    "stages": ("pipeline stages, one rank each,", "1, 2 and 4"),
+}
+_GROWTH: dict[str, dict[str, Any]] = {
+    "--model": _model("where to start: "),
+    **{
+        f"--{axis}": {
+            "type": _numbers(f"--{axis}", fewest=2),
+            "metavar": "N,...",
+            "help": f"{what} to measure at; none to leave out (default: {default})",
+        }
+        for axis, (what, default) in AXES.items()
+    },
+    **{flag: _STEP[flag] for flag in ("--micro-batch", "--micro-batches", "--dtype", "--cpu")},
+}
+_HOST: dict[str, dict[str, Any]] = {
+    "--layers": {"default": 20, "help": "layers (default: 20)"},
+    "--width": {"default": 16, "help": "hidden size, an even number (default: 16)"},
+    "--rounds": {"default": 300, "help": "rounds; in each, every way runs once (default: 300)"},
+}
+_KERNEL: dict[str, dict[str, Any]] = {
+    "--widths": {
+        "type": _numbers("--widths", most=65536),
+        "default": "768,2048,3072,3200",  # the recipes', and 3200 as some 3B models have it
+        "metavar": "H,...",
+        "help": "hidden sizes of the states (default: %(default)s)",
+    },
+    "--tokens": {"default": 8192, "help": "rows of a state (default: %(default)s)"},
+    "--dtype": _DTYPE,
+    "--rounds": {
+        "help": "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
+    },
+    "--seconds": {"default": 30.0, "help": "no round of a width begins after so long (default: %(default)g)"},
+    "--cpu": _CPU,
+    "--no-compile": {
+        "action": "store_true",
+        "help": "leave torch.compile out, which takes its time to compile",
+    },
+    "--tune": {
+        "choices": ("displacement", "gradients"),
+        "help": "instead, on a GPU: time this Triton kernel with tiles and warps of every size that makes "
+        "sense",
+    },
+}
+_PARTS = {
+    "kernel": ("displacement and gradients by themselves", _KERNEL),
+    "host": ("what Python and launches take of a layer", _HOST),
+    "step": ("Megatron's training step, unmodified and with JREG", _STEP),
+    "growth": ("the step's cost over model sizes and pipeline stages", _GROWTH),
+}
+WITH_MEGATRON = ("step", "growth")
+"""What takes Megatron's arguments behind ``--``."""
+_EXAMPLES = """examples:
+  python -m jreg_megatron.bench step                            the demo's model, 2.5 minutes
+  torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
+  python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
+  python -m jreg_megatron.bench growth --json growth.json
+  python -m jreg_megatron.bench host                            Python and launches, 2 minutes on a CPU
+  python -m jreg_megatron.bench show growth.json
+"""
+
+
+def parser() -> Parser:
+    """The parser of all parts. A flag without a type is a whole number >= 1."""
+    made = Parser(
+        prog="python -m jreg_megatron.bench",
+        description="Measure what JREG costs, beside the same work without it in the same run.",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parts = made.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, (what, flags) in _PARTS.items():
+        part = parts.add_parser(name, help=what, description=f"Measure {what}.")
+        for flag, settings in flags.items():
+            own = dict(settings)
+            if isinstance(own.get("default"), float):
+                own |= {"type": positive(flag), "metavar": "S"}
+            elif not {"type", "action", "choices"} & own.keys():
+                own |= {"type": count(flag, most=own.pop("most", None)), "metavar": "N"}
+            part.add_argument(flag, **own)
+        output.add_output_arguments(part, csv=False)
+        if name in WITH_MEGATRON:
+            part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
+    show = parts.add_parser("show", help="print what --json has written", description="Print results.")
+    show.add_argument("files", nargs="+", metavar="FILE")
+    return made
+
+
+# What `bench step` sets by its own options.
 _OWN = {
     "--num-layers": "--layers",
     "--hidden-size": "--width",
@@ -39,206 +283,18 @@ _OWN = {
 }
 # What belongs to the model by whose name the result goes.
 _OF_THE_MODEL = (
-    "--ffn-hidden-size",
-    "--num-attention-heads",
-    "--group-query-attention",
-    "--num-query-groups",
-    "--kv-channels",
-    "--vocab-size",
-    "--padded-vocab-size",
+    *("--ffn-hidden-size", "--num-attention-heads", "--group-query-attention", "--num-query-groups"),
+    *("--kv-channels", "--vocab-size", "--padded-vocab-size"),
 )
 # What ends the training, or skips steps of it, before all has been measured.
 _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A step to be measured."""
-
-    shape: Shape
-    dtype: str
-    layout: dict[str, int]
-    """``ranks``, and the sizes of ``tensor``, ``pipeline`` and ``context`` parallelism."""
-    config: JRegConfig
-    ways: list[str]
-    notes: list[str]
-    """Why others are left out."""
-    rounds: int
-    counts: bool
-    megatron_arguments: list[str]
-    """More of the user's."""
-
-    @property
-    def data_parallel(self) -> int:
-        """Replicas of the model."""
-        ranks, *parts = self.layout.values()
-        return ranks // math.prod(parts)
-
-
-def add_step_arguments(parser: ArgumentParser) -> None:
-    """Define the options of ``bench step``."""
-    model = parser.add_argument_group("model and layout")
-    model.add_argument(
-        "--model",
-        default="demo",
-        metavar="NAME",
-        help=f"{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
-    )
-    for flag, of_what in (
-        ("--layers", "layers; by default the model's"),
-        ("--width", "hidden size; a multiple of the model's heads. The feed-forward size grows with it"),
-        ("--sequence", "tokens of a sequence; by default the model's"),
-        ("--micro-batch", "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"),
-        ("--micro-batches", "micro-batches of a step (demo: 2, else 4)"),
-    ):
-        model.add_argument(flag, type=int, metavar="N", help=of_what)
-    model.add_argument(
-        "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
-    )
-    for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
-        model.add_argument(flag, type=int, default=1, metavar="N", help=f"{what}-parallel size (default: 1)")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--measure-interval",
-        type=int,
-        default=10,
-        metavar="N",
-        help=f"'measure' and 'jreg' measure one step in N, N in 1..{_LONGEST_INTERVAL}; "
-        "'jreg_every_step' in each (default: 10)",
-    )
-    run.add_argument(
-        "--ways",
-        metavar="NAME,...",
-        help=f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
-    )
-    run.add_argument(
-        "--seconds",
-        type=float,
-        default=150,
-        metavar="S",
-        help="the run ends about so long after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). Two rounds run however long they take",
-    )
-    run.add_argument(
-        "--rounds",
-        type=int,
-        default=300,
-        metavar="N",
-        help="at most N rounds. In a round each way runs once, with the unmodified step before and after it "
-        "(default: %(default)s)",
-    )
-    run.add_argument(
-        "--count",
-        action="store_true",
-        help="count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
-    )
-    run.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
-    run.add_argument(
-        "--nproc",
-        type=int,
-        metavar="N",
-        help="start N ranks on this machine's CPU; for a run without torchrun",
-    )
-    run.add_argument("--verbose", action="store_true", help="show what Megatron prints")
-
-
-def add_host_arguments(parser: ArgumentParser) -> None:
-    """Define the options of ``bench host``."""
-    for flag, default, what in (
-        ("--layers", 20, "layers"),
-        ("--width", 16, "hidden size, an even number"),
-        ("--rounds", 300, "rounds; in each, every way runs once"),
-    ):
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-
-
-def setup_of(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Setup:
-    """What the options and the arguments behind ``--`` ask for.
-
-    Raises:
-        UserError: for a mistake, naming option, value and fix.
-    """
-    shape = _shape(args)
-    for name in ("tp", "pp", "cp", "measure_interval", "rounds"):
-        require_at_least_one(name, getattr(args, name))
-    for name, most in (("rounds", _MOST_ROUNDS), ("measure_interval", _LONGEST_INTERVAL)):
-        if (value := getattr(args, name)) > most:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in 1..{most}")
-    check_seconds(args.seconds)
-    parts = args.tp * args.pp * args.cp
-    if world_size % parts:
-        raise UserError(
-            f"--tp {args.tp} x --pp {args.pp} x --cp {args.cp} is {parts}, which does not divide the "
-            f"{world_size} rank{'s' * (world_size > 1)}; add --nproc {parts} on a CPU, or start as many with "
-            "torchrun"
-        )
-    if shape.num_layers % args.pp:
-        raise UserError(
-            f"--pp is {args.pp}, which does not divide the {shape.num_layers} layers; set --layers"
-        )
-    config, rest = _jreg(args, more)
-    for flag in (word.partition("=")[0] for word in more):
-        if flag in _OWN:
-            raise UserError(f"{flag} cannot be given behind --; use {_OWN[flag]}")
-        if flag in _OF_THE_MODEL:
-            raise UserError(
-                f"{flag} belongs to the model, {shape.name}; leave it out, or use --model or --width"
-            )
-        if flag.startswith(_ENDING):
-            raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
-    ways, notes = _ways(args), []
-    if NAIVE in ways and (why_not := _why_no_naive(world_size, config, rest)):
-        ways.remove(NAIVE)
-        notes.append(f"{NAIVE} is left out: {why_not}.")
-    if not ways:
-        why = " and ".join(note.rstrip(".") for note in notes) or "with --measure-interval 1 that is jreg"
-        raise UserError(f"--ways is {args.ways}, but {why}; name another way too")
-    return Setup(
-        shape=shape,
-        dtype=args.dtype or ("fp32" if on_cpu else "bf16"),
-        layout={"ranks": world_size, "tensor": args.tp, "pipeline": args.pp, "context": args.cp},
-        config=config,
-        ways=ways,
-        notes=notes,
-        rounds=args.rounds,
-        counts=args.count,
-        megatron_arguments=rest,
-    )
-
-
-def _why_no_naive(world_size: int, config: JRegConfig, megatron_arguments: list[str]) -> str | None:
-    if world_size > 1:
-        return "it needs the whole model and all tokens on one rank"
-    if any(word.startswith("--recompute") for word in megatron_arguments):
-        return "its hooks fire twice where layers are recomputed"
-    if config.final_state != "pre_norm" or config.tokens != "all":
-        return "it knows the state before the final norm and all tokens only"
-    return None
-
-
-def _ways(args: Namespace) -> list[str]:
-    known = [name for name in WAYS if name != UNMODIFIED]
-    ways = known if args.ways is None else list(dict.fromkeys(args.ways.split(",")))
-    for way in ways:
-        if way not in known:
-            raise UserError(f"--ways is {args.ways}; it must be some of {','.join(known)}")
-    if args.measure_interval == 1:
-        ways = [way for way in ways if way != EVERY_STEP]  # JREG is this
-    return ways
-
-
-def has_cuda() -> bool:
-    """Whether there is a CUDA device to measure on."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def world_size_of(args: Namespace) -> int:
     """How many ranks there are or will be.
 
     Raises:
-        UserError: if the environment tells half of it, or ``--nproc`` does not fit.
+        UserError: if the environment tells half of it, or ``--nproc`` is given beside it.
     """
     if args.nproc is not None:
         from jreg_megatron.runtime.fork import check_nproc
@@ -246,70 +302,103 @@ def world_size_of(args: Namespace) -> int:
         check_nproc(args.nproc)
         return int(args.nproc)
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None and size is None:
-        return 1
-    if not (rank and rank.isdecimal() and size and size.isdecimal()):
+    if (rank is None) != (size is None):
         raise UserError(
             f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
             "unset both"
         )
-    return int(size)
+    return int(size or 1)
 
 
-def _shape(args: Namespace) -> Shape:
-    shape = find_shape(args.model)
-    if shape is None:
-        recipes = [known.recipe for known in SHAPES.values() if known.recipe]
-        raise UserError(f"--model is {args.model}; it must be one of {', '.join([*SHAPES, *recipes])}")
-    changes = {
-        "num_layers": ("layers", args.layers),
-        "hidden_size": ("width", args.width),
-        "sequence": ("sequence", args.sequence),
-        "micro_batch": ("micro_batch", args.micro_batch),
-        "micro_batches": ("micro_batches", args.micro_batches),
-    }
-    for option, value in changes.values():
-        require_at_least_one(option, value)
-    if args.width is not None:
-        if args.width % (2 * shape.num_attention_heads):
+def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Namespace:
+    """Check the options of ``bench step`` and the arguments behind ``--`` together.
+
+    Returns:
+        ``args`` with what follows from them: ``model``, the shape with the user's sizes; ``config`` of JREG;
+        ``ways``; ``notes``, why others are left out; ``dtype``; ``layout`` and ``data_parallel``; ``more``,
+        Megatron's arguments among those behind ``--``; ``on_cpu``.
+
+    Raises:
+        UserError: for a mistake, naming option, value and fix.
+    """
+    _size_model(args)
+    parts = args.tp * args.pp * args.cp
+    if world_size % parts:
+        raise UserError(
+            f"--tp {args.tp} x --pp {args.pp} x --cp {args.cp} is {parts}, which does not divide the "
+            f"{world_size} rank{'s' * (world_size > 1)}; add --nproc {parts} on a CPU, or start as many with "
+            "torchrun"
+        )
+    if args.model.num_layers % args.pp:
+        raise UserError(
+            f"--pp is {args.pp}, which does not divide the {args.model.num_layers} layers; set --layers"
+        )
+    args.layout = {"ranks": world_size, "tensor": args.tp, "pipeline": args.pp, "context": args.cp}
+    args.data_parallel, args.on_cpu = world_size // parts, on_cpu
+    args.dtype = args.dtype or ("fp32" if on_cpu else "bf16")
+    _read_more(args, more)
+    _choose_ways(args)
+    return args
+
+
+def _size_model(args: Namespace) -> None:
+    shape, names = args.model, ("num_layers", "hidden_size", "sequence", "micro_batch", "micro_batches")
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if (width := args.hidden_size) is not None:
+        if width % (2 * shape.num_attention_heads):
             raise UserError(
-                f"--width is {args.width}; it must be a multiple of {2 * shape.num_attention_heads}, since "
+                f"--width is {width}; it must be a multiple of {2 * shape.num_attention_heads}, since "
                 f"the model has {shape.num_attention_heads} attention heads of even size"
             )
-        shape = replace(shape, ffn_hidden_size=round(shape.ffn_hidden_size * args.width / shape.hidden_size))
-    return replace(shape, **{name: value for name, (_, value) in changes.items() if value is not None})
+        sizes["ffn_hidden_size"] = round(shape.ffn_hidden_size * width / shape.hidden_size)
+    args.model = replace(shape, **sizes)
 
 
-def _jreg(args: Namespace, more: list[str]) -> tuple[JRegConfig, list[str]]:
+def _read_more(args: Namespace, more: list[str]) -> None:
     """JREG's settings, and Megatron's arguments among those behind ``--``."""
     from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 
     JRegConfig.check_flags(more)
-    parser = JRegConfig.add_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
-    given, rest = parser.parse_known_args(more)
-    config = JRegConfig.from_args(given)
-    config = replace(
-        config,
-        coeff=getattr(given, "jreg_coeff", COEFF),
-        alpha=getattr(given, "jreg_alpha", ALPHA),
+    own = JRegConfig.add_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
+    given, args.more = own.parse_known_args(more)
+    args.config = replace(
+        JRegConfig.from_args(given),
+        coeff=getattr(given, "jreg_coeff", 1.0),
+        alpha=getattr(given, "jreg_alpha", 1.0),
         measure_interval=args.measure_interval,
     )
     for name in ("start_iteration", "stop_iteration", "warmup_iterations"):
         if hasattr(given, f"jreg_{name}"):
             raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has none; leave it out")
-    if config.coeff == 0:
+    if args.config.coeff == 0:
         raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
-    config.layer_weights(_shape(args).num_layers)
-    return config, rest
+    args.config.layer_weights(args.model.num_layers)
+    for flag in (word.partition("=")[0] for word in more):
+        if flag in _OWN:
+            raise UserError(f"{flag} cannot be given behind --; use {_OWN[flag]}")
+        if flag in _OF_THE_MODEL:
+            raise UserError(
+                f"{flag} belongs to the model, {args.model.name}; leave it out, or use --model or --width"
+            )
+        if flag.startswith(_ENDING):
+            raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
 
 
-def require_at_least_one(option: str, value: int | None) -> None:
-    """Refuse a number below 1; None passes."""
-    if value is not None and value < 1:
-        raise UserError(f"--{option.replace('_', '-')} is {value}; it must be >= 1")
-
-
-def check_seconds(seconds: float) -> None:
-    """Refuse what is no time to measure for."""
-    if not 0 < seconds < 86400:
-        raise UserError(f"--seconds is {seconds:g}; it must be above 0 and below a day")
+def _choose_ways(args: Namespace) -> None:
+    why_not = {}
+    if args.measure_interval == 1:
+        why_not[EVERY_STEP] = "with --measure-interval 1 that is jreg"
+    if args.layout["ranks"] > 1:
+        why_not[NAIVE] = "it needs the whole model and all tokens on one rank"
+    elif any(word.startswith("--recompute") for word in args.more):
+        why_not[NAIVE] = "its hooks fire twice where layers are recomputed"
+    elif args.config.final_state != "pre_norm" or args.config.tokens != "all":
+        why_not[NAIVE] = "it knows the state before the final norm and all tokens only"
+    asked = args.ways or [name for name in WAYS if name != UNMODIFIED]
+    args.ways = [way for way in asked if way not in why_not]
+    left_out = {way: f"{way} is left out: {why}" for way, why in why_not.items() if way in asked}
+    args.notes = [f"{note}." for way, note in left_out.items() if way == NAIVE]
+    if not args.ways:
+        raise UserError(
+            f"--ways is {','.join(asked)}, but {' and '.join(left_out.values())}; name another way too"
+        )

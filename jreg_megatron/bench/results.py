@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
+from contextlib import suppress
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,6 @@ from jreg_megatron.runtime.errors import UserError
 
 FORMAT, VERSION = "jreg_megatron benchmark", 1
 PARTS = ("kernel", "host", "step", "growth")
-
-_WITH_VALUE, _ALONE = ("--json", "--csv"), ("--quiet", "--verbose")
 
 
 def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -34,13 +35,13 @@ def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[
 
 def command(argv: list[str]) -> str:
     """The command that makes the figures again, without where they went."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in _WITH_VALUE:
-            next(words, None)
-        elif word not in _ALONE and not word.startswith(tuple(f"{flag}=" for flag in _WITH_VALUE)):
-            kept.append(word)
+    kept = [
+        word
+        for before, word in pairwise(["", *argv])
+        if before != "--json"
+        and word not in ("--json", "--quiet", "--verbose")
+        and not word.startswith("--json=")
+    ]
     return shlex.join(["python", "-m", "jreg_megatron.bench", *kept])
 
 
@@ -48,8 +49,12 @@ def machine() -> dict[str, Any]:
     """The device in use, the processor and how busy it is with other work."""
     import torch
 
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        named = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = named[1].strip() if named else processor
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()],
@@ -75,14 +80,3 @@ def read(path: str) -> dict[str, Any]:
     if found.get("version") != VERSION:
         raise UserError(f"{path} has version {found.get('version')}, and this reads {VERSION}; run it again")
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

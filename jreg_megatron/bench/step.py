@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import gc
 import math
-import random
+import os
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from jreg_megatron.bench.counting import Busy, Counts, busy, count
-from jreg_megatron.bench.names import KINDS, UNMODIFIED, WAYS
-from jreg_megatron.bench.ratios import median_ratio
-from jreg_megatron.bench.variants import LOG_INTERVAL, Variant, make_variants
+from jreg_megatron.bench import megatron, options
+from jreg_megatron.bench.counting import COUNTED, busy, count
+from jreg_megatron.bench.options import KINDS, UNMODIFIED, WAYS
+from jreg_megatron.bench.rounds import median_ratio, rounds
+from jreg_megatron.bench.variants import LOG_INTERVAL, kind_of_step, make_variants
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.ranks import of_every_rank
 
 FEWEST_ROUNDS = 2
 """In the first one all ways that measure do, in the second one none has to."""
@@ -42,16 +47,60 @@ _STEPS_TO_SETTLE = 64
 """At most so many are skipped until fp16's loss scale fits."""
 
 
-def whole_rounds(config: JRegConfig) -> int:
-    """Rounds after which steps that measure and steps that log have had their share."""
-    return math.lcm(LOG_INTERVAL, config.measure_interval)
+def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
+    """``bench step``: start the ranks, train, gather what they measured; ``finish`` gets it on the first one.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for a mistake in the options.
+    """
+    deadline = time.monotonic() + args.seconds
+    world_size = options.world_size_of(args)
+    on_cpu = bool(args.cpu or args.nproc) or not torch.cuda.is_available()
+    options.complete(args, more, world_size, on_cpu)
+    megatron.make_ready(on_cpu)
+    if args.nproc in (None, 1):
+        _measure(args, deadline, finish)
+        return 0
+    from jreg_megatron.runtime.fork import fork_ranks
+
+    def rank() -> None:
+        with quiet_interrupt(), user_errors_exit():
+            _measure(args, deadline, finish)
+
+    return fork_ranks(args.nproc, rank)
 
 
-def shares_of_kinds(config: JRegConfig, kind: Callable[[int], str]) -> dict[str, float]:
-    """What share of training's steps is of which kind; ``kind`` tells it of an iteration."""
-    whole = whole_rounds(config)
-    counts = Counter(kind(iteration) for iteration in range(1, whole + 1))
-    return {name: number / whole for name, number in counts.items()}
+def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]], None]) -> None:
+    is_first = os.environ.get("RANK", "0") == "0"
+    with megatron.quiet(args.verbose) as terminal:
+        hidden = args.quiet or not is_first or args.verbose
+        with tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True) as bar:
+
+            def work(*given: Any, **named: Any) -> Measured:
+                return measure(args, deadline, bar.update, *given, **named)
+
+            try:
+                measured = megatron.train(megatron.arguments_of(args, most_steps(args.rounds)), args, work)
+            except torch.OutOfMemoryError as error:
+                what = " ".join(str(error).split()).partition(". ")[0]
+                raise UserError(
+                    f"the model does not fit ({what}); give less --layers or --micro-batch"
+                ) from None
+        of_ranks = of_every_rank(measured)
+        dist.destroy_process_group()
+    if is_first:
+        about = {
+            "model": asdict(args.model),
+            **{"dtype": args.dtype, "layout": args.layout},
+            "tokens": args.model.micro_batch * args.model.sequence,
+            "jreg": asdict(args.config),
+            "weighted_layers": int((args.config.gradient_weights(args.model.num_layers) > 0).sum()),
+            "notes": [*args.notes, *megatron.notes(args.on_cpu)],
+        }
+        finish(summarize(of_ranks, args.on_cpu) | about)
 
 
 def most_steps(rounds: int) -> int:
@@ -59,126 +108,126 @@ def most_steps(rounds: int) -> int:
     return _STEPS_TO_SETTLE + len(WAYS) * (2 + _LOOKS + 1 + len(KINDS) + 2 * rounds)
 
 
+def whole_rounds(config: JRegConfig) -> int:
+    """Rounds after which steps that measure and steps that log have had their share."""
+    return math.lcm(LOG_INTERVAL, config.measure_interval)
+
+
+def shares_of_kinds(config: JRegConfig | None, whole: int) -> dict[str, float]:
+    """What share of ``whole`` steps with these settings is of which kind."""
+    counts = Counter(kind_of_step(config, iteration) for iteration in range(1, whole + 1))
+    return {name: number / whole for name, number in counts.items()}
+
+
 @dataclass
 class Measured:
-    """What a rank has measured."""
+    """What a rank has measured. The timed steps are in the order in which they ran."""
 
     names: list[str] = field(default_factory=list)
-    """The way of each timed step, in the order in which they ran."""
+    """The way of each timed step."""
     kinds: list[str] = field(default_factory=list)
     """What sets it apart from others of its way."""
-    shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By way, what share of training's steps each kind has."""
     wall: list[float] = field(default_factory=list)
-    """Seconds of each."""
     processor: list[float] = field(default_factory=list)
     """Seconds of this process's threads in each."""
-    busy: dict[str, list[Busy]] = field(default_factory=dict)
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By way, what share of training's steps each kind has."""
+    busy: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By way, what device and host do in a few ordinary steps; empty on a CPU, where they are one."""
-    counts: dict[str, dict[str, Counts]] = field(default_factory=dict)
+    counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Of each way's ordinary and logging step; empty if that is not asked for."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to measure, and for how long."""
+def measure(
+    args: Namespace,
+    deadline: float,
+    on_step: Callable[[], object],
+    train_step: Any,
+    forward_step: Any,
+    data: Any,
+    model: Any,
+    *rest: Any,
+    **named: Any,
+) -> Measured:
+    """Run the ways in turn.
 
-    config: JRegConfig
-    ways: Sequence[str]
-    """Beside the unmodified one."""
-    rounds: int
-    """At most."""
-    deadline: float
-    """On the monotonic clock; after it no round begins but the first :data:`FEWEST_ROUNDS`."""
-    counts: bool
-    by_processor_time: bool
-    on_step: Callable[[], None]
-    """Told of each step, for a progress bar."""
+    Args:
+        args: as :func:`.options.complete` has made them.
+        deadline: on the monotonic clock; after it no round begins but the first :data:`FEWEST_ROUNDS`.
+        on_step: told of each step, for a progress bar.
+        train_step: Megatron's; what follows is what it gets.
+    """
+    variants = make_variants(model, args.config, args.ways)
+    whole = whole_rounds(args.config)
 
-    def run(
-        self, train_step: Any, forward_step: Any, data: Any, model: Any, *rest: Any, **named: Any
-    ) -> Measured:
-        """Run the ways in turn; the arguments are Megatron's ``train_step`` and those that it gets."""
-        variants = make_variants(model, self.config, self.ways)
-        whole = whole_rounds(self.config)
+    def run[T](name: str, iteration: int, around: Callable[[Callable[[], None]], T]) -> T:
+        """A training step that way, which is put on before and taken off after ``around``."""
+        variant = variants[name]
+        of_variant = variant.forward_step(forward_step)
 
-        def run(name: str, iteration: int, around: Callable[[Callable[[], Any]], Any]) -> Any:
-            """A training step that way, which is put on before and taken off after ``around``."""
-            variant = variants[name]
-            of_variant = variant.forward_step(forward_step)
+        def step() -> None:
+            train_step(of_variant, data, model, *rest, **named)
+            variant.after_step(iteration)
 
-            def step() -> None:
-                train_step(of_variant, data, model, *rest, **named)
-                variant.after_step(iteration)
+        with variant.on(iteration):
+            found = around(step)
+        on_step()
+        return found
 
-            with variant.on(iteration):
-                found = around(step)
-            self.on_step()
-            return found
-
-        measured = Measured()
-        for name, variant in variants.items():
-            measured.shares[name] = shares_of_kinds(self.config, variant.kind)
-        for iteration in (whole, 1):  # what is done once in a run is done here
-            began = time.monotonic()
+    for iteration in (whole, 1):  # what is done once in a run is done here
+        began = time.monotonic()
+        for name in variants:
+            run(name, iteration, lambda step: step())
+    a_step = (time.monotonic() - began) / len(variants)
+    # The profiler comes last: it may leave the host slower than it was.
+    looks = 0 if args.on_cpu else 1 + _LOOKS * len(variants)
+    counts = 1 + len(KINDS) * len(variants) if args.count else 0
+    configs = {name: variant.config for name, variant in variants.items()}
+    measured = time_rounds(args, configs, run, deadline - _SLOWER * a_step * (looks + counts))
+    if looks:
+        run(UNMODIFIED, 1, busy)  # the profiler's own first time
+        for name in [*variants] * _LOOKS:
+            measured.busy.setdefault(name, []).append(run(name, 1, busy))
+    if counts:
+        run(UNMODIFIED, 1, count)
+        for kind, iteration in zip(KINDS, (1, whole), strict=True):
             for name in variants:
-                run(name, iteration, _plainly)
-        a_step = (time.monotonic() - began) / len(variants)
-        # The profiler comes last: it may leave the host slower than it was.
-        looks = 0 if self.by_processor_time else 1 + _LOOKS * len(variants)
-        counts = 1 + len(KINDS) * len(variants) if self.counts else 0
-        self._time(measured, variants, run, self.deadline - _SLOWER * a_step * (looks + counts))
-        if looks:
-            run(UNMODIFIED, 1, busy)  # the profiler's own first time
-            for name in [*variants] * _LOOKS:
-                measured.busy.setdefault(name, []).append(run(name, 1, busy))
-        if counts:
-            run(UNMODIFIED, 1, count)
-            for kind, iteration in zip(KINDS, (1, whole), strict=True):
-                for name in variants:
-                    measured.counts.setdefault(name, {})[kind] = run(name, iteration, count)
-        return measured
+                measured.counts.setdefault(name, {})[kind] = run(name, iteration, count)
+    return measured
 
-    def _time(
-        self, measured: Measured, variants: dict[str, Variant], run: Callable[..., Any], deadline: float
-    ) -> None:
-        """Rounds of all ways, with an unmodified step before and after each."""
 
-        def timed(name: str, iteration: int) -> None:
-            if len(measured.names) % 100 == 0:
-                gc.collect()  # between steps, as Megatron does
-            wall, processor = run(name, iteration, _seconds)
-            measured.wall.append(wall)
-            measured.processor.append(processor)
-            measured.names.append(name)
-            measured.kinds.append(variants[name].kind(iteration))
+def time_rounds(
+    args: Namespace, configs: dict[str, JRegConfig | None], run: Callable[..., Any], deadline: float
+) -> Measured:
+    """Rounds of all ways, with an unmodified step before and after each; ``run`` runs one."""
+    whole = whole_rounds(args.config)
+    measured = Measured(shares={name: shares_of_kinds(config, whole) for name, config in configs.items()})
 
-        shuffle = random.Random(0).shuffle  # the same on every rank
-        order = list(self.ways)
-        timed(UNMODIFIED, 1)
-        for number in range(max(self.rounds, FEWEST_ROUNDS)):
-            shuffle(order)
-            for name in order:
-                timed(name, number or whole_rounds(self.config))
-                timed(UNMODIFIED, 1)
-            is_enough = time.monotonic() > deadline or self._is_sharp(measured)
-            if number + 1 >= FEWEST_ROUNDS and _first_ranks(is_enough):
-                return
+    def timed(name: str, iteration: int) -> None:
+        if len(measured.names) % 100 == 0:
+            gc.collect()  # between steps, as Megatron does
+        wall, processor = run(name, iteration, _seconds)
+        measured.wall.append(wall)
+        measured.processor.append(processor)
+        measured.names.append(name)
+        measured.kinds.append(kind_of_step(configs[name], iteration))
 
-    def _is_sharp(self, measured: Measured) -> bool:
-        """Whether more rounds would show no more."""
-        seconds = measured.processor if self.by_processor_time else measured.wall
+    def is_over() -> bool:
+        seconds = measured.processor if args.on_cpu else measured.wall
         found = _of_ways(measured, np.array([seconds])).values()
-        return all(half_width(of_way["confidence_95"]) <= ENOUGH for of_way in found)
+        is_sharp = all(half_width(of_way["confidence_95"]) <= ENOUGH for of_way in found)
+        return _first_ranks(time.monotonic() > deadline or is_sharp)
+
+    timed(UNMODIFIED, 1)
+    for number, name in rounds(args.ways, args.rounds, FEWEST_ROUNDS, is_over):
+        timed(name, number or whole)
+        timed(UNMODIFIED, 1)
+    return measured
 
 
 def half_width(limits: Sequence[float] | None) -> float:
     """Of an interval; infinite of too few steps to have one."""
     return math.inf if limits is None else (limits[1] - limits[0]) / 2
-
-
-def _plainly(step: Callable[[], None]) -> None:
-    step()
 
 
 def _seconds(step: Callable[[], None]) -> tuple[float, float]:
@@ -214,9 +263,9 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
     Returns:
         ``ratio`` and ``spread`` by way, the latter of processor time of several ranks with the ``rank``
         that needs most more; ``wall``, the same of wall time; ``median_seconds`` on the slowest rank;
-        ``busy``, by way the seconds of :class:`Busy` on the rank that has most; ``waits_for``: "device" or
-        "host", "one" on a CPU, where they are one, or "unknown"; counts by way, kind of step and rank, if
-        there are any; all ``steps``, with seconds by rank.
+        ``busy``, by way the seconds of :func:`.counting.busy` on the rank that has most; ``waits_for``:
+        "device" or "host", "one" on a CPU, where they are one, or "unknown"; counts by way, kind of step and
+        rank, if there are any; all ``steps``, with seconds by rank.
     """
     first = measured[0]
     wall = np.array([each.wall for each in measured])
@@ -225,18 +274,37 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
     by_wall = _of_ways(first, wall.max(axis=0, keepdims=True))
     found = _of_ways(first, processor) if by_processor_time else by_wall
     names = np.array(first.names)
-    counted = ("peak_bytes", "kernels", "collectives", "synchronisations") if first.counts else ()
     medians = {name: float(np.median(seconds[names == name])) for name in first.shares}
-    busy = {name: _busiest([each.busy[name] for each in measured]) for name in first.busy}
+    looks = {
+        name: {
+            what: max(float(np.median([look[what] for look in each.busy[name]])) for each in measured)
+            for what in ("whole", "device", "host")
+        }
+        for name in first.busy
+    }
+    waits_for = "one"
+    if looks:
+        device = looks[UNMODIFIED]["device"]
+        waits_for = "host" if device < BUSY * medians[UNMODIFIED] else "device"
+        waits_for = waits_for if device else "unknown"  # the profiler saw nothing
     return {
-        "ratio": {name: of_name["ratio"] for name, of_name in found.items()},
-        "spread": {name: _without_ratio(of_name) for name, of_name in found.items()},
+        "ratio": {name: of_way["ratio"] for name, of_way in found.items()},
+        "spread": {
+            name: {what: value for what, value in of_way.items() if what != "ratio"}
+            for name, of_way in found.items()
+        },
         "wall": by_wall,
         "clock": "processor" if by_processor_time else "wall",
         "median_seconds": medians,
-        "busy": busy,
-        "waits_for": _waits_for(busy[UNMODIFIED]["device"], medians[UNMODIFIED]) if busy else "one",
-        **{what: _of_ranks(measured, what) for what in counted},
+        "busy": looks,
+        "waits_for": waits_for,
+        **{
+            what: {
+                name: {kind: [each.counts[name][kind][what] for each in measured] for kind in kinds}
+                for name, kinds in first.counts.items()
+            }
+            for what in (COUNTED if first.counts else ())
+        },
         "steps": {"variant": first.names, "wall": wall.tolist(), "processor": processor.tolist()},
     }
 
@@ -246,46 +314,16 @@ def _of_ways(measured: Measured, seconds: NDArray[np.float64]) -> dict[str, dict
     around = (seconds[:, :-2] + seconds[:, 2:]) / 2
     ratios = 1 + (seconds[:, 1:-1] - around) / around.max(axis=0)
     names, kinds = np.array(measured.names[1:-1]), np.array(measured.kinds[1:-1])
-
-    def of_way(name: str) -> dict[str, Any]:
-        chosen = names == name
-        of_ranks = [
-            median_ratio(ratio[chosen], kinds[chosen], measured.shares[name], len(ratios)) for ratio in ratios
-        ]
-        return _largest(of_ranks)
-
-    return {name: of_way(name) for name in measured.shares if name != UNMODIFIED}
-
-
-def _largest(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(of_ranks) == 1:
-        return of_ranks[0]
-    rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
-    intervals = [found["confidence_95"] for found in of_ranks]
-    together = None if None in intervals else [max(limits) for limits in zip(*intervals, strict=True)]
-    return {**of_ranks[rank], "confidence_95": together, "rank": rank}
-
-
-def _without_ratio(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name != "ratio"}
-
-
-def _waits_for(device_seconds: float, seconds: float) -> str:
-    if not device_seconds:
-        return "unknown"  # the profiler saw nothing
-    return "device" if device_seconds >= BUSY * seconds else "host"
-
-
-def _busiest(of_ranks: Sequence[Sequence[Busy]]) -> dict[str, float]:
-    return {
-        what: max(float(np.median([getattr(each, what) for each in of_rank])) for of_rank in of_ranks)
-        for what in ("whole", "device", "host")
-    }
-
-
-def _of_ranks(measured: Sequence[Measured], what: str) -> dict[str, dict[str, list[int]]]:
-    """By way and kind of step, one number a rank."""
-    return {
-        name: {kind: [getattr(each.counts[name][kind], what) for each in measured] for kind in kinds}
-        for name, kinds in measured[0].counts.items()
-    }
+    found = {}
+    for name, shares in measured.shares.items():
+        if name == UNMODIFIED:
+            continue
+        own = names == name
+        of_ranks = [median_ratio(ratio[own], kinds[own], shares, len(ratios)) for ratio in ratios]
+        rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
+        found[name] = of_ranks[rank]
+        if len(of_ranks) > 1:
+            intervals = [of_rank["confidence_95"] for of_rank in of_ranks]
+            together = None if None in intervals else [max(limits) for limits in zip(*intervals, strict=True)]
+            found[name] |= {"confidence_95": together, "rank": rank}
+    return found

@@ -12,34 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.bench.names import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
+from jreg_megatron.bench.options import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.tap import tap_residual_stream
 
-ORDINARY = KINDS[0]
 LOG_INTERVAL = 10
 """Iterations of a log interval, as in the demo and the recipes; at its end the metrics are reduced."""
 
 
-def kind_of_step(config: JRegConfig, iteration: int) -> str:
-    """What a step with these settings does beside the ordinary."""
-    does = ["measures"] * config.measures_at(iteration) + ["logs"] * (iteration % LOG_INTERVAL == 0)
-    return " and ".join(does) or ORDINARY
+def kind_of_step(config: JRegConfig | None, iteration: int) -> str:
+    """What a step with these settings does beside the ordinary, as far as it takes time."""
+    does = []
+    if config is not None:
+        does = ["measures"] * config.measures_at(iteration) + ["logs"] * (iteration % LOG_INTERVAL == 0)
+    return " and ".join(does) or KINDS[0]
 
 
 class Variant:
     """A way to run a training step. This one changes nothing."""
 
+    config: JRegConfig | None = None
+    """By which steps differ from others of this way."""
+
     @contextmanager
     def on(self, iteration: int) -> Iterator[None]:
         """Have the model run this way in training iteration ``iteration``, 1-based."""
         yield
-
-    def kind(self, iteration: int) -> str:
-        """What sets an iteration's step apart from others of this way, as far as it takes time."""
-        return ORDINARY
 
     def forward_step(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """The forward step function to train with."""
@@ -55,11 +55,11 @@ class Attached(Variant):
     Attached once and then put on and taken off, so that what is done once in a run is not counted.
     """
 
-    def __init__(self, model: list[nn.Module], config: JRegConfig) -> None:
+    def __init__(self, model: list[nn.Module], config: JRegConfig, **named: Any) -> None:
+        self.config: JRegConfig = config
         self._iteration = 0
         self._chunks = [unwrap(chunk) for chunk in model]
-        self._config = config
-        self.handle = attach(model, config, iteration=lambda: self._iteration)
+        self.handle = attach(model, config, iteration=lambda: self._iteration, **named)
         self.handle.detach()
 
     @contextmanager
@@ -71,13 +71,10 @@ class Attached(Variant):
         finally:
             tap.remove()
 
-    def kind(self, iteration: int) -> str:
-        return kind_of_step(self._config, iteration)
-
     def after_step(self, iteration: int) -> None:
         metrics = self.handle.end_iteration(iteration, iteration % LOG_INTERVAL == 0)
         if metrics is not None:
-            metrics.scalars(self._config.log_per_layer)
+            metrics.scalars(self.config.log_per_layer)
 
 
 class Naive(Variant):

@@ -17,11 +17,11 @@ from jreg_megatron.claims import toy
 from jreg_megatron.claims.evidence import Evidence, Trained, evaluation, evaluation_name, find, gather
 from jreg_megatron.claims.rules import FEWEST_SEEDS
 from jreg_megatron.demo.training import each, progress, run_logged, train_all
-from jreg_megatron.recipe.request import split_at
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.flags import split_at
 from jreg_megatron.runtime.lock import lock
 
 FORMAT = "jreg_megatron claims"

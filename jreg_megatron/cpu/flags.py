@@ -6,62 +6,31 @@ from itertools import pairwise
 
 from jreg_megatron.runtime.errors import UserError
 
-FLAGS: tuple[str, ...] = (
-    "--distributed-backend",
-    "gloo",
-    "--transformer-impl",
-    "local",
-    "--attention-backend",
-    "unfused",
-    "--use-cpu-initialization",
-    "--no-gradient-accumulation-fusion",
-    "--no-masked-softmax-fusion",
-    "--no-bias-gelu-fusion",
-    "--no-bias-swiglu-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-persist-layer-norm",
-    "--no-rope-fusion",
-    "--cuda-graph-impl",
-    "none",
-    "--num-workers",
-    "0",
+FLAGS: tuple[str, ...] = tuple(
+    """
+    --distributed-backend gloo --transformer-impl local --attention-backend unfused --use-cpu-initialization
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion
+    --cuda-graph-impl none --num-workers 0
+    """.split()
 )
 """Appended to the command line, where argparse lets the last value win."""
 
-_IGNORED: dict[str, int] = {
-    "--use-flash-attn": 0,
-    "--tp-comm-overlap": 0,
-    "--tp-comm-overlap-cfg": 1,
-    "--fp8-format": 1,
-    "--fp8-param-gather": 0,
-    "--fp4-format": 1,
-    "--fp4-param-gather": 0,
-    "--te-rng-tracker": 0,
-    "--use-transformer-engine-op-fuser": 0,
-    "--use-te-activation-func": 0,
-    "--enable-cuda-graph": 0,
-    "--external-cuda-graph": 0,
-    "--optimizer-cuda-graph": 0,
-    "--use-precision-aware-optimizer": 0,
-    "--optimizer-cpu-offload": 0,
-    "--cpu-offloading-num-layers": 1,
-    "--fine-grained-activation-offloading": 0,
-    "--init-model-with-meta-device": 0,
-    "--moe-grouped-gemm": 0,
-    "--moe-permute-fusion": 0,
-    "--moe-router-fusion": 0,
-    "--pipeline-model-parallel-comm-backend": 1,
-    "--nccl-communicator-config-path": 1,
-    "--use-nccl-ub": 0,
-    "--use-sharp": 0,
-    "--sharp-enabled-group": 1,
-    "--high-priority-stream-groups": 1,
-    "--gpu-sniff-test-interval": 1,
-    "--record-memory-history": 0,
-    "--use-ring-exchange-p2p": 0,
-    "--save-activations-interval": 1,
-    "--save-dgrads-interval": 1,
-}
+_SWITCHES = """
+    --use-flash-attn --tp-comm-overlap --fp8-param-gather --fp4-param-gather --te-rng-tracker
+    --use-transformer-engine-op-fuser --use-te-activation-func --enable-cuda-graph --external-cuda-graph
+    --optimizer-cuda-graph --use-precision-aware-optimizer --optimizer-cpu-offload
+    --fine-grained-activation-offloading --init-model-with-meta-device --moe-grouped-gemm
+    --moe-permute-fusion --moe-router-fusion --use-nccl-ub --use-sharp --record-memory-history
+    --use-ring-exchange-p2p
+"""
+_WITH_VALUE = """
+    --tp-comm-overlap-cfg --fp8-format --fp4-format --cpu-offloading-num-layers
+    --pipeline-model-parallel-comm-backend --nccl-communicator-config-path --sharp-enabled-group
+    --high-priority-stream-groups --gpu-sniff-test-interval --save-activations-interval
+    --save-dgrads-interval
+"""
+_IGNORED = dict.fromkeys(_SWITCHES.split(), 0) | dict.fromkeys(_WITH_VALUE.split(), 1)
 """Kernels, number formats, memory, network and inspection of a GPU, with the number of values of each flag.
 
 They have no counterpart that argparse would let win, so they leave the command line.

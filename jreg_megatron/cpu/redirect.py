@@ -52,41 +52,6 @@ _METHODS: dict[Any, Callable[..., Any]] = {
 }
 
 
-_BACKWARD = (torch.autograd.backward, torch.Tensor.backward)
-
-
-def _run_backward(
-    tensors: Any,
-    grad_tensors: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-    gradient: Any = None,
-) -> None:
-    """What ``torch.autograd.backward`` and ``Tensor.backward`` do, without asking a mode again."""
-
-    def several(given: Any) -> tuple[Any, ...]:
-        return (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
-
-    tensors, gradients = several(tensors), several(grad_tensors if gradient is None else gradient)
-    gradients = (None,) * len(tensors) if gradients == (None,) else gradients
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if gradient is None and tensor.requires_grad and tensor.numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    torch.autograd.Variable._execution_engine.run_backward(
-        tensors,
-        tuple(
-            torch.ones_like(tensor) if gradient is None and tensor.requires_grad else gradient
-            for tensor, gradient in zip(tensors, gradients, strict=True)
-        ),
-        create_graph if retain_graph is None else retain_graph,
-        create_graph,
-        () if inputs is None else several(inputs),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
-
-
 class _CudaMeansCpu(TorchFunctionMode):
     """Every torch call that names a CUDA device runs on the CPU."""
 
@@ -94,10 +59,6 @@ class _CudaMeansCpu(TorchFunctionMode):
         method = _METHODS.get(func)
         if method is not None:
             return method(*args, **(kwargs or {}))
-        if func in _BACKWARD:
-            # torch leaves this mode for what runs in here, but a layer that is recomputed needs it too.
-            with self:
-                return _run_backward(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
             args = tuple(map(_on_cpu, args))
         if not kwargs:
@@ -134,20 +95,15 @@ _STREAM = _Stream()
 def install() -> None:
     """Redirect CUDA to the CPU in this process, for good."""
     cuda = torch.cuda
+    nothing = ("set_device", "synchronize", "empty_cache", "set_stream", "check_error")
+    memory = ("memory_allocated", "memory_reserved")
     answers: dict[str, Any] = {
         "device_count": lambda: 1,
         "current_device": lambda: _CPU,
-        "set_device": _no_op(),
-        "synchronize": _no_op(),
-        "empty_cache": _no_op(),
-        "Stream": _Stream,
-        "Event": _Stream,
-        "current_stream": lambda *_: _STREAM,
-        "default_stream": lambda *_: _STREAM,
+        **{name: _no_op() for name in nothing},
+        **dict.fromkeys(("Stream", "Event"), _Stream),
+        **dict.fromkeys(("current_stream", "default_stream", "cudart"), lambda *_: _STREAM),
         "stream": lambda *_: nullcontext(),
-        "set_stream": _no_op(),
-        "cudart": lambda: _STREAM,
-        "check_error": _no_op(),
         "is_current_stream_capturing": lambda: False,
         # Compute capability 10 frees Megatron of wishes about CUDA's launch queue.
         "get_device_capability": lambda *_: (10, 0),
@@ -156,10 +112,7 @@ def install() -> None:
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         # Not torch.manual_seed: that one calls torch.cuda again.
         "manual_seed": torch.default_generator.manual_seed,
-        "memory_allocated": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0,
-        "memory_reserved": lambda *_: 0,
-        "max_memory_reserved": lambda *_: 0,
+        **{name: lambda *_: 0 for most in memory for name in (most, f"max_{most}")},
         "device_memory_used": lambda *_: 0,
         "memory_stats": lambda *_: {},
     }
@@ -189,7 +142,22 @@ def install() -> None:
     # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    mode = _CudaMeansCpu()
+    _let_backward_be_in(mode)
+    mode.__enter__()  # type: ignore[no-untyped-call]
+
+
+def _let_backward_be_in(mode: TorchFunctionMode) -> None:
+    """Keep the mode, which torch leaves for ``backward``: a layer that is recomputed needs it."""
+    autograd: Any = torch.autograd
+    run = autograd._engine_run_backward
+
+    @wraps(run)
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if torch._C._len_torch_function_stack() else mode:
+            return run(*args, **kwargs)
+
+    autograd._engine_run_backward = run_backward
 
 
 def _let_sends_hold_their_memory() -> None:

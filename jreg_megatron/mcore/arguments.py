@@ -8,11 +8,11 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from typing import NoReturn
+from unittest import mock
 
 from jreg_megatron.mcore import initialization
 from jreg_megatron.methods import known
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import refuse
 
 CPU_FLAG = "--cpu"
 
@@ -39,10 +39,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         except (KeyError, TypeError, ValueError):
             action.help = str(action.help).replace("%", "%%")
 
-    def refuse(message: str) -> NoReturn:
-        # argparse would print the usage of some hundred flags before the error.
-        raise UserError(f"{message}; --help lists all arguments")
-
+    # argparse would print the usage of some hundred flags before the error.
     parser.error = refuse  # type: ignore[method-assign]
     return parser
 
@@ -67,16 +64,10 @@ def parse(flags: list[str], world_size: int) -> Namespace:
 @contextlib.contextmanager
 def as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
     """Give Megatron a command line and a rank, which it reads from the process, and hide what it prints."""
-    argv, environment = sys.argv, {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    sys.argv = [argv[0], *flags]
-    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        sys.argv = argv
-        for name, value in environment.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    here = {"RANK": "0", "WORLD_SIZE": str(world_size)}
+    with (
+        mock.patch.object(sys, "argv", [sys.argv[0], *flags]),
+        mock.patch.dict(os.environ, here),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        yield

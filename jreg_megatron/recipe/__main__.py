@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
-from jreg_megatron.recipe import command, identity
-from jreg_megatron.recipe.request import Rendezvous, Request
+from jreg_megatron.recipe import announcement, identity, request
 from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 
@@ -27,11 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     for number in SIGNALS:
         signal.signal(number, _nothing_started)
     with user_errors_exit(), quiet_interrupt():
-        request = Request.from_words(sys.argv[1:] if argv is None else argv)
-        if request.smoke is None:
-            _train(request)
+        asked = request.read(sys.argv[1:] if argv is None else argv)
+        if asked.smoke is None:
+            _train(asked)
         else:
-            _smoke(request)
+            _smoke(asked)
 
 
 def _nothing_started(number: int, _: object) -> NoReturn:
@@ -40,37 +40,37 @@ def _nothing_started(number: int, _: object) -> NoReturn:
     os._exit(UNFINISHED)
 
 
-def _train(request: Request) -> None:
+def _train(asked: Namespace) -> None:
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import parse
-    from jreg_megatron.recipe import announcement, machine, plan
+    from jreg_megatron.recipe import machine, plan
 
-    rendezvous = Rendezvous.from_environment(request)
+    meets = request.rendezvous(asked.nodes)
     gpus = machine.Gpus.of_this_node()  # before CPU mode, in which this process only plans
     _import_megatron()
-    flags = _flags(request)
-    asked = parse(flags, request.world_size)
+    flags = _flags(asked)
+    args = parse(flags, asked.world_size)
     for check in preflight.SIZE_CHECKS:
-        check(asked)
-    identity.refuse_another(request.run, asked)
-    if not request.dry_run and last_checkpoint(asked.save) >= asked.train_iters:
-        print(f"{request.run} has all of its {asked.train_iters:,} iterations: nothing to do")
+        check(args)
+    identity.refuse_another(asked.run / identity.FILE, identity.settings(args))
+    if not asked.dry_run and last_checkpoint(args.save) >= args.train_iters:
+        print(f"{asked.run} has all of its {args.train_iters:,} iterations: nothing to do")
         return
-    added = machine.flags_without_apex(asked)
+    added = machine.flags_without_apex(args)
     flags += added
-    planned = plan.make(flags, request.world_size)
+    planned = plan.make(flags, asked.world_size)
 
     def check_files() -> str:
         for check in preflight.DATA_CHECKS:
-            check(asked)
-        machine.check_tokenizer(asked)
-        return machine.check_training_data(asked, planned.tokens, request.epochs)
+            check(args)
+        machine.check_tokenizer(args)
+        return machine.check_training_data(args, planned.tokens, asked.epochs)
 
     def check_node() -> str:
-        preflight.optimizer.package(asked.optimizer)
-        return machine.check_gpus(request.gpus, gpus)
+        preflight.optimizer.package(args.optimizer)
+        return machine.check_gpus(asked.gpus, gpus)
 
-    rows = announcement.rows(request, planned)
+    rows = plan.rows(asked, planned)
     if added:
         rows["added"] = f"{' '.join(added)}, since Apex is not installed here (each node checks this)"
     findings: dict[str, Callable[[], str]] = {
@@ -79,37 +79,33 @@ def _train(request: Request) -> None:
         "checkpoints": partial(machine.check_disk, planned),
         "this node": check_node,
     }
-    rows |= announcement.found(findings, request.dry_run)
-    ranks = command.on_gpus(request.gpus, request.nodes, rendezvous, flags)
-    is_first = rendezvous is None or rendezvous.node_rank == 0
+    rows |= announcement.found(findings, asked.dry_run)
+    ranks = announcement.torchrun(asked.gpus, asked.nodes, meets, flags)
+    is_first = meets is None or meets.node_rank == 0
     if is_first:
-        announcement.show(f"{request.recipe.stem}, {request.variant}, in {request.run}", rows)
-    if request.dry_run:
-        print(command.as_text(ranks, os.environ))
-    else:
-        _become(ranks, asked, request.run if is_first else None)
+        announcement.show(f"{asked.recipe.stem}, {asked.variant}, in {asked.run}", rows)
+    _become(ranks, args, asked.run if is_first else None, asked.dry_run)
 
 
-def _smoke(request: Request) -> None:
+def _smoke(asked: Namespace) -> None:
     from jreg_megatron.mcore.arguments import parse
     from jreg_megatron.recipe import smoke
 
-    assert request.smoke is not None
     _import_megatron()
-    flags, run = smoke.without_data(_flags(request)), request.run / "smoke"
-    asked = parse(flags, request.world_size)
-    flags += smoke.flags(asked, run, request.smoke)
-    world_size = smoke.ranks(asked)
+    flags, run = smoke.without_data(_flags(asked)), asked.run / "smoke"
+    args = parse(flags, asked.world_size)
+    flags += smoke.flags(args, run, asked.smoke)
+    world_size = smoke.ranks(args)
     forked = [sys.executable, "-m", "jreg_megatron.cpu", "--nproc", str(world_size)]
-    ranks = [*forked, *command.MODULE, "--cpu", *flags]
-    print(f"Smoke: a toy of {request.recipe.stem} on {world_size} CPU ranks; its folder is {run}")
-    if request.dry_run:
-        print(command.as_text(ranks, os.environ))
-        return
+    ranks = [*forked, *announcement.MODULE, "--cpu", *flags]
+    print(f"Smoke: a toy of {asked.recipe.stem} on {world_size} CPU ranks; its folder is {run}")
     toy = parse(flags, world_size)
-    if smoke.start_clean(toy, run):
+    is_over = last_checkpoint(toy.load) >= toy.train_iters
+    is_over |= identity.difference(run / identity.FILE, identity.settings(toy)) is not None
+    if is_over and not asked.dry_run:
+        shutil.rmtree(run)
         print("Removed the earlier run there: it was finished or had other settings")
-    _become(ranks, toy, run)
+    _become(ranks, toy, run, asked.dry_run)
 
 
 def _import_megatron() -> None:
@@ -126,29 +122,30 @@ def _import_megatron() -> None:
         utils._te_version = utils.PkgVersion(version("transformer-engine"))
 
 
-def _flags(request: Request) -> list[str]:
+def _flags(asked: Namespace) -> list[str]:
     """The recipe's flags, ``--train-iters`` from the number of tokens, and the user's flags."""
     from jreg_megatron.mcore.arguments import parse
 
-    args = parse([*request.flags, *request.user_flags], request.world_size)
+    args = parse([*asked.flags, *asked.user_flags], asked.world_size)
     for name in ("global_batch_size", "seq_length"):
         if not getattr(args, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is missing in {request.recipe}; give it a number >= 1"
-            )
-    iterations = request.tokens // (args.global_batch_size * args.seq_length)
+            raise UserError(f"--{name.replace('_', '-')} is missing in {asked.recipe}; give it a number >= 1")
+    iterations = asked.tokens // (args.global_batch_size * args.seq_length)
     if iterations < 1:
-        raise UserError(f"TOKENS is {request.tokens}, which is less than one batch; raise it")
-    return [*request.flags, "--train-iters", str(iterations), *request.user_flags]
+        raise UserError(f"TOKENS is {asked.tokens}, which is less than one batch; raise it")
+    return [*asked.flags, "--train-iters", str(iterations), *asked.user_flags]
 
 
-def _become(ranks: Sequence[str], args: Namespace, run: Path | None) -> None:
-    """Become the small supervisor; this process has all of Megatron in memory.
+def _become(ranks: Sequence[str], args: Namespace, run: Path | None, is_dry_run: bool) -> None:
+    """Become the small supervisor; this process has all of Megatron in memory. In a dry run print ``ranks``.
 
     On the first node the supervisor keeps other runs out of the folder ``run``.
     """
+    if is_dry_run:
+        print(announcement.as_text(ranks, os.environ))
+        return
     if run is not None:
-        identity.keep(run, args)
+        identity.write(run / identity.FILE, identity.settings(args))
     sys.stdout.flush()
     supervisor = [sys.executable, "-m", "jreg_megatron.recipe.supervise"]
     watched = ["--iterations", str(args.train_iters), "--checkpoints", str(Path(args.save))]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
 
-_FILE = "run.json"
+FILE = "run.json"
 _NAMES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("padded_vocab_size", "seq_length", "seed", "train_iters", "global_batch_size", "lr", "min_lr"),
@@ -20,7 +20,7 @@ _OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval
 """JREG's flags that change the log, not the training."""
 
 
-def of(args: Namespace) -> dict[str, Any]:
+def settings(args: Namespace) -> dict[str, Any]:
     """The settings that identify a run: JREG, model, length, learning rate, data; not its layout."""
     names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith("jreg_"))]
     found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
@@ -28,12 +28,7 @@ def of(args: Namespace) -> dict[str, Any]:
     return kept
 
 
-def difference(folder: Path, args: Namespace) -> str | None:
-    """:func:`differs` for the run in a folder."""
-    return differs(folder / _FILE, of(args))
-
-
-def differs(file: Path, asked: dict[str, Any]) -> str | None:
+def difference(file: Path, asked: dict[str, Any]) -> str | None:
     """The first setting in ``file`` that is another one in ``asked``, in words; None if none is."""
     try:
         held: dict[str, Any] = json.loads(file.read_text())
@@ -46,20 +41,15 @@ def differs(file: Path, asked: dict[str, Any]) -> str | None:
     return None
 
 
-def refuse_another(folder: Path, args: Namespace) -> None:
+def refuse_another(file: Path, asked: dict[str, Any]) -> None:
     """Raises:
-    UserError: if the folder holds a run with other settings.
+    UserError: if ``file`` is that of a run with other settings.
     """
-    if found := difference(folder, args):
+    if found := difference(file, asked):
         raise UserError(
-            f"{folder} holds a run with {found}; set RUN to another folder, "
-            f"or remove {folder / _FILE} to resume from its checkpoints in any case"
+            f"{file.parent} holds a run with {found}; set RUN to another folder, "
+            f"or remove {file} to resume from its checkpoints in any case"
         )
-
-
-def keep(folder: Path, args: Namespace) -> None:
-    """Write the settings of the run into the folder."""
-    write(folder / _FILE, of(args))
 
 
 def write(file: Path, asked: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Whether this machine and these files suffice for a run."""
+"""Whether this machine and these files suffice for a run.
+
+Each check returns a text for the table, or raises a :class:`UserError` where they do not suffice.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.plan import Plan, number_as_text
 from jreg_megatron.runtime.errors import UserError
 
+_SAVED_BYTES = 14
+"""Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
 _NOT_HERE = "not on this machine, so not checked"
 
 
@@ -54,11 +59,7 @@ class Gpus:
 
 
 def check_gpus(wanted: int, gpus: Gpus) -> str:
-    """The GPUs of this node, as text.
-
-    Raises:
-        UserError: if there are fewer GPUs than ranks.
-    """
+    """The GPUs of this node."""
     if gpus.count < wanted:
         raise UserError(
             f"GPUS is {wanted}, but this node has {gpus.count}; lower GPUS, or try the "
@@ -68,11 +69,7 @@ def check_gpus(wanted: int, gpus: Gpus) -> str:
 
 
 def check_memory(plan: Plan, gpus: Gpus) -> str:
-    """The memory that the fullest GPU needs, as text.
-
-    Raises:
-        UserError: if weights, gradients and optimizer alone do not fit.
-    """
+    """The memory that the fullest GPU needs."""
     total = plan.state_bytes + plan.activation_bytes
     state, activations = number_as_text(plan.state_bytes, "B"), number_as_text(plan.activation_bytes, "B")
     text = (
@@ -96,9 +93,6 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
     """How often the run reads the training data, as text.
 
     At the end of the data Megatron silently begins again.
-
-    Raises:
-        UserError: if the run would read a dataset more than ``epochs`` times.
     """
     there, most, fullest = 0.0, 0.0, ""
     for flag, share, blend in training_blends(args):
@@ -124,11 +118,7 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Refuse a tokenizer that differs from the one in the manifests of the data.
-
-    Raises:
-        UserError: naming both files.
-    """
+    """Refuse a tokenizer that differs from the one in the manifests of the data."""
     if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
         return
     with open(args.tokenizer_model, "rb") as stream:
@@ -148,26 +138,24 @@ def check_tokenizer(args: Namespace) -> None:
 
 
 def check_disk(plan: Plan) -> str:
-    """The disk space that the remaining checkpoints need, as text.
-
-    Raises:
-        UserError: if the disk has less free space, or the folder cannot be written.
-    """
-    if plan.args.save is None:
+    """The disk space that the remaining checkpoints need."""
+    args = plan.args
+    if args.save is None:
         return "none"
-    folder = Path(plan.args.save).absolute()
+    folder = Path(args.save).absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"RUN leads to {plan.args.save}, and {folder} cannot be written; name another folder")
-    done = last_checkpoint(plan.args.load)
+        raise UserError(f"RUN leads to {args.save}, and {folder} cannot be written; name another folder")
+    every = args.save_retain_interval or args.save_interval
+    kept = {*range(every, args.train_iters + 1, every), args.train_iters}
     # Megatron removes a checkpoint after it has written the next one.
-    still = len([i for i in plan.saved_iterations if i > done]) + 1
-    needed, free = still * plan.checkpoint_bytes, shutil.disk_usage(folder).free
-    text = f"{still} x {number_as_text(plan.checkpoint_bytes, 'B')}, {number_as_text(free, 'B')} free"
-    if needed > free:
+    still = sum(iteration > last_checkpoint(args.load) for iteration in kept) + 1
+    each, free = plan.parameters * _SAVED_BYTES, shutil.disk_usage(folder).free
+    text = f"{still} x {number_as_text(each, 'B')}, {number_as_text(free, 'B')} free"
+    if still * each > free:
         raise UserError(
-            f"checkpoints will take {number_as_text(needed, 'B')} ({text}) in {plan.args.save}; "
+            f"checkpoints will take {number_as_text(still * each, 'B')} ({text}) in {args.save}; "
             "free some space, set RUN to another disk, or raise --save-retain-interval"
         )
     return text

@@ -6,12 +6,10 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 
+from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.arguments import as_rank_zero_of, parse
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import megatrons_refusals
-
-_SAVED_BYTES = 14
-"""Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
 
 
 @dataclass(frozen=True)
@@ -30,28 +28,9 @@ class Plan:
     """Activations on it, by Megatron's estimate."""
 
     @property
-    def iterations(self) -> int:
-        """Training iterations."""
-        return int(self.args.train_iters)
-
-    @property
     def tokens(self) -> int:
         """Training tokens."""
-        return int(self.iterations * self.args.global_batch_size * self.args.seq_length)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of a bf16 checkpoint with the optimizer's state."""
-        return self.parameters * _SAVED_BYTES
-
-    @property
-    def saved_iterations(self) -> list[int]:
-        """Iterations whose checkpoints remain at the end."""
-        args = self.args
-        if args.save is None:
-            return []
-        every = args.save_retain_interval or args.save_interval
-        return sorted({*range(every, self.iterations + 1, every), self.iterations})
+        return int(self.args.train_iters * self.args.global_batch_size * self.args.seq_length)
 
 
 def make(flags: list[str], world_size: int) -> Plan:
@@ -93,24 +72,51 @@ def count_parameters(args: Namespace) -> int:
 
     single_process()
     config = gpt_config_from_args(args)
-    config.transformer = dataclasses.replace(
-        config.transformer,
-        tensor_model_parallel_size=1,
-        sequence_parallel=False,
-        context_parallel_size=1,
-        expert_model_parallel_size=1,
-        expert_tensor_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        pipeline_dtype=None,
-        virtual_pipeline_model_parallel_size=None,
-        pipeline_model_parallel_layout=None,
-        num_layers_in_first_pipeline_stage=None,
-        num_layers_in_last_pipeline_stage=None,
+    whole = dict.fromkeys(
+        (
+            *("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        ),
+        1,
     )
+    unset = dict.fromkeys(
+        (
+            *("pipeline_dtype", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
+            *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+        )
+    )
+    config.transformer = dataclasses.replace(config.transformer, sequence_parallel=False, **whole, **unset)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def rows(request: Namespace, plan: Plan) -> dict[str, str]:
+    """What follows from the plan, for the table: a name and a text each."""
+    args = plan.args
+    coeff = getattr(args, "jreg_coeff", 0.0)
+    jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 1.0):g}"
+    steps = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    seconds = plan.flops / request.world_size / (request.tflops * 1e12)
+    done = last_checkpoint(args.load)
+    return {
+        "model": f"{plan.parameters:,} parameters: {args.num_layers} layers x {args.hidden_size}, FFN "
+        f"{args.ffn_hidden_size}, {args.num_attention_heads} heads of {args.kv_channels}, vocabulary "
+        f"{args.padded_vocab_size:,}",
+        "JREG": jreg if coeff else "lambda 0: the jump is measured, the training does not change",
+        "length": f"{number_as_text(plan.tokens)} tokens ({plan.tokens / plan.parameters:.0f} a parameter): "
+        f"{args.train_iters:,} iterations of {args.global_batch_size:,} sequences of {args.seq_length:,}"
+        + (f"; going on from iteration {done:,}" if done else ""),
+        "optimizer": f"{args.optimizer} {args.adam_beta1:g}, {args.adam_beta2:g}, epsilon {args.adam_eps:g}, "
+        f"weight decay {args.weight_decay:g}, clip {args.clip_grad:g}; {args.lr_decay_style} from "
+        f"{args.lr:g} to {args.min_lr:g}, {args.lr_warmup_iters:,} iterations of warm-up",
+        "layout": f"{request.nodes} x {request.gpus} GPUs: TP {args.tensor_model_parallel_size} x "
+        f"PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x "
+        f"DP {args.data_parallel_size}; {steps} micro-batches of {args.micro_batch_size} a step",
+        "time": f"about {seconds_as_text(seconds)} at {request.tflops:g} TFLOP/s a GPU; {plan.flops:.1e} "
+        "operations" + (f" ({1 - done / args.train_iters:.0%} of it left)" if done else ""),
+    }
 
 
 def seconds_as_text(seconds: float) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from pathlib import Path
-
-from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
-from jreg_megatron.recipe import identity
 
 _LENGTH = 64
 _MOST_RANKS = 4
@@ -34,31 +30,25 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
     heads, stages = args.num_attention_heads, args.pipeline_model_parallel_size
     layers = max(2, stages * (args.num_virtual_stages_per_pipeline_rank or 1))
     replicas = ranks(args) // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    ones = ["micro-batch-size", "lr-warmup-iters", "eval-iters", "jreg-measure-interval"]
+    ones += ["log-interval", "tensorboard-log-interval"]
+    twos = ("eval-interval", "save-interval", "save-retain-interval")
     toy: dict[str, object] = {
+        **dict.fromkeys(ones, 1),
+        **dict.fromkeys(twos, 2),
+        **dict.fromkeys(("seq-length", "max-position-embeddings"), _LENGTH),
+        **dict.fromkeys(("save", "load"), run / "checkpoints"),
         "num-layers": layers,
         "hidden-size": 8 * heads,
         "ffn-hidden-size": 16 * heads,
-        "seq-length": _LENGTH,
-        "max-position-embeddings": _LENGTH,
         "padded-vocab-size": data.vocab_size,
-        "micro-batch-size": 1,
         "global-batch-size": 2 * replicas * stages,
         "train-iters": iterations,
-        "lr-warmup-iters": 1,
-        "eval-interval": 2,
-        "eval-iters": 1,
-        "log-interval": 1,
-        "tensorboard-log-interval": 1,
-        "jreg-measure-interval": 1,
-        "save-interval": 2,
-        "save-retain-interval": 2,
         "train-data-path": data.train_prefix,
         "valid-data-path": data.validation_prefix,
         "tokenizer-model": data.tokenizer_model,
         "data-cache-path": run / "data_cache",
         "tensorboard-dir": run / "tensorboard",
-        "save": run / "checkpoints",
-        "load": run / "checkpoints",
     }
     return [word for name, value in toy.items() for word in (f"--{name}", str(value))]
 
@@ -73,11 +63,3 @@ def without_data(flags: list[str]) -> list[str]:
         if not dropping:
             kept.append(word)
     return kept
-
-
-def start_clean(args: Namespace, run: Path) -> bool:
-    """Remove an earlier run that is finished or was another one; True if there was one."""
-    is_over = last_checkpoint(args.load) >= int(args.train_iters) or bool(identity.difference(run, args))
-    if is_over:
-        shutil.rmtree(run)
-    return is_over

@@ -39,18 +39,12 @@ def errors_alone(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextmanager
-def without_compilation() -> Iterator[None]:
-    """Let ``torch.compile`` do nothing. Megatron calls it on import, and a process that runs no model of it
-    imports Megatron in half the time so."""
-    import torch
+def without_compilation() -> Any:
+    """A context in which ``torch.compile`` does nothing. Megatron calls it on import; a process that runs no
+    model of it imports Megatron in half the time so."""
+    from unittest import mock
 
-    compiling = torch.compile
-    torch.compile = uncompiled  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiling
+    return mock.patch("torch.compile", uncompiled)
 
 
 def uncompiled(function: Any = None, **_: Any) -> Any:

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from jreg_megatron.runtime.errors import UserError, print_error
 
@@ -92,21 +93,20 @@ def end_with_the_parent() -> None:
 
 def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
     """Wait until all ranks have ended, or one has failed; its exit status, or 0."""
-    running = dict(enumerate(ranks))
+    running: dict[Any, Any] = {rank.sentinel: (number, rank) for number, rank in enumerate(ranks)}
     while running:
-        ready = multiprocessing.connection.wait([rank.sentinel for rank in running.values()])
-        ended = {}
-        for number in [number for number, rank in running.items() if rank.sentinel in ready]:
-            rank = running.pop(number)
+        ended = []
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            number, rank = running.pop(sentinel)
             rank.join()  # its pipe is closed a moment before it is gone
-            ended[number] = rank.exitcode
+            ended.append((rank.exitcode or 0, number))
         # A killed rank comes first: it printed nothing, and the others fail because of it.
-        status, number = min((status or 0, number) for number, status in ended.items())
+        status, number = min(ended)
         if status < 0:
             what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
             print_error(f"{what}; the other ranks are ended too")
             return 128 - status
-        if status := max(status or 0 for status in ended.values()):
+        if status := max(ended)[0]:
             return status
     return 0
 
@@ -119,8 +119,7 @@ def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
     deadline = time.monotonic() + _GRACE_SECONDS
     for rank in running:
         rank.join(max(0.0, deadline - time.monotonic()))
-        if rank.is_alive():
-            rank.kill()
+        rank.kill()
 
 
 def free_port() -> int:

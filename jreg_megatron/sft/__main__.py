@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.recipe import announcement, command, identity, machine
-from jreg_megatron.recipe.request import Parser, add_trials, count, refuse, split_at
+from jreg_megatron.recipe import announcement, identity, machine
+from jreg_megatron.recipe.request import read_words
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.flags import Parser, count, refuse
 
 TEMPLATE = Path(__file__).with_name("sft.jinja")
 ROLES = ("system", "user", "assistant")
@@ -199,8 +200,7 @@ def _start(words: Sequence[str]) -> None:
     share = accumulation(options.batch, options.gpus, asked.per_device_train_batch_size)
     asked_for = {name: getattr(asked, name) for name in _IDENTITY}
     asked_for |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
-    if found := identity.differs(run / _RUN, asked_for):
-        raise UserError(f"{run} holds a run with {found}; set RUN to another folder")
+    identity.refuse_another(run / _RUN, asked_for)
     done, checkpoint = last_checkpoint(run)
     if done >= steps:  # the Trainer would make one more step
         print(f"{run} has all of its {steps:,} steps: nothing to do. The model is {checkpoint}")
@@ -225,11 +225,9 @@ def _start(words: Sequence[str]) -> None:
     flags += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = [*launcher, "--nproc-per-node", str(options.gpus), *_rank(options.model, options.data, flags)]
-    if options.dry_run:
-        print(command.as_text(ranks, os.environ))
-        return
-    identity.write(run / _RUN, asked_for)
-    _become(ranks)
+    if not options.dry_run:
+        identity.write(run / _RUN, asked_for)
+    _become(ranks, options.dry_run)
 
 
 def _smoke(options: Namespace, flags: list[str]) -> None:
@@ -241,15 +239,13 @@ def _smoke(options: Namespace, flags: list[str]) -> None:
     print(f"Smoke: {options.model or 'a toy'} on this machine's CPU; its folder is {folder}")
     if options.model:
         check_model(model, _parse(flags).max_length)
-    if options.dry_run:
-        print(command.as_text(ranks, os.environ))
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if not options.model:
-        make_toy(Path(model))
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions()))
-    _become(ranks)
+    if not options.dry_run:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if not options.model:
+            make_toy(Path(model))
+        data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions()))
+    _become(ranks, options.dry_run)
 
 
 def questions(largest: int = 8) -> Iterator[list[dict[str, str]]]:
@@ -288,7 +284,10 @@ def _rank(model: str, data: str, flags: Sequence[str]) -> list[str]:
     return ["-m", "jreg_megatron.sft", "train", model, data, *flags]
 
 
-def _become(ranks: Sequence[str]) -> None:
+def _become(ranks: Sequence[str], is_dry_run: bool) -> None:
+    if is_dry_run:
+        print(announcement.as_text(ranks, os.environ))
+        return
     sys.stdout.flush()
     os.execv(ranks[0], list(ranks))
 
@@ -309,32 +308,26 @@ def _parse(flags: Sequence[str]) -> Namespace:
 
 
 def _request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Read ``OPTIONS -- TRL FLAGS ::: USER'S WORDS``: the options, and the flags of recipe and user."""
-    own, rest = split_at("--", words)
-    flags, typed = split_at(":::", rest)
-    asked, more = split_at("--", typed)
+    """The options of recipe and user, and TRL's flags."""
     parser = Parser(prog="python -m jreg_megatron.sft")
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--gpus", type=count("GPUS"), required=True)
     parser.add_argument("--batch", type=count("BATCH"), required=True)
     parser.add_argument("--data", required=True)
-    options = parser.parse_args(own)
     user = Parser(
-        prog=str(options.recipe),
         usage="%(prog)s MODEL [--dry-run] [--smoke [N]] [-- MORE TRL FLAGS]",
         description="Fine-tune an exported model on instructions. All knobs are in the recipe. The "
         "environment can set those that are written ${NAME:-value}. After a crash, start the same command "
         "again: it resumes.",
     )
     user.add_argument("model", nargs="?", metavar="MODEL", help="folder that jreg-megatron export has made")
-    add_trials(
-        user,
-        SMOKE_STEPS,
+    smoke = (
         f"train a toy for N steps (default {SMOKE_STEPS}) on this machine's CPU instead, on generated sums; "
-        "with MODEL before it, train that model",
     )
-    user.parse_args(asked, options)
-    return options, ["--chat_template_path", str(TEMPLATE), *flags, *more]
+    asked = read_words(
+        list(words), parser, user, SMOKE_STEPS, smoke + "with MODEL before it, train that model"
+    )
+    return asked, ["--chat_template_path", str(TEMPLATE), *asked.flags, *asked.user_flags]
 
 
 if __name__ == "__main__":

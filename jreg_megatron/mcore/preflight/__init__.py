@@ -1,10 +1,11 @@
 """Find common mistakes in Megatron's arguments before the start.
 
-Megatron 0.19 finds most of them too, but by a bare assertion, after the start-up of every rank. Others it
+Megatron 0.19 finds many of them too, but by a bare assertion, or after the start-up of every rank. Others it
 does not find: without data it trains on random tokens, and under tensor parallelism a token id beyond the
 vocabulary silently becomes zeros. Here each mistake ends in one line with the flag, the value and the fix.
 The checks read only arguments and local files, so every rank gets the same result. Remote data and other
-model types are left to Megatron.
+model types are left to Megatron, and so is what it says in words when it reads its arguments, as about uneven
+and virtual pipeline stages.
 """
 
 from __future__ import annotations
@@ -40,18 +41,13 @@ def check_arguments(args: Namespace) -> None:
 
 SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     training.sizes,
-    training.training_length,
-    training.learning_rate,
-    training.learning_rate_schedule,
+    training.length_and_rate,
     optimizer.combination,
     initialization.check,
-    training.evaluation,
-    training.saving,
+    training.evaluation_and_saving,
     optimizer.resuming,
     division.world_size,
-    division.heads,
-    division.experts,
-    division.feed_forward,
+    division.model,
     division.pipeline,
     division.sequence_length,
     division.batch_sizes,

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 from jreg_megatron.runtime.errors import UserError, one_line
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+Refusals = dict[str, Callable[[Namespace], Any]]
+"""Messages, with the names of arguments in braces for their values, and what they refuse."""
+
+
+def refuse(args: Namespace, refusals: Refusals) -> None:
+    """Raises:
+    UserError: for the first of these that holds. "is None" reads "is missing".
+    """
+    for message, holds in refusals.items():
+        if holds(args):
+            raise UserError(message.format_map(vars(args)).replace(" is None", " is missing"))
 
 
 def given(args: Namespace, *names: str) -> list[str]:
@@ -24,44 +39,8 @@ def divisible(args: Namespace, name: str, by: str, fix: str = "change one of the
         raise UserError(f"{flag_of(name)} {value} is not divisible by {flag_of(by)} {part}; {fix}")
 
 
-def only_one(args: Namespace, *names: str, fix: str = "give only one") -> None:
-    """Raises:
-    UserError: if more than one of these arguments are given.
-    """
-    values = {flag_of(name): getattr(args, name) for name in names}
-    found = [
-        flag if value is True else f"{flag} is {value}"
-        for flag, value in values.items()
-        if value is not None and value is not False
-    ]
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)}, which exclude each other; {fix}")
-
-
 def tensor_parallel(args: Namespace) -> int:
     return int(args.tensor_model_parallel_size)
-
-
-def weight_replicas(args: Namespace) -> int:
-    """Ranks that share a tensor-parallel slice of the weights; 1 without weight shards."""
-    return int(args.tensor_parallel_num_weight_shards or tensor_parallel(args)) // tensor_parallel(args)
-
-
-def num_layers(args: Namespace) -> int:
-    return int(args.num_layers if args.num_layers is not None else args.encoder_num_layers)
-
-
-def virtual_stages(args: Namespace) -> int:
-    stages = int(args.pipeline_model_parallel_size)
-    if isinstance(args.pipeline_model_parallel_layout, str):
-        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-        layout = args.pipeline_model_parallel_layout
-        return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout)) // stages
-    if args.num_layers_per_virtual_pipeline_stage is not None:
-        counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-        return (num_layers(args) + int(counted)) // stages // int(args.num_layers_per_virtual_pipeline_stage)
-    return int(args.num_virtual_stages_per_pipeline_rank or 1)
 
 
 def other_layer_plan(args: Namespace) -> bool:

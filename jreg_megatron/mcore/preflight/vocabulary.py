@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from argparse import Namespace
@@ -115,18 +114,14 @@ def _exact_tokenizer_size(args: Namespace) -> int | None:
 
 
 def _hugging_face_size(args: Namespace) -> int | None:
-    """Upper bound on the size of a Hugging Face tokenizer in a local folder."""
+    """Upper bound on the size of a Hugging Face tokenizer in a local folder; None if it cannot be read."""
     path = os.path.join(args.tokenizer_model or "", "tokenizer.json")
     if args.tokenizer_type != "HuggingFaceTokenizer" or args.metadata_path is not None:
         return None
-    if not os.path.isfile(path):
-        return None
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = [token["id"] for token in content.get("added_tokens") or []]
-    except (OSError, ValueError, KeyError, TypeError):
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(path).get_vocab(with_added_tokens=True).values()
+    except Exception:  # tokenizers has no class of its own
         return None
-    return max([*ids, *added], default=-1) + 1 + len(args.special_tokens or [])
+    return max(ids, default=-1) + 1 + len(args.special_tokens or [])

@@ -1,8 +1,9 @@
-"""Ratios of step times, robust where other work disturbs the machine."""
+"""Rounds in which everything runs in turn, and what their times say where other work disturbs the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,32 @@ FEWEST = 10
 """Steps from which on an interval is given: a bootstrap of fewer makes it too narrow."""
 
 _RESAMPLES = 2000
+
+
+def rounds[T](
+    names: Sequence[T], most: int, fewest: int = 1, is_over: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[int, T]]:
+    """The number of each round, from 0, with each name in an order drawn anew, the same on every rank.
+
+    Args:
+        names: what runs once in a round.
+        most: rounds, at most.
+        fewest: rounds, before whose end ``is_over`` is not asked.
+        is_over: asked before each further round.
+    """
+    generator, order = random.Random(0), list(names)
+    for number in range(max(most, fewest)):
+        if number >= fewest and is_over():
+            return
+        generator.shuffle(order)
+        for name in order:
+            yield number, name
+
+
+def times(seconds: Sequence[float]) -> dict[str, Any]:
+    """``seconds``, the median, and its ``quartiles``."""
+    low, middle, high = np.percentile(seconds, [25, 50, 75]).tolist()
+    return {"seconds": middle, "quartiles": [low, high]}
 
 
 def median_ratio(
