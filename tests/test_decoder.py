@@ -425,7 +425,7 @@ def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
     assert step_of(text) == step
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "hpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "hpu", "meta"])
 def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--device is {device}")):
         check_model_arguments(Namespace(batch_size=1, device=device))

@@ -74,7 +74,7 @@ def check_model_arguments(args: Namespace) -> None:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     try:
         if args.device != "auto":
-            torch.empty(1, device=args.device)
+            torch.zeros(1, device=args.device).item()  # "meta" has no numbers
     except Exception as error:  # of torch, or of a device's own package
         raise UserError(
             f"--device is {args.device}, which this machine does not have; give cpu, or a device that torch "
