@@ -171,17 +171,18 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
         from megatron.training import get_args
 
         with user_errors_exit():
-            _refuse_other_changes(known.changes_in(saved_args), get_args())
+            _refuse_other_changes(
+                known.changes_in(saved_args), known.changes_in(get_args()), is_finetuned=False
+            )
         return check_checkpoint_args(saved_args, *args, **named)
 
     return with_jreg
 
 
-def _refuse_other_changes(saved: tuple[Settings, ...], args: Namespace) -> None:
-    own = known.changes_in(args)
+def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...], is_finetuned: bool) -> None:
     there = {type(of_one) for of_one in saved if of_one.adds_parameters}
     is_lacking = any(of_one.adds_parameters and type(of_one) not in there for of_one in own)
-    if saved != own and (is_lacking or not args.finetune):
+    if saved != own and (is_lacking or not is_finetuned):
         other = "leave out what adds parameters" if is_lacking else "--finetune to take only its weights"
         raise UserError(
             f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, which is "
@@ -196,21 +197,26 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
     from megatron.training import checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
-    def saved() -> tuple[Settings, ...] | None:
-        tracker = Path(checkpointing.get_checkpoint_tracker_filename(args.load))
-        at = str(args.ckpt_step or tracker.read_text(encoding="utf-8").strip())
+    def saved(load: str, step: int | None) -> tuple[Settings, ...] | None:
+        tracker = Path(checkpointing.get_checkpoint_tracker_filename(load))
+        at = str(step or tracker.read_text(encoding="utf-8").strip())
         which = (0, True) if at == "release" else (int(at), False)
-        folder = checkpointing.get_checkpoint_name(args.load, *which, return_base_dir=True)
+        folder = checkpointing.get_checkpoint_name(load, *which, return_base_dir=True)
         if not dist_checkpointing.check_is_distributed_checkpoint(folder):
             return None
         return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
 
-    found = None
-    if args.load and torch.distributed.get_rank() == 0:
+    found, is_finetuned = None, args.finetune
+    if torch.distributed.get_rank() == 0:
         with contextlib.suppress(Exception, CheckpointException):  # Megatron will tell
-            found = saved()
-    if (found := of_every_rank(found)[0]) is not None:
-        _refuse_other_changes(found, args)
+            if args.load:
+                found = saved(args.load, args.ckpt_step)
+        with contextlib.suppress(Exception, CheckpointException):
+            if found is None and args.pretrained_checkpoint:
+                found, is_finetuned = saved(args.pretrained_checkpoint, None), True
+    found, is_finetuned = of_every_rank((found, is_finetuned))[0]
+    if found is not None:
+        _refuse_other_changes(found, known.changes_in(args), is_finetuned)
 
 
 def _flags_of(settings: tuple[Settings, ...]) -> str:

@@ -270,7 +270,7 @@ FAULTS = [
     Fault(
         "regularize masked tokens too",
         "methods/jreg/regularizer.py",
-        ((", weight, microbatch.token_weights)", ", weight, None)"),),
+        ((", weight, microbatch.token_weights, rows)", ", weight, None, rows)"),),
     ),
     Fault(
         "leave the layer's input out of the gradient",
@@ -317,8 +317,8 @@ FAULTS = [
         "methods/jreg/kernels/programs.py",
         (
             (
-                "            above = tl.load(above_rows + column, mask=mask, other=0.0)",
-                "            above = -tl.load(above_rows + column, mask=mask, other=0.0)",
+                "            above = tl.load(above_rows + column, mask=used, other=0.0)",
+                "            above = -tl.load(above_rows + column, mask=used, other=0.0)",
             ),
         ),
         KERNELS,
@@ -454,7 +454,7 @@ FAULTS = [
     Fault(
         "count layers from 0 in LayerNorm scaling",
         "methods/lns/settings.py",
-        (("scale = layer.number**-self.power", "scale = max(1, layer.number - 1) ** -self.power"),),
+        (("scale = number**-self.power", "scale = max(1, number - 1) ** -self.power"),),
         ("tests/test_equivalence.py",),
     ),
     Fault(
@@ -502,7 +502,7 @@ FAULTS = [
     Fault(
         "resume a model that a method has changed without it",
         "training_loop.py",
-        (("            if saved != own:\n", "            if False:\n"),),
+        (("    if saved != own and (", "    if False and ("),),
         METHODS,
     ),
     Fault(

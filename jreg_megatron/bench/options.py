@@ -392,7 +392,7 @@ def _choose_ways(args: Namespace) -> None:
         why_not[NAIVE] = "it needs the whole model and all tokens on one rank"
     elif any(word.startswith("--recompute") for word in args.more):
         why_not[NAIVE] = "its hooks fire twice where layers are recomputed"
-    elif args.config.final_state != "pre_norm" or args.config.tokens != "all":
+    elif args.config.final_state != "pre_norm" or args.config.tokens != "all" or args.config.token_stride > 1:
         why_not[NAIVE] = "it knows the state before the final norm and all tokens only"
     asked = args.ways or [name for name in WAYS if name != UNMODIFIED]
     args.ways = [way for way in asked if way not in why_not]

@@ -14,8 +14,10 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, Field
 
+from jreg_megatron.methods import known
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.report.check import checked
 from jreg_megatron.report.inputs import Evaluated, History
 from jreg_megatron.report.reading import read, read_history
@@ -33,7 +35,11 @@ _COMMON = (
 # These may differ between batch sizes.
 _OF_A_BATCH = ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
 # The paper's JREG has the defaults of these. A baseline may have others.
-_THE_PAPERS = ("jreg_weights", "jreg_start_iteration", "jreg_stop_iteration", "jreg_warmup_iterations")
+_THE_PAPERS = (
+    *("jreg_weights", "jreg_start_iteration", "jreg_stop_iteration", "jreg_warmup_iterations"),
+    "jreg_token_share",
+)
+_OTHER_METHODS = tuple(f"{kind.prefix}_" for kind in known.METHODS if kind not in (JRegConfig, NormsConfig))
 _DEFAULTS = {f"jreg_{f.name}": str(f.default) for f in fields(JRegConfig)}
 
 _EQUAL_TOKENS = 0.01
@@ -279,6 +285,8 @@ def _trained(folder: Path) -> Trained:
         raise UserError("its TensorBoard files have neither train_iters nor train_samples")
     if steps < wanted:
         raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
+    if others := [name for name in given if name.startswith(_OTHER_METHODS)]:
+        raise UserError(f"it was trained with another method ({', '.join(others)})")
     if coeff > 0:
         for name in _THE_PAPERS:
             if (had := history.settings.get(name, _DEFAULTS[name])) != _DEFAULTS[name]:

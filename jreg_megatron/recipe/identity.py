@@ -16,13 +16,16 @@ _NAMES = (
     *("init_fan_in", "lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split"),
     "tokenizer_model",
 )
-_OBSERVING = {"--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval"}
-"""JREG's flags that change the log, not the training."""
+_OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval", "--norms-")
+"""Flags, or how they begin, that change the log and not the training."""
 
 
 def settings(args: Namespace) -> dict[str, Any]:
-    """The settings that identify a run: JREG, model, length, learning rate, data; not its layout."""
-    names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith("jreg_"))]
+    """The settings that identify a run: methods, model, length, learning rate, data; not its layout."""
+    from jreg_megatron.methods import known  # it brings torch
+
+    of_methods = tuple(f"{method.prefix}_" for method in known.METHODS)
+    names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith(of_methods))]
     found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
     kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return kept
@@ -34,10 +37,12 @@ def difference(file: Path, asked: dict[str, Any]) -> str | None:
         held: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    for name in (name for name in dict.fromkeys((*asked, *held)) if name not in _OBSERVING):
-        # A setting that an older version did not write had its default.
-        if (held.get(name) or None) != (asked.get(name) or None):
-            return f"{name} {held.get(name)}, and now it is {asked.get(name)}"
+    for name in (name for name in dict.fromkeys((*asked, *held)) if not name.startswith(_OBSERVING)):
+        was, now = held.get(name), asked.get(name)
+        # A setting of the model that an older version did not write had its default.
+        is_models = name.removeprefix("--").replace("-", "_") in _NAMES
+        if ((was or None) != (now or None)) if is_models else (was != now):
+            return f"{name} {was}, and now it is {now}"
     return None
 
 

@@ -30,7 +30,6 @@ OTHER_LAYERS = {
     ),
     "mtp_num_layers": "the layers of multi-token prediction would stay as they are",
     "use_transformer_engine_op_fuser": "an MLP is then one operation",
-    "heterogeneous_layers_config_path": "a layer may then lack attention or MLP",
 }
 """For :attr:`Settings.refused` of a method that changes the layers of a ``GPTModel`` alone."""
 

@@ -35,7 +35,7 @@ def world_size(args: Namespace) -> None:
     tp, pp, cp = tensor_parallel(args), args.pipeline_model_parallel_size, args.context_parallel_size
     shards = int(args.tensor_parallel_num_weight_shards or tp)
     size = max(tp, shards) * pp * cp
-    if args.world_size % size:
+    if args.world_size % size and shards % tp == 0:
         extra = f" x {shards // tp} weight shards" if shards > tp else ""
         raise UserError(
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x "
@@ -59,10 +59,21 @@ def model(args: Namespace) -> None:
 def pipeline(args: Namespace) -> None:
     """Check stages of equal size, virtual ones too."""
     ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-    if other_layer_plan(args) or given(args, *ends, "pipeline_model_parallel_layout"):
-        return
     stages = args.pipeline_model_parallel_size
     layers = args.encoder_num_layers if args.num_layers is None else args.num_layers
+    check_least(args, num_layers_per_virtual_pipeline_stage=1, num_virtual_stages_per_pipeline_rank=1)
+    if other_layer_plan(args) or given(args, "pipeline_model_parallel_layout"):
+        return
+    if numbers := {name: getattr(args, name) for name in ends if getattr(args, name) is not None}:
+        # Megatron builds wrong stages of these without a word.
+        rest, middle = layers - sum(numbers.values()), stages - len(numbers)
+        if rest < 0 or middle < 0:
+            shown = " ".join(f"{flag_of(name)} {number}" for name, number in numbers.items())
+            raise UserError(
+                f"{shown} leave {rest} of {layers} layers for {middle} other pipeline stages; change one of "
+                "them, or --pipeline-model-parallel-size"
+            )
+        return
     parts = ("embedding", "loss")
     counted = [part for part in parts if getattr(args, f"account_for_{part}_in_pipeline_split")]
     total, what = layers + len(counted), " plus ".join([f"--num-layers {layers}", *counted])

@@ -108,6 +108,6 @@ def add_gates(chunk: nn.Module, start: float) -> None:
     """Give each layer of an unwrapped model chunk a gate that keeps the part ``start`` of its input."""
     logit = math.log(start) - math.log1p(-start)
     for layer in residual_layers(chunk):
-        gate = nn.Parameter(torch.full((1,), logit))
+        gate = nn.Parameter(torch.full((1,), logit, device=next(layer.last.parameters()).device))
         gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
         layer.last.register_parameter(GATE, gate)
