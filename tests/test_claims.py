@@ -250,6 +250,8 @@ def test_a_run_that_is_not_finished_or_diverged_is_left_out_by_name(tmp_path: Pa
     write_run(tmp_path / "lost", {200: psi(math.nan), 800: psi(0.05)}, 5)
     write_run(tmp_path / "samples", {200: psi(0.05)}, 7, train_iters="None", train_samples="6400")
     write_run(tmp_path / "stopped", {800: psi(0.05)}, 8, 1.0, jreg_stop_iteration="100")
+    write_run(tmp_path / "sampled", {800: psi(0.05)}, 10, 1.0, jreg_token_share="0.25")
+    write_run(tmp_path / "scaled", {800: psi(0.05)}, 11, lns_power="0.5", norms_measure_interval="10")
     write_run(tmp_path / "odd", {800: psi(0.05)}, 9, seq_length="many")
     write_run(tmp_path / "shallow", {800: psi(0.05)[-3:]}, 6)
     found = gather(sorted(tmp_path.iterdir()))
@@ -259,6 +261,8 @@ def test_a_run_that_is_not_finished_or_diverged_is_left_out_by_name(tmp_path: Pa
         "lost": "it has diverged",
         "samples": "its last validation is at step 200 of 800",
         "stopped": "its jreg_stop_iteration is 100; the paper's JREG has None",
+        "sampled": "its jreg_token_share is 0.25; the paper's JREG has 1.0",
+        "scaled": "it was trained with another method (lns_power)",
         "odd": f'{tmp_path / "odd"}: seq_length is "many"; it must be a valid integer, '
         "unable to parse string as an integer",
         "shallow": "it has 3 layers; a middle needs 4",

@@ -513,11 +513,13 @@ def test_a_folder_that_holds_another_run_is_refused_by_what_differs(
     identity.write(file, identity.settings(args))
     refuse()
     refuse(tmp_path / "new" / identity.FILE)
-    refuse(jreg_measure_interval=10, jreg_kernels="torch", jreg_log_per_layer=True)
+    refuse(jreg_measure_interval=10, jreg_kernels="torch", jreg_log_per_layer=True, norms_measure_interval=5)
     for name, value, expected in (
         ("jreg_coeff", 0.7, r"--jreg-coeff 0.1, and now it is 0.7; set RUN to another folder"),
         ("seed", 9, "--seed 1234, and now it is 9"),
         ("train_iters", 5, "--train-iters 19073, and now it is 5"),
+        ("slowqk_multiplier", 0.0, "--slowqk-multiplier None, and now it is 0.0"),
+        ("lns_power", 0.5, "--lns-power None, and now it is 0.5"),
     ):
         with pytest.raises(UserError, match=expected):
             refuse(**{name: value})
