@@ -131,7 +131,7 @@ def compare_step_in_bridge(layout: Layout) -> Comparison:
     """A step at the layout and its reference, where the step's JREG comes from the callback."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    def attach(model: list[Any], settings: JRegConfig, num_microbatches: int) -> Handle:
+    def attach(model: list[Any], settings: JRegConfig, num_microbatches: int, **_: Any) -> Handle:
         calculator.init_num_microbatches_calculator(dist.get_rank(), None, num_microbatches, 1, 1)
         config = container()
         callback = JRegCallback(config, settings)

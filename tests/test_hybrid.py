@@ -68,9 +68,9 @@ class Counts(Settings):
 def counted() -> list[int]:
     import hybrid_toy
 
-    model = hybrid_toy.build("*-M")
     seen = []
     for rule in ("mixer", "sublayer"):
+        model = hybrid_toy.build("*-M")
         prepare([model], [JRegConfig(layer=rule), NormsConfig(layer=rule), Counts()])
         seen.append(model.counted)
     return seen

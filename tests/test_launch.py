@@ -276,7 +276,7 @@ runpy.run_path({script!r}, run_name="__main__")
 @pytest.mark.parametrize(
     ("wrapper", "expected"),
     [
-        (FLAGS_LOST, "--jreg-..., --norms-..., --attenuation-... is among Megatron's arguments any more"),
+        (FLAGS_LOST, "--periln-... is among Megatron's arguments any more"),
         (OTHER_MEGATRON, "in front of Python's path, but Megatron was imported before"),
         (STUCK, "two training steps came with args.curr_iteration 0"),
     ],

@@ -164,6 +164,7 @@ class _Job:
         workers = min(self.args.workers, len(missing)) or 1
         # Forked processes have the imported modules and the tokenizer at once.
         context = multiprocessing.get_context("fork")
+        others = multiprocessing.active_children()
         with ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
             try:
                 pieces = {pool.submit(_encode, number): number for number in missing}
@@ -180,7 +181,8 @@ class _Job:
                     self._check_disk()
             except BaseException as error:
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    if process not in others:
+                        process.terminate()
                 if not isinstance(error, BrokenProcessPool):
                     raise
                 raise UserError(
