@@ -26,7 +26,7 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares
 from jreg_megatron.stream.method import Metrics
-from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.settings import Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 
 _NOT_ATTACHED = (
@@ -183,10 +183,11 @@ def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...]
     there = {type(of_one) for of_one in saved if of_one.adds_parameters}
     is_lacking = any(of_one.adds_parameters and type(of_one) not in there for of_one in own)
     if saved != own and (is_lacking or not is_finetuned):
+        was, now = (flags_of(of_one, "no flag that changes the model") for of_one in (saved, own))
         other = "leave out what adds parameters" if is_lacking else "--finetune to take only its weights"
         raise UserError(
-            f"the checkpoint was saved with {_flags_of(saved)}, and this run has {_flags_of(own)}, which is "
-            f"another model; give the flags of the checkpoint, or {other}"
+            f"the checkpoint was saved with {was}, and this run has {now}, which is another model; give the "
+            f"flags of the checkpoint, or {other}"
         )
 
 
@@ -217,10 +218,6 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
     found, is_finetuned = of_every_rank((found, is_finetuned))[0]
     if found is not None:
         _refuse_other_changes(found, known.changes_in(args), is_finetuned)
-
-
-def _flags_of(settings: tuple[Settings, ...]) -> str:
-    return " ".join(of_one.as_flags() for of_one in settings) or "no flag that changes the model"
 
 
 def require_attached(train_step: Function) -> Function:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -358,9 +358,7 @@ def _read_more(args: Namespace, more: list[str]) -> None:
     """JREG's settings, and Megatron's arguments among those behind ``--``."""
     from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 
-    JRegConfig.check_flags(more)
-    own = JRegConfig.add_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
-    given, args.more = own.parse_known_args(more)
+    given, args.more = JRegConfig.check_flags(more)
     args.config = replace(
         JRegConfig.from_args(given),
         coeff=getattr(given, "jreg_coeff", 1.0),

@@ -24,12 +24,13 @@ from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
 from jreg_megatron.stream.scaling import Scaling
-from jreg_megatron.stream.settings import LAYER_RULES, Settings
+from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
 from jreg_megatron.stream.tap import Change, tap_residual_stream
 
 _HANDLE, _PREPARED = "_jreg_handle", "_jreg_prepared"
 """Attributes of a model chunk: what is attached to it, and the settings that :func:`prepare` got."""
+_NO_CHANGE = "no method that changes it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +311,9 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
     changing = tuple(of_one for of_one in settings if of_one.changes_modules)
     for chunk in map(unwrap, chunks):
         if done := getattr(chunk, _PREPARED, ()):
-            raise UserError(f"prepare was called twice for a model, the first time with {_flags_of(done)}")
+            raise UserError(
+                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
+            )
         for of_one in changing:
             of_one.prepare(chunk)
         setattr(chunk, _PREPARED, changing)
@@ -324,15 +327,11 @@ def _refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Se
         done = getattr(chunk, _PREPARED, ())
         if set(done) != wanted:
             raise UserError(
-                f"the model was prepared for {_flags_of(done)}, and is attached with "
-                f"{_flags_of(tuple(of_one for of_one in settings if of_one in wanted))}; call "
+                f"the model was prepared for {flags_of(done, _NO_CHANGE)}, and is attached with "
+                f"{flags_of([of_one for of_one in settings if of_one in wanted], _NO_CHANGE)}; call "
                 "jreg_megatron.prepare(chunks, settings) with the same settings, before the model is wrapped "
                 "and has an optimizer"
             )
-
-
-def _flags_of(settings: Sequence[Settings]) -> str:
-    return " ".join(of_one.as_flags() for of_one in settings) or "no method that changes it"
 
 
 def _layer_rule(settings: Sequence[Settings]) -> str:

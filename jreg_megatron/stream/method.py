@@ -267,6 +267,14 @@ def layer_name(what: str, layer_number: int, num_layers: int) -> str:
     return f"{what}_layer_{layer_number:0{max(2, len(str(num_layers)))}d}"
 
 
+def by_layer(what: str, values: Tensor, first_layer: int = 1) -> dict[str, float]:
+    """Values of layers ``first_layer`` to L by the names they are logged under."""
+    numbers = range(first_layer, first_layer + len(values))
+    return {
+        layer_name(what, n, numbers[-1]): value for n, value in zip(numbers, values.tolist(), strict=True)
+    }
+
+
 def not_finite(what: str, values: Tensor, first_layer: int = 1) -> list[str]:
     """A remark that names the layers whose value is not a number; none if all are.
 

@@ -210,8 +210,11 @@ class Settings:
         return parser
 
     @classmethod
-    def check_flags(cls, argv: list[str]) -> None:
+    def check_flags(cls, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Check the method's flags among a command line's words, before anything else is parsed.
+
+        Returns:
+            The flags that are given, and the other words.
 
         Raises:
             UserError: for an unknown flag, with the nearest known one, or a value that is not allowed.
@@ -228,6 +231,7 @@ class Settings:
             raise UserError(f"unknown flag {flag}; {_nearest(flag, known)}")
         if cls.is_in(namespace):
             cls.from_args(namespace)
+        return namespace, rest
 
     @classmethod
     def is_in(cls, args: argparse.Namespace) -> bool:
@@ -274,6 +278,11 @@ class Settings:
         """
         if not allowed:
             raise UserError(f"{cls.flag(name)} ({cls.__name__}.{name}) is {value}; it must be {what}")
+
+
+def flags_of(settings: Sequence[Settings], none: str) -> str:
+    """The settings of several methods as a user types them; ``none`` where there are none."""
+    return " ".join(of_one.as_flags() for of_one in settings) or none
 
 
 def _fields(of: Any) -> tuple[Field[Any], ...]:

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import (
-    Call,
-    Method,
-    Place,
-    Readings,
-    layer_name,
-    not_finite,
-)
+from jreg_megatron.stream.method import Call, Method, Place, Readings, by_layer, not_finite
 
 GATE = "attenuation_gate"
 """The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
@@ -40,9 +33,7 @@ class AttenuationMetrics(Readings):
 
     def per_layer(self) -> dict[str, float]:
         """Each layer's part."""
-        layers = len(self.residual_kept)
-        values = enumerate(self.residual_kept.tolist(), start=1)
-        return {layer_name("attenuation/kept", number, layers): value for number, value in values}
+        return by_layer("attenuation/kept", self.residual_kept)
 
     def remarks(self) -> list[str]:
         """The layers whose gate is not a number."""

@@ -18,11 +18,12 @@ from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+from jreg_megatron.stream.method import Call, Method, Place, Readings, by_layer, layer_name, not_finite
 from jreg_megatron.stream.scaling import AddedLoss
 
 LOSS_NAME = "jreg loss"
 RATE_NAME = "jump rate"
+_DISPLACEMENT = "jreg/displacement"
 
 _MASK_OF_OTHER_TOKENS = (
     f"{flag_of('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; call the "
@@ -39,7 +40,7 @@ _MOST_STRENGTHS = 1024
 
 def displacement_name(layer_number: int, num_layers: int) -> str:
     """The name under which a layer's displacement is logged; equally long for all layers of a model."""
-    return layer_name("jreg/displacement", layer_number, num_layers)
+    return layer_name(_DISPLACEMENT, layer_number, num_layers)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ class JRegMetrics(Readings):
 
     def per_layer(self) -> dict[str, float]:
         """Each layer's displacement."""
-        layers = len(self.displacement)
-        values = enumerate(self.displacement.tolist(), start=1)
-        return {displacement_name(number, layers): value for number, value in values}
+        return by_layer(_DISPLACEMENT, self.displacement)
 
     def remarks(self) -> list[str]:
         """The layers whose displacement is not a number."""

@@ -56,7 +56,7 @@ class LayerNormScalingConfig(Settings):
     @property
     def changes_model(self) -> bool:
         """It does."""
-        return self.power != 0
+        return self.changes_modules
 
     @property
     def changes_modules(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from jreg_megatron.methods.norms.formulas import norms, update_ratios
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import Call, Method, Place, Readings, layer_name, not_finite
+from jreg_megatron.stream.method import Call, Method, Place, Readings, by_layer, not_finite
 
 LAST_NAME = "last residual norm"
 LARGEST_NAME = "largest residual norm"
@@ -35,15 +35,11 @@ class NormsMetrics(Readings):
 
     def per_layer(self) -> dict[str, float]:
         """All values; 0 is the embedding's output."""
-        layers = len(self.update_ratio)
         rows = {"mean": self.norm_mean, "rms": self.norm_rms, "largest": self.norm_largest}
-        named = {
-            layer_name(f"norms/{what}", number, layers): value
-            for what, values in rows.items()
-            for number, value in enumerate(values.tolist())
-        }
-        ratios = enumerate(self.update_ratio.tolist(), start=1)
-        return named | {layer_name("norms/update_ratio", number, layers): value for number, value in ratios}
+        named: dict[str, float] = {}
+        for what, values in rows.items():
+            named |= by_layer(f"norms/{what}", values, first_layer=0)
+        return named | by_layer("norms/update_ratio", self.update_ratio)
 
     def remarks(self) -> list[str]:
         """The layers whose values are not numbers."""
