@@ -1963,6 +1963,29 @@ FAULTS = [
         CLAIMS,
     ),
     Fault(
+        "leave a layer out whose end is in a CUDA graph",
+        "stream/tap.py",
+        (("        if self._input is not None:  # the layer's end is in the graph", "        if False:"),),
+        ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
+        "change a layer's output again that has been changed in its CUDA graph",
+        "stream/tap.py",
+        (
+            (
+                "self._show(self._changed(output) if self._is_begun else output)",
+                "self._show(self._changed(output))",
+            ),
+        ),
+        ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
+        "take what a CUDA graph captures for a layer of a micro-batch",
+        "stream/tap.py",
+        (("(None if self._is_captured else chunk.microbatch), None", "chunk.microbatch, None"),),
+        ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
         "take FSDP2 with a loss per token",
         "stream/support.py",
         (('if is_torchs and getattr(config, "calculate_per_token_loss", False):', "if False:"),),

@@ -77,6 +77,8 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
     if find_spec("transformer_engine") and not is_toy:
         flags = "--transformer-impl transformer_engine --precision bf16"
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
+        graphs = f"--cuda-graph transformer_engine {flags}"
+        found.append(Part("selftest_cuda_graph", 35, [_SELFTEST, *graphs.split()]))
     found += [
         bench(70, "kernel", "kernel --seconds 3", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),
         bench(35, "host", "host --rounds 30", "--layers 1 --rounds 1"),

@@ -63,6 +63,9 @@ TESTS = {
     "Muon, `dist_muon` (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
     "gated delta net, sparse attention": "test_hybrid::test_sub_layers_of_every_kind_give",
     "Transformer Engine's layers; a stand-in for it": "test_transformer_engine::test_step_in_transformer",
+    "CUDA graphs of single layers, by Transformer Engine; a stand-in for them": (
+        "test_cuda_graphs::test_a_step_of_replayed_graphs_equals_the_reference_at"
+    ),
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
     "Megatron-Bridge": "test_bridge::test_step_equals_the_reference_at",

@@ -93,6 +93,7 @@ def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
         (["--timeout", "nan"], "--timeout is nan; it must be"),
         (["--tp", "8"], "cannot be cut over 2 ranks with --tp 8"),
         (["--transformer-impl", "transformer_engine"], "add --precision bf16"),
+        (["--cuda-graph", "transformer_engine"], "--transformer-impl transformer_engine --precision bf16"),
         (["--transformer-impl", "transformer_engine", "--precision", "bf16"], "which is not installed"),
         (["--nproc", "2"], "--nproc is for a run without torchrun"),
     ],

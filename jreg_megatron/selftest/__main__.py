@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             context=options.cp,
             expert=options.ep,
             precision=options.precision,
+            graphs=options.cuda_graph is not None,
         )
     if options.list:
         if os.environ.get("RANK", "0") == "0":
@@ -82,6 +83,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="whose layers; Transformer Engine computes float32 in TF32, so take bf16 with it",
     )
     parser.add_argument(
+        "--cuda-graph",
+        choices=("transformer_engine",),
+        help="layouts with CUDA graphs of layers, of attention and of the MLP; with --transformer-impl "
+        "transformer_engine and --precision bf16",
+    )
+    parser.add_argument(
         "--cpu", action="store_true", help="run on the CPU; the default where there is no CUDA device"
     )
     parser.add_argument(
@@ -104,6 +111,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _refuse_mistakes(options: argparse.Namespace) -> None:
+    if options.cuda_graph and (options.transformer_impl, options.precision) != ("transformer_engine", "bf16"):
+        raise UserError(
+            f"--cuda-graph {options.cuda_graph} captures bf16 layers of Transformer Engine; add "
+            "--transformer-impl transformer_engine --precision bf16"
+        )
     if options.transformer_impl == "transformer_engine":
         if options.precision in (None, "fp32"):
             raise UserError(

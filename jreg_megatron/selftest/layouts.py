@@ -55,6 +55,9 @@ class Layout:
     (each counts as a layer), layout (a pipeline layout of one's own, the loss alone on the last stage)."""
     recompute: str = "none"
     """none, selective, uniform (full) or block (full)."""
+    graphs: str = "none"
+    """What of each layer is in CUDA graphs of Transformer Engine's: none, layers (the whole of each), or
+    some of Megatron's ``--cuda-graph-modules`` with spaces between. They are captured after a first step."""
     per_token_loss: bool = False
     masked: bool = False
     """Whether the loss mask leaves tokens out, unevenly."""
@@ -127,6 +130,7 @@ class Layout:
         words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
         words += [f"{self.split} split"] * (self.split != "even")
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
+        words += [f"CUDA graphs of {self.graphs}"] * (self.graphs != "none")
         words += ["per-token loss"] * self.per_token_loss
         words += ["masked tokens"] * self.masked
         words += ["padding"] * self.padded
@@ -227,6 +231,18 @@ RULES = (
         "Megatron refuses FSDP2 with it",
         lambda x: not x.fsdp or (x.pipeline == x.expert == 1 and not x.distributed_optimizer and not x.tied),
     ),
+    _rule(
+        "graphs model recompute fsdp packed padded",
+        "graphs are compared in GPTModels as most jobs run them",
+        lambda x: (
+            x.graphs == "none"
+            or (
+                x.model != "hybrid"
+                and x.recompute in ("none", "selective")
+                and not (x.fsdp or x.packed or x.padded)
+            )
+        ),
+    ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(
         "fsdp data context",
@@ -283,6 +299,16 @@ MODES: tuple[dict[str, Any], ...] = (
 )
 """What is tried beside sizes: each on some sizes, the first on those that are left."""
 
+GRAPH_MODES: tuple[dict[str, Any], ...] = (
+    {"graphs": "layers"},
+    {"graphs": "attn"},
+    {"graphs": "mlp", "num_microbatches": 4},
+    {"graphs": "layers", "methods": "all"},
+    {"graphs": "layers", "virtual": 2, "num_microbatches": 4},
+    {"graphs": "attn", "recompute": "selective", "final_state": "post_norm"},
+)
+"""The same where CUDA graphs are asked for."""
+
 
 def layouts_for(
     world_size: int,
@@ -292,6 +318,7 @@ def layouts_for(
     context: int | None = None,
     expert: int | None = None,
     precision: str | None = None,
+    graphs: bool = False,
 ) -> list[Layout]:
     """Layouts that use all ranks: every way to cut the model into the given sizes, and every mode once.
 
@@ -299,10 +326,12 @@ def layouts_for(
         world_size: the number of ranks.
         tensor, pipeline, context, expert: sizes that are not to be varied.
         precision: the type of all layouts; by default as the modes have it.
+        graphs: whether all have CUDA graphs.
 
     Raises:
         UserError: if the toy model cannot be cut so.
     """
+    modes = GRAPH_MODES if graphs else MODES
     powers = [2**n for n in range(world_size.bit_length())]
     sizes = [
         {"tensor": t, "pipeline": p, "context": c, "data": world_size // (t * p * c)}
@@ -321,7 +350,7 @@ def layouts_for(
         layout = Layout(**values)
         return layout if layout.refusal() is None else None
 
-    if not any(allowed(cut, mode) for cut in sizes for mode in MODES):
+    if not any(allowed(cut, mode) for cut in sizes for mode in modes):
         asked = {"--tp": tensor, "--pp": pipeline, "--cp": context, "--ep": expert}
         given = " ".join(f"{flag} {n}" for flag, n in asked.items() if n) or "all sizes"
         raise UserError(
@@ -330,7 +359,7 @@ def layouts_for(
             f"{f' in {precision}' if precision else ''}; take sizes that are powers of two and at most 4, "
             "another number of ranks, or fp32 for experts"
         )
-    waiting = list(MODES)
+    waiting = list(modes)
 
     def next_layout(cut: dict[str, int]) -> Layout | None:
         for mode in waiting:
@@ -340,7 +369,7 @@ def layouts_for(
         return None
 
     # Every cut has a layout, and where modes are left over, further ones.
-    chosen = [next_layout(cut) or allowed(cut, {}) for cut in sizes]
+    chosen = [next_layout(cut) or allowed(cut, modes[0]) for cut in sizes]
     while more := [layout for cut in sizes if (layout := next_layout(cut))]:
         chosen += more
     return list(dict.fromkeys(layout for layout in chosen if layout))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jreg_megatron.selftest import reference
-from jreg_megatron.selftest.layouts import LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
+from jreg_megatron.selftest.layouts import BATCH, LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
 from jreg_megatron.selftest.toy import (
     ITERATION,
@@ -98,7 +98,9 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    model_parallel_cuda_manual_seed(1)
+    # Transformer Engine's generators alone can be in its graphs.
+    has_te_graphs = layout.graphs != "none" and transformer_impl == "transformer_engine"
+    model_parallel_cuda_manual_seed(1, **({"te_rng_tracker": True} if has_te_graphs else {}))
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     settings = settings_of(layout)
@@ -120,16 +122,24 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         for number in range(layout.num_microbatches):
             yield batch.part(layout, data_rank, number, context_rank).to(device)
 
-    iterators = [batches() for _ in wrapped]
-    reports = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, layout),
-        data_iterator=iterators if layout.virtual > 1 else iterators[0],
-        model=wrapped if layout.virtual > 1 else wrapped[0],
-        num_microbatches=layout.num_microbatches,
-        seq_length=LENGTH * layout.micro_batch_size if layout.packed else LENGTH,
-        micro_batch_size=1 if layout.packed else layout.micro_batch_size,
-        forward_only=False,
-    )
+    def passes() -> list[Any]:
+        iterators = [batches() for _ in wrapped]
+        reports: list[Any] = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward_step, layout),
+            data_iterator=iterators if layout.virtual > 1 else iterators[0],
+            model=wrapped if layout.virtual > 1 else wrapped[0],
+            num_microbatches=layout.num_microbatches,
+            seq_length=LENGTH * layout.micro_batch_size if layout.packed else LENGTH,
+            micro_batch_size=1 if layout.packed else layout.micro_batch_size,
+            forward_only=False,
+        )
+        return reports
+
+    if layout.graphs != "none":  # are captured when a step has been seen
+        passes()
+        capture_graphs(wrapped, config, layout)
+        handle.reset_training_metrics()
+    reports = passes()
     total = torch.stack([*reports, torch.zeros(2, dtype=torch.float64).to(batch.tokens.device)]).sum(0)
     dist.all_reduce(total)
     metrics = handle.reduce_training_metrics()
@@ -148,6 +158,25 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
             for name, where, gradient in _pieces(parts, lambda name, _: gradients[name])
         ],
     )
+
+
+def capture_graphs(models: list[Any], config: Any, layout: Layout) -> None:
+    """Capture CUDA graphs of the layers as Megatron's loop does it, and empty the gradients. Needs a GPU."""
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+
+    calculator.init_num_microbatches_calculator(
+        dist.get_rank(),
+        global_batch_size=BATCH,
+        micro_batch_size=layout.micro_batch_size,
+        data_parallel_size=layout.data,
+    )
+    try:
+        graphs = TECudaGraphHelper(models, config, LENGTH, layout.micro_batch_size)
+        graphs.create_cudagraphs()
+        graphs.cuda_graph_set_manual_hooks()
+    finally:
+        calculator.destroy_num_microbatches_calculator()
 
 
 def _norms(metrics: Metrics) -> Tensor:
@@ -191,6 +220,9 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     elif layout.recompute != "none":
         options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
         options |= {"recompute_num_layers": _RECOMPUTED[layout.layers] if is_hybrid else 1}
+    if layout.graphs != "none":
+        modules = [] if layout.graphs == "layers" else layout.graphs.split()
+        options |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
     is_latent = any("+" in kinds for kinds in shape.layers)
     if is_latent:
         options |= LATENT

@@ -36,6 +36,7 @@ def settings_of(layout: Layout) -> list[Settings]:
     rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
     jreg = JRegConfig(
         token_share=1 / layout.token_stride,
+        untested_cuda_graphs=layout.graphs != "none",
         coeff=COEFF,
         alpha=ALPHA,
         final_state=layout.final_state,

@@ -44,6 +44,10 @@ REFUSED = {
 """Megatron's settings that give wrong numbers, or have not been shown to give right ones, and why."""
 
 
+_TAKES_GRAPHS = "untested_cuda_graphs"
+"""The setting of a method by which a user takes what no GPU has shown yet."""
+
+
 def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     """Refuse by name what is in ``REFUSED``, and what a method does not support.
 
@@ -54,13 +58,36 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     Raises:
         UserError: naming the setting that is not supported, why, and what to do.
     """
-    for name, reason in REFUSED.items():
+    refused, fix = dict(REFUSED), "turn it off"
+    if getattr(model_config, "cuda_graph_impl", "none") == "transformer_engine":
+        takers = [of_one for of_one in settings if hasattr(of_one, _TAKES_GRAPHS)]
+        if any(getattr(of_one, _TAKES_GRAPHS) for of_one in takers):
+            del refused["cuda_graph_impl"]
+            _refuse_graphs(model_config)
+        elif takers:
+            flag = takers[0].flag(_TAKES_GRAPHS)
+            fix += f", or run the self-test with --cuda-graph on a GPU of yours, and then give {flag}"
+    for name, reason in refused.items():
         values = [getattr(model_config, part, None) for part in name.split(" with ")]
         if all(value and value != "none" for value in values):
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
-            raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; turn it off")
+            raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; {fix}")
     for of_one in settings:
         of_one.refuse(model_config)
+
+
+def _refuse_graphs(model_config: Any) -> None:
+    """Refuse graphs of layers by Transformer Engine where the first step could not be checked."""
+    if not hasattr(model_config, "cuda_graph_modules"):
+        raise UserError(
+            "jreg_megatron supports cuda_graph_impl transformer_engine with Megatron-Core 0.19 or later "
+            "alone; take it, or turn the graphs off"
+        )
+    if model_config.cuda_graph_warmup_steps < 1:
+        raise UserError(
+            f"cuda_graph_warmup_steps is {model_config.cuda_graph_warmup_steps}, so no step shows how the "
+            "layers' states are joined before they are in graphs; give 1 or more"
+        )
 
 
 def plain_layers(chunk: nn.Module, name: str) -> list[tuple[int, Any]]:

@@ -25,7 +25,7 @@ both under recompute, in evaluation, and where text is generated. An observer se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, cast
@@ -161,6 +161,7 @@ class _ChunkTap:
         self.recomputes = chunk.config.recompute_granularity == "full"
         """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
+        self.has_graphs = getattr(chunk.config, "cuda_graph_impl", "none") == "transformer_engine"
         self._chunk = chunk
         self._undo = undo
         # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
@@ -179,7 +180,12 @@ class _ChunkTap:
         """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
         return bool(self._chunk.decoder.training)
 
-    def put_on(self, layers: Iterable[ResidualLayer], report: Report | None) -> None:
+    def put_on(self, layers: Sequence[ResidualLayer], report: Report | None) -> None:
+        if self.has_graphs and any(layer.first is not layer.last for layer in layers):
+            raise UserError(
+                "jreg_megatron supports cuda_graph_impl transformer_engine in a GPTModel alone, not in a "
+                f"{type(self._chunk).__name__}; turn the graphs off"
+            )
         chunk, undo = self._chunk, self._undo
         undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
         undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
@@ -280,7 +286,7 @@ class _LayerTap:
         self._input: Tensor | None = None
         self._will_be_rerun = False
         self._change = chunk.changes.get(layer.number)
-        self._is_over = False
+        self._is_over = self._is_captured = self._is_begun = False
         self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
         self._watching: LayerWatch | None = None  # in the run under way
@@ -297,6 +303,10 @@ class _LayerTap:
             ours = functools.partial(tapped, factory)
             self._places.append((module, name, factory, ours))
             setattr(module, name, ours)
+        if self._chunk.has_graphs:
+            layer = self._layer.first
+            layer._te_cuda_graph_capture = functools.partial(self._on_capture, layer._te_cuda_graph_capture)
+            layer._te_cuda_graph_replay = functools.partial(self._on_replay, layer._te_cuda_graph_replay)
 
     def end(self) -> None:
         """Do nothing any more, even where something else stands for the factories and still calls ours."""
@@ -309,6 +319,8 @@ class _LayerTap:
         if all(getattr(module, name) is ours for module, name, _, ours in self._places):
             for module, name, factory, _ in self._places:
                 setattr(module, name, factory)
+            if self._places and self._chunk.has_graphs:
+                del self._layer.first._te_cuda_graph_capture, self._layer.first._te_cuda_graph_replay
             self._places = []
 
     def start_watch(self, config: Any, report: Report) -> None:
@@ -357,9 +369,11 @@ class _LayerTap:
         chunk = self._chunk
         if self._is_over:
             return cast(Callable[..., Tensor], factory(*options, **named))
-        if self._hook is None and not chunk.is_in_forward and chunk.is_training:
+        is_rerun = not chunk.is_in_forward and not self._is_captured
+        if self._hook is None and is_rerun and chunk.is_training:
             raise UserError(_RERUN_LATER)
-        self._microbatch, self._input = chunk.microbatch, None
+        self._microbatch, self._input = (None if self._is_captured else chunk.microbatch), None
+        self._is_begun = self._is_begun or not self._is_captured
         return functools.partial(self._on_input, factory(*options, **named))
 
     def _tapped_output(
@@ -377,9 +391,41 @@ class _LayerTap:
         return add(x_with_bias, residual, *rest)
 
     def _on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
-        layer_output = add(*operands)
-        if self._change is not None and self._input is not None:
-            layer_output = self._change(self.number, self._input, layer_output)
+        layer_output = self._show(self._changed(add(*operands)))
+        if self._watching is not None:
+            self._watching.tapped(layer_output)
+        return layer_output
+
+    def _on_capture(self, capture: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Transformer Engine captures the layer, or a part of it, in a CUDA graph: it is no micro-batch."""
+        of_run = self._microbatch, self._input
+        self._microbatch, self._input, self._is_captured = None, None, True
+        try:
+            return capture(*given, **named)
+        finally:
+            self._microbatch, self._input, self._is_captured = *of_run, False
+
+    def _on_replay(self, replay: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """A CUDA graph stands for the layer, or for a part of it. What it holds calls no tap.
+
+        A graph of the whole layer holds what a method changes too. A state that a graph returns lies in the
+        graph's memory, which is the next one's when the layer's backward pass is over. What a method keeps of
+        it must not be needed any longer.
+        """
+        state = named["hidden_states"] if "hidden_states" in named else given[0]
+        self._microbatch, self._input, self._is_begun = self._chunk.microbatch, state, False
+        output, *rest = replay(*given, **named)
+        if self._input is not None:  # the layer's end is in the graph
+            output = self._show(self._changed(output) if self._is_begun else output)
+        return (output, *rest)
+
+    def _changed(self, layer_output: Tensor) -> Tensor:
+        if self._change is None or self._input is None:
+            return layer_output
+        return self._change(self.number, self._input, layer_output)
+
+    def _show(self, layer_output: Tensor) -> Tensor:
+        """Show the layer to the observer where it counts."""
         microbatch, layer_input = self._microbatch, self._input
         self._microbatch = self._input = None
         if microbatch is not None and layer_input is not None:
@@ -389,6 +435,4 @@ class _LayerTap:
             if not self._will_be_rerun:
                 observer = self._chunk.observer
                 layer_output = observer.layer(microbatch, self.number, layer_input, layer_output)
-        if self._watching is not None:
-            self._watching.tapped(layer_output)
         return layer_output

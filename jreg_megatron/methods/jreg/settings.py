@@ -132,6 +132,12 @@ class JRegConfig(Settings):
         "All ranks must run the same kind.",
         metavar="KERNELS",
     )
+    untested_cuda_graphs: bool = setting(
+        False,
+        "take --cuda-graph-impl transformer_engine, in which no GPU has been compared yet. First run the "
+        "self-test with --cuda-graph on a GPU of yours.",
+        bool,
+    )
     log_per_layer: bool = setting(
         False, "also log each layer as jreg/displacement_layer_NN to TensorBoard and W&B.", bool
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, setting
 
 if TYPE_CHECKING:
@@ -45,6 +46,18 @@ class PeriLNConfig(Settings):
 
     def __post_init__(self) -> None:
         self.require("gain", self.gain, is_finite(self.gain) and self.gain > 0, "a finite number above 0")
+
+    def refuse(self, model_config: Any) -> None:
+        """Refuse graphs that end between an expert layer's router and its experts."""
+        super().refuse(model_config)
+        modules = [
+            getattr(one, "name", one) for one in getattr(model_config, "cuda_graph_modules", None) or ()
+        ]
+        if "moe_router" in [getattr(one, "name", one) for one in modules]:
+            raise UserError(
+                f"{self.name} does not support cuda_graph_modules moe_router, whose graph does not hold the "
+                "experts' output, which is to be normed; leave one of the two out"
+            )
 
     @property
     def changes_model(self) -> bool:
