@@ -1317,7 +1317,7 @@ FAULTS = [
     Fault(
         "refuse an export without naming a tool",
         "convert/llama.py",
-        (("bridge_as(example) if example else _AS_IT_IS", "_AS_IT_IS"),),
+        (("bridge_as(example) if example and not is_changed else AS_IT_IS", "AS_IT_IS"),),
         EXPORT,
     ),
     Fault(
@@ -1389,8 +1389,19 @@ FAULTS = [
     Fault(
         "read the MLP of a hybrid model from the attention's sub-layer",
         "decoder/checkpoint/arguments.py",
-        ((' + found[2].startswith(("mlp.", "pre_mlp_layernorm."))', ""),),
+        ((' + (not found[2].startswith(("self_attention.", "input_layernorm.")))', ""),),
         CHECKPOINT,
+    ),
+    Fault(
+        "look for what a method added to a hybrid model's layer in its attention",
+        "decoder/checkpoint/arguments.py",
+        (
+            (
+                '(not found[2].startswith(("self_attention.", "input_layernorm.")))',
+                'found[2].startswith(("mlp.", "pre_mlp"))',
+            ),
+        ),
+        CHANGED,
     ),
     Fault(
         "scale positions that a hybrid model does not scale",
