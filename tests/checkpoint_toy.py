@@ -30,7 +30,8 @@ def made(folder: Path, flags: str = LLAMA_FLAGS, remove: tuple[str, ...] = (), *
         changes: saved arguments that it had otherwise.
 
     Returns:
-        the model, in evaluation mode: a ``HybridModel`` if the flags have a pattern, else a ``GPTModel``.
+        the model, in evaluation mode, with the methods of the flags attached: a ``HybridModel`` if the flags
+        have a pattern, else a ``GPTModel``.
     """
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,12 +41,13 @@ def made(folder: Path, flags: str = LLAMA_FLAGS, remove: tuple[str, ...] = (), *
     from megatron.training.models.gpt import GPTModelBuilder
     from megatron.training.models.hybrid import HybridModelBuilder
 
-    from jreg_megatron import cpu
+    from jreg_megatron import attach, cpu, prepare
     from jreg_megatron.mcore.one_process import single_process
+    from jreg_megatron.methods import known
 
     single_process()
     sys.argv = ["x", *cpu.with_cpu_flags(flags.split())]
-    args = arguments.parse_args()
+    args = arguments.parse_args(known.add_arguments)
     arguments.validate_args(args)
     build_tokenizer(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -54,7 +56,9 @@ def made(folder: Path, flags: str = LLAMA_FLAGS, remove: tuple[str, ...] = (), *
         builder = HybridModelBuilder(hybrid_config_from_args(args))
     else:
         builder = GPTModelBuilder(gpt_config_from_args(args))
+    settings = known.settings_in(args)
     model: Any = builder.build_model(groups, pre_process=True, post_process=True).eval()
+    prepare([model], settings)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name and "weight" in name else 0.0, 0.3)
@@ -68,6 +72,8 @@ def made(folder: Path, flags: str = LLAMA_FLAGS, remove: tuple[str, ...] = (), *
     place.mkdir(parents=True)
     state = {"model": weights, "args": args, "iteration": 1}
     dist_checkpointing.save(state, str(place), content_metadata=metadata)
+    if settings:
+        attach(model, *settings, num_microbatches=1)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import pickle
@@ -13,7 +14,7 @@ from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from harness import TOY, read_scalars, run_function, run_ranks
 from jreg_megatron import UserError
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint, is_megatron, megatron_steps, step_of
 from jreg_megatron.methods.jreg.regularizer import displacement_name
+from jreg_megatron.stream.settings import Settings, setting
 
 LAYERS = 4
 VALIDATED = ("--eval-iters", 2, "--eval-interval", 2, "--jreg-coeff", 0.1, "--jreg-log-per-layer")
@@ -210,6 +212,16 @@ RUNS: dict[str, tuple[int, str, str]] = {
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-ffn-hidden-size 48 "
         "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
     ),
+    "a Llama with LayerNorm scaling in stages": (
+        2,
+        "",
+        "--pipeline-model-parallel-size 2 --lns-power 0.5 --group-query-attention --num-query-groups 2",
+    ),
+    "layers that learn what they keep": (
+        2,
+        "",
+        "--attenuation-learned 0.6 --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
     "a Qwen3 with a layer that predicts further ahead": (1, "", "--qk-layernorm --mtp-num-layers 1"),
 }
 """By name: ranks, flags of the toy that are left out, and flags that are added."""
@@ -227,6 +239,8 @@ def test_every_model_and_layout_gives_what_its_training_logged_and_a_llama_or_qw
         "--decoder-first-pipeline-num-layers": "has another norm than RMSNorm (--normalization)",
         "--num-experts": "is a mixture of experts (--num-experts)",
         "--multi-latent-attention": "has multi-latent attention",
+        "--attenuation-learned": "was trained with --attenuation-factor 0.5 --attenuation-learned 0.6 "
+        "--attenuation-layers last (attenuation)",
     }
     named = [line for flag, line in refused.items() if flag in flags]
     if named:
@@ -316,15 +330,19 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What goes into each pair of a ``HybridModel`` and into its final norm, by plain hooks."""
+    """What goes into each layer of a ``GPTModel``, or pair of a ``HybridModel``, and into its final norm, by
+    plain hooks."""
     states: list[torch.Tensor] = []
 
     def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        states.append(named["hidden_states"] if named else args[0])
+        states.append((named["hidden_states"] if named else args[0]).clone())
 
-    for module in (*model.decoder.layers[::2], model.decoder.final_norm):
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-    logits_of(model, ids)
+    is_hybrid, decoder = hasattr(model.decoder, "final_norm"), model.decoder
+    layers, norm = (decoder.layers[::2], "final_norm") if is_hybrid else (decoder.layers, "final_layernorm")
+    with contextlib.ExitStack() as hooks:
+        for module in (*layers, getattr(decoder, norm)):
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        logits_of(model, ids)
     return states
 
 
@@ -358,6 +376,221 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
         assert logits < 1e-5 and displacement < 1e-6, name
         cannot_be_exported = "GPT-2" in name or "experts" in name
         assert (export == -1.0) if cannot_be_exported else (0 <= export < 1e-4), name
+
+
+GROUPED = "--num-layers 3 --group-query-attention --num-query-groups 2"
+TIED = LLAMA_FLAGS.replace("--untie-embeddings-and-output-weights", "")
+EXPERTS = f"{LLAMA_FLAGS} {LATENT} --num-experts 4 --moe-ffn-hidden-size 24"
+CHANGED = {  # the gains of the tied ones are saved as what is added to 1
+    "a Llama, attenuated": f"{LLAMA_FLAGS} {GROUPED} --attenuation-factor 0.3 --attenuation-layers 1,3",
+    "a GPT-2 that learns attenuation": f"{GPT2_FLAGS} --attenuation-learned 0.8",
+    "a hybrid model that learns attenuation": (
+        f"{LLAMA_FLAGS.replace('--num-layers 2', '')} {PATTERN} *-*-*- {STACK} --attenuation-learned 0.8"
+    ),
+    "a scaled Llama with all biases": (
+        f"{LLAMA_FLAGS.replace('--disable-bias-linear', '')} {GROUPED} --lns-power 0.5"
+    ),
+    "a scaled, tied Qwen2": f"{TIED} {GROUPED} --add-qkv-bias --lns-power 1.5",
+    "a scaled Qwen3": f"{LLAMA_FLAGS} {GROUPED} --qk-layernorm --lns-power 0.5",
+    "a scaled GPT-2": f"{GPT2_FLAGS} --lns-power 1",
+    "scaled, with latent attention and experts": f"{EXPERTS} --lns-power 1",
+    "a tied Llama in Peri-LN": f"{TIED} {GROUPED} --periln-gain 0.7",
+    "a GPT-2 in Peri-LN": f"{GPT2_FLAGS} --periln-gain 0.7",
+    "in Peri-LN, with latent attention and experts": f"{EXPERTS} --periln-gain 1",
+}
+
+
+def loaded(folder: Path) -> Any:
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
+
+    return load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def logits_without(model: Any, number: int, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the model's own vocabulary where layer ``number`` does nothing, changed or not."""
+    layer = model.decoder.layers[number - 1]
+    layer.forward = lambda hidden_states, **_: (hidden_states, None)
+    logits = logits_of(model, ids)[..., :130]
+    del layer.forward
+    return logits
+
+
+def as_plain(model: Any, folder: Path, flags: str) -> torch.Tensor:
+    """Logits of a model without LayerNorm scaling, with a scaled one's weights, its factors in the norms."""
+    from jreg_megatron import LayerNormScalingConfig
+
+    flags, power = flags.split("--lns-power")
+    plain = made(folder, flags)
+    plain.load_state_dict(LayerNormScalingConfig(power=float(power)).into_norms(model.state_dict()))
+    return logits_of(plain, some_tokens())[..., :130]
+
+
+def differences_to_changed_models(work: Path) -> dict[str, dict[str, Any]]:
+    """How far what the decoder gives is from what Megatron's model gives, with the method attached to it."""
+    from jreg_megatron.convert import import_
+
+    ids, found = some_tokens(), dict[str, dict[str, Any]]()
+    here: dict[str, Any]
+
+    def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        return float((ours - theirs).abs().max())
+
+    for name, flags in CHANGED.items():
+        around_zero = "tied" in name
+        model = made(work / name, flags, layernorm_zero_centered_gamma=around_zero)
+        here = found[name] = {}
+        for module in model.modules() if around_zero else ():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.weight.data.add_(1)
+        expected, states = logits_of(model, ids)[..., :130], states_of(model, ids)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            decoder = loaded(work / name)
+        here["told"] = said.getvalue()
+        seen: dict[int, torch.Tensor] = {}
+        with decoder.observed(lambda number, _, after, seen=seen: seen.update({number: after.clone()})):
+            here["logits"] = off(decoder.logits(ids), expected)
+        ours = [seen[number].transpose(0, 1) for number in range(1, decoder.num_layers + 1)]
+        here["states"] = max(off(*pair) for pair in zip(ours, states[1:], strict=True))
+        if "hybrid" not in name:
+            with decoder.without_layer(2):
+                here["layer drop"] = off(decoder.logits(ids), logits_without(model, 2, ids))
+        if "lns" in flags:
+            here["without the method"] = off(as_plain(model, work / f"{name} plain", flags), expected)
+        out = work / f"{name} exported"
+        here["exported"] = theirs = exported_logits(work / name, out, ids)
+        if not isinstance(theirs, str):
+            here["exported"] = off(theirs, expected)
+            imported = work / f"{name} imported"
+            import_.import_folder(import_._parser().parse_args([str(out), str(imported)]))
+            here["imported"] = off(loaded(imported).logits(ids), expected)
+    return found
+
+
+def test_models_that_a_method_changed_give_the_numbers_of_megatrons_model_with_the_method(
+    tmp_path: Path,
+) -> None:
+    (found,) = run_function(differences_to_changed_models, 1, tmp_path)
+    for name, here in found.items():
+        assert here.pop("told").count("Note: ") == ("hybrid" in name), name
+        exported = here.pop("exported")
+        for what, difference in here.items():
+            assert difference < 1e-4 if what in ("imported", "without the method") else difference < 1e-5, (
+                name,
+                what,
+                difference,
+            )
+        if name in ("a scaled Llama with all biases", "a scaled, tied Qwen2", "a scaled Qwen3"):
+            assert exported < 1e-4 and "imported" in here, name
+        else:
+            assert isinstance(exported, str) and "no Llama or Qwen" in exported, name
+            # It would leave the change out.
+            assert "Bridge" not in exported, name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig(Settings):
+    """A method of a user's own, which changes the model or where it is built, or neither."""
+
+    name: ClassVar[str] = "own"
+    prefix: ClassVar[str] = "own"
+    title: ClassVar[str] = "own"
+    about: ClassVar[str] = "own"
+
+    kind: str = setting("", "what it changes.")
+
+    @property
+    def changes_model(self) -> bool:
+        return self.kind == "model"
+
+    @property
+    def changes_modules(self) -> bool:
+        return self.kind == "modules"
+
+
+@pytest.mark.parametrize(
+    "has",
+    [
+        {"lns_power": 0.5, "periln_gain": 0.7},
+        {"attenuation_learned": 0.9, "lns_power": 0.5},
+        {"attenuation_factor": 0.3, "periln_gain": 1.0, "jreg_coeff": 1.0},
+        {"own_kind": "model"},
+        {"own_kind": "modules"},
+        {"own_kind": "modules", "lns_power": 0.5},
+    ],
+)
+def test_what_other_methods_or_several_have_changed_is_refused_by_name(
+    has: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
+    from jreg_megatron.methods import known
+
+    monkeypatch.setattr(known, "METHODS", [*known.METHODS, OwnConfig])
+    for model in (
+        {"lns_power": 0.5, "jreg_coeff": 1.0, "norms_measure_interval": 2},
+        {"attenuation_factor": 1.0, "periln_gain": 1.0, "own_kind": "nothing"},
+        {"lns_power": 0.0, "attenuation_layers": (2,)},
+    ):
+        refuse_other_models(model, "runs/x")
+    with pytest.raises(UserError, match="runs/x was trained with --") as caught:
+        refuse_other_models(has, "runs/x")
+    for name, value in has.items():
+        if "jreg" not in name:
+            assert f"--{name.replace('_', '-')} {value}" in str(caught.value)
+    with pytest.raises(UserError, match="experimental-attention-variant") as caught:
+        refuse_other_models({"lns_power": 0.5, "experimental_attention_variant": "gated_delta_net"}, "runs/x")
+    assert "Bridge" not in str(caught.value)
+
+
+def evaluated(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``evaluate`` says of a model with attenuation, and its losses by Megatron's own model."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from jreg_megatron.evaluate.__main__ import main
+
+    model = made(work / "run", CHANGED["a Llama, attenuated"])
+    tokens = {"test": some_tokens(), "fit": torch.cat([some_tokens(seed=seed) for seed in range(2, 14)])}
+    for name, rows in tokens.items():
+        builder = IndexedDatasetBuilder(f"{work / name}.bin", dtype=np.uint16)
+        for row in rows:
+            builder.add_document(row, [len(row)])
+        builder.finalize(f"{work / name}.idx")
+    argv = [
+        "--parts",
+        "read-out,layer-drop",
+        "--text",
+        f"{work / 'test'}.bin",
+        "--lens",
+        f"{work / 'fit'}.bin",
+    ]
+    main([str(work / "run"), *argv, "--quiet", "--json", str(work / "found.json")])
+    (found,) = json.loads((work / "found.json").read_text())["models"]
+
+    def loss(logits: torch.Tensor) -> float:
+        predicted, wanted = logits[:, :-1, :130].flatten(0, 1), tokens["test"][:, 1:].flatten()
+        return float(torch.nn.functional.cross_entropy(predicted, wanted))
+
+    @torch.inference_mode()
+    def read_out(state: torch.Tensor) -> float:
+        logits, _ = model.output_layer(model.decoder.final_layernorm(state))
+        return loss(logits.transpose(0, 1))
+
+    expected = {
+        "drop": [loss(logits_without(model, number, tokens["test"])) for number in (1, 2, 3)],
+        "whole": loss(logits_of(model, tokens["test"])),
+        "read out": [read_out(state) for state in states_of(model, tokens["test"])],
+    }
+    return found, expected
+
+
+def test_the_evaluate_command_drops_and_reads_out_layers_that_a_method_changed(tmp_path: Path) -> None:
+    ((found, expected),) = run_function(evaluated, 1, tmp_path)
+    assert found["layer_drop"]["loss"] == pytest.approx(expected["drop"], abs=1e-5)
+    assert found["layer_drop"]["unchanged"] == pytest.approx(expected["whole"], abs=1e-5)
+    assert found["read_out"]["loss"] == pytest.approx(expected["read out"], abs=1e-5)
+    assert found["lens"]["loss"][-1] == pytest.approx(expected["whole"], abs=1e-5)
+    assert len(found["lens"]["loss"]) == 4
 
 
 def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others() -> None:

@@ -14,6 +14,7 @@ from jreg_megatron.runtime.extras import need
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 
 _OWN = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -66,8 +67,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(options.source, options.step, device)
     what = str(checkpoint.folder)
     refuse_other_models(checkpoint.arguments, what)
+    scaling = _scaling_of(checkpoint.arguments, what)
     args, rows = all_arguments(checkpoint.arguments), checkpoint.rows
-    config = from_megatron(args, rows, what)
+    config = from_megatron(args, rows, what, is_changed=scaling is not None)
     tokenizer = _tokenizer(checkpoint.arguments, options)
     told = _told_vocab_size(checkpoint, rows, tokenizer, options.vocab_size)
     config.vocab_size = told or options.vocab_size or rows
@@ -80,7 +82,14 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         if tokenizer:
             notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
             config.eos_token_id = tokenizer.eod
-        weights = to_hugging_face(decoder.model.state_dict(), config)
+        weights = decoder.model.state_dict()
+        if scaling:
+            weights = scaling.into_norms(weights)
+            notes.append(
+                f"the norms' weights hold the factors of {scaling.as_flags()}; train on from an import of "
+                "these files without that flag"
+            )
+        weights = to_hugging_face(weights, config)
         _save_model(folder, config, weights)
         # Transformers 5 writes rotary settings elsewhere. Without these, older programs take 10,000.
         add_to_json(folder / "config.json", older_rope_settings(config))
@@ -102,6 +111,26 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "largest_logit_difference": difference,
         "notes": notes,
     }
+
+
+def _scaling_of(arguments: dict[str, Any], what: str) -> LayerNormScalingConfig | None:
+    """The method that has changed the model, if its weights can hold the change.
+
+    Raises:
+        UserError: if they cannot.
+    """
+    from jreg_megatron.convert.llama import AS_IT_IS
+    from jreg_megatron.methods import known
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
+
+    for of_one in known.changes_in(argparse.Namespace(**arguments)):
+        if isinstance(of_one, LayerNormScalingConfig):
+            return of_one
+        raise UserError(
+            f"{what} was trained with {of_one.as_flags()} ({of_one.name}), which no Llama or Qwen of Hugging "
+            f"Face has; {AS_IT_IS}"
+        )
+    return None
 
 
 def _told_vocab_size(

@@ -48,7 +48,7 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),
 )
 
-_AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
+AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
 
 KINDS = ("llama", "qwen2", "qwen3")
 """Hugging Face's ``model_type``. A Qwen2 is a Llama with biases in queries, keys and values; a Qwen3 one with
@@ -66,10 +66,11 @@ _SAME = {
 """Hugging Face's names of settings, and Megatron's."""
 
 
-def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
+def from_megatron(args: Any, vocab_size: int, what: str, is_changed: bool = False) -> Any:
     """Hugging Face's config of the model that Megatron's arguments describe, without ids of a tokenizer.
 
-    ``vocab_size`` is the number of rows without padding; ``what`` names the checkpoint in messages.
+    ``vocab_size`` is the number of rows without padding; ``what`` names the checkpoint in messages;
+    ``is_changed`` says that a method has changed the model, which Megatron-Bridge does not know of.
 
     Raises:
         UserError: naming the feature that none of ``KINDS`` has.
@@ -77,7 +78,7 @@ def from_megatron(args: Any, vocab_size: int, what: str) -> Any:
     from transformers import AutoConfig
 
     def refuse(has: str, example: str | None) -> UserError:
-        instead = bridge_as(example) if example else _AS_IT_IS
+        instead = bridge_as(example) if example and not is_changed else AS_IT_IS
         return UserError(f"{what} {has}, which no Llama or Qwen of Hugging Face has; {instead}")
 
     for name, allowed, is_other, example in _ONLY_IN_MEGATRON:

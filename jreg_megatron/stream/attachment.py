@@ -394,7 +394,7 @@ def attach(
         refuse_settings(settings, knows_iteration=iteration is not None)
         _refuse_model(chunks, settings)
         counter = _microbatch_counter(num_microbatches)
-        place = _place_of(chunks, counter)
+        place = place_of(chunks, counter)
         return counter, [of_one.make(place) for of_one in settings]
 
     counter, methods = _alike_on_every_rank(check, group)
@@ -471,7 +471,8 @@ def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
         of_one.refuse_model(chunks)
 
 
-def _place_of(chunks: Sequence[nn.Module], num_microbatches: Callable[[], int]) -> Place:
+def place_of(chunks: Sequence[nn.Module], num_microbatches: Callable[[], int]) -> Place:
+    """What a method is told of a built model's unwrapped chunks; ``num_microbatches`` is :func:`attach`'s."""
     config: Any = chunks[0].config
     dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
     return Place(

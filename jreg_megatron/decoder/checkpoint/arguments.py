@@ -18,10 +18,13 @@ import torch
 from jreg_megatron.cpu.flags import FLAGS, HYBRID_SPECS
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.methods import known
+from jreg_megatron.methods.attenuation.settings import AttenuationConfig
+from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
+from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
 from jreg_megatron.stream.anatomy import layers_of, sublayers_of
-from jreg_megatron.stream.settings import LAYER_RULES
+from jreg_megatron.stream.settings import LAYER_RULES, flags_of
 
 _OTHER_MODELS = {
     "spec": ("has layers of its own (--spec)", None),
@@ -41,6 +44,9 @@ _OTHER_MODELS = {
     "retro_add_retriever": ("has a retriever (--retro-add-retriever)", None),
 }
 """By argument: what a checkpoint with it is, and a model of Megatron-Bridge's that is the same."""
+
+_CHANGES = (AttenuationConfig, LayerNormScalingConfig, PeriLNConfig)
+"""The methods that change a model and are run here, one at a time."""
 
 _PAIRS = {False: ("*-", "*E"), True: ("+-", "+E")}
 """The layers of a hybrid model that are those of a ``GPTModel``, by whether attention is latent."""
@@ -79,9 +85,12 @@ _SINCE_0_18, _SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
 def has_a_bearing(name: str) -> bool:
     """Whether an argument may change what the trained model computes.
 
-    The others say how it was cut, stored, moved and sped up, or how it was trained.
+    The others say how it was cut, stored, moved and sped up, or how it was trained. The methods' settings
+    count among them: what these change is looked at by itself.
     """
-    return not (name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS))
+    is_methods = any(method.is_in(Namespace(**{name: None})) for method in known.METHODS)
+    is_other = name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS)
+    return not (is_methods or is_other)
 
 
 def pattern_of(arguments: dict[str, Any]) -> str | None:
@@ -91,19 +100,25 @@ def pattern_of(arguments: dict[str, Any]) -> str | None:
 
 
 def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
-    """Refuse a checkpoint whose model is neither a plain ``GPTModel`` nor a hybrid one of the same layers.
+    """Refuse a checkpoint whose model is neither a ``GPTModel`` nor a hybrid one of the same layers, or is
+    changed by more than one method, or by one that is not known here.
 
     Raises:
         UserError: naming what it is, and the tool that can export it.
     """
-    for method in known.changes_in(Namespace(**arguments)):
+    settings = known.settings_in(Namespace(**arguments))
+    changes = [of_one for of_one in settings if of_one.changes_model or of_one.changes_modules]
+    if len(changes) > 1 or not all(type(of_one) in _CHANGES for of_one in changes):
         raise UserError(
-            f"{what} was trained with {method.as_flags()}, by which {method.name} changes the model; "
-            "measure, evaluate and export do not run such a model yet; its training's own validation logs "
-            "its figures"
+            f"{what} was trained with {flags_of(changes, '')}, by which "
+            f"{' and '.join(of_one.name for of_one in changes)} changed the model; measure, evaluate and "
+            f"export run a model that one of {', '.join(kind.name for kind in _CHANGES)} changed, and no "
+            "other; its training's own validation logs its figures"
         )
     for is_one, example in _hindrances(arguments):
-        instead = bridge_as(example) if example else "export it with the tool that trained it"
+        # Megatron-Bridge does not know of the methods.
+        bridge = bridge_as(example) if example and not changes else None
+        instead = bridge or "export it with the tool that trained it"
         raise UserError(
             f"{what} {is_one}, which Megatron's torch-only layers cannot run; {instead}, and name the "
             "Hugging Face folder"
@@ -215,9 +230,10 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def hybrid_name(name: str) -> str:
-    """The name of a weight of the ``GPTModel``, layers not stacked, in the hybrid model."""
+    """The name of a weight of the ``GPTModel``, layers not stacked, in the hybrid model. A method has put its
+    own at the end of a pair."""
     if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
-        number = 2 * int(found[1]) + found[2].startswith(("mlp.", "pre_mlp_layernorm."))
+        number = 2 * int(found[1]) + (not found[2].startswith(("self_attention.", "input_layernorm.")))
         return f"decoder.layers.{number}.{found[2]}"
     return name.replace("decoder.final_layernorm.", "decoder.final_norm.")
 

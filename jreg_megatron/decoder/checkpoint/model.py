@@ -21,11 +21,14 @@ from jreg_megatron.decoder.checkpoint.arguments import (
 )
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
-from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
 from jreg_megatron.mcore.one_process import single_process
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
 from jreg_megatron.stream.anatomy import described_layers
+from jreg_megatron.stream.attachment import place_of, prepare
+from jreg_megatron.stream.settings import Settings
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 def load_megatron(
     folder: Path, step: int | None = None, *, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel``.
+    """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel`` and what a method
+    has changed in them.
 
     Its logits are of the vocabulary alone. Megatron's own loss includes the rows of padding, so it is a
     little higher.
@@ -43,9 +47,9 @@ def load_megatron(
     redirected until the process ends.
 
     Raises:
-        UserError: if there is no such checkpoint, it is damaged, or its model is no plain ``GPTModel``,
-            nor a ``HybridModel`` whose sub-layers are pairs of attention with MLP or experts, or its training
-            has taken something else for a layer.
+        UserError: if there is no such checkpoint, it is damaged, or its model is no ``GPTModel``, nor a
+            ``HybridModel`` whose sub-layers are pairs of attention with MLP or experts, or is changed in a
+            way that is not known here, or its training has taken something else for a layer.
     """
     checkpoint = open_checkpoint(folder, step, device)
     refuse_other_layers(checkpoint.arguments, str(checkpoint.folder))
@@ -83,17 +87,19 @@ def decoder_of(
     """
     arguments = checkpoint.arguments
     refuse_other_models(arguments, str(checkpoint.folder))
-    padded = checkpoint.rows
+    padded, changes = checkpoint.rows, known.changes_in(Namespace(**arguments))
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
         single_process()
-        model: Any = build(args)
+        model: Any = prepare([build(args)], changes)[0]
         checkpoint.load_into(model)
     if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
                 module.weight.data.add_(1)  # the checkpoint holds weight - 1
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    for of_one in changes:
+        _change_layers(model, of_one)
     model.post_process = False  # it ends after the final norm: states without logits
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
@@ -152,6 +158,18 @@ def decoder_of(
         settings={name: str(value) for name, value in sorted(arguments.items())},
         last_validation=last_validation,
     )
+
+
+def _change_layers(model: Any, settings: Settings) -> None:
+    """Have a method change the output of layers, in every run from now on."""
+    method = settings.make(place_of([model], lambda: 1))
+
+    def change(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return with_stream(output, method.change(number, stream_in(args, kwargs), stream_out(output)))
+
+    for layer in model.decoder.layers:
+        if method.changes(layer.layer_number):
+            layer.register_forward_hook(partial(change, layer.layer_number), with_kwargs=True)
 
 
 def _name(place: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,9 +12,12 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, setting
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from jreg_megatron.stream.method import Method, Place
+
+_NORMS = re.compile(r"decoder\.layers\.(\d+)\.(?:input|pre_mlp)_layernorm\.(?:weight|bias)")
+"""The weights of the norms of a layer, counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,26 @@ class LayerNormScalingConfig(Settings):
         from jreg_megatron.stream.support import plain_layers
 
         for number, layer in plain_layers(chunk, self.name):
-            scale = number**-self.power
             for norm in self._norms_of(layer):
-                norm.register_forward_hook(functools.partial(_scaled, scale))
+                norm.register_forward_hook(functools.partial(_scaled, self._scale(number)))
+
+    def into_norms(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same model's weights without the method: what scales the norms' outputs is in their weights.
+
+        It is exact, since a norm's output is linear in its weight and bias, and rounds them once more.
+
+        Args:
+            weights: of a whole ``GPTModel`` by their names, norms apart from linear layers.
+        """
+        found = {name: _NORMS.fullmatch(name) for name in weights}
+        return {
+            name: weight * self._scale(int(at[1]) + 1) if (at := found[name]) else weight
+            for name, weight in weights.items()
+        }
+
+    def _scale(self, number: int) -> float:
+        """Of the norms of layer ``number``, 1-based."""
+        return float(number**-self.power)
 
     def _norms_of(self, layer: Any) -> Iterator[Any]:
         """The norms of a ``TransformerLayer``, or the linear layers that Transformer Engine joins with it."""
