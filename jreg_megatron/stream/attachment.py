@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -485,9 +484,6 @@ def _place_of(
     chunks: Sequence[nn.Module], num_microbatches: Callable[[], int], iteration: Callable[[], int] | None
 ) -> Place:
     config: Any = chunks[0].config
-    begin: int | None = None
-    with suppress(Exception):  # a loop's function may not know it before the first step
-        begin = iteration() if iteration is not None else None
     dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
     return Place(
         chunks=chunks,
@@ -497,7 +493,7 @@ def _place_of(
         dtype=torch.float32 if config.fp32_residual_connection else dtype,
         device=_device_of(chunks),
         scaling=Scaling(chunks[0], num_microbatches),
-        iteration=begin,
+        iteration=iteration,
     )
 
 

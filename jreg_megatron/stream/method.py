@@ -35,8 +35,8 @@ class Place:
     """Of the states."""
     device: torch.device
     scaling: Scaling
-    iteration: int | None = None
-    """The training iteration that comes next, 1-based, if it is known where the method is attached."""
+    iteration: Callable[[], int] | None = None
+    """Tells the training iteration, 1-based. Where a method is attached it may not know it yet, and raise."""
 
 
 @dataclass(frozen=True)

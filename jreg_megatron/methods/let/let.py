@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class _Microbatch:
     tokens: Tensor | None
     """``[b, s]`` of this context-parallel rank."""
     mask: Tensor | None
-    """``[s, b]``: which tokens count; None if all do."""
+    """``[b, s]``: which tokens count, if that is asked for and known."""
+    is_packed: bool
     layers: frozenset[int]
 
 
@@ -69,7 +71,10 @@ class LET(Method):
         self.training_meter = self._meter = Meter(1, place.device, num_values=2)
         if settings.coeff > 0:
             self.added_loss = AddedLoss(settings.coeff)
-        self._is_over = not settings.measures_at(max(1, place.iteration or 1))
+        begin = 1
+        with suppress(Exception):  # a loop may not know it before its first step
+            begin = max(1, 1 if place.iteration is None else place.iteration())
+        self._is_over = not settings.measures_at(begin)
         self._are_ids_checked = False
         self._teacher: Teacher | None = None
         if self._is_here and not self._is_over:
@@ -109,7 +114,7 @@ class LET(Method):
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
-        """Take what is needed of the micro-batch; let go of the teacher once its time is over."""
+        """Keep what is needed of the micro-batch; let go of the teacher once its time is over."""
         if not call.training:
             return None
         settings: LETConfig = self.settings
@@ -121,37 +126,25 @@ class LET(Method):
             return None
         if self._teacher is None:
             self._load()
-        if call.is_packed:
-            self.refuse(
-                f"{settings.name} does not support packed sequences, since the teacher would see several as "
-                "one; leave one of the two out"
-            )
-            return None
         self._scaling.fill(self._coefficient, coeff)
-        mask = None
-        if settings.tokens == "unmasked":
-            if call.token_mask is None or call.token_mask.dim() != 2:
-                self.refuse(
-                    f"{settings.flag('tokens')} is 'unmasked', but the first pipeline stage was called "
-                    "without a loss mask or padding mask [b, s]; call it with one, or leave the setting at "
-                    "'all'"
-                )
-                return None
-            mask = call.token_mask.transpose(0, 1).float().clone()  # the caller may use its buffer again
-        tokens = None if call.tokens is None else call.tokens.clone()
-        return _Microbatch(coeff, tokens, mask, frozenset((self.number,)))
+        mask = call.token_mask if settings.tokens == "unmasked" else None
+        # The caller may use its buffers again.
+        tokens, mask = (None if given is None else given.clone() for given in (call.tokens, mask))
+        return _Microbatch(coeff, tokens, mask, call.is_packed, frozenset((self.number,)))
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
         """Add the gradient at the layer; measure where the teacher runs."""
-        if layer_number != self.number or (tokens := self._checked(microbatch.tokens)) is None:
+        if layer_number != self.number:
             return layer_output
         state = layer_output.detach()  # the pipeline frees an output that it has sent
-        mask, share = microbatch.mask, torch.ones_like(self._coefficient) * self._scaling.of_all_tokens(state)
-        if mask is not None:
-            mask, weights = self._scaling.of_unmasked_tokens(mask, state)
-            share = weights.unsqueeze(-1)
+        try:
+            tokens = self._whole_sequences(microbatch)
+            mask, share = self._shares(microbatch.mask, state)
+        except UserError as error:
+            self.refuse(str(error))
+            return layer_output
 
         def add(gradient: Tensor) -> Tensor:
             away = self._away(state, tokens, microbatch.coeff, mask)
@@ -163,31 +156,55 @@ class LET(Method):
             self._away(state, tokens, microbatch.coeff, mask)
         return layer_output
 
-    def _checked(self, tokens: Tensor | None) -> Tensor | None:
-        """The whole sequences of token ids; None if they are refused. Collective."""
-        teacher = self._teacher
+    def _whole_sequences(self, microbatch: _Microbatch) -> Tensor:
+        """The token ids of whole sequences, ``[b, s]``. Collective under context parallelism.
+
+        Raises:
+            UserError: if the teacher cannot be given them.
+        """
+        teacher, name = self._teacher, self.settings.name
         assert teacher is not None
-        if tokens is None or tokens.dim() != 2:
-            self.refuse(
-                f"{self.settings.name} needs token ids, and the model was called without input_ids [b, s]; "
-                "call it with them, or leave LET out"
+        if microbatch.is_packed:
+            raise UserError(
+                f"{name} does not support packed sequences, since the teacher would see several as one; "
+                "leave one of the two out"
             )
-            return None
-        tokens = self._scaling.whole_sequences(tokens)
+        if microbatch.tokens is None:
+            raise UserError(
+                f"{name} needs token ids, and the model was called without input_ids; call it with them, or "
+                f"leave {name} out"
+            )
+        tokens = self._scaling.whole_sequences(microbatch.tokens)
         if teacher.max_length is not None and tokens.shape[1] > teacher.max_length:
-            self.refuse(
+            raise UserError(
                 f"{self._named} takes sequences of up to {teacher.max_length} tokens, and these have "
                 f"{tokens.shape[1]}; give another teacher, or take shorter sequences"
             )
-            return None
         if not self._are_ids_checked and int(tokens.max()) >= teacher.vocab_size:
-            self.refuse(
+            raise UserError(
                 f"{self._named} has {teacher.vocab_size} tokens, and the data has the id "
                 f"{int(tokens.max())}; give a teacher with the same tokenizer"
             )
-            return None
-        self._are_ids_checked = True
+        self._are_ids_checked = True  # once, as it waits for the device
         return tokens
+
+    def _shares(self, given: Tensor | None, state: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        """Which tokens count ``[s, b]``, None if all do; and what each counts for. Collective if a mask is
+        cut.
+
+        Raises:
+            UserError: if there is no mask of these tokens.
+        """
+        if self.settings.tokens == "all":
+            return None, self._scaling.of_all_tokens(state)
+        if given is not None and given.dim() == 2:
+            mask, weights = self._scaling.of_unmasked_tokens(given.transpose(0, 1).float(), state)
+            if mask.shape == state.shape[:2]:
+                return mask, weights.unsqueeze(-1)
+        raise UserError(
+            f"{self.settings.flag('tokens')} is 'unmasked', but the first pipeline stage was called without "
+            "a loss mask or padding mask [b, s] of its tokens; call it with one, or leave it at 'all'"
+        )
 
     @torch.inference_mode()
     def _away(self, state: Tensor, tokens: Tensor, coeff: float, mask: Tensor | None) -> Tensor:
