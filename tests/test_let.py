@@ -305,13 +305,15 @@ def test_the_coefficient_falls_as_published_and_the_layer_is_the_last_of_the_fir
 
 
 def refuses(folders: dict[str, Path]) -> dict[str, str]:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
     model = build_model()
     lines = {}
     tries: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "no layer": ({"layer": 3}, {}),
         **{name: ({"teacher": str(folder)}, {}) for name, folder in folders.items()},
         "no mask": ({"tokens": "unmasked"}, {}),
-        "packed": ({}, {"packed_seq_params": object()}),
+        "packed": ({}, {"packed_seq_params": PackedSeqParams(qkv_format="sbhd")}),
         "no ids": ({}, {"input_ids": None, "decoder_input": torch.zeros(8, 2, 16)}),
     }
     positions = torch.arange(8).expand(2, 8)

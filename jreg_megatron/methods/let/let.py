@@ -47,7 +47,6 @@ class _Microbatch:
     """``[b, s]`` of this context-parallel rank."""
     mask: Tensor | None
     """``[b, s]``: which tokens count, if that is asked for and known."""
-    is_packed: bool
     layers: frozenset[int]
 
 
@@ -124,13 +123,19 @@ class LET(Method):
             self._teacher = None
         if coeff == 0 or not self._is_here:
             return None
+        if call.is_packed:
+            self.refuse(
+                f"{settings.name} does not support packed sequences, since the teacher would see several as "
+                "one; leave one of the two out"
+            )
+            return None
         if self._teacher is None:
             self._load()
         self._scaling.fill(self._coefficient, coeff)
         mask = call.token_mask if settings.tokens == "unmasked" else None
         # The caller may use its buffers again.
         tokens, mask = (None if given is None else given.clone() for given in (call.tokens, mask))
-        return _Microbatch(coeff, tokens, mask, call.is_packed, frozenset((self.number,)))
+        return _Microbatch(coeff, tokens, mask, frozenset((self.number,)))
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
@@ -164,11 +169,6 @@ class LET(Method):
         """
         teacher, name = self._teacher, self.settings.name
         assert teacher is not None
-        if microbatch.is_packed:
-            raise UserError(
-                f"{name} does not support packed sequences, since the teacher would see several as one; "
-                "leave one of the two out"
-            )
         if microbatch.tokens is None:
             raise UserError(
                 f"{name} needs token ids, and the model was called without input_ids; call it with them, or "
