@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
     from jreg_megatron.methods.jreg.regularizer import JRegMetrics
     from jreg_megatron.methods.jreg.settings import JRegConfig
+    from jreg_megatron.methods.let.settings import LETConfig
     from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
     from jreg_megatron.methods.norms.norms import NormsMetrics
     from jreg_megatron.methods.norms.settings import NormsConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Handle",
     "JRegConfig",
     "JRegMetrics",
+    "LETConfig",
     "LayerNormScalingConfig",
     "Metrics",
     "NormsConfig",
@@ -50,6 +52,7 @@ _MODULES = {
     "JRegConfig": "methods.jreg.settings",
     "Handle": "stream.attachment",
     "JRegMetrics": "methods.jreg.regularizer",
+    "LETConfig": "methods.let.settings",
     "LayerNormScalingConfig": "methods.lns.settings",
     "Metrics": "stream.method",
     "NormsConfig": "methods.norms.settings",

@@ -139,8 +139,8 @@ def _sees_tokens(vp_stage: int | None) -> bool:
 
 
 def _needs_loss_mask() -> bool:
-    """Whether JREG needs the loss mask; Megatron itself gives it to the last pipeline stage only."""
-    return bool(getattr(get_args(), "jreg_tokens", "all") == "unmasked")
+    """Whether a method needs the loss mask; Megatron itself gives it to the last pipeline stage only."""
+    return "unmasked" in (getattr(get_args(), name, "all") for name in ("jreg_tokens", "let_tokens"))
 
 
 def _needs_data(vp_stage: int | None) -> bool:

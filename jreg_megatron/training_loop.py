@@ -576,6 +576,8 @@ def _current_iteration() -> int:
     from megatron.training import get_args
 
     before: int | None = getattr(get_args(), "curr_iteration", None)
+    if before is None and _loop.attached is None:
+        before = getattr(get_args(), "iteration", None)  # of the checkpoint, before the first step
     if before is None:
         raise UserError(
             "Megatron's args.curr_iteration is not set, so the methods' schedule is unknown; set it before "

@@ -453,6 +453,42 @@ FAULTS = [
         ("tests/test_kernels.py",),
     ),
     Fault(
+        "take a context-parallel rank's late pieces in the order of the ranks",
+        "stream/scaling.py",
+        (("*reversed(late)", "*late"),),
+        ("tests/test_let.py", "-k", "every_layout_on and 2"),
+    ),
+    Fault(
+        "give every rank the teacher's first tokens under sequence parallelism",
+        "stream/scaling.py",
+        (("whole.chunk(self._size)[self._sharing.rank()]", "whole.chunk(self._size)[0]"),),
+        ("tests/test_let.py", "-k", "every_layout_on and 4"),
+    ),
+    Fault(
+        "let go of a teacher an iteration early",
+        "methods/let/settings.py",
+        (("max(0, self.stop_iterations - iteration)", "max(0, self.stop_iterations - iteration - 1)"),),
+        ("tests/test_let.py", "-k", "falls_as_published"),
+    ),
+    Fault(
+        "load a teacher again whose time is over",
+        "methods/let/let.py",
+        (("self._is_over = not settings.measures_at(begin)", "self._is_over = False"),),
+        ("tests/test_let.py", "-k", "resumed"),
+    ),
+    Fault(
+        "take a tokenizer with the same number of pieces for the same",
+        "methods/let/tokens.py",
+        (("known_pieces.get(piece) != own_id", "own_id >= len(known_pieces)"),),
+        ("tests/test_let.py", "-k", "another_tokenizer"),
+    ),
+    Fault(
+        "keep the teacher",
+        "methods/let/let.py",
+        (("            self._teacher = None\n", "            pass\n"),),
+        ("tests/test_let.py", "-k", "alone_in"),
+    ),
+    Fault(
         "count layers from 0 in LayerNorm scaling",
         "methods/lns/settings.py",
         (("float(number**-self.power)", "float(max(1, number - 1) ** -self.power)"),),

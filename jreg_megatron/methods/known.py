@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
@@ -14,7 +15,8 @@ from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.stream.settings import Settings
 
 METHODS: list[type[Settings]] = [
-    *(JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig, PeriLNConfig)
+    *(JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig, PeriLNConfig),
+    LETConfig,
 ]
 """The settings of each method; a script that has a method of its own appends its settings before it
 trains."""

@@ -61,10 +61,11 @@ class Handle:
         self._group = group
         self._chunks = chunks
         self._measuring = [method for method in methods if method.training_meter is not None]
+        self._validating = [method for method in self._measuring if method.validation_meter is not None]
         for method in methods:
-            if (method.training_meter is None) != (method.validation_meter is None):
+            if method.training_meter is None and method.validation_meter is not None:
                 raise UserError(
-                    f"{type(method).__name__} must have a training_meter and a validation_meter, or none"
+                    f"{type(method).__name__} has a validation_meter, and must have a training_meter"
                 )
         losses = [method.added_loss for method in methods if method.added_loss is not None]
         # All are scaled alike; one that knows what the script multiplies its loss by is the best to check.
@@ -95,7 +96,14 @@ class Handle:
         if training and self._is_count_fixed:
             self._ran += 1
         iteration = self._iteration() if training and self._iteration is not None else None
-        call = Call(training, iteration, given.get("loss_mask"), given.get("padding_mask"))
+        call = Call(
+            training,
+            iteration,
+            loss_mask=given.get("loss_mask"),
+            padding_mask=given.get("padding_mask"),
+            tokens=given.get("input_ids"),
+            is_packed=given.get("packed_seq_params") is not None,
+        )
         asked = [(method, method.begin_microbatch(call)) for method in self.methods]
         told = [(method, own) for method, own in asked if own is not None]
         wanted = [getattr(own, "layers", None) for _, own in told]
@@ -193,7 +201,8 @@ class Handle:
     def reduce_training_metrics(self) -> Metrics | None:
         """Metrics over the training micro-batches since :meth:`reset_training_metrics`. Collective."""
         self._settle_first_step()
-        return self._read([method.training_meter for method in self._measuring], self._measured)
+        meters = {method: method.training_meter for method in self._measuring}
+        return self._read(meters, self._measured)
 
     def reset_training_metrics(self) -> None:
         """Begin a new interval of training metrics."""
@@ -205,26 +214,26 @@ class Handle:
 
     def reset_validation_metrics(self) -> None:
         """Begin a new validation."""
-        for method in self._measuring:
+        for method in self._validating:
             cast(Meter, method.validation_meter).reset()
 
     def reduce_validation_metrics(self) -> Metrics | None:
         """Metrics over the micro-batches seen in evaluation mode since the last call. Collective."""
         self._settle_first_step()
-        metrics = self._read([method.validation_meter for method in self._measuring], {})
+        metrics = self._read({method: method.validation_meter for method in self._validating}, {})
         self.reset_validation_metrics()
         return metrics
 
     def is_whole(self, metrics: Metrics | None) -> bool:
-        """Whether metrics have the values of every method that measures."""
-        return len(self._measuring) == (0 if metrics is None else len(metrics.readings))
+        """Whether a validation's metrics have the values of every method that measures there."""
+        return len(self._validating) == (0 if metrics is None else len(metrics.readings))
 
-    def _read(self, meters: Sequence[Meter | None], measured: dict[Method, list[int]]) -> Metrics | None:
-        """What the meters of the measuring methods say; None if nothing was seen of any. Collective."""
-        every = reduce_meters(cast(Sequence[Meter], meters), self._group)
+    def _read(self, meters: dict[Method, Meter | None], measured: dict[Method, list[int]]) -> Metrics | None:
+        """What the meters of methods say; None if nothing was seen of any. Collective."""
+        every = reduce_meters(cast(Sequence[Meter], [*meters.values()]), self._group)
         readings = [
             Reading(method.settings, method.read(values), tuple(measured.get(method, ())))
-            for method, values in zip(self._measuring, every, strict=True)
+            for method, values in zip(meters, every, strict=True)
             if values is not None
         ]
         return Metrics(tuple(readings)) if readings else None
@@ -394,7 +403,7 @@ def attach(
         refuse_settings(settings, knows_iteration=iteration is not None)
         _refuse_model(chunks, settings)
         counter = _microbatch_counter(num_microbatches)
-        place = place_of(chunks, counter)
+        place = place_of(chunks, counter, iteration)
         return counter, [of_one.make(place) for of_one in settings]
 
     counter, methods = _alike_on_every_rank(check, group)
@@ -471,8 +480,12 @@ def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
         of_one.refuse_model(chunks)
 
 
-def place_of(chunks: Sequence[nn.Module], num_microbatches: Callable[[], int]) -> Place:
-    """What a method is told of a built model's unwrapped chunks; ``num_microbatches`` is :func:`attach`'s."""
+def place_of(
+    chunks: Sequence[nn.Module],
+    num_microbatches: Callable[[], int],
+    iteration: Callable[[], int] | None = None,
+) -> Place:
+    """What a method is told of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
     config: Any = chunks[0].config
     dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
     return Place(
@@ -483,6 +496,7 @@ def place_of(chunks: Sequence[nn.Module], num_microbatches: Callable[[], int]) -
         dtype=torch.float32 if config.fp32_residual_connection else dtype,
         device=_device_of(chunks),
         scaling=Scaling(chunks[0], num_microbatches),
+        iteration=iteration,
     )
 
 

@@ -35,6 +35,8 @@ class Place:
     """Of the states."""
     device: torch.device
     scaling: Scaling
+    iteration: Callable[[], int] | None = None
+    """Tells the training iteration, 1-based. Where a method is attached it may not know it yet, and raise."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Call:
     """What the model was called with, ``[b, s]``, if anything; often on the last pipeline stage alone."""
     padding_mask: Tensor | None = None
     """What the model was called with, ``[b, s]``, if anything: True at padding; on all pipeline stages."""
+    tokens: Tensor | None = None
+    """The token ids that the model was called with, ``[b, s]``; for sure only where the embedding is."""
+    is_packed: bool = False
+    """Whether each sequence is several, packed into one."""
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -84,6 +90,7 @@ class Method:
     training_meter: Meter | None = None
     """What it has measured in training since the last log line, if it measures."""
     validation_meter: Meter | None = None
+    """The same of evaluation; only for a method that has a ``training_meter``."""
     refuse: Callable[[str], None]
     """Set where it is attached. To be called with what this rank alone may have found, one line for the
     user. In the first step the ranks meet, and raise it all alike; later it is raised at once."""

@@ -47,6 +47,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,7 +76,9 @@ class Scaling:
         """
         self._config = chunk.config
         self._num_microbatches = num_microbatches
-        self._sharing = _sequence_parallel_group(chunk)
+        self._sharing = _group(chunk, "tp") if chunk.config.sequence_parallel else None
+        # Megatron gives a rank an early and a late piece of each sequence.
+        self._context = _group(chunk, "cp") if chunk.config.context_parallel_size > 1 else None
         self._size = 1 if self._sharing is None else self._sharing.size()
 
     def fill(self, coefficient: Tensor, coeff: float) -> None:
@@ -110,22 +113,48 @@ class Scaling:
             This rank's part of the mask, and what it is multiplied by at each token, both ``[s, b]``.
         """
         count, is_cut = mask.sum(), self._sharing is not None and len(mask) == len(state)
-        if self._sharing is not None and not is_cut:
-            mask = mask.chunk(self._size)[self._sharing.rank()]
+        if not is_cut:
+            mask = self._shard(mask)
         if self._config.calculate_per_token_loss:
             return mask, mask
         if is_cut:
             dist.all_reduce(count, group=self._sharing)
         return mask, mask / count.clamp(min=1)
 
+    def whole_sequences(self, tokens: Tensor) -> Tensor:
+        """The whole sequences of which context-parallel ranks have parts. Collective under context
+        parallelism.
 
-def _sequence_parallel_group(chunk: Any) -> Any:
-    """The ranks among which sequence parallelism shares a sequence; None without it."""
-    if not chunk.config.sequence_parallel:
-        return None
-    group = getattr(getattr(chunk, "pg_collection", None), "tp", None)
+        Args:
+            tokens: ids, ``[b, s]`` of this rank.
+
+        Returns:
+            ``[b, s * C]``, in the order of the sequence.
+        """
+        if (group := self._context) is None:
+            return tokens
+        parts = [torch.empty_like(tokens) for _ in range(group.size())]
+        dist.all_gather(parts, tokens.contiguous(), group=group)
+        early, late = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
+        return torch.cat((*early, *reversed(late)), dim=1)
+
+    def own_part(self, whole: Tensor) -> Tensor:
+        """This rank's part of what there is for whole sequences, ``[s * C * S, ...]``: ``[s, ...]``."""
+        if (group := self._context) is not None:
+            pieces = whole.chunk(2 * group.size())
+            whole = torch.cat((pieces[group.rank()], pieces[-1 - group.rank()]))
+        return self._shard(whole)
+
+    def _shard(self, whole: Tensor) -> Tensor:
+        return whole if self._sharing is None else whole.chunk(self._size)[self._sharing.rank()]
+
+
+def _group(chunk: Any, name: str) -> Any:
+    """The ranks of tensor parallelism, ``tp``, or of context parallelism, ``cp``."""
+    group = getattr(getattr(chunk, "pg_collection", None), name, None)
     if group is None:
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state as state
 
-        group = parallel_state.get_tensor_model_parallel_group()
+        of = {"tp": state.get_tensor_model_parallel_group, "cp": state.get_context_parallel_group}
+        group = of[name]()
     return group

@@ -42,6 +42,9 @@ from jreg_megatron.stream.layer_watch import LayerWatch, Report
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
 
+_FIRST_ARGUMENTS = ("input_ids",)
+"""Of Megatron's models, which callers give by place too."""
+
 _RERUN_LATER = (
     "a layer runs outside of the model's forward pass, which is known of recomputed layers alone, and none "
     "was recomputed in the first training step; call attach again where recomputation "
@@ -219,11 +222,12 @@ class _ChunkTap:
         if found is not None:
             self.microbatch = found[1]
 
-    def _before_chunk(self, chunk: nn.Module, _: Any, named: dict[str, Any]) -> None:
+    def _before_chunk(self, chunk: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         gone = [key for key, (storage, _) in self._checkpointed.items() if _is_gone(storage)]
         for key in gone:
             del self._checkpointed[key]
         is_counted = torch.is_grad_enabled() or not chunk.training
+        named = {**dict(zip(_FIRST_ARGUMENTS, given, strict=False)), **named}
         self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
         # One evaluation shows what there is to see; there may be thousands before the first training step.

@@ -58,23 +58,24 @@ _WORDS = tuple(
     "parallel pipeline virtual overlap offload recompute cuda_graph inference fused fusion fp8 fp4 bf16 "
     "fp16 gtp_".split()
 )
-_BEGINNINGS = tuple(
-    """
+_BEGINNINGS = (
+    *(f"{method.prefix}_" for method in known.METHODS),  # what changes a model is refused
+    *"""
     account_for_ apply_query_key_layer_scaling attention_backend attention_dropout batch_invariant
     calculate_per_token ckpt_ config_logger consumed_ curr_iteration defer_embedding delay_ delta_
     deterministic disable_chunked disable_mamba_mem distribute_saved do_test do_train do_valid enable_gloo
-    export_ fine_grained finetune_ flash gdp_ grpo_ hidden_dropout init_model iteration jreg_ kitchen langrl
+    export_ fine_grained finetune_ flash gdp_ grpo_ hidden_dropout init_model iteration kitchen langrl
     lazy legacy_tokenizer load_model_opt local_rank megatron_fsdp mhc_ min_offloaded modelopt
     moe_apply_probs_fusion moe_aux_loss moe_combine moe_deepep moe_dispatch moe_enable_deepep
     moe_expert_rank moe_extended moe_flex moe_grouped_gemm moe_hybridep moe_input_jitter moe_layer_recompute
     moe_ncclep moe_pad_experts moe_paged moe_per_layer_logging moe_permute_fusion moe_router_fusion
     moe_routing_trace moe_single_grouped moe_token_dispatcher moe_use_legacy moe_use_upcycling moe_z_loss
-    mtp_ muon_ nccl no_persist norms_ num_floating otel_ params_dtype perform_init qk_clip quant
+    mtp_ muon_ nccl no_persist num_floating otel_ params_dtype perform_init qk_clip quant
     renormalize_blend retriever_ retro_ rl_ s3_ save_ scatter_gather skipped_ standalone_embedding
     symmetric_ar te_ teacher_ tiktoken_ tokenizer_ tp_comm transformer_impl use_cpu_init use_custom_fsdp
     use_dist_ckpt use_gigatoken use_grouped_gemm use_layer_wise use_te use_transformer_engine variable_seq
     wgrad world_size
-    """.split()
+    """.split(),
 )
 _NAMES = ("cpu", "load", "rank", "save")
 

@@ -1,0 +1,134 @@
+"""Settings of LET."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
+
+if TYPE_CHECKING:
+    from jreg_megatron.methods.let.let import LET
+    from jreg_megatron.stream.method import Place
+
+_ONE_TEXT = "the teacher sees the whole sequence, also what lies before a document in it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LETConfig(Settings):
+    """Settings of LET (arXiv 2602.05393, *Late-to-Early Training*).
+
+    In training iteration s the loss is ``L_NLL + coeff(s) * L_proj``. ``L_proj`` is the mean over tokens of
+    ``-cos(h, t)``: ``h`` is the output of layer ``layer``, and ``t`` is the teacher's last state of the same
+    token, linearly interpolated to the width of ``h``. ``coeff(s)`` is
+    ``coeff * max(0, (stop_iterations - s) / stop_iterations)``. Published are the formulas, an early layer, a
+    small teacher and a coefficient of 0.1. We know of no number for the layer and for the end, and of no word
+    on which last state is meant; here it is the one behind the teacher's final norm.
+
+    Raises:
+        UserError: for a value that is not allowed; the message names the setting, the value and the fix.
+    """
+
+    name: ClassVar[str] = "LET"
+    prefix: ClassVar[str] = "let"
+    title: ClassVar[str] = "LET, late-to-early training"
+    about: ClassVar[str] = (
+        "an early layer learns from the last state of a small trained model (arXiv 2602.05393). It needs "
+        "--let-teacher and --let-stop-iterations."
+    )
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "reset_attention_mask": _ONE_TEXT,
+        "reset_position_ids": _ONE_TEXT,
+        "dataloader_inter_document_masking": _ONE_TEXT,
+    }
+
+    teacher: str | None = setting(
+        None,
+        "the teacher: a folder with a causal language model of transformers, with the tokenizer of the model "
+        "that is trained. jreg-megatron export makes such a folder of a Megatron checkpoint.",
+        metavar="FOLDER",
+    )
+    coeff: float = setting(0.1, "the coefficient at the start, >= 0. At 0 nothing changes.", float, "LAMBDA")
+    layer: int | None = setting(
+        None,
+        "the layer that learns from the teacher, 1-based; on the first pipeline stage. Left out: the last of "
+        "the first third.",
+        int,
+        "K",
+    )
+    stop_iterations: int | None = setting(
+        None,
+        "the iteration in which the coefficient reaches 0, on a straight line. We suggest half of the "
+        "training.",
+        int,
+        "N",
+    )
+    tokens: str = setting(
+        "all",
+        "which tokens the mean is over: 'all', or 'unmasked', those that the padding mask or the loss mask "
+        "keeps.",
+        metavar="WHICH",
+    )
+
+    def __post_init__(self) -> None:
+        what = "the folder of a model of transformers"
+        self.require(
+            "teacher", self.teacher, isinstance(self.teacher, str | Path) and self.teacher != "", what
+        )
+        object.__setattr__(self, "teacher", str(self.teacher))
+        coeff, layer, stop = self.coeff, self.layer, self.stop_iterations
+        self.require("coeff", coeff, is_finite(coeff) and coeff >= 0, "a finite number >= 0")
+        allowed = layer is None or (is_integer(layer) and layer >= 1)
+        self.require("layer", layer, allowed, "a layer's number, 1-based, or left out")
+        allowed = is_integer(stop) and stop >= 1  # type: ignore[operator]
+        self.require("stop_iterations", stop, allowed, "a whole number >= 1, such as half of the training's")
+        self.require("tokens", self.tokens, self.tokens in ("all", "unmasked"), "'all' or 'unmasked'")
+
+    @property
+    def layer_rule(self) -> None:
+        """None: it takes the layers that the other methods take."""
+
+    @property
+    def has_schedule(self) -> bool:
+        """It does: the coefficient depends on the iteration."""
+        return True
+
+    def coeff_at(self, iteration: int) -> float:
+        """The coefficient in training iteration ``iteration``, 1-based; >= 0."""
+        assert self.stop_iterations is not None
+        return self.coeff * max(0, self.stop_iterations - iteration) / self.stop_iterations
+
+    def measures_at(self, iteration: int) -> bool:
+        """Whether the teacher runs in training iteration ``iteration``, 1-based."""
+        return self.coeff_at(iteration) > 0
+
+    def layer_of(self, num_layers: int) -> int:
+        """The layer that learns from the teacher, 1-based, in a model of so many layers."""
+        return max(1, num_layers // 3) if self.layer is None else self.layer
+
+    def refuse(self, model_config: Any) -> None:
+        """Refuse by name what is not supported, and another tokenizer than the teacher's."""
+        super().refuse(model_config)
+        is_there = (Path(str(self.teacher)) / "config.json").is_file()
+        if is_there and getattr(model_config, "tokenizer_type", None):
+            from jreg_megatron.methods.let.tokens import refuse_other_tokens
+
+            refuse_other_tokens(str(self.teacher), model_config)
+
+    def refuse_layers(self, num_layers: int) -> None:
+        """Refuse a layer that the model does not have."""
+        if (number := self.layer_of(num_layers)) > num_layers:
+            raise UserError(
+                f"{self.flag('layer')} is {number}, and the model has {num_layers} layers; take one of 1 to "
+                f"{num_layers}"
+            )
+
+    def make(self, place: Place) -> LET:
+        """LET on a built model."""
+        from jreg_megatron.methods.let.let import LET
+
+        return LET(self, place)

@@ -1,0 +1,86 @@
+"""The teacher: a trained causal language model of transformers, which runs without gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jreg_megatron.methods.let.settings import LETConfig
+from jreg_megatron.runtime.errors import UserError, one_line
+from jreg_megatron.runtime.extras import errors_alone, need
+
+_FLAG = LETConfig.flag("teacher")
+_LENGTH = 8
+"""Tokens of the run that shows whether the model looks ahead."""
+
+
+class Teacher:
+    """Gives the last states of token ids, behind the final norm, at the width of the trained model."""
+
+    def __init__(self, folder: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Load it.
+
+        Args:
+            folder: of a model of transformers.
+            width: of the states that are wanted.
+            device: where it runs.
+            dtype: of its weights.
+
+        Raises:
+            UserError: if it cannot be loaded whole, or is no causal language model.
+        """
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(
+                f"{_FLAG} is {folder}, which is no folder with a model of transformers (config.json); give "
+                "one: 'hf download NAME --local-dir FOLDER' fetches it from the hub, and 'jreg-megatron "
+                "export CHECKPOINTS FOLDER' makes one of a Megatron checkpoint"
+            )
+        transformers = need("transformers", f"{_FLAG} {folder}", "analysis")
+        here = [device] if device.type == "cuda" else []
+        # Random numbers of the training must not depend on whether a teacher is loaded.
+        with errors_alone("transformers"), torch.random.fork_rng(devices=here):
+            transformers.utils.logging.disable_progress_bar()
+            try:
+                model, info = transformers.AutoModel.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
+                self._model = model.to(device).eval().requires_grad_(False)
+                self.vocab_size: int = model.get_input_embeddings().num_embeddings
+                self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
+                tokens = torch.arange(1, 1 + _LENGTH, device=device).repeat(2, 1) % self.vocab_size
+                tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size
+                first, other = self._last_states(tokens).float().unbind()
+            except Exception as error:
+                raise UserError(
+                    f"{_FLAG} {folder} cannot be run as a causal language model: {one_line(error)[:300]}"
+                ) from error
+        if missing := sorted(map(str, info["missing_keys"])):
+            raise UserError(f"the files of {_FLAG} {folder} lack {missing[0]}, which its config.json needs")
+        off = (first - other).norm(dim=-1) > 2 * torch.finfo(dtype).eps ** 0.5 * first.norm(dim=-1)
+        if off[:-1].any() or not off[-1]:
+            raise UserError(f"{_FLAG} {folder} is no causal language model, or has no weights; give another")
+        unit = torch.eye(first.shape[-1], device=device)
+        # Interpolation is linear, so it is a matrix, which is faster on a GPU.
+        self._resize = torch.nn.functional.interpolate(unit[None], size=width, mode="linear")[0]
+
+    @torch.inference_mode()
+    def _last_states(self, tokens: Tensor) -> Tensor:
+        states: Tensor = self._model(input_ids=tokens, use_cache=False).last_hidden_state
+        return states
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """The last states of whole sequences.
+
+        Args:
+            tokens: ids ``[b, s]``.
+
+        Returns:
+            ``[s, b, width of the teacher]``, to be given to :meth:`resized`.
+        """
+        return self._last_states(tokens).transpose(0, 1)
+
+    def resized(self, states: Tensor) -> Tensor:
+        """States at the width of the model that is trained, ``[s, b, h]`` float32."""
+        return states.float() @ self._resize
