@@ -14,10 +14,14 @@ import depth_reference as plain
 import numpy
 import pytest
 import torch
+from harness import read_scalars, run_function, run_ranks
 from small_models import VOCABULARY, small_model
+from test_attach import build_model, forward, step
+from test_methods import states_of as states_in_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from jreg_megatron import AttenuationConfig, DepthConfig, JRegConfig, UserError, attach
 from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
@@ -238,10 +242,8 @@ def assert_evaluated(decoder: Decoder, texts: list[Text], rel: float, absolute: 
     for name, values in wanted.items():
         got = found["skip"][name] if name.startswith(("later", "output")) else found[name]
         if name.startswith("later"):
-            got, values = (
-                [[-1.0 if v is None else v for v in row] for row in rows] for rows in (got, values)
-            )
-            assert numpy.array(got) == pytest.approx(numpy.array(values), rel=rel, abs=absolute), name
+            one, other = ([[-1.0 if v is None else v for v in row] for row in rows] for rows in (got, values))
+            assert numpy.array(one) == pytest.approx(numpy.array(other), rel=rel, abs=absolute), name
         else:
             assert got == pytest.approx(values, rel=rel, abs=absolute) if values is not None else got is None
     assert found["tokens"] == sum(len(text.content) - 1 for text in texts)
@@ -309,3 +311,157 @@ def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:
 def test_the_use_of_smollm2s_layers_is_that_of_runs_without_them(smollm: Decoder) -> None:
     (text,) = (Text("some", numpy.random.default_rng(1).integers(1000, 20000, 12)),)
     assert_evaluated(smollm, [text], 2e-3, 1e-4)
+
+
+ALL = "voids,contributions,entropy,curvature"
+BOTH = ("voids,contributions", "contributions,entropy,curvature")
+
+
+def middles_in_training(model: Any) -> list[Tensor]:
+    """The states between attention and MLP of the next forward passes, as hooks see them."""
+    middles: list[Tensor] = []
+    for layer in model.decoder.layers:
+        layer.pre_mlp_layernorm.register_forward_pre_hook(lambda _, args: middles.append(args[0].detach()))
+    return middles
+
+
+def wanted_of(states: list[Tensor], middles: list[Tensor]) -> dict[str, list[float]]:
+    """By plain loops, over sequences of one length; states ``[s, b, h]``."""
+    every, between = torch.stack(states).detach(), torch.stack(middles)
+    of_rows = [(every[:, :, row], between[:, :, row], every[-1, :, row]) for row in range(every.shape[2])]
+    found = plain.figures(of_rows)
+    for name in ("matrix_entropy", "curvature"):
+        found[name] = found[name][1:]  # of layers' outputs
+    return {name: values for name, values in found.items() if "normed" not in name}
+
+
+def measures_in_training(recompute: str) -> None:
+    model = build_model(recompute)
+    states, middles = states_in_training(model), middles_in_training(model)
+    with torch.no_grad():
+        forward(model)
+    wanted = wanted_of(list(states), list(middles))
+    loss, gradients = step(model)
+    handle = attach(model, DepthConfig(metrics=ALL), JRegConfig(coeff=0.0), num_microbatches=1)
+    same, measured = step(model)
+    assert torch.equal(loss, same)
+    assert all(torch.equal(gradients[name], measured[name]) for name in gradients)
+    step(model)  # a second micro-batch
+    metrics = handle.end_iteration(1)
+    assert metrics is not None and metrics.depth.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert metrics.depth[name].tolist() == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    assert metrics.headline()["void layers"] == pytest.approx(sum(wanted["void_share"]))
+    model.eval()
+    with torch.no_grad():
+        forward(model)
+    validated = handle.reduce_validation_metrics()
+    assert validated is not None
+    assert validated.depth["mlp_ratio"].tolist() == pytest.approx(wanted["mlp_ratio"], rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "uniform", "block"])
+def test_depth_in_training_is_that_of_plain_loops_and_changes_no_bit(recompute: str) -> None:
+    run_function(measures_in_training, 1, recompute)
+
+
+def attenuates() -> None:
+    model = build_model()
+    states, middles = states_in_training(model), middles_in_training(model)
+    settings = (AttenuationConfig(factor=0.3, layers=(2,)), DepthConfig())
+    handle = attach(model, *settings, num_microbatches=1)
+    step(model)
+    metrics = handle.end_iteration(1)
+    h_1, h_2 = (state.detach().double().flatten(0, 1).numpy() for state in states[1:3])
+    middle = middles[1].double().flatten(0, 1).numpy()
+    ratios = plain.contribution_rows(h_1, middle, h_2 + 0.7 * h_1)["mlp_ratio"]
+    assert metrics is not None
+    assert float(metrics.depth["mlp_ratio"][1]) == pytest.approx(numpy.mean(ratios), rel=1e-4)
+
+
+def test_what_the_mlp_adds_is_without_the_attenuation_of_the_layer() -> None:
+    run_function(attenuates)
+
+
+def test_depth_in_megatrons_loop_is_the_same_at_every_layout(
+    toy_arguments: list[str], initial_weights: Path, tmp_path: Path
+) -> None:
+    argv = (*toy_arguments, "--load", initial_weights, "--finetune", "--no-load-optim", "--no-load-rng")
+    argv = (*argv, "--train-iters", 2, "--lr", 0, "--min-lr", 0, "--depth-measure-interval", 1)
+
+    def trained(board: str, metrics: str, *layout: object, ranks: int = 2) -> dict[str, list[float]]:
+        more = ("--depth-metrics", metrics, "--tensorboard-dir", tmp_path / board)
+        run_ranks([*argv, *layout, *more], ranks)
+        return {
+            name: values
+            for name, values in read_scalars(tmp_path / board).items()
+            if name.startswith("depth/") or name == "void layers"
+        }
+
+    one = trained("one", ALL, ranks=1)
+    assert len(one) == 9 * 4 + 1
+    uniform = (
+        "--recompute-granularity",
+        "full",
+        "--recompute-method",
+        "uniform",
+        "--recompute-num-layers",
+        1,
+    )
+    for board, metrics, *layout in (
+        ("tensor", BOTH[0], "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        ("pipeline", BOTH[1], "--pipeline-model-parallel-size", 2, *uniform),
+        ("context", BOTH[0], "--context-parallel-size", 2),
+        ("data", ALL, *uniform),
+    ):
+        for name, values in trained(board, metrics, *layout).items():
+            assert values == pytest.approx(one[name], rel=1e-4, abs=1e-6), (board, name)
+
+
+def refuses_on_the_model() -> list[str]:
+    from hybrid_toy import build
+
+    lines = []
+    for layer in ("mixer", "sublayer"):
+        with pytest.raises(UserError) as caught:
+            attach(build("-*-M"), DepthConfig(layer=layer), num_microbatches=1)
+        lines.append(str(caught.value))
+    attach(build("*-*-"), DepthConfig(metrics=ALL), num_microbatches=1)
+    model = build_model()
+    attach(model, DepthConfig(metrics="entropy"), num_microbatches=1)
+    with pytest.raises(UserError) as caught:
+        model.decoder.layers[0]  # the model is whole
+        model(None, None, None, packed_seq_params=object())
+    return [*lines, str(caught.value)]
+
+
+def test_lone_sub_layers_and_packed_sequences_are_refused_by_name() -> None:
+    (lines,) = run_function(refuses_on_the_model)
+    for line, named in zip(lines, ("layer 1 is one sub-layer", "layer 1 is one", "packed"), strict=True):
+        assert named in line and "--depth-metrics" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--depth-measure-interval", 0), "--depth-measure-interval"),
+        (("--depth-metrics", "void"), "--depth-metrics (DepthConfig.metrics) is void"),
+        (("--depth-metrics", ""), "--depth-metrics"),
+        (
+            ("--depth-metrics", "voids", "--pipeline-model-parallel-size", 2),
+            "pipeline_model_parallel_size is 2",
+        ),
+        (("--depth-metrics", "entropy", "--context-parallel-size", 2), "context_parallel_size is 2"),
+        (
+            *[("--depth-metrics", ALL, "--tensor-model-parallel-size", 2, "--sequence-parallel")],
+            "give --depth-metrics voids,contributions",
+        ),
+    ],
+)
+def test_what_a_layout_cannot_give_is_refused_by_name(
+    flags: tuple[object, ...], named: str, toy_arguments: list[str]
+) -> None:
+    ranks = 2 if "--depth-metrics" in flags and len(flags) > 2 else 1
+    run = run_ranks([*toy_arguments, *flags, "--train-iters", 1], ranks, check=False)
+    assert run.status == [2] * ranks
+    assert all(named in output for output in run.output)

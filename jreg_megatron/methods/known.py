@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
+from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -14,7 +15,8 @@ from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.stream.settings import Settings
 
 METHODS: list[type[Settings]] = [
-    *(JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig, PeriLNConfig)
+    *(JRegConfig, NormsConfig, DepthConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig),
+    PeriLNConfig,
 ]
 """The settings of each method; a script that has a method of its own appends its settings before it
 trains."""

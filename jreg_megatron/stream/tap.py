@@ -42,6 +42,10 @@ from jreg_megatron.stream.layer_watch import LayerWatch, Report
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
 
+Parts = Callable[[Any, int, Tensor, Tensor, Tensor], None]
+"""Is shown a micro-batch, a layer's number and input, the state behind its first bias-dropout-add, and the
+layer's output before any change."""
+
 _RERUN_LATER = (
     "a layer runs outside of the model's forward pass, which is known of recomputed layers alone, and none "
     "was recomputed in the first training step; call attach again where recomputation "
@@ -50,7 +54,10 @@ _RERUN_LATER = (
 
 
 class ResidualStreamObserver(Protocol):
-    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence."""
+    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence.
+
+    One with an attribute ``parts``, of :data:`Parts`, that is not None is shown them before :meth:`layer`.
+    """
 
     def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> Any:
         """A model chunk starts the forward pass of a micro-batch.
@@ -156,6 +163,7 @@ class _ChunkTap:
     ) -> None:
         self.observer = observer
         self.changes = changes
+        self.parts: Parts | None = getattr(observer, "parts", None)
         self.microbatch: Any = None
         """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
         self.recomputes = chunk.config.recompute_granularity == "full"
@@ -278,6 +286,7 @@ class _LayerTap:
         # Of the run under way; None outside of one and where the run does not count.
         self._microbatch: Any = None
         self._input: Tensor | None = None
+        self._middle: Tensor | None = None
         self._will_be_rerun = False
         self._change = chunk.changes.get(layer.number)
         self._is_over = False
@@ -374,10 +383,16 @@ class _LayerTap:
         self._input = residual
         if self._watching is not None:
             self._watching.adds_to(residual)
-        return add(x_with_bias, residual, *rest)
+        state = add(x_with_bias, residual, *rest)
+        if self._chunk.parts is not None and self._microbatch is not None and not self._will_be_rerun:
+            self._middle = state
+        return state
 
     def _on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
         layer_output = add(*operands)
+        middle, self._middle = self._middle, None
+        if self._chunk.parts is not None and middle is not None and self._input is not None:
+            self._chunk.parts(self._microbatch, self.number, self._input, middle, layer_output)
         if self._change is not None and self._input is not None:
             layer_output = self._change(self.number, self._input, layer_output)
         microbatch, layer_input = self._microbatch, self._input
