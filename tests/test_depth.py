@@ -421,23 +421,32 @@ def test_depth_in_megatrons_loop_is_the_same_at_every_layout(
 def refuses_on_the_model() -> list[str]:
     from hybrid_toy import build
 
-    lines = []
+    model = build_model()
+    attach(model, DepthConfig(metrics="entropy"), num_microbatches=1)
+    with pytest.raises(UserError) as packed:
+        step_of_packed(model)
+    lines = [str(packed.value)]
     for layer in ("mixer", "sublayer"):
         with pytest.raises(UserError) as caught:
             attach(build("-*-M"), DepthConfig(layer=layer), num_microbatches=1)
         lines.append(str(caught.value))
     attach(build("*-*-"), DepthConfig(metrics=ALL), num_microbatches=1)
-    model = build_model()
-    attach(model, DepthConfig(metrics="entropy"), num_microbatches=1)
-    with pytest.raises(UserError) as caught:
-        model.decoder.layers[0]  # the model is whole
-        model(None, None, None, packed_seq_params=object())
-    return [*lines, str(caught.value)]
+    return lines
+
+
+def step_of_packed(model: Any) -> None:
+    """Two sequences of four tokens in a row, as Megatron's batches describe them."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = torch.tensor([0, 4, 8], dtype=torch.int32)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=4, max_seqlen_kv=4)
+    tokens = torch.arange(8)[None]
+    model(tokens, tokens % 4, None, labels=tokens, packed_seq_params=packed).mean().backward()
 
 
 def test_lone_sub_layers_and_packed_sequences_are_refused_by_name() -> None:
     (lines,) = run_function(refuses_on_the_model)
-    for line, named in zip(lines, ("layer 1 is one sub-layer", "layer 1 is one", "packed"), strict=True):
+    for line, named in zip(lines, ("packed", "layer 1 is one", "layer 1 is one"), strict=True):
         assert named in line and "--depth-metrics" in line and "\n" not in line
 
 
