@@ -418,6 +418,39 @@ def test_depth_in_megatrons_loop_is_the_same_at_every_layout(
             assert values == pytest.approx(one[name], rel=1e-4, abs=1e-6), (board, name)
 
 
+def measures_a_checkpoint(folder: Path) -> None:
+    from checkpoint_toy import GPT2_FLAGS, made, some_tokens
+
+    from jreg_megatron.decoder.checkpoint.model import load_megatron
+
+    made(folder, GPT2_FLAGS)  # with biases, which its modules return beside their output
+    decoder = load_megatron(folder, dtype=torch.float32, device=torch.device("cpu"))
+    tokens = some_tokens()[:1, :20]
+    texts = [Text("some", tokens[0].numpy())]
+    measured = measure(decoder, texts, depth=True)["with_first_token"]
+    found = depth(decoder, texts, Namespace(max_tokens=0, batch_size=2, quiet=True))
+    states, middles = states_in_training(decoder.model), middles_in_training(decoder.model)
+    usual = decoder.logits(tokens)[0].softmax(-1)
+    for name, values in wanted_of(list(states), list(middles)).items():
+        assert measured[name]["pre_norm"][-2:] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    added = (states[2] - states[1])[1:, 0]
+    rows = decoder.model.embedding.word_embeddings.weight[tokens[0, 1:]]
+    cosines = torch.nn.functional.cosine_similarity(states[1][:-1, 0], rows, dim=-1)
+    assert found["cosine_to_next_token"][1] == pytest.approx(float(cosines.mean()), rel=1e-4)
+    states.clear()
+    decoder.layers[0].register_forward_hook(
+        lambda _, __, output: (torch.cat((output[0][:1], states[0][1:])), *output[1:])
+    )
+    moved = (decoder.logits(tokens)[0].softmax(-1) - usual)[1:].norm(dim=-1)
+    assert found["skip"]["output_mean"][0] == pytest.approx(float(moved.mean()), rel=1e-4)
+    change = ((states[2] - states[0])[1:, 0] - added).norm(dim=-1) / added.norm(dim=-1)
+    assert found["skip"]["later_largest"][0][1] == pytest.approx(float(change.max()), rel=1e-4)
+
+
+def test_a_megatron_checkpoint_has_the_depth_of_its_own_states(tmp_path: Path) -> None:
+    run_function(measures_a_checkpoint, 1, tmp_path)
+
+
 def refuses_on_the_model() -> list[str]:
     from hybrid_toy import build
 

@@ -105,8 +105,8 @@ def curvature(states: Tensor) -> Tensor:
 
     The mean of ``arccos |cos(v_k, v_{k+1})|`` over the differences ``v_k = z_{k+1} - z_k`` of the states
     ``z``, which are centred and of norm 1 as in :func:`matrix_entropy`. The absolute value and the norm of 1
-    are those of the authors' code; the paper's formula has neither. A difference of 0 counts as an angle of
-    0, as there.
+    are those of the authors' code; the paper's formula has neither. Another release of that code takes the
+    states in place of their differences. A difference of 0 counts as an angle of 0.
 
     Args:
         states: of one sequence each, ``[..., n, h]``.
