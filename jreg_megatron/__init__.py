@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jreg_megatron.methods.attenuation.settings import AttenuationConfig
+    from jreg_megatron.methods.depth.depth import DepthMetrics
+    from jreg_megatron.methods.depth.settings import DepthConfig
     from jreg_megatron.methods.jreg.formulas import displacement, jump_rate, layer_weights
     from jreg_megatron.methods.jreg.regularizer import JRegMetrics
     from jreg_megatron.methods.jreg.settings import JRegConfig
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttenuationConfig",
+    "DepthConfig",
+    "DepthMetrics",
     "Handle",
     "JRegConfig",
     "JRegMetrics",
@@ -49,6 +53,8 @@ __all__ = [
 
 _MODULES = {
     "AttenuationConfig": "methods.attenuation.settings",
+    "DepthConfig": "methods.depth.settings",
+    "DepthMetrics": "methods.depth.depth",
     "JRegConfig": "methods.jreg.settings",
     "Handle": "stream.attachment",
     "JRegMetrics": "methods.jreg.regularizer",

@@ -39,6 +39,9 @@ KERNELS = ("tests/test_kernels.py",)
 PENALTY = ("tests/test_penalty.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 STRUCTURE = ("tests/test_structure.py",)
+DEPTH = ("tests/test_depth.py", "-k", "(loops_on_its or use_of_layers) and llama")
+DEPTH_TRAINING = ("tests/test_depth.py", "-k", "attenuation")
+DEPTH_REFUSED = ("tests/test_depth.py", "-k", "layout_cannot")
 DROWNED = tuple(
     f"tests/test_structure.py::{name}"
     for name in (
@@ -1833,6 +1836,55 @@ FAULTS = [
         "report/charts.py",
         (("[label for label, style in looks.items() if style.thin]", "[]"),),
         REPORT_PAPER,
+    ),
+    Fault(
+        "let the layer itself count among the earlier ones where voids are told",
+        "methods/depth/formulas.py",
+        (("torch.cat((torch.zeros_like(change[:1]), spread[:-1]))", "spread"),),
+        DEPTH,
+    ),
+    Fault(
+        "take the MLP's contribution relative to the layer's input",
+        "methods/depth/formulas.py",
+        (("(out - between, between)", "(out - between, h)"),),
+        DEPTH,
+    ),
+    Fault(
+        "keep entries below 0 in the Gram matrix",
+        "methods/depth/formulas.py",
+        (("    gram = gram.clamp(min=0)\n", ""),),
+        DEPTH,
+    ),
+    Fault(
+        "skip a layer for the first token too",
+        "evaluate/depth.py",
+        (("(slice(first_row, None), slice(1, None))", "(slice(first_row, None), slice(None))"),),
+        DEPTH,
+    ),
+    Fault(
+        "let padding count in a sequence's entropy",
+        "measure/depth.py",
+        (("[row[:length] for row, length in", "[row for row, length in"),),
+        DEPTH,
+    ),
+    Fault(
+        "let attenuation count as what the MLP adds",
+        "stream/tap.py",
+        (
+            (
+                "        middle, self._middle = self._middle, None\n",
+                "        if self._change is not None and self._input is not None:\n"
+                "            layer_output = self._change(self.number, self._input, layer_output)\n"
+                "        middle, self._middle = self._middle, None\n",
+            ),
+        ),
+        DEPTH_TRAINING,
+    ),
+    Fault(
+        "log voids of the layers of one pipeline stage",
+        "methods/depth/settings.py",
+        (('refuse(("voids",),', "refuse((),"),),
+        DEPTH_REFUSED,
     ),
     Fault(
         "fit the lens to states of any size alike",

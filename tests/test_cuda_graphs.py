@@ -8,6 +8,7 @@ from harness import run_function
 from test_attach import build_model
 
 from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
@@ -63,6 +64,7 @@ def refuses_graphs() -> None:
         ("cuda_graph_impl 'full_iteration'", {"cuda_graph_impl": "full_iteration"}, [TAKEN]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
+        ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
     ):
         vars(model.config).update(OF_LAYERS | changes)
         with pytest.raises(UserError, match=named):

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from jreg_megatron.methods import known
+from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -39,7 +40,8 @@ _THE_PAPERS = (
     *("jreg_weights", "jreg_start_iteration", "jreg_stop_iteration", "jreg_warmup_iterations"),
     "jreg_token_share",
 )
-_OTHER_METHODS = tuple(f"{kind.prefix}_" for kind in known.METHODS if kind not in (JRegConfig, NormsConfig))
+_OBSERVING = (JRegConfig, NormsConfig, DepthConfig)
+_OTHER_METHODS = tuple(f"{kind.prefix}_" for kind in known.METHODS if kind not in _OBSERVING)
 _DEFAULTS = {f"jreg_{f.name}": str(f.default) for f in fields(JRegConfig)}
 
 _EQUAL_TOKENS = 0.01

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = "jreg_megatron evaluation"
 SEEDS_FORMAT = "jreg_megatron evaluation over seeds"
-PARTS = ("tasks", "read-out", "layer-drop")
+USUAL_PARTS = ("tasks", "read-out", "layer-drop")
+PARTS = (*USUAL_PARTS, "depth")
 
 _DEFAULT_TOKENS = 512
 
@@ -42,6 +43,7 @@ _EXAMPLES = """examples:
   jreg-megatron evaluate runs/a runs/b --parts read-out --text held_out.jsonl --max-tokens 2048
   jreg-megatron evaluate --seeds seed1.json seed2.json seed3.json
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --parts read-out,layer-drop --lens
+  jreg-megatron evaluate runs/a --parts depth --max-tokens 128 --json depth.json
   jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
 Two models are compared on the same samples and texts: bootstrap intervals, McNemar's exact test for
 accuracies, a permutation test for other figures. p-values are adjusted for several tasks or layers (Benjamini
@@ -148,8 +150,13 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--seeds", action="store_true", help=seeds)
     names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
-    parts = f"run these parts: {', '.join(PARTS)} (default: all). layer-drop needs one run for each layer"
-    parser.add_argument("--parts", **names, default=list(PARTS), metavar="PART,...", help=parts)
+    parts = (
+        f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop needs one run "
+        "for each layer, and depth two. depth: how near each layer's read-out is to the output, the effect "
+        "of skipping a layer on later layers and on the output, and whether a state points to its own token "
+        "or to the next one"
+    )
+    parser.add_argument("--parts", **names, default=list(USUAL_PARTS), metavar="PART,...", help=parts)
     group = parser.add_argument_group("tasks, by lm-evaluation-harness")
     tasks = (
         "speeches (default): small tasks made of held-out speeches; they need no network and are no public "

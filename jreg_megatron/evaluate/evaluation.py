@@ -13,6 +13,7 @@ from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.load import name_at
 from jreg_megatron.evaluate import layers, paired
+from jreg_megatron.evaluate.depth import depth
 from jreg_megatron.evaluate.layers import PerText, read_out_error
 from jreg_megatron.evaluate.tasks import TaskResult, run_tasks
 from jreg_megatron.paper import TASKS, WITHOUT_BOOLQ, missing_tasks, task_means
@@ -30,6 +31,7 @@ class Evaluation:
     layer_drop: PerText | None = None  # its C readings are without layer 1..L, then the whole model
     lens: PerText | None = None  # its C readings are layers 0..L through the fitted lens
     lens_tokens: int = 0  # in the lens's fit
+    depth: dict[str, Any] | None = None  # as depth() gives it
 
     @property
     def at(self) -> str:
@@ -78,7 +80,9 @@ def evaluate(
         through = layers.read_out(decoder, texts, args, lens)
         yield (found := replace(found, lens=through, lens_tokens=lens.tokens))
     if "layer-drop" in parts:
-        yield replace(found, layer_drop=layers.layer_drop(decoder, texts, args))
+        yield (found := replace(found, layer_drop=layers.layer_drop(decoder, texts, args)))
+    if "depth" in parts:
+        yield replace(found, depth=depth(decoder, texts, args))
 
 
 def _contents(texts: Iterable[Text]) -> set[int]:
@@ -189,4 +193,5 @@ def _model(e: Evaluation, text: str) -> dict[str, Any]:
         "read_out": e.read_out and by_layer(e.read_out),
         "lens": e.lens and by_layer(e.lens) | {"fit_tokens": e.lens_tokens},
         "layer_drop": losses and {"loss": losses[:-1], "unchanged": losses[-1]},
+        "depth": e.depth and {"text": text} | e.depth,
     }

@@ -24,7 +24,7 @@ from jreg_megatron.runtime.errors import UserError
 Scores = tuple[Tensor, Tensor]
 """Of predictions of n tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
 
-_MAX_LOGITS = 1 << 25
+MAX_LOGITS = 1 << 25
 """Logits at a time: 128 MiB in fp32."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -105,7 +105,7 @@ def read_out(
                 states = lens(number, states)
             scores.append(score(decoder.read_out, states, targets, decoder))
 
-        with decoder.observed(_states_at(kept, decoder, read)):
+        with decoder.observed(states_at(kept, decoder, read)):
             decoder.run(ids)
         return scores
 
@@ -142,9 +142,9 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Len
     # last layer's states], in float64.
     sums: dict[int, Tensor] = {}
     tokens = 0
-    for ids, kept, _, _ in _prediction_batches(decoder, texts, options, "lens"):
+    for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
         states: dict[int, Tensor] = {}
-        with decoder.observed(_states_at(kept, decoder, states.__setitem__)):
+        with decoder.observed(states_at(kept, decoder, states.__setitem__)):
             decoder.run(ids)
         last = states.pop(decoder.num_layers).double()
         size = last.norm(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -166,7 +166,7 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Len
     return Lens(torch.stack(maps), tokens)
 
 
-def _states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], None]) -> See:
+def states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], None]) -> See:
     """Passes on the states ``[n, h]`` after layers 0 to L at the positions ``kept`` ``[b, s - 1]``."""
 
     def see(number: int, before: Tensor, after: Tensor) -> None:
@@ -178,7 +178,7 @@ def _states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], Non
     return see
 
 
-def _prediction_batches(
+def prediction_batches(
     decoder: Decoder, texts: Iterable[Text], options: Namespace, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Batch]]:
     """Batches of texts on the model's device, with a progress bar; raises as :meth:`Decoder.windows`.
@@ -212,7 +212,7 @@ def _measure(
     """``readings`` gives the scores of each reading of the model, the whole model last."""
     windows: list[Window] = []
     sums: list[Floats] = []
-    for ids, kept, targets, batch in _prediction_batches(decoder, texts, options, what):
+    for ids, kept, targets, batch in prediction_batches(decoder, texts, options, what):
         scores = readings(ids, kept, targets)
         whole = scores[-1][1]
         table = torch.stack(
@@ -239,7 +239,7 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
     Raises:
         UserError: if a logit is NaN, or a target has probability 0.
     """
-    rows = max(1, _MAX_LOGITS // decoder.vocab_size)
+    rows = max(1, MAX_LOGITS // decoder.vocab_size)
     losses, tops = [], []
     for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
         logits = to_logits(some[None])[0].to(wanted.device).float()

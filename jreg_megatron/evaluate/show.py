@@ -15,6 +15,8 @@ MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
 """Names of the paper's means."""
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
 _OF_LAYERS = ("read_out", "lens")
+_DEPTH = {"kl": "KL", "top5_overlap": "top 5", "cosine_to_token": "own", "cosine_to_next_token": "next"}
+"""Of layers 0..L."""
 _TITLES = {"tasks": "Differences by task", "read_out": "Loss read out by layer"}
 _TITLES |= {"lens": "Loss through the lens by layer"}
 
@@ -28,6 +30,8 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
     for model, name in zip(models, labels, strict=True):
         if model["read_out"] or model["lens"] or model["layer_drop"]:
             _print_layers(console, model, name)
+        if model["depth"]:
+            _print_depth(console, model["depth"], name)
     for part, _, _, found, label in _differences(document):
         numbers = [found["difference"], *(found["interval"] or (None, None))]
         cells = ["" if number is None else f"{number:+.4f}" for number in numbers]
@@ -87,6 +91,18 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if drop := model["layer_drop"]:
             for which, value in (*enumerate(drop["loss"], start=1), ("none", drop["unchanged"])):
                 yield row("layer_drop", which, "loss", value)
+        if depth := model["depth"]:
+            for metric in _DEPTH:
+                for layer, value in enumerate(depth[metric] or ()):
+                    yield row("depth", layer, metric, value)
+            skip = depth["skip"]
+            for layer, figures in enumerate(zip(*skip.values(), strict=True), start=1):
+                for metric, figure in zip(skip, figures, strict=True):
+                    for at, value in enumerate(figure if isinstance(figure, list) else (), start=1):
+                        if value is not None:
+                            yield row("depth", layer, f"skip_{metric}_{at}", value)
+                    if not isinstance(figure, list):
+                        yield row("depth", layer, f"skip_{metric}", figure)
     for part, item, metric, found, _ in _differences(document):
         first, second = document["comparison"]["models"]
         of = {"model": f"{second} - {first}", "step": None, "revision": None}
@@ -118,6 +134,33 @@ def _print_layers(console: Any, model: dict[str, Any], name: str) -> None:
     unchanged = f" Nothing left out: {layer_drop['unchanged']:.4f}" if layer_drop else ""
     about = f"Loss in nats per token.{unchanged}"
     print_table(f"Layers of {name}", ("layer", *columns), rows, about, console=console)
+
+
+def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
+    skip, layers = depth["skip"], len(depth["skip"]["output_mean"])
+    later = [[value for value in row if value is not None] for row in skip["later_mean"]]
+    most = [max((value for value in row if value is not None), default=None) for row in skip["later_largest"]]
+    columns: dict[str, list[float | None]] = {
+        title: depth[metric] or [None] * (layers + 1) for metric, title in _DEPTH.items()
+    }
+    columns |= {
+        "later": [None, *(sum(row) / len(row) if row else None for row in later)],
+        "most": [None, *most],
+        "output": [None, *skip["output_mean"]],
+        "most ": [None, *skip["output_largest"]],
+    }
+    rows = [
+        [layer, *("" if cell is None else f"{cell:.3f}" for cell in cells)]
+        for layer, cells in enumerate(zip(*columns.values(), strict=True))
+    ]
+    turn = depth["turns_over_at"]
+    turned = "" if turn is None else f" The latter is larger first at layer {turn}."
+    about = (
+        "KL: of the layer's read-out from the output, in nats. top 5: share that is the output's too. own, "
+        f"next: cosine of the state and the embedding of its token, of the next one.{turned} Without the "
+        "layer: change of what later layers add, relative to it, mean and most; of the probabilities."
+    )
+    print_table(f"Depth of {name}", ("layer", *columns), rows, about, console=console)
 
 
 def _remarks(document: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   jreg-megatron measure Qwen/Qwen3-0.6B
   jreg-megatron measure runs/170m/checkpoints@all --json training.json
   jreg-megatron measure baseline=runs/a jreg=runs/b --text held_out.jsonl --max-tokens 2048
+  jreg-megatron measure Qwen/Qwen3-0.6B --depth --csv depth.csv
   jreg-megatron measure --paper Llama-3.2-1B Pythia-1B --device cuda --json paper.json
   jreg-megatron measure EleutherAI/pythia-160m@step1000,step16000,step143000 --json pythia.json
 Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is the displacement of layer l, zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the
@@ -66,6 +67,12 @@ def _parser() -> ArgumentParser:
     add_model_arguments(parser, "*")
     output.add_output_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
+    depth = (
+        "also measure how each layer is used, and print a line for each: the share of tokens for which the "
+        "layer is void, what attention and MLP add beside what was there, and the entropy and curvature of a "
+        "sequence's states. It takes several times as long"
+    )
+    parser.add_argument("--depth", action="store_true", help=depth)
     return parser
 
 
@@ -73,7 +80,7 @@ def _measure(args: Namespace) -> None:
     references, printed = _checked(args)
     texts, source = _texts(args)
     check_model_arguments(args)
-    from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
+    from jreg_megatron.measure.table import csv_rows, print_beside, print_depth, print_layers, print_summary
 
     models: list[dict[str, Any]] = []
     document = {
@@ -88,6 +95,8 @@ def _measure(args: Namespace) -> None:
         print_summary(console, models)
         for model in models if args.layers else []:
             print_layers(console, model)
+        for model in models if args.depth else []:
+            print_depth(console, model)
         if printed:
             print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
 
@@ -160,6 +169,7 @@ def _entry(args: Namespace, reference: Reference, texts: Iterable[Text], which: 
             samples = decoder.last_validation()["tokens"].numpy()
             texts = [Text(f"validation sample {number}", ids) for number, ids in enumerate(samples, start=1)]
         how: dict[str, Any] = {"max_tokens": args.max_tokens or None, "batch_size": args.batch_size}
+        how["depth"] = args.depth
         measured = measure(decoder, texts, **how, on_tokens=bar.update)
     return entry(decoder, measured, args.drop_first_token)
 

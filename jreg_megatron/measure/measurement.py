@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import Batch, Window, batches
 from jreg_megatron.decoder.decoder import Decoder, refuse_dependence
+from jreg_megatron.measure.depth import DepthMeans, DepthSums, find_middles
 from jreg_megatron.methods.jreg.formulas import displacement_of_units, jump_rate, unit_rows
 from jreg_megatron.methods.norms.formulas import update_ratios
 from jreg_megatron.runtime.errors import UserError
@@ -32,6 +34,7 @@ def measure(
     max_tokens: int | None = None,
     batch_size: int = 8,
     on_tokens: Callable[[int], None] | None = None,
+    depth: bool = False,
 ) -> dict[str, Any]:
     """Run texts through a model and measure each layer.
 
@@ -44,6 +47,8 @@ def measure(
         max_tokens: first tokens of each text; None for all.
         batch_size: sequences in a batch.
         on_tokens: gets the number of tokens of each finished batch.
+        depth: add the metrics of depth, see :meth:`DepthMeans.figures`. A note tells if the contributions of
+            attention and MLP cannot be known.
 
     Returns:
         The figures of each of :data:`BLOCKS`; None if no text has a second token.
@@ -58,11 +63,17 @@ def measure(
             "there is no post_norm"
         )
     means = _Means(), _Means()
+    of_depth = DepthMeans(decoder.num_layers), DepthMeans(decoder.num_layers)
+    middles = None
     for number, batch in enumerate(batches(decoder.windows(texts, max_tokens), batch_size)):
         if number == 0:
             refuse_dependence(decoder, batch.windows[0].ids, batch_size)
-        sums = BatchSums(batch)
-        with decoder.observed(sums):
+            middles = find_middles(decoder, batch.windows[0].ids) if depth else None
+        sums, depth_sums = BatchSums(batch), DepthSums(batch, decoder, middles)
+        with ExitStack() as hooks:
+            hooks.enter_context(decoder.observed(sums))
+            if depth:
+                hooks.enter_context(depth_sums.observing())
             decoder.run(batch.tokens)
         first, rest = sums.table()
         _refuse_non_finite(first + rest, decoder)
@@ -71,11 +82,17 @@ def measure(
             largest = torch.maximum(of_first[_LARGEST], others[_LARGEST])
             means[0].add(window, of_first + others, len(window.ids), largest)
             means[1].add(window, others, len(window.ids) - 1, others[_LARGEST])
+        for window, figures in depth_sums.of_windows() if depth else ():
+            for first, (mean, of_sequence) in enumerate(zip(of_depth, figures, strict=True)):
+                mean.add(window, of_sequence, len(window.ids) - first)
         if on_tokens is not None:
             on_tokens(int(batch.lengths.sum()))
     found = {
         name: mean.figures(decoder.num_layers) for name, mean in zip(BLOCKS.values(), means, strict=True)
     }
+    for block, of_block in zip(found.values(), of_depth, strict=True) if depth else ():
+        if block is not None:
+            block.update(of_block.figures())
     if found["with_first_token"] is None:
         raise UserError("--text holds no token; give other files")
     return found

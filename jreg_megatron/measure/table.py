@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
+from jreg_megatron.measure.depth import OF_LAYERS
 from jreg_megatron.measure.measurement import BLOCKS
 from jreg_megatron.runtime.output import print_table
 
@@ -20,6 +21,9 @@ _OF_LAYERS = (
 _IN_LINES = {"displacement": 4, "displacement_std": 4, "jump_rate_from": 2, "angular_distance": 4}
 _IN_LINES |= {"norm": 2, "norm_largest": 2, "update_ratio": 4}
 """The figures in a layer's line, each with its digits."""
+_DEPTH = {"void_share": "void", "attention_ratio": "a", "mlp_ratio": "m", "layer_ratio": "a+m"}
+_DEPTH |= {"attention_cosine": "cos a", "mlp_cosine": "cos m", "layer_cosine": "cos"}
+_DEPTH |= {"matrix_entropy": "entropy", "curvature": "bend"}
 _COLUMNS, _LEAST_BARS = 54, 8
 _BAR_COLUMNS = ("Psi from layer 2 on", "Psi at the end")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -59,9 +63,22 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
                 for what, digits in _IN_LINES.items()
             ]
             rows.append([f"{index + 1}{note}", *cells])
-    at = "" if model["step"] is None else f" at step {model['step']:,}"
     columns = ("layer", "Psi", "std", "zeta", "angle/pi", "norm", "largest", "update")
-    print_table(f"{model['name']}{at}", columns, rows, console=console, box=SIMPLE_HEAD)
+    print_table(f"{model['name']}{_step(model)}", columns, rows, console=console, box=SIMPLE_HEAD)
+
+
+def print_depth(console: Console, model: dict[str, Any]) -> None:
+    """Print a line for each layer, of the metrics of depth; 0 is the embedding's output."""
+    rows = [
+        [str(layer), *(_number(_of_layer(model, what, "pre_norm", layer), 3) for what in _DEPTH)]
+        for layer in range(model["num_layers"] + 1)
+    ]
+    about = (
+        "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; then the "
+        "cosines of the same pairs. entropy, bend (curvature, in radians): of the layer's output."
+    )
+    title = f"Use of depth: {model['name']}{_step(model)}"
+    print_table(title, ("layer", *_DEPTH.values()), rows, about, console=console, box=SIMPLE_HEAD)
 
 
 def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
@@ -81,11 +98,25 @@ def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {key: model[key] for key in ("name", "source", "revision", "step")}
         | {"first_token": first_token, "final_state": state, "layer": index + 1}
         | {key: model[block][key][state][index + key.startswith("norm")] for key in _OF_LAYERS}
+        | {key: _of_layer(model[block], key, state, index + 1) for key in _DEPTH if key in model[block]}
         for model in models
         for first_token, block in BLOCKS.items()
         for state in (model[block] or {"displacement": ()})["displacement"]
         for index in range(model["num_layers"])
     ]
+
+
+def _of_layer(figures: dict[str, Any], what: str, state: str, layer: int) -> float | None:
+    """A metric of depth of layer 1..L, or of the state h_0; None where there is none."""
+    of_layers = figures[what].get(state)
+    if of_layers is None or layer < (what in OF_LAYERS):
+        return None
+    value: float = of_layers[layer - (what in OF_LAYERS)]
+    return value
+
+
+def _step(model: dict[str, Any]) -> str:
+    return "" if model["step"] is None else f" at step {model['step']:,}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
+from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
@@ -15,8 +16,8 @@ from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.stream.settings import Settings
 
 METHODS: list[type[Settings]] = [
-    *(JRegConfig, NormsConfig, AttenuationConfig, SlowQKConfig, LayerNormScalingConfig, PeriLNConfig),
-    LETConfig,
+    *(JRegConfig, NormsConfig, DepthConfig, AttenuationConfig, SlowQKConfig, LETConfig),
+    *(LayerNormScalingConfig, PeriLNConfig),
 ]
 """The settings of each method; a script that has a method of its own appends its settings before it
 trains."""

@@ -16,7 +16,7 @@ _NAMES = (
     *("init_fan_in", "lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split"),
     "tokenizer_model",
 )
-_OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval", "--norms-")
+_OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval", "--norms-", "--depth-")
 """Flags, or how they begin, that change the log and not the training."""
 
 

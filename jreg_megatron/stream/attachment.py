@@ -26,7 +26,7 @@ from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
 from jreg_megatron.stream.scaling import Scaling
 from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
-from jreg_megatron.stream.tap import Change, tap_residual_stream
+from jreg_megatron.stream.tap import Change, Parts, tap_residual_stream
 
 _HANDLE, _PREPARED = "_jreg_handle", "_jreg_prepared"
 """Attributes of a model chunk: what is attached to it, and the settings that :func:`prepare` got."""
@@ -45,6 +45,9 @@ class _Told:
 
 class Handle:
     """Methods attached to a model. Made by :func:`attach`; the observer of the residual stream."""
+
+    parts: Parts | None = None
+    """Shows the parts of a layer to the methods, if one wants them."""
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class Handle:
         self._measured: dict[Method, list[int]] = {method: [] for method in self._measuring}
         """Iterations of this log interval."""
         self._seen_whole: set[Method] = set()
+        if any(type(method).parts is not Method.parts for method in methods):
+            self.parts = self._parts
         self._first_step = FirstStep(chunks, added, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report, _changes(methods, chunks))
         self._first_step.start(self._tap.end_watch)
@@ -111,6 +116,12 @@ class Handle:
         layers = frozenset().union(*every) if len(every) == len(wanted) else None
         # In the first step layers are compared, whoever wants to be told of them.
         return _Told(told, layers) if told or not self._first_step.has_ended else None
+
+    def _parts(
+        self, told: _Told, layer_number: int, layer_input: Tensor, middle: Tensor, added: Tensor
+    ) -> None:
+        for method, own in told.methods:
+            method.parts(own, layer_number, layer_input, middle, added)
 
     def layer(self, told: _Told, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Show a layer to the methods."""

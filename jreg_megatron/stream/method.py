@@ -54,7 +54,7 @@ class Call:
     tokens: Tensor | None = None
     """The token ids that the model was called with, ``[b, s]``; for sure only where the embedding is."""
     is_packed: bool = False
-    """Whether each sequence is several, packed into one."""
+    """Whether several sequences lie one behind the other in a row."""
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -145,6 +145,20 @@ class Method:
             others; it may still be told of those that another method wants.
         """
         return None
+
+    def parts(
+        self, microbatch: Any, layer_number: int, layer_input: Tensor, middle: Tensor, added: Tensor
+    ) -> None:
+        """The parts of a layer, to look at, before :meth:`layer` is told of it.
+
+        Args:
+            microbatch: as in :meth:`layer`.
+            layer_number: likewise.
+            layer_input: likewise.
+            middle: the state behind attention, or behind the first sub-layer of a hybrid model's layer; if
+                there is no other, ``added``.
+            added: the layer's output, before any :meth:`change`.
+        """
 
     def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.

@@ -45,6 +45,10 @@ Change = Callable[[int, Tensor, Tensor], Tensor]
 _FIRST_ARGUMENTS = ("input_ids",)
 """Of Megatron's models, which callers give by place too."""
 
+Parts = Callable[[Any, int, Tensor, Tensor, Tensor], None]
+"""Is shown a micro-batch, a layer's number and input, the state behind its first bias-dropout-add, and the
+layer's output before any change."""
+
 _RERUN_LATER = (
     "a layer runs outside of the model's forward pass, which is known of recomputed layers alone, and none "
     "was recomputed in the first training step; call attach again where recomputation "
@@ -53,7 +57,10 @@ _RERUN_LATER = (
 
 
 class ResidualStreamObserver(Protocol):
-    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence."""
+    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence.
+
+    One with an attribute ``parts``, of :data:`Parts`, that is not None is shown them before :meth:`layer`.
+    """
 
     def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> Any:
         """A model chunk starts the forward pass of a micro-batch.
@@ -159,6 +166,7 @@ class _ChunkTap:
     ) -> None:
         self.observer = observer
         self.changes = changes
+        self.parts: Parts | None = getattr(observer, "parts", None)
         self.microbatch: Any = None
         """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
         self.recomputes = chunk.config.recompute_granularity == "full"
@@ -288,6 +296,7 @@ class _LayerTap:
         # Of the run under way; None outside of one and where the run does not count.
         self._microbatch: Any = None
         self._input: Tensor | None = None
+        self._middle: Tensor | None = None
         self._will_be_rerun = False
         self._change = chunk.changes.get(layer.number)
         self._is_over = self._is_captured = self._is_begun = False
@@ -392,10 +401,17 @@ class _LayerTap:
         self._input = residual
         if self._watching is not None:
             self._watching.adds_to(residual)
-        return add(x_with_bias, residual, *rest)
+        state = add(x_with_bias, residual, *rest)
+        if self._chunk.parts is not None and self._microbatch is not None and not self._will_be_rerun:
+            self._middle = state
+        return state
 
     def _on_output(self, add: Callable[..., Tensor], *operands: Any) -> Tensor:
-        layer_output = self._show(self._changed(add(*operands)))
+        layer_output = add(*operands)
+        middle, self._middle = self._middle, None
+        if self._chunk.parts is not None and middle is not None and self._input is not None:
+            self._chunk.parts(self._microbatch, self.number, self._input, middle, layer_output)
+        layer_output = self._show(self._changed(layer_output))
         if self._watching is not None:
             self._watching.tapped(layer_output)
         return layer_output

@@ -1,0 +1,181 @@
+"""How a model uses its depth: what each layer knows of the output, and what is lost without it.
+
+*Do Language Models Use Their Depth Efficiently?* (arXiv 2505.13898): KL and top-5 of the read-out, and the
+effect of skipping a layer. *Residual Connections and the Causal Shift* (arXiv 2602.14760): alignment.
+
+``options`` are those of :mod:`jreg_megatron.evaluate.layers`. Every token weighs alike.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jreg_megatron.data.texts import Text
+from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
+from jreg_megatron.evaluate.layers import MAX_LOGITS, prediction_batches, states_at
+from jreg_megatron.methods.norms.formulas import norms
+from jreg_megatron.runtime.output import note
+
+_TOP = 5
+_LEAST = 1e-6
+"""The authors' least norm of what a layer adds, to divide by."""
+
+
+@torch.inference_mode()
+def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[str, Any]:
+    """The metrics, for JSON.
+
+    Over the tokens that predict a next one, by layers 0 (the embedding) to L:
+
+    - ``kl``: KL divergence in nats of the layer's read-out from the whole model's distribution,
+      ``sum p_l (log p_l - log p)``; ``top5_overlap``: the share of the five likeliest tokens of both.
+      None without a head.
+    - ``cosine_to_token`` and ``cosine_to_next_token``: mean cosine of the state and the input embedding of
+      its own token and of the next one; ``turns_over_at``: the first layer at which the second is larger,
+      None if none is. All None where the embeddings do not have the states' width.
+
+    Layer s is skipped for all tokens but a sequence's first, which is often an attention sink. Over the same
+    tokens, ``skip`` has by skipped layer 1..L:
+
+    - ``later_mean`` and ``later_largest`` ``[L][L]``: the relative change of what layer j adds,
+      ``|(h_j - h_{j-1})' - (h_j - h_{j-1})| / |h_j - h_{j-1}|``, for j > s; None for the others.
+    - ``output_mean`` and ``output_largest``: ``|p' - p|``, the norm of the change of the probabilities.
+
+    Raises:
+        UserError: as :func:`jreg_megatron.evaluate.layers.read_out`.
+    """
+    last, embedding = decoder.num_layers, _embedding_of(decoder)
+    sums = torch.zeros(last + 1, 4, dtype=torch.float64)
+    changes = torch.zeros(2, last, last + 1, dtype=torch.float64)  # the last column is the output
+    tokens = 0
+    for ids, kept, targets, batch in prediction_batches(decoder, texts, options, "depth"):
+        tokens += len(targets)
+        sums += _of_states(decoder, ids, kept, targets, embedding)
+        counted = torch.arange(ids.shape[1]) < batch.lengths[:, None]
+        counted[:, 0] = False
+        for number in range(1, last + 1):
+            mean, largest = _without(decoder, ids, number, counted)
+            changes[0, number - 1, number:] += mean
+            changes[1, number - 1, number:] = torch.maximum(changes[1, number - 1, number:], largest)
+    changes[0] /= tokens
+    kl, overlap, own, following = (sums / tokens).T.tolist()
+    turned = [layer for layer in range(last + 1) if following[layer] > own[layer]]
+
+    def later(of_one: Tensor) -> list[list[float | None]]:
+        return [[None] * (at + 1) + row[at + 1 : last].tolist() for at, row in enumerate(of_one)]
+
+    return {
+        "tokens": tokens,
+        "kl": None if decoder.head is None else kl,
+        "top5_overlap": None if decoder.head is None else overlap,
+        "cosine_to_token": None if embedding is None else own,
+        "cosine_to_next_token": None if embedding is None else following,
+        "turns_over_at": None if embedding is None else next(iter(turned), None),
+        "skip": {
+            **{"later_mean": later(changes[0]), "later_largest": later(changes[1])},
+            **{"output_mean": changes[0, :, -1].tolist(), "output_largest": changes[1, :, -1].tolist()},
+        },
+    }
+
+
+def _of_states(
+    decoder: Decoder, ids: Tensor, kept: Tensor, targets: Tensor, embedding: Tensor | None
+) -> Tensor:
+    """Sums over tokens of KL, overlap and both cosines, by layers 0..L, ``[L + 1, 4]``."""
+    rows = max(1, MAX_LOGITS // decoder.vocab_size)
+    found = torch.zeros(decoder.num_layers + 1, 4, dtype=torch.float64)
+    final = None if decoder.head is None else decoder.last_states(ids)[1][:, :-1]
+
+    def read(number: int, states: Tensor) -> None:
+        if decoder.head is not None and final is not None:
+            ends = final[kept.to(final.device)]
+            for some, end in zip(torch.split(states, rows), torch.split(ends, rows), strict=True):
+                of_layer, whole = (
+                    logits[0].float().log_softmax(dim=-1)
+                    for logits in (decoder.read_out(some[None]), decoder.head(end[None]))
+                )
+                share = of_layer.exp()
+                terms = share * (of_layer - whole.to(share.device))
+                found[number, 0] += float(torch.where(share == 0, 0.0, terms).sum(dtype=torch.float64))
+                tops = [each.topk(min(_TOP, each.shape[-1])).indices for each in (of_layer, whole)]
+                both = tops[0][:, :, None] == tops[1].to(tops[0].device)[:, None]
+                found[number, 1] += float(both.any(dim=-1).double().mean(dim=-1).sum())
+        if embedding is not None:
+            for column, tokens in ((2, ids[:, :-1][kept]), (3, targets)):
+                rows_of = embedding[tokens.to(embedding.device)].to(states.device).float()
+                cosines = torch.nn.functional.cosine_similarity(states.float(), rows_of, dim=-1)
+                found[number, column] += float(cosines.sum(dtype=torch.float64))
+
+    with decoder.observed(states_at(kept, decoder, read)):
+        decoder.run(ids)
+    return found
+
+
+def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The change of what layers ``number`` + 1..L add, and of the output, if layer ``number`` is skipped: the
+    sum and the largest over the ``counted`` tokens ``[b, s]``. Both runs are rows of one batch."""
+    found: list[Tensor] = []
+    ends: list[Tensor] = []
+
+    def see(layer: int, before: Tensor, after: Tensor) -> None:
+        if number < layer <= decoder.num_layers:
+            usual, changed = (after.float() - before.to(after.device).float()).chunk(2)
+            found.append((norms(changed - usual) / norms(usual).clamp(min=_LEAST)).cpu()[counted])
+        if layer >= decoder.num_layers:
+            ends[:] = [after.clone()]  # the model may write to it later
+
+    pairs = torch.cat((ids, ids))
+    with _skipped(decoder, number, len(ids)), decoder.observed(see):
+        if decoder.head is None:
+            ends[:] = [decoder.logits(pairs)]
+        else:
+            decoder.run(pairs)
+    head: Callable[[Tensor], Tensor] = decoder.head or (lambda logits: logits)
+    usual, changed = ends[0].chunk(2)
+    at = counted.to(ends[0].device)
+    rows = max(1, MAX_LOGITS // decoder.vocab_size)
+    parts = zip(torch.split(usual[at], rows), torch.split(changed[at], rows), strict=True)
+    moved = []
+    for pair in parts:
+        before, without = (head(some[None])[0].float().softmax(dim=-1) for some in pair)
+        moved.append(norms(without - before).cpu())
+    values = torch.stack([*found, torch.cat(moved)]).double()
+    return values.sum(dim=-1), values.amax(dim=-1)
+
+
+@contextmanager
+def _skipped(decoder: Decoder, number: int, first_row: int) -> Iterator[None]:
+    """Let a layer return its input in the rows from ``first_row`` on, but for a sequence's first token."""
+    saved: list[Tensor] = []
+
+    def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        saved.append(stream_in(args, kwargs).clone())  # the layer may write to its input
+
+    def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        state, before = stream_out(output).clone(), saved.pop()
+        part = (slice(first_row, None), slice(1, None))
+        part = part[::-1] if decoder.sequence_first else part
+        state[part] = before[part]
+        return with_stream(output, state)
+
+    layer = decoder.layers[number - 1]
+    with layer.register_forward_pre_hook(save, with_kwargs=True), layer.register_forward_hook(skip):
+        yield
+
+
+def _embedding_of(decoder: Decoder) -> Tensor | None:
+    """Rows of the input embedding ``[V, h]``; None, and a note, if they do not lie where the states do."""
+    model: Any = decoder.model
+    get = getattr(model, "get_input_embeddings", None)
+    module = get() if callable(get) else getattr(getattr(model, "embedding", None), "word_embeddings", None)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == decoder.hidden_size:
+        return weight
+    note(f"the input embedding of {decoder.name} is not as wide as its states; alignment is left out")
+    return None
