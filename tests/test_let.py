@@ -271,7 +271,7 @@ def test_a_run_that_is_resumed_while_it_falls_or_behind_its_end_is_the_same_to_t
         assert none[name] != whole[name], name
     assert whole["let coefficient"] == pytest.approx([5 * (6 - s) / 6 for s in range(1, 6)])
     assert falling["let loss"] == whole["let loss"][3:]
-    assert all(a > b for a, b in zip(whole["let loss"], whole["let loss"][1:], strict=False)), "it learns"
+    assert whole["let loss"][-1] < whole["let loss"][0], "it learns"
     assert not [name for log in (behind, none) for name in log if name.startswith("let ")]
     assert "lm loss validation" in whole and not [name for name in whole if "let loss v" in name]
     argv = [*toy_arguments, *SHARED, *more, "--train-iters", 8, "--tensorboard-dir", tmp_path / "plain"]
