@@ -23,7 +23,7 @@ _IN_LINES |= {"norm": 2, "norm_largest": 2, "update_ratio": 4}
 """The figures in a layer's line, each with its digits."""
 _DEPTH = {"void_share": "void", "attention_ratio": "a", "mlp_ratio": "m", "layer_ratio": "a+m"}
 _DEPTH |= {"attention_cosine": "cos a", "mlp_cosine": "cos m", "layer_cosine": "cos"}
-_DEPTH |= {"matrix_entropy": "entropy", "curvature": "bend"}
+_DEPTH |= {"matrix_entropy": "H", "curvature": "bend"}
 _COLUMNS, _LEAST_BARS = 54, 8
 _BAR_COLUMNS = ("Psi from layer 2 on", "Psi at the end")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -70,12 +70,12 @@ def print_layers(console: Console, model: dict[str, Any]) -> None:
 def print_depth(console: Console, model: dict[str, Any]) -> None:
     """Print a line for each layer, of the metrics of depth; 0 is the embedding's output."""
     rows = [
-        [str(layer), *(_number(_of_layer(model, what, "pre_norm", layer), 3) for what in _DEPTH)]
+        [str(layer), *(_number(_of_layer(model, what, "pre_norm", layer), 2) for what in _DEPTH)]
         for layer in range(model["num_layers"] + 1)
     ]
     about = (
         "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; then the "
-        "cosines of the same pairs. entropy, bend (curvature, in radians): of the layer's output."
+        "cosines of the same pairs. H (matrix entropy), bend (curvature, in radians): of the layer's output."
     )
     title = f"Use of depth: {model['name']}{_step(model)}"
     print_table(title, ("layer", *_DEPTH.values()), rows, about, console=console, box=SIMPLE_HEAD)

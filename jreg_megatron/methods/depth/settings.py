@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.settings import Settings, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ class DepthConfig(Settings):
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
         """Refuse contributions of layers that are not attention (or another mixer) and an MLP behind it."""
+        from jreg_megatron.stream.anatomy import residual_layers  # it brings torch
+
         layers = (layer for chunk in chunks for layer in residual_layers(chunk))
         lone = [layer for layer in layers if len(layer.adds) < 2]
         if lone and "contributions" in self.chosen:
