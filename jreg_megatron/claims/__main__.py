@@ -90,7 +90,8 @@ def _claims(args: argparse.Namespace) -> None:
             plan = toy.Plan(args.steps or toy.STEPS, args.seeds or toy.SEEDS)
             evidence, words = _toys(args, plan), toy.TASKS
             files = {run.folder: run.folder / "evaluation.json" for run in evidence.runs}
-            how = toy.described(plan)
+            seeds = f"1 to {plan.seeds}; 1 to {min(toy.FEW_SEEDS, plan.seeds)} for other batches and alphas"
+            how = toy.described(plan.steps) | {"seeds": seeds}
         evidence = _evaluated(args, evidence, files, words)
         machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
         machine += f", Python {platform.python_version()}"
