@@ -23,13 +23,13 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
     """The JSON document of claims by number; ``about`` are more entries, such as versions."""
     found = {}
     for key, claim in claims.items():
-        deciding = _question(claim.deciding)
+        deciding = question_document(claim.deciding)
         found[key] = {
             "claim": claim.text,
             "verdict": claim.verdict,
             "decided_by": deciding["question"],
             **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
-            "questions": [_question(question) for question in claim.questions],
+            "questions": [question_document(question) for question in claim.questions],
             "remark": claim.remark,
         }
     runs = {
@@ -62,7 +62,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
                 f"claim_{key}",
                 f"{key}. {claim['claim']}",
                 f"Verdict: {claim['verdict']}.",
-                tables=(Table.of_rows("Questions", list(map(_row, claim["questions"])), is_text=True),),
+                tables=(Table.of_rows("Questions", list(map(question_row, claim["questions"])), is_text=True),),
                 folded=(
                     Table.of("By seed", "seed", {q["question"]: q["by_seed"] for q in claim["questions"]}),
                 ),
@@ -75,7 +75,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
             "how",
             "How it was done",
             tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
-            folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
+            folded=(Table.of_rows("All runs", [run_row(*run) for run in document["runs"].items()]),),
             notes=tuple(document["notes"]),
         ),
     ]
@@ -87,7 +87,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
     )
 
 
-def _question(question: Question) -> dict[str, Any]:
+def question_document(question: Question) -> dict[str, Any]:
     found = question.estimate
     # The paper's test that the number is on the claim's side of the bar.
     sign = 1 if question.side == "above" else -1
@@ -105,7 +105,7 @@ def _question(question: Question) -> dict[str, Any]:
     }
 
 
-def _row(question: Mapping[str, Any]) -> dict[str, str]:
+def question_row(question: Mapping[str, Any]) -> dict[str, str]:
     return {
         "question": question["question"],
         **_found(question),
@@ -120,7 +120,7 @@ def _found(judged: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(("the paper found", "found here", "95% interval"), (judged["paper"], *here), strict=True))
 
 
-def _run(folder: str, run: Mapping[str, Any]) -> dict[str, str]:
+def run_row(folder: str, run: Mapping[str, Any]) -> dict[str, str]:
     return {
         "run": "/".join(Path(folder).parts[-2:]),  # runs of several sweeps have the same names
         **{"seed": str(run["seed"]), "λ": f"{run['coeff']:g}"},

@@ -20,10 +20,10 @@ Verdict = Literal["lower", "higher", "cannot tell"]
 RULE = (
     "Each way to train is compared with its baseline: the same model, text, order and initial weights, "
     "without the method. A family is one question about all ways. It has one number for each run; the runs "
-    "of one seed are a pair. Shown is the mean over seeds of way minus baseline, with its 95% t interval. p is "
-    "of a two-sided paired t-test, corrected by Holm's method for all ways of the family. A way is lower or "
-    f"higher if the corrected p is below {1 - CONFIDENCE:.2g}; otherwise one cannot tell. The first family, "
-    "the validation loss, is the primary one; the families are not corrected for each other."
+    "of one seed are a pair. Shown is the mean over seeds of way minus baseline, with its 95% t interval. p "
+    "is of a two-sided paired t-test, corrected by Holm's method for all ways of the family. A way is lower "
+    f"or higher if the corrected p is below {1 - CONFIDENCE:.2g}; otherwise one cannot tell. The first "
+    "family, the validation loss, is the primary one; the families are not corrected for each other."
 )
 _QUARTER = 0.25
 
