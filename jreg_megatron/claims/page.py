@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number
 
 _BELOW = ("ζ_L", "ζ_(L-1)", "ζ_(L-2)")
 """The jump rates of these layers are listed, counted down from the last."""
-_RISE = Axis("Ψ of the last layer minus Ψ of the layer before, x 100")
+RISE = Axis("Ψ of the last layer minus Ψ of the layer before, x 100")
 
 
 def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
                 f"claim_{key}",
                 f"{key}. {claim['claim']}",
                 f"Verdict: {claim['verdict']}.",
-                tables=(Table.of_rows("Questions", list(map(question_row, claim["questions"])), is_text=True),),
+                tables=(questions_table(claim["questions"]),),
                 folded=(
                     Table.of("By seed", "seed", {q["question"]: q["by_seed"] for q in claim["questions"]}),
                 ),
@@ -75,7 +75,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
             "how",
             "How it was done",
             tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
-            folded=(Table.of_rows("All runs", [run_row(*run) for run in document["runs"].items()]),),
+            folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
             notes=tuple(document["notes"]),
         ),
     ]
@@ -88,6 +88,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
 
 
 def question_document(question: Question) -> dict[str, Any]:
+    """The part of a question in a JSON document."""
     found = question.estimate
     # The paper's test that the number is on the claim's side of the bar.
     sign = 1 if question.side == "above" else -1
@@ -105,7 +106,12 @@ def question_document(question: Question) -> dict[str, Any]:
     }
 
 
-def question_row(question: Mapping[str, Any]) -> dict[str, str]:
+def questions_table(questions: Sequence[Mapping[str, Any]]) -> Table:
+    """Questions of a document, a row for each."""
+    return Table.of_rows("Questions", [_row(question) for question in questions], is_text=True)
+
+
+def _row(question: Mapping[str, Any]) -> dict[str, str]:
     return {
         "question": question["question"],
         **_found(question),
@@ -120,7 +126,7 @@ def _found(judged: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(("the paper found", "found here", "95% interval"), (judged["paper"], *here), strict=True))
 
 
-def run_row(folder: str, run: Mapping[str, Any]) -> dict[str, str]:
+def _run(folder: str, run: Mapping[str, Any]) -> dict[str, str]:
     return {
         "run": "/".join(Path(folder).parts[-2:]),  # runs of several sweeps have the same names
         **{"seed": str(run["seed"]), "λ": f"{run['coeff']:g}"},
@@ -149,12 +155,12 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     }
     title, share = "The last layer's jump over training", Axis("share of the training steps")
     about = "Below 0 the last layer turns the state less than the layer before."
-    yield "2", curves("growth", title, about, rises, share, _RISE, **over_seeds)
+    yield "2", curves("growth", title, about, rises, share, RISE, **over_seeds)
 
     by_steps = [(run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()]
     title = "The baseline's jump against the number of steps, on equal tokens"
     about, steps = "Runs with fewer steps have larger batches.", Axis("training steps", whole=True)
-    yield "3", curves("steps", title, about, {"baseline": by_steps}, steps, _RISE, **over_seeds)
+    yield "3", curves("steps", title, about, {"baseline": by_steps}, steps, RISE, **over_seeds)
 
     # Jumps differ by seed, so only seeds that all settings have are compared.
     common = sorted(set.intersection(*map(set, settings.values())))

@@ -5,13 +5,13 @@ Questions and rule were written before the toys were trained. README.md here lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, quantiles
+from statistics import fmean
 from typing import Literal
 
-from jreg_megatron.claims.evidence import Trained
 from jreg_megatron.claims.rules import BITS, Question, middle
+from jreg_megatron.compare.toys import Toy, Toys
 from jreg_megatron.paper.over_seeds import CONFIDENCE, Estimate, holm, p_two_sided
 from jreg_megatron.report.inputs import Evaluated
 
@@ -26,33 +26,6 @@ RULE = (
     "family, the validation loss, is the primary one; the families are not corrected for each other."
 )
 _QUARTER = 0.25
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A trained toy."""
-
-    run: Trained
-    seconds: Sequence[float] = ()
-    """Of a training step, as Megatron logs it: the mean of each log interval."""
-    kept: Sequence[float] = ()
-    """The learned part that each layer keeps of its input, at the end; empty if none is learned."""
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The mean of the lower quartiles of both halves.
-
-        What runs beside it only adds time, so the quartile is below the middle. LET works in the first half.
-        """
-        half = len(self.seconds) // 2
-        if half < 2:
-            return None
-        return fmean(quantiles(part, n=4)[0] for part in (self.seconds[:half], self.seconds[half:]))
-
-    def loss_at(self, share: float) -> float | None:
-        """Validation loss after a share of the steps."""
-        found = self.run.index_at(share)
-        return None if found is None else self.run.history.validation_loss[found]
 
 
 @dataclass(frozen=True)
@@ -102,7 +75,7 @@ FAMILIES = (
     Family(
         "profile",
         "Profile",
-        "sum of Ψ of layers 2 to 6, relative to the baseline's, in percent",
+        "sum of Ψ of layers 2 to 6 at the end",
         lambda toy: sum(middle(toy.run.history.displacement)),
         "",
         in_percent=True,
@@ -132,7 +105,7 @@ FAMILIES = (
     Family(
         "cost",
         "Time of a step",
-        "seconds per step, relative to the baseline's, in percent",
+        "seconds per step: the lower quartile of each half of the training, mean of both",
         lambda toy: toy.seconds_per_step,
         "lower",
         in_percent=True,
@@ -164,10 +137,6 @@ class Comparison:
         if self.estimate is None or self.p_adjusted is None or self.p_adjusted >= 1 - CONFIDENCE:
             return "cannot tell"
         return "lower" if self.estimate.mean < 0 else "higher"
-
-
-Toys = Mapping[str, Mapping[int, Toy]]
-"""By way and seed."""
 
 
 def pairs(toys: Toys, way: str, baseline: str) -> dict[int, tuple[Toy, Toy]]:

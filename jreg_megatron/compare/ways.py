@@ -35,6 +35,7 @@ class Way:
     model: str = toy.model()
 
 
+_TIMES = "--log-timers-to-tensorboard"
 _LET = "--let-teacher {teacher} --let-layer 3 --let-stop-iterations {half} --let-coeff 0.1"
 _ALL = (
     Way("baseline", "baseline"),
@@ -73,10 +74,20 @@ class Plan:
         return [name for name in WAYS if name in self.ways or any(WAYS[w].against == name for w in self.ways)]
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether a way learns from :attr:`teacher`."""
+        return any("{teacher}" in WAYS[name].flags for name in self.names)
+
+    @property
     def teacher(self) -> Run:
         """A smaller model of the same vocabulary, on the same text."""
-        folder = self.folder / "teacher"
-        return Run("teacher", _NO_JREG, self.steps, folder, TEACHER_SEED, toy.flags(_TEACHER), ranks=1)
+        flags = toy.flags(_TEACHER, more=_TIMES)
+        return Run("teacher", _NO_JREG, self.steps, self.folder / "teacher", TEACHER_SEED, flags, ranks=1)
+
+    @property
+    def exported_teacher(self) -> Path:
+        """The teacher as a folder for transformers, which LET takes."""
+        return self.folder / "teacher_exported"
 
     def run(self, name: str, seed: int) -> Run:
         """The run of a way with a seed."""
@@ -87,6 +98,12 @@ class Plan:
         return Run(label, way.config, self.steps, self.folder / label, seed, flags, ranks=1)
 
     @property
-    def runs(self) -> list[Run]:
-        """Seed by seed, so that what is there early is paired."""
-        return [self.run(name, seed) for seed in range(1, self.seeds + 1) for name in self.names]
+    def runs(self) -> list[tuple[str, int, Run]]:
+        """Each with its way and seed; seed by seed, so that what is there early is paired."""
+        seeds = range(1, self.seeds + 1)
+        return [(name, seed, self.run(name, seed)) for seed in seeds for name in self.names]
+
+    @property
+    def against(self) -> dict[str, str]:
+        """The baseline of each way that is compared."""
+        return {name: against for name in self.names if (against := WAYS[name].against)}

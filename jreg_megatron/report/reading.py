@@ -116,7 +116,7 @@ def read_history(folder: Path) -> History:
 
 
 def read_scalars(folder: Path, names: str) -> dict[str, dict[int, float]]:
-    """By step, the scalars of a run whose whole name matches the regular expression ``names``; sorted by name.
+    """By name and step, the scalars of a run whose whole name matches the regular expression ``names``.
 
     Raises:
         UserError: as :func:`read_history`.
