@@ -93,8 +93,9 @@ class Plan:
         """The run of a way with a seed."""
         way, label = WAYS[name], f"{name}_seed{seed}"
         # slow Q/K: as published, 4% of the steps.
-        more = way.flags.format(hold=self.steps // 25, half=self.steps // 2, teacher=self.teacher.checkpoints)
-        flags = toy.flags(way.model, more=f"--log-timers-to-tensorboard {more}")
+        teacher = self.exported_teacher.absolute()
+        more = way.flags.format(hold=self.steps // 25, half=self.steps // 2, teacher=teacher)
+        flags = toy.flags(way.model, more=f"{_TIMES} {more}")
         return Run(label, way.config, self.steps, self.folder / label, seed, flags, ranks=1)
 
     @property
