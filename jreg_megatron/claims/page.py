@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, rise
+from jreg_megatron.claims.evidence import Evidence, Trained, rise
 from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, more
 from jreg_megatron.paper.over_seeds import p_one_sided
 from jreg_megatron.report.charts import Axis
@@ -32,14 +32,7 @@ def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str
             "questions": [question_document(question) for question in claim.questions],
             "remark": claim.remark,
         }
-    runs = {
-        str(run.folder): {
-            **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
-            "jump_rates": [run.jump_rate(below) for below in range(len(_BELOW))],
-            **run.history.summary(),
-        }
-        for run in evidence.runs
-    }
+    runs = {str(run.folder): run_document(run) for run in evidence.runs}
     judged = {"rule": RULE, "claims": found, "batch": evidence.batch}
     return {**about, **judged, "runs": runs, "notes": evidence.notes}
 
@@ -52,8 +45,6 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
         | _found(claim)
         for key, claim in claims.items()
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    how = document["how"] | {"versions": versions}
     figures = [(key, figure) for key, figure in _figures(evidence) if figure]
     sections = [
         Section("verdicts", "Verdicts", RULE, tables=(Table.of_rows("Verdicts", verdicts, is_text=True),)),
@@ -71,13 +62,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
             )
             for key, claim in claims.items()
         ),
-        Section(
-            "how",
-            "How it was done",
-            tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
-            folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
-            notes=tuple(document["notes"]),
-        ),
+        how_section(document),
     ]
     batches = ", ".join(str(batch) for batch in sorted({run["batch"] for run in runs}))
     return render(
@@ -85,6 +70,28 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
         f"{len(runs)} training runs, {evidence.num_layers} layers, batches of {batches} sequences",
         sections,
     )
+
+
+def how_section(document: Mapping[str, Any]) -> Section:
+    """How the runs of a document were made, and their numbers."""
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    how = document["how"] | {"versions": versions}
+    return Section(
+        "how",
+        "How it was done",
+        tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
+        folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
+        notes=tuple(document["notes"]),
+    )
+
+
+def run_document(run: Trained) -> dict[str, Any]:
+    """The part of a run in a JSON document."""
+    return {
+        **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
+        "jump_rates": [run.jump_rate(below) for below in range(len(_BELOW))],
+        **run.history.summary(),
+    }
 
 
 def question_document(question: Question) -> dict[str, Any]:

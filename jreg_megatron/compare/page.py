@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jreg_megatron.claims.evidence import rise
-from jreg_megatron.claims.page import RISE, question_document, questions_table
+from jreg_megatron.claims.page import RISE, how_section, question_document, questions_table, run_document
 from jreg_megatron.claims.rules import READ_OUTS
 from jreg_megatron.claims.rules import RULE as INTERVAL_RULE
 from jreg_megatron.compare.rules import FAMILIES, RULE, Comparison, compared, pairs, published
@@ -16,7 +16,7 @@ from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.charts import Axis
 from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
 from jreg_megatron.report.page import Section, render
-from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number, p_value
+from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number, p_value, whole
 
 _STEP_SHARE = Axis("share of the training steps")
 _TEACHER = "teacher"
@@ -35,9 +35,7 @@ def document(
             "means": {way: mean and mean.mean for way, mean in means.items()},
             "ways": {found.way: _compared(found) for found in compared(family, toys, plan.against)},
         }
-    every = {run.name: toys[way].get(seed) for way, seed, run in plan.runs}
-    if teacher:
-        every[_TEACHER] = teacher
+    every = [toy for by_seed in toys.values() for toy in by_seed.values()] + ([teacher] if teacher else [])
     return {
         **about,
         "rule": RULE,
@@ -45,13 +43,9 @@ def document(
         "families": families,
         "published": {"rule": INTERVAL_RULE, "questions": list(map(question_document, published(toys)))},
         "runs": {
-            name: {
-                **{"seed": toy.run.seed, "tokens": toy.run.tokens, "parameters": toy.parameters},
-                **{"seconds_per_step": toy.seconds_per_step, "kept": list(toy.kept)},
-                **toy.run.history.summary(),
-            }
-            for name, toy in every.items()
-            if toy
+            str(toy.run.folder): run_document(toy.run)
+            | {"parameters": toy.parameters, "seconds_per_step": toy.seconds_per_step, "kept": [*toy.kept]}
+            for toy in every
         },
         "notes": list(notes),
     }
@@ -61,8 +55,7 @@ def page(document: Mapping[str, Any], toys: Toys, against: Mapping[str, str]) ->
     """The page of a document, with figures of its toys."""
     families, ways, runs = document["families"], document["ways"], document["runs"]
     figures = [(key, figure) for key, figure in _figures(toys, against) if figure]
-    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    how = document["how"] | {"versions": versions}
+    cost = Table.of_rows("Weights, the teacher's own cost, flags", [*map(_cost, ways.values())], is_text=True)
     sections = [
         Section(
             "overview",
@@ -76,14 +69,13 @@ def page(document: Mapping[str, Any], toys: Toys, against: Mapping[str, str]) ->
             Section(
                 key,
                 family["title"],
-                f"{family['number'].capitalize()}."
-                + (f" Better is {family['better']}." if family["better"] else ""),
+                f"{family['number']}." + (f" Better is {family['better']}." if family["better"] else ""),
                 tables=(
                     Table.of_rows(
                         "Way minus baseline",
                         [_row(way, found, family) for way, found in family["ways"].items()],
                     ),
-                    *([_cost(ways)] if key == "cost" else []),
+                    *([cost] if key == "cost" else []),
                 ),
                 folded=(
                     Table.of(
@@ -103,16 +95,7 @@ def page(document: Mapping[str, Any], toys: Toys, against: Mapping[str, str]) ->
             tables=(questions_table(document["published"]["questions"]),),
             figures=tuple(figure for of, figure in figures if of == "published"),
         ),
-        Section(
-            "how",
-            "How it was done",
-            tables=(
-                Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),
-                Table.of_rows("Ways", list(map(_way_row, ways.values())), is_text=True),
-            ),
-            folded=(Table.of_rows("All runs", [_run(*run) for run in runs.items()]),),
-            notes=tuple(document["notes"]),
-        ),
+        how_section(document),
     ]
     seeds = max(len(by_seed) for by_seed in toys.values())
     return render(
@@ -149,7 +132,7 @@ def _way(name: str, toys: Toys, teacher: Toy | None) -> dict[str, Any]:
 
 
 def _overview(way: str, families: Mapping[str, Any]) -> dict[str, str]:
-    row = {"way": WAYS[way].text, "baseline": WAYS[WAYS[way].against or ""].text}
+    row = {"way": WAYS[way].text}
     for family in families.values():
         found = family["ways"][way]
         word = "" if found["verdict"] == "cannot tell" else f", {found['verdict']}"
@@ -175,41 +158,15 @@ def _row(way: str, found: Mapping[str, Any], family: Mapping[str, Any]) -> dict[
     }
 
 
-def _cost(ways: Mapping[str, Any]) -> Table:
-    rows = []
-    for way in ways.values():
-        teacher = way.get("teacher", {})
-        rows.append(
-            {"way": way["text"]}
-            | {
-                name: _whole(way[key])
-                for name, key in (("weights", "parameters"), ("more", "added_parameters"))
-            }
-            | {"weights of the teacher": _whole(teacher.get("parameters"))}
-            | {"its training tokens": _whole(teacher.get("tokens"))}
-            | {"its training, s": number(teacher.get("seconds"), "#.3g")}
-        )
-    return Table.of_rows("Weights, and the teacher's own cost", rows)
-
-
-def _whole(value: int | None) -> str:
-    return NOTHING if value is None else f"{value:,}"
-
-
-def _way_row(way: Mapping[str, Any]) -> dict[str, str]:
-    jreg = f"--jreg-coeff {way['lambda']:g}"
+def _cost(way: Mapping[str, Any]) -> dict[str, str]:
+    teacher = way.get("teacher", {})
+    jreg = f"--jreg-coeff {way['lambda']:g}" if way["lambda"] else NOTHING
     return {
-        **{"way": way["text"], "baseline": WAYS[way["against"]].text if way["against"] else NOTHING},
-        "flags": way["flags"] or (jreg if way["lambda"] else NOTHING),
-    }
-
-
-def _run(name: str, run: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        **{"run": name, "seed": str(run["seed"])},
-        **{"validation loss": number(run["validation_loss"], LOSS), "ζ_L": number(run["jump_rate"], "#.3g")},
-        "Ψ x 100 of layers 1 to L": " ".join(f"{100 * psi:.2f}" for psi in run["displacement"]),
-        "seconds per step": number(run["seconds_per_step"], "#.3g"),
+        **{"way": way["text"], "weights": whole(way["parameters"]), "more": whole(way["added_parameters"])},
+        "weights of the teacher": whole(teacher.get("parameters")),
+        "training tokens of the teacher": whole(teacher.get("tokens")),
+        "training of the teacher, s": number(teacher.get("seconds"), "#.3g"),
+        "flags": way["flags"] or jreg,
     }
 
 
