@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo claims test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench on-gpu mutations image image-cpu lint format check constraints clean distclean
+.PHONY: help venv demo claims compare test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench on-gpu mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -29,6 +29,9 @@ demo: $(STAMP)  ## Train two small models, without JREG and with it, and compare
 
 claims: $(STAMP)  ## Judge the paper's six claims on toys (about 75 minutes on two cores)
 	@$(PY) -m jreg_megatron.claims $(ARGS)
+
+compare: $(STAMP)  ## Train toys with JREG and each other method, and compare them (up to two hours on two cores)
+	@$(PY) -m jreg_megatron.compare $(ARGS)
 
 test: $(STAMP)  ## Run the fast tests
 	@$(PY) -m pytest $(ARGS)

@@ -16,7 +16,7 @@ for file in "$home"/recipes/*.sh; do
     # run and slurm are no recipes; they start one.
     if [[ -x $file && $name != run && $name != slurm ]]; then recipes+=("$name"); fi
 done
-tools=(bench claims data demo evaluate export import launch measure pretrain report selftest sweep)
+tools=(bench claims compare data demo evaluate export import launch measure pretrain report selftest sweep)
 if [[ -d $home/tests ]] && python -c 'import pytest' 2>/dev/null; then tools+=(test); fi
 known="recipes: ${recipes[*]}; tools: ${tools[*]}"
 

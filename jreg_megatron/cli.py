@@ -11,6 +11,7 @@ from jreg_megatron import __version__
 _COMMANDS = {
     "bench": "measure the cost of JREG here: kernels, Megatron's step, growth with the size",
     "claims": "judge the paper's six claims on toys that it trains, or on your own runs",
+    "compare": "compare JREG and other methods on toys that it trains, with paired seeds",
     "data": "make Megatron's token files from text, and inspect them",
     "demo": "train two small Llamas on this machine's CPU, without JREG and with it",
     "evaluate": "evaluate a model, or compare two: tasks, middle layers, early exit",

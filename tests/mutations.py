@@ -123,6 +123,7 @@ VARIANTS = ("tests/test_variants.py",)
 PREFLIGHT = ("tests/test_preflight.py",)
 INITIAL = ("tests/test_initialization.py",)
 CLAIMS = ("tests/test_claims.py",)
+COMPARE = ("tests/test_compare.py",)
 METHODS = ("tests/test_methods.py",)
 SFT = ("tests/test_sft.py",)
 HELPER = ("tests/test_dataset_helper.py",)
@@ -2117,9 +2118,21 @@ FAULTS = [
     ),
     Fault(
         "take half an evaluation for a whole one",
-        "claims/__main__.py",
+        "claims/evaluating.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
+    ),
+    Fault(
+        "correct no p value for the other ways",
+        "paper/over_seeds.py",
+        (("max(most, min(1.0, p * (len(p_values) - rank)))", "p"),),
+        COMPARE,
+    ),
+    Fault(
+        "compare a way with a toy of another seed",
+        "compare/rules.py",
+        (("(toy, bases[seed]) for seed, toy", "(toy, next(iter(bases.values()))) for seed, toy"),),
+        COMPARE,
     ),
     Fault(
         "train a finished toy again",

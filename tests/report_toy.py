@@ -191,8 +191,9 @@ def write_events(
     settings: Mapping[str, str] | None = None,
     displacement: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
     jump_rate: float | None = None,
+    more: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Path:
-    """TensorBoard files such as Megatron's: a validation loss, and displacement, by iteration."""
+    """TensorBoard files such as Megatron's: a validation loss, displacement and ``more``, by iteration."""
     writer = EventFileWriter(str(folder))
 
     def add(step: int, **value: Any) -> None:
@@ -212,6 +213,9 @@ def write_events(
         profile = displacement[step] if isinstance(displacement, Mapping) else displacement
         for layer, value in enumerate(profile or psi(0, 1, layers), start=1):
             add(step, tag=f"jreg/displacement_layer_{layer:02d} validation", simple_value=value)
+    for tag, values in (more or {}).items():
+        for step, value in values.items():
+            add(step, tag=tag, simple_value=value)
     writer.close()
     return folder
 

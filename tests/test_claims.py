@@ -14,7 +14,7 @@ import pytest
 from report_toy import Page, write_events
 from scipy import stats
 
-from jreg_megatron.claims import __main__ as command
+from jreg_megatron.claims import evaluating
 from jreg_megatron.claims.__main__ import main
 from jreg_megatron.claims.evidence import evaluation_name, find, gather
 from jreg_megatron.claims.rules import Claim, Question
@@ -365,7 +365,7 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
         Path(words[words.index("--json") + 1]).write_text(json.dumps(evaluation(1, False)))
         raise UserError("out of memory")
 
-    monkeypatch.setattr(command, "run_logged", fails)
+    monkeypatch.setattr(evaluating, "run_logged", fails)
     with pytest.raises(SystemExit):
         main(["--runs", str(runs), "--output", str(tmp_path / "out")])
     assert [file.name for file in (tmp_path / "out" / "evaluations").glob("[!.]*.json")] == ["words.json"]

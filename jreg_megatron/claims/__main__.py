@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from jreg_megatron.claims import toy
-from jreg_megatron.claims.evidence import Evidence, Trained, evaluation, evaluation_name, find, gather
+from jreg_megatron.claims.evaluating import LOCK, about, evaluate_all, make_output
+from jreg_megatron.claims.evidence import Evidence, evaluation_name, find, gather
 from jreg_megatron.claims.rules import FEWEST_SEEDS
-from jreg_megatron.demo.training import each, progress, run_logged, train_all
-from jreg_megatron.report.check import checked, read_json
+from jreg_megatron.demo.training import train_all
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -27,7 +24,7 @@ from jreg_megatron.runtime.lock import lock
 FORMAT = "jreg_megatron claims"
 
 _DATA = Path("runs/data")
-_PAGE, _NUMBERS, _LOCK = "claims.html", "claims.json", ".lock"
+_PAGE, _NUMBERS = "claims.html", "claims.json"
 _EPILOG = """\
 Without --runs it trains toys on this machine's CPU: baselines and JREG at the paper's lambda 1 and alpha 1
 with ten seeds, other alphas and batches with three. After a kill, start the same command again: it resumes.
@@ -79,8 +76,8 @@ def _claims(args: argparse.Namespace) -> None:
     _check(args)
     for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
         need(package, "claims", "analysis")
-    _make_output(args.output)
-    with lock(args.output / _LOCK, f"{args.output} is being filled", "name another --output"):
+    make_output(args.output, _PAGE, _NUMBERS)
+    with lock(args.output / LOCK, f"{args.output} is being filled", "name another --output"):
         if args.runs:
             evidence, words = gather(find(args.runs)), args.evaluate
             folder = args.output / "evaluations"
@@ -90,11 +87,10 @@ def _claims(args: argparse.Namespace) -> None:
             plan = toy.Plan(args.steps or toy.STEPS, args.seeds or toy.SEEDS)
             evidence, words = _toys(args, plan), toy.TASKS
             files = {run.folder: run.folder / "evaluation.json" for run in evidence.runs}
-            how = toy.described(plan)
+            seeds = f"1 to {plan.seeds}; 1 to {min(toy.FEW_SEEDS, plan.seeds)} for other batches and alphas"
+            how = toy.described(plan.steps) | {"seeds": seeds}
         evidence = _evaluated(args, evidence, files, words)
-        machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
-        machine += f", Python {platform.python_version()}"
-        _write(args, evidence, how | {"finished": date.today().isoformat(), "machine": machine})
+        _write(args, evidence, how)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -125,18 +121,6 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _make_output(folder: Path) -> None:
-    try:
-        (folder / "evaluations").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output is {folder}, which cannot be made: {error.strerror}; name another"
-        ) from error
-    for name in (_PAGE, _NUMBERS, _LOCK):
-        if (folder / name).is_dir():
-            raise UserError(f"--output is {folder}, where {name} is a folder; name another")
-
-
 def _toys(args: argparse.Namespace, plan: toy.Plan) -> Evidence:
     from jreg_megatron.demo.data import prepare
 
@@ -154,31 +138,7 @@ def _evaluated(
     """The evidence with evaluations of all pairs of a baseline and JREG; existing files are reused."""
     pairs = [pair for pair in evidence.pairs.values() if all(run.checkpoints.is_dir() for run in pair)]
     runs = [run for pair in pairs for run in pair]
-    asked = args.output / "evaluations" / "words.json"
-    done = {run.folder: evaluation(run, files[run.folder]) for run in runs if files[run.folder].exists()}
-    if asked.exists() and done:
-        before = checked(asked, list[str], read_json(asked))
-        if before != list(words):
-            raise UserError(
-                f"--output is {args.output}, where evaluations had {shlex.join(before) or 'no words'}, "
-                f"not {shlex.join(words) or 'none'}; name another --output, or delete them"
-            )
-    output.write_json(str(asked), list(words))
-
-    async def evaluate(run: Trained) -> None:
-        file = files[run.folder]
-        # A file that is cut off by a failure does not count.
-        part = file.with_name(f".{file.name}")
-        command = ["-m", "jreg_megatron.evaluate", f"model={run.checkpoints}", "--lens", "--quiet"]
-        command += [*words, "--json", str(part)]
-        await run_logged(f"evaluating {run.folder}", command, file.with_suffix(".log"), lambda _: None)
-        os.replace(part, file)
-        done[run.folder] = evaluation(run, file)
-        bar.update()
-
-    left = [run for run in runs if run.folder not in done]
-    with progress("evaluating", "models", len(runs), len(left), args.quiet) as bar:
-        each(left, evaluate, args.jobs)
+    done = evaluate_all(runs, files, args.output, words, args.jobs, args.quiet)
     return replace(
         evidence, runs=tuple(replace(run, evaluated=done.get(run.folder)) for run in evidence.runs)
     )
@@ -189,9 +149,7 @@ def _write(args: argparse.Namespace, evidence: Evidence, how: dict[str, str]) ->
     from jreg_megatron.claims.rules import claims
 
     judged = claims(evidence)
-    versions = output.versions("megatron-core", "torch", "lm_eval", "scipy")
-    about = {"format": FORMAT, "version": 1, "versions": versions, "how": how}
-    found = document(evidence, judged, about)
+    found = document(evidence, judged, about(FORMAT, how))
     output.write_json(str(args.output / _NUMBERS), found)
     output.write_text(str(args.output / _PAGE), page(found, evidence))
     if args.quiet:

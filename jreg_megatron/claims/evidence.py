@@ -96,10 +96,14 @@ class Trained:
 
     def rise_at(self, share: float) -> float | None:
         """:func:`rise` at a share of the steps; None if no validation is near."""
-        wanted = share * self.steps
-        profiles = zip(self.history.iterations, self.history.profiles, strict=True)
-        step, profile = min(profiles, key=lambda found: abs(found[0] - wanted))
-        return rise(profile) if abs(step - wanted) <= _NEAR * self.steps else None
+        found = self.index_at(share)
+        return None if found is None else rise(self.history.profiles[found])
+
+    def index_at(self, share: float) -> int | None:
+        """The place in :attr:`history` of the validation at a share of the steps; None if none is near."""
+        away = [abs(step - share * self.steps) for step in self.history.iterations]
+        nearest = min(away)
+        return away.index(nearest) if nearest <= _NEAR * self.steps else None
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
         """zeta at the end, of the layer that is so many layers below the last."""

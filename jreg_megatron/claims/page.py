@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, rise
+from jreg_megatron.claims.evidence import Evidence, Trained, rise
 from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, more
 from jreg_megatron.paper.over_seeds import p_one_sided
 from jreg_megatron.report.charts import Axis
@@ -16,30 +16,23 @@ from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number
 
 _BELOW = ("ζ_L", "ζ_(L-1)", "ζ_(L-2)")
 """The jump rates of these layers are listed, counted down from the last."""
-_RISE = Axis("Ψ of the last layer minus Ψ of the layer before, x 100")
+RISE = Axis("Ψ of the last layer minus Ψ of the layer before, x 100")
 
 
 def document(evidence: Evidence, claims: Mapping[str, Claim], about: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON document of claims by number; ``about`` are more entries, such as versions."""
     found = {}
     for key, claim in claims.items():
-        deciding = _question(claim.deciding)
+        deciding = question_document(claim.deciding)
         found[key] = {
             "claim": claim.text,
             "verdict": claim.verdict,
             "decided_by": deciding["question"],
             **{name: deciding[name] for name in ("paper", "number", "found", "interval")},
-            "questions": [_question(question) for question in claim.questions],
+            "questions": [question_document(question) for question in claim.questions],
             "remark": claim.remark,
         }
-    runs = {
-        str(run.folder): {
-            **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
-            "jump_rates": [run.jump_rate(below) for below in range(len(_BELOW))],
-            **run.history.summary(),
-        }
-        for run in evidence.runs
-    }
+    runs = {str(run.folder): run_document(run) for run in evidence.runs}
     judged = {"rule": RULE, "claims": found, "batch": evidence.batch}
     return {**about, **judged, "runs": runs, "notes": evidence.notes}
 
@@ -52,8 +45,6 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
         | _found(claim)
         for key, claim in claims.items()
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    how = document["how"] | {"versions": versions}
     figures = [(key, figure) for key, figure in _figures(evidence) if figure]
     sections = [
         Section("verdicts", "Verdicts", RULE, tables=(Table.of_rows("Verdicts", verdicts, is_text=True),)),
@@ -62,7 +53,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
                 f"claim_{key}",
                 f"{key}. {claim['claim']}",
                 f"Verdict: {claim['verdict']}.",
-                tables=(Table.of_rows("Questions", list(map(_row, claim["questions"])), is_text=True),),
+                tables=(questions_table(claim["questions"]),),
                 folded=(
                     Table.of("By seed", "seed", {q["question"]: q["by_seed"] for q in claim["questions"]}),
                 ),
@@ -71,13 +62,7 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
             )
             for key, claim in claims.items()
         ),
-        Section(
-            "how",
-            "How it was done",
-            tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
-            folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
-            notes=tuple(document["notes"]),
-        ),
+        how_section(document),
     ]
     batches = ", ".join(str(batch) for batch in sorted({run["batch"] for run in runs}))
     return render(
@@ -87,7 +72,30 @@ def page(document: Mapping[str, Any], evidence: Evidence) -> str:
     )
 
 
-def _question(question: Question) -> dict[str, Any]:
+def how_section(document: Mapping[str, Any]) -> Section:
+    """How the runs of a document were made, and their numbers."""
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    how = document["how"] | {"versions": versions}
+    return Section(
+        "how",
+        "How it was done",
+        tables=(Table("What was trained", ("what", "value"), tuple(how.items()), is_text=True),),
+        folded=(Table.of_rows("All runs", [_run(*run) for run in document["runs"].items()]),),
+        notes=tuple(document["notes"]),
+    )
+
+
+def run_document(run: Trained) -> dict[str, Any]:
+    """The part of a run in a JSON document."""
+    return {
+        **{name: getattr(run, name) for name in ("seed", "coeff", "alpha", "batch", "tokens")},
+        "jump_rates": [run.jump_rate(below) for below in range(len(_BELOW))],
+        **run.history.summary(),
+    }
+
+
+def question_document(question: Question) -> dict[str, Any]:
+    """The part of a question in a JSON document."""
     found = question.estimate
     # The paper's test that the number is on the claim's side of the bar.
     sign = 1 if question.side == "above" else -1
@@ -103,6 +111,11 @@ def _question(question: Question) -> dict[str, Any]:
         "p_one_sided": p_one_sided(beyond),
         "by_seed": {str(seed): value for seed, value in question.values.items()},
     }
+
+
+def questions_table(questions: Sequence[Mapping[str, Any]]) -> Table:
+    """Questions of a document, a row for each."""
+    return Table.of_rows("Questions", [_row(question) for question in questions], is_text=True)
 
 
 def _row(question: Mapping[str, Any]) -> dict[str, str]:
@@ -149,12 +162,12 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     }
     title, share = "The last layer's jump over training", Axis("share of the training steps")
     about = "Below 0 the last layer turns the state less than the layer before."
-    yield "2", curves("growth", title, about, rises, share, _RISE, **over_seeds)
+    yield "2", curves("growth", title, about, rises, share, RISE, **over_seeds)
 
     by_steps = [(run.steps, run.rise) for runs in evidence.batches.values() for run in runs.values()]
     title = "The baseline's jump against the number of steps, on equal tokens"
     about, steps = "Runs with fewer steps have larger batches.", Axis("training steps", whole=True)
-    yield "3", curves("steps", title, about, {"baseline": by_steps}, steps, _RISE, **over_seeds)
+    yield "3", curves("steps", title, about, {"baseline": by_steps}, steps, RISE, **over_seeds)
 
     # Jumps differ by seed, so only seeds that all settings have are compared.
     common = sorted(set.intersection(*map(set, settings.values())))

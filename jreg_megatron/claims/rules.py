@@ -32,7 +32,7 @@ RULE = (
 _LEFT = 0.2
 """The share of the baseline's jump rate that may remain when JREG "removes" the jump."""
 _QUARTER = 0.25
-_BITS = "speeches_bits_per_byte"
+BITS = "speeches_bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _tasks(evidence: Evidence) -> Claim:
             means[seed] = gain
         scored = [gains[name] for name in gains if pair[0].tasks[name].chance is not None]
         points |= {seed: fmean(scored)} if scored else {}
-        bits |= {seed: gains[_BITS] / 100} if _BITS in gains else {}
+        bits |= {seed: gains[BITS] / 100} if BITS in gains else {}
     asked = [("The mean accuracy in tasks is higher with JREG.", f"{ten} in nine other tasks", points)]
     if means:
         of_nine, without = (
@@ -274,5 +274,9 @@ def _tasks(evidence: Evidence) -> Claim:
 
 def _turns_more(base: Sequence[float], jreg: Sequence[float]) -> float:
     """Percent by which JREG's summed Psi of layers 2 to 3L/4 is above the baseline's."""
-    middle = slice(1, 3 * len(base) // 4)
-    return 100 * (math.fsum(jreg[middle]) / math.fsum(base[middle]) - 1)
+    return 100 * (math.fsum(middle(jreg)) / math.fsum(middle(base)) - 1)
+
+
+def middle(displacement: Sequence[float]) -> Sequence[float]:
+    """Psi of layers 2 to 3L/4."""
+    return displacement[1 : 3 * len(displacement) // 4]

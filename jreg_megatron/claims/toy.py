@@ -26,17 +26,24 @@ TASKS = ("--tasks", "speeches_last_word,speeches_bits_per_byte")
 
 _SEQUENCE = 64
 _VALIDATION = 256  # sequences
+TOKENS = BATCHES[0] * _SEQUENCE
+"""Of a step with the smallest batch."""
 STEPS_BY = BATCHES[-1] // BATCHES[0]
 """With multiples of it all batches see the same number of tokens."""
 FEWEST_STEPS = 8 * STEPS_BY
 """So that each run is evaluated eight times."""
 
-_MODEL = f"""
-    --num-layers 8 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4
+
+def model(layers: int = 8, hidden: int = 64, ffn: int = 192, mlp: str = "--swiglu") -> str:
+    """Megatron's flags of a toy; the defaults are the toy of the claims."""
+    return f"""
+    --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 4
     --seq-length {_SEQUENCE} --max-position-embeddings {_SEQUENCE}
-    --normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear
+    --normalization RMSNorm {mlp} --position-embedding-type rope --disable-bias-linear
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
-"""
+    """
+
+
 _OPTIMIZER = """
     --lr 6e-3 --min-lr 6e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
@@ -67,18 +74,20 @@ class Plan:
         what = "baseline" if config.coeff == 0 else f"alpha{config.alpha:g}"
         name = f"{what}_batch{batch}_seed{seed}"
         steps = self.steps * BATCHES[0] // batch
-        size = f"--micro-batch-size {batch} --global-batch-size {batch} --eval-iters {_VALIDATION // batch}"
-        words = f"{_MODEL} {_OPTIMIZER} {_LOGGING} {size}"
-        return Run(name, config, steps, folder / name, seed, tuple(words.split()), ranks=1)
+        return Run(name, config, steps, folder / name, seed, flags(model(), batch), ranks=1)
 
 
-def described(plan: Plan) -> dict[str, str]:
-    """What the page says of the toy."""
-    tokens = BATCHES[0] * _SEQUENCE  # of a step
+def flags(model: str, batch: int = BATCHES[0], more: str = "") -> tuple[str, ...]:
+    """Megatron's flags of a run of a toy; those of the method are in ``more``."""
+    size = f"--micro-batch-size {batch} --global-batch-size {batch} --eval-iters {_VALIDATION // batch}"
+    return tuple(f"{model} {_OPTIMIZER} {_LOGGING} {size} {more}".split())
+
+
+def described(steps: int) -> dict[str, str]:
+    """What a page says of the toy, which takes ``steps`` with the first of :data:`BATCHES`."""
     return {
-        "model": " ".join(_MODEL.split()),
+        "model": " ".join(model().split()),
         "optimizer": " ".join(_OPTIMIZER.split()),
         "text": f"State of the Union speeches; a SentencePiece vocabulary of {VOCABULARY} pieces",
-        "length": f"{plan.steps:,} steps of {tokens} tokens, {plan.steps * tokens:,} in all",
-        "seeds": f"1 to {plan.seeds}; 1 to {min(FEW_SEEDS, plan.seeds)} for other batches and alphas",
+        "length": f"{steps:,} steps of {TOKENS} tokens, {steps * TOKENS:,} in all",
     }

@@ -72,6 +72,22 @@ def p_one_sided(differences: Sequence[float]) -> float | None:
     return float(stdtr(n - 1, -t))
 
 
+def p_two_sided(differences: Sequence[float]) -> float | None:
+    """The same t-test for both sides; returns and None as for :func:`p_one_sided`."""
+    p = p_one_sided(differences)
+    return None if p is None else 2 * min(p, 1 - p)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction for several tests, in the given order. None is kept, and counts as a test."""
+    adjusted, most = list(p_values), 0.0
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    for rank, (p, place) in enumerate(known):
+        most = max(most, min(1.0, p * (len(p_values) - rank)))
+        adjusted[place] = most
+    return adjusted
+
+
 def power(n: int, difference: float, sd: float) -> float:
     """How often the test finds a true ``difference`` at :data:`LEVEL`, in [0, 1]; by the non-central t.
 

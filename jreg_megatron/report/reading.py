@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jreg_megatron.methods.jreg.regularizer import RATE_NAME, displacement_name
 from jreg_megatron.report.check import checked, printable, read_json
@@ -88,31 +90,19 @@ def read_history(folder: Path) -> History:
     Raises:
         UserError: if there are none, or they hold no validation with JREG's measurements.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there; train with --tensorboard-dir")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-
-    def history(tag: str) -> dict[int, float]:
-        # Megatron evaluates once more after the last iteration; the later value counts.
-        return {event.step: event.value for event in events.Scalars(tag)}
-
-    if not any(tags[kind] for kind in ("scalars", "tensors")):
-        raise UserError(f"{folder} holds no events; its files are empty or damaged, name another folder")
-    missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(tags["scalars"])
+    events, scalars = _events(folder)
+    history = partial(_scalar, events)
+    missing = {_LOSS, RATE_NAME + _VALIDATION}.difference(scalars)
     if missing:
         raise UserError(f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data")
     loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
     # Numbers are padded to one length, so names sort like layers.
-    layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, tags["scalars"]))]
+    layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, scalars))]
     # A killed run may have written a part of a validation, which does not count.
     iterations = sorted(set(loss).intersection(rate, *layers))
     if not iterations:
         raise UserError(f"{folder} holds no whole validation; continue the run")
-    texts = [tag for tag in tags["tensors"] if tag.endswith(_SETTING)]
+    texts = [tag for tag in events.Tags()["tensors"] if tag.endswith(_SETTING)]
     return History(
         iterations=iterations,
         validation_loss=[loss[iteration] for iteration in iterations],
@@ -123,6 +113,35 @@ def read_history(folder: Path) -> History:
             for tag in texts
         },
     )
+
+
+def read_scalars(folder: Path, names: str) -> dict[str, dict[int, float]]:
+    """By name and step, the scalars of a run whose whole name matches the regular expression ``names``.
+
+    Raises:
+        UserError: as :func:`read_history`.
+    """
+    events, scalars = _events(folder)
+    return {tag: _scalar(events, tag) for tag in sorted(scalars) if re.fullmatch(names, tag)}
+
+
+def _events(folder: Path) -> tuple[Any, list[str]]:
+    """All TensorBoard files of a folder, and the names of their scalars."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there; train with --tensorboard-dir")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    if not any(tags[kind] for kind in ("scalars", "tensors")):
+        raise UserError(f"{folder} holds no events; its files are empty or damaged, name another folder")
+    return events, tags["scalars"]
+
+
+def _scalar(events: Any, tag: str) -> dict[int, float]:
+    # Megatron evaluates once more after the last iteration; the later value counts.
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def _tensorboard(folder: Path) -> Run:

@@ -95,7 +95,7 @@ def headline(models: Sequence[Model], first: str) -> Table:
 
 def _headline_row(model: Model, first: str) -> dict[str, str]:
     step, run, entry = model.step, model.run, model.measured[-1] if model.measured else None
-    row = {"model": model.label, "step": _whole(step), "layers L": _whole(model.num_layers)}
+    row = {"model": model.label, "step": whole(step), "layers L": whole(model.num_layers)}
     rates = dict(zip(STATES, ("ζ before the final norm", "ζ after it"), strict=True))
     turns = dict(zip(STATES, ("last Ψ before the final norm", "last Ψ after it"), strict=True))
     row |= dict.fromkeys((*rates.values(), *turns.values(), "validation loss"), NOTHING)
@@ -147,7 +147,7 @@ def tasks(models: Sequence[Model]) -> list[Table]:
             "task": shortened(name, _CELL),
             "metric": shortened(metric, 24),
             "better": "higher" if higher else "lower",
-            "samples": _whole(samples),
+            "samples": whole(samples),
             "chance": number(chance),
         }
         for label, found in scores.items():
@@ -180,7 +180,7 @@ def comparison(compared: Comparison, a: str, b: str) -> list[Table]:
             f"{compared.confidence:.0%} interval": interval(difference.interval, "+#.3g"),
             "p": p_value(difference.p_value),
             "p, adjusted": p_value(difference.p_adjusted),
-            "samples": _whole(difference.samples),
+            "samples": whole(difference.samples),
         }
         for name, difference in found.items()
     ]
@@ -279,5 +279,6 @@ def _from_to(values: Sequence[str]) -> str:
     return f"{values[0]} to {values[-1]} ({len(values)})"
 
 
-def _whole(value: int | None) -> str:
+def whole(value: int | None) -> str:
+    """With a comma at each thousand, or nothing."""
     return NOTHING if value is None else f"{value:,}"
