@@ -438,8 +438,8 @@ FAULTS = [
         "stream/tap.py",
         (
             (
-                "if self._change is not None and self._input is not None:",
-                "if self._change is not None and self._microbatch is not None:",
+                "if self._change is None or self._input is None:",
+                "if self._change is None or self._microbatch is None or self._input is None:",
             ),
         ),
         METHODS,
