@@ -44,6 +44,7 @@ class HybridModel(nn.Module):
                 "recompute_method": None,
                 "recompute_num_layers": None,
                 "sequence_parallel": False,
+                "context_parallel_size": 1,
             }
             | settings
         )
