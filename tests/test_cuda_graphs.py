@@ -9,6 +9,7 @@ from test_attach import build_model
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
+from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
@@ -65,10 +66,11 @@ def refuses_graphs() -> None:
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
+        ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(OF_LAYERS | changes)
         with pytest.raises(UserError, match=named):
-            attach(model, *settings, num_microbatches=1)
+            attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
 
 
 def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:

@@ -370,6 +370,24 @@ SAID = {
 }
 
 
+def test_whether_a_teacher_looks_ahead_is_seen_in_float32_whatever_it_runs_in(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    from jreg_megatron.methods.let.teacher import Teacher
+
+    encoder = AutoModel.from_config(small_model("bert", is_decoder=False, vocab_size=32).config)
+    encoder.save_pretrained(tmp_path / "encoder")
+    alike = AutoModel.from_config(small_model("gpt2", vocab_size=32).config)
+    with torch.no_grad():  # next to this the states hardly move from token to token
+        alike.ln_f.bias[:2] = 200.0
+    alike.save_pretrained(tmp_path / "alike")
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="is no causal language model"):
+            Teacher(str(tmp_path / "encoder"), 32, torch.device("cpu"), dtype)
+        teacher = Teacher(str(tmp_path / "alike"), 32, torch.device("cpu"), dtype)
+        assert teacher.states(torch.arange(4)[None]).dtype == dtype
+
+
 def test_a_layer_of_a_stage_without_tokens_is_refused_on_every_rank(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -40,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    width = max(map(len, WAYS))
+    ways = {name: way.text for name, way in WAYS.items() if way.against}
+    width = max(map(len, ways))
     parser = argparse.ArgumentParser(
         prog="jreg-megatron compare",
         usage="%(prog)s [OPTIONS]",
         description="Train small models on real text: baselines, JREG and each other method. Writes one page "
         "and one JSON file.",
         epilog="ways:\n"
-        + "".join(f"  {name:{width}}  {w.text}\n" for name, w in WAYS.items())
+        + "".join(f"  {name:{width}}  {text}\n" for name, text in ways.items())
         + f"\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,7 +57,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--output", help=place, default=Path("runs/compare"), **folder)
-    parser.add_argument("--ways", help=some, nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS))
+    parser.add_argument("--ways", help=some, nargs="+", choices=ways, metavar="WAY", default=list(ways))
     parser.add_argument("--steps", help="training steps (default: %(default)s)", default=STEPS, **number)
     parser.add_argument("--seeds", help="seeds 1 to N (default: %(default)s)", default=SEEDS, **number)
     parser.add_argument("--jobs", help="processes at a time (default: %(default)s)", default=2, **number)

@@ -152,9 +152,9 @@ def parser() -> ArgumentParser:
     names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
     parts = (
         f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop needs one run "
-        "for each layer, and depth two. depth: how near each layer's read-out is to the output, the effect "
-        "of skipping a layer on later layers and on the output, and whether a state points to its own token "
-        "or to the next one"
+        "for each layer, and depth needs two. depth: how near each layer's read-out is to the output, the "
+        "effect of skipping a layer on later layers and on the output, and whether a state points to its own "
+        "token or to the next one"
     )
     parser.add_argument("--parts", **names, default=list(USUAL_PARTS), metavar="PART,...", help=parts)
     group = parser.add_argument_group("tasks, by lm-evaluation-harness")

@@ -304,6 +304,7 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "attn"},
     {"graphs": "mlp", "num_microbatches": 4},
     {"graphs": "layers", "methods": "all"},
+    {"graphs": "layers", "methods": "blocks"},
     {"graphs": "layers", "virtual": 2, "num_microbatches": 4},
     {"graphs": "attn", "recompute": "selective", "final_state": "post_norm"},
 )

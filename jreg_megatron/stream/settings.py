@@ -110,7 +110,7 @@ class Settings:
             UserError: naming the setting, its value and what to do.
         """
         for name, reason in self.refused.items():
-            if value := getattr(model_config, name, None):
+            if (value := getattr(model_config, name, None)) and value != "none":
                 raise UserError(
                     f"{self.name} does not support {name} ({value!s:.40}), since {reason}; leave one "
                     "of the two out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ COEFFICIENT_NAME = "let coefficient"
 _EPS = 1e-8
 """The least norm of a state by which is divided."""
 _PADDING = 1024
-"""The rows of an embedding are mostly padded by less than this."""
+"""The rows of an embedding are mostly padded by less than this, times the tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class LET(Method):
         self._place, self._scaling = place, place.scaling
         self._coefficient = torch.zeros(1, device=place.device)
         self.training_meter = self._meter = Meter(1, place.device, num_values=2)
-        if settings.coeff > 0:
-            self.added_loss = AddedLoss(settings.coeff)
         begin = 1
         with suppress(Exception):  # a loop may not know it before its first step
             begin = max(1, 1 if place.iteration is None else place.iteration())
         self._is_over = not settings.measures_at(begin)
+        if not self._is_over:
+            self.added_loss = AddedLoss(settings.coeff)
         self._are_ids_checked = False
         self._teacher: Teacher | None = None
         if self._is_here and not self._is_over:
@@ -83,8 +84,9 @@ class LET(Method):
         place, half = self._place, torch.bfloat16
         dtype = half if place.dtype == half else torch.float32
         teacher = Teacher(str(self.settings.teacher), place.hidden_size, place.device, dtype)
-        rows = self._rows
-        if rows is not None and abs(rows - teacher.vocab_size) >= _PADDING:
+        config: Any = place.chunks[0].config
+        rows, ranks = self._rows, config.tensor_model_parallel_size
+        if rows is not None and abs(rows - teacher.vocab_size) >= _PADDING * ranks:
             raise UserError(
                 f"{self._named} has {teacher.vocab_size} tokens, and the trained model {rows}; give a "
                 "teacher with the same tokenizer"

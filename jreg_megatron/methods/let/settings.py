@@ -44,6 +44,7 @@ class LETConfig(Settings):
         "reset_attention_mask": _ONE_TEXT,
         "reset_position_ids": _ONE_TEXT,
         "dataloader_inter_document_masking": _ONE_TEXT,
+        "cuda_graph_impl": "no run of both has been compared",
     }
 
     teacher: str | None = setting(

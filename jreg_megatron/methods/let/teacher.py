@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from jreg_megatron.runtime.extras import errors_alone, need
 _FLAG = LETConfig.flag("teacher")
 _LENGTH = 8
 """Tokens of the run that shows whether the model looks ahead."""
+_MOVED = 1e-5
+"""A state that moves by less, relative to its norm, is the same in float32."""
 
 
 class Teacher:
@@ -43,22 +46,29 @@ class Teacher:
         with errors_alone("transformers"), torch.random.fork_rng(devices=here):
             transformers.utils.logging.disable_progress_bar()
             try:
-                model, info = transformers.AutoModel.from_pretrained(
-                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
-                )
-                self._model = model.to(device).eval().requires_grad_(False)
+
+                def load(dtype: torch.dtype) -> Any:
+                    loaded, info = transformers.AutoModel.from_pretrained(
+                        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                    )
+                    return loaded.eval().requires_grad_(False), info
+
+                # In 16 bits a state that another one moves a little may look the same.
+                model, info = load(torch.float32)
                 self.vocab_size: int = model.get_input_embeddings().num_embeddings
                 self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
-                tokens = torch.arange(1, 1 + _LENGTH, device=device).repeat(2, 1) % self.vocab_size
+                tokens = torch.arange(1, 1 + _LENGTH).repeat(2, 1) % self.vocab_size
                 tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size
-                first, other = self._last_states(tokens).float().unbind()
+                self._model = model
+                first, other = self._last_states(tokens).unbind()
+                self._model = (model if dtype == torch.float32 else load(dtype)[0]).to(device)
             except Exception as error:
                 raise UserError(
                     f"{_FLAG} {folder} cannot be run as a causal language model: {one_line(error)[:300]}"
                 ) from error
         if missing := sorted(map(str, info["missing_keys"])):
             raise UserError(f"the files of {_FLAG} {folder} lack {missing[0]}, which its config.json needs")
-        off = (first - other).norm(dim=-1) > 2 * torch.finfo(dtype).eps ** 0.5 * first.norm(dim=-1)
+        off = (first - other).norm(dim=-1) > _MOVED * first.norm(dim=-1)
         if off[:-1].any() or not off[-1]:
             raise UserError(f"{_FLAG} {folder} is no causal language model, or has no weights; give another")
         unit = torch.eye(first.shape[-1], device=device)

@@ -40,7 +40,8 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
         return
     file = args.vocab_file if kind == "GPT2BPETokenizer" else args.tokenizer_model
     added = getattr(args, "special_tokens", None) or getattr(args, "tokenizer_special_tokens", None) or ()
-    own, known_pieces = _pieces_of(kind, str(file), tuple(added)), _pieces_of(_HUGGING_FACE, teacher)
+    own = {} if file is None else _pieces_of(kind, str(file), tuple(added))
+    known_pieces = _pieces_of(_HUGGING_FACE, teacher)
     if not own or not known_pieces:
         lacking = f"--tokenizer-type {kind} {file}" if not own else f"{_FLAG} {teacher}"
         raise UserError(

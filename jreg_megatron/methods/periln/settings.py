@@ -50,10 +50,9 @@ class PeriLNConfig(Settings):
     def refuse(self, model_config: Any) -> None:
         """Refuse graphs that end between an expert layer's router and its experts."""
         super().refuse(model_config)
-        modules = [
-            getattr(one, "name", one) for one in getattr(model_config, "cuda_graph_modules", None) or ()
-        ]
-        if "moe_router" in [getattr(one, "name", one) for one in modules]:
+        has_graphs = getattr(model_config, "cuda_graph_impl", "none") != "none"
+        modules = getattr(model_config, "cuda_graph_modules", None) or ()
+        if has_graphs and "moe_router" in [getattr(one, "name", one) for one in modules]:
             raise UserError(
                 f"{self.name} does not support cuda_graph_modules moe_router, whose graph does not hold the "
                 "experts' output, which is to be normed; leave one of the two out"
