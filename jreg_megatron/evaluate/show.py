@@ -144,21 +144,22 @@ def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
         title: depth[metric] or [None] * (layers + 1) for metric, title in _DEPTH.items()
     }
     columns |= {
-        "later": [None, *(sum(row) / len(row) if row else None for row in later)],
-        "most": [None, *most],
-        "output": [None, *skip["output_mean"]],
-        "most ": [None, *skip["output_largest"]],
+        "later mean": [None, *(sum(row) / len(row) if row else None for row in later)],
+        "later max": [None, *most],
+        "prob. mean": [None, *skip["output_mean"]],
+        "prob. max": [None, *skip["output_largest"]],
     }
     rows = [
         [layer, *("" if cell is None else f"{cell:.3f}" for cell in cells)]
         for layer, cells in enumerate(zip(*columns.values(), strict=True))
     ]
     turn = depth["turns_over_at"]
-    turned = "" if turn is None else f" The latter is larger first at layer {turn}."
+    turned = "" if turn is None else f" The first layer with next above own is {turn}."
     about = (
-        "KL: of the layer's read-out from the output, in nats. top 5: share that is the output's too. own, "
-        f"next: cosine of the state and the embedding of its token, of the next one.{turned} Without the "
-        "layer: change of what later layers add, relative to it, mean and most; of the probabilities."
+        "KL: from the layer's read-out to the output, in nats. top 5: the share of its five likeliest tokens "
+        "that the output has too. own, next: cosine of the state and the embedding of its own token, and of "
+        f"the next token.{turned} later: the layer is skipped; how much that changes what a later layer "
+        "adds, relative to what it adds. prob.: the layer is skipped; the norm of the change of the probabilities."
     )
     print_table(f"Depth of {name}", ("layer", *columns), rows, about, console=console)
 

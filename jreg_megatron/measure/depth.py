@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.data.windows import Batch, Window
-from jreg_megatron.decoder.decoder import Decoder, is_state, stream_in
+from jreg_megatron.decoder.decoder import Decoder, is_state, stream_in, stream_out
 from jreg_megatron.methods.depth.formulas import (
     CONTRIBUTIONS,
     contributions,
@@ -30,7 +31,7 @@ OF_LAYERS = ("void_share", *CONTRIBUTIONS)
 
 _LENGTH = 12
 _ROUNDINGS = 16
-"""So many times the type's precision a sum of states may be off."""
+"""So many times the type's precision, of its norm, a token's sum of states may be off."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
 
     Args:
         decoder: the model.
-        ids: tokens of a text, ``[s]``.
+        ids: tokens of a text, ``[s]``; repeated if they are few.
     """
     row = torch.as_tensor(ids)[:_LENGTH]
+    row = row.repeat(_LENGTH)[:_LENGTH]
     rows = torch.stack((row, row))
     rows[1, 0] = (rows[1, 0] + 1) % decoder.vocab_size
     found: dict[int, Middle | None] = {}
@@ -75,7 +77,7 @@ def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
 
     def see(number: int, layer_input: Tensor, layer_output: Tensor) -> None:
         if number <= decoder.num_layers:
-            found[number] = _middle(decoder, layer_input, layer_output, calls, is_first=number == 1)
+            found[number] = _middle(decoder, layer_input, own.pop(number), calls, is_first=number == 1)
             calls.clear()
 
     given: dict[nn.Module, list[Tensor]] = {}
@@ -83,6 +85,7 @@ def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
         for module in (child for layer in decoder.layers for child in layer.children()):
             hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(after))
+        own = hooks.enter_context(_own_outputs(decoder))
         with decoder.observed(see):
             decoder.run(rows)
     missing = [number for number, middle in sorted(found.items()) if middle is None]
@@ -90,9 +93,25 @@ def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
         note(
             f"layer {missing[0]} of {decoder.name} ({type(decoder.layers[missing[0] - 1]).__name__}) has no "
             "state between attention and MLP that can be found, so what each adds is left out"
+            + ("" if decoder.dtype == torch.float32 else "; try --dtype float32")
         )
         return None
     return tuple(middle for _, middle in sorted(found.items()) if middle is not None)
+
+
+@contextmanager
+def _own_outputs(decoder: Decoder) -> Iterator[dict[int, Tensor]]:
+    """By number, what each layer returns itself ``[b, s, h]``, before a method changes it."""
+    own: dict[int, Tensor] = {}
+
+    def keep(number: int, _: nn.Module, __: Any, output: Any) -> None:
+        state = stream_out(output)
+        own[number] = state.transpose(0, 1) if decoder.sequence_first else state
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(decoder.layers, start=1):
+            hooks.enter_context(layer.register_forward_hook(partial(keep, number), prepend=True))
+        yield own
 
 
 def _made(output: Any) -> Tensor | None:
@@ -108,7 +127,11 @@ def _middle(
     decoder: Decoder, before: Tensor, after: Tensor, calls: Sequence[_Call], is_first: bool
 ) -> Middle | None:
     before, after = before.double(), after.double()
-    slack = _ROUNDINGS * torch.finfo(decoder.dtype).eps * max(float(each.norm()) for each in (before, after))
+    # Of each token: in trained models the first one's norm is often far above the others.
+    room = torch.finfo(decoder.dtype).eps * torch.maximum(before.norm(dim=-1), after.norm(dim=-1))
+
+    def is_near(one: Tensor, other: Tensor) -> bool:
+        return bool(((one - other).norm(dim=-1) <= _ROUNDINGS * room).all())
 
     def wide(state: Tensor) -> Tensor:
         return (state.transpose(0, 1) if decoder.sequence_first else state).to(before)
@@ -116,17 +139,18 @@ def _middle(
     def scale_of(wanted: Tensor, part: Tensor) -> float | None:
         """The positive number by which ``part`` is ``wanted``; None if it is not."""
         scale = float((wanted * part).sum() / part.square().sum().clamp(min=1e-300))
-        return scale if scale > 0 and float((wanted - scale * part).norm()) <= slack else None
+        return scale if scale > 0 and is_near(wanted, scale * part) else None
 
     def mixes(middle: Tensor) -> bool:
         """Whether the first token's difference between the rows has come to later tokens in layer 1."""
-        return not is_first or float((middle[0] - middle[1])[1:].norm()) > slack
+        moved = (middle[0] - middle[1]).norm(dim=-1) > room[0]
+        return not is_first or bool(moved[1:].any())
 
     calls = [call for call in calls if wide(call.made).shape == before.shape]
     made = [wide(call.made) for call in calls]
     for at, call in enumerate(calls):
         for state in (wide(each) for each in call.given):
-            if state.shape != before.shape or float((state - before).norm()) <= slack or not mixes(state):
+            if state.shape != before.shape or is_near(state, before) or not mixes(state):
                 continue
             adds_first = any(scale_of(state - before, part) for part in made[:at])
             if adds_first and any(scale_of(after - state, part) for part in made[at:]):
@@ -157,6 +181,7 @@ class DepthSums:
     def __init__(self, batch: Batch, decoder: Decoder, middles: Sequence[Middle] | None) -> None:
         self._batch, self._decoder, self._middles = batch, decoder, middles
         self._caught: Tensor | None = None
+        self._own: dict[int, Tensor] = {}
         self._norms: list[Tensor] = []
         self._parts: list[Tensor] = []
         self._of_states: list[Tensor] = []
@@ -171,7 +196,9 @@ class DepthSums:
         def made(module: nn.Module, _: Any, output: Any) -> None:
             self._caught = _made(output)
 
-        with self._decoder.observed(self), ExitStack() as hooks:
+        with ExitStack() as hooks:
+            self._own = hooks.enter_context(_own_outputs(self._decoder))
+            hooks.enter_context(self._decoder.observed(self))
             for middle in self._middles or ():
                 if middle.scale is None:
                     hooks.enter_context(middle.module.register_forward_pre_hook(given, with_kwargs=True))
@@ -190,7 +217,7 @@ class DepthSums:
             middle = middle.transpose(0, 1) if self._decoder.sequence_first else middle
             if (scale := self._middles[number - 1].scale) is not None:
                 middle = before + scale * middle
-            self._parts.append(contributions(before, middle, after).cpu())
+            self._parts.append(contributions(before, middle, self._own.pop(number)).cpu())
 
     def _add_state(self, state: Tensor) -> None:
         self._norms.append(norms(state).cpu())

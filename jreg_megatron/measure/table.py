@@ -22,8 +22,8 @@ _IN_LINES = {"displacement": 4, "displacement_std": 4, "jump_rate_from": 2, "ang
 _IN_LINES |= {"norm": 2, "norm_largest": 2, "update_ratio": 4}
 """The figures in a layer's line, each with its digits."""
 _DEPTH = {"void_share": "void", "attention_ratio": "a", "mlp_ratio": "m", "layer_ratio": "a+m"}
-_DEPTH |= {"attention_cosine": "cos a", "mlp_cosine": "cos m", "layer_cosine": "cos"}
-_DEPTH |= {"matrix_entropy": "H", "curvature": "bend"}
+_DEPTH |= {"attention_cosine": "cos a", "mlp_cosine": "cos m", "layer_cosine": "cos a+m"}
+_DEPTH |= {"matrix_entropy": "entropy", "curvature": "curv."}
 _COLUMNS, _LEAST_BARS = 54, 8
 _BAR_COLUMNS = ("Psi from layer 2 on", "Psi at the end")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -75,7 +75,8 @@ def print_depth(console: Console, model: dict[str, Any]) -> None:
     ]
     about = (
         "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; then the "
-        "cosines of the same pairs. H (matrix entropy), bend (curvature, in radians): of the layer's output."
+        "cosines of the same pairs. entropy: matrix entropy, curv.: curvature in radians, both of the layer's "
+        "output."
     )
     title = f"Use of depth: {model['name']}{_step(model)}"
     print_table(title, ("layer", *_DEPTH.values()), rows, about, console=console, box=SIMPLE_HEAD)
