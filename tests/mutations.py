@@ -1873,10 +1873,9 @@ FAULTS = [
         "stream/tap.py",
         (
             (
-                "        middle, self._middle = self._middle, None\n",
-                "        if self._change is not None and self._input is not None:\n"
-                "            layer_output = self._change(self.number, self._input, layer_output)\n"
-                "        middle, self._middle = self._middle, None\n",
+                "self._input, middle, layer_output)",
+                "self._input, middle, layer_output if self._change is None else "
+                "self._change(self.number, self._input, layer_output))",
             ),
         ),
         DEPTH_TRAINING,
