@@ -159,7 +159,8 @@ def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
         "KL: from the layer's read-out to the output, in nats. top 5: the share of its five likeliest tokens "
         "that the output has too. own, next: cosine of the state and the embedding of its own token, and of "
         f"the next token.{turned} later: the layer is skipped; how much that changes what a later layer "
-        "adds, relative to what it adds. prob.: the layer is skipped; the norm of the change of the probabilities."
+        "adds, relative to what it adds. prob.: the layer is skipped; the norm of the change of the "
+        "probabilities."
     )
     print_table(f"Depth of {name}", ("layer", *columns), rows, about, console=console)
 

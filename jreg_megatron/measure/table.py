@@ -75,8 +75,8 @@ def print_depth(console: Console, model: dict[str, Any]) -> None:
     ]
     about = (
         "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; then the "
-        "cosines of the same pairs. entropy: matrix entropy, curv.: curvature in radians, both of the layer's "
-        "output."
+        "cosines of the same pairs. entropy: matrix entropy, curv.: curvature in radians, both of the "
+        "layer's output."
     )
     title = f"Use of depth: {model['name']}{_step(model)}"
     print_table(title, ("layer", *_DEPTH.values()), rows, about, console=console, box=SIMPLE_HEAD)
