@@ -111,6 +111,17 @@ def test_depth_of_a_model_is_that_of_plain_loops_on_its_states(family: str) -> N
     assert_same(measured["without_first_token"], plain.figures(states, drop=1))
 
 
+def test_what_a_method_takes_from_a_layers_output_is_no_part_of_what_its_mlp_adds() -> None:
+    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    texts = documents(1, 40)  # nothing is found in one token alone
+    as_it_is = measure(decoder, texts, depth=True)["with_first_token"]
+    decoder.layers[-1].register_forward_hook(lambda _, given, output: output - 0.5 * given[0])
+    changed = measure(decoder, texts, depth=True)["with_first_token"]
+    for name in formulas.CONTRIBUTIONS:
+        assert changed[name]["pre_norm"] == pytest.approx(as_it_is[name]["pre_norm"], rel=1e-9), name
+    assert changed["curvature"]["pre_norm"] != pytest.approx(as_it_is["curvature"]["pre_norm"], rel=1e-3)
+
+
 def test_a_text_of_several_sequences_weighs_them_by_their_tokens() -> None:
     decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
     (text,) = documents(64 + 20)
