@@ -230,7 +230,7 @@ def test_the_page_has_a_section_for_each_question(
     assert page.sections == ["overview", *found["families"], "published", "how"]
     assert {"loss_in_training", "jump_in_training", "profiles", "kept", "lens_by_layer"} <= set(page.figures)
     overview = {row[0]: row for row in page.tables["Overview"]}
-    assert overview["slow Q/K, GELU"][1].endswith(", lower")
+    assert overview["slow Q/K, GELU"][1].endswith(", better")
     assert len(overview) == 1 + len(plan.against)
     assert len(page.tables["All runs"]) == 1 + len(found["runs"]) == 2 + 11 * SEEDS
     assert found["ways"]["let"]["teacher"] == {

@@ -60,8 +60,8 @@ def page(document: Mapping[str, Any], toys: Toys, against: Mapping[str, str]) ->
         Section(
             "overview",
             "Overview",
-            "Each way minus its baseline, mean over seeds. A cell has a word where the corrected p is below "
-            "0.05; without a word one cannot tell.",
+            "Each way minus its baseline, mean over seeds. A cell says better or worse (in the profile: "
+            "lower or higher) where the corrected p is below 0.05. Elsewhere one cannot tell.",
             tables=(Table.of_rows("Overview", [_overview(way, families) for way in against], is_text=True),),
             notes=(document["rule"],),
         ),
@@ -135,9 +135,15 @@ def _overview(way: str, families: Mapping[str, Any]) -> dict[str, str]:
     row = {"way": WAYS[way].text}
     for family in families.values():
         found = family["ways"][way]
-        word = "" if found["verdict"] == "cannot tell" else f", {found['verdict']}"
-        row[family["title"].lower()] = _difference(found["found"], family) + word
+        row[family["title"].lower()] = _difference(found["found"], family) + _word(found["verdict"], family)
     return row
+
+
+def _word(verdict: str, family: Mapping[str, Any]) -> str:
+    if verdict == "cannot tell":
+        return ""
+    word = verdict if not family["better"] else "better" if verdict == family["better"] else "worse"
+    return f", {word}"
 
 
 def _difference(value: float | None, family: Mapping[str, Any]) -> str:
