@@ -14,8 +14,7 @@ from report_toy import Page, write_events
 from scipy import stats
 
 from jreg_megatron.claims import evaluating
-from jreg_megatron.claims.toy import TASKS
-from jreg_megatron.compare.__main__ import main
+from jreg_megatron.compare.__main__ import WORDS, main
 from jreg_megatron.compare.ways import WAYS, Plan
 from jreg_megatron.demo import training
 from jreg_megatron.demo.training import Run
@@ -141,7 +140,7 @@ def plan(tmp_path: Path) -> Plan:
     """All runs and evaluations, finished."""
     plan = Plan(tmp_path / "out" / "runs", STEPS, SEEDS)
     (tmp_path / "out" / "evaluations").mkdir(parents=True)
-    (tmp_path / "out" / "evaluations" / "words.json").write_text(json.dumps(TASKS))
+    (tmp_path / "out" / "evaluations" / "words.json").write_text(json.dumps(WORDS))
     for name, seed, run in plan.runs:
         off = (
             EFFECT.get(name, 0.01) + NOISE[seed - 1] * (0.1 + 0.01 * len(name)) if WAYS[name].against else 0.0

@@ -21,7 +21,7 @@ FORMAT = "jreg_megatron compare"
 
 _FEWEST_SEEDS = 3
 _DATA = Path("runs/data")
-_WORDS = (*toy.TASKS, "--parts", "tasks,read-out")
+WORDS = (*toy.TASKS, "--parts", "tasks,read-out")
 """For ``evaluate``."""
 _PAGE, _NUMBERS = "compare.html", "compare.json"
 _EPILOG = """\
@@ -107,7 +107,7 @@ def _evaluate_and_write(args: argparse.Namespace, plan: Plan) -> None:
     toys, notes = read_toys(plan)
     runs = [found.run for by_seed in toys.values() for found in by_seed.values()]
     files = {run.folder: run.folder / "evaluation.json" for run in runs}
-    done = evaluate_all(runs, files, args.output, _WORDS, args.jobs, args.quiet)
+    done = evaluate_all(runs, files, args.output, WORDS, args.jobs, args.quiet)
     toys = {
         way: {
             seed: replace(found, run=replace(found.run, evaluated=done[found.run.folder]))

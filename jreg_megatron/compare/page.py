@@ -148,7 +148,7 @@ def _word(verdict: str, family: Mapping[str, Any]) -> str:
 
 def _difference(value: float | None, family: Mapping[str, Any]) -> str:
     percent = "%" if family["in_percent"] and value is not None else ""
-    return number(value, "+#.3g") + percent
+    return number(value and round(value, 9), "+#.3g") + percent
 
 
 def _row(way: str, found: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, str]:
