@@ -23,7 +23,7 @@ from jreg_megatron.paper.over_seeds import holm, p_two_sided
 SEEDS = 4
 STEPS = 400
 NOISE = (0.0, 0.03, -0.01, 0.02)
-EFFECT = {"jreg": 0.0, "slowqk": -0.05, "slowqk_gelu": -0.2, "let": -0.1}
+EFFECT = {"jreg": 0.0, "slowqk": -0.05, "slowqk_gelu": -0.2, "let": -0.1, "periln": 2.0}
 """What a method adds to the loss, beside a little noise of each seed."""
 
 
@@ -227,11 +227,21 @@ def test_the_page_has_a_section_for_each_question(
     found = compare(tmp_path)
     page = Page(tmp_path / "out" / "compare.html")
     assert page.sections == ["overview", *found["families"], "published", "how"]
-    assert {"loss_in_training", "jump_in_training", "profiles", "kept", "lens_by_layer"} <= set(page.figures)
+    assert {
+        "loss_nearer",
+        "loss_in_training",
+        "jump_in_training",
+        "profiles",
+        "kept",
+        "lens_by_layer",
+    } <= set(page.figures)
     overview = {row[0]: row for row in page.tables["Overview"]}
     assert overview["slow Q/K, GELU"][1].endswith(", better")
     assert len(overview) == 1 + len(plan.against)
     assert len(page.tables["All runs"]) == 1 + len(found["runs"]) == 2 + 11 * SEEDS
+    text = (tmp_path / "out" / "compare.html").read_text()
+    assert "Validation loss over training, without Peri-LN<" in text  # it would hide the others
+    assert found["ways"]["slowqk"]["flags"] == "--slowqk-hold-iterations 16"
     assert found["ways"]["let"]["teacher"] == {
         "parameters": 1000,
         "tokens": STEPS * 512,

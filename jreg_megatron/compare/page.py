@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jreg_megatron.claims.evidence import rise
@@ -13,13 +15,15 @@ from jreg_megatron.compare.rules import FAMILIES, RULE, Comparison, compared, pa
 from jreg_megatron.compare.toys import Toy, Toys
 from jreg_megatron.compare.ways import WAYS, Plan
 from jreg_megatron.paper.over_seeds import Estimate
-from jreg_megatron.report.charts import Axis
+from jreg_megatron.report.charts import Axis, Style
 from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
 from jreg_megatron.report.page import Section, render
 from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number, p_value, whole
 
 _STEP_SHARE = Axis("share of the training steps")
 _TEACHER = "teacher"
+_FAR = 8.0
+"""A way so many times as far from its baseline as the usual one would hide the others in a figure."""
 
 
 def document(
@@ -39,7 +43,7 @@ def document(
     return {
         **about,
         "rule": RULE,
-        "ways": {name: _way(name, toys, teacher) for name in plan.names},
+        "ways": {name: _way(name, plan, toys, teacher) for name in plan.names},
         "families": families,
         "published": {"rule": INTERVAL_RULE, "questions": list(map(question_document, published(toys)))},
         "runs": {
@@ -116,12 +120,16 @@ def _compared(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _way(name: str, toys: Toys, teacher: Toy | None) -> dict[str, Any]:
+def _way(name: str, plan: Plan, toys: Toys, teacher: Toy | None) -> dict[str, Any]:
     way = WAYS[name]
     parameters, base = (
         next((toy.parameters for toy in toys.get(of or "", {}).values()), None) for of in (name, way.against)
     )
-    found: dict[str, Any] = {"text": way.text, "against": way.against, "flags": way.flags}
+    found: dict[str, Any] = {
+        "text": way.text,
+        "against": way.against,
+        "flags": plan.method_flags(name, Path("TEACHER")),
+    }
     found |= {"lambda": way.config.coeff, "parameters": parameters}
     found["added_parameters"] = None if parameters is None or base is None else parameters - base
     if teacher and _TEACHER in way.flags:
@@ -148,7 +156,7 @@ def _word(verdict: str, family: Mapping[str, Any]) -> str:
 
 def _difference(value: float | None, family: Mapping[str, Any]) -> str:
     percent = "%" if family["in_percent"] and value is not None else ""
-    return number(value and round(value, 9), "+#.3g") + percent
+    return number(value, "+#.3g") + percent
 
 
 def _row(way: str, found: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, str]:
@@ -201,12 +209,15 @@ def _figures(toys: Toys, against: Mapping[str, str]) -> Iterator[tuple[str, Figu
     more = Axis("more than the baseline (nats per token)")
     about = "Below 0 the way is better than its baseline."
     found = differences(losses)
-    yield (
-        "loss",
-        curves(
-            "loss_in_training", "Validation loss over training", about, found, _STEP_SHARE, more, **over_seeds
-        ),
-    )
+    looks = {label: Style.of(index) for index, label in enumerate(found)}
+    over_seeds["looks"], title = looks, "Validation loss over training"
+    yield "loss", curves("loss_in_training", title, about, found, _STEP_SHARE, more, **over_seeds)
+    widest = {label: max(abs(value) for _, value in points) for label, points in found.items() if points}
+    near = [label for label, value in widest.items() if value <= _FAR * median(widest.values())]
+    if near != [*widest]:
+        title += f", without {', '.join(label for label in widest if label not in near)}"
+        found = {label: found[label] for label in near}
+        yield "loss", curves("loss_nearer", title, about, found, _STEP_SHARE, more, **over_seeds)
 
     rises = {
         WAYS[way].text: [

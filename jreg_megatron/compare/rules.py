@@ -153,7 +153,8 @@ def compared(family: Family, toys: Toys, against: Mapping[str, str]) -> list[Com
         for seed, (toy, base) in pairs(toys, way, baseline).items():
             new, old = family.of(toy), family.of(base)
             if new is not None and old is not None:
-                by_seed[seed] = 100 * (new / old - 1) if family.in_percent else new - old
+                # Equal numbers must not differ by the last bits of a float.
+                by_seed[seed] = round(100 * (new / old - 1) if family.in_percent else new - old, 12)
         found.append(Comparison(way, by_seed))
     adjusted = holm([comparison.p for comparison in found])
     return [Comparison(c.way, c.by_seed, p) for c, p in zip(found, adjusted, strict=True)]

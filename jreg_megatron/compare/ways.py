@@ -89,12 +89,14 @@ class Plan:
         """The teacher as a folder for transformers, which LET takes."""
         return self.folder / "teacher_exported"
 
+    def method_flags(self, name: str, teacher: Path) -> str:
+        """Megatron's flags of a way's method; slow Q/K is held for 4% of the steps, as published."""
+        return WAYS[name].flags.format(hold=self.steps // 25, half=self.steps // 2, teacher=teacher)
+
     def run(self, name: str, seed: int) -> Run:
         """The run of a way with a seed."""
         way, label = WAYS[name], f"{name}_seed{seed}"
-        # slow Q/K: as published, 4% of the steps.
-        teacher = self.exported_teacher.absolute()
-        more = way.flags.format(hold=self.steps // 25, half=self.steps // 2, teacher=teacher)
+        more = self.method_flags(name, self.exported_teacher.absolute())
         flags = toy.flags(way.model, more=f"{_TIMES} {more}")
         return Run(label, way.config, self.steps, self.folder / label, seed, flags, ranks=1)
 
