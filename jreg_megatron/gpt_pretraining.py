@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from jreg_megatron.mcore import initialization
 from jreg_megatron.mcore.samples import dataset_config
+from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 
 _OTHER_TASKS = (
@@ -140,7 +141,7 @@ def _sees_tokens(vp_stage: int | None) -> bool:
 
 def _needs_loss_mask() -> bool:
     """Whether a method needs the loss mask; Megatron itself gives it to the last pipeline stage only."""
-    return "unmasked" in (getattr(get_args(), name, "all") for name in ("jreg_tokens", "let_tokens"))
+    return any(getattr(get_args(), f"{of_one.prefix}_tokens", "") == "unmasked" for of_one in known.METHODS)
 
 
 def _needs_data(vp_stage: int | None) -> bool:

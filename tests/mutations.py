@@ -1859,7 +1859,7 @@ FAULTS = [
     Fault(
         "skip a layer for the first token too",
         "evaluate/depth.py",
-        (("(slice(first_row, None), slice(1, None))", "(slice(first_row, None), slice(None))"),),
+        (("slice(len(ids), None), slice(1, None))", "slice(len(ids), None))"),),
         DEPTH,
     ),
     Fault(

@@ -15,10 +15,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from jreg_megatron.methods import known
-from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.report.check import checked
 from jreg_megatron.report.inputs import Evaluated, History
 from jreg_megatron.report.reading import read, read_history
@@ -40,8 +38,9 @@ _THE_PAPERS = (
     *("jreg_weights", "jreg_start_iteration", "jreg_stop_iteration", "jreg_warmup_iterations"),
     "jreg_token_share",
 )
-_OBSERVING = (JRegConfig, NormsConfig, DepthConfig)
-_OTHER_METHODS = tuple(f"{kind.prefix}_" for kind in known.METHODS if kind not in _OBSERVING)
+_OTHER_METHODS = tuple(
+    f"{kind.prefix}_" for kind in known.METHODS if not (kind is JRegConfig or kind.only_measures)
+)
 _DEFAULTS = {f"jreg_{f.name}": str(f.default) for f in fields(JRegConfig)}
 
 _EQUAL_TOKENS = 0.01

@@ -10,6 +10,7 @@ from typing import Any
 
 from jreg_megatron.claims import toy
 from jreg_megatron.claims.evaluating import LOCK, about, evaluate_all, make_output
+from jreg_megatron.claims.rules import FEWEST_SEEDS
 from jreg_megatron.compare.ways import FEWEST_STEPS, SEEDS, STEPS, WAYS, Plan
 from jreg_megatron.demo.training import Run, each, run_logged, train_all
 from jreg_megatron.runtime import output
@@ -19,7 +20,6 @@ from jreg_megatron.runtime.lock import lock
 
 FORMAT = "jreg_megatron compare"
 
-_FEWEST_SEEDS = 3
 _DATA = Path("runs/data")
 WORDS = (*toy.TASKS, "--parts", "tasks,read-out")
 """For ``evaluate``."""
@@ -76,8 +76,8 @@ def _compare(args: argparse.Namespace) -> None:
     make_output(args.output, _PAGE, _NUMBERS)
     with lock(args.output / LOCK, f"{args.output} is being filled", "name another --output"):
         plan = Plan(args.output / "runs", args.steps, args.seeds, args.ways)
-        if args.seeds < _FEWEST_SEEDS and not args.quiet:
-            output.note(f"with fewer than {_FEWEST_SEEDS} seeds a difference is hardly more than chance")
+        if args.seeds < FEWEST_SEEDS and not args.quiet:
+            output.note(f"with fewer than {FEWEST_SEEDS} seeds a difference is hardly more than chance")
         _train(args, plan)
         if not args.train_only:
             _evaluate_and_write(args, plan)

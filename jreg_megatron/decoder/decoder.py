@@ -163,15 +163,21 @@ class Decoder:
             refuse_if_cut(1)
 
     @contextmanager
-    def without_layer(self, number: int) -> Iterator[None]:
-        """Let layer ``number`` (1-based) return its input in every forward pass inside the block."""
+    def without_layer(
+        self, number: int, rows: slice = slice(None), tokens: slice = slice(None)
+    ) -> Iterator[None]:
+        """Let layer ``number`` (1-based) return its input in every forward pass inside the block, in these
+        rows and tokens of a batch."""
         saved: list[Tensor] = []
+        part = (tokens, rows) if self.sequence_first else (rows, tokens)
 
         def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             saved.append(stream_in(args, kwargs).clone())  # the layer may write to its input
 
         def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            return with_stream(output, saved.pop())
+            state = stream_out(output).clone()
+            state[part] = saved.pop()[part]
+            return with_stream(output, state)
 
         layer = self.layers[number - 1]
         with layer.register_forward_pre_hook(save, with_kwargs=True), layer.register_forward_hook(skip):

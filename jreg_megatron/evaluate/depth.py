@@ -9,16 +9,15 @@ effect of skipping a layer. *Residual Connections and the Causal Shift* (arXiv 2
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
-from jreg_megatron.evaluate.layers import MAX_LOGITS, prediction_batches, states_at
+from jreg_megatron.decoder.decoder import Decoder
+from jreg_megatron.evaluate.layers import prediction_batches, rows_at_once, states_at
 from jreg_megatron.methods.norms.formulas import norms
 from jreg_megatron.runtime.output import note
 
@@ -88,7 +87,7 @@ def _of_states(
     decoder: Decoder, ids: Tensor, kept: Tensor, targets: Tensor, embedding: Tensor | None
 ) -> Tensor:
     """Sums over tokens of KL, overlap and both cosines, by layers 0..L, ``[L + 1, 4]``."""
-    rows = max(1, MAX_LOGITS // decoder.vocab_size)
+    rows = rows_at_once(decoder)
     found = torch.zeros(decoder.num_layers + 1, 4, dtype=torch.float64)
     final = None if decoder.head is None else decoder.last_states(ids)[1][:, :-1]
 
@@ -131,7 +130,9 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
             ends[:] = [after.clone()]  # the model may write to it later
 
     pairs = torch.cat((ids, ids))
-    with _skipped(decoder, number, len(ids)), decoder.observed(see):
+    # A sequence's first token keeps the layer.
+    skipped = decoder.without_layer(number, slice(len(ids), None), slice(1, None))
+    with skipped, decoder.observed(see):
         if decoder.head is None:
             ends[:] = [decoder.logits(pairs)]
         else:
@@ -139,7 +140,7 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
     head: Callable[[Tensor], Tensor] = decoder.head or (lambda logits: logits)
     usual, changed = ends[0].chunk(2)
     at = counted.to(ends[0].device)
-    rows = max(1, MAX_LOGITS // decoder.vocab_size)
+    rows = rows_at_once(decoder)
     parts = zip(torch.split(usual[at], rows), torch.split(changed[at], rows), strict=True)
     moved = []
     for pair in parts:
@@ -147,26 +148,6 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
         moved.append(norms(without - before).cpu())
     values = torch.stack([*found, torch.cat(moved)]).double()
     return values.sum(dim=-1), values.amax(dim=-1)
-
-
-@contextmanager
-def _skipped(decoder: Decoder, number: int, first_row: int) -> Iterator[None]:
-    """Let a layer return its input in the rows from ``first_row`` on, but for a sequence's first token."""
-    saved: list[Tensor] = []
-
-    def save(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        saved.append(stream_in(args, kwargs).clone())  # the layer may write to its input
-
-    def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        state, before = stream_out(output).clone(), saved.pop()
-        part = (slice(first_row, None), slice(1, None))
-        part = part[::-1] if decoder.sequence_first else part
-        state[part] = before[part]
-        return with_stream(output, state)
-
-    layer = decoder.layers[number - 1]
-    with layer.register_forward_pre_hook(save, with_kwargs=True), layer.register_forward_hook(skip):
-        yield
 
 
 def _embedding_of(decoder: Decoder) -> Tensor | None:

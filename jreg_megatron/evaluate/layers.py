@@ -24,7 +24,7 @@ from jreg_megatron.runtime.errors import UserError
 Scores = tuple[Tensor, Tensor]
 """Of predictions of n tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
 
-MAX_LOGITS = 1 << 25
+_MAX_LOGITS = 1 << 25
 """Logits at a time: 128 MiB in fp32."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -233,13 +233,18 @@ def _measure(
     return PerText(tokens, list(hashes.values()), loss, correct, agreed)
 
 
+def rows_at_once(decoder: Decoder) -> int:
+    """The number of tokens whose logits fit into memory at a time."""
+    return max(1, _MAX_LOGITS // decoder.vocab_size)
+
+
 def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
     """Score the ids ``targets`` ``[n]`` by the logits that ``to_logits`` gives for ``states`` ``[n, h]``.
 
     Raises:
         UserError: if a logit is NaN, or a target has probability 0.
     """
-    rows = max(1, MAX_LOGITS // decoder.vocab_size)
+    rows = rows_at_once(decoder)
     losses, tops = [], []
     for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
         logits = to_logits(some[None])[0].to(wanted.device).float()

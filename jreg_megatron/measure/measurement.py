@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +69,9 @@ def measure(
         if number == 0:
             refuse_dependence(decoder, batch.windows[0].ids, batch_size)
             middles = find_middles(decoder, batch.windows[0].ids) if depth else None
-        sums, depth_sums = BatchSums(batch), DepthSums(batch, decoder, middles)
-        with ExitStack() as hooks:
-            hooks.enter_context(decoder.observed(sums))
-            if depth:
-                hooks.enter_context(depth_sums.observing())
+        sums = BatchSums(batch)
+        depth_sums = DepthSums(batch, decoder, middles) if depth else None
+        with decoder.observed(sums), depth_sums.observing() if depth_sums else nullcontext():
             decoder.run(batch.tokens)
         first, rest = sums.table()
         _refuse_non_finite(first + rest, decoder)
@@ -82,7 +80,7 @@ def measure(
             largest = torch.maximum(of_first[_LARGEST], others[_LARGEST])
             means[0].add(window, of_first + others, len(window.ids), largest)
             means[1].add(window, others, len(window.ids) - 1, others[_LARGEST])
-        for window, figures in depth_sums.of_windows() if depth else ():
+        for window, figures in depth_sums.of_windows() if depth_sums else ():
             for first, (mean, of_sequence) in enumerate(zip(of_depth, figures, strict=True)):
                 mean.add(window, of_sequence, len(window.ids) - first)
         if on_tokens is not None:

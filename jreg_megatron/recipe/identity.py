@@ -16,8 +16,8 @@ _NAMES = (
     *("init_fan_in", "lr_warmup_iters", "train_data_path", "data_path", "data_args_path", "split"),
     "tokenizer_model",
 )
-_OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval", "--norms-", "--depth-")
-"""Flags, or how they begin, that change the log and not the training."""
+_OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval")
+"""Flags that change the log and not the training, beside those of methods that only measure."""
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -37,7 +37,11 @@ def difference(file: Path, asked: dict[str, Any]) -> str | None:
         held: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    for name in (name for name in dict.fromkeys((*asked, *held)) if not name.startswith(_OBSERVING)):
+    from jreg_megatron.methods import known  # it brings torch
+
+    measuring = (f"--{method.prefix}-" for method in known.METHODS if method.only_measures)
+    observing = (*_OBSERVING, *measuring)
+    for name in (name for name in dict.fromkeys((*asked, *held)) if not name.startswith(observing)):
         was, now = held.get(name), asked.get(name)
         # A setting of the model that an older version did not write had its default.
         is_models = name.removeprefix("--").replace("-", "_") in _NAMES

@@ -76,6 +76,8 @@ class Settings:
 
     # -- what a method may tell of itself ----------------------------------------------------------
 
+    only_measures: ClassVar[bool] = False
+    """Whether the training is the same with it, whatever its settings."""
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Megatron's settings with which it is not supported, and why."""
 

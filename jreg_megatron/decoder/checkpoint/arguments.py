@@ -59,7 +59,7 @@ _WORDS = tuple(
     "fp16 gtp_".split()
 )
 _BEGINNINGS = (
-    *(f"{method.prefix}_" for method in known.METHODS),  # what changes a model is refused
+    *(f"{method.prefix}_" for method in known.METHODS),  # what changes the model is looked at by itself
     *"""
     account_for_ apply_query_key_layer_scaling attention_backend attention_dropout batch_invariant
     calculate_per_token ckpt_ config_logger consumed_ curr_iteration defer_embedding delay_ delta_
@@ -89,9 +89,7 @@ def has_a_bearing(name: str) -> bool:
     The others say how it was cut, stored, moved and sped up, or how it was trained. The methods' settings
     count among them: what these change is looked at by itself.
     """
-    is_methods = any(method.is_in(Namespace(**{name: None})) for method in known.METHODS)
-    is_other = name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS)
-    return not (is_methods or is_other)
+    return not (name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS))
 
 
 def pattern_of(arguments: dict[str, Any]) -> str | None:

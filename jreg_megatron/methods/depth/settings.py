@@ -34,6 +34,7 @@ class DepthConfig(Settings):
         "matrix entropy and curvature of a sequence's states (arXiv 2502.02013). All tokens count. One flag "
         "turns them on."
     )
+    only_measures: ClassVar[bool] = True
 
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
