@@ -270,6 +270,68 @@ def test_the_redirection_adds_no_warnings(root: Path) -> None:
     assert "pin_memory' argument" not in log
 
 
+def what_stays_on_cuda() -> list[str]:
+    """What is not on the CPU although it names a CUDA device, and functions that nobody asks here."""
+    import torch
+    from torch.utils._device import _device_constructors
+
+    from jreg_megatron import cpu
+
+    takes_a_device = _device_constructors()
+    cpu.enable()
+    one = torch.ones(1)
+    made = {
+        **{name: getattr(torch, name)(one, device="cuda") for name in ("as_tensor", "asarray", "tensor")},
+        **{
+            name: getattr(torch, name)(2, device="cuda:0", pin_memory=True)
+            for name in (
+                "arange",
+                "empty",
+                "eye",
+                "hann_window",
+                "ones",
+                "rand",
+                "randn",
+                "randperm",
+                "zeros",
+            )
+        },
+        **{
+            name: getattr(torch, name)(one, device=torch.device("cuda"))
+            for name in ("empty_like", "ones_like", "rand_like", "randn_like", "zeros_like")
+        },
+        "full": torch.full((2,), 1.0, device="cuda"),
+        "full_like": torch.full_like(one, 2, device="cuda"),
+        "linspace": torch.linspace(0, 1, 3, device="cuda"),
+        "randint_like": torch.randint_like(one, 4, device="cuda"),
+        "fftfreq": torch.fft.fftfreq(4, device="cuda"),
+        **{name: getattr(one, name)((2,), device="cuda") for name in ("new_empty", "new_ones", "new_zeros")},
+        "new_full": one.new_full((2,), 1.0, device="cuda"),
+        "new_tensor": one.new_tensor([2.0], device="cuda"),
+        "to, by place": one.to("cuda", torch.float64),
+        "to, by name": one.to(device="cuda", dtype=torch.float64),
+        "to, of another": one.to(torch.empty(0, dtype=torch.float64)),
+        "cuda": one.cuda(),
+        "pin_memory": one.pin_memory(),
+        "a module": torch.nn.Linear(2, 2, device="cuda").weight,
+        "a module's to": torch.nn.Linear(2, 2).to("cuda").weight,
+        "a module's cuda": torch.nn.Linear(2, 2).cuda().weight,
+    }
+    with torch.device("meta"):
+        assert torch.zeros(2).is_meta
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+    unknown = [
+        function.__name__
+        for function in takes_a_device
+        if getattr(torch, function.__name__, None) is function  # as before
+    ]
+    return [name for name, tensor in made.items() if tensor.device.type != "cpu"] + unknown
+
+
+def test_whatever_names_a_cuda_device_is_on_the_cpu() -> None:
+    assert run_function(what_stays_on_cuda) == [[]]
+
+
 def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m jreg_megatron.cpu`` with these arguments."""
     command = [sys.executable, "-W", "ignore", "-m", "jreg_megatron.cpu", *arguments]

@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
-from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+
+
+# What can be given a device by name, in ``torch`` and in its tensors.
+_FACTORIES = """
+    arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted empty_quantized
+    empty_strided eye from_file full full_like hamming_window hann_window kaiser_window linspace logspace ones
+    ones_like rand rand_like randint randint_like randn randn_like randperm range scalar_tensor
+    sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
+    sparse_csr_tensor tensor tril_indices triu_indices zeros zeros_like
+""".split()
+_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
 
 
 def _on_cpu(device: Any) -> Any:
@@ -23,6 +33,20 @@ def _on_cpu(device: Any) -> Any:
     if isinstance(device, str):
         return _CPU if device.startswith("cuda") else device
     return device
+
+
+def _with_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, on the CPU where its ``device`` names a CUDA device."""
+
+    @wraps(function)
+    def on_cpu(*args: Any, **named: Any) -> Any:
+        if "device" in named:
+            named["device"] = _on_cpu(named["device"])
+        if "pin_memory" in named:
+            named["pin_memory"] = False
+        return function(*args, **named)
+
+    return on_cpu
 
 
 def _itself(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -38,36 +62,32 @@ def _no_op() -> Callable[..., None]:
     return lambda *_, **__: None
 
 
-def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    # Megatron's optimizers sort parameters by the strings 'torch.cuda.FloatTensor' and the like.
-    answer = tensor.type(*args, **kwargs)
-    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+def _let_cuda_mean_the_cpu() -> None:
+    """Have every torch call that names a CUDA device run on the CPU.
 
+    A torch function mode would do it too, but Python would then see every operation: a fifth of a small step.
+    """
+    with torch.device(_CPU):  # it remembers at its first call which functions take a device: torch's own
+        torch.empty(0)
+    plain: Any = torch.Tensor
+    move, tell_type = plain.to, plain.type
 
-_METHODS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.cuda: _itself,
-    torch.Tensor.pin_memory: _itself,
-    torch.Tensor.record_stream: _nothing,
-    torch.Tensor.type: _type,
-}
+    def to(tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
+        if "device" in named:
+            named["device"] = _on_cpu(named["device"])
+        return move(tensor, *map(_on_cpu, args), **named)
 
+    def type_(tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
+        # Megatron's optimizers sort parameters by the strings 'torch.cuda.FloatTensor' and the like.
+        answer = tell_type(tensor, *args, **named)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Every torch call that names a CUDA device runs on the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        method = _METHODS.get(func)
-        if method is not None:
-            return method(*args, **(kwargs or {}))
-        if func is torch.Tensor.to:
-            args = tuple(map(_on_cpu, args))
-        if not kwargs:
-            return func(*args)
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        return func(*args, **kwargs)
+    answers = {"to": to, "type": type_, "cuda": _itself, "pin_memory": _itself, "record_stream": _nothing}
+    for name, answer in answers.items():
+        setattr(plain, name, wraps(getattr(plain, name))(answer))
+    for owner, names in ((torch, _FACTORIES), (torch.fft, ("fftfreq", "rfftfreq")), (plain, _METHODS)):
+        for name in names:
+            setattr(owner, name, _with_cpu(getattr(owner, name)))
 
 
 class _Stream:
@@ -142,22 +162,7 @@ def install() -> None:
     # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    mode = _CudaMeansCpu()
-    _let_backward_be_in(mode)
-    mode.__enter__()  # type: ignore[no-untyped-call]
-
-
-def _let_backward_be_in(mode: TorchFunctionMode) -> None:
-    """Keep the mode, which torch leaves for ``backward``: a layer that is recomputed needs it."""
-    autograd: Any = torch.autograd
-    run = autograd._engine_run_backward
-
-    @wraps(run)
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if torch._C._len_torch_function_stack() else mode:
-            return run(*args, **kwargs)
-
-    autograd._engine_run_backward = run_backward
+    _let_cuda_mean_the_cpu()
 
 
 def _let_sends_hold_their_memory() -> None:
