@@ -215,11 +215,6 @@ _KERNEL: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "leave torch.compile out, which takes its time to compile",
     },
-    "--tune": {
-        "choices": ("displacement", "gradients"),
-        "help": "instead, on a GPU: time this Triton kernel with tiles and warps of every size that makes "
-        "sense",
-    },
 }
 _PARTS = {
     "kernel": ("displacement and gradients by themselves", _KERNEL),

@@ -137,49 +137,30 @@ def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
 
 
 def print_kernel(table: Any, console: Console, figures: dict[str, Any]) -> None:
-    """Print the kernels beside a copy and a layer's work in several ways, or the tiles that were tried."""
+    """Print the kernels beside a copy, and a layer's work in several ways."""
     widths = figures["widths"].items()
     rounds = ", ".join(f"{of['rounds']} at {width}" for width, of in widths)
     _lines(
         console, f"{figures['kernels']}: {figures['tokens']:,} tokens, {figures['dtype']}, rounds {rounds}"
     )
-    if figures["tuned"]:
-        tiles = (
-            (
-                width,
-                kernel + "  in use" * tile["in_use"],
-                f"{tile['rows']} x {tile['columns']}",
-                tile["num_warps"],
-                *_times(tile),
-                f"{tile['bytes_per_second'] / 1e9:,.0f}",
-            )
-            for width, of in widths
-            for kernel, tried in of["tiles"].items()
-            for tile in [*tried[:3], *(tile for tile in tried[3:] if tile["in_use"])]
+    kernels = (
+        (
+            *(width, name, *_times(found), f"{found['bytes_per_second'] / 1e9:,.1f}"),
+            "-" if found["share_of_copy"] is None else f"{100 * found['share_of_copy']:.0f}%",
         )
-        columns = ("width", "kernel", "rows x columns", "warps", "ms", "quartiles", "GB/s")
-        table("The fastest tiles, and the one in use", columns, tiles, words={"kernel"})
-    else:
-        kernels = (
-            (
-                *(width, name, *_times(found), f"{found['bytes_per_second'] / 1e9:,.1f}"),
-                "-" if found["share_of_copy"] is None else f"{100 * found['share_of_copy']:.0f}%",
-            )
-            for width, of in widths
-            for name, found in of["kernels"].items()
-        )
-        title = "Kernels, beside a copy that moves as many bytes"
-        table(
-            title, ("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"), kernels, words={"kernel"}
-        )
-        whole = (
-            (width, name, *_times(found), f"{found['ratio']:.2f}")
-            for width, of in widths
-            for name, found in of["ways"].items()
-        )
-        title = "All of a layer's regularizer, forward and backward"
-        table(title, ("width", "way", "ms", "quartiles", "times JREG's"), whole, words={"way"})
-        _ways(console, figures["about"])
+        for width, of in widths
+        for name, found in of["kernels"].items()
+    )
+    title = "Kernels, beside a copy that moves as many bytes"
+    table(title, ("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"), kernels, words={"kernel"})
+    whole = (
+        (width, name, *_times(found), f"{found['ratio']:.2f}")
+        for width, of in widths
+        for name, found in of["ways"].items()
+    )
+    title = "All of a layer's regularizer, forward and backward"
+    table(title, ("width", "way", "ms", "quartiles", "times JREG's"), whole, words={"way"})
+    _ways(console, figures["about"])
     _lines(console, *(f" {note}" for note in figures["notes"]))
 
 
