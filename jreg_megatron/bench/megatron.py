@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, TextIO
 
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals
+from jreg_megatron.runtime.extras import silence_megatron
+from jreg_megatron.runtime.fork import be_alone_unless_started, take_one_thread
 
 _NEVER = 10**9
 
@@ -27,19 +27,13 @@ _NO_FUSION = "--no-gradient-accumulation-fusion"
 
 def make_ready(on_cpu: bool) -> None:
     """Import Megatron, for the CPU or for GPUs, without its warnings."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_megatron()
     from jreg_megatron import cpu
     from jreg_megatron.mcore.dataset_helper import use_built_helper
 
     if on_cpu:
         cpu.enable()
-        import torch
-
-        if "OMP_NUM_THREADS" not in os.environ:
-            # As under torchrun. More threads than free cores make times that say nothing.
-            torch.set_num_threads(1)
+        take_one_thread()
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
         if not _has_transformer_engine():
@@ -112,12 +106,9 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     from jreg_megatron import gpt_pretraining
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import add_arguments
-    from jreg_megatron.runtime.fork import free_port
     from jreg_megatron.stream.support import refuse_unsupported
 
-    single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in ({"MASTER_PORT": str(free_port())} | single).items():
-        os.environ.setdefault(name, value)
+    be_alone_unless_started()
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)

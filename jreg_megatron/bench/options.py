@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -283,26 +282,6 @@ _OF_THE_MODEL = (
 )
 # What ends the training, or skips steps of it, before all has been measured.
 _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
-
-
-def world_size_of(args: Namespace) -> int:
-    """How many ranks there are or will be.
-
-    Raises:
-        UserError: if the environment tells half of it, or ``--nproc`` is given beside it.
-    """
-    if args.nproc is not None:
-        from jreg_megatron.runtime.fork import check_nproc
-
-        check_nproc(args.nproc)
-        return int(args.nproc)
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if (rank is None) != (size is None):
-        raise UserError(
-            f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
-            "unset both"
-        )
-    return int(size or 1)
 
 
 def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Namespace:

@@ -30,6 +30,7 @@ from jreg_megatron.bench.rounds import median_ratio, rounds
 from jreg_megatron.bench.variants import LOG_INTERVAL, kind_of_step, make_variants
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.fork import fork_ranks, world_size_of
 from jreg_megatron.runtime.ranks import of_every_rank
 
 FEWEST_ROUNDS = 2
@@ -57,14 +58,12 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
         UserError: for a mistake in the options.
     """
     deadline = time.monotonic() + args.seconds
-    world_size = options.world_size_of(args)
     on_cpu = bool(args.cpu or args.nproc) or not torch.cuda.is_available()
-    options.complete(args, more, world_size, on_cpu)
+    options.complete(args, more, world_size_of(args.nproc), on_cpu)
     megatron.make_ready(on_cpu)
     if args.nproc in (None, 1):
         _measure(args, deadline, finish)
         return 0
-    from jreg_megatron.runtime.fork import fork_ranks
 
     def rank() -> None:
         with quiet_interrupt(), user_errors_exit():
