@@ -146,7 +146,7 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
 
 
 @contextlib.contextmanager
-def quiet(is_verbose: bool) -> Iterator[TextIO]:
+def quiet() -> Iterator[TextIO]:
     """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error.
 
     Raises:
@@ -161,16 +161,16 @@ def quiet(is_verbose: bool) -> Iterator[TextIO]:
 
     own = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile("w+b") as log, os.fdopen(os.dup(2), "w") as terminal:
-        point(own if is_verbose else (log.fileno(), log.fileno()))
+        point((log.fileno(), log.fileno()))
         try:
             yield terminal
         except SystemExit as ended:
             point(own)
             log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
             last = log.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
-            said = "" if is_verbose else f"; the last that it printed: {last or 'nothing'}"
             raise UserError(
-                f"Megatron ended the run with status {ended.code or 0} before all was measured{said}"
+                f"Megatron ended the run with status {ended.code or 0} before all was measured; the last "
+                f"that it printed: {last or 'nothing'}"
             ) from None
         finally:
             point(own)

@@ -172,7 +172,6 @@ _STEP: dict[str, dict[str, Any]] = {
     },
     "--cpu": _CPU,
     "--nproc": {"help": "start N ranks on this machine's CPU; for a run without torchrun"},
-    "--verbose": {"action": "store_true", "help": "show what Megatron prints"},
 }
 _AROUND = "half, the model's own, and twice it"
 AXES = {

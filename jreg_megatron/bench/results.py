@@ -38,9 +38,7 @@ def command(argv: list[str]) -> str:
     kept = [
         word
         for before, word in pairwise(["", *argv])
-        if before != "--json"
-        and word not in ("--json", "--quiet", "--verbose")
-        and not word.startswith("--json=")
+        if before != "--json" and word not in ("--json", "--quiet") and not word.startswith("--json=")
     ]
     return shlex.join(["python", "-m", "jreg_megatron.bench", *kept])
 

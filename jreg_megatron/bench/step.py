@@ -74,8 +74,8 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]], None]) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
-    with megatron.quiet(args.verbose) as terminal:
-        hidden = args.quiet or not is_first or args.verbose
+    with megatron.quiet() as terminal:
+        hidden = args.quiet or not is_first
         with tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True) as bar:
 
             def work(*given: Any, **named: Any) -> Measured:
