@@ -622,7 +622,7 @@ def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
 
     monkeypatch.setattr(growth, "_step", measure)
     path = tmp_path / "growth.json"
-    words = "growth --cpu --width none --sequence none --stages none --layers 2,4,16 --json"
+    words = "growth --cpu --layers 2,4,16 --json"
     with pytest.raises(SystemExit) as ended:
         main([*words.split(), str(path)])
     assert ended.value.code == 2
@@ -637,7 +637,7 @@ def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
 @pytest.mark.slow
 def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
     path = tmp_path / "growth.json"
-    axes = "--layers 2,4 --width none --sequence 16,32 --stages 1,2 --micro-batch 1"
+    axes = "--layers 2,4 --sequence 16,32 --stages 1,2 --micro-batch 1"
     command = [sys.executable, "-m", "jreg_megatron.bench", "growth", *axes.split(), "--json", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     points = json.loads(path.read_text())["growth"]["points"]
@@ -897,8 +897,7 @@ def test_what_is_one_process_is_refused_under_torchrun(
 
 
 def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
-    axes = "--layers 1,2 --width none --sequence none --stages none".split()
-    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", *axes, "--quiet"]
+    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", "--layers", "1,2", "--quiet"]
     with subprocess.Popen(command, cwd=tmp_path) as growing:
         steps: list[psutil.Process] = []
         while not steps:
@@ -922,22 +921,14 @@ def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finish
 
 
 @pytest.mark.parametrize("axis", ["layers", "stages"])
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("4", "growth needs two sizes"),
-        ("4,x", "must be whole numbers >= 1 with"),
-        ("0,4", ">= 1"),
-    ],
-)
+@pytest.mark.parametrize(("value", "mistaken"), [("4,x", "x"), ("0,4", "0"), ("4,", "empty")])
 def test_a_mistaken_axis_of_growth_is_refused(
-    axis: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+    axis: str, value: str, mistaken: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         main(["growth", f"--{axis}", value])
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--{axis} is {value}; " in line
-    assert expected in line
+    assert f"--{axis} is {mistaken}; it must be a whole number >= 1" in line
 
 
 @pytest.mark.parametrize(

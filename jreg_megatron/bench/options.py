@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
@@ -96,129 +95,113 @@ def _ways(text: str) -> list[str]:
     return ways
 
 
-def _numbers(flag: str, fewest: int = 1, most: int | None = None) -> Callable[[str], list[int]]:
-    """An argparse type: ``fewest`` numbers or more with commas. Where one is too few, ``none`` is none."""
-
-    wanted = ">= 1" if most is None else f"in 1..{most}"
-    wanted = f"whole numbers {wanted} with commas{', or none' * (fewest > 1)}"
-
-    def parse(text: str) -> list[int]:
-        if fewest > 1 and text == "none":
-            return []
-        try:
-            numbers = list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
-        except ArgumentTypeError:
-            raise ArgumentTypeError(f"{flag} is {text}; it must be {wanted}") from None
-        if len(numbers) < fewest:
-            raise ArgumentTypeError(f"{flag} is {text}; growth needs two sizes, or none")
-        return numbers
-
-    return parse
+def _numbers(flag: str, most: int | None = None) -> Callable[[str], list[int]]:
+    """An argparse type: whole numbers >= 1 with commas."""
+    return lambda text: list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
 
 
-def _model(which: str) -> dict[str, Any]:
-    return {
-        "type": shape_named,
-        "default": "demo",
-        "metavar": "NAME",
-        "help": f"{which}{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
-    }
+def _add_number(
+    part: ArgumentParser, flag: str, what: str, default: int | None = None, most: int | None = None
+) -> None:
+    part.add_argument(flag, type=count(flag, most=most), default=default, metavar="N", help=what)
 
 
-_CPU = {"action": "store_true", "help": "the default where there is no CUDA device"}
-_DTYPE = {"choices": DTYPES, "help": "number type; by default bf16 on a GPU and fp32 on a CPU"}
-# Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
-_MOST_ROUNDS, _LONGEST_INTERVAL = 10_000, 100
+def _add_seconds(part: ArgumentParser, default: float, what: str) -> None:
+    part.add_argument("--seconds", type=positive("--seconds"), default=default, metavar="S", help=what)
 
-_STEP: dict[str, dict[str, Any]] = {
-    "--model": _model(""),
-    "--layers": {"help": "layers; by default the model's", "dest": "num_layers"},
-    "--width": {
-        "dest": "hidden_size",
-        "help": "hidden size; a multiple of the model's heads. The feed-forward size grows with it",
-    },
-    "--sequence": {"help": "tokens of a sequence; by default the model's"},
-    "--micro-batch": {"help": "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"},
-    "--micro-batches": {"help": "micro-batches of a step (demo: 2, else 4)"},
-    "--dtype": _DTYPE,
-    "--tp": {"default": 1, "help": "tensor-parallel size (default: 1)"},
-    "--pp": {"default": 1, "help": "pipeline-parallel size (default: 1)"},
-    "--cp": {"default": 1, "help": "context-parallel size (default: 1)"},
-    "--measure-interval": {
-        "default": 10,
-        "most": _LONGEST_INTERVAL,
-        "help": f"'measure' and 'jreg' measure one step in N, N in 1..{_LONGEST_INTERVAL}; "
-        "'jreg_every_step' in each (default: 10)",
-    },
-    "--ways": {
-        "type": _ways,
-        "metavar": "NAME,...",
-        "help": f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
-    },
-    "--seconds": {
-        "default": 150.0,
-        "help": "the run ends about so long after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). Two rounds run however long they take",
-    },
-    "--rounds": {
-        "default": 300,
-        "most": _MOST_ROUNDS,
-        "help": "at most N rounds. In a round each way runs once, with the unmodified step before and after "
-        "it (default: %(default)s)",
-    },
-    "--count": {
-        "action": "store_true",
-        "help": "count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
-    },
-    "--cpu": _CPU,
-    "--nproc": {"help": "start N ranks on this machine's CPU; for a run without torchrun"},
-}
-_AROUND = "half, the model's own, and twice it"
-AXES = {
-    **{axis: (axis, _AROUND) for axis in ("layers", "width", "sequence")},
-    "stages": ("pipeline stages, one rank each,", "1, 2 and 4"),
-}
-_GROWTH: dict[str, dict[str, Any]] = {
-    "--model": _model("where to start: "),
-    **{
-        f"--{axis}": {
-            "type": _numbers(f"--{axis}", fewest=2),
-            "metavar": "N,...",
-            "help": f"{what} to measure at; none to leave out (default: {default})",
-        }
-        for axis, (what, default) in AXES.items()
-    },
-    **{flag: _STEP[flag] for flag in ("--micro-batch", "--micro-batches", "--dtype", "--cpu")},
-}
-_HOST: dict[str, dict[str, Any]] = {
-    "--layers": {"default": 20, "help": "layers (default: 20)"},
-    "--width": {"default": 16, "help": "hidden size, an even number (default: 16)"},
-    "--rounds": {"default": 300, "help": "rounds; in each, every way runs once (default: 300)"},
-}
-_KERNEL: dict[str, dict[str, Any]] = {
-    "--widths": {
-        "type": _numbers("--widths", most=65536),
-        "default": "768,2048,3072,3200",  # the recipes', and 3200 as some 3B models have it
-        "metavar": "H,...",
-        "help": "hidden sizes of the states (default: %(default)s)",
-    },
-    "--tokens": {"default": 8192, "help": "rows of a state (default: %(default)s)"},
-    "--dtype": _DTYPE,
-    "--rounds": {
-        "help": "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
-    },
-    "--seconds": {"default": 30.0, "help": "no round of a width begins after so long (default: %(default)g)"},
-    "--cpu": _CPU,
-    "--no-compile": {
-        "action": "store_true",
-        "help": "leave torch.compile out, which takes its time to compile",
-    },
-}
+
+def _add_model(part: ArgumentParser, which: str) -> None:
+    known = f"{which}{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)"
+    part.add_argument("--model", type=shape_named, default="demo", metavar="NAME", help=known)
+
+
+def _add_batch(part: ArgumentParser) -> None:
+    sequences = "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"
+    _add_number(part, "--micro-batch", sequences)
+    _add_number(part, "--micro-batches", "micro-batches of a step (demo: 2, else 4)")
+
+
+def _add_device(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
+    )
+    part.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
+
+
+def _add_step(part: ArgumentParser) -> None:
+    _add_model(part, "")
+    _add_number(part, "--layers", "layers; by default the model's")
+    width = "hidden size; a multiple of the model's heads. The feed-forward size grows with it"
+    _add_number(part, "--width", width)
+    _add_number(part, "--sequence", "tokens of a sequence; by default the model's")
+    _add_batch(part)
+    for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
+        _add_number(part, flag, f"{what}-parallel size (default: 1)", default=1)
+    # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
+    longest, most = 100, 10_000
+    measured = "'measure' and 'jreg' measure one step in N, 'jreg_every_step' in each (default: 10)"
+    _add_number(part, "--measure-interval", measured, default=10, most=longest)
+    names = f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
+    part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
+    seconds = (
+        "the run ends about so long after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run however long they take"
+    )
+    _add_seconds(part, 150, seconds)
+    rounds = (
+        "at most N rounds. In a round each way runs once, with the unmodified step before and after it "
+        "(default: %(default)s)"
+    )
+    _add_number(part, "--rounds", rounds, default=300, most=most)
+    counted = "count kernels, collectives and waits of a step, and its memory, too; 13 steps more"
+    part.add_argument("--count", action="store_true", help=counted)
+    _add_device(part)
+    _add_number(part, "--nproc", "start N ranks on this machine's CPU; for a run without torchrun")
+
+
+AXES = ("layers", "width", "sequence", "stages")
+"""Of ``bench growth``; stages are pipeline stages, one rank each."""
+
+
+def _add_growth(part: ArgumentParser) -> None:
+    _add_model(part, "where to start: ")
+    for axis in AXES:
+        default = "1, 2 and 4" if axis == "stages" else "half, the model's own, and twice it"
+        what = f"sizes to measure at; without any such flag, at {default}"
+        part.add_argument(f"--{axis}", type=_numbers(f"--{axis}"), metavar="N,...", help=what)
+    _add_batch(part)
+    _add_device(part)
+
+
+def _add_host(part: ArgumentParser) -> None:
+    _add_number(part, "--layers", "layers (default: 20)", default=20)
+    _add_number(part, "--width", "hidden size, an even number (default: 16)", default=16)
+    _add_number(part, "--rounds", "rounds; in each, every way runs once (default: 300)", default=300)
+
+
+def _add_kernel(part: ArgumentParser) -> None:
+    widths = "768,2048,3072,3200"  # the recipes', and 3200 as some 3B models have it
+    part.add_argument(
+        "--widths",
+        type=_numbers("--widths", most=65536),
+        default=widths,
+        metavar="H,...",
+        help="hidden sizes of the states (default: %(default)s)",
+    )
+    _add_number(part, "--tokens", "rows of a state (default: %(default)s)", default=8192)
+    rounds = "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
+    _add_number(part, "--rounds", rounds)
+    _add_seconds(part, 30, "no round of a width begins after so long (default: %(default)g)")
+    uncompiled = "leave torch.compile out, which takes its time to compile"
+    part.add_argument("--no-compile", action="store_true", help=uncompiled)
+    _add_device(part)
+
+
 _PARTS = {
-    "kernel": ("displacement and gradients by themselves", _KERNEL),
-    "host": ("what Python and launches take of a layer", _HOST),
-    "step": ("Megatron's training step, unmodified and with JREG", _STEP),
-    "growth": ("the step's cost over model sizes and pipeline stages", _GROWTH),
+    "kernel": ("displacement and gradients by themselves", _add_kernel),
+    "host": ("what Python and launches take of a layer", _add_host),
+    "step": ("Megatron's training step, unmodified and with JREG", _add_step),
+    "growth": ("the step's cost over model sizes and pipeline stages", _add_growth),
 }
 WITH_MEGATRON = ("step", "growth")
 """What takes Megatron's arguments behind ``--``."""
@@ -233,7 +216,7 @@ _EXAMPLES = """examples:
 
 
 def parser() -> Parser:
-    """The parser of all parts. A flag without a type is a whole number >= 1."""
+    """The parser of all parts."""
     made = Parser(
         prog="python -m jreg_megatron.bench",
         description="Measure what JREG costs, beside the same work without it in the same run.",
@@ -241,15 +224,9 @@ def parser() -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parts = made.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, (what, flags) in _PARTS.items():
+    for name, (what, add_flags) in _PARTS.items():
         part = parts.add_parser(name, help=what, description=f"Measure {what}.")
-        for flag, settings in flags.items():
-            own = dict(settings)
-            if isinstance(own.get("default"), float):
-                own |= {"type": positive(flag), "metavar": "S"}
-            elif not {"type", "action", "choices"} & own.keys():
-                own |= {"type": count(flag, most=own.pop("most", None)), "metavar": "N"}
-            part.add_argument(flag, **own)
+        add_flags(part)
         output.add_output_arguments(part, csv=False)
         if name in WITH_MEGATRON:
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
@@ -315,9 +292,11 @@ def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
 
 
 def _size_model(args: Namespace) -> None:
-    shape, names = args.model, ("num_layers", "hidden_size", "sequence", "micro_batch", "micro_batches")
-    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if (width := args.hidden_size) is not None:
+    shape, names = args.model, ("sequence", "micro_batch", "micro_batches")
+    asked = {name: getattr(args, name) for name in names}
+    asked |= {"num_layers": args.layers, "hidden_size": args.width}
+    sizes = {name: size for name, size in asked.items() if size is not None}
+    if (width := args.width) is not None:
         if width % (2 * shape.num_attention_heads):
             raise UserError(
                 f"--width is {width}; it must be a multiple of {2 * shape.num_attention_heads}, since "
