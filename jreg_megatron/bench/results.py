@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
         processor = named[1].strip() if named else processor
     found: dict[str, Any] = {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()],
     }

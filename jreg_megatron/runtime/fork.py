@@ -111,9 +111,8 @@ def _run_rank(rank: int, work: Callable[[], None]) -> None:
 
 
 def end_with_the_parent() -> None:
-    """Have this process killed when its parent dies (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have this process killed when its parent dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
