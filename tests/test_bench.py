@@ -38,6 +38,7 @@ from jreg_megatron.bench.variants import Variant, kind_of_step
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime import output
 
 ROOT = Path(__file__).parents[1]
 ENTRY = "jreg_megatron.bench.__main__:main"
@@ -675,7 +676,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
         assert row["is_fine"] and (tmp_path / row["result"]).stat().st_size > 100
         if row["result"].endswith(".json"):
             assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_{on_gpu.device()}_{row['part']}\.json", row["result"])
-            shown(results.read(str(tmp_path / row["result"])))
+            assert json.loads((tmp_path / row["result"]).read_text())["format"] == results.FORMAT
     assert "passed, 0 failed" in (tmp_path / "selftest.log").read_text()
     log = (tmp_path / "recipe_170m.log").read_text()
     assert "nproc-per-node 1" in log and "--train-iters 1907" in log
@@ -703,29 +704,16 @@ def test_a_part_for_a_gpu_that_takes_too_long_is_ended_and_the_next_one_runs(
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-def test_a_kept_result_is_whole_and_can_be_shown(path: Path) -> None:
-    document = results.read(str(path))
+def test_a_kept_result_names_its_command_and_no_path(path: Path) -> None:
+    document = json.loads(path.read_text())
     assert document["command"].startswith("python -m jreg_megatron.bench ")
     assert "/" not in document["command"]
-    shown(document)
 
 
 def shown(document: dict[str, Any]) -> str:
     text = StringIO()
     table.print_document(Console(file=text, width=100), document)
     return text.getvalue()
-
-
-def test_a_shown_result_reads_as_the_run_printed_it(
-    one_rank: tuple[dict[str, Any], Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document, finished = one_rank
-    path = tmp_path / "kept.json"
-    path.write_text(json.dumps(document))
-    assert main(["show", str(path)]) == 0
-    words = capsys.readouterr().out.split()
-    assert [word for word in words if word in finished.output[0]] == words
-    assert len(words) > 100
 
 
 def test_where_a_result_went_is_not_part_of_its_command() -> None:
@@ -840,48 +828,18 @@ def test_steps_that_fp16s_loss_scale_skips_are_not_measured_and_those_alone_are_
     assert said.startswith("Megatron ended the training before anything was measured; leave out what ends it")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (json.dumps({"format": results.FORMAT, "version": 1, "step": {}}), "is no whole result"),
-        (
-            json.dumps({"format": results.FORMAT, "version": 1, "kernel": 3, "machine": []}),
-            "is no whole result",
-        ),
-        ("", "cannot be read"),
-        ("{}", "is no result"),
-        ('{"format": "jreg_megatron measurement"}', "is no result"),
-    ],
-)
-def test_what_is_no_result_is_refused(
-    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(SystemExit):
-        main(["show", str(path)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path} {expected}" in line
-
-
-def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
-    path = tmp_path / "kept.json"
-    path.write_text(json.dumps(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True))))
-    show = f"'{sys.executable}' -m jreg_megatron.bench show '{path}'"
-    script = f"set -o pipefail; (sleep 1; {show}) | true"
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    kernel = f"'{sys.executable}' -m jreg_megatron.bench kernel --cpu --tokens 3 --widths 8 --rounds 1"
+    script = f"set -o pipefail; {kernel} --no-compile --quiet --json - | true"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert run.stderr == ""
 
 
-def test_an_error_with_brackets_is_printed_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads((RESULTS / "2026-11-25_cpu_growth.json").read_text())
     why = "[rank1]: RuntimeError: [/builds/gloo/pair.cc:561] closed"
     document["growth"]["unfinished"] = why
-    path = tmp_path / "growth.json"
-    path.write_text(json.dumps(document))
-    assert main(["show", str(path)]) == 0
+    table.print_document(output.console(Namespace(json=None)), document)
     assert f"Unfinished: {why}." in capsys.readouterr().out
 
 
@@ -950,7 +908,7 @@ def test_a_size_that_no_step_can_have_is_refused_before_the_first_is_run(
     assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["step", "--help"], ["growth", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["step", "--help"], ["growth", "--help"]])
 def test_help_imports_neither_torch_nor_megatron(words: list[str]) -> None:
     code = (
         "import runpy, sys\n"

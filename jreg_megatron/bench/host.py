@@ -30,17 +30,19 @@ _FEWEST = 5
 _REGULARIZED = JRegConfig(coeff=1.0, weights="uniform", measure_interval=_NEVER)
 _MEASURED = JRegConfig(measure_interval=1)
 _LAST = JRegConfig(coeff=1.0, weights="last", measure_interval=_NEVER)
-WAYS: dict[str, tuple[JRegConfig | None, bool]] = {
-    UNMODIFIED: (None, True),
-    AGAIN: (None, True),
-    "regularized": (_REGULARIZED, True),
-    "regularized_no_kernels": (_REGULARIZED, False),
-    "measured": (_MEASURED, True),
-    "measured_no_kernels": (_MEASURED, False),
-    "neither": (_LAST, False),
-    "resting": (JRegConfig(measure_interval=_NEVER), True),
+_RESTING = JRegConfig(measure_interval=_NEVER)
+_IDLE = "the same with kernels that do nothing"
+WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
+    UNMODIFIED: (None, True, "nothing attached"),
+    AGAIN: (None, True, "the same once more: how much is noise"),
+    "regularized": (_REGULARIZED, True, "a gradient in every layer"),
+    "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
+    "measured": (_MEASURED, True, "every layer measured"),
+    "measured_no_kernels": (_MEASURED, False, _IDLE),
+    "neither": (_LAST, False, "a gradient in the last layer alone, so most layers have neither"),
+    "resting": (_RESTING, True, "attached, in a step that does nothing"),
 }
-"""What is attached, and whether its kernels do anything; :data:`.table.HOST_WAYS` says it in words."""
+"""What is attached, whether its kernels do anything, and both in words."""
 
 
 class _NoKernels:
@@ -90,7 +92,8 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     for name in each.keys() - {UNMODIFIED}:
         each[name] = {part: value - plain[part] for part, value in each[name].items()}
     sizes = {name: getattr(args, name) for name in ("layers", "width", "rounds")}
-    finish({"device": str(device), **sizes, "microseconds": each})
+    about = {name: words for name, (_, _, words) in WAYS.items()}
+    finish({"device": str(device), **sizes, "microseconds": each, "about": about})
     return 0
 
 
@@ -137,7 +140,7 @@ def _step_of(model: Any, device: torch.device) -> Callable[[str], tuple[float, f
         return middle - start, end - middle
 
     variants: dict[str, Variant] = {}
-    for name, (config, with_kernels) in WAYS.items():
+    for name, (config, with_kernels, _) in WAYS.items():
         if config is None:
             variants[name] = Variant()
             continue

@@ -211,7 +211,6 @@ _EXAMPLES = """examples:
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
   python -m jreg_megatron.bench growth --json growth.json
   python -m jreg_megatron.bench host                            Python and launches, 2 minutes on a CPU
-  python -m jreg_megatron.bench show growth.json
 """
 
 
@@ -230,8 +229,6 @@ def parser() -> Parser:
         output.add_output_arguments(part, csv=False)
         if name in WITH_MEGATRON:
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
-    show = parts.add_parser("show", help="print what --json has written", description="Print results.")
-    show.add_argument("files", nargs="+", metavar="FILE")
     return made
 
 

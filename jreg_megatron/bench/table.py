@@ -19,16 +19,6 @@ COUNTED = {
     "synchronisations": "syncs",
 }
 """What is counted in a step, and its column."""
-HOST_WAYS = {
-    UNMODIFIED: "nothing attached",
-    AGAIN: "the same once more: how much is noise",
-    "regularized": "a gradient in every layer",
-    "regularized_no_kernels": "the same with kernels that do nothing",
-    "measured": "every layer measured",
-    "measured_no_kernels": "the same with kernels that do nothing",
-    "neither": "a gradient in the last layer alone, so most layers have neither",
-    "resting": "attached, in a step that does nothing",
-}
 TELLS = 0.01
 """Half the width of an interval, above which too few rounds have run to tell."""
 _WAITS_FOR = {
@@ -70,7 +60,7 @@ def print_document(console: Console, document: dict[str, Any]) -> None:
 
 def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
     """Print a line for each way to run a training step: its time, and what it does."""
-    model, layout, busy = step["model"], step["layout"], step.get("busy", {})
+    model, layout, busy = step["model"], step["layout"], step["busy"]
     parts = "".join(
         f", {name}-parallel {layout[name]}" for name in ("tensor", "pipeline", "context") if layout[name] > 1
     )
@@ -103,7 +93,7 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
     settings = {"coeff": step["jreg"]["coeff"], "interval": step["jreg"]["measure_interval"]}
     _ways(console, {name: WAYS[name].format(**settings) for name in step["median_seconds"]})
     notes = [f"Times are the median {_CLOCKS[step['clock']]}.", *([_OF_RANKS] if by_rank else [])]
-    notes += [_WAITS_FOR[step.get("waits_for", "one")], *([_DEVICE_AND_HOST] if busy else [])]
+    notes += [_WAITS_FOR[step["waits_for"]], *([_DEVICE_AND_HOST] if busy else [])]
     _lines(console, *(f" {note}" for note in (*notes, *_doubts(step["spread"]), *step["notes"])))
     if "kernels" in step:
         counted = (
@@ -132,7 +122,7 @@ def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
         console,
         " On the rank that has most more. kernels: of an ordinary step, and of one that measures and logs.",
     )
-    if growth.get("unfinished") is not None:
+    if growth["unfinished"] is not None:
         _lines(console, f" Unfinished: {growth['unfinished']}.")
 
 
@@ -179,7 +169,7 @@ def print_host(table: Any, console: Console, host: dict[str, Any]) -> None:
         for name, of_way in host["microseconds"].items()
     )
     table("Microseconds of a layer and micro-batch", ("way", "forward", "backward"), rows)
-    _ways(console, {name: HOST_WAYS[name] for name in host["microseconds"]})
+    _ways(console, host["about"])
     _lines(console, " All but the first are beyond it. The mean of the fastest twentieth.")
 
 
