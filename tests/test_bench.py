@@ -78,10 +78,9 @@ def test_the_host_costs_nothing_in_layers_with_which_nothing_is_done_and_somethi
 
 
 def test_host_refuses_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, named in (("--width 3", "--width is 3; it must be even"), ("--layers 0", "--layers is 0")):
-        with pytest.raises(SystemExit):
-            main(["host", *words.split()])
-        assert named in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["host", "--layers", "0"])
+    assert "--layers is 0" in capsys.readouterr().err
 
 
 # The step
@@ -277,13 +276,12 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
     assert median_ratio(ratios[kinds == "ordinary"], kinds[kinds == "ordinary"], halves)["ratio"] < 1.05
 
 
-@pytest.mark.parametrize("interval", [1, 2, 7, 10, 20])
-def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(interval: int) -> None:
-    config = JRegConfig(measure_interval=interval)
+@pytest.mark.parametrize("interval", [1, 2, 10])
+def test_what_measuring_and_logging_cost_counts_for_its_share(interval: int) -> None:
+    config, whole = JRegConfig(measure_interval=interval), 10
     rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
-    costs = {"ordinary": 0.02, "measures": 0.05, "logs": 0.1, "measures and logs": 0.2}
-    whole = step.whole_rounds(config)
-    rank.shares["jreg"] = step.shares_of_kinds(config, whole)
+    costs = {"ordinary": 0.02, "measures": 0.05, "measures and logs": 0.2}
+    rank.shares["jreg"] = step.shares_of_kinds(config)
     for iteration in range(1, whole + 1):
         kind = kind_of_step(config, iteration)
         rank.names += ["unmodified", "jreg"]
@@ -291,10 +289,8 @@ def test_what_measuring_and_logging_cost_counts_for_its_share_at_any_interval(in
         rank.wall += [1.0, 1 + costs[kind]]
     rank.names, rank.kinds = [*rank.names, "unmodified"], [*rank.kinds, "ordinary"]
     rank.wall = rank.processor = [*rank.wall, 1.0]
-    logs, measures = whole // 10, whole // interval
-    both = whole // math.lcm(10, interval)
-    cost = 0.1 * (logs - both) + 0.05 * (measures - both) + 0.2 * both
-    cost += 0.02 * (whole - logs - measures + both)
+    measures = whole // interval - 1
+    cost = 0.2 + 0.05 * measures + 0.02 * (whole - 1 - measures)
     assert summarize([rank], by_processor_time=False)["ratio"]["jreg"] == pytest.approx(1 + cost / whole)
 
 
@@ -364,8 +360,7 @@ def test_a_machine_too_busy_for_the_ratios_is_noted_and_too_few_steps_have_no_in
 def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     layout = {"ranks": ranks, "tensor": 1, "pipeline": ranks, "context": 1}
     about = {"model": asdict(SHAPES["demo"]), "dtype": "fp32", "layout": layout, "weighted_layers": 6}
-    settings = {"coeff": 0.1, "measure_interval": 10}
-    step = {**figures, **about, "jreg": settings, "notes": [], "tokens": 512}
+    step = {**figures, **about, "jreg": {"coeff": 0.1}, "notes": [], "tokens": 512}
     machine = {"processor": "none", "cores": 2, "threads": 1}
     return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
 
@@ -374,7 +369,6 @@ def ran(
     ways: list[str],
     rounds: int,
     deadline: float,
-    interval: int = 10,
     seconds: Callable[[], float] = lambda: 1.0,
 ) -> list[tuple[str, int]]:
     """The ways and iterations of the timed steps, each of which takes ``seconds``."""
@@ -384,27 +378,24 @@ def ran(
         steps.append((name, iteration))
         return seconds(), seconds()
 
-    config = JRegConfig(coeff=0.1, measure_interval=interval)
+    config = JRegConfig(coeff=0.1, measure_interval=10)
     args = Namespace(config=config, ways=ways, rounds=rounds, on_cpu=True)
     step.time_rounds(args, dict.fromkeys(("unmodified", *ways)), run, deadline)
     return steps
 
 
-@pytest.mark.parametrize("interval", [100, 10, 1])
 def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
-    interval: int, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(step, "_first_ranks", bool)
-    ways = [way for way in WAYS if way != "unmodified" and (interval > 1 or way != "jreg_every_step")]
-    config = JRegConfig(coeff=0.1, measure_interval=interval)
-    steps = ran(ways, 1000, time.monotonic(), interval)
+    ways = [way for way in WAYS if way != "unmodified"]
+    config = JRegConfig(coeff=0.1, measure_interval=10)
+    steps = ran(ways, 1000, time.monotonic())
     assert [name for name, _ in steps[::2]] == ["unmodified"] * (2 * len(ways) + 1)
     for way in ways:
         both = [iteration for name, iteration in steps if name == way]
-        assert [kind_of_step(config, iteration) for iteration in both] == [
-            "measures and logs",
-            "measures" if interval == 1 else "ordinary",
-        ]
+        kinds = [kind_of_step(config, iteration) for iteration in both]
+        assert kinds == ["measures and logs", "ordinary"]
 
 
 def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
@@ -726,7 +717,6 @@ REFUSED = {
     "--layers 0": "--layers is 0; it must be a whole number >= 1",
     "--rounds 0": "--rounds is 0; it must be a whole number in 1..10000",
     "--micro-batches -1": "--micro-batches is -1; it must be a whole number >= 1",
-    "--measure-interval 0": "--measure-interval is 0; it must be a whole number in 1..100",
     "--seconds nan": "--seconds is nan; it must be a number > 0",
     "--width 100": "--width is 100; it must be a multiple of 8",
     "--ways jreg,fast": "--ways is jreg,fast; it must be some of unmodified_again,measure,jreg",
@@ -745,13 +735,11 @@ REFUSED = {
     "-- --exit-signal-handler": "--exit-signal-handler would end",
     "-- --help": "--help would end",
     "--rounds 10001": "--rounds is 10001; it must be a whole number in 1..10000",
-    "--measure-interval 101": "--measure-interval is 101; it must be a whole number in 1..100",
     "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
-    "--ways jreg_every_step --measure-interval 1": "jreg_every_step is left out: with --measure-interval 1",
-    "-- --jreg-measure-interval 3": "cannot be given behind --; use --measure-interval",
+    "-- --jreg-measure-interval 3": "--jreg-measure-interval is a schedule, and the benchmark has its own",
     "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to be measured",
     "-- --jreg-coef 1": "unknown flag --jreg-coef; did you mean --jreg-coeff?",
-    "-- --jreg-stop-iteration 5": "--jreg-stop-iteration is a schedule, and the benchmark has none",
+    "-- --jreg-stop-iteration 5": "--jreg-stop-iteration is a schedule, and the benchmark has its own",
     "-- --jreg-weights 0,1": "it must be 8 numbers",
     "--json /no/such/folder/x.json": "--json is /no/such/folder/x.json, but there is no folder",
 }

@@ -15,12 +15,14 @@ MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
 WAYS = {
     UNMODIFIED: "nothing attached",
     AGAIN: "the same once more: how much is noise",
-    MEASURE: "lambda 0, measuring one step in {interval}",
-    JREG: "lambda {coeff:g}, measuring one step in {interval}",
+    MEASURE: "lambda 0, measuring one step in ten",
+    JREG: "lambda {coeff:g}, measuring one step in ten",
     EVERY_STEP: "lambda {coeff:g}, measuring in every step",
     NAIVE: "all states kept, cosines by autograd at the end",
 }
 """The ways in which a training step is run, with the settings it is run with."""
+INTERVAL = 10
+"""Steps in one of which the metrics are measured and logged, as in the demo and the recipes."""
 KINDS = ("ordinary", "logging")
 """Of steps whose doings are counted: one that neither measures nor logs, and one that does both."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -137,10 +139,6 @@ def _add_step(part: ArgumentParser) -> None:
     _add_batch(part)
     for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
         _add_number(part, flag, f"{what}-parallel size (default: 1)", default=1)
-    # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
-    longest, most = 100, 10_000
-    measured = "'measure' and 'jreg' measure one step in N, 'jreg_every_step' in each (default: 10)"
-    _add_number(part, "--measure-interval", measured, default=10, most=longest)
     names = f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
     part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
     seconds = (
@@ -152,7 +150,8 @@ def _add_step(part: ArgumentParser) -> None:
         "at most N rounds. In a round each way runs once, with the unmodified step before and after it "
         "(default: %(default)s)"
     )
-    _add_number(part, "--rounds", rounds, default=300, most=most)
+    # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
+    _add_number(part, "--rounds", rounds, default=300, most=10_000)
     counted = "count kernels, collectives and waits of a step, and its memory, too; 13 steps more"
     part.add_argument("--count", action="store_true", help=counted)
     _add_device(part)
@@ -175,7 +174,6 @@ def _add_growth(part: ArgumentParser) -> None:
 
 def _add_host(part: ArgumentParser) -> None:
     _add_number(part, "--layers", "layers (default: 20)", default=20)
-    _add_number(part, "--width", "hidden size, an even number (default: 16)", default=16)
     _add_number(part, "--rounds", "rounds; in each, every way runs once (default: 300)", default=300)
 
 
@@ -246,7 +244,6 @@ _OWN = {
     "--context-parallel-size": "--cp",
     "--train-iters": "--rounds",
     "--train-samples": "--rounds",
-    "--jreg-measure-interval": "--measure-interval",
 }
 # What belongs to the model by whose name the result goes.
 _OF_THE_MODEL = (
@@ -312,11 +309,11 @@ def _read_more(args: Namespace, more: list[str]) -> None:
         JRegConfig.from_args(given),
         coeff=getattr(given, "jreg_coeff", 1.0),
         alpha=getattr(given, "jreg_alpha", 1.0),
-        measure_interval=args.measure_interval,
+        measure_interval=INTERVAL,
     )
-    for name in ("start_iteration", "stop_iteration", "warmup_iterations"):
+    for name in ("start_iteration", "stop_iteration", "warmup_iterations", "measure_interval"):
         if hasattr(given, f"jreg_{name}"):
-            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has none; leave it out")
+            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has its own; leave it out")
     if args.config.coeff == 0:
         raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
     args.config.layer_weights(args.model.num_layers)
@@ -333,8 +330,6 @@ def _read_more(args: Namespace, more: list[str]) -> None:
 
 def _choose_ways(args: Namespace) -> None:
     why_not = {}
-    if args.measure_interval == 1:
-        why_not[EVERY_STEP] = "with --measure-interval 1 that is jreg"
     if args.layout["ranks"] > 1:
         why_not[NAIVE] = "it needs the whole model and all tokens on one rank"
     elif any(word.startswith("--recompute") for word in args.more):

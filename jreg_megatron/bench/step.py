@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from jreg_megatron.bench import megatron, options
 from jreg_megatron.bench.counting import COUNTED, busy, count
-from jreg_megatron.bench.options import KINDS, UNMODIFIED, WAYS
+from jreg_megatron.bench.options import INTERVAL, KINDS, UNMODIFIED, WAYS
 from jreg_megatron.bench.rounds import median_ratio, rounds
-from jreg_megatron.bench.variants import LOG_INTERVAL, kind_of_step, make_variants
+from jreg_megatron.bench.variants import kind_of_step, make_variants
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.fork import fork_ranks, world_size_of
@@ -107,15 +107,10 @@ def most_steps(rounds: int) -> int:
     return _STEPS_TO_SETTLE + len(WAYS) * (2 + _LOOKS + 1 + len(KINDS) + 2 * rounds)
 
 
-def whole_rounds(config: JRegConfig) -> int:
-    """Rounds after which steps that measure and steps that log have had their share."""
-    return math.lcm(LOG_INTERVAL, config.measure_interval)
-
-
-def shares_of_kinds(config: JRegConfig | None, whole: int) -> dict[str, float]:
-    """What share of ``whole`` steps with these settings is of which kind."""
-    counts = Counter(kind_of_step(config, iteration) for iteration in range(1, whole + 1))
-    return {name: number / whole for name, number in counts.items()}
+def shares_of_kinds(config: JRegConfig | None) -> dict[str, float]:
+    """What share of training's steps with these settings is of which kind."""
+    counts = Counter(kind_of_step(config, iteration) for iteration in range(1, INTERVAL + 1))
+    return {name: number / INTERVAL for name, number in counts.items()}
 
 
 @dataclass
@@ -157,7 +152,6 @@ def measure(
         train_step: Megatron's; what follows is what it gets.
     """
     variants = make_variants(model, args.config, args.ways)
-    whole = whole_rounds(args.config)
 
     def run[T](name: str, iteration: int, around: Callable[[Callable[[], None]], T]) -> T:
         """A training step that way, which is put on before and taken off after ``around``."""
@@ -173,7 +167,7 @@ def measure(
         on_step()
         return found
 
-    for iteration in (whole, 1):  # what is done once in a run is done here
+    for iteration in (INTERVAL, 1):  # what is done once in a run is done here
         began = time.monotonic()
         for name in variants:
             run(name, iteration, lambda step: step())
@@ -189,7 +183,7 @@ def measure(
             measured.busy.setdefault(name, []).append(run(name, 1, busy))
     if counts:
         run(UNMODIFIED, 1, count)
-        for kind, iteration in zip(KINDS, (1, whole), strict=True):
+        for kind, iteration in zip(KINDS, (1, INTERVAL), strict=True):
             for name in variants:
                 measured.counts.setdefault(name, {})[kind] = run(name, iteration, count)
     return measured
@@ -199,8 +193,7 @@ def time_rounds(
     args: Namespace, configs: dict[str, JRegConfig | None], run: Callable[..., Any], deadline: float
 ) -> Measured:
     """Rounds of all ways, with an unmodified step before and after each; ``run`` runs one."""
-    whole = whole_rounds(args.config)
-    measured = Measured(shares={name: shares_of_kinds(config, whole) for name, config in configs.items()})
+    measured = Measured(shares={name: shares_of_kinds(config) for name, config in configs.items()})
 
     def timed(name: str, iteration: int) -> None:
         if len(measured.names) % 100 == 0:
@@ -219,7 +212,7 @@ def time_rounds(
 
     timed(UNMODIFIED, 1)
     for number, name in rounds(args.ways, args.rounds, FEWEST_ROUNDS, is_over):
-        timed(name, number or whole)
+        timed(name, number or INTERVAL)
         timed(UNMODIFIED, 1)
     return measured
 

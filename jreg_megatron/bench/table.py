@@ -90,8 +90,7 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         rows.append(row | {what: f"{busy[name][what]:.4g}" for what in ("device", "host") if busy})
     title = "Step time over that of the unmodified steps around it"
     table(title, list(rows[0]), [row.values() for row in rows])
-    settings = {"coeff": step["jreg"]["coeff"], "interval": step["jreg"]["measure_interval"]}
-    _ways(console, {name: WAYS[name].format(**settings) for name in step["median_seconds"]})
+    _ways(console, {name: WAYS[name].format(**step["jreg"]) for name in step["median_seconds"]})
     notes = [f"Times are the median {_CLOCKS[step['clock']]}.", *([_OF_RANKS] if by_rank else [])]
     notes += [_WAITS_FOR[step["waits_for"]], *([_DEVICE_AND_HOST] if busy else [])]
     _lines(console, *(f" {note}" for note in (*notes, *_doubts(step["spread"]), *step["notes"])))
