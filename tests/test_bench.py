@@ -31,10 +31,10 @@ from rich.console import Console
 from jreg_megatron import UserError
 from jreg_megatron.bench import counting, growth, megatron, options, results, step, table
 from jreg_megatron.bench.__main__ import main
-from jreg_megatron.bench.options import KINDS, SHAPES, WAYS, shape_named
+from jreg_megatron.bench.options import KINDS, SHAPES, WAYS
 from jreg_megatron.bench.rounds import median_ratio
 from jreg_megatron.bench.step import Measured, summarize
-from jreg_megatron.bench.variants import Variant, kind_of_step
+from jreg_megatron.bench.variants import Variant
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.methods.jreg.settings import JRegConfig
@@ -276,22 +276,18 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
     assert median_ratio(ratios[kinds == "ordinary"], kinds[kinds == "ordinary"], halves)["ratio"] < 1.05
 
 
-@pytest.mark.parametrize("interval", [1, 2, 10])
-def test_what_measuring_and_logging_cost_counts_for_its_share(interval: int) -> None:
-    config, whole = JRegConfig(measure_interval=interval), 10
+def test_what_measuring_and_logging_cost_counts_for_its_share() -> None:
     rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
-    costs = {"ordinary": 0.02, "measures": 0.05, "measures and logs": 0.2}
-    rank.shares["jreg"] = step.shares_of_kinds(config)
-    for iteration in range(1, whole + 1):
-        kind = kind_of_step(config, iteration)
+    costs = {"ordinary": 0.02, "logging": 0.2}
+    for iteration in range(1, 11):
+        kind = step.kind_of_step("jreg", iteration)
         rank.names += ["unmodified", "jreg"]
         rank.kinds += ["ordinary", kind]
         rank.wall += [1.0, 1 + costs[kind]]
     rank.names, rank.kinds = [*rank.names, "unmodified"], [*rank.kinds, "ordinary"]
     rank.wall = rank.processor = [*rank.wall, 1.0]
-    measures = whole // interval - 1
-    cost = 0.2 + 0.05 * measures + 0.02 * (whole - 1 - measures)
-    assert summarize([rank], by_processor_time=False)["ratio"]["jreg"] == pytest.approx(1 + cost / whole)
+    cost = 0.9 * 0.02 + 0.1 * 0.2
+    assert summarize([rank], by_processor_time=False)["ratio"]["jreg"] == pytest.approx(1 + cost)
 
 
 def ranks_that_need(
@@ -305,7 +301,6 @@ def ranks_that_need(
         ways = [way for way in of_rank if way != "unmodified"]
         rank.names = ["unmodified", *(name for way in ways * 50 for name in (way, "unmodified"))]
         rank.kinds = ["ordinary"] * len(rank.names)
-        rank.shares = {name: {"ordinary": 1.0} for name in of_rank}
         scatter = generator.normal(1, noise, len(rank.names))
         rank.processor = [of_rank[name] * by for name, by in zip(rank.names, scatter, strict=True)]
         rank.wall = [wall[number]] * len(rank.names) if wall else rank.processor
@@ -378,9 +373,7 @@ def ran(
         steps.append((name, iteration))
         return seconds(), seconds()
 
-    config = JRegConfig(coeff=0.1, measure_interval=10)
-    args = Namespace(config=config, ways=ways, rounds=rounds, on_cpu=True)
-    step.time_rounds(args, dict.fromkeys(("unmodified", *ways)), run, deadline)
+    step.time_rounds(Namespace(ways=ways, rounds=rounds, on_cpu=True), run, deadline)
     return steps
 
 
@@ -389,13 +382,12 @@ def test_after_its_seconds_a_run_goes_on_until_each_way_has_run_and_measured(
 ) -> None:
     monkeypatch.setattr(step, "_first_ranks", bool)
     ways = [way for way in WAYS if way != "unmodified"]
-    config = JRegConfig(coeff=0.1, measure_interval=10)
     steps = ran(ways, 1000, time.monotonic())
     assert [name for name, _ in steps[::2]] == ["unmodified"] * (2 * len(ways) + 1)
     for way in ways:
         both = [iteration for name, iteration in steps if name == way]
-        kinds = [kind_of_step(config, iteration) for iteration in both]
-        assert kinds == ["measures and logs", "ordinary"]
+        kinds = [step.kind_of_step(way, iteration) for iteration in both]
+        assert kinds == ["logging" if way in options.ATTACHED else "ordinary", "ordinary"]
 
 
 def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
@@ -551,7 +543,6 @@ def test_a_model_is_that_of_its_recipe(name: str) -> None:
     architecture = flags_of(body[: body.index("--optimizer")].split())
     sizes = {"--seq-length", "--max-position-embeddings"}
     assert set(architecture) - set(ours) == sizes, "what the recipe's architecture says, and this does not"
-    assert shape_named(str(shape.recipe)) is shape
 
 
 def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +704,7 @@ def test_where_a_result_went_is_not_part_of_its_command() -> None:
 
 
 REFUSED = {
-    "--model 7b": "--model is 7b; it must be one of demo, 170m, 1b, 3.4b, llama_170m",
+    "--model 7b": "argument --model: invalid choice: '7b' (choose from",
     "--layers 0": "--layers is 0; it must be a whole number >= 1",
     "--rounds 0": "--rounds is 0; it must be a whole number in 1..10000",
     "--micro-batches -1": "--micro-batches is -1; it must be a whole number >= 1",

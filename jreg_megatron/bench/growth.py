@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from jreg_megatron.bench import options
-from jreg_megatron.bench.options import AXES, JREG, KINDS, MEASURE, UNMODIFIED
+from jreg_megatron.bench.options import AXES, JREG, KINDS, MEASURE, SHAPES, UNMODIFIED
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.last_error import LastError
@@ -89,7 +89,7 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _points(args: Namespace, on_cpu: bool) -> Iterator[Point]:
-    shape = args.model
+    shape = SHAPES[args.model]
     common = ["step", "--model", shape.name, "--count", "--rounds", "1", "--ways", f"{MEASURE},{JREG}"]
     for name in ("micro_batch", "micro_batches", "dtype"):
         if (given := getattr(args, name)) is not None:

@@ -21,10 +21,12 @@ WAYS = {
     NAIVE: "all states kept, cosines by autograd at the end",
 }
 """The ways in which a training step is run, with the settings it is run with."""
+ATTACHED = (MEASURE, JREG, EVERY_STEP)
+"""The ways that measure and log."""
 INTERVAL = 10
-"""Steps in one of which the metrics are measured and logged, as in the demo and the recipes."""
+"""Of so many steps they log one, as the demo and the recipes do."""
 KINDS = ("ordinary", "logging")
-"""Of steps whose doings are counted: one that neither measures nor logs, and one that does both."""
+"""The kinds of steps: those that do not log, and those that do."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # What the four models share; a test compares all of it with the demo and the recipes.
@@ -81,14 +83,6 @@ SHAPES = {
 }
 
 
-def shape_named(name: str) -> Shape:
-    """An argparse type: the shape of that name, or of that recipe."""
-    names = SHAPES | {shape.recipe: shape for shape in SHAPES.values() if shape.recipe}
-    if name.lower() not in names:
-        raise ArgumentTypeError(f"--model is {name}; it must be one of {', '.join(names)}")
-    return names[name.lower()]
-
-
 def _ways(text: str) -> list[str]:
     known = [name for name in WAYS if name != UNMODIFIED]
     ways = list(dict.fromkeys(text.split(",")))
@@ -113,8 +107,7 @@ def _add_seconds(part: ArgumentParser, default: float, what: str) -> None:
 
 
 def _add_model(part: ArgumentParser, which: str) -> None:
-    known = f"{which}{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)"
-    part.add_argument("--model", type=shape_named, default="demo", metavar="NAME", help=known)
+    part.add_argument("--model", choices=SHAPES, default="demo", help=f"{which} (default: %(default)s)")
 
 
 def _add_batch(part: ArgumentParser) -> None:
@@ -131,7 +124,7 @@ def _add_device(part: ArgumentParser) -> None:
 
 
 def _add_step(part: ArgumentParser) -> None:
-    _add_model(part, "")
+    _add_model(part, "the demo's, or a recipe's")
     _add_number(part, "--layers", "layers; by default the model's")
     width = "hidden size; a multiple of the model's heads. The feed-forward size grows with it"
     _add_number(part, "--width", width)
@@ -163,7 +156,7 @@ AXES = ("layers", "width", "sequence", "stages")
 
 
 def _add_growth(part: ArgumentParser) -> None:
-    _add_model(part, "where to start: ")
+    _add_model(part, "where to start")
     for axis in AXES:
         default = "1, 2 and 4" if axis == "stages" else "half, the model's own, and twice it"
         what = f"sizes to measure at; without any such flag, at {default}"
@@ -286,7 +279,7 @@ def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
 
 
 def _size_model(args: Namespace) -> None:
-    shape, names = args.model, ("sequence", "micro_batch", "micro_batches")
+    shape, names = SHAPES[args.model], ("sequence", "micro_batch", "micro_batches")
     asked = {name: getattr(args, name) for name in names}
     asked |= {"num_layers": args.layers, "hidden_size": args.width}
     sizes = {name: size for name, size in asked.items() if size is not None}

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,16 +24,17 @@ from tqdm import tqdm
 
 from jreg_megatron.bench import megatron, options
 from jreg_megatron.bench.counting import COUNTED, busy, count
-from jreg_megatron.bench.options import INTERVAL, KINDS, UNMODIFIED, WAYS
+from jreg_megatron.bench.options import ATTACHED, INTERVAL, KINDS, UNMODIFIED, WAYS
 from jreg_megatron.bench.rounds import median_ratio, rounds
-from jreg_megatron.bench.variants import kind_of_step, make_variants
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.bench.variants import make_variants
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.fork import fork_ranks, world_size_of
 from jreg_megatron.runtime.ranks import of_every_rank
 
 FEWEST_ROUNDS = 2
 """In the first one all ways that measure do, in the second one none has to."""
+SHARES = dict(zip(KINDS, (1 - 1 / INTERVAL, 1 / INTERVAL), strict=True))
+"""What share of training's steps each kind has; a way that never logs has ordinary ones alone."""
 BUSY = 0.9
 """The share of a step in which the device does something, from which on the step waits for the device."""
 ENOUGH = 0.0025
@@ -107,10 +107,9 @@ def most_steps(rounds: int) -> int:
     return _STEPS_TO_SETTLE + len(WAYS) * (2 + _LOOKS + 1 + len(KINDS) + 2 * rounds)
 
 
-def shares_of_kinds(config: JRegConfig | None) -> dict[str, float]:
-    """What share of training's steps with these settings is of which kind."""
-    counts = Counter(kind_of_step(config, iteration) for iteration in range(1, INTERVAL + 1))
-    return {name: number / INTERVAL for name, number in counts.items()}
+def kind_of_step(way: str, iteration: int) -> str:
+    """Of which of the :data:`.options.KINDS` a step is."""
+    return KINDS[way in ATTACHED and iteration % INTERVAL == 0]
 
 
 @dataclass
@@ -120,12 +119,10 @@ class Measured:
     names: list[str] = field(default_factory=list)
     """The way of each timed step."""
     kinds: list[str] = field(default_factory=list)
-    """What sets it apart from others of its way."""
+    """Its kind."""
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     """Seconds of this process's threads in each."""
-    shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By way, what share of training's steps each kind has."""
     busy: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By way, what device and host do in a few ordinary steps; empty on a CPU, where they are one."""
     counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
@@ -175,8 +172,7 @@ def measure(
     # The profiler comes last: it may leave the host slower than it was.
     looks = 0 if args.on_cpu else 1 + _LOOKS * len(variants)
     counts = 1 + len(KINDS) * len(variants) if args.count else 0
-    configs = {name: variant.config for name, variant in variants.items()}
-    measured = time_rounds(args, configs, run, deadline - _SLOWER * a_step * (looks + counts))
+    measured = time_rounds(args, run, deadline - _SLOWER * a_step * (looks + counts))
     if looks:
         run(UNMODIFIED, 1, busy)  # the profiler's own first time
         for name in [*variants] * _LOOKS:
@@ -189,11 +185,9 @@ def measure(
     return measured
 
 
-def time_rounds(
-    args: Namespace, configs: dict[str, JRegConfig | None], run: Callable[..., Any], deadline: float
-) -> Measured:
+def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Measured:
     """Rounds of all ways, with an unmodified step before and after each; ``run`` runs one."""
-    measured = Measured(shares={name: shares_of_kinds(config) for name, config in configs.items()})
+    measured = Measured()
 
     def timed(name: str, iteration: int) -> None:
         if len(measured.names) % 100 == 0:
@@ -202,7 +196,7 @@ def time_rounds(
         measured.wall.append(wall)
         measured.processor.append(processor)
         measured.names.append(name)
-        measured.kinds.append(kind_of_step(configs[name], iteration))
+        measured.kinds.append(kind_of_step(name, iteration))
 
     def is_over() -> bool:
         seconds = measured.processor if args.on_cpu else measured.wall
@@ -266,7 +260,7 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
     by_wall = _of_ways(first, wall.max(axis=0, keepdims=True))
     found = _of_ways(first, processor) if by_processor_time else by_wall
     names = np.array(first.names)
-    medians = {name: float(np.median(seconds[names == name])) for name in first.shares}
+    medians = {name: float(np.median(seconds[names == name])) for name in WAYS if name in names}
     looks = {
         name: {
             what: max(float(np.median([look[what] for look in each.busy[name]])) for each in measured)
@@ -307,11 +301,11 @@ def _of_ways(measured: Measured, seconds: NDArray[np.float64]) -> dict[str, dict
     ratios = 1 + (seconds[:, 1:-1] - around) / around.max(axis=0)
     names, kinds = np.array(measured.names[1:-1]), np.array(measured.kinds[1:-1])
     found = {}
-    for name, shares in measured.shares.items():
-        if name == UNMODIFIED:
+    for name in WAYS:
+        if name == UNMODIFIED or name not in names:
             continue
         own = names == name
-        of_ranks = [median_ratio(ratio[own], kinds[own], shares, len(ratios)) for ratio in ratios]
+        of_ranks = [median_ratio(ratio[own], kinds[own], SHARES, len(ratios)) for ratio in ratios]
         rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
         found[name] = of_ranks[rank]
         if len(of_ranks) > 1:

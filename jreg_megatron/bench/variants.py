@@ -12,26 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.bench.options import AGAIN, EVERY_STEP, INTERVAL, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
+from jreg_megatron.bench.options import AGAIN, EVERY_STEP, INTERVAL, JREG, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.tap import tap_residual_stream
 
 
-def kind_of_step(config: JRegConfig | None, iteration: int) -> str:
-    """What a step with these settings does beside the ordinary, as far as it takes time."""
-    does = []
-    if config is not None:
-        does = ["measures"] * config.measures_at(iteration) + ["logs"] * (iteration % INTERVAL == 0)
-    return " and ".join(does) or KINDS[0]
-
-
 class Variant:
     """A way to run a training step. This one changes nothing."""
-
-    config: JRegConfig | None = None
-    """By which steps differ from others of this way."""
 
     @contextmanager
     def on(self, iteration: int) -> Iterator[None]:
@@ -53,7 +42,7 @@ class Attached(Variant):
     """
 
     def __init__(self, model: list[nn.Module], config: JRegConfig, **named: Any) -> None:
-        self.config: JRegConfig = config
+        self.config = config
         self._iteration = 0
         self._chunks = [unwrap(chunk) for chunk in model]
         self.handle = attach(model, config, iteration=lambda: self._iteration, **named)
