@@ -12,7 +12,12 @@ from itertools import batched
 from typing import Any
 
 from jreg_megatron.data.token_file import TokenFile
-from jreg_megatron.data.tokenizing import NULL_TYPES, SENTENCEPIECE_TYPES, told_vocab_size
+from jreg_megatron.data.tokenizing import (
+    NULL_TYPES,
+    SENTENCEPIECE_TYPES,
+    sentencepiece_model,
+    told_vocab_size,
+)
 from jreg_megatron.mcore.preflight.asked import divisible, flag_of, given, tensor_parallel
 from jreg_megatron.runtime.errors import UserError, check_least, one_line
 
@@ -222,16 +227,7 @@ def _exact_tokenizer_size(args: Namespace) -> int | None:
         return None  # it may name another class
     if args.tokenizer_type not in SENTENCEPIECE_TYPES:
         return told_vocab_size(vars(args))
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.Load(args.tokenizer_model)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--tokenizer-model is {args.tokenizer_model}, which is not a SentencePiece model; "
-            "correct the path"
-        ) from error
+    model = sentencepiece_model(args.tokenizer_model)
     added = args.special_tokens if args.tokenizer_sentencepiece_legacy and args.special_tokens else []
     return int(model.get_piece_size()) + len({t for t in added if model.piece_to_id(t) == model.unk_id()})
 
