@@ -99,7 +99,11 @@ def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]]
             "weighted_layers": int((args.config.gradient_weights(args.model.num_layers) > 0).sum()),
             "notes": [*args.notes, *megatron.notes(args.on_cpu)],
         }
-        finish(summarize(of_ranks, args.on_cpu) | about)
+        finish(summarize(of_ranks, _by_processor_time(args)) | about)
+
+
+def _by_processor_time(args: Namespace) -> bool:
+    return bool(args.on_cpu and args.layout["ranks"] == 1)
 
 
 def most_steps(rounds: int) -> int:
@@ -199,8 +203,8 @@ def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Me
         measured.kinds.append(kind_of_step(name, iteration))
 
     def is_over() -> bool:
-        seconds = measured.processor if args.on_cpu else measured.wall
-        found = _of_ways(measured, np.array([seconds])).values()
+        seconds = measured.processor if _by_processor_time(args) else measured.wall
+        found = _of_ways(measured, np.array(seconds)).values()
         is_sharp = all(half_width(of_way["confidence_95"]) <= ENOUGH for of_way in found)
         return _first_ranks(time.monotonic() > deadline or is_sharp)
 
@@ -236,29 +240,22 @@ def _first_ranks(flag: bool) -> bool:
 def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:
     """What the ranks have measured together.
 
-    A step takes as long as the last rank needs, so wall time is the longest of all ranks'. Processor time is
-    compared rank by rank, since the largest of all would hide what is added on any other rank: the median of
-    what a rank needs beyond its own steps before and after, over what the busiest rank needs there. The rank
-    with the largest is taken, with an interval for the largest: the ranks' own hold together at 95%.
-    Taking the largest of several adds some of the noise to it, as it does for ``unmodified_again``.
-
     Args:
         measured: of each rank, in order.
-        by_processor_time: whether ``ratio`` and ``spread`` are of processor time; else of wall time.
+        by_processor_time: whether the figures are of processor time, which other work on a CPU changes less,
+            for a single rank. Else they are of wall time: a step takes as long as its last rank needs.
 
     Returns:
-        ``ratio`` and ``spread`` by way, the latter of processor time of several ranks with the ``rank``
-        that needs most more; ``wall``, the same of wall time; ``median_seconds`` on the slowest rank;
-        ``busy``, by way the seconds of :func:`.counting.busy` on the rank that has most; ``waits_for``:
-        "device" or "host", "one" on a CPU, where they are one, or "unknown"; counts by way, kind of step and
-        rank, if there are any; all ``steps``, with seconds by rank.
+        ``ratio`` and ``spread`` by way; ``median_seconds``; ``busy``, by way the seconds of
+        :func:`.counting.busy` on the rank that has most; ``waits_for``: "device" or "host", "one" on a CPU,
+        where they are one, or "unknown"; counts by way, kind of step and rank, if there are any; all
+        ``steps``, with seconds by rank.
     """
     first = measured[0]
     wall = np.array([each.wall for each in measured])
     processor = np.array([each.processor for each in measured])
     seconds = (processor if by_processor_time else wall).max(axis=0)
-    by_wall = _of_ways(first, wall.max(axis=0, keepdims=True))
-    found = _of_ways(first, processor) if by_processor_time else by_wall
+    found = _of_ways(first, seconds)
     names = np.array(first.names)
     medians = {name: float(np.median(seconds[names == name])) for name in WAYS if name in names}
     looks = {
@@ -279,7 +276,6 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
             name: {what: value for what, value in of_way.items() if what != "ratio"}
             for name, of_way in found.items()
         },
-        "wall": by_wall,
         "clock": "processor" if by_processor_time else "wall",
         "median_seconds": medians,
         "busy": looks,
@@ -296,20 +292,8 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
 
 
 def _of_ways(measured: Measured, seconds: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
-    """By way, how steps ``[ranks, n]`` compare with those around them, on the rank with the largest ratio."""
-    around = (seconds[:, :-2] + seconds[:, 2:]) / 2
-    ratios = 1 + (seconds[:, 1:-1] - around) / around.max(axis=0)
+    """By way, how the seconds ``[n]`` of steps compare with the mean of those before and after."""
+    ratios = 2 * seconds[1:-1] / (seconds[:-2] + seconds[2:])
     names, kinds = np.array(measured.names[1:-1]), np.array(measured.kinds[1:-1])
-    found = {}
-    for name in WAYS:
-        if name == UNMODIFIED or name not in names:
-            continue
-        own = names == name
-        of_ranks = [median_ratio(ratio[own], kinds[own], SHARES, len(ratios)) for ratio in ratios]
-        rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
-        found[name] = of_ranks[rank]
-        if len(of_ranks) > 1:
-            intervals = [of_rank["confidence_95"] for of_rank in of_ranks]
-            together = None if None in intervals else [max(limits) for limits in zip(*intervals, strict=True)]
-            found[name] |= {"confidence_95": together, "rank": rank}
-    return found
+    ways = [name for name in WAYS if name != UNMODIFIED and name in names]
+    return {name: median_ratio(ratios[names == name], kinds[names == name], SHARES) for name in ways}

@@ -32,18 +32,9 @@ _DEVICE_AND_HOST = (
     "Device and host are seconds of an ordinary step in which each does something, by a profiler that makes "
     "the host slower."
 )
-_KERNELS = {
-    "processor": "Kernels are torch's operations that call no other; syncs, tensors' values read by Python.",
-    "wall": "Kernels are what ran on the device, copies aside; syncs, the host's waits for it.",
-}
-_CLOCKS = {
-    "processor": "seconds of processor time, on the rank that needs most",
-    "wall": "seconds, on the rank that is done last",
-}
-_OF_RANKS = (
-    "The ratio is that of the rank that needs most more, each compared with itself; wall is that of the rank "
-    "that is done last."
-)
+_KERNELS_ON_CPU = "Kernels are torch's operations that call no other; syncs, tensors' values read by Python."
+_KERNELS_ON_GPU = "Kernels are what ran on the device, copies aside; syncs, the host's waits for it."
+_CLOCKS = {"processor": "seconds of processor time", "wall": "seconds, on the rank that is done last"}
 
 
 def print_document(console: Console, document: dict[str, Any]) -> None:
@@ -71,8 +62,6 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         f"{layout['ranks']} {'ranks' if layout['ranks'] > 1 else 'rank'}{parts}; "
         f"gradient in {step['weighted_layers']} layers",
     )
-    # Wall time too, where processor time is of one rank and says nothing of how ranks wait for each other.
-    by_rank = step["clock"] == "processor" and layout["ranks"] > 1
     rows = []
     for name, seconds in step["median_seconds"].items():
         spread = step["spread"].get(name, {})
@@ -84,15 +73,12 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
             "steps": spread.get("steps", ""),
             "seconds": f"{seconds:.4g}",
         }
-        if by_rank:
-            row |= {"rank": spread.get("rank", "")}
-            row |= {"wall": f"{step['wall'][name]['ratio']:.4f}" if is_way else "1"}
         rows.append(row | {what: f"{busy[name][what]:.4g}" for what in ("device", "host") if busy})
     title = "Step time over that of the unmodified steps around it"
     table(title, list(rows[0]), [row.values() for row in rows])
     _ways(console, {name: WAYS[name].format(**step["jreg"]) for name in step["median_seconds"]})
-    notes = [f"Times are the median {_CLOCKS[step['clock']]}.", *([_OF_RANKS] if by_rank else [])]
-    notes += [_WAITS_FOR[step["waits_for"]], *([_DEVICE_AND_HOST] if busy else [])]
+    notes = [f"Times are the median {_CLOCKS[step['clock']]}.", _WAITS_FOR[step["waits_for"]]]
+    notes += [_DEVICE_AND_HOST] if busy else []
     _lines(console, *(f" {note}" for note in (*notes, *_doubts(step["spread"]), *step["notes"])))
     if "kernels" in step:
         counted = (
@@ -100,7 +86,8 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         )
         title = "Beyond an unmodified step: ordinary / measures and logs"
         table(title, ("way", *COUNTED.values()), counted)
-        _lines(console, " The most on any rank. " + _KERNELS[step["clock"]])
+        kernels = _KERNELS_ON_CPU if step["waits_for"] == "one" else _KERNELS_ON_GPU
+        _lines(console, f" The most on any rank. {kernels}")
 
 
 def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
