@@ -301,7 +301,6 @@ def _read_more(args: Namespace, more: list[str]) -> None:
     args.config = replace(
         JRegConfig.from_args(given),
         coeff=getattr(given, "jreg_coeff", 1.0),
-        alpha=getattr(given, "jreg_alpha", 1.0),
         measure_interval=INTERVAL,
     )
     for name in ("start_iteration", "stop_iteration", "warmup_iterations", "measure_interval"):

@@ -149,7 +149,7 @@ def pipeline(args: Namespace) -> None:
         )
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         number = getattr(args, name)
-        if number is not None and (number < 1 or (total // stages) % number):
+        if number is not None and (total // stages) % number:
             raise UserError(
                 f"{flag_of(name)} is {number}; it must divide the {total // stages} layers of a pipeline "
                 f"stage ({what}, --pipeline-model-parallel-size {stages})"
