@@ -1966,13 +1966,13 @@ FAULTS = [
     ),
     Fault(
         "train experts under tensor parallelism without sequence parallelism",
-        "mcore/preflight/division.py",
+        "mcore/preflight/sizes.py",
         (("tensor_parallel(args) > 1 and not args.sequence_parallel", "False"),),
         PREFLIGHT,
     ),
     Fault(
         "build several validation sets that Megatron does not take",
-        "mcore/preflight/training.py",
+        "mcore/preflight/sizes.py",
         (("args.multiple_validation_sets and not args.full_validation", "False"),),
         PREFLIGHT,
     ),

@@ -1,9 +1,9 @@
 """What a machine with one GPU can show in eight minutes: ``python tests/on_gpu.py FOLDER``.
 
-Self-test, kernels, host, the step of three models at alpha 1, a recipe that is ended and saves, and tiles for
-the displacement kernel in what is left. Each part has a time of its own and leaves its output in FOLDER. The
-JSON files are named like those in ``jreg_megatron/bench/results/``, to be copied there. ``DATA=folder`` is
-what the recipe trains on, as ``recipes/fineweb_edu.sh`` makes it; without it the tokens are made up.
+Self-test, kernels, host, the step of three models at alpha 1, and a recipe that is ended and saves. Each part
+has a time of its own and leaves its output in FOLDER. The JSON files are named like those in
+``jreg_megatron/bench/results/``, to be copied there. ``DATA=folder`` is what the recipe trains on, as
+``recipes/fineweb_edu.sh`` makes it; without it the tokens are made up.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
         graphs = f"--cuda-graph transformer_engine {flags}"
         found.append(Part("selftest_cuda_graph", 35, [_SELFTEST, *graphs.split()]))
-    found += [
+    return [
+        *found,
         bench(70, "kernel", "kernel --seconds 3", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),
         bench(35, "host", "host --rounds 30", "--layers 1 --rounds 1"),
         step("170m", 24),
@@ -87,10 +88,6 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         step("3.4b", 48, "--layers 10"),
         recipe(work, is_toy),
     ]
-    tune = "kernel --tune displacement --widths 768,2048,3072,3200,8192 --seconds 2"
-    if not is_toy:
-        found.append(bench(120, "tune", tune, ""))
-    return found
 
 
 def recipe(work: Path, is_toy: bool) -> Part:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import in_interpreter
 from rich.console import Console
 
 from jreg_megatron import UserError
@@ -27,7 +26,7 @@ def figures_of(*words: str) -> dict[str, Any]:
 
 def sizes(**changes: Any) -> Namespace:
     usual = {"device": CPU, "dtype": torch.float32, "tokens": 2, "rounds": 1, "seconds": 1}
-    return Namespace(**usual | {"widths": [100], "tune": None} | changes)
+    return Namespace(**usual | changes)
 
 
 def printed(figures: dict[str, Any]) -> str:
@@ -129,58 +128,18 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--widths 768,x", "--widths is 768,x; it must be whole numbers in 1..65536"),
+        ("--widths 768,x", "--widths is x; it must be a whole number in 1..65536"),
         ("--widths 0", "--widths is 0"),
         ("--tokens 0", "--tokens is 0; it must be a whole number >= 1"),
         ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
-        ("--tune displacement", "--tune times Triton's kernels, and there is no CUDA device here"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         figures_of(*words.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("width", [1, 768, 3200, 8192, 20000])
-def test_the_tiles_to_try_hold_the_one_in_use_first_and_no_other_twice(width: int) -> None:
-    from jreg_megatron.methods.jreg.kernels import fused
-
-    tiles = kernel.tiles_for(width)
-    assert tiles[0] == fused.tile_for(width) and len(set(tiles)) == len(tiles)
-    assert all(tile.columns & (tile.columns - 1) == 0 for tile in tiles)
-    assert width < 128 or len(tiles) > 8
-
-
-def tuned_in_interpreter(name: str) -> dict[str, Any]:
-    return kernel.tune(sizes(tune=name))
-
-
-@pytest.mark.parametrize("name", ["displacement", "gradients"])
-def test_tuning_times_a_kernel_with_every_tile_and_shows_the_one_in_use(name: str) -> None:
-    figures = json.loads(json.dumps(in_interpreter(tuned_in_interpreter, name)))
-    assert figures["tuned"]
-    ((tuned, tiles),) = figures["widths"]["100"]["tiles"].items()
-    assert tuned == name and len(tiles) == len(kernel.tiles_for(100))
-    assert sorted(tile["seconds"] for tile in tiles) == [tile["seconds"] for tile in tiles]
-    assert sum(tile["in_use"] for tile in tiles) == 1
-    assert f"{name}  in use" in printed(figures)
-
-
-def test_tuning_with_no_tile_that_runs_says_why() -> None:
-    with pytest.raises(UserError, match=r"no tile of width 100 runs here \(\w+: .*\); leave --tune out"):
-        kernel.tune(sizes(tune="gradients"))  # without the interpreter Triton finds no device
-
-
-def test_tuning_refuses_a_tile_with_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jreg_megatron.methods.jreg.kernels import fused
-
-    wrong = lambda *_: torch.zeros(2)  # noqa: E731
-    monkeypatch.setattr(fused.TritonKernels, "displacement", wrong)
-    with pytest.raises(UserError, match=r"displacement is wrong with Tile\(.*\) at width 100; report it"):
-        kernel.tune(sizes(tune="displacement"))
 
 
 class FakeEvent:

@@ -89,7 +89,7 @@ def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--pp", "0"], "--pp is 0; it must be >= 1"),
+        (["--pp", "0"], "--pp is 0; it must be a whole number >= 1"),
         (["--timeout", "nan"], "--timeout is nan; it must be"),
         (["--tp", "8"], "cannot be cut over 2 ranks with --tp 8"),
         (["--transformer-impl", "transformer_engine"], "add --precision bf16"),

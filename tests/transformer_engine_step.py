@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from jreg_megatron.runtime.extras import silence_megatron
 from jreg_megatron.selftest.layouts import Layout
 
 
@@ -68,7 +69,7 @@ def main(results: Path, names: list[str]) -> None:
     stand_in.install()
     from jreg_megatron.selftest import __main__ as selftest
 
-    selftest._silence()
+    silence_megatron()
     selftest._start(True, "transformer_engine", timedelta(seconds=60))
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.transformer import transformer_block

@@ -28,8 +28,6 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"bench {args.part} is one process, and WORLD_SIZE is {ranks}; start it without torchrun"
             )
-        if args.part == "show":
-            return _show(args.files)
         output.check_outputs(json=args.json)
         run = import_module(f"jreg_megatron.bench.{args.part}").run
         return int(run(args, more, partial(_finish, args, argv)))
@@ -46,26 +44,6 @@ def _finish(
         table.print_document(output.console(args), document)
     if args.json is not None:
         output.write_json(args.json, document)
-
-
-def _show(files: list[str]) -> int:
-    from rich.console import Console
-
-    from jreg_megatron.bench import results, table
-
-    console = Console(markup=False)
-    with console.capture() as text:
-        for path in files:
-            document = results.read(path)
-            try:
-                table.print_document(console, document)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise UserError(
-                    f"{path} is no whole result of this benchmark ({what}); name one that --json has written"
-                ) from None
-    output.write_text(output.STDOUT, text.get())
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from jreg_megatron.bench import options
-from jreg_megatron.bench.options import AXES, JREG, KINDS, MEASURE, UNMODIFIED
+from jreg_megatron.bench.options import AXES, JREG, KINDS, MEASURE, SHAPES, UNMODIFIED
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.last_error import LastError
@@ -37,8 +37,6 @@ def run(args: Namespace, more: list[str], finish: Callable[..., None]) -> int:
     """
     on_cpu = args.cpu or not torch.cuda.is_available()
     points = list(_points(args, on_cpu))
-    if not points:
-        raise UserError("every axis is none; leave one in")
     for axis, value, words, ranks in points:
         try:
             options.complete(options.parser().parse_args(words), more, ranks, on_cpu)
@@ -91,20 +89,21 @@ def costs(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _points(args: Namespace, on_cpu: bool) -> Iterator[Point]:
-    shape = args.model
+    shape = SHAPES[args.model]
     common = ["step", "--model", shape.name, "--count", "--rounds", "1", "--ways", f"{MEASURE},{JREG}"]
     for name in ("micro_batch", "micro_batches", "dtype"):
         if (given := getattr(args, name)) is not None:
             common += [f"--{name.replace('_', '-')}", str(given)]
     most = 4 if on_cpu else torch.cuda.device_count()
     stages = [n for n in (1, 2, 4) if shape.num_layers % n == 0 and n <= most]
-    own_sizes = (shape.num_layers, shape.hidden_size, shape.sequence, 1)
-    for axis, own in zip(AXES, own_sizes, strict=True):
-        default = [own // 2, own, 2 * own]
-        if axis == "stages":
-            default = stages if len(stages) > 1 else []
-        asked = getattr(args, axis)
-        for value in default if asked is None else asked:
+    own_sizes = dict(zip(AXES, (shape.num_layers, shape.hidden_size, shape.sequence, 1), strict=True))
+    sizes = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
+    if not sizes:
+        sizes = {axis: [own // 2, own, 2 * own] for axis, own in own_sizes.items()}
+        sizes["stages"] = stages if len(stages) > 1 else []
+    for axis, values in sizes.items():
+        own = own_sizes[axis]
+        for value in values:
             ranks = value if axis == "stages" else 1
             words = [] if value == own else ["--pp" if axis == "stages" else f"--{axis}", str(value)]
             if on_cpu:

@@ -19,9 +19,8 @@ from jreg_megatron.bench.rounds import rounds
 from jreg_megatron.bench.variants import Attached, Variant
 from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.runtime.errors import UserError
 
-_SEQUENCE, _BATCH, _HEADS, _VOCABULARY = 8, 2, 2, 32
+_WIDTH, _SEQUENCE, _BATCH, _HEADS, _VOCABULARY = 16, 8, 2, 2, 32
 _NEVER = 10**6
 _FASTEST = 0.05
 """The share of rounds, the fastest ones, whose mean counts: what else the machine does only ever adds."""
@@ -30,17 +29,19 @@ _FEWEST = 5
 _REGULARIZED = JRegConfig(coeff=1.0, weights="uniform", measure_interval=_NEVER)
 _MEASURED = JRegConfig(measure_interval=1)
 _LAST = JRegConfig(coeff=1.0, weights="last", measure_interval=_NEVER)
-WAYS: dict[str, tuple[JRegConfig | None, bool]] = {
-    UNMODIFIED: (None, True),
-    AGAIN: (None, True),
-    "regularized": (_REGULARIZED, True),
-    "regularized_no_kernels": (_REGULARIZED, False),
-    "measured": (_MEASURED, True),
-    "measured_no_kernels": (_MEASURED, False),
-    "neither": (_LAST, False),
-    "resting": (JRegConfig(measure_interval=_NEVER), True),
+_RESTING = JRegConfig(measure_interval=_NEVER)
+_IDLE = "the same with kernels that do nothing"
+WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
+    UNMODIFIED: (None, True, "nothing attached"),
+    AGAIN: (None, True, "the same once more: how much is noise"),
+    "regularized": (_REGULARIZED, True, "a gradient in every layer"),
+    "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
+    "measured": (_MEASURED, True, "every layer measured"),
+    "measured_no_kernels": (_MEASURED, False, _IDLE),
+    "neither": (_LAST, False, "a gradient in the last layer alone, so most layers have neither"),
+    "resting": (_RESTING, True, "attached, in a step that does nothing"),
 }
-"""What is attached, and whether its kernels do anything; :data:`.table.HOST_WAYS` says it in words."""
+"""What is attached, whether its kernels do anything, and both in words."""
 
 
 class _NoKernels:
@@ -66,15 +67,10 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
     ``finish`` gets the sizes, and ``microseconds``: of a layer and micro-batch, forward and backward; of the
     unmodified way all, of the others what is beyond that.
-
-    Raises:
-        UserError: for a width that cannot be.
     """
-    if args.width % _HEADS:
-        raise UserError(f"--width is {args.width}; it must be even")
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step = _step_of(_model(args.layers, args.width, device), device)
+    step = _step_of(_model(args.layers, device), device)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for _, name in rounds(list(WAYS), args.rounds):
         seconds[name].append(step(name))
@@ -89,12 +85,13 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     plain = each[UNMODIFIED]
     for name in each.keys() - {UNMODIFIED}:
         each[name] = {part: value - plain[part] for part, value in each[name].items()}
-    sizes = {name: getattr(args, name) for name in ("layers", "width", "rounds")}
-    finish({"device": str(device), **sizes, "microseconds": each})
+    sizes = {"layers": args.layers, "width": _WIDTH, "rounds": args.rounds}
+    about = {name: words for name, (_, _, words) in WAYS.items()}
+    finish({"device": str(device), **sizes, "microseconds": each, "about": about})
     return 0
 
 
-def _model(layers: int, width: int, device: torch.device) -> Any:
+def _model(layers: int, device: torch.device) -> Any:
     from jreg_megatron.decoder.checkpoint.model import import_megatron, without_noise
     from jreg_megatron.mcore.one_process import single_process
 
@@ -107,7 +104,7 @@ def _model(layers: int, width: int, device: torch.device) -> Any:
         single_process()
         config = TransformerConfig(
             num_layers=layers,
-            hidden_size=width,
+            hidden_size=_WIDTH,
             num_attention_heads=_HEADS,
             use_cpu_initialization=True,
             attention_dropout=0.0,
@@ -137,7 +134,7 @@ def _step_of(model: Any, device: torch.device) -> Callable[[str], tuple[float, f
         return middle - start, end - middle
 
     variants: dict[str, Variant] = {}
-    for name, (config, with_kernels) in WAYS.items():
+    for name, (config, with_kernels, _) in WAYS.items():
         if config is None:
             variants[name] = Variant()
             continue

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from jreg_megatron.bench.options import DTYPES
 from jreg_megatron.bench.rounds import rounds, times
-from jreg_megatron.methods.jreg.kernels import Kernels, choose, eager, refuse_fault
+from jreg_megatron.methods.jreg.kernels import Kernels, choose
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient
-from jreg_megatron.runtime.errors import UserError, one_line
+from jreg_megatron.runtime.errors import UserError
 
 JREG, AUTOGRAD, COMPILED = "jreg", "autograd", "compiled"
 ABOUT = {
@@ -46,11 +46,9 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     """Measure; ``finish`` gets times in seconds, by width.
 
     Raises:
-        UserError: for ``--tune`` without a GPU, or sizes that the memory does not hold.
+        UserError: for sizes that the memory does not hold.
     """
     on_cpu = args.cpu or not torch.cuda.is_available()
-    if args.tune and on_cpu:
-        raise UserError("--tune times Triton's kernels, and there is no CUDA device here; leave it out")
     args.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     args.dtype = getattr(torch, DTYPES[args.dtype or ("fp32" if on_cpu else "bf16")])
     args.rounds = args.rounds or (20 if on_cpu else 200)
@@ -61,7 +59,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     if on_cpu and needs > has:  # a GPU says so itself
         raise UserError(f"{too_many} {needs / 2**30:,.0f} GiB, and there are {has / 2**30:,.0f}; give less")
     try:
-        finish(tune(args) if args.tune else measure(args))
+        finish(measure(args))
     except torch.OutOfMemoryError:
         raise UserError(f"{too_many} the memory that is free; give less") from None
     return 0
@@ -123,18 +121,20 @@ def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
 
 def measure(args: Namespace) -> dict[str, Any]:
     """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
-    names: dict[str, None] = {}
-    by_width, notes = {}, []
+    names, by_width = [], {}
+    notes = ["Time on the device, by events; its cache holds other data when the clock starts."]
+    if args.device.type == "cpu":
+        notes = ["Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."]
     for width in args.widths:
         kernels = choose("auto", args.device, width, args.dtype)
-        names[kernels.name] = None
+        names.append(kernels.name)
         tensors = Tensors(args, width)
         ways = {JREG: with_jreg(kernels), AUTOGRAD: with_autograd(textbook)}
         compiled, why_not = (None, "--no-compile") if args.no_compile else _compiled(tensors)
-        if compiled is not None:
+        if compiled is None:
+            notes.append(f"{COMPILED} is left out: {why_not}.")
+        else:
             ways[COMPILED] = compiled
-        elif (note := f"{COMPILED} is left out: {why_not}.") not in notes:
-            notes.append(note)
         by_width[str(width)] = _of_width(args, tensors, kernels, ways)
     of_kernels = [found for of in by_width.values() for found in of["kernels"].values()]
     if any(found["copy_seconds"] < SHORTEST_COPY for found in of_kernels):
@@ -143,8 +143,14 @@ def measure(args: Namespace) -> dict[str, Any]:
             "what is written may stay in the cache. Give more --tokens."
         )
     used = {name for of in by_width.values() for name in of["ways"]}
-    return _figures(args, "; ".join(names), by_width, notes) | {
-        "about": {name: what for name, what in ABOUT.items() if name in used}
+    return {
+        "kernels": "; ".join(dict.fromkeys(names)),
+        "device": args.device.type,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "tokens": args.tokens,
+        "widths": by_width,
+        "notes": list(dict.fromkeys(notes)),
+        "about": {name: what for name, what in ABOUT.items() if name in used},
     }
 
 
@@ -170,75 +176,6 @@ def _of_width(args: Namespace, tensors: Tensors, kernels: Kernels, ways: dict[st
         }
     of_ways = {name: times(seconds[name]) | {"ratio": ratio(name, JREG)} for name in ways}
     return {"rounds": len(seconds[JREG]), "kernels": of_kernels, "ways": of_ways}
-
-
-def tune(args: Namespace) -> dict[str, Any]:
-    """One of the Triton kernels with every tile that makes sense, by width, the fastest first."""
-    from jreg_megatron.methods.jreg.kernels import fused
-
-    kernel, by_width = args.tune, {}
-    for width in args.widths:
-        tensors = Tensors(args, width)
-        moved = bytes_moved(tensors)[kernel]
-        psi = eager.KERNELS.displacement(tensors.h_in.detach(), tensors.h_out.detach())
-        runs: dict[Any, Callable[[], Any]] = {}
-        why_not = ""
-        for tile in tiles_for(width):
-            once = _kernel_runs(fused.TritonKernels(tile), tensors)[kernel]
-            try:
-                found = once()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # Triton's OutOfResources, ptxas: this tile does not fit the device
-                refuse_fault(args.device)
-                why_not = f"{type(error).__name__}: {one_line(error, 200)}"
-                continue
-            if not torch.allclose(getattr(found, "psi", found), psi, atol=1e-5):
-                raise UserError(f"{kernel} is wrong with {tile} at width {width}; report it")
-            runs[tile] = once
-        if not runs:
-            raise UserError(f"no tile of width {width} runs here ({why_not}); leave --tune out")
-        seconds = interleaved(args, runs)
-        tiles = [
-            {name: getattr(tile, name) for name in ("rows", "columns", "num_warps")}
-            | {"in_use": tile == fused.tile_for(width)}
-            | times(its)
-            | {"bytes_per_second": moved / median(its)}
-            for tile, its in sorted(seconds.items(), key=lambda of: median(of[1]))
-        ]
-        by_width[str(width)] = {"rounds": min(map(len, seconds.values())), "tiles": {kernel: tiles}}
-    return _figures(args, fused.KERNELS.name, by_width, [])
-
-
-def _figures(args: Namespace, kernels: str, by_width: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    clock = "Time on the device, by events; its cache holds other data when the clock starts."
-    if args.device.type == "cpu":
-        clock = "Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."
-    return {
-        "kernels": kernels,
-        "device": args.device.type,
-        "dtype": str(args.dtype).removeprefix("torch."),
-        "tokens": args.tokens,
-        "widths": by_width,
-        "notes": [clock, *notes],
-        "tuned": bool(args.tune),
-    }
-
-
-def tiles_for(width: int) -> list[Any]:
-    """Tiles worth a try: 4 to 64 elements a thread, of whole rows, or of a part of one at a time."""
-    from jreg_megatron.methods.jreg.kernels import fused
-
-    whole = 1 << (width - 1).bit_length()
-    shapes = [(rows, whole) for rows in (1, 2, 4, 8)]
-    shapes += [(1, columns) for columns in (2048, 4096, 8192) if columns < whole]
-    tiles = {
-        fused.Tile(rows, columns, num_warps): None
-        for rows, columns in shapes
-        for num_warps in (1, 2, 4, 8, 16, 32)
-        if 4 <= rows * columns / (32 * num_warps) <= 64
-    }
-    return list({fused.tile_for(width): None} | tiles)
 
 
 def interleaved(args: Namespace, runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, TextIO
 
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals
+from jreg_megatron.runtime.extras import silence_megatron
+from jreg_megatron.runtime.fork import be_alone_unless_started, take_one_thread
 
 _NEVER = 10**9
 
@@ -27,19 +27,13 @@ _NO_FUSION = "--no-gradient-accumulation-fusion"
 
 def make_ready(on_cpu: bool) -> None:
     """Import Megatron, for the CPU or for GPUs, without its warnings."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_megatron()
     from jreg_megatron import cpu
     from jreg_megatron.mcore.dataset_helper import use_built_helper
 
     if on_cpu:
         cpu.enable()
-        import torch
-
-        if "OMP_NUM_THREADS" not in os.environ:
-            # As under torchrun. More threads than free cores make times that say nothing.
-            torch.set_num_threads(1)
+        take_one_thread()
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
         if not _has_transformer_engine():
@@ -112,12 +106,9 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     from jreg_megatron import gpt_pretraining
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import add_arguments
-    from jreg_megatron.runtime.fork import free_port
     from jreg_megatron.stream.support import refuse_unsupported
 
-    single = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in ({"MASTER_PORT": str(free_port())} | single).items():
-        os.environ.setdefault(name, value)
+    be_alone_unless_started()
     sys.argv = [sys.argv[0], *argv]
     asked = arguments.parse_args(add_arguments)
     gpt_pretraining.refuse_other_tasks(asked)
@@ -155,7 +146,7 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
 
 
 @contextlib.contextmanager
-def quiet(is_verbose: bool) -> Iterator[TextIO]:
+def quiet() -> Iterator[TextIO]:
     """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error.
 
     Raises:
@@ -170,16 +161,16 @@ def quiet(is_verbose: bool) -> Iterator[TextIO]:
 
     own = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile("w+b") as log, os.fdopen(os.dup(2), "w") as terminal:
-        point(own if is_verbose else (log.fileno(), log.fileno()))
+        point((log.fileno(), log.fileno()))
         try:
             yield terminal
         except SystemExit as ended:
             point(own)
             log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
             last = log.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
-            said = "" if is_verbose else f"; the last that it printed: {last or 'nothing'}"
             raise UserError(
-                f"Megatron ended the run with status {ended.code or 0} before all was measured{said}"
+                f"Megatron ended the run with status {ended.code or 0} before all was measured; the last "
+                f"that it printed: {last or 'nothing'}"
             ) from None
         finally:
             point(own)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
@@ -17,14 +15,18 @@ MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
 WAYS = {
     UNMODIFIED: "nothing attached",
     AGAIN: "the same once more: how much is noise",
-    MEASURE: "lambda 0, measuring one step in {interval}",
-    JREG: "lambda {coeff:g}, measuring one step in {interval}",
+    MEASURE: "lambda 0, measuring one step in ten",
+    JREG: "lambda {coeff:g}, measuring one step in ten",
     EVERY_STEP: "lambda {coeff:g}, measuring in every step",
     NAIVE: "all states kept, cosines by autograd at the end",
 }
 """The ways in which a training step is run, with the settings it is run with."""
+ATTACHED = (MEASURE, JREG, EVERY_STEP)
+"""The ways that measure and log."""
+INTERVAL = 10
+"""Of so many steps they log one, as the demo and the recipes do."""
 KINDS = ("ordinary", "logging")
-"""Of steps whose doings are counted: one that neither measures nor logs, and one that does both."""
+"""The kinds of steps: those that do not log, and those that do."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # What the four models share; a test compares all of it with the demo and the recipes.
@@ -81,14 +83,6 @@ SHAPES = {
 }
 
 
-def shape_named(name: str) -> Shape:
-    """An argparse type: the shape of that name, or of that recipe."""
-    names = SHAPES | {shape.recipe: shape for shape in SHAPES.values() if shape.recipe}
-    if name.lower() not in names:
-        raise ArgumentTypeError(f"--model is {name}; it must be one of {', '.join(names)}")
-    return names[name.lower()]
-
-
 def _ways(text: str) -> list[str]:
     known = [name for name in WAYS if name != UNMODIFIED]
     ways = list(dict.fromkeys(text.split(",")))
@@ -97,135 +91,108 @@ def _ways(text: str) -> list[str]:
     return ways
 
 
-def _numbers(flag: str, fewest: int = 1, most: int | None = None) -> Callable[[str], list[int]]:
-    """An argparse type: ``fewest`` numbers or more with commas. Where one is too few, ``none`` is none."""
-
-    wanted = ">= 1" if most is None else f"in 1..{most}"
-    wanted = f"whole numbers {wanted} with commas{', or none' * (fewest > 1)}"
-
-    def parse(text: str) -> list[int]:
-        if fewest > 1 and text == "none":
-            return []
-        try:
-            numbers = list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
-        except ArgumentTypeError:
-            raise ArgumentTypeError(f"{flag} is {text}; it must be {wanted}") from None
-        if len(numbers) < fewest:
-            raise ArgumentTypeError(f"{flag} is {text}; growth needs two sizes, or none")
-        return numbers
-
-    return parse
+def _numbers(flag: str, most: int | None = None) -> Callable[[str], list[int]]:
+    """An argparse type: whole numbers >= 1 with commas."""
+    return lambda text: list(dict.fromkeys(map(count(flag, 1, most), text.split(","))))
 
 
-def _model(which: str) -> dict[str, Any]:
-    return {
-        "type": shape_named,
-        "default": "demo",
-        "metavar": "NAME",
-        "help": f"{which}{', '.join(SHAPES)}, or the name of its recipe (default: %(default)s)",
-    }
+def _add_number(
+    part: ArgumentParser, flag: str, what: str, default: int | None = None, most: int | None = None
+) -> None:
+    part.add_argument(flag, type=count(flag, most=most), default=default, metavar="N", help=what)
 
 
-_CPU = {"action": "store_true", "help": "the default where there is no CUDA device"}
-_DTYPE = {"choices": DTYPES, "help": "number type; by default bf16 on a GPU and fp32 on a CPU"}
-# Above these Megatron's own work before the first step, of which the number of steps is part, takes long.
-_MOST_ROUNDS, _LONGEST_INTERVAL = 10_000, 100
+def _add_seconds(part: ArgumentParser, default: float, what: str) -> None:
+    part.add_argument("--seconds", type=positive("--seconds"), default=default, metavar="S", help=what)
 
-_STEP: dict[str, dict[str, Any]] = {
-    "--model": _model(""),
-    "--layers": {"help": "layers; by default the model's", "dest": "num_layers"},
-    "--width": {
-        "dest": "hidden_size",
-        "help": "hidden size; a multiple of the model's heads. The feed-forward size grows with it",
-    },
-    "--sequence": {"help": "tokens of a sequence; by default the model's"},
-    "--micro-batch": {"help": "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"},
-    "--micro-batches": {"help": "micro-batches of a step (demo: 2, else 4)"},
-    "--dtype": _DTYPE,
-    "--tp": {"default": 1, "help": "tensor-parallel size (default: 1)"},
-    "--pp": {"default": 1, "help": "pipeline-parallel size (default: 1)"},
-    "--cp": {"default": 1, "help": "context-parallel size (default: 1)"},
-    "--measure-interval": {
-        "default": 10,
-        "most": _LONGEST_INTERVAL,
-        "help": f"'measure' and 'jreg' measure one step in N, N in 1..{_LONGEST_INTERVAL}; "
-        "'jreg_every_step' in each (default: 10)",
-    },
-    "--ways": {
-        "type": _ways,
-        "metavar": "NAME,...",
-        "help": f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all",
-    },
-    "--seconds": {
-        "default": 150.0,
-        "help": "the run ends about so long after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). Two rounds run however long they take",
-    },
-    "--rounds": {
-        "default": 300,
-        "most": _MOST_ROUNDS,
-        "help": "at most N rounds. In a round each way runs once, with the unmodified step before and after "
-        "it (default: %(default)s)",
-    },
-    "--count": {
-        "action": "store_true",
-        "help": "count kernels, collectives and waits of a step, and its memory, too; 13 steps more",
-    },
-    "--cpu": _CPU,
-    "--nproc": {"help": "start N ranks on this machine's CPU; for a run without torchrun"},
-    "--verbose": {"action": "store_true", "help": "show what Megatron prints"},
-}
-_AROUND = "half, the model's own, and twice it"
-AXES = {
-    **{axis: (axis, _AROUND) for axis in ("layers", "width", "sequence")},
-    "stages": ("pipeline stages, one rank each,", "1, 2 and 4"),
-}
-_GROWTH: dict[str, dict[str, Any]] = {
-    "--model": _model("where to start: "),
-    **{
-        f"--{axis}": {
-            "type": _numbers(f"--{axis}", fewest=2),
-            "metavar": "N,...",
-            "help": f"{what} to measure at; none to leave out (default: {default})",
-        }
-        for axis, (what, default) in AXES.items()
-    },
-    **{flag: _STEP[flag] for flag in ("--micro-batch", "--micro-batches", "--dtype", "--cpu")},
-}
-_HOST: dict[str, dict[str, Any]] = {
-    "--layers": {"default": 20, "help": "layers (default: 20)"},
-    "--width": {"default": 16, "help": "hidden size, an even number (default: 16)"},
-    "--rounds": {"default": 300, "help": "rounds; in each, every way runs once (default: 300)"},
-}
-_KERNEL: dict[str, dict[str, Any]] = {
-    "--widths": {
-        "type": _numbers("--widths", most=65536),
-        "default": "768,2048,3072,3200",  # the recipes', and 3200 as some 3B models have it
-        "metavar": "H,...",
-        "help": "hidden sizes of the states (default: %(default)s)",
-    },
-    "--tokens": {"default": 8192, "help": "rows of a state (default: %(default)s)"},
-    "--dtype": _DTYPE,
-    "--rounds": {
-        "help": "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
-    },
-    "--seconds": {"default": 30.0, "help": "no round of a width begins after so long (default: %(default)g)"},
-    "--cpu": _CPU,
-    "--no-compile": {
-        "action": "store_true",
-        "help": "leave torch.compile out, which takes its time to compile",
-    },
-    "--tune": {
-        "choices": ("displacement", "gradients"),
-        "help": "instead, on a GPU: time this Triton kernel with tiles and warps of every size that makes "
-        "sense",
-    },
-}
+
+def _add_model(part: ArgumentParser, which: str) -> None:
+    part.add_argument("--model", choices=SHAPES, default="demo", help=f"{which} (default: %(default)s)")
+
+
+def _add_batch(part: ArgumentParser) -> None:
+    sequences = "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"
+    _add_number(part, "--micro-batch", sequences)
+    _add_number(part, "--micro-batches", "micro-batches of a step (demo: 2, else 4)")
+
+
+def _add_device(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
+    )
+    part.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
+
+
+def _add_step(part: ArgumentParser) -> None:
+    _add_model(part, "the demo's, or a recipe's")
+    _add_number(part, "--layers", "layers; by default the model's")
+    width = "hidden size; a multiple of the model's heads. The feed-forward size grows with it"
+    _add_number(part, "--width", width)
+    _add_number(part, "--sequence", "tokens of a sequence; by default the model's")
+    _add_batch(part)
+    for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
+        _add_number(part, flag, f"{what}-parallel size (default: 1)", default=1)
+    names = f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
+    part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
+    seconds = (
+        "the run ends about so long after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run however long they take"
+    )
+    _add_seconds(part, 150, seconds)
+    rounds = (
+        "at most N rounds. In a round each way runs once, with the unmodified step before and after it "
+        "(default: %(default)s)"
+    )
+    # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
+    _add_number(part, "--rounds", rounds, default=300, most=10_000)
+    counted = "count kernels, collectives and waits of a step, and its memory, too; 13 steps more"
+    part.add_argument("--count", action="store_true", help=counted)
+    _add_device(part)
+    _add_number(part, "--nproc", "start N ranks on this machine's CPU; for a run without torchrun")
+
+
+AXES = ("layers", "width", "sequence", "stages")
+"""Of ``bench growth``; stages are pipeline stages, one rank each."""
+
+
+def _add_growth(part: ArgumentParser) -> None:
+    _add_model(part, "where to start")
+    for axis in AXES:
+        default = "1, 2 and 4" if axis == "stages" else "half, the model's own, and twice it"
+        what = f"sizes to measure at; without any such flag, at {default}"
+        part.add_argument(f"--{axis}", type=_numbers(f"--{axis}"), metavar="N,...", help=what)
+    _add_batch(part)
+    _add_device(part)
+
+
+def _add_host(part: ArgumentParser) -> None:
+    _add_number(part, "--layers", "layers (default: 20)", default=20)
+    _add_number(part, "--rounds", "rounds; in each, every way runs once (default: 300)", default=300)
+
+
+def _add_kernel(part: ArgumentParser) -> None:
+    widths = "768,2048,3072,3200"  # the recipes', and 3200 as some 3B models have it
+    part.add_argument(
+        "--widths",
+        type=_numbers("--widths", most=65536),
+        default=widths,
+        metavar="H,...",
+        help="hidden sizes of the states (default: %(default)s)",
+    )
+    _add_number(part, "--tokens", "rows of a state (default: %(default)s)", default=8192)
+    rounds = "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
+    _add_number(part, "--rounds", rounds)
+    _add_seconds(part, 30, "no round of a width begins after so long (default: %(default)g)")
+    uncompiled = "leave torch.compile out, which takes its time to compile"
+    part.add_argument("--no-compile", action="store_true", help=uncompiled)
+    _add_device(part)
+
+
 _PARTS = {
-    "kernel": ("displacement and gradients by themselves", _KERNEL),
-    "host": ("what Python and launches take of a layer", _HOST),
-    "step": ("Megatron's training step, unmodified and with JREG", _STEP),
-    "growth": ("the step's cost over model sizes and pipeline stages", _GROWTH),
+    "kernel": ("displacement and gradients by themselves", _add_kernel),
+    "host": ("what Python and launches take of a layer", _add_host),
+    "step": ("Megatron's training step, unmodified and with JREG", _add_step),
+    "growth": ("the step's cost over model sizes and pipeline stages", _add_growth),
 }
 WITH_MEGATRON = ("step", "growth")
 """What takes Megatron's arguments behind ``--``."""
@@ -235,12 +202,11 @@ _EXAMPLES = """examples:
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
   python -m jreg_megatron.bench growth --json growth.json
   python -m jreg_megatron.bench host                            Python and launches, 2 minutes on a CPU
-  python -m jreg_megatron.bench show growth.json
 """
 
 
 def parser() -> Parser:
-    """The parser of all parts. A flag without a type is a whole number >= 1."""
+    """The parser of all parts."""
     made = Parser(
         prog="python -m jreg_megatron.bench",
         description="Measure what JREG costs, beside the same work without it in the same run.",
@@ -248,20 +214,12 @@ def parser() -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parts = made.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, (what, flags) in _PARTS.items():
+    for name, (what, add_flags) in _PARTS.items():
         part = parts.add_parser(name, help=what, description=f"Measure {what}.")
-        for flag, settings in flags.items():
-            own = dict(settings)
-            if isinstance(own.get("default"), float):
-                own |= {"type": positive(flag), "metavar": "S"}
-            elif not {"type", "action", "choices"} & own.keys():
-                own |= {"type": count(flag, most=own.pop("most", None)), "metavar": "N"}
-            part.add_argument(flag, **own)
+        add_flags(part)
         output.add_output_arguments(part, csv=False)
         if name in WITH_MEGATRON:
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
-    show = parts.add_parser("show", help="print what --json has written", description="Print results.")
-    show.add_argument("files", nargs="+", metavar="FILE")
     return made
 
 
@@ -279,7 +237,6 @@ _OWN = {
     "--context-parallel-size": "--cp",
     "--train-iters": "--rounds",
     "--train-samples": "--rounds",
-    "--jreg-measure-interval": "--measure-interval",
 }
 # What belongs to the model by whose name the result goes.
 _OF_THE_MODEL = (
@@ -288,26 +245,6 @@ _OF_THE_MODEL = (
 )
 # What ends the training, or skips steps of it, before all has been measured.
 _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
-
-
-def world_size_of(args: Namespace) -> int:
-    """How many ranks there are or will be.
-
-    Raises:
-        UserError: if the environment tells half of it, or ``--nproc`` is given beside it.
-    """
-    if args.nproc is not None:
-        from jreg_megatron.runtime.fork import check_nproc
-
-        check_nproc(args.nproc)
-        return int(args.nproc)
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if (rank is None) != (size is None):
-        raise UserError(
-            f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
-            "unset both"
-        )
-    return int(size or 1)
 
 
 def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Namespace:
@@ -342,9 +279,11 @@ def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
 
 
 def _size_model(args: Namespace) -> None:
-    shape, names = args.model, ("num_layers", "hidden_size", "sequence", "micro_batch", "micro_batches")
-    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if (width := args.hidden_size) is not None:
+    shape, names = SHAPES[args.model], ("sequence", "micro_batch", "micro_batches")
+    asked = {name: getattr(args, name) for name in names}
+    asked |= {"num_layers": args.layers, "hidden_size": args.width}
+    sizes = {name: size for name, size in asked.items() if size is not None}
+    if (width := args.width) is not None:
         if width % (2 * shape.num_attention_heads):
             raise UserError(
                 f"--width is {width}; it must be a multiple of {2 * shape.num_attention_heads}, since "
@@ -362,12 +301,11 @@ def _read_more(args: Namespace, more: list[str]) -> None:
     args.config = replace(
         JRegConfig.from_args(given),
         coeff=getattr(given, "jreg_coeff", 1.0),
-        alpha=getattr(given, "jreg_alpha", 1.0),
-        measure_interval=args.measure_interval,
+        measure_interval=INTERVAL,
     )
-    for name in ("start_iteration", "stop_iteration", "warmup_iterations"):
+    for name in ("start_iteration", "stop_iteration", "warmup_iterations", "measure_interval"):
         if hasattr(given, f"jreg_{name}"):
-            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has none; leave it out")
+            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has its own; leave it out")
     if args.config.coeff == 0:
         raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
     args.config.layer_weights(args.model.num_layers)
@@ -384,8 +322,6 @@ def _read_more(args: Namespace, more: list[str]) -> None:
 
 def _choose_ways(args: Namespace) -> None:
     why_not = {}
-    if args.measure_interval == 1:
-        why_not[EVERY_STEP] = "with --measure-interval 1 that is jreg"
     if args.layout["ranks"] > 1:
         why_not[NAIVE] = "it needs the whole model and all tokens on one rank"
     elif any(word.startswith("--recompute") for word in args.more):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime import output
-from jreg_megatron.runtime.errors import UserError
 
 FORMAT, VERSION = "jreg_megatron benchmark", 1
-PARTS = ("kernel", "host", "step", "growth")
 
 
 def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -38,9 +35,7 @@ def command(argv: list[str]) -> str:
     kept = [
         word
         for before, word in pairwise(["", *argv])
-        if before != "--json"
-        and word not in ("--json", "--quiet", "--verbose")
-        and not word.startswith("--json=")
+        if before != "--json" and word not in ("--json", "--quiet") and not word.startswith("--json=")
     ]
     return shlex.join(["python", "-m", "jreg_megatron.bench", *kept])
 
@@ -55,28 +50,10 @@ def machine() -> dict[str, Any]:
         processor = named[1].strip() if named else processor
     found: dict[str, Any] = {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": [round(load, 2) for load in os.getloadavg()],
     }
     if torch.version.cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def read(path: str) -> dict[str, Any]:
-    """A document that :func:`document` made.
-
-    Raises:
-        UserError: if it cannot be read, or is none.
-    """
-    try:
-        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or "it holds no JSON"
-        raise UserError(f"{path} cannot be read ({why}); name a file that --json has written") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not set(PARTS) & set(found):
-        raise UserError(f"{path} is no result of the benchmark; name a file that bench --json has written")
-    if found.get("version") != VERSION:
-        raise UserError(f"{path} has version {found.get('version')}, and this reads {VERSION}; run it again")
     return found

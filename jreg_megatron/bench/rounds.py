@@ -42,7 +42,7 @@ def times(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def median_ratio(
-    ratios: NDArray[np.float64], kinds: NDArray[np.str_], shares: Mapping[str, float], ranks: int = 1
+    ratios: NDArray[np.float64], kinds: NDArray[np.str_], shares: Mapping[str, float]
 ) -> dict[str, Any]:
     """The ratio of an average step, with its 95% confidence interval.
 
@@ -53,7 +53,6 @@ def median_ratio(
         ratios: of each step to the unmodified ones around it.
         kinds: of each.
         shares: what share of training's steps each kind has.
-        ranks: whose intervals are to hold the truth together, each then a wider one than for itself.
 
     Returns:
         ``ratio``; ``confidence_95``, from a bootstrap within each kind, or None for less than
@@ -72,8 +71,7 @@ def median_ratio(
         draws = generator.choice(scatter, size=(_RESAMPLES, len(kind)))
         resampled += share / whole * (middle + np.median(draws, axis=1))
         ratio += share / whole * middle
-    tail = 2.5 / ranks
-    interval = np.percentile(resampled, [tail, 100 - tail]).tolist()
+    interval = np.percentile(resampled, [2.5, 97.5]).tolist()
     return {
         "ratio": ratio,
         "confidence_95": interval if len(ratios) >= FEWEST else None,

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,15 +24,17 @@ from tqdm import tqdm
 
 from jreg_megatron.bench import megatron, options
 from jreg_megatron.bench.counting import COUNTED, busy, count
-from jreg_megatron.bench.options import KINDS, UNMODIFIED, WAYS
+from jreg_megatron.bench.options import ATTACHED, INTERVAL, KINDS, UNMODIFIED, WAYS
 from jreg_megatron.bench.rounds import median_ratio, rounds
-from jreg_megatron.bench.variants import LOG_INTERVAL, kind_of_step, make_variants
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.bench.variants import make_variants
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.fork import fork_ranks, world_size_of
 from jreg_megatron.runtime.ranks import of_every_rank
 
 FEWEST_ROUNDS = 2
 """In the first one all ways that measure do, in the second one none has to."""
+SHARES = dict(zip(KINDS, (1 - 1 / INTERVAL, 1 / INTERVAL), strict=True))
+"""What share of training's steps each kind has; a way that never logs has ordinary ones alone."""
 BUSY = 0.9
 """The share of a step in which the device does something, from which on the step waits for the device."""
 ENOUGH = 0.0025
@@ -57,14 +58,12 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
         UserError: for a mistake in the options.
     """
     deadline = time.monotonic() + args.seconds
-    world_size = options.world_size_of(args)
     on_cpu = bool(args.cpu or args.nproc) or not torch.cuda.is_available()
-    options.complete(args, more, world_size, on_cpu)
+    options.complete(args, more, world_size_of(args.nproc), on_cpu)
     megatron.make_ready(on_cpu)
     if args.nproc in (None, 1):
         _measure(args, deadline, finish)
         return 0
-    from jreg_megatron.runtime.fork import fork_ranks
 
     def rank() -> None:
         with quiet_interrupt(), user_errors_exit():
@@ -75,8 +74,8 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]], None]) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
-    with megatron.quiet(args.verbose) as terminal:
-        hidden = args.quiet or not is_first or args.verbose
+    with megatron.quiet() as terminal:
+        hidden = args.quiet or not is_first
         with tqdm(desc="steps", unit="", file=terminal, disable=hidden or None, dynamic_ncols=True) as bar:
 
             def work(*given: Any, **named: Any) -> Measured:
@@ -100,7 +99,11 @@ def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]]
             "weighted_layers": int((args.config.gradient_weights(args.model.num_layers) > 0).sum()),
             "notes": [*args.notes, *megatron.notes(args.on_cpu)],
         }
-        finish(summarize(of_ranks, args.on_cpu) | about)
+        finish(summarize(of_ranks, _by_processor_time(args)) | about)
+
+
+def _by_processor_time(args: Namespace) -> bool:
+    return bool(args.on_cpu and args.layout["ranks"] == 1)
 
 
 def most_steps(rounds: int) -> int:
@@ -108,15 +111,9 @@ def most_steps(rounds: int) -> int:
     return _STEPS_TO_SETTLE + len(WAYS) * (2 + _LOOKS + 1 + len(KINDS) + 2 * rounds)
 
 
-def whole_rounds(config: JRegConfig) -> int:
-    """Rounds after which steps that measure and steps that log have had their share."""
-    return math.lcm(LOG_INTERVAL, config.measure_interval)
-
-
-def shares_of_kinds(config: JRegConfig | None, whole: int) -> dict[str, float]:
-    """What share of ``whole`` steps with these settings is of which kind."""
-    counts = Counter(kind_of_step(config, iteration) for iteration in range(1, whole + 1))
-    return {name: number / whole for name, number in counts.items()}
+def kind_of_step(way: str, iteration: int) -> str:
+    """Of which of the :data:`.options.KINDS` a step is."""
+    return KINDS[way in ATTACHED and iteration % INTERVAL == 0]
 
 
 @dataclass
@@ -126,12 +123,10 @@ class Measured:
     names: list[str] = field(default_factory=list)
     """The way of each timed step."""
     kinds: list[str] = field(default_factory=list)
-    """What sets it apart from others of its way."""
+    """Its kind."""
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     """Seconds of this process's threads in each."""
-    shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By way, what share of training's steps each kind has."""
     busy: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By way, what device and host do in a few ordinary steps; empty on a CPU, where they are one."""
     counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
@@ -158,7 +153,6 @@ def measure(
         train_step: Megatron's; what follows is what it gets.
     """
     variants = make_variants(model, args.config, args.ways)
-    whole = whole_rounds(args.config)
 
     def run[T](name: str, iteration: int, around: Callable[[Callable[[], None]], T]) -> T:
         """A training step that way, which is put on before and taken off after ``around``."""
@@ -174,7 +168,7 @@ def measure(
         on_step()
         return found
 
-    for iteration in (whole, 1):  # what is done once in a run is done here
+    for iteration in (INTERVAL, 1):  # what is done once in a run is done here
         began = time.monotonic()
         for name in variants:
             run(name, iteration, lambda step: step())
@@ -182,26 +176,22 @@ def measure(
     # The profiler comes last: it may leave the host slower than it was.
     looks = 0 if args.on_cpu else 1 + _LOOKS * len(variants)
     counts = 1 + len(KINDS) * len(variants) if args.count else 0
-    configs = {name: variant.config for name, variant in variants.items()}
-    measured = time_rounds(args, configs, run, deadline - _SLOWER * a_step * (looks + counts))
+    measured = time_rounds(args, run, deadline - _SLOWER * a_step * (looks + counts))
     if looks:
         run(UNMODIFIED, 1, busy)  # the profiler's own first time
         for name in [*variants] * _LOOKS:
             measured.busy.setdefault(name, []).append(run(name, 1, busy))
     if counts:
         run(UNMODIFIED, 1, count)
-        for kind, iteration in zip(KINDS, (1, whole), strict=True):
+        for kind, iteration in zip(KINDS, (1, INTERVAL), strict=True):
             for name in variants:
                 measured.counts.setdefault(name, {})[kind] = run(name, iteration, count)
     return measured
 
 
-def time_rounds(
-    args: Namespace, configs: dict[str, JRegConfig | None], run: Callable[..., Any], deadline: float
-) -> Measured:
+def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Measured:
     """Rounds of all ways, with an unmodified step before and after each; ``run`` runs one."""
-    whole = whole_rounds(args.config)
-    measured = Measured(shares={name: shares_of_kinds(config, whole) for name, config in configs.items()})
+    measured = Measured()
 
     def timed(name: str, iteration: int) -> None:
         if len(measured.names) % 100 == 0:
@@ -210,17 +200,17 @@ def time_rounds(
         measured.wall.append(wall)
         measured.processor.append(processor)
         measured.names.append(name)
-        measured.kinds.append(kind_of_step(configs[name], iteration))
+        measured.kinds.append(kind_of_step(name, iteration))
 
     def is_over() -> bool:
-        seconds = measured.processor if args.on_cpu else measured.wall
-        found = _of_ways(measured, np.array([seconds])).values()
+        seconds = measured.processor if _by_processor_time(args) else measured.wall
+        found = _of_ways(measured, np.array(seconds)).values()
         is_sharp = all(half_width(of_way["confidence_95"]) <= ENOUGH for of_way in found)
         return _first_ranks(time.monotonic() > deadline or is_sharp)
 
     timed(UNMODIFIED, 1)
     for number, name in rounds(args.ways, args.rounds, FEWEST_ROUNDS, is_over):
-        timed(name, number or whole)
+        timed(name, number or INTERVAL)
         timed(UNMODIFIED, 1)
     return measured
 
@@ -250,31 +240,24 @@ def _first_ranks(flag: bool) -> bool:
 def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:
     """What the ranks have measured together.
 
-    A step takes as long as the last rank needs, so wall time is the longest of all ranks'. Processor time is
-    compared rank by rank, since the largest of all would hide what is added on any other rank: the median of
-    what a rank needs beyond its own steps before and after, over what the busiest rank needs there. The rank
-    with the largest is taken, with an interval for the largest: the ranks' own hold together at 95%.
-    Taking the largest of several adds some of the noise to it, as it does for ``unmodified_again``.
-
     Args:
         measured: of each rank, in order.
-        by_processor_time: whether ``ratio`` and ``spread`` are of processor time; else of wall time.
+        by_processor_time: whether the figures are of processor time, which other work on a CPU changes less,
+            for a single rank. Else they are of wall time: a step takes as long as its last rank needs.
 
     Returns:
-        ``ratio`` and ``spread`` by way, the latter of processor time of several ranks with the ``rank``
-        that needs most more; ``wall``, the same of wall time; ``median_seconds`` on the slowest rank;
-        ``busy``, by way the seconds of :func:`.counting.busy` on the rank that has most; ``waits_for``:
-        "device" or "host", "one" on a CPU, where they are one, or "unknown"; counts by way, kind of step and
-        rank, if there are any; all ``steps``, with seconds by rank.
+        ``ratio`` and ``spread`` by way; ``median_seconds``; ``busy``, by way the seconds of
+        :func:`.counting.busy` on the rank that has most; ``waits_for``: "device" or "host", "one" on a CPU,
+        where they are one, or "unknown"; counts by way, kind of step and rank, if there are any; all
+        ``steps``, with seconds by rank.
     """
     first = measured[0]
     wall = np.array([each.wall for each in measured])
     processor = np.array([each.processor for each in measured])
     seconds = (processor if by_processor_time else wall).max(axis=0)
-    by_wall = _of_ways(first, wall.max(axis=0, keepdims=True))
-    found = _of_ways(first, processor) if by_processor_time else by_wall
+    found = _of_ways(first, seconds)
     names = np.array(first.names)
-    medians = {name: float(np.median(seconds[names == name])) for name in first.shares}
+    medians = {name: float(np.median(seconds[names == name])) for name in WAYS if name in names}
     looks = {
         name: {
             what: max(float(np.median([look[what] for look in each.busy[name]])) for each in measured)
@@ -293,7 +276,6 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
             name: {what: value for what, value in of_way.items() if what != "ratio"}
             for name, of_way in found.items()
         },
-        "wall": by_wall,
         "clock": "processor" if by_processor_time else "wall",
         "median_seconds": medians,
         "busy": looks,
@@ -310,20 +292,8 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
 
 
 def _of_ways(measured: Measured, seconds: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
-    """By way, how steps ``[ranks, n]`` compare with those around them, on the rank with the largest ratio."""
-    around = (seconds[:, :-2] + seconds[:, 2:]) / 2
-    ratios = 1 + (seconds[:, 1:-1] - around) / around.max(axis=0)
+    """By way, how the seconds ``[n]`` of steps compare with the mean of those before and after."""
+    ratios = 2 * seconds[1:-1] / (seconds[:-2] + seconds[2:])
     names, kinds = np.array(measured.names[1:-1]), np.array(measured.kinds[1:-1])
-    found = {}
-    for name, shares in measured.shares.items():
-        if name == UNMODIFIED:
-            continue
-        own = names == name
-        of_ranks = [median_ratio(ratio[own], kinds[own], shares, len(ratios)) for ratio in ratios]
-        rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank]["ratio"])
-        found[name] = of_ranks[rank]
-        if len(of_ranks) > 1:
-            intervals = [of_rank["confidence_95"] for of_rank in of_ranks]
-            together = None if None in intervals else [max(limits) for limits in zip(*intervals, strict=True)]
-            found[name] |= {"confidence_95": together, "rank": rank}
-    return found
+    ways = [name for name in WAYS if name != UNMODIFIED and name in names]
+    return {name: median_ratio(ratios[names == name], kinds[names == name], SHARES) for name in ways}

@@ -19,16 +19,6 @@ COUNTED = {
     "synchronisations": "syncs",
 }
 """What is counted in a step, and its column."""
-HOST_WAYS = {
-    UNMODIFIED: "nothing attached",
-    AGAIN: "the same once more: how much is noise",
-    "regularized": "a gradient in every layer",
-    "regularized_no_kernels": "the same with kernels that do nothing",
-    "measured": "every layer measured",
-    "measured_no_kernels": "the same with kernels that do nothing",
-    "neither": "a gradient in the last layer alone, so most layers have neither",
-    "resting": "attached, in a step that does nothing",
-}
 TELLS = 0.01
 """Half the width of an interval, above which too few rounds have run to tell."""
 _WAITS_FOR = {
@@ -42,18 +32,9 @@ _DEVICE_AND_HOST = (
     "Device and host are seconds of an ordinary step in which each does something, by a profiler that makes "
     "the host slower."
 )
-_KERNELS = {
-    "processor": "Kernels are torch's operations that call no other; syncs, tensors' values read by Python.",
-    "wall": "Kernels are what ran on the device, copies aside; syncs, the host's waits for it.",
-}
-_CLOCKS = {
-    "processor": "seconds of processor time, on the rank that needs most",
-    "wall": "seconds, on the rank that is done last",
-}
-_OF_RANKS = (
-    "The ratio is that of the rank that needs most more, each compared with itself; wall is that of the rank "
-    "that is done last."
-)
+_KERNELS_ON_CPU = "Kernels are torch's operations that call no other; syncs, tensors' values read by Python."
+_KERNELS_ON_GPU = "Kernels are what ran on the device, copies aside; syncs, the host's waits for it."
+_CLOCKS = {"processor": "seconds of processor time", "wall": "seconds, on the rank that is done last"}
 
 
 def print_document(console: Console, document: dict[str, Any]) -> None:
@@ -70,7 +51,7 @@ def print_document(console: Console, document: dict[str, Any]) -> None:
 
 def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
     """Print a line for each way to run a training step: its time, and what it does."""
-    model, layout, busy = step["model"], step["layout"], step.get("busy", {})
+    model, layout, busy = step["model"], step["layout"], step["busy"]
     parts = "".join(
         f", {name}-parallel {layout[name]}" for name in ("tensor", "pipeline", "context") if layout[name] > 1
     )
@@ -81,8 +62,6 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         f"{layout['ranks']} {'ranks' if layout['ranks'] > 1 else 'rank'}{parts}; "
         f"gradient in {step['weighted_layers']} layers",
     )
-    # Wall time too, where processor time is of one rank and says nothing of how ranks wait for each other.
-    by_rank = step["clock"] == "processor" and layout["ranks"] > 1
     rows = []
     for name, seconds in step["median_seconds"].items():
         spread = step["spread"].get(name, {})
@@ -94,16 +73,12 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
             "steps": spread.get("steps", ""),
             "seconds": f"{seconds:.4g}",
         }
-        if by_rank:
-            row |= {"rank": spread.get("rank", "")}
-            row |= {"wall": f"{step['wall'][name]['ratio']:.4f}" if is_way else "1"}
         rows.append(row | {what: f"{busy[name][what]:.4g}" for what in ("device", "host") if busy})
     title = "Step time over that of the unmodified steps around it"
     table(title, list(rows[0]), [row.values() for row in rows])
-    settings = {"coeff": step["jreg"]["coeff"], "interval": step["jreg"]["measure_interval"]}
-    _ways(console, {name: WAYS[name].format(**settings) for name in step["median_seconds"]})
-    notes = [f"Times are the median {_CLOCKS[step['clock']]}.", *([_OF_RANKS] if by_rank else [])]
-    notes += [_WAITS_FOR[step.get("waits_for", "one")], *([_DEVICE_AND_HOST] if busy else [])]
+    _ways(console, {name: WAYS[name].format(**step["jreg"]) for name in step["median_seconds"]})
+    notes = [f"Times are the median {_CLOCKS[step['clock']]}.", _WAITS_FOR[step["waits_for"]]]
+    notes += [_DEVICE_AND_HOST] if busy else []
     _lines(console, *(f" {note}" for note in (*notes, *_doubts(step["spread"]), *step["notes"])))
     if "kernels" in step:
         counted = (
@@ -111,7 +86,8 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         )
         title = "Beyond an unmodified step: ordinary / measures and logs"
         table(title, ("way", *COUNTED.values()), counted)
-        _lines(console, " The most on any rank. " + _KERNELS[step["clock"]])
+        kernels = _KERNELS_ON_CPU if step["waits_for"] == "one" else _KERNELS_ON_GPU
+        _lines(console, f" The most on any rank. {kernels}")
 
 
 def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
@@ -132,54 +108,35 @@ def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
         console,
         " On the rank that has most more. kernels: of an ordinary step, and of one that measures and logs.",
     )
-    if growth.get("unfinished") is not None:
+    if growth["unfinished"] is not None:
         _lines(console, f" Unfinished: {growth['unfinished']}.")
 
 
 def print_kernel(table: Any, console: Console, figures: dict[str, Any]) -> None:
-    """Print the kernels beside a copy and a layer's work in several ways, or the tiles that were tried."""
+    """Print the kernels beside a copy, and a layer's work in several ways."""
     widths = figures["widths"].items()
     rounds = ", ".join(f"{of['rounds']} at {width}" for width, of in widths)
     _lines(
         console, f"{figures['kernels']}: {figures['tokens']:,} tokens, {figures['dtype']}, rounds {rounds}"
     )
-    if figures["tuned"]:
-        tiles = (
-            (
-                width,
-                kernel + "  in use" * tile["in_use"],
-                f"{tile['rows']} x {tile['columns']}",
-                tile["num_warps"],
-                *_times(tile),
-                f"{tile['bytes_per_second'] / 1e9:,.0f}",
-            )
-            for width, of in widths
-            for kernel, tried in of["tiles"].items()
-            for tile in [*tried[:3], *(tile for tile in tried[3:] if tile["in_use"])]
+    kernels = (
+        (
+            *(width, name, *_times(found), f"{found['bytes_per_second'] / 1e9:,.1f}"),
+            "-" if found["share_of_copy"] is None else f"{100 * found['share_of_copy']:.0f}%",
         )
-        columns = ("width", "kernel", "rows x columns", "warps", "ms", "quartiles", "GB/s")
-        table("The fastest tiles, and the one in use", columns, tiles, words={"kernel"})
-    else:
-        kernels = (
-            (
-                *(width, name, *_times(found), f"{found['bytes_per_second'] / 1e9:,.1f}"),
-                "-" if found["share_of_copy"] is None else f"{100 * found['share_of_copy']:.0f}%",
-            )
-            for width, of in widths
-            for name, found in of["kernels"].items()
-        )
-        title = "Kernels, beside a copy that moves as many bytes"
-        table(
-            title, ("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"), kernels, words={"kernel"}
-        )
-        whole = (
-            (width, name, *_times(found), f"{found['ratio']:.2f}")
-            for width, of in widths
-            for name, found in of["ways"].items()
-        )
-        title = "All of a layer's regularizer, forward and backward"
-        table(title, ("width", "way", "ms", "quartiles", "times JREG's"), whole, words={"way"})
-        _ways(console, figures["about"])
+        for width, of in widths
+        for name, found in of["kernels"].items()
+    )
+    title = "Kernels, beside a copy that moves as many bytes"
+    table(title, ("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"), kernels, words={"kernel"})
+    whole = (
+        (width, name, *_times(found), f"{found['ratio']:.2f}")
+        for width, of in widths
+        for name, found in of["ways"].items()
+    )
+    title = "All of a layer's regularizer, forward and backward"
+    table(title, ("width", "way", "ms", "quartiles", "times JREG's"), whole, words={"way"})
+    _ways(console, figures["about"])
     _lines(console, *(f" {note}" for note in figures["notes"]))
 
 
@@ -198,7 +155,7 @@ def print_host(table: Any, console: Console, host: dict[str, Any]) -> None:
         for name, of_way in host["microseconds"].items()
     )
     table("Microseconds of a layer and micro-batch", ("way", "forward", "backward"), rows)
-    _ways(console, {name: HOST_WAYS[name] for name in host["microseconds"]})
+    _ways(console, host["about"])
     _lines(console, " All but the first are beyond it. The mean of the fastest twentieth.")
 
 

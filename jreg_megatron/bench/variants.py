@@ -12,29 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.bench.options import AGAIN, EVERY_STEP, JREG, KINDS, MEASURE, NAIVE, UNMODIFIED
+from jreg_megatron.bench.options import AGAIN, EVERY_STEP, INTERVAL, JREG, MEASURE, NAIVE, UNMODIFIED
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.tap import tap_residual_stream
 
-LOG_INTERVAL = 10
-"""Iterations of a log interval, as in the demo and the recipes; at its end the metrics are reduced."""
-
-
-def kind_of_step(config: JRegConfig | None, iteration: int) -> str:
-    """What a step with these settings does beside the ordinary, as far as it takes time."""
-    does = []
-    if config is not None:
-        does = ["measures"] * config.measures_at(iteration) + ["logs"] * (iteration % LOG_INTERVAL == 0)
-    return " and ".join(does) or KINDS[0]
-
 
 class Variant:
     """A way to run a training step. This one changes nothing."""
-
-    config: JRegConfig | None = None
-    """By which steps differ from others of this way."""
 
     @contextmanager
     def on(self, iteration: int) -> Iterator[None]:
@@ -56,7 +42,7 @@ class Attached(Variant):
     """
 
     def __init__(self, model: list[nn.Module], config: JRegConfig, **named: Any) -> None:
-        self.config: JRegConfig = config
+        self.config = config
         self._iteration = 0
         self._chunks = [unwrap(chunk) for chunk in model]
         self.handle = attach(model, config, iteration=lambda: self._iteration, **named)
@@ -72,7 +58,7 @@ class Attached(Variant):
             tap.remove()
 
     def after_step(self, iteration: int) -> None:
-        metrics = self.handle.end_iteration(iteration, iteration % LOG_INTERVAL == 0)
+        metrics = self.handle.end_iteration(iteration, iteration % INTERVAL == 0)
         if metrics is not None:
             metrics.scalars(self.config.log_per_layer)
 

@@ -24,8 +24,7 @@ def enable() -> None:
     """
     from jreg_megatron.cpu import megatron, redirect
 
-    megatron.hide_packages_for_gpus()
-    megatron.import_without_compilation()
+    megatron.import_for_the_cpu()
     redirect.install()
     megatron.install()
 

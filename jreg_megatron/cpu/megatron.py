@@ -21,14 +21,13 @@ from jreg_megatron.runtime.fork import end_with_the_parent
 _FOR_GPUS = ("transformer_engine", "apex", "amp_C")
 
 
-def hide_packages_for_gpus() -> None:
-    """Have Megatron find none of the packages that it takes wherever they are, unless imported already."""
+def import_for_the_cpu() -> None:
+    """Import Megatron without the packages for GPUs, and with ``torch.compile`` doing nothing.
+
+    Megatron takes those packages wherever they are. Compiling costs more than it saves here.
+    """
     for name in _FOR_GPUS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-
-
-def import_without_compilation() -> None:
-    """Import Megatron with ``torch.compile`` doing nothing: compiling costs more than it saves here."""
     torch.compile = uncompiled  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_model
 
@@ -48,7 +47,16 @@ def install() -> None:
     from jreg_megatron.cpu import has_training_loop
 
     if has_training_loop():
-        _install_in_training_loop()
+        import megatron.training
+
+        # Megatron has an argument for runs without CUDA, which its training loop does not pass on.
+        initialize = partial(megatron.training.initialize.initialize_megatron, allow_no_cuda=True)
+        for module in (megatron.training, megatron.training.initialize, megatron.training.training):
+            module.initialize_megatron = initialize
+        # It draws a number of random values that depends on the layout, from what is here the generator of
+        # the initial weights too, to warm up kernels that are not compiled here.
+        megatron.training.initialize._warmup_jit_function = lambda tp_size=None: None
+        use_built_helper()
 
     # They reach for the CUDA generator through torch._C.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -87,21 +95,6 @@ def _write_results_queue(filesystem_async: Any, mode: str = "") -> Any:
         manager.start(initializer=end_with_the_parent)
         filesystem_async._results_queue = manager.Queue()
     return filesystem_async._results_queue
-
-
-def _install_in_training_loop() -> None:
-    import megatron.training
-
-    # Megatron has an argument for runs without CUDA, which its training loop does not pass on.
-    initialize = partial(megatron.training.initialize.initialize_megatron, allow_no_cuda=True)
-    for module in (megatron.training, megatron.training.initialize, megatron.training.training):
-        module.initialize_megatron = initialize
-
-    # It draws a number of random values that depends on the layout, from what is here the generator of
-    # the initial weights too, to warm up kernels that are not compiled here.
-    megatron.training.initialize._warmup_jit_function = lambda tp_size=None: None
-
-    use_built_helper()
 
 
 @cache

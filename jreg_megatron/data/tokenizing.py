@@ -82,6 +82,25 @@ def add_arguments(parser: ArgumentParser, required: bool) -> None:
         add(f"--tokenizer-{flag}", action="store_true", help="as in Megatron")
 
 
+def sentencepiece_model(path: str) -> Any:
+    """A SentencePiece model from a file.
+
+    Raises:
+        UserError: if it holds none.
+    """
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.Load(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--tokenizer-model is {path}, which is not a SentencePiece model ({one_line(error)}); correct "
+            "the path, or give --tokenizer-type HuggingFaceTokenizer with a folder"
+        ) from error
+    return model
+
+
 def identify(settings: TokenizerSettings) -> dict[str, Any]:
     """What decides the ids: the settings, the sum of the files, and the version of the library.
 
@@ -90,15 +109,7 @@ def identify(settings: TokenizerSettings) -> dict[str, Any]:
     """
     model, libraries = Path(settings.tokenizer_model), ["sentencepiece"]
     if settings.is_sentencepiece:
-        import sentencepiece
-
-        try:
-            sentencepiece.SentencePieceProcessor().Load(str(model))
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"--tokenizer-model is {model}, which is not a SentencePiece model ({one_line(error)}); "
-                "correct the path, or give --tokenizer-type HuggingFaceTokenizer with a folder"
-            ) from error
+        sentencepiece_model(str(model))
         files = [model]
     else:
         libraries = ["transformers", "tokenizers"]

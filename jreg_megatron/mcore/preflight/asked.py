@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from jreg_megatron.runtime.errors import UserError, one_line
+from jreg_megatron.runtime.errors import UserError
 
 
 def flag_of(name: str) -> str:
@@ -41,24 +41,3 @@ def divisible(args: Namespace, name: str, by: str, fix: str = "change one of the
 
 def tensor_parallel(args: Namespace) -> int:
     return int(args.tensor_model_parallel_size)
-
-
-def other_layer_plan(args: Namespace) -> bool:
-    """Whether a pattern gives the layers. Only Megatron can count them."""
-    return bool(given(args, "hybrid_layer_pattern", "hybrid_override_pattern"))
-
-
-def read_text(flag: str, path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} cannot be read ({one_line(error)}); correct the path") from error
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -55,7 +55,7 @@ class TritonKernels:
     """See :class:`jreg_megatron.methods.jreg.kernels.Kernels`."""
 
     tile: Tile | None = None
-    """Instead of the one that :func:`tile_for` gives; for tuning."""
+    """Instead of the one that :func:`tile_for` gives; for tests."""
 
     @property
     def kind(self) -> str:
