@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from harness import run_function
+from conftest import ITERATIONS
+from harness import read_scalars, run_function, run_ranks
+from reference_training import train
 from test_attach import build_model
+from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
@@ -86,3 +94,93 @@ def leaves_layers_as_they_were() -> None:
     assert vars(layer) != before
     handle.detach()
     assert vars(layer) == before
+
+
+OF_THE_ITERATION = [
+    Layout(graphs="iteration"),
+    Layout(graphs="iteration", num_microbatches=4, masked=True, tokens="unmasked"),
+    Layout(graphs="iteration", tensor=2, sequence_parallel=True),
+    Layout(graphs="iteration", pipeline=2, num_microbatches=4, methods="all"),
+    Layout(graphs="iteration", pipeline=2, virtual=2, num_microbatches=4, recompute="uniform"),
+    Layout(graphs="iteration", tensor=2, pipeline=2, sequence_parallel=True, final_state="post_norm"),
+    Layout(graphs="iteration", data=2, distributed_optimizer=True, methods="blocks"),
+    Layout(graphs="iteration", context=2, per_token_loss=True, masked=True),
+    Layout(graphs="iteration", model="mtp"),
+    Layout(graphs="iteration", model="hybrid", recompute="selective"),
+]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in OF_THE_ITERATION])
+def test_a_replayed_iteration_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(with_a_graph_of_the_iteration, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+def with_a_graph_of_the_iteration(layout: Layout) -> Comparison:
+    import full_graph_stand_in
+
+    torch.set_num_threads(1)
+    full_graph_stand_in.install()
+    comparison = compare_step(layout)
+    assert len(full_graph_stand_in.REPLAYS) == 2
+    return comparison
+
+
+START, WARMUP, STOP, EVERY = 3, 4, 9, 2
+CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
+
+
+@pytest.mark.parametrize(("ranks", "cut"), [(1, ()), (4, CUT)], ids=["one rank", "TP2 x PP2"])
+def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_changes(
+    ranks: int,
+    cut: tuple[object, ...],
+    toy_arguments: list[str],
+    initial_weights: Path,
+    toy_steps: Any,
+    tmp_path: Path,
+) -> None:
+    # lambda begins, rises and ends in replays of what was captured in step 3. Each second step measures.
+    strengths = [
+        COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
+    ]
+    expected = train(initial_weights / FIRST, toy_steps, coeff=strengths, alpha=ALPHA)
+    argv = [*toy_arguments, *cut, "--train-iters", ITERATIONS, "--load", initial_weights, "--finetune"]
+    argv += ["--no-load-optim", "--no-load-rng", "--eval-interval", 3, "--eval-iters", 2]
+    argv += [
+        "--jreg-coeff",
+        COEFF,
+        "--jreg-alpha",
+        ALPHA,
+        "--jreg-log-per-layer",
+        "--jreg-measure-interval",
+        EVERY,
+    ]
+    argv += [
+        "--jreg-start-iteration",
+        START,
+        "--jreg-warmup-iterations",
+        WARMUP,
+        "--jreg-stop-iteration",
+        STOP,
+    ]
+    argv += ["--norms-measure-interval", 3, "--no-check-for-nan-in-loss-and-grad", "--tensorboard-dir"]
+    graph = [
+        "--jreg-untested-cuda-graphs",
+        "--cuda-graph-impl",
+        "full_iteration",
+        "--cuda-graph-warmup-steps",
+        2,
+    ]
+    run = run_ranks([*argv, tmp_path / "graph", *graph], ranks, entry="full_graph_stand_in:train")
+    run_ranks([*argv, tmp_path / "eager"], ranks)
+    # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
+    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * ranks
+    graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
+    for name in ("lm loss", "grad-norm"):
+        np.testing.assert_allclose(graph[name], expected[name], rtol=1e-5, err_msg=name)
+    for name in ("jreg loss", BEFORE_LAST, LAST):
+        np.testing.assert_allclose(graph[name], expected[name][EVERY - 1 :: EVERY], rtol=1e-5, err_msg=name)
+    assert {*graph} == {*eager}
+    for name in graph:
+        if "norms/" in name or "validation" in name or "jump" in name:
+            np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, err_msg=name)
