@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from conftest import ITERATIONS
 from harness import read_scalars, run_function, run_ranks
 from reference_training import train
-from test_attach import build_model
+from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
@@ -57,6 +59,7 @@ def with_graphs(layout: Layout) -> Comparison:
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
+FULL = {"cuda_graph_impl": "full_iteration"}
 ROUTER = {"cuda_graph_modules": ["moe_router"]}
 
 
@@ -70,13 +73,18 @@ def refuses_graphs() -> None:
         ("--jreg-untested-cuda-graphs", {}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_impl 'transformer_engine'", {}, [NormsConfig()]),
         ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [TAKEN]),
-        ("cuda_graph_impl 'full_iteration'", {"cuda_graph_impl": "full_iteration"}, [TAKEN]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
+        ("--cuda-graph full_iteration .*--jreg-untested-cuda-graphs", FULL, [JRegConfig(coeff=1.0)]),
+        ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
+        ("fp16 with cuda_graph_impl full_iteration", FULL | {"fp16": True}, [TAKEN]),
+        ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
+        ("depth with cuda_graph_impl full_iteration", FULL, [TAKEN, DepthConfig(metrics="voids")]),
+        ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
-        vars(model.config).update(OF_LAYERS | changes)
+        vars(model.config).update({"fp16": False, "step_batch_size_schedule": None} | OF_LAYERS | changes)
         with pytest.raises(UserError, match=named):
             attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
 
@@ -184,3 +192,69 @@ def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_
     for name in graph:
         if "norms/" in name or "validation" in name or "jump" in name:
             np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_graph_of_the_iteration_is_captured_anew_for_what_is_attached_and_detached() -> None:
+    run_function(follows_what_is_attached)
+
+
+def follows_what_is_attached() -> None:
+    model, step_of = graphed_model()
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def steps() -> None:
+        for _ in range(3):
+            step_of(1)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    plain = step(model)[1]
+    steps()  # captured before anything is attached
+    handle = attach(model, TAKEN, num_microbatches=1)
+    step_of(1)
+    handle.end_iteration(1)
+    steps()
+    handle.detach()
+    steps()
+    before, attached, after = gradients
+    for name, gradient in plain.items():
+        assert torch.equal(before[name], gradient) and torch.equal(after[name], gradient), name
+    assert any(not torch.equal(attached[name], plain[name]) for name in plain)
+
+
+def test_what_a_captured_graph_could_not_do_rightly_is_refused() -> None:
+    run_function(refuses_what_a_graph_cannot)
+
+
+def refuses_what_a_graph_cannot() -> None:
+    model, step_of = graphed_model()
+    handle = attach(model, TAKEN, num_microbatches=1)
+    step_of(1)
+    with pytest.raises(UserError, match=r"cuda_graph_warmup_steps is 1, .* give more"):
+        step_of(1)  # nothing has asked what the first step has shown
+    handle.end_iteration(1)
+    step_of(1)
+    with pytest.raises(UserError, match="has 1 micro-batches, and now a step has 2"):
+        step_of(2)
+
+
+def graphed_model() -> tuple[Any, Callable[[int], None]]:
+    """A model, and a step of so many micro-batches by Megatron's wrapper, with one to warm up."""
+    import full_graph_stand_in
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+    full_graph_stand_in.install()
+    model = build_model()
+    vars(model.config).update(OF_LAYERS | FULL)
+
+    def schedule(num_microbatches: int, **_: Any) -> None:
+        for _ in range(num_microbatches):
+            forward(model).backward()
+
+    wrapper = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
+
+    def step_of(num_microbatches: int) -> None:
+        model.zero_grad(set_to_none=False)
+        named = {"data_iterator": None, "seq_length": 8, "forward_only": False}
+        wrapper(model=model, num_microbatches=num_microbatches, **named)
+
+    return model, step_of
