@@ -32,6 +32,7 @@ REPLAYS: list[int] = []
 """How many operations each replay had."""
 
 _SYNCHRONISE = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+_TO_THE_HOST = ("tolist", "cpu", "numpy")
 _LATE = ("send", "recv_", "recv_any_source_")
 
 
@@ -148,7 +149,7 @@ class _Capture(TorchDispatchMode):
         self._own: dict[int, tuple[StorageWeakRef, int]] = {}
         self._before: dict[int, Tensor] = {}
         self._hosts: dict[int, StorageWeakRef] = {}
-        self._watch = _NothingFromTheHost()
+        self._watch = _NoCopies()
 
     def __enter__(self) -> Any:
         _Capture.is_under_way = True
@@ -224,12 +225,14 @@ class _Capture(TorchDispatchMode):
         return _View(key, value.dtype, value.storage_offset(), tuple(value.size()), tuple(value.stride()))
 
 
-class _NothingFromTheHost(TorchFunctionMode):
-    """Refuses what copies Python's numbers to the device."""
+class _NoCopies(TorchFunctionMode):
+    """Refuses what copies numbers between Python and the device and is no operation here."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None:
-            raise RuntimeError("operation not permitted when stream is capturing: copy from the host")
+        name = getattr(func, "__name__", "")
+        is_device_given = (kwargs or {}).get("device") is not None
+        if name in _TO_THE_HOST or (name in ("tensor", "as_tensor") and is_device_given):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         return func(*args, **(kwargs or {}))
 
 

@@ -138,21 +138,15 @@ START, WARMUP, STOP, EVERY = 3, 4, 9, 2
 CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
 
 
-@pytest.mark.parametrize(("ranks", "cut"), [(1, ()), (4, CUT)], ids=["one rank", "TP2 x PP2"])
 def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_changes(
-    ranks: int,
-    cut: tuple[object, ...],
-    toy_arguments: list[str],
-    initial_weights: Path,
-    toy_steps: Any,
-    tmp_path: Path,
+    toy_arguments: list[str], initial_weights: Path, toy_steps: Any, tmp_path: Path
 ) -> None:
     # lambda begins, rises and ends in replays of what was captured in step 3. Each second step measures.
     strengths = [
         COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
     ]
     expected = train(initial_weights / FIRST, toy_steps, coeff=strengths, alpha=ALPHA)
-    argv = [*toy_arguments, *cut, "--train-iters", ITERATIONS, "--load", initial_weights, "--finetune"]
+    argv = [*toy_arguments, *CUT, "--train-iters", ITERATIONS, "--load", initial_weights, "--finetune"]
     argv += ["--no-load-optim", "--no-load-rng", "--eval-interval", 3, "--eval-iters", 2]
     argv += [
         "--jreg-coeff",
@@ -179,10 +173,10 @@ def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_
         "--cuda-graph-warmup-steps",
         2,
     ]
-    run = run_ranks([*argv, tmp_path / "graph", *graph], ranks, entry="full_graph_stand_in:train")
-    run_ranks([*argv, tmp_path / "eager"], ranks)
+    run = run_ranks([*argv, tmp_path / "graph", *graph], 4, entry="full_graph_stand_in:train")
+    run_ranks([*argv, tmp_path / "eager"], 4)
     # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
-    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * ranks
+    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * 4
     graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
     for name in ("lm loss", "grad-norm"):
         np.testing.assert_allclose(graph[name], expected[name], rtol=1e-5, err_msg=name)
@@ -258,3 +252,30 @@ def graphed_model() -> tuple[Any, Callable[[int], None]]:
         wrapper(model=model, num_microbatches=num_microbatches, **named)
 
     return model, step_of
+
+
+def test_the_stand_in_for_a_graph_of_the_iteration_keeps_the_rules_of_a_real_one() -> None:
+    run_function(keeps_the_rules_of_a_graph)
+
+
+def keeps_the_rules_of_a_graph() -> None:
+    import full_graph_stand_in
+
+    full_graph_stand_in.install()
+    given, total = torch.ones(2), torch.zeros(2)
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = given * 2
+        total += doubled.square()
+    assert total.tolist() == [0, 0] and doubled.isnan().all()  # nothing was computed
+    for number in (3.0, 4.0):
+        given.fill_(number)
+        graph.replay()
+        assert doubled.tolist() == [2 * number] * 2
+    assert total.tolist() == [36 + 64] * 2
+    for what_a_graph_cannot in (given.tolist, lambda: torch.tensor(1.0, device="cuda"), given.nonzero):
+        with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            what_a_graph_cannot()
+    del given, what_a_graph_cannot
+    with pytest.raises(AssertionError, match="freed since its capture"):
+        graph.replay()
