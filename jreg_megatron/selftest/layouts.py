@@ -248,7 +248,7 @@ RULES = (
     ),
     _rule(
         "graphs model layers precision token_stride",
-        "a graph of the iteration cannot hold experts of so many tokens, a loss scale or a share of tokens",
+        "JREG refuses experts, a loss scale and a share of the tokens in a graph of the iteration",
         lambda x: (
             x.graphs != "iteration" or (not x.has_experts and x.precision != "fp16" and x.token_stride == 1)
         ),

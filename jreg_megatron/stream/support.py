@@ -47,6 +47,7 @@ REFUSED = {
 _REFUSED_IN_FULL_GRAPHS = {
     "fp16": "Megatron's loss scale is another tensor after each change, which a graph does not see",
     "step_batch_size_schedule": "a graph has the micro-batches of its capture",
+    "num_moe_experts": "no run of it has been compared with the reference",
     "use_torch_fsdp2": "no run of it has been compared with the reference",
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
