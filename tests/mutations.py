@@ -33,6 +33,7 @@ LINE = (
 )
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
+FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or ten_steps")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
 BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
@@ -2108,6 +2109,41 @@ FAULTS = [
         "stream/tap.py",
         (("(None if self._is_captured else chunk.microbatch), None", "chunk.microbatch, None"),),
         ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
+        "freeze the coefficient of the iteration that is captured",
+        "methods/jreg/regularizer.py",
+        (("if is_regularizing and not call.in_full_graph:", "if is_regularizing:"),),
+        FULL_GRAPH,
+    ),
+    Fault(
+        "freeze the choices of the iteration that is captured",
+        "stream/attachment.py",
+        (("self._iteration is not None and not in_full_graph:", "self._iteration is not None:"),),
+        FULL_GRAPH,
+    ),
+    Fault(
+        "count what a replay measures in every iteration",
+        "stream/full_graph.py",
+        (("            sums.copy_(before)", "            pass"),),
+        FULL_GRAPH,
+    ),
+    Fault(
+        "sum outside of the graph what waits in a meter where the capture ends",
+        "stream/full_graph.py",
+        (
+            (
+                "            result = schedule(*args, **named)\n            self._sum()",
+                "            result = schedule(*args, **named)",
+            ),
+        ),
+        FULL_GRAPH,
+    ),
+    Fault(
+        "replay a graph of another model's methods",
+        "stream/full_graph.py",
+        (("        self._wrapper.reset_cuda_graph(self._wrapper)", "        self._wrapper"),),
+        ("tests/test_cuda_graphs.py", "-k", "anew"),
     ),
     Fault(
         "take FSDP2 with a loss per token",

@@ -79,6 +79,8 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
         graphs = f"--cuda-graph transformer_engine {flags}"
         found.append(Part("selftest_cuda_graph", 35, [_SELFTEST, *graphs.split()]))
+    if not is_toy:
+        found.append(Part("selftest_full_graph", 30, [_SELFTEST, "--cuda-graph", "full_iteration"]))
     return [
         *found,
         bench(70, "kernel", "kernel --seconds 3", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),

@@ -33,7 +33,7 @@ def train(
     checkpoint: Path,
     steps: list[list[tuple[Tensor, Tensor, Tensor]]],
     *,
-    coeff: float,
+    coeff: float | Sequence[float],
     alpha: float,
     post_norm: bool = False,
     per_token: bool = False,
@@ -48,8 +48,9 @@ def train(
 
     Cross-entropy is averaged over each micro-batch's unmasked tokens and then over micro-batches, or with
     ``per_token`` over all unmasked tokens of a step. The regularizer takes part with every token, or with
-    ``only_unmasked`` as cross-entropy does. In each step of ``slow``, queries and keys of the upper half of
-    the layers learn so many times as fast as the rest. ``trained`` gets the weights of the end.
+    ``only_unmasked`` as cross-entropy does. ``coeff`` may be a number for each step. In each step of
+    ``slow``, queries and keys of the upper half of the layers learn so many times as fast as the rest.
+    ``trained`` gets the weights of the end.
     """
     model = ReferenceLlama(SHAPE, load_weights(checkpoint), torch.float32)
     weights = torch.softmax(alpha * torch.arange(1.0, SHAPE.num_layers + 1, dtype=torch.float64), 0).float()
@@ -60,6 +61,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=adam_eps)
     log: dict[str, list[float]] = {"lm loss": [], "jreg loss": [], "jump rate": [], "grad-norm": []}
     qkv = model.parameters["decoder.layers.self_attention.linear_qkv.weight"]
+    strengths = [coeff] * len(steps) if isinstance(coeff, int | float) else coeff
     heads, upper = SHAPE.num_attention_heads, SHAPE.num_layers // 2
     # By layer and head: queries, keys and values.
     queries_and_keys = qkv.detach().unflatten(1, (heads, 3, -1))[upper:, :, :2]
@@ -80,7 +82,7 @@ def train(
                 counted = everywhere
             psi = displacements([*states[:-1], normed] if post_norm else states)
             penalty = (weights * (psi * psi_share).sum((1, 2))).sum()
-            ((losses * share).sum() + coeff * penalty).backward()
+            ((losses * share).sum() + strengths[number] * penalty).backward()
             psi_sum += (psi.detach() * counted).sum((1, 2))
             psi_count += counted.sum().item()
             cross_entropy += (losses.detach() * mask).sum().item() / float(all_unmasked)

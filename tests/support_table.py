@@ -66,6 +66,9 @@ TESTS = {
     "CUDA graphs of single layers, by Transformer Engine; a stand-in for them": (
         "test_cuda_graphs::test_a_step_of_replayed_graphs_equals_the_reference_at"
     ),
+    "CUDA graph of a whole iteration; a stand-in for it": (
+        "test_cuda_graphs::test_a_replayed_iteration_equals_the_reference_at"
+    ),
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
     "Megatron-Bridge": "test_bridge::test_step_equals_the_reference_at",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from harness import run_function
-from test_attach import build_model
+from conftest import ITERATIONS
+from harness import read_scalars, run_function, run_ranks
+from reference_training import train
+from test_attach import build_model, forward, step
+from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
@@ -49,6 +59,7 @@ def with_graphs(layout: Layout) -> Comparison:
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
+FULL = {"cuda_graph_impl": "full_iteration"}
 ROUTER = {"cuda_graph_modules": ["moe_router"]}
 
 
@@ -62,13 +73,21 @@ def refuses_graphs() -> None:
         ("--jreg-untested-cuda-graphs", {}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_impl 'transformer_engine'", {}, [NormsConfig()]),
         ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [TAKEN]),
-        ("cuda_graph_impl 'full_iteration'", {"cuda_graph_impl": "full_iteration"}, [TAKEN]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
+        ("--cuda-graph full_iteration .*--jreg-untested-cuda-graphs", FULL, [JRegConfig(coeff=1.0)]),
+        ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
+        ("fp16 with cuda_graph_impl full_iteration", FULL | {"fp16": True}, [TAKEN]),
+        ("num_moe_experts with cuda_graph_impl", FULL | {"num_moe_experts": 2}, [TAKEN]),
+        ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
+        ("depth with cuda_graph_impl full_iteration", FULL, [TAKEN, DepthConfig(metrics="voids")]),
+        ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
-        vars(model.config).update(OF_LAYERS | changes)
+        vars(model.config).update(
+            {"fp16": False, "num_moe_experts": None, "step_batch_size_schedule": None} | OF_LAYERS | changes
+        )
         with pytest.raises(UserError, match=named):
             attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
 
@@ -86,3 +105,167 @@ def leaves_layers_as_they_were() -> None:
     assert vars(layer) != before
     handle.detach()
     assert vars(layer) == before
+
+
+OF_THE_ITERATION = [
+    Layout(graphs="iteration"),
+    Layout(graphs="iteration", num_microbatches=4, masked=True, tokens="unmasked"),
+    Layout(graphs="iteration", tensor=2, sequence_parallel=True),
+    Layout(graphs="iteration", pipeline=2, num_microbatches=4, methods="all"),
+    Layout(graphs="iteration", pipeline=2, virtual=2, num_microbatches=4, recompute="uniform"),
+    Layout(graphs="iteration", tensor=2, pipeline=2, sequence_parallel=True, final_state="post_norm"),
+    Layout(graphs="iteration", data=2, distributed_optimizer=True, methods="blocks"),
+    Layout(graphs="iteration", context=2, per_token_loss=True, masked=True),
+    Layout(graphs="iteration", model="mtp"),
+    Layout(graphs="iteration", model="hybrid", recompute="selective"),
+]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in OF_THE_ITERATION])
+def test_a_replayed_iteration_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(with_a_graph_of_the_iteration, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+def with_a_graph_of_the_iteration(layout: Layout) -> Comparison:
+    import full_graph_stand_in
+
+    torch.set_num_threads(1)
+    full_graph_stand_in.install()
+    comparison = compare_step(layout)
+    assert len(full_graph_stand_in.REPLAYS) == 2
+    return comparison
+
+
+START, WARMUP, STOP = 3, 4, 9
+CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
+
+
+def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_changes(
+    toy_arguments: list[str], initial_weights: Path, toy_steps: Any, tmp_path: Path
+) -> None:
+    # lambda begins, rises and ends in replays of what was captured in step 3. Each second step measures, and
+    # a log has the mean of four.
+    strengths = [
+        COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
+    ]
+    expected = train(initial_weights / FIRST, toy_steps, coeff=strengths, alpha=ALPHA)
+    argv = [
+        *(*toy_arguments, *CUT, "--train-iters", ITERATIONS, "--load", initial_weights, "--finetune"),
+        *"--no-load-optim --no-load-rng --no-check-for-nan-in-loss-and-grad".split(),
+        *"--log-interval 4 --eval-interval 3 --eval-iters 2 --norms-measure-interval 3".split(),
+        *f"--jreg-coeff {COEFF} --jreg-alpha {ALPHA} --jreg-log-per-layer".split(),
+        *f"--jreg-start-iteration {START} --jreg-warmup-iterations {WARMUP}".split(),
+        *f"--jreg-stop-iteration {STOP} --jreg-measure-interval 2 --tensorboard-dir".split(),
+    ]
+    in_graph = (
+        "--jreg-untested-cuda-graphs --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 2".split()
+    )
+    run = run_ranks([*argv, tmp_path / "graph", *in_graph], 4, entry="full_graph_stand_in:train")
+    run_ranks([*argv, tmp_path / "eager"], 4)
+    # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
+    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * 4
+    graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
+    for name in ("lm loss", "grad-norm"):
+        np.testing.assert_allclose(graph[name], expected[name], rtol=1e-5, err_msg=name)
+    for name in ("jreg loss", BEFORE_LAST, LAST):
+        each = expected[name]
+        means = [np.mean([each[i - 1] for i in some]) for some in ((2, 4), (6, 8), (10,))]
+        np.testing.assert_allclose(graph[name], means, rtol=1e-5, err_msg=name)
+    assert {*graph} == {*eager}
+    for name in graph:
+        if "norms/" in name or "validation" in name or "jump" in name:
+            np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_graph_of_the_iteration_is_captured_anew_for_what_is_attached_and_detached() -> None:
+    run_function(follows_what_is_attached)
+
+
+def follows_what_is_attached() -> None:
+    model, step_of = graphed_model()
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def steps() -> None:
+        for _ in range(3):
+            step_of(1)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    plain = step(model)[1]
+    steps()  # captured before anything is attached
+    handle = attach(model, TAKEN, num_microbatches=1)
+    step_of(1)
+    handle.end_iteration(1)
+    steps()
+    handle.detach()
+    steps()
+    before, attached, after = gradients
+    for name, gradient in plain.items():
+        assert torch.equal(before[name], gradient) and torch.equal(after[name], gradient), name
+    assert any(not torch.equal(attached[name], plain[name]) for name in plain)
+
+
+def test_what_a_captured_graph_could_not_do_rightly_is_refused() -> None:
+    run_function(refuses_what_a_graph_cannot)
+
+
+def refuses_what_a_graph_cannot() -> None:
+    model, step_of = graphed_model()
+    handle = attach(model, TAKEN, num_microbatches=1)
+    step_of(1)
+    with pytest.raises(UserError, match=r"cuda_graph_warmup_steps is 1, .* give more"):
+        step_of(1)  # nothing has asked what the first step has shown
+    handle.end_iteration(1)
+    step_of(1)
+    with pytest.raises(UserError, match="has 1 micro-batches, and now a step has 2"):
+        step_of(2)
+
+
+def graphed_model() -> tuple[Any, Callable[[int], None]]:
+    """A model, and a step of so many micro-batches by Megatron's wrapper, with one to warm up."""
+    import full_graph_stand_in
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+    full_graph_stand_in.install()
+    model = build_model()
+    vars(model.config).update(OF_LAYERS | FULL)
+
+    def schedule(num_microbatches: int, **_: Any) -> None:
+        for _ in range(num_microbatches):
+            forward(model).backward()
+
+    wrapper = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
+
+    def step_of(num_microbatches: int) -> None:
+        model.zero_grad(set_to_none=False)
+        named = {"data_iterator": None, "seq_length": 8, "forward_only": False}
+        wrapper(model=model, num_microbatches=num_microbatches, **named)
+
+    return model, step_of
+
+
+def test_the_stand_in_for_a_graph_of_the_iteration_keeps_the_rules_of_a_real_one() -> None:
+    run_function(keeps_the_rules_of_a_graph)
+
+
+def keeps_the_rules_of_a_graph() -> None:
+    import full_graph_stand_in
+
+    full_graph_stand_in.install()
+    given, total = torch.ones(2), torch.zeros(2)
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = given * 2
+        total += doubled.square()
+    assert total.tolist() == [0, 0] and doubled.isnan().all()  # nothing was computed
+    for number in (3.0, 4.0):
+        given.fill_(number)
+        graph.replay()
+        assert doubled.tolist() == [2 * number] * 2
+    assert total.tolist() == [36 + 64] * 2
+    for what_a_graph_cannot in (given.tolist, lambda: torch.tensor(1.0, device="cuda"), given.nonzero):
+        with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            what_a_graph_cannot()
+    del given, what_a_graph_cannot
+    with pytest.raises(AssertionError, match="freed since its capture"):
+        graph.replay()

@@ -94,6 +94,7 @@ def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
         (["--tp", "8"], "cannot be cut over 2 ranks with --tp 8"),
         (["--transformer-impl", "transformer_engine"], "add --precision bf16"),
         (["--cuda-graph", "transformer_engine"], "--transformer-impl transformer_engine --precision bf16"),
+        (["--cuda-graph", "full_iteration"], "--cuda-graph is full_iteration, which runs on GPUs only"),
         (["--transformer-impl", "transformer_engine", "--precision", "bf16"], "which is not installed"),
         (["--nproc", "2"], "--nproc is for a run without torchrun"),
     ],

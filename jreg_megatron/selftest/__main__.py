@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             context=options.cp,
             expert=options.ep,
             precision=options.precision,
-            graphs=options.cuda_graph is not None,
+            graphs=options.cuda_graph,
         )
     if options.list:
         if os.environ.get("RANK", "0") == "0":
@@ -83,9 +83,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cuda-graph",
-        choices=("transformer_engine",),
-        help="layouts with CUDA graphs of layers, of attention and of the MLP; with --transformer-impl "
-        "transformer_engine and --precision bf16",
+        choices=("transformer_engine", "full_iteration"),
+        help="layouts with CUDA graphs: transformer_engine, of layers, of attention and of the MLP, with "
+        "--transformer-impl transformer_engine and --precision bf16; full_iteration, of the whole iteration",
     )
     parser.add_argument(
         "--cpu", action="store_true", help="run on the CPU; the default where there is no CUDA device"
@@ -110,11 +110,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _refuse_mistakes(options: argparse.Namespace) -> None:
-    if options.cuda_graph and (options.transformer_impl, options.precision) != ("transformer_engine", "bf16"):
+    layers = options.transformer_impl, options.precision
+    if options.cuda_graph == "transformer_engine" and layers != ("transformer_engine", "bf16"):
         raise UserError(
             f"--cuda-graph {options.cuda_graph} captures bf16 layers of Transformer Engine; add "
             "--transformer-impl transformer_engine --precision bf16"
         )
+    on_gpu = torch.cuda.is_available() and not (options.cpu or options.nproc)
+    if options.cuda_graph and not (options.list or on_gpu):
+        raise UserError(f"--cuda-graph is {options.cuda_graph}, which runs on GPUs only; leave it out")
     if options.transformer_impl == "transformer_engine":
         if options.precision in (None, "fp32"):
             raise UserError(
@@ -123,7 +127,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             )
         if find_spec("transformer_engine") is None:
             raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
-        if not options.list and (options.cpu or options.nproc or not torch.cuda.is_available()):
+        if not (options.list or on_gpu):
             raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
 
 

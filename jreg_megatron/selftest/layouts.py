@@ -56,8 +56,9 @@ class Layout:
     recompute: str = "none"
     """none, selective, uniform (full) or block (full)."""
     graphs: str = "none"
-    """What of each layer is in CUDA graphs of Transformer Engine's: none, layers (the whole of each), or
-    some of Megatron's ``--cuda-graph-modules`` with spaces between. They are captured after a first step."""
+    """What is in CUDA graphs: none; layers (the whole of each) or some of Megatron's ``--cuda-graph-modules``
+    with spaces between, in Transformer Engine's graphs; iteration, all of it in one of Megatron's. They are
+    captured after a first step."""
     per_token_loss: bool = False
     masked: bool = False
     """Whether the loss mask leaves tokens out, unevenly."""
@@ -130,7 +131,9 @@ class Layout:
         words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
         words += [f"{self.split} split"] * (self.split != "even")
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
-        words += [f"CUDA graphs of {self.graphs}"] * (self.graphs != "none")
+        words += {"none": [], "iteration": ["CUDA graph of the iteration"]}.get(
+            self.graphs, [f"CUDA graphs of {self.graphs}"]
+        )
         words += ["per-token loss"] * self.per_token_loss
         words += ["masked tokens"] * self.masked
         words += ["padding"] * self.padded
@@ -233,14 +236,21 @@ RULES = (
     ),
     _rule(
         "graphs model recompute fsdp packed padded",
-        "graphs are compared in GPTModels as most jobs run them",
+        "graphs are compared in models as most jobs run them",
         lambda x: (
             x.graphs == "none"
             or (
-                x.model != "hybrid"
-                and x.recompute in ("none", "selective")
+                (x.model != "hybrid" or x.graphs == "iteration")
+                and (x.recompute in ("none", "selective") or x.graphs == "iteration")
                 and not (x.fsdp or x.packed or x.padded)
             )
+        ),
+    ),
+    _rule(
+        "graphs model layers precision token_stride",
+        "JREG refuses experts, a loss scale and a share of the tokens in a graph of the iteration",
+        lambda x: (
+            x.graphs != "iteration" or (not x.has_experts and x.precision != "fp16" and x.token_stride == 1)
         ),
     ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
@@ -308,7 +318,18 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "layers", "virtual": 2, "num_microbatches": 4},
     {"graphs": "attn", "recompute": "selective", "final_state": "post_norm"},
 )
-"""The same where CUDA graphs are asked for."""
+"""The same where CUDA graphs of layers are asked for."""
+
+FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
+    {"graphs": "iteration"},
+    {"graphs": "iteration", "num_microbatches": 4, "masked": True, "tokens": "unmasked"},
+    {"graphs": "iteration", "methods": "all"},
+    {"graphs": "iteration", "methods": "blocks", "recompute": "uniform"},
+    {"graphs": "iteration", "virtual": 2, "num_microbatches": 4},
+    {"graphs": "iteration", "final_state": "post_norm", "recompute": "selective"},
+    {"graphs": "iteration", "model": "hybrid"},
+)
+"""The same where a CUDA graph of the iteration is asked for."""
 
 
 def layouts_for(
@@ -319,7 +340,7 @@ def layouts_for(
     context: int | None = None,
     expert: int | None = None,
     precision: str | None = None,
-    graphs: bool = False,
+    graphs: str | None = None,
 ) -> list[Layout]:
     """Layouts that use all ranks: every way to cut the model into the given sizes, and every mode once.
 
@@ -327,12 +348,12 @@ def layouts_for(
         world_size: the number of ranks.
         tensor, pipeline, context, expert: sizes that are not to be varied.
         precision: the type of all layouts; by default as the modes have it.
-        graphs: whether all have CUDA graphs.
+        graphs: Megatron's ``cuda_graph_impl`` of all, if they have CUDA graphs.
 
     Raises:
         UserError: if the toy model cannot be cut so.
     """
-    modes = GRAPH_MODES if graphs else MODES
+    modes = {None: MODES, "full_iteration": FULL_GRAPH_MODES}.get(graphs, GRAPH_MODES)
     powers = [2**n for n in range(world_size.bit_length())]
     sizes = [
         {"tensor": t, "pipeline": p, "context": c, "data": world_size // (t * p * c)}

@@ -100,7 +100,8 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
 
     # Transformer Engine's generators alone can be in its graphs.
     has_te_graphs = layout.graphs != "none" and transformer_impl == "transformer_engine"
-    model_parallel_cuda_manual_seed(1, **({"te_rng_tracker": True} if has_te_graphs else {}))
+    generators = {"te_rng_tracker": has_te_graphs, "use_cudagraphable_rng": layout.graphs == "iteration"}
+    model_parallel_cuda_manual_seed(1, **{name: True for name, is_used in generators.items() if is_used})
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     settings = settings_of(layout)
@@ -110,21 +111,28 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
     wrapped = _wrap(layout, config, chunks)
-    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: ITERATION)
+    now = ITERATION
+    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: now)
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[dict[str, Tensor]]:
         data_rank = parallel_state.get_data_parallel_rank()
         context_rank = parallel_state.get_context_parallel_rank()
         device = next(wrapped[0].parameters()).device
         for number in range(layout.num_microbatches):
-            yield batch.part(layout, data_rank, number, context_rank).to(device)
+            yield vars(batch.part(layout, data_rank, number, context_rank).to(device))
+
+    schedule = get_forward_backward_func()
+    if layout.graphs == "iteration":
+        from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+        schedule = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
 
     def passes() -> list[Any]:
         iterators = [batches() for _ in wrapped]
-        reports: list[Any] = get_forward_backward_func()(
+        reports: list[Any] = schedule(
             forward_step_func=functools.partial(_forward_step, layout),
             data_iterator=iterators if layout.virtual > 1 else iterators[0],
             model=wrapped if layout.virtual > 1 else wrapped[0],
@@ -135,7 +143,13 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         )
         return reports
 
-    if layout.graphs != "none":  # are captured when a step has been seen
+    if layout.graphs == "iteration":
+        for now in range(1, ITERATION):  # noqa: B007 (a warm-up; the capture, which is replayed at once)
+            passes()
+            for model in wrapped:
+                model.zero_grad_buffer()  # type: ignore[operator]
+        now = ITERATION
+    elif layout.graphs != "none":  # are captured when a step has been seen
         passes()
         capture_graphs(wrapped, config, layout)
         handle.reset_training_metrics()
@@ -146,6 +160,8 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     assert metrics is not None, "JREG saw no state of some layer"
     gradients = _gathered_gradients(wrapped)
     scale = _loss_scale(layout)
+    if layout.graphs == "iteration":
+        handle.detach()  # the graph, too, is taken down before its groups
     return Step(
         lm_loss=float(total[0] / total[1]),
         displacement=metrics.displacement,
@@ -220,7 +236,9 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     elif layout.recompute != "none":
         options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
         options |= {"recompute_num_layers": _RECOMPUTED[layout.layers] if is_hybrid else 1}
-    if layout.graphs != "none":
+    if layout.graphs == "iteration":
+        options |= {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}
+    elif layout.graphs != "none":
         modules = [] if layout.graphs == "layers" else layout.graphs.split()
         options |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
     is_latent = any("+" in kinds for kinds in shape.layers)
@@ -349,9 +367,9 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
 
 
 def _forward_step(
-    layout: Layout, batches: Iterator[Batch], model: nn.Module
+    layout: Layout, batches: Iterator[dict[str, Tensor]], model: nn.Module
 ) -> tuple[Tensor, Callable[..., Any]]:
-    part, chunk = next(batches), unwrap(model)
+    part, chunk = Batch(**next(batches)), unwrap(model)
     position_ids = torch.arange(part.tokens.shape[1], device=part.tokens.device).expand_as(part.tokens)
     options: dict[str, Any] = {"loss_mask": part.loss_mask}
     if layout.padded:

@@ -21,6 +21,7 @@ from jreg_megatron.stream.anatomy import (
     unwrap,
 )
 from jreg_megatron.stream.first_step import FirstStep
+from jreg_megatron.stream.full_graph import FullGraphs
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
 from jreg_megatron.stream.scaling import Scaling
@@ -75,7 +76,8 @@ class Handle:
         added = max(losses, key=lambda loss: bool(loss.loss_weight_flag), default=None)
         self._coeff = 0.0 if added is None else added.coeff
         # A number that the caller gives once does not follow the batch, as what a function tells does.
-        per_token: bool = cast(Any, chunks[0]).config.calculate_per_token_loss
+        config = cast(Any, chunks[0]).config
+        per_token: bool = config.calculate_per_token_loss
         self._is_count_fixed = count_given is not None and added is not None and not per_token
         self._ran = 0  # micro-batches of this step, of all chunks
         self._most_ran = 0.0
@@ -87,6 +89,9 @@ class Handle:
         self._first_step = FirstStep(chunks, added, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report, _changes(methods, chunks))
         self._first_step.start(self._tap.end_watch)
+        self._full_graphs: FullGraphs | None = None
+        if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
+            self._full_graphs = FullGraphs(methods, iteration, lambda: self._first_step.has_ended)
         for method in methods:
             method.refuse = self._refuse
         for chunk in chunks:
@@ -100,7 +105,10 @@ class Handle:
             self._first_step.begin_training_microbatch()
         if training and self._is_count_fixed:
             self._ran += 1
-        iteration = self._iteration() if training and self._iteration is not None else None
+        in_full_graph = self._full_graphs is not None and self._full_graphs.is_in_schedule
+        iteration = None
+        if training and self._iteration is not None and not in_full_graph:
+            iteration = self._iteration()
         call = Call(
             training,
             iteration,
@@ -108,6 +116,7 @@ class Handle:
             padding_mask=given.get("padding_mask"),
             tokens=given.get("input_ids"),
             is_packed=given.get("packed_seq_params") is not None,
+            in_full_graph=in_full_graph,
         )
         asked = [(method, method.begin_microbatch(call)) for method in self.methods]
         told = [(method, own) for method, own in asked if own is not None]
@@ -290,6 +299,8 @@ class Handle:
             method.detached()
         self._first_step.end()
         self._tap.remove()
+        if self._full_graphs is not None:
+            self._full_graphs.end()
         for chunk in self._chunks:
             if getattr(chunk, _HANDLE, None) is self:
                 delattr(chunk, _HANDLE)

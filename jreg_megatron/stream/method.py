@@ -46,7 +46,7 @@ class Call:
     training: bool
     """Whether a backward pass will follow."""
     iteration: int | None
-    """The training iteration, 1-based; None in evaluation, and where nobody tells."""
+    """The training iteration, 1-based; None in evaluation, where nobody tells, and in a graph of many."""
     loss_mask: Tensor | None = None
     """What the model was called with, ``[b, s]``, if anything; often on the last pipeline stage alone."""
     padding_mask: Tensor | None = None
@@ -55,6 +55,9 @@ class Call:
     """The token ids that the model was called with, ``[b, s]``; for sure only where the embedding is."""
     is_packed: bool = False
     """Whether several sequences lie one behind the other in a row."""
+    in_full_graph: bool = False
+    """Whether what is done now may be repeated in every later iteration by a CUDA graph of the whole one.
+    Then :attr:`iteration` is None, and :meth:`Method.before_full_graph` has been called for it."""
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -145,6 +148,17 @@ class Method:
             others; it may still be told of those that another method wants.
         """
         return None
+
+    def before_full_graph(self, iteration: int | None) -> None:
+        """A training iteration is run, or replayed, that Megatron's CUDA graph of whole iterations holds.
+
+        Here a method writes what this iteration has of its own into the buffers that the graph reads, for
+        settings with :attr:`Settings.in_full_graphs`. All else is in the graph as :meth:`begin_microbatch`
+        settled it without an iteration. What the graph adds to a meter counts if the settings measure now.
+
+        Args:
+            iteration: 1-based; None where nobody tells.
+        """
 
     def parts(
         self, microbatch: Any, layer_number: int, layer_input: Tensor, middle: Tensor, added: Tensor

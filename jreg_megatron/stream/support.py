@@ -38,11 +38,19 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),  # the last two before 0.17
-        "a graph repeats the choice of whether to regularize and to measure",
+        "its graphs hold what differs between iterations, or may reuse the memory of a layer's states",
     ),
 }
 """Megatron's settings that give wrong numbers, or have not been shown to give right ones, and why."""
 
+
+_REFUSED_IN_FULL_GRAPHS = {
+    "fp16": "Megatron's loss scale is another tensor after each change, which a graph does not see",
+    "step_batch_size_schedule": "a graph has the micro-batches of its capture",
+    "num_moe_experts": "no run of it has been compared with the reference",
+    "use_torch_fsdp2": "no run of it has been compared with the reference",
+}
+"""What is not supported beside ``cuda_graph_impl full_iteration``."""
 
 _TAKES_GRAPHS = "untested_cuda_graphs"
 """The setting of a method by which a user takes what no GPU has shown yet."""
@@ -59,14 +67,17 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         UserError: naming the setting that is not supported, why, and what to do.
     """
     refused, fix = dict(REFUSED), "turn it off"
-    if getattr(model_config, "cuda_graph_impl", "none") == "transformer_engine":
+    graphs = getattr(model_config, "cuda_graph_impl", "none")
+    if graphs in ("transformer_engine", "full_iteration"):
         takers = [of_one for of_one in settings if hasattr(of_one, _TAKES_GRAPHS)]
         if any(getattr(of_one, _TAKES_GRAPHS) for of_one in takers):
             del refused["cuda_graph_impl"]
             _refuse_graphs(model_config)
+            if graphs == "full_iteration":
+                _refuse_full_graphs(model_config, settings)
         elif takers:
             flag = takers[0].flag(_TAKES_GRAPHS)
-            fix += f", or run the self-test with --cuda-graph on a GPU of yours, and then give {flag}"
+            fix += f", or run the self-test with --cuda-graph {graphs} on a GPU of yours, then give {flag}"
     for name, reason in refused.items():
         values = [getattr(model_config, part, None) for part in name.split(" with ")]
         if all(value and value != "none" for value in values):
@@ -77,16 +88,29 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
 
 
 def _refuse_graphs(model_config: Any) -> None:
-    """Refuse graphs of layers by Transformer Engine where the first step could not be checked."""
+    """Refuse CUDA graphs where the first step could not be checked."""
     if not hasattr(model_config, "cuda_graph_modules"):
         raise UserError(
-            "jreg_megatron supports cuda_graph_impl transformer_engine with Megatron-Core 0.19 or later "
-            "alone; take it, or turn the graphs off"
+            f"jreg_megatron supports cuda_graph_impl {model_config.cuda_graph_impl} with Megatron-Core 0.19 "
+            "or later alone; take it, or turn the graphs off"
         )
     if model_config.cuda_graph_warmup_steps < 1:
         raise UserError(
             f"cuda_graph_warmup_steps is {model_config.cuda_graph_warmup_steps}, so no step shows how the "
             "layers' states are joined before they are in graphs; give 1 or more"
+        )
+
+
+def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> None:
+    """Refuse what has not been compared within a graph of the whole iteration, or cannot be in it."""
+    found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
+    for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
+        if getattr(model_config, name, None):
+            found[name] = reason
+    for name, reason in found.items():
+        raise UserError(
+            f"jreg_megatron does not support {name} with cuda_graph_impl full_iteration yet, since {reason}; "
+            "leave one of the two out"
         )
 
 

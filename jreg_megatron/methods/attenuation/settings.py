@@ -46,6 +46,7 @@ class AttenuationConfig(Settings):
         "h_l = factor * h_(l-1) + F_l(h_(l-1)) at chosen layers (arXiv 2602.14760). It changes the model: "
         "give the same flags in every run of it. One flag turns it on."
     )
+    in_full_graphs: ClassVar[bool] = True
 
     factor: float = setting(
         _FACTOR,

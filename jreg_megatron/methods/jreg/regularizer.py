@@ -147,9 +147,9 @@ class Regularizer(Method):
                 )
                 return None
             given = given.transpose(0, 1).float().clone()  # the caller may use its buffer again
-        coeff = settings.coeff if iteration is None else settings.coeff_at(iteration)
+        coeff = self._coeff_at(iteration)
         is_regularizing = call.training and coeff > 0 and bool(self._regularized)
-        if is_regularizing:
+        if is_regularizing and not call.in_full_graph:
             self._scaling.fill(self._coefficient, coeff)
         meter = None
         if iteration is None or settings.measures_at(iteration):
@@ -161,6 +161,14 @@ class Regularizer(Method):
             assert iteration is not None
             rows = Rows(self._stride, iteration % self._stride)
         return _Microbatch(meter, is_regularizing, given, layers=wanted, rows=rows)
+
+    def before_full_graph(self, iteration: int | None) -> None:
+        """Fill the buffer of the coefficient. The graph regularizes in each iteration, where it is 0 too."""
+        self._scaling.fill(self._coefficient, self._coeff_at(iteration))
+
+    def _coeff_at(self, iteration: int | None) -> float:
+        coeff: float = self.settings.coeff if iteration is None else self.settings.coeff_at(iteration)
+        return coeff
 
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor

@@ -61,6 +61,7 @@ class JRegConfig(Settings):
     about: ClassVar[str] = (
         "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)"
     )
+    in_full_graphs: ClassVar[bool] = True
 
     coeff: float = setting(
         0.0,
@@ -134,8 +135,8 @@ class JRegConfig(Settings):
     )
     untested_cuda_graphs: bool = setting(
         False,
-        "take --cuda-graph-impl transformer_engine, in which no GPU has been compared yet. First run the "
-        "self-test with --cuda-graph on a GPU of yours.",
+        "take --cuda-graph-impl transformer_engine or full_iteration, in which no GPU has been compared yet. "
+        "First run the self-test with --cuda-graph on a GPU of yours.",
         bool,
     )
     log_per_layer: bool = setting(
@@ -247,7 +248,13 @@ class JRegConfig(Settings):
         return self.coeff * min(1.0, step / self.warmup_iterations) if self.warmup_iterations else self.coeff
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse ``post_norm`` where no layer is on the pipeline stage of the final norm."""
+        """Refuse ``post_norm`` where no layer is on the pipeline stage of the final norm, and a share of the
+        tokens in a CUDA graph that would repeat which ones."""
+        if self.token_share != 1 and getattr(model_config, "cuda_graph_impl", "none") == "full_iteration":
+            raise UserError(
+                f"{self.flag('token_share')} is {self.token_share:g}, and the graph of cuda_graph_impl "
+                "full_iteration would take the same tokens in each step; leave one of the two out"
+            )
         if self.final_state == "post_norm" and not last_stage_is_given_a_layer(model_config):
             raise UserError(_NO_LAYER_FOR_POST_NORM)
 

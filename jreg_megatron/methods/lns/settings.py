@@ -40,6 +40,7 @@ class LayerNormScalingConfig(Settings):
         "the outputs of both norms of layer l times 1 / sqrt(l) (arXiv 2502.05795). It changes the model: "
         "give the same flag in every run of it."
     )
+    in_full_graphs: ClassVar[bool] = True
 
     refused: ClassVar[Mapping[str, str]] = {
         **OTHER_LAYERS,

@@ -27,6 +27,7 @@ class NormsConfig(Settings):
         "mean, RMS and largest norm of the states h_0..h_L, and update ratios |h_l - h_(l-1)| / |h_(l-1)|; "
         "all tokens count, the first one of a sequence too. One flag turns them on."
     )
+    in_full_graphs: ClassVar[bool] = True
     only_measures: ClassVar[bool] = True
 
     measure_interval: int = setting(

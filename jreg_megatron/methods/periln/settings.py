@@ -37,6 +37,7 @@ class PeriLNConfig(Settings):
         "a norm behind attention and MLP too, h + Norm(Module(Norm(h))) (arXiv 2502.02732). It changes the "
         "model: give the same flag in every run of it."
     )
+    in_full_graphs: ClassVar[bool] = True
 
     refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
 

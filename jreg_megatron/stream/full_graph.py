@@ -1,0 +1,125 @@
+"""Methods in Megatron's CUDA graph of a whole iteration, ``--cuda-graph-impl full_iteration``.
+
+Megatron calls its schedule through ``FullCudaGraphWrapper``: a few warm-up steps run as ever, then one call
+is captured, and from there on replayed. A replay runs no Python and repeats the captured operations on the
+same memory. So in every step of such a run, those of the warm-up too, the model's passes do the same: a
+method does all that it does in any iteration. What differs between iterations is done around the wrapper,
+outside of the graph:
+
+- A method fills the buffers that the graph reads, :meth:`Method.before_full_graph`.
+- A meter that must not measure in this iteration gets back the sums that it had.
+
+Values that wait in a meter are summed at the end of the schedule, within the graph. The first step's checks
+need the host, so they must be over before the capture. A graph that was captured with other methods is
+thrown away where methods are attached or detached; Megatron then warms up again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.method import Method
+
+
+class FullGraphs:
+    """What is done around Megatron's ``FullCudaGraphWrapper``, of which a process has one."""
+
+    def __init__(
+        self, methods: Sequence[Method], iteration: Callable[[], int] | None, is_checked: Callable[[], bool]
+    ) -> None:
+        """Begin with the next step.
+
+        Args:
+            methods: all of the model's.
+            iteration: tells the training iteration, 1-based; None if nothing depends on it.
+            is_checked: whether the first step's checks are over, alike on every rank.
+        """
+        from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+        self.is_in_schedule = False
+        """Whether a model's pass now is one that may be captured."""
+        self._methods = methods
+        self._iteration = iteration
+        self._is_checked = is_checked
+        self._num_microbatches = 0
+        self._wrapper: Any = FullCudaGraphWrapper
+        self._call: Callable[..., Any] = FullCudaGraphWrapper.__call__
+
+        @functools.wraps(self._call)
+        def around(wrapper: Any, *args: Any, **named: Any) -> Any:
+            return (self._step if self._methods else self._call)(wrapper, *args, **named)
+
+        self._ours = self._wrapper.__call__ = around
+        self._forget_graphs()
+
+    def end(self) -> None:
+        """Leave the wrapper to Megatron again; a second call does nothing."""
+        if self._methods:
+            self._methods = ()
+            if self._wrapper.__call__ is self._ours:
+                self._wrapper.__call__ = self._call
+            self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        from megatron.core.full_cuda_graph import StaticBufferLoader
+
+        self._wrapper.reset_cuda_graph(self._wrapper)  # all that it changes belongs to the class
+        for buffers in StaticBufferLoader.static_buffers.values():
+            buffers.clear()
+
+    def _step(self, wrapper: Any, *args: Any, **named: Any) -> Any:
+        """A call of the wrapper: a step of training or of evaluation."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        self._sum()  # what has been added outside of the graph
+        if not named["forward_only"]:
+            self._refuse_what_a_graph_cannot(wrapper, named["num_microbatches"])
+            iteration = None if self._iteration is None else self._iteration()
+            for method in self._methods:
+                method.before_full_graph(iteration)
+                measures = iteration is None or method.settings.measures_at(iteration)
+                if method.training_meter is not None and not measures:
+                    kept += [(sums, sums.clone()) for sums in method.training_meter.totals()]
+        schedule = wrapper.forward_backward_func
+        wrapper.forward_backward_func = functools.partial(self._run, schedule)
+        try:
+            result = self._call(wrapper, *args, **named)
+        finally:
+            wrapper.forward_backward_func = schedule
+        for sums, before in kept:
+            sums.copy_(before)
+        return result
+
+    def _run(self, schedule: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        self.is_in_schedule = True
+        try:
+            result = schedule(*args, **named)
+            self._sum()
+        finally:
+            self.is_in_schedule = False
+        return result
+
+    def _sum(self) -> None:
+        for method in self._methods:
+            for meter in (method.training_meter, method.validation_meter):
+                if meter is not None:
+                    meter.totals()
+
+    def _refuse_what_a_graph_cannot(self, wrapper: Any, num_microbatches: int) -> None:
+        """Refuse a capture before the first step's checks are over, and a replay for another batch."""
+        still_to_warm_up = wrapper.cuda_graph_warmup_steps - wrapper.curr_iter("training")
+        if still_to_warm_up == 0 and not self._is_checked():
+            raise UserError(
+                f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and so many steps have not "
+                "shown how the loss is scaled, which cannot be seen in a graph; give more"
+            )
+        if still_to_warm_up < 0 and num_microbatches != self._num_microbatches:
+            raise UserError(
+                f"the CUDA graph of an iteration has {self._num_microbatches} micro-batches, and now a step "
+                f"has {num_microbatches}; keep the batch size, or turn cuda_graph_impl full_iteration off"
+            )
+        self._num_microbatches = num_microbatches
