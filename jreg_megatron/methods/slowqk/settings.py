@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.slowqk.slowqk import SlowQK
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class SlowQKConfig(Settings):
         """Whether a layer, 1-based, is one of the upper ones."""
         return layer_number > num_layers * (1 - self.share) + 1e-9
 
-    def make(self, place: Place) -> SlowQK:
+    def make(self, place: Place) -> Method:
         """Slower queries and keys of a built model."""
         from jreg_megatron.methods.slowqk.slowqk import SlowQK
 
