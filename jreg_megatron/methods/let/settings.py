@@ -11,8 +11,7 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.let.let import LET
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 _ONE_TEXT = "the teacher sees the whole sequence, also what lies before a document in it"
 
@@ -128,7 +127,7 @@ class LETConfig(Settings):
                 f"{num_layers}"
             )
 
-    def make(self, place: Place) -> LET:
+    def make(self, place: Place) -> Method:
         """LET on a built model."""
         from jreg_megatron.methods.let.let import LET
 
