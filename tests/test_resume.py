@@ -1,4 +1,4 @@
-"""A run with 16-bit weights that is resumed is the same to the bit as one that goes on, with every method."""
+"""A run that is resumed is the same to the bit as one that goes on, with every method."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ METHODS = {
     "Peri-LN": "--periln-gain 0.7 --periln-embedding",
 }
 PRECISIONS = {
+    "fp32": "--context-parallel-size 2",
     "bf16": "--bf16 --tensor-model-parallel-size 2 --sequence-parallel",
     # The scale rises every two steps.
     "fp16": "--fp16 --initial-loss-scale 1024 --min-loss-scale 1 --loss-scale-window 2",
@@ -57,7 +58,12 @@ def expect_same_when_resumed(
 
 
 @pytest.mark.parametrize(
-    ("precision", "left_out"), [("bf16", "fixed attenuation"), ("fp16", "learned attenuation")]
+    ("precision", "left_out"),
+    [
+        pytest.param("fp32", "fixed attenuation", marks=pytest.mark.slow),
+        ("bf16", "fixed attenuation"),
+        ("fp16", "learned attenuation"),
+    ],
 )
 def test_a_resumed_run_with_all_methods_is_the_same_to_the_bit_in(
     precision: str, left_out: str, toy_arguments: list[str], tmp_path: Path
