@@ -32,10 +32,9 @@ class AttenuationConfig(Settings):
     """Settings of residual attenuation, ``h_l = factor * h_{l-1} + F_l(h_{l-1})`` at chosen layers.
 
     ``F_l(h)`` is what layer l adds to ``h`` without it: ``layer(h) - h``. The paper (arXiv 2602.14760) takes
-    one late layer, or learns a gate for each layer. It tells no factor, and no form of the gate, that we have
-    found; the defaults are our choice, and a gate is ``factor_l = sigmoid(g_l)`` with one number ``g_l`` a
-    layer. The model is another one by it: training, evaluation and generation must all have it, with the
-    same settings.
+    one late layer, or learns a gate for each layer, here ``factor_l = sigmoid(g_l)`` with one number ``g_l``
+    a layer. The defaults are our choice. The model is another one by it: training, evaluation and generation
+    must all have it, with the same settings.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
