@@ -180,8 +180,8 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
 
 
 def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...], is_finetuned: bool) -> None:
-    there = {type(of_one) for of_one in saved if of_one.adds_parameters}
-    is_lacking = any(of_one.adds_parameters and type(of_one) not in there for of_one in own)
+    there = {name for of_one in saved for name in of_one.added_parameters}
+    is_lacking = any(not of_one.added_parameters <= there for of_one in own)
     if saved != own and (is_lacking or not is_finetuned):
         was, now = (flags_of(of_one, "no flag that changes the model") for of_one in (saved, own))
         other = "leave out what adds parameters" if is_lacking else "--finetune to take only its weights"

@@ -17,10 +17,13 @@ from test_attach import build_model, build_model_like, forward, step
 
 from jreg_megatron import (
     AttenuationConfig,
+    DepthConfig,
     JRegConfig,
     LayerNormScalingConfig,
+    LETConfig,
     NormsConfig,
     PeriLNConfig,
+    SlowQKConfig,
     UserError,
     attach,
     prepare,
@@ -263,28 +266,62 @@ def test_values_of_unlike_micro_batches_do_not_pile_up() -> None:
     assert sums.tolist() == [[tokens, tokens, 39], [2 * tokens, tokens, 39], [0, 0, 0], [0, 0, 0]]
 
 
+NEEDED: dict[Any, dict[str, Any]] = {
+    LETConfig: {"teacher": "folder", "stop_iterations": 1},
+    SlowQKConfig: {"hold_iterations": 1},
+}
+"""Settings without a default."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "setting", "value"),
+    ("kind", "setting", "values"),
     [
-        (NormsConfig, "measure_interval", 0),
-        (NormsConfig, "measure_interval", True),
-        (AttenuationConfig, "factor", -0.1),
-        (AttenuationConfig, "factor", 1.1),
-        (AttenuationConfig, "factor", float("nan")),
-        (AttenuationConfig, "layers", "first"),
-        (AttenuationConfig, "layers", ()),
-        (AttenuationConfig, "layers", (0,)),
-        (AttenuationConfig, "layers", (2, 2)),
-        (AttenuationConfig, "layers", 2),
-        (AttenuationConfig, "learned", 1.0),
-        (AttenuationConfig, "learned", 0),
+        (NormsConfig, "measure_interval", (0, True)),
+        (DepthConfig, "measure_interval", (0,)),
+        (DepthConfig, "metrics", ("", "void", None)),
+        (AttenuationConfig, "factor", (-0.1, 1.1, float("nan"))),
+        (AttenuationConfig, "layers", ("first", (), (0,), (2, 2), 2)),
+        (AttenuationConfig, "learned", (1.0, 0)),
+        (SlowQKConfig, "multiplier", (1.5, -0.1)),
+        (SlowQKConfig, "share", (0, 1.1)),
+        (SlowQKConfig, "hold_iterations", (None, -1)),
+        (SlowQKConfig, "ramp_iterations", (0.5,)),
+        (LETConfig, "teacher", (None, "")),
+        (LETConfig, "coeff", (-1, float("nan"))),
+        (LETConfig, "layer", (0, 1.5)),
+        (LETConfig, "stop_iterations", (None, 0)),
+        (LETConfig, "tokens", ("some",)),
+        (LayerNormScalingConfig, "power", (-1, float("inf"))),
+        (PeriLNConfig, "gain", (0, None)),
     ],
 )
-def test_a_bad_value_is_one_line_with_setting_value_and_fix(kind: Any, setting: str, value: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        kind(**{setting: value})
-    line = str(caught.value)
-    assert kind.flag(setting) in line and "it must be" in line and "\n" not in line
+def test_a_bad_value_is_one_line_with_setting_value_and_fix(
+    kind: Any, setting: str, values: tuple[Any, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(UserError) as caught:
+            kind(**NEEDED.get(kind, {}) | {setting: value})
+        line = str(caught.value)
+        assert kind.flag(setting) in line and "it must be" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            SlowQKConfig,
+            "multi_latent_attention attention_output_gate use_torch_fsdp2 optimizer_cpu_offload "
+            "use_precision_aware_optimizer",
+        ),
+        (LETConfig, "reset_attention_mask reset_position_ids dataloader_inter_document_masking"),
+        (LayerNormScalingConfig, "hybrid_layer_pattern mtp_num_layers fused_residual_rmsnorm"),
+        (PeriLNConfig, "hybrid_layer_pattern mtp_num_layers use_transformer_engine_op_fuser"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(kind: Any, names: str) -> None:
+    for name in names.split():
+        with pytest.raises(UserError, match=f"{kind.name} does not support {name} "):
+            kind(**NEEDED.get(kind, {})).refuse(argparse.Namespace(**{name: True}))
 
 
 @pytest.mark.parametrize(("setting", "value"), [("factor", 0.9), ("layers", (2,))])
@@ -318,11 +355,10 @@ def kept(log: dict[str, list[float]]) -> list[list[float]]:
     return [log[f"attenuation/kept_layer_{layer:02}"] for layer in range(1, 5)]
 
 
-def test_learned_attenuation_is_trained_logged_saved_and_resumed(
+def test_learned_attenuation_is_trained_and_logged_as_on_one_rank_and_where_fsdp2_cuts_it(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
-    saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 3)
-    flags = ("--attenuation-learned", 0.8, "--norms-measure-interval", 1, "--lr", 0.01, "--train-iters", 6)
+    flags = ("--attenuation-learned", 0.8, "--lr", 0.01, "--train-iters", 4)
 
     def trained(board: str, *more: object, ranks: int = 1) -> dict[str, list[float]]:
         run_ranks([*toy_arguments, *flags, *more, "--tensorboard-dir", tmp_path / board], ranks)
@@ -332,58 +368,63 @@ def test_learned_attenuation_is_trained_logged_saved_and_resumed(
     assert all(of_layer[0] == pytest.approx(0.8) for of_layer in kept(whole)), "it starts where it is told"
     assert all(abs(of_layer[-1] - 0.8) > 1e-3 for of_layer in kept(whole)), "it is trained"
     assert whole["least residual kept"] == [min(of_step) for of_step in zip(*kept(whole), strict=True)]
-    trained("half", *LAYOUT, "--exit-interval", 3, *saved, ranks=2)
-    resumed = trained("resumed", *LAYOUT, *saved, ranks=2)
-    for name in ("lm loss", "grad-norm", "last residual norm", "attenuation/kept_layer_04"):
-        assert resumed[name] == whole[name][3:], name
     for other in (trained("alone"), trained("cut", "--use-torch-fsdp2", ranks=2)):
         for ours, its in zip(kept(whole), kept(other), strict=True):
-            assert its == pytest.approx(ours, abs=1e-5), "as on one rank, and where FSDP2 cuts it"
+            assert its == pytest.approx(ours, abs=1e-5)
 
 
-def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_saved_and_resumed_and_asked_for(
+def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_as_on_one_rank_and_the_checkpoint_asks_for_them(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
-    saved = ("--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-interval", 3)
     flags = ("--lns-power", 0.5, "--periln-gain", 0.7)
-    argv = (*toy_arguments, "--jreg-coeff", 1, "--lr", 0.01, "--train-iters", 6)
+    argv = (*toy_arguments, "--jreg-coeff", 1, "--train-iters", 3)
+    load = (*argv, *LAYOUT, "--load", tmp_path / "saved")
 
-    def trained(board: str, *more: object) -> dict[str, list[float]]:
-        run_ranks([*argv, *LAYOUT, *more, "--tensorboard-dir", tmp_path / board], 2)
+    def trained(board: str, *more: object, ranks: int = 2) -> dict[str, list[float]]:
+        layout = LAYOUT if ranks > 1 else ()
+        run_ranks([*argv, *layout, *more, "--tensorboard-dir", tmp_path / board], ranks)
         return read_scalars(tmp_path / board)
 
-    whole = trained("whole", *flags)
-    trained("half", *flags, "--exit-interval", 3, *saved)
-    resumed = trained("resumed", *flags, *saved)
+    both = trained("both", *flags, "--save", tmp_path / "saved", "--save-interval", 3)
+    with_embedding = trained("embedding", *flags, "--periln-embedding")
+    alone = trained("alone", *flags, "--periln-embedding", ranks=1)
     for name in ("lm loss", "grad-norm", "jump rate"):
-        assert resumed[name] == whole[name][3:], name
-    one = trained("one", "--lns-power", 0.5)
-    assert one["lm loss"] != whole["lm loss"]
-    assert trained("none")["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != one["lm loss"]
-    other = run_ranks([*argv, *LAYOUT, *saved, "--ckpt-step", 3, "--lns-power", 0.5], 2, check=False)
+        assert with_embedding[name] == pytest.approx(alone[name], rel=1e-4), name
+    assert trained("none")["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != both["lm loss"]
+    other = run_ranks([*load, "--lns-power", 0.5], 2, check=False)
     assert "saved with --lns-power 0.5 --periln-gain 0.7, and this run has --lns-power 0.5" in other.output[0]
-    more = (*flags, "--finetune", "--attenuation-learned", 0.9)
-    finetuned = run_ranks([*argv, *LAYOUT, *saved, *more], 2, check=False)
-    assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
-    measure = [sys.executable, "-m", "jreg_megatron.cli", "measure", tmp_path / "saved", "--last-validation"]
-    run = subprocess.run(measure, capture_output=True, text=True, check=False)
-    assert run.returncode == 2 and "--lns-power 0.5" in run.stderr
+    for more in (("--attenuation-learned", 0.9), ("--periln-embedding",)):
+        finetuned = run_ranks([*load, *flags, "--finetune", *more], 2, check=False)
+        assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (("--lns-power", -1), "--lns-power"),
-        (("--periln-gain", 0), "--periln-gain"),
-        (("--lns-power", 0.5, "--mtp-num-layers", 1), "LayerNorm scaling does not support mtp_num_layers"),
-        (("--periln-gain", 1, "--mtp-num-layers", 1), "Peri-LN does not support mtp_num_layers"),
-    ],
-)
-def test_layers_that_cannot_be_changed_are_refused_by_name(
-    flags: tuple[object, ...], named: str, toy_arguments: list[str]
-) -> None:
-    run = run_ranks([*toy_arguments, *flags, "--train-iters", 1], check=False)
-    assert run.status == [2] and named in run.output[0]
+def norms_the_embedding() -> None:
+    from megatron.core import parallel_state
+
+    settings = PeriLNConfig(gain=0.7, embedding=True)
+    model = prepare([build_model()], [settings])[0]
+    attach(model, settings, JRegConfig(), num_microbatches=1).detach()
+    parallel_state.destroy_model_parallel()
+    plain = prepare([build_model()], [PeriLNConfig(gain=0.7)])[0]
+    weights = model.state_dict()
+    own = [weights.pop(name) for name in list(weights) if name.startswith("embedding.norm.")]
+    gain, shift = (weight.clone().requires_grad_() for weight in own)
+    assert torch.equal(gain, torch.full((16,), 0.7)) and not shift.any()
+    plain.load_state_dict(weights)
+    _, found = step(model)
+    embedding = plain.embedding.forward
+    plain.embedding.forward = lambda *given, **named: torch.nn.functional.layer_norm(
+        embedding(*given, **named), (16,), gain, shift, model.config.layernorm_epsilon
+    )
+    _, expected = step(plain)
+    expected |= {"embedding.norm.weight": gain.grad, "embedding.norm.bias": shift.grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_peri_ln_norms_the_embedding_too_where_that_is_asked_for() -> None:
+    run_function(norms_the_embedding)
 
 
 def scales_what_transformer_engine_joins() -> None:

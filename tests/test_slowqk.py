@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -171,28 +170,3 @@ def test_the_schedule_is_as_published_where_it_is_left_out() -> None:
     assert [layer for layer in range(1, 6) if config.is_slow(layer, 5)] == [3, 4, 5], "above the middle"
     at_once = SlowQKConfig(hold_iterations=2, ramp_iterations=0)
     assert [at_once.multiplier_at(iteration) for iteration in (2, 3)] == [0.25, 1]
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        *(("multiplier", 1.5), ("multiplier", -0.1), ("share", 0), ("share", 1.1)),
-        *(("hold_iterations", None), ("hold_iterations", -1), ("ramp_iterations", 0.5)),
-    ],
-)
-def test_a_bad_value_is_one_line_with_setting_value_and_fix(setting: str, value: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        SlowQKConfig(**({"hold_iterations": 1} | {setting: value}))
-    line = str(caught.value)
-    assert SlowQKConfig.flag(setting) in line and "it must be" in line and "\n" not in line
-
-
-@pytest.mark.parametrize(
-    "name",
-    "multi_latent_attention attention_output_gate use_torch_fsdp2 optimizer_cpu_offload "
-    "use_precision_aware_optimizer".split(),
-)
-def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
-    arguments = argparse.Namespace(**{name: True})
-    with pytest.raises(UserError, match=f"slow Q/K does not support {name} "):
-        SlowQKConfig(hold_iterations=1).refuse(arguments)

@@ -111,7 +111,7 @@ class Method:
 
     def describe(self) -> str:
         """One line that says what was attached."""
-        return f"> {self.settings.name} attached"
+        return f"> {self.settings.name} attached: {self.settings.as_flags()}"
 
     def use_optimizer(self, optimizer: Any) -> None:
         """The model's optimizer, Megatron's or torch's; told once, before the first step, if at all.
@@ -145,9 +145,12 @@ class Method:
         Returns:
             Whatever belongs to this micro-batch; it comes back with each of its layers. None to be told
             nothing more of it. If it has an attribute ``layers``, a set of numbers, the method needs no
-            others; it may still be told of those that another method wants.
+            others; it may still be told of those that another method wants. By default the meter that
+            measures this micro-batch, if there is one and the settings measure in this iteration.
         """
-        return None
+        if call.iteration is not None and not self.settings.measures_at(call.iteration):
+            return None
+        return self.training_meter if call.training else self.validation_meter
 
     def before_full_graph(self, iteration: int | None) -> None:
         """A training iteration is run, or replayed, that Megatron's CUDA graph of whole iterations holds.
@@ -201,19 +204,6 @@ class Method:
     def read(self, values: LayerValues) -> Readings:
         """What the meters' values say."""
         return Readings()
-
-
-class Built(Method):
-    """Of a method that changes a model where it is built, and has nothing to do after that."""
-
-    def __init__(self, settings: Settings, place: Place, done: str) -> None:
-        """Nothing is left to do; ``done`` says what was done to the model, for a line."""
-        super().__init__(settings, place)
-        self._done = done
-
-    def describe(self) -> str:
-        """One line that says what was done."""
-        return f"> {self.settings.name} attached: {self._done}"
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,9 @@ class Settings:
 
     @property
     def changes_model(self) -> bool:
-        """Whether a model that was trained with the method is another one without it."""
-        return False
+        """Whether a model that was trained with the method is another one without it; by default if
+        :meth:`prepare` changes it."""
+        return self.changes_modules
 
     @property
     def changes_modules(self) -> bool:
@@ -99,9 +100,9 @@ class Settings:
         return type(self).prepare is not Settings.prepare
 
     @property
-    def adds_parameters(self) -> bool:
-        """Whether a parameter is added there, which a checkpoint without the method lacks."""
-        return False
+    def added_parameters(self) -> frozenset[str]:
+        """Names of the parameters that are added there, which a checkpoint without the method lacks."""
+        return frozenset()
 
     def refuse(self, model_config: Any) -> None:
         """Refuse by name what the method does not support; by default what is in :attr:`refused`.
@@ -140,12 +141,16 @@ class Settings:
         """
 
     def make(self, place: Place) -> Method:
-        """The method on a built model.
+        """The method on a built model; by default one for which nothing is left to do after :meth:`prepare`.
 
         Raises:
             UserError: if it does not run there.
         """
-        raise NotImplementedError
+        from jreg_megatron.stream.method import Method  # it brings torch
+
+        if type(self).prepare is Settings.prepare:
+            raise NotImplementedError
+        return Method(self, place)
 
     def require_layer(self) -> None:
         """Refuse a field ``layer`` that is not one of ``LAYER_RULES``."""

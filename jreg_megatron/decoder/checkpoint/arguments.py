@@ -46,7 +46,7 @@ _OTHER_MODELS = {
 """By argument: what a checkpoint with it is, and a model of Megatron-Bridge's that is the same."""
 
 _CHANGES = (AttenuationConfig, LayerNormScalingConfig, PeriLNConfig)
-"""The methods that change a model and are run here, one at a time."""
+"""The methods that change a model and are run here."""
 
 _PAIRS = {False: ("*-", "*E"), True: ("+-", "+E")}
 """The layers of a hybrid model that are those of a ``GPTModel``, by whether attention is latent."""
@@ -100,19 +100,19 @@ def pattern_of(arguments: dict[str, Any]) -> str | None:
 
 def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
     """Refuse a checkpoint whose model is neither a ``GPTModel`` nor a hybrid one of the same layers, or is
-    changed by more than one method, or by one that is not known here.
+    changed by a method that is not known here.
 
     Raises:
         UserError: naming what it is, and the tool that can export it.
     """
     settings = known.settings_in(Namespace(**arguments))
     changes = [of_one for of_one in settings if of_one.changes_model or of_one.changes_modules]
-    if len(changes) > 1 or not all(type(of_one) in _CHANGES for of_one in changes):
+    if unknown := [of_one for of_one in changes if type(of_one) not in _CHANGES]:
         raise UserError(
-            f"{what} was trained with {flags_of(changes, '')}, by which "
-            f"{' and '.join(of_one.name for of_one in changes)} changed the model; measure, evaluate and "
-            f"export run a model that one of {', '.join(kind.name for kind in _CHANGES)} changed, and no "
-            "other; its training's own validation logs its figures"
+            f"{what} was trained with {flags_of(unknown, '')}, by which "
+            f"{' and '.join(of_one.name for of_one in unknown)} changed the model; measure, evaluate and "
+            f"export know {', '.join(kind.name for kind in _CHANGES)} alone; its training's own validation "
+            "logs its figures"
         )
     for is_one, example in _hindrances(arguments):
         # Megatron-Bridge does not know of the methods.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jreg_megatron.methods.attenuation.settings import AttenuationConfig
+from jreg_megatron.methods.attenuation.settings import GATE, AttenuationConfig
 from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import Call, Method, Place, Readings, by_layer, not_finite
-
-GATE = "attenuation_gate"
-"""The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
+from jreg_megatron.stream.method import Method, Place, Readings, by_layer, not_finite
 
 LEAST_NAME = "least residual kept"
 
@@ -78,10 +74,6 @@ class Attenuation(Method):
         """``a_l`` of now, ``[1]``: FSDP2 has the whole parameter in its place only while its module runs."""
         return torch.sigmoid(getattr(self._modules[layer_number], GATE).float())
 
-    def begin_microbatch(self, call: Call) -> Meter | None:
-        """The meter that takes what is kept, if it is learned."""
-        return self.training_meter if call.training else self.validation_meter
-
     @torch.no_grad()
     def layer(
         self, microbatch: Meter, layer_number: int, layer_input: Tensor, layer_output: Tensor
@@ -93,12 +85,3 @@ class Attenuation(Method):
     def read(self, values: LayerValues) -> AttenuationMetrics:
         """What each layer keeps."""
         return AttenuationMetrics(values.means[:, 0])
-
-
-def add_gates(chunk: nn.Module, start: float) -> None:
-    """Give each layer of an unwrapped model chunk a gate that keeps the part ``start`` of its input."""
-    logit = math.log(start) - math.log1p(-start)
-    for layer in residual_layers(chunk):
-        gate = nn.Parameter(torch.full((1,), logit, device=next(layer.last.parameters()).device))
-        gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
-        layer.last.register_parameter(GATE, gate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,10 +12,11 @@ from jreg_megatron.stream.settings import Settings, is_finite, is_integer, layer
 if TYPE_CHECKING:
     from torch import nn
 
-    from jreg_megatron.methods.attenuation.attenuation import Attenuation
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 _FACTOR = 0.5
+GATE = "attenuation_gate"
+"""The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
 
 
 def _layers_from_text(text: str) -> str | tuple[int, ...]:
@@ -30,10 +32,9 @@ class AttenuationConfig(Settings):
     """Settings of residual attenuation, ``h_l = factor * h_{l-1} + F_l(h_{l-1})`` at chosen layers.
 
     ``F_l(h)`` is what layer l adds to ``h`` without it: ``layer(h) - h``. The paper (arXiv 2602.14760) takes
-    one late layer, or learns a gate for each layer. It tells no factor, and no form of the gate, that we have
-    found; the defaults are our choice, and a gate is ``factor_l = sigmoid(g_l)`` with one number ``g_l`` a
-    layer. The model is another one by it: training, evaluation and generation must all have it, with the
-    same settings.
+    one late layer, or learns a gate for each layer, here ``factor_l = sigmoid(g_l)`` with one number ``g_l``
+    a layer. The defaults are our choice. The model is another one by it: training, evaluation and generation
+    must all have it, with the same settings.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -74,18 +75,14 @@ class AttenuationConfig(Settings):
         self.require_layer()
         factor = self.factor
         self.require("factor", factor, is_finite(factor) and 0 <= factor <= 1, "a number from 0 to 1")
-        if not isinstance(self.layers, str):
-            is_list = isinstance(self.layers, list | tuple)
-            self.require("layers", self.layers, is_list, "'last', or a list of layers' numbers")
-            numbers = tuple(self.layers)
-            allowed = bool(numbers) and all(is_integer(n) and n >= 1 for n in numbers)
-            allowed = allowed and len(set(numbers)) == len(numbers)
-            shown = ",".join(map(str, numbers))
-            self.require("layers", shown, allowed, "'last', or layers' numbers from 1 on, each once")
+        numbers = tuple(self.layers) if isinstance(self.layers, list | tuple) else ()
+        are_numbers = bool(numbers) and all(is_integer(n) and n >= 1 for n in numbers)
+        allowed = self.layers == "last" or (are_numbers and len(set(numbers)) == len(numbers))
+        shown = ",".join(map(str, numbers)) or self.layers
+        what = "'last', or layers' numbers from 1 on, each once, as in 23,24"
+        self.require("layers", shown, allowed, what)
+        if numbers:
             object.__setattr__(self, "layers", numbers)
-        else:
-            is_known = self.layers == "last"
-            self.require("layers", self.layers, is_known, "'last', or layers' numbers, as in 23,24")
         if self.learned is not None:
             allowed = is_finite(self.learned) and 0 < self.learned < 1
             self.require("learned", self.learned, allowed, "a number above 0 and below 1")
@@ -120,18 +117,24 @@ class AttenuationConfig(Settings):
         return self.learned is not None
 
     @property
-    def adds_parameters(self) -> bool:
+    def added_parameters(self) -> frozenset[str]:
         """What is learned."""
-        return self.learned is not None
+        return frozenset() if self.learned is None else frozenset([GATE])
 
     def prepare(self, chunk: nn.Module) -> None:
-        """Add the parameters of learned factors."""
-        from jreg_megatron.methods.attenuation.attenuation import add_gates
+        """Give each layer of the chunk a parameter, of which the factor is the sigmoid."""
+        import torch
+
+        from jreg_megatron.stream.anatomy import residual_layers
 
         assert self.learned is not None
-        add_gates(chunk, self.learned)
+        logit = math.log(self.learned) - math.log1p(-self.learned)
+        for layer in residual_layers(chunk):
+            gate = torch.nn.Parameter(torch.full((1,), logit, device=next(layer.last.parameters()).device))
+            gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
+            layer.last.register_parameter(GATE, gate)
 
-    def make(self, place: Place) -> Attenuation:
+    def make(self, place: Place) -> Method:
         """The attenuation of a built model."""
         from jreg_megatron.methods.attenuation.attenuation import Attenuation
 

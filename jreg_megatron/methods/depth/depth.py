@@ -77,16 +77,17 @@ class Depth(Method):
         self._chosen = settings.chosen
         self._num_layers = place.num_layers
         self._columns = [name for chosen in self._chosen for name in _NAMES[chosen]]
-        self._meters = [Meter(place.num_layers, place.device, len(self._columns)) for _ in range(2)]
-        self.validation_meter, self.training_meter = self._meters
+        self.training_meter, self.validation_meter = (
+            Meter(place.num_layers, place.device, len(self._columns)) for _ in range(2)
+        )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
         """What is kept of it until all its layers have run, if it is measured."""
-        if call.iteration is not None and not self.settings.measures_at(call.iteration):
+        if (meter := super().begin_microbatch(call)) is None:
             return None
         if call.is_packed and (asked := [name for name in self._chosen if name in WHOLE_SEQUENCE]):
             self.refuse(_PACKED.format(" and ".join(asked)))
-        return _Microbatch(self._meters[call.training])
+        return _Microbatch(meter)
 
     @torch.no_grad()
     def parts(

@@ -1,7 +1,7 @@
 """Metrics of depth in plain torch; used in training, by ``measure`` and by ``evaluate``.
 
 All take states of any floating type, compute in float32 (float64 for float64 states) and return that type,
-without a graph.
+without a graph. README.md here compares them with the authors' code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def voids(norm: Tensor) -> Tensor:
 
     With ``d_l = |h_l| - |h_{l-1}|``, layer l is void if ``d_l < 0.8 * (max_{j<l} d_j - min_{j<l} d_j)``.
     Layer 1 has no earlier layer. Our choice there is the threshold 0, which layer 2 has by the formula. So it
-    is void if the norm shrinks. The authors' code takes the largest and smallest value of the batch there,
-    which makes a token's result depend on the others; in a batch of one it is ours.
+    is void if the norm shrinks.
 
     Args:
         norm: ``|h_l|`` of the states h_0 .. h_L, ``[L + 1, ...]``.
@@ -76,9 +75,8 @@ def matrix_entropy(states: Tensor) -> Tensor:
 
     The mean over tokens is subtracted from each state, and the result is divided by its norm: the n rows of
     Z. K is ``Z Z^T``, or ``Z^T Z`` if n > h. Entries of K below 0 become 0. The entropy is that of the
-    eigenvalues above 0 of ``K / tr K``, divided by their sum, over ``min(log n, log h)``. The paper's text
-    does not have the first step and the entries below 0; the authors' code (OFSkean/information_flow) does,
-    so the published figures have them, and so have ours. The order of the entropy is 1 (von Neumann).
+    eigenvalues above 0 of ``K / tr K``, divided by their sum, over ``min(log n, log h)``. The first step and
+    the entries below 0 are those of the authors' code. The order of the entropy is 1 (von Neumann).
 
     Args:
         states: of one sequence each, ``[..., n, h]``.
@@ -105,8 +103,7 @@ def curvature(states: Tensor) -> Tensor:
 
     The mean of ``arccos |cos(v_k, v_{k+1})|`` over the differences ``v_k = z_{k+1} - z_k`` of the states
     ``z``, which are centred and of norm 1 as in :func:`matrix_entropy`. The absolute value and the norm of 1
-    are those of the authors' code; the paper's formula has neither. Another release of that code takes the
-    states in place of their differences. A difference of 0 counts as an angle of 0.
+    are those of the authors' code. A difference of 0 counts as an angle of 0.
 
     Args:
         states: of one sequence each, ``[..., n, h]``.

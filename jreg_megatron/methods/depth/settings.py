@@ -10,8 +10,7 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import Settings, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.depth.depth import Depth
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 METRICS = ("voids", "contributions", "entropy", "curvature")
 WHOLE_SEQUENCE = ("entropy", "curvature")
@@ -95,7 +94,7 @@ class DepthConfig(Settings):
                 f"('{lone[0].kinds}'), not a mixer and an MLP behind it; give {self.flag('metrics')} voids"
             )
 
-    def make(self, place: Place) -> Depth:
+    def make(self, place: Place) -> Method:
         """The metrics of a built model."""
         from jreg_megatron.methods.depth.depth import Depth
 

@@ -75,12 +75,18 @@ class LET(Method):
         self._is_over = not settings.measures_at(begin)
         if not self._is_over:
             self.added_loss = AddedLoss(settings.coeff)
-        self._are_ids_checked = False
+        # Ids are looked at on the host later, as to wait for the device would cost time in each micro-batch.
+        self._largest_id = torch.zeros((), dtype=torch.int64, device=place.device)
+        self._largest_on_host = torch.zeros_like(
+            self._largest_id, device="cpu", pin_memory=place.device.type == "cuda"
+        )
+        self._are_ids_seen = False
+        self._known_ids = 0
         self._teacher: Teacher | None = None
         if self._is_here and not self._is_over:
             self._load()
 
-    def _load(self) -> Teacher:
+    def _load(self) -> None:
         place, half = self._place, torch.bfloat16
         dtype = half if place.dtype == half else torch.float32
         teacher = Teacher(str(self.settings.teacher), place.hidden_size, place.device, dtype)
@@ -91,8 +97,7 @@ class LET(Method):
                 f"{self._named} has {teacher.vocab_size} tokens, and the trained model {rows}; give a "
                 "teacher with the same tokenizer"
             )
-        self._teacher = teacher
-        return teacher
+        self._teacher, self._known_ids = teacher, teacher.vocab_size
 
     def agree(self, group: torch.distributed.ProcessGroup | None) -> None:
         """Refuse a layer on a stage that is given no token ids. A collective call."""
@@ -118,6 +123,7 @@ class LET(Method):
         """Keep what is needed of the micro-batch; let go of the teacher once its time is over."""
         if not call.training:
             return None
+        self._refuse_unknown_ids()
         settings: LETConfig = self.settings
         assert call.iteration is not None
         coeff = settings.coeff_at(call.iteration)
@@ -182,13 +188,20 @@ class LET(Method):
                 f"{self._named} takes sequences of up to {teacher.max_length} tokens, and these have "
                 f"{tokens.shape[1]}; give another teacher, or take shorter sequences"
             )
-        if not self._are_ids_checked and int(tokens.max()) >= teacher.vocab_size:
-            raise UserError(
-                f"{self._named} has {teacher.vocab_size} tokens, and the data has the id "
-                f"{int(tokens.max())}; give a teacher with the same tokenizer"
+        torch.maximum(self._largest_id, tokens.max(), out=self._largest_id)
+        self._largest_on_host.copy_(self._largest_id, non_blocking=self._are_ids_seen)
+        if not self._are_ids_seen:  # the first micro-batch waits, as all ranks refuse alike in the first step
+            self._refuse_unknown_ids()
+            self._are_ids_seen = True
+        return tokens.clamp(max=teacher.vocab_size - 1)
+
+    def _refuse_unknown_ids(self) -> None:
+        """Refuse an id that the teacher does not have, of a micro-batch that has reached the host."""
+        if self._known_ids and (largest := int(self._largest_on_host)) >= self._known_ids:
+            self.refuse(
+                f"{self._named} has {self._known_ids} tokens, and the data has the id {largest}; give a "
+                "teacher with the same tokenizer"
             )
-        self._are_ids_checked = True  # once, as it waits for the device
-        return tokens
 
     def _shares(self, given: Tensor | None, state: Tensor) -> tuple[Tensor | None, Tensor | float]:
         """Which tokens count ``[s, b]``, None if all do; and what each counts for. Collective if a mask is
@@ -225,4 +238,5 @@ class LET(Method):
 
     def read(self, values: LayerValues) -> LETMetrics:
         """The means."""
+        self._refuse_unknown_ids()
         return LETMetrics(*values.means[0].tolist())

@@ -11,8 +11,7 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.let.let import LET
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 _ONE_TEXT = "the teacher sees the whole sequence, also what lies before a document in it"
 
@@ -24,9 +23,8 @@ class LETConfig(Settings):
     In training iteration s the loss is ``L_NLL + coeff(s) * L_proj``. ``L_proj`` is the mean over tokens of
     ``-cos(h, t)``: ``h`` is the output of layer ``layer``, and ``t`` is the teacher's last state of the same
     token, linearly interpolated to the width of ``h``. ``coeff(s)`` is
-    ``coeff * max(0, (stop_iterations - s) / stop_iterations)``. Published are the formulas, an early layer, a
-    small teacher and a coefficient of 0.1. We know of no number for the layer and for the end, and of no word
-    on which last state is meant; here it is the one behind the teacher's final norm.
+    ``coeff * max(0, (stop_iterations - s) / stop_iterations)``. README.md of the methods tells what is
+    published. The last state is the one behind the teacher's final norm.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -128,7 +126,7 @@ class LETConfig(Settings):
                 f"{num_layers}"
             )
 
-    def make(self, place: Place) -> LET:
+    def make(self, place: Place) -> Method:
         """LET on a built model."""
         from jreg_megatron.methods.let.let import LET
 

@@ -14,8 +14,6 @@ from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, set
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from jreg_megatron.stream.method import Method, Place
-
 _NORMS = re.compile(r"decoder\.layers\.(\d+)\.(?:input|pre_mlp)_layernorm\.(?:weight|bias)")
 """The weights of the norms of a layer, counted from 0."""
 
@@ -59,13 +57,8 @@ class LayerNormScalingConfig(Settings):
         self.require("power", self.power, is_finite(self.power) and self.power >= 0, "a finite number >= 0")
 
     @property
-    def changes_model(self) -> bool:
-        """It does."""
-        return self.changes_modules
-
-    @property
     def changes_modules(self) -> bool:
-        """It does."""
+        """It does, unless all factors are 1."""
         return self.power != 0
 
     def prepare(self, chunk: nn.Module) -> None:
@@ -117,12 +110,6 @@ class LayerNormScalingConfig(Settings):
                     "with the norm; give --disable-bias-linear, and no --add-qkv-bias"
                 )
             yield linear
-
-    def make(self, place: Place) -> Method:
-        """Nothing is left to do on a built model."""
-        from jreg_megatron.stream.method import Built
-
-        return Built(self, place, f"1 / l^{self.power:g} in every layer l")
 
 
 def _scaled(scale: float, _: Any, given: Any, output: Any) -> Any:

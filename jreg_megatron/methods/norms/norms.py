@@ -10,7 +10,7 @@ from torch import Tensor
 from jreg_megatron.methods.norms.formulas import norms, update_ratios
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.stream.meter import LayerValues, Meter
-from jreg_megatron.stream.method import Call, Method, Place, Readings, by_layer, not_finite
+from jreg_megatron.stream.method import Method, Place, Readings, by_layer, not_finite
 
 LAST_NAME = "last residual norm"
 LARGEST_NAME = "largest residual norm"
@@ -56,12 +56,6 @@ class Norms(Method):
         self.training_meter, self.validation_meter = (
             Meter(place.num_layers, place.device, num_values=3, num_largest=1, first_row=0) for _ in range(2)
         )
-
-    def begin_microbatch(self, call: Call) -> Meter | None:
-        """The meter that measures it, if it is measured."""
-        if call.iteration is not None and not self.settings.measures_at(call.iteration):
-            return None
-        return self.training_meter if call.training else self.validation_meter
 
     @torch.no_grad()
     def layer(

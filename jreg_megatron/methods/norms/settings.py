@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from jreg_megatron.stream.settings import Settings, is_integer, layer_setting, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.norms.norms import Norms
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class NormsConfig(Settings):
         allowed = is_integer(self.measure_interval) and self.measure_interval >= 1
         self.require("measure_interval", self.measure_interval, allowed, "a whole number >= 1")
 
-    def make(self, place: Place) -> Norms:
+    def make(self, place: Place) -> Method:
         """The norms of a built model."""
         from jreg_megatron.methods.norms.norms import Norms
 

@@ -13,8 +13,6 @@ from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, set
 if TYPE_CHECKING:
     from torch import nn
 
-    from jreg_megatron.stream.method import Method, Place
-
 _NORMS = {"self_attention": "post_attention_norm", "mlp": "post_mlp_norm"}
 """The modules of a layer, and the names of the norms behind them, in checkpoints too."""
 
@@ -23,8 +21,8 @@ _NORMS = {"self_attention": "post_attention_norm", "mlp": "post_mlp_norm"}
 class PeriLNConfig(Settings):
     """Settings of Peri-LN (arXiv 2502.02732): ``h + Norm(Module(Norm(h)))`` for attention and MLP.
 
-    The norm behind a module is of the model's kind and has a gain that is learned. The paper can have a norm
-    on the embedding too; that is not done here. The model is another one by it.
+    The norms behind the modules are of the model's kind and have gains that are learned. The paper can have
+    a norm on the embedding too: ``embedding``. The model is another one by it.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -44,6 +42,7 @@ class PeriLNConfig(Settings):
     gain: float = setting(
         1.0, "where the gains of these norms start, above 0. The paper takes 1.", float, "G"
     )
+    embedding: bool = setting(False, "put such a norm on the embedding's output too.", bool)
 
     def __post_init__(self) -> None:
         self.require("gain", self.gain, is_finite(self.gain) and self.gain > 0, "a finite number above 0")
@@ -60,42 +59,37 @@ class PeriLNConfig(Settings):
             )
 
     @property
-    def changes_model(self) -> bool:
-        """It does."""
-        return True
-
-    @property
-    def adds_parameters(self) -> bool:
-        """The gains."""
-        return True
+    def added_parameters(self) -> frozenset[str]:
+        """The norms, by name."""
+        return frozenset([*_NORMS.values(), *["embedding.norm"] * self.embedding])
 
     def prepare(self, chunk: nn.Module) -> None:
-        """Put the norms behind attention and MLP of every layer of the chunk."""
+        """Put the norms behind attention and MLP of every layer of the chunk, and behind its embedding."""
         from jreg_megatron.stream.support import plain_layers
 
-        for _, layer in plain_layers(chunk, self.name):
+        layers = [layer for _, layer in plain_layers(chunk, self.name)]
+        for layer in layers:
             for module, name in _NORMS.items():
                 norm = _norm_like(chunk.config, layer, self.gain)
                 layer.add_module(name, norm)
                 getattr(layer, module).register_forward_hook(functools.partial(_normed, norm))
+        embedding: Any = getattr(chunk, "embedding", None)
+        if self.embedding and embedding is not None:
+            norm = _norm_like(chunk.config, [*layers, embedding][0], self.gain)
+            embedding.add_module("norm", norm)
+            embedding.register_forward_hook(lambda _, __, output: norm(output))
 
-    def make(self, place: Place) -> Method:
-        """Nothing is left to do on a built model."""
-        from jreg_megatron.stream.method import Built
 
-        return Built(self, place, "a norm behind attention and MLP of every layer")
-
-
-def _norm_like(config: Any, layer: nn.Module, gain: float) -> nn.Module:
+def _norm_like(config: Any, neighbour: nn.Module, gain: float) -> nn.Module:
     from megatron.core.models.backends import LocalSpecProvider
 
     # The configuration's word for it is "transformer_engine" also where a spec of local modules was built.
-    if any("transformer_engine" in type(module).__module__ for module in layer.modules()):
+    if any("transformer_engine" in type(module).__module__ for module in neighbour.modules()):
         from megatron.core.extensions.transformer_engine import TENorm as build
     else:
         build = LocalSpecProvider().layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
     norm: nn.Module = build(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    norm.to(next(layer.parameters()).device)
+    norm.to(next(neighbour.parameters()).device)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     norm.weight.data.fill_(gain - 1 if config.layernorm_zero_centered_gamma else gain)  # type: ignore[operator]

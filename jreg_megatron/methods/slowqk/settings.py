@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setting
 
 if TYPE_CHECKING:
-    from jreg_megatron.methods.slowqk.slowqk import SlowQK
-    from jreg_megatron.stream.method import Place
+    from jreg_megatron.stream.method import Method, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +18,8 @@ class SlowQKConfig(Settings):
 
     In each training iteration the optimizer's update of W_Q and W_K is multiplied by a number: by
     ``multiplier`` for the first iterations, then by one that rises linearly to 1. The update has the weight
-    decay in it. Published are a multiplier of 0.25 in the upper half of the layers, held for about 4% of the
-    training, and a rise over 1%. There a rule looks at how far the layers are, and ends the hold between 3%
-    and 6%; we know of no formula of it, so the hold is a number here. With gated MLPs, as Llama has them, the
-    authors found hardly any gain.
+    decay in it. README.md of the methods tells what is published. There a rule ends the hold; we know of no
+    formula of it, so the hold is a number here.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -95,7 +92,7 @@ class SlowQKConfig(Settings):
         """Whether a layer, 1-based, is one of the upper ones."""
         return layer_number > num_layers * (1 - self.share) + 1e-9
 
-    def make(self, place: Place) -> SlowQK:
+    def make(self, place: Place) -> Method:
         """Slower queries and keys of a built model."""
         from jreg_megatron.methods.slowqk.slowqk import SlowQK
 
