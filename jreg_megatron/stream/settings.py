@@ -88,8 +88,9 @@ class Settings:
 
     @property
     def changes_model(self) -> bool:
-        """Whether a model that was trained with the method is another one without it."""
-        return False
+        """Whether a model that was trained with the method is another one without it; by default if
+        :meth:`prepare` changes it."""
+        return self.changes_modules
 
     @property
     def changes_modules(self) -> bool:

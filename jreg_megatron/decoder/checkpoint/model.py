@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.checkpoint.arguments import (
+    known_change,
     model_arguments,
     refuse_other_layers,
-    refuse_other_models,
     tell_once,
 )
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
 from jreg_megatron.mcore.one_process import single_process
-from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
 from jreg_megatron.stream.anatomy import described_layers
@@ -86,20 +85,19 @@ def decoder_of(
     it is not known, all rows count and the user gets a note.
     """
     arguments = checkpoint.arguments
-    refuse_other_models(arguments, str(checkpoint.folder))
-    padded, changes = checkpoint.rows, known.changes_in(Namespace(**arguments))
+    padded, change = checkpoint.rows, known_change(arguments, str(checkpoint.folder))
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
         single_process()
-        model: Any = prepare([build(args)], changes)[0]
+        model: Any = prepare([build(args)], [change] if change else [])[0]
         checkpoint.load_into(model)
     if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
                 module.weight.data.add_(1)  # the checkpoint holds weight - 1
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    for of_one in changes:
-        _change_layers(model, of_one)
+    if change:
+        _change_layers(model, change)
     model.post_process = False  # it ends after the final norm: states without logits
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
