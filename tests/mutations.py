@@ -736,13 +736,13 @@ FAULTS = [
     Fault(
         "measure all tokens alike, whatever text they are in",
         "measure/measurement.py",
-        (("self._total = self._total + of_text / count", "self._total = self._total + of_text"),),
+        (("sums / weights, 0.0)", "sums, 0.0)"), ("(weights > 0).double()", "weights")),
         MEASURE,
     ),
     Fault(
-        "leave out the first token of a text, not of each sequence",
+        "weigh a sequence by a token that does not count",
         "measure/measurement.py",
-        (("self._of_text[1] + tokens", "self._of_text[1] + tokens + (self._of_text[1] > 0)"),),
+        (("len(window.ids) - skipped)", "len(window.ids))"),),
         MEASURE,
     ),
     Fault(
@@ -1848,6 +1848,18 @@ FAULTS = [
         "evaluate/depth.py",
         (("slice(len(ids), None), slice(1, None))", "slice(len(ids), None))"),),
         DEPTH,
+    ),
+    Fault(
+        "take the module that runs first for attention",
+        "measure/depth.py",
+        (("if mixes(one) and (is_given or not mixes(other)):", "if True:"),),
+        ("tests/test_depth.py", "-k", "runs_first or mlp_first"),
+    ),
+    Fault(
+        "let a state of norm 0 spoil the ratios of all layers",
+        "measure/depth.py",
+        (("    return None if values.count(None) == len(values)", "    return None if None in values"),),
+        ("tests/test_depth.py", "-k", "norm_0"),
     ),
     Fault(
         "let padding count in a sequence's entropy",
