@@ -337,44 +337,25 @@ def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Calla
 
 
 MAKE = {"measurement": measurement, "evaluation": evaluation, "summary": summary}
-PSI = "models.0.without_first_token.displacement.pre_norm"
+BLOCK, AT = "models.0.without_first_token", "models[0].without_first_token"
+PSI = f"{BLOCK}.displacement.pre_norm"
 BOOLQ = "models.0.tasks.boolq"
 # Of which document, where, what stands there, and what is said of it.
 WRONG: list[tuple[str, str, Any, str]] = [
-    ("measurement", f"{PSI}.3", float("nan"), "models[0].without_first_token.displacement.pre_norm[3]"),
-    (
-        "measurement",
-        "models.0.without_first_token.jump_rate.post_norm",
-        float("inf"),
-        "models[0].without_first_token.jump_rate.post_norm",
-    ),
-    (
-        "measurement",
-        "models.0.without_first_token.displacement.post_norm.0",
-        -0.1,
-        "must be a finite number in 0..1",
-    ),
-    (
-        "measurement",
-        "models.0.without_first_token.displacement_std.pre_norm.0",
-        1.5,
-        "displacement_std.pre_norm[0]",
-    ),
+    ("measurement", f"{PSI}.3", float("nan"), f"{AT}.displacement.pre_norm[3]"),
+    ("measurement", f"{BLOCK}.jump_rate.post_norm", float("inf"), f"{AT}.jump_rate.post_norm"),
+    ("measurement", f"{BLOCK}.displacement.post_norm.0", -0.1, "must be greater than or equal to 0"),
+    ("measurement", f"{BLOCK}.displacement_std.pre_norm.0", 1.5, "displacement_std.pre_norm[0]"),
     ("measurement", f"{PSI}.0", "0.1", 'pre_norm[0] is "0.1"'),
     ("measurement", f"{PSI}.0", True, "pre_norm[0] is true"),
     ("measurement", f"{PSI}.0", 10**400, "pre_norm[0] is a number too large"),
     ("measurement", PSI, [0.1] * 31, "must be a list of 30 numbers"),
     ("measurement", PSI, {}, "displacement.pre_norm is an object"),
-    (
-        "measurement",
-        "models.0.without_first_token.displacement",
-        None,
-        "models[0].without_first_token.displacement is null",
-    ),
-    ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
-    ("measurement", "models.0.with_first_token.jump_rate.post_norm", None, "with_first_token.jump_rate"),
+    ("measurement", f"{BLOCK}.displacement", None, f"{AT}.displacement is null"),
+    ("measurement", f"{BLOCK}.jump_rate.post_norm", None, "an object with jump_rate.post_norm"),
+    ("measurement", BLOCK, None, "an object with without_first_token"),
     ("measurement", "models.0.with_first_token", None, "models[0].with_first_token is null"),
-    ("measurement", "models.0.without_first_token", None, "models[0].without_first_token is missing"),
+    ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
     ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be"),
     ("measurement", "models.0.num_layers", 29.5, "num_layers is 29.5"),
     ("measurement", "models.0.step", "100", 'models[0].step is "100"'),

@@ -164,12 +164,12 @@ def decoder_of(
     if not structure.feeds_head_alone:
         note(f"the head of {name} reads more than its last layer's output; figures are of this output only")
     output_embedding = model.get_output_embeddings()
+    # An embedding may be the input's too, which runs before the layers.
+    ends_there = output_embedding is not None and not isinstance(output_embedding, nn.Embedding)
 
     @torch.inference_mode()
     def run(tokens: Tensor) -> None:
-        # An embedding is the input's too, and runs before the layers.
-        has_own = isinstance(output_embedding, nn.Module) and not isinstance(output_embedding, nn.Embedding)
-        stop = output_embedding.register_forward_pre_hook(_stop) if has_own else nullcontext()
+        stop = output_embedding.register_forward_pre_hook(_stop) if ends_there else nullcontext()
         with suppress(_HeadReached), stop:
             _called(model, tokens.to(device))
 

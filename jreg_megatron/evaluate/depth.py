@@ -63,6 +63,7 @@ def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[s
             changes[0, number - 1, number:] += mean
             changes[1, number - 1, number:] = torch.maximum(changes[1, number - 1, number:], largest)
     changes[0] /= tokens
+    sums[:, 0].clamp_(min=0)  # it may round to less
     kl, overlap, own, following = (sums / tokens).T.tolist()
     turned = [layer for layer in range(last + 1) if following[layer] > own[layer]]
 

@@ -135,8 +135,9 @@ class BatchSums:
 
     def _add(self, psi: Tensor, norm: Tensor, update: Tensor) -> None:
         mask = torch.arange(psi.shape[1], device=psi.device) < self._lengths.to(psi.device)[:, None]
+        psi = psi.clamp(0, 1)  # it may round to more
         # arccos(cos) of cos = 1 - 2 psi, in the form that is exact for small angles.
-        angle = psi.clamp(0, 1).sqrt().asin() * (2 / math.pi)
+        angle = psi.sqrt().asin() * (2 / math.pi)
         update = torch.where(update.isnan(), torch.inf, update)  # 0 / 0 is no number, but it is known
         values = torch.stack((psi, psi.square(), angle, norm, norm.square(), update)).double()
         values = torch.where(mask, values, 0.0)  # padding may be anything

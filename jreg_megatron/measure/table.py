@@ -35,19 +35,12 @@ _ABOUT_DEPTH = (
     "cosines of the same pairs. entropy: matrix entropy, curv.: curvature in radians, both of the layer's "
     "output."
 )
-_COLUMNS, _LEAST_BARS = 54, 8
-_BAR_COLUMNS = ("Psi from layer 2 on", "Psi at the end")
-_BARS = "▁▂▃▄▅▆▇█"
 
 
 def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
     """Print a line for each checkpoint: jump rate and last displacement, before and after the final norm."""
     has_steps = any(model["step"] is not None for model in models)
     columns = ["model", *(["step"] if has_steps else []), "L", "zeta_L", "after", "Psi_L", "after"]
-    room = console.width - _COLUMNS - max(len(model["name"]) for model in models) - 10 * has_steps
-    if room >= _LEAST_BARS:
-        most = max(model["num_layers"] for model in models)
-        columns.append(_BAR_COLUMNS[room <= most])
     rows = []
     for model in models:
         rates, psi = model["jump_rate"], model["displacement"]
@@ -55,9 +48,9 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
         row = [model["name"], *([step] if has_steps else []), model["num_layers"]]
         row += [_number(rates.get(state), 3) for state in FINAL_STATES]
         row += [_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES]
-        rows.append(row + ([_bars(psi["pre_norm"][1:], room)] if room >= _LEAST_BARS else []))
+        rows.append(row)
     title = "The last layer's jump, before and after the final norm"
-    print_table(title, columns, rows, console=console, words=_BAR_COLUMNS, box=SIMPLE_HEAD)
+    print_table(title, columns, rows, console=console, box=SIMPLE_HEAD)
 
 
 def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -> None:
@@ -117,10 +110,3 @@ def _step(model: dict[str, Any]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _bars(values: Sequence[float], width: int) -> str:
-    """A bar for each value, from 0 to the largest; only the last ``width`` values."""
-    shown = values[-width:]
-    top = max(shown, default=0.0) or 1.0
-    return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in shown)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, refuse, within
+from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
@@ -35,7 +35,7 @@ _VERSION = 1
 
 def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
-        raise refuse("the lower end before the upper end", value=list(ends))
+        raise ValueError("the lower end before the upper end")
     return ends
 
 
@@ -49,7 +49,7 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
     def check(values: list[Any], about: ValidationInfo[Any]) -> list[Any]:
         if len(values) != (length := about.context["layers"] + more):
-            raise refuse(f"a list of {length} numbers")
+            raise ValueError(f"a list of {length} numbers")
         return values
 
     return AfterValidator(check)
@@ -57,16 +57,15 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
 def _version(found: Any) -> Any:
     if isinstance(found, bool) or found != _VERSION:
-        raise refuse(f"{_VERSION}; for a newer file install a newer jreg_megatron")
+        raise ValueError(f"{_VERSION}; for a newer file install a newer jreg_megatron")
     return found
 
 
-_Float = Annotated[float, Field(strict=True)]
-Number = Annotated[_Float, within()]
-Share = Annotated[_Float, within(0, 1)]
-Rate = Annotated[_Float, within(0, 100)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Rate = Annotated[Number, Field(ge=0, le=100)]
 """zeta in hundredths of displacement."""
-Loss = Annotated[_Float, within(0)]
+Loss = Annotated[Number, Field(ge=0)]
 """In nats per token."""
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
@@ -122,7 +121,7 @@ class Block(Part):
             found = getattr(self, name)
             for state in self.states if found is not None else ():
                 if found.get(state) is None:
-                    raise refuse("there", name, state, value=None)
+                    raise ValueError(f"an object with {name}.{state}")
         return self
 
 
@@ -143,7 +142,7 @@ class Measured(Origin):
     @model_validator(mode="after")
     def _has_its_block(self) -> Self:
         if self.first_token not in self.blocks:
-            raise refuse("there", "without_first_token", value=None)
+            raise ValueError("an object with without_first_token")
         return self
 
     @cached_property
