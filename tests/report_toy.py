@@ -128,6 +128,7 @@ def evaluation(
                     "loss": [3.0 + (2.5 if at == 1 else 0.02 + 0.001 * at) for at in range(1, layers + 1)],
                     "unchanged": 3.0,
                 },
+                "depth": {"tokens": 20000, "kl": [5.0 * (1 - at / layers) for at in range(layers + 1)]},
             }
         )
     differences = [-0.02 * at * (layers - at) / layers for at in range(layers + 1)]

@@ -111,6 +111,58 @@ def test_depth_of_a_model_is_that_of_plain_loops_on_its_states(family: str) -> N
     assert_same(measured["without_first_token"], plain.figures(states, drop=1))
 
 
+def side_by_side(layer: Any, state: Tensor, **more: Any) -> Tensor:
+    """A layer of Llama with attention and MLP side by side; the MLP runs first."""
+    added = layer.mlp(layer.post_attention_layernorm(state))
+    return state + added + layer.self_attn(layer.input_layernorm(state), **more)[0]
+
+
+def mlp_first(layer: Any, state: Tensor, **more: Any) -> Tensor:
+    state = state + layer.mlp(layer.post_attention_layernorm(state))
+    return state + layer.self_attn(layer.input_layernorm(state), **more)[0]
+
+
+def test_attention_is_what_mixes_tokens_whichever_runs_first() -> None:
+    model = small_model("llama").double()
+    for layer in model.model.layers:
+        layer.forward = partial(side_by_side, layer)
+    decoder = decoder_of(model, None, name="small", source="small")
+    texts = documents(5, 40)
+    measured = measure(decoder, texts, depth=True)["with_first_token"]
+    states = [states_of(decoder, text.content, "+self_attn") for text in texts]
+    assert_same(measured, plain.figures(states))
+
+
+def test_an_mlp_first_layer_has_no_figures_of_an_attention_first_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = small_model("llama").double()
+    model.model.layers[2].forward = partial(mlp_first, model.model.layers[2])
+    decoder = decoder_of(model, None, name="small", source="small")
+    measured = measure(decoder, documents(20), depth=True)["with_first_token"]
+    assert "layer 3 of small (LlamaDecoderLayer) has no" in capsys.readouterr().err
+    assert measured["mlp_ratio"]["pre_norm"] is None and measured["void_share"]["pre_norm"]
+
+
+def test_a_state_of_norm_0_spoils_the_ratios_of_its_layer_alone() -> None:
+    model = small_model("llama").double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 0.0
+    decoder = decoder_of(model, None, name="small", source="small")
+    (text,) = documents(40)
+    text.content[20] = 7
+    measured = measure(decoder, [text], depth=True)["with_first_token"]
+    states, middles, normed = states_of(decoder, text.content, MIDDLES["llama"])
+    behind = plain.figures([(states[1:], middles[1:], normed)])
+    for name in formulas.CONTRIBUTIONS:
+        assert measured[name]["pre_norm"][1:] == pytest.approx(behind[name], rel=1e-6), name
+    for name in ("attention_ratio", "layer_ratio", "update_ratio"):
+        first, *others = measured[name]["pre_norm"]
+        assert first is None and None not in others, name
+    for name in ("mlp_ratio", "attention_cosine", "void_share", "displacement", "matrix_entropy"):
+        assert None not in measured[name]["pre_norm"], name
+
+
 def test_what_a_method_takes_from_a_layers_output_is_no_part_of_what_its_mlp_adds() -> None:
     decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
     texts = documents(1, 40)  # nothing is found in one token alone

@@ -505,7 +505,7 @@ class OwnConfig(Settings):
 
     @property
     def changes_model(self) -> bool:
-        return self.kind == "model"
+        return self.kind == "model" or self.changes_modules
 
     @property
     def changes_modules(self) -> bool:
@@ -522,7 +522,7 @@ class OwnConfig(Settings):
 def test_what_a_users_own_method_has_changed_is_refused_by_name(
     has: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import known_changes
     from jreg_megatron.methods import known
 
     monkeypatch.setattr(known, "METHODS", [*known.METHODS, OwnConfig])
@@ -532,12 +532,12 @@ def test_what_a_users_own_method_has_changed_is_refused_by_name(
         {"attenuation_factor": 1.0, "periln_gain": 1.0, "own_kind": "nothing"},
         {"lns_power": 0.0, "attenuation_layers": (2,)},
     ):
-        refuse_other_models(model, "runs/x")
+        known_changes(model, "runs/x")
     with pytest.raises(UserError, match="runs/x was trained with --") as caught:
-        refuse_other_models(has, "runs/x")
+        known_changes(has, "runs/x")
     assert f"--own-kind {has['own_kind']}" in str(caught.value)
     with pytest.raises(UserError, match="experimental-attention-variant") as caught:
-        refuse_other_models({"lns_power": 0.5, "experimental_attention_variant": "gated_delta_net"}, "runs/x")
+        known_changes({"lns_power": 0.5, "experimental_attention_variant": "gated_delta_net"}, "runs/x")
     assert "Bridge" not in str(caught.value)
 
 
@@ -622,12 +622,12 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
-    from jreg_megatron.decoder.checkpoint.arguments import refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import known_changes
 
     for model in ({}, {"hybrid_layer_pattern": "*-|*E/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
-        refuse_other_models(model, "runs/x")
+        known_changes(model, "runs/x")
     with pytest.raises(UserError) as caught:
-        refuse_other_models(has, "runs/x")
+        known_changes(has, "runs/x")
     for part in ("runs/x", *said):
         assert part in str(caught.value)
 

@@ -57,7 +57,7 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
             "early_exit_accuracy",
             "early_exit_agreement",
         ),
-        *("layer_drop", "read_out_difference"),
+        *("depth_kl", "layer_drop", "read_out_difference"),
     ]
     assert page.column(HEADLINE, "model") == [*MODELS, "short", "short with jreg", "big run"]
     assert page.column("Files", "what") == ["measurement", "evaluation", "training run", "training run"]
@@ -84,7 +84,7 @@ def test_a_part_without_numbers_is_not_on_the_page(
 def test_a_model_with_nothing_but_scores_has_no_empty_parts(report: Callable[..., Page]) -> None:
     document = evaluation(("a", "b"))
     for model in document["models"]:
-        del model["read_out"], model["lens"], model["layer_drop"]
+        del model["read_out"], model["lens"], model["layer_drop"], model["depth"]
     document["comparison"] = None
     page = report(write(Path("e.json"), document))
     assert page.sections == ["summary", "tasks", "sources"]
@@ -122,6 +122,8 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     assert page.column(differences, "95% interval")[-1] == "+0.00400 to +0.0180"
     assert page.column(differences, "p") == ["0.0800"] * len(TASKS) + ["< 0.001"]
     assert page.column("Validation loss, nats per token", "step") == [f"{step:,}" for step in STEPS]
+    kl = page.column("How far each layer's prediction is from the final one", "jreg")
+    assert [float(cell) for cell in kl] == pytest.approx(evaluation()["models"][1]["depth"]["kl"], rel=1e-3)
 
 
 def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:
@@ -326,7 +328,7 @@ def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page
 
 def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Callable[..., Page]) -> None:
     document = measurement(("still",))
-    for block in (document["models"][0], document["models"][0]["with_first_token"]):
+    for block in (document["models"][0]["without_first_token"], document["models"][0]["with_first_token"]):
         for values in block["displacement"].values():
             values[1:] = [0.0] * (LAYERS - 1)
     page = report(write(Path("m.json"), document), write(Path("n.json"), measurement(("one",), layers=1)))
@@ -335,22 +337,25 @@ def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Calla
 
 
 MAKE = {"measurement": measurement, "evaluation": evaluation, "summary": summary}
-PSI = "models.0.displacement.pre_norm"
+BLOCK, AT = "models.0.without_first_token", "models[0].without_first_token"
+PSI = f"{BLOCK}.displacement.pre_norm"
 BOOLQ = "models.0.tasks.boolq"
 # Of which document, where, what stands there, and what is said of it.
 WRONG: list[tuple[str, str, Any, str]] = [
-    ("measurement", f"{PSI}.3", float("nan"), "models[0].displacement.pre_norm[3]"),
-    ("measurement", "models.0.jump_rate.post_norm", float("inf"), "models[0].jump_rate.post_norm"),
-    ("measurement", "models.0.displacement.post_norm.0", -0.1, "must be a finite number in 0..1"),
-    ("measurement", "models.0.displacement_std.pre_norm.0", 1.5, "displacement_std.pre_norm[0]"),
+    ("measurement", f"{PSI}.3", float("nan"), f"{AT}.displacement.pre_norm[3]"),
+    ("measurement", f"{BLOCK}.jump_rate.post_norm", float("inf"), f"{AT}.jump_rate.post_norm"),
+    ("measurement", f"{BLOCK}.displacement.post_norm.0", -0.1, "must be greater than or equal to 0"),
+    ("measurement", f"{BLOCK}.displacement_std.pre_norm.0", 1.5, "displacement_std.pre_norm[0]"),
     ("measurement", f"{PSI}.0", "0.1", 'pre_norm[0] is "0.1"'),
     ("measurement", f"{PSI}.0", True, "pre_norm[0] is true"),
     ("measurement", f"{PSI}.0", 10**400, "pre_norm[0] is a number too large"),
     ("measurement", PSI, [0.1] * 31, "must be a list of 30 numbers"),
     ("measurement", PSI, {}, "displacement.pre_norm is an object"),
-    ("measurement", "models.0.displacement", None, "models[0].displacement is null"),
+    ("measurement", f"{BLOCK}.displacement", None, f"{AT}.displacement is null"),
+    ("measurement", f"{BLOCK}.jump_rate.post_norm", None, "an object with jump_rate.post_norm"),
+    ("measurement", BLOCK, None, "an object with without_first_token"),
+    ("measurement", "models.0.with_first_token", None, "models[0].with_first_token is null"),
     ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
-    ("measurement", "models.0.with_first_token.jump_rate.post_norm", None, "with_first_token.jump_rate"),
     ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be"),
     ("measurement", "models.0.num_layers", 29.5, "num_layers is 29.5"),
     ("measurement", "models.0.step", "100", 'models[0].step is "100"'),

@@ -23,9 +23,9 @@ PER_LAYER = "Displacement Ψ of each layer"
 
 
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:
-    """A measurement whose file puts first what was measured with the first token."""
+    """A measurement of a user who asked for the figures with the first token."""
     for model in document["models"]:
-        model.update(model["with_first_token"], first_token="kept")
+        model["first_token"] = "kept"
     return document
 
 
@@ -82,18 +82,6 @@ def test_all_tables_use_one_convention_for_the_first_token_and_name_it(report: C
     assert len(numbers) == 3 and all("first token kept" in name for name in numbers)
 
 
-def test_what_was_measured_in_one_way_only_is_shown_so_and_says_it(report: Callable[..., Page]) -> None:
-    dropped = measurement(("d",))
-    dropped["models"][0]["with_first_token"] = None
-    page = report(
-        write(Path("d.json"), dropped), write(Path("k.json"), keep_first_token(measurement(("k",))))
-    )
-    rate = dropped["models"][0]["jump_rate"]["pre_norm"]
-    assert page.column(HEADLINE, "ζ before the final norm")[0] == f"{rate:#.4g} (first token dropped)"
-    assert page.table(PER_LAYER)[0] == ["layer", "d, first token dropped", "k"]
-    assert "only with the first token dropped: d." in captions()
-
-
 def test_pictures_that_stand_alone_name_the_convention(report: Callable[..., Page]) -> None:
     path = write(Path("m.json"), keep_first_token(measurement(("k",), (1, 2), layers=3)))
     report(path, "--figures", "f")
@@ -128,11 +116,12 @@ def test_a_figure_over_other_texts_says_that_they_differ(report: Callable[..., P
     document["models"][1]["read_out"] |= {"text": "tiny.txt", "tokens": 30}
     report(write(Path("e.json"), document))
     said = "the texts differ: baseline: held-out speeches, 20,000 tokens; jreg: tiny.txt, 30 tokens."
-    assert captions().count(said) == 5  # three read-outs, the lens and the layers left out
+    assert captions().count(said) == 6  # three read-outs, the lens, the divergence and the layers left out
     report(Path("e.json"), "--figures", "f")
     pictures = [svg.stem for svg in Path("f").glob("*.svg") if "different texts" in svg.read_text()]
     assert sorted(pictures) == [
-        *("early_exit_accuracy", "early_exit_agreement", "layer_drop", "lens_loss", "read_out_loss"),
+        *("depth_kl", "early_exit_accuracy", "early_exit_agreement", "layer_drop", "lens_loss"),
+        "read_out_loss",
     ]
     other = measurement(("other",), layers=3)
     other["text"]["source"] = "tiny.txt"

@@ -115,7 +115,7 @@ def test_the_page_asks_for_nothing_and_draws_every_value(rich: Path, open_page: 
     assert opened.requests == [rich.as_uri()]
     assert opened.messages == []
     figures = opened.page.locator("figure").evaluate_all("all => all.map(one => one.id)")
-    assert len(figures) == 13
+    assert len(figures) == 14
     expected = {
         "displacement": len(MODELS) * LAYERS,
         "displacement_in_training": 2 * 8,
@@ -128,6 +128,7 @@ def test_the_page_asks_for_nothing_and_draws_every_value(rich: Path, open_page: 
         "early_exit_agreement": len(MODELS) * (LAYERS + 1),
         "read_out_difference": LAYERS + 1,
         "layer_drop": len(MODELS) * LAYERS,
+        "depth_kl": len(MODELS) * (LAYERS + 1),
     }
     assert {name: opened.marks(name) for name in expected} == expected
     maps = {name: opened.marks(name, "rect") for name in figures if name.startswith("heat_map")}
@@ -232,13 +233,13 @@ def test_print_is_light_and_has_no_controls(rich: Path, open_page: Any) -> None:
     opened.page.emulate_media(media="print")
     assert not any(control.is_visible() for control in controls.all())
     assert opened.background() == "rgb(255, 255, 255)"
-    assert opened.page.locator("figure .live svg").count() == 13
+    assert opened.page.locator("figure .live svg").count() == 14
 
 
 def test_without_scripts_every_figure_is_there(rich: Path, open_page: Any) -> None:
     opened = open_page(rich, java_script_enabled=False, viewport={"width": 400, "height": 800})
     pictures = opened.page.locator("figure .picture > svg")
-    assert pictures.count() == 13
+    assert pictures.count() == 14
     assert all(picture.bounding_box()["width"] > 300 for picture in pictures.all())
     dots = opened.page.locator("#displacement .picture > svg .mark-symbol[class*=marks] > path")
     assert dots.count() == len(MODELS) * LAYERS

@@ -660,18 +660,6 @@ def test_a_short_context_and_a_scale_by_a_word_are_read_out(family: str, more: d
 # A text's states are its own
 
 
-class Inner(nn.Module):
-    """What is around the layers; the model gives it an offset for long texts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False, offset: float = 0.0) -> Tensor:
-        state: Tensor = self.body(self.embedding(input_ids) + offset)
-        return state
-
-
 class Blocks(Layer):
     """Looks ahead to the end of a block of ``size`` tokens."""
 
@@ -684,10 +672,6 @@ class Blocks(Layer):
 
 
 def ran(model: Odd, batch_size: int = 8) -> Any:
-    if hasattr(model, "inner"):
-        model.register_forward_pre_hook(
-            lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True
-        )
     ids = numpy.random.default_rng(0).integers(0, VOCABULARY, 30)
     measured = measure(found_in(model), [Text("a", ids)], batch_size=batch_size)
     return measured["with_first_token"]["displacement"]["pre_norm"], torch.from_numpy(ids)[None]
@@ -725,37 +709,13 @@ def test_a_look_ahead_within_blocks_is_seen(size: int, monkeypatch: pytest.Monke
         found_in(Odd(lambda m, x: m.body(x), body=stack(of=Blocks)))
 
 
-def test_a_part_of_the_model_that_is_another_one_on_long_texts_is_refused() -> None:
-    model = Odd(lambda m, x: m.inner(m.ids, offset=float(x.shape[1] > 12)), inner=Inner())
-    with pytest.raises(UserError, match="without its head than in the whole model"):
-        ran(model, batch_size=1)
-
-
-def test_a_norm_outside_of_the_module_around_the_layers_is_run_too() -> None:
-    model = Odd(lambda m, x: m.norm(m.inner(m.ids)), inner=Inner(), norm=nn.LayerNorm(WIDTH))
-    model.register_forward_pre_hook(
-        lambda m, _, kwargs: setattr(m, "ids", kwargs["input_ids"]), with_kwargs=True
-    )
-    found, seen = found_in(model), Recorder()
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_layers_are_observed_without_the_head(is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd(lambda m, x: m.norm(m.body(x)), body=stack(), norm=nn.LayerNorm(WIDTH))
+    if is_tied:  # one module for both ends; the model reads its weights itself
+        monkeypatch.setattr(model, "get_output_embeddings", lambda: model.embedding)
+    found, seen, ends = found_in(model), Recorder(), list[str]()
+    model.head.register_forward_hook(lambda *_: ends.append("head"))
     with found.observed(seen):
         found.run(TOKENS)
-    assert seen.normed is not None
-
-
-def test_an_inner_module_that_makes_something_else_of_the_ids_is_not_run_alone() -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.body = nn.Embedding(VOCABULARY, WIDTH), stack()
-
-        def forward(
-            self, input_ids: Tensor | None = None, embedded: Tensor | None = None, use_cache: bool = False
-        ) -> Any:
-            return self.body(self.embedding(input_ids) if embedded is None else embedded)
-
-    model = Odd(lambda m, x: m.inner(embedded=x), inner=Inner())
-    found, seen = found_in(model), Recorder()
-    with found.observed(seen):
-        found.run(TOKENS)
-    with torch.no_grad():
-        torch.testing.assert_close(seen.states[LAYERS], model.inner.body(model.embedding(TOKENS)))
+    assert seen.normed is not None and (is_tied or not ends)

@@ -14,7 +14,6 @@ from jreg_megatron.runtime.extras import need
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
-    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 
 _OWN = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -58,16 +57,23 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jreg_megatron.convert.llama import from_megatron, older_rope_settings, to_hugging_face
+    from jreg_megatron.convert.llama import AS_IT_IS, from_megatron, older_rope_settings, to_hugging_face
     from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
-    from jreg_megatron.decoder.checkpoint.arguments import all_arguments, refuse_other_models
+    from jreg_megatron.decoder.checkpoint.arguments import all_arguments, known_changes
     from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.source, options.step, device)
     what = str(checkpoint.folder)
-    refuse_other_models(checkpoint.arguments, what)
-    scaling = _scaling_of(checkpoint.arguments, what)
+    scaling = None
+    for of_one in known_changes(checkpoint.arguments, what):
+        if not isinstance(of_one, LayerNormScalingConfig):
+            raise UserError(
+                f"{what} was trained with {of_one.as_flags()} ({of_one.name}), which no Llama or Qwen of "
+                f"Hugging Face has; {AS_IT_IS}"
+            )
+        scaling = of_one
     args, rows = all_arguments(checkpoint.arguments), checkpoint.rows
     config = from_megatron(args, rows, what, is_changed=scaling is not None)
     tokenizer = _tokenizer(checkpoint.arguments, options)
@@ -111,26 +117,6 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "largest_logit_difference": difference,
         "notes": notes,
     }
-
-
-def _scaling_of(arguments: dict[str, Any], what: str) -> LayerNormScalingConfig | None:
-    """The method that has changed the model, if its weights can hold the change.
-
-    Raises:
-        UserError: if they cannot.
-    """
-    from jreg_megatron.convert.llama import AS_IT_IS
-    from jreg_megatron.methods import known
-    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
-
-    for of_one in known.changes_in(argparse.Namespace(**arguments)):
-        if isinstance(of_one, LayerNormScalingConfig):
-            return of_one
-        raise UserError(
-            f"{what} was trained with {of_one.as_flags()} ({of_one.name}), which no Llama or Qwen of Hugging "
-            f"Face has; {AS_IT_IS}"
-        )
-    return None
 
 
 def _told_vocab_size(

@@ -23,10 +23,8 @@ final norm, it then gets L + 1, the last layer's input, and the final norm of it
 _REACH = 32
 """Logits are clipped at this many median distances from the median of their position: about 20 standard
 deviations."""
-_MAX_LOGITS = 1 << 27
-"""In the whole model's run: 512 MiB in fp32."""
-_EARLY, _BESIDE, _PADDING = 8, 3, 3
-"""First tokens that must not see the others; rows in a batch; tokens of padding."""
+_TRIED, _EARLY, _BESIDE, _PADDING = 4096, 8, 3, 3
+"""Tokens of a text; the first of them, which must not see the others; rows in a batch; tokens of padding."""
 _SHARE = 0.05
 """Share of tokens that may differ, because rounding may choose another expert."""
 
@@ -80,6 +78,10 @@ class Decoder:
             **{"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)},
         }
 
+    def batch_first(self, states: Tensor) -> Tensor:
+        """States of this model's modules as a view ``[b, s, h]``; and the other way round."""
+        return states.transpose(0, 1) if self.sequence_first else states
+
     def windows(self, texts: Iterable[Text], max_tokens: int | None) -> Iterator[Window]:
         """Cut texts, or their first ``max_tokens``, into sequences of the model's length.
 
@@ -116,9 +118,6 @@ class Decoder:
         last: Tensor | None = None  # the last layer's output, until the final norm has run on it
         last_input: Tensor
 
-        def outward(states: Tensor) -> Tensor:
-            return states.transpose(0, 1) if self.sequence_first else states
-
         def refuse(what: str) -> UserError:
             return UserError(
                 f"{what} for each text in {self.name}, so it cannot be measured; give texts of another "
@@ -141,7 +140,7 @@ class Decoder:
             refuse_if_cut(number)
             done = number
             layer_input, layer_output = inputs.pop(number), stream_out(output)
-            see(number, outward(layer_input), outward(layer_output))
+            see(number, self.batch_first(layer_input), self.batch_first(layer_output))
             if number == self.num_layers and self.final_norm is not None:
                 # The output may be written to before the norm runs.
                 last_input, last = layer_input, layer_output.clone()
@@ -151,7 +150,7 @@ class Decoder:
             # The norm may also run for another head. On the last layer's output it is the final norm.
             if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
                 last = None
-                see(self.num_layers + 1, outward(last_input), outward(stream_out(output)))
+                see(self.num_layers + 1, self.batch_first(last_input), self.batch_first(stream_out(output)))
 
         with ExitStack() as hooks:
             for number, layer in enumerate(self.layers, start=1):
@@ -184,9 +183,7 @@ class Decoder:
             yield
 
     @torch.inference_mode()
-    def last_states(
-        self, tokens: Tensor, run: Callable[[Tensor], Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def last_states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Run ids: the last layer's output, and the head's input, ``[b, s, h]`` each."""
         seen: dict[int, Tensor] = {}
 
@@ -195,7 +192,7 @@ class Decoder:
                 seen[number] = state.clone()  # the model may write to it later
 
         with self.observed(see):
-            (run or self.run)(tokens)
+            self.run(tokens)
         return seen[self.num_layers], seen[max(seen)]
 
     @torch.inference_mode()
@@ -204,18 +201,16 @@ class Decoder:
         assert self.head is not None, "the head's own logits are not the model's"
         if self.final_norm is None:
             return self.head(states)
-        if self.sequence_first:
-            return self.head(self.final_norm(states.transpose(0, 1)).transpose(0, 1))
-        return self.head(stream_out(self.final_norm(states)))
+        return self.head(self.batch_first(stream_out(self.final_norm(self.batch_first(states)))))
 
 
 def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
-    """Run a text through the whole model, and as in a measurement: in a batch, with padding, without head.
+    """Run a text alone, and as in a measurement: in a batch, with padding.
 
     Raises:
         UserError: if a token's state depends on the other rows of a batch, or on later tokens.
     """
-    row = torch.as_tensor(ids)[None, : max(1, _MAX_LOGITS // decoder.vocab_size)]
+    row = torch.as_tensor(ids)[None, :_TRIED]
     length = row.shape[1]
     early = min(_EARLY, length - 1)
     other = torch.cat((row[:, :early], (row[:, early:] + 1) % decoder.vocab_size), dim=1)
@@ -223,19 +218,19 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
     if batch_size > 1:
         room = _PADDING if decoder.max_length is None else min(_PADDING, decoder.max_length - length)
         rows = torch.nn.functional.pad(rows, (0, room))
-    whole = decoder.last_states(row, decoder.logits)[0][0]
+    alone = decoder.last_states(row)[0][0]
     first, second = torch.cat([decoder.last_states(some)[0] for some in torch.split(rows, batch_size)])[:2]
-    eps = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, whole.dtype))
+    eps = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, alone.dtype))
 
     def is_other(a: Tensor, b: Tensor) -> bool:
         off = (a - b).float().norm(dim=-1) > 2 * eps**0.5 * a.float().norm(dim=-1)
         return int(off.sum()) > _SHARE * len(off)
 
-    if is_other(whole, first[:length]):
-        beside = "in a batch with padding than alone; give --batch-size 1"
-        inside = "without its head than in the whole model; give another model"
-        raise UserError(f"{decoder.name} gives a text other states {beside if batch_size > 1 else inside}")
-    if is_other(whole[:early], second[:early]):
+    if is_other(alone, first[:length]):
+        where = "in a batch with padding than alone; give --batch-size 1"
+        again = "each time; give another model"
+        raise UserError(f"{decoder.name} gives a text other states {where if batch_size > 1 else again}")
+    if is_other(alone[:early], second[:early]):
         raise UserError(
             f"{decoder.name} looks at later tokens in a longer text; give a causal language model"
         )

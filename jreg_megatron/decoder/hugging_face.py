@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.decoder.decoder import Decoder, stream_out
+from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.load import GGUF_ENDING, Reference, step_of
-from jreg_megatron.decoder.structure import Structure, find_structure
+from jreg_megatron.decoder.structure import find_structure
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 from jreg_megatron.runtime.output import note
@@ -163,11 +163,15 @@ def decoder_of(
         note(f"{name} scales its state between layers; its norms are of the layers' outputs")
     if not structure.feeds_head_alone:
         note(f"the head of {name} reads more than its last layer's output; figures are of this output only")
-    without_head = _without_head(model, structure)
+    output_embedding = model.get_output_embeddings()
+    # An embedding may be the input's too, which runs before the layers.
+    ends_there = output_embedding is not None and not isinstance(output_embedding, nn.Embedding)
 
     @torch.inference_mode()
     def run(tokens: Tensor) -> None:
-        _called(without_head, tokens.to(device))
+        stop = output_embedding.register_forward_pre_hook(_stop) if ends_there else nullcontext()
+        with suppress(_HeadReached), stop:
+            _called(model, tokens.to(device))
 
     return Decoder(
         name=name,
@@ -178,13 +182,13 @@ def decoder_of(
         model=model,
         layers=structure.layers,
         final_norm=structure.final_norm,
-        head=_head(model, config),
+        head=None if output_embedding is None else _head(output_embedding, config),
         run=run,
         logits=logits,
         encode=None if tokenizer is None else encoder_of(tokenizer),
         end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
         vocab_size=int(ids),
-        hidden_size=structure.output.shape[-1],
+        hidden_size=structure.hidden_size,
         max_length=max_length,
         device=device,
         dtype=model.dtype,
@@ -198,42 +202,25 @@ def _settings(config: Any, names: str) -> list[Any]:
 
 
 def _called(module: nn.Module, tokens: Tensor) -> Any:
-    """The output of a model, or of a part of it, for token ids; without a cache."""
+    """The output of a model for token ids, without a cache."""
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
 
 
-def _without_head(model: nn.Module, structure: Structure) -> nn.Module:
-    """The innermost module from token ids to the last layer and the final norm, mostly without the head."""
-    needed = {structure.layers[-1], structure.final_norm} - {None}
-    around = [module for module in model.modules() if needed <= set(module.modules())]
-    inner = (module for module in reversed(around[1:]) if _runs_alike(module, structure))
-    return next(inner, model)
+class _HeadReached(Exception):
+    """Ends a forward pass: all layers have run."""
 
 
-def _runs_alike(module: nn.Module, structure: Structure) -> bool:
-    """Whether a part of the model gives the same states as the whole model."""
-    if "input_ids" not in signature(module.forward).parameters:
-        return False
-    seen: list[Tensor] = []
-    last = structure.layers[-1]
-    with torch.inference_mode(), last.register_forward_hook(lambda *call: seen.append(stream_out(call[-1]))):
-        try:
-            _called(module, structure.tokens.to(structure.output.device))
-        except Exception:  # it needs the modules around it
-            return False
-    slack = torch.finfo(structure.output.dtype).eps ** 0.5 * structure.output.norm()
-    return len(seen) == 1 and not bool((seen[0] - structure.output).norm() > slack)
+def _stop(*_: Any) -> None:
+    raise _HeadReached
 
 
-def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
+def _head(embedding: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
     """The output embedding, with the known settings that change its logits.
 
     Before a read-out its logits are compared with the model's own.
     """
-    if (embedding := model.get_output_embeddings()) is None:
-        return None
     kind = next((weight.dtype for weight in embedding.parameters() if weight.is_floating_point()), None)
     scales = [*_settings(config, "logit_scale"), 1.0]
     scale = 1.0 if isinstance(scales[0], str) else scales[0]  # of MPT, which transformers does not apply
@@ -241,8 +228,9 @@ def _head(model: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
     cap = next(iter(_settings(config, "final_logit_softcapping logits_soft_cap output_logit_soft_cap")), None)
 
     def head(states: Tensor) -> Tensor:
-        # Some models have an fp32 residual stream with weights of another type.
-        logits: Tensor = embedding(states if kind is None else states.to(kind))
+        # Some models have an fp32 residual stream with weights of another type. Hooks are passed by, because
+        # layers are read out in a forward pass that ends at the model's own call of this module.
+        logits: Tensor = embedding.forward(states if kind is None else states.to(kind))
         if scale != 1.0:
             logits = logits * scale
         return torch.tanh(logits / cap) * cap if cap else logits

@@ -55,8 +55,7 @@ class Structure:
     layers: Sequence[nn.Module]  # 1..L
     final_norm: nn.Module | None  # None if no norm runs on the last layer's output, or not on it alone
     feeds_head_alone: bool  # whether the head sees only the last layer's output
-    tokens: Tensor  # the ids [2, s] of the forward pass
-    output: Tensor  # the last layer's states of these ids, [2, s, h]
+    hidden_size: int
     in_place: bool  # whether a layer writes to its input
     scales: bool  # whether the state is multiplied by a number between layers
 
@@ -146,7 +145,7 @@ def find_structure(
     in_place = any(call.in_place for call in chain)
     scales = not all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
     layers = [call.module for call in chain]
-    return Structure(layers, norm, is_all, tokens, last.state_out, in_place, scales)
+    return Structure(layers, norm, is_all, last.state_out.shape[-1], in_place, scales)
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:

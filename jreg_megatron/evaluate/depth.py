@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.evaluate.layers import prediction_batches, rows_at_once, states_at
+from jreg_megatron.evaluate.layers import in_parts, prediction_batches, states_at
 from jreg_megatron.methods.norms.formulas import norms
 from jreg_megatron.runtime.output import note
 
@@ -63,6 +63,7 @@ def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[s
             changes[0, number - 1, number:] += mean
             changes[1, number - 1, number:] = torch.maximum(changes[1, number - 1, number:], largest)
     changes[0] /= tokens
+    sums[:, 0].clamp_(min=0)  # it may round to less
     kl, overlap, own, following = (sums / tokens).T.tolist()
     turned = [layer for layer in range(last + 1) if following[layer] > own[layer]]
 
@@ -87,14 +88,13 @@ def _of_states(
     decoder: Decoder, ids: Tensor, kept: Tensor, targets: Tensor, embedding: Tensor | None
 ) -> Tensor:
     """Sums over tokens of KL, overlap and both cosines, by layers 0..L, ``[L + 1, 4]``."""
-    rows = rows_at_once(decoder)
     found = torch.zeros(decoder.num_layers + 1, 4, dtype=torch.float64)
     final = None if decoder.head is None else decoder.last_states(ids)[1][:, :-1]
 
     def read(number: int, states: Tensor) -> None:
         if decoder.head is not None and final is not None:
             ends = final[kept.to(final.device)]
-            for some, end in zip(torch.split(states, rows), torch.split(ends, rows), strict=True):
+            for some, end in in_parts(decoder, states, ends):
                 of_layer, whole = (
                     logits[0].float().log_softmax(dim=-1)
                     for logits in (decoder.read_out(some[None]), decoder.head(end[None]))
@@ -140,10 +140,8 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
     head: Callable[[Tensor], Tensor] = decoder.head or (lambda logits: logits)
     usual, changed = ends[0].chunk(2)
     at = counted.to(ends[0].device)
-    rows = rows_at_once(decoder)
-    parts = zip(torch.split(usual[at], rows), torch.split(changed[at], rows), strict=True)
     moved = []
-    for pair in parts:
+    for pair in in_parts(decoder, usual[at], changed[at]):
         before, without = (head(some[None])[0].float().softmax(dim=-1) for some in pair)
         moved.append(norms(without - before).cpu())
     values = torch.stack([*found, torch.cat(moved)]).double()

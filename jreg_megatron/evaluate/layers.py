@@ -233,9 +233,10 @@ def _measure(
     return PerText(tokens, list(hashes.values()), loss, correct, agreed)
 
 
-def rows_at_once(decoder: Decoder) -> int:
-    """The number of tokens whose logits fit into memory at a time."""
-    return max(1, _MAX_LOGITS // decoder.vocab_size)
+def in_parts(decoder: Decoder, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors ``[n, ...]`` in parts of so many tokens that their logits fit into memory."""
+    size = max(1, _MAX_LOGITS // decoder.vocab_size)
+    return zip(*(torch.split(each, size) for each in rows), strict=True)
 
 
 def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
@@ -244,9 +245,8 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
     Raises:
         UserError: if a logit is NaN, or a target has probability 0.
     """
-    rows = rows_at_once(decoder)
     losses, tops = [], []
-    for some, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
+    for some, wanted in in_parts(decoder, states, targets):
         logits = to_logits(some[None])[0].to(wanted.device).float()
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
         tops.append(logits.argmax(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 from rich.text import Text
@@ -95,14 +96,14 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for metric in _DEPTH:
                 for layer, value in enumerate(depth[metric] or ()):
                     yield row("depth", layer, metric, value)
-            skip = depth["skip"]
-            for layer, figures in enumerate(zip(*skip.values(), strict=True), start=1):
-                for metric, figure in zip(skip, figures, strict=True):
-                    for at, value in enumerate(figure if isinstance(figure, list) else (), start=1):
+            for metric, of_layers in depth["skip"].items():
+                for layer, figure in enumerate(of_layers, start=1):
+                    later = enumerate(figure, start=1) if isinstance(figure, list) else [(0, figure)]
+                    for at, value in later:
                         if value is not None:
-                            yield row("depth", layer, f"skip_{metric}_{at}", value)
-                    if not isinstance(figure, list):
-                        yield row("depth", layer, f"skip_{metric}", figure)
+                            yield row(
+                                "depth", layer, f"skip_{metric}_{at}" if at else f"skip_{metric}", value
+                            )
     for part, item, metric, found, _ in _differences(document):
         first, second = document["comparison"]["models"]
         of = {"model": f"{second} - {first}", "step": None, "revision": None}
@@ -127,32 +128,17 @@ def _print_layers(console: Any, model: dict[str, Any], name: str) -> None:
     columns = {title: read_out[key] for key, title in _READ_OUT_TITLES.items() if key in read_out}
     columns |= {"loss by lens": model["lens"]["loss"]} if model["lens"] else {}
     columns |= {"loss without it": [None, *layer_drop["loss"]]} if layer_drop else {}
-    rows = [
-        [layer, *("" if cell is None else f"{cell:.4f}" for cell in cells)]
-        for layer, cells in enumerate(zip(*columns.values(), strict=True))
-    ]
     unchanged = f" Nothing left out: {layer_drop['unchanged']:.4f}" if layer_drop else ""
-    about = f"Loss in nats per token.{unchanged}"
-    print_table(f"Layers of {name}", ("layer", *columns), rows, about, console=console)
+    _print_by_layer(console, f"Layers of {name}", columns, 4, f"Loss in nats per token.{unchanged}")
 
 
 def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
-    skip, layers = depth["skip"], len(depth["skip"]["output_mean"])
-    later = [[value for value in row if value is not None] for row in skip["later_mean"]]
-    most = [max((value for value in row if value is not None), default=None) for row in skip["later_largest"]]
-    columns: dict[str, list[float | None]] = {
-        title: depth[metric] or [None] * (layers + 1) for metric, title in _DEPTH.items()
-    }
-    columns |= {
-        "later mean": [None, *(sum(row) / len(row) if row else None for row in later)],
-        "later max": [None, *most],
-        "prob. mean": [None, *skip["output_mean"]],
-        "prob. max": [None, *skip["output_largest"]],
-    }
-    rows = [
-        [layer, *("" if cell is None else f"{cell:.3f}" for cell in cells)]
-        for layer, cells in enumerate(zip(*columns.values(), strict=True))
-    ]
+    skip = depth["skip"]
+    columns = {title: depth[metric] for metric, title in _DEPTH.items() if depth[metric] is not None}
+    for title, metric, over in (("later mean", "later_mean", fmean), ("later max", "later_largest", max)):
+        rows = ([value for value in row if value is not None] for row in skip[metric])
+        columns[title] = [None, *(over(row) if row else None for row in rows)]
+    columns |= {"prob. mean": [None, *skip["output_mean"]], "prob. max": [None, *skip["output_largest"]]}
     turn = depth["turns_over_at"]
     turned = "" if turn is None else f" The first layer with next above own is {turn}."
     about = (
@@ -162,7 +148,18 @@ def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
         "adds, relative to what it adds. prob.: the layer is skipped; the norm of the change of the "
         "probabilities."
     )
-    print_table(f"Depth of {name}", ("layer", *columns), rows, about, console=console)
+    _print_by_layer(console, f"Depth of {name}", columns, 3, about)
+
+
+def _print_by_layer(
+    console: Any, title: str, columns: dict[str, list[float | None]], digits: int, about: str
+) -> None:
+    """Columns by title, of layers 0..L."""
+    rows = [
+        [layer, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)]
+        for layer, cells in enumerate(zip(*columns.values(), strict=True))
+    ]
+    print_table(title, ("layer", *columns), rows, about, console=console)
 
 
 def _remarks(document: dict[str, Any]) -> list[str]:

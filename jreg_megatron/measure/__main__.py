@@ -80,7 +80,7 @@ def _measure(args: Namespace) -> None:
     references, printed = _checked(args)
     texts, source = _texts(args)
     check_model_arguments(args)
-    from jreg_megatron.measure.table import csv_rows, print_beside, print_depth, print_layers, print_summary
+    from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
 
     models: list[dict[str, Any]] = []
     document = {
@@ -96,7 +96,7 @@ def _measure(args: Namespace) -> None:
         for model in models if args.layers else []:
             print_layers(console, model)
         for model in models if args.depth else []:
-            print_depth(console, model)
+            print_layers(console, model, depth=True)
         if printed:
             print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
 

@@ -1,18 +1,18 @@
-"""Metrics of depth of a decoder: the states between attention and MLP are found by what the modules do."""
+"""Metrics of depth of a decoder: what attention and MLP add is found by what the modules of a layer do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jreg_megatron.data.windows import Batch, Window
+from jreg_megatron.data.windows import Batch
 from jreg_megatron.decoder.decoder import Decoder, is_state, stream_in, stream_out
 from jreg_megatron.methods.depth.formulas import (
     CONTRIBUTIONS,
@@ -30,43 +30,54 @@ OF_LAYERS = ("void_share", *CONTRIBUTIONS)
 """Figures of tokens in layers 1..L."""
 
 _LENGTH = 12
+"""Tokens of each of the two rows of a short forward pass. They differ in the first half."""
 _ROUNDINGS = 16
 """So many times the type's precision, of its norm, a token's sum of states may be off."""
+_MIXED = 1e-4
+"""A change of this share or more is no rounding of fp32."""
 
 
 @dataclass(frozen=True)
-class Middle:
-    """Where a layer has the sum of its input and attention."""
+class Parts:
+    """The two modules of a layer whose outputs it adds to its input, times ``scale``."""
 
-    module: nn.Module
-    scale: float | None
-    """None if the sum is this module's input. Else it is the layer's input, and this times its output."""
+    attention: nn.Module
+    mlp: nn.Module
+    scale: float
 
 
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
     given: list[Tensor]  # the state, if any
-    made: Tensor  # states, as the module has them
+    made: Tensor
 
 
-def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
-    """The middle of each layer, from a short forward pass; None, and a note, if a layer has none.
+def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
+    """The parts of each layer, from a short forward pass; None, and a note, if a layer has none.
 
-    A layer ``out = x + a + m`` adds attention a first. Either one of its modules is given ``x + a``, and a
-    later one makes m. Or both are computed from x at the same time; then attention is the one that cannot run
-    on one token alone.
+    A layer is ``out = x + c (a + m)``. Two of its modules make a and m. Attention is the one that mixes
+    tokens. If a module behind it is given ``x + c a``, m comes from that sum. Else both come from x at the
+    same time, and the MLP does not mix tokens.
 
     Args:
         decoder: the model.
         ids: tokens of a text, ``[s]``; repeated if they are few.
     """
-    row = torch.as_tensor(ids)[:_LENGTH]
-    row = row.repeat(_LENGTH)[:_LENGTH]
-    rows = torch.stack((row, row))
-    rows[1, 0] = (rows[1, 0] + 1) % decoder.vocab_size
-    found: dict[int, Middle | None] = {}
+    length = min(_LENGTH, decoder.max_length or _LENGTH)
+    rows = torch.as_tensor(ids)[:length].repeat(length)[:length].repeat(2, 1)
+    rows[1, : length // 2] = (rows[1, : length // 2] + 1) % decoder.vocab_size
+    found: list[Parts | None] = []
     calls: list[_Call] = []
+    given: dict[nn.Module, list[Tensor]] = {}
+    entered: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = decoder.batch_first(stream_in(args, kwargs))
+        # What differs in the second half behind a layer's module was mixed in this layer.
+        state[1, length // 2 :] = state[0, length // 2 :]
+        entered[:] = [state.to(torch.float64, copy=True)]  # the layer may write to it
+        calls.clear()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given[module] = [each.clone() for each in (*args, *kwargs.values()) if is_state(each)][:1]
@@ -75,43 +86,28 @@ def find_middles(decoder: Decoder, ids: Any) -> tuple[Middle, ...] | None:
         if (made := _made(output)) is not None:
             calls.append(_Call(module, given[module], made))
 
-    def see(number: int, layer_input: Tensor, layer_output: Tensor) -> None:
-        if number <= decoder.num_layers:
-            found[number] = _middle(decoder, layer_input, own.pop(number), calls, is_first=number == 1)
-            calls.clear()
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(_parts(decoder, entered[0], decoder.batch_first(stream_out(output)), calls))
 
-    given: dict[nn.Module, list[Tensor]] = {}
     with ExitStack() as hooks, torch.inference_mode():
-        for module in (child for layer in decoder.layers for child in layer.children()):
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(after))
-        own = hooks.enter_context(_own_outputs(decoder))
-        with decoder.observed(see):
-            decoder.run(rows)
-    missing = [number for number, middle in sorted(found.items()) if middle is None]
-    if missing:
-        note(
-            f"layer {missing[0]} of {decoder.name} ({type(decoder.layers[missing[0] - 1]).__name__}) has no "
-            "state between attention and MLP that can be found, so what each adds is left out"
-            + ("" if decoder.dtype == torch.float32 else "; try --dtype float32")
-        )
-        return None
-    return tuple(middle for _, middle in sorted(found.items()) if middle is not None)
-
-
-@contextmanager
-def _own_outputs(decoder: Decoder) -> Iterator[dict[int, Tensor]]:
-    """By number, what each layer returns itself ``[b, s, h]``, before a method changes it."""
-    own: dict[int, Tensor] = {}
-
-    def keep(number: int, _: nn.Module, __: Any, output: Any) -> None:
-        state = stream_out(output)
-        own[number] = state.transpose(0, 1) if decoder.sequence_first else state
-
-    with ExitStack() as hooks:
-        for number, layer in enumerate(decoder.layers, start=1):
-            hooks.enter_context(layer.register_forward_hook(partial(keep, number), prepend=True))
-        yield own
+        for layer in decoder.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            # Before a method changes the output.
+            hooks.enter_context(layer.register_forward_hook(leave, prepend=True))
+            for child in layer.children():
+                hooks.enter_context(child.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(child.register_forward_hook(after))
+        decoder.run(rows)
+    parts = [each for each in found if each is not None]
+    if len(parts) == len(found):
+        return parts
+    missing = found.index(None)
+    note(
+        f"layer {missing + 1} of {decoder.name} ({type(decoder.layers[missing]).__name__}) has no "
+        "state between attention and MLP that can be found, so what each adds is left out"
+        + ("" if decoder.dtype == torch.float32 else "; try --dtype float32")
+    )
+    return None
 
 
 def _made(output: Any) -> Tensor | None:
@@ -123,87 +119,62 @@ def _made(output: Any) -> Tensor | None:
     return state + more[0] if is_bias else state.clone()  # later modules may write to it
 
 
-def _middle(
-    decoder: Decoder, before: Tensor, after: Tensor, calls: Sequence[_Call], is_first: bool
-) -> Middle | None:
-    before, after = before.double(), after.double()
+def _parts(decoder: Decoder, before: Tensor, after: Tensor, calls: Sequence[_Call]) -> Parts | None:
+    added, eps = after.to(before) - before, torch.finfo(decoder.dtype).eps
     # Of each token: in trained models the first one's norm is often far above the others.
-    room = torch.finfo(decoder.dtype).eps * torch.maximum(before.norm(dim=-1), after.norm(dim=-1))
+    room = _ROUNDINGS * eps * torch.maximum(before.norm(dim=-1), after.to(before).norm(dim=-1))
 
     def is_near(one: Tensor, other: Tensor) -> bool:
-        return bool(((one - other).norm(dim=-1) <= _ROUNDINGS * room).all())
+        return one.shape == other.shape and bool(((one - other).norm(dim=-1) <= room).all())
 
     def wide(state: Tensor) -> Tensor:
-        return (state.transpose(0, 1) if decoder.sequence_first else state).to(before)
+        return decoder.batch_first(state).to(before)
 
-    def scale_of(wanted: Tensor, part: Tensor) -> float | None:
-        """The positive number by which ``part`` is ``wanted``; None if it is not."""
-        scale = float((wanted * part).sum() / part.square().sum().clamp(min=1e-300))
-        return scale if scale > 0 and is_near(wanted, scale * part) else None
+    def mixes(made: Tensor) -> bool:
+        same, changed = made[:, made.shape[1] // 2 :]
+        least = max(_MIXED, 4 * eps) * same.norm(dim=-1)
+        return bool(((same - changed).norm(dim=-1) > least).any())
 
-    def mixes(middle: Tensor) -> bool:
-        """Whether the first token's difference between the rows has come to later tokens in layer 1."""
-        moved = (middle[0] - middle[1]).norm(dim=-1) > room[0]
-        return not is_first or bool(moved[1:].any())
-
-    calls = [call for call in calls if wide(call.made).shape == before.shape]
-    made = [wide(call.made) for call in calls]
-    for at, call in enumerate(calls):
-        for state in (wide(each) for each in call.given):
-            if state.shape != before.shape or is_near(state, before) or not mixes(state):
-                continue
-            adds_first = any(scale_of(state - before, part) for part in made[:at])
-            if adds_first and any(scale_of(after - state, part) for part in made[at:]):
-                return Middle(call.module, None)
-    for one, other in combinations(range(len(calls)), 2):
-        if scale := scale_of(after - before, made[one] + made[other]):
-            scale = round(scale, 3) if abs(scale - round(scale, 3)) < 1e-5 else scale  # of rounded states
-            mixing = [at for at in (one, other) if not _runs_on_one_token(decoder, calls[at])]
-            if len(mixing) == 1 and mixes(before + scale * made[mixing[0]]):
-                return Middle(calls[mixing[0]].module, scale)
+    outputs = [(at, made) for at, call in enumerate(calls) if (made := wide(call.made)).shape == before.shape]
+    for (first, one), (second, other) in combinations(outputs, 2):
+        both = one + other
+        scale = float((added * both).sum() / both.square().sum().clamp(min=1e-300))
+        if not (scale > 0 and is_near(added, scale * both)):
+            continue
+        scale = round(scale, 3) if abs(scale - round(scale, 3)) < 1e-5 else scale  # of rounded states
+        states = (wide(state) for call in calls[first + 1 :] for state in call.given)
+        is_given = any(is_near(state, before + scale * one) for state in states)
+        if mixes(one) and (is_given or not mixes(other)):
+            return Parts(calls[first].module, calls[second].module, scale)
+        if mixes(other) and not (is_given or mixes(one)):
+            return Parts(calls[second].module, calls[first].module, scale)
     return None
-
-
-def _runs_on_one_token(decoder: Decoder, call: _Call) -> bool:
-    last = (slice(-1, None),) if decoder.sequence_first else (slice(None), slice(-1, None))
-    try:
-        alone = _made(call.module(call.given[0][last]))
-    except Exception:  # it needs more than states, such as positions
-        return False
-    own = call.made[last]
-    room = torch.finfo(own.dtype).eps ** 0.5
-    return alone is not None and bool((alone - own).norm() <= room * own.norm())
 
 
 class DepthSums:
     """The figures of each sequence of a batch. Sees a decoder's forward pass in :meth:`observing`."""
 
-    def __init__(self, batch: Batch, decoder: Decoder, middles: Sequence[Middle] | None) -> None:
-        self._batch, self._decoder, self._middles = batch, decoder, middles
-        self._caught: Tensor | None = None
-        self._own: dict[int, Tensor] = {}
+    def __init__(self, batch: Batch, decoder: Decoder, parts: Sequence[Parts] | None) -> None:
+        self._lengths, self._decoder, self._parts = batch.lengths.tolist(), decoder, parts
+        self._made: dict[nn.Module, Tensor] = {}
         self._norms: list[Tensor] = []
-        self._parts: list[Tensor] = []
+        self._contributions: list[Tensor] = []
         self._of_states: list[Tensor] = []
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """See every forward pass inside the block."""
 
-        def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._caught = stream_in(args, kwargs).clone()  # later modules may write to it
-
-        def made(module: nn.Module, _: Any, output: Any) -> None:
-            self._caught = _made(output)
+        def keep(module: nn.Module, _: Any, output: Any) -> None:
+            made = _made(output)
+            assert made is not None, "attention or MLP did not return a state"
+            self._made[module] = self._decoder.batch_first(made)
 
         with ExitStack() as hooks:
-            self._own = hooks.enter_context(_own_outputs(self._decoder))
             hooks.enter_context(self._decoder.observed(self))
-            for middle in self._middles or ():
-                if middle.scale is None:
-                    hooks.enter_context(middle.module.register_forward_pre_hook(given, with_kwargs=True))
-                else:
-                    hooks.enter_context(middle.module.register_forward_hook(made))
+            for parts in self._parts or ():
+                for module in (parts.attention, parts.mlp):
+                    hooks.enter_context(module.register_forward_hook(keep))
             yield
 
     def __call__(self, number: int, before: Tensor, after: Tensor) -> None:
@@ -211,46 +182,39 @@ class DepthSums:
         if number == 1:
             self._add_state(before)
         self._add_state(after)
-        if number <= self._decoder.num_layers and self._middles is not None:
-            assert self._caught is not None, "the state between attention and MLP was not seen"
-            middle, self._caught = self._caught, None
-            middle = middle.transpose(0, 1) if self._decoder.sequence_first else middle
-            if (scale := self._middles[number - 1].scale) is not None:
-                middle = before + scale * middle
-            self._parts.append(contributions(before, middle, self._own.pop(number)).cpu())
+        if number <= self._decoder.num_layers and self._parts is not None:
+            parts = self._parts[number - 1]
+            state = before.to(torch.promote_types(before.dtype, torch.float32))
+            # Not the layer's output, which a method may have changed.
+            middle = state + parts.scale * self._made.pop(parts.attention)
+            self._contributions.append(
+                contributions(state, middle, middle + parts.scale * self._made.pop(parts.mlp)).cpu()
+            )
 
     def _add_state(self, state: Tensor) -> None:
         self._norms.append(norms(state).cpu())
-        lengths = self._batch.lengths.tolist()
-        rows = [row[:length] for row, length in zip(state, lengths, strict=True)]
+        rows = [row[:length] for row, length in zip(state, self._lengths, strict=True)]
         self._of_states.append(
-            torch.stack([_of_sequence(row[first:]).cpu() for row in rows for first in (0, 1)])
+            torch.stack([_of_sequence(row[first:]).cpu() for first in (0, 1) for row in rows], dim=-1)
         )
 
-    def of_windows(self) -> Iterator[tuple[Window, list[Tensor]]]:
-        """Each sequence, and its means with and without its first token: of :data:`OF_LAYERS` in layers 1..L,
-        then of :data:`OF_STATES` at the places 0..L and after the final norm, ``[7 L + 2 P]`` float64. NaN
+    def table(self) -> Tensor:
+        """Of each sequence, with and without its first token, the means of :data:`OF_LAYERS` in layers 1..L,
+        then :data:`OF_STATES` at the places 0..L and after the final norm, ``[7 L + 2 P, 2, b]`` float64. NaN
         where the sequence is too short, and for contributions that are not known."""
-        last = self._decoder.num_layers
-        void = voids(torch.stack(self._norms)[: last + 1])[None].double()
+        void = voids(torch.stack(self._norms)[: self._decoder.num_layers + 1])[None].double()
         parts = torch.full((len(CONTRIBUTIONS), *void.shape[1:]), torch.nan, dtype=torch.float64)
-        if self._parts:
-            parts = torch.stack(self._parts, dim=1).double()
+        if self._contributions:
+            parts = torch.stack(self._contributions, dim=1).double()
             parts = torch.where(parts.isnan(), torch.inf, parts)  # 0 / 0 is no number, but it is known
-        values = torch.cat((void, parts))
-        of_states = torch.stack(self._of_states, dim=-1)
-        of_states = of_states.view(-1, 2, *of_states.shape[1:])
-        for row, window in enumerate(self._batch.windows):
-            of_tokens = values[:, :, row, : len(window.ids)]
-            yield (
-                window,
-                [
-                    torch.cat(
-                        (of_tokens[..., first:].mean(dim=-1).flatten(), of_states[row, first].flatten())
-                    )
-                    for first in (0, 1)
-                ],
-            )
+        of_tokens = torch.cat((void, parts)).flatten(0, 1)
+        means = [
+            of_tokens[:, row, first:length].mean(dim=-1)
+            for first in (0, 1)
+            for row, length in enumerate(self._lengths)
+        ]
+        of_states = torch.stack(self._of_states, dim=1).flatten(0, 1)
+        return torch.cat((torch.stack(means, dim=-1), of_states)).view(-1, 2, len(self._lengths))
 
 
 def _of_sequence(states: Tensor) -> Tensor:
@@ -259,41 +223,28 @@ def _of_sequence(states: Tensor) -> Tensor:
     return torch.stack((matrix_entropy(states), curvature(states))).double()
 
 
-@dataclass
-class DepthMeans:
-    """The mean over texts of their means. A text of several sequences weighs them by their tokens."""
+def depth_figures(means: Tensor, num_layers: int) -> dict[str, Any]:
+    """Means over texts of :meth:`DepthSums.table`'s first dimension, for JSON.
 
-    num_layers: int
-    _total: Tensor | float = 0.0
-    _texts: Tensor | float = 0.0
-    _of_text: tuple[Tensor | float, Tensor | float] = 0.0, 0.0
-
-    def add(self, window: Window, figures: Tensor, tokens: int) -> None:
-        """Add the figures of a sequence of so many tokens, as :meth:`DepthSums.of_windows` gives them."""
-        weight = tokens * (~figures.isnan()).double()
-        sums = torch.where(weight > 0, figures, 0.0) * weight
-        self._of_text = self._of_text[0] + sums, self._of_text[1] + weight
-        if window.is_last:
-            total, weight = (torch.as_tensor(each) for each in self._of_text)
-            self._total = self._total + torch.where(weight > 0, total / weight, 0.0)
-            self._texts = self._texts + (weight > 0).double()
-            self._of_text = 0.0, 0.0
-
-    def figures(self) -> dict[str, Any]:
-        """For JSON: :data:`OF_LAYERS` of layers 1..L, before the final norm, and :data:`OF_STATES` of
-        h_0 .. h_L, the last one also after the norm. None for what no text has, or is not finite."""
-        last = self.num_layers
-        mean = torch.as_tensor(self._total) / torch.as_tensor(self._texts)
-        of_layers, of_states = mean[: len(OF_LAYERS) * last], mean[len(OF_LAYERS) * last :]
-        found: dict[str, Any] = {}
-        for name, row in zip(OF_LAYERS, of_layers.view(-1, last), strict=True):
-            found[name] = {"pre_norm": _known(row)}
-        for name, row in zip(OF_STATES, of_states.view(len(OF_STATES), -1), strict=True):
-            found[name] = {"pre_norm": _known(row[: last + 1])}
-            if len(row) > last + 1:
-                found[name]["post_norm"] = _known(torch.cat((row[:last], row[last + 1 :])))
-        return found
+    :data:`OF_LAYERS` of layers 1..L, before the final norm, and :data:`OF_STATES` of h_0 .. h_L, the last one
+    also after the norm. A number that no text has, or that is not finite, is None, and so is a row of them.
+    """
+    of_layers, of_states = means.tensor_split([len(OF_LAYERS) * num_layers])
+    found: dict[str, Any] = {}
+    for name, row in zip(OF_LAYERS, of_layers.view(-1, num_layers), strict=True):
+        found[name] = {"pre_norm": _known(row)}
+    for name, row in zip(OF_STATES, of_states.view(len(OF_STATES), -1), strict=True):
+        found[name] = {"pre_norm": _known(row[: num_layers + 1])}
+        if len(row) > num_layers + 1:
+            found[name]["post_norm"] = _known(torch.cat((row[:num_layers], row[num_layers + 1 :])))
+    return found
 
 
-def _known(row: Tensor) -> list[float] | None:
-    return row.tolist() if bool(row.isfinite().all()) else None
+def _known(row: Tensor) -> list[float | None] | None:
+    values = finite(row)
+    return None if values.count(None) == len(values) else values
+
+
+def finite(row: Tensor) -> list[float | None]:
+    """For JSON; None for what is not finite."""
+    return [value if math.isfinite(value) else None for value in row.tolist()]

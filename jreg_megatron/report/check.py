@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from jreg_megatron.runtime.errors import UserError
 
@@ -54,6 +54,8 @@ def read_json(path: Path) -> Any:
 def checked(path: Path, schema: Any, value: Any) -> Any:
     """``value``, the content of a JSON file, as ``schema``: a pydantic model, a dataclass or another type.
 
+    Validators raise a ``ValueError`` that says what the value must be.
+
     Raises:
         UserError: naming the file, the first wrong field, its value and the values allowed.
     """
@@ -64,34 +66,15 @@ def checked(path: Path, schema: Any, value: Any) -> Any:
         raise UserError(f"{file}: {_wrong(error.errors()[0])}") from error
 
 
-def refuse(must: str, *at: str, **found: Any) -> PydanticCustomError:
-    """The error of a validator: its value must be ``must``; or the ``value`` ``at`` a place inside it."""
-    return PydanticCustomError("wrong", "wrong", {"must": must, "at": at, **found})
-
-
-def within(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
-    """For a finite number in ``low`` .. ``high``; rounding may exceed the ends by a millionth."""
-    wanted = "a finite number"
-    if low > -math.inf:
-        wanted += f" >= {low:g}" if high == math.inf else f" in {low:g}..{high:g}"
-
-    def check(value: float) -> float:
-        if not (math.isfinite(value) and low - 1e-6 <= value <= high + 1e-6):
-            raise refuse(wanted)
-        return min(max(value, low), high)
-
-    return AfterValidator(check)
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise refuse("a text")
+        raise ValueError("a text")
     return value
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value)):
-        raise refuse("a text")
+        raise ValueError("a text")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -107,14 +90,13 @@ Texts = Annotated[dict[Name, Annotated[str, PlainValidator(_as_text)]], NULL_IS_
 
 
 def _wrong(error: ErrorDetails) -> str:
-    about = error.get("ctx", {})
-    value, parts = about.get("value", error["input"]), (*error["loc"], *about.get("at", ()))
-    keys = (f".{part}" if str(part).isidentifier() else f"[{json.dumps(part)}]" for part in parts)
+    value = error["input"]
+    keys = (f".{part}" if str(part).isidentifier() else f"[{json.dumps(part)}]" for part in error["loc"])
     place = shortened("".join(keys).removeprefix("."), _PLACE)
     if error["type"] == "missing" or value is None:
-        return f"{place} is {'null' if error['input'] is None else 'missing'}; it is needed"
-    must = about.get("must") or _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
-    return f"{place or 'the whole'} is {_shown(value)}; it must be {must}"
+        return f"{place} is {'null' if value is None else 'missing'}; it is needed"
+    words = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place or 'the whole'} is {_shown(value)}; it must be {_MUST.get(error['type'], words)}"
 
 
 def _shown(value: Any) -> str:

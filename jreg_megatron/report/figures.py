@@ -86,7 +86,6 @@ def drawn(
     looks: Looks | None = None,
     table: Table | str = "",
     form: str = "#.4g",
-    choices: Sequence[Choice] = (),
     convention: str = "",
     band: bool = False,
     rule: float | None = None,
@@ -96,6 +95,7 @@ def drawn(
     Args:
         rows: as for :func:`~.charts.lines`. Values that are not finite are in the table only. There a value
             stands in ``column`` and ``row``, by default its model and its ``x``; with None as ``row`` not.
+            The reader chooses a value of ``state``, and of ``first`` if there are several.
         looks: by label, in order; may have more models.
         table: the table, or its caption; by default the title. ``form`` is the format of its numbers.
     """
@@ -113,14 +113,15 @@ def drawn(
     shown = {label: style for label, style in looks.items() if label in labels}
     found.sort(key=lambda row: not shown[row["model"]].thin)  # what is drawn first lies below
     x, y = x.fitted(means, "x"), y.fitted(means, "y")
+    choices = _choices(rows)
+    chosen = {choice.field: next(iter(choice.options)) for choice in choices}
     if y.scale == "log":
         caption += " The axis is logarithmic: equal distances are equal factors."
-        choices = [*choices, Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"})]
+        choices.append(Choice("scale", "axis", {"log": "logarithmic", "linear": "linear"}))
         floor = min((row["y"] for row in means if row["y"] > 0), default=1e-9) / 2
         for row in means:
             if row.get("low") is not None:
                 row["low"] = max(floor, row["low"])
-    chosen = {choice.field: next(iter(choice.options)) for choice in choices if choice.field != "scale"}
     chart = lines(found, shown, x, y, choices=chosen, band=band, rule=rule)
     if not isinstance(table, Table):
         table = _numbers(table or title, x.title.removeprefix("training "), rows, form)
@@ -186,9 +187,6 @@ def _displacement(
         rows += [row | {"first": kind} | ({} if kind == kinds[0] else {"row": None}) for row in of_kind]
     band = any(row["low"] is not None for row in rows)
     pick = ". Pick a model to see its band." if len({row["model"] for row in rows}) > BANDS else "."
-    choices = [_states(rows)]
-    if len(kinds) > 1:
-        choices.append(Choice("first", "first token of each text", {kind: kind for kind in kinds}))
     about, convention = _about(entries, kinds)
     texts = {tuple(item for item in e.conditions.items() if item[0].startswith("text ")) for _, e in entries}
     return drawn(
@@ -206,7 +204,6 @@ def _displacement(
         PSI,
         looks=looks | paper.looks if paper else looks,
         table=f"Displacement Ψ of each layer, mean over tokens, first token {kinds[0]}",
-        choices=choices,
         convention=convention + (f" {paper.origin(depth)}" if paper else ""),
         band=band,
     )
@@ -217,10 +214,10 @@ def _jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | No
     entries = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
     rows: list[Row] = [
         {"model": label, "x": entry.step, "y": rate, "state": state}
-        | {"column": f"{_named(label, entry, first)}, {STATE_WORDS[state]}"}
+        | {"column": f"{label}, {STATE_WORDS[state]}"}
         for label, entry in entries
         for state in entry.states
-        if entry.step is not None and (rate := entry.block(first).jump_rate.get(state)) is not None
+        if entry.step is not None and (rate := entry.blocks[first].jump_rate.get(state)) is not None
     ]
     about, convention = _about(entries, (first,))
     return drawn(
@@ -233,7 +230,6 @@ def _jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | No
         _RATE,
         looks=looks,
         table=f"Jump rate ζ at each step, first token {first}",
-        choices=(_states(rows),),
         convention=convention,
     )
 
@@ -265,7 +261,7 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
             heat_map(rows, low=low, high=high, height=height),
             _numbers(f"Displacement Ψ by layer and step, first token {first}", "layer", turns[model]),
             {},
-            choices=(_states(rows),),
+            choices=tuple(_choices(rows)),
             convention=convention,
         )
 
@@ -329,6 +325,13 @@ _CURVES = (
         "Final predictions at an exit after each layer",
         f"{_READ_OUT} The share of tokens with the prediction of the whole model.",
         (LAYER, Axis("agreement", zero=True)),
+    ),
+    (
+        "depth_kl",
+        "depth.kl",
+        "How far each layer's prediction is from the final one",
+        f"{_READ_OUT} KL divergence of its distribution over tokens from that of the whole model.",
+        (LAYER, Axis("KL divergence (nats)", scale="auto")),
     ),
     (
         "layer_drop",
@@ -404,51 +407,34 @@ def _turns(entries: Entries, kind: str) -> Iterator[Row]:
 
     In a table the last layer has one row for each of its two states.
     """
-    for label, entry in entries:
-        block = entry.block(kind)
-        for state in entry.states:
-            spreads = block.displacement_std[state] if block.displacement_std else [None] * entry.num_layers
-            turns = zip(block.displacement[state], spreads, strict=True)
-            for layer, (psi, spread) in enumerate(turns, start=1):
+    for label, block in ((label, entry.blocks[kind]) for label, entry in entries if kind in entry.blocks):
+        for state in block.states:
+            turns = block.displacement[state]
+            spreads = block.displacement_std[state] if block.displacement_std else [None] * len(turns)
+            for layer, (psi, spread) in enumerate(zip(turns, spreads, strict=True), start=1):
                 low, high = (None, None) if spread is None else (psi - spread, psi + spread)
-                place = f"{layer}, {STATE_WORDS[state]}" if layer == entry.num_layers else layer
-                yield {
-                    **{"model": label, "x": layer, "y": psi, "low": low, "high": high, "state": state},
-                    **{"column": _named(label, entry, kind), "row": place},
-                }
-
-
-def _named(name: str, entry: Measured, first: str) -> str:
-    """The name of a column; it says so if the first token is not as wanted."""
-    counted = entry.first_for(first)
-    return name if counted == first else f"{name}, first token {counted}"
+                row = f"{layer}, {STATE_WORDS[state]}" if layer == len(turns) else layer
+                found = {"model": label, "x": layer, "y": psi, "low": low, "high": high}
+                yield found | {"state": state, "row": row}
 
 
 def _about(entries: Entries, kinds: Sequence[str]) -> tuple[str, str]:
     """The sentences of a caption on how models were measured, and those under a picture that stands alone.
 
-    They name the first token, the models that were measured only with the other, and those without a final
-    norm. With several ``kinds`` of first token the reader chooses one.
+    They name the first token and the models without a final norm. With several ``kinds`` of first token the
+    reader chooses one.
     """
-    only: dict[str, dict[str, None]] = {}
-    for label, entry in entries:
-        for kind in kinds:
-            if (counted := entry.first_for(kind)) != kind:
-                only.setdefault(counted, {})[label] = None
     said = f"First token of each text {kinds[0]}."
-    about = f" {said}" if len(kinds) == 1 else ""
-    for counted, labels in only.items():
-        about += f" Measured and shown only with the first token {counted}: {', '.join(labels)}."
     without = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
     norm = f" No final norm, so no numbers after it: {', '.join(without)}." if without else ""
-    return about + norm, said + norm
+    return (f" {said}" if len(kinds) == 1 else "") + norm, said + norm
 
 
 def _other_texts(used: Mapping[str, Evaluated]) -> str:
     """The sentence of a caption about models that were evaluated on different texts."""
     texts: dict[str, list[str]] = {}
     for label, entry in used.items():
-        read_out = entry.read_out or entry.lens
+        read_out = entry.read_out or entry.lens or entry.depth
         words = [shortened(read_out.text, 80)] if read_out and read_out.text else []
         words += [f"{read_out.tokens:,} tokens"] if read_out and read_out.tokens is not None else []
         words += [f"max_tokens {entry.how['max tokens']}"] if "max tokens" in entry.how else []
@@ -457,9 +443,14 @@ def _other_texts(used: Mapping[str, Evaluated]) -> str:
     return f" Not comparable, since the texts differ: {each}." if len(texts) > 1 else ""
 
 
-def _states(rows: Sequence[Row]) -> Choice:
-    there = {row["state"] for row in rows}
-    return Choice("state", "last layer", {state: STATE_WORDS[state] for state in STATES if state in there})
+def _choices(rows: Sequence[Row]) -> list[Choice]:
+    """The fields that select rows; the first row has the default."""
+    found = []
+    for name, title in {"state": "last layer", "first": "first token of each text"}.items():
+        values = dict.fromkeys(row[name] for row in rows if name in row)
+        options = {value: STATE_WORDS.get(value, value) for value in values}
+        found += [Choice(name, title, options)] if options and (name == "state" or len(options) > 1) else []
+    return found
 
 
 def _of_runs(models: Sequence[Model]) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts, refuse, within
+from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")
@@ -30,14 +30,12 @@ STATE_WORDS: dict[str | None, str] = {
     "post_norm": "after the final norm",
     None: "before or after the final norm (the logs do not say)",
 }
-FIRST_TOKEN = {"kept": "with_first_token", "dropped": "without_first_token"}
-"""Whether the first token of a text counts, and the block of a measurement for it."""
 _VERSION = 1
 
 
 def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
-        raise refuse("the lower end before the upper end", value=list(ends))
+        raise ValueError("the lower end before the upper end")
     return ends
 
 
@@ -51,7 +49,7 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
     def check(values: list[Any], about: ValidationInfo[Any]) -> list[Any]:
         if len(values) != (length := about.context["layers"] + more):
-            raise refuse(f"a list of {length} numbers")
+            raise ValueError(f"a list of {length} numbers")
         return values
 
     return AfterValidator(check)
@@ -59,16 +57,15 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
 def _version(found: Any) -> Any:
     if isinstance(found, bool) or found != _VERSION:
-        raise refuse(f"{_VERSION}; for a newer file install a newer jreg_megatron")
+        raise ValueError(f"{_VERSION}; for a newer file install a newer jreg_megatron")
     return found
 
 
-_Float = Annotated[float, Field(strict=True)]
-Number = Annotated[_Float, within()]
-Share = Annotated[_Float, within(0, 1)]
-Rate = Annotated[_Float, within(0, 100)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Rate = Annotated[Number, Field(ge=0, le=100)]
 """zeta in hundredths of displacement."""
-Loss = Annotated[_Float, within(0)]
+Loss = Annotated[Number, Field(ge=0)]
 """In nats per token."""
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
@@ -112,9 +109,24 @@ class Block(Part):
     displacement_std: Turns | None = None
     jump_rate: dict[State, Rate | None]
 
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Those of :data:`STATES` with numbers; without a final norm, the first."""
+        return STATES if "post_norm" in {*self.displacement, *self.jump_rate} else STATES[:1]
 
-class Measured(Block, Origin):
-    """One model of a measurement. The numbers outside of blocks belong to ``first_token``."""
+    @model_validator(mode="after")
+    def _has_all_states(self, about: ValidationInfo[Any]) -> Self:
+        has_rate = about.context["layers"] > 1
+        for name in ("displacement", "displacement_std", *(["jump_rate"] if has_rate else [])):
+            found = getattr(self, name)
+            for state in self.states if found is not None else ():
+                if found.get(state) is None:
+                    raise ValueError(f"an object with {name}.{state}")
+        return self
+
+
+class Measured(Origin):
+    """One model of a measurement; ``first_token`` says which of its two blocks the user asked for."""
 
     text: Texts
     texts: Count | None = None
@@ -124,31 +136,25 @@ class Measured(Block, Origin):
     device: Text | None = None
     settings: Texts = {}
     first_token: Literal["kept", "dropped"]
-    with_first_token: Block | None = None
+    with_first_token: Block
     without_first_token: Block | None = None
+
+    @model_validator(mode="after")
+    def _has_its_block(self) -> Self:
+        if self.first_token not in self.blocks:
+            raise ValueError("an object with without_first_token")
+        return self
 
     @cached_property
     def blocks(self) -> dict[str, Block]:
-        """By keys of :data:`FIRST_TOKEN`."""
-        others = {name: getattr(self, key) for name, key in FIRST_TOKEN.items() if name != self.first_token}
-        return {self.first_token: self} | {name: block for name, block in others.items() if block}
-
-    @model_validator(mode="after")
-    def _has_all_states(self) -> Self:
-        for name, block in self.blocks.items():
-            at = () if block is self else (FIRST_TOKEN[name],)
-            for key in ("displacement", "displacement_std", "jump_rate"):
-                found = getattr(block, key)
-                for state in self.states if found is not None else ():
-                    if found.get(state) is None and (key != "jump_rate" or self.num_layers > 1):
-                        raise refuse("there", *at, key, state, value=None)
-        return self
+        """By ``kept`` and ``dropped``, as far as there."""
+        found = {"kept": self.with_first_token, "dropped": self.without_first_token}
+        return {name: block for name, block in found.items() if block}
 
     @property
     def states(self) -> tuple[State, ...]:
-        """Those of :data:`STATES` with numbers."""
-        has_norm = "post_norm" in {*self.displacement, *self.jump_rate}
-        return STATES if has_norm else STATES[:1]
+        """As of a block."""
+        return self.with_first_token.states
 
     @property
     def how(self) -> dict[str, str]:
@@ -166,14 +172,6 @@ class Measured(Block, Origin):
         text = {name: value for name, value in how if name == "dtype" or name.startswith("text ")}
         return {"first token": self.first_token} | text
 
-    def first_for(self, wanted: str) -> str:
-        """``wanted``, a key of :data:`FIRST_TOKEN`, or the other key if only that was measured."""
-        return wanted if wanted in self.blocks else self.first_token
-
-    def block(self, wanted: str) -> Block:
-        """The numbers for :meth:`first_for` ``wanted``."""
-        return self.blocks[self.first_for(wanted)]
-
 
 class Score(Part):
     """A model's result in a task; ``chance`` is the score of a guess."""
@@ -189,7 +187,8 @@ class Score(Part):
 class ReadOut(Part):
     """Predictions behind layers 0..L, read out through the final norm and the head.
 
-    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them.
+    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them; KL
+    is the divergence from the whole model's distribution.
     """
 
     text: Text | None = None
@@ -197,6 +196,7 @@ class ReadOut(Part):
     loss: Annotated[list[Loss], _per_layer(1)] | None = None
     accuracy: Annotated[list[Share], _per_layer(1)] | None = None
     agreement: Annotated[list[Share], _per_layer(1)] | None = None
+    kl: Annotated[list[Loss], _per_layer(1)] | None = None
 
 
 class LayerDrop(Part):
@@ -215,6 +215,7 @@ class Evaluated(Origin):
     read_out: ReadOut | None = None
     lens: ReadOut | None = None
     layer_drop: LayerDrop | None = None
+    depth: ReadOut | None = None
 
     @property
     def how(self) -> dict[str, str]:
@@ -230,8 +231,9 @@ class Evaluated(Origin):
         """Numbers by layer; empty if they are not known.
 
         Args:
-            what: ``read_out.loss``, ``lens.loss``, ``read_out.accuracy`` or ``read_out.agreement`` of layers
-                0..L; or ``layer_drop``, the rise of the loss without one of layers 1..L.
+            what: ``read_out.loss``, ``lens.loss``, ``read_out.accuracy``, ``read_out.agreement`` or
+                ``depth.kl`` of layers 0..L; or ``layer_drop``, the rise of the loss without one of layers
+                1..L.
         """
         part, _, name = what.partition(".")
         found = getattr(self, part, None)

@@ -100,7 +100,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
     turns = dict(zip(STATES, ("last Ψ before the final norm", "last Ψ after it"), strict=True))
     row |= dict.fromkeys((*rates.values(), *turns.values(), "validation loss"), NOTHING)
 
-    def put(column: str, value: float | None, mark: str) -> None:
+    def put(column: str, value: float | None, mark: str = "") -> None:
         row[column] = NOTHING if value is None else number(value, LOSS if "loss" in column else "#.4g") + mark
 
     def at_step(value: int) -> str:
@@ -108,11 +108,9 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
         return "" if value == step else f" (step {value:,})"
 
     if entry:
-        counted = entry.first_for(first)
-        mark = "" if counted == first else f" (first token {counted})"
         for state in entry.states:
-            put(rates[state], entry.block(first).jump_rate.get(state), mark)
-            put(turns[state], entry.block(first).displacement[state][-1], mark)
+            put(rates[state], entry.blocks[first].jump_rate.get(state))
+            put(turns[state], entry.blocks[first].displacement[state][-1])
     if run:
         at = run.iterations.index(step) if step in run.iterations else -1
         put("validation loss", run.validation_loss[at], at_step(run.iterations[at]))

@@ -24,7 +24,7 @@ from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import note
 from jreg_megatron.stream.anatomy import layers_of, sublayers_of
-from jreg_megatron.stream.settings import LAYER_RULES, flags_of
+from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
 
 _OTHER_MODELS = {
     "spec": ("has layers of its own (--spec)", None),
@@ -98,15 +98,14 @@ def pattern_of(arguments: dict[str, Any]) -> str | None:
     return "" if pattern is None and arguments.get("is_hybrid_model") else pattern
 
 
-def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
-    """Refuse a checkpoint whose model is neither a ``GPTModel`` nor a hybrid one of the same layers, or is
-    changed by a method that is not known here.
+def known_changes(arguments: dict[str, Any], what: str) -> tuple[Settings, ...]:
+    """The methods that have changed a checkpoint's model. Refuses what cannot be run here: a model that is
+    neither a ``GPTModel`` nor a hybrid one of the same layers, or was changed by a method not known here.
 
     Raises:
         UserError: naming what it is, and the tool that can export it.
     """
-    settings = known.settings_in(Namespace(**arguments))
-    changes = [of_one for of_one in settings if of_one.changes_model or of_one.changes_modules]
+    changes = known.changes_in(Namespace(**arguments))
     if unknown := [of_one for of_one in changes if type(of_one) not in _CHANGES]:
         raise UserError(
             f"{what} was trained with {flags_of(unknown, '')}, by which "
@@ -122,6 +121,7 @@ def refuse_other_models(arguments: dict[str, Any], what: str) -> None:
             f"{what} {is_one}, which Megatron's torch-only layers cannot run; {instead}, and name the "
             "Hugging Face folder"
         )
+    return changes
 
 
 def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:

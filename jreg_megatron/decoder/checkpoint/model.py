@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.checkpoint.arguments import (
+    known_changes,
     model_arguments,
     refuse_other_layers,
-    refuse_other_models,
     tell_once,
 )
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
 from jreg_megatron.mcore.one_process import single_process
-from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
 from jreg_megatron.stream.anatomy import described_layers
@@ -86,8 +85,7 @@ def decoder_of(
     it is not known, all rows count and the user gets a note.
     """
     arguments = checkpoint.arguments
-    refuse_other_models(arguments, str(checkpoint.folder))
-    padded, changes = checkpoint.rows, known.changes_in(Namespace(**arguments))
+    padded, changes = checkpoint.rows, known_changes(arguments, str(checkpoint.folder))
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
         single_process()
