@@ -2006,13 +2006,13 @@ FAULTS = [
     Fault(
         "count a step's conversations on one GPU alone",
         "sft/__main__.py",
-        (("return batch // (gpus * micro_batch)", "return batch // micro_batch"),),
+        (("at_a_time = options.gpus * micro_batch", "at_a_time = micro_batch"),),
         SFT,
     ),
     Fault(
         "fine-tune with less than the batch where GPUs cannot share it",
         "sft/__main__.py",
-        (("    if batch % (gpus * micro_batch):", "    if False:"),),
+        (("    if rest:", "    if False:"),),
         SFT,
     ),
     Fault(
