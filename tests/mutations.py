@@ -2080,8 +2080,8 @@ FAULTS = [
         "claims/evidence.py",
         (
             (
-                "    if coeff > 0:\n        for name in _THE_PAPERS:",
-                "    if False:\n        for name in _THE_PAPERS:",
+                "for name in _THE_PAPERS if run.coeff > 0 else ():",
+                "for name in ():",
             ),
         ),
         CLAIMS,
@@ -2117,7 +2117,7 @@ FAULTS = [
     ),
     Fault(
         "take half an evaluation for a whole one",
-        "claims/evaluating.py",
+        "claims/experiment.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),
