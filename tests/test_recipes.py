@@ -743,19 +743,9 @@ def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
-    words = [
-        "--recipe",
-        "x.sh",
-        "--variant",
-        "jreg",
-        "--run",
-        "x",
-        "--nodes",
-        environment["NODES"],
-        "--gpus",
-        environment["GPUS"],
-    ]
-    request = read([*words, "--tokens", "1", "--", ":::", container["args"][1]])
+    words = "--recipe x.sh --variant jreg --run x --tokens 1 --epochs 1 --tflops 1".split()
+    words += ["--nodes", environment["NODES"], "--gpus", environment["GPUS"]]
+    request = read([*words, "--", ":::", container["args"][1]])
     assert request.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
     # A pod of an indexed job is called JOB-INDEX, and found as JOB-INDEX.SERVICE.
     name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
