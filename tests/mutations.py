@@ -2018,13 +2018,13 @@ FAULTS = [
     Fault(
         "count a step's conversations on one GPU alone",
         "sft/__main__.py",
-        (("return batch // (gpus * micro_batch)", "return batch // micro_batch"),),
+        (("at_a_time = options.gpus * micro_batch", "at_a_time = micro_batch"),),
         SFT,
     ),
     Fault(
         "fine-tune with less than the batch where GPUs cannot share it",
         "sft/__main__.py",
-        (("    if batch % (gpus * micro_batch):", "    if False:"),),
+        (("    if rest:", "    if False:"),),
         SFT,
     ),
     Fault(
@@ -2092,8 +2092,8 @@ FAULTS = [
         "claims/evidence.py",
         (
             (
-                "    if coeff > 0:\n        for name in _THE_PAPERS:",
-                "    if False:\n        for name in _THE_PAPERS:",
+                "for name in _THE_PAPERS if run.coeff > 0 else ():",
+                "for name in ():",
             ),
         ),
         CLAIMS,
@@ -2164,7 +2164,7 @@ FAULTS = [
     ),
     Fault(
         "take half an evaluation for a whole one",
-        "claims/evaluating.py",
+        "claims/experiment.py",
         (('        part = file.with_name(f".{file.name}")', "        part = file"),),
         CLAIMS,
     ),

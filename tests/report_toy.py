@@ -185,6 +185,18 @@ def write(path: Path, document: Any) -> Path:
     return path
 
 
+BITS_PER_BYTE = {"metric": "bits_per_byte", "higher_is_better": False, "chance": None}
+
+
+def evaluation_of(source: Path | str, step: int, scores: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    """What ``evaluate --json`` writes of one model of eight layers; ``scores`` are of tasks by name."""
+    usual = {"metric": "acc", "interval": None, "samples": 72, "higher_is_better": True, "chance": 0.25}
+    model = {"name": "model", "source": str(source), "kind": "megatron", "revision": None, "step": step}
+    model |= {"num_layers": 8, "tasks": {task: usual | score for task, score in scores.items()}}
+    head = {"format": "jreg_megatron evaluation", "version": 1, "versions": {}, "comparison": None}
+    return head | {"models": [model | parts]}
+
+
 def write_events(
     folder: Path,
     losses: Mapping[int, float],

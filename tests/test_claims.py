@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from report_toy import Page, write_events
+from report_toy import BITS_PER_BYTE, Page, evaluation_of, write_events
 from scipy import stats
 
-from jreg_megatron.claims import evaluating
+from jreg_megatron.claims import experiment
 from jreg_megatron.claims.__main__ import main
 from jreg_megatron.claims.evidence import evaluation_name, find, gather
 from jreg_megatron.claims.rules import Claim, Question
-from jreg_megatron.claims.toy import Plan
+from jreg_megatron.claims.toy import runs as toys_of
 from jreg_megatron.demo.data import DemoData
 from jreg_megatron.demo.training import Run, run_logged, train_all
 from jreg_megatron.paper import TASKS
@@ -117,29 +117,20 @@ def evaluation(seed: int, jreg: bool, tasks: Mapping[str, float] | None = None) 
     read_out = [value - off * (1 + layer / 10) for layer, value in enumerate(loss[:-1])] + [loss[-1]]
     lens = [value + off / 10 for value in loss[:-1]] + [loss[-1]]
     drop = [2.2 + 1.0, *(2.2 + 0.1 + off / (9 - layer) for layer in range(2, 9))]
-    scores = {
-        "speeches_last_word": {"metric": "acc", "value": 0.4 + off / 10, "chance": 0.25},
-        "speeches_bits_per_byte": {"metric": "bits_per_byte", "value": 2.0 + off / 100, "chance": None},
+    scores: dict[str, Any] = {
+        "speeches_last_word": {"value": 0.4 + off / 10},
+        "speeches_bits_per_byte": BITS_PER_BYTE | {"value": 2.0 + off / 100},
     }
     if tasks is not None:
-        scores = {task: {"metric": "acc", "value": value, "chance": 0.25} for task, value in tasks.items()}
-    return {
-        **{"format": "jreg_megatron evaluation", "version": 1, "versions": {}, "comparison": None},
-        "models": [
-            {
-                **{"name": "model", "source": "", "kind": "megatron", "revision": None, "step": 800},
-                "num_layers": 8,
-                "tasks": {
-                    task: {"interval": None, "samples": 72, "higher_is_better": score["chance"] is not None}
-                    | score
-                    for task, score in scores.items()
-                },
-                "read_out": {"text": "speeches", "loss": read_out},
-                "lens": {"text": "speeches", "loss": lens},
-                "layer_drop": {"loss": drop, "unchanged": 2.2},
-            }
-        ],
-    }
+        scores = {task: {"value": value} for task, value in tasks.items()}
+    return evaluation_of(
+        "",
+        800,
+        scores,
+        read_out={"text": "speeches", "loss": read_out},
+        lens={"text": "speeches", "loss": lens},
+        layer_drop={"loss": drop, "unchanged": 2.2},
+    )
 
 
 def judge(
@@ -365,7 +356,7 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
         Path(words[words.index("--json") + 1]).write_text(json.dumps(evaluation(1, False)))
         raise UserError("out of memory")
 
-    monkeypatch.setattr(evaluating, "run_logged", fails)
+    monkeypatch.setattr(experiment, "run_logged", fails)
     with pytest.raises(SystemExit):
         main(["--runs", str(runs), "--output", str(tmp_path / "out")])
     assert [file.name for file in (tmp_path / "out" / "evaluations").glob("[!.]*.json")] == ["words.json"]
@@ -374,16 +365,16 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--seeds", "0"], "--seeds is 0; it must be >= 1"),
-        (["--steps", "30"], "--steps is 30; it must be >= 32"),
+        (["--seeds", "0"], "--seeds is 0; it must be a whole number >= 1"),
+        (["--steps", "30"], "--steps is 30; it must be a whole number >= 32"),
         (["--steps", "50"], "--steps is 50; it must be a multiple of 4"),
         (["--runs", "empty", "--steps", "40"], "--steps is 40, but --runs trains nothing"),
         (["--runs", "empty", "--", "--taks", "paper"], "--taks"),
         (["--runs", "empty", "--", "--json", "x.json"], "names --json, which claims sets"),
-        (["--jobs", "0"], "--jobs is 0; it must be >= 1"),
+        (["--jobs", "0"], "--jobs is 0; it must be a whole number >= 1"),
         (["--", "--tasks", "paper"], "--tasks paper behind -- needs --runs"),
-        (["--output", "file"], "--output is file, which cannot be made"),
-        (["--output", "full"], "--output is full, where claims.html is a folder"),
+        (["--output", "file"], "--output is file/claims.html, but there is no folder"),
+        (["--output", "full"], "--output is full/claims.html, which is a folder"),
         (["--runs", "empty"], "--runs names empty, which has no folder tensorboard"),
     ],
 )
@@ -411,8 +402,8 @@ def test_evaluations_with_other_words_are_not_mixed(runs: Path, tmp_path: Path) 
 
 
 def test_the_toys_are_paired_and_see_equally_many_tokens(tmp_path: Path) -> None:
-    toys = Plan(steps=2000, seeds=10).runs(tmp_path)
-    pairs = {(run.seed, run.config.coeff, run.config.alpha) for run in toys if "batch8_" in run.name}
+    toys = toys_of(tmp_path, steps=2000, seeds=10)
+    pairs = {(run.seed, run.coeff, run.alpha) for run in toys if "batch8_" in run.name}
     assert {(seed, coeff, 1.0) for seed in range(1, 11) for coeff in (0.0, 1.0)} <= {
         (seed, coeff, alpha if coeff else 1.0) for seed, coeff, alpha in pairs
     }
@@ -421,7 +412,7 @@ def test_the_toys_are_paired_and_see_equally_many_tokens(tmp_path: Path) -> None
         run.iterations * int(size["--global-batch-size"]) for run, size in zip(toys, sizes, strict=True)
     }
     assert tokens == {16000}
-    alphas = {run.config.alpha for run in toys if run.config.coeff and run.seed <= 3}
+    alphas = {run.alpha for run in toys if run.coeff and run.seed <= 3}
     assert alphas == {0.0, 0.1, 0.3, 0.5, 1.0, 3.0}
     assert len({run.name for run in toys}) == len(toys) == 41
 
@@ -448,8 +439,7 @@ class FakeRun(Run):
 @pytest.fixture
 def fakes(tmp_path: Path) -> list[FakeRun]:
     FakeRun.trained, FakeRun.now, FakeRun.most = [], [], 0
-    config = Plan(seeds=1).runs(tmp_path)[0].config
-    return [FakeRun(f"run{n}", config, 10, tmp_path / f"run{n}") for n in range(5)]
+    return [FakeRun(f"run{n}", 10, tmp_path / f"run{n}") for n in range(5)]
 
 
 def train(runs: Sequence[Run]) -> None:
@@ -468,7 +458,7 @@ def test_as_many_runs_as_asked_train_side_by_side_and_finished_ones_never_again(
 
 
 def test_a_failed_run_is_told_and_finished_ones_are_kept(fakes: list[FakeRun], tmp_path: Path) -> None:
-    bad = FakeRun("bad", fakes[0].config, 10, tmp_path / "bad")
+    bad = FakeRun("bad", 10, tmp_path / "bad")
     with pytest.raises(UserError, match="the bad run ended"):
         train([fakes[0], fakes[1], bad, fakes[2]])
     assert {"run0", "run1"} <= set(FakeRun.trained)
@@ -480,7 +470,7 @@ def test_finished_runs_of_other_settings_are_refused_before_anything_trains(
     fakes: list[FakeRun], tmp_path: Path
 ) -> None:
     train(fakes[:1])
-    longer = FakeRun("run0", fakes[0].config, 20, fakes[0].folder)
+    longer = FakeRun("run0", 20, fakes[0].folder)
     with pytest.raises(UserError, match="run0 was trained with other settings"):
         train([fakes[1], longer])
     assert FakeRun.trained == ["run0"]

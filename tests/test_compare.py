@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from report_toy import Page, write_events
+from harness import read_scalars
+from report_toy import BITS_PER_BYTE, Page, evaluation_of, write_events
 from scipy import stats
 
-from jreg_megatron.claims import evaluating
+from jreg_megatron.claims import experiment
 from jreg_megatron.compare.__main__ import WORDS, main
 from jreg_megatron.compare.ways import WAYS, Plan
 from jreg_megatron.demo import training
@@ -60,9 +64,9 @@ def test_a_way_and_its_baseline_differ_by_the_method_alone(tmp_path: Path) -> No
         of_method = [word for word in way.flags[len(base.flags) - 1 :] if word.startswith("--")]
         prefix = f"--{name.partition('_')[0]}-"
         if name == "jreg":
-            assert way.flags == base.flags and (way.config.coeff, way.config.alpha) == (1.0, 1.0)
+            assert way.flags == base.flags and (way.coeff, way.alpha) == (1.0, 1.0)
             continue
-        assert way.config == base.config and way.config.coeff == 0
+        assert way.coeff == base.coeff == 0
         assert [word for word in base.flags if word not in way.flags] == []
         assert of_method and all(
             word.startswith((prefix, "--init-fan-in", "--log-timers")) for word in of_method
@@ -102,7 +106,10 @@ def finish(
         f"attenuation/kept_layer_{n:02d} validation": {STEPS // 2: 0.5, STEPS: value}
         for n, value in enumerate(kept, 1)
     }
-    write_events(run.tensorboard, losses, displacement=psi(last), jump_rate=1.0, more=more)
+    settings = {"seed": run.seed, "jreg_coeff": run.coeff, "jreg_alpha": run.alpha, "train_iters": STEPS}
+    settings |= {"global_batch_size": 8, "seq_length": 64}
+    logged = {name: str(value) for name, value in settings.items()}
+    write_events(run.tensorboard, losses, settings=logged, displacement=psi(last), jump_rate=1.0, more=more)
     run.checkpoints.mkdir()
     run.log.write_text(" > number of parameters on (tensor, pipeline) model parallel rank (0, 0): 1000\n")
     run.finished_file.write_text(json.dumps(run.settings))
@@ -110,29 +117,16 @@ def finish(
 
 def evaluation(run: Run, off: float) -> dict[str, Any]:
     loss = [3.0 - 0.1 * layer + off for layer in range(9)]
-    score = {"interval": None, "samples": 72}
-    return {
-        **{"format": "jreg_megatron evaluation", "version": 1, "versions": {}, "comparison": None},
-        "models": [
-            {
-                **{"name": "model", "source": str(run.checkpoints), "kind": "megatron", "revision": None},
-                **{"step": STEPS, "num_layers": 8},
-                "tasks": {
-                    "speeches_last_word": score
-                    | {"metric": "acc", "value": 0.4 - off, "higher_is_better": True, "chance": 0.25},
-                    "speeches_bits_per_byte": score
-                    | {
-                        "metric": "bits_per_byte",
-                        "value": 2.0 + off,
-                        "higher_is_better": False,
-                        "chance": None,
-                    },
-                },
-                "read_out": {"text": "speeches", "loss": loss},
-                "lens": {"text": "speeches", "loss": [value + off for value in loss]},
-            }
-        ],
-    }
+    return evaluation_of(
+        run.checkpoints,
+        STEPS,
+        {
+            "speeches_last_word": {"value": 0.4 - off},
+            "speeches_bits_per_byte": BITS_PER_BYTE | {"value": 2.0 + off},
+        },
+        read_out={"text": "speeches", "loss": loss},
+        lens={"text": "speeches", "loss": [value + off for value in loss]},
+    )
 
 
 @pytest.fixture
@@ -176,7 +170,7 @@ def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("jreg_megatron.demo.data.prepare", lambda *_, **__: None)
     monkeypatch.setattr(training, "run_logged", fails)
-    monkeypatch.setattr(evaluating, "run_logged", fails)
+    monkeypatch.setattr(experiment, "run_logged", fails)
 
 
 def of(found: dict[str, Any], family: str, way: str) -> dict[str, Any]:
@@ -272,48 +266,30 @@ def test_what_is_missing_is_done_and_nothing_else(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
+    again = plan.run("lns", 2)
 
-    async def notes(what: str, *_: Any) -> None:
+    async def notes(what: str, words: list[str], *_: Any) -> None:
         started.append(what)
+        if "--json" in words:
+            Path(words[words.index("--json") + 1]).write_text(json.dumps(evaluation(again, 0.0)))
 
     async def trains(self: Run, *_: Any) -> None:
         started.append(self.name)
         finish(self, {100: 4.0, STEPS: 3.0}, 0.05, 0.1)
 
-    plan.run("lns", 2).finished_file.unlink()
+    again.finished_file.unlink()
     plan.exported_teacher.rmdir()
     monkeypatch.setattr("jreg_megatron.compare.__main__.run_logged", notes)
+    monkeypatch.setattr(experiment, "run_logged", notes)
     monkeypatch.setattr(Run, "train", trains)
-    main(
-        [
-            "--output",
-            str(tmp_path / "out"),
-            "--steps",
-            str(STEPS),
-            "--seeds",
-            str(SEEDS),
-            "--train-only",
-            "--quiet",
-        ]
-    )
-    assert started == ["exporting the teacher", "lns_seed2"]
-    assert not (tmp_path / "out" / "compare.json").exists()
-
-
-def test_runs_of_other_settings_are_refused(
-    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["--output", str(tmp_path / "out"), "--steps", "500", "--seeds", "1", "--ways", "jreg"])
-    assert "was trained with other settings" in capsys.readouterr().err
+    compare(tmp_path, "--quiet")
+    assert started == ["exporting the teacher", "lns_seed2", f"evaluating {again.folder}"]
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["--steps", "49"], "--steps is 49"),
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--jobs", "0"], "--jobs is 0"),
         (["--ways", "jrge"], "invalid choice: 'jrge'"),
     ],
 )
@@ -326,10 +302,48 @@ def test_a_mistake_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_the_place_of_the_page_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out" / "compare.html").mkdir(parents=True)
-    with pytest.raises(SystemExit):
-        main(["--output", str(tmp_path / "out")])
-    assert "where compare.html is a folder; name another" in capsys.readouterr().err
+def test_help_of_what_trains_toys_and_recipes_comes_without_torch() -> None:
+    code = (
+        "import contextlib, runpy, sys\n"
+        "for tool in ('claims', 'compare', 'demo', 'sft', 'sweep'):\n"
+        "    sys.argv = [tool, '--help']\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        runpy.run_module(f'jreg_megatron.{tool}', run_name='__main__')\n"
+        "print(sorted({'torch', 'transformers', 'megatron'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n") and out.count("usage: ") == 5
+
+
+@pytest.mark.slow
+def test_ways_are_trained_evaluated_and_compared_also_after_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jreg_megatron.compare", "--ways", "jreg", "let", "--steps", "50"]
+    command += ["--seeds", "1", "--output", str(out), "--data", str(tmp_path / "data"), "--quiet"]
+    with subprocess.Popen(command) as cut_off:
+        while not (out / "runs" / "baseline_seed1" / "finished.json").exists():
+            assert cut_off.poll() is None
+            time.sleep(0.1)
+        cut_off.kill()
+
+    def finished() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in out.rglob("finished.json")}
+
+    before = finished()
+    subprocess.run(command, check=True)
+    whole = finished()
+    assert before.keys() < whole.keys() and before.items() <= whole.items()
+    subprocess.run(command, check=True)
+    assert finished() == whole  # there was nothing left to train
+
+    found = json.loads((out / "compare.json").read_text())
+    assert len(found["runs"]) == len(whole) == 4 and found["notes"] == []
+    ends = {
+        way: read_scalars(out / "runs" / f"{way}_seed1" / "tensorboard")["lm loss validation"][-1]
+        for way in ("baseline", "jreg", "let")
+    }
+    for way in ("jreg", "let"):
+        assert of(found, "loss", way)["by_seed"] == {"1": pytest.approx(ends[way] - ends["baseline"])}
+        for family in ("early_exit", "lens", "task", "bits"):
+            assert of(found, family, way)["found"] is not None
+    assert Page(out / "compare.html").sections == ["overview", *found["families"], "published", "how"]

@@ -89,7 +89,6 @@ def test_counts_and_split_are_the_documented_ones(demo: DemoData, speeches: dict
     held_out = sorted({int(name[:4]) for name in speeches if data.is_validation(name)})
     assert held_out == [year for year in range(1799, 2025, 15) if year != 2009]  # 2009 had no speech
     assert len({year % 4 for year in held_out}) == 4, "one phase of the four-year term is never held out"
-    assert (demo.train_documents, demo.validation_documents) == (233, 16)
     assert (demo.train_tokens, demo.validation_tokens) == (2_686_771, 185_035)
 
 
@@ -197,14 +196,6 @@ def test_tokenizer_never_saw_the_held_out_years(
     other = prepare(tmp_path, progress=False)
     assert other.validation_tokens != demo.validation_tokens
     assert other.tokenizer_model.read_bytes() == demo.tokenizer_model.read_bytes()
-
-
-@pytest.mark.parametrize("text", ["", "plain", "  two  spaces \n\n\ttab ", "漢字 🙂 ñ", "\x00\x7f"])
-def test_any_text_encodes_without_loss(demo: DemoData, text: str) -> None:
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(demo.tokenizer_model))
-    ids = tokenizer.encode(text)
-    assert tokenizer.unk_id() not in ids
-    assert tokenizer.decode(ids) == text
 
 
 def test_megatron_reads_it_with_the_given_flags(

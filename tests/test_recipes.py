@@ -447,13 +447,15 @@ def test_an_optimizer_whose_package_is_missing_is_refused_and_in_a_dry_run_named
 def test_a_run_that_is_complete_says_so_and_starts_nothing(
     demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = words_of("llama_170m", "jreg", "--dry-run", *SHORT, DATA=demo_data, RUN=tmp_path, TOKENS=10**6)
+    knobs = {"DATA": demo_data, "RUN": tmp_path, "TOKENS": 10**6}
+    words = words_of("llama_170m", "jreg", "--dry-run", *SHORT, **knobs)
     _, flags = ranks_and_flags(plan(words).output[0])
     assert flags[flags.index("--train-iters") + 1] == "1"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
-    printed = plan(words).output[0]
-    assert "going on from iteration 1" in printed
+    assert "going on from iteration 1" in plan(words).output[0]
+    started = plan(words_of("llama_170m", "jreg", *SHORT, **knobs)).output[0]
+    assert started.endswith("has all of its 1 iterations: nothing to do\n")
 
 
 def blend_of(path: Path, *parts: object) -> Path:
@@ -741,19 +743,9 @@ def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
-    words = [
-        "--recipe",
-        "x.sh",
-        "--variant",
-        "jreg",
-        "--run",
-        "x",
-        "--nodes",
-        environment["NODES"],
-        "--gpus",
-        environment["GPUS"],
-    ]
-    request = read([*words, "--tokens", "1", "--", ":::", container["args"][1]])
+    words = "--recipe x.sh --variant jreg --run x --tokens 1 --epochs 1 --tflops 1".split()
+    words += ["--nodes", environment["NODES"], "--gpus", environment["GPUS"]]
+    request = read([*words, "--", ":::", container["args"][1]])
     assert request.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
     # A pod of an indexed job is called JOB-INDEX, and found as JOB-INDEX.SERVICE.
     name, subdomain = job["metadata"]["name"], service["metadata"]["name"]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from data_toy import documents
 
+from jreg_megatron.recipe import machine
 from jreg_megatron.runtime.errors import EXIT_CODE, LINE_START
 from jreg_megatron.sft import __main__ as sft
 
@@ -232,7 +233,7 @@ def test_a_run_goes_on_by_itself_and_says_when_it_is_complete(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sft.machine.Gpus, "of_this_node", lambda: sft.machine.Gpus(8))
+    monkeypatch.setattr(machine.Gpus, "of_this_node", lambda: machine.Gpus(8))
     words = words_of(toy, DATA=chats(tmp_path / "chats.jsonl", CHAT), STEPS=5)
     run = tmp_path / "run"
     sft.main(words)

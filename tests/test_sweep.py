@@ -17,7 +17,6 @@ import psutil
 import pytest
 import report_toy
 
-from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.charts import Chart
 from jreg_megatron.report.reading import read
 from jreg_megatron.runtime.last_error import LastError
@@ -192,7 +191,6 @@ PSI = {"baseline": [0.2, 0.01, 0.03], "jreg": [0.2, 0.02, 0.015]}
 def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("scipy")
     base, with_jreg = {1: 3.0, 2: 3.25, 3: 3.5}, {1: 2.5, 2: 3.0, 3: 3.0}
     toy.plan(
         {f"baseline_seed{s}": {"loss": loss, "psi": PSI["baseline"]} for s, loss in base.items()}
@@ -230,7 +228,6 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
 def test_one_seed_and_an_interval_around_zero_are_not_called_a_difference(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("scipy")
     words = (toy.recipe, "--coeff", 0.1, "--output", toy.folder / "out")
     toy.plan({f"baseline_seed{s}": {"loss": loss} for s, loss in ((1, 3.5), (2, 2.9))})
     assert sweep(*words, "--seeds", 1) == 0
@@ -238,15 +235,6 @@ def test_one_seed_and_an_interval_around_zero_are_not_called_a_difference(
     assert read_summary(toy.folder / "out")["settings"][0]["difference_to_baseline"]["low"] is None
     assert sweep(*words, "--seeds", 2) == 0
     assert "The interval contains 0" in " ".join(capsys.readouterr().out.split())
-
-
-def test_without_scipy_the_interval_is_the_smallest_and_the_largest_seed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.special", None)
-    assert Estimate.of([1.0, 4.0, 2.5]) == Estimate(2.5, 1.0, 4.0, 3)
-    assert Estimate.of([1.5]) == Estimate(1.5, None, None, 1)
-    assert Estimate.of([]) is None
 
 
 def root_cause(rank: int, traceback: str) -> list[str]:
@@ -400,7 +388,7 @@ def test_a_sweep_goes_on_with_the_knobs_it_began_with(
         "lambda 0": (["RECIPE", "--coeff", 0, 1], "--coeff names 0, the baseline"),
         "a lambda twice": (["RECIPE", "--coeff", 0.1, 1, "1e-1"], "--coeff names 0.1 twice"),
         "a seed twice": (["RECIPE", "--coeff", 1, "--seeds", 1, 1], "--seeds names 1 twice"),
-        "seed 0": (["RECIPE", "--coeff", 1, "--seeds", 0], "--seeds names 0"),
+        "seed 0": (["RECIPE", "--coeff", 1, "--seeds", 0], "--seeds is 0; it must be"),
         "a flag of the sweep's": (["RECIPE", "--coeff", 1, "--", "--seed=4"], "--seed stands behind --"),
         "an unknown flag of JREG": (
             ["RECIPE", "--coeff", 1, "--", "--jreg-final-sate", "post_norm"],
@@ -450,7 +438,7 @@ def test_a_file_that_is_no_sweep_is_refused_in_one_line(
     assert sweep("--output", toy.folder) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "sweep.json" in said and expected in said and "--output is" in said
+    assert "sweep.json" in said and expected in said
 
 
 @pytest.mark.parametrize(

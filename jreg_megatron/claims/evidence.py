@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from jreg_megatron.methods import known
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.report.check import checked
-from jreg_megatron.report.inputs import Evaluated, History
+from jreg_megatron.report.inputs import Evaluated, History, Score
 from jreg_megatron.report.reading import read, read_history
 from jreg_megatron.runtime.errors import UserError
 
@@ -79,6 +79,15 @@ class Trained:
     evaluated: Evaluated | None = None
 
     @property
+    def tasks(self) -> Mapping[str, Score]:
+        """Its results in tasks; empty if it is not evaluated."""
+        return self.evaluated.tasks if self.evaluated else {}
+
+    def by_layer(self, what: str) -> dict[int, float]:
+        """:meth:`.Evaluated.by_layer`; empty if it is not evaluated."""
+        return self.evaluated.by_layer(what) if self.evaluated else {}
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the trained model."""
         return self.folder / "checkpoints"
@@ -89,30 +98,29 @@ class Trained:
         return self.history.iterations[-1]
 
     @property
+    def rises(self) -> list[float]:
+        """Psi of the last layer minus Psi of the layer before, x 100, at each validation."""
+        return [100 * (psi[-1] - psi[-2]) for psi in self.history.profiles]
+
+    @property
     def rise(self) -> float:
-        """:func:`rise` at the end."""
-        return rise(self.history.displacement)
+        """The last of :attr:`rises`; zeta_L if it is above 0."""
+        return self.rises[-1]
 
-    def rise_at(self, share: float) -> float | None:
-        """:func:`rise` at a share of the steps; None if no validation is near."""
-        found = self.index_at(share)
-        return None if found is None else rise(self.history.profiles[found])
+    @property
+    def shares(self) -> list[float]:
+        """The share of the steps that is done at each validation."""
+        return [step / self.steps for step in self.history.iterations]
 
-    def index_at(self, share: float) -> int | None:
-        """The place in :attr:`history` of the validation at a share of the steps; None if none is near."""
-        away = [abs(step - share * self.steps) for step in self.history.iterations]
-        nearest = min(away)
-        return away.index(nearest) if nearest <= _NEAR * self.steps else None
+    def at(self, share: float, values: Sequence[float]) -> float | None:
+        """The one of ``values``, one for each validation, at a share of the steps; None if none is near."""
+        done, value = min(zip(self.shares, values, strict=True), key=lambda point: abs(point[0] - share))
+        return value if abs(done - share) <= _NEAR else None
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
         """zeta at the end, of the layer that is so many layers below the last."""
         psi = torch.tensor(self.history.displacement, dtype=torch.float64)
         return float(jump_rate(psi, len(psi) - layers_below_last))
-
-
-def rise(profile: Sequence[float]) -> float:
-    """Psi of the last layer minus Psi of the layer before, times 100; zeta_L if it is above 0."""
-    return 100 * (profile[-1] - profile[-2])
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Evidence:
     @property
     def baseline(self) -> dict[int, Trained]:
         """By seed, with :attr:`batch`."""
-        return self._of(None, self.batch)
+        return self.by_seed(None)
 
     @property
     def num_layers(self) -> int:
@@ -145,23 +153,15 @@ class Evidence:
         found = {run.alpha for run in self.runs if run.coeff == 1 and run.batch == self.batch}
         return sorted(alpha for alpha in found if alpha is not None)
 
-    def jreg(self, alpha: float = 1.0) -> dict[int, Trained]:
-        """By seed, the runs with lambda 1 and :attr:`batch`."""
-        return self._of(alpha, self.batch)
+    def by_seed(self, alpha: float | None, batch: int | None = None) -> dict[int, Trained]:
+        """The runs with lambda 1, or the baselines for None, by default with :attr:`batch`."""
+        wanted = (alpha, 0 if alpha is None else 1, batch or self.batch)
+        return {run.seed: run for run in self.runs if (run.alpha, run.coeff, run.batch) == wanted}
 
     @property
     def pairs(self) -> dict[int, tuple[Trained, Trained]]:
         """By seed, the baseline and JREG at the paper's lambda 1 and alpha 1."""
         return self._pairs(self.batch)
-
-    @property
-    def evaluated(self) -> dict[int, tuple[Evaluated, Evaluated]]:
-        """The evaluations of :attr:`pairs`, where both are there."""
-        return {
-            seed: (base.evaluated, jreg.evaluated)
-            for seed, (base, jreg) in self.pairs.items()
-            if base.evaluated and jreg.evaluated
-        }
 
     @property
     def batches(self) -> dict[int, dict[int, Trained]]:
@@ -185,7 +185,7 @@ class Evidence:
             elif run.coeff == 1 and run.batch != self.batch:
                 why = f"JREG is judged at batch {self.batch}, which most pairs have"
             said += [f"{run.folder} counts for no claim: {why}."] if why else []
-        if unpaired := sorted({*self.baseline, *self.jreg()} - pairs.keys()):
+        if unpaired := sorted({*self.baseline, *self.by_seed(1.0)} - pairs.keys()):
             said.append(f"Seeds {', '.join(map(str, unpaired))} have no baseline, or no JREG at alpha 1.")
         said += [
             f"{run.folder} and its pair are not evaluated: it has no checkpoints folder."
@@ -196,12 +196,8 @@ class Evidence:
         return said
 
     def _pairs(self, batch: int) -> dict[int, tuple[Trained, Trained]]:
-        base, jreg = self._of(None, batch), self._of(1.0, batch)
+        base, jreg = self.by_seed(None, batch), self.by_seed(1.0, batch)
         return {seed: (run, jreg[seed]) for seed, run in base.items() if seed in jreg}
-
-    def _of(self, alpha: float | None, batch: int) -> dict[int, Trained]:
-        wanted = (alpha, 0 if alpha is None else 1, batch)
-        return {run.seed: run for run in self.runs if (run.alpha, run.coeff, run.batch) == wanted}
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -234,7 +230,9 @@ def gather(folders: Sequence[Path]) -> Evidence:
     left_out: dict[str, str] = {}
     for folder in folders:
         try:
-            runs.append(_trained(folder))
+            run = read_run(folder)
+            _check_the_papers(run)
+            runs.append(run)
         except UserError as error:
             left_out[str(folder)] = str(error)
     if not any(run.alpha is None for run in runs):
@@ -273,7 +271,12 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
     return found[0]
 
 
-def _trained(folder: Path) -> Trained:
+def read_run(folder: Path) -> Trained:
+    """A finished run, from its TensorBoard files.
+
+    Raises:
+        UserError: with the reason why the run does not count.
+    """
     history = read_history(folder / "tensorboard")
     if not history.displacement:
         raise UserError("it was trained without --jreg-log-per-layer")
@@ -290,12 +293,6 @@ def _trained(folder: Path) -> Trained:
         raise UserError("its TensorBoard files have neither train_iters nor train_samples")
     if steps < wanted:
         raise UserError(f"its last validation is at step {steps:,} of {wanted:,}")
-    if others := [name for name in given if name.startswith(_OTHER_METHODS)]:
-        raise UserError(f"it was trained with another method ({', '.join(others)})")
-    if coeff > 0:
-        for name in _THE_PAPERS:
-            if (had := history.settings.get(name, _DEFAULTS[name])) != _DEFAULTS[name]:
-                raise UserError(f"its {name} is {had}; the paper's JREG has {_DEFAULTS[name]}")
     return Trained(
         folder=folder,
         seed=asked.seed,
@@ -305,6 +302,16 @@ def _trained(folder: Path) -> Trained:
         tokens=None if asked.rampup_batch_size else steps * batch * asked.seq_length,
         history=history,
     )
+
+
+def _check_the_papers(run: Trained) -> None:
+    settings = run.history.settings
+    others = [name for name in settings if name.startswith(_OTHER_METHODS) and settings[name] != "None"]
+    if others:
+        raise UserError(f"it was trained with another method ({', '.join(others)})")
+    for name in _THE_PAPERS if run.coeff > 0 else ():
+        if (had := settings.get(name, _DEFAULTS[name])) != _DEFAULTS[name]:
+            raise UserError(f"its {name} is {had}; the paper's JREG has {_DEFAULTS[name]}")
 
 
 def _refuse_two_experiments(runs: Sequence[Trained]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.claims.evidence import Evidence, Trained, rise
-from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, more
+from jreg_megatron.claims.evidence import Evidence, Trained
+from jreg_megatron.claims.rules import READ_OUTS, RULE, Claim, Question, more, of_seeds
 from jreg_megatron.paper.over_seeds import p_one_sided
 from jreg_megatron.report.charts import Axis
 from jreg_megatron.report.figures import LAYER, PSI, Figure, curves
@@ -96,7 +96,6 @@ def run_document(run: Trained) -> dict[str, Any]:
 
 def question_document(question: Question) -> dict[str, Any]:
     """The part of a question in a JSON document."""
-    found = question.estimate
     # The paper's test that the number is on the claim's side of the bar.
     sign = 1 if question.side == "above" else -1
     beyond = [sign * (value - question.bar) for value in question.values.values()]
@@ -106,10 +105,8 @@ def question_document(question: Question) -> dict[str, Any]:
         "paper": question.paper,
         "number": question.number,
         "wanted": f"{question.side} {question.bar:g}",
-        "found": None if found is None else found.mean,
-        "interval": None if found is None or found.low is None else [found.low, found.high],
         "p_one_sided": p_one_sided(beyond),
-        "by_seed": {str(seed): value for seed, value in question.values.items()},
+        **of_seeds(question.values),
     }
 
 
@@ -151,13 +148,9 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     """Each with the number of its claim."""
     over_seeds: dict[str, Any] = {"band": True, "rule": 0}
     settings = {"baseline": evidence.baseline}
-    settings |= {f"alpha {alpha:g}": evidence.jreg(alpha) for alpha in evidence.alphas}
+    settings |= {f"alpha {alpha:g}": evidence.by_seed(alpha) for alpha in evidence.alphas}
     rises = {
-        name: [
-            (step / run.steps, rise(psi))
-            for run in settings.get(name, {}).values()
-            for step, psi in zip(run.history.iterations, run.history.profiles, strict=True)
-        ]
+        name: [p for run in settings.get(name, {}).values() for p in zip(run.shares, run.rises, strict=True)]
         for name in ("baseline", "alpha 1")
     }
     title, share = "The last layer's jump over training", Axis("share of the training steps")
@@ -188,7 +181,7 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
     about += " The last layer's jump rate does not show a bump below the last layer."
     yield "4", curves("top", title, about, upper, LAYER, linear)
 
-    pairs = evidence.evaluated.values()
+    pairs = evidence.pairs.values()
     gains = {how: [p for pair in pairs for p in more(*pair, what).items()] for how, what in READ_OUTS.items()}
     title, axis = "Loss behind each layer: JREG minus the baseline", Axis("difference (nats per token)")
     about = (

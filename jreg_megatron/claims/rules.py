@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
-from typing import Literal
+from typing import Any, Literal
 
-from jreg_megatron.claims.evidence import Evidence
+from jreg_megatron.claims.evidence import Evidence, Trained
 from jreg_megatron.paper import SIZES, numbers, profile, task_means
 from jreg_megatron.paper.over_seeds import LEVEL, Estimate, power
-from jreg_megatron.report.inputs import Evaluated
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 
@@ -52,14 +51,9 @@ class Question:
     bar: float = 0.0
 
     @property
-    def estimate(self) -> Estimate | None:
-        """Mean and interval over seeds."""
-        return Estimate.of(list(self.values.values()))
-
-    @property
     def verdict(self) -> Verdict:
         """By :data:`RULE`."""
-        found = self.estimate
+        found = Estimate.of(list(self.values.values()))
         if found is None or found.low is None or found.high is None or found.n < FEWEST_SEEDS:
             return "cannot tell"
         is_above, is_below = found.low > self.bar, found.high < self.bar
@@ -114,7 +108,7 @@ def _the_jump(evidence: Evidence) -> Claim:
 
 def _growth(evidence: Evidence) -> Claim:
     zeta = numbers()["zeta_over_training"]["170m"]["base"]
-    early = {seed: run.rise_at(_QUARTER) for seed, run in evidence.baseline.items()}
+    early = {seed: run.at(_QUARTER, run.rises) for seed, run in evidence.baseline.items()}
     question = Question(
         "The jump is larger at the end than after a quarter of the steps.",
         "rise of Psi_L - Psi_(L-1) between these two, x 100",
@@ -156,14 +150,16 @@ def _removal(evidence: Evidence) -> Claim:
             f"170M: jump rate {zeta['base'][0]} without JREG, {zeta[f'alpha {alpha:g}'][0]} with it",
             {
                 seed: run.jump_rate() - _LEFT * base[seed].jump_rate()
-                for seed, run in evidence.jreg(alpha).items()
+                for seed, run in evidence.by_seed(alpha).items()
                 if seed in base
             },
             "below",
         )
         for alpha in (1.0, 0.5, 3.0)
     ]
-    sharp, usual = ({s: run.jump_rate(2) for s, run in evidence.jreg(alpha).items()} for alpha in (3.0, 1.0))
+    sharp, usual = (
+        {s: run.jump_rate(2) for s, run in evidence.by_seed(alpha).items()} for alpha in (3.0, 1.0)
+    )
     bump = Question(
         "Alpha 3 leaves a larger bump below the last layer than alpha 1.",
         "jump rate from layer L - 2 on, alpha 3 minus alpha 1",
@@ -173,12 +169,22 @@ def _removal(evidence: Evidence) -> Claim:
     return Claim("JREG removes the jump.", [*questions, bump])
 
 
+def of_seeds(by_seed: Mapping[int, float]) -> dict[str, Any]:
+    """The part of one number per seed in a JSON document: its mean, its interval and its values."""
+    mean = Estimate.of(list(by_seed.values()))
+    return {
+        "found": mean and mean.mean,
+        "interval": None if mean is None or mean.low is None else [mean.low, mean.high],
+        "by_seed": {str(seed): value for seed, value in by_seed.items()},
+    }
+
+
 READ_OUTS = {"as it is": "read_out.loss", "through a lens": "lens.loss"}
 """The ways to read out the state behind a layer."""
 
 
-def more(base: Evaluated, jreg: Evaluated, what: str) -> dict[int, float]:
-    """JREG's numbers minus the baseline's, by layer; see :meth:`.Evaluated.by_layer`. Empty if unknown."""
+def more(base: Trained, jreg: Trained, what: str) -> dict[int, float]:
+    """JREG's numbers minus the baseline's, by layer; see :meth:`.Trained.by_layer`. Empty if unknown."""
     first, second = base.by_layer(what), jreg.by_layer(what)
     return {layer: second[layer] - value for layer, value in first.items()} if second else {}
 
@@ -191,7 +197,7 @@ def _middle_layers(evidence: Evidence) -> Claim:
 
     def mean(layers: range, what: str) -> dict[int, float]:
         """JREG's number minus the baseline's, mean over the layers, by seed."""
-        found = {seed: more(*pair, what) for seed, pair in evidence.evaluated.items()}
+        found = {seed: more(*pair, what) for seed, pair in evidence.pairs.items()}
         return {seed: fmean(by[layer] for layer in layers) for seed, by in found.items() if by}
 
     turned = {
@@ -239,7 +245,7 @@ def _tasks(evidence: Evidence) -> Claim:
     means: dict[int, dict[str, float]] = {}
     points: dict[int, float] = {}
     bits: dict[int, float] = {}
-    for seed, pair in evidence.evaluated.items():
+    for seed, pair in evidence.pairs.items():
         base, jreg = ({name: score.value for name, score in each.tasks.items()} for each in pair)
         gains = {name: 100 * (jreg[name] - value) for name, value in base.items() if name in jreg}
         if gain := task_means(gains):

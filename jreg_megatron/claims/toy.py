@@ -5,11 +5,9 @@ The toy was chosen by the baseline alone, on seeds above 100. No claim uses thes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from jreg_megatron.demo.training import Run
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.demo.training import Run, llama, optimizer
 
 VOCABULARY = 512
 STEPS = 2000
@@ -24,9 +22,9 @@ FEW_SEEDS = 3
 TASKS = ("--tasks", "speeches_last_word,speeches_bits_per_byte")
 """Words for ``evaluate``. The third task's passages are longer than the model's sequences."""
 
-_SEQUENCE = 64
+SEQUENCE = 64
 _VALIDATION = 256  # sequences
-TOKENS = BATCHES[0] * _SEQUENCE
+TOKENS = BATCHES[0] * SEQUENCE
 """Of a step with the smallest batch."""
 STEPS_BY = BATCHES[-1] // BATCHES[0]
 """With multiples of it all batches see the same number of tokens."""
@@ -34,47 +32,30 @@ FEWEST_STEPS = 8 * STEPS_BY
 """So that each run is evaluated eight times."""
 
 
-def model(layers: int = 8, hidden: int = 64, ffn: int = 192, mlp: str = "--swiglu") -> str:
-    """Megatron's flags of a toy; the defaults are the toy of the claims."""
-    return f"""
-    --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 4
-    --seq-length {_SEQUENCE} --max-position-embeddings {_SEQUENCE}
-    --normalization RMSNorm {mlp} --position-embedding-type rope --disable-bias-linear
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
-    """
-
-
-_OPTIMIZER = """
-    --lr 6e-3 --min-lr 6e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
-    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
-"""
+MODEL = llama(8, 64, 192, SEQUENCE)
+"""Megatron's flags of the toy."""
+_OPTIMIZER = optimizer("6e-3", "6e-4")
 _LOGGING = "--log-interval 25 --tensorboard-log-interval 25 --jreg-log-per-layer"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The toys to train."""
+def runs(folder: Path, steps: int, seeds: int) -> list[Run]:
+    """The runs of the claims, all on as many tokens, each with a folder of its own under ``folder``.
 
-    steps: int = STEPS
-    seeds: int = SEEDS
+    ``steps`` are those with the smallest batch.
+    """
 
-    def runs(self, folder: Path) -> list[Run]:
-        """All runs, each with a folder of its own under ``folder``."""
-        baseline, jreg = JRegConfig(coeff=0.0), JRegConfig(coeff=1.0, alpha=1.0)
-        settings = [
-            (config, BATCHES[0], seed) for seed in range(1, self.seeds + 1) for config in (baseline, jreg)
-        ]
-        for seed in range(1, min(FEW_SEEDS, self.seeds) + 1):
-            settings += [(baseline, batch, seed) for batch in BATCHES[1:]]
-            settings += [(JRegConfig(coeff=1.0, alpha=alpha), BATCHES[0], seed) for alpha in OTHER_ALPHAS]
-        return [self._run(folder, *setting) for setting in settings]
+    def run(seed: int, alpha: float | None = None, batch: int = BATCHES[0]) -> Run:
+        """Without an alpha it is a baseline."""
+        name = f"{'baseline' if alpha is None else f'alpha{alpha:g}'}_batch{batch}_seed{seed}"
+        jreg = {} if alpha is None else {"coeff": 1.0, "alpha": alpha}
+        length = steps * BATCHES[0] // batch
+        return Run(name, length, folder / name, **jreg, seed=seed, flags=flags(MODEL, batch), ranks=1)
 
-    def _run(self, folder: Path, config: JRegConfig, batch: int, seed: int) -> Run:
-        """A run; all runs have the same number of tokens."""
-        what = "baseline" if config.coeff == 0 else f"alpha{config.alpha:g}"
-        name = f"{what}_batch{batch}_seed{seed}"
-        steps = self.steps * BATCHES[0] // batch
-        return Run(name, config, steps, folder / name, seed, flags(model(), batch), ranks=1)
+    found = [run(seed, alpha) for seed in range(1, seeds + 1) for alpha in (None, 1.0)]
+    for seed in range(1, min(FEW_SEEDS, seeds) + 1):
+        found += [run(seed, batch=batch) for batch in BATCHES[1:]]
+        found += [run(seed, alpha) for alpha in OTHER_ALPHAS]
+    return found
 
 
 def flags(model: str, batch: int = BATCHES[0], more: str = "") -> tuple[str, ...]:
@@ -86,7 +67,7 @@ def flags(model: str, batch: int = BATCHES[0], more: str = "") -> tuple[str, ...
 def described(steps: int) -> dict[str, str]:
     """What a page says of the toy, which takes ``steps`` with the first of :data:`BATCHES`."""
     return {
-        "model": " ".join(model().split()),
+        "model": " ".join(MODEL.split()),
         "optimizer": " ".join(_OPTIMIZER.split()),
         "text": f"State of the Union speeches; a SentencePiece vocabulary of {VOCABULARY} pieces",
         "length": f"{steps:,} steps of {TOKENS} tokens, {steps * TOKENS:,} in all",

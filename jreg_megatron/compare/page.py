@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jreg_megatron.claims.evidence import rise
 from jreg_megatron.claims.page import RISE, how_section, question_document, questions_table, run_document
 from jreg_megatron.claims.rules import READ_OUTS
 from jreg_megatron.claims.rules import RULE as INTERVAL_RULE
-from jreg_megatron.compare.rules import FAMILIES, RULE, Comparison, compared, pairs, published
+from jreg_megatron.compare.rules import FAMILIES, RULE, compared, pairs, published
 from jreg_megatron.compare.toys import Toy, Toys
 from jreg_megatron.compare.ways import WAYS, Plan
 from jreg_megatron.paper.over_seeds import Estimate
@@ -37,7 +37,7 @@ def document(
         families[family.key] = {
             **{name: getattr(family, name) for name in ("title", "number", "better", "in_percent")},
             "means": {way: mean and mean.mean for way, mean in means.items()},
-            "ways": {found.way: _compared(found) for found in compared(family, toys, plan.against)},
+            "ways": compared(family, toys, plan.against),
         }
     every = [toy for by_seed in toys.values() for toy in by_seed.values()] + ([teacher] if teacher else [])
     return {
@@ -47,7 +47,7 @@ def document(
         "families": families,
         "published": {"rule": INTERVAL_RULE, "questions": list(map(question_document, published(toys)))},
         "runs": {
-            str(toy.run.folder): run_document(toy.run)
+            str(toy.folder): run_document(toy)
             | {"parameters": toy.parameters, "seconds_per_step": toy.seconds_per_step, "kept": [*toy.kept]}
             for toy in every
         },
@@ -109,17 +109,6 @@ def page(document: Mapping[str, Any], toys: Toys, against: Mapping[str, str]) ->
     )
 
 
-def _compared(found: Comparison) -> dict[str, Any]:
-    mean = found.estimate
-    return {
-        "against": WAYS[found.way].against,
-        "found": mean and mean.mean,
-        "interval": None if mean is None or mean.low is None else [mean.low, mean.high],
-        **{"p": found.p, "p_adjusted": found.p_adjusted, "verdict": found.verdict},
-        "by_seed": {str(seed): value for seed, value in found.by_seed.items()},
-    }
-
-
 def _way(name: str, plan: Plan, toys: Toys, teacher: Toy | None) -> dict[str, Any]:
     way = WAYS[name]
     parameters, base = (
@@ -130,12 +119,12 @@ def _way(name: str, plan: Plan, toys: Toys, teacher: Toy | None) -> dict[str, An
         "against": way.against,
         "flags": plan.method_flags(name, Path("TEACHER")),
     }
-    found |= {"lambda": way.config.coeff, "parameters": parameters}
+    found |= {"lambda": way.coeff, "parameters": parameters}
     found["added_parameters"] = None if parameters is None or base is None else parameters - base
     if teacher and _TEACHER in way.flags:
         seconds = teacher.seconds_per_step
-        found["teacher"] = {"parameters": teacher.parameters, "tokens": teacher.run.tokens}
-        found["teacher"] |= {"seconds": None if seconds is None else seconds * teacher.run.steps}
+        found["teacher"] = {"parameters": teacher.parameters, "tokens": teacher.tokens}
+        found["teacher"] |= {"seconds": None if seconds is None else seconds * teacher.steps}
     return found
 
 
@@ -188,7 +177,16 @@ def _figures(toys: Toys, against: Mapping[str, str]) -> Iterator[tuple[str, Figu
     """Each with the key of its family, or of its section."""
     over_seeds: dict[str, Any] = {"band": True, "rule": 0}
 
-    def differences(of: Callable[[Toy], Mapping[float, float]]) -> dict[str, list[tuple[float, float]]]:
+    def of_ways(
+        points: Callable[[Toy], Iterable[tuple[float, float]]],
+    ) -> dict[str, list[tuple[float, float]]]:
+        """The points of each way, all seeds."""
+        return {
+            WAYS[way].text: [point for toy in by_seed.values() for point in points(toy)]
+            for way, by_seed in toys.items()
+        }
+
+    def differences(of: Callable[[Toy], Mapping[Any, float]]) -> dict[str, list[tuple[float, float]]]:
         """Way minus baseline at each place, all seeds."""
         return {
             WAYS[way].text: [
@@ -202,9 +200,7 @@ def _figures(toys: Toys, against: Mapping[str, str]) -> Iterator[tuple[str, Figu
         }
 
     def losses(toy: Toy) -> dict[float, float]:
-        history = toy.run.history
-        steps = (step / toy.run.steps for step in history.iterations)
-        return dict(zip(steps, history.validation_loss, strict=True))
+        return dict(zip(toy.shares, toy.history.validation_loss, strict=True))
 
     more = Axis("more than the baseline (nats per token)")
     about = "Below 0 the way is better than its baseline."
@@ -219,38 +215,21 @@ def _figures(toys: Toys, against: Mapping[str, str]) -> Iterator[tuple[str, Figu
         found = {label: found[label] for label in near}
         yield "loss", curves("loss_nearer", title, about, found, _STEP_SHARE, more, **over_seeds)
 
-    rises = {
-        WAYS[way].text: [
-            (step / toy.run.steps, rise(psi))
-            for toy in by_seed.values()
-            for step, psi in zip(toy.run.history.iterations, toy.run.history.profiles, strict=True)
-        ]
-        for way, by_seed in toys.items()
-    }
+    title = "The last layer's jump over training"
     about = "Mean over seeds. Below 0 the last layer turns the state less than the layer before."
-    yield (
-        "jump",
-        curves(
-            "jump_in_training", "The last layer's jump over training", about, rises, _STEP_SHARE, RISE, rule=0
-        ),
-    )
+    rises = of_ways(lambda toy: zip(toy.shares, toy.rises, strict=True))
+    yield "jump", curves("jump_in_training", title, about, rises, _STEP_SHARE, RISE, rule=0)
 
-    profiles = {
-        WAYS[way].text: [at for toy in by_seed.values() for at in enumerate(toy.run.history.displacement, 1)]
-        for way, by_seed in toys.items()
-    }
+    profiles = of_ways(lambda toy: enumerate(toy.history.displacement, 1))
     title, about = "How far each layer turns the state, at the end", "Mean over seeds."
     yield "profile", curves("profiles", title, about, profiles, LAYER, PSI)
 
     for key, (how, what) in zip(("early_exit", "lens"), READ_OUTS.items(), strict=True):
         title = f"Loss behind each layer, {how}"
         about = "Way minus its baseline. Below 0 the way is better."
-        of = lambda toy, what=what: toy.run.evaluated.by_layer(what) if toy.run.evaluated else {}  # noqa: E731
-        yield key, curves(f"{key}_by_layer", title, about, differences(of), LAYER, more, **over_seeds)
+        found = differences(partial(Toy.by_layer, what=what))
+        yield key, curves(f"{key}_by_layer", title, about, found, LAYER, more, **over_seeds)
 
-    kept: list[tuple[float, float]] = [
-        at for toy in toys.get("attenuation_learned", {}).values() for at in enumerate(toy.kept, 1)
-    ]
     title, about = "The part of its input that each layer keeps", "Learned; all start at 0.98."
-    found = {WAYS["attenuation_learned"].text: kept}
-    yield "published", curves("kept", title, about, found, LAYER, Axis("part that is kept"), band=True)
+    kept = of_ways(lambda toy: enumerate(toy.kept, 1))
+    yield "published", curves("kept", title, about, kept, LAYER, Axis("part that is kept"), band=True)

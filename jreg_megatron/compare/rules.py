@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
-from jreg_megatron.claims.rules import BITS, Question, middle
+from jreg_megatron.claims.rules import BITS, Question, middle, of_seeds
 from jreg_megatron.compare.toys import Toy, Toys
-from jreg_megatron.paper.over_seeds import CONFIDENCE, Estimate, holm, p_two_sided
-from jreg_megatron.report.inputs import Evaluated
+from jreg_megatron.paper.over_seeds import CONFIDENCE, holm, p_two_sided
 
 Verdict = Literal["lower", "higher", "cannot tell"]
 
@@ -42,25 +41,18 @@ class Family:
     """Whether way and baseline are compared as a ratio, in percent above it."""
 
 
-def _evaluated(number: Callable[[Evaluated], float | None]) -> Callable[[Toy], float | None]:
-    return lambda toy: None if toy.run.evaluated is None else number(toy.run.evaluated)
-
-
-def _below_last(what: str) -> Callable[[Evaluated], float | None]:
-    def mean(found: Evaluated) -> float | None:
-        values = [value for layer, value in found.by_layer(what).items() if 0 < layer < found.num_layers]
+def _below_last(what: str) -> Callable[[Toy], float | None]:
+    def mean(toy: Toy) -> float | None:
+        last = len(toy.history.displacement)
+        values = [value for layer, value in toy.by_layer(what).items() if 0 < layer < last]
         return fmean(values) if values else None
 
     return mean
 
 
-def _accuracy(found: Evaluated) -> float | None:
-    values = [100 * score.value for score in found.tasks.values() if score.chance is not None]
+def _accuracy(toy: Toy) -> float | None:
+    values = [100 * score.value for score in toy.tasks.values() if score.chance is not None]
     return fmean(values) if values else None
-
-
-def _bits(found: Evaluated) -> float | None:
-    return found.tasks[BITS].value if BITS in found.tasks else None
 
 
 FAMILIES = (
@@ -68,15 +60,15 @@ FAMILIES = (
         "loss",
         "Validation loss",
         "Cross-entropy at the end, in nats per token",
-        lambda toy: toy.run.history.validation_loss[-1],
+        lambda toy: toy.history.validation_loss[-1],
         "lower",
     ),
-    Family("jump", "Jump rate", "ζ_L at the end", lambda toy: toy.run.jump_rate(), "lower"),
+    Family("jump", "Jump rate", "ζ_L at the end", lambda toy: toy.jump_rate(), "lower"),
     Family(
         "profile",
         "Profile",
         "Sum of Ψ of layers 2 to 6 at the end",
-        lambda toy: sum(middle(toy.run.history.displacement)),
+        lambda toy: sum(middle(toy.history.displacement)),
         "",
         in_percent=True,
     ),
@@ -84,24 +76,30 @@ FAMILIES = (
         "early_exit",
         "Early exit, as it is",
         "Loss at an exit behind each of layers 1 to 7, mean, in nats per token",
-        _evaluated(_below_last("read_out.loss")),
+        _below_last("read_out.loss"),
         "lower",
     ),
     Family(
         "lens",
         "Early exit, through a lens",
         "The same behind a map that is fitted to the last layer's states",
-        _evaluated(_below_last("lens.loss")),
+        _below_last("lens.loss"),
         "lower",
     ),
     Family(
         "task",
         "Held-out task",
         "Right last words of 72 passages, in percent",
-        _evaluated(_accuracy),
+        _accuracy,
         "higher",
     ),
-    Family("bits", "Held-out text", "Bits per byte", _evaluated(_bits), "lower"),
+    Family(
+        "bits",
+        "Held-out text",
+        "Bits per byte",
+        lambda toy: toy.tasks[BITS].value if BITS in toy.tasks else None,
+        "lower",
+    ),
     Family(
         "cost",
         "Time of a step",
@@ -113,68 +111,58 @@ FAMILIES = (
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A way minus its baseline in one family."""
-
-    way: str
-    by_seed: Mapping[int, float]
-    p_adjusted: float | None = None
-
-    @property
-    def estimate(self) -> Estimate | None:
-        """Mean and interval over seeds."""
-        return Estimate.of(list(self.by_seed.values()))
-
-    @property
-    def p(self) -> float | None:
-        """Two-sided."""
-        return p_two_sided(list(self.by_seed.values()))
-
-    @property
-    def verdict(self) -> Verdict:
-        """By :data:`RULE`."""
-        if self.estimate is None or self.p_adjusted is None or self.p_adjusted >= 1 - CONFIDENCE:
-            return "cannot tell"
-        return "lower" if self.estimate.mean < 0 else "higher"
-
-
 def pairs(toys: Toys, way: str, baseline: str) -> dict[int, tuple[Toy, Toy]]:
     """By seed, the toys of a way and of its baseline."""
     bases = toys.get(baseline, {})
     return {seed: (toy, bases[seed]) for seed, toy in toys.get(way, {}).items() if seed in bases}
 
 
-def compared(family: Family, toys: Toys, against: Mapping[str, str]) -> list[Comparison]:
-    """Each way with its baseline, named by ``against``."""
-    found = []
-    for way, baseline in against.items():
-        by_seed = {}
-        for seed, (toy, base) in pairs(toys, way, baseline).items():
-            new, old = family.of(toy), family.of(base)
-            if new is not None and old is not None:
-                # Equal numbers must not differ by the last bits of a float.
-                by_seed[seed] = round(100 * (new / old - 1) if family.in_percent else new - old, 12)
-        found.append(Comparison(way, by_seed))
-    adjusted = holm([comparison.p for comparison in found])
-    return [Comparison(c.way, c.by_seed, p) for c, p in zip(found, adjusted, strict=True)]
+def compared(family: Family, toys: Toys, against: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The part of a family in the JSON document: each way minus its baseline, named by ``against``."""
+    found = {
+        way: differences(family.of, toys, way, baseline, family.in_percent)
+        for way, baseline in against.items()
+    }
+    tests = [p_two_sided([*by_seed.values()]) for by_seed in found.values()]
+    return {
+        way: {
+            "against": against[way],
+            **of_seeds(by_seed),
+            **{"p": p, "p_adjusted": p_adjusted, "verdict": _verdict(by_seed, p_adjusted)},
+        }
+        for (way, by_seed), p, p_adjusted in zip(found.items(), tests, holm(tests), strict=True)
+    }
+
+
+def _verdict(by_seed: Mapping[int, float], p_adjusted: float | None) -> Verdict:
+    """By :data:`RULE`."""
+    if p_adjusted is None or p_adjusted >= 1 - CONFIDENCE:
+        return "cannot tell"
+    return "lower" if fmean(by_seed.values()) < 0 else "higher"
+
+
+def differences(
+    number: Callable[[Toy], float | None], toys: Toys, way: str, baseline: str, in_percent: bool = False
+) -> dict[int, float]:
+    """By seed, the way's number minus its baseline's, or in percent of it; without unknown numbers."""
+    found = {seed: (number(toy), number(base)) for seed, (toy, base) in pairs(toys, way, baseline).items()}
+    return {
+        # Equal numbers must not differ by the last bits of a float.
+        seed: round(100 * (new / old - 1) if in_percent else new - old, 12)
+        for seed, (new, old) in found.items()
+        if new is not None and old is not None
+    }
 
 
 def published(toys: Toys) -> list[Question]:
     """What the methods' authors report, judged like the claims: by the interval, without a correction."""
 
-    def more(way: str, baseline: str, number: Callable[[Toy], float | None]) -> dict[int, float]:
-        pairs = {
-            s: (number(t), number(toys[baseline][s]))
-            for s, t in toys.get(way, {}).items()
-            if s in toys.get(baseline, {})
-        }
-        return {seed: new - old for seed, (new, old) in pairs.items() if new is not None and old is not None}
-
     def loss(toy: Toy) -> float:
-        return toy.run.history.validation_loss[-1]
+        return toy.history.validation_loss[-1]
 
-    plain, gelu = more("slowqk", "baseline", loss), more("slowqk_gelu", "baseline_gelu", loss)
+    plain = differences(loss, toys, "slowqk", "baseline")
+    gelu = differences(loss, toys, "slowqk_gelu", "baseline_gelu")
+    early = differences(lambda toy: toy.at(_QUARTER, toy.history.validation_loss), toys, "let", "baseline")
     kept = {seed: toy.kept for seed, toy in toys.get("attenuation_learned", {}).items() if toy.kept}
     return [
         Question(
@@ -205,7 +193,7 @@ def published(toys: Toys) -> list[Question]:
             "While LET works, the loss is lower than the baseline's.",
             "validation loss at a quarter of the steps, minus the baseline's, in nats",
             "1.6 times fewer steps to the same loss",
-            more("let", "baseline", lambda toy: toy.loss_at(_QUARTER)),
+            early,
             "below",
         ),
     ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, quantiles
 
-from jreg_megatron.claims import toy
-from jreg_megatron.claims.evidence import Trained
+from jreg_megatron.claims.evidence import Trained, read_run
 from jreg_megatron.compare.ways import Plan
 from jreg_megatron.demo.training import Run
-from jreg_megatron.report.reading import read_history, read_scalars
+from jreg_megatron.report.reading import read_scalars
+from jreg_megatron.runtime.errors import UserError
 
 _SECONDS = "iteration-time"
 _KEPT = r"attenuation/kept_layer_\d+ validation"
@@ -20,10 +19,9 @@ _PARAMETERS = re.compile(r"number of parameters on .*: (\d+)")
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Trained):
     """A trained toy."""
 
-    run: Trained
     seconds: Sequence[float] = ()
     """Of a training step, as Megatron logs it: the mean of each log interval."""
     kept: Sequence[float] = ()
@@ -42,28 +40,20 @@ class Toy:
             return None
         return fmean(quantiles(part, n=4)[0] for part in (self.seconds[:half], self.seconds[half:]))
 
-    def loss_at(self, share: float) -> float | None:
-        """Validation loss after a share of the steps."""
-        found = self.run.index_at(share)
-        return None if found is None else self.run.history.validation_loss[found]
-
 
 Toys = Mapping[str, Mapping[int, Toy]]
 """By way and seed."""
 
 
 def read_toys(plan: Plan) -> tuple[Toys, list[str]]:
-    """The trained toys of a plan, and a line for each that has diverged, which is left out."""
+    """The trained toys of a plan, and a line for each that does not count, such as one that has diverged."""
     toys: dict[str, dict[int, Toy]] = {name: {} for name in plan.names}
     notes = []
     for name, seed, run in plan.runs:
-        found = read_toy(run)
-        history = found.run.history
-        numbers = (*history.validation_loss, *(psi for psis in history.profiles for psi in psis))
-        if all(map(math.isfinite, numbers)):
-            toys[name][seed] = found
-        else:
-            notes.append(f"{run.name} is left out: it has diverged.")
+        try:
+            toys[name][seed] = read_toy(run)
+        except UserError as error:
+            notes.append(f"{run.name} is left out: {error}.")
     return toys, notes
 
 
@@ -71,19 +61,13 @@ def read_toy(run: Run) -> Toy:
     """A finished run.
 
     Raises:
-        UserError: if its logs are not there.
+        UserError: with the reason why it does not count.
     """
     logged = read_scalars(run.tensorboard, f"{_SECONDS}|{_KEPT}")
-    seconds = logged.pop(_SECONDS, {})
-    said = _PARAMETERS.search(run.log.read_text(encoding="utf-8"))
-    trained = Trained(
-        folder=run.folder,
-        seed=run.seed,
-        coeff=run.config.coeff,
-        alpha=run.config.alpha if run.config.coeff > 0 else None,
-        batch=toy.BATCHES[0],
-        tokens=run.iterations * toy.TOKENS,
-        history=read_history(run.tensorboard),
-    )
+    seconds = list(logged.pop(_SECONDS, {}).values())
     kept = [values[max(values)] for values in logged.values()]
-    return Toy(trained, list(seconds.values()), kept, int(said[1]) if said else None)
+    said = _PARAMETERS.search(run.log.read_text(encoding="utf-8"))
+    parameters = int(said[1]) if said else None
+    return Toy(
+        **vars(read_run(run.folder)) | {"seconds": seconds, "kept": kept, "parameters": parameters},
+    )

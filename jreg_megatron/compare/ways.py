@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.claims import toy
-from jreg_megatron.demo.training import METHOD_FLAGS, Run
-from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.demo.training import METHOD_FLAGS, Run, llama
 
 STEPS = 1500
 """55 runs and their evaluations then take less than two hours on two cores."""
@@ -17,45 +16,42 @@ FEWEST_STEPS = 50
 TEACHER_SEED = 1000
 """No other run has it."""
 
-_NO_JREG = JRegConfig(coeff=0.0)
-_GELU = toy.model(ffn=288, mlp="")  # two matrices in place of three: as many parameters
-_TEACHER = toy.model(layers=4, hidden=32, ffn=96)
+_GELU = llama(8, 64, 288, toy.SEQUENCE, mlp="")  # two matrices in place of three: as many parameters
+_TEACHER = llama(4, 32, 96, toy.SEQUENCE)
 
 
 @dataclass(frozen=True)
 class Way:
     """A way to train; without ``against`` it is a baseline."""
 
-    name: str
     text: str
     against: str | None = None
     """Name of its baseline: the same without the method."""
     flags: str = ""
-    config: JRegConfig = _NO_JREG
-    model: str = toy.model()
+    coeff: float = 0.0
+    """lambda of JREG; alpha is 1."""
+    model: str = toy.MODEL
 
 
 _TIMES = "--log-timers-to-tensorboard"
 _LET = "--let-teacher {teacher} --let-layer 3 --let-stop-iterations {half} --let-coeff 0.1"
-_ALL = (
-    Way("baseline", "baseline"),
-    Way("jreg", "JREG, λ 1, α 1", "baseline", config=JRegConfig(coeff=1.0, alpha=1.0)),
-    Way("slowqk", "slow Q/K", "baseline", METHOD_FLAGS["slowqk"]),
-    Way("attenuation", "attenuation, 0.5 at the last layer", "baseline", "--attenuation-factor 0.5"),
-    Way("attenuation_learned", "attenuation, learned", "baseline", METHOD_FLAGS["attenuation"]),
-    Way("periln", "Peri-LN", "baseline", METHOD_FLAGS["periln"]),
-    Way("let", "LET, a teacher for layer 3", "baseline", _LET),
-    Way("baseline_alike", "baseline, all weights drawn alike", flags="--init-fan-in"),
-    Way(
-        "lns",
+WAYS = {
+    "baseline": Way("baseline"),
+    "jreg": Way("JREG, λ 1, α 1", "baseline", coeff=1.0),
+    "slowqk": Way("slow Q/K", "baseline", METHOD_FLAGS["slowqk"]),
+    "attenuation": Way("attenuation, 0.5 at the last layer", "baseline", "--attenuation-factor 0.5"),
+    "attenuation_learned": Way("attenuation, learned", "baseline", METHOD_FLAGS["attenuation"]),
+    "periln": Way("Peri-LN", "baseline", METHOD_FLAGS["periln"]),
+    "let": Way("LET, a teacher for layer 3", "baseline", _LET),
+    "baseline_alike": Way("baseline, all weights drawn alike", flags="--init-fan-in"),
+    "lns": Way(
         "LayerNorm scaling, all weights drawn alike",
         "baseline_alike",
         f"{METHOD_FLAGS['lns']} --init-fan-in",
     ),
-    Way("baseline_gelu", "baseline, GELU", model=_GELU),
-    Way("slowqk_gelu", "slow Q/K, GELU", "baseline_gelu", METHOD_FLAGS["slowqk"], model=_GELU),
-)
-WAYS = {way.name: way for way in _ALL}
+    "baseline_gelu": Way("baseline, GELU", model=_GELU),
+    "slowqk_gelu": Way("slow Q/K, GELU", "baseline_gelu", METHOD_FLAGS["slowqk"], model=_GELU),
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,7 @@ class Plan:
     @property
     def teacher(self) -> Run:
         """A smaller model of the same vocabulary, on the same text."""
-        flags = toy.flags(_TEACHER, more=_TIMES)
-        return Run("teacher", _NO_JREG, self.steps, self.folder / "teacher", TEACHER_SEED, flags, ranks=1)
+        return self._run("teacher", TEACHER_SEED, _TEACHER)
 
     @property
     def exported_teacher(self) -> Path:
@@ -95,10 +90,12 @@ class Plan:
 
     def run(self, name: str, seed: int) -> Run:
         """The run of a way with a seed."""
-        way, label = WAYS[name], f"{name}_seed{seed}"
-        more = self.method_flags(name, self.exported_teacher.absolute())
-        flags = toy.flags(way.model, more=f"{_TIMES} {more}")
-        return Run(label, way.config, self.steps, self.folder / label, seed, flags, ranks=1)
+        way, more = WAYS[name], self.method_flags(name, self.exported_teacher.absolute())
+        return self._run(f"{name}_seed{seed}", seed, way.model, more, way.coeff)
+
+    def _run(self, name: str, seed: int, model: str, more: str = "", coeff: float = 0.0) -> Run:
+        flags = toy.flags(model, more=f"{_TIMES} {more}")
+        return Run(name, self.steps, self.folder / name, coeff, seed=seed, flags=flags, ranks=1)
 
     @property
     def runs(self) -> list[tuple[str, int, Run]]:

@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from jreg_megatron.demo.data import prepare
 from jreg_megatron.demo.training import ALPHA, COEFF, FLAGS, ITERATIONS, METHOD_FLAGS, Run, train_all
-from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.runtime.errors import check_least, user_errors_exit
+from jreg_megatron.runtime.errors import user_errors_exit
 from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.flags import Parser, count
 
 
 def main() -> None:
     """Run the demo and write its report into the output folder."""
-    parser = argparse.ArgumentParser(prog="python -m jreg_megatron.demo", description=__doc__)
+    parser = Parser(prog="python -m jreg_megatron.demo", description=__doc__)
     for flag, kind, default, meaning in (
-        ("--coeff", float, COEFF, "lambda of the JREG run"),
-        ("--alpha", float, ALPHA, "sharpness of its layer weights"),
-        ("--iterations", int, ITERATIONS, "training iterations of each run"),
+        ("--iterations", count("--iterations", 10), ITERATIONS, "training iterations of each run"),
         ("--output", Path, Path("runs/demo"), "folder of the results"),
         ("--data", Path, Path("runs/data"), "folder of the data"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument(
-        "--also",
-        type=_setting,
-        nargs="*",
-        default=[],
-        metavar="LAMBDA:ALPHA",
-        help="more JREG runs for comparison, such as 1:3 1:0.5",
-    )
-    parser.add_argument(
-        "--method",
-        choices=METHOD_FLAGS,
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help=f"a run with another method too, without JREG: {', '.join(METHOD_FLAGS)}",
-    )
+    several: dict[str, Any] = {"nargs": "*", "default": []}
+    also = "more JREG runs for comparison, such as 1:3 1:0.5"
+    parser.add_argument("--also", type=lambda_and_alpha, metavar="LAMBDA:ALPHA", help=also, **several)
+    method = f"a run with another method too, without JREG: {', '.join(METHOD_FLAGS)}"
+    parser.add_argument("--method", choices=METHOD_FLAGS, metavar="NAME", help=method, **several)
     with user_errors_exit():
         _demo(parser.parse_args())
 
 
-def _setting(text: str) -> JRegConfig:
+def lambda_and_alpha(text: str) -> tuple[float, float]:
+    """Two numbers with a colon between them; argparse's error has this function's name."""
     coeff, _, alpha = text.partition(":")
-    return JRegConfig(coeff=float(coeff), alpha=float(alpha))
+    return float(coeff), float(alpha)
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: Namespace) -> None:
     need("vl_convert", "the demo's picture", "demo")
-    check_least(args, iterations=10)
+    from jreg_megatron.demo.report import report  # these bring torch, which --help does without
+    from jreg_megatron.methods.jreg.settings import JRegConfig
+
     summary, picture = args.output / "summary.json", args.output / "report.png"
-    configs = {"baseline": JRegConfig(coeff=0.0), "jreg": JRegConfig(coeff=args.coeff, alpha=args.alpha)}
-    configs |= {f"jreg_{config.coeff:g}_{config.alpha:g}": config for config in args.also}
-    runs = [Run(name, config, args.iterations, args.output / name) for name, config in configs.items()]
-    runs += [
-        Run(name, configs["baseline"], args.iterations, args.output / name, flags=(*FLAGS, *flags.split()))
-        for name in args.method
-        for flags in [METHOD_FLAGS[name].format(hold=max(1, args.iterations // 25))]
-    ]
+    settings = {"baseline": (0.0, ALPHA), "jreg": (COEFF, ALPHA)}
+    settings |= {f"jreg_{coeff:g}_{alpha:g}": (coeff, alpha) for coeff, alpha in args.also}
+    for coeff, alpha in settings.values():
+        JRegConfig(coeff=coeff, alpha=alpha)  # it refuses what is not allowed
+    runs = [Run(name, args.iterations, args.output / name, *of_jreg) for name, of_jreg in settings.items()]
+    for name in args.method:
+        flags = METHOD_FLAGS[name].format(hold=max(1, args.iterations // 25)).split()
+        runs.append(Run(name, args.iterations, args.output / name, flags=(*FLAGS, *flags)))
     data = prepare(args.data)
     print(
         f"Data: {'reused' if data.reused else 'made'} {data.train_tokens:,} training and "
@@ -74,12 +65,10 @@ def _demo(args: argparse.Namespace) -> None:
         shutil.rmtree(earlier)
     started = time.monotonic()
     train_all(runs, data)
-    from jreg_megatron.demo.report import report  # imported late: it imports what draws
-
     report(runs, summary, picture)
     print(
-        f"JREG: lambda {args.coeff:g}, alpha {args.alpha:g}. The paper takes 1 and 1. At alpha 3 the jump "
-        "moves to earlier\nlayers, and the jump rate does not show it: make demo ARGS='--also 1:3'"
+        f"JREG: lambda {COEFF:g}, alpha {ALPHA:g}, as in the paper. At alpha 3 the jump moves to earlier\n"
+        "layers, and the jump rate does not show it: make demo ARGS='--also 1:3'"
     )
     print(f"Trained in {time.monotonic() - started:.0f} s. Picture: {picture}")
     print(f"Numbers: {summary}. Logs: {', '.join(str(run.log) for run in runs)}")

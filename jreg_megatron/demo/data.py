@@ -32,7 +32,9 @@ _LAYOUT = 1  # raise it when the files change but the rest of the recipe does no
 
 _MANIFEST = "manifest.json"
 _TOKENIZER = "tokenizer.model"
-_SPLITS = ("train", "validation")
+# As Megatron's own preprocessing names the documents of the JSON key "text".
+_PREFIXES = {split: f"{split}_text_document" for split in ("train", "validation")}
+_FILES = (_TOKENIZER, *(f"{prefix}.{ending}" for prefix in _PREFIXES.values() for ending in ("bin", "idx")))
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,6 @@ class DemoData:
     """Number of pieces; every id in the data is below it."""
     eod_id: int
     """Id that ends every document; the tokenizer's end-of-sentence piece."""
-    train_documents: int
-    validation_documents: int
     train_tokens: int
     """With the end token of each document; so too below."""
     validation_tokens: int
@@ -106,12 +106,10 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
             ) from error
     return DemoData(
         tokenizer_model=home / _TOKENIZER,
-        train_prefix=home / _prefix("train"),
-        validation_prefix=home / _prefix("validation"),
+        train_prefix=home / _PREFIXES["train"],
+        validation_prefix=home / _PREFIXES["validation"],
         vocab_size=vocab_size,
         eod_id=manifest["eod_id"],
-        train_documents=manifest["documents"]["train"],
-        validation_documents=manifest["documents"]["validation"],
         train_tokens=manifest["tokens"]["train"],
         validation_tokens=manifest["tokens"]["validation"],
         reused=reused,
@@ -137,7 +135,7 @@ def _valid_manifest(home: Path, recipe: dict[str, Any]) -> dict[str, Any] | None
     """The manifest, if it is of this recipe and each file has its hash."""
     try:
         manifest: dict[str, Any] = json.loads((home / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["recipe"] != recipe or set(manifest["sha256"]) != set(_file_names()):
+        if manifest["recipe"] != recipe or set(manifest["sha256"]) != set(_FILES):
             return None
         if any(token_file.sha256_of(home / name) != digest for name, digest in manifest["sha256"].items()):
             return None
@@ -173,18 +171,14 @@ def _build(folder: Path, speeches: dict[str, str], recipe: dict[str, Any], progr
 
         size = tokenizer.get_piece_size()
         tokens = {
-            split: token_file.write_documents(folder / _prefix(split), encoded(split), size)
-            for split in _SPLITS
+            split: token_file.write_documents(folder / prefix, encoded(split), size)
+            for split, prefix in _PREFIXES.items()
         }
     return {
         "recipe": recipe,
         "eod_id": tokenizer.eos_id(),
-        "documents": {
-            split: sum(is_validation(name) == (split == "validation") for name in speeches)
-            for split in _SPLITS
-        },
         "tokens": tokens,
-        "sha256": {name: token_file.sha256_of(folder / name) for name in _file_names()},
+        "sha256": {name: token_file.sha256_of(folder / name) for name in _FILES},
     }
 
 
@@ -196,17 +190,8 @@ def _publish(build: Path, home: Path, manifest: dict[str, Any]) -> None:
     # Without a manifest the files do not count.
     (home / _MANIFEST).unlink(missing_ok=True)
     (build / _MANIFEST).write_text(_dump(manifest), encoding="utf-8")
-    for name in (*_file_names(), _MANIFEST):
+    for name in (*_FILES, _MANIFEST):
         os.replace(build / name, home / name)
-
-
-def _prefix(split: str) -> str:
-    # As Megatron's own preprocessing names the documents of the JSON key "text".
-    return f"{split}_text_document"
-
-
-def _file_names() -> list[str]:
-    return [_TOKENIZER] + [f"{_prefix(split)}.{ending}" for split in _SPLITS for ending in ("bin", "idx")]
 
 
 def _dump(value: dict[str, Any]) -> str:

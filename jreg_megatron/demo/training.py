@@ -16,7 +16,6 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import end_with_the_parent
@@ -28,18 +27,27 @@ PIPELINE_PARALLEL = 2
 NUM_LAYERS = 8
 COEFF, ALPHA, ITERATIONS = 1.0, 1.0, 200
 
-# A Llama, scaled down: pre-norm RMSNorm, SwiGLU, rotary positions, untied head, no biases.
-_MODEL = f"""
-    --num-layers {NUM_LAYERS} --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4
-    --seq-length 128 --max-position-embeddings 128
-    --normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear
+
+def llama(layers: int, hidden: int, ffn: int, sequence: int, mlp: str = "--swiglu") -> str:
+    """Megatron's flags of a small Llama: pre-norm RMSNorm, rotary positions, untied head, no biases."""
+    return f"""
+    --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 4
+    --seq-length {sequence} --max-position-embeddings {sequence}
+    --normalization RMSNorm {mlp} --position-embedding-type rope --disable-bias-linear
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
-"""
-_OPTIMIZER = """
-    --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
+    """
+
+
+def optimizer(peak: str, least: str) -> str:
+    """Megatron's flags of AdamW with a cosine from one learning rate to the other."""
+    return f"""
+    --lr {peak} --min-lr {least} --lr-decay-style cosine --lr-warmup-fraction 0.1
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
-    --micro-batch-size 4 --global-batch-size 8
-"""
+    """
+
+
+_MODEL = llama(NUM_LAYERS, 128, 352, 128)
+_OPTIMIZER = optimizer("1e-3", "1e-4") + "--micro-batch-size 4 --global-batch-size 8"
 _LAYOUT = f"""
     --tensor-model-parallel-size {TENSOR_PARALLEL} --pipeline-model-parallel-size {PIPELINE_PARALLEL}
 """
@@ -66,9 +74,11 @@ class Run:
     """One training run of a toy."""
 
     name: str
-    config: JRegConfig
     iterations: int
     folder: Path
+    coeff: float = 0.0
+    """lambda; 0 is the baseline."""
+    alpha: float = ALPHA
     seed: int = 1234
     flags: tuple[str, ...] = FLAGS
     """Model, optimizer, layout and logging, as Megatron's flags."""
@@ -97,7 +107,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two runs of one name the same."""
-        numbers = {"lambda": self.config.coeff, "alpha": self.config.alpha, "iterations": self.iterations}
+        numbers = {"lambda": self.coeff, "alpha": self.alpha, "iterations": self.iterations}
         return numbers | {"seed": self.seed, "flags": list(self.flags)}
 
     def is_finished(self) -> bool:
@@ -119,7 +129,6 @@ class Run:
 
         Forked ranks start twice as fast as those of torchrun, which all import Megatron.
         """
-        config = self.config
         return [
             *("-m", "jreg_megatron.cpu", "--nproc", str(self.ranks)),
             *("-m", "jreg_megatron.pretrain", "--cpu"),
@@ -130,7 +139,7 @@ class Run:
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
             *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
             *("--save", str(self.checkpoints), "--save-interval", str(self.iterations)),
-            *("--jreg-coeff", str(config.coeff), "--jreg-alpha", str(config.alpha)),
+            *("--jreg-coeff", str(self.coeff), "--jreg-alpha", str(self.alpha)),
         ]
 
     async def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
@@ -163,18 +172,19 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int = 1, quiet: bool =
 
         def advance(iteration: int) -> None:
             nonlocal done
-            bar.update(min((iteration - done) / run.iterations, bar.total - bar.n))  # it rounds
+            bar.update(iteration - done)
             done = iteration
 
         await run.train(data, advance)
         advance(run.iterations)
         write_json(str(run.finished_file), run.settings | made_by)
 
-    with progress("training", "runs", len(runs), len(left), quiet, "{n:.1f}") as bar:
+    whole, rest = (sum(run.iterations for run in some) for some in (runs, left))
+    with progress("training", "iterations", whole, rest, quiet) as bar:
         each(left, train, width)
 
 
-def progress(what: str, unit: str, total: int, left: int, quiet: bool, form: str = "{n}") -> Any:
+def progress(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:
     """A bar of finished things, of which few end in a minute."""
     return tqdm(
         desc=what,
@@ -183,7 +193,7 @@ def progress(what: str, unit: str, total: int, left: int, quiet: bool, form: str
         disable=quiet,
         mininterval=0.1 if sys.stderr.isatty() else 60.0,  # a log needs few
         smoothing=0.02,
-        bar_format="{desc}: " + form + " of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
+        bar_format="{desc}: {n} of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+INTERVAL = f"{CONFIDENCE:.0%} t interval over seeds"
+"""Of an :class:`Estimate`."""
 LEVEL = 0.05
 """The level of the one-sided test in :func:`power`."""
 
@@ -18,43 +20,24 @@ class Estimate:
 
     mean: float
     low: float | None
-    """Lower end of the interval that :func:`interval_name` names; None for one seed."""
+    """Lower end of the 95% t interval; None for one seed."""
     high: float | None
     n: int
     """Number of seeds."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate | None:
-        """The mean of one value for each seed, and its 95% t interval; None for no value.
-
-        Without SciPy the interval is from the smallest to the largest value.
-        """
+        """The mean of one value for each seed, and its 95% t interval; None for no value."""
         n = len(values)
         if n == 0:
             return None
-        mean = math.fsum(values) / n
+        mean = statistics.fmean(values)
         if n == 1:
             return cls(mean, None, None, n)
-        factor = _t_factor(n)
-        if factor is None:
-            return cls(mean, min(values), max(values), n)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        half = factor * spread / math.sqrt(n)
+        from scipy.special import stdtrit  # not stats: it takes seconds
+
+        half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(n)
         return cls(mean, mean - half, mean + half, n)
-
-
-def interval_name() -> str:
-    """The kind of interval of an :class:`Estimate`."""
-    return "smallest to largest seed" if _t_factor(2) is None else "95% t interval over seeds"
-
-
-def _t_factor(n: int) -> float | None:
-    """Student's t for ``n`` values, or None without SciPy."""
-    try:
-        from scipy.special import stdtrit  # type: ignore[import-untyped,unused-ignore]  # not stats: it takes seconds
-    except ImportError:
-        return None
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
 
 
 def p_one_sided(differences: Sequence[float]) -> float | None:

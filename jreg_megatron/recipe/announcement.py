@@ -70,3 +70,20 @@ def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
     words = [f"{name}={shlex.quote(environment[name])}" for name in _SHOWN if name in environment]
     words += [("\\\n    " if word.startswith("--") else "") + shlex.quote(word) for word in command]
     return " ".join(words)
+
+
+def seconds_as_text(seconds: float) -> str:
+    """A rounded duration: ``52 h``, ``8 days``, ``40 min``."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 3 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number_as_text(number: float, unit: str = "") -> str:
+    """A large number to three digits: ``10.0B``, ``80.0 GB``."""
+    space = " " if unit else ""
+    for size, name in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{space}{name}{unit}"
+    return f"{number:.0f}{space}{unit}"

@@ -43,9 +43,7 @@ def difference(file: Path, asked: dict[str, Any]) -> str | None:
     observing = (*_OBSERVING, *measuring)
     for name in (name for name in dict.fromkeys((*asked, *held)) if not name.startswith(observing)):
         was, now = held.get(name), asked.get(name)
-        # A setting of the model that an older version did not write had its default.
-        is_models = name.removeprefix("--").replace("-", "_") in _NAMES
-        if ((was or None) != (now or None)) if is_models else (was != now):
+        if was != now:
             return f"{name} {was}, and now it is {now}"
     return None
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
 from jreg_megatron.pretrain import APEX_FUSION
-from jreg_megatron.recipe.plan import Plan, number_as_text
+from jreg_megatron.recipe.announcement import number_as_text
+from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.runtime.errors import UserError
 
 _SAVED_BYTES = 14

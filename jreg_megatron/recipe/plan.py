@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.arguments import as_rank_zero_of, parse
 from jreg_megatron.mcore.one_process import single_process
+from jreg_megatron.recipe.announcement import number_as_text, seconds_as_text
 from jreg_megatron.runtime.errors import megatrons_refusals
 
 
@@ -117,20 +118,3 @@ def rows(request: Namespace, plan: Plan) -> dict[str, str]:
         "time": f"about {seconds_as_text(seconds)} at {request.tflops:g} TFLOP/s a GPU; {plan.flops:.1e} "
         "operations" + (f" ({1 - done / args.train_iters:.0%} of it left)" if done else ""),
     }
-
-
-def seconds_as_text(seconds: float) -> str:
-    """A rounded duration: ``52 h``, ``8 days``, ``40 min``."""
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 3 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def number_as_text(number: float, unit: str = "") -> str:
-    """A large number to three digits: ``10.0B``, ``80.0 GB``."""
-    space = " " if unit else ""
-    for size, name in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{space}{name}{unit}"
-    return f"{number:.0f}{space}{unit}"

@@ -31,19 +31,17 @@ def read(words: list[str]) -> Namespace:
         usage="%(prog)s OPTIONS -- MEGATRON FLAGS ::: USER'S WORDS",
         description="Check, announce and start a pretraining run. The files in recipes/ call this.",
     )
-    for flag, kind, default, word, meaning in (
-        ("--recipe", Path, None, "FILE", "the recipe, for messages"),
-        ("--variant", str, None, "NAME", "jreg or baseline, as the recipe has read it"),
-        ("--run", Path, None, "FOLDER", "the run's folder: checkpoints, TensorBoard, index cache"),
-        ("--nodes", count("NODES"), 1, "N", "number of nodes"),
-        ("--gpus", count("GPUS"), 8, "N", "GPUs of each node"),
-        ("--tokens", count("TOKENS"), None, "N", "training tokens"),
-        ("--epochs", positive("EPOCHS"), 1.0, "X", "the most passes over the data"),
-        ("--tflops", positive("TFLOPS"), 350.0, "X", "expected speed of a GPU in TFLOP/s"),
+    for flag, kind, word, meaning in (
+        ("--recipe", Path, "FILE", "the recipe, for messages"),
+        ("--variant", str, "NAME", "jreg or baseline, as the recipe has read it"),
+        ("--run", Path, "FOLDER", "the run's folder: checkpoints, TensorBoard, index cache"),
+        ("--nodes", count("NODES"), "N", "number of nodes"),
+        ("--gpus", count("GPUS"), "N", "GPUs of each node"),
+        ("--tokens", count("TOKENS"), "N", "training tokens"),
+        ("--epochs", positive("EPOCHS"), "X", "the most passes over the data"),
+        ("--tflops", positive("TFLOPS"), "X", "expected speed of a GPU in TFLOP/s"),
     ):
-        parser.add_argument(
-            flag, type=kind, default=default, required=default is None, metavar=word, help=meaning
-        )
+        parser.add_argument(flag, type=kind, required=True, metavar=word, help=meaning)
     user = Parser(
         usage="%(prog)s jreg|baseline [--dry-run] [--smoke [N]] [-- MORE MEGATRON FLAGS]",
         description="Pretrain with JREG, or pretrain the baseline: the same run with lambda 0. All knobs are "

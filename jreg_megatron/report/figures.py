@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jreg_megatron.paper.over_seeds import Estimate, interval_name
+from jreg_megatron.paper.over_seeds import INTERVAL, Estimate
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines
 from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured
@@ -167,7 +167,7 @@ def curves(
                 "high": of.mean if of.high is None else of.high,
             }
             rows.append({"model": label, "x": place, "y": of.mean} | (ends if more.get("band") else {}))
-    caption += f" The band is the {interval_name()}." if more.get("band") else ""
+    caption += f" The band is the {INTERVAL}." if more.get("band") else ""
     return drawn(name, title, caption, [*rows, *seeds], x, y, **{"looks": looks} | more)
 
 

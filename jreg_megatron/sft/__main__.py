@@ -18,10 +18,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.recipe import announcement, identity, machine
+from jreg_megatron.recipe import announcement, identity
 from jreg_megatron.recipe.request import read_words
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.extras import need
@@ -115,20 +116,6 @@ def is_usable(messages: Any) -> bool:
     )
 
 
-def accumulation(batch: int, gpus: int, micro_batch: int) -> int:
-    """Micro-batches of each GPU in one step.
-
-    Raises:
-        UserError: if the GPUs cannot share the batch evenly.
-    """
-    if batch % (gpus * micro_batch):
-        raise UserError(
-            f"BATCH is {batch}, which {gpus} GPUs cannot share in micro-batches of {micro_batch}; it must be "
-            f"a multiple of {gpus * micro_batch}: change MICRO_BATCH or GPUS"
-        )
-    return batch // (gpus * micro_batch)
-
-
 def check_model(model: str, length: int) -> str:
     """The exported model, as text.
 
@@ -197,7 +184,14 @@ def _start(words: Sequence[str]) -> None:
     run, steps = Path(asked.output_dir), asked.max_steps
     if steps < 1:
         raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1: set STEPS")
-    share = accumulation(options.batch, options.gpus, asked.per_device_train_batch_size)
+    micro_batch = asked.per_device_train_batch_size
+    at_a_time = options.gpus * micro_batch
+    share, rest = divmod(options.batch, at_a_time)
+    if rest:
+        raise UserError(
+            f"BATCH is {options.batch}, which {options.gpus} GPUs cannot share in micro-batches of "
+            f"{micro_batch}; it must be a multiple of {at_a_time}: change MICRO_BATCH or GPUS"
+        )
     asked_for = {name: getattr(asked, name) for name in _IDENTITY}
     asked_for |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
     identity.refuse_another(run / _RUN, asked_for)
@@ -205,6 +199,8 @@ def _start(words: Sequence[str]) -> None:
     if done >= steps:  # the Trainer would make one more step
         print(f"{run} has all of its {steps:,} steps: nothing to do. The model is {checkpoint}")
         return
+    from jreg_megatron.recipe import machine  # it brings torch
+
     rows = {
         "length": f"{steps:,} steps of {options.batch:,} conversations of at most {asked.max_length:,} tokens"
         + (f"; going on from step {done:,}" if done else f"; the model will be {run}/checkpoint-{steps}"),
@@ -212,7 +208,7 @@ def _start(words: Sequence[str]) -> None:
         f"{asked.weight_decay:g}, clip {asked.max_grad_norm:g}; {asked.lr_scheduler_type} from "
         f"{asked.learning_rate:g}, warm-up {asked.warmup_steps:g}",
         "loss": "on the answers only" if asked.assistant_only_loss else "on all tokens",
-        "layout": f"{options.gpus} GPUs; {share} micro-batches of {asked.per_device_train_batch_size} a step",
+        "layout": f"{options.gpus} GPUs; {share} micro-batches of {micro_batch} a step",
     }
     findings: dict[str, Callable[[], str]] = {
         "model": partial(check_model, options.model, asked.max_length),
@@ -249,14 +245,10 @@ def _smoke(options: Namespace, flags: list[str]) -> None:
 
 
 def questions(largest: int = 8) -> Iterator[list[dict[str, str]]]:
-    """Conversations about sums, some with a system message and some with a second turn."""
-    for a in range(largest):
-        for b in range(largest):
-            messages = [("system", "Answer in one sentence.")] if a % 2 else []
-            messages += [("user", f"What is {a} plus {b}?"), ("assistant", f"{a} plus {b} is {a + b}.")]
-            if b % 2:
-                messages += [("user", "And the other way round?"), ("assistant", f"{b} plus {a} is {a + b}.")]
-            yield [{"role": role, "content": content} for role, content in messages]
+    """Conversations about sums."""
+    for a, b in product(range(largest), repeat=2):
+        sum_of = {"user": f"What is {a} plus {b}?", "assistant": f"{a} plus {b} is {a + b}."}
+        yield [{"role": role, "content": content} for role, content in sum_of.items()]
 
 
 def make_toy(folder: Path, pieces: int = 512) -> None:

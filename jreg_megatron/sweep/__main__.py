@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.recipe.request import SMOKE_ITERATIONS
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE, UserError, user_errors_exit
@@ -23,7 +22,6 @@ from jreg_megatron.runtime.flags import Parser, count, split_at
 from jreg_megatron.sweep import grid, queue
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
-_SEED = 1234
 _TASK = -1
 
 
@@ -34,53 +32,42 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for package in ("rich", "tqdm", "vl_convert"):
+    for package in ("rich", "scipy", "tqdm", "vl_convert"):
         need(package, "a sweep", "analysis")
     sweep = _sweep(options)
     if options.report:
         _report(sweep)
         return 0
-    if options.only is not None:
-        return _train_one(sweep, options)
     if options.slurm:
         return _submit(sweep, options)
-    nodes = os.environ.get("NODES", "1")
-    if nodes != "1":
+    runs, nodes = sweep.runs, os.environ.get("NODES", "1")
+    if options.only is not None:
+        number = queue.task_number() if options.only == _TASK else options.only
+        if number >= len(runs):
+            raise UserError(f"--only is {number}; {sweep.output} has runs 0 to {len(runs) - 1}")
+        runs = (runs[number],)
+    elif nodes != "1":
         raise UserError(f"NODES is {nodes}, but this command trains on one node; use --slurm, or unset NODES")
     if options.dry_run:
-        for run in sweep.runs:
+        for run in runs:
             print(f"# finished: {run.name}" if sweep.is_finished(run) else _as_line(sweep, run))
         return 0
-    sweep.save()
-    was_begun = len(sweep.unfinished) < len(sweep.runs)
-    statuses = queue.train(sweep, sweep.runs)
+    is_first_node = node_rank() == 0
+    if options.recipe is not None and is_first_node:
+        sweep.save()
+    statuses = queue.train(sweep, runs)
+    has_results = len(sweep.unfinished) < len(sweep.runs)
     if UNFINISHED in statuses:
         print("The sweep has stopped. To resume, start the same command again")
         return UNFINISHED
-    if statuses == [EXIT_CODE] and not was_begun:
+    if statuses == [EXIT_CODE] and not has_results:
         print("The recipe refuses the first run, so no other run was started")
         return EXIT_CODE
     if failed := sum(status != 0 for status in statuses):
-        print(f"{failed} of {len(sweep.runs)} runs failed. To try them again, start the same command again")
-    if len(sweep.unfinished) < len(sweep.runs):
+        print(f"{failed} of {len(runs)} runs failed. To try them again, start the same command again")
+    if has_results and is_first_node:
         _report(sweep)
-    return 1 if failed else 0
-
-
-def _train_one(sweep: Sweep, options: argparse.Namespace) -> int:
-    number = queue.task_number() if options.only == _TASK else options.only
-    if number >= len(sweep.runs):
-        raise UserError(f"--only is {number}; {sweep.output} has runs 0 to {len(sweep.runs) - 1}")
-    run = sweep.runs[number]
-    if options.dry_run:
-        print(_as_line(sweep, run))
-        return 0
-    if options.recipe is not None and node_rank() == 0:
-        sweep.save()
-    status = sum(queue.train(sweep, [run]))
-    if status == 0 and node_rank() == 0:
-        _report(sweep)
-    return status
+    return max(statuses, default=0)
 
 
 def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
@@ -134,15 +121,7 @@ def _sweep(options: argparse.Namespace) -> Sweep:
     if options.coeff is None:
         raise UserError("--coeff is missing; name the lambdas to try, as in --coeff 0.01 0.03 0.1 0.3 1")
     name = options.recipe.stem + ("" if options.smoke is None else "_smoke")
-    return grid.make(
-        options.recipe,
-        options.output or Path("runs") / f"sweep_{name}",
-        coeffs=options.coeff,
-        alphas=options.alpha or [JRegConfig().alpha],
-        seeds=options.seeds or [_SEED],
-        smoke=options.smoke,
-        flags=options.flags,
-    )
+    return grid.make(options, options.output or Path("runs") / f"sweep_{name}")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -158,8 +137,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     numbers: dict[str, Any] = {"nargs": "+"}
     number: dict[str, Any] = {"nargs": "?", "metavar": "N"}
     switch: dict[str, Any] = {"action": "store_true"}
-    alphas = f"the alphas to try with each lambda (default: {JRegConfig().alpha:g})"
-    seeds = f"the seeds to train each setting with (default: {_SEED})"
+    alphas = f"the alphas to try with each lambda (default: {grid.ALPHA:g})"
+    seeds = f"the seeds to train each setting with (default: {grid.SEED})"
     smoke = f"train toys on this machine's CPU, for N iterations each (default {SMOKE_ITERATIONS})"
     only = "train one run: its number in sweep.json, from 0 (default: the number of this Slurm array task)"
     output = "folder of the runs and the result (default: runs/sweep_ and the recipe's name); another grid "
@@ -173,7 +152,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         ),
         ("--coeff", "the lambdas to try, each > 0", numbers | {"type": float, "metavar": "LAMBDA"}),
         ("--alpha", alphas, numbers | {"type": float, "metavar": "ALPHA"}),
-        ("--seeds", seeds, numbers | {"type": int, "metavar": "SEED"}),
+        ("--seeds", seeds, numbers | {"type": count("--seeds"), "metavar": "SEED"}),
         ("--smoke", smoke, number | {"type": count("--smoke"), "const": SMOKE_ITERATIONS}),
         ("--only", only, number | {"type": count("--only", 0), "const": _TASK}),
         ("--output", output, {"type": Path, "metavar": "FOLDER"}),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 
+ALPHA, SEED = 1.0, 1234
+"""Where none are asked for."""
 SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
 """Knobs that a recipe must read from the environment for a sweep."""
 
@@ -23,7 +25,7 @@ SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
 _MACHINE = {"NODES", "GPUS", "TP", "PP", "CP", "MICRO_BATCH", "TFLOPS", "PYTHON"}
 _MACHINE |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"}
 _KNOB = re.compile(r"\$\{([A-Z][A-Z0-9_]*):-")
-_OWN_FLAGS = (flag_of("coeff"), flag_of("alpha"), "--seed", "--save", "--load", "--tensorboard-dir")
+_OWN_FLAGS = ("--jreg-coeff", "--jreg-alpha", "--seed", "--save", "--load", "--tensorboard-dir")
 _FILE = "sweep.json"
 
 
@@ -117,13 +119,8 @@ class Sweep(BaseModel):
         file = output / _FILE
         if not file.exists():
             raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start a sweep")
-        try:
-            kept = checked(file, dict[str, Any], read_json(file))
-            found: Sweep = checked(file, cls, kept | {"output": output})
-        except UserError as error:
-            raise UserError(
-                f"--output is {output}, whose sweep cannot be read ({error}); name another"
-            ) from error
+        kept = checked(file, dict[str, Any], read_json(file))
+        found: Sweep = checked(file, cls, kept | {"output": output})
         return found
 
     def check(self) -> None:
@@ -166,23 +163,19 @@ class Sweep(BaseModel):
         return before.model_copy(update={"runs": (*before.runs, *new)})
 
 
-def make(
-    recipe: Path,
-    output: Path,
-    *,
-    coeffs: Sequence[float],
-    alphas: Sequence[float],
-    seeds: Sequence[int],
-    smoke: int | None,
-    flags: Sequence[str],
-) -> Sweep:
-    """The grid, with a baseline before the runs of each seed, joined to the same sweep in ``output``.
+def make(asked: Namespace, output: Path) -> Sweep:
+    """The asked grid, with a baseline before the runs of each seed, joined to the same sweep in ``output``.
+
+    ``asked`` are the options of the command; it has lambdas.
 
     Raises:
         UserError: for a setting that JREG refuses, a value given twice, a file that is no recipe, flags
             that the sweep sets itself, or another sweep in ``output``.
     """
-    _check_recipe(recipe)
+    from jreg_megatron.methods.jreg.settings import JRegConfig  # it brings torch
+
+    _check_recipe(asked.recipe)
+    coeffs, alphas, seeds = asked.coeff, asked.alpha or [ALPHA], asked.seeds or [SEED]
     for name, values in (("--coeff", coeffs), ("--alpha", alphas), ("--seeds", seeds)):
         if len(set(values)) < len(values):
             twice = next(value for n, value in enumerate(values) if value in values[:n])
@@ -190,19 +183,22 @@ def make(
     jreg = [JRegConfig(coeff=coeff, alpha=alpha) for alpha in alphas for coeff in coeffs]
     if 0 in coeffs:
         raise UserError("--coeff names 0, the baseline, which each seed trains in any case; leave it out")
-    if min(seeds) < 1:
-        raise UserError(f"--seeds names {min(seeds)}; it must be a whole number >= 1")
-    for flag in (word.partition("=")[0] for word in flags):
+    for flag in (word.partition("=")[0] for word in asked.flags):
         if flag in _OWN_FLAGS:
             raise UserError(f"{flag} stands behind --, but the sweep sets it for each run; leave it out")
-    JRegConfig.check_flags(list(flags))
+    JRegConfig.check_flags(asked.flags)
     runs: list[SweepRun] = []
     for seed in seeds:
         of_seed = [SweepRun(seed=seed, coeff=config.coeff, alpha=config.alpha) for config in jreg]
         runs += [SweepRun(seed=seed), *of_seed]
-    knobs = _knobs_of(recipe, os.environ)
-    made = {"output": output, "recipe": recipe, "smoke": smoke, "flags": flags, "knobs": knobs, "runs": runs}
-    return Sweep.model_validate(made).joined()
+    return Sweep(
+        output=output,
+        recipe=asked.recipe,
+        smoke=asked.smoke,
+        flags=tuple(asked.flags),
+        knobs=_knobs_of(asked.recipe, os.environ),
+        runs=tuple(runs),
+    ).joined()
 
 
 def node_rank() -> int:

@@ -15,7 +15,7 @@ from contextlib import nullcontext, suppress
 from tqdm import tqdm
 
 from jreg_megatron.demo.training import ITERATION, logged
-from jreg_megatron.recipe.plan import seconds_as_text
+from jreg_megatron.recipe.announcement import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE, UserError
 from jreg_megatron.runtime.lock import lock

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import batched, pairwise
 from statistics import fmean
 
-from jreg_megatron.paper.over_seeds import Estimate, interval_name
+from jreg_megatron.paper.over_seeds import INTERVAL, Estimate
 from jreg_megatron.report.charts import Axis, Chart, Style, pictures
 from jreg_megatron.report.figures import LAYER, PSI, curves
 from jreg_megatron.report.inputs import STATE_WORDS
@@ -17,7 +17,6 @@ from jreg_megatron.runtime.output import print_table, write_bytes, write_text
 from jreg_megatron.sweep.grid import Sweep
 from jreg_megatron.sweep.results import BASELINE, DIFFERENCE, LOSS, RATE, Results
 
-_WIDTH = 118
 _LAYERS_SHOWN = 4
 _NAMES_SHOWN = 4
 _PANELS_A_ROW = 4
@@ -123,15 +122,12 @@ def _about(results: Results) -> str:
     count = len(results.left_out)
     said = [f"{count} of {len(results.sweep.runs)} runs not finished or left out"] if count else []
     if results.has_intervals:
-        said.append(f"bars: {interval_name()}; faint: single seeds; grey: the baseline, range of its seeds")
+        said.append(f"bars: {INTERVAL}; faint: single seeds; grey: the baseline, range of its seeds")
     return "; ".join([*said, "below: at the end, mean over seeds"])
 
 
 def _print(results: Results) -> None:
     """Print the last validation of each setting, and :func:`_conclusions`."""
-    from rich.console import Console
-    from rich.text import Text
-
     settings = [*([results.baseline] if results.baseline.histories else []), *results.settings]
     layers = len(settings[0].displacement)
     first = max(1, layers - _LAYERS_SHOWN + 1)
@@ -150,18 +146,17 @@ def _print(results: Results) -> None:
     ]
     psi = f"Psi {first} to {layers}, x 100"
     columns += [psi] if layers else []
-    console = Console(width=_WIDTH, markup=False)
     best = [number for number, setting in enumerate(settings) if setting in results.as_often_tried[:1]]
-    print_table(_title(results), columns, rows, console=console, words=(psi,), bold=best)
+    print_table(_title(results), columns, rows, words=(psi,), bold=best)
     for line in _conclusions(results):
-        console.print(Text(line))
+        print(line)
 
 
 def _conclusions(results: Results) -> list[str]:
     """The best setting, the intervals, the runs that do not count, and arguments that differ."""
     lines = [_of_the_best(results)]
     if results.has_intervals:
-        lines.append(f"In brackets: {interval_name()}. The loss is compared between runs of the same seed.")
+        lines.append(f"In brackets: {INTERVAL}. The loss is compared between runs of the same seed.")
     for why in dict.fromkeys(results.left_out.values()):
         names = [name for name, reason in results.left_out.items() if reason == why]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.paper.over_seeds import Estimate, interval_name
+from jreg_megatron.paper.over_seeds import INTERVAL, Estimate
 from jreg_megatron.report.inputs import History
 from jreg_megatron.report.reading import read_history
 from jreg_megatron.runtime.errors import UserError
@@ -175,7 +175,7 @@ class Results:
             "knobs": self.sweep.knobs,
             "iterations": self.iterations,
             "final_state": self.final_state,
-            "interval": interval_name(),
+            "interval": INTERVAL,
             "baseline": self.baseline.summary(),
             "settings": [setting.summary() for setting in self.settings],
             "lowest_validation_loss": {"coeff": best[0].coeff, "alpha": best[0].alpha} if best else None,
