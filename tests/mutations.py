@@ -2151,6 +2151,12 @@ FAULTS = [
         FULL_GRAPH,
     ),
     Fault(
+        "ask a model before this one whether a graph may be captured",
+        "stream/full_graph.py",
+        (("getattr(call, _MEGATRONS, call)", "call"),),
+        ("tests/test_cuda_graphs.py", "-k", "anew"),
+    ),
+    Fault(
         "replay a graph of another model's methods",
         "stream/full_graph.py",
         (("        self._wrapper.reset_cuda_graph(self._wrapper)", "        self._wrapper"),),

@@ -183,6 +183,10 @@ def test_a_graph_of_the_iteration_is_captured_anew_for_what_is_attached_and_deta
 
 
 def follows_what_is_attached() -> None:
+    from megatron.core import parallel_state
+
+    other, _ = graphed_model()
+    parallel_state.destroy_model_parallel()
     model, step_of = graphed_model()
     gradients: list[dict[str, torch.Tensor]] = []
 
@@ -193,6 +197,7 @@ def follows_what_is_attached() -> None:
 
     plain = step(model)[1]
     steps()  # captured before anything is attached
+    attach(other, TAKEN, num_microbatches=1)  # and never run or detached
     handle = attach(model, TAKEN, num_microbatches=1)
     step_of(1)
     handle.end_iteration(1)

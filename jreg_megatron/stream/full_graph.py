@@ -25,14 +25,18 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.method import Method
 
+_MEGATRONS = "_jreg_megatrons"
+"""Attribute of what is put around the wrapper's call: that call."""
+
 
 class FullGraphs:
-    """What is done around Megatron's ``FullCudaGraphWrapper``, of which a process has one."""
+    """What is done around Megatron's ``FullCudaGraphWrapper``: for one model, since a process has its graphs
+    once."""
 
     def __init__(
         self, methods: Sequence[Method], iteration: Callable[[], int] | None, is_checked: Callable[[], bool]
     ) -> None:
-        """Begin with the next step.
+        """Begin with the next step, in the place of what was done for a model before.
 
         Args:
             methods: all of the model's.
@@ -48,21 +52,21 @@ class FullGraphs:
         self._is_checked = is_checked
         self._num_microbatches = 0
         self._wrapper: Any = FullCudaGraphWrapper
-        self._call: Callable[..., Any] = FullCudaGraphWrapper.__call__
+        call: Any = FullCudaGraphWrapper.__call__
+        self._call: Callable[..., Any] = getattr(call, _MEGATRONS, call)
 
         @functools.wraps(self._call)
         def around(wrapper: Any, *args: Any, **named: Any) -> Any:
-            return (self._step if self._methods else self._call)(wrapper, *args, **named)
+            return self._step(wrapper, *args, **named)
 
+        setattr(around, _MEGATRONS, self._call)
         self._ours = self._wrapper.__call__ = around
         self._forget_graphs()
 
     def end(self) -> None:
         """Leave the wrapper to Megatron again; a second call does nothing."""
-        if self._methods:
-            self._methods = ()
-            if self._wrapper.__call__ is self._ours:
-                self._wrapper.__call__ = self._call
+        if self._wrapper.__call__ is self._ours:
+            self._wrapper.__call__ = self._call
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:
