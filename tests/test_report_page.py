@@ -153,7 +153,7 @@ def test_a_click_in_the_legend_picks_a_model_in_every_figure(rich: Path, open_pa
     button = opened.page.locator("#displacement button.model").first
     button.focus()
     opened.page.keyboard.press("Enter")
-    assert opened.page.locator("button.model[aria-pressed=true]").all_inner_texts() == ["baseline"] * 7
+    assert opened.page.locator("button.model[aria-pressed=true]").all_inner_texts() == ["baseline"] * 8
     faint = "[class*=marks] > path[opacity='0.12']"
     for name, values in (("displacement", LAYERS), ("read_out_loss", LAYERS + 1)):
         playwright.expect(opened.page.locator(f"#{name} .live .mark-symbol{faint}")).to_have_count(values)

@@ -58,7 +58,7 @@ def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -
     title, titles, about = ("Use of depth: ", _DEPTH, _ABOUT_DEPTH) if depth else ("", _LINES, "")
     rows, last = [], model["num_layers"]
     for layer in range(last + 1):
-        states = list(model["displacement"]) if layer == last else ["pre_norm"]
+        states = list(model["displacement"]) if layer == last and not depth else ["pre_norm"]
         for state in states:
             note = f" ({FINAL_STATES[state]} norm)" if len(states) > 1 else ""
             values = ((what, _of_layer(model, what, state, layer - last)) for what in titles)
