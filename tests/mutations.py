@@ -567,7 +567,12 @@ FAULTS = [
     Fault(
         "measure an attenuated model without its attenuation",
         "decoder/checkpoint/model.py",
-        (("    for of_one in changes:\n        _change_layers", "    for of_one in ():\n        _change_layers"),),
+        (
+            (
+                "    for of_one in changes:\n        _change_layers",
+                "    for of_one in ():\n        _change_layers",
+            ),
+        ),
         CHANGED,
     ),
     Fault(

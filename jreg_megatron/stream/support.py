@@ -24,7 +24,7 @@ REFUSED = {
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "fine_grained_activation_offloading": "it may free a layer's input",
-    "moe_expert_rank_capacity_factor": "where experts overflow, an iteration runs twice and is measured twice",
+    "moe_expert_rank_capacity_factor": "where experts overflow, an iteration is run and measured twice",
     "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
     "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
     "use_megatron_fsdp": "no run of it has been compared with the reference",
