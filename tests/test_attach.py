@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 from harness import run_function
 
 from jreg_megatron import JRegConfig, UserError
-from jreg_megatron.stream.support import REFUSED
+from jreg_megatron.stream.support import REFUSED, refuse_fsdp
 
 
 def build_model(recompute: str = "none", **options: Any) -> Any:
@@ -496,6 +497,19 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
     ):
         assert named in line
         assert "\n" not in line
+
+
+def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None:
+    from torch import nn
+
+    class TorchFullyShardedDataParallel(nn.Module):
+        module = None
+
+    config = Namespace(cuda_graph_impl="none")
+    refuse_fsdp(TorchFullyShardedDataParallel(), config)
+    config.cuda_graph_impl = "full_iteration"
+    with pytest.raises(UserError, match="TorchFullyShardedDataParallel with cuda_graph_impl full_iteration"):
+        refuse_fsdp(TorchFullyShardedDataParallel(), config)
 
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:

@@ -374,7 +374,8 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
         (["--jobs", "0"], "--jobs is 0; it must be a whole number >= 1"),
         (["--", "--tasks", "paper"], "--tasks paper behind -- needs --runs"),
         (["--output", "file"], "--output is file/claims.html, but there is no folder"),
-        (["--output", "full"], "--output is full/claims.html, which is a folder"),
+        (["--output", "full"], "--output is full, where claims.html is a folder; name another"),
+        (["--output", "locked"], "--output is locked, where .lock is a folder; name another"),
         (["--runs", "empty"], "--runs names empty, which has no folder tensorboard"),
     ],
 )
@@ -389,6 +390,7 @@ def test_a_mistake_is_one_line_before_anything_runs(
     Path("file").touch()
     Path("empty").mkdir()
     Path("full/claims.html").mkdir(parents=True)
+    Path("locked/.lock").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2

@@ -295,6 +295,8 @@ def what_stays_on_cuda() -> list[str]:
         "linspace": torch.linspace(0, 1, 3, device="cuda"),
         "randint_like": torch.randint_like(one, 4, device="cuda"),
         "fftfreq": torch.fft.fftfreq(4, device="cuda"),
+        "nested_tensor": torch.nested.nested_tensor([one], device="cuda"),
+        "normal": torch.normal(0.0, 1.0, (2,), device="cuda"),
         **{name: getattr(one, name)((2,), device="cuda") for name in ("new_empty", "new_ones", "new_zeros")},
         "new_full": one.new_full((2,), 1.0, device="cuda"),
         "new_tensor": one.new_tensor([2.0], device="cuda"),

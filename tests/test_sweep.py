@@ -629,10 +629,14 @@ def test_slurm_without_sbatch_is_refused_in_one_line(
     assert not (slurm.folder / "out").exists()
 
 
-def test_a_task_that_fails_ends_with_the_recipes_status(slurm: StandIn) -> None:
-    slurm.plan({"baseline_seed1": {"status": 3}})
+@pytest.mark.parametrize("status", [2, 3])
+def test_a_task_that_fails_ends_with_the_recipes_status(
+    status: int, slurm: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.plan({"baseline_seed1": {"status": status}})
     words = (slurm.recipe, "--coeff", 1, "--seeds", 1, "--output", slurm.folder / "out")
-    assert sweep(*words, "--only", 0) == 3
+    assert sweep(*words, "--only", 0) == status
+    assert "no other run" not in capsys.readouterr().out
     assert sweep("--output", slurm.folder / "out", "--only", 1) == 0
     assert sweep("--output", slurm.folder / "out", "--only", 1) == 0
     assert slurm.started == ["baseline_seed1", "coeff1_alpha1_seed1"]

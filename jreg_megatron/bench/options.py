@@ -201,7 +201,7 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
   python -m jreg_megatron.bench growth --json growth.json
-  python -m jreg_megatron.bench host                            Python and launches, 2 minutes on a CPU
+  python -m jreg_megatron.bench host                            Python and launches, 3 minutes on a CPU
 """
 
 
@@ -305,7 +305,7 @@ def _read_more(args: Namespace, more: list[str]) -> None:
     )
     for name in ("start_iteration", "stop_iteration", "warmup_iterations", "measure_interval"):
         if hasattr(given, f"jreg_{name}"):
-            raise UserError(f"{flag_of(name)} is a schedule, and the benchmark has its own; leave it out")
+            raise UserError(f"{flag_of(name)} is set by the benchmark itself; leave it out")
     if args.config.coeff == 0:
         raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
     args.config.layer_weights(args.model.num_layers)
@@ -316,6 +316,8 @@ def _read_more(args: Namespace, more: list[str]) -> None:
             raise UserError(
                 f"{flag} belongs to the model, {args.model.name}; leave it out, or use --model or --width"
             )
+        if flag == "--cuda-graph-impl":
+            raise UserError(f"{flag} is not measured: all ways would run the graph of one; leave it out")
         if flag.startswith(_ENDING):
             raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
 
@@ -331,7 +333,7 @@ def _choose_ways(args: Namespace) -> None:
     asked = args.ways or [name for name in WAYS if name != UNMODIFIED]
     args.ways = [way for way in asked if way not in why_not]
     left_out = {way: f"{way} is left out: {why}" for way, why in why_not.items() if way in asked}
-    args.notes = [f"{note}." for way, note in left_out.items() if way == NAIVE]
+    args.notes = [f"{note}." for note in left_out.values()]
     if not args.ways:
         raise UserError(
             f"--ways is {','.join(asked)}, but {' and '.join(left_out.values())}; name another way too"

@@ -126,8 +126,9 @@ def _judge(args: Namespace, evidence: Evidence, how: dict[str, str]) -> None:
     judged = claims(evidence)
     found = document(evidence, judged, experiment.about(NAME, how))
     rows = [(key, claim.text, claim.verdict) for key, claim in judged.items()]
-    table = "The paper's claims", ("", "claim", "verdict"), rows
-    experiment.put_out(args, NAME, found, page(found, evidence), table)
+    shown = page(found, evidence)
+    columns = ("", "claim", "verdict")
+    experiment.put_out(args, NAME, found, shown, title="The paper's claims", columns=columns, rows=rows)
 
 
 if __name__ == "__main__":

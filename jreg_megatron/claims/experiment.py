@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # they bring torch, which --help does without
 
 DATA = Path("runs/data")
 INTERRUPTED = "finished runs are kept; to resume, start the same command again"
-_WORDS = "evaluations/words.json"
+_LOCK, _WORDS = ".lock", "evaluations/words.json"
 """With which words the evaluations were made."""
 
 
@@ -63,9 +63,11 @@ def filling(args: Namespace, name: str) -> Iterator[None]:
     """
     for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
         need(package, name, "analysis")
-    for file in (f"{name}.html", f"{name}.json", _WORDS):
+    for file in (f"{name}.html", f"{name}.json", _LOCK, _WORDS):
+        if (args.output / file).is_dir():
+            raise UserError(f"--output is {args.output}, where {file} is a folder; name another")
         output.check_outputs(True, output=str(args.output / file))
-    with lock(args.output / ".lock", f"{args.output} is being filled", "name another --output"):
+    with lock(args.output / _LOCK, f"{args.output} is being filled", "name another --output"):
         yield
 
 
@@ -128,14 +130,17 @@ def put_out(
     name: str,
     document: Mapping[str, Any],
     page: str,
-    table: tuple[str, Sequence[str], Sequence[Sequence[str]]],
+    *,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
 ) -> None:
-    """Write a command's document and page; print the document's notes and ``table``: title, columns, rows."""
+    """Write a command's document and page; print the document's notes and a table."""
     numbers, shown = (str(args.output / f"{name}.{ending}") for ending in ("json", "html"))
     output.write_json(numbers, document)
     output.write_text(shown, page)
     if not args.quiet:
         for text in document["notes"]:
             output.note(text)
-        output.print_table(*table, words=table[1])
+        output.print_table(title, columns, rows, words=columns)
         print(f"Page: {shown}\nNumbers: {numbers}")

@@ -56,26 +56,25 @@ def _arguments(argv: Sequence[str] | None) -> Namespace:
 def _compare(args: Namespace, plan: Plan) -> None:
     from jreg_megatron.claims.rules import FEWEST_SEEDS
     from jreg_megatron.compare.page import document, page
-    from jreg_megatron.compare.toys import read_toy, read_toys
+    from jreg_megatron.compare.toys import read_toys
 
     if plan.seeds < FEWEST_SEEDS and not args.quiet:
         output.note(f"with fewer than {FEWEST_SEEDS} seeds a difference is hardly more than chance")
     _train(args, plan)
-    toys, notes = read_toys(plan)
+    toys, teacher, notes = read_toys(plan)
     runs = [run for by_seed in toys.values() for run in by_seed.values()]
     done = experiment.evaluate_all(args, runs, WORDS)
     toys = {
         way: {seed: replace(run, evaluated=done[run.folder]) for seed, run in by_seed.items()}
         for way, by_seed in toys.items()
     }
-    teacher = read_toy(plan.teacher) if plan.needs_teacher else None
     how = toy.described(plan.steps) | {"seeds": f"1 to {plan.seeds}", "jobs": f"{args.jobs} at a time"}
     found = document(plan, toys, teacher, notes, experiment.about(NAME, how))
     loss = found["families"]["loss"]["ways"]
     rows = [(way, f"{of['found']:+.4f}" if of["by_seed"] else "", of["verdict"]) for way, of in loss.items()]
     columns = ("way", "validation loss minus its baseline's", "verdict")
-    table = "The methods, side by side", columns, rows
-    experiment.put_out(args, NAME, found, page(found, toys, plan.against), table)
+    shown, title = page(found, toys, plan.against), "The methods, side by side"
+    experiment.put_out(args, NAME, found, shown, title=title, columns=columns, rows=rows)
 
 
 def _train(args: Namespace, plan: Plan) -> None:

@@ -45,16 +45,23 @@ Toys = Mapping[str, Mapping[int, Toy]]
 """By way and seed."""
 
 
-def read_toys(plan: Plan) -> tuple[Toys, list[str]]:
-    """The trained toys of a plan, and a line for each that does not count, such as one that has diverged."""
-    toys: dict[str, dict[int, Toy]] = {name: {} for name in plan.names}
+def read_toys(plan: Plan) -> tuple[Toys, Toy | None, list[str]]:
+    """The trained toys of a plan, its teacher if it needs one, and a line for each run that does not count,
+    such as one that has diverged."""
     notes = []
-    for name, seed, run in plan.runs:
+
+    def read(run: Run) -> Toy | None:
         try:
-            toys[name][seed] = read_toy(run)
+            return read_toy(run)
         except UserError as error:
             notes.append(f"{run.name} is left out: {error}.")
-    return toys, notes
+            return None
+
+    toys: dict[str, dict[int, Toy]] = {name: {} for name in plan.names}
+    for name, seed, run in plan.runs:
+        if (toy := read(run)) is not None:
+            toys[name][seed] = toy
+    return toys, read(plan.teacher) if plan.needs_teacher else None, notes
 
 
 def read_toy(run: Run) -> Toy:

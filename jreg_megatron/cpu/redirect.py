@@ -18,12 +18,12 @@ _CPU = torch.device("cpu")
 # What can be given a device by name, in ``torch`` and in its tensors.
 _FACTORIES = """
     arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted empty_quantized
-    empty_strided eye from_file full full_like hamming_window hann_window kaiser_window linspace logspace ones
-    ones_like rand rand_like randint randint_like randn randn_like randperm range scalar_tensor
+    empty_strided eye from_file full full_like hamming_window hann_window kaiser_window linspace logspace
+    normal ones ones_like rand rand_like randint randint_like randn randn_like randperm range scalar_tensor
     sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
     sparse_csr_tensor tensor tril_indices triu_indices zeros zeros_like
 """.split()
-_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+_METHODS = "new new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
 
 
 def _on_cpu(device: Any) -> Any:
@@ -63,7 +63,7 @@ def _no_op() -> Callable[..., None]:
 
 
 def _let_cuda_mean_the_cpu() -> None:
-    """Have every torch call that names a CUDA device run on the CPU.
+    """Have torch's functions that take a device by its name make their tensors on the CPU for a CUDA device.
 
     A torch function mode would do it too, but Python would then see every operation: a fifth of a small step.
     """
@@ -85,7 +85,8 @@ def _let_cuda_mean_the_cpu() -> None:
     answers = {"to": to, "type": type_, "cuda": _itself, "pin_memory": _itself, "record_stream": _nothing}
     for name, answer in answers.items():
         setattr(plain, name, wraps(getattr(plain, name))(answer))
-    for owner, names in ((torch, _FACTORIES), (torch.fft, ("fftfreq", "rfftfreq")), (plain, _METHODS)):
+    others = (torch.fft, ("fftfreq", "rfftfreq")), (torch.nested, ("nested_tensor",))
+    for owner, names in ((torch, _FACTORIES), *others, (plain, _METHODS)):
         for name in names:
             setattr(owner, name, _with_cpu(getattr(owner, name)))
 

@@ -45,12 +45,12 @@ def run(
         SystemExit: with the script's status.
     """
     from jreg_megatron import cpu
-    from jreg_megatron.runtime.fork import fork_ranks, world_size_of
+    from jreg_megatron.runtime.fork import check_nproc, fork_ranks
 
     script, arguments = options.script, options.arguments
     _refuse_script(script, options.is_module)
     if options.nproc is not None:
-        world_size_of(options.nproc)
+        check_nproc(options.nproc)
         if not on_cpu:
             raise UserError("--nproc is for CPU mode; start GPU ranks with torchrun")
     if on_cpu:

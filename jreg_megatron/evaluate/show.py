@@ -98,12 +98,12 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield row("depth", layer, metric, value)
             for metric, of_layers in depth["skip"].items():
                 for layer, figure in enumerate(of_layers, start=1):
-                    later = enumerate(figure, start=1) if isinstance(figure, list) else [(0, figure)]
-                    for at, value in later:
+                    if not isinstance(figure, list):
+                        yield row("depth", layer, f"skip_{metric}", figure)
+                        continue
+                    for later, value in enumerate(figure, start=1):  # of layers before it there is none
                         if value is not None:
-                            yield row(
-                                "depth", layer, f"skip_{metric}_{at}" if at else f"skip_{metric}", value
-                            )
+                            yield row("depth", layer, f"skip_{metric}_{later}", value)
     for part, item, metric, found, _ in _differences(document):
         first, second = document["comparison"]["models"]
         of = {"model": f"{second} - {first}", "step": None, "revision": None}

@@ -184,7 +184,8 @@ class DepthSums:
         self._add_state(after)
         if number <= self._decoder.num_layers and self._parts is not None:
             parts = self._parts[number - 1]
-            state = before.to(torch.promote_types(before.dtype, torch.float32))
+            # A model may lie on several GPUs: what a layer is given, on the one before.
+            state = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
             # Not the layer's output, which a method may have changed.
             middle = state + parts.scale * self._made.pop(parts.attention)
             self._contributions.append(

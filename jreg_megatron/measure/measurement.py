@@ -195,26 +195,28 @@ def _figures(means: _Means, largest: Tensor, last: int) -> dict[str, Any]:
         for state, at in zip(FINAL_STATES, range(last, mean.shape[1]), strict=False)
     }
     rates: dict[str, list[float | None]] = {
-        state: [None, *(float(jump_rate(each[_PSI, 1:], layer)) for layer in range(2, last + 1))]
-        for state, each in by_state.items()
+        state: [None, *(float(jump_rate(table[_PSI, 1:], layer)) for layer in range(2, last + 1))]
+        for state, table in by_state.items()
     }
 
-    def each(figure: Callable[[Tensor], Tensor]) -> dict[str, list[float | None]]:
-        return {state: finite(figure(means)) for state, means in by_state.items()}
+    def by_final_state(figure: Callable[[Tensor], Tensor]) -> dict[str, list[float | None]]:
+        return {state: finite(figure(table)) for state, table in by_state.items()}
 
     return {
         "texts": means.texts,
         "tokens": means.tokens,
-        "displacement": each(lambda m: m[_PSI, 1:]),
-        "displacement_std": each(lambda m: (m[_PSI_SQUARED, 1:] - m[_PSI, 1:].square()).clamp(min=0).sqrt()),
-        "jump_rate": {state: each[-1] for state, each in rates.items()},
+        "displacement": by_final_state(lambda m: m[_PSI, 1:]),
+        "displacement_std": by_final_state(
+            lambda m: (m[_PSI_SQUARED, 1:] - m[_PSI, 1:].square()).clamp(min=0).sqrt()
+        ),
+        "jump_rate": {state: of_layers[-1] for state, of_layers in rates.items()},
         "jump_rate_from": rates,
-        "block_influence": each(lambda m: 2 * m[_PSI, 1:]),
-        "angular_distance": each(lambda m: m[_ANGLE, 1:]),
-        "norm": each(lambda m: m[_NORM]),
-        "norm_rms": each(lambda m: m[_NORM_SQUARED].sqrt()),
-        "norm_largest": each(lambda m: m[_LARGEST]),
-        "update_ratio": each(lambda m: m[_UPDATE, 1:]),
+        "block_influence": by_final_state(lambda m: 2 * m[_PSI, 1:]),
+        "angular_distance": by_final_state(lambda m: m[_ANGLE, 1:]),
+        "norm": by_final_state(lambda m: m[_NORM]),
+        "norm_rms": by_final_state(lambda m: m[_NORM_SQUARED].sqrt()),
+        "norm_largest": by_final_state(lambda m: m[_LARGEST]),
+        "update_ratio": by_final_state(lambda m: m[_UPDATE, 1:]),
         **(depth_figures(of_depth, last) if len(of_depth) else {}),
     }
 

@@ -27,22 +27,39 @@ def world_size_of(nproc: int | None) -> int:
     """How many ranks there are, or will be with ``--nproc``.
 
     Raises:
-        UserError: for ``--nproc`` under torchrun or below 1, or if the environment tells half of what
+        UserError: for ``--nproc`` under torchrun or below 1, or if the environment tells a part of what
             torchrun tells.
     """
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if nproc is not None:
-        if rank is not None:
-            raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
-        if nproc < 1:
-            raise UserError(f"--nproc is {nproc}; it must be >= 1")
+        check_nproc(nproc)
         return nproc
-    if (rank, size) != (None, None) and not ((rank or "").isdecimal() and (size or "").isdecimal()):
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if (rank, size) == (None, None):
+        return 1
+    if not ((rank or "").isdecimal() and (size or "").isdecimal()):
         raise UserError(
             f"the environment has RANK={rank} and WORLD_SIZE={size}; start the ranks with torchrun, or "
             "unset both"
         )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if int(size or 1) > 1 and name not in os.environ:
+            raise UserError(
+                f"the environment has WORLD_SIZE={size} and no {name}, where the ranks meet; start them with "
+                "torchrun, or set it alike on all"
+            )
     return int(size or 1)
+
+
+def check_nproc(nproc: int) -> None:
+    """Refuse ``--nproc`` under torchrun, or below 1.
+
+    Raises:
+        UserError: for both.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--nproc is for a run without torchrun; leave it out under torchrun")
+    if nproc < 1:
+        raise UserError(f"--nproc is {nproc}; it must be >= 1")
 
 
 def be_alone_unless_started() -> None:

@@ -99,9 +99,12 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     # Transformer Engine's generators alone can be in its graphs.
-    has_te_graphs = layout.graphs != "none" and transformer_impl == "transformer_engine"
-    generators = {"te_rng_tracker": has_te_graphs, "use_cudagraphable_rng": layout.graphs == "iteration"}
-    model_parallel_cuda_manual_seed(1, **{name: True for name, is_used in generators.items() if is_used})
+    generators = {}
+    if layout.graphs != "none" and transformer_impl == "transformer_engine":
+        generators["te_rng_tracker"] = True
+    if layout.graphs == "iteration":
+        generators["use_cudagraphable_rng"] = True
+    model_parallel_cuda_manual_seed(1, **generators)
     config = _transformer_config(layout, transformer_impl)
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     settings = settings_of(layout)
@@ -111,8 +114,8 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
     wrapped = _wrap(layout, config, chunks)
-    now = ITERATION
-    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: now)
+    now = [ITERATION]
+    handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: now[0])
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads
@@ -144,11 +147,12 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         return reports
 
     if layout.graphs == "iteration":
-        for now in range(1, ITERATION):  # noqa: B007 (a warm-up; the capture, which is replayed at once)
+        for iteration in range(1, ITERATION):  # a warm-up; the capture, which is replayed at once
+            now[0] = iteration
             passes()
             for model in wrapped:
                 model.zero_grad_buffer()  # type: ignore[operator]
-        now = ITERATION
+        now[0] = ITERATION
     elif layout.graphs != "none":  # are captured when a step has been seen
         passes()
         capture_graphs(wrapped, config, layout)

@@ -25,13 +25,15 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.method import Method
 
-_MEGATRONS = "_jreg_megatrons"
-"""Attribute of what is put around the wrapper's call: that call."""
+_ORIGINAL = "_jreg_original"
+"""An attribute of our function in the place of the wrapper's ``__call__``: Megatron's own."""
 
 
 class FullGraphs:
-    """What is done around Megatron's ``FullCudaGraphWrapper``: for one model, since a process has its graphs
-    once."""
+    """What is done around Megatron's ``FullCudaGraphWrapper``.
+
+    There is one at a time, for the model that was attached last: Megatron keeps its graphs in the class.
+    """
 
     def __init__(
         self, methods: Sequence[Method], iteration: Callable[[], int] | None, is_checked: Callable[[], bool]
@@ -53,13 +55,13 @@ class FullGraphs:
         self._num_microbatches = 0
         self._wrapper: Any = FullCudaGraphWrapper
         call: Any = FullCudaGraphWrapper.__call__
-        self._call: Callable[..., Any] = getattr(call, _MEGATRONS, call)
+        self._call: Callable[..., Any] = getattr(call, _ORIGINAL, call)
 
         @functools.wraps(self._call)
         def around(wrapper: Any, *args: Any, **named: Any) -> Any:
             return self._step(wrapper, *args, **named)
 
-        setattr(around, _MEGATRONS, self._call)
+        setattr(around, _ORIGINAL, self._call)
         self._ours = self._wrapper.__call__ = around
         self._forget_graphs()
 
@@ -119,7 +121,8 @@ class FullGraphs:
         if still_to_warm_up == 0 and not self._is_checked():
             raise UserError(
                 f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and so many steps have not "
-                "shown how the loss is scaled, which cannot be seen in a graph; give more"
+                "shown how the loss is scaled, which cannot be seen in a graph; give more, or call "
+                "end_iteration after each step of your own loop"
             )
         if still_to_warm_up < 0 and num_microbatches != self._num_microbatches:
             raise UserError(

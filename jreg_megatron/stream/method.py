@@ -46,7 +46,8 @@ class Call:
     training: bool
     """Whether a backward pass will follow."""
     iteration: int | None
-    """The training iteration, 1-based; None in evaluation, where nobody tells, and in a graph of many."""
+    """The training iteration, 1-based; None in evaluation, if nobody tells it, and in a CUDA graph of whole
+    iterations."""
     loss_mask: Tensor | None = None
     """What the model was called with, ``[b, s]``, if anything; often on the last pipeline stage alone."""
     padding_mask: Tensor | None = None
@@ -85,7 +86,7 @@ class Readings:
 class Method:
     """A method on a built model. All states are ``[s, b, h]``; s is this rank's share of the sequence.
 
-    Each function but :meth:`__init__` does nothing unless a subclass says what.
+    Each function but :meth:`__init__` and :meth:`begin_microbatch` does nothing unless a subclass says what.
     """
 
     added_loss: AddedLoss | None = None

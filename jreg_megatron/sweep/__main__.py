@@ -60,14 +60,14 @@ def _main(options: argparse.Namespace) -> int:
     if UNFINISHED in statuses:
         print("The sweep has stopped. To resume, start the same command again")
         return UNFINISHED
-    if statuses == [EXIT_CODE] and not has_results:
+    if statuses == [EXIT_CODE] and not has_results and options.only is None:
         print("The recipe refuses the first run, so no other run was started")
         return EXIT_CODE
     if failed := sum(status != 0 for status in statuses):
         print(f"{failed} of {len(runs)} runs failed. To try them again, start the same command again")
     if has_results and is_first_node:
         _report(sweep)
-    return max(statuses, default=0)
+    return sum(statuses) if options.only is not None else int(failed > 0)
 
 
 def _submit(sweep: Sweep, options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from jreg_megatron.mcore.preflight import data, optimizer, sizes
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check arguments that ``megatron.sizes.arguments.parse_args`` returned; ``args`` is not changed.
+    """Check arguments that ``megatron.training.arguments.parse_args`` returned; ``args`` is not changed.
 
     With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of heterogeneous layers only the
     optimizer's package is checked, because the other settings come from elsewhere.
