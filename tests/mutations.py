@@ -2158,7 +2158,7 @@ FAULTS = [
     Fault(
         "ask a model before this one whether a graph may be captured",
         "stream/full_graph.py",
-        (("getattr(call, _MEGATRONS, call)", "call"),),
+        (("getattr(call, _ORIGINAL, call)", "call"),),
         ("tests/test_cuda_graphs.py", "-k", "anew"),
     ),
     Fault(
