@@ -35,6 +35,8 @@ _NOT_ATTACHED = (
     "the code"
 )
 
+_NO_FLAG = "no flag that changes the model"
+
 Function = Callable[..., Any]
 
 
@@ -183,11 +185,18 @@ def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...]
     there = {name for of_one in saved for name in of_one.added_parameters}
     is_lacking = any(not of_one.added_parameters <= there for of_one in own)
     if saved != own and (is_lacking or not is_finetuned):
-        was, now = (flags_of(of_one, "no flag that changes the model") for of_one in (saved, own))
+        was, now = (flags_of(of_one, _NO_FLAG) for of_one in (saved, own))
         other = "leave out what adds parameters" if is_lacking else "--finetune to take only its weights"
         raise UserError(
             f"the checkpoint was saved with {was}, and this run has {now}, which is another model; give the "
             f"flags of the checkpoint, or {other}"
+        )
+    if saved != own:
+        from megatron.training import print_rank_0
+
+        print_rank_0(
+            f"> --finetune takes the weights alone: the checkpoint was trained with "
+            f"{flags_of(saved, _NO_FLAG)}, this run has {flags_of(own, _NO_FLAG)}"
         )
 
 
@@ -203,9 +212,11 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
         at = str(step or tracker.read_text(encoding="utf-8").strip())
         which = (0, True) if at == "release" else (int(at), False)
         folder = checkpointing.get_checkpoint_name(load, *which, return_base_dir=True)
-        if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-            return None
-        return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
+        if dist_checkpointing.check_is_distributed_checkpoint(folder):
+            return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
+        # --ckpt-format torch: a file of each rank. Of its tensors nothing is read here.
+        file = checkpointing.get_checkpoint_name(load, *which)
+        return known.changes_in(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["args"])
 
     found, is_finetuned = None, args.finetune
     if torch.distributed.get_rank() == 0:

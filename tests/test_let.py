@@ -20,6 +20,7 @@ from test_methods import states_of
 from torch import Tensor
 
 from jreg_megatron import LETConfig, UserError, attach
+from jreg_megatron.methods.let.tokens import refuse_other_tokens
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.selftest.toy import ITERATION, VOCABULARY
 
@@ -446,6 +447,10 @@ def test_another_tokenizer_is_refused_by_its_first_piece_and_the_same_is_not(tmp
     model, pieces = save_sentencepiece(tmp_path)
     bare = tmp_path / "bare"
     bare.mkdir()
+    (bare / "config.json").write_text("{")
+    line = "config.json cannot be read"
+    with pytest.raises(UserError, match=line):
+        refuse_other_tokens(str(bare), argparse.Namespace(tokenizer_type="NullTokenizer", vocab_size=8))
     (bare / "config.json").write_text('{"vocab_size": 8}')
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text(json.dumps({"w0": 0, "w2": 1}))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
         (DepthConfig, "metrics", ("", "void", None)),
         (AttenuationConfig, "factor", (-0.1, 1.1, float("nan"))),
         (AttenuationConfig, "layers", ("first", (), (0,), (2, 2), 2)),
-        (AttenuationConfig, "learned", (1.0, 0)),
+        (AttenuationConfig, "learned", (1.0, 0, 1 - 1e-9)),
         (SlowQKConfig, "multiplier", (1.5, -0.1)),
         (SlowQKConfig, "share", (0, 1.1)),
         (SlowQKConfig, "hold_iterations", (None, -1)),
@@ -390,12 +391,19 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_as_on_one_rank_and_
     alone = trained("alone", *flags, "--periln-embedding", ranks=1)
     for name in ("lm loss", "grad-norm", "jump rate"):
         assert with_embedding[name] == pytest.approx(alone[name], rel=1e-4), name
-    assert trained("none")["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != both["lm loss"]
+    of_torch = ("--ckpt-format", "torch", "--save", tmp_path / "plain", "--save-interval", 3)
+    none = trained("none", *of_torch)
+    assert none["lm loss"] == trained("power 0", "--lns-power", 0)["lm loss"] != both["lm loss"]
     other = run_ranks([*load, "--lns-power", 0.5], 2, check=False)
     assert "saved with --lns-power 0.5 --periln-gain 0.7, and this run has --lns-power 0.5" in other.output[0]
     for more in (("--attenuation-learned", 0.9), ("--periln-embedding",)):
         finetuned = run_ranks([*load, *flags, "--finetune", *more], 2, check=False)
         assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
+    plain = (*argv, *LAYOUT, "--ckpt-format", "torch", "--load", tmp_path / "plain", "--finetune")
+    finetuned = run_ranks([*plain, *flags], 2, check=False)
+    assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
+    finetuned = run_ranks([*load, "--finetune"], 2)
+    assert "was trained with --lns-power 0.5 --periln-gain 0.7, this run has no flag" in finetuned.output[0]
 
 
 def norms_the_embedding() -> None:
@@ -481,6 +489,18 @@ def prepares() -> None:
     attach(model, LayerNormScalingConfig(), JRegConfig(), num_microbatches=1).detach()
     learned = built(AttenuationConfig(learned=0.3))
     refused("prepared for", lambda: attach(learned, AttenuationConfig(factor=0.9), num_microbatches=1))
+    late = anew()
+    optimizer = torch.optim.AdamW(late.parameters())
+    prepare([late], [AttenuationConfig(learned=0.3)])
+    made_before = partial(attach, late, AttenuationConfig(learned=0.3), num_microbatches=1)
+    refused(
+        "the optimizer does not have decoder.layers.0.attenuation_gate",
+        lambda: made_before(optimizer=optimizer),
+    )
+    made_before(optimizer=torch.optim.AdamW(late.parameters())).detach()
+    wrapped = torch.nn.Module()
+    wrapped.module = anew()
+    refused("prepare was called for a model in Module", lambda: prepare([wrapped], [PeriLNConfig()]))
     hybrid = anew()
     hybrid.decoder.layers[0].self_attention = IdentityOp()
     for of_one in (LayerNormScalingConfig(), PeriLNConfig()):

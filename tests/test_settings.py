@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jreg_megatron import JRegConfig, UserError, layer_weights
+from jreg_megatron.methods import known
 from jreg_megatron.methods.jreg.settings import flag_of
 
 
@@ -51,6 +52,11 @@ def test_every_setting_is_a_flag_in_a_group_of_its_own() -> None:
     group = text[text.index("JREG, the jump-suppressing regularizer") :]
     for f in fields(JRegConfig):
         assert flag_of(f.name) in group
+
+
+def test_the_help_of_all_methods_can_be_printed() -> None:
+    text = known.add_arguments(argparse.ArgumentParser()).format_help()
+    assert "4% of" in " ".join(text.split())
 
 
 def test_settings_cannot_be_changed_once_made() -> None:

@@ -283,14 +283,19 @@ class Handle:
         """Give the methods the model's optimizer, Megatron's or torch's, before the first step. Collective.
 
         Raises:
-            UserError: if a method does not know its kind.
+            UserError: if a method does not know its kind, or torch's lacks a parameter that a method added.
         """
 
         def give() -> None:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                _refuse_left_out(optimizer, self._chunks, [method.settings for method in self.methods])
             for method in self.methods:
                 method.use_optimizer(optimizer)
 
-        if any(type(method).use_optimizer is not Method.use_optimizer for method in self.methods):
+        if any(
+            method.settings.added_parameters or type(method).use_optimizer is not Method.use_optimizer
+            for method in self.methods
+        ):
             _alike_on_every_rank(give, self._group)
 
     def detach(self) -> None:
@@ -336,11 +341,17 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
     :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
 
     Raises:
-        UserError: if a chunk is prepared already, or is none that a method can change.
+        UserError: if a chunk is prepared already, is wrapped already, or is none that a method can change.
     """
     define_layers([unwrap(chunk) for chunk in chunks], _layer_rule(settings))
     changing = tuple(of_one for of_one in settings if of_one.changes_modules)
-    for chunk in map(unwrap, chunks):
+    for given in chunks:
+        chunk = unwrap(given)
+        if changing and chunk is not given:
+            raise UserError(
+                f"prepare was called for a model in {type(given).__name__}, which would not see what "
+                f"{flags_of(changing, _NO_CHANGE)} changes; call it before the model is wrapped"
+            )
         if done := getattr(chunk, _PREPARED, ()):
             raise UserError(
                 f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
@@ -363,6 +374,20 @@ def _refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Se
                 "jreg_megatron.prepare(chunks, settings) with the same settings, before the model is wrapped "
                 "and has an optimizer"
             )
+
+
+def _refuse_left_out(
+    optimizer: torch.optim.Optimizer, chunks: Sequence[nn.Module], settings: Sequence[Settings]
+) -> None:
+    """Refuse an optimizer that was made before :func:`prepare` added a parameter."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for of_one in settings:
+        for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
+            if name.endswith(tuple(of_one.added_parameters)) and id(parameter) not in held:
+                raise UserError(
+                    f"the optimizer does not have {name}, which {of_one.as_flags()} added; make the "
+                    "optimizer after jreg_megatron.prepare"
+                )
 
 
 def _layer_rule(settings: Sequence[Settings]) -> str:

@@ -209,7 +209,7 @@ class Settings:
         """
         group = parser.add_argument_group(cls.title, cls.about)
         for f in _fields(cls):
-            options: dict[str, Any] = {"default": SUPPRESS, "help": f.metadata["help"]}
+            options: dict[str, Any] = {"default": SUPPRESS, "help": f.metadata["help"].replace("%", "%%")}
             if f.metadata["parse"] is bool:
                 options["action"] = "store_true"
             else:

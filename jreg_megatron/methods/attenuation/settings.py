@@ -58,7 +58,7 @@ class AttenuationConfig(Settings):
     )
     learned: float | None = setting(
         None,
-        "learn a factor for every layer; all start at this value, above 0 and below 1. A layer's factor is "
+        "learn a factor for every layer; all start at this value, from 0.0001 to 0.9999. A layer's factor is "
         "the sigmoid of a parameter, without weight decay. The other settings are left out.",
         float,
         "START",
@@ -84,8 +84,9 @@ class AttenuationConfig(Settings):
         if numbers:
             object.__setattr__(self, "layers", numbers)
         if self.learned is not None:
-            allowed = is_finite(self.learned) and 0 < self.learned < 1
-            self.require("learned", self.learned, allowed, "a number above 0 and below 1")
+            # Nearer to 0 or 1 the sigmoid's gradient is lost in float32.
+            allowed = is_finite(self.learned) and 1e-4 <= self.learned <= 1 - 1e-4
+            self.require("learned", self.learned, allowed, "a number from 0.0001 to 0.9999")
             alone = f"left out where {self.flag('learned')} is given"
             self.require("factor", factor, factor == _FACTOR, alone)
             # Megatron's checkpoints stack a parameter over all layers, and refuse one that some lack.

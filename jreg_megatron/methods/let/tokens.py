@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.methods.let.settings import LETConfig
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 
 _HUGGING_FACE = "HuggingFaceTokenizer"
@@ -30,7 +30,13 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
     """
     kind, size = args.tokenizer_type, int(getattr(args, "vocab_size", None) or 0)
     if kind.startswith("Null"):
-        known = json.loads((Path(teacher) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+        try:
+            known = json.loads((Path(teacher) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{_FLAG} is {teacher}, whose config.json cannot be read ({one_line(error)}); give the "
+                "folder of a whole Hugging Face model"
+            ) from None
         sizes = {known, len(_pieces_of(_HUGGING_FACE, teacher))}
         if not sizes & {size, size + 1}:  # Megatron before 0.18 adds a token that ends a document
             raise UserError(
