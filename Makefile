@@ -153,5 +153,7 @@ $(STAMP): pyproject.toml constraints.txt
 	pip_install() { $(PY) -m pip install -qq --disable-pip-version-check "$$@"; }
 	set -- --constraint constraints.txt --editable '.[analysis,data,demo,dev,sft]'
 	pip_install --constraint constraints.txt uv || true
-	$(PY) -m uv pip install --quiet --python $(PY) "$$@" || { echo "Trying again with pip"; pip_install "$$@"; }
+	# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, each process would compile all that it imports.
+	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) "$$@" \
+	    || { echo "Trying again with pip"; pip_install "$$@"; }
 	mv $(BEGUN) $@
