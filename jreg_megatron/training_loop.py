@@ -191,20 +191,13 @@ def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...]
             f"the checkpoint was saved with {was}, and this run has {now}, which is another model; give the "
             f"flags of the checkpoint, or {other}"
         )
-    if saved != own:
-        from megatron.training import print_rank_0
-
-        print_rank_0(
-            f"> --finetune takes the weights alone: the checkpoint was trained with "
-            f"{flags_of(saved, _NO_FLAG)}, this run has {flags_of(own, _NO_FLAG)}"
-        )
 
 
 def _refuse_another_checkpoint(args: Namespace) -> None:
     """The same, before Megatron finds that a parameter of a checkpoint is missing, or one too many.
     Collective."""
     from megatron.core import dist_checkpointing
-    from megatron.training import checkpointing
+    from megatron.training import checkpointing, print_rank_0
     from torch.distributed.checkpoint.api import CheckpointException
 
     def saved(load: str, step: int | None) -> tuple[Settings, ...] | None:
@@ -227,8 +220,13 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
             if found is None and args.pretrained_checkpoint:
                 found, is_finetuned = saved(args.pretrained_checkpoint, None), True
     found, is_finetuned = of_every_rank((found, is_finetuned))[0]
-    if found is not None:
-        _refuse_other_changes(found, known.changes_in(args), is_finetuned)
+    own = known.changes_in(args)
+    if found is not None and found != own:
+        _refuse_other_changes(found, own, is_finetuned)
+        print_rank_0(
+            f"> only weights are taken from the checkpoint: it was trained with {flags_of(found, _NO_FLAG)}, "
+            f"this run has {flags_of(own, _NO_FLAG)}"
+        )
 
 
 def require_attached(train_step: Function) -> Function:

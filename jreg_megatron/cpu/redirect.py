@@ -73,8 +73,6 @@ def _let_cuda_mean_the_cpu() -> None:
     move, tell_type = plain.to, plain.type
 
     def to(tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
-        if "device" in named:
-            named["device"] = _on_cpu(named["device"])
         return move(tensor, *map(_on_cpu, args), **named)
 
     def type_(tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
@@ -82,9 +80,15 @@ def _let_cuda_mean_the_cpu() -> None:
         answer = tell_type(tensor, *args, **named)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    answers = {"to": to, "type": type_, "cuda": _itself, "pin_memory": _itself, "record_stream": _nothing}
+    answers = {
+        "to": _with_cpu(to),
+        "type": type_,
+        "cuda": _itself,
+        "pin_memory": _itself,
+        "record_stream": _nothing,
+    }
     for name, answer in answers.items():
-        setattr(plain, name, wraps(getattr(plain, name))(answer))
+        setattr(plain, name, answer)
     others = (torch.fft, ("fftfreq", "rfftfreq")), (torch.nested, ("nested_tensor",))
     for owner, names in ((torch, _FACTORIES), *others, (plain, _METHODS)):
         for name in names:
