@@ -77,7 +77,7 @@ measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
 	@test -n "$(MODEL)" || { echo "Name a model: make measure-cost MODEL=path/or/name" >&2; exit 2; }
 	$(PY) tests/measure_cost.py $(MODEL) $(ARGS)
 
-bench: $(STAMP)  ## Measure what JREG adds to a training step here; ARGS=growth, ARGS=kernel
+bench: $(STAMP)  ## Measure what JREG adds to a training step here; ARGS=host, ARGS=kernel
 	@$(PY) -m jreg_megatron.bench $(or $(ARGS),step)
 
 on-gpu: $(STAMP)  ## Run what one GPU can show in eight minutes; results go to RESULTS

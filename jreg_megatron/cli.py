@@ -9,7 +9,7 @@ import sys
 from jreg_megatron import __version__
 
 _COMMANDS = {
-    "bench": "measure the cost of JREG here: kernels, Megatron's step, growth with the size",
+    "bench": "measure the cost of JREG here: kernels, Megatron's step, Python and launches",
     "claims": "judge the paper's six claims on toys that it trains, or on your own runs",
     "compare": "compare JREG and other methods on toys that it trains, with paired seeds",
     "data": "make Megatron's token files from text, and inspect them",

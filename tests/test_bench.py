@@ -22,14 +22,13 @@ from typing import Any
 import bench_steps
 import numpy as np
 import on_gpu
-import psutil
 import pytest
 import torch
 from harness import Finished, run_function, run_ranks
 from rich.console import Console
 
 from jreg_megatron import UserError
-from jreg_megatron.bench import counting, growth, megatron, options, results, step, table
+from jreg_megatron.bench import counting, megatron, options, results, step, table
 from jreg_megatron.bench.__main__ import main
 from jreg_megatron.bench.options import KINDS, SHAPES, WAYS
 from jreg_megatron.bench.rounds import median_ratio
@@ -331,8 +330,7 @@ def document_of(figures: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     layout = {"ranks": ranks, "tensor": 1, "pipeline": ranks, "context": 1}
     about = {"model": asdict(SHAPES["demo"]), "dtype": "fp32", "layout": layout, "weighted_layers": 6}
     step = {**figures, **about, "jreg": {"coeff": 0.1}, "notes": [], "tokens": 512}
-    machine = {"processor": "none", "cores": 2, "threads": 1}
-    return json.loads(json.dumps(results.document(["step"], "step", step, machine), allow_nan=False))
+    return json.loads(json.dumps(results.document(["step"], "step", step), allow_nan=False))
 
 
 def ran(
@@ -535,78 +533,6 @@ def test_the_small_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (demo.COEFF, demo.ALPHA) == (1.0, 1.0)
 
 
-# Growth
-
-
-def test_costs_are_what_is_beyond_the_unmodified_step() -> None:
-    step = {
-        "tokens": 32,
-        "peak_bytes": {
-            "unmodified": {"ordinary": [1000, 5000], "logging": [1000, 5000]},
-            "measure": {"ordinary": [1000, 5000], "logging": [1100, 5000]},
-            "jreg": {"ordinary": [1000, 8840], "logging": [1000, 8840]},
-        },
-        "kernels": {
-            "unmodified": {"ordinary": [10, 20], "logging": [10, 21]},
-            "measure": {"ordinary": [10, 20], "logging": [14, 22]},
-            "jreg": {"ordinary": [13, 20], "logging": [17, 26]},
-        },
-    }
-    assert growth.costs(step) == {
-        "tokens": 32,
-        "measure": {"bytes": 100, "kernels": [0, 4]},
-        "jreg": {"bytes": 3840, "kernels": [3, 7]},
-    }
-
-
-@pytest.mark.parametrize(
-    ("end", "why"),
-    [
-        (UserError("ended with status 1: no memory"), "the step at layers 16 ended with status 1: no memory"),
-        (KeyboardInterrupt(), "interrupted at layers 16"),
-    ],
-)
-def test_sizes_measured_before_one_that_fails_or_ctrl_c_are_printed_and_written(
-    end: BaseException,
-    why: str,
-    one_rank: tuple[dict[str, Any], Finished],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def measure(words: tuple[str, ...], _: int) -> dict[str, Any]:
-        if words[-2:] == ("16", "--cpu"):
-            raise end
-        return one_rank[0]
-
-    monkeypatch.setattr(growth, "_step", measure)
-    path = tmp_path / "growth.json"
-    words = "growth --cpu --layers 2,4,16 --json"
-    with pytest.raises(SystemExit) as ended:
-        main([*words.split(), str(path)])
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert f"{why}; the sizes before it are kept" in printed.err
-    assert "Traceback" not in printed.err
-    assert f"Unfinished: {why}" in printed.out
-    points = json.loads(path.read_text())["growth"]["points"]
-    assert [(point["axis"], point["value"]) for point in points] == [("layers", 2), ("layers", 4)]
-
-
-@pytest.mark.slow
-def test_growth_runs_a_step_at_each_size(tmp_path: Path) -> None:
-    path = tmp_path / "growth.json"
-    axes = "--layers 2,4 --sequence 16,32 --stages 1,2 --micro-batch 1"
-    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", *axes.split(), "--json", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    points = json.loads(path.read_text())["growth"]["points"]
-    assert [(point["axis"], point["value"]) for point in points] == [
-        *(("layers", 2), ("layers", 4), ("sequence", 16), ("sequence", 32), ("stages", 1), ("stages", 2))
-    ]
-    assert points[3]["tokens"] == 32
-    assert "peak MiB" in run.stdout
-
-
 # All that a GPU has to show
 
 
@@ -792,14 +718,14 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
 
 
 def test_an_error_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    document = json.loads((RESULTS / "2026-11-25_cpu_growth.json").read_text())
+    document = document_of(summarize(ranks_that_need(BUSY), by_processor_time=True))
     why = "[rank1]: RuntimeError: [/builds/gloo/pair.cc:561] closed"
-    document["growth"]["unfinished"] = why
+    document["step"]["notes"] = [why]
     table.print_document(output.console(Namespace(json=None)), document)
-    assert f"Unfinished: {why}." in capsys.readouterr().out
+    assert f" {why}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["kernel", "growth"])
+@pytest.mark.parametrize("words", ["kernel", "host"])
 def test_what_is_one_process_is_refused_under_torchrun(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -808,21 +734,6 @@ def test_what_is_one_process_is_refused_under_torchrun(
         main([words])
     assert ended.value.code == 2
     assert "without torchrun" in capsys.readouterr().err
-
-
-def test_growth_that_is_ended_leaves_no_step_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jreg_megatron.bench", "growth", "--cpu", "--layers", "1,2", "--quiet"]
-    with subprocess.Popen(command, cwd=tmp_path) as growing:
-        steps: list[psutil.Process] = []
-        while not steps:
-            assert growing.poll() is None
-            time.sleep(0.2)
-            steps = psutil.Process(growing.pid).children()
-        growing.terminate()
-    _, left = psutil.wait_procs(steps, timeout=180)
-    for process in left:
-        process.kill()
-    assert left == []
 
 
 def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finished]) -> None:
@@ -834,37 +745,7 @@ def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finish
     ]
 
 
-@pytest.mark.parametrize("axis", ["layers", "stages"])
-@pytest.mark.parametrize(("value", "mistaken"), [("4,x", "x"), ("0,4", "0"), ("4,", "empty")])
-def test_a_mistaken_axis_of_growth_is_refused(
-    axis: str, value: str, mistaken: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["growth", f"--{axis}", value])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--{axis} is {mistaken}; it must be a whole number >= 1" in line
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("--stages 1,3", "no step can be run at stages 3: --pp is 3, which does not divide the 8 layers"),
-        ("--width 64,100", "no step can be run at width 100: --width is 100; it must be a multiple of 8"),
-        ("--layers 2,4 -- --exit-interval 9", "--exit-interval would end"),
-        ("--dtype fp64", "invalid choice: 'fp64'"),
-    ],
-)
-def test_a_size_that_no_step_can_have_is_refused_before_the_first_is_run(
-    words: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(growth, "_step", None)
-    with pytest.raises(SystemExit) as ended:
-        main(["growth", "--cpu", *words.split()])
-    assert ended.value.code == 2
-    assert expected in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("words", [["--help"], ["step", "--help"], ["growth", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["step", "--help"]])
 def test_help_imports_neither_torch_nor_megatron(words: list[str]) -> None:
     code = (
         "import runpy, sys\n"

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors_exit("nothing was written"):
         ours, more = split_at("--", argv)
         args = options.parser().parse_args(ours)
-        if more and args.part not in options.WITH_MEGATRON:
+        if more and args.part != "step":
             raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
         ranks = os.environ.get("WORLD_SIZE", "1")
         if args.part != "step" and ranks != "1":
@@ -33,12 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         return int(run(args, more, partial(_finish, args, argv)))
 
 
-def _finish(
-    args: Namespace, argv: list[str], figures: dict[str, Any], machine: dict[str, Any] | None = None
-) -> None:
+def _finish(args: Namespace, argv: list[str], figures: dict[str, Any]) -> None:
     from jreg_megatron.bench import results, table
 
-    document = results.document(argv, args.part, figures, machine or results.machine())
+    document = results.document(argv, args.part, figures)
     if not args.quiet:
         # First, so that a full disk does not take all.
         table.print_document(output.console(args), document)

@@ -106,16 +106,6 @@ def _add_seconds(part: ArgumentParser, default: float, what: str) -> None:
     part.add_argument("--seconds", type=positive("--seconds"), default=default, metavar="S", help=what)
 
 
-def _add_model(part: ArgumentParser, which: str) -> None:
-    part.add_argument("--model", choices=SHAPES, default="demo", help=f"{which} (default: %(default)s)")
-
-
-def _add_batch(part: ArgumentParser) -> None:
-    sequences = "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"
-    _add_number(part, "--micro-batch", sequences)
-    _add_number(part, "--micro-batches", "micro-batches of a step (demo: 2, else 4)")
-
-
 def _add_device(part: ArgumentParser) -> None:
     part.add_argument(
         "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
@@ -124,12 +114,15 @@ def _add_device(part: ArgumentParser) -> None:
 
 
 def _add_step(part: ArgumentParser) -> None:
-    _add_model(part, "the demo's, or a recipe's")
+    which = "the demo's, or a recipe's (default: %(default)s)"
+    part.add_argument("--model", choices=SHAPES, default="demo", help=which)
     _add_number(part, "--layers", "layers; by default the model's")
     width = "hidden size; a multiple of the model's heads. The feed-forward size grows with it"
     _add_number(part, "--width", width)
     _add_number(part, "--sequence", "tokens of a sequence; by default the model's")
-    _add_batch(part)
+    sequences = "sequences of a micro-batch (demo: 4 of 128 tokens, else 8 of 1,024)"
+    _add_number(part, "--micro-batch", sequences)
+    _add_number(part, "--micro-batches", "micro-batches of a step (demo: 2, else 4)")
     for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
         _add_number(part, flag, f"{what}-parallel size (default: 1)", default=1)
     names = f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
@@ -149,20 +142,6 @@ def _add_step(part: ArgumentParser) -> None:
     part.add_argument("--count", action="store_true", help=counted)
     _add_device(part)
     _add_number(part, "--nproc", "start N ranks on this machine's CPU; for a run without torchrun")
-
-
-AXES = ("layers", "width", "sequence", "stages")
-"""Of ``bench growth``; stages are pipeline stages, one rank each."""
-
-
-def _add_growth(part: ArgumentParser) -> None:
-    _add_model(part, "where to start")
-    for axis in AXES:
-        default = "1, 2 and 4" if axis == "stages" else "half, the model's own, and twice it"
-        what = f"sizes to measure at; without any such flag, at {default}"
-        part.add_argument(f"--{axis}", type=_numbers(f"--{axis}"), metavar="N,...", help=what)
-    _add_batch(part)
-    _add_device(part)
 
 
 def _add_host(part: ArgumentParser) -> None:
@@ -192,15 +171,11 @@ _PARTS = {
     "kernel": ("displacement and gradients by themselves", _add_kernel),
     "host": ("what Python and launches take of a layer", _add_host),
     "step": ("Megatron's training step, unmodified and with JREG", _add_step),
-    "growth": ("the step's cost over model sizes and pipeline stages", _add_growth),
 }
-WITH_MEGATRON = ("step", "growth")
-"""What takes Megatron's arguments behind ``--``."""
 _EXAMPLES = """examples:
   python -m jreg_megatron.bench step                            the demo's model, 2.5 minutes
   torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
   python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
-  python -m jreg_megatron.bench growth --json growth.json
   python -m jreg_megatron.bench host                            Python and launches, 3 minutes on a CPU
 """
 
@@ -218,7 +193,7 @@ def parser() -> Parser:
         part = parts.add_parser(name, help=what, description=f"Measure {what}.")
         add_flags(part)
         output.add_output_arguments(part, csv=False)
-        if name in WITH_MEGATRON:
+        if name == "step":
             part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
     return made
 

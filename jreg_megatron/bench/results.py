@@ -17,14 +17,14 @@ from jreg_megatron.runtime import output
 FORMAT, VERSION = "jreg_megatron benchmark", 1
 
 
-def document(argv: list[str], part: str, figures: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """The document of one run: ``argv`` made the figures of ``part`` on ``machine``."""
+def document(argv: list[str], part: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """The document of one run: ``argv`` made the figures of ``part`` on this machine."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "command": command(argv),
         "date": date.today().isoformat(),
-        "machine": machine,
+        "machine": machine(),
         "versions": output.versions("megatron-core", "torch", "triton", "transformer-engine", "apex"),
         part: figures,
     }

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
-from jreg_megatron.bench.options import AGAIN, JREG, KINDS, MEASURE, UNMODIFIED, WAYS
+from jreg_megatron.bench.options import AGAIN, KINDS, UNMODIFIED, WAYS
 from jreg_megatron.runtime import output
 
 COUNTED = {
@@ -44,7 +44,7 @@ def print_document(console: Console, document: dict[str, Any]) -> None:
     on = machine.get("device") or f"{machine['processor']}, {machine['cores']} cores, {threads} a rank"
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     _lines(console, f"$ {document['command']}", f"{document['date']}, {on}", versions)
-    printers = {"step": print_step, "growth": print_growth, "kernel": print_kernel, "host": print_host}
+    printers = {"step": print_step, "kernel": print_kernel, "host": print_host}
     for part in printers.keys() & document.keys():
         printers[part](partial(output.print_table, console=console, box=SIMPLE_HEAD), console, document[part])
 
@@ -88,28 +88,6 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         table(title, ("way", *COUNTED.values()), counted)
         kernels = _KERNELS_ON_CPU if step["waits_for"] == "one" else _KERNELS_ON_GPU
         _lines(console, f" The most on any rank. {kernels}")
-
-
-def print_growth(table: Any, console: Console, growth: dict[str, Any]) -> None:
-    """Print a line for each size and way."""
-    columns = ("size", "way", "kernels", "where it logs", "peak MiB")
-    rows = (
-        (
-            f"{point['axis']} {point['value']:,}" if way == MEASURE else "",
-            way,
-            *(f"{number:+,}" for number in point[way]["kernels"]),
-            _mib(point[way]["bytes"], "+"),
-        )
-        for point in growth["points"]
-        for way in (MEASURE, JREG)
-    )
-    table("What a step does beyond an unmodified one", columns, rows, words={"way"})
-    _lines(
-        console,
-        " On the rank that has most more. kernels: of an ordinary step, and of one that measures and logs.",
-    )
-    if growth["unfinished"] is not None:
-        _lines(console, f" Unfinished: {growth['unfinished']}.")
 
 
 def print_kernel(table: Any, console: Console, figures: dict[str, Any]) -> None:
