@@ -253,6 +253,14 @@ RULES = (
             x.graphs != "iteration" or (not x.has_experts and x.precision != "fp16" and x.token_stride == 1)
         ),
     ),
+    _rule(
+        "token_stride context tensor sequence_parallel",
+        "JREG refuses a share of the tokens where a part of a sequence is no multiple of the stride",
+        lambda x: (
+            LENGTH // x.context // (x.tensor if x.sequence_parallel else 1) % x.token_stride == 0
+            and (x.context == 1 or LENGTH // (2 * x.context) % x.token_stride == 0)
+        ),
+    ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(
         "fsdp data context",
