@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -2242,33 +2243,28 @@ FAULTS = [
 ]
 
 
-def first_failure(fault: Fault, folder: Path) -> str | None:
+def first_failure(fault: Fault) -> str | None:
     """The first test that fails with the fault in the package, or None if all pass."""
-    package = folder / "jreg_megatron"
-    shutil.copytree(ROOT / "jreg_megatron", package, ignore=shutil.ignore_patterns("__pycache__"))
-    file = package / fault.file
-    file.write_text(fault.put_into(file.read_text()))
-    # -P: not the working folder, which holds the package without the fault.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        *fault.tests,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "jreg_megatron"
+        shutil.copytree(ROOT / "jreg_megatron", package, ignore=shutil.ignore_patterns("__pycache__"))
+        file = package / fault.file
+        file.write_text(fault.put_into(file.read_text()))
+        # -P: not the working folder, which holds the package without the fault.
+        words = "-P -m pytest -x -q -n 0 --no-header -p no:cacheprovider".split()
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, *words, *fault.tests],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if run.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    assert run.returncode == 1 and found, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.returncode == 1 and found, fault.name + run.stdout[-3000:] + run.stderr[-3000:]
     return found[1]
 
 
@@ -2277,11 +2273,10 @@ def main() -> int:
     words = " ".join(sys.argv[1:])
     faults = [fault for fault in FAULTS if words in fault.name]
     missed = 0
-    for fault in faults:
-        with tempfile.TemporaryDirectory() as folder:
-            caught_by = first_failure(fault, Path(folder))
-        missed += caught_by is None
-        print(f"{fault.name}\n    {'caught by ' + caught_by if caught_by else 'NOT CAUGHT'}", flush=True)
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        for fault, caught_by in zip(faults, two_at_a_time.map(first_failure, faults), strict=True):
+            missed += caught_by is None
+            print(f"{fault.name}\n    {'caught by ' + caught_by if caught_by else 'NOT CAUGHT'}", flush=True)
     print(f"{len(faults)} faults: {len(faults) - missed} caught, {missed} not")
     return 1 if missed or not faults else 0
 
