@@ -389,16 +389,17 @@ def test_two_layers_with_one_input_both_count() -> None:
 def test_what_a_broken_off_pass_has_handed_down_is_not_taken_by_the_next() -> None:
     chain = Chain()
     h = chain.layer(0, chain.x * 1.0)
-    out = chain.layer(1, h)
 
     def fail(_: torch.Tensor) -> None:
         raise InterruptedError
 
-    scaled = h + h * chain.scales[1]  # a layer's own way down, where the pass breaks off
-    out = out + scaled
+    # Another way down, where the pass breaks off. It is older than the node above, which so runs before it.
+    scaled = h + h * chain.scales[1]
     scaled.register_hook(fail)
+    out = chain.layer(1, h) + scaled
     with pytest.raises(InterruptedError):
         out.sum().backward(retain_graph=True)
+    assert chain.recorded.calls == [(False, True)]
     (got,) = torch.autograd.grad(h.sum(), chain.scales[0], retain_graph=True)
     h.sum().backward()
     alone = Chain()
