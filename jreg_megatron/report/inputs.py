@@ -238,9 +238,9 @@ class Depth(ReadOut):
 
     @property
     def alignment(self) -> dict[int, float]:
-        """The cosine to the next token's embedding minus that to its own, of layers 1..L: layer 0 is the own
-        one. Above 0 the state has turned over."""
-        pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=True)
+        """The cosine to the next token's embedding minus that to its own, of layers 1..L; h_0 is its own.
+        Above 0 the state has turned over."""
+        pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=False)
         return {layer: following - own for layer, (following, own) in enumerate(pairs) if layer > 0}
 
     @property
