@@ -73,13 +73,13 @@ preprocess-comparison: $(STAMP)  ## Race the data command against the tool of CL
 	@test -n "$(CLONE)" || { echo "Name a clone: make preprocess-comparison CLONE=path/to/Megatron-LM" >&2; exit 2; }
 	$(PY) tests/preprocess_comparison.py $(CLONE) $(ARGS)
 
-measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
-	@test -n "$(MODEL)" || { echo "Name a model: make measure-cost MODEL=path/or/name" >&2; exit 2; }
-	$(PY) tests/measure_cost.py $(MODEL) $(ARGS)
-
 authors-code: $(STAMP)  ## Compare the metrics of depth of a MODEL with the authors' own code, in CLONES
 	@test -n "$(MODEL)" -a -n "$(CLONES)" || { echo "Name them: make authors-code MODEL=path CLONES='path path ...'" >&2; exit 2; }
 	$(PY) tests/authors_code.py $(MODEL) $(CLONES)
+
+measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
+	@test -n "$(MODEL)" || { echo "Name a model: make measure-cost MODEL=path/or/name" >&2; exit 2; }
+	$(PY) tests/measure_cost.py $(MODEL) $(ARGS)
 
 bench: $(STAMP)  ## Measure what JREG adds to a training step here; ARGS=growth, ARGS=kernel
 	@$(PY) -m jreg_megatron.bench $(or $(ARGS),step)
