@@ -17,7 +17,7 @@ OLDER := 0.16.1 0.17.1 0.18.2
 # The Megatron-Bridge that jreg_megatron.bridge is written for; it runs with the newest Megatron-Core.
 BRIDGE := .versions/bridge-0.6.2
 
-.PHONY: help venv demo claims compare test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost bench on-gpu mutations image image-cpu lint format check constraints clean distclean
+.PHONY: help venv demo claims compare test test-extras test-slow test-versions layouts ways-in preprocess-comparison measure-cost authors-code bench on-gpu mutations image image-cpu lint format check constraints clean distclean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name what; do printf '%-12s %s\n' $$name "$$what"; done
@@ -72,6 +72,10 @@ ways-in: $(STAMP) $(OLDER:%=.versions/%)  ## Train the trees of CLONE (of Megatr
 preprocess-comparison: $(STAMP)  ## Race the data command against the tool of CLONE (of Megatron-LM)
 	@test -n "$(CLONE)" || { echo "Name a clone: make preprocess-comparison CLONE=path/to/Megatron-LM" >&2; exit 2; }
 	$(PY) tests/preprocess_comparison.py $(CLONE) $(ARGS)
+
+authors-code: $(STAMP)  ## Compare the metrics of depth of a MODEL with the authors' own code, in CLONES
+	@test -n "$(MODEL)" -a -n "$(CLONES)" || { echo "Name them: make authors-code MODEL=path CLONES='path path ...'" >&2; exit 2; }
+	$(PY) tests/authors_code.py $(MODEL) $(CLONES)
 
 measure-cost: $(STAMP)  ## What measuring a MODEL costs in time and memory
 	@test -n "$(MODEL)" || { echo "Name a model: make measure-cost MODEL=path/or/name" >&2; exit 2; }

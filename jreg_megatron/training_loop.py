@@ -157,7 +157,9 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
         built = setup_model_and_optimizer(*args, **named)
         if settings:
             with user_errors_exit():
-                handle = attach(built[0], *settings, iteration=_current_iteration, optimizer=built[1])
+                # Without training, what has a schedule is over.
+                iteration = (lambda: sys.maxsize) if get_args().skip_train else _current_iteration
+                handle = attach(built[0], *settings, iteration=iteration, optimizer=built[1])
             _loop.attached = _Attached(settings, handle)
             print_rank_0(handle.describe())
         return built

@@ -482,6 +482,18 @@ FAULTS = [
         ("tests/test_let.py", "-k", "resumed"),
     ),
     Fault(
+        "look at a teacher's files only once the model is built",
+        "methods/let/settings.py",
+        (("            teacher.check(str(self", "            (lambda *_: None)(str(self"),),
+        ("tests/test_let.py", "-k", "damaged"),
+    ),
+    Fault(
+        "load a teacher where nothing is trained",
+        "training_loop.py",
+        (("if get_args().skip_train else", "if False else"),),
+        ("tests/test_let.py", "-k", "resumed"),
+    ),
+    Fault(
         "take a tokenizer with the same number of pieces for the same",
         "methods/let/tokens.py",
         (("known_pieces.get(piece) != own_id", "own_id >= len(known_pieces)"),),
@@ -2203,6 +2215,12 @@ FAULTS = [
         "sweep/queue.py",
         (("                os.kill(recipe, number)", "                pass"),),
         ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",),
+    ),
+    Fault(
+        "count skipped layers from 0 in a report",
+        "report/inputs.py",
+        (("enumerate(self.skip.later_mean, start=1)", "enumerate(self.skip.later_mean)"),),
+        REPORT,
     ),
     Fault(
         "leave a value that is not finite out of its table",

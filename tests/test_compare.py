@@ -73,7 +73,7 @@ def test_a_way_and_its_baseline_differ_by_the_method_alone(tmp_path: Path) -> No
         )
     assert sizes(plan.run("slowqk", 1))["--slowqk-hold-iterations"] == "60"
     assert sizes(plan.run("let", 1))["--let-stop-iterations"] == "750"
-    assert sizes(plan.run("let", 1))["--let-teacher"] == str(plan.exported_teacher)
+    assert sizes(plan.run("let", 1))["--let-teacher"] == str(plan.teacher.exported)
     assert plan.teacher.seed not in {run.seed for _, _, run in plan.runs}
 
 
@@ -150,7 +150,7 @@ def plan(tmp_path: Path) -> Plan:
         )
         (run.folder / "evaluation.json").write_text(json.dumps(evaluation(run, off)))
     finish(plan.teacher, {STEPS: 4.0}, 0.04, 0.02)
-    plan.exported_teacher.mkdir()
+    plan.teacher.exported.mkdir()
     return plan
 
 
@@ -278,8 +278,8 @@ def test_what_is_missing_is_done_and_nothing_else(
         finish(self, {100: 4.0, STEPS: 3.0}, 0.05, 0.1)
 
     again.finished_file.unlink()
-    plan.exported_teacher.rmdir()
-    monkeypatch.setattr("jreg_megatron.compare.__main__.run_logged", notes)
+    plan.teacher.exported.rmdir()
+    monkeypatch.setattr("jreg_megatron.demo.training.run_logged", notes)
     monkeypatch.setattr(experiment, "run_logged", notes)
     monkeypatch.setattr(Run, "train", trains)
     compare(tmp_path, "--quiet")

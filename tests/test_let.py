@@ -16,11 +16,11 @@ import torch
 from harness import read_scalars, run_function, run_ranks
 from small_models import small_model
 from test_attach import build_model, forward, step
+from test_launch import SCRIPT, refusal
 from test_methods import states_of
 from torch import Tensor
 
 from jreg_megatron import LETConfig, UserError, attach
-from jreg_megatron.methods.let.tokens import refuse_other_tokens
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.selftest.toy import ITERATION, VOCABULARY
 
@@ -268,7 +268,7 @@ def test_smollm2_teaches(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(weights.parent, **source).save_pretrained(tmp_path)
     run_function(learns_from_smollm2, 1, tmp_path)
     same = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
-    LETConfig(teacher=str(tmp_path), stop_iterations=1).refuse(argparse.Namespace(**same))
+    LETConfig(teacher=str(tmp_path), stop_iterations=2).refuse(argparse.Namespace(**same))
 
 
 # -- in Megatron's loop ----------------------------------------------------------------------------
@@ -296,6 +296,10 @@ def test_a_run_that_is_resumed_while_it_falls_or_behind_its_end_is_the_same_to_t
     falling = trained("falling", *flags, *load, "--ckpt-step", 3)
     teacher.rename(tmp_path / "gone")
     behind = trained("behind", *flags, *load, "--ckpt-step", 6)
+    evaluated = run_ranks(
+        [*toy_arguments, *SHARED, *more, *flags, *load, "--ckpt-step", 3, "--skip-train"], 2
+    )
+    assert "validation loss at iteration 3" in evaluated.output[1], "without the teacher"
     none = trained("none", *flags[2:], "--let-teacher", "gone", "--let-coeff", 0, "--train-iters", 8)
     for name in ("lm loss", "grad-norm"):
         assert falling[name] == whole[name][3:], name
@@ -353,14 +357,10 @@ def refuses(folders: dict[str, Path]) -> dict[str, str]:
 def test_what_cannot_teach_is_refused_in_one_line(tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    names = ("good", "nothing", "half", "encoder", "few tokens", "many tokens", "short")
+    names = ("good", "nothing", "encoder", "few tokens", "many tokens", "short")
     folders = {name: tmp_path / name for name in names}
     save_teacher(folders["good"], 32)
     folders["nothing"].mkdir()
-    save_teacher(folders["half"], 32, num_hidden_layers=2)
-    config = json.loads((folders["half"] / "config.json").read_text()) | {"num_hidden_layers": 3}
-    config.pop("layer_types", None)
-    (folders["half"] / "config.json").write_text(json.dumps(config))
     of_encoder = small_model("bert", is_decoder=False, vocab_size=32).config
     AutoModel.from_config(of_encoder).save_pretrained(folders["encoder"])
     save_teacher(folders["few tokens"], 12)
@@ -377,7 +377,6 @@ def test_what_cannot_teach_is_refused_in_one_line(tmp_path: Path) -> None:
 SAID = {
     "no layer": ("--let-layer is 3, and the model has 2 layers",),
     "nothing": ("which is no folder with a model of transformers",),
-    "half": ("lack layers.2.",),
     "encoder": ("is no causal language model",),
     "few tokens": ("has 12 tokens, and the data has the id 15",),
     "many tokens": ("has 1200 tokens, and the trained model 32",),
@@ -386,6 +385,54 @@ SAID = {
     "packed": ("LET does not support packed sequences",),
     "no ids": ("LET needs token ids",),
 }
+
+
+def test_a_damaged_teacher_is_refused_by_what_is_wrong_before_it_is_loaded(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "teacher", 32, max_position_embeddings=16)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, known = weights.read_bytes(), json.loads(config.read_text())
+
+    def said(**args: Any) -> str:
+        given = {"tokenizer_type": "NullTokenizer", "vocab_size": 32} | args
+        try:
+            LETConfig(teacher=folder, stop_iterations=5).refuse(argparse.Namespace(**given))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert said(seq_length=16) == ""
+    assert "sequences of up to 16 tokens, and these have 17" in said(seq_length=17)
+    weights.write_bytes(whole[:-1])
+    assert "cannot be loaded (" in said()
+    for needed in (True, False):
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(3 + (not needed)))
+        assert bool(said(load=tmp_path)) == needed, "one iteration more, and its time is over"
+    assert (
+        said(load=tmp_path, finetune=True) and said(load=tmp_path, ckpt_step=3) and not said(skip_train=True)
+    )
+    weights.unlink()
+    assert "cannot be loaded (" in said()
+    weights.write_bytes(whole)
+    config.write_text(json.dumps(known | {"num_hidden_layers": 5, "layer_types": None}))
+    assert "lack layers.4." in said()
+    config.write_text("{")
+    assert "cannot be loaded (" in said() and "\n" not in said()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words", "said"),
+    [
+        ("pretrain", ("--let-teacher", "gone", "--let-stop-iterations", 4), "--let-teacher is gone"),
+        ("launch", ("--let-teacher", "gone", "--let-stop-iterations", 4), "--let-teacher is gone"),
+        ("pretrain", ("--let-stop-iterations", "half"), "--let-stop-iterations: invalid int value: 'half'"),
+    ],
+)
+def test_what_is_wrong_ends_every_rank_in_the_same_line_before_there_is_a_model(
+    entry: str, words: tuple[object, ...], said: str, toy_arguments: list[str]
+) -> None:
+    argv = [*([SCRIPT] if entry == "launch" else []), *toy_arguments, "--train-iters", 2, *words]
+    run = run_ranks(argv, 2, entry=f"jreg_megatron.{entry}:main", check=False)
+    assert said in refusal(run) and "building GPT model" not in "".join(run.output)
 
 
 def test_whether_a_teacher_looks_ahead_is_seen_in_float32_whatever_it_runs_in(tmp_path: Path) -> None:
@@ -423,8 +470,7 @@ def save_tokenizer(folder: Path, pieces: list[str]) -> Path:
 
     words = Tokenizer(models.WordLevel({piece: at for at, piece in enumerate(pieces)}, pieces[0]))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": len(pieces)}))
-    return folder
+    return save_teacher(folder, len(pieces))
 
 
 PIECES = [f"w{at}" for at in range(8)]
@@ -445,13 +491,7 @@ def save_sentencepiece(folder: Path) -> tuple[Path, list[str]]:
 def test_another_tokenizer_is_refused_by_its_first_piece_and_the_same_is_not(tmp_path: Path) -> None:
     teacher = save_tokenizer(tmp_path / "teacher", PIECES)
     model, pieces = save_sentencepiece(tmp_path)
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text("{")
-    line = "config.json cannot be read"
-    with pytest.raises(UserError, match=line):
-        refuse_other_tokens(str(bare), argparse.Namespace(tokenizer_type="NullTokenizer", vocab_size=8))
-    (bare / "config.json").write_text('{"vocab_size": 8}')
+    bare = save_teacher(tmp_path / "bare", 8)
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text(json.dumps({"w0": 0, "w2": 1}))
 
@@ -459,7 +499,7 @@ def test_another_tokenizer_is_refused_by_its_first_piece_and_the_same_is_not(tmp
         unset = dict.fromkeys(("tokenizer_model", "vocab_size"))
         args = argparse.Namespace(**unset | given, tokenizer_type=kind)
         try:
-            LETConfig(teacher=str(of), stop_iterations=1).refuse(args)
+            LETConfig(teacher=str(of), stop_iterations=2).refuse(args)
         except UserError as error:
             return str(error)
         return ""

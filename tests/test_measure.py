@@ -347,7 +347,10 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
     run(tmp_path / "odd", *text, "--json", files[0], "--csv", files[1], "--layers")
     out, err = capsys.readouterr()
     assert "Note: no final norm runs on the last layer's output of odd" in err
-    assert "post_norm" not in files[0].read_text() + files[1].read_text() and "after norm" not in out
+    assert (
+        "post_norm" not in files[0].read_text() + files[1].read_text()
+        and "the final norm, and after it" not in out
+    )
     (entry,) = json.loads(files[0].read_text())["models"]
     with torch.no_grad():
         states = model(

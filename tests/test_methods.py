@@ -348,6 +348,14 @@ def test_every_method_has_a_row_in_the_readme() -> None:
         assert f"| [{method.prefix}]({method.prefix}) | `--{method.prefix}-" in text
 
 
+def test_the_tests_that_the_readme_names_exist() -> None:
+    text = (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
+    named = re.findall(r"`(test_\w+)::(\w+)`", text)
+    assert len(named) > 10
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), name
+
+
 LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")
 
 

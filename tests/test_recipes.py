@@ -413,6 +413,14 @@ def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
     assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
 
 
+def test_a_dry_run_tells_of_a_method_what_the_start_would_refuse(
+    words_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    let = ("--let-stop-iterations", 9, "--let-teacher", "gone")
+    words = words_of("llama_170m", "baseline", "--dry-run", *SHORT, *let, RUN=tmp_path / "run")
+    assert re.search(r"methods +│ would be refused: --let-teacher is gone", plan(words).output[0])
+
+
 def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
     demo_data: Path, words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:

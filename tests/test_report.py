@@ -39,7 +39,7 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
         write_events(Path("big run/tensorboard"), {100: 3.0, 200: 2.5}),
     )
     assert page.sections == [
-        *("summary", "layers", "training", "maps", "middle", "tasks", "settings", "sources")
+        *("summary", "layers", "training", "maps", "middle", "depth", "tasks", "settings", "sources")
     ]
     assert page.figures == [
         *(
@@ -57,7 +57,7 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
             "early_exit_accuracy",
             "early_exit_agreement",
         ),
-        *("depth_kl", "layer_drop", "read_out_difference"),
+        *("layer_drop", "read_out_difference", "depth_kl"),
     ]
     assert page.column(HEADLINE, "model") == [*MODELS, "short", "short with jreg", "big run"]
     assert page.column("Files", "what") == ["measurement", "evaluation", "training run", "training run"]
@@ -68,7 +68,7 @@ def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page
     [
         (measurement(), {"layers"}, {"displacement"}),
         (summary(), {"layers", "training"}, {"validation_loss"}),
-        (evaluation(), {"middle", "tasks"}, {"read_out_loss", "layer_drop"}),
+        (evaluation(), {"middle", "depth", "tasks"}, {"read_out_loss", "layer_drop"}),
     ],
     ids=["measurement", "summary", "evaluation"],
 )
@@ -124,6 +124,44 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     assert page.column("Validation loss, nats per token", "step") == [f"{step:,}" for step in STEPS]
     kl = page.column("How far each layer's prediction is from the final one", "jreg")
     assert [float(cell) for cell in kl] == pytest.approx(evaluation()["models"][1]["depth"]["kl"], rel=1e-3)
+
+
+def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Callable[..., Page]) -> None:
+    measured, evaluated = measurement(MODELS[:1]), evaluation(MODELS[:1])
+    ends = (f"{part}_{what}" for part in ("attention", "mlp", "layer") for what in ("ratio", "cosine"))
+    for place, name in enumerate(("void_share", *ends)):
+        values = [None, *((layer - place) / 90 for layer in range(2, LAYERS + 1))]
+        measured["models"][0]["without_first_token"][name] = {"pre_norm": values}
+    for name in ("matrix_entropy", "curvature"):
+        values = [layer / 50 for layer in range(LAYERS + 1)]
+        measured["models"][0]["without_first_token"][name] = {"pre_norm": values, "post_norm": values}
+    places = range(LAYERS + 1)
+    evaluated["models"][0]["depth"] |= {
+        "top5_overlap": [layer / LAYERS for layer in places],
+        "cosine_to_token": [0.5 for _ in places],
+        "cosine_to_next_token": [layer / 40 for layer in places],
+        "skip": {
+            "later_mean": [
+                [None if later <= skipped else 0.1 * later for later in range(LAYERS)]
+                for skipped in range(LAYERS)
+            ],
+            "output_mean": [layer / 100 for layer in places[1:]],
+        },
+    }
+    page = report(write(Path("m.json"), measured), write(Path("e.json"), evaluated))
+    assert [figure for figure in page.figures if figure.startswith("depth")] == [
+        *("depth_voids", "depth_contributions", "depth_cosines", "depth_entropy", "depth_curvature"),
+        *("depth_kl", "depth_top5", "depth_alignment", "depth_skipping"),
+    ]
+    added = page.table("How much attention and MLP add")
+    assert added[0] == ["layer", "baseline, attention", "baseline, MLP", "baseline, both"]
+    assert [float(cell) for cell in added[2][1:]] == pytest.approx([1 / 90, -1 / 90, -3 / 90], rel=1e-3)
+    assert page.table("How many directions")[1] == ["0", "0.000"]
+    assert float(page.table("Where the state turns")[-1][1]) == pytest.approx(LAYERS / 40 - 0.5, rel=1e-3)
+    skipped = page.table("What changes if a layer is skipped")
+    assert float(skipped[-2][2]) == pytest.approx(0.1 * (LAYERS - 1), rel=1e-3)
+    assert float(skipped[1][2]) == pytest.approx(0.1 * sum(range(1, LAYERS)) / (LAYERS - 1), rel=1e-3)
+    assert (skipped[-1][0], float(skipped[-1][1])) == (str(LAYERS), LAYERS / 100)
 
 
 def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:

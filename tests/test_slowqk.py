@@ -65,11 +65,14 @@ def test_ten_steps_with_jreg_equal_the_independent_reference_at(
         np.testing.assert_allclose(log[name], expected_log[name], rtol=1e-5, err_msg=name)
     first = load_weights(initial_weights / "iter_0000001")
     trained = load_weights(tmp_path / "saved" / f"iter_{ITERATIONS:07}")
+    apart = {}
     for name, weight in expected.items():
         learned = (weight - first[name]).norm()
-        assert (trained[name] - weight).norm() <= 1e-3 * learned, name
+        apart[name] = float((trained[name] - weight).norm() / learned)
         makes_a_difference = (without[name] - weight).norm() > 0.1 * learned
         assert makes_a_difference == ("linear_qkv.weight" in name), name
+    print(f"{layout}: {max(apart.values()):.1e} of what a weight has learned")
+    assert max(apart.values()) <= 1e-4, apart
 
 
 def test_a_run_that_ends_while_it_rises_is_resumed_to_the_bit_also_where_weights_are_rounded(

@@ -20,9 +20,10 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import transformer_block, transformer_config
 from torch import Tensor
 
+from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.selftest import compare, reference, step, toy
 from jreg_megatron.selftest.compare import Comparison, Difference
-from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.selftest.layouts import NUM_LAYERS, Layout
 
 WINDOW = 5
 """Tokens that a query looks back."""
@@ -104,6 +105,20 @@ class MupLlama(reference.ReferenceLlama):
         return super().token_losses(normed / WIDER, labels)
 
 
+KEPT, ATTENUATED = 0.3, (2, NUM_LAYERS)
+"""The factor of the residual, and the layers that have it."""
+
+
+class AttenuatedLlama(reference.ReferenceLlama):
+    """Some layers keep a part of their input, ``h_l = KEPT * h_(l-1) + F_l(h_(l-1))``."""
+
+    def __init__(self, shape: reference.Shape, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__(shape, weights, dtype)
+        self.shape = replace(shape, gated=True)
+        kept = [KEPT if number in ATTENUATED else 1.0 for number in range(1, NUM_LAYERS + 1)]
+        self.parameters[f"decoder.layers.{reference.GATE}"] = torch.tensor(kept, dtype=dtype)[:, None].logit()
+
+
 class LossInPlace(torch.autograd.Function):
     """Cross-entropy ``[s, b]`` that keeps its gradient in the place of the logits, as Liger's does."""
 
@@ -150,6 +165,7 @@ KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "learnable sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "learnable"}),
     "fixed sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "off-by-one"}),
     "Liger": (reference.ReferenceLlama, {}),
+    "fixed attenuation": (AttenuatedLlama, {}),
     "fp32 residual": (reference.ReferenceLlama, {"fp32_residual_connection": True}),
     "tokens exchanged": (reference.ReferenceLlama, {"moe_token_dispatcher_type": "alltoall"}),
     "norms recomputed": (
@@ -172,6 +188,7 @@ def _compare(layout: Layout, kinds: tuple[str, ...]) -> dict[str, Comparison]:
 
 _CONFIGS = transformer_config.TransformerConfig, transformer_config.MLATransformerConfig
 _local_spec, _shape_of = gpt_layer_specs.get_gpt_layer_local_spec, toy.shape_of
+_ATTENUATION = AttenuationConfig(factor=KEPT, layers=ATTENUATED)
 
 
 def _compare_kind(layout: Layout, kind: str) -> Comparison:
@@ -184,6 +201,8 @@ def _compare_kind(layout: Layout, kind: str) -> Comparison:
         _local_spec, **dict.fromkeys(("multi_latent_attention", "qk_layernorm"), is_latent)
     )
     toy.ReferenceLlama = model  # type: ignore[misc]
+    added = [_ATTENUATION] if kind == "fixed attenuation" else []
+    step.settings_of = lambda of: [*added, *toy.settings_of(of)]  # type: ignore[attr-defined]
     for module in (toy, step, compare):
         module.shape_of = partial(_shape_for, kind)  # type: ignore[assignment]
     return compare.compare_step(layout)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 
 from jreg_megatron.claims import experiment, toy
 from jreg_megatron.compare.ways import FEWEST_STEPS, SEEDS, STEPS, WAYS, Plan
-from jreg_megatron.demo.training import run_logged, train_all
+from jreg_megatron.demo.training import teach, train_all
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import user_errors_exit
 
@@ -82,12 +81,7 @@ def _train(args: Namespace, plan: Plan) -> None:
 
     data = prepare(args.data or experiment.DATA, vocab_size=toy.VOCABULARY, progress=not args.quiet)
     if plan.needs_teacher:
-        train_all([plan.teacher], data, 1, args.quiet)
-        folder, log = plan.exported_teacher, plan.exported_teacher.with_suffix(".log")
-        if not folder.exists():  # it is there only if it is whole
-            words = [str(plan.teacher.checkpoints), str(folder), "--quiet"]
-            command = ["-m", "jreg_megatron.convert.export", *words]
-            asyncio.run(run_logged("exporting the teacher", command, log, lambda _: None))
+        teach(plan.teacher, data, args.quiet)
     train_all([run for _, _, run in plan.runs], data, args.jobs, args.quiet)
 
 

@@ -117,7 +117,7 @@ def _way(name: str, plan: Plan, toys: Toys, teacher: Toy | None) -> dict[str, An
     found: dict[str, Any] = {
         "text": way.text,
         "against": way.against,
-        "flags": plan.method_flags(name, Path("TEACHER")),
+        "flags": " ".join(plan.method_flags(name, Path("TEACHER"))),
     }
     found |= {"lambda": way.coeff, "parameters": parameters}
     found["added_parameters"] = None if parameters is None or base is None else parameters - base

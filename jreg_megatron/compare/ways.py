@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jreg_megatron.claims import toy
-from jreg_megatron.demo.training import METHOD_FLAGS, Run, llama
+from jreg_megatron.demo.training import METHOD_FLAGS, TEACHER_SEED, Run, llama, method_flags
 
 STEPS = 1500
 """55 runs and their evaluations then take less than two hours on two cores."""
 SEEDS = 5
 FEWEST_STEPS = 50
-TEACHER_SEED = 1000
-"""No other run has it."""
 
 _GELU = llama(8, 64, 288, toy.SEQUENCE, mlp="")  # two matrices in place of three: as many parameters
 _TEACHER = llama(4, 32, 96, toy.SEQUENCE)
@@ -34,7 +32,6 @@ class Way:
 
 
 _TIMES = "--log-timers-to-tensorboard"
-_LET = "--let-teacher {teacher} --let-layer 3 --let-stop-iterations {half} --let-coeff 0.1"
 WAYS = {
     "baseline": Way("baseline"),
     "jreg": Way("JREG, λ 1, α 1", "baseline", coeff=1.0),
@@ -42,7 +39,7 @@ WAYS = {
     "attenuation": Way("attenuation, 0.5 at the last layer", "baseline", "--attenuation-factor 0.5"),
     "attenuation_learned": Way("attenuation, learned", "baseline", METHOD_FLAGS["attenuation"]),
     "periln": Way("Peri-LN", "baseline", METHOD_FLAGS["periln"]),
-    "let": Way("LET, a teacher for layer 3", "baseline", _LET),
+    "let": Way("LET, a teacher for layer 3", "baseline", METHOD_FLAGS["let"]),
     "baseline_alike": Way("baseline, all weights drawn alike", flags="--init-fan-in"),
     "lns": Way(
         "LayerNorm scaling, all weights drawn alike",
@@ -79,22 +76,17 @@ class Plan:
         """A smaller model of the same vocabulary, on the same text."""
         return self._run("teacher", TEACHER_SEED, _TEACHER)
 
-    @property
-    def exported_teacher(self) -> Path:
-        """The teacher as a folder for transformers, which LET takes."""
-        return self.folder / "teacher_exported"
-
-    def method_flags(self, name: str, teacher: Path) -> str:
-        """Megatron's flags of a way's method; slow Q/K is held for 4% of the steps, as published."""
-        return WAYS[name].flags.format(hold=self.steps // 25, half=self.steps // 2, teacher=teacher)
+    def method_flags(self, name: str, teacher: Path) -> list[str]:
+        """Megatron's flags of a way's method."""
+        return method_flags(WAYS[name].flags, self.steps, teacher)
 
     def run(self, name: str, seed: int) -> Run:
         """The run of a way with a seed."""
-        way, more = WAYS[name], self.method_flags(name, self.exported_teacher.absolute())
+        way, more = WAYS[name], self.method_flags(name, self.teacher.exported)
         return self._run(f"{name}_seed{seed}", seed, way.model, more, way.coeff)
 
-    def _run(self, name: str, seed: int, model: str, more: str = "", coeff: float = 0.0) -> Run:
-        flags = toy.flags(model, more=f"{_TIMES} {more}")
+    def _run(self, name: str, seed: int, model: str, more: Sequence[str] = (), coeff: float = 0.0) -> Run:
+        flags = (*toy.flags(model, more=_TIMES), *more)
         return Run(name, self.steps, self.folder / name, coeff, seed=seed, flags=flags, ranks=1)
 
     @property

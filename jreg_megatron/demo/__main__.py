@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.demo.data import prepare
-from jreg_megatron.demo.training import ALPHA, COEFF, FLAGS, ITERATIONS, METHOD_FLAGS, Run, train_all
+from jreg_megatron.demo.training import (
+    ALPHA,
+    COEFF,
+    FLAGS,
+    ITERATIONS,
+    METHOD_FLAGS,
+    TEACHER_FLAGS,
+    TEACHER_SEED,
+    Run,
+    method_flags,
+    teach,
+    train_all,
+)
 from jreg_megatron.runtime.errors import user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
@@ -41,6 +53,8 @@ def lambda_and_alpha(text: str) -> tuple[float, float]:
 
 def _demo(args: Namespace) -> None:
     need("vl_convert", "the demo's picture", "demo")
+    if "let" in args.method:
+        need("transformers", "--method let", "analysis")
     from jreg_megatron.demo.report import report  # these bring torch, which --help does without
     from jreg_megatron.methods.jreg.settings import JRegConfig
 
@@ -50,8 +64,10 @@ def _demo(args: Namespace) -> None:
     for coeff, alpha in settings.values():
         JRegConfig(coeff=coeff, alpha=alpha)  # it refuses what is not allowed
     runs = [Run(name, args.iterations, args.output / name, *of_jreg) for name, of_jreg in settings.items()]
-    for name in args.method:
-        flags = METHOD_FLAGS[name].format(hold=max(1, args.iterations // 25)).split()
+    how: dict[str, Any] = {"seed": TEACHER_SEED, "flags": TEACHER_FLAGS, "ranks": 1}
+    teacher = Run("teacher", args.iterations, args.output / "teacher", **how)
+    for name in dict.fromkeys(args.method):
+        flags = method_flags(METHOD_FLAGS[name], args.iterations, teacher.exported)
         runs.append(Run(name, args.iterations, args.output / name, flags=(*FLAGS, *flags)))
     data = prepare(args.data)
     print(
@@ -60,10 +76,13 @@ def _demo(args: Namespace) -> None:
     )
     for file in (summary, picture):
         file.unlink(missing_ok=True)
-    for earlier in [run.folder for run in runs if run.folder.exists()]:
+    folders = [run.folder for run in runs] + [teacher.folder, teacher.exported] * ("let" in args.method)
+    for earlier in filter(Path.exists, folders):
         print(f"Removed the earlier run {earlier}")
         shutil.rmtree(earlier)
     started = time.monotonic()
+    if "let" in args.method:
+        teach(teacher, data)
     train_all(runs, data)
     report(runs, summary, picture)
     print(

@@ -54,14 +54,27 @@ _LAYOUT = f"""
 _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jreg-log-per-layer"
 FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
 """The demo's flags for Megatron."""
+TEACHER_FLAGS = tuple(f"{llama(4, 64, 176, 128)} {_OPTIMIZER} {_LOGGING}".split())
+"""Those of its teacher for LET."""
 
 METHOD_FLAGS = {
     "attenuation": "--attenuation-learned 0.98",
+    "let": "--let-teacher {teacher} --let-layer 3 --let-stop-iterations {half} --let-coeff 0.1",
     "lns": "--lns-power 0.5",
     "periln": "--periln-gain 1",
     "slowqk": "--slowqk-hold-iterations {hold}",
 }
-"""Of the methods beside JREG that train another model; as published, as far as that is known."""
+"""For :func:`method_flags`. Of the methods beside JREG that train another model; as published, as far as that
+is known."""
+TEACHER_SEED = 1000
+"""No other run has it."""
+
+
+def method_flags(flags: str, iterations: int, teacher: Path) -> list[str]:
+    """Megatron's flags of a method in a training of so many iterations; ``teacher`` is LET's."""
+    values = {"hold": max(1, iterations // 25), "half": iterations // 2, "teacher": teacher}
+    return [word.format(**values) for word in flags.split()]
+
 
 ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
 """In a line of Megatron's log: the iteration and the number of all iterations."""
@@ -93,6 +106,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the trained model: the last checkpoint."""
         return self.folder / "checkpoints"
+
+    @property
+    def exported(self) -> Path:
+        """The trained model as a folder for transformers, if :func:`teach` has made it."""
+        return self.folder.with_name(f"{self.folder.name}_exported").absolute()
 
     @property
     def log(self) -> Path:
@@ -182,6 +200,19 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int = 1, quiet: bool =
     whole, rest = (sum(run.iterations for run in some) for some in (runs, left))
     with progress("training", "iterations", whole, rest, quiet) as bar:
         each(left, train, width)
+
+
+def teach(teacher: Run, data: DemoData, quiet: bool = False) -> None:
+    """Train a teacher for LET and export it, as far as that is not done.
+
+    Raises:
+        UserError: as :func:`train_all`.
+    """
+    train_all([teacher], data, quiet=quiet)
+    if not teacher.exported.exists():  # it is there only if it is whole
+        words = ["-m", "jreg_megatron.convert.export", str(teacher.checkpoints), str(teacher.exported)]
+        log = teacher.exported.with_suffix(".log")
+        asyncio.run(run_logged("exporting the teacher", [*words, "--quiet"], log, lambda _: None))
 
 
 def progress(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:

@@ -156,7 +156,7 @@ def _print_by_layer(
 ) -> None:
     """Columns by title, of layers 0..L."""
     rows = [
-        [layer, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)]
+        [layer, *("" if cell is None else f"{cell:.{digits if abs(cell) < 100 else 1}f}" for cell in cells)]
         for layer, cells in enumerate(zip(*columns.values(), strict=True))
     ]
     print_table(title, ("layer", *columns), rows, about, console=console)

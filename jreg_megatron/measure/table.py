@@ -19,7 +19,7 @@ _OF_LAYERS = (
 )
 _LINES = {"displacement": "Psi", "displacement_std": "std", "jump_rate_from": "zeta"}
 _LINES |= {
-    "angular_distance": "angle/pi",
+    "angular_distance": "angle\n/ pi",
     "norm": "norm",
     "norm_largest": "largest",
     "update_ratio": "update",
@@ -28,11 +28,12 @@ _LINES |= {
 _FINE = ("displacement", "displacement_std", "angular_distance", "update_ratio")
 """Those with four digits; the others have two."""
 _DEPTH = {"void_share": "void", "attention_ratio": "a", "mlp_ratio": "m", "layer_ratio": "a+m"}
-_DEPTH |= {"attention_cosine": "cos a", "mlp_cosine": "cos m", "layer_cosine": "cos a+m"}
-_DEPTH |= {"matrix_entropy": "entropy", "curvature": "curv."}
+_DEPTH |= {"attention_cosine": "cos\na", "mlp_cosine": "cos\nm", "layer_cosine": "cos\na+m"}
+_DEPTH |= {"matrix_entropy": "entr.", "curvature": "curv."}
+_ABOUT_STATES = "before, after: the last layer's output before the final norm, and after it."
 _ABOUT_DEPTH = (
-    "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; then the "
-    "cosines of the same pairs. entropy: matrix entropy, curv.: curvature in radians, both of the layer's "
+    "void: share of tokens. a, m, a+m: |a|/|h| of attention, |m|/|h+a| of the MLP, |a+m|/|h|; cos: the "
+    "cosines of the same pairs. entr.: matrix entropy, curv.: curvature in radians, both of the layer's "
     "output."
 )
 
@@ -49,7 +50,7 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
         row += [_number(rates.get(state), 3) for state in FINAL_STATES]
         row += [_number(psi[state][-1] if state in psi else None, 4) for state in FINAL_STATES]
         rows.append(row)
-    title = "The last layer's jump, before and after the final norm"
+    title = "The jump, before and after the final norm"
     print_table(title, columns, rows, console=console, box=SIMPLE_HEAD)
 
 
@@ -60,7 +61,8 @@ def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -
     for layer in range(last + 1):
         states = list(model["displacement"]) if layer == last and not depth else ["pre_norm"]
         for state in states:
-            note = f" ({FINAL_STATES[state]} norm)" if len(states) > 1 else ""
+            note = f" {FINAL_STATES[state]}" if len(states) > 1 else ""
+            about = about or (_ABOUT_STATES if note else "")
             values = ((what, _of_layer(model, what, state, layer - last)) for what in titles)
             cells = [_number(value, 4 if what in _FINE else 2) for what, value in values]
             rows.append([f"{layer}{note}", *cells])

@@ -43,7 +43,9 @@ def _nothing_started(number: int, _: object) -> NoReturn:
 def _train(asked: Namespace) -> None:
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import parse
+    from jreg_megatron.methods import known
     from jreg_megatron.recipe import machine, plan
+    from jreg_megatron.stream.support import refuse_unsupported
 
     meets = request.rendezvous(asked.nodes)
     gpus = machine.Gpus.of_this_node()  # before CPU mode, in which this process only plans
@@ -60,6 +62,13 @@ def _train(asked: Namespace) -> None:
     flags += added
     planned = plan.make(flags, asked.world_size)
 
+    def check_methods() -> str:
+        settings = known.settings_in(args)
+        refuse_unsupported(args, *settings)
+        for of_one in settings:
+            of_one.refuse_layers(args.num_layers)
+        return ", ".join(of_one.name for of_one in settings)
+
     def check_files() -> str:
         for check in preflight.DATA_CHECKS:
             check(args)
@@ -75,6 +84,7 @@ def _train(asked: Namespace) -> None:
         rows["added"] = f"{' '.join(added)}, since Apex is not installed here (each node checks this)"
     findings: dict[str, Callable[[], str]] = {
         "data": check_files,
+        "methods": check_methods,
         "memory": partial(machine.check_memory, planned, gpus),
         "checkpoints": partial(machine.check_disk, planned),
         "this node": check_node,

@@ -91,15 +91,16 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _drawn(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the picture files: each figure, for each state of the last layer."""
+    """Names and contents of the picture files: each figure, for each state of the last layer or part."""
     from jreg_megatron.report.charts import pictures
 
     for figure in (figure for section in sections for figure in section.figures):
-        states = next((choice.options for choice in figure.choices if choice.field == "state"), None)
-        for state, words in (states or {"": ""}).items():
-            name = f"{figure.name}_{state}" if states else figure.name
-            title = f"{figure.title} ({words})" if states else figure.title
-            svg, png = pictures(title, [[("", figure.chart)]], figure.convention, chosen={"state": state})
+        of = next((choice for choice in figure.choices if choice.field in ("state", "part")), None)
+        for value, words in (of.options if of else {"": ""}).items():
+            name = f"{figure.name}_{value.lower().replace(' ', '_')}" if of else figure.name
+            title = f"{figure.title} ({words})" if of else figure.title
+            chosen = {of.field: value} if of else {}
+            svg, png = pictures(title, [[("", figure.chart)]], figure.convention, chosen=chosen)
             yield f"{name}.svg", svg.encode()
             yield f"{name}.png", png
 

@@ -16,7 +16,8 @@ _OF_FIGURES = (
     ("layers", "Displacement", ("displacement",)),
     ("training", "Over training", ("jump_rate", "validation_loss")),
     ("maps", "Layers over training", ("heat_map",)),
-    ("middle", "Middle layers", ("read_out", "lens", "early_exit", "depth", "layer_drop")),
+    ("middle", "Middle layers", ("read_out", "lens", "early_exit", "layer_drop")),
+    ("depth", "Use of depth", ("depth",)),
 )
 _FEW = 12
 _ABOUT_SUMMARY = (

@@ -267,12 +267,15 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
 
 
 _READ_OUT = "The final norm and the head read the state behind each layer, as if the model ended there."
+_ADDED = {"attention": "attention", "mlp": "MLP", "layer": "both"}
+_SIGNED = ("depth_cosines", "depth_alignment")
 _TABLES = {
     "displacement": "Displacement Ψ of each layer at the last validation",
     "jump_rate": "Jump rate ζ at each validation",
     "validation_loss": "Validation loss, nats per token",
 }
-# Name, what of a model, title, caption and axes. {taken}: where the last layer ends.
+# Name, what of a model (or several, with words between which the reader chooses), title, caption and axes.
+# {taken}: where the last layer ends.
 _CURVES = (
     (
         "displacement_in_training",
@@ -327,6 +330,51 @@ _CURVES = (
         (LAYER, Axis("agreement", zero=True)),
     ),
     (
+        "layer_drop",
+        "layer_drop",
+        "What each layer is needed for",
+        "The rise of the loss without this one layer. Near 0 the layer does little.",
+        (LAYER, Axis("rise of the loss (nats per token)", scale="auto")),
+    ),
+    (
+        "depth_voids",
+        "measured.void_share",
+        "Void layers",
+        "The share of tokens for which a layer is void (LAC): the state's norm grows by less than 0.8 of the "
+        "spread of its growth in the layers before.",
+        (LAYER, Axis("share of tokens", zero=True)),
+    ),
+    (
+        "depth_contributions",
+        {f"measured.{key}_ratio": words for key, words in _ADDED.items()},
+        "How much attention and MLP add",
+        "The norm of what is added, relative to that of the state to which it is added; mean over tokens.",
+        (LAYER, Axis("relative norm", scale="auto")),
+    ),
+    (
+        "depth_cosines",
+        {f"measured.{key}_cosine": words for key, words in _ADDED.items()},
+        "Whether attention and MLP erase or amplify",
+        "The cosine of what is added to the state to which it is added; mean over tokens. Below 0 it erases, "
+        "above 0 it amplifies.",
+        (LAYER, Axis("cosine")),
+    ),
+    (
+        "depth_entropy",
+        "measured.matrix_entropy",
+        "How many directions the states take",
+        "Matrix entropy of a sequence's states behind each layer: 0 if they lie in one direction, 1 if they "
+        "are spread over all. Layer 0 is the embedding.",
+        (LAYER, Axis("matrix entropy")),
+    ),
+    (
+        "depth_curvature",
+        "measured.curvature",
+        "How sharply the states turn from token to token",
+        "Mean angle between the steps from one token's state to the next one's. Layer 0 is the embedding.",
+        (LAYER, Axis("curvature (radians)")),
+    ),
+    (
         "depth_kl",
         "depth.kl",
         "How far each layer's prediction is from the final one",
@@ -334,28 +382,57 @@ _CURVES = (
         (LAYER, Axis("KL divergence (nats)", scale="auto")),
     ),
     (
-        "layer_drop",
-        "layer_drop",
-        "What each layer is needed for",
-        "The rise of the loss without this one layer. Near 0 the layer does little.",
-        (LAYER, Axis("rise of the loss (nats per token)", scale="auto")),
+        "depth_top5",
+        "depth.top5_overlap",
+        "How many of its likeliest tokens are among the final ones",
+        f"{_READ_OUT} The share of its five likeliest tokens that are among the whole model's five.",
+        (LAYER, Axis("top-5 overlap", zero=True)),
+    ),
+    (
+        "depth_alignment",
+        "depth.alignment",
+        "Where the state turns over to the next token",
+        "Mean cosine of the state and the input embedding of the next token, minus that of the state and its "
+        "own token's. Above 0 it has turned over.",
+        (LAYER, Axis("difference of cosines")),
+    ),
+    (
+        "depth_skipping",
+        {"depth.skip_output": "of the output", "depth.skip_later": "of later layers"},
+        "What changes if a layer is skipped",
+        "Of the output: norm of the change of its probabilities. Of later layers: change of what they add, "
+        "relative to it, mean over them. Mean over tokens; the first token of a sequence keeps the layer.",
+        (LAYER, Axis("change", scale="auto")),
     ),
 )
 
 
 def _curve(
-    models: Sequence[Model], looks: Looks, paper: PaperProfiles | None, name: str, what: str, *about: Any
+    models: Sequence[Model],
+    looks: Looks,
+    paper: PaperProfiles | None,
+    name: str,
+    what: str | Mapping[str, str],
+    *about: Any,
 ) -> Figure | None:
-    """Numbers over training or by layer, of each run or of the last evaluation that has them."""
+    """Numbers over training or by layer, of each run or of the last evaluation or measurement that has
+    them."""
     title, caption, axes = about
-    found = {m.label: each for m in models for each in (*m.evaluated, m.run) if each and each.by_layer(what)}
+    parts = {what: ""} if isinstance(what, str) else what
+    every = [(m.label, each) for m in models for each in (*m.measured[-1:], *m.evaluated, m.run) if each]
+    found = {label: each for label, each in every if any(map(each.by_layer, parts))}
     rows: list[Row] = [
         {"model": label, "x": place, "y": value}
+        | ({"part": words, "column": f"{label}, {words}"} if words else {})
         for label, entry in found.items()
-        for place, value in entry.by_layer(what).items()
+        for key, words in parts.items()
+        for place, value in entry.by_layer(key).items()
     ]
     other = _other_texts({label: entry for label, entry in found.items() if isinstance(entry, Evaluated)})
     convention = "The models read different texts." if other else ""
+    firsts = {entry.first_token for entry in found.values() if isinstance(entry, Measured)}
+    convention += f" First token of each text {firsts.pop()}." if len(firsts) == 1 else ""
+    other = other or convention
     if paper and what == "displacement" and any(row["y"] is not None for row in rows):
         depth = max(row["x"] for row in rows)
         rows += paper.rows(depth)
@@ -367,9 +444,10 @@ def _curve(
         rows,
         *axes,
         looks=looks,
-        table=_TABLES.get(what, f"{title}: {axes[1].title}"),
+        table=_TABLES.get(next(iter(parts)), f"{title}: {axes[1].title}"),
         form=LOSS if axes[1] is _LOSS else "#.4g",
         convention=convention,
+        rule=0 if name in _SIGNED else None,
     )
 
 
@@ -446,7 +524,7 @@ def _other_texts(used: Mapping[str, Evaluated]) -> str:
 def _choices(rows: Sequence[Row]) -> list[Choice]:
     """The fields that select rows; the first row has the default."""
     found = []
-    for name, title in {"state": "last layer", "first": "first token of each text"}.items():
+    for name, title in {"state": "last layer", "first": "first token of each text", "part": "shown"}.items():
         values = dict.fromkeys(row[name] for row in rows if name in row)
         options = {value: STATE_WORDS.get(value, value) for value in values}
         found += [Choice(name, title, options)] if options and (name == "state" or len(options) > 1) else []

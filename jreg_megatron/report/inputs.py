@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -72,6 +73,9 @@ Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
 Turns = dict[State, Annotated[list[Share], _per_layer()]]
 """A number of each layer 1..L, by state."""
+Known = dict[State, Annotated[list[Number | None], _per_layer()] | None]
+KnownOfStates = dict[State, Annotated[list[Number | None], _per_layer(1)] | None]
+"""The same with layer 0, the embedding. What is not known is None."""
 
 
 class Part(BaseModel):
@@ -103,11 +107,21 @@ class Origin(Part):
 
 
 class Block(Part):
-    """A measurement over one set of tokens: mean and deviation of Psi_l, and zeta_L of two or more layers."""
+    """A measurement over one set of tokens: mean and deviation of Psi_l, and zeta_L of two or more layers;
+    with ``--depth`` also the use of depth."""
 
     displacement: Turns
     displacement_std: Turns | None = None
     jump_rate: dict[State, Rate | None]
+    void_share: Known = {}
+    attention_ratio: Known = {}
+    mlp_ratio: Known = {}
+    layer_ratio: Known = {}
+    attention_cosine: Known = {}
+    mlp_cosine: Known = {}
+    layer_cosine: Known = {}
+    matrix_entropy: KnownOfStates = {}
+    curvature: KnownOfStates = {}
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -156,6 +170,14 @@ class Measured(Origin):
         """As of a block."""
         return self.with_first_token.states
 
+    def by_layer(self, what: str) -> dict[int, float | None]:
+        """A number of the use of depth, such as ``measured.void_share``, by layer; empty if it is not
+        known."""
+        part, _, name = what.partition(".")
+        found = getattr(self.blocks[self.first_token], name) if part == "measured" else {}
+        values = found.get(STATES[0]) or []
+        return dict(enumerate(values, start=self.num_layers + 1 - len(values)))
+
     @property
     def how(self) -> dict[str, str]:
         """How it was measured: text, tokens, dtype and so on."""
@@ -187,8 +209,7 @@ class Score(Part):
 class ReadOut(Part):
     """Predictions behind layers 0..L, read out through the final norm and the head.
 
-    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them; KL
-    is the divergence from the whole model's distribution.
+    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them.
     """
 
     text: Text | None = None
@@ -196,7 +217,43 @@ class ReadOut(Part):
     loss: Annotated[list[Loss], _per_layer(1)] | None = None
     accuracy: Annotated[list[Share], _per_layer(1)] | None = None
     agreement: Annotated[list[Share], _per_layer(1)] | None = None
+
+
+class Skip(Part):
+    """What changes without layer s, for s in 1..L: of what each later layer adds, and of the output."""
+
+    later_mean: Annotated[list[list[Loss | None]], _per_layer()]
+    output_mean: Annotated[list[Loss], _per_layer()]
+
+
+class Depth(ReadOut):
+    """The use of depth behind layers 0..L: KL divergence of the read-out from the whole model's output, the
+    share of its five likeliest tokens, and cosines of the state to two input embeddings."""
+
     kl: Annotated[list[Loss], _per_layer(1)] | None = None
+    top5_overlap: Annotated[list[Share], _per_layer(1)] | None = None
+    cosine_to_token: Annotated[list[Number], _per_layer(1)] | None = None
+    cosine_to_next_token: Annotated[list[Number], _per_layer(1)] | None = None
+    skip: Skip | None = None
+
+    @property
+    def alignment(self) -> dict[int, float]:
+        """The cosine to the next token's embedding minus that to its own, of layers 1..L; h_0 is its own.
+        Above 0 the state has turned over."""
+        pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=False)
+        return {layer: following - own for layer, (following, own) in enumerate(pairs) if layer > 0}
+
+    @property
+    def skip_output(self) -> dict[int, float]:
+        """The change of the probabilities without each layer."""
+        return dict(enumerate(self.skip.output_mean, start=1)) if self.skip else {}
+
+    @property
+    def skip_later(self) -> dict[int, float]:
+        """The change of what later layers add without each layer but the last, mean over them."""
+        rows = enumerate(self.skip.later_mean, start=1) if self.skip else ()
+        known = {layer: [value for value in row if value is not None] for layer, row in rows}
+        return {layer: fmean(values) for layer, values in known.items() if values}
 
 
 class LayerDrop(Part):
@@ -215,7 +272,7 @@ class Evaluated(Origin):
     read_out: ReadOut | None = None
     lens: ReadOut | None = None
     layer_drop: LayerDrop | None = None
-    depth: ReadOut | None = None
+    depth: Depth | None = None
 
     @property
     def how(self) -> dict[str, str]:
@@ -231,15 +288,16 @@ class Evaluated(Origin):
         """Numbers by layer; empty if they are not known.
 
         Args:
-            what: ``read_out.loss``, ``lens.loss``, ``read_out.accuracy``, ``read_out.agreement`` or
-                ``depth.kl`` of layers 0..L; or ``layer_drop``, the rise of the loss without one of layers
-                1..L.
+            what: ``read_out.loss``, ``lens.loss``, ``read_out.accuracy``, ``read_out.agreement`` of layers
+                0..L; ``depth.`` and a name of :class:`Depth`; or ``layer_drop``, the rise of the loss without
+                one of layers 1..L.
         """
         part, _, name = what.partition(".")
         found = getattr(self, part, None)
         if isinstance(found, LayerDrop):
             return {layer: loss - found.unchanged for layer, loss in enumerate(found.loss, start=1)}
-        return dict(enumerate(getattr(found, name, None) or ()))
+        values = getattr(found, name, None) or ()
+        return values if isinstance(values, dict) else dict(enumerate(values))
 
 
 class Difference(Part):

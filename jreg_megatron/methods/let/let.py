@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jreg_megatron.methods.let.settings import LETConfig
-from jreg_megatron.methods.let.teacher import Teacher
+from jreg_megatron.methods.let.teacher import Teacher, refuse_longer
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.stream.anatomy import residual_layers
@@ -113,7 +113,7 @@ class LET(Method):
         """One line that says what was attached."""
         settings: LETConfig = self.settings
         if self._is_over:
-            return "> LET attached: its coefficient is 0 from here on, so no teacher is loaded"
+            return "> LET attached: it does nothing from here on, so no teacher is loaded"
         return (
             f"> LET attached: layer {self.number} learns from {settings.teacher}, coefficient "
             f"{settings.coeff:g}, falling to 0 at iteration {settings.stop_iterations}"
@@ -183,11 +183,7 @@ class LET(Method):
                 f"leave {name} out"
             )
         tokens = self._scaling.whole_sequences(microbatch.tokens)
-        if teacher.max_length is not None and tokens.shape[1] > teacher.max_length:
-            raise UserError(
-                f"{self._named} takes sequences of up to {teacher.max_length} tokens, and these have "
-                f"{tokens.shape[1]}; give another teacher, or take shorter sequences"
-            )
+        refuse_longer(str(self.settings.teacher), tokens.shape[1], teacher.max_length)
         torch.maximum(self._largest_id, tokens.max(), out=self._largest_id)
         self._largest_on_host.copy_(self._largest_id, non_blocking=self._are_ids_seen)
         if not self._are_ids_seen:  # the first micro-batch waits, as all ranks refuse alike in the first step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -110,13 +111,24 @@ class LETConfig(Settings):
         return max(1, num_layers // 3) if self.layer is None else self.layer
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse by name what is not supported, and another tokenizer than the teacher's."""
+        """Refuse by name what is not supported. Of Megatron's arguments also a teacher that cannot be loaded,
+        and one with another tokenizer, if it will be needed."""
         super().refuse(model_config)
-        is_there = (Path(str(self.teacher)) / "config.json").is_file()
-        if is_there and getattr(model_config, "tokenizer_type", None):
-            from jreg_megatron.methods.let.tokens import refuse_other_tokens
+        if getattr(model_config, "tokenizer_type", None) and self._is_needed(model_config):
+            from jreg_megatron.methods.let import teacher, tokens
 
-            refuse_other_tokens(str(self.teacher), model_config)
+            teacher.check(str(self.teacher), getattr(model_config, "seq_length", None))
+            tokens.refuse_other_tokens(str(self.teacher), model_config)
+
+    def _is_needed(self, args: Any) -> bool:
+        """Whether a run with these arguments of Megatron trains before the coefficient is 0."""
+        load, done = getattr(args, "load", None), getattr(args, "ckpt_step", None)
+        if load is None or getattr(args, "finetune", False):
+            done = 0
+        elif done is None:
+            with suppress(OSError, ValueError):
+                done = int((Path(load) / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
+        return not getattr(args, "skip_train", False) and self.measures_at(1 + (done or 0))
 
     def refuse_layers(self, num_layers: int) -> None:
         """Refuse a layer that the model does not have."""

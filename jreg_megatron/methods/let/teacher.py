@@ -19,6 +19,66 @@ _MOVED = 1e-5
 """A state that moves by less, relative to its norm, is the same in float32."""
 
 
+def check(folder: str, length: int | None) -> None:
+    """Look at the files of a teacher, as far as that needs no memory for its weights.
+
+    Args:
+        folder: the teacher's.
+        length: of the sequences of the training, in tokens; None if it is not known.
+
+    Raises:
+        UserError: for files that are missing or damaged, or a teacher of shorter sequences.
+    """
+    refuse_longer(folder, length or 0, _longest(_load(folder, torch.float32, "meta")))
+
+
+def refuse_longer(folder: str, length: int, longest: int | None) -> None:
+    """Refuse sequences of more tokens than the teacher's longest.
+
+    Raises:
+        UserError: naming both.
+    """
+    if longest is not None and length > longest:
+        raise UserError(
+            f"{_FLAG} {folder} takes sequences of up to {longest} tokens, and these have {length}; give "
+            "another teacher, or take shorter sequences"
+        )
+
+
+def _longest(model: Any) -> int | None:
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    return longest
+
+
+def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
+    """The model; with device "meta" without its weights' values."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"{_FLAG} is {folder}, which is no folder with a model of transformers (config.json); give "
+            "one: 'hf download NAME --local-dir FOLDER' fetches it from the hub, and 'jreg-megatron "
+            "export CHECKPOINTS FOLDER' makes one of a Megatron checkpoint"
+        )
+    transformers = need("transformers", f"{_FLAG} {folder}", "analysis")
+    # Random numbers of the training must not depend on whether a teacher is loaded.
+    with errors_alone("transformers"), torch.random.fork_rng(devices=[]):
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            model, info = transformers.AutoModel.from_pretrained(
+                folder, dtype=dtype, device_map=device, local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:
+            raise UserError(
+                f"{_FLAG} {folder} cannot be loaded ({one_line(error)[:300]}); give the folder of a whole "
+                "model"
+            ) from error
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise UserError(
+            f"the files of {_FLAG} {folder} lack {missing[0]}, which its config.json needs; give the folder "
+            "of a whole model"
+        )
+    return model.eval().requires_grad_(False)
+
+
 class Teacher:
     """Gives the last states of token ids, behind the final norm, at the width of the trained model."""
 
@@ -34,40 +94,23 @@ class Teacher:
         Raises:
             UserError: if it cannot be loaded whole, or is no causal language model.
         """
-        if not (Path(folder) / "config.json").is_file():
+        # In 16 bits a state that another one moves a little may look the same.
+        self._model = _load(folder, torch.float32)
+        self.max_length = _longest(self._model)
+        try:
+            self.vocab_size: int = self._model.get_input_embeddings().num_embeddings
+            tokens = torch.arange(1, 1 + _LENGTH).repeat(2, 1) % self.vocab_size
+            tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size
+            first, other = self._last_states(tokens).unbind()
+            if dtype != torch.float32:
+                self._model = _load(folder, dtype)
+            self._model.to(device)
+        except UserError:
+            raise
+        except Exception as error:
             raise UserError(
-                f"{_FLAG} is {folder}, which is no folder with a model of transformers (config.json); give "
-                "one: 'hf download NAME --local-dir FOLDER' fetches it from the hub, and 'jreg-megatron "
-                "export CHECKPOINTS FOLDER' makes one of a Megatron checkpoint"
-            )
-        transformers = need("transformers", f"{_FLAG} {folder}", "analysis")
-        here = [device] if device.type == "cuda" else []
-        # Random numbers of the training must not depend on whether a teacher is loaded.
-        with errors_alone("transformers"), torch.random.fork_rng(devices=here):
-            transformers.utils.logging.disable_progress_bar()
-            try:
-
-                def load(dtype: torch.dtype) -> Any:
-                    loaded, info = transformers.AutoModel.from_pretrained(
-                        folder, dtype=dtype, local_files_only=True, output_loading_info=True
-                    )
-                    return loaded.eval().requires_grad_(False), info
-
-                # In 16 bits a state that another one moves a little may look the same.
-                model, info = load(torch.float32)
-                self.vocab_size: int = model.get_input_embeddings().num_embeddings
-                self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
-                tokens = torch.arange(1, 1 + _LENGTH).repeat(2, 1) % self.vocab_size
-                tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size
-                self._model = model
-                first, other = self._last_states(tokens).unbind()
-                self._model = (model if dtype == torch.float32 else load(dtype)[0]).to(device)
-            except Exception as error:
-                raise UserError(
-                    f"{_FLAG} {folder} cannot be run as a causal language model: {one_line(error)[:300]}"
-                ) from error
-        if missing := sorted(map(str, info["missing_keys"])):
-            raise UserError(f"the files of {_FLAG} {folder} lack {missing[0]}, which its config.json needs")
+                f"{_FLAG} {folder} cannot be run as a causal language model: {one_line(error)[:300]}"
+            ) from error
         off = (first - other).norm(dim=-1) > _MOVED * first.norm(dim=-1)
         if off[:-1].any() or not off[-1]:
             raise UserError(f"{_FLAG} {folder} is no causal language model, or has no weights; give another")

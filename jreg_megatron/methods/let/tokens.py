@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.methods.let.settings import LETConfig
-from jreg_megatron.runtime.errors import UserError, one_line
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import errors_alone, need
 
 _HUGGING_FACE = "HuggingFaceTokenizer"
@@ -22,7 +22,7 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
     Where the data has ids alone (``NullTokenizer``), the sizes of the vocabularies must be the same.
 
     Args:
-        teacher: the teacher's folder, with a ``config.json``.
+        teacher: the folder of a teacher that can be loaded.
         args: Megatron's arguments.
 
     Raises:
@@ -30,13 +30,7 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
     """
     kind, size = args.tokenizer_type, int(getattr(args, "vocab_size", None) or 0)
     if kind.startswith("Null"):
-        try:
-            known = json.loads((Path(teacher) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{_FLAG} is {teacher}, whose config.json cannot be read ({one_line(error)}); give the "
-                "folder of a whole Hugging Face model"
-            ) from None
+        known = json.loads((Path(teacher) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
         sizes = {known, len(_pieces_of(_HUGGING_FACE, teacher))}
         if not sizes & {size, size + 1}:  # Megatron before 0.18 adds a token that ends a document
             raise UserError(
