@@ -34,6 +34,8 @@ LINE = (
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or ten_steps")
+GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel")
+RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
 BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
@@ -2119,6 +2121,23 @@ FAULTS = [
             ),
         ),
         ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
+        "leave a hybrid layer's output unchanged whose end is in a CUDA graph of its own",
+        "stream/tap.py",
+        (
+            (
+                "            self._is_begun = module is not self._layer.last",
+                "            self._is_begun = False",
+            ),
+        ),
+        GRAPHS_OF_HYBRIDS,
+    ),
+    Fault(
+        "use a state in the memory of a CUDA graph when another graph of the layer has run",
+        "stream/tap.py",
+        (("            self._input = self._input.view_as(self._input)", "            pass"),),
+        GRAPHS_OF_HYBRIDS,
     ),
     Fault(
         "take what a CUDA graph captures for a layer of a micro-batch",

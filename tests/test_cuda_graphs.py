@@ -14,7 +14,7 @@ import torch
 from conftest import ITERATIONS
 from harness import read_scalars, run_function, run_ranks
 from reference_training import train
-from test_attach import build_model, forward, step
+from test_attach import build_model, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
@@ -38,6 +38,22 @@ LAYOUTS = [
     Layout(graphs="layers", model="mtp"),
 ]
 
+    Layout(graphs="layers", model="hybrid", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
+    Layout(graphs="layers", model="hybrid", layers="Mamba", tensor=2, sequence_parallel=True),
+    Layout(graphs="attn", model="hybrid", layers="Mamba", methods="all"),
+    Layout(graphs="mamba mlp", model="hybrid", layers="Mamba", pipeline=2, final_state="post_norm"),
+    Layout(
+        graphs="attn moe_router",
+        model="hybrid",
+        layers="experts",
+        methods="all",
+        data=2,
+        expert=2,
+        pipeline=2,
+    ),
+    Layout(graphs="moe", model="hybrid", layers="experts", capacity=0.5, methods="all"),
+    Layout(graphs="mamba moe_router", model="hybrid", layers="lone sub-layers", methods="all"),
+    Layout(graphs="layers", model="hybrid", layers="sub-layers as layers", capacity=0.5, methods="all"),
 
 @pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in LAYOUTS])
 def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> None:
@@ -80,13 +96,19 @@ def refuses_graphs() -> None:
         ("num_moe_experts with cuda_graph_impl", FULL | {"num_moe_experts": 2}, [TAKEN]),
         ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
         ("depth with cuda_graph_impl full_iteration", FULL, [TAKEN, DepthConfig(metrics="voids")]),
+        ("not allgather", FULL | {"num_moe_experts": 2, "moe_pad_expert_input_to_capacity": True}, [TAKEN]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
-            {"fp16": False, "num_moe_experts": None, "step_batch_size_schedule": None} | OF_LAYERS | changes
+            {
+                **{"fp16": False, "num_moe_experts": None, "step_batch_size_schedule": None},
+                "moe_pad_expert_input_to_capacity": False,
+            }
+            | OF_LAYERS
+            | changes
         )
         with pytest.raises(UserError, match=named):
             attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
@@ -120,6 +142,18 @@ OF_THE_ITERATION = [
     Layout(graphs="iteration", model="hybrid", recompute="selective"),
 ]
 
+    Layout(graphs="iteration", model="moe", capacity=0.5, balanced=True, data=2, expert=2, methods="all"),
+    Layout(
+        graphs="iteration",
+        model="moe",
+        capacity=0.75,
+        balanced=True,
+        tensor=2,
+        sequence_parallel=True,
+        data=2,
+        expert=2,
+    ),
+    Layout(graphs="iteration", model="hybrid", layers="experts", capacity=0.5, pipeline=2, data=2, expert=2),
 
 @pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in OF_THE_ITERATION])
 def test_a_replayed_iteration_equals_the_reference_at(layout: Layout) -> None:
@@ -237,7 +271,7 @@ def graphed_model() -> tuple[Any, Callable[[int], None]]:
 
     def schedule(num_microbatches: int, **_: Any) -> None:
         for _ in range(num_microbatches):
-            forward(model).backward()
+            model(*given, labels=labels).mean().backward()
 
     wrapper = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
 
@@ -274,3 +308,8 @@ def keeps_the_rules_of_a_graph() -> None:
     del given, what_a_graph_cannot
     with pytest.raises(AssertionError, match="freed since its capture"):
         graph.replay()
+    # Made here, on the device: what is made in a capture is the host's.
+    tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
+
+        assert torch.full((2,), 3).tolist() == [3, 3]  # of the host

@@ -48,7 +48,6 @@ REFUSED = {
 _REFUSED_IN_FULL_GRAPHS = {
     "fp16": "Megatron's loss scale is another tensor after each change, which a graph does not see",
     "step_batch_size_schedule": "a graph has the micro-batches of its capture",
-    "num_moe_experts": "no run of it has been compared with the reference",
     "use_torch_fsdp2": "no run of it has been compared with the reference",
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
@@ -107,6 +106,15 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
     for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
         if getattr(model_config, name, None):
+    is_fixed = getattr(model_config, "moe_expert_rank_capacity_factor", None) is not None
+    if getattr(model_config, "moe_token_dispatcher_type", "allgather") != "allgather":
+        is_fixed = is_fixed or getattr(model_config, "moe_pad_expert_input_to_capacity", False)
+    if getattr(model_config, "num_moe_experts", None) and not is_fixed:
+        found["num_moe_experts"] = (
+            "in Megatron the host waits for the number of each expert's tokens, unless that is fixed by "
+            "moe_expert_rank_capacity_factor, or by moe_pad_expert_input_to_capacity in a dispatcher that is "
+            "not allgather"
+        )
             found[name] = reason
     for name, reason in found.items():
         raise UserError(
