@@ -2181,6 +2181,18 @@ FAULTS = [
         ("tests/test_cuda_graphs.py", "-k", "anew"),
     ),
     Fault(
+        "measure an iteration twice that Megatron runs again",
+        "stream/reruns.py",
+        (("            sums.copy_(before)", "            pass"),),
+        RERUNS,
+    ),
+    Fault(
+        "count what waits in a meter when an iteration is run again",
+        "stream/reruns.py",
+        (("            meter.totals()  # what waits", "            pass  # what waits"),),
+        RERUNS,
+    ),
+    Fault(
         "replay a graph of another model's methods",
         "stream/full_graph.py",
         (("        self._wrapper.reset_cuda_graph(self._wrapper)", "        self._wrapper"),),

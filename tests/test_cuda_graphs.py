@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,6 @@ LAYOUTS = [
     Layout(graphs="attn moe_router", model="moe", methods="all"),
     Layout(graphs="layers", methods="blocks"),
     Layout(graphs="layers", model="mtp"),
-]
-
     Layout(graphs="layers", model="hybrid", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
     Layout(graphs="layers", model="hybrid", layers="Mamba", tensor=2, sequence_parallel=True),
     Layout(graphs="attn", model="hybrid", layers="Mamba", methods="all"),
@@ -54,6 +53,8 @@ LAYOUTS = [
     Layout(graphs="moe", model="hybrid", layers="experts", capacity=0.5, methods="all"),
     Layout(graphs="mamba moe_router", model="hybrid", layers="lone sub-layers", methods="all"),
     Layout(graphs="layers", model="hybrid", layers="sub-layers as layers", capacity=0.5, methods="all"),
+]
+
 
 @pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in LAYOUTS])
 def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> None:
@@ -94,9 +95,9 @@ def refuses_graphs() -> None:
         ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("fp16 with cuda_graph_impl full_iteration", FULL | {"fp16": True}, [TAKEN]),
         ("num_moe_experts with cuda_graph_impl", FULL | {"num_moe_experts": 2}, [TAKEN]),
+        ("not allgather", FULL | {"num_moe_experts": 2, "moe_pad_expert_input_to_capacity": True}, [TAKEN]),
         ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
         ("depth with cuda_graph_impl full_iteration", FULL, [TAKEN, DepthConfig(metrics="voids")]),
-        ("not allgather", FULL | {"num_moe_experts": 2, "moe_pad_expert_input_to_capacity": True}, [TAKEN]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
@@ -140,8 +141,6 @@ OF_THE_ITERATION = [
     Layout(graphs="iteration", context=2, per_token_loss=True, masked=True),
     Layout(graphs="iteration", model="mtp"),
     Layout(graphs="iteration", model="hybrid", recompute="selective"),
-]
-
     Layout(graphs="iteration", model="moe", capacity=0.5, balanced=True, data=2, expert=2, methods="all"),
     Layout(
         graphs="iteration",
@@ -154,6 +153,8 @@ OF_THE_ITERATION = [
         expert=2,
     ),
     Layout(graphs="iteration", model="hybrid", layers="experts", capacity=0.5, pipeline=2, data=2, expert=2),
+]
+
 
 @pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in OF_THE_ITERATION])
 def test_a_replayed_iteration_equals_the_reference_at(layout: Layout) -> None:
@@ -227,7 +228,7 @@ def follows_what_is_attached() -> None:
     def steps() -> None:
         for _ in range(3):
             step_of(1)
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(model))
 
     plain = step(model)[1]
     steps()  # captured before anything is attached
@@ -260,7 +261,72 @@ def refuses_what_a_graph_cannot() -> None:
         step_of(2)
 
 
-def graphed_model() -> tuple[Any, Callable[[int], None]]:
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_an_iteration_that_megatron_runs_again_since_experts_overflowed_is_measured_once(
+    in_graph: bool,
+) -> None:
+    run_function(forgets_what_is_run_again, 1, in_graph)
+
+
+def forgets_what_is_run_again(in_graph: bool) -> None:
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    flag = torch.zeros(1, dtype=torch.bool)
+
+    def under_runner(model: Any, wrapper: Any) -> Any:
+        """Experts whose tokens do not fit in an iteration; what is left out of them makes other states."""
+        layer = model.decoder.layers[0].mlp
+
+        def fit() -> None:
+            flag.zero_()
+            with torch.no_grad():
+                layer.linear_fc1.weight /= 2
+
+        layer.token_dispatcher = SimpleNamespace(
+            config=model.config,
+            check_over_budget=lambda: flag,
+            reset_over_budget=fit,
+            _comm_manager=SimpleNamespace(moe_expert_rank_capacity_factor=1.0),
+        )
+        model.zero_grad_buffer = lambda: model.zero_grad(set_to_none=False)
+        inner = wrapper if in_graph else wrapper.forward_backward_func
+        return PagedStashRunner(model.config, False, [model], None, inner)
+
+    megatrons = PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun
+    model, step_of = graphed_model(under_runner)
+    model.config.moe_expert_rank_capacity_factor = 1.0
+    if not in_graph:
+        model.config.cuda_graph_impl = "none"
+    handle = attach(model, TAKEN, NormsConfig(), num_microbatches=1)
+
+    def metrics_of(overflowing: int | None) -> tuple[Any, Any]:
+        for iteration in range(1, 5):
+            if iteration == overflowing:
+                flag.fill_(True)
+                with torch.no_grad():
+                    model.decoder.layers[0].mlp.linear_fc1.weight *= 2
+            step_of(1)
+            metrics = handle.end_iteration(iteration, is_interval_end=iteration == 4)
+        assert metrics is not None
+        return torch.stack((metrics.displacement, metrics.norm_mean[1:])), gradients_of(model)
+
+    expected, gradients = metrics_of(None)
+    for overflowing in (3, 4):
+        found, of_this = metrics_of(overflowing)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(of_this[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+    handle.detach()
+    assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def graphed_model(
+    around: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, Callable[[int], None]]:
     """A model, and a step of so many micro-batches by Megatron's wrapper, with one to warm up."""
     import full_graph_stand_in
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper
@@ -269,11 +335,17 @@ def graphed_model() -> tuple[Any, Callable[[int], None]]:
     model = build_model()
     vars(model.config).update(OF_LAYERS | FULL)
 
+    # Made here, on the device: what is made in a capture is the host's.
+    tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
+
     def schedule(num_microbatches: int, **_: Any) -> None:
         for _ in range(num_microbatches):
             model(*given, labels=labels).mean().backward()
 
     wrapper = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
+    if around is not None:
+        wrapper = around(model, wrapper)
 
     def step_of(num_microbatches: int) -> None:
         model.zero_grad(set_to_none=False)
@@ -296,6 +368,7 @@ def keeps_the_rules_of_a_graph() -> None:
     with torch.cuda.graph(graph):
         doubled = given * 2
         total += doubled.square()
+        assert torch.full((2,), 3).tolist() == [3, 3]  # of the host
     assert total.tolist() == [0, 0] and doubled.isnan().all()  # nothing was computed
     for number in (3.0, 4.0):
         given.fill_(number)
@@ -308,8 +381,3 @@ def keeps_the_rules_of_a_graph() -> None:
     del given, what_a_graph_cannot
     with pytest.raises(AssertionError, match="freed since its capture"):
         graph.replay()
-    # Made here, on the device: what is made in a capture is the host's.
-    tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
-    given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
-
-        assert torch.full((2,), 3).tolist() == [3, 3]  # of the host

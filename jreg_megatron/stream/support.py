@@ -24,7 +24,6 @@ REFUSED = {
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "fine_grained_activation_offloading": "it may free a layer's input",
-    "moe_expert_rank_capacity_factor": "where experts overflow, an iteration is run and measured twice",
     "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
     "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
     "use_megatron_fsdp": "no run of it has been compared with the reference",
@@ -106,6 +105,7 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
     for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
         if getattr(model_config, name, None):
+            found[name] = reason
     is_fixed = getattr(model_config, "moe_expert_rank_capacity_factor", None) is not None
     if getattr(model_config, "moe_token_dispatcher_type", "allgather") != "allgather":
         is_fixed = is_fixed or getattr(model_config, "moe_pad_expert_input_to_capacity", False)
@@ -115,7 +115,6 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
             "moe_expert_rank_capacity_factor, or by moe_pad_expert_input_to_capacity in a dispatcher that is "
             "not allgather"
         )
-            found[name] = reason
     for name, reason in found.items():
         raise UserError(
             f"jreg_megatron does not support {name} with cuda_graph_impl full_iteration yet, since {reason}; "
