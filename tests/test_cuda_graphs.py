@@ -25,7 +25,9 @@ from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
-from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.selftest.layouts import Layout, layouts_for
+from jreg_megatron.stream.meter import Meter
+from jreg_megatron.stream.reruns import Reruns
 
 LAYOUTS = [
     Layout(graphs="layers"),
@@ -73,6 +75,15 @@ def with_graphs(layout: Layout) -> Comparison:
     comparison = compare_step(layout)
     assert len(graph_stand_in.REPLAYS) >= layout.num_microbatches
     return comparison
+
+
+@pytest.mark.parametrize(("graphs", "precision"), [("transformer_engine", "bf16"), ("full_iteration", None)])
+def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
+    graphs: str, precision: str | None
+) -> None:
+    layouts = layouts_for(1, graphs=graphs, precision=precision)
+    assert {"gpt", "moe", "hybrid"} <= {layout.model for layout in layouts}
+    assert all(layout.graphs != "none" for layout in layouts)
 
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
@@ -353,6 +364,26 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
             torch.testing.assert_close(of_this[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
     handle.detach()
     assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
+
+
+def test_what_a_pipeline_stage_has_still_to_sum_belongs_to_the_iteration_that_is_run_again() -> None:
+    run_function(forgets_what_waits)
+
+
+def forgets_what_waits() -> None:
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    meter = Meter(2, torch.device("cpu"), 1)
+    reruns = Reruns([meter], lambda: None)
+    runner = PagedStashRunner(SimpleNamespace(moe_paged_stash=False), False, [], None, None)
+    for count in (1, 2):
+        runner.data_read([], [], True, 0)
+        meter.add(1, torch.ones(3, 1))  # and not row 2, another stage's
+        runner.prepare_for_rerun()
+        runner.data_read([], [], True, 0)
+        meter.add(1, torch.ones(3, 1))
+        assert meter.totals()[0][0].tolist() == [3.0 * count, 3.0 * count, count]
+    reruns.end()
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:
