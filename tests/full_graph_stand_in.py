@@ -142,6 +142,8 @@ class _Capture(TorchDispatchMode):
     """In the place of ``torch.cuda.graph``."""
 
     is_under_way = False
+    is_making = False
+    """Whether a tensor of the host is being made."""
 
     def __init__(self, graph: Graph, **_: Any) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class _Capture(TorchDispatchMode):
         self._own: dict[int, tuple[StorageWeakRef, int]] = {}
         self._before: dict[int, Tensor] = {}
         self._hosts: dict[int, StorageWeakRef] = {}
-        self._watch = _NoCopies()
+        self._watch = _NoCopies(self)
 
     def __enter__(self) -> Any:
         _Capture.is_under_way = True
@@ -199,19 +201,23 @@ class _Capture(TorchDispatchMode):
             self._graph._operations.append(_Operation(func, *recorded, tuple(fresh)))
         return result
 
+    def is_hosts(self, value: Any) -> bool:
+        """Whether it is a tensor of the host, although here there is no other memory."""
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._hosts
+
     def _is_on_the_host(self, name: str, given: Any) -> bool:
-        """Whether it is about tensors of the host alone, made of Python's numbers in the capture.
+        """Whether it is about tensors of the host alone, which are made in the capture without a device.
 
         Beside tensors of the device one of a single number is taken, with the value that it has now.
         """
         tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
-        of_host = [value for value in tensors if value.untyped_storage()._cdata in self._hosts]
+        of_host = [value for value in tensors if self.is_hosts(value)]
         is_mixed = 0 < len(of_host) < len(tensors)
         if is_mixed and any(value.dim() for value in of_host):
             raise RuntimeError(
                 f"operation not permitted when stream is capturing: copy from the host ({name})"
             )
-        return name == "lift_fresh" or (bool(of_host) and not is_mixed)
+        return self.is_making or name == "lift_fresh" or (bool(of_host) and not is_mixed)
 
     def _view_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -228,12 +234,24 @@ class _Capture(TorchDispatchMode):
 class _NoCopies(TorchFunctionMode):
     """Refuses what copies numbers between Python and the device and is no operation here."""
 
+    def __init__(self, capture: _Capture) -> None:
+        super().__init__()
+        self._capture = capture
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         is_device_given = (kwargs or {}).get("device") is not None
-        if name in _TO_THE_HOST or (name in ("tensor", "as_tensor") and is_device_given):
+        if name in _TO_THE_HOST and not self._capture.is_hosts(args[0]):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        return func(*args, **(kwargs or {}))
+        if name in ("tensor", "as_tensor") and is_device_given:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        if is_device_given or any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
+            return func(*args, **(kwargs or {}))
+        self._capture.is_making = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._capture.is_making = False
 
 
 def _written(func: Any, recorded: tuple[Any, Any]) -> list[Any]:

@@ -37,7 +37,8 @@ def capture(models: list[Any], config: Any, layout: Layout) -> None:
     count = layout.num_microbatches if layout.pipeline > 1 else 1
     for model in models:
         for layer in unwrap(model).decoder.layers:
-            layer.cuda_graphs = [Graph(layer) for _ in range(count)]
+            if cuda_graphs._layer_is_graphable(layer, config):
+                layer.cuda_graphs = [Graph(layer) for _ in range(count)]
         model.zero_grad_buffer()
 
 
@@ -50,13 +51,14 @@ class Graph:
         self._returned: tuple[Tensor, ...] = ()
         self._gradient: Tensor | None = None
         self._graph: tuple[Tensor, ...] = ()
+        self._returns_tuple = True
 
-    def __call__(self, state: Tensor, **named: Any) -> tuple[Tensor, ...]:
+    def __call__(self, state: Tensor, **named: Any) -> Any:
         # A mask of zeros stands for none, and is causal to Transformer Engine alone.
         self._named = {name: value for name, value in named.items() if name not in _UNUSED}
         REPLAYS.append(self._layer.layer_number)
         outputs: tuple[Tensor, ...] = _Replay.apply(self, state, *self._layer.parameters())
-        return outputs
+        return outputs if self._returns_tuple else outputs[0]
 
     def run(self, state: Tensor) -> tuple[Tensor, ...]:
         _take_released()
@@ -69,9 +71,9 @@ class Graph:
         cuda_graphs._set_capture_start()  # type: ignore[no-untyped-call]
         try:
             with torch.enable_grad():
-                self._graph = self._layer._te_cuda_graph_capture(
-                    self._given, attention_mask=None, **self._named
-                )
+                captured = self._layer._te_cuda_graph_capture(self._given, attention_mask=None, **self._named)
+                self._returns_tuple = isinstance(captured, tuple)
+                self._graph = captured if self._returns_tuple else (captured,)
         finally:
             cuda_graphs._set_capture_end()  # type: ignore[no-untyped-call]
         if not self._returned:

@@ -78,9 +78,9 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
         flags = "--transformer-impl transformer_engine --precision bf16"
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
         graphs = f"--cuda-graph transformer_engine {flags}"
-        found.append(Part("selftest_cuda_graph", 35, [_SELFTEST, *graphs.split()]))
+        found.append(Part("selftest_cuda_graph", 45, [_SELFTEST, *graphs.split()]))
     if not is_toy:
-        found.append(Part("selftest_full_graph", 30, [_SELFTEST, "--cuda-graph", "full_iteration"]))
+        found.append(Part("selftest_full_graph", 35, [_SELFTEST, "--cuda-graph", "full_iteration"]))
     return [
         *found,
         bench(70, "kernel", "kernel --seconds 3", "--cpu --tokens 3 --widths 8 --rounds 1 --no-compile"),

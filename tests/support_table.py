@@ -69,6 +69,9 @@ TESTS = {
     "CUDA graph of a whole iteration; a stand-in for it": (
         "test_cuda_graphs::test_a_replayed_iteration_equals_the_reference_at"
     ),
+    "experts of a limited number of tokens (`--moe-expert-rank-capacity-factor`)": (
+        "test_cuda_graphs::test_an_iteration_that_megatron_runs_again"
+    ),
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
     "Megatron-Bridge": "test_bridge::test_step_equals_the_reference_at",

@@ -425,7 +425,6 @@ UNSUPPORTED = [
     ("use_megatron_fsdp", True, "pre_norm"),
     ("use_torch_fsdp2 with calculate_per_token_loss", True, "pre_norm"),
     ("heterogeneous_block_specs", True, "pre_norm"),
-    ("moe_expert_rank_capacity_factor", 1.5, "pre_norm"),
     ("heterogeneous_layers_config_path", "layers.json", "pre_norm"),
     ("heterogeneous_layers_config_encoded_json", "{}", "pre_norm"),
     ("cuda_graph_impl", "local", "pre_norm"),

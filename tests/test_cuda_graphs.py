@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from conftest import ITERATIONS
 from harness import read_scalars, run_function, run_ranks
 from reference_training import train
-from test_attach import build_model, forward, step
+from test_attach import build_model, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
@@ -22,9 +23,14 @@ from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
+from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
-from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.selftest.layouts import Layout, layouts_for
+from jreg_megatron.stream.meter import Meter
+from jreg_megatron.stream.reruns import Reruns
 
+# Where experts leave tokens out, a micro-batch has few sequences, of which no two begin with the same token:
+# these would tie.
 LAYOUTS = [
     Layout(graphs="layers"),
     Layout(graphs="layers", pipeline=2, num_microbatches=4, methods="all"),
@@ -36,6 +42,29 @@ LAYOUTS = [
     Layout(graphs="attn moe_router", model="moe", methods="all"),
     Layout(graphs="layers", methods="blocks"),
     Layout(graphs="layers", model="mtp"),
+    Layout(graphs="layers", model="hybrid", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
+    Layout(graphs="layers", model="hybrid", layers="Mamba", tensor=2, sequence_parallel=True),
+    Layout(graphs="attn", model="hybrid", layers="Mamba", methods="all"),
+    Layout(graphs="mamba mlp", model="hybrid", layers="Mamba", pipeline=2, final_state="post_norm"),
+    Layout(
+        graphs="attn moe_router",
+        model="hybrid",
+        layers="experts",
+        methods="all",
+        data=2,
+        expert=2,
+        pipeline=2,
+    ),
+    Layout(graphs="moe", model="hybrid", layers="experts", capacity=0.5, num_microbatches=8),
+    Layout(graphs="mamba moe_router", model="hybrid", layers="lone sub-layers", methods="all"),
+    Layout(
+        graphs="layers",
+        model="hybrid",
+        layers="sub-layers as layers",
+        capacity=0.5,
+        num_microbatches=8,
+        methods="all",
+    ),
 ]
 
 
@@ -55,6 +84,15 @@ def with_graphs(layout: Layout) -> Comparison:
     comparison = compare_step(layout)
     assert len(graph_stand_in.REPLAYS) >= layout.num_microbatches
     return comparison
+
+
+@pytest.mark.parametrize(("graphs", "precision"), [("transformer_engine", "bf16"), ("full_iteration", None)])
+def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
+    graphs: str, precision: str | None
+) -> None:
+    layouts = layouts_for(1, graphs=graphs, precision=precision)
+    assert {"gpt", "moe", "hybrid"} <= {layout.model for layout in layouts}
+    assert all(layout.graphs != "none" for layout in layouts)
 
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
@@ -78,15 +116,21 @@ def refuses_graphs() -> None:
         ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("fp16 with cuda_graph_impl full_iteration", FULL | {"fp16": True}, [TAKEN]),
         ("num_moe_experts with cuda_graph_impl", FULL | {"num_moe_experts": 2}, [TAKEN]),
+        ("not allgather", FULL | {"num_moe_experts": 2, "moe_pad_expert_input_to_capacity": True}, [TAKEN]),
         ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
-        ("depth with cuda_graph_impl full_iteration", FULL, [TAKEN, DepthConfig(metrics="voids")]),
+        ("metrics has entropy, .* full_iteration", FULL, [TAKEN, DepthConfig(metrics="entropy")]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
-            {"fp16": False, "num_moe_experts": None, "step_batch_size_schedule": None} | OF_LAYERS | changes
+            {
+                **{"fp16": False, "num_moe_experts": None, "step_batch_size_schedule": None},
+                "moe_pad_expert_input_to_capacity": False,
+            }
+            | OF_LAYERS
+            | changes
         )
         with pytest.raises(UserError, match=named):
             attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
@@ -118,6 +162,31 @@ OF_THE_ITERATION = [
     Layout(graphs="iteration", context=2, per_token_loss=True, masked=True),
     Layout(graphs="iteration", model="mtp"),
     Layout(graphs="iteration", model="hybrid", recompute="selective"),
+    Layout(
+        graphs="iteration", model="moe", capacity=0.5, balanced=True, data=2, expert=2, num_microbatches=4
+    ),
+    Layout(
+        graphs="iteration",
+        model="moe",
+        capacity=0.75,
+        num_microbatches=4,
+        methods="all",
+        balanced=True,
+        tensor=2,
+        sequence_parallel=True,
+        data=2,
+        expert=2,
+    ),
+    Layout(
+        graphs="iteration",
+        model="hybrid",
+        layers="experts",
+        capacity=0.5,
+        pipeline=2,
+        data=2,
+        expert=2,
+        num_microbatches=4,
+    ),
 ]
 
 
@@ -193,7 +262,7 @@ def follows_what_is_attached() -> None:
     def steps() -> None:
         for _ in range(3):
             step_of(1)
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(model))
 
     plain = step(model)[1]
     steps()  # captured before anything is attached
@@ -226,7 +295,126 @@ def refuses_what_a_graph_cannot() -> None:
         step_of(2)
 
 
-def graphed_model() -> tuple[Any, Callable[[int], None]]:
+def test_what_is_measured_and_how_the_optimizer_steps_is_the_same_in_a_graph_of_the_iteration() -> None:
+    run_function(steps_as_without_a_graph)
+
+
+def steps_as_without_a_graph() -> None:
+    from megatron.core import parallel_state
+
+    found: list[list[torch.Tensor]] = []
+    now = [0]
+    for in_graph in (False, True):
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        model, step_of = graphed_model(None if in_graph else lambda _, wrapper: wrapper.forward_backward_func)
+        model.config.cuda_graph_impl = "full_iteration" if in_graph else "none"
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        methods = (
+            replace(TAKEN, measure_interval=2),
+            DepthConfig(metrics="voids,contributions,curvature"),
+            SlowQKConfig(hold_iterations=2, ramp_iterations=3),
+        )
+        handle = attach(model, *methods, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
+        for now[0] in range(1, 6):
+            step_of(1)
+            optimizer.step()
+            metrics = handle.end_iteration(now[0])
+            assert metrics is not None
+            found.append([*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())])
+    for eager, replayed in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(replayed, eager, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_an_iteration_that_megatron_runs_again_since_experts_overflowed_is_measured_once(
+    in_graph: bool,
+) -> None:
+    run_function(forgets_what_is_run_again, 1, in_graph)
+
+
+def forgets_what_is_run_again(in_graph: bool) -> None:
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    flag = torch.zeros(1, dtype=torch.bool)
+
+    def under_runner(model: Any, wrapper: Any) -> Any:
+        """Experts whose tokens do not fit in an iteration; what is left out of them makes other states."""
+        layer = model.decoder.layers[0].mlp
+
+        def fit() -> None:
+            flag.zero_()
+            with torch.no_grad():
+                layer.linear_fc1.weight /= 2
+
+        layer.token_dispatcher = SimpleNamespace(
+            config=model.config,
+            check_over_budget=lambda: flag,
+            reset_over_budget=fit,
+            _comm_manager=SimpleNamespace(moe_expert_rank_capacity_factor=1.0),
+        )
+        model.zero_grad_buffer = lambda: model.zero_grad(set_to_none=False)
+        inner = wrapper if in_graph else wrapper.forward_backward_func
+        return PagedStashRunner(model.config, False, [model], None, inner)
+
+    megatrons = PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun
+    model, step_of = graphed_model(under_runner)
+    model.config.moe_expert_rank_capacity_factor = 1.0
+    if not in_graph:
+        model.config.cuda_graph_impl = "none"
+    handle = attach(model, TAKEN, NormsConfig(), num_microbatches=1)
+
+    def metrics_of(overflowing: int | None) -> tuple[Any, Any]:
+        for iteration in range(1, 5):
+            if iteration == overflowing:
+                flag.fill_(True)
+                with torch.no_grad():
+                    model.decoder.layers[0].mlp.linear_fc1.weight *= 2
+            step_of(1)
+            metrics = handle.end_iteration(iteration, is_interval_end=iteration == 4)
+        assert metrics is not None
+        return torch.stack((metrics.displacement, metrics.norm_mean[1:])), gradients_of(model)
+
+    expected, gradients = metrics_of(None)
+    for overflowing in (3, 4):
+        found, of_this = metrics_of(overflowing)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(of_this[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+    handle.detach()
+    assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
+
+
+def test_what_a_pipeline_stage_has_still_to_sum_belongs_to_the_iteration_that_is_run_again() -> None:
+    run_function(forgets_what_waits)
+
+
+def forgets_what_waits() -> None:
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    meter = Meter(2, torch.device("cpu"), 1)
+    reruns = Reruns([meter], lambda: None)
+    runner = PagedStashRunner(SimpleNamespace(moe_paged_stash=False), False, [], None, None)
+    for count in (1, 2):
+        runner.data_read([], [], True, 0)
+        meter.add(1, torch.ones(3, 1))  # and not row 2, another stage's
+        runner.prepare_for_rerun()
+        runner.data_read([], [], True, 0)
+        meter.add(1, torch.ones(3, 1))
+        assert meter.totals()[0][0].tolist() == [3.0 * count, 3.0 * count, count]
+    reruns.end()
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def graphed_model(
+    around: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, Callable[[int], None]]:
     """A model, and a step of so many micro-batches by Megatron's wrapper, with one to warm up."""
     import full_graph_stand_in
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper
@@ -235,11 +423,17 @@ def graphed_model() -> tuple[Any, Callable[[int], None]]:
     model = build_model()
     vars(model.config).update(OF_LAYERS | FULL)
 
+    # Made here, on the device: what is made in a capture is the host's.
+    tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
+
     def schedule(num_microbatches: int, **_: Any) -> None:
         for _ in range(num_microbatches):
-            forward(model).backward()
+            model(*given, labels=labels).mean().backward()
 
     wrapper = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
+    if around is not None:
+        wrapper = around(model, wrapper)
 
     def step_of(num_microbatches: int) -> None:
         model.zero_grad(set_to_none=False)
@@ -262,6 +456,7 @@ def keeps_the_rules_of_a_graph() -> None:
     with torch.cuda.graph(graph):
         doubled = given * 2
         total += doubled.square()
+        assert torch.full((2,), 3).tolist() == [3, 3]  # of the host
     assert total.tolist() == [0, 0] and doubled.isnan().all()  # nothing was computed
     for number in (3.0, 4.0):
         given.fill_(number)

@@ -53,7 +53,7 @@ CASES = {
     ),
     "experts": Case(Layout(model="moe", final_state="post_norm")),
     "multi-token prediction": Case(Layout(model="mtp")),
-    "hybrid model": Case(Layout(model="hybrid")),
+    "hybrid model": Case(Layout(model="hybrid", layers="lone sub-layers")),
     "selective recompute": Case(Layout(model="moe", recompute="selective")),
     "FP8, uniform recompute": Case(
         Layout(recompute="uniform", num_microbatches=4, masked=True, tokens="unmasked"), FP8, calls=RECOMPUTED

@@ -116,9 +116,8 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             f"--cuda-graph {options.cuda_graph} captures bf16 layers of Transformer Engine; add "
             "--transformer-impl transformer_engine --precision bf16"
         )
-    if options.cuda_graph == "full_iteration" and (options.precision == "fp16" or (options.ep or 1) > 1):
-        wrong = "--precision fp16" if options.precision == "fp16" else f"--ep {options.ep}"
-        raise UserError(f"{wrong} is not supported with --cuda-graph full_iteration; leave it out")
+    if options.cuda_graph == "full_iteration" and options.precision == "fp16":
+        raise UserError("--precision fp16 is not supported with --cuda-graph full_iteration; leave it out")
     on_gpu = torch.cuda.is_available() and not (options.cpu or options.nproc)
     if options.cuda_graph and not (options.list or on_gpu):
         raise UserError(f"--cuda-graph is {options.cuda_graph}, which runs on GPUs only; leave it out")

@@ -27,6 +27,7 @@ HYBRIDS: dict[str, tuple[str, ...]] = {
     "pairs": ("*-", "*-", "*-", "*-"),
     "latent attention": ("+-", "+-", "+-", "+-"),
     "experts": ("*E", "*E", "*E", "*E"),
+    "Mamba": ("M-", "*-", "M", "*-"),
     "lone sub-layers": ("--", "*E-", "M", "*"),
     "sub-layers as layers": ("M", "-", "E", "*"),
 }
@@ -77,6 +78,11 @@ class Layout:
     """gpt (dense Llama), moe, mtp (with a layer of multi-token prediction) or hybrid (HybridModel)."""
     layers: str = "pairs"
     """Of a HybridModel: one of ``HYBRIDS``."""
+    capacity: float = 0.0
+    """The share of a micro-batch's tokens that each expert takes: the most wanted, filled up with others that
+    count nothing. 1: it leaves none out. 0: it takes those that are sent to it."""
+    balanced: bool = False
+    """Whether the router has an auxiliary loss."""
     tied: bool = False
     methods: str = "jreg"
     """What is attached: jreg; all of JREG, norms and attenuation; or blocks, JREG on layers with LayerNorm
@@ -142,6 +148,8 @@ class Layout:
         words += [self.final_state] * (self.final_state != "pre_norm")
         words += {"moe": ["MoE"], "mtp": ["MTP"], "hybrid": ["HybridModel"]}.get(self.model, [])
         words += [self.layers] * (self.layers != "pairs")
+        words += [f"experts take {self.capacity:.0%}"] * (self.capacity > 0)
+        words += ["auxiliary loss"] * self.balanced
         words += ["tied"] * self.tied
         words += [f"gradient in each {self.token_stride}th token"] * (self.token_stride > 1)
         words += ["all methods"] * (self.methods == "all")
@@ -210,9 +218,9 @@ RULES = (
         lambda x: not x.has_experts or x.tensor == 1 or x.sequence_parallel,
     ),
     _rule(
-        "model layers precision",
-        "rounding sends tokens to other experts, so there is nothing exact to compare with",
-        lambda x: not x.has_experts or x.precision == "fp32",
+        "model layers precision graphs",
+        "rounding sends tokens to other experts, so each takes all, which is compared with graphs alone",
+        lambda x: not x.has_experts or x.precision == "fp32" or x.graphs != "none",
     ),
     _rule(
         "layers context",
@@ -235,22 +243,26 @@ RULES = (
         lambda x: not x.fsdp or (x.pipeline == x.expert == 1 and not x.distributed_optimizer and not x.tied),
     ),
     _rule(
-        "graphs model recompute fsdp packed padded",
+        "graphs recompute fsdp packed padded",
         "graphs are compared in models as most jobs run them",
         lambda x: (
             x.graphs == "none"
             or (
-                (x.model != "hybrid" or x.graphs == "iteration")
-                and (x.recompute in ("none", "selective") or x.graphs == "iteration")
+                (x.recompute in ("none", "selective") or x.graphs == "iteration")
                 and not (x.fsdp or x.packed or x.padded)
             )
         ),
     ),
     _rule(
-        "graphs model layers precision token_stride",
-        "JREG refuses experts, a loss scale and a share of the tokens in a graph of the iteration",
+        "graphs precision token_stride",
+        "JREG refuses a loss scale and a share of the tokens in a graph of the iteration",
+        lambda x: x.graphs != "iteration" or (x.precision != "fp16" and x.token_stride == 1),
+    ),
+    _rule(
+        "graphs model layers capacity",
+        "the host waits for the number of an expert's tokens, unless that is its capacity",
         lambda x: (
-            x.graphs != "iteration" or (not x.has_experts and x.precision != "fp16" and x.token_stride == 1)
+            not {"iteration", "layers", "moe"} & {*x.graphs.split()} or not x.has_experts or x.capacity > 0
         ),
     ),
     _rule(
@@ -260,6 +272,11 @@ RULES = (
             LENGTH // x.context // (x.tensor if x.sequence_parallel else 1) % x.token_stride == 0
             and (x.context == 1 or LENGTH // (2 * x.context) % x.token_stride == 0)
         ),
+    ),
+    _rule(
+        "model layers capacity balanced",
+        "only experts have a capacity and an auxiliary loss",
+        lambda x: x.has_experts or not (x.capacity or x.balanced),
     ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(
@@ -325,6 +342,10 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "layers", "methods": "blocks"},
     {"graphs": "layers", "virtual": 2, "num_microbatches": 4},
     {"graphs": "attn", "recompute": "selective", "final_state": "post_norm"},
+    {"graphs": "attn moe_router", "model": "moe", "balanced": True},
+    {"graphs": "layers", "model": "hybrid", "layers": "Mamba"},
+    {"graphs": "mamba mlp", "model": "hybrid", "layers": "Mamba", "methods": "all"},
+    {"graphs": "attn moe_router", "model": "hybrid", "layers": "experts"},
 )
 """The same where CUDA graphs of layers are asked for."""
 
@@ -336,6 +357,8 @@ FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "iteration", "virtual": 2, "num_microbatches": 4},
     {"graphs": "iteration", "final_state": "post_norm", "recompute": "selective"},
     {"graphs": "iteration", "model": "hybrid"},
+    {"graphs": "iteration", "model": "moe", "capacity": 1.0, "balanced": True},
+    {"graphs": "iteration", "model": "hybrid", "layers": "experts", "capacity": 1.0, "expert": 2},
 )
 """The same where a CUDA graph of the iteration is asked for."""
 
@@ -374,7 +397,12 @@ def layouts_for(
         values["sequence_parallel"] = cut["tensor"] > 1
         values["distributed_optimizer"] = cut["data"] * cut["context"] > 1 and not mode.get("fsdp")
         if expert and expert > 1:
-            values = {"model": "moe", **values, "expert": expert}
+            values = {
+                "model": "moe",
+                "capacity": float(graphs == "full_iteration"),
+                **values,
+                "expert": expert,
+            }
         if precision:
             values["precision"] = precision
         layout = Layout(**values)

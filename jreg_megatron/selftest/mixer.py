@@ -40,15 +40,30 @@ class StandInMixer(MegatronModule):  # type: ignore[misc]
         return out
 
 
-stack_spec = ModuleSpec(
-    module=hybrid.LocalStack,
-    submodules=dataclasses.replace(
-        hybrid.stack_spec.submodules,
-        mamba_layer=ModuleSpec(
-            module=MambaLayer,
-            submodules=MambaLayerSubmodules(
-                norm=WrappedTorchNorm, mixer=ModuleSpec(module=StandInMixer), mamba_bda=get_bias_dropout_add
-            ),
-        ),
+_MAMBA = ModuleSpec(
+    module=MambaLayer,
+    submodules=MambaLayerSubmodules(
+        norm=WrappedTorchNorm, mixer=ModuleSpec(module=StandInMixer), mamba_bda=get_bias_dropout_add
     ),
 )
+
+stack_spec = ModuleSpec(
+    module=hybrid.LocalStack,
+    submodules=dataclasses.replace(hybrid.stack_spec.submodules, mamba_layer=_MAMBA),
+)
+
+
+def transformer_engine_spec() -> Any:
+    """Megatron's spec for Transformer Engine with this Mamba, and with experts that are computed one by one,
+    whose weights have the names that local ones have."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    parts = hybrid_stack_spec.submodules
+    experts = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
+    moe = dataclasses.replace(parts.moe_layer.submodules, mlp=experts)
+    layers = {
+        "mamba_layer": _MAMBA,
+        "moe_layer": ModuleSpec(module=parts.moe_layer.module, submodules=moe),
+    }
+    return ModuleSpec(module=hybrid_stack_spec.module, submodules=dataclasses.replace(parts, **layers))

@@ -51,6 +51,8 @@ class Shape:
     num_experts: int = 0
     top_k: int = 2
     """Experts that a token is sent to."""
+    capacity: float = 0.0
+    """The share of the tokens that an expert takes at most; 0: all."""
     mtp_num_layers: int = 0
     """Layers of multi-token prediction behind the last layer, each of attention and MLP."""
     tied: bool = False
@@ -140,12 +142,21 @@ class ReferenceLlama:
 
     def __init__(self, shape: Shape, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.shape = shape
+        self._routers: list[
+            tuple[Tensor, Tensor]
+        ] = []  # probability and choice of each expert, [b, s, experts]
         self.parameters = {
             name: weights[name].detach().to(dtype).clone().requires_grad_() for name in shape.parameters()
         }
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``."""
+    def states(self, tokens: Tensor, together: Tensor | None = None) -> list[Tensor]:
+        """``h_0..h_L`` for token ids ``[b, s]``, each ``[b, s, h]``.
+
+        Args:
+            tokens: the ids.
+            together: ``[b, s]``, equal where tokens compete for the experts' capacity; None if all do.
+        """
+        self._together = torch.zeros_like(tokens) if together is None else together
         h = self._embed(tokens)
         states, sublayer = [h], 0
         for number, kinds in enumerate(self.shape.layers):
@@ -166,6 +177,15 @@ class ReferenceLlama:
             h = out
             states.append(h)
         return states
+
+    def imbalance(self, rows: slice) -> Tensor:
+        """The auxiliary loss of the routers on some sequences (arXiv:2101.03961, equation 4, for several
+        experts a token), summed over layers."""
+        shape, losses = self.shape, []
+        for probability, chosen in self._routers:
+            share = chosen[rows].flatten(0, 1).to(probability.dtype).mean(0) / shape.top_k
+            losses.append(shape.num_experts * (share * probability[rows].flatten(0, 1).mean(0)).sum())
+        return torch.stack(losses).sum()
 
     def final_norm(self, h: Tensor) -> Tensor:
         """The final norm's output for the last state ``[b, s, h]``."""
@@ -254,13 +274,26 @@ class ReferenceLlama:
         return project(torch.einsum("bhqk,bkhd->bqhd", share, value).flatten(2), "proj")
 
     def _experts(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
-        scores, chosen = (normed @ layer["mlp.router.weight"].T).topk(self.shape.top_k, dim=-1)
-        share = torch.zeros(*normed.shape[:-1], self.shape.num_experts, dtype=normed.dtype).to(normed.device)
-        share = share.scatter(-1, chosen, scores.softmax(-1))
+        logits = normed @ layer["mlp.router.weight"].T
+        scores, chosen = logits.topk(self.shape.top_k, dim=-1)
+        share = torch.zeros_like(logits).scatter(-1, chosen, scores.softmax(-1))
+        self._routers.append((logits.softmax(-1), share.detach() > 0))
+        if self.shape.capacity:
+            share = share * self._taken(share.detach())
         fc1 = layer["mlp.experts.experts.linear_fc1.weight"]
         fc2 = layer["mlp.experts.experts.linear_fc2.weight"]
         outputs = torch.stack([_swiglu(normed, up, down) for up, down in zip(fc1, fc2, strict=True)], dim=-1)
         return (outputs * share.unsqueeze(-2)).sum(-1)
+
+    def _taken(self, share: Tensor) -> Tensor:
+        """Which experts ``[b, s, experts]`` take a token, those with the largest share first."""
+        taken = torch.zeros_like(share)
+        for number in set(self._together.flatten().tolist()):
+            own = self._together == number
+            tokens = share[own]
+            first = tokens.topk(math.ceil(len(tokens) * self.shape.capacity), dim=0).indices
+            taken[own] = torch.zeros_like(tokens).scatter(0, first, 1)
+        return taken
 
 
 def displacements(states: Sequence[Tensor]) -> Tensor:

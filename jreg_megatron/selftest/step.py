@@ -19,6 +19,7 @@ from jreg_megatron.selftest import reference
 from jreg_megatron.selftest.layouts import BATCH, LENGTH, PIPELINE_LAYOUTS, UNEVEN, Layout
 from jreg_megatron.selftest.reference import EPS, MLP_NORM, ROPE_BASE, Shape
 from jreg_megatron.selftest.toy import (
+    AUXILIARY_COEFF,
     ITERATION,
     MTP_LOSS_SCALING_FACTOR,
     Batch,
@@ -35,6 +36,7 @@ _RECOMPUTED = {
     "pairs": 2,
     "latent attention": 2,
     "experts": 2,
+    "Mamba": 1,
     "lone sub-layers": 5,
     "sub-layers as layers": 1,
 }
@@ -252,8 +254,11 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options |= {
             "num_moe_experts": shape.num_experts,
             "moe_router_topk": shape.top_k,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "allgather",
+            "moe_router_load_balancing_type": "aux_loss" if layout.balanced else "none",
+            "moe_aux_loss_coeff": AUXILIARY_COEFF if layout.balanced else 0.0,
+            "moe_token_dispatcher_type": "alltoall" if layout.capacity else "allgather",
+            "moe_expert_capacity_factor": layout.capacity * shape.num_experts / shape.top_k or None,
+            "moe_pad_expert_input_to_capacity": layout.capacity > 0,
             "moe_ffn_hidden_size": shape.ffn_hidden_size,
             "expert_tensor_parallel_size": _expert_tensor_size(layout),
         }
@@ -327,10 +332,9 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
     if layout.model == "hybrid":
         from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-        if te:
-            from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
-        else:
-            from jreg_megatron.selftest.mixer import stack_spec
+        from jreg_megatron.selftest import mixer
+
+        stack_spec = mixer.transformer_engine_spec() if te else mixer.stack_spec
         ends = itertools.accumulate(layout.stage_sizes, initial=0)
         stages = ["".join(layout.sublayers[begin:end]) for begin, end in itertools.pairwise(ends)]
         return HybridModel(config, stack_spec, hybrid_layer_pattern="|".join(stages), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from jreg_megatron.stream.settings import Settings
 
 VOCABULARY = 64
 MTP_LOSS_SCALING_FACTOR = 0.5
+AUXILIARY_COEFF = 0.5
 
 STACKED = "decoder.layers."
 """What the names of parameters begin with that are stacked along the layers."""
@@ -64,6 +66,8 @@ def shape_of(layout: Layout) -> Shape:
         num_attention_heads=NUM_HEADS,
         vocab_size=VOCABULARY,
         num_experts=NUM_EXPERTS if layout.has_experts else 0,
+        top_k=2 if layout.precision == "fp32" else NUM_EXPERTS,  # rounding would choose other ones
+        capacity=layout.capacity,
         mtp_num_layers=1 if layout.model == "mtp" else 0,
         tied=layout.tied,
         blocks=layout.methods == "blocks",
@@ -172,7 +176,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     micro-batch, and then over these; with per-token loss it is one mean over all unmasked tokens.
     """
     model = ReferenceLlama(shape_of(layout), weights, dtype)
-    states = model.states(batch.tokens)
+    states = model.states(batch.tokens, _together(layout).to(batch.tokens.device))
     normed = model.final_norm(states[-1])
     losses = model.token_losses(normed, batch.labels)
     wide = losses.dtype
@@ -186,6 +190,14 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
         share_ahead = _token_shares(layout, ahead, batch.loss_mask.to(wide))
         factor = MTP_LOSS_SCALING_FACTOR / model.shape.mtp_num_layers
         loss = loss + factor * (share_ahead * losses_ahead).sum()
+
+    if layout.balanced:
+        parts = [
+            model.imbalance(Batch.rows(layout, data_rank, micro_batch))
+            for data_rank in range(layout.data)
+            for micro_batch in range(layout.num_microbatches)
+        ]
+        loss = loss + AUXILIARY_COEFF * torch.stack(parts).mean()
 
     psi = displacements([*states[:-1], normed] if layout.final_state == "post_norm" else states)
     alphas = ALPHA * torch.arange(1, NUM_LAYERS + 1, dtype=torch.float64)
@@ -234,6 +246,18 @@ def _norms(states: Sequence[Tensor]) -> Tensor:
 def _layers(name: str, parameter: Tensor) -> list[Place]:
     is_stacked = name.startswith(STACKED)
     return [(layer,) for layer in range(len(parameter))] if is_stacked else [()]
+
+
+def _together(layout: Layout) -> Tensor:
+    """Which tokens choose their experts together, ``[BATCH, LENGTH]``: those of a number."""
+    number = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    parts = itertools.product(
+        range(layout.data), range(layout.num_microbatches), range(layout.context), range(layout.tensor)
+    )
+    for at, (data_rank, micro_batch, context_rank, tensor_rank) in enumerate(parts):
+        columns = positions(layout, context_rank).chunk(layout.tensor)[tensor_rank]
+        number[Batch.rows(layout, data_rank, micro_batch), columns] = at
+    return number
 
 
 def _token_shares(layout: Layout, mask: Tensor, loss_mask: Tensor) -> Tensor:

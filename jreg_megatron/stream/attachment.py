@@ -24,6 +24,7 @@ from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.full_graph import FullGraphs
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
+from jreg_megatron.stream.reruns import Reruns
 from jreg_megatron.stream.scaling import Scaling
 from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
@@ -92,6 +93,12 @@ class Handle:
         self._full_graphs: FullGraphs | None = None
         if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
             self._full_graphs = FullGraphs(methods, iteration, lambda: self._first_step.has_ended)
+        self._reruns: Reruns | None = None
+        if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
+            meters = [
+                meter for method in methods for meter in (method.training_meter, method.validation_meter)
+            ]
+            self._reruns = Reruns([meter for meter in meters if meter is not None], self._run_again)
         for method in methods:
             method.refuse = self._refuse
         for chunk in chunks:
@@ -258,6 +265,11 @@ class Handle:
         ]
         return Metrics(tuple(readings)) if readings else None
 
+    def _run_again(self) -> None:
+        """Forget the micro-batches of a step that is run again."""
+        self._ran = 0
+        self._first_step.forget()
+
     def _settle_first_step(self) -> None:
         if not self._first_step.has_ended:
             self._first_step.settle()
@@ -306,6 +318,8 @@ class Handle:
         self._tap.remove()
         if self._full_graphs is not None:
             self._full_graphs.end()
+        if self._reruns is not None:
+            self._reruns.end()
         for chunk in self._chunks:
             if getattr(chunk, _HANDLE, None) is self:
                 delattr(chunk, _HANDLE)

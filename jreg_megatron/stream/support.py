@@ -24,7 +24,6 @@ REFUSED = {
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "fine_grained_activation_offloading": "it may free a layer's input",
-    "moe_expert_rank_capacity_factor": "where experts overflow, an iteration is run and measured twice",
     "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
     "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
     "use_megatron_fsdp": "no run of it has been compared with the reference",
@@ -48,7 +47,6 @@ REFUSED = {
 _REFUSED_IN_FULL_GRAPHS = {
     "fp16": "Megatron's loss scale is another tensor after each change, which a graph does not see",
     "step_batch_size_schedule": "a graph has the micro-batches of its capture",
-    "num_moe_experts": "no run of it has been compared with the reference",
     "use_torch_fsdp2": "no run of it has been compared with the reference",
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
@@ -108,6 +106,15 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
     for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
         if getattr(model_config, name, None):
             found[name] = reason
+    is_fixed = getattr(model_config, "moe_expert_rank_capacity_factor", None) is not None
+    if getattr(model_config, "moe_token_dispatcher_type", "allgather") != "allgather":
+        is_fixed = is_fixed or getattr(model_config, "moe_pad_expert_input_to_capacity", False)
+    if getattr(model_config, "num_moe_experts", None) and not is_fixed:
+        found["num_moe_experts"] = (
+            "in Megatron the host waits for the number of each expert's tokens, unless that is fixed by "
+            "moe_expert_rank_capacity_factor, or by moe_pad_expert_input_to_capacity in a dispatcher that is "
+            "not allgather"
+        )
     for name, reason in found.items():
         raise UserError(
             f"jreg_megatron does not support {name} with cuda_graph_impl full_iteration yet, since {reason}; "

@@ -192,11 +192,6 @@ class _ChunkTap:
         return bool(self._chunk.decoder.training)
 
     def put_on(self, layers: Sequence[ResidualLayer], report: Report | None) -> None:
-        if self.has_graphs and any(layer.first is not layer.last for layer in layers):
-            raise UserError(
-                "jreg_megatron supports cuda_graph_impl transformer_engine in a GPTModel alone, not in a "
-                f"{type(self._chunk).__name__}; turn the graphs off"
-            )
         chunk, undo = self._chunk, self._undo
         undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
         undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
@@ -292,6 +287,7 @@ class _LayerTap:
         self._chunk = chunk
         # Where the taps are on: module, name, the layer's own factory, and the one that stands for it.
         self._places: list[tuple[Any, str, Any, Any]] = []
+        self._graphed = {layer.first: None, layer.last: None} if chunk.has_graphs else {}
         self._feeds_final_norm = feeds_final_norm
         # Of the run under way; None outside of one and where the run does not count.
         self._microbatch: Any = None
@@ -316,10 +312,10 @@ class _LayerTap:
             ours = functools.partial(tapped, factory)
             self._places.append((module, name, factory, ours))
             setattr(module, name, ours)
-        if self._chunk.has_graphs:
-            layer = self._layer.first
-            layer._te_cuda_graph_capture = functools.partial(self._on_capture, layer._te_cuda_graph_capture)
-            layer._te_cuda_graph_replay = functools.partial(self._on_replay, layer._te_cuda_graph_replay)
+        for module in self._graphed:
+            module._te_cuda_graph_capture = functools.partial(self._on_capture, module._te_cuda_graph_capture)
+            replay = module._te_cuda_graph_replay
+            module._te_cuda_graph_replay = functools.partial(self._on_replay, module, replay)
 
     def end(self) -> None:
         """Do nothing any more, even where something else stands for the factories and still calls ours."""
@@ -332,8 +328,8 @@ class _LayerTap:
         if all(getattr(module, name) is ours for module, name, _, ours in self._places):
             for module, name, factory, _ in self._places:
                 setattr(module, name, factory)
-            if self._places and self._chunk.has_graphs:
-                del self._layer.first._te_cuda_graph_capture, self._layer.first._te_cuda_graph_replay
+            for module in self._graphed if self._places else ():
+                del module._te_cuda_graph_capture, module._te_cuda_graph_replay
             self._places = []
 
     def start_watch(self, config: Any, report: Report) -> None:
@@ -425,19 +421,26 @@ class _LayerTap:
         finally:
             self._microbatch, self._input, self._is_captured = *of_run, False
 
-    def _on_replay(self, replay: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def _on_replay(self, module: Any, replay: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """A CUDA graph stands for the layer, or for a part of it. What it holds calls no tap.
 
         A graph of the whole layer holds what a method changes too. A state that a graph returns lies in the
-        graph's memory, which is the next one's when the layer's backward pass is over. What a method keeps of
-        it must not be needed any longer.
+        graph's memory, which is the next one's when its backward pass is over. What a method keeps of it must
+        not be needed any longer.
         """
-        state = named["hidden_states"] if "hidden_states" in named else given[0]
-        self._microbatch, self._input, self._is_begun = self._chunk.microbatch, state, False
-        output, *rest = replay(*given, **named)
-        if self._input is not None:  # the layer's end is in the graph
-            output = self._show(self._changed(output) if self._is_begun else output)
-        return (output, *rest)
+        if module is self._layer.first:
+            state = named["hidden_states"] if "hidden_states" in named else given[0]
+            self._microbatch, self._input = self._chunk.microbatch, state
+            self._is_begun = module is not self._layer.last
+        result = replay(*given, **named)
+        if module is not self._layer.last or self._input is None:  # the layer's end is not in the graph
+            return result
+        if module is not self._layer.first:
+            # A graph runs before the input's own node, to which the output's must leave nothing to do.
+            self._input = self._input.view_as(self._input)
+        output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
+        output = self._show(self._changed(output) if self._is_begun else output)
+        return (output, *rest) if isinstance(result, tuple) else output
 
     def _changed(self, layer_output: Tensor) -> Tensor:
         if self._change is None or self._input is None:

@@ -34,6 +34,7 @@ class DepthConfig(Settings):
         "turns them on."
     )
     only_measures: ClassVar[bool] = True
+    in_full_graphs: ClassVar[bool] = True
 
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
@@ -76,11 +77,16 @@ class DepthConfig(Settings):
         refuse(("voids",), "pipeline_model_parallel_size", 2, "need all layers on one pipeline stage")
         refuse(WHOLE_SEQUENCE, "context_parallel_size", 2, "need whole sequences on one rank")
         refuse(WHOLE_SEQUENCE, "sequence_parallel", 1, "need whole sequences on one rank")
-        if "contributions" in self.chosen and getattr(model_config, "cuda_graph_impl", "none") != "none":
-            raise UserError(
-                f"{self.flag('metrics')} has contributions, which lie in the graphs of cuda_graph_impl "
-                f"{model_config.cuda_graph_impl}; give {self.flag('metrics')} voids, or turn the graphs off"
-            )
+        graphs = getattr(model_config, "cuda_graph_impl", "none")
+        for metric, of_graphs, reason in (
+            ("contributions", "transformer_engine", "the state between attention and MLP is in its graphs"),
+            ("entropy", "full_iteration", "the host waits for the eigenvalues, which a graph cannot"),
+        ):
+            if metric in self.chosen and graphs == of_graphs:
+                raise UserError(
+                    f"{self.flag('metrics')} has {metric}, and cuda_graph_impl is {graphs}: {reason}; "
+                    f"give {self.flag('metrics')} voids, or turn the graphs off"
+                )
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
         """Refuse contributions of layers that are not attention (or another mixer) and an MLP behind it."""

@@ -33,6 +33,7 @@ class SlowQKConfig(Settings):
         "--slowqk-hold-iterations."
     )
 
+    in_full_graphs: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "multi_latent_attention": "it has no W_Q and W_K of that kind",
         "attention_output_gate": "its queries lie among gates in one weight",

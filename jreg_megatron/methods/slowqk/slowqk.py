@@ -72,7 +72,12 @@ class SlowQK(Method):
             return
         if self._hooks is None:
             self.refuse(f"{self.settings.name} needs the optimizer; give attach(..., optimizer=) yours")
-        self._iteration = call.iteration
+        if not call.in_full_graph:
+            self._iteration = call.iteration
+
+    def before_full_graph(self, iteration: int | None) -> None:
+        """Note the iteration. The optimizer steps outside of the graph."""
+        self._iteration = iteration
 
     def use_optimizer(self, optimizer: Any) -> None:
         """Take part in the steps of Megatron's optimizer, or of one of torch's.

@@ -1,0 +1,70 @@
+"""Iterations that Megatron runs twice.
+
+With a fixed number of tokens for the experts of a rank (``moe_expert_rank_capacity_factor``) Megatron's
+``PagedStashRunner`` looks behind each iteration whether they were too few. If so, it empties the gradients
+and runs the iteration again without the limit. What was measured before must not count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from jreg_megatron.stream.meter import Meter
+
+
+class Reruns:
+    """Gives meters back what they had where an iteration is run again."""
+
+    def __init__(self, meters: Sequence[Meter], run_again: Callable[[], None]) -> None:
+        """Begin with the next iteration, of training or of evaluation.
+
+        Args:
+            meters: all of the model's.
+            run_again: is called before an iteration is run again.
+        """
+        from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+        self._meters = meters
+        self._run_again = run_again
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._undo = [
+            _call_before(PagedStashRunner, "data_read", self._keep),
+            _call_before(PagedStashRunner, "prepare_for_rerun", self._give_back),
+        ]
+
+    def end(self) -> None:
+        """Leave the runner to Megatron again; a second call does nothing."""
+        self._meters = ()
+        while self._undo:
+            self._undo.pop()()
+
+    def _keep(self) -> None:
+        self._before = [(sums, sums.clone()) for meter in self._meters for sums in meter.totals()]
+
+    def _give_back(self) -> None:
+        self._run_again()
+        for meter in self._meters:
+            meter.totals()  # what waits in it belongs to the iteration too
+        for sums, before in self._before:
+            sums.copy_(before)
+
+
+def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[], None]:
+    """Have ``ours`` called before a class's method; what is returned undoes it if nothing came on top."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def both(*args: Any, **named: Any) -> Any:
+        ours()
+        return method(*args, **named)
+
+    def undo() -> None:
+        if getattr(owner, name) is both:
+            setattr(owner, name, method)
+
+    setattr(owner, name, both)
+    return undo
