@@ -35,6 +35,7 @@ LINE = (
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or ten_steps")
+OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
 BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
@@ -2179,6 +2180,54 @@ FAULTS = [
         "stream/full_graph.py",
         (("        self._wrapper.reset_cuda_graph(self._wrapper)", "        self._wrapper"),),
         ("tests/test_cuda_graphs.py", "-k", "anew"),
+    ),
+    Fault(
+        "miss that a plan begins a micro-batch",
+        "stream/overlap.py",
+        (("            before(chunk, given, named)\n", ""),),
+        OVERLAP,
+    ),
+    Fault(
+        "take what the final norm gives for what the last layer of a plan returns",
+        "stream/tap.py",
+        (("        self._taps[-1].returned(given[0])", "        pass"),),
+        OVERLAP,
+    ),
+    Fault(
+        "let the last node of a layer go backward through the first one's graph",
+        "stream/tap.py",
+        (("            self._input = leaf", "            pass"),),
+        ("tests/test_transformer_engine.py", "-k", "overlapped"),
+    ),
+    Fault(
+        "let a plan's node hold itself",
+        "stream/overlap.py",
+        (("    node.forward_func = around", '    node.forward_func, vars(around)["of"] = around, node'),),
+        ("tests/test_overlap.py", "-k", "freed_as_soon"),
+    ),
+    Fault(
+        "sum in one stream what another one has still to write",
+        "stream/meter.py",
+        (("            current.wait_stream(stream)", "            pass"),),
+        ("tests/test_overlap.py", "-k", "two_streams"),
+    ),
+    Fault(
+        "free what another stream is summing",
+        "stream/meter.py",
+        (("            tensor.record_stream(current)", "            pass"),),
+        ("tests/test_overlap.py", "-k", "another_one"),
+    ),
+    Fault(
+        "take a method that nothing has compared in the overlapped schedule",
+        "stream/support.py",
+        (("if not of_one.in_overlap", "if False"),),
+        ("tests/test_overlap.py", "-k", "by_name"),
+    ),
+    Fault(
+        "take offloading that frees a layer's input",
+        "stream/support.py",
+        ((' and "attn_norm" in modules', " and not modules"),),
+        ("tests/test_offload.py", "-k", "refused"),
     ),
     Fault(
         "take FSDP2 with a loss per token",

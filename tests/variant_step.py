@@ -211,7 +211,7 @@ def _compare_kind(layout: Layout, kind: str) -> Comparison:
 def _shape_for(kind: str, layout: Layout) -> reference.Shape:
     shape = _shape_of(layout)
     if kind == "latent":
-        return replace(shape, layers=("+-",) * shape.num_layers)
+        return replace(shape, layers=tuple(f"+{kinds[1:]}" for kinds in shape.layers))
     if "sinks" in kind:
         shape = SinkShape(**vars(shape))
         object.__setattr__(shape, "is_learnable", kind == "learnable sinks")
