@@ -2120,7 +2120,7 @@ FAULTS = [
     Fault(
         "leave a layer out whose end is in a CUDA graph",
         "stream/tap.py",
-        (("        if self._input is not None:  # the layer's end is in the graph", "        if False:"),),
+        (("self._input is not None and not self._chunk.is_planned:", "False:"),),
         ("tests/test_cuda_graphs.py",),
     ),
     Fault(
@@ -2194,15 +2194,21 @@ FAULTS = [
         OVERLAP,
     ),
     Fault(
+        "take what a CUDA graph gives to a plan's next node for the layer's output",
+        "stream/tap.py",
+        (("is not None and not self._chunk.is_planned:", "is not None:"),),
+        ("tests/test_overlap.py", "-k", "replayed"),
+    ),
+    Fault(
         "let the last node of a layer go backward through the first one's graph",
         "stream/tap.py",
         (("            self._input = leaf", "            pass"),),
         ("tests/test_transformer_engine.py", "-k", "overlapped"),
     ),
     Fault(
-        "let a plan's node hold itself",
-        "stream/overlap.py",
-        (("    node.forward_func = around", '    node.forward_func, vars(around)["of"] = around, node'),),
+        "keep the nodes of a plan that is over",
+        "stream/tap.py",
+        (("            wrap(first, ", "            self._nodes = first, last\n            wrap(first, "),),
         ("tests/test_overlap.py", "-k", "freed_as_soon"),
     ),
     Fault(

@@ -266,18 +266,23 @@ RULES = (
         ),
     ),
     _rule(
-        "overlap expert pipeline virtual recompute",
-        "Megatron's overlapped schedule needs expert parallelism, virtual stages in a pipeline, and no full "
-        "recompute",
+        "overlap expert pipeline virtual recompute graphs",
+        "Megatron's overlapped schedule needs expert parallelism, virtual stages in a pipeline, no full "
+        "recompute, and the experts in no graph",
         lambda x: (
             not x.overlap
-            or (x.expert > 1 and x.virtual > 1 - (x.pipeline == 1) and x.recompute in ("none", "selective"))
+            or (
+                x.expert > 1
+                and (x.pipeline == 1 or x.virtual > 1)
+                and x.recompute in ("none", "selective")
+                and not {*x.graphs.split()} & {"layers", "mlp", "moe", "iteration"}
+            )
         ),
     ),
     _rule(
         "overlap model methods",
         "JREG refuses it in the overlapped schedule",
-        lambda x: not x.overlap or (x.model == "moe" and x.methods != "blocks" and x.graphs == "none"),
+        lambda x: not x.overlap or (x.model == "moe" and x.methods != "blocks"),
     ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(

@@ -99,10 +99,7 @@ def layers_of(plan: Any) -> Iterator[tuple[Any, Any]]:
 
 def wrap(node: Any, after: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None) -> None:
     """Call functions around a node's forward pass, in its stream: with its first input, a leaf, and its
-    output.
-
-    The node must not come to hold itself: Megatron frees what it keeps as soon as the last reference is gone.
-    """
+    output. No node is kept: Megatron frees its memory as soon as the last reference is gone."""
     forward = node.forward_func
 
     def around(*inputs: Any) -> Any:

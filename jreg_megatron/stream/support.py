@@ -55,7 +55,7 @@ _REFUSED_IN_FULL_GRAPHS = {
 
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
-    "cuda_graph_impl": "no run of it has been compared with the reference",
+    "cuda_graph_impl": "no run of both has been compared with the reference",
     "use_megatron_fsdp": "no run of it has been compared with the reference",
 }
 """What is not supported beside ``overlap_moe_expert_parallel_comm``."""
@@ -124,7 +124,7 @@ def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) ->
     overlap.refuse_other_plans()
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
-        if (value := getattr(model_config, name, None)) and value != "none":
+        if (value := getattr(model_config, name, None)) and value not in ("none", "transformer_engine"):
             found[name] = reason
     for name, reason in found.items():
         raise UserError(

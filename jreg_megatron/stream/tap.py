@@ -38,7 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import ResidualLayer, final_norm_of, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.layer_watch import LayerWatch, Report
-from jreg_megatron.stream.overlap import layers_of, on_passes, wrap
+from jreg_megatron.stream.overlap import SETTING, layers_of, on_passes, wrap
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
@@ -174,6 +174,8 @@ class _ChunkTap:
         """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
         self.has_graphs = getattr(chunk.config, "cuda_graph_impl", "none") == "transformer_engine"
+        self.is_planned = bool(getattr(chunk.config, SETTING, False))
+        """Whether plans run the layers in training, in which no graph holds a layer's end."""
         self._chunk = chunk
         self._undo = undo
         # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
@@ -458,7 +460,7 @@ class _LayerTap:
         state = named["hidden_states"] if "hidden_states" in named else given[0]
         self._microbatch, self._input, self._is_begun = self._chunk.microbatch, state, False
         output, *rest = replay(*given, **named)
-        if self._input is not None:  # the layer's end is in the graph
+        if self._input is not None and not self._chunk.is_planned:  # the layer's end is in the graph
             output = self._show(self._changed(output) if self._is_begun else output)
         return (output, *rest)
 
