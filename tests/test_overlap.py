@@ -17,11 +17,14 @@ from test_attach import build_model
 from test_cuda_graphs import with_graphs
 
 from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.methods.depth.settings import DepthConfig
+from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.stream.meter import Meter
+from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import refuse_unsupported
 
 EXPERTS = {"model": "moe", "overlap": True, "data": 2, "expert": 2}
@@ -82,8 +85,8 @@ def test_an_overlapped_step_equals_the_reference_with(kind: str) -> None:
     assert not found.exceeds(limit), found
 
 
-Step = tuple[list[float], dict[str, torch.Tensor]]
-"""What was measured, and the gradients by name."""
+Step = tuple[dict[str, float], dict[str, torch.Tensor]]
+"""What was measured, and the gradients, by name."""
 
 DEEPSEEK = {
     "moe_layer_freq": [0, 1, 1, 1],
@@ -91,20 +94,26 @@ DEEPSEEK = {
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.1,
 }
+STRONG = JRegConfig(coeff=20.0, alpha=0.7, untested_overlap=True)
+METHODS = [STRONG, NormsConfig(), DepthConfig(metrics="contributions")]
+SCALED = LayerNormScalingConfig()
 
 
 @pytest.mark.parametrize(
-    ("layout", "more"),
-    [(Layout(**EXPERTS, num_microbatches=4), {"mtp_num_layers": 1}), (Layout(**EXPERTS, **STAGES), {})],
-    ids=["MTP", "PP2, VPP2"],
+    ("cut", "options", "methods"),
+    [
+        ({}, {"mtp_num_layers": 1}, METHODS),
+        (STAGES, {}, [SCALED, *METHODS]),
+    ],
+    ids=["MTP", "LayerNorm scaling, PP2, VPP2"],
 )
-def test_a_dense_layer_shared_experts_and_their_losses_give_the_same_overlapped_and_not(
-    layout: Layout, more: dict[str, Any]
+def test_dense_layers_shared_experts_and_all_methods_give_the_same_overlapped_and_not(
+    cut: dict[str, int], options: dict[str, Any], methods: list[Settings]
 ) -> None:
-    layout = replace(layout, num_microbatches=4)
+    layout = Layout(**EXPERTS, **cut, num_microbatches=4)
     plain, overlapped = (
-        run_function(other_model, layout.world_size, replace(layout, overlap=is_on), DEEPSEEK | more, STRONG)
-        for is_on in (False, True)
+        run_function(other_model, layout.world_size, one, DEEPSEEK | options, methods)
+        for one in (replace(layout, overlap=False), layout)
     )
     for (measured, gradients), (expected, wanted) in zip(overlapped, plain, strict=True):
         assert measured == pytest.approx(expected, rel=1e-5)
@@ -114,18 +123,14 @@ def test_a_dense_layer_shared_experts_and_their_losses_give_the_same_overlapped_
 
 def test_with_coeff_zero_an_overlapped_steps_gradients_are_bit_identical_to_those_without_us() -> None:
     layout = Layout(**EXPERTS, **STAGES, num_microbatches=4)
-    measuring, plain = (
-        run_function(other_model, layout.world_size, layout, DEEPSEEK, coeff) for coeff in (0.0, None)
-    )
+    methods = [replace(STRONG, coeff=0.0), *METHODS[1:]]
+    measuring, plain = (run_function(other_model, 4, layout, DEEPSEEK, some) for some in (methods, []))
     for (measured, gradients), (_, wanted) in zip(measuring, plain, strict=True):
-        assert min(measured) > 0
+        assert measured["jreg loss"] > 0
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
 
 
-STRONG = 20.0
-
-
-def other_model(layout: Layout, options: dict[str, Any], coeff: float | None) -> Step:
+def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]) -> Step:
     """A step of a model that the reference does not know, with early release of attention's memory."""
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer import transformer_config
@@ -135,11 +140,12 @@ def other_model(layout: Layout, options: dict[str, Any], coeff: float | None) ->
     torch.set_num_threads(1)
     torch.manual_seed(1)
     make, make_layer = transformer_config.TransformerConfig, specs.get_gpt_layer_local_spec
-    build, gather = step._build_chunk, step._gathered_gradients
+    build, gather, attach_to = step._build_chunk, step._gathered_gradients, step.attach
     transformer_config.TransformerConfig = lambda **given: make(
         **{**given, **options, "perform_initialization": True, "init_method_std": 0.2}
     )
-    kept: list[Any] = []
+    measured: dict[str, float] = {}
+    gradients: dict[str, torch.Tensor] = {}
 
     def build_chunk(layout: Layout, config: Any, index: int, impl: str) -> Any:
         config.ep_overlap_early_attn_memory_release = layout.overlap
@@ -149,39 +155,45 @@ def other_model(layout: Layout, options: dict[str, Any], coeff: float | None) ->
         specs.get_gpt_layer_local_spec = lambda **_: block
         return build(layout, config, index, impl)
 
-    def attach_to(wrapped: list[Any], *_: Any, **named: Any) -> Any:
-        if coeff is None:
-            nothing = SimpleNamespace(displacement=torch.zeros(1), jreg_loss=0.0, jump_rate=0.0)
+    def attached(wrapped: list[Any], *settings: Settings, **named: Any) -> Any:
+        nothing = SimpleNamespace(displacement=torch.zeros(1), jreg_loss=0.0, jump_rate=0.0)
+        if not settings:
             return SimpleNamespace(captured="", reduce_training_metrics=lambda: nothing)
-        jreg = JRegConfig(coeff=coeff, alpha=0.7, untested_overlap=True)
-        return attach(wrapped, jreg, NormsConfig(), **named)
+        handle = attach_to(wrapped, *settings, **named)
+        reduce = handle.reduce_training_metrics
+
+        def noted() -> Any:
+            metrics = reduce()
+            measured.update(metrics.scalars(per_layer=True))
+            return metrics
+
+        handle.reduce_training_metrics = noted
+        return handle
 
     def gathered(wrapped: list[Any]) -> dict[str, torch.Tensor]:
-        kept.append(gather(wrapped))
-        return kept[0]
+        gradients.update(gather(wrapped))
+        return gradients
 
-    step._build_chunk, step._gathered_gradients = build_chunk, gathered
-    step._pieces = lambda *_: iter(())
-    step._parts = lambda *_: []
-    step.attach, step.prepare = attach_to, lambda *_: None
+    step._build_chunk, step._gathered_gradients, step.attach = build_chunk, gathered, attached
+    step.settings_of = lambda _: methods
+    step._pieces, step._parts = (lambda *_: iter(())), (lambda *_: [])
     weights, batch = toy.draw_weights(toy.shape_of(layout)), toy.draw_batch(masked=False)
     found = step.run_step(layout, weights, batch, "local", timedelta(minutes=1))
-    measured = [found.lm_loss, found.jreg_loss, *found.displacement.tolist()]
-    return [measured[0], *(measured[1:] if coeff is not None else ())], kept[0]
+    return {"lm loss": found.lm_loss, **measured}, gradients
 
 
 def test_what_a_plan_keeps_is_freed_as_soon_as_its_backward_pass_is_over() -> None:
-    attached, plain = (run_function(left_over, 2, coeff) for coeff in (STRONG, None))
+    attached, plain = (run_function(left_over, 2, methods) for methods in (METHODS, []))
     assert attached == plain
 
 
-def left_over(coeff: float | None) -> int:
+def left_over(methods: list[Settings]) -> int:
     """How many of a step's nodes only the garbage collector would free."""
     from megatron.core.models.common.utils import TransformerLayerNode
 
     gc.collect()
     gc.disable()
-    other_model(Layout(**EXPERTS), {}, coeff)
+    other_model(Layout(**EXPERTS), {}, methods)
     return sum(isinstance(kept, TransformerLayerNode) for kept in gc.get_objects())
 
 
@@ -241,11 +253,29 @@ def test_ten_overlapped_steps_of_megatrons_loop_log_what_they_log_without_the_sc
             assert overlapped[name] == pytest.approx(plain[name], rel=0.02), name
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=["measures", "masks"])
-def test_no_stream_uses_memory_that_another_one_may_still_write_or_get(layout: Layout) -> None:
-    for found, exceeds in run_function(in_order, layout.world_size, layout, timeout=240):
-        assert not exceeds
-        assert not found
+@pytest.mark.parametrize("case", ["all methods", "masks", "dense layer"])
+def test_no_stream_uses_memory_that_another_one_may_still_write_or_get(case: str) -> None:
+    assert run_function(in_order, 2, case, timeout=240) == [{}, {}]
+
+
+def in_order(case: str) -> dict[str, int]:
+    import stream_stand_in
+
+    from jreg_megatron.selftest import step
+
+    torch.set_num_threads(1)
+    order, run = stream_stand_in.install(), step._run_step
+
+    def watched(*args: Any) -> Any:
+        with order:
+            return run(*args)
+
+    step._run_step = watched
+    if case == "dense layer":
+        other_model(Layout(**EXPERTS, num_microbatches=4), DEEPSEEK, METHODS)
+    else:
+        compare_step(LAYOUTS[1] if case == "all methods" else LAYOUTS[3])
+    return stream_stand_in.FOUND
 
 
 def test_a_meter_sums_what_two_streams_have_added_when_both_have_written_it() -> None:
@@ -264,20 +294,3 @@ def sums_two_streams() -> dict[str, int]:
                 meter.add(row, torch.ones(4, 1))
     assert meter.totals()[0][:, 0].tolist() == [4, 4]
     return stream_stand_in.FOUND
-
-
-def in_order(layout: Layout) -> tuple[dict[str, int], list[str]]:
-    import stream_stand_in
-
-    from jreg_megatron.selftest import compare
-
-    torch.set_num_threads(1)
-    order, run = stream_stand_in.install(), compare.run_step
-
-    def watched(*args: Any) -> Any:
-        with order:
-            return run(*args)
-
-    compare.run_step = watched
-    comparison = compare_step(layout)
-    return stream_stand_in.FOUND, comparison.found.exceeds(comparison.limit)

@@ -34,6 +34,7 @@ class DepthConfig(Settings):
         "turns them on."
     )
     only_measures: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"
