@@ -2203,7 +2203,7 @@ FAULTS = [
         "let the last node of a layer go backward through the first one's graph",
         "stream/tap.py",
         (("            self._input = leaf", "            pass"),),
-        ("tests/test_transformer_engine.py", "-k", "overlapped"),
+        ("tests/test_overlap.py", "-k", "fork"),
     ),
     Fault(
         "keep the nodes of a plan that is over",

@@ -79,7 +79,10 @@ def test_an_overlapped_step_of_replayed_graphs_equals_the_reference_at(layout: L
     assert not comparison.found.exceeds(comparison.limit), comparison.found
 
 
-@pytest.mark.parametrize("kind", ["latent", "fp32 residual", "norms recomputed"])
+FORKED = "norms that fork the residual"
+
+
+@pytest.mark.parametrize("kind", ["latent", "fp32 residual", "norms recomputed", FORKED])
 def test_an_overlapped_step_equals_the_reference_with(kind: str) -> None:
     found, limit = variant_step.on_ranks(Layout(**EXPERTS, num_microbatches=4), (kind,))[kind]
     assert not found.exceeds(limit), found

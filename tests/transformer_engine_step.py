@@ -52,12 +52,6 @@ CASES = {
         norms_apart=True,
     ),
     "experts": Case(Layout(model="moe", final_state="post_norm")),
-    "experts in the overlapped schedule, norms that fork the residual": Case(
-        Layout(model="moe", overlap=True, num_microbatches=4),
-        {"fused_residual_rmsnorm": True},
-        norms_apart=True,
-        calls=("linear", "ops"),
-    ),
     "multi-token prediction": Case(Layout(model="mtp")),
     "hybrid model": Case(Layout(model="hybrid")),
     "selective recompute": Case(Layout(model="moe", recompute="selective")),

@@ -55,8 +55,10 @@ _REFUSED_IN_FULL_GRAPHS = {
 
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
-    "cuda_graph_impl": "no run of both has been compared with the reference",
-    "use_megatron_fsdp": "no run of it has been compared with the reference",
+    **dict.fromkeys(
+        ("cuda_graph_impl", "use_megatron_fsdp", "moe_expert_rank_capacity_factor"),
+        "no run of both has been compared with the reference",
+    ),
 }
 """What is not supported beside ``overlap_moe_expert_parallel_comm``."""
 
