@@ -35,7 +35,7 @@ from jreg_megatron.runtime.errors import UserError
 _OTHER_TASKS = (
     *("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir"),
     *("logits_save_dir", "per_dataset_sequences_path", "perform_rl_step", "modelopt_enabled"),
-    *("hybrid_layer_pattern", "overlap_moe_expert_parallel_comm", "cache_mla_latents", "config_logger_dir"),
+    *("hybrid_layer_pattern", "cache_mla_latents", "config_logger_dir"),
     *("mrope_section", "init_method_xavier_uniform"),
 )
 
@@ -95,14 +95,16 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, 
 datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
-def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
-    """Run a micro-batch through this stage; returns the output and the loss function."""
+def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """Run a micro-batch through this stage, or plan its run; returns the output or the plan, and the loss
+    function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), _micro_batch_size(model))
     timers("batch-generator").stop()
     loss_mask: Any = batch.get("loss_mask")
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch.get("tokens"),
         batch.get("position_ids"),
         batch.get("attention_mask"),

@@ -34,7 +34,7 @@ def capture(models: list[Any], config: Any, layout: Layout) -> None:
     package.pytorch = ModuleType("transformer_engine.pytorch")
     sys.modules |= {module.__name__: module for module in (package, package.pytorch)}
     transformer_layer.is_te_min_version = lambda *_: True
-    count = layout.num_microbatches if layout.pipeline > 1 else 1
+    count = layout.num_microbatches if layout.pipeline > 1 or layout.overlap else 1
     for model in models:
         for layer in unwrap(model).decoder.layers:
             if cuda_graphs._layer_is_graphable(layer, config):

@@ -37,6 +37,7 @@ CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or ten_steps")
 GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel")
 RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
+OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
 BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
@@ -2121,7 +2122,12 @@ FAULTS = [
     Fault(
         "leave a layer out whose end is in a CUDA graph",
         "stream/tap.py",
-        (("if module is not self._layer.last or self._input is None:", "if True:"),),
+        (
+            (
+                "if module is not self._layer.last or layer_input is None or self._chunk.is_planned:",
+                "if True:",
+            ),
+        ),
         ("tests/test_cuda_graphs.py",),
     ),
     Fault(
@@ -2216,6 +2222,60 @@ FAULTS = [
         "stream/full_graph.py",
         (("        self._wrapper.reset_cuda_graph(self._wrapper)", "        self._wrapper"),),
         ("tests/test_cuda_graphs.py", "-k", "anew"),
+    ),
+    Fault(
+        "miss that a plan begins a micro-batch",
+        "stream/overlap.py",
+        (("            before(chunk, given, named)\n", ""),),
+        OVERLAP,
+    ),
+    Fault(
+        "take what the final norm gives for what the last layer of a plan returns",
+        "stream/tap.py",
+        (("        self._taps[-1].returned(given[0])", "        pass"),),
+        OVERLAP,
+    ),
+    Fault(
+        "take what a CUDA graph gives to a plan's next node for the layer's output",
+        "stream/tap.py",
+        (("is not None and not self._chunk.is_planned:", "is not None:"),),
+        ("tests/test_overlap.py", "-k", "replayed"),
+    ),
+    Fault(
+        "let the last node of a layer go backward through the first one's graph",
+        "stream/tap.py",
+        (("            self._input = leaf", "            pass"),),
+        ("tests/test_overlap.py", "-k", "fork"),
+    ),
+    Fault(
+        "keep the nodes of a plan that is over",
+        "stream/tap.py",
+        (("            wrap(first, ", "            self._nodes = first, last\n            wrap(first, "),),
+        ("tests/test_overlap.py", "-k", "freed_as_soon"),
+    ),
+    Fault(
+        "sum in one stream what another one has still to write",
+        "stream/meter.py",
+        (("            current.wait_stream(stream)", "            pass"),),
+        ("tests/test_overlap.py", "-k", "two_streams"),
+    ),
+    Fault(
+        "free what another stream is summing",
+        "stream/meter.py",
+        (("            tensor.record_stream(current)", "            pass"),),
+        ("tests/test_overlap.py", "-k", "another_one"),
+    ),
+    Fault(
+        "take a method that nothing has compared in the overlapped schedule",
+        "stream/support.py",
+        (("if not of_one.in_overlap", "if False"),),
+        ("tests/test_overlap.py", "-k", "by_name"),
+    ),
+    Fault(
+        "take offloading that frees a layer's input",
+        "stream/support.py",
+        ((' and "attn_norm" in modules', " and not modules"),),
+        ("tests/test_offload.py", "-k", "refused"),
     ),
     Fault(
         "take FSDP2 with a loss per token",

@@ -72,6 +72,12 @@ TESTS = {
     "experts of a limited number of tokens (`--moe-expert-rank-capacity-factor`)": (
         "test_cuda_graphs::test_an_iteration_that_megatron_runs_again"
     ),
+    "overlapped experts (`--overlap-moe-expert-parallel-comm`); a stand-in for streams": (
+        "test_overlap::test_an_overlapped_step_equals_the_reference_at"
+    ),
+    "fine-grained activation offloading, of CPU tensors": (
+        "test_offload::test_a_step_of_offloaded_activations_equals_the_reference_at"
+    ),
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
     "Megatron-Bridge": "test_bridge::test_step_equals_the_reference_at",

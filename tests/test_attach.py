@@ -419,7 +419,6 @@ UNSUPPORTED = [
     ("enable_hyper_connections", True, "pre_norm"),
     ("enable_mhc_connections", True, "pre_norm"),
     ("inference_fuse_tp_communication", True, "pre_norm"),
-    ("fine_grained_activation_offloading", True, "pre_norm"),
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
     ("use_megatron_fsdp", True, "pre_norm"),

@@ -347,7 +347,6 @@ def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() ->
     ("part", "setting"),
     [
         ("model", "enable_hyper_connections"),
-        ("model", "fine_grained_activation_offloading"),
         ("ddp", "use_megatron_fsdp"),
         ("comm_overlap", "overlap_moe_expert_parallel_comm"),
     ],

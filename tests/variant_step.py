@@ -152,6 +152,38 @@ def apply_liger() -> None:
     )
 
 
+class NormAndFork(torch.autograd.Function):
+    """A norm that returns its input too, by one node, as Transformer Engine's fused one does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps), x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_normed: Tensor, of_residual: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            normed = F.rms_norm(x, weight.shape, weight, ctx.eps)
+        of_x, of_weight = torch.autograd.grad(normed, (x, weight), of_normed)
+        return of_x + of_residual, of_weight, None
+
+
+def fork_residuals() -> None:
+    """Have the norms of each layer return the residual too."""
+
+    class Norm(torch.nn.Module):
+        def __init__(self, config: Any, hidden_size: int, eps: float, **_: Any) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return NormAndFork.apply(x, self.weight, self.eps)
+
+    backends.LocalSpecProvider.layer_norm = lambda *_, **__: Norm
+
+
 KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "latent": (reference.ReferenceLlama, step.LATENT),
     "window": (WindowLlama, {"window_size": (WINDOW, 0)}),
@@ -166,6 +198,7 @@ KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "fixed sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "off-by-one"}),
     "Liger": (reference.ReferenceLlama, {}),
     "fixed attenuation": (AttenuatedLlama, {}),
+    "norms that fork the residual": (reference.ReferenceLlama, {"fused_residual_rmsnorm": True}),
     "fp32 residual": (reference.ReferenceLlama, {"fp32_residual_connection": True}),
     "tokens exchanged": (reference.ReferenceLlama, {"moe_token_dispatcher_type": "alltoall"}),
     "norms recomputed": (
@@ -196,6 +229,8 @@ def _compare_kind(layout: Layout, kind: str) -> Comparison:
     is_latent = kind == "latent"
     if kind == "Liger":
         apply_liger()
+    if kind == "norms that fork the residual":
+        fork_residuals()
     transformer_config.TransformerConfig = lambda **given: _CONFIGS[is_latent](**{**given, **options})
     gpt_layer_specs.get_gpt_layer_local_spec = partial(
         _local_spec, **dict.fromkeys(("multi_latent_attention", "qk_layernorm"), is_latent)
@@ -211,7 +246,7 @@ def _compare_kind(layout: Layout, kind: str) -> Comparison:
 def _shape_for(kind: str, layout: Layout) -> reference.Shape:
     shape = _shape_of(layout)
     if kind == "latent":
-        return replace(shape, layers=("+-",) * shape.num_layers)
+        return replace(shape, layers=tuple(f"+{kinds[1:]}" for kinds in shape.layers))
     if "sinks" in kind:
         shape = SinkShape(**vars(shape))
         object.__setattr__(shape, "is_learnable", kind == "learnable sinks")

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             expert=options.ep,
             precision=options.precision,
             graphs=options.cuda_graph,
+            overlap=options.overlap,
         )
     if options.list:
         if os.environ.get("RANK", "0") == "0":
@@ -88,6 +89,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--transformer-impl transformer_engine and --precision bf16; full_iteration, of the whole iteration",
     )
     parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="layouts with experts in Megatron's overlapped schedule, --overlap-moe-expert-parallel-comm; on "
+        "2 ranks or more",
+    )
+    parser.add_argument(
         "--cpu", action="store_true", help="run on the CPU; the default where there is no CUDA device"
     )
     parser.add_argument(
@@ -118,6 +125,8 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
         )
     if options.cuda_graph == "full_iteration" and options.precision == "fp16":
         raise UserError("--precision fp16 is not supported with --cuda-graph full_iteration; leave it out")
+    if options.overlap and options.cuda_graph:
+        raise UserError("--overlap is not supported with --cuda-graph; leave one of the two out")
     on_gpu = torch.cuda.is_available() and not (options.cpu or options.nproc)
     if options.cuda_graph and not (options.list or on_gpu):
         raise UserError(f"--cuda-graph is {options.cuda_graph}, which runs on GPUs only; leave it out")

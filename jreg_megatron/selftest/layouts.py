@@ -60,6 +60,9 @@ class Layout:
     """What is in CUDA graphs: none; layers (the whole of each) or some of Megatron's ``--cuda-graph-modules``
     with spaces between, in Transformer Engine's graphs; iteration, all of it in one of Megatron's. They are
     captured after a first step."""
+    overlap: bool = False
+    """Whether one micro-batch goes forward between the parts of another's backward pass, Megatron's
+    ``--overlap-moe-expert-parallel-comm``."""
     per_token_loss: bool = False
     masked: bool = False
     """Whether the loss mask leaves tokens out, unevenly."""
@@ -140,6 +143,7 @@ class Layout:
         words += {"none": [], "iteration": ["CUDA graph of the iteration"]}.get(
             self.graphs, [f"CUDA graphs of {self.graphs}"]
         )
+        words += ["overlapped experts"] * self.overlap
         words += ["per-token loss"] * self.per_token_loss
         words += ["masked tokens"] * self.masked
         words += ["padding"] * self.padded
@@ -278,6 +282,25 @@ RULES = (
         "only experts have a capacity and an auxiliary loss",
         lambda x: x.has_experts or not (x.capacity or x.balanced),
     ),
+    _rule(
+        "overlap expert pipeline virtual recompute graphs",
+        "Megatron's overlapped schedule needs expert parallelism, virtual stages in a pipeline, no full "
+        "recompute, and the experts in no graph",
+        lambda x: (
+            not x.overlap
+            or (
+                x.expert > 1
+                and (x.pipeline == 1 or x.virtual > 1)
+                and x.recompute in ("none", "selective")
+                and not {*x.graphs.split()} & {"layers", "mlp", "moe", "iteration"}
+            )
+        ),
+    ),
+    _rule(
+        "overlap model methods",
+        "JREG refuses it in the overlapped schedule",
+        lambda x: not x.overlap or (x.model == "moe" and x.methods != "blocks"),
+    ),
     _rule("fsdp precision", "Megatron refuses FSDP2 in fp16", lambda x: not x.fsdp or x.precision != "fp16"),
     _rule(
         "fsdp data context",
@@ -363,6 +386,20 @@ FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
 """The same where a CUDA graph of the iteration is asked for."""
 
 
+OVERLAP_MODES: tuple[dict[str, Any], ...] = tuple(
+    {"model": "moe", "expert": 2, "overlap": True, "num_microbatches": 4, **more}
+    for more in (
+        {},
+        {"methods": "all"},
+        {"virtual": 2},
+        {"virtual": 2, "methods": "all", "final_state": "post_norm"},
+        {"per_token_loss": True, "masked": True, "tokens": "unmasked"},
+        {"recompute": "selective", "token_stride": 4},
+    )
+)
+"""The same where Megatron's overlapped schedule for experts is asked for."""
+
+
 def layouts_for(
     world_size: int,
     *,
@@ -372,6 +409,7 @@ def layouts_for(
     expert: int | None = None,
     precision: str | None = None,
     graphs: str | None = None,
+    overlap: bool = False,
 ) -> list[Layout]:
     """Layouts that use all ranks: every way to cut the model into the given sizes, and every mode once.
 
@@ -380,11 +418,14 @@ def layouts_for(
         tensor, pipeline, context, expert: sizes that are not to be varied.
         precision: the type of all layouts; by default as the modes have it.
         graphs: Megatron's ``cuda_graph_impl`` of all, if they have CUDA graphs.
+        overlap: whether all have Megatron's overlapped schedule for experts.
 
     Raises:
         UserError: if the toy model cannot be cut so.
     """
     modes = {None: MODES, "full_iteration": FULL_GRAPH_MODES}.get(graphs, GRAPH_MODES)
+    if overlap:
+        modes = OVERLAP_MODES
     powers = [2**n for n in range(world_size.bit_length())]
     sizes = [
         {"tensor": t, "pipeline": p, "context": c, "data": world_size // (t * p * c)}
@@ -411,6 +452,7 @@ def layouts_for(
     if not any(allowed(cut, mode) for cut in sizes for mode in modes):
         asked = {"--tp": tensor, "--pp": pipeline, "--cp": context, "--ep": expert}
         given = " ".join(f"{flag} {n}" for flag, n in asked.items() if n) or "all sizes"
+        given += " and --overlap" * overlap
         raise UserError(
             f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
             f"{LENGTH} tokens, {BATCH} sequences) cannot be cut over {world_size} ranks with {given}"

@@ -235,7 +235,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         stages = stages.replace("L", "mL") if shape.mtp_num_layers else stages
         options["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(stages, layout.pipeline)
     if layout.recompute == "selective":
-        modules = ["core_attn", "moe" if shape.num_experts else "mlp"]
+        modules = ["core_attn", "mlp" if layout.overlap or not shape.num_experts else "moe"]
         if transformer_impl == "transformer_engine":
             modules.append("layernorm")
         options |= {"recompute_granularity": "selective", "recompute_modules": modules}
@@ -256,7 +256,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
             "moe_router_topk": shape.top_k,
             "moe_router_load_balancing_type": "aux_loss" if layout.balanced else "none",
             "moe_aux_loss_coeff": AUXILIARY_COEFF if layout.balanced else 0.0,
-            "moe_token_dispatcher_type": "alltoall" if layout.capacity else "allgather",
+            "moe_token_dispatcher_type": "alltoall" if layout.capacity or layout.overlap else "allgather",
             "moe_expert_capacity_factor": layout.capacity * shape.num_experts / shape.top_k or None,
             "moe_pad_expert_input_to_capacity": layout.capacity > 0,
             "moe_ffn_hidden_size": shape.ffn_hidden_size,
@@ -265,7 +265,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
     if shape.mtp_num_layers:
         options |= {"mtp_num_layers": shape.mtp_num_layers}
         options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
-    return (MLATransformerConfig if is_latent else TransformerConfig)(
+    config = (MLATransformerConfig if is_latent else TransformerConfig)(
         num_layers=len("".join(shape.layers)) if is_hybrid else shape.num_layers,
         transformer_impl=transformer_impl,
         is_hybrid_model=is_hybrid,
@@ -304,6 +304,8 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         persist_layer_norm=False,
         **options,
     )
+    config.overlap_moe_expert_parallel_comm = layout.overlap  # behind its checks, which want 16 bits
+    return config
 
 
 def _embedding_ranks(layout: Layout, pipeline_ranks: list[int], *_: Any) -> list[int]:
@@ -375,8 +377,8 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
 
 
 def _forward_step(
-    layout: Layout, batches: Iterator[dict[str, Tensor]], model: nn.Module
-) -> tuple[Tensor, Callable[..., Any]]:
+    layout: Layout, batches: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable[..., Any]]:
     part, chunk = Batch(**next(batches)), unwrap(model)
     position_ids = torch.arange(part.tokens.shape[1], device=part.tokens.device).expand_as(part.tokens)
     options: dict[str, Any] = {"loss_mask": part.loss_mask}
@@ -385,7 +387,8 @@ def _forward_step(
         options["padding_mask"] = _padding_mask(layout, part, chunk)
     if layout.packed:
         options["packed_seq_params"] = _packed_parameters(layout, part.tokens)
-    output = model(part.tokens, position_ids, None, labels=part.labels, **options)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(part.tokens, position_ids, None, labels=part.labels, **options)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = (losses.float() * part.loss_mask).sum()

@@ -44,6 +44,7 @@ def settings_of(layout: Layout) -> list[Settings]:
         measure_interval=ITERATION if in_full_graph else 1,
         token_share=1 / layout.token_stride,
         untested_cuda_graphs=layout.graphs != "none",
+        untested_overlap=layout.overlap,
         coeff=COEFF,
         alpha=ALPHA,
         final_state=layout.final_state,

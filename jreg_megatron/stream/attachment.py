@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jreg_megatron.runtime.errors import DeviceFault, UserError
 from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
+from jreg_megatron.stream import overlap
 from jreg_megatron.stream.anatomy import (
     define_layers,
     described_layers,
@@ -99,8 +100,12 @@ class Handle:
                 meter for method in methods for meter in (method.training_meter, method.validation_meter)
             ]
             self._reruns = Reruns([meter for meter in meters if meter is not None], self._run_again)
+        is_overlapped = getattr(config, overlap.SETTING, False)
         for method in methods:
             method.refuse = self._refuse
+            for meter in (method.training_meter, method.validation_meter):
+                if meter is not None:
+                    meter.crosses_streams = is_overlapped
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
 

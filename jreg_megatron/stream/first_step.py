@@ -35,6 +35,7 @@ from torch import Tensor
 
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.ranks import of_every_rank
+from jreg_megatron.stream.overlap import on_passes
 from jreg_megatron.stream.scaling import AddedLoss
 
 _MOST = 1.5
@@ -131,8 +132,7 @@ class FirstStep:
         """
         self._end_watch = end_watch
         for chunk in self._chunks:
-            self._undo.append(chunk.register_forward_pre_hook(self._before_chunk).remove)
-            self._undo.append(chunk.register_forward_hook(self._after_chunk).remove)
+            self._undo.append(on_passes(chunk, self._before_chunk, self._after_chunk))
 
     def end(self) -> None:
         """Take everything off the model."""

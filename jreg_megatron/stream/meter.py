@@ -9,7 +9,8 @@ same at every layout, and every rank takes part with a buffer of the same shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,9 @@ class Meter:
         # Layers' values of one micro-batch that have still to be summed, and what they have in common.
         self._waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]] = {}
         self._kind: tuple[Any, ...] = ()
+        self.crosses_streams = False
+        """Whether values come on several CUDA streams."""
+        self._streams: set[Any] = set()
         self._numbers = torch.arange(rows, device=device).unbind()
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
@@ -89,6 +93,8 @@ class Meter:
             self._sum()
             self._kind = kind
         self._waiting[at] = (tuple(value.detach() for value in values), mask)
+        if self.crosses_streams:
+            self._streams.add(torch.cuda.current_stream())
         if len(self._waiting) == len(self._sums):
             self._sum()
 
@@ -98,6 +104,8 @@ class Meter:
             return
         rows = tuple(self._waiting)
         values, masks = zip(*self._waiting.values(), strict=True)
+        if self.crosses_streams:
+            self._join([*itertools.chain(*values), *(mask for mask in masks if mask is not None)])
         self._waiting.clear()
         at = self._index(rows)
         # [layers, values, tokens]
@@ -117,6 +125,16 @@ class Meter:
         self._sums.index_add_(0, at, sums)
         if largest.shape[1]:
             self._largest[at] = torch.maximum(self._largest[at], largest.amax(dim=2).double())
+
+    def _join(self, tensors: Iterable[Tensor]) -> None:
+        """Have the current stream wait for what was added and summed, and ``tensors`` last until it has read
+        them."""
+        current = torch.cuda.current_stream()
+        self._streams.add(current)
+        for stream in self._streams:
+            current.wait_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
         """The rows, on the device without a copy; layers come in few orders."""

@@ -80,6 +80,8 @@ class Settings:
     """Whether the training is the same with it, whatever its settings."""
     in_full_graphs: ClassVar[bool] = False
     """Whether the method has been compared within Megatron's CUDA graph of a whole iteration."""
+    in_overlap: ClassVar[bool] = False
+    """Whether the method has been compared within Megatron's overlapped schedule for experts."""
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Megatron's settings with which it is not supported, and why."""
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream import overlap
 from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.settings import Settings
 
@@ -19,11 +20,10 @@ LAYER_NOT_SEEN = (
 
 
 REFUSED = {
-    "overlap_moe_expert_parallel_comm": "its schedule cuts a layer's graph into parts",
+    overlap.SETTING: "layers then run on two CUDA streams, and no GPU has been compared",
     "enable_hyper_connections": "a layer then has several residual streams",
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
-    "fine_grained_activation_offloading": "it may free a layer's input",
     "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
     "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
     "use_megatron_fsdp": "no run of it has been compared with the reference",
@@ -51,8 +51,17 @@ _REFUSED_IN_FULL_GRAPHS = {
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
 
-_TAKES_GRAPHS = "untested_cuda_graphs"
-"""The setting of a method by which a user takes what no GPU has shown yet."""
+_REFUSED_BESIDE_OVERLAP = {
+    **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
+    **dict.fromkeys(
+        ("cuda_graph_impl", "use_megatron_fsdp", "moe_expert_rank_capacity_factor"),
+        "no run of both has been compared with the reference",
+    ),
+}
+"""What is not supported beside ``overlap_moe_expert_parallel_comm``."""
+
+_TAKES_GRAPHS, _TAKES_OVERLAP = "untested_cuda_graphs", "untested_overlap"
+"""The settings of a method by which a user takes what no GPU has shown yet."""
 
 
 def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
@@ -65,25 +74,63 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     Raises:
         UserError: naming the setting that is not supported, why, and what to do.
     """
-    refused, fix = dict(REFUSED), "turn it off"
+    refused = dict(REFUSED)
     graphs = getattr(model_config, "cuda_graph_impl", "none")
-    if graphs in ("transformer_engine", "full_iteration"):
-        takers = [of_one for of_one in settings if hasattr(of_one, _TAKES_GRAPHS)]
-        if any(getattr(of_one, _TAKES_GRAPHS) for of_one in takers):
-            del refused["cuda_graph_impl"]
-            _refuse_graphs(model_config)
-            if graphs == "full_iteration":
-                _refuse_full_graphs(model_config, settings)
-        elif takers:
-            flag = takers[0].flag(_TAKES_GRAPHS)
-            fix += f", or run the self-test with --cuda-graph {graphs} on a GPU of yours, then give {flag}"
+    if graphs in ("transformer_engine", "full_iteration") and _takes(_TAKES_GRAPHS, settings):
+        del refused["cuda_graph_impl"]
+        _refuse_graphs(model_config)
+        if graphs == "full_iteration":
+            _refuse_full_graphs(model_config, settings)
+    if getattr(model_config, overlap.SETTING, False) and _takes(_TAKES_OVERLAP, settings):
+        del refused[overlap.SETTING]
+        _refuse_beside_overlap(model_config, settings)
+    _refuse_freed_inputs(model_config)
     for name, reason in refused.items():
         values = [getattr(model_config, part, None) for part in name.split(" with ")]
         if all(value and value != "none" for value in values):
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
+            fix = "turn it off"
+            if name == "cuda_graph_impl" and graphs in ("transformer_engine", "full_iteration"):
+                fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on a GPU", settings)
+            elif name == overlap.SETTING:
+                fix += _how_to_take(_TAKES_OVERLAP, "--overlap on GPUs", settings)
             raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; {fix}")
     for of_one in settings:
         of_one.refuse(model_config)
+
+
+def _refuse_freed_inputs(model_config: Any) -> None:
+    """Refuse the part of activation offloading that frees a layer's input before the layer ends. The other
+    parts free nothing of the residual stream that is looked at later."""
+    modules = getattr(model_config, "offload_modules", None) or ()
+    if getattr(model_config, "fine_grained_activation_offloading", False) and "attn_norm" in modules:
+        raise UserError(
+            "jreg_megatron does not support offload_modules attn_norm, which frees a layer's input before "
+            "the layer ends; leave attn_norm out of offload_modules"
+        )
+
+
+def _takes(option: str, settings: tuple[Settings, ...]) -> bool:
+    return any(getattr(of_one, option, False) for of_one in settings)
+
+
+def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> str:
+    flags = [of_one.flag(option) for of_one in settings if hasattr(of_one, option)]
+    return "".join(f", or run the self-test with {selftest} of yours, then give {flag}" for flag in flags)
+
+
+def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
+    """Refuse what has not been compared within the overlapped schedule for experts, or cannot be in it."""
+    overlap.refuse_other_plans()
+    found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
+    for name, reason in _REFUSED_BESIDE_OVERLAP.items():
+        if (value := getattr(model_config, name, None)) and value not in ("none", "transformer_engine"):
+            found[name] = reason
+    for name, reason in found.items():
+        raise UserError(
+            f"jreg_megatron does not support {name} with {overlap.SETTING} yet, since {reason}; leave one of "
+            "the two out"
+        )
 
 
 def _refuse_graphs(model_config: Any) -> None:
@@ -92,6 +139,11 @@ def _refuse_graphs(model_config: Any) -> None:
         raise UserError(
             f"jreg_megatron supports cuda_graph_impl {model_config.cuda_graph_impl} with Megatron-Core 0.19 "
             "or later alone; take it, or turn the graphs off"
+        )
+    if getattr(model_config, "fine_grained_activation_offloading", False):
+        raise UserError(
+            "jreg_megatron does not support fine_grained_activation_offloading with cuda_graph_impl "
+            f"{model_config.cuda_graph_impl} yet, since nothing has compared it; turn one of the two off"
         )
     if model_config.cuda_graph_warmup_steps < 1:
         raise UserError(

@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import ResidualLayer, final_norm_of, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.layer_watch import LayerWatch, Report
+from jreg_megatron.stream.overlap import SETTING, layers_of, on_passes, wrap
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 """Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
@@ -173,6 +174,8 @@ class _ChunkTap:
         """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
         self.has_graphs = getattr(chunk.config, "cuda_graph_impl", "none") == "transformer_engine"
+        self.is_planned = bool(getattr(chunk.config, SETTING, False))
+        """Whether plans run the layers in training, in which no graph holds a layer's end."""
         self._chunk = chunk
         self._undo = undo
         # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
@@ -193,8 +196,7 @@ class _ChunkTap:
 
     def put_on(self, layers: Sequence[ResidualLayer], report: Report | None) -> None:
         chunk, undo = self._chunk, self._undo
-        undo.append(chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True).remove)
-        undo.append(chunk.register_forward_hook(self._after_chunk, always_call=True).remove)
+        undo.append(on_passes(chunk, self._before_chunk, self._after_chunk, self._on_plan))
         final_norm = final_norm_of(chunk)
         for layer in layers:
             is_last = layer.number == num_layers(chunk)
@@ -240,6 +242,10 @@ class _ChunkTap:
         for watch in self._watches():
             watch.begin()
 
+    def _on_plan(self, plan: Any) -> None:
+        for tap, nodes in zip(self._taps, layers_of(plan), strict=False):
+            tap.follow(*nodes)
+
     def _put_taps_where_needed(self) -> None:
         """A layer with which nothing is done in this micro-batch runs as if nothing were attached.
 
@@ -263,9 +269,10 @@ class _ChunkTap:
         self.is_in_forward = False
         self.microbatch = self.last_layer = None
 
-    def _after_final_norm(self, norm: nn.Module, _: Any, normed: Tensor) -> Tensor | None:
+    def _after_final_norm(self, norm: nn.Module, given: tuple[Any, ...], normed: Tensor) -> Tensor | None:
         if self.last_layer is None:
             return None
+        self._taps[-1].returned(given[0])  # where the last layer's own return is already normed
         (microbatch, layer_input), self.last_layer = self.last_layer, None
         return self.observer.final_norm(microbatch, num_layers(self._chunk), layer_input, normed)
 
@@ -354,10 +361,28 @@ class _LayerTap:
             self._hook = None
         self._will_be_rerun = False
 
-    def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
+    def follow(self, first: Any, last: Any) -> None:
+        """The next run of the layer is that of nodes of a schedule's plan, its first and its last."""
+        if self._places:
+            wrap(first, lambda state, _: self._began_at(state), before=self._begins_at)
+            wrap(last, lambda _, output: self.returned(output))
+
+    def _begins_at(self, state: Tensor) -> None:
+        if self._hook is not None:
+            self._before_layer(self._layer.first, (state,), {})
+
+    def _began_at(self, leaf: Tensor) -> None:
+        if self._input is not None:  # a part of the first node's graph, where a fused norm or a type is first
+            self._input = leaf
+
+    def returned(self, output: Any) -> None:
+        """The layer returns ``output``, or what its last node gives."""
         if self._watching is not None:
             self._watching.returned(output)
             self._watching = None
+
+    def _after_layer(self, module: nn.Module, _: Any, output: Any) -> None:
+        self.returned(output)
 
     def _before_layer(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         chunk = self._chunk
@@ -433,11 +458,13 @@ class _LayerTap:
             self._microbatch, self._input = self._chunk.microbatch, state
             self._is_begun = module is not self._layer.last
         result = replay(*given, **named)
-        if module is not self._layer.last or self._input is None:  # the layer's end is not in the graph
+        layer_input = self._input
+        # Where the layer's end is not in the graph, a tap sees it.
+        if module is not self._layer.last or layer_input is None or self._chunk.is_planned:
             return result
         if module is not self._layer.first:
             # A graph runs before the input's own node, to which the output's must leave nothing to do.
-            self._input = self._input.view_as(self._input)
+            self._input = layer_input.view_as(layer_input)
         output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
         output = self._show(self._changed(output) if self._is_begun else output)
         return (output, *rest) if isinstance(result, tuple) else output

@@ -48,6 +48,7 @@ class AttenuationConfig(Settings):
         "give the same flags in every run of it. One flag turns it on."
     )
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     factor: float = setting(
         _FACTOR,

@@ -35,6 +35,7 @@ class DepthConfig(Settings):
     )
     only_measures: ClassVar[bool] = True
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     measure_interval: int = setting(
         1, "measure in every N-th training iteration. Validation always measures.", int, "N"

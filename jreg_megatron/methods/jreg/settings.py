@@ -62,6 +62,7 @@ class JRegConfig(Settings):
         "loss = cross-entropy + lambda * sum over layers of weight * displacement (arXiv 2601.18302)"
     )
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     coeff: float = setting(
         0.0,
@@ -137,6 +138,12 @@ class JRegConfig(Settings):
         False,
         "take --cuda-graph-impl transformer_engine or full_iteration, in which no GPU has been compared yet. "
         "First run the self-test with --cuda-graph on a GPU of yours.",
+        bool,
+    )
+    untested_overlap: bool = setting(
+        False,
+        "take --overlap-moe-expert-parallel-comm, in which no GPU has been compared yet. First run the "
+        "self-test with --overlap on GPUs of yours.",
         bool,
     )
     log_per_layer: bool = setting(

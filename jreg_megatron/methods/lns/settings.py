@@ -39,6 +39,7 @@ class LayerNormScalingConfig(Settings):
         "give the same flag in every run of it."
     )
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     refused: ClassVar[Mapping[str, str]] = {
         **OTHER_LAYERS,

@@ -27,6 +27,7 @@ class NormsConfig(Settings):
         "all tokens count, the first one of a sequence too. One flag turns them on."
     )
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
     only_measures: ClassVar[bool] = True
 
     measure_interval: int = setting(

@@ -1,0 +1,299 @@
+"""Megatron's overlapped schedule for experts, on gloo: all of it is its own code but the streams."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import variant_step
+from harness import TOY, read_scalars, run_function, run_ranks
+from test_attach import build_model
+from test_cuda_graphs import with_graphs
+
+from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron.methods.depth.settings import DepthConfig
+from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
+from jreg_megatron.methods.norms.settings import NormsConfig
+from jreg_megatron.methods.periln.settings import PeriLNConfig
+from jreg_megatron.selftest.compare import Comparison, compare_step
+from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.stream.meter import Meter
+from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.support import refuse_unsupported
+
+EXPERTS = {"model": "moe", "overlap": True, "data": 2, "expert": 2}
+STAGES = {"pipeline": 2, "virtual": 2}
+
+LAYOUTS = [
+    Layout(**EXPERTS),
+    Layout(**EXPERTS, num_microbatches=4, methods="all"),
+    Layout(**EXPERTS, num_microbatches=1, final_state="post_norm", distributed_optimizer=True),
+    Layout(**EXPERTS, per_token_loss=True, masked=True, tokens="unmasked"),
+    Layout(**EXPERTS, recompute="selective", token_stride=4, padded=True, tokens="unmasked"),
+    Layout(**EXPERTS, **STAGES, num_microbatches=4, methods="all"),
+    Layout(**EXPERTS, **STAGES, num_microbatches=4, final_state="post_norm", per_token_loss=True),
+    Layout(**EXPERTS | {"data": 1}, tensor=2, sequence_parallel=True, context=2),
+]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in LAYOUTS])
+def test_an_overlapped_step_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(overlapped, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+def overlapped(layout: Layout) -> Comparison:
+    from megatron.core.models.common import model_chunk_schedule_plan as plans
+
+    torch.set_num_threads(1)
+    both = 0
+    run = plans.TransformerLayerSchedulePlan.run
+
+    def counted(forward: object, backward: object, *args: object, **named: object) -> object:
+        nonlocal both
+        both += forward is not None and backward is not None
+        return run(forward, backward, *args, **named)
+
+    plans.TransformerLayerSchedulePlan.run = staticmethod(counted)
+    comparison = compare_step(layout)
+    assert (both > 0) == (layout.num_microbatches > 1)
+    return comparison
+
+
+GRAPHED = [
+    Layout(**EXPERTS, graphs="attn", num_microbatches=4, methods="all"),
+    Layout(**EXPERTS, **STAGES, graphs="moe_router", num_microbatches=4),
+    Layout(**EXPERTS, graphs="attn moe_router", num_microbatches=4, final_state="post_norm"),
+]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in GRAPHED])
+def test_an_overlapped_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(with_graphs, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+FORKED = "norms that fork the residual"
+
+
+@pytest.mark.parametrize("kind", ["latent", "fp32 residual", "norms recomputed", FORKED])
+def test_an_overlapped_step_equals_the_reference_with(kind: str) -> None:
+    found, limit = variant_step.on_ranks(Layout(**EXPERTS, num_microbatches=4), (kind,))[kind]
+    assert not found.exceeds(limit), found
+
+
+Step = tuple[dict[str, float], dict[str, torch.Tensor]]
+"""What was measured, and the gradients, by name."""
+
+DEEPSEEK = {
+    "moe_layer_freq": [0, 1, 1, 1],
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.1,
+}
+STRONG = JRegConfig(coeff=20.0, alpha=0.7, untested_overlap=True)
+METHODS = [STRONG, NormsConfig(), DepthConfig(metrics="contributions")]
+SCALED = LayerNormScalingConfig()
+
+
+@pytest.mark.parametrize(
+    ("cut", "options", "methods"),
+    [
+        ({}, {"mtp_num_layers": 1}, METHODS),
+        (STAGES, {}, [SCALED, *METHODS]),
+    ],
+    ids=["MTP", "LayerNorm scaling, PP2, VPP2"],
+)
+def test_dense_layers_shared_experts_and_all_methods_give_the_same_overlapped_and_not(
+    cut: dict[str, int], options: dict[str, Any], methods: list[Settings]
+) -> None:
+    layout = Layout(**EXPERTS, **cut, num_microbatches=4)
+    plain, overlapped = (
+        run_function(other_model, layout.world_size, one, DEEPSEEK | options, methods)
+        for one in (replace(layout, overlap=False), layout)
+    )
+    for (measured, gradients), (expected, wanted) in zip(overlapped, plain, strict=True):
+        assert measured == pytest.approx(expected, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+def test_with_coeff_zero_an_overlapped_steps_gradients_are_bit_identical_to_those_without_us() -> None:
+    layout = Layout(**EXPERTS, **STAGES, num_microbatches=4)
+    methods = [replace(STRONG, coeff=0.0), *METHODS[1:]]
+    measuring, plain = (run_function(other_model, 4, layout, DEEPSEEK, some) for some in (methods, []))
+    for (measured, gradients), (_, wanted) in zip(measuring, plain, strict=True):
+        assert measured["jreg loss"] > 0
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
+
+
+def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]) -> Step:
+    """A step of a model that the reference does not know, with early release of attention's memory."""
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.transformer import transformer_config
+
+    from jreg_megatron.selftest import step, toy
+
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    make, make_layer = transformer_config.TransformerConfig, specs.get_gpt_layer_local_spec
+    build, gather, attach_to = step._build_chunk, step._gathered_gradients, step.attach
+    transformer_config.TransformerConfig = lambda **given: make(
+        **{**given, **options, "perform_initialization": True, "init_method_std": 0.2}
+    )
+    measured: dict[str, float] = {}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def build_chunk(layout: Layout, config: Any, index: int, impl: str) -> Any:
+        config.ep_overlap_early_attn_memory_release = layout.overlap
+        stage = index if layout.virtual > 1 else None
+        specs.get_gpt_layer_local_spec = make_layer
+        block = specs.get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=stage)
+        specs.get_gpt_layer_local_spec = lambda **_: block
+        return build(layout, config, index, impl)
+
+    def attached(wrapped: list[Any], *settings: Settings, **named: Any) -> Any:
+        nothing = SimpleNamespace(displacement=torch.zeros(1), jreg_loss=0.0, jump_rate=0.0)
+        if not settings:
+            return SimpleNamespace(captured="", reduce_training_metrics=lambda: nothing)
+        handle = attach_to(wrapped, *settings, **named)
+        reduce = handle.reduce_training_metrics
+
+        def noted() -> Any:
+            metrics = reduce()
+            measured.update(metrics.scalars(per_layer=True))
+            return metrics
+
+        handle.reduce_training_metrics = noted
+        return handle
+
+    def gathered(wrapped: list[Any]) -> dict[str, torch.Tensor]:
+        gradients.update(gather(wrapped))
+        return gradients
+
+    step._build_chunk, step._gathered_gradients, step.attach = build_chunk, gathered, attached
+    step.settings_of = lambda _: methods
+    step._pieces, step._parts = (lambda *_: iter(())), (lambda *_: [])
+    weights, batch = toy.draw_weights(toy.shape_of(layout)), toy.draw_batch(masked=False)
+    found = step.run_step(layout, weights, batch, "local", timedelta(minutes=1))
+    return {"lm loss": found.lm_loss, **measured}, gradients
+
+
+def test_what_a_plan_keeps_is_freed_as_soon_as_its_backward_pass_is_over() -> None:
+    attached, plain = (run_function(left_over, 2, methods) for methods in (METHODS, []))
+    assert attached == plain
+
+
+def left_over(methods: list[Settings]) -> int:
+    """How many of a step's nodes only the garbage collector would free."""
+    from megatron.core.models.common.utils import TransformerLayerNode
+
+    gc.collect()
+    gc.disable()
+    other_model(Layout(**EXPERTS), {}, methods)
+    return sum(isinstance(kept, TransformerLayerNode) for kept in gc.get_objects())
+
+
+TAKEN = JRegConfig(coeff=1.0, untested_overlap=True)
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+
+
+def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name() -> None:
+    for named, more, settings in (
+        ("--overlap on GPUs .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
+        ("overlap_moe_expert_parallel_comm yet", {}, [NormsConfig()]),
+        ("Peri-LN with overlap_moe_expert_parallel_comm", {}, [TAKEN, PeriLNConfig()]),
+        ("is_hybrid_model with", {"is_hybrid_model": True}, [TAKEN]),
+        ("use_megatron_fsdp with", {"use_megatron_fsdp": True}, [TAKEN]),
+        ("cuda_graph_impl with overlap", {"cuda_graph_impl": "local"}, [TAKEN]),
+        (
+            "cuda_graph_impl with overlap",
+            {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 1},
+            [replace(TAKEN, untested_cuda_graphs=True)],
+        ),
+    ):
+        with pytest.raises(UserError, match=named):
+            refuse_unsupported(SimpleNamespace(**OVERLAP, **more), *settings)
+    refuse_unsupported(SimpleNamespace(**OVERLAP), TAKEN, NormsConfig())
+
+
+def test_a_model_makes_its_own_plans_again_behind_detach() -> None:
+    run_function(makes_its_own_plans)
+
+
+def makes_its_own_plans() -> None:
+    model = build_model()
+    vars(model.config).update(OVERLAP)
+    before = dict(vars(model))
+    handle = attach(model, TAKEN, num_microbatches=1)
+    assert vars(model) != before
+    handle.detach()
+    assert vars(model) == before
+
+
+def test_ten_overlapped_steps_of_megatrons_loop_log_what_they_log_without_the_schedule(
+    tmp_path: Path,
+) -> None:
+    argv = [
+        *(*TOY, "--mock-data", "--train-iters", 10, "--bf16", "--num-experts", 4, "--moe-router-topk", 2),
+        *"--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --eval-interval 5".split(),
+        *"--eval-iters 1 --jreg-coeff 0.5 --jreg-log-per-layer --norms-measure-interval 1".split(),
+    ]
+    on = ["--overlap-moe-expert-parallel-comm", "--jreg-untested-overlap"]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "plain"], 2)
+    run_ranks([*argv, *on, "--tensorboard-dir", tmp_path / "overlapped"], 2)
+    plain, overlapped = (read_scalars(tmp_path / name) for name in ("plain", "overlapped"))
+    assert {*overlapped} == {*plain}
+    assert len(overlapped["jreg loss"]) == 10
+    for name in plain:
+        if "jreg" in name or "loss" in name:
+            assert overlapped[name] == pytest.approx(plain[name], rel=0.02), name
+
+
+@pytest.mark.parametrize("case", ["all methods", "masks", "dense layer"])
+def test_no_stream_uses_memory_that_another_one_may_still_write_or_get(case: str) -> None:
+    assert run_function(in_order, 2, case, timeout=240) == [{}, {}]
+
+
+def in_order(case: str) -> dict[str, int]:
+    import stream_stand_in
+
+    from jreg_megatron.selftest import step
+
+    torch.set_num_threads(1)
+    order, run = stream_stand_in.install(), step._run_step
+
+    def watched(*args: Any) -> Any:
+        with order:
+            return run(*args)
+
+    step._run_step = watched
+    if case == "dense layer":
+        other_model(Layout(**EXPERTS, num_microbatches=4), DEEPSEEK, METHODS)
+    else:
+        compare_step(LAYOUTS[1] if case == "all methods" else LAYOUTS[3])
+    return stream_stand_in.FOUND
+
+
+def test_a_meter_sums_what_two_streams_have_added_when_both_have_written_it() -> None:
+    assert run_function(sums_two_streams) == [{}]
+
+
+def sums_two_streams() -> dict[str, int]:
+    import stream_stand_in
+
+    order = stream_stand_in.install()
+    meter = Meter(num_layers=2, device=torch.device("cpu"))
+    meter.crosses_streams = True
+    with order:
+        for row in (1, 2):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                meter.add(row, torch.ones(4, 1))
+    assert meter.totals()[0][:, 0].tolist() == [4, 4]
+    return stream_stand_in.FOUND
