@@ -357,6 +357,11 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
                 f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
             )
         for of_one in changing:
+            if of_one.added_parameters and any(parameter.is_meta for parameter in chunk.parameters()):
+                raise UserError(
+                    f"{of_one.as_flags()} gives the model parameters, whose first values would be lost with "
+                    "--init-model-with-meta-device; leave one of the two out"
+                )
             of_one.prepare(chunk)
         setattr(chunk, _PREPARED, changing)
     return chunks
