@@ -42,6 +42,20 @@ def test_with_coeff_zero_a_run_is_bit_identical_to_megatrons_own_loop(
     assert len(ours["jump rate validation"]) == len(ours["lm loss validation"])
 
 
+def test_with_coeff_zero_a_run_in_megatron_fsdp_is_bit_identical_to_megatrons_own_loop(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--train-iters", 4, "--eval-interval", 2, "--eval-iters", 1, "--bf16"]
+    argv += ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
+    argv += ["--ckpt-format", "fsdp_dtensor"]
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "ours", "--jreg-coeff", 0], 2)
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "own"], 2, entry="unmodified_pretrain:main")
+    ours, own = read_scalars(tmp_path / "ours"), read_scalars(tmp_path / "own")
+    for tag in ("lm loss", "grad-norm", "lm loss validation"):
+        assert ours[tag] == own[tag], tag
+    assert len(ours["jump rate"]) == 4, "it measures"
+
+
 def test_stop_at_step_5_and_resume_is_bit_identical_to_a_run_that_did_not_stop(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
