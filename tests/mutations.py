@@ -2182,13 +2182,14 @@ FAULTS = [
     Fault(
         "take Megatron-FSDP before 0.19",
         "stream/support.py",
-        (
-            (
-                '    if not hasattr(config, "cuda_graph_modules"):\n        return {',
-                "    if False:\n        return {",
-            ),
-        ),
+        (("(MAJOR, MINOR) >= (0, 19)", "True"),),
         ("tests/test_attach.py", "-k", "compared_in_megatron_fsdp"),
+    ),
+    Fault(
+        "take the type of the optimizer's parameters for that of the states",
+        "stream/attachment.py",
+        (('getattr(p, "orig_param", p)', "p"),),
+        ("tests/test_attach.py", "-k", "told_the_type"),
     ),
     Fault(
         "load a checkpoint of Megatron-FSDP",

@@ -13,6 +13,7 @@ from packaging.version import Version
 from jreg_megatron import AttenuationConfig, JRegConfig, UserError, prepare
 from jreg_megatron.selftest.compare import compare_step
 from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.stream.attachment import place_of
 from jreg_megatron.stream.support import REFUSED, refuse_fsdp
 
 CORE = Version(version("megatron-core"))
@@ -526,13 +527,14 @@ def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None
     ],
 )
 def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
-    changed: dict[str, Any], named: str
+    changed: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch import nn
 
+    monkeypatch.setattr("megatron.core.package_info.MINOR", 19)
+
     config = Namespace(
         cuda_graph_impl="none",
-        cuda_graph_modules=[],
         overlap_moe_expert_parallel_comm=False,
         num_moe_experts=None,
         expert_model_parallel_size=1,
@@ -552,9 +554,28 @@ def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
     vars(config).update(changed)
     with pytest.raises(UserError, match=f"FullyShardedDataParallel with {named} yet"):
         refuse_fsdp(FullyShardedDataParallel(), config)
-    del config.cuda_graph_modules
+    monkeypatch.setattr("megatron.core.package_info.MINOR", 18)
     with pytest.raises(UserError, match="FullyShardedDataParallel with Megatron-Core before"):
         refuse_fsdp(FullyShardedDataParallel(), config)
+
+
+def type_of_states_in_megatron_fsdp() -> str:
+    """What a method is told of the states of a model in bf16."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+    from megatron.core.transformer.module import Float16Module
+
+    model = build_model(bf16=True, params_dtype=torch.bfloat16)
+    shards = DistributedDataParallelConfig(use_megatron_fsdp=True, use_distributed_optimizer=True)
+    wrapped = FullyShardedDataParallel(model.config, shards, Float16Module(model.config, model))
+    assert next(wrapped.parameters()).dtype == torch.float32, "the optimizer's are in their place"
+    return str(place_of([model], lambda: 1).dtype)
+
+
+@pytest.mark.skipif(Version("0.19") > CORE, reason="Megatron-FSDP is refused")
+def test_a_method_is_told_the_type_of_states_and_not_of_the_optimizers_parameters() -> None:
+    assert run_function(type_of_states_in_megatron_fsdp) == ["torch.bfloat16"]
 
 
 def refusal_of_a_model_without_memory() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ITERATIONS
-from harness import read_scalars, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_ranks
 from reference_training import train
 
 COEFF, ALPHA = 0.5, 0.5
@@ -25,9 +25,6 @@ EVERY_LAYER = (
     "--recompute-num-layers",
     1,
 )
-MEGATRON_FSDP = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
-MEGATRON_FSDP += ("--data-parallel-sharding-strategy", "optim_grads_params")
-
 LAYOUTS = {
     "TP1 x PP1": (1, ()),
     "TP2 x PP2": (4, (*TENSOR, *PIPELINE)),

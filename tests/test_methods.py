@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import read_scalars, run_function, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_function, run_ranks
 from test_attach import build_model, build_model_like, forward, step
 
 from jreg_megatron import (
@@ -369,9 +369,7 @@ def test_learned_attenuation_is_trained_and_logged_as_on_one_rank_and_where_fsdp
     assert all(of_layer[0] == pytest.approx(0.8) for of_layer in kept(whole)), "it starts where it is told"
     assert all(abs(of_layer[-1] - 0.8) > 1e-3 for of_layer in kept(whole)), "it is trained"
     assert whole["least residual kept"] == [min(of_step) for of_step in zip(*kept(whole), strict=True)]
-    shards = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
-    shards += ("--data-parallel-sharding-strategy", "optim_grads_params")
-    cut = [trained(more[0], *more, ranks=2) for more in (("--use-torch-fsdp2",), shards)]
+    cut = [trained(more[0], *more, ranks=2) for more in (("--use-torch-fsdp2",), MEGATRON_FSDP)]
     for other in (trained("alone"), *cut):
         for ours, its in zip(kept(whole), kept(other), strict=True):
             assert its == pytest.approx(ours, abs=1e-5)

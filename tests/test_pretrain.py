@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import read_scalars, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
 from jreg_megatron.runtime.errors import megatrons_refusals
@@ -46,8 +46,7 @@ def test_with_coeff_zero_a_run_in_megatron_fsdp_is_bit_identical_to_megatrons_ow
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, "--train-iters", 4, "--eval-interval", 2, "--eval-iters", 1, "--bf16"]
-    argv += ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
-    argv += ["--ckpt-format", "fsdp_dtensor"]
+    argv += MEGATRON_FSDP
     run_ranks([*argv, "--tensorboard-dir", tmp_path / "ours", "--jreg-coeff", 0], 2)
     run_ranks([*argv, "--tensorboard-dir", tmp_path / "own"], 2, entry="unmodified_pretrain:main")
     ours, own = read_scalars(tmp_path / "ours"), read_scalars(tmp_path / "own")

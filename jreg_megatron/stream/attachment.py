@@ -539,7 +539,9 @@ def place_of(
 ) -> Place:
     """What a method is told of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
     config: Any = chunks[0].config
-    dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
+    # Megatron-FSDP has the optimizer's float32 parameters in the place of the model's own between steps.
+    own = (getattr(p, "orig_param", p) for chunk in chunks for p in chunk.parameters())
+    dtype = next((p.dtype for p in own), config.params_dtype)
     return Place(
         chunks=chunks,
         layer_numbers=tuple(layer.number for chunk in chunks for layer in residual_layers(chunk)),

@@ -177,8 +177,15 @@ def _refused_in_fsdp2(config: Any) -> _Refused:
     }
 
 
+def has_megatron_fsdp() -> bool:
+    """Whether the Megatron-FSDP of this Megatron-Core is supported."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (MAJOR, MINOR) >= (0, 19)
+
+
 def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
-    if not hasattr(config, "cuda_graph_modules"):
+    if not has_megatron_fsdp():
         return {"Megatron-Core before 0.19": (True, "it calls the model's forward without its hooks")}
     graphs = config.cuda_graph_impl
     ddp, index = wrapper.ddp_config, wrapper.megatron_fsdp_dist_index
