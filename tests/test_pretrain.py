@@ -354,8 +354,8 @@ MISTAKES = {
         "Megatron refuses the arguments: DeepEP dispatcher requires",
     ),
     "what Megatron refuses before it builds the model": (
-        ("--context-parallel-size", 2, "--hierarchical-context-parallel-sizes", 2, 1),
-        "Megatron refuses the arguments: .*einops is not installed",
+        ("--use-distributed-optimizer", "--num-distributed-optimizer-instances", 3),
+        "Megatron refuses the arguments: Data parallel size should be divisible by partial DistOpt shard",
     ),
     "post_norm without a last layer": (
         (*PIPELINE, "--pipeline-model-parallel-layout", "Etttt|L", "--jreg-final-state", "post_norm"),
