@@ -68,6 +68,11 @@ class JRegCallback:
         self._state: Any = None
         for part in ("model", "ddp", "dist", "comm_overlap", "optimizer"):
             refuse_unsupported(getattr(config, part, None), *settings)
+            if getattr(getattr(config, part, None), "use_megatron_fsdp", False):
+                raise UserError(
+                    "jreg_megatron does not support use_megatron_fsdp yet in Megatron-Bridge, of which no "
+                    "run with it has been compared; turn it off"
+                )
 
         # Functions: a copy of the configuration must not copy this object and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:

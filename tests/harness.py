@@ -33,6 +33,11 @@ TOY = """
 """.split()
 """A Llama small enough for eight ranks on two cores; token 255 ends a document."""
 
+MEGATRON_FSDP = """
+    --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --ckpt-format fsdp_dtensor
+""".split()
+"""Megatron-FSDP that shards all there is to shard."""
+
 # The fork server is a fresh interpreter; before Python 3.13 it drops the path that pytest has set up.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 _context = multiprocessing.get_context("forkserver")

@@ -96,6 +96,21 @@ FSDP = [
     Layout(context=2, fsdp=True, recompute="selective", final_state="post_norm"),
     *(Layout(data=2, fsdp=True, model=model) for model in ("moe", "mtp", "hybrid")),
     Layout(data=2, fsdp=True, precision="bf16"),
+    *(Layout(data=2, megatron_fsdp=shards) for shards in ("no_shard", "optim", "optim_grads")),
+    *(
+        Layout(megatron_fsdp="optim_grads_params", **more)
+        for more in (
+            {"data": 2, "recompute": "uniform", "num_microbatches": 4, "methods": "all"},
+            {"tensor": 2, "sequence_parallel": True, "data": 2, "masked": True, "tokens": "unmasked"},
+            {"tensor": 2, "data": 2, "recompute": "block", "methods": "blocks"},
+            {"context": 2, "recompute": "selective", "final_state": "post_norm"},
+            {"data": 2, "per_token_loss": True, "masked": True},
+            {"data": 4, "expert": 2, "model": "moe"},
+            *({"data": 2, "model": model, "tied": model == "hybrid"} for model in ("mtp", "hybrid")),
+            *({"data": 2, "precision": precision} for precision in ("bf16", "fp16")),
+        )
+    ),
+    Layout(data=2, expert=2, model="moe", megatron_fsdp="optim"),
 ]
 """By hand: it goes with so little that the search for pairs does not end."""
 

@@ -2280,8 +2280,38 @@ FAULTS = [
     Fault(
         "take FSDP2 with a loss per token",
         "stream/support.py",
-        (('if is_torchs and getattr(config, "calculate_per_token_loss", False):', "if False:"),),
+        (('(getattr(config, "calculate_per_token_loss", False), REFUSED[name])', "(False, REFUSED[name])"),),
         ("tests/test_attach.py::test_every_unsupported_setting_is_refused_by_its_name",),
+    ),
+    Fault(
+        "take experts whose gradients Megatron-FSDP divides too often",
+        "stream/support.py",
+        (("and ranks > of_experts == 1", "and of_experts > ranks == 1"),),
+        ("tests/test_attach.py", "-k", "divides_too_often"),
+    ),
+    Fault(
+        "take Megatron-FSDP before 0.19",
+        "stream/support.py",
+        (("(MAJOR, MINOR) >= (0, 19)", "True"),),
+        ("tests/test_attach.py", "-k", "compared_in_megatron_fsdp"),
+    ),
+    Fault(
+        "take the type of the optimizer's parameters for that of the states",
+        "stream/attachment.py",
+        (('getattr(p, "orig_param", p)', "p"),),
+        ("tests/test_attach.py", "-k", "told_the_type"),
+    ),
+    Fault(
+        "load a checkpoint of Megatron-FSDP",
+        "mcore/preflight/optimizer.py",
+        (('format("load"): lambda args: args.load,', 'format("load"): lambda args: False,'),),
+        PREFLIGHT,
+    ),
+    Fault(
+        "give a CUDA device's number to the CPU",
+        "cpu/redirect.py",
+        (("if type(device) is int:", "if False:"),),
+        ("tests/test_equivalence.py", "-k", "optim_grads and not params"),
     ),
     Fault(
         "take half an evaluation for a whole one",

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Callable[[Layout], bool]] = {
     "data parallelism": lambda x: x.data > 1,
     "distributed optimizer": lambda x: x.distributed_optimizer,
     "torch FSDP2": lambda x: x.fsdp,
+    "Megatron-FSDP, Megatron-Core 0.19": lambda x: x.megatron_fsdp != "none",
     "recompute: selective": lambda x: x.recompute == "selective",
     "recompute: full, uniform": lambda x: x.recompute == "uniform",
     "recompute: full, block": lambda x: x.recompute == "block",

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 from harness import run_function
+from packaging.version import Version
 
-from jreg_megatron import JRegConfig, UserError
+from jreg_megatron import AttenuationConfig, JRegConfig, UserError, prepare
+from jreg_megatron.selftest.compare import compare_step
+from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.stream.attachment import place_of
 from jreg_megatron.stream.support import REFUSED, refuse_fsdp
+
+CORE = Version(version("megatron-core"))
 
 
 def build_model(recompute: str = "none", **options: Any) -> Any:
@@ -421,7 +428,6 @@ UNSUPPORTED = [
     ("inference_fuse_tp_communication", True, "pre_norm"),
     ("hybrid_context_parallel", True, "pre_norm"),
     ("distribute_saved_activations", True, "pre_norm"),
-    ("use_megatron_fsdp", True, "pre_norm"),
     ("use_torch_fsdp2 with calculate_per_token_loss", True, "pre_norm"),
     ("heterogeneous_block_specs", True, "pre_norm"),
     ("heterogeneous_layers_config_path", "layers.json", "pre_norm"),
@@ -508,6 +514,96 @@ def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None
     config.cuda_graph_impl = "full_iteration"
     with pytest.raises(UserError, match="TorchFullyShardedDataParallel with cuda_graph_impl full_iteration"):
         refuse_fsdp(TorchFullyShardedDataParallel(), config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_impl transformer_engine"),
+        ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
+        ({"num_distributed_optimizer_instances": 2}, "num_distributed_optimizer_instances"),
+    ],
+)
+def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
+    changed: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    monkeypatch.setattr("megatron.core.package_info.MINOR", 19)
+
+    config = Namespace(
+        cuda_graph_impl="none",
+        overlap_moe_expert_parallel_comm=False,
+        num_moe_experts=None,
+        expert_model_parallel_size=1,
+        num_distributed_optimizer_instances=1,
+        data_parallel_sharding_strategy="optim",
+    )
+
+    class MegatronFSDP(nn.Module):
+        module = None
+
+    class FullyShardedDataParallel(nn.Module):
+        ddp_config = config
+        megatron_fsdp_dist_index = Namespace(get_fsdp_group=lambda **_: None)
+        module = MegatronFSDP()
+
+    refuse_fsdp(FullyShardedDataParallel(), config)
+    vars(config).update(changed)
+    with pytest.raises(UserError, match=f"FullyShardedDataParallel with {named} yet"):
+        refuse_fsdp(FullyShardedDataParallel(), config)
+    monkeypatch.setattr("megatron.core.package_info.MINOR", 18)
+    with pytest.raises(UserError, match="FullyShardedDataParallel with Megatron-Core before"):
+        refuse_fsdp(FullyShardedDataParallel(), config)
+
+
+def type_of_states_in_megatron_fsdp() -> str:
+    """What a method is told of the states of a model in bf16."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+    from megatron.core.transformer.module import Float16Module
+
+    model = build_model(bf16=True, params_dtype=torch.bfloat16)
+    shards = DistributedDataParallelConfig(use_megatron_fsdp=True, use_distributed_optimizer=True)
+    wrapped = FullyShardedDataParallel(model.config, shards, Float16Module(model.config, model))
+    assert next(wrapped.parameters()).dtype == torch.float32, "the optimizer's are in their place"
+    return str(place_of([model], lambda: 1).dtype)
+
+
+@pytest.mark.skipif(Version("0.19") > CORE, reason="Megatron-FSDP is refused")
+def test_a_method_is_told_the_type_of_states_and_not_of_the_optimizers_parameters() -> None:
+    assert run_function(type_of_states_in_megatron_fsdp) == ["torch.bfloat16"]
+
+
+def refusal_of_a_model_without_memory() -> str:
+    """How a method is refused whose parameter would be lost with the meta device."""
+    with pytest.raises(UserError) as caught:
+        prepare([build_model().to("meta")], [AttenuationConfig(learned=0.8)])
+    return str(caught.value)
+
+
+def test_a_parameter_that_the_meta_device_would_lose_is_refused() -> None:
+    (said,) = run_function(refusal_of_a_model_without_memory)
+    assert "--init-model-with-meta-device" in said and "--attenuation-learned 0.8" in said
+
+
+def refusal_in_megatron_fsdp(shards: str) -> str:
+    """How the step of a model is refused whose experts are each on one of two ranks; empty if it is right."""
+    layout = Layout(data=2, expert=2, model="moe", megatron_fsdp=shards)
+    try:
+        comparison = compare_step(layout)
+    except UserError as refused:
+        return str(refused)
+    return ", ".join(comparison.found.exceeds(comparison.limit))
+
+
+@pytest.mark.skipif(Version("0.19") > CORE, reason="Megatron-FSDP is refused")
+def test_experts_whose_gradients_megatron_fsdp_divides_too_often_or_clips_apart_are_refused() -> None:
+    for said in run_function(refusal_in_megatron_fsdp, 2, "optim_grads_params"):
+        assert "FullyShardedDataParallel with optim_grads_params and experts that one rank has each" in said
+    for said in run_function(refusal_in_megatron_fsdp, 2, "no_shard"):
+        assert "FullyShardedDataParallel with no_shard and expert_model_parallel_size" in said
 
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:

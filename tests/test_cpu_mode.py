@@ -423,7 +423,7 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--use-megatron-fsdp", "--apply-layernorm-1p"),
+        "--apply-layernorm-1p",
         *("--experimental-attention-variant dsa", "--experimental-attention-variant=gated_delta_net"),
     ],
 )

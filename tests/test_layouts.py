@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ITERATIONS
-from harness import read_scalars, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_ranks
 from reference_training import train
 
 COEFF, ALPHA = 0.5, 0.5
@@ -25,7 +25,6 @@ EVERY_LAYER = (
     "--recompute-num-layers",
     1,
 )
-
 LAYOUTS = {
     "TP1 x PP1": (1, ()),
     "TP2 x PP2": (4, (*TENSOR, *PIPELINE)),
@@ -33,6 +32,7 @@ LAYOUTS = {
     "CP2": (2, ("--context-parallel-size", 2)),
     "DP2 with the distributed optimizer": (2, ("--use-distributed-optimizer",)),
     "DP2 with FSDP2": (2, ("--use-torch-fsdp2",)),
+    "DP2 with Megatron-FSDP": (2, MEGATRON_FSDP),
     "PP2 with two virtual stages each": (2, (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1)),
     "PP2 with full recompute": (2, (*PIPELINE, *EVERY_LAYER)),
     "TP2 with per-token loss": (2, (*TENSOR, "--calculate-per-token-loss")),
@@ -49,7 +49,9 @@ def reference(initial_weights: Path, toy_steps: Any) -> Log:
 def megatron_log(
     toy_arguments: list[str], initial_weights: Path, folder: Path, world_size: int, *more: object
 ) -> Log:
-    start = ("--load", initial_weights, "--finetune", "--no-load-optim", "--no-load-rng")
+    start: tuple[object, ...] = ("--load", initial_weights, "--finetune", "--no-load-optim", "--no-load-rng")
+    if "--use-megatron-fsdp" in more:
+        start = ()  # it reads no such checkpoint; the seed gives the same weights
     run_ranks(
         [
             *(*toy_arguments, "--train-iters", ITERATIONS, *start, "--tensorboard-dir", folder),

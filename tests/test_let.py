@@ -58,6 +58,7 @@ LAYOUTS: dict[int, list[tuple[int, Layout]]] = {
         (2, Layout(model="moe", data=2, expert=2, distributed_optimizer=True)),
         (3, Layout(context=2, recompute="selective", **UNMASKED)),
         (2, Layout(data=2, fsdp=True)),
+        (2, Layout(data=2, megatron_fsdp="optim_grads_params")),
     ],
     4: [
         (3, Layout(**SHARDED, data=2, distributed_optimizer=True, recompute="uniform")),

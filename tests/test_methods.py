@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import read_scalars, run_function, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_function, run_ranks
 from test_attach import build_model, build_model_like, forward, step
 
 from jreg_megatron import (
@@ -311,8 +311,8 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(
     [
         (
             SlowQKConfig,
-            "multi_latent_attention attention_output_gate use_torch_fsdp2 optimizer_cpu_offload "
-            "use_precision_aware_optimizer",
+            "multi_latent_attention attention_output_gate use_torch_fsdp2 use_megatron_fsdp "
+            "optimizer_cpu_offload use_precision_aware_optimizer",
         ),
         (LETConfig, "reset_attention_mask reset_position_ids dataloader_inter_document_masking"),
         (LayerNormScalingConfig, "hybrid_layer_pattern mtp_num_layers fused_residual_rmsnorm"),
@@ -364,7 +364,7 @@ def kept(log: dict[str, list[float]]) -> list[list[float]]:
     return [log[f"attenuation/kept_layer_{layer:02}"] for layer in range(1, 5)]
 
 
-def test_learned_attenuation_is_trained_and_logged_as_on_one_rank_and_where_fsdp2_cuts_it(
+def test_learned_attenuation_is_trained_and_logged_as_on_one_rank_and_where_fsdp_cuts_it(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     flags = ("--attenuation-learned", 0.8, "--lr", 0.01, "--train-iters", 4)
@@ -377,7 +377,8 @@ def test_learned_attenuation_is_trained_and_logged_as_on_one_rank_and_where_fsdp
     assert all(of_layer[0] == pytest.approx(0.8) for of_layer in kept(whole)), "it starts where it is told"
     assert all(abs(of_layer[-1] - 0.8) > 1e-3 for of_layer in kept(whole)), "it is trained"
     assert whole["least residual kept"] == [min(of_step) for of_step in zip(*kept(whole), strict=True)]
-    for other in (trained("alone"), trained("cut", "--use-torch-fsdp2", ranks=2)):
+    cut = [trained(more[0], *more, ranks=2) for more in (("--use-torch-fsdp2",), MEGATRON_FSDP)]
+    for other in (trained("alone"), *cut):
         for ours, its in zip(kept(whole), kept(other), strict=True):
             assert its == pytest.approx(ours, abs=1e-5)
 

@@ -61,7 +61,7 @@ FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_la
 PER_VIRTUAL, VIRTUAL = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
 LAYOUT, SHARDED = "pipeline_model_parallel_layout", "use_distributed_optimizer"
-FSDP = "use_torch_fsdp2"
+FSDP, MEGATRON_FSDP = "use_torch_fsdp2", "use_megatron_fsdp"
 
 GOOD_CHANGES: list[dict[str, Any]] = [
     {},
@@ -92,6 +92,7 @@ GOOD_CHANGES: list[dict[str, Any]] = [
     {"num_experts": 2},
     {FSDP: True, "save": "out", "save_interval": 9, "no_save_optim": True, "load": "in", "finetune": True},
     {FSDP: True, "load": "in", "no_load_optim": True},
+    {MEGATRON_FSDP: True},
     {"vocab_size": 70_000},
     {"sft": True, "mock_data": False, "data_path": ["chats.jsonl"], "split": "1,0,0"},
     {"mock_data": False, "data_path": ["s3://bucket/text_document"]},
@@ -131,6 +132,9 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {FSDP: True, "save": "out", "save_interval": 9},
         ["--save is out with --use-torch-fsdp2", "give --no-save-optim to save"],
     ),
+    ({MEGATRON_FSDP: True, PP: 2, "world_size": 2}, ["-parallel-size is 2 with --use-megatron-fsdp"]),
+    ({MEGATRON_FSDP: True, "save": "out", "save_interval": 9}, ["--save is out with --use-megatron-fsdp"]),
+    ({MEGATRON_FSDP: True, "load": "in"}, ["--load is in with --use-megatron-fsdp", "leave --load out"]),
     ({FSDP: True, "load": "in"}, ["--load is in with --use-torch-fsdp2", "give --no-load-optim to load"]),
     (
         {FSDP: True, "load": "in", "finetune": True, "ckpt_format": "torch_dcp"},
@@ -276,6 +280,13 @@ def test_every_optimizer_of_megatrons_but_adam_and_sgd_needs_the_package(
             message = complaint(args_with(optimizer=name, bf16=True, **more))
             assert f"--optimizer is {name}, " in message and "pip install emerging-optimizers" in message
     check_arguments(args_with(optimizer="sgd"))
+
+
+def test_megatron_fsdp_needs_the_package_einops(
+    args_with: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    assert "--use-megatron-fsdp needs the package einops" in complaint(args_with(use_megatron_fsdp=True))
 
 
 def test_a_tree_with_an_optimizer_of_its_own_needs_no_package_for_it(

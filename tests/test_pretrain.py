@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import read_scalars, run_ranks
+from harness import MEGATRON_FSDP, read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
 from jreg_megatron.runtime.errors import megatrons_refusals
@@ -40,6 +40,19 @@ def test_with_coeff_zero_a_run_is_bit_identical_to_megatrons_own_loop(
     # It did measure.
     assert len(ours["jreg loss"]) == 5
     assert len(ours["jump rate validation"]) == len(ours["lm loss validation"])
+
+
+def test_with_coeff_zero_a_run_in_megatron_fsdp_is_bit_identical_to_megatrons_own_loop(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--train-iters", 4, "--eval-interval", 2, "--eval-iters", 1, "--bf16"]
+    argv += MEGATRON_FSDP
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "ours", "--jreg-coeff", 0], 2)
+    run_ranks([*argv, "--tensorboard-dir", tmp_path / "own"], 2, entry="unmodified_pretrain:main")
+    ours, own = read_scalars(tmp_path / "ours"), read_scalars(tmp_path / "own")
+    for tag in ("lm loss", "grad-norm", "lm loss validation"):
+        assert ours[tag] == own[tag], tag
+    assert len(ours["jump rate"]) == 4, "it measures"
 
 
 def test_stop_at_step_5_and_resume_is_bit_identical_to_a_run_that_did_not_stop(
@@ -341,8 +354,8 @@ MISTAKES = {
         "Megatron refuses the arguments: DeepEP dispatcher requires",
     ),
     "what Megatron refuses before it builds the model": (
-        ("--context-parallel-size", 2, "--hierarchical-context-parallel-sizes", 2, 1),
-        "Megatron refuses the arguments: .*einops is not installed",
+        ("--use-distributed-optimizer", "--num-distributed-optimizer-instances", 3),
+        "Megatron refuses the arguments: Data parallel size should be divisible by partial DistOpt shard",
     ),
     "post_norm without a last layer": (
         (*PIPELINE, "--pipeline-model-parallel-layout", "Etttt|L", "--jreg-final-state", "post_norm"),

@@ -11,7 +11,7 @@ FLAGS: tuple[str, ...] = tuple(
     --distributed-backend gloo --transformer-impl local --attention-backend unfused --use-cpu-initialization
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
     --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion
-    --cuda-graph-impl none --num-workers 0
+    --no-gradient-reduce-div-fusion --cuda-graph-impl none --num-workers 0
     """.split()
 )
 """Appended to the command line, where argparse lets the last value win."""
@@ -46,7 +46,6 @@ HYBRID_SPECS = (*_SPECS, _LOCAL_SPEC)
 """All specs of hybrid models whose attention and MLP are those of Megatron's ``GPTModel``."""
 
 _REFUSED: dict[str, str] = {
-    "--use-megatron-fsdp": "use --use-distributed-optimizer",
     "--apply-layernorm-1p": "leave it out",
     "--experimental-attention-variant": "leave it out",
 }

@@ -27,7 +27,9 @@ _METHODS = "new new_empty new_empty_strided new_full new_ones new_tensor new_zer
 
 
 def _on_cpu(device: Any) -> Any:
-    """``device``, or the CPU where it names a CUDA device."""
+    """``device``, or the CPU where it names a CUDA device, maybe by its number alone."""
+    if type(device) is int:
+        return _CPU
     if isinstance(device, torch.device):
         return _CPU if device.type == "cuda" else device
     if isinstance(device, str):
@@ -124,7 +126,7 @@ def install() -> None:
     memory = ("memory_allocated", "memory_reserved")
     answers: dict[str, Any] = {
         "device_count": lambda: 1,
-        "current_device": lambda: _CPU,
+        "current_device": lambda: 0,
         **{name: _no_op() for name in nothing},
         **dict.fromkeys(("Stream", "Event"), _Stream),
         **dict.fromkeys(("current_stream", "default_stream", "cudart"), lambda *_: _STREAM),

@@ -186,6 +186,8 @@ def _about_this_machine(options: argparse.Namespace) -> list[str]:
         lines.append(f"Not in use here, so not tested: {', '.join(absent)}")
     if not _has_hybrid_model():
         lines.append("Not in this Megatron-Core: HybridModel")
+    if not _runs_megatron_fsdp():
+        lines.append("Not tested without Megatron-Core 0.19 and the package einops: Megatron-FSDP")
     lines.append("Largest relative differences to the model in plain torch:")
     return lines
 
@@ -198,10 +200,17 @@ def _has_hybrid_model() -> bool:
     return True
 
 
+def _runs_megatron_fsdp() -> bool:
+    from jreg_megatron.stream.support import has_megatron_fsdp
+
+    return has_megatron_fsdp() and find_spec("einops") is not None
+
+
 def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> int:
     from jreg_megatron.selftest.compare import compare_step
 
     layouts = [layout for layout in layouts if layout.model != "hybrid" or _has_hybrid_model()]
+    layouts = [layout for layout in layouts if layout.megatron_fsdp == "none" or _runs_megatron_fsdp()]
     width = max(len(layout.name) for layout in layouts)
     _print(f"{'layout':{width}}  {'loss':>8}  {'gradient':>8}  {'allowed':>8}  seconds")
     passed, failed, captured, reasons = 0, 0, set(), []

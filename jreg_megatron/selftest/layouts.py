@@ -50,6 +50,8 @@ class Layout:
     distributed_optimizer: bool = False
     fsdp: bool = False
     """torch's FSDP2 in the place of Megatron's DistributedDataParallel."""
+    megatron_fsdp: str = "none"
+    """none, or what Megatron-FSDP shards: no_shard, optim, optim_grads or optim_grads_params."""
     num_microbatches: int = 2
     split: str = "even"
     """How layers are dealt out to pipeline stages: even, uneven (fewer on the first), embedding and loss
@@ -136,6 +138,7 @@ class Layout:
         words += ["SP"] * self.sequence_parallel
         words += ["distributed optimizer"] * self.distributed_optimizer
         words += ["FSDP2"] * self.fsdp
+        words += [f"Megatron-FSDP {self.megatron_fsdp}"] * (self.megatron_fsdp != "none")
         words += ["1 micro-batch"] * (self.num_microbatches == 1)
         words += [f"{self.num_microbatches} micro-batches"] * (self.num_microbatches > 2)
         words += [f"{self.split} split"] * (self.split != "even")
@@ -247,6 +250,28 @@ RULES = (
         lambda x: not x.fsdp or (x.pipeline == x.expert == 1 and not x.distributed_optimizer and not x.tied),
     ),
     _rule(
+        "megatron_fsdp fsdp pipeline distributed_optimizer graphs",
+        "Megatron-FSDP has its own optimizer and no pipeline, and is not compared in CUDA graphs",
+        lambda x: (
+            x.megatron_fsdp == "none"
+            or (x.pipeline == 1 and x.graphs == "none" and not (x.fsdp or x.distributed_optimizer))
+        ),
+    ),
+    _rule(
+        "megatron_fsdp expert tensor data context per_token_loss",
+        "Megatron-FSDP divides the gradients of experts that one rank has once more in each micro-batch",
+        lambda x: (
+            x.megatron_fsdp in ("none", "no_shard", "optim")
+            or x.per_token_loss
+            or not 1 < x.expert == x.tensor * x.data * x.context
+        ),
+    ),
+    _rule(
+        "megatron_fsdp expert",
+        "Megatron-FSDP no_shard clips gradients by the norm of each rank's own experts",
+        lambda x: x.megatron_fsdp != "no_shard" or x.expert == 1,
+    ),
+    _rule(
         "graphs recompute fsdp packed padded",
         "graphs are compared in models as most jobs run them",
         lambda x: (
@@ -342,6 +367,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"token_stride": 4, "recompute": "selective"},
     {"model": "moe", "expert": 2},
     {"fsdp": True},
+    {"megatron_fsdp": "optim_grads_params"},
     {"recompute": "uniform", "masked": True, "tokens": "unmasked"},
     {"per_token_loss": True, "masked": True},
     {"virtual": 2, "num_microbatches": 4},
@@ -436,7 +462,8 @@ def layouts_for(
     def allowed(cut: dict[str, int], mode: dict[str, Any]) -> Layout | None:
         values = {"num_microbatches": 2 if cut["data"] < BATCH else 1, **cut, **mode}
         values["sequence_parallel"] = cut["tensor"] > 1
-        values["distributed_optimizer"] = cut["data"] * cut["context"] > 1 and not mode.get("fsdp")
+        is_shared = cut["data"] * cut["context"] > 1
+        values["distributed_optimizer"] = is_shared and not {"fsdp", "megatron_fsdp"} & mode.keys()
         if expert and expert > 1:
             values = {
                 "model": "moe",

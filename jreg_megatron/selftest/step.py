@@ -370,6 +370,16 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
         return [
             TorchFullyShardedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in halved
         ]
+    if layout.megatron_fsdp != "none":
+        from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+
+        shards = DistributedDataParallelConfig(
+            use_megatron_fsdp=True,
+            use_distributed_optimizer=True,
+            data_parallel_sharding_strategy=layout.megatron_fsdp,
+            gradient_reduce_div_fusion=dist.get_backend() == "nccl",  # gloo does not know it
+        )
+        return [FullyShardedDataParallel(config, shards, chunk) for chunk in halved]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
     )
@@ -420,11 +430,11 @@ def _packed_parameters(layout: Layout, tokens: Tensor) -> Any:
 
 
 def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
-    """The gradient of every parameter by its chunk's number and its name, whole where optimizers or FSDP2
-    leave each rank with a shard."""
+    """The gradient of every parameter by its chunk's number and its name, whole where optimizers, FSDP2 or
+    Megatron-FSDP leave each rank with a shard."""
     for model in wrapped:
         ddp: Any = model
-        if not ddp.ddp_config.use_distributed_optimizer:
+        if ddp.ddp_config.use_megatron_fsdp or not ddp.ddp_config.use_distributed_optimizer:
             continue
         for buffer in ddp.buffers + ddp.expert_parallel_buffers:
             group = buffer.data_parallel_group
@@ -433,6 +443,8 @@ def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
     def gradient(parameter: Any) -> Tensor:
+        if hasattr(parameter, "megatron_fsdp_dist_index"):
+            return _whole(parameter)
         whole: Tensor = (
             parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad.full_tensor()
         )
@@ -443,6 +455,18 @@ def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
         for number, model in enumerate(wrapped)
         for name, parameter in unwrap(model).named_parameters()
     }
+
+
+def _whole(parameter: Any) -> Tensor:
+    """The gradient of a parameter in Megatron-FSDP, of which each rank has some rows, or all, or none."""
+    rows: Tensor | None = None if parameter.grad is None else parameter.grad.to_local()
+    if parameter.placements[0].is_replicate():
+        assert rows is not None
+        return rows
+    group = parameter.device_mesh.get_group(0)
+    pieces: list[Tensor | None] = [None] * group.size()
+    dist.all_gather_object(pieces, None if rows is None else rows.cpu(), group=group)
+    return torch.cat([piece for piece in pieces if piece is not None]).to(parameter.device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -376,6 +376,11 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
                 f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
             )
         for of_one in changing:
+            if of_one.added_parameters and any(parameter.is_meta for parameter in chunk.parameters()):
+                raise UserError(
+                    f"{of_one.as_flags()} gives the model parameters, whose first values would be lost with "
+                    "--init-model-with-meta-device; leave one of the two out"
+                )
             of_one.prepare(chunk)
         setattr(chunk, _PREPARED, changing)
     return chunks
@@ -553,7 +558,9 @@ def place_of(
 ) -> Place:
     """What a method is told of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
     config: Any = chunks[0].config
-    dtype = next((p.dtype for chunk in chunks for p in chunk.parameters()), config.params_dtype)
+    # Megatron-FSDP has the optimizer's float32 parameters in the place of the model's own between steps.
+    own = (getattr(p, "orig_param", p) for chunk in chunks for p in chunk.parameters())
+    dtype = next((p.dtype for p in own), config.params_dtype)
     return Place(
         chunks=chunks,
         layer_numbers=tuple(layer.number for chunk in chunks for layer in residual_layers(chunk)),

@@ -18,6 +18,7 @@ LAYER_NOT_SEEN = (
     "the input of recomputed layers. The run is stopped; correct that, or train without jreg_megatron"
 )
 
+_NOT_COMPARED = "no run of it has been compared with the reference"
 
 REFUSED = {
     overlap.SETTING: "layers then run on two CUDA streams, and no GPU has been compared",
@@ -26,7 +27,6 @@ REFUSED = {
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
     "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
-    "use_megatron_fsdp": "no run of it has been compared with the reference",
     "use_torch_fsdp2 with calculate_per_token_loss": "Megatron divides none of its gradients by the tokens",
     **dict.fromkeys(
         (
@@ -47,7 +47,8 @@ REFUSED = {
 _REFUSED_IN_FULL_GRAPHS = {
     "fp16": "Megatron's loss scale is another tensor after each change, which a graph does not see",
     "step_batch_size_schedule": "a graph has the micro-batches of its capture",
-    "use_torch_fsdp2": "no run of it has been compared with the reference",
+    "use_torch_fsdp2": _NOT_COMPARED,
+    "use_megatron_fsdp": _NOT_COMPARED,
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
 
@@ -55,7 +56,7 @@ _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
     **dict.fromkeys(
         ("cuda_graph_impl", "use_megatron_fsdp", "moe_expert_rank_capacity_factor"),
-        "no run of both has been compared with the reference",
+        _NOT_COMPARED,
     ),
 }
 """What is not supported beside ``overlap_moe_expert_parallel_comm``."""
@@ -192,8 +193,8 @@ def plain_layers(chunk: nn.Module, name: str) -> list[tuple[int, Any]]:
 
 
 def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
-    """Refuse a model chunk in Megatron-FSDP, and one in torch's FSDP2 whose gradients nothing scales or that
-    is in a CUDA graph of the iteration; the model's config does not say how it is wrapped.
+    """Refuse a model chunk in an FSDP that is not known, and what has not been shown to be right in torch's
+    FSDP2 or in Megatron-FSDP; the model's config does not say how it is wrapped.
 
     Raises:
         UserError: naming the wrapper.
@@ -201,20 +202,77 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
     wrapper: Any = chunk
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
-        is_torchs = name == "TorchFullyShardedDataParallel"
-        if is_torchs and getattr(config, "calculate_per_token_loss", False):
+        inner: Any = getattr(wrapper, "module", None)
+        if name == "TorchFullyShardedDataParallel":
+            refused = _refused_in_fsdp2(config)
+        elif type(inner).__name__ == "MegatronFSDP" and hasattr(wrapper, "megatron_fsdp_dist_index"):
+            refused, inner = _refused_in_megatron_fsdp(wrapper, config), inner.module
+        elif "FullyShard" in name or name == "MegatronFSDP":
             raise UserError(
-                f"jreg_megatron does not support calculate_per_token_loss with {name}, whose gradients "
-                "Megatron does not divide by the number of tokens; turn it off"
+                f"jreg_megatron does not support a model in {name} yet; use Megatron's own wrappers: "
+                "DistributedDataParallel with the distributed optimizer, torch's FSDP2 or Megatron-FSDP"
             )
-        if is_torchs and getattr(config, "cuda_graph_impl", "none") == "full_iteration":
-            raise UserError(
-                f"jreg_megatron does not support {name} with cuda_graph_impl full_iteration yet, since no "
-                "run of it has been compared with the reference; leave one of the two out"
-            )
-        if not is_torchs and ("FullyShard" in name or name == "MegatronFSDP"):
-            raise UserError(
-                f"jreg_megatron does not support a model in {name} yet; use Megatron's "
-                "DistributedDataParallel with the distributed optimizer, or torch's FSDP2"
-            )
-        wrapper = getattr(wrapper, "module", None)
+        else:
+            refused = {}
+        for what, (is_so, reason) in refused.items():
+            if is_so:
+                raise UserError(
+                    f"jreg_megatron does not support {name} with {what} yet, since {reason}; leave one of "
+                    "the two out"
+                )
+        wrapper = inner
+
+
+_Refused = dict[str, tuple[bool, str]]
+"""By name: whether the model has it, and why it is not supported."""
+
+
+def _refused_in_fsdp2(config: Any) -> _Refused:
+    name = "use_torch_fsdp2 with calculate_per_token_loss"
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    return {
+        "calculate_per_token_loss": (getattr(config, "calculate_per_token_loss", False), REFUSED[name]),
+        f"cuda_graph_impl {graphs}": (graphs == "full_iteration", _NOT_COMPARED),
+    }
+
+
+def has_megatron_fsdp() -> bool:
+    """Whether the Megatron-FSDP of this Megatron-Core is supported."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (MAJOR, MINOR) >= (0, 19)
+
+
+def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
+    if not has_megatron_fsdp():
+        return {"Megatron-Core before 0.19": (True, "it calls the model's forward without its hooks")}
+    graphs = config.cuda_graph_impl
+    ddp, index = wrapper.ddp_config, wrapper.megatron_fsdp_dist_index
+    strategy = ddp.data_parallel_sharding_strategy
+    ranks, of_experts = (
+        1 if group is None else group.size()
+        for group in (index.get_fsdp_group(), index.get_fsdp_group(is_expert_parallel=True))
+    )
+    is_scaled_often = (
+        bool(config.num_moe_experts)
+        and ranks > of_experts == 1
+        and strategy in ("optim_grads", "optim_grads_params")
+        and not config.calculate_per_token_loss
+    )
+    return {
+        f"cuda_graph_impl {graphs}": (graphs != "none", _NOT_COMPARED),
+        "overlap_moe_expert_parallel_comm": (config.overlap_moe_expert_parallel_comm, _NOT_COMPARED),
+        "moe_expert_rank_capacity_factor": (
+            config.moe_expert_rank_capacity_factor is not None,
+            _NOT_COMPARED,
+        ),
+        "num_distributed_optimizer_instances": (ddp.num_distributed_optimizer_instances > 1, _NOT_COMPARED),
+        f"{strategy} and expert_model_parallel_size": (
+            strategy == "no_shard" and config.expert_model_parallel_size > 1,
+            "each rank then clips gradients by the norm of its own experts",
+        ),
+        f"{strategy} and experts that one rank has each": (
+            is_scaled_often,
+            "Megatron divides their gradients by the data-parallel size once more in each micro-batch",
+        ),
+    }

@@ -63,6 +63,24 @@ _RESUMING_FSDP2: Refusals = {
 }
 
 
+# Its save waits forever where a rank has no row of some weight, and so no moments of it; seen on a CPU.
+# Without the optimizer Megatron ends with "does not implement a model-to-main parameter update" as it loads.
+_NO_CHECKPOINTS = (
+    "--{0} is {{{0}}} with --use-megatron-fsdp, whose optimizer Megatron 0.19 may hang on, and without "
+    "which it loads no weights; leave --{0} out, or give --use-distributed-optimizer instead of "
+    "--use-megatron-fsdp"
+)
+_MEGATRON_FSDP: Refusals = {
+    "--use-megatron-fsdp needs the package einops; pip install einops": lambda _: find_spec("einops") is None,
+    "--pipeline-model-parallel-size is {pipeline_model_parallel_size} with --use-megatron-fsdp, which "
+    "Megatron 0.19 does not lay over pipeline stages; leave one of the two out": lambda args: (
+        args.pipeline_model_parallel_size > 1
+    ),
+    _NO_CHECKPOINTS.format("save"): lambda args: args.save,
+    _NO_CHECKPOINTS.format("load"): lambda args: args.load,
+}
+
+
 def combination(args: Namespace) -> None:
     if args.optimizer == "sgd" and args.use_distributed_optimizer:
         raise UserError(
@@ -73,9 +91,11 @@ def combination(args: Namespace) -> None:
 
 
 def resuming(args: Namespace) -> None:
-    """Refuse to save or load the optimizer's state with FSDP2."""
+    """Refuse to save or load the optimizer's state with FSDP2, and what does not run with Megatron-FSDP."""
     if args.use_torch_fsdp2 and not args.skip_train:
         refuse(args, _RESUMING_FSDP2)
+    if args.use_megatron_fsdp:
+        refuse(args, _MEGATRON_FSDP)
 
 
 def _is_megatron_0_19() -> bool:

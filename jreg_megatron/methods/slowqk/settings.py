@@ -39,7 +39,7 @@ class SlowQKConfig(Settings):
         "attention_output_gate": "its queries lie among gates in one weight",
         "use_precision_aware_optimizer": "the weights that are updated are inside of the optimizer",
         "optimizer_cpu_offload": "the weights that are updated are copies on the host",
-        "use_torch_fsdp2": "each rank has other rows of a weight",
+        **dict.fromkeys(("use_torch_fsdp2", "use_megatron_fsdp"), "each rank has other rows of a weight"),
     }
 
     multiplier: float = setting(

@@ -41,8 +41,8 @@ class SlowQK(Method):
                 continue
             if hasattr(weight, "full_tensor"):
                 raise UserError(
-                    f"{settings.name} does not support weights in torch's FSDP2, where each rank has other "
-                    "rows of a weight; leave one of the two out"
+                    f"{settings.name} does not support weights in FSDP, where each rank has other rows of a "
+                    "weight; leave one of the two out"
                 )
             self._rows[weight] = rows_of_q_and_k(attention, settings.name)
             self._found.append(layer.number)
