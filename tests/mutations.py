@@ -435,7 +435,7 @@ FAULTS = [
         "take the taps off layers that the next step needs",
         "stream/tap.py",
         (("tap.put_on() if is_needed else tap.take_off()", "is_needed or tap.take_off()"),),
-        ("tests/test_attach.py", "tests/test_methods.py"),
+        ("tests/test_attach.py", "-k", "does_not_measure"),
     ),
     Fault(
         "attenuate in the runs that count alone",
@@ -542,7 +542,7 @@ FAULTS = [
         "forget where a shard of the optimizer begins",
         "methods/slowqk/slowqk.py",
         (("""["param"].start""", """["param"].start * 0"""),),
-        ("tests/test_slowqk.py",),
+        ("tests/test_slowqk.py", "-k", "DP4"),
     ),
     Fault(
         "begin to rise an iteration early",

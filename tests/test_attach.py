@@ -125,7 +125,8 @@ def works_where_there_is_work(recompute: str) -> None:
     config = JRegConfig(coeff=1.0, alpha=20.0, measure_interval=10)
     handle = attach(model, config, num_microbatches=1, iteration=lambda: now["iteration"])
     assert "gradient in 1 of them" in handle.describe()
-    for iteration, in_forward in ((9, []), (10, ["displacement"])):
+    for iteration in (9, 10, 11, 20):
+        in_forward = ["displacement"] if iteration % 10 == 0 else []
         now["iteration"] = iteration
         called.clear()
         loss = forward(model)
@@ -133,6 +134,7 @@ def works_where_there_is_work(recompute: str) -> None:
         assert called == (in_forward if recompute == "none" else []), iteration
         loss.backward()
         assert sorted(called) == [*in_forward, "gradients"], iteration
+        handle.end_iteration(iteration, is_interval_end=False)
     assert handle.reduce_training_metrics() is not None
     handle.detach()
     handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0, negligible_weight=0.0), num_microbatches=1)
@@ -522,6 +524,7 @@ def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None
         ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_impl transformer_engine"),
         ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
         ({"num_distributed_optimizer_instances": 2}, "num_distributed_optimizer_instances"),
+        ({"moe_expert_rank_capacity_factor": 1.5}, "moe_expert_rank_capacity_factor"),
     ],
 )
 def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
@@ -534,6 +537,7 @@ def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
     config = Namespace(
         cuda_graph_impl="none",
         overlap_moe_expert_parallel_comm=False,
+        moe_expert_rank_capacity_factor=None,
         num_moe_experts=None,
         expert_model_parallel_size=1,
         num_distributed_optimizer_instances=1,

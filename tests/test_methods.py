@@ -63,12 +63,20 @@ def attenuates_in_every_run(recompute: str) -> None:
         model(tokens, positions, None)
         torch.testing.assert_close(states[1], h_1 - 0.7 * h_0)
     model.train()
-    states.clear()
-    forward(model).backward()
-    runs = [at for at, state in enumerate(states) if torch.equal(state, h_0)]
-    assert len(runs) == (1 if recompute == "none" else 2), "the first layer ran again"
-    for at in runs:
-        torch.testing.assert_close(states[at + 1].detach(), h_1 - 0.7 * h_0)
+    for iteration in (1, 2):  # in the first step all layers are looked at
+        states.clear()
+        forward(model).backward()
+        runs = [at for at, state in enumerate(states) if torch.equal(state, h_0)]
+        assert len(runs) == (1 if recompute == "none" else 2), "the first layer ran again"
+        for at in runs:
+            torch.testing.assert_close(states[at + 1].detach(), h_1 - 0.7 * h_0)
+        handle.end_iteration(iteration)
+    for is_training in (True, False):
+        model.train(is_training)
+        states.clear()
+        with torch.no_grad():
+            model(tokens, positions, None)
+        torch.testing.assert_close(states[1], h_1 - 0.7 * h_0)
     handle.detach()
     states.clear()
     with torch.no_grad():

@@ -24,6 +24,8 @@ TENSOR, DISTRIBUTED = ("--tensor-model-parallel-size", 2), ("--use-distributed-o
 LAYOUTS = {
     "one rank": (1, ()),
     "TP2 with SP and DP2 with the distributed optimizer": (4, (*TENSOR, "--sequence-parallel", *DISTRIBUTED)),
+    # The shard of a rank begins within a weight.
+    "DP4 with the distributed optimizer": (4, DISTRIBUTED),
     "PP2 with two virtual stages each": (
         2,
         ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
