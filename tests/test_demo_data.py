@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from jreg_megatron.demo import __main__ as demo_command
 from jreg_megatron.demo import data
 from jreg_megatron.demo.data import DemoData, prepare
 from jreg_megatron.demo.training import METHOD_FLAGS
@@ -250,3 +251,17 @@ def test_the_methods_flags_of_the_demo_are_known_and_turn_each_on() -> None:
     for name, flags in METHOD_FLAGS.items():
         (settings,) = known.settings_in(parser.parse_args(flags.format(hold=4).split()))
         assert settings.prefix == name
+
+
+def test_a_folder_that_is_no_run_of_the_demo_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "teacher/weights.bin"
+    kept.parent.mkdir()
+    kept.touch()
+    monkeypatch.setattr("sys.argv", ["demo", "--method", "let", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        demo_command.main()
+    assert ended.value.code == 2
+    assert kept.exists()
+    assert f"--output is {tmp_path}, where teacher is no run of the demo" in capsys.readouterr().err

@@ -416,6 +416,10 @@ def test_a_damaged_teacher_is_refused_by_what_is_wrong_before_it_is_loaded(tmp_p
     weights.write_bytes(whole)
     config.write_text(json.dumps(known | {"num_hidden_layers": 5, "layer_types": None}))
     assert "lack layers.4." in said()
+    config.write_text(json.dumps(known | {"num_hidden_layers": 1, "layer_types": None}))
+    assert "layers.1.input_layernorm.weight, which its config.json does not have" in said()
+    config.write_text(json.dumps(known | {"intermediate_size": known["intermediate_size"] + 4}))
+    assert "mlp.down_proj.weight of size [" in said()
     config.write_text("{")
     assert "cannot be loaded (" in said() and "\n" not in said()
 

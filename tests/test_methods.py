@@ -293,7 +293,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
         (AttenuationConfig, "learned", (1.0, 0, 1 - 1e-9)),
         (SlowQKConfig, "multiplier", (1.5, -0.1)),
         (SlowQKConfig, "share", (0, 1.1)),
-        (SlowQKConfig, "hold_iterations", (None, -1)),
+        (SlowQKConfig, "hold_iterations", (None, -1, 0)),
         (SlowQKConfig, "ramp_iterations", (0.5,)),
         (LETConfig, "teacher", (None, "")),
         (LETConfig, "coeff", (-1, float("nan"))),

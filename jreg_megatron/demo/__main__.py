@@ -22,7 +22,7 @@ from jreg_megatron.demo.training import (
     teach,
     train_all,
 )
-from jreg_megatron.runtime.errors import user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--also", type=lambda_and_alpha, metavar="LAMBDA:ALPHA", help=also, **several)
     method = f"a run with another method too, without JREG: {', '.join(METHOD_FLAGS)}"
     parser.add_argument("--method", choices=METHOD_FLAGS, metavar="NAME", help=method, **several)
-    with user_errors_exit():
+    with user_errors_exit("the next start trains all runs again"):
         _demo(parser.parse_args())
 
 
@@ -69,6 +69,15 @@ def _demo(args: Namespace) -> None:
     for name in dict.fromkeys(args.method):
         flags = method_flags(METHOD_FLAGS[name], args.iterations, teacher.exported)
         runs.append(Run(name, args.iterations, args.output / name, flags=(*FLAGS, *flags)))
+    marks = {run.folder: run.log for run in runs}
+    if "let" in args.method:
+        marks |= {teacher.folder: teacher.log, teacher.exported: teacher.exported.with_suffix(".log")}
+    for folder, mark in marks.items():
+        if folder.exists() and not mark.exists():
+            raise UserError(
+                f"--output is {args.output}, where {folder.name} is no run of the demo, as {mark.name} is "
+                "missing; name another"
+            )
     data = prepare(args.data)
     print(
         f"Data: {'reused' if data.reused else 'made'} {data.train_tokens:,} training and "
@@ -76,8 +85,7 @@ def _demo(args: Namespace) -> None:
     )
     for file in (summary, picture):
         file.unlink(missing_ok=True)
-    folders = [run.folder for run in runs] + [teacher.folder, teacher.exported] * ("let" in args.method)
-    for earlier in filter(Path.exists, folders):
+    for earlier in filter(Path.exists, marks):
         print(f"Removed the earlier run {earlier}")
         shutil.rmtree(earlier)
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need
 
 _FLAG = LETConfig.flag("teacher")
+_NUMBER = re.compile(r"\d+")
 _LENGTH = 8
 """Tokens of the run that shows whether the model looks ahead."""
 _MOVED = 1e-5
@@ -63,19 +65,33 @@ def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
     with errors_alone("transformers"), torch.random.fork_rng(devices=[]):
         transformers.utils.logging.disable_progress_bar()
         try:
+            how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = transformers.AutoModel.from_pretrained(
-                folder, dtype=dtype, device_map=device, local_files_only=True, output_loading_info=True
+                folder, dtype=dtype, device_map=device, **how
             )
         except Exception as error:
             raise UserError(
                 f"{_FLAG} {folder} cannot be loaded ({one_line(error)[:300]}); give the folder of a whole "
                 "model"
             ) from error
-    if missing := sorted(map(str, info["missing_keys"])):
-        raise UserError(
-            f"the files of {_FLAG} {folder} lack {missing[0]}, which its config.json needs; give the folder "
-            "of a whole model"
-        )
+    kinds = {_NUMBER.sub("#", name) for name in model.state_dict()}
+    for what, names in (
+        ("lack {}, which its config.json needs", info["missing_keys"]),
+        (
+            "hold {0[0]} of size {0[1]}, and its config.json needs {0[2]}",
+            [(name, [*held], [*needed]) for name, held, needed in info["mismatched_keys"]],
+        ),
+        # A head is not needed here, but another layer is.
+        (
+            "hold {}, which its config.json does not have",
+            [name for name in info["unexpected_keys"] if _NUMBER.sub("#", name).endswith(tuple(kinds))],
+        ),
+    ):
+        if names:
+            raise UserError(
+                f"the files of {_FLAG} {folder} {what.format(min(names, key=str))}; give the folder of a "
+                "whole causal language model"
+            )
     return model.eval().requires_grad_(False)
 
 

@@ -74,6 +74,8 @@ class SlowQKConfig(Settings):
         self.require("hold_iterations", hold, is_integer(hold) and hold >= 0, what)  # type: ignore[operator]
         allowed = ramp is None or (is_integer(ramp) and ramp >= 0)
         self.require("ramp_iterations", ramp, allowed, "a whole number >= 0, or left out")
+        allowed = hold != 0 or bool(ramp)
+        self.require("hold_iterations", hold, allowed, "above 0, or else ramp_iterations given and above 0")
 
     @property
     def has_schedule(self) -> bool:
