@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,6 +135,12 @@ def refuses_graphs() -> None:
         )
         with pytest.raises(UserError, match=named):
             attach(model, *settings, num_microbatches=1, iteration=lambda: 1)
+    vars(model.config).update(OF_LAYERS)
+    with (
+        mock.patch("megatron.core.package_info.MINOR", 18),
+        pytest.raises(UserError, match="transformer_engine with Megatron-Core"),
+    ):
+        attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
 
 
 def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:

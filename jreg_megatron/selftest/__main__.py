@@ -201,9 +201,9 @@ def _has_hybrid_model() -> bool:
 
 
 def _runs_megatron_fsdp() -> bool:
-    from jreg_megatron.stream.support import has_megatron_fsdp
+    from jreg_megatron.stream.support import is_since_0_19
 
-    return has_megatron_fsdp() and find_spec("einops") is not None
+    return is_since_0_19() and find_spec("einops") is not None
 
 
 def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> int:

@@ -18,25 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from jreg_megatron.runtime.errors import UserError
-
 SETTING = "overlap_moe_expert_parallel_comm"
-
-
-def refuse_other_plans() -> None:
-    """Refuse Megatron-Core before 0.19, whose plans cut a layer elsewhere.
-
-    Raises:
-        UserError: with the installed one.
-    """
-    from megatron.core import __version__
-    from megatron.core.models.common.model_chunk_schedule_plan import TransformerLayerSchedulePlan
-
-    if not hasattr(TransformerLayerSchedulePlan, "pre_dispatch_computation"):
-        raise UserError(
-            f"jreg_megatron supports {SETTING} with Megatron-Core 0.19 or later alone, and this is "
-            f"{__version__}; take it, or turn {SETTING} off"
-        )
 
 
 def on_passes(

@@ -122,7 +122,7 @@ def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> 
 
 def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
     """Refuse what has not been compared within the overlapped schedule for experts, or cannot be in it."""
-    overlap.refuse_other_plans()
+    _refuse_before_0_19(overlap.SETTING)
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
         if (value := getattr(model_config, name, None)) and value not in ("none", "transformer_engine"):
@@ -134,13 +134,23 @@ def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) ->
         )
 
 
+def is_since_0_19() -> bool:
+    """Whether Megatron-Core is new enough for its graphs, overlapped experts and Megatron-FSDP."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (MAJOR, MINOR) >= (0, 19)
+
+
+def _refuse_before_0_19(name: str) -> None:
+    if not is_since_0_19():
+        raise UserError(
+            f"jreg_megatron supports {name} with Megatron-Core 0.19 or later alone; take it, or turn this off"
+        )
+
+
 def _refuse_graphs(model_config: Any) -> None:
     """Refuse CUDA graphs where the first step could not be checked."""
-    if not hasattr(model_config, "cuda_graph_modules"):
-        raise UserError(
-            f"jreg_megatron supports cuda_graph_impl {model_config.cuda_graph_impl} with Megatron-Core 0.19 "
-            "or later alone; take it, or turn the graphs off"
-        )
+    _refuse_before_0_19(f"cuda_graph_impl {model_config.cuda_graph_impl}")
     if getattr(model_config, "fine_grained_activation_offloading", False):
         raise UserError(
             "jreg_megatron does not support fine_grained_activation_offloading with cuda_graph_impl "
@@ -236,15 +246,8 @@ def _refused_in_fsdp2(config: Any) -> _Refused:
     }
 
 
-def has_megatron_fsdp() -> bool:
-    """Whether the Megatron-FSDP of this Megatron-Core is supported."""
-    from megatron.core.package_info import MAJOR, MINOR
-
-    return (MAJOR, MINOR) >= (0, 19)
-
-
 def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
-    if not has_megatron_fsdp():
+    if not is_since_0_19():
         return {"Megatron-Core before 0.19": (True, "it calls the model's forward without its hooks")}
     graphs = config.cuda_graph_impl
     ddp, index = wrapper.ddp_config, wrapper.megatron_fsdp_dist_index
