@@ -1884,6 +1884,12 @@ FAULTS = [
         DEPTH,
     ),
     Fault(
+        "give the depth of states that overflow",
+        "evaluate/depth.py",
+        (("refuse_not_finite(decoder, torch.cat(", "(decoder, torch.cat("),),
+        ("tests/test_depth.py", "-k", "overflow or no_layer_is_read"),
+    ),
+    Fault(
         "take the module that runs first for attention",
         "measure/depth.py",
         (("if mixes(one) and (is_given or not mixes(other)):", "if True:"),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -345,6 +346,34 @@ def test_depth_of_an_evaluation_is_in_table_json_and_csv(
     later = entry["depth"]["skip"]["later_mean"][1]
     assert later[:2] == [None, None] and float(rows["2", "skip_later_mean_3"]["value"]) == later[2]
     assert entry["read_out"] is None
+
+
+def test_states_that_overflow_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
+        model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
+    model.save_pretrained(tmp_path / "model")
+    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth", "--dtype", "float16"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate_main([str(word) for word in (*words, "--quiet", "--json", tmp_path / "o.json")])
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert "model gives states or logits that are not finite with torch.float16; give" in printed.err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_probabilities_that_are_no_numbers_are_refused_where_no_layer_is_read_out() -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    decoder = replace(decoder_of(model, None, name="small", source="small"), head=None)
+    with pytest.raises(UserError, match="small gives states or logits that are not finite"):
+        depth(decoder, documents(20), Namespace(max_tokens=0, batch_size=2, quiet=True))
 
 
 def smollm2() -> Path:
