@@ -82,6 +82,7 @@ STATES = tuple(
     )
 )
 REPORT = ("tests/test_report.py",)
+REPORT_JOINS = ("tests/test_report_joins.py", "-k", "figure_of_depth")
 EVALUATE = ("tests/test_evaluate.py",)
 PAPER = ("tests/test_paper.py",)
 PAPER_TASKS = (
@@ -1058,6 +1059,18 @@ FAULTS = [
         "report/figures.py",
         (("for label, entry in entries if STATES[1] not in entry.states)", "for label, entry in ())"),),
         REPORT,
+    ),
+    Fault(
+        "draw the depth of models that read different texts without a word",
+        "report/figures.py",
+        (("        other, convention = _about([*measured.items()]", "        _about([*measured.items()]"),),
+        REPORT_JOINS,
+    ),
+    Fault(
+        "draw each model's depth with its own choice of the first token",
+        "report/inputs.py",
+        (("getattr(self.blocks[part], name)", "getattr(self.blocks[self.first_token], name)"),),
+        REPORT_JOINS,
     ),
     Fault(
         "let random weights pass where the files hold none",

@@ -171,10 +171,10 @@ class Measured(Origin):
         return self.with_first_token.states
 
     def by_layer(self, what: str) -> dict[int, float | None]:
-        """A number of the use of depth, such as ``measured.void_share``, by layer; empty if it is not
-        known."""
+        """A number of the use of depth, such as ``kept.void_share`` with the first token or
+        ``dropped.void_share``, by layer; empty if it is not known."""
         part, _, name = what.partition(".")
-        found = getattr(self.blocks[self.first_token], name) if part == "measured" else {}
+        found = getattr(self.blocks[part], name) if part in self.blocks else {}
         values = found.get(STATES[0]) or []
         return dict(enumerate(values, start=self.num_layers + 1 - len(values)))
 
