@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -207,6 +208,17 @@ def test_a_model_without_a_state_between_attention_and_mlp_has_the_rest(
     assert "layer 1 of " in capsys.readouterr().err
     assert all(measured[name]["pre_norm"] is None for name in formulas.CONTRIBUTIONS)
     assert measured["void_share"]["pre_norm"] and measured["curvature"]["pre_norm"]
+
+
+def test_entropy_is_0_for_equal_states_not_for_a_line_and_a_step_straight_back_bends_by_nothing() -> None:
+    direction = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0, 1.0, -0.5])
+    equal, line = direction.repeat(6, 1), torch.tensor([[1.0], [2], [3], [10], [11], [12]]) * direction
+    assert float(formulas.matrix_entropy(equal)) == pytest.approx(0, abs=1e-6)
+    assert float(formulas.matrix_entropy(line)) == pytest.approx(math.log(2) / math.log(6))
+    corners = torch.eye(4) * direction[:4]
+    assert float(formulas.matrix_entropy(corners - corners.mean(dim=0))) > 0.95
+    back_and_forth = torch.stack((direction, direction.flip(0))).repeat(3, 1)
+    assert float(formulas.curvature(back_and_forth)) == pytest.approx(0, abs=1e-6)
 
 
 def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

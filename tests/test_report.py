@@ -153,6 +153,9 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
         *("depth_voids", "depth_contributions", "depth_cosines", "depth_entropy", "depth_curvature"),
         *("depth_kl", "depth_top5", "depth_alignment", "depth_skipping"),
     ]
+    said = Path("report.html").read_text()
+    assert "1 if they are spread evenly over all directions. States on a line may have more than 0" in said
+    assert "arccos of the absolute cosine, in [0, π/2]. A step straight back counts as 0." in said
     added = page.table("How much attention and MLP add")
     assert added[0] == ["layer", "baseline, attention", "baseline, MLP", "baseline, both"]
     assert [float(cell) for cell in added[2][1:]] == pytest.approx([1 / 90, -1 / 90, -3 / 90], rel=1e-3)

@@ -362,15 +362,18 @@ _CURVES = (
         "depth_entropy",
         "{first}.matrix_entropy",
         "How many directions the states take",
-        "Matrix entropy of a sequence's states behind each layer: 0 if they lie in one direction, 1 if they "
-        "are spread over all. Layer 0 is the embedding.",
+        "Matrix entropy of a sequence's states behind each layer, less their mean: 0 if all are equal, 1 if "
+        "they are spread evenly over all directions. States on a line may have more than 0, since entries of "
+        "the Gram matrix below 0 count as 0. Layer 0 is the embedding.",
         (LAYER, Axis("matrix entropy")),
     ),
     (
         "depth_curvature",
         "{first}.curvature",
         "How sharply the states turn from token to token",
-        "Mean angle between the steps from one token's state to the next one's. Layer 0 is the embedding.",
+        "Mean angle of the steps from one token's state to the next one's, as lines: arccos of the absolute "
+        "cosine, in [0, π/2]. A step straight back counts as 0. The states are centred and of norm 1. "
+        "Layer 0 is the embedding.",
         (LAYER, Axis("curvature (radians)")),
     ),
     (
