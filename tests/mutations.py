@@ -2363,6 +2363,24 @@ FAULTS = [
         ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",),
     ),
     Fault(
+        "take any number for a cosine, an angle or a share",
+        "report/inputs.py",
+        (("if not least - _ROUNDING <= value <= most + _ROUNDING:", "if False:"),),
+        REPORT,
+    ),
+    Fault(
+        "refuse a mean that rounding took beyond its range",
+        "report/inputs.py",
+        (("_ROUNDING = 1e-5", "_ROUNDING = 0"),),
+        REPORT,
+    ),
+    Fault(
+        "take numbers of layers before the one that is skipped",
+        "report/inputs.py",
+        ((", AfterValidator(_behind)]", "]"),),
+        REPORT,
+    ),
+    Fault(
         "count skipped layers from 0 in a report",
         "report/inputs.py",
         (("enumerate(self.skip.later_mean, start=1)", "enumerate(self.skip.later_mean)"),),

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -221,7 +222,9 @@ def test_entropy_is_0_for_equal_states_not_for_a_line_and_a_step_straight_back_b
     assert float(formulas.curvature(back_and_forth)) == pytest.approx(0, abs=1e-6)
 
 
-def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_depth_is_in_table_json_csv_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
+) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
     token_file.write_documents(
         tmp_path / "some", iter(text.content.tolist() for text in documents(30, 20)), 400
@@ -235,6 +238,7 @@ def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFi
     row = next(row for row in rows if row["layer"] == "2" and row["first_token"] == "kept")
     for name, at in {"mlp_ratio": 1, "matrix_entropy": 2}.items():  # the latter begins with h_0
         assert float(row[name]) == entry[name]["pre_norm"][at]
+    assert {"depth_voids", "depth_contributions", "depth_entropy"} < {*report(tmp_path / "o.json").figures}
     measure_main([str(word) for word in (*words, *out)])
     assert "mlp_ratio" not in (tmp_path / "o.csv").read_text()
 
@@ -343,8 +347,8 @@ def test_a_layer_that_does_nothing_changes_nothing_where_it_is_skipped() -> None
     assert found["output_largest"][0] > 0.01
 
 
-def test_depth_of_an_evaluation_is_in_table_json_and_csv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_depth_of_an_evaluation_is_in_table_json_csv_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
     token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
@@ -358,6 +362,7 @@ def test_depth_of_an_evaluation_is_in_table_json_and_csv(
     later = entry["depth"]["skip"]["later_mean"][1]
     assert later[:2] == [None, None] and float(rows["2", "skip_later_mean_3"]["value"]) == later[2]
     assert entry["read_out"] is None
+    assert {"depth_kl", "depth_alignment", "depth_skipping"} < {*report(tmp_path / "o.json").figures}
 
 
 def test_states_that_overflow_are_refused_in_one_line(
