@@ -82,6 +82,7 @@ STATES = tuple(
     )
 )
 REPORT = ("tests/test_report.py",)
+REPORT_JOINS = ("tests/test_report_joins.py", "-k", "figure_of_depth")
 EVALUATE = ("tests/test_evaluate.py",)
 PAPER = ("tests/test_paper.py",)
 PAPER_TASKS = (
@@ -1060,6 +1061,18 @@ FAULTS = [
         REPORT,
     ),
     Fault(
+        "draw the depth of models that read different texts without a word",
+        "report/figures.py",
+        (("        other, convention = _about([*measured.items()]", "        _about([*measured.items()]"),),
+        REPORT_JOINS,
+    ),
+    Fault(
+        "draw each model's depth with its own choice of the first token",
+        "report/inputs.py",
+        (("getattr(self.blocks[part], name)", "getattr(self.blocks[self.first_token], name)"),),
+        REPORT_JOINS,
+    ),
+    Fault(
         "let random weights pass where the files hold none",
         "decoder/hugging_face.py",
         (("    if missing:\n", "    if False:\n"),),
@@ -1884,6 +1897,12 @@ FAULTS = [
         DEPTH,
     ),
     Fault(
+        "give the depth of states that overflow",
+        "evaluate/depth.py",
+        (("refuse_not_finite(decoder, torch.cat(", "(decoder, torch.cat("),),
+        ("tests/test_depth.py", "-k", "overflow or no_layer_is_read"),
+    ),
+    Fault(
         "take the module that runs first for attention",
         "measure/depth.py",
         (("if mixes(one) and (is_given or not mixes(other)):", "if True:"),),
@@ -2342,6 +2361,24 @@ FAULTS = [
         "sweep/queue.py",
         (("                os.kill(recipe, number)", "                pass"),),
         ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",),
+    ),
+    Fault(
+        "take any number for a cosine, an angle or a share",
+        "report/inputs.py",
+        (("if not least - _ROUNDING <= value <= most + _ROUNDING:", "if False:"),),
+        REPORT,
+    ),
+    Fault(
+        "refuse a mean that rounding took beyond its range",
+        "report/inputs.py",
+        (("_ROUNDING = 1e-5", "_ROUNDING = 0"),),
+        REPORT,
+    ),
+    Fault(
+        "take numbers of layers before the one that is skipped",
+        "report/inputs.py",
+        ((", AfterValidator(_behind)]", "]"),),
+        REPORT,
     ),
     Fault(
         "count skipped layers from 0 in a report",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,7 +211,20 @@ def test_a_model_without_a_state_between_attention_and_mlp_has_the_rest(
     assert measured["void_share"]["pre_norm"] and measured["curvature"]["pre_norm"]
 
 
-def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_entropy_is_0_for_equal_states_not_for_a_line_and_a_step_straight_back_bends_by_nothing() -> None:
+    direction = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0, 1.0, -0.5])
+    equal, line = direction.repeat(6, 1), torch.tensor([[1.0], [2], [3], [10], [11], [12]]) * direction
+    assert float(formulas.matrix_entropy(equal)) == pytest.approx(0, abs=1e-6)
+    assert float(formulas.matrix_entropy(line)) == pytest.approx(math.log(2) / math.log(6))
+    corners = torch.eye(4) * direction[:4]
+    assert float(formulas.matrix_entropy(corners - corners.mean(dim=0))) > 0.95
+    back_and_forth = torch.stack((direction, direction.flip(0))).repeat(3, 1)
+    assert float(formulas.curvature(back_and_forth)) == pytest.approx(0, abs=1e-6)
+
+
+def test_depth_is_in_table_json_csv_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
+) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
     token_file.write_documents(
         tmp_path / "some", iter(text.content.tolist() for text in documents(30, 20)), 400
@@ -222,6 +238,7 @@ def test_depth_is_in_table_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFi
     row = next(row for row in rows if row["layer"] == "2" and row["first_token"] == "kept")
     for name, at in {"mlp_ratio": 1, "matrix_entropy": 2}.items():  # the latter begins with h_0
         assert float(row[name]) == entry[name]["pre_norm"][at]
+    assert {"depth_voids", "depth_contributions", "depth_entropy"} < {*report(tmp_path / "o.json").figures}
     measure_main([str(word) for word in (*words, *out)])
     assert "mlp_ratio" not in (tmp_path / "o.csv").read_text()
 
@@ -330,8 +347,8 @@ def test_a_layer_that_does_nothing_changes_nothing_where_it_is_skipped() -> None
     assert found["output_largest"][0] > 0.01
 
 
-def test_depth_of_an_evaluation_is_in_table_json_and_csv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_depth_of_an_evaluation_is_in_table_json_csv_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
     token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
@@ -345,6 +362,35 @@ def test_depth_of_an_evaluation_is_in_table_json_and_csv(
     later = entry["depth"]["skip"]["later_mean"][1]
     assert later[:2] == [None, None] and float(rows["2", "skip_later_mean_3"]["value"]) == later[2]
     assert entry["read_out"] is None
+    assert {"depth_kl", "depth_alignment", "depth_skipping"} < {*report(tmp_path / "o.json").figures}
+
+
+def test_states_that_overflow_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
+        model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
+    model.save_pretrained(tmp_path / "model")
+    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth", "--dtype", "float16"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate_main([str(word) for word in (*words, "--quiet", "--json", tmp_path / "o.json")])
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert "model gives states or logits that are not finite with torch.float16; give" in printed.err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_probabilities_that_are_no_numbers_are_refused_where_no_layer_is_read_out() -> None:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    decoder = replace(decoder_of(model, None, name="small", source="small"), head=None)
+    with pytest.raises(UserError, match="small gives states or logits that are not finite"):
+        depth(decoder, documents(20), Namespace(max_tokens=0, batch_size=2, quiet=True))
 
 
 def smollm2() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -130,7 +131,13 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
     measured, evaluated = measurement(MODELS[:1]), evaluation(MODELS[:1])
     ends = (f"{part}_{what}" for part in ("attention", "mlp", "layer") for what in ("ratio", "cosine"))
     for place, name in enumerate(("void_share", *ends)):
-        values = [None, *((layer - place) / 90 for layer in range(2, LAYERS + 1))]
+        values = [
+            None,
+            *(
+                (layer - place) / 90 if "cosine" in name else (layer + place) / 90
+                for layer in range(2, LAYERS + 1)
+            ),
+        ]
         measured["models"][0]["without_first_token"][name] = {"pre_norm": values}
     for name in ("matrix_entropy", "curvature"):
         values = [layer / 50 for layer in range(LAYERS + 1)]
@@ -153,15 +160,33 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
         *("depth_voids", "depth_contributions", "depth_cosines", "depth_entropy", "depth_curvature"),
         *("depth_kl", "depth_top5", "depth_alignment", "depth_skipping"),
     ]
+    said = Path("report.html").read_text()
+    assert "1 if they are spread evenly over all directions. States on a line may have more than 0" in said
+    assert "arccos of the absolute cosine, in [0, π/2]. A step straight back counts as 0." in said
     added = page.table("How much attention and MLP add")
     assert added[0] == ["layer", "baseline, attention", "baseline, MLP", "baseline, both"]
-    assert [float(cell) for cell in added[2][1:]] == pytest.approx([1 / 90, -1 / 90, -3 / 90], rel=1e-3)
+    assert [float(cell) for cell in added[2][1:]] == pytest.approx([3 / 90, 5 / 90, 7 / 90], rel=1e-3)
     assert page.table("How many directions")[1] == ["0", "0.000"]
     assert float(page.table("Where the state turns")[-1][1]) == pytest.approx(LAYERS / 40 - 0.5, rel=1e-3)
     skipped = page.table("What changes if a layer is skipped")
     assert float(skipped[-2][2]) == pytest.approx(0.1 * (LAYERS - 1), rel=1e-3)
     assert float(skipped[1][2]) == pytest.approx(0.1 * sum(range(1, LAYERS)) / (LAYERS - 1), rel=1e-3)
     assert (skipped[-1][0], float(skipped[-1][1])) == (str(LAYERS), LAYERS / 100)
+
+
+def test_numbers_of_depth_that_rounding_took_beyond_their_range_are_shown(
+    report: Callable[..., Page],
+) -> None:
+    measured, evaluated, more = measurement(MODELS[:1]), evaluation(MODELS[:1]), 1 + 3e-7
+    ranges = {"void_share": 1, "mlp_cosine": -1, "matrix_entropy": 1, "curvature": math.pi / 2}
+    for name, most in ranges.items():
+        values = [most * more] * (LAYERS + (name in ("matrix_entropy", "curvature")))
+        measured["models"][0]["without_first_token"][name] = {"pre_norm": values}
+    turned = {"cosine_to_token": [more] * (LAYERS + 1), "cosine_to_next_token": [-more] * (LAYERS + 1)}
+    evaluated["models"][0]["depth"] |= turned | {"skip": skip(output=math.sqrt(2) * more)}
+    page = report(write(Path("m.json"), measured), write(Path("e.json"), evaluated))
+    assert page.column("How sharply", "baseline")[-1] == "1.571"
+    assert page.column("Where the state turns", "baseline")[-1] == "-2.000"
 
 
 def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:
@@ -377,7 +402,14 @@ def test_a_model_of_one_layer_and_one_that_does_not_turn_are_shown(report: Calla
 MAKE = {"measurement": measurement, "evaluation": evaluation, "summary": summary}
 BLOCK, AT = "models.0.without_first_token", "models[0].without_first_token"
 PSI = f"{BLOCK}.displacement.pre_norm"
-BOOLQ = "models.0.tasks.boolq"
+BOOLQ, USE = "models.0.tasks.boolq", "models.0.depth"
+
+
+def skip(later: Any = None, output: float = 0.1) -> dict[str, Any]:
+    usual = [[None] * layer + [0.1] * (LAYERS - layer) for layer in range(1, LAYERS + 1)]
+    return {"later_mean": usual if later is None else later, "output_mean": [output] * LAYERS}
+
+
 # Of which document, where, what stands there, and what is said of it.
 WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", f"{PSI}.3", float("nan"), f"{AT}.displacement.pre_norm[3]"),
@@ -402,6 +434,28 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", "models", [], "models is a list of 0; it must be"),
     ("measurement", "version", 2, "version is 2; it must be 1;"),
     ("measurement", "models.0.settings.a b", [], 'models[0].settings["a b"] is a list'),
+    (
+        "measurement",
+        f"{BLOCK}.void_share",
+        {"pre_norm": [1.7] * 30},
+        "void_share.pre_norm[0] is 1.7; it must",
+    ),
+    ("measurement", f"{BLOCK}.void_share", {"pre_norm": [0.1] * 31}, "must be a list of 30 numbers"),
+    ("measurement", f"{BLOCK}.mlp_ratio", {"pre_norm": [-0.1] * 30}, "mlp_ratio.pre_norm[0] is -0.1"),
+    ("measurement", f"{BLOCK}.layer_cosine", {"pre_norm": [-5.0] * 30}, "must be a number from -1 to 1"),
+    ("measurement", f"{BLOCK}.matrix_entropy", {"post_norm": [99] * 31}, "must be a number from 0 to 1"),
+    ("measurement", f"{BLOCK}.curvature", {"pre_norm": [1.6] * 31}, "must be a number from 0 to 1.5708"),
+    ("evaluation", f"{USE}.cosine_to_token", [7] * 31, "depth.cosine_to_token[0] is 7; it must be a number"),
+    ("evaluation", f"{USE}.cosine_to_next_token", [-1.1] * 31, "cosine_to_next_token[0] is -1.1"),
+    ("evaluation", f"{USE}.skip", skip(later=[[0.1] * 30] * 30), "entry 1 has 1 null and then 29 numbers"),
+    ("evaluation", f"{USE}.skip", skip(later=[[None] * 29] * 30), "entry 1 has 1 null and then 29 numbers"),
+    ("evaluation", f"{USE}.skip", skip(later=[[]] * 29), "skip.later_mean is a list of 29; it must be"),
+    (
+        "evaluation",
+        f"{USE}.skip",
+        skip(output=1.5),
+        "output_mean[0] is 1.5; it must be a number from 0 to 1.41",
+    ),
     ("evaluation", f"{BOOLQ}.interval", [2, 1], "the lower end before the upper"),
     ("evaluation", f"{BOOLQ}.value", None, "models[0].tasks.boolq.value is null"),
     ("evaluation", f"{BOOLQ}.value", float("inf"), "boolq.value is Infinity"),

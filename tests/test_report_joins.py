@@ -132,6 +132,37 @@ def test_a_figure_over_other_texts_says_that_they_differ(report: Callable[..., P
     assert captions().count("read different texts") == 1
 
 
+def with_depth(document: dict[str, Any]) -> dict[str, Any]:
+    """With void layers: 0.1 without the first token, 0.2 with it."""
+    for model in document["models"]:
+        for block, share in {"without_first_token": 0.1, "with_first_token": 0.2}.items():
+            model[block]["void_share"] = {"pre_norm": [share] * model["num_layers"]}
+    return document
+
+
+def test_a_figure_of_depth_says_how_its_models_were_measured_and_draws_them_alike(
+    report: Callable[..., Page],
+) -> None:
+    page = report(write(Path("a.json"), with_depth(measurement(("a",), layers=3))))
+    assert page.column("Void layers", "a") == ["0.1000"] * 3
+    said = voids_caption()
+    assert "First token of each text dropped." in said and "different" not in said and "Only" not in said
+    other = keep_first_token(with_depth(measurement(("b",), (1, 2), layers=3, without_norm=("b",))))
+    other["text"]["max_tokens"] = 12
+    page = report("a.json", write(Path("b.json"), other), "--figures", "f")
+    assert [page.column("Void layers", label) for label in "ab"] == [["0.2000"] * 3] * 2
+    said = voids_caption()
+    assert "First token of each text kept. The models read different texts. See the files at the end." in said
+    assert "Only the last of several checkpoints is shown." in said and "norm, so" not in said
+    pictures = [svg.stem for svg in Path("f").glob("*.svg") if "read different texts." in svg.read_text()]
+    assert sorted(pictures) == ["depth_voids", "displacement_post_norm", "displacement_pre_norm"]
+
+
+def voids_caption() -> str:
+    (caption,) = (part for part in captions().split("<figcaption")[1:] if "a layer is void" in part)
+    return caption.partition("</figcaption")[0]
+
+
 def test_a_run_of_another_experiment_does_not_join_a_model_of_its_name(report: Callable[..., Page]) -> None:
     page = report(
         write(Path("m.json"), measurement(("baseline",), (100,), 4, source="expA/{}/checkpoints")),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.evaluate.layers import in_parts, prediction_batches, states_at
+from jreg_megatron.evaluate.layers import in_parts, prediction_batches, refuse_not_finite, states_at
 from jreg_megatron.methods.norms.formulas import norms
 from jreg_megatron.runtime.output import note
 
@@ -47,7 +47,7 @@ def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[s
     - ``output_mean`` and ``output_largest``: ``|p' - p|``, the norm of the change of the probabilities.
 
     Raises:
-        UserError: as :func:`jreg_megatron.evaluate.layers.read_out`.
+        UserError: as :func:`jreg_megatron.evaluate.layers.read_out`, and for states that are not finite.
     """
     last, embedding = decoder.num_layers, _embedding_of(decoder)
     sums = torch.zeros(last + 1, 4, dtype=torch.float64)
@@ -62,6 +62,7 @@ def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[s
             mean, largest = _without(decoder, ids, number, counted)
             changes[0, number - 1, number:] += mean
             changes[1, number - 1, number:] = torch.maximum(changes[1, number - 1, number:], largest)
+        refuse_not_finite(decoder, torch.cat((sums.flatten(), changes.flatten())), "states or logits")
     changes[0] /= tokens
     sums[:, 0].clamp_(min=0)  # it may round to less
     kl, overlap, own, following = (sums / tokens).T.tolist()

@@ -251,12 +251,17 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
         tops.append(logits.argmax(-1))
     loss = torch.cat(losses)
-    if not bool(loss.isfinite().all()):
+    refuse_not_finite(decoder, loss)
+    return loss, torch.cat(tops)
+
+
+def refuse_not_finite(decoder: Decoder, values: Tensor, what: str = "logits") -> None:
+    """Raise a UserError unless all ``values``, made of ``what`` the model gives, are finite."""
+    if not bool(values.isfinite().all()):
         raise UserError(
-            f"{decoder.name} gives logits that are not finite with {decoder.dtype}; give --dtype float32, "
+            f"{decoder.name} gives {what} that are not finite with {decoder.dtype}; give --dtype float32, "
             "and if that does not help, check the weights"
         )
-    return loss, torch.cat(tops)
 
 
 def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:

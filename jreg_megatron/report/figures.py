@@ -68,7 +68,7 @@ def figures(
     found = [
         _displacement(models, looks, first, paper),
         _jump_rate(models, looks, first),
-        *(_curve(models, looks, paper, *curve) for curve in _CURVES),
+        *(_curve(models, looks, first, paper, *curve) for curve in _CURVES),
         *_heat_maps(models, first),
         *(_read_out_difference(*compared, number) for number, compared in enumerate(comparisons, start=1)),
     ]
@@ -188,16 +188,14 @@ def _displacement(
     band = any(row["low"] is not None for row in rows)
     pick = ". Pick a model to see its band." if len({row["model"] for row in rows}) > BANDS else "."
     about, convention = _about(entries, kinds)
-    texts = {tuple(item for item in e.conditions.items() if item[0].startswith("text ")) for _, e in entries}
     return drawn(
         "displacement",
         "How far each layer turns the state",
         "Displacement Ψ is (1 - cosine) / 2 between a layer's input and its output: 0 is the same direction, "
         "0.5 is a right angle. The jump is a last point far above the point before."
         + (f" The band is one standard deviation over tokens, cut at the axis{pick}" if band else "")
-        + (" Only the last of several checkpoints is shown." if any(m.is_series for m in models) else "")
+        + (_LAST if any(m.is_series for m in models) else "")
         + about
-        + (" The models read different texts; see the files at the end." if len(texts) > 1 else "")
         + (paper.words(depth, any(row["state"] == STATES[1] for row in rows)) if paper else ""),
         rows,
         LAYER,
@@ -266,6 +264,7 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
         )
 
 
+_LAST = " Only the last of several checkpoints is shown."
 _READ_OUT = "The final norm and the head read the state behind each layer, as if the model ended there."
 _ADDED = {"attention": "attention", "mlp": "MLP", "layer": "both"}
 _SIGNED = ("depth_cosines", "depth_alignment")
@@ -275,7 +274,7 @@ _TABLES = {
     "validation_loss": "Validation loss, nats per token",
 }
 # Name, what of a model (or several, with words between which the reader chooses), title, caption and axes.
-# {taken}: where the last layer ends.
+# {first}: "kept" or "dropped"; {taken}: where the last layer ends.
 _CURVES = (
     (
         "displacement_in_training",
@@ -338,7 +337,7 @@ _CURVES = (
     ),
     (
         "depth_voids",
-        "measured.void_share",
+        "{first}.void_share",
         "Void layers",
         "The share of tokens for which a layer is void (LAC): the state's norm grows by less than 0.8 of the "
         "spread of its growth in the layers before.",
@@ -346,14 +345,14 @@ _CURVES = (
     ),
     (
         "depth_contributions",
-        {f"measured.{key}_ratio": words for key, words in _ADDED.items()},
+        {f"{{first}}.{key}_ratio": words for key, words in _ADDED.items()},
         "How much attention and MLP add",
         "The norm of what is added, relative to that of the state to which it is added; mean over tokens.",
         (LAYER, Axis("relative norm", scale="auto")),
     ),
     (
         "depth_cosines",
-        {f"measured.{key}_cosine": words for key, words in _ADDED.items()},
+        {f"{{first}}.{key}_cosine": words for key, words in _ADDED.items()},
         "Whether attention and MLP erase or amplify",
         "The cosine of what is added to the state to which it is added; mean over tokens. Below 0 it erases, "
         "above 0 it amplifies.",
@@ -361,17 +360,20 @@ _CURVES = (
     ),
     (
         "depth_entropy",
-        "measured.matrix_entropy",
+        "{first}.matrix_entropy",
         "How many directions the states take",
-        "Matrix entropy of a sequence's states behind each layer: 0 if they lie in one direction, 1 if they "
-        "are spread over all. Layer 0 is the embedding.",
+        "Matrix entropy of a sequence's states behind each layer, less their mean: 0 if all are equal, 1 if "
+        "they are spread evenly over all directions. States on a line may have more than 0, since entries of "
+        "the Gram matrix below 0 count as 0. Layer 0 is the embedding.",
         (LAYER, Axis("matrix entropy")),
     ),
     (
         "depth_curvature",
-        "measured.curvature",
+        "{first}.curvature",
         "How sharply the states turn from token to token",
-        "Mean angle between the steps from one token's state to the next one's. Layer 0 is the embedding.",
+        "Mean angle of the steps from one token's state to the next one's, as lines: arccos of the absolute "
+        "cosine, in [0, π/2]. A step straight back counts as 0. The states are centred and of norm 1. "
+        "Layer 0 is the embedding.",
         (LAYER, Axis("curvature (radians)")),
     ),
     (
@@ -410,6 +412,7 @@ _CURVES = (
 def _curve(
     models: Sequence[Model],
     looks: Looks,
+    first: str,
     paper: PaperProfiles | None,
     name: str,
     what: str | Mapping[str, str],
@@ -418,7 +421,8 @@ def _curve(
     """Numbers over training or by layer, of each run or of the last evaluation or measurement that has
     them."""
     title, caption, axes = about
-    parts = {what: ""} if isinstance(what, str) else what
+    named = {what: ""} if isinstance(what, str) else what
+    parts = {key.format(first=first): words for key, words in named.items()}
     every = [(m.label, each) for m in models for each in (*m.measured[-1:], *m.evaluated, m.run) if each]
     found = {label: each for label, each in every if any(map(each.by_layer, parts))}
     rows: list[Row] = [
@@ -430,9 +434,10 @@ def _curve(
     ]
     other = _other_texts({label: entry for label, entry in found.items() if isinstance(entry, Evaluated)})
     convention = "The models read different texts." if other else ""
-    firsts = {entry.first_token for entry in found.values() if isinstance(entry, Measured)}
-    convention += f" First token of each text {firsts.pop()}." if len(firsts) == 1 else ""
-    other = other or convention
+    measured = {label: entry for label, entry in found.items() if isinstance(entry, Measured)}
+    if measured:  # before the final norm
+        other, convention = _about([*measured.items()], (first,), after_norm=False)
+        other += _LAST if any(m.is_series and m.label in measured for m in models) else ""
     if paper and what == "displacement" and any(row["y"] is not None for row in rows):
         depth = max(row["x"] for row in rows)
         rows += paper.rows(depth)
@@ -496,16 +501,20 @@ def _turns(entries: Entries, kind: str) -> Iterator[Row]:
                 yield found | {"state": state, "row": row}
 
 
-def _about(entries: Entries, kinds: Sequence[str]) -> tuple[str, str]:
+def _about(entries: Entries, kinds: Sequence[str], *, after_norm: bool = True) -> tuple[str, str]:
     """The sentences of a caption on how models were measured, and those under a picture that stands alone.
 
-    They name the first token and the models without a final norm. With several ``kinds`` of first token the
-    reader chooses one.
+    They name the first token, the models without a final norm in a figure with numbers ``after_norm``, and
+    different texts. With several ``kinds`` of first token the reader chooses one.
     """
+    texts = {tuple(item for item in e.conditions.items() if item[0].startswith("text ")) for _, e in entries}
+    differ = " The models read different texts." if len(texts) > 1 else ""
     said = f"First token of each text {kinds[0]}."
-    without = dict.fromkeys(label for label, entry in entries if STATES[1] not in entry.states)
+    none_after = (label for label, entry in entries if STATES[1] not in entry.states)
+    without = dict.fromkeys(none_after if after_norm else ())
     norm = f" No final norm, so no numbers after it: {', '.join(without)}." if without else ""
-    return (f" {said}" if len(kinds) == 1 else "") + norm, said + norm
+    caption = (f" {said}" if len(kinds) == 1 else "") + norm + differ
+    return caption + (" See the files at the end." if differ else ""), said + norm + differ
 
 
 def _other_texts(used: Mapping[str, Evaluated]) -> str:

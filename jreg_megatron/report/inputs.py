@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import isfinite, pi, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +32,7 @@ STATE_WORDS: dict[str | None, str] = {
     None: "before or after the final norm (the logs do not say)",
 }
 _VERSION = 1
+_ROUNDING = 1e-5
 
 
 def _rising(ends: tuple[float, float]) -> tuple[float, float]:
@@ -56,6 +57,25 @@ def _per_layer(more: int = 0) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _between(least: float, most: float) -> AfterValidator:
+    """For a mean that may be rounded beyond its range."""
+
+    def check(value: float) -> float:
+        if not least - _ROUNDING <= value <= most + _ROUNDING:
+            raise ValueError(f"a number from {least:.5g} to {most:.5g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _behind(rows: list[list[Any]]) -> list[list[Any]]:
+    for skipped, row in enumerate(rows, start=1):
+        if [value is None for value in row] != [layer <= skipped for layer in range(1, len(rows) + 1)]:
+            later = len(rows) - skipped
+            raise ValueError(f"a list whose entry {skipped} has {skipped} null and then {later} numbers")
+    return rows
+
+
 def _version(found: Any) -> Any:
     if isinstance(found, bool) or found != _VERSION:
         raise ValueError(f"{_VERSION}; for a newer file install a newer jreg_megatron")
@@ -64,6 +84,10 @@ def _version(found: Any) -> Any:
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Fraction = Annotated[Number, _between(0, 1)]
+"""A share or an entropy."""
+Cosine = Annotated[Number, _between(-1, 1)]
+Angle = Annotated[Number, _between(0, pi / 2)]
 Rate = Annotated[Number, Field(ge=0, le=100)]
 """zeta in hundredths of displacement."""
 Loss = Annotated[Number, Field(ge=0)]
@@ -73,8 +97,8 @@ Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
 Turns = dict[State, Annotated[list[Share], _per_layer()]]
 """A number of each layer 1..L, by state."""
-Known = dict[State, Annotated[list[Number | None], _per_layer()] | None]
-KnownOfStates = dict[State, Annotated[list[Number | None], _per_layer(1)] | None]
+type Known[T] = dict[State, Annotated[list[T | None], _per_layer()] | None]
+type KnownOfStates[T] = dict[State, Annotated[list[T | None], _per_layer(1)] | None]
 """The same with layer 0, the embedding. What is not known is None."""
 
 
@@ -113,15 +137,15 @@ class Block(Part):
     displacement: Turns
     displacement_std: Turns | None = None
     jump_rate: dict[State, Rate | None]
-    void_share: Known = {}
-    attention_ratio: Known = {}
-    mlp_ratio: Known = {}
-    layer_ratio: Known = {}
-    attention_cosine: Known = {}
-    mlp_cosine: Known = {}
-    layer_cosine: Known = {}
-    matrix_entropy: KnownOfStates = {}
-    curvature: KnownOfStates = {}
+    void_share: Known[Fraction] = {}
+    attention_ratio: Known[Loss] = {}
+    mlp_ratio: Known[Loss] = {}
+    layer_ratio: Known[Loss] = {}
+    attention_cosine: Known[Cosine] = {}
+    mlp_cosine: Known[Cosine] = {}
+    layer_cosine: Known[Cosine] = {}
+    matrix_entropy: KnownOfStates[Fraction] = {}
+    curvature: KnownOfStates[Angle] = {}
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -171,10 +195,10 @@ class Measured(Origin):
         return self.with_first_token.states
 
     def by_layer(self, what: str) -> dict[int, float | None]:
-        """A number of the use of depth, such as ``measured.void_share``, by layer; empty if it is not
-        known."""
+        """A number of the use of depth, such as ``kept.void_share`` with the first token or
+        ``dropped.void_share``, by layer; empty if it is not known."""
         part, _, name = what.partition(".")
-        found = getattr(self.blocks[self.first_token], name) if part == "measured" else {}
+        found = getattr(self.blocks[part], name) if part in self.blocks else {}
         values = found.get(STATES[0]) or []
         return dict(enumerate(values, start=self.num_layers + 1 - len(values)))
 
@@ -222,8 +246,8 @@ class ReadOut(Part):
 class Skip(Part):
     """What changes without layer s, for s in 1..L: of what each later layer adds, and of the output."""
 
-    later_mean: Annotated[list[list[Loss | None]], _per_layer()]
-    output_mean: Annotated[list[Loss], _per_layer()]
+    later_mean: Annotated[list[list[Loss | None]], _per_layer(), AfterValidator(_behind)]
+    output_mean: Annotated[list[Annotated[Number, _between(0, sqrt(2))]], _per_layer()]
 
 
 class Depth(ReadOut):
@@ -232,8 +256,8 @@ class Depth(ReadOut):
 
     kl: Annotated[list[Loss], _per_layer(1)] | None = None
     top5_overlap: Annotated[list[Share], _per_layer(1)] | None = None
-    cosine_to_token: Annotated[list[Number], _per_layer(1)] | None = None
-    cosine_to_next_token: Annotated[list[Number], _per_layer(1)] | None = None
+    cosine_to_token: Annotated[list[Cosine], _per_layer(1)] | None = None
+    cosine_to_next_token: Annotated[list[Cosine], _per_layer(1)] | None = None
     skip: Skip | None = None
 
     @property
