@@ -379,8 +379,10 @@ def test_states_that_overflow_are_refused_in_one_line(
     with pytest.raises(SystemExit) as stop:
         evaluate_main([str(word) for word in (*words, "--quiet", "--json", tmp_path / "o.json")])
     printed = capsys.readouterr()
-    assert (stop.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert "model gives states or logits that are not finite with torch.float16; give" in printed.err
+    assert (stop.value.code, printed.out) == (2, "")
+    *_, line = printed.err.splitlines()  # torch and transformers may have said something before it
+    said = "jreg_megatron: error: model gives states or logits that are not finite with torch.float16; give"
+    assert line.startswith(said)
     assert not (tmp_path / "o.json").exists()
 
 
