@@ -2178,6 +2178,24 @@ FAULTS = [
         GRAPHS_OF_HYBRIDS,
     ),
     Fault(
+        "measure an iteration twice that Megatron runs again to validate it",
+        "stream/attachment.py",
+        ((".is_paused = is_rerun", ".is_paused = False"),),
+        ("tests/test_attach.py", "-k", "validate_it"),
+    ),
+    Fault(
+        "take a model that is sharded after attach",
+        "stream/attachment.py",
+        (("if not self._is_sharded and (", "if False and ("),),
+        ("tests/test_attach.py", "-k", "behind_attach"),
+    ),
+    Fault(
+        "offload the norm of an MLP with which a layer begins",
+        "stream/support.py",
+        (('layer.adds[0][1] == "mlp_bda"', "False"),),
+        ("tests/test_offload.py", "-k", "refused"),
+    ),
+    Fault(
         "take what a CUDA graph captures for a layer of a micro-batch",
         "stream/tap.py",
         (("(None if self._is_captured else chunk.microbatch), None", "chunk.microbatch, None"),),

@@ -293,6 +293,75 @@ def test_a_share_of_the_tokens_rotates_and_gives_the_whole_gradient_on_average()
     assert "--jreg-token-share is 0.333333" in refusal and "multiple of 3" in refusal and "8" in refusal
 
 
+def measures_a_rerun_once() -> None:
+    import torch
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    from jreg_megatron import attach
+
+    def displacement(reruns: bool) -> Any:
+        model = build_model_like(first)
+        handle = attach(model, JRegConfig(coeff=1.0), num_microbatches=1)
+        machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+        for iteration, runs in ((1, 1), (2, 2 if reruns else 1)):
+            ran = 0
+            while machine.should_run_forward_backward(None):
+                step(model)
+                ran += 1
+                machine.rerun_requested = machine.continue_requested = reruns and iteration == 2
+            assert ran == runs
+            metrics = handle.end_iteration(iteration, is_interval_end=iteration == 2)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.5)
+        handle.detach()
+        assert metrics is not None
+        return metrics.readings[0].of.displacement
+
+    first = build_model()
+    assert torch.equal(displacement(reruns=True), displacement(reruns=False))
+
+
+def refuses_what_is_sharded_unseen() -> list[str]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from jreg_megatron import attach
+
+    def said(is_wrapped_first: bool, per_token: bool, wrap: Any) -> str:
+        model = build_model_like(first)
+        model.config.calculate_per_token_loss = per_token
+        if is_wrapped_first:
+            wrap(model)
+        try:
+            handle = attach(model, JRegConfig(coeff=1.0), num_microbatches=1)
+            if not is_wrapped_first:
+                wrap(model)
+            handle.begin_microbatch(True, {})
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def by_torch(model: Any) -> None:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def by_megatron(model: Any) -> None:
+        next(model.parameters()).__fsdp_param__ = True  # Megatron-FSDP marks each so
+
+    first = build_model()
+    return [
+        said(is_wrapped_first, per_token, wrap)
+        for is_wrapped_first, per_token, wrap in (
+            (False, False, by_torch),
+            (False, False, by_megatron),
+            (True, False, by_megatron),
+            (True, True, by_torch),
+            (True, False, by_torch),
+        )
+    ]
+
+
 def build_model_like(model: Any, **options: Any) -> Any:
     """A copy of the model without JREG; ``options`` as it was built with."""
     from megatron.core import parallel_state
@@ -480,6 +549,19 @@ def test_a_loss_mask_of_other_tokens_than_the_ranks_is_refused() -> None:
 
 def test_unmasked_tokens_alone_count_however_few_they_are() -> None:
     run_function(counts_only_unmasked_tokens)
+
+
+def test_an_iteration_that_megatron_runs_again_to_validate_it_is_measured_once() -> None:
+    run_function(measures_a_rerun_once)
+
+
+def test_a_model_that_is_sharded_behind_attach_or_without_its_wrapper_is_refused() -> None:
+    (lines,) = run_function(refuses_what_is_sharded_unseen)
+    assert "was put into torch's FSDP2 after attach" in lines[0]
+    assert "was put into Megatron-FSDP after attach" in lines[1]
+    assert "give it the wrapped model" in lines[2]
+    assert "with calculate_per_token_loss yet" in lines[3]
+    assert lines[4] == ""
 
 
 def test_attach_refuses_by_name_what_it_cannot_do() -> None:

@@ -17,7 +17,7 @@ import sentencepiece
 from jreg_megatron.demo import __main__ as demo_command
 from jreg_megatron.demo import data
 from jreg_megatron.demo.data import DemoData, prepare
-from jreg_megatron.demo.training import METHOD_FLAGS
+from jreg_megatron.demo.training import METHOD_FLAGS, method_flags
 from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError
 
@@ -249,7 +249,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_methods_flags_of_the_demo_are_known_and_turn_each_on() -> None:
     parser = known.add_arguments(argparse.ArgumentParser())
     for name, flags in METHOD_FLAGS.items():
-        (settings,) = known.settings_in(parser.parse_args(flags.format(hold=4).split()))
+        (settings,) = known.settings_in(parser.parse_args(method_flags(flags, 100, Path("teacher"))))
         assert settings.prefix == name
 
 

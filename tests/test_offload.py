@@ -41,6 +41,19 @@ def test_offloading_frees_a_layers_input_before_its_end_only_with_attn_norm_whic
     assert max(found[1]) == 0
 
 
+def test_offloading_the_norm_of_an_mlp_with_which_a_layer_begins_is_refused() -> None:
+    layout = Layout(model="hybrid", layers="sub-layers as layers")
+    assert "offload_modules mlp_norm where a layer begins with" in run_function(refusal_of, 1, layout)[0]
+
+
+def refusal_of(layout: Layout) -> str:
+    try:
+        offloaded(layout, ["mlp_norm"])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def offload(modules: list[str]) -> SimpleNamespace:
     """Have tensors of the CPU offloaded; returns what counts them."""
     import megatron.core.extensions.transformer_engine as extension

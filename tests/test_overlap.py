@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.stream.meter import Meter
 from jreg_megatron.stream.settings import Settings
-from jreg_megatron.stream.support import refuse_unsupported
+from jreg_megatron.stream.support import refuse_built, refuse_unsupported
 
 EXPERTS = {"model": "moe", "overlap": True, "data": 2, "expert": 2}
 STAGES = {"pipeline": 2, "virtual": 2}
@@ -221,6 +222,11 @@ def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name
         with pytest.raises(UserError, match=named):
             refuse_unsupported(SimpleNamespace(**OVERLAP, **more), *settings)
     refuse_unsupported(SimpleNamespace(**OVERLAP), TAKEN, NormsConfig())
+    with pytest.raises(UserError, match="Megatron has no such schedule"):
+        refuse_built(SimpleNamespace(config=SimpleNamespace(**OVERLAP)))
+    with mock.patch("megatron.core.package_info.MINOR", 18), pytest.raises(UserError) as caught:
+        refuse_unsupported(SimpleNamespace(**OVERLAP), JRegConfig(coeff=1.0))
+    assert "self-test" not in str(caught.value)
 
 
 def test_a_model_makes_its_own_plans_again_behind_detach() -> None:

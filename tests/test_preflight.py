@@ -135,6 +135,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({MEGATRON_FSDP: True, PP: 2, "world_size": 2}, ["-parallel-size is 2 with --use-megatron-fsdp"]),
     ({MEGATRON_FSDP: True, "save": "out", "save_interval": 9}, ["--save is out with --use-megatron-fsdp"]),
     ({MEGATRON_FSDP: True, "load": "in"}, ["--load is in with --use-megatron-fsdp", "leave --load out"]),
+    ({MEGATRON_FSDP: True, "pretrained_checkpoint": "in"}, ["--pretrained-checkpoint is in with --use"]),
     ({FSDP: True, "load": "in"}, ["--load is in with --use-torch-fsdp2", "give --no-load-optim to load"]),
     (
         {FSDP: True, "load": "in", "finetune": True, "ckpt_format": "torch_dcp"},

@@ -25,10 +25,16 @@ from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.full_graph import FullGraphs
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Place, Reading
-from jreg_megatron.stream.reruns import Reruns
+from jreg_megatron.stream.reruns import Reruns, tell_of_reruns_in_place
 from jreg_megatron.stream.scaling import Scaling
 from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
-from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_fsdp, refuse_unsupported
+from jreg_megatron.stream.support import (
+    LAYER_NOT_SEEN,
+    refuse_built,
+    refuse_fsdp,
+    refuse_unsupported,
+    sharding_of,
+)
 from jreg_megatron.stream.tap import Change, Parts, tap_residual_stream
 
 _HANDLE, _PREPARED = "_jreg_handle", "_jreg_prepared"
@@ -88,12 +94,14 @@ class Handle:
         self._seen_whole: set[Method] = set()
         if any(type(method).parts is not Method.parts for method in methods):
             self.parts = self._parts
+        self._is_sharded = any(map(sharding_of, chunks))
         self._first_step = FirstStep(chunks, added, num_microbatches, group)
         self._tap = tap_residual_stream(chunks, self, self._first_step.report, _changes(methods, chunks))
         self._first_step.start(self._tap.end_watch)
         self._full_graphs: FullGraphs | None = None
         if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
             self._full_graphs = FullGraphs(methods, iteration, lambda: self._first_step.has_ended)
+        self._end_reruns_in_place = tell_of_reruns_in_place(self._rerun_in_place)
         self._reruns: Reruns | None = None
         if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
             meters = [
@@ -115,6 +123,11 @@ class Handle:
         """Ask each method whether, and with what, it wants to be told of this micro-batch's layers."""
         if training and not self._first_step.has_ended:
             self._first_step.begin_training_microbatch()
+            if not self._is_sharded and (found := next(filter(None, map(sharding_of, self._chunks)), "")):
+                raise UserError(
+                    f"the model was put into {found} after attach, which so could not check it; call attach "
+                    "with the wrapped model"
+                )
         if training and self._is_count_fixed:
             self._ran += 1
         in_full_graph = self._full_graphs is not None and self._full_graphs.is_in_schedule
@@ -275,6 +288,13 @@ class Handle:
         self._ran = 0
         self._first_step.forget()
 
+    def _rerun_in_place(self, is_rerun: bool) -> None:
+        """Measure an iteration once that Megatron runs again to validate it."""
+        for method in self._measuring:
+            cast(Meter, method.training_meter).is_paused = is_rerun
+        if is_rerun:
+            self._run_again()
+
     def _settle_first_step(self) -> None:
         if not self._first_step.has_ended:
             self._first_step.settle()
@@ -323,6 +343,7 @@ class Handle:
         self._tap.remove()
         if self._full_graphs is not None:
             self._full_graphs.end()
+        self._end_reruns_in_place()
         if self._reruns is not None:
             self._reruns.end()
         for chunk in self._chunks:
@@ -544,6 +565,7 @@ def _refuse_model(chunks: Sequence[Any], settings: Sequence[Settings]) -> None:
     define_layers(chunks, _layer_rule(settings))
     for chunk in chunks:
         residual_layers(chunk)
+        refuse_built(chunk)
     refuse_unsupported(chunks[0].config, *settings)
     _refuse_other_preparation(chunks, settings)
     for of_one in settings:

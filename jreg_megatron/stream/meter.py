@@ -72,6 +72,8 @@ class Meter:
         self._kind: tuple[Any, ...] = ()
         self.crosses_streams = False
         """Whether values come on several CUDA streams."""
+        self.is_paused = False
+        """Whether what is added does not count."""
         self._streams: set[Any] = set()
         self._numbers = torch.arange(rows, device=device).unbind()
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -87,6 +89,8 @@ class Meter:
                 any more. Of the first ones the largest is kept, of as many as the meter was made for.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
+        if self.is_paused:
+            return
         kind = (values[0].shape, values[0].dtype, mask is None)
         at = row - self._first_row
         if at in self._waiting or kind != self._kind:  # of the next micro-batch

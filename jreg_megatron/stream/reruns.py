@@ -53,6 +53,34 @@ class Reruns:
             sums.copy_(before)
 
 
+def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
+    """Megatron's rerun state machine runs an iteration again whose result looks wrong, such as a loss that
+    jumps. The first run's measurements count, since it is to give the same.
+
+    Args:
+        tell: is told before each run of an iteration, and behind the last, whether a second run begins.
+
+    Returns:
+        What ends it.
+    """
+    from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
+
+    should_run = RerunStateMachine.should_run_forward_backward
+
+    @functools.wraps(should_run)
+    def told(machine: Any, *given: Any, **named: Any) -> Any:
+        runs = should_run(machine, *given, **named)
+        tell(bool(runs) and machine.state == RerunState.RERUNNING_IN_PLACE)
+        return runs
+
+    def undo() -> None:
+        if RerunStateMachine.should_run_forward_backward is told:
+            RerunStateMachine.should_run_forward_backward = should_run
+
+    RerunStateMachine.should_run_forward_backward = told
+    return undo
+
+
 def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[], None]:
     """Have ``ours`` called before a class's method; what is returned undoes it if nothing came on top."""
     method = getattr(owner, name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream import overlap
-from jreg_megatron.stream.anatomy import residual_layers
+from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
@@ -111,11 +112,36 @@ def _refuse_freed_inputs(model_config: Any) -> None:
         )
 
 
+def refuse_built(chunk: Any) -> None:
+    """Refuse what a built, unwrapped chunk alone shows.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    config = chunk.config
+    if getattr(config, overlap.SETTING, False) and not hasattr(chunk, "build_schedule_plan"):
+        raise UserError(
+            f"jreg_megatron does not support {overlap.SETTING} in a {type(chunk).__name__}, of which "
+            "Megatron has no such schedule; turn it off"
+        )
+    is_offloading = getattr(config, "fine_grained_activation_offloading", False)
+    if is_offloading and "mlp_norm" in (getattr(config, "offload_modules", None) or ()):
+        for layer in residual_layers(chunk):
+            if layer.adds[0][1] == "mlp_bda":
+                raise UserError(
+                    "jreg_megatron does not support offload_modules mlp_norm where a layer begins with an "
+                    f"MLP or experts, as layer {layer.number} does, since it frees that layer's input before "
+                    "the layer ends; leave mlp_norm out of offload_modules"
+                )
+
+
 def _takes(option: str, settings: tuple[Settings, ...]) -> bool:
     return any(getattr(of_one, option, False) for of_one in settings)
 
 
 def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> str:
+    if not is_since_0_19():
+        return ""
     flags = [of_one.flag(option) for of_one in settings if hasattr(of_one, option)]
     return "".join(f", or run the self-test with {selftest} of yours, then give {flag}" for flag in flags)
 
@@ -210,10 +236,12 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
         UserError: naming the wrapper.
     """
     wrapper: Any = chunk
+    if sharding_of(unwrap(chunk)) == _MEGATRON_FSDP and unwrap(chunk) is chunk:
+        raise UserError("attach was given a model out of its Megatron-FSDP; give it the wrapped model")
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
         inner: Any = getattr(wrapper, "module", None)
-        if name == "TorchFullyShardedDataParallel":
+        if name == "TorchFullyShardedDataParallel" or isinstance(wrapper, FSDPModule):
             refused = _refused_in_fsdp2(config)
         elif type(inner).__name__ == "MegatronFSDP" and hasattr(wrapper, "megatron_fsdp_dist_index"):
             refused, inner = _refused_in_megatron_fsdp(wrapper, config), inner.module
@@ -233,6 +261,16 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
         wrapper = inner
 
 
+_MEGATRON_FSDP = "Megatron-FSDP"
+
+
+def sharding_of(chunk: nn.Module) -> str:
+    """By which FSDP an unwrapped model chunk is sharded; empty if by none."""
+    if any(isinstance(module, FSDPModule) for module in chunk.modules()):
+        return "torch's FSDP2"
+    return _MEGATRON_FSDP if any(hasattr(p, "__fsdp_param__") for p in chunk.parameters()) else ""
+
+
 _Refused = dict[str, tuple[bool, str]]
 """By name: whether the model has it, and why it is not supported."""
 
@@ -242,7 +280,7 @@ def _refused_in_fsdp2(config: Any) -> _Refused:
     graphs = getattr(config, "cuda_graph_impl", "none")
     return {
         "calculate_per_token_loss": (getattr(config, "calculate_per_token_loss", False), REFUSED[name]),
-        f"cuda_graph_impl {graphs}": (graphs == "full_iteration", _NOT_COMPARED),
+        f"cuda_graph_impl {graphs}": (graphs != "none", _NOT_COMPARED),
     }
 
 

@@ -66,7 +66,7 @@ _RESUMING_FSDP2: Refusals = {
 # Its save waits forever where a rank has no row of some weight, and so no moments of it; seen on a CPU.
 # Without the optimizer Megatron ends with "does not implement a model-to-main parameter update" as it loads.
 _NO_CHECKPOINTS = (
-    "--{0} is {{{0}}} with --use-megatron-fsdp, whose optimizer Megatron 0.19 may hang on, and without "
+    "--{0} is {{{1}}} with --use-megatron-fsdp, whose optimizer Megatron 0.19 may hang on, and without "
     "which it loads no weights; leave --{0} out, or give --use-distributed-optimizer instead of "
     "--use-megatron-fsdp"
 )
@@ -76,8 +76,11 @@ _MEGATRON_FSDP: Refusals = {
     "Megatron 0.19 does not lay over pipeline stages; leave one of the two out": lambda args: (
         args.pipeline_model_parallel_size > 1
     ),
-    _NO_CHECKPOINTS.format("save"): lambda args: args.save,
-    _NO_CHECKPOINTS.format("load"): lambda args: args.load,
+    _NO_CHECKPOINTS.format("save", "save"): lambda args: args.save,
+    _NO_CHECKPOINTS.format("load", "load"): lambda args: args.load,
+    _NO_CHECKPOINTS.format("pretrained-checkpoint", "pretrained_checkpoint"): lambda args: (
+        args.pretrained_checkpoint
+    ),
 }
 
 
@@ -94,7 +97,7 @@ def resuming(args: Namespace) -> None:
     """Refuse to save or load the optimizer's state with FSDP2, and what does not run with Megatron-FSDP."""
     if args.use_torch_fsdp2 and not args.skip_train:
         refuse(args, _RESUMING_FSDP2)
-    if args.use_megatron_fsdp:
+    if args.use_megatron_fsdp and not args.skip_train:
         refuse(args, _MEGATRON_FSDP)
 
 
