@@ -2341,7 +2341,7 @@ FAULTS = [
     Fault(
         "load a checkpoint of Megatron-FSDP",
         "mcore/preflight/optimizer.py",
-        (('format("load"): lambda args: args.load,', 'format("load"): lambda args: False,'),),
+        (('"load"): lambda args: args.load,', '"load"): lambda args: False,'),),
         PREFLIGHT,
     ),
     Fault(
