@@ -101,19 +101,16 @@ class Handle:
         self._full_graphs: FullGraphs | None = None
         if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
             self._full_graphs = FullGraphs(methods, iteration, lambda: self._first_step.has_ended)
+        both = (meter for method in methods for meter in (method.training_meter, method.validation_meter))
+        meters = [meter for meter in both if meter is not None]
         self._end_reruns_in_place = tell_of_reruns_in_place(self._rerun_in_place)
         self._reruns: Reruns | None = None
         if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
-            meters = [
-                meter for method in methods for meter in (method.training_meter, method.validation_meter)
-            ]
-            self._reruns = Reruns([meter for meter in meters if meter is not None], self._run_again)
-        is_overlapped = getattr(config, overlap.SETTING, False)
+            self._reruns = Reruns(meters, self._run_again)
+        for meter in meters:
+            meter.crosses_streams = getattr(config, overlap.SETTING, False)
         for method in methods:
             method.refuse = self._refuse
-            for meter in (method.training_meter, method.validation_meter):
-                if meter is not None:
-                    meter.crosses_streams = is_overlapped
         for chunk in chunks:
             setattr(chunk, _HANDLE, self)
 

@@ -1,4 +1,4 @@
-"""Iterations that Megatron runs twice.
+"""Iterations that Megatron runs twice: for the experts' capacity, and to validate a result.
 
 With a fixed number of tokens for the experts of a rank (``moe_expert_rank_capacity_factor``) Megatron's
 ``PagedStashRunner`` looks behind each iteration whether they were too few. If so, it empties the gradients
@@ -65,34 +65,36 @@ def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
     """
     from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
 
-    should_run = RerunStateMachine.should_run_forward_backward
-
-    @functools.wraps(should_run)
-    def told(machine: Any, *given: Any, **named: Any) -> Any:
+    def told(should_run: Callable[..., Any], machine: Any, *given: Any, **named: Any) -> Any:
         runs = should_run(machine, *given, **named)
         tell(bool(runs) and machine.state == RerunState.RERUNNING_IN_PLACE)
         return runs
 
-    def undo() -> None:
-        if RerunStateMachine.should_run_forward_backward is told:
-            RerunStateMachine.should_run_forward_backward = should_run
-
-    RerunStateMachine.should_run_forward_backward = told
-    return undo
+    return _go_around(RerunStateMachine, "should_run_forward_backward", told)
 
 
 def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[], None]:
-    """Have ``ours`` called before a class's method; what is returned undoes it if nothing came on top."""
-    method = getattr(owner, name)
+    """:func:`_go_around` a class's method with ``ours`` before it."""
 
-    @functools.wraps(method)
-    def both(*args: Any, **named: Any) -> Any:
+    def both(method: Callable[..., Any], *args: Any, **named: Any) -> Any:
         ours()
         return method(*args, **named)
 
+    return _go_around(owner, name, both)
+
+
+def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
+    """Have ``ours`` called in the place of a class's method, which it is given first; what is returned undoes
+    it if nothing came on top."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def around(*args: Any, **named: Any) -> Any:
+        return ours(method, *args, **named)
+
     def undo() -> None:
-        if getattr(owner, name) is both:
+        if getattr(owner, name) is around:
             setattr(owner, name, method)
 
-    setattr(owner, name, both)
+    setattr(owner, name, around)
     return undo

@@ -104,12 +104,16 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
 def _refuse_freed_inputs(model_config: Any) -> None:
     """Refuse the part of activation offloading that frees a layer's input before the layer ends. The other
     parts free nothing of the residual stream that is looked at later."""
-    modules = getattr(model_config, "offload_modules", None) or ()
-    if getattr(model_config, "fine_grained_activation_offloading", False) and "attn_norm" in modules:
+    if _offloads(model_config, "attn_norm"):
         raise UserError(
             "jreg_megatron does not support offload_modules attn_norm, which frees a layer's input before "
             "the layer ends; leave attn_norm out of offload_modules"
         )
+
+
+def _offloads(model_config: Any, module: str) -> bool:
+    modules = getattr(model_config, "offload_modules", None) or ()
+    return getattr(model_config, "fine_grained_activation_offloading", False) and module in modules
 
 
 def refuse_built(chunk: Any) -> None:
@@ -124,8 +128,7 @@ def refuse_built(chunk: Any) -> None:
             f"jreg_megatron does not support {overlap.SETTING} in a {type(chunk).__name__}, of which "
             "Megatron has no such schedule; turn it off"
         )
-    is_offloading = getattr(config, "fine_grained_activation_offloading", False)
-    if is_offloading and "mlp_norm" in (getattr(config, "offload_modules", None) or ()):
+    if _offloads(config, "mlp_norm"):
         for layer in residual_layers(chunk):
             if layer.adds[0][1] == "mlp_bda":
                 raise UserError(
@@ -236,7 +239,7 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
         UserError: naming the wrapper.
     """
     wrapper: Any = chunk
-    if sharding_of(unwrap(chunk)) == _MEGATRON_FSDP and unwrap(chunk) is chunk:
+    if unwrap(chunk) is chunk and sharding_of(chunk) == _MEGATRON_FSDP:
         raise UserError("attach was given a model out of its Megatron-FSDP; give it the wrapped model")
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
@@ -302,7 +305,7 @@ def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
     )
     return {
         f"cuda_graph_impl {graphs}": (graphs != "none", _NOT_COMPARED),
-        "overlap_moe_expert_parallel_comm": (config.overlap_moe_expert_parallel_comm, _NOT_COMPARED),
+        overlap.SETTING: (config.overlap_moe_expert_parallel_comm, _NOT_COMPARED),
         "moe_expert_rank_capacity_factor": (
             config.moe_expert_rank_capacity_factor is not None,
             _NOT_COMPARED,
