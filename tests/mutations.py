@@ -513,7 +513,13 @@ FAULTS = [
         "leave the norm on the embedding out of Peri-LN",
         "methods/periln/settings.py",
         (("if self.embedding and embedding is not None", "if False"),),
-        ("tests/test_methods.py", "-k", "norms_the_embedding"),
+        ("tests/test_methods.py", "-k", "peri_ln_norms"),
+    ),
+    Fault(
+        "add a bias behind Peri-LN's norm",
+        "methods/periln/settings.py",
+        (("(norm(added if bias is None else added + bias), None)", "(norm(added), bias)"),),
+        ("tests/test_methods.py", "-k", "peri_ln_norms"),
     ),
     Fault(
         "keep the teacher",

@@ -23,7 +23,6 @@ from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
-from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout, layouts_for
@@ -42,6 +41,7 @@ LAYOUTS = [
     Layout(graphs="moe_router", model="moe", data=2, expert=2, pipeline=2, num_microbatches=4),
     Layout(graphs="attn moe_router", model="moe", methods="all"),
     Layout(graphs="layers", methods="blocks"),
+    Layout(graphs="attn moe_router", model="moe", data=2, expert=2, pipeline=2, methods="blocks"),
     Layout(graphs="layers", model="mtp"),
     Layout(graphs="layers", model="hybrid", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
     Layout(graphs="layers", model="hybrid", layers="Mamba", tensor=2, sequence_parallel=True),
@@ -99,7 +99,6 @@ def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
 FULL = {"cuda_graph_impl": "full_iteration"}
-ROUTER = {"cuda_graph_modules": ["moe_router"]}
 
 
 def test_graphs_that_nothing_has_compared_are_refused_by_name() -> None:
@@ -121,7 +120,6 @@ def refuses_graphs() -> None:
         ("step_batch_size_schedule with", FULL | {"step_batch_size_schedule": "0:8 1B:16"}, [TAKEN]),
         ("metrics has entropy, .* full_iteration", FULL, [TAKEN, DepthConfig(metrics="entropy")]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
-        ("moe_router", ROUTER, [TAKEN, PeriLNConfig()]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):

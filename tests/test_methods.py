@@ -423,33 +423,49 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_as_on_one_rank_and_
     assert "was trained with --lns-power 0.5 --periln-gain 0.7, this run has no flag" in finetuned.output[0]
 
 
-def norms_the_embedding() -> None:
+def norms_all_outputs() -> None:
     from megatron.core import parallel_state
 
     settings = PeriLNConfig(gain=0.7, embedding=True)
     model = prepare([build_model()], [settings])[0]
     attach(model, settings, JRegConfig(), num_microbatches=1).detach()
-    parallel_state.destroy_model_parallel()
-    plain = prepare([build_model()], [PeriLNConfig(gain=0.7)])[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # a linear layer's is given to what adds, beside its output
+                parameter.normal_(std=0.5)
     weights = model.state_dict()
-    own = [weights.pop(name) for name in list(weights) if name.startswith("embedding.norm.")]
-    gain, shift = (weight.clone().requires_grad_() for weight in own)
-    assert torch.equal(gain, torch.full((16,), 0.7)) and not shift.any()
+    parallel_state.destroy_model_parallel()
+    plain = build_model()
+    normed = [(plain.embedding, "embedding.norm")]
+    for number, layer in enumerate(plain.decoder.layers):
+        normed.append((layer.self_attention, f"decoder.layers.{number}.post_attention_norm"))
+        normed.append((layer.mlp, f"decoder.layers.{number}.post_mlp_norm"))
+    own = {}
+    for module, name in normed:
+        gain, shift = (weights.pop(f"{name}.{kind}").clone().requires_grad_() for kind in ("weight", "bias"))
+        assert torch.equal(gain, torch.full((16,), 0.7))
+        own |= {f"{name}.weight": gain, f"{name}.bias": shift}
+        module.forward = partial(norm_output, module.forward, gain, shift, model.config.layernorm_epsilon)
     plain.load_state_dict(weights)
     _, found = step(model)
-    embedding = plain.embedding.forward
-    plain.embedding.forward = lambda *given, **named: torch.nn.functional.layer_norm(
-        embedding(*given, **named), (16,), gain, shift, model.config.layernorm_epsilon
-    )
     _, expected = step(plain)
-    expected |= {"embedding.norm.weight": gain.grad, "embedding.norm.bias": shift.grad}
+    expected |= {name: parameter.grad for name, parameter in own.items()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
-def test_peri_ln_norms_the_embedding_too_where_that_is_asked_for() -> None:
-    run_function(norms_the_embedding)
+def norm_output(
+    run: Callable[..., Any], gain: torch.Tensor, shift: torch.Tensor, eps: float, *given: Any, **named: Any
+) -> Any:
+    output = run(*given, **named)
+    added, bias = output if isinstance(output, tuple) else (output, None)
+    normed = torch.nn.functional.layer_norm(added if bias is None else added + bias, (16,), gain, shift, eps)
+    return (normed, None) if isinstance(output, tuple) else normed
+
+
+def test_peri_ln_norms_what_attention_and_mlp_give_with_their_biases_and_the_embedding() -> None:
+    run_function(norms_all_outputs)
 
 
 def scales_what_transformer_engine_joins() -> None:

@@ -22,6 +22,7 @@ from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
+from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.stream.meter import Meter
@@ -39,6 +40,7 @@ LAYOUTS = [
     Layout(**EXPERTS, recompute="selective", token_stride=4, padded=True, tokens="unmasked"),
     Layout(**EXPERTS, **STAGES, num_microbatches=4, methods="all"),
     Layout(**EXPERTS, **STAGES, num_microbatches=4, final_state="post_norm", per_token_loss=True),
+    Layout(**EXPERTS, **STAGES, num_microbatches=4, methods="blocks"),
     Layout(**EXPERTS | {"data": 1}, tensor=2, sequence_parallel=True, context=2),
 ]
 
@@ -71,6 +73,7 @@ GRAPHED = [
     Layout(**EXPERTS, graphs="attn", num_microbatches=4, methods="all"),
     Layout(**EXPERTS, **STAGES, graphs="moe_router", num_microbatches=4),
     Layout(**EXPERTS, graphs="attn moe_router", num_microbatches=4, final_state="post_norm"),
+    Layout(**EXPERTS, graphs="moe_router", num_microbatches=4, methods="blocks"),
 ]
 
 
@@ -107,9 +110,9 @@ SCALED = LayerNormScalingConfig()
     ("cut", "options", "methods"),
     [
         ({}, {"mtp_num_layers": 1}, METHODS),
-        (STAGES, {}, [SCALED, *METHODS]),
+        (STAGES, {}, [SCALED, PeriLNConfig(), *METHODS]),
     ],
-    ids=["MTP", "LayerNorm scaling, PP2, VPP2"],
+    ids=["MTP", "LayerNorm scaling, Peri-LN, PP2, VPP2"],
 )
 def test_dense_layers_shared_experts_and_all_methods_give_the_same_overlapped_and_not(
     cut: dict[str, int], options: dict[str, Any], methods: list[Settings]
@@ -209,7 +212,7 @@ def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name
     for named, more, settings in (
         ("--overlap on GPUs .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
         ("overlap_moe_expert_parallel_comm yet", {}, [NormsConfig()]),
-        ("Peri-LN with overlap_moe_expert_parallel_comm", {}, [TAKEN, PeriLNConfig()]),
+        ("slow Q/K with overlap_moe_expert_parallel_comm", {}, [TAKEN, SlowQKConfig(hold_iterations=1)]),
         ("is_hybrid_model with", {"is_hybrid_model": True}, [TAKEN]),
         ("use_megatron_fsdp with", {"use_megatron_fsdp": True}, [TAKEN]),
         ("cuda_graph_impl with overlap", {"cuda_graph_impl": "local"}, [TAKEN]),

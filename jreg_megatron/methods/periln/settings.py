@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import OTHER_LAYERS, Settings, is_finite, setting
 
 if TYPE_CHECKING:
     from torch import nn
 
-_NORMS = {"self_attention": "post_attention_norm", "mlp": "post_mlp_norm"}
-"""The modules of a layer, and the names of the norms behind them, in checkpoints too."""
+_NORMS = {"self_attn_bda": "post_attention_norm", "mlp_bda": "post_mlp_norm"}
+"""By what adds a module's output to the residual stream: the norm of it, by its name in checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,7 @@ class PeriLNConfig(Settings):
         "model: give the same flag in every run of it."
     )
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
 
     refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
 
@@ -46,17 +46,6 @@ class PeriLNConfig(Settings):
 
     def __post_init__(self) -> None:
         self.require("gain", self.gain, is_finite(self.gain) and self.gain > 0, "a finite number above 0")
-
-    def refuse(self, model_config: Any) -> None:
-        """Refuse graphs that end between an expert layer's router and its experts."""
-        super().refuse(model_config)
-        has_graphs = getattr(model_config, "cuda_graph_impl", "none") != "none"
-        modules = getattr(model_config, "cuda_graph_modules", None) or ()
-        if has_graphs and "moe_router" in [getattr(one, "name", one) for one in modules]:
-            raise UserError(
-                f"{self.name} does not support cuda_graph_modules moe_router, whose graph does not hold the "
-                "experts' output, which is to be normed; leave one of the two out"
-            )
 
     @property
     def added_parameters(self) -> frozenset[str]:
@@ -69,10 +58,11 @@ class PeriLNConfig(Settings):
 
         layers = [layer for _, layer in plain_layers(chunk, self.name)]
         for layer in layers:
-            for module, name in _NORMS.items():
+            for add, name in _NORMS.items():
                 norm = _norm_like(chunk.config, layer, self.gain)
                 layer.add_module(name, norm)
-                getattr(layer, module).register_forward_hook(functools.partial(_normed, norm))
+                # Not a hook on the module: some of Megatron's schedules and graphs call only parts of it.
+                setattr(layer, add, functools.partial(_normed, norm, getattr(layer, add)))
         embedding: Any = getattr(chunk, "embedding", None)
         if self.embedding and embedding is not None:
             norm = _norm_like(chunk.config, [*layers, embedding][0], self.gain)
@@ -96,6 +86,13 @@ def _norm_like(config: Any, neighbour: nn.Module, gain: float) -> nn.Module:
     return norm
 
 
-def _normed(norm: nn.Module, _: Any, given: Any, output: tuple[Any, Any]) -> tuple[Any, None]:
+def _normed(norm: nn.Module, factory: Callable[..., Any], *options: Any, **named: Any) -> Callable[..., Any]:
+    """For a factory ``name(training, fused) -> add``, one whose ``add`` norms before it adds."""
+    return functools.partial(_add_normed, norm, factory(*options, **named))
+
+
+def _add_normed(
+    norm: nn.Module, add: Callable[..., Any], output: tuple[Any, Any], residual: Any, *rest: Any
+) -> Any:
     added, bias = output
-    return norm(added if bias is None else added + bias), None
+    return add((norm(added if bias is None else added + bias), None), residual, *rest)
