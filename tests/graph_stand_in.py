@@ -39,6 +39,8 @@ def capture(models: list[Any], config: Any, layout: Layout) -> None:
         for layer in unwrap(model).decoder.layers:
             if cuda_graphs._layer_is_graphable(layer, config):
                 layer.cuda_graphs = [Graph(layer) for _ in range(count)]
+                if model.ddp_config.overlap_param_gather:
+                    layer.setup_manual_hooks(model._make_forward_pre_hook)
         model.zero_grad_buffer()
 
 

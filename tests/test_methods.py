@@ -522,15 +522,19 @@ def prepares() -> None:
     attach(model, LayerNormScalingConfig(), JRegConfig(), num_microbatches=1).detach()
     learned = built(AttenuationConfig(learned=0.3))
     refused("prepared for", lambda: attach(learned, AttenuationConfig(factor=0.9), num_microbatches=1))
-    late = anew()
-    optimizer = torch.optim.AdamW(late.parameters())
-    prepare([late], [AttenuationConfig(learned=0.3)])
-    made_before = partial(attach, late, AttenuationConfig(learned=0.3), num_microbatches=1)
-    refused(
-        "the optimizer does not have decoder.layers.0.attenuation_gate",
-        lambda: made_before(optimizer=optimizer),
-    )
-    made_before(optimizer=torch.optim.AdamW(late.parameters())).detach()
+    for adding, added in (
+        (AttenuationConfig(learned=0.3), "decoder.layers.0.attenuation_gate.weight"),
+        (PeriLNConfig(), "decoder.layers.0.post_attention_norm.weight"),
+    ):
+        late = anew()
+        optimizer = torch.optim.AdamW(late.parameters())
+        prepare([late], [adding])
+        made_before = partial(attach, late, adding, num_microbatches=1)
+        refused(
+            f"the optimizer does not have {added}",
+            lambda: made_before(optimizer=optimizer),  # noqa: B023 (called at once)
+        )
+        made_before(optimizer=torch.optim.AdamW(late.parameters())).detach()
     wrapped = torch.nn.Module()
     wrapped.module = anew()
     refused("prepare was called for a model in Module", lambda: prepare([wrapped], [PeriLNConfig()]))

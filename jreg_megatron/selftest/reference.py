@@ -20,7 +20,7 @@ from torch import Tensor
 EPS, ROPE_BASE = 1e-5, 10000.0
 
 ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_weight"
-GATE = "attenuation_gate"
+GATE = "attenuation_gate.weight"
 LATENT_NORM = "input_layernorm.weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 

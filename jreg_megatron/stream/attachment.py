@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -400,8 +401,33 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
                     "--init-model-with-meta-device; leave one of the two out"
                 )
             of_one.prepare(chunk)
+        _have_graphs_wait(chunk, changing)
         setattr(chunk, _PREPARED, changing)
     return chunks
+
+
+def _have_graphs_wait(chunk: nn.Module, settings: Sequence[Settings]) -> None:
+    """Have a graph of a part of a layer wait for the gathered parameters that methods added.
+
+    A replay calls no module, so Megatron waits for the parameters of the modules that it lists itself.
+    """
+    if not any(of_one.added_parameters for of_one in settings):
+        return
+    for layer in {part for whole in residual_layers(chunk) for part in (whole.first, whole.last)}:
+        holders = {name.rpartition(".")[0] for name, _ in layer.named_parameters() if _adds(settings, name)}
+        if listed := getattr(layer, "_get_submodules_under_cudagraphs", None):
+            added = [layer.get_submodule(name) for name in holders]
+            layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, added)
+
+
+def _also(listed: Callable[[], list[nn.Module]], added: list[nn.Module]) -> list[nn.Module]:
+    return [*listed(), *added]
+
+
+def _adds(settings: Iterable[Settings], parameter: str) -> bool:
+    """Whether one of the methods adds a parameter, by its name in the model."""
+    names = (name for of_one in settings for name in of_one.added_parameters)
+    return any(f".{name}." in f".{parameter}." for name in names)
 
 
 def _refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Settings]) -> None:
@@ -425,7 +451,7 @@ def _refuse_left_out(
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for of_one in settings:
         for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
-            if name.endswith(tuple(of_one.added_parameters)) and id(parameter) not in held:
+            if _adds([of_one], name) and id(parameter) not in held:
                 raise UserError(
                     f"the optimizer does not have {name}, which {of_one.as_flags()} added; make the "
                     "optimizer after jreg_megatron.prepare"

@@ -103,7 +103,8 @@ class Settings:
 
     @property
     def added_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are added there, which a checkpoint without the method lacks."""
+        """Names of the parameters that are added there, or of the modules that hold them. A checkpoint
+        without the method lacks them."""
         return frozenset()
 
     def refuse(self, model_config: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jreg_megatron.methods.attenuation.settings import GATE, AttenuationConfig
 from jreg_megatron.stream.anatomy import residual_layers
@@ -34,6 +35,23 @@ class AttenuationMetrics(Readings):
     def remarks(self) -> list[str]:
         """The layers whose gate is not a number."""
         return not_finite("gate", self.residual_kept)
+
+
+class Gate(nn.Module):
+    """What a layer keeps of its input, ``[1]`` float32, in (0, 1): the sigmoid of its weight.
+
+    A module of its own, since where layers run in parts, Megatron waits for the gathered parameters of the
+    modules that are called.
+    """
+
+    def __init__(self, start: float, device: torch.device) -> None:
+        super().__init__()
+        logit = math.log(start) - math.log1p(-start)
+        self.weight = nn.Parameter(torch.full((1,), logit, device=device))
+
+    def forward(self) -> Tensor:
+        """What it keeps now."""
+        return torch.sigmoid(self.weight.float())
 
 
 class Attenuation(Method):
@@ -71,8 +89,9 @@ class Attenuation(Method):
         return torch.addcmul(layer_output, kept, taken)
 
     def _kept(self, layer_number: int) -> Tensor:
-        """``a_l`` of now, ``[1]``: FSDP2 has the whole parameter in its place only while its module runs."""
-        return torch.sigmoid(getattr(self._modules[layer_number], GATE).float())
+        """``a_l`` of now, ``[1]``: FSDP2 has the whole parameter in its place only while the layer runs."""
+        kept: Tensor = getattr(self._modules[layer_number], GATE)()
+        return kept
 
     @torch.no_grad()
     def layer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 _FACTOR = 0.5
 GATE = "attenuation_gate"
-"""The parameter of a layer's last module: the part of its input that the layer keeps is its sigmoid."""
+"""The module within a layer's last module that holds what is learned."""
 
 
 def _layers_from_text(text: str) -> str | tuple[int, ...]:
@@ -124,17 +123,15 @@ class AttenuationConfig(Settings):
         return frozenset() if self.learned is None else frozenset([GATE])
 
     def prepare(self, chunk: nn.Module) -> None:
-        """Give each layer of the chunk a parameter, of which the factor is the sigmoid."""
-        import torch
-
+        """Give each layer of the chunk a gate."""
+        from jreg_megatron.methods.attenuation.attenuation import Gate
         from jreg_megatron.stream.anatomy import residual_layers
 
         assert self.learned is not None
-        logit = math.log(self.learned) - math.log1p(-self.learned)
         for layer in residual_layers(chunk):
-            gate = torch.nn.Parameter(torch.full((1,), logit, device=next(layer.last.parameters()).device))
-            gate.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
-            layer.last.register_parameter(GATE, gate)
+            gate = Gate(self.learned, next(layer.last.parameters()).device)
+            gate.weight.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined,union-attr]
+            layer.last.add_module(GATE, gate)
 
     def make(self, place: Place) -> Method:
         """The attenuation of a built model."""
