@@ -66,6 +66,15 @@ class Scales(TransformerLayer):  # type: ignore[misc]
         return out, context
 
 
+class ScalesUnseen(TransformerLayer):  # type: ignore[misc]
+    """Scales its output in place, which autograd does not count."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        out, context = super().forward(*args, **named)
+        out.data.mul_(0.5)
+        return out, context
+
+
 class TurnsItsInput(TransformerLayer):  # type: ignore[misc]
     """Hands its base class another state than it was given."""
 
@@ -127,6 +136,7 @@ UNKNOWN: dict[str, tuple[type[TransformerLayer], str]] = {
     "gate at zero": (GateAtZero, "returns another state than its last bias-dropout-add gives"),
     "gate at zero, in place": (GateInPlace, "returns another state than its last bias-dropout-add gives"),
     "scales in place": (Scales, "returns another state than its last bias-dropout-add gives"),
+    "scales unseen": (ScalesUnseen, "returns another state than its last bias-dropout-add gives"),
     "turns its input": (TurnsItsInput, "adds to another state than it is given"),
     "adds by itself": (AddsByItself, "does not add its residual by self_attn_bda and mlp_bda"),
     "attends twice": (AttendsTwice, "calls self_attn_bda more than once"),
