@@ -67,8 +67,8 @@ def leaves_the_model_as_it_was() -> None:
 
     model = build_model()
     keys = list(model.state_dict())
-    attributes = [dict(vars(layer)) for layer in model.decoder.layers]
     loss, gradients = step(model)
+    attributes = [dict(vars(layer)) for layer in model.decoder.layers]
     handle = attach(model, JRegConfig(coeff=1.0, alpha=0.0), num_microbatches=1)
     regularized_loss, regularized = step(model)
     assert list(model.state_dict()) == keys
@@ -687,9 +687,9 @@ def refusal_in_megatron_fsdp(shards: str) -> str:
 @pytest.mark.skipif(Version("0.19") > CORE, reason="Megatron-FSDP is refused")
 def test_experts_whose_gradients_megatron_fsdp_divides_too_often_or_clips_apart_are_refused() -> None:
     for said in run_function(refusal_in_megatron_fsdp, 2, "optim_grads_params"):
-        assert "FullyShardedDataParallel with optim_grads_params and experts that one rank has each" in said
+        assert "with optim_grads_params and experts that one rank has each" in said
     for said in run_function(refusal_in_megatron_fsdp, 2, "no_shard"):
-        assert "FullyShardedDataParallel with no_shard and expert_model_parallel_size" in said
+        assert "with no_shard and expert_model_parallel_size" in said
 
 
 def test_every_unsupported_setting_is_refused_by_its_name() -> None:
