@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from jreg_megatron.methods.periln.settings import PeriLNConfig
     from jreg_megatron.methods.slowqk.settings import SlowQKConfig
     from jreg_megatron.runtime.errors import UserError
-    from jreg_megatron.stream.attachment import Handle, attach, prepare
+    from jreg_megatron.stream.attachment import attach
+    from jreg_megatron.stream.handle import Handle
     from jreg_megatron.stream.method import Metrics
+    from jreg_megatron.stream.preparation import prepare
 
 __version__ = "0.1.0"
 
@@ -56,7 +58,7 @@ _MODULES = {
     "DepthConfig": "methods.depth.settings",
     "DepthMetrics": "methods.depth.depth",
     "JRegConfig": "methods.jreg.settings",
-    "Handle": "stream.attachment",
+    "Handle": "stream.handle",
     "JRegMetrics": "methods.jreg.regularizer",
     "LETConfig": "methods.let.settings",
     "LayerNormScalingConfig": "methods.lns.settings",
@@ -70,7 +72,7 @@ _MODULES = {
     "displacement": "methods.jreg.formulas",
     "jump_rate": "methods.jreg.formulas",
     "layer_weights": "methods.jreg.formulas",
-    "prepare": "stream.attachment",
+    "prepare": "stream.preparation",
 }
 
 

@@ -19,8 +19,10 @@ from torch import nn
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import unwrap
-from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares, refuse_settings
+from jreg_megatron.stream.attachment import attach, refuse_settings
+from jreg_megatron.stream.handle import Handle
 from jreg_megatron.stream.method import Metrics
+from jreg_megatron.stream.preparation import prepare, prepares
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 

@@ -24,8 +24,10 @@ import torch
 from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.ranks import of_every_rank
-from jreg_megatron.stream.attachment import Handle, attach, prepare, prepares
+from jreg_megatron.stream.attachment import attach
+from jreg_megatron.stream.handle import Handle
 from jreg_megatron.stream.method import Metrics
+from jreg_megatron.stream.preparation import prepare, prepares
 from jreg_megatron.stream.settings import Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
 

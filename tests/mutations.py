@@ -384,7 +384,7 @@ FAULTS = [
     ),
     Fault(
         "let methods on a model have layers of their own",
-        "stream/attachment.py",
+        "stream/settings.py",
         (("    if len(given) > 1:", "    if False:"),),
         ANATOMY,
     ),
@@ -393,7 +393,7 @@ FAULTS = [
         "stream/attachment.py",
         (
             (
-                "    define_layers(chunks, _layer_rule(settings))\n    for chunk",
+                "    define_layers(chunks, layer_rule(settings))\n    for chunk",
                 "    for chunk",
             ),
         ),
@@ -401,8 +401,8 @@ FAULTS = [
     ),
     Fault(
         "prepare a model by another rule of what a layer is",
-        "stream/attachment.py",
-        (("    define_layers([unwrap(chunk) for chunk in chunks], _layer_rule(settings))\n", ""),),
+        "stream/preparation.py",
+        (("    define_layers([unwrap(chunk) for chunk in chunks], layer_rule(settings))\n", ""),),
         HYBRID,
     ),
     Fault(
@@ -523,7 +523,7 @@ FAULTS = [
     ),
     Fault(
         "let a graph read a norm of Peri-LN before it is gathered",
-        "stream/attachment.py",
+        "stream/preparation.py",
         (("[*listed(), *added]", "[*listed()]"),),
         ("tests/test_param_gather.py",),
     ),
@@ -535,7 +535,7 @@ FAULTS = [
     ),
     Fault(
         "do not find the added parameter in the optimizer by its module",
-        "stream/attachment.py",
+        "stream/settings.py",
         (('f".{name}." in f".{parameter}."', "parameter.endswith(name)"),),
         ("tests/test_methods.py", "-k", "prepared_once"),
     ),
@@ -704,7 +704,7 @@ FAULTS = [
     ),
     Fault(
         "name the iterations of the log interval before too",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("            self._measured[method] = []\n", ""),),
         (*BRIDGE, *CUT_INTERVALS),
     ),
@@ -758,13 +758,13 @@ FAULTS = [
     ),
     Fault(
         "reduce in every step",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("(is_interval_end or is_new)", "True"),),
         (*BRIDGE, "tests/test_cost.py"),
     ),
     Fault(
         "log again what was logged before",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("        if is_interval_end:\n            self.reset_training_metrics()\n", ""),),
         (*BRIDGE, *LOOP),
     ),
@@ -1273,7 +1273,7 @@ FAULTS = [
     ),
     Fault(
         "refuse an epoch's last step, which has fewer micro-batches",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("if ran > self._most_ran:", "if ran != self._most_ran:"),),
         FIRST_STEP,
     ),
@@ -1343,13 +1343,13 @@ FAULTS = [
     ),
     Fault(
         "let the number of micro-batches become another",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("if ran > self._most_ran:", "if False:"),),
         FIRST_STEP,
     ),
     Fault(
         "raise for a missing mask on one stage alone",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("if self._first_step.has_ended or not self._first_step.ranks_meet:", "if True:"),),
         FIRST_STEP,
     ),
@@ -2208,13 +2208,13 @@ FAULTS = [
     ),
     Fault(
         "measure an iteration twice that Megatron runs again to validate it",
-        "stream/attachment.py",
+        "stream/handle.py",
         ((".is_paused = is_rerun", ".is_paused = False"),),
         ("tests/test_attach.py", "-k", "validate_it"),
     ),
     Fault(
         "take a model that is sharded after attach",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("if not self._is_sharded and (", "if False and ("),),
         ("tests/test_attach.py", "-k", "behind_attach"),
     ),
@@ -2238,7 +2238,7 @@ FAULTS = [
     ),
     Fault(
         "freeze the choices of the iteration that is captured",
-        "stream/attachment.py",
+        "stream/handle.py",
         (("self._iteration is not None and not in_full_graph:", "self._iteration is not None:"),),
         FULL_GRAPH,
     ),

@@ -12,7 +12,7 @@ from harness import Finished, read_scalars, run_function, run_ranks
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.stream.anatomy import residual_layers
-from jreg_megatron.stream.attachment import prepare
+from jreg_megatron.stream.preparation import prepare
 from jreg_megatron.stream.settings import Settings
 
 COEFF = 5.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch.distributed as dist
+
+from jreg_megatron.runtime.errors import DeviceFault, UserError
 
 
 def of_every_rank[T](own: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -30,3 +33,21 @@ def first_that_differs(
         return None
     first, other = (n if group is None else dist.get_global_rank(group, n) for n in (0, at))
     return at, first, other
+
+
+def alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """``check()``; where it fails on some ranks only, it fails on all, so that none waits for the others."""
+    refusal, error, result = "", None, None
+    try:
+        result = check()
+    except DeviceFault:
+        raise  # NCCL could not tell the others
+    except Exception as caught:
+        error = caught
+        refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
+    refusals = of_every_rank(refusal, group)
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    if first := next(filter(None, refusals), ""):
+        raise UserError(first)
+    return cast(T, result)

@@ -29,8 +29,9 @@ from jreg_megatron.selftest.toy import (
     shape_of,
 )
 from jreg_megatron.stream.anatomy import unwrap
-from jreg_megatron.stream.attachment import attach, prepare
+from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.method import Metrics
+from jreg_megatron.stream.preparation import prepare
 
 _RECOMPUTED = {
     "pairs": 2,

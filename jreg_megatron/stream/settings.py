@@ -107,6 +107,10 @@ class Settings:
         without the method lacks them."""
         return frozenset()
 
+    def adds(self, parameter: str) -> bool:
+        """Whether the method adds a parameter, by its name in the model."""
+        return any(f".{name}." in f".{parameter}." for name in self.added_parameters)
+
     def refuse(self, model_config: Any) -> None:
         """Refuse by name what the method does not support; by default what is in :attr:`refused`.
 
@@ -320,3 +324,18 @@ def is_finite(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def layer_rule(settings: Sequence[Settings]) -> str:
+    """What a layer of a hybrid model is to all methods.
+
+    Raises:
+        UserError: if they differ.
+    """
+    for of_one in settings:
+        of_one.require_layer()
+    given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
+    if len(given) > 1:
+        told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]
+        raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
+    return next(iter(given), LAYER_RULES[0])

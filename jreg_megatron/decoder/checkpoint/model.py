@@ -26,7 +26,8 @@ from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
 from jreg_megatron.stream.anatomy import described_layers
-from jreg_megatron.stream.attachment import place_of, prepare
+from jreg_megatron.stream.attachment import place_of
+from jreg_megatron.stream.preparation import prepare
 from jreg_megatron.stream.settings import Settings
 
 if TYPE_CHECKING:

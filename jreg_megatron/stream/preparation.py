@@ -1,0 +1,92 @@
+"""``prepare``: methods change a model before it is wrapped and has an optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.anatomy import define_layers, residual_layers, unwrap
+from jreg_megatron.stream.settings import Settings, flags_of, layer_rule
+
+_PREPARED = "_jreg_prepared"
+"""The attribute of a model chunk that holds the settings that changed it."""
+_NO_CHANGE = "no method that changes it"
+
+
+def prepares(settings: Sequence[Settings]) -> bool:
+    """Whether some method changes the model in :func:`prepare`."""
+    return any(of_one.changes_modules for of_one in settings)
+
+
+def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
+    """Let methods change model chunks before these are wrapped and have an optimizer; returns the chunks.
+
+    To be called in a loop of one's own before ``DistributedDataParallel``, once, with the settings that
+    :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
+
+    Raises:
+        UserError: if a chunk is prepared already, is wrapped already, or is none that a method can change.
+    """
+    define_layers([unwrap(chunk) for chunk in chunks], layer_rule(settings))
+    changing = tuple(of_one for of_one in settings if of_one.changes_modules)
+    for given in chunks:
+        chunk = unwrap(given)
+        if changing and chunk is not given:
+            raise UserError(
+                f"prepare was called for a model in {type(given).__name__}, which would not see what "
+                f"{flags_of(changing, _NO_CHANGE)} changes; call it before the model is wrapped"
+            )
+        if done := getattr(chunk, _PREPARED, ()):
+            raise UserError(
+                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
+            )
+        for of_one in changing:
+            if of_one.added_parameters and any(parameter.is_meta for parameter in chunk.parameters()):
+                raise UserError(
+                    f"{of_one.as_flags()} gives the model parameters, whose first values would be lost with "
+                    "--init-model-with-meta-device; leave one of the two out"
+                )
+            of_one.prepare(chunk)
+        _have_graphs_wait(chunk, changing)
+        setattr(chunk, _PREPARED, changing)
+    return chunks
+
+
+def _have_graphs_wait(chunk: nn.Module, settings: Sequence[Settings]) -> None:
+    """Have a graph of a part of a layer wait for the gathered parameters that methods added.
+
+    A replay calls no module, so Megatron waits for the parameters of the modules that it lists itself.
+    """
+    if not any(of_one.added_parameters for of_one in settings):
+        return
+    for layer in {part for whole in residual_layers(chunk) for part in (whole.first, whole.last)}:
+        holders = {
+            name.rpartition(".")[0]
+            for name, _ in layer.named_parameters()
+            if any(of_one.adds(name) for of_one in settings)
+        }
+        if listed := getattr(layer, "_get_submodules_under_cudagraphs", None):
+            added = [layer.get_submodule(name) for name in holders]
+            layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, added)
+
+
+def _also(listed: Callable[[], list[nn.Module]], added: list[nn.Module]) -> list[nn.Module]:
+    return [*listed(), *added]
+
+
+def refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Settings]) -> None:
+    """Refuse a model that was prepared for other settings than those it is attached with, or not at all."""
+    wanted = {of_one for of_one in settings if of_one.changes_modules}
+    for chunk in chunks:
+        done = getattr(chunk, _PREPARED, ())
+        if set(done) != wanted:
+            raise UserError(
+                f"the model was prepared for {flags_of(done, _NO_CHANGE)}, and is attached with "
+                f"{flags_of([of_one for of_one in settings if of_one in wanted], _NO_CHANGE)}; call "
+                "jreg_megatron.prepare(chunks, settings) with the same settings, before the model is wrapped "
+                "and has an optimizer"
+            )
