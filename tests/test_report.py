@@ -263,7 +263,7 @@ def test_checkpoints_of_one_name_that_were_evaluated_are_compared_by_their_step(
     assert page.column("a (step 200) minus a (step 100), on the same samples", "p, adjusted") == [
         *("–", "0.160", "–", "–", "–")
     ]
-    assert page.column("Difference in loss behind each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
+    assert page.column("Difference in loss after each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
     assert "<li>Too few &lt;samples&gt;.</li>" in Path("report.html").read_text()
 
 
@@ -385,7 +385,7 @@ def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page
     document = evaluation()
     document["comparison"]["read_out"]["interval"][5] = None
     page = report(write(Path("e.json"), document))
-    row = page.table("Difference in loss behind each layer")[6]
+    row = page.table("Difference in loss after each layer")[6]
     assert row[0] == "5" and row[1] != "–" and row[2:4] == ["–", "–"]
 
 

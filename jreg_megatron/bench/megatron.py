@@ -139,8 +139,8 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     )
     if not found:
         raise UserError(
-            "Megatron ended the training before anything was measured; leave out what ends it among the "
-            "arguments behind --, or take bf16 in place of fp16"
+            "Megatron ended the training before anything was measured; leave out the flags after -- that "
+            "end it, or use bf16 instead of fp16"
         )
     return found[0]
 

@@ -180,7 +180,7 @@ def of_seeds(by_seed: Mapping[int, float]) -> dict[str, Any]:
 
 
 READ_OUTS = {"as it is": "read_out.loss", "through a lens": "lens.loss"}
-"""The ways to read out the state behind a layer."""
+"""The ways to read out the state after a layer."""
 
 
 def more(base: Trained, jreg: Trained, what: str) -> dict[int, float]:

@@ -64,5 +64,5 @@ def check_flags(argv: list[str]) -> None:
 
 
 def with_a_flag(argv: list[str]) -> list[str]:
-    """``argv``, with ``--jreg-coeff 0`` behind it if it has no flag of any method: then JREG measures."""
+    """``argv``; without a flag of any method it gets ``--jreg-coeff 0``, so that JREG measures."""
     return argv if has_flag(argv) else [*argv, JRegConfig.flag("coeff"), "0"]

@@ -45,7 +45,7 @@ def world_size_of(nproc: int | None) -> int:
         if int(size or 1) > 1 and name not in os.environ:
             raise UserError(
                 f"the environment has WORLD_SIZE={size} and no {name}, where the ranks meet; start them with "
-                "torchrun, or set it alike on all"
+                "torchrun, or set it to the same value on all ranks"
             )
     return int(size or 1)
 

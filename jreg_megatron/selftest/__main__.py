@@ -61,7 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description="One training step of a toy model with JREG at many layouts, with the Megatron-Core "
         "installed here; every parameter's gradient, the losses and each layer's displacement are compared "
         "with a model in plain torch that each rank computes alone, in float64.",
-        epilog="Every way to cut the model over the ranks is tried, unless told which.",
+        epilog="Without sizes it tries every way to split the model over the ranks.",
     )
     for flag, what in (
         ("--tp", "tensor-parallel"),
@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--transformer-impl",
         choices=("local", "transformer_engine"),
         default="local",
-        help="whose layers; Transformer Engine computes float32 in TF32, so take bf16 with it",
+        help="which layers; with transformer_engine give --precision bf16, since it computes float32 in TF32",
     )
     parser.add_argument(
         "--cuda-graph",
@@ -137,9 +137,9 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
                 "compared with; add --precision bf16"
             )
         if find_spec("transformer_engine") is None:
-            raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
+            raise UserError("--transformer-impl is transformer_engine, which is not installed; use local")
         if not (options.list or on_gpu):
-            raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
+            raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; use local")
 
 
 def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:

@@ -482,8 +482,8 @@ def layouts_for(
         given += " and --overlap" * overlap
         raise UserError(
             f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
-            f"{LENGTH} tokens, {BATCH} sequences) cannot be cut over {world_size} ranks with {given}"
-            f"{f' in {precision}' if precision else ''}; take sizes that are powers of two and at most 4, "
+            f"{LENGTH} tokens, {BATCH} sequences) cannot be split over {world_size} ranks with {given}"
+            f"{f' in {precision}' if precision else ''}; give sizes that are powers of two and at most 4, "
             "another number of ranks, or fp32 for experts"
         )
     waiting = list(modes)

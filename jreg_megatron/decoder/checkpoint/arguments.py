@@ -134,7 +134,7 @@ def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
         if of_one.layer_rule not in (None, LAYER_RULES[0]):
             raise UserError(
                 f"{what} was trained with {of_one.flag('layer')} {of_one.layer_rule}, and measure and "
-                "evaluate take attention with the MLP or experts behind it for a layer, so their figures "
+                "evaluate count attention with the MLP or experts after it as one layer, so their figures "
                 "would be of other layers; its training's own validation logs the figures of its layers"
             )
 

@@ -109,7 +109,7 @@ class AttenuationConfig(Settings):
             if number > num_layers:
                 raise UserError(
                     f"{self.flag('layers')} names layer {number}, and the model has {num_layers} layers; "
-                    f"take numbers from 1 to {num_layers}"
+                    f"give numbers from 1 to {num_layers}"
                 )
 
     @property

@@ -1,6 +1,6 @@
 """The regularizer's gradient as an autograd node on the residual stream, with no loss tensor to carry.
 
-The forward value of the model is untouched, and the forward pass does nothing at all. When the ordinary
+The model's forward values do not change, and the forward pass does nothing. When the ordinary
 backward pass reaches a layer's output, the node computes displacement and gradients in one go and adds the
 gradient of ``coefficient * sum over tokens of Psi`` to what flows by. No second forward or backward pass, no
 extra output of the model, nothing for a pipeline stage to send, nothing kept but the two states.

@@ -27,7 +27,7 @@ _DISPLACEMENT = "jreg/displacement"
 
 _MASK_OF_OTHER_TOKENS = (
     f"{flag_of('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; call the "
-    "model with a loss mask or a padding mask [b, s] of a number for each of its tokens"
+    "model with a loss mask or a padding mask [b, s] that has one number per token"
 )
 _NO_MASK = (
     f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask or padding mask on "
@@ -115,9 +115,9 @@ class Regularizer(Method):
         if found := first_that_differs([kind for kind, _ in ranks], group):
             at, first, other = found
             raise UserError(
-                f"{flag_of('kernels')} is {self.settings.kernels!r}, for which rank {first} would run "
-                f"{ranks[0][1]}, and rank {other} {ranks[at][1]}, which round differently and take other "
-                "times; make them alike, or set it to 'torch'"
+                f"{flag_of('kernels')} is {self.settings.kernels!r}, but rank {first} would run "
+                f"{ranks[0][1]}, and rank {other} {ranks[at][1]}: they round differently and differ in "
+                "speed; install the same on all ranks, or set it to 'torch'"
             )
 
     def describe(self) -> str:

@@ -105,8 +105,8 @@ class LET(Method):
         if not self._is_over and self.number > last:
             flag = self.settings.flag("layer")
             raise UserError(
-                f"{flag} is {self.number}, and the first pipeline stage, which alone is given token ids, has "
-                f"the layers up to {last}; take one of them, or fewer pipeline stages"
+                f"{flag} is {self.number}, but only the first pipeline stage gets token ids, and its last "
+                f"layer is {last}; give a layer up to {last}, or use fewer pipeline stages"
             )
 
     def describe(self) -> str:

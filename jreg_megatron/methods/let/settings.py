@@ -133,7 +133,7 @@ class LETConfig(Settings):
         """Refuse a layer that the model does not have."""
         if (number := self.layer_of(num_layers)) > num_layers:
             raise UserError(
-                f"{self.flag('layer')} is {number}, and the model has {num_layers} layers; take one of 1 to "
+                f"{self.flag('layer')} is {number}, and the model has {num_layers} layers; give one of 1 to "
                 f"{num_layers}"
             )
 

@@ -42,8 +42,8 @@ def refuse_longer(folder: str, length: int, longest: int | None) -> None:
     """
     if longest is not None and length > longest:
         raise UserError(
-            f"{_FLAG} {folder} takes sequences of up to {longest} tokens, and these have {length}; give "
-            "another teacher, or take shorter sequences"
+            f"{_FLAG} {folder} takes sequences of up to {longest} tokens, and the training's have {length}; "
+            "give another teacher, or a smaller --seq-length"
         )
 
 
@@ -96,7 +96,7 @@ def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
 
 
 class Teacher:
-    """Gives the last states of token ids, behind the final norm, at the width of the trained model."""
+    """Gives the last states of token ids, after the final norm, at the width of the trained model."""
 
     def __init__(self, folder: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
         """Load it.

@@ -45,8 +45,8 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
     if not own or not known_pieces:
         lacking = f"--tokenizer-type {kind} {file}" if not own else f"{_FLAG} {teacher}"
         raise UserError(
-            f"{LETConfig.name} finds no pieces of the tokenizer of {lacking}, so it cannot compare the two; "
-            f"take a teacher with its tokenizer's files, and {_HUGGING_FACE} with the same"
+            f"{LETConfig.name} cannot read the tokenizer of {lacking}, so it cannot compare the two; give "
+            f"a teacher with its tokenizer's files, and --tokenizer-type {_HUGGING_FACE} with the same files"
         )
     differs = [piece for piece, own_id in own.items() if known_pieces.get(piece) != own_id]
     if differs:

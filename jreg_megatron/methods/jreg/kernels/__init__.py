@@ -104,7 +104,7 @@ def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) ->
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if wanted == "triton":
         raise UserError(
-            f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
+            f"{flag_of('kernels')} is 'triton', but {why_not}; use 'torch', or 'auto' for what runs here"
         )
     return eager.TorchKernels(why_not)
 
