@@ -21,7 +21,7 @@ _COMMANDS = {
     "measure": "measure how far each layer of a model turns the state, and the last layer's jump",
     "pretrain": "pretrain with Megatron's own loop (one rank; use torchrun for several)",
     "report": "make one HTML page of measurements, evaluations and training runs",
-    "selftest": "compare JREG with an independent model at every layout of these ranks",
+    "selftest": "compare JREG with an independent model, at every layout of these ranks",
     "sweep": "train a recipe over a grid of lambda, alpha and seeds",
 }
 
