@@ -88,7 +88,7 @@ def arguments_of(args: Namespace, steps: int) -> list[str]:
 def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     """Have Megatron set up a training; ``work`` stands for all of its steps but the first ones.
 
-    The first one is Megatron's own, which finishes its set-up behind it; so are those that fp16's loss scale
+    The first one is Megatron's own, which finishes its set-up after it; so are those that fp16's loss scale
     skips.
 
     Args:

@@ -57,7 +57,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
     """The parts of each layer, from a short forward pass; None, and a note, if a layer has none.
 
     A layer is ``out = x + c (a + m)``. Two of its modules make a and m. Attention is the one that mixes
-    tokens. If a module behind it is given ``x + c a``, m comes from that sum. Else both come from x at the
+    tokens. If a later module is given ``x + c a``, m comes from that sum. Else both come from x at the
     same time, and the MLP does not mix tokens.
 
     Args:
@@ -74,7 +74,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = decoder.batch_first(stream_in(args, kwargs))
-        # What differs in the second half behind a layer's module was mixed in this layer.
+        # What differs in the second half after a layer's module was mixed in this layer.
         state[1, length // 2 :] = state[0, length // 2 :]
         entered[:] = [state.to(torch.float64, copy=True)]  # the layer may write to it
         calls.clear()
