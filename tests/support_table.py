@@ -65,7 +65,9 @@ KINDS = {
 TESTS = {
     "Muon, `dist_muon` (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
     "gated delta net, sparse attention": "test_hybrid::test_sub_layers_of_every_kind_give",
-    "Transformer Engine's layers, with a stand-in for it": "test_transformer_engine::test_step_in_transformer",
+    "Transformer Engine's layers, with a stand-in for it": (
+        "test_transformer_engine::test_step_in_transformer"
+    ),
     "CUDA graphs of single layers, by Transformer Engine, with a stand-in for them": (
         "test_cuda_graphs::test_a_step_of_replayed_graphs_equals_the_reference_at"
     ),
