@@ -74,7 +74,7 @@ FAMILIES = (
     ),
     Family(
         "early_exit",
-        "Early exit, as it is",
+        "Early exit, directly",
         "Mean loss of an exit after each of layers 1 to 7, in nats per token",
         _below_last("read_out.loss"),
         "lower",
