@@ -2,7 +2,7 @@
 
 ``torchrun --nproc-per-node N -m jreg_megatron.cpu SCRIPT.py ARGS...`` or, with one import of Megatron
 for all ranks and so a much faster start, ``python -m jreg_megatron.cpu --nproc N SCRIPT.py ARGS...``.
-As with torchrun, ``-m MODULE`` can stand for ``SCRIPT.py``.
+As with torchrun, ``-m MODULE`` can replace ``SCRIPT.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Megatron flags that a CPU needs, those it has no use for, and those it cannot honour."""
+"""The Megatron flags that a CPU run needs, those that it ignores, and those that it refuses."""
 
 from __future__ import annotations
 

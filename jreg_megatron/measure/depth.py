@@ -1,4 +1,4 @@
-"""Metrics of depth of a decoder: what attention and MLP add is found by what the modules of a layer do."""
+"""Metrics of depth of a decoder. It finds attention and MLP by what the modules of a layer do."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OF_LAYERS = ("void_share", *CONTRIBUTIONS)
 _LENGTH = 12
 """Tokens of each of the two rows of a short forward pass. They differ in the first half."""
 _ROUNDINGS = 16
-"""So many times the type's precision, of its norm, a token's sum of states may be off."""
+"""A token's sum of states may be off by this many times the type's precision, relative to its norm."""
 _MIXED = 1e-4
-"""A change of this share or more is no rounding of fp32."""
+"""A change of this share or more is not fp32 rounding."""
 
 
 @dataclass(frozen=True)

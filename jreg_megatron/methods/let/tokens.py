@@ -1,4 +1,4 @@
-"""Whether the teacher knows the tokens of the model that is trained: the check before the start."""
+"""Checks before the start that the teacher and the trained model have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FLAG = LETConfig.flag("teacher")
 
 
 def refuse_other_tokens(teacher: str, args: Any) -> None:
-    """Refuse a tokenizer with a piece that has another id in the teacher's.
+    """Refuse a tokenizer with a piece that has another id in the teacher's tokenizer.
 
-    Where the data has ids alone (``NullTokenizer``), the sizes of the vocabularies must be the same.
+    With ``NullTokenizer`` the data has only ids; then the vocabularies must have the same size.
 
     Args:
         teacher: the folder of a teacher that can be loaded.
@@ -60,7 +60,7 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
 
 @cache
 def _pieces_of(kind: str, place: str, added: tuple[str, ...] = ()) -> dict[str, int]:
-    """The pieces of a tokenizer with their ids; none if it has no files there, or is of another type."""
+    """The pieces of a tokenizer with their ids; empty if it has no files there or is of another type."""
     try:
         if kind in _SENTENCEPIECE:
             model = need("sentencepiece", kind, "data").SentencePieceProcessor(model_file=place)

@@ -1,4 +1,4 @@
-"""Slower queries and keys of a built model: a part of the optimizer's update is taken back."""
+"""Slower queries and keys of a built model: a part of the optimizer's update is undone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.method import Call, Method, Place
 
 Held = tuple[Tensor, int]
-"""What an optimizer updates of a weight: all of it or, flat, a shard; and the shard's first element."""
+"""What an optimizer updates of a weight, all of it or a flat shard; and the index of its first element."""
 
 
 class SlowQK(Method):
