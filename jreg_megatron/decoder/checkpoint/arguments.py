@@ -86,8 +86,8 @@ _SINCE_0_18, _SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
 def has_a_bearing(name: str) -> bool:
     """Whether an argument may change what the trained model computes.
 
-    The others say how the model was split, stored, run or trained. The methods' settings are among these: they
-    are checked separately.
+    The others say how the model was split, stored, run or trained. The methods' settings are among these;
+    they are checked separately.
     """
     return not (name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS))
 

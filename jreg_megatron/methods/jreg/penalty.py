@@ -2,8 +2,8 @@
 
 The model's forward values do not change, and the forward pass does nothing. When the ordinary backward pass
 reaches a layer's output, the node computes displacement and gradients in one go and adds the gradient of
-``coefficient * sum over tokens of Psi`` to the incoming gradient. There is no second forward or backward pass,
-no extra output of the model, nothing for a pipeline stage to send, and only the two states are kept.
+``coefficient * sum over tokens of Psi`` to the incoming gradient. So there is no second forward or backward
+pass, no extra output of the model, and nothing for a pipeline stage to send; only the two states are kept.
 
 A state between two regularized layers gets a gradient from both. The upper layer's node does not compute its
 part, but hands the lower layer's node what that one needs to add both parts at once. This saves a gradient
