@@ -457,7 +457,7 @@ def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says
         rank.busy = {}
     on_cpu = summarize(ranks, by_processor_time=True)
     assert on_cpu["waits_for"] == "one"
-    assert "Host and device are one here" in shown(document_of(on_cpu, ranks=2))
+    assert "Host and device are the same here" in shown(document_of(on_cpu, ranks=2))
 
 
 def test_on_a_gpu_each_way_is_looked_at_and_no_more_steps_run_than_there_are_data_for(
@@ -742,8 +742,8 @@ def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finish
     lines = [line.strip() for line in shown(one_rank[0]).splitlines()]
     titles = [after - 2 for after, line in enumerate(lines) if line.startswith("way ")]
     assert [lines[at] for at in titles] == [
-        "Step time over that of the unmodified steps around it",
-        "Beyond an unmodified step: ordinary / measures and logs",
+        "Step time relative to the unmodified steps before and after it",
+        "In addition to an unmodified step: ordinary / measures and logs",
     ]
 
 

@@ -38,7 +38,7 @@ WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
     "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
     "measured": (_MEASURED, True, "every layer measured"),
     "measured_no_kernels": (_MEASURED, False, _IDLE),
-    "neither": (_LAST, False, "a gradient in the last layer alone, so most layers have neither"),
+    "neither": (_LAST, False, "a gradient only in the last layer; most layers have nothing to do"),
     "resting": (_RESTING, True, "attached, in a step that does nothing"),
 }
 """What is attached, whether its kernels do anything, and both in words."""

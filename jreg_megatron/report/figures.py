@@ -362,9 +362,9 @@ _CURVES = (
         "depth_entropy",
         "{first}.matrix_entropy",
         "How many directions the states take",
-        "Matrix entropy of a sequence's states after each layer, less their mean: 0 if all are equal, 1 if "
-        "they are spread evenly over all directions. States on a line may have more than 0, since entries of "
-        "the Gram matrix below 0 count as 0. Layer 0 is the embedding.",
+        "Matrix entropy of a sequence's states after each layer, minus their mean: 0 if all are equal, 1 if "
+        "they are spread evenly over all directions. States on a line may have more than 0, since negative "
+        "entries of the Gram matrix count as 0. Layer 0 is the embedding.",
         (LAYER, Axis("matrix entropy")),
     ),
     (
@@ -393,17 +393,17 @@ _CURVES = (
     (
         "depth_alignment",
         "depth.alignment",
-        "Where the state turns over to the next token",
+        "Where states begin to point to the next token",
         "Mean cosine of the state and the input embedding of the next token, minus that of the state and its "
-        "own token's. Above 0 it has turned over.",
+        "own token's. Above 0 the state points to the next token.",
         (LAYER, Axis("difference of cosines")),
     ),
     (
         "depth_skipping",
         {"depth.skip_output": "of the output", "depth.skip_later": "of later layers"},
         "What changes if a layer is skipped",
-        "Of the output: norm of the change of its probabilities. Of later layers: change of what they add, "
-        "relative to it, mean over them. Mean over tokens; the first token of a sequence keeps the layer.",
+        "Of the output: norm of the change of the probabilities. Of later layers: relative change of what "
+        "they add, mean over these layers. Means over tokens. A sequence's first token keeps the layer.",
         (LAYER, Axis("change", scale="auto")),
     ),
 )
