@@ -31,7 +31,7 @@ ABOUT = {
 COEFFICIENT, FACTOR = 0.1, 1e-4
 
 SHORTEST_COPY = 50e-6
-"""Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
+"""If a copy takes fewer seconds, launches and not only bytes determine the time."""
 
 _FEWEST_ROUNDS = 3
 _WARM_UP = 3
