@@ -263,7 +263,7 @@ class Depth(ReadOut):
     @property
     def alignment(self) -> dict[int, float]:
         """The cosine to the next token's embedding minus that to its own, of layers 1..L; h_0 is its own.
-        Above 0 the state has turned over."""
+        Above 0 the state points to the next token."""
         pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=False)
         return {layer: following - own for layer, (following, own) in enumerate(pairs) if layer > 0}
 
