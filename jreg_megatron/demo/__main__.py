@@ -29,7 +29,8 @@ from jreg_megatron.runtime.flags import Parser, count
 
 def main() -> None:
     """Run the demo and write its report into the output folder."""
-    parser = Parser(prog="jreg-megatron demo", description=__doc__)
+    about = "Train two small Llamas on real text, without and with JREG, and compare their jumps."
+    parser = Parser(prog="jreg-megatron demo", description=about)
     for flag, kind, default, word, meaning in (
         ("--iterations", count("--iterations", 10), ITERATIONS, "N", "training iterations of each run"),
         ("--output", Path, Path("runs/demo"), "FOLDER", "folder of the results"),
