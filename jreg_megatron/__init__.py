@@ -1,8 +1,8 @@
 """JREG for Megatron-Core: measure and suppress the last-layer jump of hidden states in pretraining.
 
 The regularizer is the one of *Suppressing Final Layer Hidden State Jumps in Transformer Pretraining*
-(arXiv 2601.18302). What is named here needs torch alone, and imports it when it is first asked for, so that
-the tools which need no torch start at once; only what touches a Megatron model imports Megatron.
+(arXiv 2601.18302). The names here need only torch, which is imported when a name is first used. So tools that
+need no torch start at once. Only code for a Megatron model imports Megatron.
 """
 
 from __future__ import annotations

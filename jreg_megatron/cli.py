@@ -9,19 +9,19 @@ import sys
 from jreg_megatron import __version__
 
 _COMMANDS = {
-    "bench": "measure the cost of JREG here: kernels, Megatron's step, Python and launches",
-    "claims": "judge the paper's six claims on toys that it trains, or on your own runs",
+    "bench": "measure JREG's cost here: kernels, Megatron's step, Python and kernel launches",
+    "claims": "judge the paper's six claims, on toys that it trains or on your own runs",
     "compare": "compare JREG and other methods on toys that it trains, with paired seeds",
     "data": "make Megatron's token files from text, and inspect them",
     "demo": "train two small Llamas on this machine's CPU, without JREG and with it",
     "evaluate": "evaluate a model, or compare two: tasks, middle layers, early exit",
     "export": "convert a Megatron checkpoint to a Hugging Face folder",
     "import": "convert a Hugging Face folder to a Megatron checkpoint",
-    "launch": "run an unchanged Megatron script with JREG",
+    "launch": "run a Megatron script with JREG; the script does not change",
     "measure": "measure how far each layer of a model turns the state, and the last layer's jump",
     "pretrain": "pretrain with Megatron's own loop (one rank; use torchrun for several)",
     "report": "make one HTML page of measurements, evaluations and training runs",
-    "selftest": "compare JREG with an independent model at every layout of these ranks",
+    "selftest": "compare JREG with an independent model, at every layout of these ranks",
     "sweep": "train a recipe over a grid of lambda, alpha and seeds",
 }
 
@@ -39,7 +39,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="a command of the list below")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="a command from the list below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see COMMAND --help")
     options = parser.parse_args()
     sys.argv = [f"jreg-megatron {options.command}", *options.arguments]

@@ -1,4 +1,4 @@
-"""JREG in an existing Megatron job, without a change to it.
+"""JREG in an existing Megatron job, whose code does not change.
 
 ``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 1`` runs the script with
 its own Megatron. Megatron's parser gets the ``--jreg-...`` flags, its model gets JREG, its log gets the
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.launch",
         usage="python -m jreg_megatron.launch [-h] [--cpu] [--nproc N] [-m] SCRIPT ARGS... [--jreg-... ...]",
-        description="Run a Megatron training script with JREG. Put the --jreg flags behind SCRIPT, among its "
-        "ARGS. Without a --jreg flag, displacement is only measured.",
+        description="Run a Megatron training script with JREG. Put the --jreg-... flags after SCRIPT, among "
+        "its ARGS. Without a flag of any method, displacement is only measured.",
         allow_abbrev=False,
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU (the default without CUDA)")
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
             if method.is_in(options):
                 given = next(name for name in vars(options) if name.startswith(f"{method.prefix}_"))
                 raise UserError(
-                    f"{method.flag(given.removeprefix(f'{method.prefix}_'))} stands before {options.script}; "
-                    "put it behind, among the script's arguments"
+                    f"{method.flag(given.removeprefix(f'{method.prefix}_'))} comes before {options.script}; "
+                    "put it after the script, among its arguments"
                 )
         options.arguments = known.with_a_flag(options.arguments)
         known.check_flags(options.arguments)

@@ -22,7 +22,9 @@ LAYOUTS: dict[str, Callable[[Layout], bool]] = {
     "context parallelism": lambda x: x.context > 1,
     "pipeline parallelism": lambda x: x.pipeline > 1,
     "virtual pipeline stages": lambda x: x.virtual > 1,
-    "uneven pipeline stages, own layouts, embedding and loss counted as layers": lambda x: x.split != "even",
+    "uneven pipeline stages, custom layouts, embedding and loss counted as layers": lambda x: (
+        x.split != "even"
+    ),
     "expert parallelism": lambda x: x.expert > 1,
     "data parallelism": lambda x: x.data > 1,
     "distributed optimizer": lambda x: x.distributed_optimizer,
@@ -47,14 +49,14 @@ LAYOUTS: dict[str, Callable[[Layout], bool]] = {
     "tied embeddings": lambda x: x.tied,
     "several methods at once": lambda x: x.methods == "all",
 }
-"""What the layouts show, each with those that do."""
+"""What the layouts show: a row's text, and which layouts show it."""
 
 KINDS = {
     "latent attention (MLA)": "latent",
     "sliding windows": "window",
     "grouped queries, attention sinks (`--softmax-type learnable`, `off-by-one`)": "learnable sinks",
     "MuP (`--use-mup`)": "MuP",
-    "Liger's patch of Megatron; stand-ins for its kernels": "Liger",
+    "Liger's patch of Megatron, with stand-ins for its kernels": "Liger",
     "residual stream in fp32": "fp32 residual",
     "experts' tokens exchanged by all-to-all": "tokens exchanged",
 }
@@ -63,25 +65,27 @@ KINDS = {
 TESTS = {
     "Muon, `dist_muon` (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
     "gated delta net, sparse attention": "test_hybrid::test_sub_layers_of_every_kind_give",
-    "Transformer Engine's layers; a stand-in for it": "test_transformer_engine::test_step_in_transformer",
-    "CUDA graphs of single layers, by Transformer Engine; a stand-in for them": (
+    "Transformer Engine's layers, with a stand-in for it": (
+        "test_transformer_engine::test_step_in_transformer"
+    ),
+    "CUDA graphs of single layers, by Transformer Engine, with a stand-in for them": (
         "test_cuda_graphs::test_a_step_of_replayed_graphs_equals_the_reference_at"
     ),
-    "CUDA graph of a whole iteration; a stand-in for it": (
+    "CUDA graph of a whole iteration, with a stand-in for it": (
         "test_cuda_graphs::test_a_replayed_iteration_equals_the_reference_at"
     ),
-    "experts of a limited number of tokens (`--moe-expert-rank-capacity-factor`)": (
+    "experts with a limited number of tokens (`--moe-expert-rank-capacity-factor`)": (
         "test_cuda_graphs::test_an_iteration_that_megatron_runs_again"
     ),
-    "overlapped experts (`--overlap-moe-expert-parallel-comm`); a stand-in for streams": (
+    "overlapped experts (`--overlap-moe-expert-parallel-comm`), with a stand-in for streams": (
         "test_overlap::test_an_overlapped_step_equals_the_reference_at"
     ),
-    "fine-grained activation offloading, of CPU tensors": (
+    "fine-grained activation offloading, with CPU tensors": (
         "test_offload::test_a_step_of_offloaded_activations_equals_the_reference_at"
     ),
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
-    "Megatron-Bridge": "test_bridge::test_step_equals_the_reference_at",
+    "Megatron-Bridge, with a stand-in for it": "test_bridge::test_step_equals_the_reference_at",
     "Megatron-Bridge 0.6.2 itself": "real_bridge::test_two_lines_of_a_recipe_train",
 }
 """What other tests show, each with its file and the beginning of its name."""

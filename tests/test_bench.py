@@ -457,7 +457,7 @@ def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says
         rank.busy = {}
     on_cpu = summarize(ranks, by_processor_time=True)
     assert on_cpu["waits_for"] == "one"
-    assert "Host and device are one here" in shown(document_of(on_cpu, ranks=2))
+    assert "Host and device are the same here" in shown(document_of(on_cpu, ranks=2))
 
 
 def test_on_a_gpu_each_way_is_looked_at_and_no_more_steps_run_than_there_are_data_for(
@@ -616,22 +616,22 @@ REFUSED = {
     "--pp 2": "--pp 2 x --cp 1 is 2, which does not divide the 1 rank; add --nproc 2",
     "--nproc 3 --pp 3": "--pp is 3, which does not divide the 8 layers",
     "--nproc 0": "--nproc is 0; it must be a whole number >= 1",
-    "-- --num-layers 3": "--num-layers cannot be given behind --; use --layers",
-    "-- --hidden-size 256": "--hidden-size cannot be given behind --; use --width",
+    "-- --num-layers 3": "--num-layers cannot be given after --; use --layers",
+    "-- --hidden-size 256": "--hidden-size cannot be given after --; use --width",
     "-- --ffn-hidden-size=99": "--ffn-hidden-size belongs to the model, demo; leave it out",
     "-- --num-attention-heads 2": "--num-attention-heads belongs to the model",
     "-- --num-query-groups 2": "--num-query-groups belongs to the model",
     "-- --vocab-size 99": "--vocab-size belongs to the model",
     "-- --padded-vocab-size 99": "--padded-vocab-size belongs to the model",
-    "-- --exit-interval 9": "--exit-interval would end or skip steps that are to be measured; leave it out",
+    "-- --exit-interval 9": "--exit-interval would end the run or skip steps; leave it out",
     "-- --exit-duration-in-mins 1": "--exit-duration-in-mins would end",
     "-- --exit-signal-handler": "--exit-signal-handler would end",
     "-- --help": "--help would end",
-    "-- --cuda-graph-impl full_iteration": "--cuda-graph-impl is not measured",
+    "-- --cuda-graph-impl full_iteration": "--cuda-graph-impl cannot be measured",
     "--rounds 10001": "--rounds is 10001; it must be a whole number in 1..10000",
     "--ways naive --nproc 2": "--ways is naive, but naive is left out: it needs the whole model",
     "-- --jreg-measure-interval 3": "--jreg-measure-interval is set by the benchmark itself",
-    "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to be measured",
+    "-- --jreg-coeff 0": "--jreg-coeff is 0, so there is no JREG to measure",
     "-- --jreg-coef 1": "unknown flag --jreg-coef; did you mean --jreg-coeff?",
     "-- --jreg-stop-iteration 5": "--jreg-stop-iteration is set by the benchmark itself",
     "-- --jreg-weights 0,1": "it must be 8 numbers",
@@ -707,7 +707,9 @@ def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_
 def test_steps_that_fp16s_loss_scale_skips_are_not_measured_and_those_alone_are_refused() -> None:
     ((said, skipped),) = run_function(bench_steps.skipped_alone, 1)
     assert skipped == [1, 1, 1]
-    assert said.startswith("Megatron ended the training before anything was measured; leave out what ends it")
+    assert said.startswith(
+        "Megatron ended the training before anything was measured; leave out the flags after --"
+    )
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
@@ -740,8 +742,8 @@ def test_no_title_is_wider_than_its_table(one_rank: tuple[dict[str, Any], Finish
     lines = [line.strip() for line in shown(one_rank[0]).splitlines()]
     titles = [after - 2 for after, line in enumerate(lines) if line.startswith("way ")]
     assert [lines[at] for at in titles] == [
-        "Step time over that of the unmodified steps around it",
-        "Beyond an unmodified step: ordinary / measures and logs",
+        "Step time relative to the unmodified steps before and after it",
+        "In addition to an unmodified step: ordinary / measures and logs",
     ]
 
 

@@ -372,7 +372,7 @@ def test_an_evaluation_that_fails_half_way_leaves_nothing_that_counts(
         (["--runs", "empty", "--", "--taks", "paper"], "--taks"),
         (["--runs", "empty", "--", "--json", "x.json"], "names --json, which claims sets"),
         (["--jobs", "0"], "--jobs is 0; it must be a whole number >= 1"),
-        (["--", "--tasks", "paper"], "--tasks paper behind -- needs --runs"),
+        (["--", "--tasks", "paper"], "--tasks paper after -- needs --runs"),
         (["--output", "file"], "--output is file/claims.html, but there is no folder"),
         (["--output", "full"], "--output is full, where claims.html is a folder; name another"),
         (["--output", "locked"], "--output is locked, where .lock is a folder; name another"),

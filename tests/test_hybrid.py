@@ -95,11 +95,11 @@ def test_sub_layers_of_every_kind_give_the_displacement_of_hooks_and_the_gradien
     for model, (displacement, gradient, _) in found.items():
         assert displacement < 1e-5 and gradient < 1e-5, model
     assert found["*- *- *-", "mixer"][2] == (
-        "> HybridModel: a layer is a mixer with the feed-forward sub-layers behind it; layers 1 to 3: 3x*-"
+        "> HybridModel: a layer is a mixer with the feed-forward sub-layers after it; layers 1 to 3: 3x*-"
     )
     assert found["-- ME *", "mixer"][2].endswith("layers 1 to 3: -- ME *")
     assert found["-- ME *", "sublayer"][2].endswith("a layer is a sub-layer; layers 1 to 5: 2x- M E *")
-    assert "the setting layer is 'sublayer', and the layers of a GPTModel are not built of" in said
+    assert "the setting layer is 'sublayer', but the layers of a GPTModel have no" in said
     assert counts == [2, 3], "a method that changes the model before it is wrapped sees other layers"
 
 

@@ -466,7 +466,7 @@ def test_what_is_given_stays_as_it_is(kernels: Kernels) -> None:
 def test_a_cpu_takes_the_torch_path_and_refuses_triton_in_one_line() -> None:
     cpu = torch.device("cpu")
     assert choose("auto", cpu, 64, BF16).name == choose("torch", cpu, 64, BF16).name == "torch"
-    with pytest.raises(UserError, match=r"--jreg-kernels is 'triton', but .* cpu; take 'torch'"):
+    with pytest.raises(UserError, match=r"--jreg-kernels is 'triton', but .* cpu; use 'torch'"):
         choose("triton", cpu, 64, BF16)
 
 

@@ -154,7 +154,7 @@ def test_a_mistake_ends_every_rank_with_one_line(mistake: str, toy_arguments: li
 
 def test_a_flag_before_the_script_is_told_where_it_belongs() -> None:
     line = refusal(launch("--jreg-coeff", 1, SCRIPT, check=False))
-    assert "put it behind" in line
+    assert "put it after the script" in line
 
 
 def test_a_script_that_is_not_there_is_named() -> None:

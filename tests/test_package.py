@@ -114,6 +114,26 @@ def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
     assert not found, "\n".join(found)
 
 
+def _anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading() -> None:
+    folders = ("docker", "jreg_megatron", "patches", "recipes", "tests")
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
+    assert len(pages) > 15
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken, "\n".join(broken)
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_of_make_mutations_still_finds_its_place(fault: Fault) -> None:
     code = (ROOT / "jreg_megatron" / fault.file).read_text()

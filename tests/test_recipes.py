@@ -344,7 +344,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
     "an option before the variant": (
         ("--dry-run", "baseline"),
         {},
-        "baseline is behind --dry-run; it must come first: .* baseline --dry-run",
+        "baseline comes after --dry-run; it must come first: .* baseline --dry-run",
     ),
     "a lambda below 0": (("jreg",), {"LAMBDA": -1}, r"--jreg-coeff .* is -1\.0; it must be a finite number"),
     "two rules for initial weights": (
@@ -461,7 +461,7 @@ def test_a_run_that_is_complete_says_so_and_starts_nothing(
     assert flags[flags.index("--train-iters") + 1] == "1"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
-    assert "going on from iteration 1" in plan(words).output[0]
+    assert "resumes after iteration 1" in plan(words).output[0]
     started = plan(words_of("llama_170m", "jreg", *SHORT, **knobs)).output[0]
     assert started.endswith("has all of its 1 iterations: nothing to do\n")
 
@@ -636,7 +636,7 @@ def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_sa
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 75, output
         assert len(re.findall(f"got {times}$", output, re.MULTILINE)) == 2, output
-        assert f"the run has saved and ended on {number.name}; the same command goes on" in output
+        assert f"the run has saved and ended on {number.name}; the same command resumes it" in output
 
 
 @pytest.fixture

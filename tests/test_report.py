@@ -167,7 +167,7 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
     assert added[0] == ["layer", "baseline, attention", "baseline, MLP", "baseline, both"]
     assert [float(cell) for cell in added[2][1:]] == pytest.approx([3 / 90, 5 / 90, 7 / 90], rel=1e-3)
     assert page.table("How many directions")[1] == ["0", "0.000"]
-    assert float(page.table("Where the state turns")[-1][1]) == pytest.approx(LAYERS / 40 - 0.5, rel=1e-3)
+    assert float(page.table("Where states begin")[-1][1]) == pytest.approx(LAYERS / 40 - 0.5, rel=1e-3)
     skipped = page.table("What changes if a layer is skipped")
     assert float(skipped[-2][2]) == pytest.approx(0.1 * (LAYERS - 1), rel=1e-3)
     assert float(skipped[1][2]) == pytest.approx(0.1 * sum(range(1, LAYERS)) / (LAYERS - 1), rel=1e-3)
@@ -186,7 +186,7 @@ def test_numbers_of_depth_that_rounding_took_beyond_their_range_are_shown(
     evaluated["models"][0]["depth"] |= turned | {"skip": skip(output=math.sqrt(2) * more)}
     page = report(write(Path("m.json"), measured), write(Path("e.json"), evaluated))
     assert page.column("How sharply", "baseline")[-1] == "1.571"
-    assert page.column("Where the state turns", "baseline")[-1] == "-2.000"
+    assert page.column("Where states begin", "baseline")[-1] == "-2.000"
 
 
 def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:
@@ -263,7 +263,7 @@ def test_checkpoints_of_one_name_that_were_evaluated_are_compared_by_their_step(
     assert page.column("a (step 200) minus a (step 100), on the same samples", "p, adjusted") == [
         *("–", "0.160", "–", "–", "–")
     ]
-    assert page.column("Difference in loss behind each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
+    assert page.column("Difference in loss after each layer", "p")[2:5] == ["0.0400", "–", "0.0400"]
     assert "<li>Too few &lt;samples&gt;.</li>" in Path("report.html").read_text()
 
 
@@ -385,7 +385,7 @@ def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page
     document = evaluation()
     document["comparison"]["read_out"]["interval"][5] = None
     page = report(write(Path("e.json"), document))
-    row = page.table("Difference in loss behind each layer")[6]
+    row = page.table("Difference in loss after each layer")[6]
     assert row[0] == "5" and row[1] != "–" and row[2:4] == ["–", "–"]
 
 

@@ -95,7 +95,7 @@ def test_the_layers_of_a_hybrid_model_are_numbered_over_all_stages() -> None:
 def test_a_layer_that_a_pipeline_stage_cuts_is_refused_unless_each_sub_layer_is_one() -> None:
     for first, count in ((1, 2), (3, 2)):
         model = HybridModel("M*|-*", first, count)
-        with pytest.raises(UserError, match=r"layer 2, '\*-', is on two of them; begin each stage"):
+        with pytest.raises(UserError, match=r"split layer 2, '\*-'; begin each stage"):
             kinds_of(model)
         assert len(kinds_of(model, "sublayer")) == 2
 
@@ -209,7 +209,7 @@ def test_ranks_that_would_run_different_kernels_are_refused() -> None:
     said = run_function(refusal_of_kernels, 2, by_rank, timeout=180)
     assert len(set(said)) == 1
     assert "--jreg-kernels" in said[0]
-    assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full, which round" in said[0]
+    assert "rank 0 would run triton 3, and rank 1 torch, as a cache is full: they round" in said[0]
 
 
 def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_stage_is_on_it(

@@ -514,7 +514,7 @@ def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> N
     found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
     ids = torch.arange(30).numpy()
     assert measure(found, [Text("short", ids[:16])])["with_first_token"]["texts"] == 1
-    with pytest.raises(UserError, match=r"does not run behind layer .* for each text in odd"):
+    with pytest.raises(UserError, match=r"does not run right after layer .* for each text in odd"):
         measure(found, [Text("long", ids)])
 
 

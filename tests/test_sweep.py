@@ -389,7 +389,7 @@ def test_a_sweep_goes_on_with_the_knobs_it_began_with(
         "a lambda twice": (["RECIPE", "--coeff", 0.1, 1, "1e-1"], "--coeff names 0.1 twice"),
         "a seed twice": (["RECIPE", "--coeff", 1, "--seeds", 1, 1], "--seeds names 1 twice"),
         "seed 0": (["RECIPE", "--coeff", 1, "--seeds", 0], "--seeds is 0; it must be"),
-        "a flag of the sweep's": (["RECIPE", "--coeff", 1, "--", "--seed=4"], "--seed stands behind --"),
+        "a flag of the sweep's": (["RECIPE", "--coeff", 1, "--", "--seed=4"], "--seed comes after --"),
         "an unknown flag of JREG": (
             ["RECIPE", "--coeff", 1, "--", "--jreg-final-sate", "post_norm"],
             "unknown flag --jreg-final-sate; did you mean --jreg-final-state?",

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         ours, more = split_at("--", argv)
         args = options.parser().parse_args(ours)
         if more and args.part != "step":
-            raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments behind --")
+            raise UserError(f"bench {args.part} starts no Megatron, so it takes no arguments after --")
         ranks = os.environ.get("WORLD_SIZE", "1")
         if args.part != "step" and ranks != "1":
             raise UserError(

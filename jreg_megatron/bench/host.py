@@ -38,7 +38,7 @@ WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
     "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
     "measured": (_MEASURED, True, "every layer measured"),
     "measured_no_kernels": (_MEASURED, False, _IDLE),
-    "neither": (_LAST, False, "a gradient in the last layer alone, so most layers have neither"),
+    "neither": (_LAST, False, "a gradient only in the last layer; most layers have nothing to do"),
     "resting": (_RESTING, True, "attached, in a step that does nothing"),
 }
 """What is attached, whether its kernels do anything, and both in words."""
@@ -117,7 +117,7 @@ def _model(layers: int, device: torch.device) -> Any:
 
 
 def _step_of(model: Any, device: torch.device) -> Callable[[str], tuple[float, float]]:
-    """A function that runs a micro-batch one way and tells the seconds of its two passes."""
+    """A function that runs a micro-batch in one variant and returns the seconds of both passes."""
     tokens = torch.arange(_BATCH * _SEQUENCE, device=device).view(_BATCH, _SEQUENCE)
     positions = torch.arange(_SEQUENCE, device=device).expand_as(tokens)
     mask = torch.ones(_BATCH, 1, _SEQUENCE, _SEQUENCE, dtype=torch.bool, device=device).triu(1)

@@ -31,7 +31,7 @@ ABOUT = {
 COEFFICIENT, FACTOR = 0.1, 1e-4
 
 SHORTEST_COPY = 50e-6
-"""Seconds of a copy below which calls, and not bytes alone, take the time of the kernels beside it."""
+"""If a copy takes fewer seconds, launches and not only bytes determine the time."""
 
 _FEWEST_ROUNDS = 3
 _WARM_UP = 3
@@ -122,9 +122,11 @@ def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
 def measure(args: Namespace) -> dict[str, Any]:
     """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
     names, by_width = [], {}
-    notes = ["Time on the device, by events; its cache holds other data when the clock starts."]
+    notes = ["Device time, by CUDA events. The cache holds other data at the start."]
     if args.device.type == "cpu":
-        notes = ["Time by the clock. A copy on a CPU needs memory alone, the kernels its arithmetic too."]
+        notes = [
+            "Wall-clock time. On a CPU a copy needs only memory bandwidth; the kernels also need arithmetic."
+        ]
     for width in args.widths:
         kernels = choose("auto", args.device, width, args.dtype)
         names.append(kernels.name)
@@ -139,8 +141,8 @@ def measure(args: Namespace) -> dict[str, Any]:
     of_kernels = [found for of in by_width.values() for found in of["kernels"].values()]
     if any(found["copy_seconds"] < SHORTEST_COPY for found in of_kernels):
         notes.append(
-            f"A copy of less than {1e6 * SHORTEST_COPY:g} us is no measure: starting and ending count, and "
-            "what is written may stay in the cache. Give more --tokens."
+            f"A copy of less than {1e6 * SHORTEST_COPY:g} us does not show the bandwidth: start and end take "
+            "time too, and written data may stay in the cache. Give more --tokens."
         )
     used = {name for of in by_width.values() for name in of["ways"]}
     return {
@@ -228,7 +230,9 @@ class _CudaClock:
             if not has_begun:
                 return float(started.elapsed_time(ended)) / 1e3
             if cycles >= _MOST_CYCLES:
-                raise UserError("the host launches too slowly to time what the device does; try again later")
+                raise UserError(
+                    "the host launches kernels too slowly to time the device; try again when less runs"
+                )
             self._cycles[once] = min(2 * cycles, _MOST_CYCLES)
 
 

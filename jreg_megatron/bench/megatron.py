@@ -88,7 +88,7 @@ def arguments_of(args: Namespace, steps: int) -> list[str]:
 def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     """Have Megatron set up a training; ``work`` stands for all of its steps but the first ones.
 
-    The first one is Megatron's own, which finishes its set-up behind it; so are those that fp16's loss scale
+    The first one is Megatron's own, which finishes its set-up after it; so are those that fp16's loss scale
     skips.
 
     Args:
@@ -139,8 +139,8 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     )
     if not found:
         raise UserError(
-            "Megatron ended the training before anything was measured; leave out what ends it among the "
-            "arguments behind --, or take bf16 in place of fp16"
+            "Megatron ended the training before anything was measured; leave out the flags after -- that "
+            "end it, or use bf16 instead of fp16"
         )
     return found[0]
 

@@ -1,4 +1,4 @@
-"""What can be asked of the benchmark: ways, models and flags, checked before any time is spent."""
+"""The options of the benchmark: variants, models and flags, checked before any time is spent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNMODIFIED, AGAIN = "unmodified", "unmodified_again"
 MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
 WAYS = {
     UNMODIFIED: "nothing attached",
-    AGAIN: "the same once more: how much is noise",
+    AGAIN: "the same once more, to show the noise",
     MEASURE: "lambda 0, measuring one step in ten",
     JREG: "lambda {coeff:g}, measuring one step in ten",
     EVERY_STEP: "lambda {coeff:g}, measuring in every step",
@@ -24,7 +24,7 @@ WAYS = {
 ATTACHED = (MEASURE, JREG, EVERY_STEP)
 """The ways that measure and log."""
 INTERVAL = 10
-"""Of so many steps they log one, as the demo and the recipes do."""
+"""They log one step in this many, as the demo and the recipes do."""
 KINDS = ("ordinary", "logging")
 """The kinds of steps: those that do not log, and those that do."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -110,7 +110,7 @@ def _add_device(part: ArgumentParser) -> None:
     part.add_argument(
         "--dtype", choices=DTYPES, help="number type; by default bf16 on a GPU and fp32 on a CPU"
     )
-    part.add_argument("--cpu", action="store_true", help="the default where there is no CUDA device")
+    part.add_argument("--cpu", action="store_true", help="run on the CPU (the default without CUDA)")
 
 
 def _add_step(part: ArgumentParser) -> None:
@@ -125,11 +125,11 @@ def _add_step(part: ArgumentParser) -> None:
     _add_number(part, "--micro-batches", "micro-batches of a step (demo: 2, else 4)")
     for flag, what in (("--tp", "tensor"), ("--pp", "pipeline"), ("--cp", "context")):
         _add_number(part, flag, f"{what}-parallel size (default: 1)", default=1)
-    names = f"only some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
+    names = f"some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
     part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
     seconds = (
-        "the run ends about so long after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). Two rounds run however long they take"
+        "the run ends about S seconds after its start, earlier if all intervals are narrow (default: "
+        "%(default)g). Two rounds run in any case"
     )
     _add_seconds(part, 150, seconds)
     rounds = (
@@ -138,10 +138,10 @@ def _add_step(part: ArgumentParser) -> None:
     )
     # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
     _add_number(part, "--rounds", rounds, default=300, most=10_000)
-    counted = "count kernels, collectives and waits of a step, and its memory, too; 13 steps more"
+    counted = "also count kernels, collectives, waits and memory of a step; 13 steps more"
     part.add_argument("--count", action="store_true", help=counted)
     _add_device(part)
-    _add_number(part, "--nproc", "start N ranks on this machine's CPU; for a run without torchrun")
+    _add_number(part, "--nproc", "start N ranks on this machine's CPU; leave it out under torchrun")
 
 
 def _add_host(part: ArgumentParser) -> None:
@@ -161,15 +161,15 @@ def _add_kernel(part: ArgumentParser) -> None:
     _add_number(part, "--tokens", "rows of a state (default: %(default)s)", default=8192)
     rounds = "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
     _add_number(part, "--rounds", rounds)
-    _add_seconds(part, 30, "no round of a width begins after so long (default: %(default)g)")
-    uncompiled = "leave torch.compile out, which takes its time to compile"
+    _add_seconds(part, 30, "start no round of a width after S seconds (default: %(default)g)")
+    uncompiled = "leave torch.compile out, which is slow to start"
     part.add_argument("--no-compile", action="store_true", help=uncompiled)
     _add_device(part)
 
 
 _PARTS = {
     "kernel": ("displacement and gradients by themselves", _add_kernel),
-    "host": ("what Python and launches take of a layer", _add_host),
+    "host": ("the time of Python and kernel launches for a layer", _add_host),
     "step": ("Megatron's training step, unmodified and with JREG", _add_step),
 }
 _EXAMPLES = """examples:
@@ -184,7 +184,7 @@ def parser() -> Parser:
     """The parser of all parts."""
     made = Parser(
         prog="python -m jreg_megatron.bench",
-        description="Measure what JREG costs, beside the same work without it in the same run.",
+        description="Measure what JREG costs: each run also measures the same work without it.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -194,7 +194,7 @@ def parser() -> Parser:
         add_flags(part)
         output.add_output_arguments(part, csv=False)
         if name == "step":
-            part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow behind --."
+            part.epilog = "Further arguments of Megatron, and --jreg-... settings, can follow after --."
     return made
 
 
@@ -223,12 +223,12 @@ _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "
 
 
 def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) -> Namespace:
-    """Check the options of ``bench step`` and the arguments behind ``--`` together.
+    """Check the options of ``bench step`` and the arguments after ``--`` together.
 
     Returns:
         ``args`` with what follows from them: ``model``, the shape with the user's sizes; ``config`` of JREG;
         ``ways``; ``notes``, why others are left out; ``dtype``; ``layout`` and ``data_parallel``; ``more``,
-        Megatron's arguments among those behind ``--``; ``on_cpu``.
+        Megatron's arguments among those after ``--``; ``on_cpu``.
 
     Raises:
         UserError: for a mistake, naming option, value and fix.
@@ -269,7 +269,7 @@ def _size_model(args: Namespace) -> None:
 
 
 def _read_more(args: Namespace, more: list[str]) -> None:
-    """JREG's settings, and Megatron's arguments among those behind ``--``."""
+    """JREG's settings, and Megatron's arguments among those after ``--``."""
     from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
 
     given, args.more = JRegConfig.check_flags(more)
@@ -282,19 +282,19 @@ def _read_more(args: Namespace, more: list[str]) -> None:
         if hasattr(given, f"jreg_{name}"):
             raise UserError(f"{flag_of(name)} is set by the benchmark itself; leave it out")
     if args.config.coeff == 0:
-        raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to be measured; give a positive one")
+        raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to measure; give a number > 0")
     args.config.layer_weights(args.model.num_layers)
     for flag in (word.partition("=")[0] for word in more):
         if flag in _OWN:
-            raise UserError(f"{flag} cannot be given behind --; use {_OWN[flag]}")
+            raise UserError(f"{flag} cannot be given after --; use {_OWN[flag]}")
         if flag in _OF_THE_MODEL:
             raise UserError(
                 f"{flag} belongs to the model, {args.model.name}; leave it out, or use --model or --width"
             )
         if flag == "--cuda-graph-impl":
-            raise UserError(f"{flag} is not measured: all ways would run the graph of one; leave it out")
+            raise UserError(f"{flag} cannot be measured: all ways would run the graph of one; leave it out")
         if flag.startswith(_ENDING):
-            raise UserError(f"{flag} would end or skip steps that are to be measured; leave it out")
+            raise UserError(f"{flag} would end the run or skip steps; leave it out")
 
 
 def _choose_ways(args: Namespace) -> None:

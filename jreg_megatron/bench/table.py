@@ -20,21 +20,23 @@ COUNTED = {
 }
 """What is counted in a step, and its column."""
 TELLS = 0.01
-"""Half the width of an interval, above which too few rounds have run to tell."""
+"""If half the width of an interval is above this, too few rounds have run."""
 _WAITS_FOR = {
-    "one": "Host and device are one here: what either does is in a step's time.",
+    "one": "Host and device are the same here: a step's time contains the work of both.",
     "device": "A step waits for the device.",
     "host": "A step waits for the host: Python and launches.",
-    "unknown": "The profiler saw nothing on the device, so what a step waits for is not known: CUPTI may "
-    "need rights here (the driver's NVreg_RestrictProfilingToAdminUsers=0).",
+    "unknown": "The profiler saw nothing on the device, so it is not known what a step waits for: CUPTI may "
+    "need permissions here (the driver's NVreg_RestrictProfilingToAdminUsers=0).",
 }
 _DEVICE_AND_HOST = (
-    "Device and host are seconds of an ordinary step in which each does something, by a profiler that makes "
-    "the host slower."
+    "Device and host: seconds of an ordinary step in which each is busy, by a profiler, which makes the host "
+    "slower."
 )
-_KERNELS_ON_CPU = "Kernels are torch's operations that call no other; syncs, tensors' values read by Python."
-_KERNELS_ON_GPU = "Kernels are what ran on the device, copies aside; syncs, the host's waits for it."
-_CLOCKS = {"processor": "seconds of processor time", "wall": "seconds, on the rank that is done last"}
+_KERNELS_ON_CPU = "Kernels: torch operations that call no other. Syncs: tensor values that Python reads."
+_KERNELS_ON_GPU = (
+    "Kernels: all that ran on the device, without copies. Syncs: waits of the host for the device."
+)
+_CLOCKS = {"processor": "seconds of processor time", "wall": "seconds of wall-clock time on the slowest rank"}
 
 
 def print_document(console: Console, document: dict[str, Any]) -> None:
@@ -74,7 +76,7 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
             "seconds": f"{seconds:.4g}",
         }
         rows.append(row | {what: f"{busy[name][what]:.4g}" for what in ("device", "host") if busy})
-    title = "Step time over that of the unmodified steps around it"
+    title = "Step time relative to the unmodified steps before and after it"
     table(title, list(rows[0]), [row.values() for row in rows])
     _ways(console, {name: WAYS[name].format(**step["jreg"]) for name in step["median_seconds"]})
     notes = [f"Times are the median {_CLOCKS[step['clock']]}.", _WAITS_FOR[step["waits_for"]]]
@@ -84,7 +86,7 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
         counted = (
             (name, *(_counted(step[what], what, name) for what in COUNTED)) for name in step["median_seconds"]
         )
-        title = "Beyond an unmodified step: ordinary / measures and logs"
+        title = "In addition to an unmodified step: ordinary / measures and logs"
         table(title, ("way", *COUNTED.values()), counted)
         kernels = _KERNELS_ON_CPU if step["waits_for"] == "one" else _KERNELS_ON_GPU
         _lines(console, f" The most on any rank. {kernels}")
@@ -105,14 +107,14 @@ def print_kernel(table: Any, console: Console, figures: dict[str, Any]) -> None:
         for width, of in widths
         for name, found in of["kernels"].items()
     )
-    title = "Kernels, beside a copy that moves as many bytes"
+    title = "Kernels, compared with a copy of as many bytes"
     table(title, ("width", "kernel", "ms", "quartiles", "GB/s", "of the copy's"), kernels, words={"kernel"})
     whole = (
         (width, name, *_times(found), f"{found['ratio']:.2f}")
         for width, of in widths
         for name, found in of["ways"].items()
     )
-    title = "All of a layer's regularizer, forward and backward"
+    title = "A layer's whole regularizer, forward and backward"
     table(title, ("width", "way", "ms", "quartiles", "times JREG's"), whole, words={"way"})
     _ways(console, figures["about"])
     _lines(console, *(f" {note}" for note in figures["notes"]))
@@ -132,9 +134,9 @@ def print_host(table: Any, console: Console, host: dict[str, Any]) -> None:
         )
         for name, of_way in host["microseconds"].items()
     )
-    table("Microseconds of a layer and micro-batch", ("way", "forward", "backward"), rows)
+    table("Microseconds per layer and micro-batch", ("way", "forward", "backward"), rows)
     _ways(console, host["about"])
-    _lines(console, " All but the first are beyond it. The mean of the fastest twentieth.")
+    _lines(console, " The others are in addition to the first. Means of the fastest 5% of rounds.")
 
 
 def _times(found: dict[str, Any]) -> tuple[str, str]:
@@ -152,8 +154,8 @@ def _doubts(spread: dict[str, dict[str, Any]]) -> Iterable[str]:
     intervals = {name: of_way["confidence_95"] for name, of_way in spread.items()}
     if (limits := intervals.get(AGAIN)) and not limits[0] <= 1 <= limits[1]:
         yield (
-            f"The machine was too busy: {AGAIN}, which differs in nothing, has an interval without 1. Run it "
-            "again when less else runs, or for longer."
+            f"The machine was too busy: {AGAIN} should have the ratio 1, and its interval does not contain "
+            "it. Run it again when less runs, or for longer."
         )
     wide = [name for name, limits in intervals.items() if limits is None or limits[1] - limits[0] > 2 * TELLS]
     if wide:

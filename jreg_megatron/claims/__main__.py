@@ -23,7 +23,7 @@ NAME = "claims"
 _EPILOG = """\
 Without --runs it trains toys on this machine's CPU: baselines and JREG at the paper's lambda 1 and alpha 1
 with ten seeds, other alphas and batches with three. After a kill, start the same command again: it resumes.
-With --runs it judges finished runs of any size by the same rules. Words behind -- go to jreg-megatron
+With --runs it judges finished runs of any size by the same rules. Words after -- go to jreg-megatron
 evaluate:
 
   jreg-megatron claims
@@ -81,10 +81,11 @@ def _check(args: Namespace) -> None:
         usual = {"models": ["MODEL"], "json": None, "csv": None, "seeds": False}
         for name in (name for name, value in usual.items() if given[name] != value):
             what = "a MODEL" if name == "models" else f"--{name}"
-            raise UserError(f"{words} behind -- names {what}, which claims sets; leave it out")
+            raise UserError(f"{words} after -- names {what}, which claims sets; leave it out")
     elif args.evaluate:
         raise UserError(
-            f"{words} behind -- needs --runs, since all toys are evaluated alike; add it, or leave them out"
+            f"{words} after -- needs --runs, since all toys are evaluated in one way; add --runs, or leave "
+            "it out"
         )
 
 

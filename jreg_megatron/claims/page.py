@@ -183,9 +183,9 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure | None]]:
 
     pairs = evidence.pairs.values()
     gains = {how: [p for pair in pairs for p in more(*pair, what).items()] for how, what in READ_OUTS.items()}
-    title, axis = "Loss behind each layer: JREG minus the baseline", Axis("difference (nats per token)")
+    title, axis = "Loss after each layer: JREG minus the baseline", Axis("difference (nats per token)")
     about = (
-        "Below 0, JREG is better. As it is: the final norm and the head read the state. Through a lens: "
+        "Below 0, JREG is better. Directly: the final norm and the head read the state. Through a lens: "
         "before that, a map fitted on other texts brings the state near to the last layer's."
     )
     yield "5", curves("early_exit", title, about, gains, LAYER, axis, **over_seeds)

@@ -179,8 +179,8 @@ def of_seeds(by_seed: Mapping[int, float]) -> dict[str, Any]:
     }
 
 
-READ_OUTS = {"as it is": "read_out.loss", "through a lens": "lens.loss"}
-"""The ways to read out the state behind a layer."""
+READ_OUTS = {"directly": "read_out.loss", "through a lens": "lens.loss"}
+"""The ways to read out the state after a layer."""
 
 
 def more(base: Trained, jreg: Trained, what: str) -> dict[int, float]:
@@ -219,8 +219,8 @@ def _middle_layers(evidence: Evidence) -> Claim:
         *(
             Question(f"Read out {how}, {words} predict better with JREG.", loss, paper, values, "below")
             for how, words, paper, values in (
-                ("as they are", of_lower, figure, mean(lower, "read_out.loss")),
-                ("as they are", of_upper, figure, mean(upper, "read_out.loss")),
+                ("directly", of_lower, figure, mean(lower, "read_out.loss")),
+                ("directly", of_upper, figure, mean(upper, "read_out.loss")),
                 ("through a fitted lens", of_lower, "not measured", mean(lower, "lens.loss")),
             )
         ),
@@ -234,7 +234,7 @@ def _middle_layers(evidence: Evidence) -> Claim:
     return Claim(
         "With JREG the layers in the middle do more.",
         questions,
-        "Read out as it is, a layer also looks better with JREG because the last layers turn less: its state "
+        "Read out directly, a layer also looks better with JREG because the last layers turn less: its state "
         "is near the last one. The lens removes this effect.",
     )
 

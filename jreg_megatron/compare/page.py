@@ -225,7 +225,7 @@ def _figures(toys: Toys, against: Mapping[str, str]) -> Iterator[tuple[str, Figu
     yield "profile", curves("profiles", title, about, profiles, LAYER, PSI)
 
     for key, (how, what) in zip(("early_exit", "lens"), READ_OUTS.items(), strict=True):
-        title = f"Loss behind each layer, {how}"
+        title = f"Loss after each layer, {how}"
         about = "Way minus its baseline. Below 0 the way is better."
         found = differences(partial(Toy.by_layer, what=what))
         yield key, curves(f"{key}_by_layer", title, about, found, LAYER, more, **over_seeds)

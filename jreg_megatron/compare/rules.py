@@ -74,15 +74,15 @@ FAMILIES = (
     ),
     Family(
         "early_exit",
-        "Early exit, as it is",
-        "Loss at an exit behind each of layers 1 to 7, mean, in nats per token",
+        "Early exit, directly",
+        "Mean loss of an exit after each of layers 1 to 7, in nats per token",
         _below_last("read_out.loss"),
         "lower",
     ),
     Family(
         "lens",
         "Early exit, through a lens",
-        "The same behind a map that is fitted to the last layer's states",
+        "The same through a map that is fitted to the last layer's states",
         _below_last("lens.loss"),
         "lower",
     ),

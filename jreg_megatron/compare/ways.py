@@ -40,9 +40,9 @@ WAYS = {
     "attenuation_learned": Way("attenuation, learned", "baseline", METHOD_FLAGS["attenuation"]),
     "periln": Way("Peri-LN", "baseline", METHOD_FLAGS["periln"]),
     "let": Way("LET, a teacher for layer 3", "baseline", METHOD_FLAGS["let"]),
-    "baseline_alike": Way("baseline, all weights drawn alike", flags="--init-fan-in"),
+    "baseline_alike": Way("baseline, initial weights of one scale", flags="--init-fan-in"),
     "lns": Way(
-        "LayerNorm scaling, all weights drawn alike",
+        "LayerNorm scaling, initial weights of one scale",
         "baseline_alike",
         f"{METHOD_FLAGS['lns']} --init-fan-in",
     ),

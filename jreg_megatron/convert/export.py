@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group().add_argument
     which("--tokenizer-model", metavar="PATH", help="the training's tokenizer, if it has moved")
     which("--no-tokenizer", action="store_true", help="export only weights and config")
-    rows = "rows of the embedding to export, if neither tokenizer nor training tells the padding"
+    rows = "rows of the embedding to export, if neither tokenizer nor training shows how many are padding"
     parser.add_argument("--vocab-size", type=int, metavar="N", help=rows)
     return parser
 

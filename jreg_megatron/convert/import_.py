@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     return place.parser(
         "import",
-        ("FOLDER", "config.json and safetensors of a Llama"),
+        ("FOLDER", "folder with config.json and safetensors"),
         "new folder, for Megatron's --load",
         "Write a Llama, Qwen2 or Qwen3 of Hugging Face as a Megatron torch_dist checkpoint, which training "
         "loads at any layout, and print the Megatron flags of the model. No GPU is needed.",

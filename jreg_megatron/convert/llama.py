@@ -42,7 +42,7 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("window_size", (None,), "has a sliding window (--window-size)", "gpt-oss"),
     ("softmax_type", ("vanilla", None), "has another softmax (--softmax-type)", "gpt-oss"),
     ("attention_output_gate", (False,), "has --attention-output-gate", "Qwen3-Next"),
-    ("apply_residual_connection_post_layernorm", (False,), "takes the residual behind the norm", None),
+    ("apply_residual_connection_post_layernorm", (False,), "takes the residual after the norm", None),
     ("experimental_attention_variant", (None,), "has --experimental-attention-variant", "Qwen3-Next"),
     ("linear_attention_freq", (None,), "has linear attention", "Qwen3-Next"),
     ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),

@@ -18,7 +18,7 @@ __all__ = ["FLAGS", "announcement", "enable", "has_training_loop", "with_cpu_fla
 
 @cache
 def enable() -> None:
-    """Import Megatron and redirect everything it asks of CUDA to the CPU.
+    """Import Megatron and redirect all its uses of CUDA to the CPU.
 
     Call it before anything else imports Megatron. Calling it again does nothing.
     """

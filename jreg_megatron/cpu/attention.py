@@ -23,13 +23,13 @@ _SUMS_THE_GRADIENT = "copy_to_tensor_model_parallel_region"
 
 
 class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
-    """Megatron's core attention with what Transformer Engine's has more, in torch.
+    """Megatron's core attention, with features that otherwise only Transformer Engine's has, in torch.
 
     - Context parallelism: of ``2 * C`` equal pieces of a sequence rank ``r`` of ``C`` holds piece ``r`` and
       piece ``2 * C - 1 - r``. Queries stay where they are. Keys and values of all ranks are gathered and put
       in order; in the backward pass their gradients are summed and scattered.
     - Widths of keys and of values that differ, as latent attention has them.
-    - A causal window that looks ahead nowhere, and back without an end if its first number is negative.
+    - A causal window; unlimited if its first number is negative.
     - Packed sequences, without context parallelism.
     """
 

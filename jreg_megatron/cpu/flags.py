@@ -1,4 +1,4 @@
-"""The Megatron flags that a CPU needs, those it has no use for, and those it cannot honour."""
+"""The Megatron flags that a CPU run needs, those that it ignores, and those that it refuses."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
         argv: arguments of a Megatron script, without the script's name.
 
     Returns:
-        ``argv`` without the flags that only choose a GPU's kernels, and with :data:`FLAGS` behind it.
+        ``argv`` without the flags that only choose a GPU's kernels, followed by :data:`FLAGS`.
 
     Raises:
         UserError: for what has no counterpart on a CPU.

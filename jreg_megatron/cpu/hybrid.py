@@ -70,7 +70,7 @@ def _mlp() -> Any:
 
 
 def attention_layer(attention: Any, **more: Any) -> Any:
-    """The spec of a sub-layer with this attention behind a norm; ``more`` are further parts of it."""
+    """The spec of a sub-layer with this attention after a norm; ``more`` are further parts of it."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

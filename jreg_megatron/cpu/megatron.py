@@ -1,4 +1,4 @@
-"""The few places inside Megatron that refuse a CPU although nothing they do needs CUDA."""
+"""Changes the few places in Megatron that refuse a CPU although they need no CUDA."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def make_local_layers_torchs() -> None:
 
 
 def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:
-    """Mend four slips on a path that Megatron takes only where Apex and Transformer Engine are missing."""
+    """Correct four bugs on a path that Megatron takes only without Apex and Transformer Engine."""
     shard, load = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
     fill = optimizer_class._set_main_param_and_optimizer_states
 

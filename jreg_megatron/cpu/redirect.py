@@ -1,4 +1,4 @@
-"""What Megatron asks of ``torch.cuda`` and of CUDA tensors, answered by the CPU."""
+"""Redirects Megatron's calls of ``torch.cuda`` and of CUDA tensors to the CPU."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def install() -> None:
 
 
 def _let_sends_hold_their_memory() -> None:
-    """Keep what is being sent until it is, also where the sender lets go of it before.
+    """Keep a tensor until it is sent, also if the sender frees it before.
 
     Megatron before 0.18 frees a stage's output while its send is under way. On a GPU the memory's next
     user waits in the same stream; here it would overwrite what the next stage has yet to receive.
@@ -190,7 +190,7 @@ def _let_sends_hold_their_memory() -> None:
 def _let_all_gathers_be_uneven() -> None:
     """Gather pieces of different sizes, and end one gather before the next: NCCL does both, gloo neither.
 
-    Muon's distributed optimizer gathers weights so, and waits for its last gather only.
+    Muon's distributed optimizer gathers weights in this way, and waits only for its last gather.
     """
     gather = distributed_c10d.all_gather
 

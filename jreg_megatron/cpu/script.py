@@ -16,9 +16,14 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what names the script, and with ``--nproc`` the ranks to run it on; returns the parser."""
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="fork N ranks, on the CPU; without it, be one of torchrun's"
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine's CPU; leave it out under torchrun",
     )
-    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument(
+        "-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, not a path"
+    )
     parser.add_argument("script", metavar="SCRIPT", help="a Megatron script, such as pretrain_gpt.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     return parser

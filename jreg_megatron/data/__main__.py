@@ -92,8 +92,8 @@ def _inspect(args: Namespace) -> None:
 
 
 def _parser() -> ArgumentParser:
-    about = "Text for pretraining with Megatron."
-    parser = ArgumentParser(prog="python -m jreg_megatron.data", description=about)
+    about = "Turn text into Megatron's token files, and check them."
+    parser = ArgumentParser(prog="jreg-megatron data", description=about)
     commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, add_flags in ((_prepare, _add_prepare), (_tokenizer, _add_tokenizer), (_inspect, _add_inspect)):
         about = run.__doc__ or ""  # written for the user

@@ -127,7 +127,7 @@ class Decoder:
         def refuse_if_cut(number: int) -> None:
             behind = done % self.num_layers
             if number != behind + 1:
-                raise refuse(f"layer {behind + 1} does not run behind layer {behind}")
+                raise refuse(f"layer {behind + 1} does not run right after layer {behind}")
             if number == 1 and last is not None:
                 raise refuse("the final norm does not run on the last layer's output")
 

@@ -51,15 +51,15 @@ def add_model_arguments(parser: ArgumentParser, models: str) -> None:
         nargs=models,
         metavar="MODEL",
         help="[NAME=]MODEL[@REVISION,...]: a name on the Hugging Face hub, a folder, a .gguf file, or the "
-        "--save folder of a Megatron training. After @ stand revisions on the hub or iterations of a "
-        "training; @all takes all of them",
+        "--save folder of a Megatron training. After @ come revisions on the hub or iterations of a "
+        "training; @all means all of them",
     )
     add = parser.add_argument_group("how to run the models").add_argument
     devices = "cpu, cuda, cuda:1, or auto to spread over all GPUs (default: %(default)s)"
     add("--device", default="cpu", help=devices)
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="type of the weights (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
-    add("--batch-size", type=int, default=8, help="sequences side by side (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
 
 
 def check_model_arguments(args: Namespace) -> None:

@@ -29,17 +29,20 @@ from jreg_megatron.runtime.flags import Parser, count
 
 def main() -> None:
     """Run the demo and write its report into the output folder."""
-    parser = Parser(prog="python -m jreg_megatron.demo", description=__doc__)
-    for flag, kind, default, meaning in (
-        ("--iterations", count("--iterations", 10), ITERATIONS, "training iterations of each run"),
-        ("--output", Path, Path("runs/demo"), "folder of the results"),
-        ("--data", Path, Path("runs/data"), "folder of the data"),
+    about = "Train two small Llamas on real text, without and with JREG, and compare their jumps."
+    parser = Parser(prog="jreg-megatron demo", description=about)
+    for flag, kind, default, word, meaning in (
+        ("--iterations", count("--iterations", 10), ITERATIONS, "N", "training iterations of each run"),
+        ("--output", Path, Path("runs/demo"), "FOLDER", "folder of the results"),
+        ("--data", Path, Path("runs/data"), "FOLDER", "folder of the text"),
     ):
-        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=word, help=f"{meaning} (default: %(default)s)"
+        )
     several: dict[str, Any] = {"nargs": "*", "default": []}
-    also = "more JREG runs for comparison, such as 1:3 1:0.5"
+    also = "also train JREG with these settings, such as 1:3 1:0.5"
     parser.add_argument("--also", type=lambda_and_alpha, metavar="LAMBDA:ALPHA", help=also, **several)
-    method = f"a run with another method too, without JREG: {', '.join(METHOD_FLAGS)}"
+    method = f"also train with these methods, without JREG: {', '.join(METHOD_FLAGS)}"
     parser.add_argument("--method", choices=METHOD_FLAGS, metavar="NAME", help=method, **several)
     with user_errors_exit("the next start trains all runs again"):
         _demo(parser.parse_args())

@@ -1,1 +1,1 @@
-"""What a model can do, what its middle layers can do, and what two models differ in."""
+"""Evaluates a model and its layers, and compares two models."""

@@ -45,6 +45,7 @@ _EXAMPLES = """examples:
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --parts read-out,layer-drop --lens
   jreg-megatron evaluate runs/a --parts depth --max-tokens 128 --json depth.json
   jreg-megatron evaluate runs/a --tasks my_task --include-path my_tasks/ --limit 100
+
 Two models are compared on the same samples and texts: bootstrap intervals, McNemar's exact test for
 accuracies, a permutation test for other figures. p-values are adjusted for several tasks or layers (Benjamini
 and Hochberg). Fewer than 6 samples or texts get no interval and no test. jreg-megatron report draws the
@@ -151,10 +152,10 @@ def parser() -> ArgumentParser:
     parser.add_argument("--seeds", action="store_true", help=seeds)
     names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
     parts = (
-        f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop needs one run "
-        "for each layer, and depth needs two. depth: how near each layer's read-out is to the output, the "
-        "effect of skipping a layer on later layers and on the output, and whether a state points to its own "
-        "token or to the next one"
+        f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop runs the model "
+        "once for each layer, and depth twice. depth shows how near each layer's read-out is to the output, "
+        "the effect of skipping a layer on later layers and on the output, and whether a state points to its "
+        "own token or to the next one"
     )
     parser.add_argument("--parts", **names, default=list(USUAL_PARTS), metavar="PART,...", help=parts)
     group = parser.add_argument_group("tasks, by lm-evaluation-harness")

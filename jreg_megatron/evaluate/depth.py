@@ -1,9 +1,9 @@
-"""How a model uses its depth: what each layer knows of the output, and what is lost without it.
+"""How a model uses its depth: how near each layer is to the output, and what changes without it.
 
 *Do Language Models Use Their Depth Efficiently?* (arXiv 2505.13898): KL and top-5 of the read-out, and the
 effect of skipping a layer. *Residual Connections and the Causal Shift* (arXiv 2602.14760): alignment.
 
-``options`` are those of :mod:`jreg_megatron.evaluate.layers`. Every token weighs alike.
+``options`` are those of :mod:`jreg_megatron.evaluate.layers`. Every token has the same weight.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""A method of one's own: a loss that keeps the states short, ``coeff * sum_l mean over tokens of |h_l|^2 /
-2h``."""
+"""Your own method: a loss that keeps the states short.
+
+It is ``coeff * sum over layers of |h|^2 / (2 * width)``, the mean over tokens of it.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ class ShortConfig(Settings):
     name: ClassVar[str] = "short states"
     prefix: ClassVar[str] = "short"
     title: ClassVar[str] = "short states"
-    about: ClassVar[str] = "loss = cross-entropy + coeff * sum over layers of |h|^2 / 2h"
+    about: ClassVar[str] = "loss = cross-entropy + coeff * sum over layers of |h|^2 / (2 * width)"
 
     coeff: float = setting(1e-3, "the strength, > 0.", float, "COEFF")
 

@@ -16,7 +16,7 @@ import torch
 from jreg_megatron.runtime.errors import UserError
 
 _SAYS_WHY = re.compile(r"error|cannot|denied|no space|read-only", re.IGNORECASE)
-"""A line of compiler, linker or make that tells the cause. The linker's line has no "error" in it."""
+"""A line of compiler, linker or make that gives the cause. The linker's line has no "error" in it."""
 
 
 def compile_helper() -> None:

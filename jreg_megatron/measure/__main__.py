@@ -28,8 +28,9 @@ _EXAMPLES = """examples:
   jreg-megatron measure Qwen/Qwen3-0.6B --depth --csv depth.csv
   jreg-megatron measure --paper Llama-3.2-1B Pythia-1B --device cuda --json paper.json
   jreg-megatron measure EleutherAI/pythia-160m@step1000,step16000,step143000 --json pythia.json
+
 Psi_l = (1 - cos(h_{l-1}, h_l)) / 2 is the displacement of layer l, zeta_L = 100 max(0, Psi_L - Psi_{L-1}) the
-jump rate. Both are of the mean over texts of their means over tokens. jreg-megatron report draws --json
+jump rate. Both use the mean over texts of each text's mean over tokens. jreg-megatron report draws --json
 files.
 """
 
@@ -54,23 +55,23 @@ def _parser() -> ArgumentParser:
     )
     paper = (
         "measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as Llama-3.2-1B "
-        "(default: all ten). The text is LAMBADA without --text. The paper's figure is printed too"
+        "(default: all ten). Without --text the text is LAMBADA. The paper's figure is printed too"
     )
     parser.add_argument("--paper", nargs="*", metavar="NAME", help=paper)
     text, which = add_text_arguments(parser)
-    samples = "read the whole samples of a Megatron training's last validation"
+    samples = "read the samples of a Megatron training's last validation, whole"
     which.add_argument("--last-validation", action="store_true", help=samples)
     first = f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})"
     text.add_argument("--max-tokens", type=int, metavar="N", help=first)
-    without = "main figures without each sequence's first token; JSON and CSV hold both"
+    without = "leave each sequence's first token out of the printed figures; JSON and CSV hold both"
     text.add_argument("--drop-first-token", action="store_true", help=without)
     add_model_arguments(parser, "*")
     output.add_output_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
     depth = (
         "also measure how each layer is used, and print a line for each: the share of tokens for which the "
-        "layer is void, what attention and MLP add beside what was there, and the entropy and curvature of a "
-        "sequence's states. It takes several times as long"
+        "layer is void, what attention and MLP add relative to their input, and the entropy and curvature of "
+        "a sequence's states. It takes several times as long"
     )
     parser.add_argument("--depth", action="store_true", help=depth)
     return parser

@@ -1,4 +1,4 @@
-"""Metrics of depth of a decoder: what attention and MLP add is found by what the modules of a layer do."""
+"""Metrics of depth of a decoder. It finds attention and MLP by what the modules of a layer do."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OF_LAYERS = ("void_share", *CONTRIBUTIONS)
 _LENGTH = 12
 """Tokens of each of the two rows of a short forward pass. They differ in the first half."""
 _ROUNDINGS = 16
-"""So many times the type's precision, of its norm, a token's sum of states may be off."""
+"""A token's sum of states may be off by this many times the type's precision, relative to its norm."""
 _MIXED = 1e-4
-"""A change of this share or more is no rounding of fp32."""
+"""A change of this share or more is not fp32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
     """The parts of each layer, from a short forward pass; None, and a note, if a layer has none.
 
     A layer is ``out = x + c (a + m)``. Two of its modules make a and m. Attention is the one that mixes
-    tokens. If a module behind it is given ``x + c a``, m comes from that sum. Else both come from x at the
+    tokens. If a later module is given ``x + c a``, m comes from that sum. Else both come from x at the
     same time, and the MLP does not mix tokens.
 
     Args:
@@ -74,7 +74,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = decoder.batch_first(stream_in(args, kwargs))
-        # What differs in the second half behind a layer's module was mixed in this layer.
+        # What differs in the second half after a layer's module was mixed in this layer.
         state[1, length // 2 :] = state[0, length // 2 :]
         entered[:] = [state.to(torch.float64, copy=True)]  # the layer may write to it
         calls.clear()

@@ -40,7 +40,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run texts through a model and measure each layer.
 
-    Texts longer than the model's context are cut into independent sequences. A note on standard error tells
+    Texts longer than the model's context are cut into independent sequences. A note on standard error says
     if the model has no final norm.
 
     Args:
@@ -49,7 +49,7 @@ def measure(
         max_tokens: first tokens of each text; None for all.
         batch_size: sequences in a batch.
         on_tokens: gets the number of tokens of each finished batch.
-        depth: add the metrics of :func:`jreg_megatron.measure.depth.depth_figures`. A note tells if the
+        depth: add the metrics of :func:`jreg_megatron.measure.depth.depth_figures`. A note says if the
             contributions of attention and MLP cannot be known.
 
     Returns:

@@ -1,1 +1,1 @@
-"""What can be done with a residual stream; a folder a method."""
+"""Methods on the residual stream, one folder for each."""

@@ -1,4 +1,4 @@
-"""All methods, and what they have in common on a command line."""
+"""The list of all methods, and their flags on a command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS: list[type[Settings]] = [
     *(JRegConfig, NormsConfig, DepthConfig, AttenuationConfig, SlowQKConfig, LETConfig),
     *(LayerNormScalingConfig, PeriLNConfig),
 ]
-"""The settings of each method; a script that has a method of its own appends its settings before it
+"""The settings of each method. A script with its own method appends that method's settings before it
 trains."""
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def settings_in(args: Namespace) -> tuple[Settings, ...]:
-    """The settings of the methods of which a flag is given.
+    """The settings of each method that has a flag on the command line.
 
     Raises:
         UserError: for a value that is not allowed.
@@ -64,5 +64,5 @@ def check_flags(argv: list[str]) -> None:
 
 
 def with_a_flag(argv: list[str]) -> list[str]:
-    """``argv``, with ``--jreg-coeff 0`` behind it if it has no flag of any method: then JREG measures."""
+    """``argv``; without a flag of any method it gets ``--jreg-coeff 0``, so that JREG measures."""
     return argv if has_flag(argv) else [*argv, JRegConfig.flag("coeff"), "0"]

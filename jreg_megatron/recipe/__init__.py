@@ -1,1 +1,1 @@
-"""What the files in ``recipes/`` call: check a run, announce it, start it, go on after a crash."""
+"""What the files in ``recipes/`` call: check a run, print its plan, start it, resume it after a crash."""

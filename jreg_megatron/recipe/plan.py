@@ -108,7 +108,7 @@ def rows(request: Namespace, plan: Plan) -> dict[str, str]:
         "JREG": jreg if coeff else "lambda 0: the jump is measured, the training does not change",
         "length": f"{number_as_text(plan.tokens)} tokens ({plan.tokens / plan.parameters:.0f} a parameter): "
         f"{args.train_iters:,} iterations of {args.global_batch_size:,} sequences of {args.seq_length:,}"
-        + (f"; going on from iteration {done:,}" if done else ""),
+        + (f"; resumes after iteration {done:,}" if done else ""),
         "optimizer": f"{args.optimizer} {args.adam_beta1:g}, {args.adam_beta2:g}, epsilon {args.adam_eps:g}, "
         f"weight decay {args.weight_decay:g}, clip {args.clip_grad:g}; {args.lr_decay_style} from "
         f"{args.lr:g} to {args.min_lr:g}, {args.lr_warmup_iters:,} iterations of warm-up",

@@ -53,7 +53,7 @@ def read(words: list[str]) -> Namespace:
     asked = read_words(words, parser, user, SMOKE_ITERATIONS, smoke + "Megatron reads every flag")
     if asked.variant != asked.typed:
         raise UserError(
-            f"{asked.typed} is behind {asked.variant}; it must come first: "
+            f"{asked.typed} comes after {asked.variant}; it must come first: "
             f"{asked.recipe} {asked.typed} {asked.variant}"
         )
     asked.world_size = asked.nodes * asked.gpus

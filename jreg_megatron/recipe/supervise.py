@@ -72,7 +72,7 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
         status = 0
     if status == 0 and not is_finished():
         why = f"on {asked[0].name}" if asked else "before its last iteration"
-        _say(f"the run has saved and ended {why}; the same command goes on")
+        _say(f"the run has saved and ended {why}; the same command resumes it")
         return UNFINISHED
     return 128 - status if status < 0 else status
 
@@ -117,7 +117,7 @@ def _say(what: str) -> None:
 
 
 def main() -> None:
-    """Run the command behind ``--``; exit with the status described above."""
+    """Run the command after ``--``; exit with the status described above."""
     parser = argparse.ArgumentParser(prog="python -m jreg_megatron.recipe.supervise", description=__doc__)
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True)

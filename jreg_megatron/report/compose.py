@@ -23,17 +23,17 @@ _FEW = 12
 _ABOUT_SUMMARY = (
     "Displacement Ψ: how far a layer turns the state, from 0 to 1. Jump rate ζ: Ψ of the last layer minus Ψ "
     "of the layer before, times 100; 0 if that is negative. Both depend on the last layer's output: before "
-    "or after the final norm. Each number names its own."
+    "or after the final norm. Each number says which."
 )
 _ABOUT_SCORES = "Scores, with intervals in brackets."
 _ABOUT_DIFFERENCES = (
-    " A difference is one model minus the other, on the same samples. A small p value: chance alone seldom "
-    "makes a difference so large. An adjusted p value is corrected for several tests. Chance is only that of "
-    "the samples: other training seeds may give a larger or smaller difference."
+    " A difference is one model minus the other, on the same samples. A small p value: chance alone rarely "
+    "makes such a large difference. An adjusted p value is corrected for several tests. These numbers cover "
+    "only the chance of the samples: other training seeds may give a larger or smaller difference."
 )
 _ABOUT_SOURCES = (
     "A measurement takes the last layer's output both before and after the final norm, if there is one. "
-    "A training run logs one of them, by its settings. A dropped first token counts in no mean."
+    "A training run logs one of them, by its settings. A dropped first token is in no mean."
 )
 
 

@@ -265,7 +265,7 @@ def _heat_maps(models: Sequence[Model], first: str) -> Iterator[Figure]:
 
 
 _LAST = " Only the last of several checkpoints is shown."
-_READ_OUT = "The final norm and the head read the state behind each layer, as if the model ended there."
+_READ_OUT = "The final norm and the head read the state after each layer, as if the model ended there."
 _ADDED = {"attention": "attention", "mlp": "MLP", "layer": "both"}
 _SIGNED = ("depth_cosines", "depth_alignment")
 _TABLES = {
@@ -310,7 +310,7 @@ _CURVES = (
         "lens_loss",
         "lens.loss",
         "What the middle layers know, through a fitted lens",
-        "An affine map first brings the state behind each layer near to the last layer's state. It was "
+        "An affine map first brings the state after each layer near to the last layer's state. It was "
         "fitted on other texts. The remaining loss is what the layer does not know.",
         (LAYER, _LOSS),
     ),
@@ -362,9 +362,9 @@ _CURVES = (
         "depth_entropy",
         "{first}.matrix_entropy",
         "How many directions the states take",
-        "Matrix entropy of a sequence's states behind each layer, less their mean: 0 if all are equal, 1 if "
-        "they are spread evenly over all directions. States on a line may have more than 0, since entries of "
-        "the Gram matrix below 0 count as 0. Layer 0 is the embedding.",
+        "Matrix entropy of a sequence's states after each layer, minus their mean: 0 if all are equal, 1 if "
+        "they are spread evenly over all directions. States on a line may have more than 0, since negative "
+        "entries of the Gram matrix count as 0. Layer 0 is the embedding.",
         (LAYER, Axis("matrix entropy")),
     ),
     (
@@ -393,17 +393,17 @@ _CURVES = (
     (
         "depth_alignment",
         "depth.alignment",
-        "Where the state turns over to the next token",
+        "Where states begin to point to the next token",
         "Mean cosine of the state and the input embedding of the next token, minus that of the state and its "
-        "own token's. Above 0 it has turned over.",
+        "own token's. Above 0 the state points to the next token.",
         (LAYER, Axis("difference of cosines")),
     ),
     (
         "depth_skipping",
         {"depth.skip_output": "of the output", "depth.skip_later": "of later layers"},
         "What changes if a layer is skipped",
-        "Of the output: norm of the change of its probabilities. Of later layers: change of what they add, "
-        "relative to it, mean over them. Mean over tokens; the first token of a sequence keeps the layer.",
+        "Of the output: norm of the change of the probabilities. Of later layers: relative change of what "
+        "they add, mean over these layers. Means over tokens. A sequence's first token keeps the layer.",
         (LAYER, Axis("change", scale="auto")),
     ),
 )
@@ -457,7 +457,7 @@ def _curve(
 
 
 def _read_out_difference(comparison: Comparison, a: str, b: str, number: int) -> Figure | None:
-    """Difference of the loss behind each layer between two models, with its interval."""
+    """Difference of the loss after each layer between two models, with its interval."""
     found = comparison.read_out
     if found is None:
         return None
@@ -470,7 +470,7 @@ def _read_out_difference(comparison: Comparison, a: str, b: str, number: int) ->
     return drawn(
         f"read_out_difference{f'_{number}' if number > 1 else ''}",
         "Which model's middle layers know more",
-        f"Loss behind each layer of {b} minus that of {a}. Below 0, {b} is better. The band is the "
+        f"Loss after each layer of {b} minus that of {a}. Below 0, {b} is better. The band is the "
         f"{comparison.confidence:.0%} interval over texts. Where it excludes 0, other texts would hardly "
         "change the sign. Another training seed might.",
         [
@@ -479,7 +479,7 @@ def _read_out_difference(comparison: Comparison, a: str, b: str, number: int) ->
         ],
         LAYER,
         Axis("difference in loss"),
-        table=Table.of("Difference in loss behind each layer", "layer", numbers),
+        table=Table.of("Difference in loss after each layer", "layer", numbers),
         band=True,
         rule=0,
     )

@@ -231,7 +231,7 @@ class Score(Part):
 
 
 class ReadOut(Part):
-    """Predictions behind layers 0..L, read out through the final norm and the head.
+    """Predictions after layers 0..L, read out through the final norm and the head.
 
     Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them.
     """
@@ -251,7 +251,7 @@ class Skip(Part):
 
 
 class Depth(ReadOut):
-    """The use of depth behind layers 0..L: KL divergence of the read-out from the whole model's output, the
+    """The use of depth after layers 0..L: KL divergence of the read-out from the whole model's output, the
     share of its five likeliest tokens, and cosines of the state to two input embeddings."""
 
     kl: Annotated[list[Loss], _per_layer(1)] | None = None
@@ -263,7 +263,7 @@ class Depth(ReadOut):
     @property
     def alignment(self) -> dict[int, float]:
         """The cosine to the next token's embedding minus that to its own, of layers 1..L; h_0 is its own.
-        Above 0 the state has turned over."""
+        Above 0 the state points to the next token."""
         pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=False)
         return {layer: following - own for layer, (following, own) in enumerate(pairs) if layer > 0}
 
@@ -337,7 +337,7 @@ class Difference(Part):
 
 
 class DifferenceByLayer(Part):
-    """The same behind layers 0..L, of models with the same L."""
+    """The same after layers 0..L, of models with the same L."""
 
     difference: Annotated[list[Number], _per_layer(1)]
     interval: Annotated[list[Interval | None], _per_layer(1)] | None = None

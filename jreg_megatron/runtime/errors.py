@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 
 class DeviceFault(UserError):
-    """The device fails. This process can use it no more, for collectives either."""
+    """The device failed. This process can no longer use it, not even for collectives."""
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

@@ -29,7 +29,7 @@ def need(package: str, purpose: str, extra: str) -> Any:
 
 @contextmanager
 def errors_alone(*loggers: str) -> Iterator[None]:
-    """Keep what these loggers say below an error from the user."""
+    """Hide what these loggers say below the level of an error."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
@@ -41,7 +41,7 @@ def errors_alone(*loggers: str) -> Iterator[None]:
 
 
 def silence_megatron() -> None:
-    """Keep all warnings, and what Megatron says below an error, from the user of this process, for good."""
+    """Hide all warnings, and what Megatron logs below the level of an error, until the process ends."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,5 +56,5 @@ def without_compilation() -> Any:
 
 
 def uncompiled(function: Any = None, **_: Any) -> Any:
-    """In the place of ``torch.compile``: the function as it is."""
+    """Replaces ``torch.compile``: returns the function unchanged."""
     return (lambda decorated: decorated) if function is None else function

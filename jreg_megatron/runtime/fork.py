@@ -27,8 +27,8 @@ def world_size_of(nproc: int | None) -> int:
     """How many ranks there are, or will be with ``--nproc``.
 
     Raises:
-        UserError: for ``--nproc`` under torchrun or below 1, or if the environment tells a part of what
-            torchrun tells.
+        UserError: for ``--nproc`` under torchrun or below 1, or if the environment has only a part
+            of what torchrun sets.
     """
     if nproc is not None:
         check_nproc(nproc)
@@ -45,7 +45,7 @@ def world_size_of(nproc: int | None) -> int:
         if int(size or 1) > 1 and name not in os.environ:
             raise UserError(
                 f"the environment has WORLD_SIZE={size} and no {name}, where the ranks meet; start them with "
-                "torchrun, or set it alike on all"
+                "torchrun, or set it to the same value on all ranks"
             )
     return int(size or 1)
 
@@ -85,7 +85,7 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
     """Run ``work`` in ``count`` forked ranks of one job on this machine.
 
     Most of a short run's time goes into importing Megatron. Forked ranks share one import. The environment
-    tells each rank its number, as under torchrun.
+    has each rank's number, as under torchrun.
 
     Returns:
         0, or the exit status of the first rank that failed (128 + N after signal N). Then the others are

@@ -18,7 +18,7 @@ _DETAIL = re.compile(r"(?P<name>rank|exitcode|traceback)\s*: (?P<value>.*)")
 
 @dataclass
 class LastError:
-    """Reads the lines of a run. Its ``str()`` is the line that tells why the run failed."""
+    """Reads the lines of a run. Its ``str()`` is the line that says why the run failed."""
 
     _ours: str = ""
     _of_ranks: dict[str, str] = field(default_factory=dict)

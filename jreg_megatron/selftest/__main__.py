@@ -58,10 +58,10 @@ def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m jreg_megatron.selftest",
-        description="One training step of a toy model with JREG at many layouts, with the Megatron-Core "
-        "installed here; every parameter's gradient, the losses and each layer's displacement are compared "
-        "with a model in plain torch that each rank computes alone, in float64.",
-        epilog="Every way to cut the model over the ranks is tried, unless told which.",
+        description="Run one training step of a toy model with JREG at many layouts, on the Megatron-Core "
+        "installed here. Compare every parameter's gradient, the losses and each layer's displacement with a "
+        "model in plain torch, which each rank computes alone in float64.",
+        epilog="Without sizes it tries every way to split the model over the ranks.",
     )
     for flag, what in (
         ("--tp", "tensor-parallel"),
@@ -73,42 +73,41 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="all layouts in this type; by default fp32, and one each in bf16 and fp16. 16-bit steps may be "
-        "twice as far from float64 as the plain model in the same type is",
+        help="all layouts in this type; by default fp32, and one each in bf16 and fp16. In 16 bits the error "
+        "may be twice that of the plain model in the same type",
     )
     parser.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
         default="local",
-        help="whose layers; Transformer Engine computes float32 in TF32, so take bf16 with it",
+        help="which layers; with transformer_engine give --precision bf16, since it computes float32 in TF32",
     )
     parser.add_argument(
         "--cuda-graph",
         choices=("transformer_engine", "full_iteration"),
-        help="layouts with CUDA graphs: transformer_engine, of layers, of attention and of the MLP, with "
-        "--transformer-impl transformer_engine and --precision bf16; full_iteration, of the whole iteration",
+        help="layouts with CUDA graphs: transformer_engine, graphs of layers, of attention and of the MLP, "
+        "which need --transformer-impl transformer_engine and --precision bf16; or full_iteration, one graph "
+        "of the whole iteration",
     )
     parser.add_argument(
         "--overlap",
         action="store_true",
-        help="layouts with experts in Megatron's overlapped schedule, --overlap-moe-expert-parallel-comm; on "
-        "2 ranks or more",
+        help="layouts with experts in Megatron's overlapped schedule, as with "
+        "--overlap-moe-expert-parallel-comm; needs 2 ranks or more",
     )
-    parser.add_argument(
-        "--cpu", action="store_true", help="run on the CPU; the default where there is no CUDA device"
-    )
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU (the default without CUDA)")
     parser.add_argument(
         "--nproc",
         type=count("--nproc"),
         metavar="N",
-        help="start N ranks on this machine's CPU; for a run without torchrun",
+        help="start N ranks on this machine's CPU; leave it out under torchrun",
     )
     parser.add_argument(
         "--timeout",
         type=count("--timeout", most=86_400),
         default=60,
         metavar="SECONDS",
-        help="a rank that waits longer for another one gives up the layout. Default: 60",
+        help="a rank that waits longer than this for another one stops the layout (default: 60)",
     )
     parser.add_argument("--list", action="store_true", help="list the layouts and exit")
     options = parser.parse_args(argv)
@@ -133,13 +132,13 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
     if options.transformer_impl == "transformer_engine":
         if options.precision in (None, "fp32"):
             raise UserError(
-                "--transformer-impl transformer_engine computes float32 in TF32, which nothing exact can be "
-                "compared with; add --precision bf16"
+                "--transformer-impl transformer_engine computes float32 in TF32, too coarse for this "
+                "comparison; add --precision bf16"
             )
         if find_spec("transformer_engine") is None:
-            raise UserError("--transformer-impl is transformer_engine, which is not installed; take local")
+            raise UserError("--transformer-impl is transformer_engine, which is not installed; use local")
         if not (options.list or on_gpu):
-            raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; take local")
+            raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; use local")
 
 
 def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:

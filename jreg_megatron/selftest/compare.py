@@ -69,13 +69,13 @@ def _limit(values: dict[str, float]) -> Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A step at a layout beside the reference."""
+    """A step at a layout, compared with the reference."""
 
     found: Difference
     limit: Difference
     """How large the differences may be."""
     captured: str
-    """Where in the model the residual stream was seen."""
+    """Where in the model the residual stream was read."""
 
 
 def compare_step(

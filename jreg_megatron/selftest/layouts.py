@@ -1,4 +1,4 @@
-"""The ways in which Megatron can cut and run a model, as one value: a layout."""
+"""Layouts: each is one way in which Megatron splits and runs a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HYBRIDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the toy model is cut and run. Sizes go by the names of Megatron's arguments, shortened."""
+    """How the toy model is split and run. Sizes have the names of Megatron's arguments, shortened."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -49,13 +49,13 @@ class Layout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     fsdp: bool = False
-    """torch's FSDP2 in the place of Megatron's DistributedDataParallel."""
+    """torch's FSDP2 instead of Megatron's DistributedDataParallel."""
     megatron_fsdp: str = "none"
     """none, or what Megatron-FSDP shards: no_shard, optim, optim_grads or optim_grads_params."""
     num_microbatches: int = 2
     split: str = "even"
     """How layers are dealt out to pipeline stages: even, uneven (fewer on the first), embedding and loss
-    (each counts as a layer), layout (a pipeline layout of one's own, the loss alone on the last stage)."""
+    (each counts as a layer), layout (a custom pipeline layout, with only the loss on the last stage)."""
     recompute: str = "none"
     """none, selective, uniform (full) or block (full)."""
     graphs: str = "none"
@@ -71,11 +71,11 @@ class Layout:
     tokens: str = "all"
     """Which tokens JREG counts: all or unmasked."""
     padded: bool = False
-    """Whether sequences end in padding. Every stage has the padding mask then, the last the loss mask too."""
+    """Whether sequences end in padding. Then every stage has the padding mask; the last has both masks."""
     packed: bool = False
     """Whether a micro-batch's sequences are packed into one."""
     token_stride: int = 1
-    """Of so many tokens of a sequence one has the regularizer's gradient."""
+    """Every n-th token of a sequence has the regularizer's gradient."""
     final_state: str = "pre_norm"
     precision: str = "fp32"
     """fp32, bf16, or fp16 with a loss scale."""
@@ -126,12 +126,12 @@ class Layout:
         return BATCH // (self.data * self.num_microbatches)
 
     def refusal(self) -> str | None:
-        """Why Megatron, JREG or the toy model's size rules the layout out; None where it can run."""
+        """Why the layout cannot run, by Megatron, JREG or the toy model's size; None if it can."""
         return next((rule.reason for rule in RULES if not rule.holds(self)), None)
 
     @property
     def name(self) -> str:
-        """What differs from one rank doing everything, in a few words."""
+        """A short name: what differs from one rank that does everything."""
         sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "CP": self.context}
         sizes |= {"EP": self.expert, "DP": self.data}
         words = [f"{letters}{size}" for letters, size in sizes.items() if size > 1] or ["one rank"]
@@ -167,10 +167,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rule:
-    """What has to hold for a layout to run."""
+    """A condition that a layout must meet to run."""
 
     names: tuple[str, ...]
-    """The layout's fields that it is about."""
+    """The layout's fields in the condition."""
     holds: Callable[[Layout], bool]
     reason: str
 
@@ -381,7 +381,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"precision": "fp16", "num_microbatches": 1},
     {"per_token_loss": True, "masked": True, "tokens": "unmasked", "final_state": "post_norm"},
 )
-"""What is tried beside sizes: each on some sizes, the first on those that are left."""
+"""What is varied in addition to sizes: each on some sizes, the first one on the other sizes."""
 
 GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "layers"},
@@ -437,17 +437,17 @@ def layouts_for(
     graphs: str | None = None,
     overlap: bool = False,
 ) -> list[Layout]:
-    """Layouts that use all ranks: every way to cut the model into the given sizes, and every mode once.
+    """Layouts that use all ranks: every way to split the model into the given sizes, and every mode once.
 
     Args:
         world_size: the number of ranks.
-        tensor, pipeline, context, expert: sizes that are not to be varied.
-        precision: the type of all layouts; by default as the modes have it.
+        tensor, pipeline, context, expert: fixed sizes; others are varied.
+        precision: the type of all layouts; by default each mode's own.
         graphs: Megatron's ``cuda_graph_impl`` of all, if they have CUDA graphs.
         overlap: whether all have Megatron's overlapped schedule for experts.
 
     Raises:
-        UserError: if the toy model cannot be cut so.
+        UserError: if the toy model cannot be split in this way.
     """
     modes = {None: MODES, "full_iteration": FULL_GRAPH_MODES}.get(graphs, GRAPH_MODES)
     if overlap:
@@ -482,8 +482,8 @@ def layouts_for(
         given += " and --overlap" * overlap
         raise UserError(
             f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
-            f"{LENGTH} tokens, {BATCH} sequences) cannot be cut over {world_size} ranks with {given}"
-            f"{f' in {precision}' if precision else ''}; take sizes that are powers of two and at most 4, "
+            f"{LENGTH} tokens, {BATCH} sequences) cannot be split over {world_size} ranks with {given}"
+            f"{f' in {precision}' if precision else ''}; give sizes that are powers of two and at most 4, "
             "another number of ranks, or fp32 for experts"
         )
     waiting = list(modes)

@@ -54,13 +54,13 @@ class Shape:
     capacity: float = 0.0
     """The share of the tokens that an expert takes at most; 0: all."""
     mtp_num_layers: int = 0
-    """Layers of multi-token prediction behind the last layer, each of attention and MLP."""
+    """Layers of multi-token prediction after the last layer, each of attention and MLP."""
     tied: bool = False
     """Whether the embedding is the output weight too."""
     gated: bool = False
     """Whether each layer keeps a learned part of its input."""
     blocks: bool = False
-    """Whether norms of layer l are multiplied by 1 / sqrt(l), and each sub-layer has a norm behind it too."""
+    """Whether norms of layer l are multiplied by 1 / sqrt(l), and each sub-layer has a norm after it too."""
 
     @property
     def num_layers(self) -> int:

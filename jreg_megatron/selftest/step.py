@@ -305,7 +305,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         persist_layer_norm=False,
         **options,
     )
-    config.overlap_moe_expert_parallel_comm = layout.overlap  # behind its checks, which want 16 bits
+    config.overlap_moe_expert_parallel_comm = layout.overlap  # after its checks, which want 16 bits
     return config
 
 

@@ -1,1 +1,1 @@
-"""The residual stream of a built model: where it is, what is read and added, what is refused."""
+"""The residual stream of a built model, without any method: where it is, how to read and change it."""

@@ -2,9 +2,9 @@
 
 What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
 has sub-layers. Mixers mix tokens: attention, latent attention, gated delta net, Mamba. The others are
-feed-forward: MLP and experts. There a layer is a mixer with the feed-forward sub-layers behind it, so that a
+feed-forward: MLP and experts. There a layer is a mixer with the feed-forward sub-layers after it, so a
 pattern of pairs gives the numbers of the ``GPTModel`` with the same weights. Feed-forward sub-layers before
-the first mixer are a layer of their own. With the setting ``layer`` at ``sublayer`` each sub-layer is one.
+the first mixer are one layer. With the setting ``layer`` at ``sublayer`` every sub-layer is a layer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.settings import LAYER_RULES
 
 MODELS = ("GPTModel", "HybridModel", "MambaModel")
-"""Whose decoder's residual stream is known here. Before 0.18 a hybrid model is a MambaModel."""
+"""The supported models. Before 0.18 a hybrid model is a MambaModel."""
 
 MIXERS, FEED_FORWARD = "*+DGM", "-E"
 """The sub-layers of a hybrid pattern, by Megatron's symbols."""
 
 _ADDS = ("self_attn_bda", "mamba_bda", "mlp_bda")
-"""The bias-dropout-adds by which a module adds to the residual stream, in the order of their calls."""
+"""The bias-dropout-adds, by which a module adds to the residual stream, in call order."""
 
 _RULE = "_jreg_layer"
 
@@ -53,18 +53,18 @@ class ResidualLayer:
     last: Any
     """The module that returns the layer's output; in a ``GPTModel`` the same."""
     adds: tuple[tuple[Any, str], ...]
-    """By module and name: the bias-dropout-add that adds to the layer's input, and the one that returns the
-    layer's output; or one that does both."""
+    """Module and name of the bias-dropout-add that adds to the layer's input, and of the one that returns the
+    layer's output; a single entry if one does both."""
     kinds: str = ""
-    """The sub-layers of a hybrid model's layer, as its pattern has them."""
+    """The sub-layers of a hybrid model's layer, in the pattern's symbols."""
 
 
 def define_layers(chunks: Sequence[Any], rule: str | None) -> None:
-    """Settle what a layer of unwrapped model chunks is, for all that look at them.
+    """Store in unwrapped model chunks what counts as a layer.
 
     Args:
         chunks: of one model.
-        rule: one of ``LAYER_RULES``; None to leave no trace.
+        rule: one of ``LAYER_RULES``; None removes the stored rule.
     """
     for chunk in chunks:
         if rule is not None:
@@ -81,7 +81,7 @@ def layers_of(pattern: str, rule: str = "mixer") -> list[str]:
         rule: one of ``LAYER_RULES``.
 
     Raises:
-        UserError: for a sub-layer that is not known.
+        UserError: for an unknown sub-layer.
     """
     if unknown := [kind for kind in dict.fromkeys(pattern) if kind not in MIXERS + FEED_FORWARD]:
         raise UserError(
@@ -98,8 +98,8 @@ def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
     """The layers of an unwrapped model chunk, in order.
 
     Raises:
-        UserError: if the chunk is not built as a ``GPTModel`` or a ``HybridModel`` is, or holds a part of a
-            layer; the message names what was looked for.
+        UserError: if the chunk is not built like a ``GPTModel`` or a ``HybridModel``, or holds only a part of
+            a layer.
     """
     modules = getattr(getattr(chunk, "decoder", None), "layers", None)
     if modules is None or not any(kind.__name__ in MODELS for kind in type(chunk).__mro__):
@@ -117,8 +117,8 @@ def residual_layers(chunk: nn.Module) -> list[ResidualLayer]:
         )
     if rule != LAYER_RULES[0]:
         raise UserError(
-            f"the setting layer is '{rule}', and the layers of a {type(chunk).__name__} are not built of "
-            "sub-layers; leave it out"
+            f"the setting layer is '{rule}', but the layers of a {type(chunk).__name__} have no sub-layers; "
+            "leave it out"
         )
     return [_layer(module.layer_number, [module]) for module in modules]
 
@@ -158,14 +158,14 @@ def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> 
         raise UserError(
             f"the sub-layers of a model chunk have the numbers (layer_number) {' '.join(map(str, numbers))}, "
             f"and the hybrid layer pattern {pattern} has {len(pattern)} sub-layers; jreg_megatron needs "
-            "consecutive numbers of the pattern's"
+            "consecutive numbers within the pattern"
         )
     for module, kind, add in zip(modules, held, adds, strict=True):
         if (kind in FEED_FORWARD) != (add == "mlp_bda"):
             raise UserError(
-                f"sub-layer {module.layer_number} is '{kind}' in the hybrid layer pattern {pattern}, and it "
-                f"is a {type(module).__name__} that adds to its input by {add}; jreg_megatron needs one that "
-                "adds by mlp_bda alone where the pattern has '-' or 'E', and nowhere else"
+                f"sub-layer {module.layer_number} is '{kind}' in the hybrid layer pattern {pattern}, but it "
+                f"is a {type(module).__name__} that adds to its input by {add}; a sub-layer must add only by "
+                "mlp_bda if it is '-' or 'E', and by another one if not"
             )
     found, end = [], -start
     for number, kinds in enumerate(layers_of(pattern, rule), start=1):
@@ -174,9 +174,9 @@ def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> 
             continue
         if begin < 0 or end > len(modules):
             raise UserError(
-                f"jreg_megatron does not support the hybrid layer pattern {pattern} cut into these pipeline "
-                f"stages: layer {number}, '{kinds}', is on two of them; begin each stage with a mixer, or "
-                "take each sub-layer for a layer (the setting layer at 'sublayer', as in --jreg-layer)"
+                f"jreg_megatron does not support the hybrid layer pattern {pattern} with these pipeline "
+                f"stages, which split layer {number}, '{kinds}'; begin each stage with a mixer, or count "
+                "every sub-layer as a layer (--jreg-layer sublayer)"
             )
         found.append(_layer(number, modules[begin:end], kinds))
     _refuse_parting_recompute(found, config)
@@ -184,7 +184,7 @@ def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> 
 
 
 def _refuse_parting_recompute(layers: list[ResidualLayer], config: Any) -> None:
-    """Refuse full recompute of a part of a layer by itself: its input and output would be of two runs."""
+    """Refuse full recompute that splits a layer: its input and output would come from two runs."""
     if config.recompute_granularity != "full":
         return
     together = config.recompute_num_layers if config.recompute_method == "uniform" else 1  # a checkpoint
@@ -193,14 +193,14 @@ def _refuse_parting_recompute(layers: list[ResidualLayer], config: Any) -> None:
         raise UserError(
             f"jreg_megatron does not support --recompute-method {config.recompute_method} with "
             f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model of the layers "
-            f"{' '.join(layer.kinds for layer in layers)}, since it parts one of them; take uniform and a "
-            "number of sub-layers at which layers end, or take each sub-layer for a layer (the setting layer "
-            "at 'sublayer', as in --jreg-layer)"
+            f"{' '.join(layer.kinds for layer in layers)}, since it splits one of them; use uniform with a "
+            "number of sub-layers at which layers end, or count every sub-layer as a layer (--jreg-layer "
+            "sublayer)"
         )
 
 
 def described_layers(model: Any) -> str:
-    """What the layers of a hybrid model are, for a report; empty for other models.
+    """What the layers of a hybrid model are, as one line; empty for other models.
 
     Args:
         model: as :func:`sublayers_of` takes it.
@@ -210,7 +210,7 @@ def described_layers(model: Any) -> str:
     rule = _rule_of(model)
     runs = [(kinds, len(list(run))) for kinds, run in groupby(layers_of(pattern, rule))]
     what = {
-        "mixer": "a layer is a mixer with the feed-forward sub-layers behind it",
+        "mixer": "a layer is a mixer with the feed-forward sub-layers after it",
         "sublayer": "a layer is a sub-layer",
     }
     shown = " ".join(kinds if times == 1 else f"{times}x{kinds}" for kinds, times in runs)
@@ -226,8 +226,11 @@ def final_norm_of(chunk: Any) -> nn.Module | None:
 
 
 def num_layers(chunk: Any) -> int:
-    """How many layers the whole model has that an unwrapped chunk is part of; of a hybrid one, its arguments
-    will do."""
+    """The number of layers of the whole model.
+
+    Args:
+        chunk: an unwrapped model chunk; for a hybrid model also its arguments.
+    """
     if (pattern := sublayers_of(chunk)) is not None:
         return len(layers_of(pattern, _rule_of(chunk)))
     count: int = chunk.config.num_layers
@@ -235,13 +238,13 @@ def num_layers(chunk: Any) -> int:
 
 
 def last_stage_has_a_layer(chunk: Any) -> bool:
-    """Whether a hybrid model's last pipeline stage holds a layer; of other models the settings tell."""
+    """Whether a hybrid model's last pipeline stage holds a layer; True for other models."""
     pattern = _pattern_of(chunk)
     return pattern is None or bool(pattern.rpartition("|")[2])
 
 
 def last_stage_is_given_a_layer(model_config: Any) -> bool:
-    """Whether the final norm's pipeline stage gets the last layer, as far as settings tell.
+    """Whether the final norm's pipeline stage gets the last layer, as far as the settings show.
 
     Args:
         model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
@@ -251,7 +254,7 @@ def last_stage_is_given_a_layer(model_config: Any) -> bool:
         return getattr(model_config, name, None)
 
     if value("mtp_num_layers"):
-        return True  # then Megatron puts the final norm behind the last layer, wherever that is
+        return True  # then Megatron puts the final norm after the last layer, wherever that is
     if layout := value("pipeline_model_parallel_layout"):
         return any(getattr(kind, "name", kind) == "decoder" for kind in _stages_of(layout)[-1])
     if value("account_for_loss_in_pipeline_split"):

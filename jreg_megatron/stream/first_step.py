@@ -1,24 +1,25 @@
-"""What ``attach`` takes for granted, held against what happens in the first step. It costs nothing later.
+"""Checks the assumptions of ``attach`` in the first step. Later steps cost nothing more.
 
-Two things are inferred from how a model is built and configured. A job may do otherwise.
+``attach`` infers two things from the model and its settings. A job may do otherwise.
 
-- Which state is a layer's input and output: :mod:`jreg_megatron.stream.layer_watch` compares.
-- How the loss is scaled on its way to the parameters. That shows in the gradient at the model's output, the
-  losses of a micro-batch's tokens ``[b, s]``. It is, with ``g``, ``M`` of ``scaling``,
+- Which states are a layer's input and output: :mod:`jreg_megatron.stream.layer_watch` compares them.
+- How the loss is scaled on its way to the parameters. This shows in the gradient at the model's output, which
+  is the losses of a micro-batch's tokens ``[b, s]``. With ``g`` and ``M`` as in ``scaling``, the expected
+  gradient is the setting ``loss_weight`` times
 
-    averaged loss     g / M, summed over the tokens of a micro-batch that has any that count
+    averaged loss     g / M, summed over the tokens of a micro-batch, if any of them counts
     per-token loss    g, for each token that counts
 
-times the setting ``loss_weight``. What scales the gradient after that scales a method's gradient too.
+What scales the gradient later scales a method's gradient too.
 
 A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
-the gradients, or where metrics are asked for. Then all ranks raise the same. Without pipeline stages all find
-the same in a layer, and raise it in the forward pass.
+the gradients, or where metrics are asked for. Then all ranks raise the same error. Without pipeline stages
+all ranks find the same in a layer, and raise it in the forward pass.
 
-Layers are compared in one step. The scale may take more: a step may have no token that counts, or overflow.
+Layers are compared in one step. The scale may need more: a step may overflow, or have no token that counts.
 
-Not seen is the scale of a loss that is computed outside of the model, from logits. Where tokens or
-micro-batches weigh unlike, a divisor may be wrong by less than 16.
+The check does not see the scale of a loss that is computed from logits, outside the model. If tokens or
+micro-batches have different weights, it misses a divisor that is wrong by less than a factor of 16.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from jreg_megatron.stream.overlap import on_passes
 from jreg_megatron.stream.scaling import AddedLoss
 
 _MOST = 1.5
-"""A loss may weigh its tokens, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
+"""Tokens may have weights, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
 _MOST_WEIGHED = 16.0
-"""The same where tokens are seen to weigh unlike. A sum that nobody divides is off by its tokens."""
+"""The same if tokens are seen to have different weights. A sum that is not divided is off by its tokens."""
 _EXACT = 0.01
 _MOST_STEPS = 50
-"""So many may pass without a loss scale that fits (fp16 halves its own from 2^32) or a token that counts."""
+"""The check ends after this many steps without a usable loss scale (fp16 halves its own from 2^32) or without
+a token that counts."""
 
 _NO_COUNT = (
     "calculate_per_token_loss is on, and the loss function returns no number of tokens, so Megatron does not "
@@ -55,27 +57,27 @@ _NO_COUNT = (
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank has seen in a step; gradients without fp16's loss scale. Zeros where it has no loss."""
+    """What a rank has seen in a step; gradients without fp16's loss scale. Zeros if it has no loss."""
 
     finding: str
     runs: int = 0
-    """How many micro-batches went forward that a backward pass follows, counted in each chunk."""
+    """Forward passes of training micro-batches, summed over the chunks."""
     told: int = 0
-    """What a method has divided by."""
+    """The number of micro-batches by which a method divided."""
     losses: int = 0
-    """How many micro-batches have had a backward pass from the tokens' losses."""
+    """Micro-batches whose backward pass began at the tokens' losses."""
     gradient: float = 0.0
     """Of the tokens' losses, summed over the micro-batches."""
     expected: float = 0.0
-    """What that should be if the loss is a mean over the tokens that count, or per token their sum."""
+    """The expected value, if the loss is a mean over the tokens that count; for per-token loss their sum."""
     expected_of_all: float = 0.0
-    """What it should be if the mean is over all tokens."""
+    """The expected value, if the mean is over all tokens."""
     expected_of_empty: float = 0.0
-    """What it should be if micro-batches without a token that counts share in the mean of the others."""
+    """The expected value, if micro-batches without a token that counts get a share of the mean."""
     is_weighted: bool = False
     """Whether tokens of a micro-batch, or micro-batches, differ in more than which tokens count."""
     num_tokens: int = 0
-    """What the loss function has counted, for per-token loss."""
+    """The loss function's count, for per-token loss."""
 
 
 class FirstStep:
@@ -92,8 +94,8 @@ class FirstStep:
 
         Args:
             chunks: this rank's model chunks, unwrapped; at least one.
-            added: what a method adds to the loss; without it the loss's scale does not matter.
-            num_microbatches: what that is divided by.
+            added: the loss that a method adds; without one the loss's scale does not matter.
+            num_microbatches: the divisor of that loss.
             group: the ranks that hold the model together; None for all.
         """
         self._chunks = chunks
@@ -110,18 +112,18 @@ class FirstStep:
         self._meeting: Callable[..., Any] | None = None
         self._num_tokens: Tensor | None = None
         self.has_seen_scale = False
-        """Whether the loss's gradient has shown its scale, and it was right."""
+        """Whether the loss's gradient has shown the right scale."""
         self._end_watch: Callable[[], None] | None = None
         self._undo: list[Callable[[], None]] = []
 
     @property
     def has_ended(self) -> bool:
-        """Whether all was seen, and found as expected."""
+        """Whether the checks are over, without an error."""
         return not self._undo
 
     @property
     def ranks_meet(self) -> bool:
-        """Whether a rank that has found something may go on, since all will meet before the optimizer."""
+        """Whether a rank with a finding may continue: all ranks will meet before the optimizer's step."""
         return self._finalize is not None or bool(self._config.pipeline_model_parallel_size > 1)
 
     def start(self, end_watch: Callable[[], None]) -> None:
@@ -146,7 +148,7 @@ class FirstStep:
             self._end_watch = None
 
     def report(self, finding: str, is_alike: bool) -> None:
-        """This rank has found something that makes a method's numbers wrong; the first finding is told.
+        """Keep a finding of this rank that makes a method's numbers wrong. Only the first one is shown.
 
         Args:
             finding: one line, for the user.
@@ -156,7 +158,7 @@ class FirstStep:
             self._finding, self._is_alike = finding, is_alike
 
     def forget(self) -> None:
-        """A step was broken off, or had passes that are no part of it: look at the next one."""
+        """The step was interrupted, or had other passes in it: check the next one."""
         self._runs, self._num_tokens = 0, None
         self._gradients.clear()
 
@@ -168,10 +170,10 @@ class FirstStep:
             raise UserError(self._finding)  # the next step began, and the ranks have not met
 
     def settle(self) -> None:
-        """Bring together what the ranks have seen. A collective call; the checks go on if it was too little.
+        """Collect what all ranks have seen. A collective call. If it was too little, the checks continue.
 
         Raises:
-            UserError: if a rank has found something; on every rank the same.
+            UserError: if any rank has a finding; the same on every rank.
         """
         ranks = of_every_rank(self._seen(), self._group)
         if finding := next((rank.finding for rank in ranks if rank.finding), ""):
@@ -207,7 +209,7 @@ class FirstStep:
 
     @property
     def _finalize(self) -> Callable[..., Any] | None:
-        """What Megatron's schedules call on every rank behind the last backward pass."""
+        """The function that Megatron's schedules call on every rank after the last backward pass."""
         function: Callable[..., Any] | None = getattr(self._config, "finalize_model_grads_func", None)
         return function
 
@@ -226,7 +228,7 @@ class FirstStep:
             output.register_hook(self._on_gradient)
 
     def _on_gradient(self, gradient: Tensor) -> None:
-        scale = self._config.grad_scale_func  # of now: fp16's changes behind the step
+        scale = self._config.grad_scale_func  # the current one: fp16 changes it after the step
         if scale is not None:
             gradient = gradient.double() / scale(torch.ones_like(gradient[:1, :1]))
         total, counted = gradient.sum(dtype=torch.float64), gradient.count_nonzero().double()
@@ -261,7 +263,7 @@ class FirstStep:
         )
 
     def _is_scale_right(self, added: AddedLoss, ranks: Sequence[_Seen]) -> bool:
-        """Whether the loss is scaled as expected; False too if this step does not tell.
+        """Whether the loss is scaled as expected; False also if this step does not show it.
 
         Raises:
             UserError: if it is scaled otherwise.
@@ -291,8 +293,8 @@ class FirstStep:
         is_weighted = as_told and any(rank.is_weighted for rank in ranks)
         if not is_right and is_weighted and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED:
             self._say(
-                f"tokens weigh unlike; in the mean the loss is {ratio:.3g} times what is expected, which "
-                f"may be their weights or a wrong divisor; lambda {added.coeff:g} stands beside it"
+                f"tokens have different weights; on average the loss is {ratio:.3g} times the expected one, "
+                f"by these weights or by a wrong divisor; lambda {added.coeff:g} is not multiplied"
             )
             is_right = True
         if is_right:
@@ -315,7 +317,7 @@ class FirstStep:
                 remedy += f"; if the script multiplies its loss by {found}, give {weight} {found}"
         raise UserError(
             f"lambda {added.coeff:g} would act like {added.coeff / ratio:.4g}, since the loss is {ratio:.4g} "
-            f"times what is expected with {told} micro-batches; {remedy}"
+            f"times the expected one with {told} micro-batches; {remedy}"
         )
 
     def _say(self, line: str) -> None:
@@ -324,7 +326,7 @@ class FirstStep:
 
 
 def _differ(total: Tensor, counted: Tensor) -> bool:
-    """Whether micro-batches ``[n]`` differ in their sum, and in their mean over the tokens that count."""
+    """Whether micro-batches ``[n]`` differ both in their sum and in their mean over the tokens that count."""
     return all(
         bool(((values - values[:1]).abs() > _EXACT * values[:1].abs()).any())
         for values in (total, total / counted)

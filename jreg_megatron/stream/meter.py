@@ -1,10 +1,10 @@
 """Means over tokens for each layer, equal at every layout; one collective for the meters of all methods.
 
 Each rank adds what it saw: for every layer the sums of some values over tokens, and the number of tokens.
-All are summed over *all* ranks and then divided. Ranks that hold copies of the same tokens (tensor
-parallelism without sequence parallelism) count alike above and below the line, shards (sequence, context,
-data parallelism) add up, and a layer that a pipeline stage does not hold has zeros there. So the mean is the
-same at every layout, and every rank takes part with a buffer of the same shape.
+Both are summed over *all* ranks, then divided. Copies of the same tokens (tensor parallelism without sequence
+parallelism) multiply both by the same number. Shards (sequence, context, data parallelism) add up. A layer of
+another pipeline stage has zeros. So the mean is the same at every layout, and every rank has a buffer of the
+same shape.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 
 LAYERS_SEEN_UNEQUALLY = (
-    "jreg_megatron saw some layers in more micro-batches than others, so their means would be over other "
-    "tokens: a regularized layer is measured in the backward pass, the others in the forward pass; ask for "
-    "metrics between steps, and after a forward pass without a backward pass, or a step that was broken off, "
-    "call reset_training_metrics() of the handle"
+    "jreg_megatron saw some layers in more micro-batches than others, so their means would not be of the "
+    "same tokens: a regularized layer is measured in the backward pass, the others in the forward pass; ask "
+    "for metrics between steps only; after a step without its whole backward pass, first call the handle's "
+    "reset_training_metrics()"
 )
 OTHER_TOKENS = (
-    "jreg_megatron saw other tokens in some layers than in others: pipeline stages were called with masks of "
-    "other tokens; call the model on every stage with the same loss_mask= or padding_mask="
+    "jreg_megatron saw different tokens in different layers: the pipeline stages got different masks; call "
+    "the model on every stage with the same loss_mask= or padding_mask="
 )
 
 
@@ -58,8 +58,8 @@ class Meter:
         Args:
             num_layers: of the whole model.
             device: where the values are.
-            num_values: how many values a token of a layer has.
-            num_largest: of how many of them, the first ones, the largest is wanted too.
+            num_values: how many values each token has in a layer.
+            num_largest: for how many of them, the first ones, the largest value is kept too.
             first_row: 1; or 0 to have a row for the embedding's output, ``h_0``, before those of the layers.
         """
         self._first_row = first_row
@@ -67,11 +67,11 @@ class Meter:
         # For each row the sums, the number of tokens, and how often the row was seen.
         self._sums = torch.zeros(rows, num_values + 2, dtype=torch.float64, device=device)
         self._largest = torch.full((rows, num_largest), -torch.inf, dtype=torch.float64, device=device)
-        # Layers' values of one micro-batch that have still to be summed, and what they have in common.
+        # Layers' values of one micro-batch that are not summed yet, and what they have in common.
         self._waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]] = {}
         self._kind: tuple[Any, ...] = ()
         self.crosses_streams = False
-        """Whether values come on several CUDA streams."""
+        """Whether values come from several CUDA streams."""
         self.is_paused = False
         """Whether what is added does not count."""
         self._streams: set[Any] = set()
@@ -85,8 +85,8 @@ class Meter:
 
         Args:
             row: the layer's number, 1-based over the whole model; 0 for the embedding's output.
-            values: of this rank's tokens, ``[s, b]`` each, in one floating type, not to be written into
-                any more. Of the first ones the largest is kept, of as many as the meter was made for.
+            values: of this rank's tokens, ``[s, b]`` each, in one floating type. Do not write into them
+                later. The largest is kept for the first ``num_largest``.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
         if self.is_paused:
@@ -131,8 +131,8 @@ class Meter:
             self._largest[at] = torch.maximum(self._largest[at], largest.amax(dim=2).double())
 
     def _join(self, tensors: Iterable[Tensor]) -> None:
-        """Have the current stream wait for what was added and summed, and ``tensors`` last until it has read
-        them."""
+        """Let the current stream wait for all streams that added values, and keep ``tensors`` until it has
+        read them."""
         current = torch.cuda.current_stream()
         self._streams.add(current)
         for stream in self._streams:
@@ -141,7 +141,7 @@ class Meter:
             tensor.record_stream(current)
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
-        """The rows, on the device without a copy; layers come in few orders."""
+        """The rows as a tensor on the device, without a copy from the host; layers come in few orders."""
         if rows not in self._indices:
             self._indices[rows] = torch.stack([self._numbers[row] for row in rows])
         return self._indices[rows]
@@ -168,7 +168,7 @@ def reduce_meters(
     cannot sum some numbers and take the largest of others.
 
     Args:
-        meters: alike on every rank.
+        meters: the same on every rank.
         group: the ranks that hold the model together; by default all.
 
     Returns:

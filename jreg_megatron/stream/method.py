@@ -1,7 +1,8 @@
 """What a method is: something that measures the residual stream of a model, adds a loss to it, or changes it.
 
-A method has settings (:mod:`jreg_megatron.stream.settings`), which make it for a built model. It is then
-told of every micro-batch and of every layer. ``jreg_megatron/methods/README.md`` shows how to write one.
+A method has settings (:mod:`jreg_megatron.stream.settings`), which make it for a built model. Then its
+functions are called for every micro-batch and every layer. ``jreg_megatron/methods/README.md`` shows how to
+write one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Place:
     device: torch.device
     scaling: Scaling
     iteration: Callable[[], int] | None = None
-    """Tells the training iteration, 1-based. Where a method is attached it may not know it yet, and raise."""
+    """Gives the training iteration, 1-based. It may raise while a method is being attached: some loops know
+    the iteration only in their first step."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,29 @@ class Call:
     training: bool
     """Whether a backward pass will follow."""
     iteration: int | None
-    """The training iteration, 1-based; None in evaluation, if nobody tells it, and in a CUDA graph of whole
-    iterations."""
+    """The training iteration, 1-based. None in evaluation, in a CUDA graph of whole iterations, and if
+    ``attach`` got no ``iteration``."""
     loss_mask: Tensor | None = None
-    """What the model was called with, ``[b, s]``, if anything; often on the last pipeline stage alone."""
+    """The model's argument ``[b, s]``, or None; often only the last pipeline stage has it."""
     padding_mask: Tensor | None = None
-    """What the model was called with, ``[b, s]``, if anything: True at padding; on all pipeline stages."""
+    """The model's argument ``[b, s]``, True at padding, or None; the same on all pipeline stages."""
     tokens: Tensor | None = None
-    """The token ids that the model was called with, ``[b, s]``; for sure only where the embedding is."""
+    """The model's token ids ``[b, s]``. Only the stage with the embedding is sure to have them."""
     is_packed: bool = False
-    """Whether several sequences lie one behind the other in a row."""
+    """Whether a row holds several sequences, one after the other."""
     in_full_graph: bool = False
-    """Whether what is done now may be repeated in every later iteration by a CUDA graph of the whole one.
-    Then :attr:`iteration` is None, and :meth:`Method.before_full_graph` has been called for it."""
+    """Whether a CUDA graph of the whole iteration may record this pass and repeat it in later iterations.
+    Then :attr:`iteration` is None, and :meth:`Method.before_full_graph` was called for the iteration."""
 
     @property
     def token_mask(self) -> Tensor | None:
-        """Which tokens count, ``[b, s]``: those that are no padding, if the model is told of it; else those
-        that the loss mask keeps. None without a mask."""
+        """The tokens that count, ``[b, s]``: with a padding mask those that are no padding, else those that
+        the loss mask keeps. None without a mask."""
         return self.loss_mask if self.padding_mask is None else self.padding_mask == 0
 
 
 class Readings:
-    """What a method has measured, for a log: one for a log interval or a validation."""
+    """What a method has measured in a log interval or a validation."""
 
     def headline(self) -> dict[str, float]:
         """The values of Megatron's console line, by the names they are logged under."""
@@ -86,24 +88,25 @@ class Readings:
 class Method:
     """A method on a built model. All states are ``[s, b, h]``; s is this rank's share of the sequence.
 
-    Each function but :meth:`__init__` and :meth:`begin_microbatch` does nothing unless a subclass says what.
+    Except for :meth:`__init__` and :meth:`begin_microbatch`, each function does nothing unless a subclass
+    overrides it.
     """
 
     added_loss: AddedLoss | None = None
-    """The loss that it adds, if any, to have its scale checked in the first step."""
+    """The loss that it adds, if any. The first step checks its scale."""
     training_meter: Meter | None = None
     """What it has measured in training since the last log line, if it measures."""
     validation_meter: Meter | None = None
-    """The same of evaluation; only for a method that has a ``training_meter``."""
+    """The same for evaluation; it needs a ``training_meter`` too."""
     refuse: Callable[[str], None]
-    """Set where it is attached. To be called with what this rank alone may have found, one line for the
-    user. In the first step the ranks meet, and raise it all alike; later it is raised at once."""
+    """Set by ``attach``. Call it with one line for the user about a mistake that only this rank may see. In
+    the first step all ranks meet and all raise it; later this rank raises it at once."""
 
     def __init__(self, settings: Any, place: Place) -> None:
         """Refuse what the model does not allow.
 
         Raises:
-            UserError: on every rank, if it is raised on any.
+            UserError: ``attach`` raises it on every rank if any rank raises it.
         """
         self.settings: Any = settings
 
@@ -115,26 +118,27 @@ class Method:
         return f"> {self.settings.name} attached: {self.settings.as_flags()}"
 
     def use_optimizer(self, optimizer: Any) -> None:
-        """The model's optimizer, Megatron's or torch's; told once, before the first step, if at all.
+        """Called at most once, before the first step, with the model's optimizer, Megatron's or torch's.
 
         Raises:
-            UserError: if the method needs it and does not know its kind.
+            UserError: if the method needs an optimizer and does not support this kind.
         """
 
     def detached(self) -> None:
-        """The method is taken off the model: undo what was done beyond it, such as hooks on the optimizer."""
+        """The method is removed from the model. Undo what was done elsewhere, such as hooks on the
+        optimizer."""
 
     # -- every run of a layer ----------------------------------------------------------------------
 
     def changes(self, layer_number: int) -> bool:
-        """Whether :meth:`change` is to be asked for a layer; asked once, where the method is attached."""
+        """Whether :meth:`change` is to be called for a layer. Called once, when the method is attached."""
         return type(self).change is not Method.change
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """A layer has run: in training, again under recompute, in evaluation, or where text is generated.
 
         Returns:
-            The tensor that is the layer's output from now on. No view, and not written in place.
+            The layer's new output: not a view, and not ``layer_output`` changed in place.
         """
         return layer_output
 
@@ -144,66 +148,67 @@ class Method:
         """A model chunk starts the forward pass of a micro-batch that is trained on or evaluated.
 
         Returns:
-            Whatever belongs to this micro-batch; it comes back with each of its layers. None to be told
-            nothing more of it. If it has an attribute ``layers``, a set of numbers, the method needs no
-            others; it may still be told of those that another method wants. By default the meter that
-            measures this micro-batch, if there is one and the settings measure in this iteration.
+            Any object for this micro-batch; :meth:`layer` and the others get it as ``microbatch``. None: they
+            are not called for it. If the object has an attribute ``layers``, a set of layer numbers, the
+            method needs only these; it may be called for others that another method needs. By default the
+            meter for this micro-batch, or None if nothing is measured in this iteration.
         """
         if call.iteration is not None and not self.settings.measures_at(call.iteration):
             return None
         return self.training_meter if call.training else self.validation_meter
 
     def before_full_graph(self, iteration: int | None) -> None:
-        """A training iteration is run, or replayed, that Megatron's CUDA graph of whole iterations holds.
+        """Called before each training iteration, run or replayed, with Megatron's CUDA graph of iterations.
 
-        Here a method writes what this iteration has of its own into the buffers that the graph reads, for
-        settings with :attr:`Settings.in_full_graphs`. All else is in the graph as :meth:`begin_microbatch`
-        settled it without an iteration. What the graph adds to a meter counts if the settings measure now.
+        For settings with :attr:`Settings.in_full_graphs`. Write what depends on the iteration into buffers
+        that the graph reads. The rest is in the graph as :meth:`begin_microbatch` returned it for
+        ``iteration`` None. What the graph adds to a meter counts only if the settings measure in this
+        iteration.
 
         Args:
-            iteration: 1-based; None where nobody tells.
+            iteration: 1-based; None if ``attach`` got no ``iteration``.
         """
 
     def parts(
         self, microbatch: Any, layer_number: int, layer_input: Tensor, middle: Tensor, added: Tensor
     ) -> None:
-        """The parts of a layer, to look at, before :meth:`layer` is told of it.
+        """The states within a layer, to look at. Called before :meth:`layer`.
 
         Args:
             microbatch: as in :meth:`layer`.
-            layer_number: likewise.
-            layer_input: likewise.
-            middle: the state behind attention, or behind the first sub-layer of a hybrid model's layer; if
-                there is no other, ``added``.
+            layer_number: as there.
+            layer_input: as there.
+            middle: the state after attention, or after the first sub-layer of a hybrid model's layer. If that
+                is the only one, ``added``.
             added: the layer's output, before any :meth:`change`.
         """
 
     def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.
 
-        Under recompute it is the run that builds the graph, in the backward pass.
+        Under recompute this is the second run, which builds the graph in the backward pass.
 
         Returns:
-            The tensor to carry on with: ``layer_output``, or one of the same value whose backward pass adds
-            to the gradient.
+            The tensor to continue with: ``layer_output``, or a tensor with the same values whose backward
+            pass adds to the gradient.
         """
         return layer_output
 
     def final_norm(self, microbatch: Any, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
         """The final norm has run on the output of the last layer, whose input is ``layer_input``.
 
-        Where the last layer is still to be recomputed, ``layer_input`` has no graph, and :meth:`layer` is
-        called afterwards, in the backward pass.
+        If the last layer will be recomputed, ``layer_input`` has no graph, and :meth:`layer` is called later,
+        in the backward pass.
 
         Returns:
-            The tensor to carry on with in place of ``normed``.
+            The tensor to continue with instead of ``normed``.
         """
         return normed
 
     # -- what was measured -------------------------------------------------------------------------
 
     def read(self, values: LayerValues) -> Readings:
-        """What the meters' values say."""
+        """Turn a meter's values into the method's readings."""
         return Readings()
 
 
@@ -214,18 +219,22 @@ class Reading:
     settings: Settings
     of: Readings
     iterations: tuple[int, ...] = ()
-    """Training iterations that measured it, if the loop has told them."""
+    """The training iterations that measured it; empty if the loop does not call ``end_iteration``."""
 
     def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
-        """The values by the names they are logged under; ``per_layer`` as the settings have it by default."""
+        """The values by the names they are logged under.
+
+        Args:
+            per_layer: whether to add each layer's values; by default as the settings say.
+        """
         wanted = getattr(self.settings, "log_per_layer", True) if per_layer is None else per_layer
         return self.of.headline() | (self.of.per_layer() if wanted else {})
 
     def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
-        """What a reader must know; with the iterations if they are not those that ``interval`` would measure.
+        """What a reader must know. It names the iterations if they are not the expected ones.
 
         Args:
-            interval: the iterations that a reader expects; None for no check.
+            interval: the log interval's iterations; None for no check.
         """
         said = self.of.remarks()
         if interval is None or not self.iterations:
@@ -237,7 +246,7 @@ class Reading:
         return said
 
     def line(self, interval: Sequence[int] | None = None, with_values: bool = True) -> str:
-        """What a console shows of it: the values of the headline and the remarks; empty if there are none."""
+        """The text for a console: the headline's values and the remarks; empty if there are none."""
         values = self.of.headline() if with_values else {}
         shown = [f"{name}: {value:.6E}" for name, value in values.items()]
         return " | ".join([*shown, *self.remarks(interval)])
@@ -251,7 +260,7 @@ class Metrics:
     """
 
     readings: tuple[Reading, ...] = field(default=())
-    """Of each method that has measured something, in the order in which they were attached."""
+    """One for each method that measured something, in the order of ``attach``."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
@@ -269,19 +278,19 @@ class Metrics:
         return {name: value for reading in self.readings for name, value in reading.of.per_layer().items()}
 
     def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
-        """What a reader must know, of all methods; see :meth:`Reading.remarks`."""
+        """The remarks of all methods; see :meth:`Reading.remarks`."""
         return [said for reading in self.readings for said in reading.remarks(interval)]
 
     @property
     def iterations(self) -> tuple[int, ...]:
-        """Training iterations in which something was measured, if the loop has told them."""
+        """The training iterations in which something was measured."""
         return tuple(sorted({at for reading in self.readings for at in reading.iterations}))
 
     def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
         """All values by the names they are logged under.
 
         Args:
-            per_layer: whether each layer's values are wanted; by default as the methods' settings have it.
+            per_layer: whether to add each layer's values; by default as each method's settings say.
         """
         return {
             name: value for reading in self.readings for name, value in reading.scalars(per_layer).items()
@@ -289,7 +298,7 @@ class Metrics:
 
 
 def layer_name(what: str, layer_number: int, num_layers: int) -> str:
-    """The name under which a layer's value is logged; equally long for all layers of a model."""
+    """The name under which a layer's value is logged. All layers of a model get names of one length."""
     return f"{what}_layer_{layer_number:0{max(2, len(str(num_layers)))}d}"
 
 

@@ -1,8 +1,8 @@
 """Iterations that Megatron runs twice: for the experts' capacity, and to validate a result.
 
 With a fixed number of tokens for the experts of a rank (``moe_expert_rank_capacity_factor``) Megatron's
-``PagedStashRunner`` looks behind each iteration whether they were too few. If so, it empties the gradients
-and runs the iteration again without the limit. What was measured before must not count.
+``PagedStashRunner`` checks after each iteration whether it was too small. If so, it clears the gradients and
+runs the iteration again without the limit. What the first run measured must not count.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jreg_megatron.stream.meter import Meter
 
 
 class Reruns:
-    """Gives meters back what they had where an iteration is run again."""
+    """Restores the meters before an iteration is run again."""
 
     def __init__(self, meters: Sequence[Meter], run_again: Callable[[], None]) -> None:
         """Begin with the next iteration, of training or of evaluation.
 
         Args:
             meters: all of the model's.
-            run_again: is called before an iteration is run again.
+            run_again: called before an iteration is run again.
         """
         from megatron.core.transformer.moe.paged_stash import PagedStashRunner
 
@@ -54,14 +54,15 @@ class Reruns:
 
 
 def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
-    """Megatron's rerun state machine runs an iteration again whose result looks wrong, such as a loss that
-    jumps. The first run's measurements count, since it is to give the same.
+    """Megatron's rerun state machine repeats an iteration whose result looks wrong, such as a loss that
+    jumps. The first run's measurements count, since the second must give the same.
 
     Args:
-        tell: is told before each run of an iteration, and behind the last, whether a second run begins.
+        tell: called before each run of an iteration and after the last one; its argument says whether a
+            second run begins.
 
     Returns:
-        What ends it.
+        A function that ends this.
     """
     from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
 
@@ -84,8 +85,8 @@ def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[]
 
 
 def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
-    """Have ``ours`` called in the place of a class's method, which it is given first; what is returned undoes
-    it if nothing came on top."""
+    """Call ``ours`` instead of a class's method, with that method as its first argument. The returned
+    function undoes this, unless other code replaced the method since."""
     method = getattr(owner, name)
 
     @functools.wraps(method)

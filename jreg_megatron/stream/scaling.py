@@ -1,9 +1,7 @@
-"""How a loss on the residual stream is scaled, so that it stands beside the mean cross-entropy at every
-layout.
+"""How a loss on the residual stream is scaled, so that lambda means the same at every layout.
 
 A method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to what the backward pass carries through a
-layer's states; ``Psi_l`` is a function of layer l's states at one token. What has to come out is the
-gradient of
+layer's states; ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
 
     mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
 
@@ -34,10 +32,10 @@ tokens of a context-parallel rank's part of a micro-batch, and over these parts.
 part by sequence parallelism hold its whole mask, so each can count ``m``. But a padding mask may be cut among
 them, as experts need it on later pipeline stages. Then they sum ``m``, the one collective here.
 
-With per-token loss and a padding mask the division is by the loss mask's tokens all the same, and the
-effective lambda is larger by unpadded/unmasked.
+With per-token loss and a padding mask, Megatron still divides by the loss mask's tokens, so the effective
+lambda is larger by unpadded/unmasked.
 
-Nothing in it is known only on some ranks. That the loss is scaled so is looked at in the first step
+Every rank knows all of these numbers. The first step checks that the loss is scaled in this way
 (:mod:`jreg_megatron.stream.first_step`).
 """
 
@@ -54,7 +52,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AddedLoss:
-    """What a method adds to the cross-entropy, as far as its scale goes."""
+    """The scale of the loss that a method adds to the cross-entropy."""
 
     coeff: float
     """lambda, > 0."""
@@ -82,7 +80,8 @@ class Scaling:
         self._size = 1 if self._sharing is None else self._sharing.size()
 
     def fill(self, coefficient: Tensor, coeff: float) -> None:
-        """Set ``coefficient`` ``[1]`` to what all layers have in common: ``g * lambda / M``, no host sync."""
+        """Set ``coefficient`` ``[1]`` to the factor that all layers share: ``g * lambda / M``, or for
+        per-token loss ``g * lambda``. No host synchronisation."""
         per_token = self._config.calculate_per_token_loss
         coefficient.fill_(coeff if per_token else coeff / self._num_microbatches())
         grad_scale = self._config.grad_scale_func
@@ -90,27 +89,27 @@ class Scaling:
             coefficient.copy_(grad_scale(coefficient.clone()))
 
     def is_whole_in_strides(self, state: Tensor, stride: int) -> bool:
-        """Whether each stride-th place of ``state`` ``[s, b, h]`` is each stride-th of the sequence too, at
-        every layout. A context-parallel rank has two pieces of a sequence."""
+        """Whether every stride-th token of ``state`` ``[s, b, h]`` is every stride-th token of the whole
+        sequence. A context-parallel rank has two pieces of a sequence."""
         length, pieces = state.shape[0], 2 if self._config.context_parallel_size > 1 else 1
         return length % stride == 0 and length * self._size % (pieces * stride) == 0
 
     def of_all_tokens(self, state: Tensor) -> float:
-        """What that is multiplied by, beside ``w_l``, where all tokens of ``state`` ``[s, b, h]`` count."""
+        """The factor beside the coefficient and ``w_l`` if all tokens of ``state`` ``[s, b, h]`` count."""
         if self._config.calculate_per_token_loss:
             return 1.0
         return 1.0 / (state.shape[0] * state.shape[1] * self._size)
 
     def of_unmasked_tokens(self, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What it is multiplied by where the unmasked tokens count. Collective if the mask is cut.
+        """The same if the unmasked tokens count. A collective call if the mask is cut.
 
         Args:
-            mask: ``[s, b]`` float32, for all tokens of the ranks that share a sequence among them, or cut to
-                those of ``state``.
+            mask: ``[s, b]`` float32, for all tokens of the ranks that share a sequence, or cut to the tokens
+                of ``state``.
             state: ``[s, b, h]`` of this rank.
 
         Returns:
-            This rank's part of the mask, and what it is multiplied by at each token, both ``[s, b]``.
+            This rank's part of the mask, and the factor of each token, both ``[s, b]``.
         """
         count, is_cut = mask.sum(), self._sharing is not None and len(mask) == len(state)
         if not is_cut:
@@ -122,7 +121,7 @@ class Scaling:
         return mask, mask / count.clamp(min=1)
 
     def whole_sequences(self, tokens: Tensor) -> Tensor:
-        """The whole sequences of which context-parallel ranks have parts. Collective under context
+        """Gather the whole sequences from the context-parallel ranks. A collective call under context
         parallelism.
 
         Args:
@@ -139,7 +138,7 @@ class Scaling:
         return torch.cat((*early, *reversed(late)), dim=1)
 
     def own_part(self, whole: Tensor) -> Tensor:
-        """This rank's part of what there is for whole sequences, ``[s * C * S, ...]``: ``[s, ...]``."""
+        """This rank's part ``[s, ...]`` of a tensor for whole sequences, ``[s * C * S, ...]``."""
         if (group := self._context) is not None:
             pieces = whole.chunk(2 * group.size())
             whole = torch.cat((pieces[group.rank()], pieces[-1 - group.rank()]))

@@ -41,20 +41,20 @@ def setting(default: Any, help: str, parse: Any = str, metavar: str | None = Non
     """A field of a method's settings.
 
     Args:
-        default: its value if it is not given.
+        default: the value if none is given.
         help: what it sets, for ``--help`` and the README.
-        parse: makes the value of a flag's text; ``bool`` for a flag without a value.
-        metavar: stands for the value in ``--help``.
+        parse: turns a flag's text into the value; ``bool`` for a flag without a value.
+        metavar: the placeholder of the value in ``--help``.
     """
     return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
 
 
 def layer_setting() -> Any:
-    """The field ``layer`` of a method's settings; all methods on a model must have it alike."""
+    """The field ``layer`` of a method's settings; all methods on a model need the same value."""
     return setting(
         LAYER_RULES[0],
-        "what a layer of a HybridModel is: 'mixer', each mixer (attention, Mamba) with the MLPs and experts "
-        "behind it, or 'sublayer', each sub-layer. All methods must take the same.",
+        "what counts as a layer of a HybridModel: 'mixer', a mixer (attention, Mamba) with the MLPs and "
+        "experts after it, or 'sublayer', every sub-layer. All methods need the same value.",
         metavar="RULE",
     )
 
@@ -66,24 +66,24 @@ class Settings:
     """
 
     name: ClassVar[str]
-    """As the method is called in log lines and errors."""
+    """The method's name in log lines and errors."""
     prefix: ClassVar[str]
-    """Of the method's flags, without dashes: ``jreg`` has ``--jreg-coeff`` and so on."""
+    """The prefix of its flags, without dashes: ``jreg`` gives ``--jreg-coeff`` and so on."""
     title: ClassVar[str]
-    """Of the flags' group in ``--help``."""
+    """The title of its flags in ``--help``."""
     about: ClassVar[str]
     """One line under the title."""
 
-    # -- what a method may tell of itself ----------------------------------------------------------
+    # -- what a method may declare -----------------------------------------------------------------
 
     only_measures: ClassVar[bool] = False
-    """Whether the training is the same with it, whatever its settings."""
+    """Whether it never changes the training, whatever its settings."""
     in_full_graphs: ClassVar[bool] = False
     """Whether the method has been compared within Megatron's CUDA graph of a whole iteration."""
     in_overlap: ClassVar[bool] = False
     """Whether the method has been compared within Megatron's overlapped schedule for experts."""
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Megatron's settings with which it is not supported, and why."""
+    """Megatron's settings that it does not support: name -> reason."""
 
     @property
     def has_schedule(self) -> bool:
@@ -92,18 +92,18 @@ class Settings:
 
     @property
     def changes_model(self) -> bool:
-        """Whether a model that was trained with the method is another one without it; by default if
-        :meth:`prepare` changes it."""
+        """Whether a model that was trained with the method gives other results without it. By default the
+        same as :attr:`changes_modules`."""
         return self.changes_modules
 
     @property
     def changes_modules(self) -> bool:
-        """Whether :meth:`prepare` changes the model; by default if there is one."""
+        """Whether :meth:`prepare` changes the model. By default true if a subclass defines it."""
         return type(self).prepare is not Settings.prepare
 
     @property
     def added_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are added there, or of the modules that hold them. A checkpoint
+        """Names of the parameters that :meth:`prepare` adds, or of the modules that hold them. A checkpoint
         without the method lacks them."""
         return frozenset()
 
@@ -129,10 +129,10 @@ class Settings:
                 )
 
     def refuse_layers(self, num_layers: int) -> None:
-        """As :meth:`refuse`, for settings that do not fit a model of so many layers."""
+        """As :meth:`refuse`, for settings that do not fit a model of ``num_layers`` layers."""
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
-        """As :meth:`refuse`, for what only the built model tells; called on every rank.
+        """As :meth:`refuse`, for what only the built model shows; called on every rank.
 
         Args:
             chunks: the unwrapped model chunks of this rank.
@@ -148,10 +148,10 @@ class Settings:
         """
 
     def make(self, place: Place) -> Method:
-        """The method on a built model; by default one for which nothing is left to do after :meth:`prepare`.
+        """Make the method for a built model. By default a method that does all its work in :meth:`prepare`.
 
         Raises:
-            UserError: if it does not run there.
+            UserError: if the model does not allow it.
         """
         from jreg_megatron.stream.method import Method  # it brings torch
 
@@ -166,7 +166,7 @@ class Settings:
 
     @property
     def layer_rule(self) -> str | None:
-        """The method's setting ``layer``; None if it has none, and takes what layers there are."""
+        """The method's setting ``layer``; None if it has none and uses the layers of the other methods."""
         rule: str | None = getattr(self, "layer", None)
         return rule
 
@@ -211,8 +211,7 @@ class Settings:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add one flag per setting, in a group of their own; returns the parser.
 
-        A flag that is not given leaves nothing in the namespace, so a job without the method does not know of
-        it.
+        A flag that is not given leaves nothing in the namespace.
         """
         group = parser.add_argument_group(cls.title, cls.about)
         for f in _fields(cls):
@@ -290,7 +289,7 @@ class Settings:
             name: the setting's.
             value: shown to the user.
             allowed: whether it may stay.
-            what: what it must be, behind "it must be".
+            what: the allowed values; the message says "it must be" before them.
         """
         if not allowed:
             raise UserError(f"{cls.flag(name)} ({cls.__name__}.{name}) is {value}; it must be {what}")

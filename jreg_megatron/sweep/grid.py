@@ -185,7 +185,7 @@ def make(asked: Namespace, output: Path) -> Sweep:
         raise UserError("--coeff names 0, the baseline, which each seed trains in any case; leave it out")
     for flag in (word.partition("=")[0] for word in asked.flags):
         if flag in _OWN_FLAGS:
-            raise UserError(f"{flag} stands behind --, but the sweep sets it for each run; leave it out")
+            raise UserError(f"{flag} comes after --, but the sweep sets it for each run; leave it out")
     JRegConfig.check_flags(asked.flags)
     runs: list[SweepRun] = []
     for seed in seeds:

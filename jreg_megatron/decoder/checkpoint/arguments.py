@@ -86,8 +86,8 @@ _SINCE_0_18, _SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
 def has_a_bearing(name: str) -> bool:
     """Whether an argument may change what the trained model computes.
 
-    The others say how it was cut, stored, moved and sped up, or how it was trained. The methods' settings
-    count among them: what these change is looked at by itself.
+    The others say how the model was split, stored, run or trained. The methods' settings are among these;
+    they are checked separately.
     """
     return not (name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS))
 
@@ -125,7 +125,7 @@ def known_changes(arguments: dict[str, Any], what: str) -> tuple[Settings, ...]:
 
 
 def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
-    """Refuse a checkpoint whose training has taken something else for a layer than the tools do.
+    """Refuse a checkpoint whose training counted other layers than the tools do.
 
     Raises:
         UserError: naming the setting.
@@ -134,13 +134,13 @@ def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
         if of_one.layer_rule not in (None, LAYER_RULES[0]):
             raise UserError(
                 f"{what} was trained with {of_one.flag('layer')} {of_one.layer_rule}, and measure and "
-                "evaluate take attention with the MLP or experts behind it for a layer, so their figures "
+                "evaluate count attention with the MLP or experts after it as one layer, so their figures "
                 "would be of other layers; its training's own validation logs the figures of its layers"
             )
 
 
 def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """What the model is that cannot be run, each with a model of Megatron-Bridge's that is the same."""
+    """Why the model cannot be run: reasons, each with the model of Megatron-Bridge that has the feature."""
     pattern, spec = pattern_of(arguments), arguments.get("spec")
     if pattern is not None:
         allowed = _PAIRS[bool(arguments.get("multi_latent_attention"))]
@@ -254,4 +254,4 @@ def _tell_of_unknown(arguments: dict[str, Any]) -> None:
 
 
 tell_once = cache(note)
-"""Tell the user a thing a single time, however many checkpoints it is true of."""
+"""Print a note only once, for any number of checkpoints."""

@@ -49,7 +49,7 @@ def load_megatron(
     Raises:
         UserError: if there is no such checkpoint, it is damaged, or its model is no ``GPTModel``, nor a
             ``HybridModel`` whose sub-layers are pairs of attention with MLP or experts, or is changed in a
-            way that is not known here, or its training has taken something else for a layer.
+            way that is not known here, or its training counted other layers.
     """
     checkpoint = open_checkpoint(folder, step, device)
     refuse_other_layers(checkpoint.arguments, str(checkpoint.folder))

@@ -14,7 +14,7 @@ def flag_of(name: str) -> str:
 
 
 Refusals = dict[str, Callable[[Namespace], Any]]
-"""Messages, with the names of arguments in braces for their values, and what they refuse."""
+"""Message -> condition. A name in braces stands for the argument's value."""
 
 
 def refuse(args: Namespace, refusals: Refusals) -> None:

@@ -19,13 +19,13 @@ LEAST_NAME = "least residual kept"
 
 @dataclass(frozen=True)
 class AttenuationMetrics(Readings):
-    """What layers keep of their input, where they learn it."""
+    """The part of their input that layers keep, if they learn it."""
 
     residual_kept: Tensor
     """``a_l`` of layers 1..L, ``[L]`` float64 on the CPU, each in (0, 1)."""
 
     def headline(self) -> dict[str, float]:
-        """The smallest part that a layer keeps."""
+        """The smallest of these parts."""
         return {LEAST_NAME: float(self.residual_kept.min())}
 
     def per_layer(self) -> dict[str, float]:
@@ -76,7 +76,7 @@ class Attenuation(Method):
         return f"> attenuation attached: factor {settings.factor:g} at layers {layers}"
 
     def changes(self, layer_number: int) -> bool:
-        """At the chosen layers alone."""
+        """Only at the chosen layers."""
         return layer_number in self._numbers and self.settings.changes_model
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Attenuation(Method):
         return torch.addcmul(layer_output, kept, taken)
 
     def _kept(self, layer_number: int) -> Tensor:
-        """``a_l`` of now, ``[1]``: FSDP2 has the whole parameter in its place only while the layer runs."""
+        """The current ``a_l``, ``[1]``: FSDP2 holds the whole parameter only while the layer runs."""
         kept: Tensor = getattr(self._modules[layer_number], GATE)()
         return kept
 
@@ -97,7 +97,7 @@ class Attenuation(Method):
     def layer(
         self, microbatch: Meter, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
-        """Note what the layer keeps."""
+        """Record the part that the layer keeps."""
         microbatch.add(layer_number, self._kept(layer_number).expand(layer_output.shape[:2]))
         return layer_output
 

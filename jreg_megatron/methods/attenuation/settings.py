@@ -30,10 +30,10 @@ def _layers_from_text(text: str) -> str | tuple[int, ...]:
 class AttenuationConfig(Settings):
     """Settings of residual attenuation, ``h_l = factor * h_{l-1} + F_l(h_{l-1})`` at chosen layers.
 
-    ``F_l(h)`` is what layer l adds to ``h`` without it: ``layer(h) - h``. The paper (arXiv 2602.14760) takes
-    one late layer, or learns a gate for each layer, here ``factor_l = sigmoid(g_l)`` with one number ``g_l``
-    a layer. The defaults are our choice. The model is another one by it: training, evaluation and generation
-    must all have it, with the same settings.
+    ``F_l(h)`` is what layer l adds to ``h`` without the method: ``layer(h) - h``. The paper (arXiv
+    2602.14760) attenuates one late layer, or learns a gate for each layer; here ``factor_l = sigmoid(g_l)``,
+    with one parameter ``g_l`` per layer. The defaults are our choice. The method changes the model: training,
+    evaluation and generation need the same settings.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -44,28 +44,28 @@ class AttenuationConfig(Settings):
     title: ClassVar[str] = "residual attenuation"
     about: ClassVar[str] = (
         "h_l = factor * h_(l-1) + F_l(h_(l-1)) at chosen layers (arXiv 2602.14760). It changes the model: "
-        "give the same flags in every run of it. One flag turns it on."
+        "give the same flags whenever you run it. One flag turns it on."
     )
     in_full_graphs: ClassVar[bool] = True
     in_overlap: ClassVar[bool] = True
 
     factor: float = setting(
         _FACTOR,
-        "the part of a layer's input that is kept, 0 to 1. At 1 nothing changes. Our choice; the paper's "
-        "number is not known to us.",
+        "the part of a layer's input that is kept, 0 to 1. At 1 nothing changes. The default is our choice; "
+        "we do not know the paper's number.",
         float,
         "FACTOR",
     )
     learned: float | None = setting(
         None,
         "learn a factor for every layer; all start at this value, from 0.0001 to 0.9999. A layer's factor is "
-        "the sigmoid of a parameter, without weight decay. The other settings are left out.",
+        "the sigmoid of a parameter without weight decay. Not together with a factor or layers.",
         float,
         "START",
     )
     layers: str | tuple[int, ...] = setting(
         "last",
-        "the layers: 'last', or their numbers, 1-based, as in 23,24.",
+        "the layers: 'last', or layer numbers, 1-based, such as 23,24.",
         _layers_from_text,
         "LAYERS",
     )
@@ -94,7 +94,7 @@ class AttenuationConfig(Settings):
 
     @property
     def changes_model(self) -> bool:
-        """It does, unless all of a layer's input is kept: a trained model needs it in every run."""
+        """True, unless the whole input of a layer is kept."""
         return self.learned is not None or self.factor != 1
 
     def numbers(self, num_layers: int) -> tuple[int, ...]:
@@ -109,17 +109,17 @@ class AttenuationConfig(Settings):
             if number > num_layers:
                 raise UserError(
                     f"{self.flag('layers')} names layer {number}, and the model has {num_layers} layers; "
-                    f"take numbers from 1 to {num_layers}"
+                    f"give numbers from 1 to {num_layers}"
                 )
 
     @property
     def changes_modules(self) -> bool:
-        """Only to learn."""
+        """True if factors are learned."""
         return self.learned is not None
 
     @property
     def added_parameters(self) -> frozenset[str]:
-        """What is learned."""
+        """The gate, if factors are learned."""
         return frozenset() if self.learned is None else frozenset([GATE])
 
     def prepare(self, chunk: nn.Module) -> None:

@@ -82,7 +82,7 @@ class Depth(Method):
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
-        """What is kept of it until all its layers have run, if it is measured."""
+        """Values to keep until all layers have run, if this micro-batch is measured."""
         if (meter := super().begin_microbatch(call)) is None:
             return None
         if call.is_packed and (asked := [name for name in self._chosen if name in WHOLE_SEQUENCE]):
@@ -101,7 +101,7 @@ class Depth(Method):
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
-        """Measure the layer's output. Voids wait for all layers, which recompute shows in another order."""
+        """Measure the layer's output. Voids wait for all layers: recompute runs them in another order."""
         values: list[Tensor] = []
         if "contributions" in self._chosen:
             values += microbatch.contributions.pop(layer_number).unbind()

@@ -23,15 +23,15 @@ CONTRIBUTIONS = (
 """What :func:`contributions` returns, in order."""
 
 _NO_SPREAD = 1e-12
-"""A centred state of this share of the largest state is rounding, and counts as 0."""
+"""A centred state below this share of the largest state is rounding, and counts as 0."""
 
 
 def voids(norm: Tensor) -> Tensor:
     """Layers that are void for a token: LAC, *Void in Language Models* (arXiv 2505.14467).
 
     With ``d_l = |h_l| - |h_{l-1}|``, layer l is void if ``d_l < 0.8 * (max_{j<l} d_j - min_{j<l} d_j)``.
-    Layer 1 has no earlier layer. Our choice there is the threshold 0, which layer 2 has by the formula. So it
-    is void if the norm shrinks.
+    Layer 1 has no earlier layer. For it we use the threshold 0, which the formula gives for layer 2. So it is
+    void if the norm shrinks.
 
     Args:
         norm: ``|h_l|`` of the states h_0 .. h_L, ``[L + 1, ...]``.
@@ -76,7 +76,7 @@ def matrix_entropy(states: Tensor) -> Tensor:
     The mean over tokens is subtracted from each state, and the result is divided by its norm: the n rows of
     Z. K is ``Z Z^T``, or ``Z^T Z`` if n > h. Entries of K below 0 become 0. The entropy is that of the
     eigenvalues above 0 of ``K / tr K``, divided by their sum, over ``min(log n, log h)``. The first step and
-    the entries below 0 are those of the authors' code. The order of the entropy is 1 (von Neumann).
+    the entries below 0 are from the authors' code. The order of the entropy is 1 (von Neumann).
 
     Args:
         states: of one sequence each, ``[..., n, h]``.

@@ -42,8 +42,8 @@ class DepthConfig(Settings):
     )
     metrics: str = setting(
         "voids,contributions",
-        f"which ones, of {', '.join(METRICS)}. voids need all layers on one pipeline stage. entropy and "
-        "curvature need whole sequences on one rank, and take long.",
+        f"one or more of {', '.join(METRICS)}. voids needs all layers on one pipeline stage. entropy and "
+        "curvature need whole sequences on one rank; entropy is slow.",
         metavar="METRIC,...",
     )
     layer: str = layer_setting()
@@ -57,7 +57,7 @@ class DepthConfig(Settings):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The metrics, in the order of :data:`METRICS`; what is not known comes last."""
+        """The metrics, in the order of :data:`METRICS`; unknown ones last."""
         given = dict.fromkeys(name.strip() for name in self.metrics.split(","))
         return tuple(sorted(given, key=lambda name: (*METRICS, name).index(name)))
 
@@ -81,7 +81,7 @@ class DepthConfig(Settings):
         graphs = getattr(model_config, "cuda_graph_impl", "none")
         for metric, of_graphs, reason in (
             ("contributions", "transformer_engine", "the state between attention and MLP is in its graphs"),
-            ("entropy", "full_iteration", "the host waits for the eigenvalues, which a graph cannot"),
+            ("entropy", "full_iteration", "the host waits for the eigenvalues, and a graph cannot wait"),
         ):
             if metric in self.chosen and graphs == of_graphs:
                 raise UserError(
@@ -90,7 +90,7 @@ class DepthConfig(Settings):
                 )
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
-        """Refuse contributions of layers that are not attention (or another mixer) and an MLP behind it."""
+        """Refuse contributions of layers that are not attention (or another mixer) followed by an MLP."""
         from jreg_megatron.stream.anatomy import residual_layers  # it brings torch
 
         layers = (layer for chunk in chunks for layer in residual_layers(chunk))
@@ -98,7 +98,7 @@ class DepthConfig(Settings):
         if lone and "contributions" in self.chosen:
             raise UserError(
                 f"{self.flag('metrics')} has contributions, and layer {lone[0].number} is one sub-layer "
-                f"('{lone[0].kinds}'), not a mixer and an MLP behind it; give {self.flag('metrics')} voids"
+                f"('{lone[0].kinds}'), not a mixer followed by an MLP; give {self.flag('metrics')} voids"
             )
 
     def make(self, place: Place) -> Method:

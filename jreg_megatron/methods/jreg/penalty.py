@@ -1,14 +1,14 @@
 """The regularizer's gradient as an autograd node on the residual stream, with no loss tensor to carry.
 
-The forward value of the model is untouched, and the forward pass does nothing at all. When the ordinary
-backward pass reaches a layer's output, the node computes displacement and gradients in one go and adds the
-gradient of ``coefficient * sum over tokens of Psi`` to what flows by. No second forward or backward pass, no
-extra output of the model, nothing for a pipeline stage to send, nothing kept but the two states.
+The model's forward values do not change, and the forward pass does nothing. When the ordinary backward pass
+reaches a layer's output, the node computes displacement and gradients in one go and adds the gradient of
+``coefficient * sum over tokens of Psi`` to the incoming gradient. So there is no second forward or backward
+pass, no extra output of the model, and nothing for a pipeline stage to send; only the two states are kept.
 
-A state between two regularized layers gets a gradient from both. The upper layer's node does not make its
-part. It hands the lower layer's node what that one needs to add both parts at once. This saves a gradient
-that autograd would have to add. Where the layer below has no node, or another operation lies between, there
-is such a gradient.
+A state between two regularized layers gets a gradient from both. The upper layer's node does not compute its
+part, but hands the lower layer's node what that one needs to add both parts at once. This saves a gradient
+that autograd would have to add. If the layer below has no node, or another operation lies between, the upper
+layer's node computes that gradient.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Strength:
 
     kernels: Kernels
     coefficient: Tensor
-    """Float32 tensor of one element. It is read when the backward pass gets there, so a fixed buffer may be
-    refilled between steps."""
+    """Float32 tensor of one element. The backward pass reads it, so it can be a fixed buffer that is refilled
+    between steps."""
     factor: float
     """Constant part of the coefficient."""
     token_weights: Tensor | None = None
-    """``[...]``, what each token counts for; by default each counts 1."""
+    """``[...]``, the weight of each token; 1 by default."""
     rows: Rows | None = None
     """The tokens that have a gradient, along the states' first axis; by default all have."""
 

@@ -1,4 +1,4 @@
-"""JREG on a built model: which layers get a gradient, how strongly, and what is measured on the way."""
+"""JREG on a built model: which layers get a gradient, how strong it is, and what is measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DISPLACEMENT = "jreg/displacement"
 
 _MASK_OF_OTHER_TOKENS = (
     f"{flag_of('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; call the "
-    "model with a loss mask or a padding mask [b, s] of a number for each of its tokens"
+    "model with a loss mask or a padding mask [b, s] that has one number per token"
 )
 _NO_MASK = (
     f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask or padding mask on "
@@ -35,7 +35,7 @@ _NO_MASK = (
 )
 
 _MOST_STRENGTHS = 1024
-"""Most jobs have one for each layer; where sequences have many lengths, they are made anew now and then."""
+"""Most jobs have one per layer. With many sequence lengths they are sometimes all made again."""
 
 
 def displacement_name(layer_number: int, num_layers: int) -> str:
@@ -69,23 +69,23 @@ class JRegMetrics(Readings):
 
 @dataclass
 class _Microbatch:
-    """What is settled for a micro-batch when it goes forward, and still holds when layers are recomputed."""
+    """Decisions for a micro-batch, made in its forward pass and kept for the recompute of its layers."""
 
     meter: Meter | None
-    """Which measures it; None if it is not measured."""
+    """The meter that measures it; None if it is not measured."""
     is_regularizing: bool
     given: Tensor | None
     """``[s, b]``: the mask that the model was called with; None if all tokens count."""
     mask: Tensor | None = None
     """``[s, b]``: which tokens of this rank count; set by the first layer."""
     token_weights: Tensor | None = None
-    """``[s, b]``: what each counts for in the loss; set by the first layer."""
+    """``[s, b]``: the factor of each token in the loss; set by the first layer."""
     layers: Set[int] | None = None
-    """Those that are regularized, if no others are measured."""
+    """The regularized layers, if no others are measured; else None."""
     rows: Rows | None = None
     """The tokens of a sequence that have a gradient in this step; None if all have."""
     normed: Tensor | None = None
-    """The final norm's output, kept for the last layer's input where that layer is still to be recomputed."""
+    """The final norm's output, kept if the last layer will be recomputed, for its input's gradient."""
 
 
 class Regularizer(Method):
@@ -105,7 +105,7 @@ class Regularizer(Method):
         self._stride = settings.token_stride
         self._regularized = frozenset(n for n in place.layer_numbers if self._weight_of[n - 1] > 0)
         self._scaling = place.scaling
-        # What all layers have in common in this step: a fixed buffer, read by the backward pass (penalty.py).
+        # The factor that all layers share in a step: a fixed buffer, read by the backward pass (penalty.py).
         self._coefficient = torch.zeros(1, device=place.device)
         self.kernels = kernels.choose(settings.kernels, place.device, place.hidden_size, place.dtype)
 
@@ -115,9 +115,9 @@ class Regularizer(Method):
         if found := first_that_differs([kind for kind, _ in ranks], group):
             at, first, other = found
             raise UserError(
-                f"{flag_of('kernels')} is {self.settings.kernels!r}, for which rank {first} would run "
-                f"{ranks[0][1]}, and rank {other} {ranks[at][1]}, which round differently and take other "
-                "times; make them alike, or set it to 'torch'"
+                f"{flag_of('kernels')} is {self.settings.kernels!r}, but rank {first} would run "
+                f"{ranks[0][1]}, and rank {other} {ranks[at][1]}: they round differently and differ in "
+                "speed; install the same on all ranks, or set it to 'torch'"
             )
 
     def describe(self) -> str:
@@ -135,7 +135,7 @@ class Regularizer(Method):
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
-        """Settle for this micro-batch whether to regularize and to measure, how strongly, which tokens."""
+        """Decide whether to regularize and to measure this micro-batch, how strongly, and which tokens."""
         settings, iteration = self.settings, call.iteration
         given = call.token_mask if settings.tokens == "unmasked" else None
         if settings.tokens == "unmasked":
@@ -173,7 +173,7 @@ class Regularizer(Method):
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
-        """Measure and regularize a layer; the last one only if its state counts before the norm."""
+        """Measure and regularize a layer; the last one only with ``pre_norm``."""
         if layer_number != self._normed_layer:
             return self._observe(microbatch, layer_number, layer_input, layer_output)
         if microbatch.normed is None:
@@ -185,7 +185,7 @@ class Regularizer(Method):
     def final_norm(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, normed: Tensor
     ) -> Tensor:
-        """Measure and regularize the last layer if its state counts after the norm."""
+        """Measure and regularize the last layer with ``post_norm``."""
         if layer_number != self._normed_layer:
             return normed
         is_regularized = microbatch.is_regularizing and layer_number in self._regularized
@@ -211,7 +211,7 @@ class Regularizer(Method):
         on_psi = None
         if microbatch.meter is not None:
             on_psi = functools.partial(microbatch.meter.add, layer_number, mask=microbatch.mask)
-        # What is frozen up to here has no backward pass to do it in.
+        # If everything up to here is frozen, no backward pass comes here.
         if microbatch.is_regularizing and layer_number in self._regularized and h_out.requires_grad:
             strength = self._strength(microbatch, layer_number, h_out)
             if microbatch.rows is None:

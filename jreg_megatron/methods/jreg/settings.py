@@ -67,14 +67,14 @@ class JRegConfig(Settings):
     coeff: float = setting(
         0.0,
         "lambda, the strength, >= 0. At 0 the displacement is only measured, and training is bit-identical "
-        "to training without JREG. The paper takes 1.",
+        "to training without JREG. The paper uses 1.",
         float,
         "LAMBDA",
     )
     alpha: float = setting(
         1.0,
-        "sharpness of the layer weights softmax(alpha * [1..L]), >= 0. 0 weighs all layers alike. The paper"
-        " takes 1.",
+        "sharpness of the layer weights softmax(alpha * [1..L]), >= 0. At 0 all layers have the same weight. "
+        "The paper uses 1.",
         float,
         "ALPHA",
     )
@@ -94,33 +94,35 @@ class JRegConfig(Settings):
     negligible_weight: float = setting(
         1e-6,
         "the lightest layers get no gradient if their weights together are at most this share of all "
-        "weights. 0 leaves none out.",
+        "weights. 0 leaves out only layers of weight 0.",
         float,
         "SHARE",
     )
     loss_weight: float = setting(
         1.0,
         "the factor by which the script multiplies its cross-entropy, as in 0.5 * CE + 0.5 * KD. JREG is "
-        "not multiplied. The first step refuses another factor.",
+        "not multiplied. The run stops in its first step if the factor is another one.",
         float,
         "WEIGHT",
     )
     tokens: str = setting(
         "all",
-        "the tokens that count: 'all', or 'unmasked', those that the loss mask keeps, or if the model is "
-        "given a padding mask, those that are no padding; averaged as cross-entropy is.",
+        "the tokens that count: 'all', or 'unmasked': the tokens that are no padding if the model gets a "
+        "padding mask, else the tokens that the loss mask keeps. Averaged in the same way as cross-entropy.",
         metavar="TOKENS",
     )
     token_share: float = setting(
         1.0,
-        "the share of the tokens that get the gradient, 1 / n: each n-th of a sequence, other ones in each "
-        "step, with n times the weight. On average over steps the gradient is that of all tokens. All tokens "
-        "are measured.",
+        "the share of the tokens that get the gradient, 1/n: every n-th token of a sequence, with n times "
+        "the weight. Each step takes other tokens; on average the gradient is the one of all tokens. All "
+        "tokens are measured.",
         float,
         "SHARE",
     )
     start_iteration: int = setting(1, "first training iteration with the regularizer.", int, "N")
-    stop_iteration: int | None = setting(None, "first training iteration without it again.", int, "N")
+    stop_iteration: int | None = setting(
+        None, "first training iteration without the regularizer again.", int, "N"
+    )
     warmup_iterations: int = setting(
         0, "warm-up: the coefficient rises linearly over this many iterations.", int, "N"
     )
@@ -130,20 +132,20 @@ class JRegConfig(Settings):
     layer: str = layer_setting()
     kernels: str = setting(
         "auto",
-        "what computes: 'triton' (fused, on a GPU), 'torch' (anywhere), or 'auto': triton where it runs. "
-        "All ranks must run the same kind.",
+        "the implementation: 'triton' (fused, on a GPU), 'torch' (anywhere), or 'auto': triton where it "
+        "runs. All ranks must use the same one.",
         metavar="KERNELS",
     )
     untested_cuda_graphs: bool = setting(
         False,
-        "take --cuda-graph-impl transformer_engine or full_iteration, in which no GPU has been compared yet. "
-        "First run the self-test with --cuda-graph on a GPU of yours.",
+        "allow --cuda-graph-impl transformer_engine or full_iteration, which we have not compared on a GPU "
+        "yet. First run the self-test with --cuda-graph on your GPU.",
         bool,
     )
     untested_overlap: bool = setting(
         False,
-        "take --overlap-moe-expert-parallel-comm, in which no GPU has been compared yet. First run the "
-        "self-test with --overlap on GPUs of yours.",
+        "allow --overlap-moe-expert-parallel-comm, which we have not compared on GPUs yet. First run the "
+        "self-test with --overlap on your GPUs.",
         bool,
     )
     log_per_layer: bool = setting(
@@ -215,10 +217,10 @@ class JRegConfig(Settings):
     def gradient_weights(self, num_layers: int) -> Tensor:
         """:meth:`layer_weights`, with 0 for layers whose gradient is left out.
 
-        Those are the lightest ones, as many as weigh at most ``negligible_weight`` of all together. Since no
-        displacement is above 1, they hold at most ``coeff * negligible_weight * sum(w)`` of the loss; and
-        since its gradient at a state ``h`` is no longer than ``1 / (2 |h|)``, at most so much over ``2 |h|``
-        of a token's gradient.
+        The lightest layers are left out, as long as their weights together are at most
+        ``negligible_weight * sum(w)``. Let ``e = coeff * negligible_weight * sum(w)``. No displacement is
+        above 1, so the loss changes by at most ``e``. A displacement's gradient at a state ``h`` is at most
+        ``1 / (2 |h|)`` long, so a token's gradient changes by at most ``e / (2 |h|)``.
 
         Returns:
             ``[num_layers]`` float64.
@@ -255,8 +257,8 @@ class JRegConfig(Settings):
         return self.coeff * min(1.0, step / self.warmup_iterations) if self.warmup_iterations else self.coeff
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse ``post_norm`` where no layer is on the pipeline stage of the final norm, and a share of the
-        tokens in a CUDA graph that would repeat which ones."""
+        """Refuse ``post_norm`` if the final norm's pipeline stage has no layer, and a share of the tokens in
+        a CUDA graph, which would take the same tokens in each step."""
         if self.token_share != 1 and getattr(model_config, "cuda_graph_impl", "none") == "full_iteration":
             raise UserError(
                 f"{self.flag('token_share')} is {self.token_share:g}, and the graph of cuda_graph_impl "
@@ -270,7 +272,7 @@ class JRegConfig(Settings):
         self.layer_weights(num_layers)
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
-        """Refuse ``post_norm`` where it cannot be."""
+        """Refuse ``post_norm`` on a model without a final norm, or without a layer on its last stage."""
         if self.final_state != "post_norm":
             return
         if not last_stage_has_a_layer(chunks[0]):
@@ -279,7 +281,7 @@ class JRegConfig(Settings):
             is_last = any(layer.number == num_layers(chunk) for layer in residual_layers(chunk))
             if is_last and final_norm_of(chunk) is None:
                 raise UserError(
-                    f"{self.flag('final_state')} is post_norm, and the model has no final norm behind its "
+                    f"{self.flag('final_state')} is post_norm, and the model has no final norm after its "
                     "last layer; use pre_norm"
                 )
 

@@ -21,9 +21,9 @@ from jreg_megatron.stream.scaling import AddedLoss
 LOSS_NAME = "let loss"
 COEFFICIENT_NAME = "let coefficient"
 _EPS = 1e-8
-"""The least norm of a state by which is divided."""
+"""The smallest norm to divide by."""
 _PADDING = 1024
-"""The rows of an embedding are mostly padded by less than this, times the tensor-parallel ranks."""
+"""Embeddings usually have fewer rows of padding than this, times the tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class LETMetrics(Readings):
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """What is kept of a micro-batch until its layer has run."""
+    """A micro-batch until its layer has run."""
 
     coeff: float
     tokens: Tensor | None
     """``[b, s]`` of this context-parallel rank."""
     mask: Tensor | None
-    """``[b, s]``: which tokens count, if that is asked for and known."""
+    """``[b, s]``: the tokens that count; None if all do, or if there is no mask."""
     layers: frozenset[int]
 
 
 class LET(Method):
     """Adds the gradient of ``coeff(s) * mean over tokens of -cos(h, t)`` at one layer.
 
-    The teacher runs where the backward pass comes to the layer. Until then only token ids are kept.
+    The teacher runs when the backward pass reaches the layer. Until then only token ids are kept.
     """
 
     def __init__(self, settings: LETConfig, place: Place) -> None:
@@ -75,7 +75,7 @@ class LET(Method):
         self._is_over = not settings.measures_at(begin)
         if not self._is_over:
             self.added_loss = AddedLoss(settings.coeff)
-        # Ids are looked at on the host later, as to wait for the device would cost time in each micro-batch.
+        # The host checks ids later: waiting for the device would cost time in each micro-batch.
         self._largest_id = torch.zeros((), dtype=torch.int64, device=place.device)
         self._largest_on_host = torch.zeros_like(
             self._largest_id, device="cpu", pin_memory=place.device.type == "cuda"
@@ -100,27 +100,27 @@ class LET(Method):
         self._teacher, self._known_ids = teacher, teacher.vocab_size
 
     def agree(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """Refuse a layer on a stage that is given no token ids. A collective call."""
+        """Refuse a layer on a stage that gets no token ids. A collective call."""
         last = max(max(own, default=0) for own in of_every_rank(self._with_tokens, group))
         if not self._is_over and self.number > last:
             flag = self.settings.flag("layer")
             raise UserError(
-                f"{flag} is {self.number}, and the first pipeline stage, which alone is given token ids, has "
-                f"the layers up to {last}; take one of them, or fewer pipeline stages"
+                f"{flag} is {self.number}, but only the first pipeline stage gets token ids, and its last "
+                f"layer is {last}; give a layer up to {last}, or use fewer pipeline stages"
             )
 
     def describe(self) -> str:
         """One line that says what was attached."""
         settings: LETConfig = self.settings
         if self._is_over:
-            return "> LET attached: it does nothing from here on, so no teacher is loaded"
+            return "> LET attached: its coefficient is 0 from here on, so no teacher is loaded"
         return (
             f"> LET attached: layer {self.number} learns from {settings.teacher}, coefficient "
             f"{settings.coeff:g}, falling to 0 at iteration {settings.stop_iterations}"
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
-        """Keep what is needed of the micro-batch; let go of the teacher once its time is over."""
+        """Keep what the micro-batch needs; free the teacher when the coefficient is 0."""
         if not call.training:
             return None
         self._refuse_unknown_ids()
@@ -148,7 +148,7 @@ class LET(Method):
     def layer(
         self, microbatch: _Microbatch, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
-        """Add the gradient at the layer; measure where the teacher runs."""
+        """Add the gradient at the layer, and measure when the teacher runs."""
         if layer_number != self.number:
             return layer_output
         state = layer_output.detach()  # the pipeline frees an output that it has sent
@@ -173,7 +173,7 @@ class LET(Method):
         """The token ids of whole sequences, ``[b, s]``. Collective under context parallelism.
 
         Raises:
-            UserError: if the teacher cannot be given them.
+            UserError: if there are no ids, or too many for the teacher.
         """
         teacher, name = self._teacher, self.settings.name
         assert teacher is not None
@@ -186,13 +186,13 @@ class LET(Method):
         refuse_longer(str(self.settings.teacher), tokens.shape[1], teacher.max_length)
         torch.maximum(self._largest_id, tokens.max(), out=self._largest_id)
         self._largest_on_host.copy_(self._largest_id, non_blocking=self._are_ids_seen)
-        if not self._are_ids_seen:  # the first micro-batch waits, as all ranks refuse alike in the first step
+        if not self._are_ids_seen:  # the first micro-batch waits: in the first step all ranks raise together
             self._refuse_unknown_ids()
             self._are_ids_seen = True
         return tokens.clamp(max=teacher.vocab_size - 1)
 
     def _refuse_unknown_ids(self) -> None:
-        """Refuse an id that the teacher does not have, of a micro-batch that has reached the host."""
+        """Refuse an id that the teacher does not have, if it has reached the host."""
         if self._known_ids and (largest := int(self._largest_on_host)) >= self._known_ids:
             self.refuse(
                 f"{self._named} has {self._known_ids} tokens, and the data has the id {largest}; give a "
@@ -200,7 +200,7 @@ class LET(Method):
             )
 
     def _shares(self, given: Tensor | None, state: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        """Which tokens count ``[s, b]``, None if all do; and what each counts for. Collective if a mask is
+        """The tokens that count ``[s, b]``, None if all do; and the factor of each. Collective if a mask is
         cut.
 
         Raises:
@@ -214,7 +214,7 @@ class LET(Method):
                 return mask, weights.unsqueeze(-1)
         raise UserError(
             f"{self.settings.flag('tokens')} is 'unmasked', but the first pipeline stage was called without "
-            "a loss mask or padding mask [b, s] of its tokens; call it with one, or leave it at 'all'"
+            "a loss mask or padding mask [b, s] of its tokens; call it with one, or use 'all'"
         )
 
     @torch.inference_mode()

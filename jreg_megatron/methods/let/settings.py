@@ -14,7 +14,7 @@ from jreg_megatron.stream.settings import Settings, is_finite, is_integer, setti
 if TYPE_CHECKING:
     from jreg_megatron.stream.method import Method, Place
 
-_ONE_TEXT = "the teacher sees the whole sequence, also what lies before a document in it"
+_ONE_TEXT = "the teacher would see several documents as one text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class LETConfig(Settings):
     In training iteration s the loss is ``L_NLL + coeff(s) * L_proj``. ``L_proj`` is the mean over tokens of
     ``-cos(h, t)``: ``h`` is the output of layer ``layer``, and ``t`` is the teacher's last state of the same
     token, linearly interpolated to the width of ``h``. ``coeff(s)`` is
-    ``coeff * max(0, (stop_iterations - s) / stop_iterations)``. README.md of the methods tells what is
-    published. The last state is the one behind the teacher's final norm.
+    ``coeff * max(0, (stop_iterations - s) / stop_iterations)``. ``jreg_megatron/methods/README.md`` says what
+    is published. The last state is the one after the teacher's final norm.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -48,29 +48,28 @@ class LETConfig(Settings):
 
     teacher: str | None = setting(
         None,
-        "the teacher: a folder with a causal language model of transformers, with the tokenizer of the model "
-        "that is trained. jreg-megatron export makes such a folder of a Megatron checkpoint.",
+        "the teacher: a folder with a causal language model of transformers. It must have the tokenizer of "
+        "this training. jreg-megatron export makes such a folder from a Megatron checkpoint.",
         metavar="FOLDER",
     )
     coeff: float = setting(0.1, "the coefficient at the start, >= 0. At 0 nothing changes.", float, "LAMBDA")
     layer: int | None = setting(
         None,
-        "the layer that learns from the teacher, 1-based; on the first pipeline stage. Left out: the last of "
-        "the first third.",
+        "the layer that learns from the teacher, 1-based; on the first pipeline stage. Without it: layer "
+        "L // 3, at least 1.",
         int,
         "K",
     )
     stop_iterations: int | None = setting(
         None,
-        "the iteration in which the coefficient reaches 0, on a straight line. We suggest half of the "
+        "the iteration in which the coefficient reaches 0, in a straight line. We suggest half of the "
         "training.",
         int,
         "N",
     )
     tokens: str = setting(
         "all",
-        "which tokens the mean is over: 'all', or 'unmasked', those that the padding mask or the loss mask "
-        "keeps.",
+        "the tokens that count: 'all', or 'unmasked', as in --jreg-tokens.",
         metavar="WHICH",
     )
 
@@ -90,11 +89,11 @@ class LETConfig(Settings):
 
     @property
     def layer_rule(self) -> None:
-        """None: it takes the layers that the other methods take."""
+        """None: it uses the layers of the other methods."""
 
     @property
     def has_schedule(self) -> bool:
-        """It does: the coefficient depends on the iteration."""
+        """True: the coefficient depends on the iteration."""
         return True
 
     def coeff_at(self, iteration: int) -> float:
@@ -107,12 +106,12 @@ class LETConfig(Settings):
         return self.coeff_at(iteration) > 0
 
     def layer_of(self, num_layers: int) -> int:
-        """The layer that learns from the teacher, 1-based, in a model of so many layers."""
+        """The layer that learns from the teacher, 1-based, in a model of ``num_layers`` layers."""
         return max(1, num_layers // 3) if self.layer is None else self.layer
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse by name what is not supported. Of Megatron's arguments also a teacher that cannot be loaded,
-        and one with another tokenizer, if it will be needed."""
+        """Refuse by name what is not supported. With Megatron's parsed arguments also refuse a teacher that
+        cannot be loaded or has another tokenizer, if the run needs it."""
         super().refuse(model_config)
         if getattr(model_config, "tokenizer_type", None) and self._is_needed(model_config):
             from jreg_megatron.methods.let import teacher, tokens
@@ -134,7 +133,7 @@ class LETConfig(Settings):
         """Refuse a layer that the model does not have."""
         if (number := self.layer_of(num_layers)) > num_layers:
             raise UserError(
-                f"{self.flag('layer')} is {number}, and the model has {num_layers} layers; take one of 1 to "
+                f"{self.flag('layer')} is {number}, and the model has {num_layers} layers; give one of 1 to "
                 f"{num_layers}"
             )
 

@@ -16,17 +16,17 @@ from jreg_megatron.runtime.extras import errors_alone, need
 _FLAG = LETConfig.flag("teacher")
 _NUMBER = re.compile(r"\d+")
 _LENGTH = 8
-"""Tokens of the run that shows whether the model looks ahead."""
+"""Number of tokens in the test of whether the model looks ahead."""
 _MOVED = 1e-5
-"""A state that moves by less, relative to its norm, is the same in float32."""
+"""A smaller change of a state, relative to its norm, is rounding in float32."""
 
 
 def check(folder: str, length: int | None) -> None:
-    """Look at the files of a teacher, as far as that needs no memory for its weights.
+    """Check a teacher's files without memory for its weights.
 
     Args:
         folder: the teacher's.
-        length: of the sequences of the training, in tokens; None if it is not known.
+        length: tokens in the training's sequences; None if not known.
 
     Raises:
         UserError: for files that are missing or damaged, or a teacher of shorter sequences.
@@ -42,8 +42,8 @@ def refuse_longer(folder: str, length: int, longest: int | None) -> None:
     """
     if longest is not None and length > longest:
         raise UserError(
-            f"{_FLAG} {folder} takes sequences of up to {longest} tokens, and these have {length}; give "
-            "another teacher, or take shorter sequences"
+            f"{_FLAG} {folder} takes sequences of up to {longest} tokens, and the training's have {length}; "
+            "give another teacher, or a smaller --seq-length"
         )
 
 
@@ -53,7 +53,7 @@ def _longest(model: Any) -> int | None:
 
 
 def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
-    """The model; with device "meta" without its weights' values."""
+    """The model; on device "meta" without the values of its weights."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(
             f"{_FLAG} is {folder}, which is no folder with a model of transformers (config.json); give "
@@ -96,21 +96,21 @@ def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
 
 
 class Teacher:
-    """Gives the last states of token ids, behind the final norm, at the width of the trained model."""
+    """Gives the last states of token ids, after the final norm, at the width of the trained model."""
 
     def __init__(self, folder: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
         """Load it.
 
         Args:
             folder: of a model of transformers.
-            width: of the states that are wanted.
+            width: hidden size of the trained model.
             device: where it runs.
             dtype: of its weights.
 
         Raises:
             UserError: if it cannot be loaded whole, or is no causal language model.
         """
-        # In 16 bits a state that another one moves a little may look the same.
+        # In 16 bits a small change of a state may be lost in rounding.
         self._model = _load(folder, torch.float32)
         self.max_length = _longest(self._model)
         try:

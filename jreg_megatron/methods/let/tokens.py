@@ -1,4 +1,4 @@
-"""Whether the teacher knows the tokens of the model that is trained: the check before the start."""
+"""Checks before the start that the teacher and the trained model have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FLAG = LETConfig.flag("teacher")
 
 
 def refuse_other_tokens(teacher: str, args: Any) -> None:
-    """Refuse a tokenizer with a piece that has another id in the teacher's.
+    """Refuse a tokenizer with a piece that has another id in the teacher's tokenizer.
 
-    Where the data has ids alone (``NullTokenizer``), the sizes of the vocabularies must be the same.
+    With ``NullTokenizer`` the data has only ids; then the vocabularies must have the same size.
 
     Args:
         teacher: the folder of a teacher that can be loaded.
@@ -45,8 +45,8 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
     if not own or not known_pieces:
         lacking = f"--tokenizer-type {kind} {file}" if not own else f"{_FLAG} {teacher}"
         raise UserError(
-            f"{LETConfig.name} finds no pieces of the tokenizer of {lacking}, so it cannot compare the two; "
-            f"take a teacher with its tokenizer's files, and {_HUGGING_FACE} with the same"
+            f"{LETConfig.name} cannot read the tokenizer of {lacking}, so it cannot compare the two; give "
+            f"a teacher with its tokenizer's files, and --tokenizer-type {_HUGGING_FACE} with the same files"
         )
     differs = [piece for piece, own_id in own.items() if known_pieces.get(piece) != own_id]
     if differs:
@@ -60,7 +60,7 @@ def refuse_other_tokens(teacher: str, args: Any) -> None:
 
 @cache
 def _pieces_of(kind: str, place: str, added: tuple[str, ...] = ()) -> dict[str, int]:
-    """The pieces of a tokenizer with their ids; none if it has no files there, or is of another type."""
+    """The pieces of a tokenizer with their ids; empty if it has no files there or is of another type."""
     try:
         if kind in _SENTENCEPIECE:
             model = need("sentencepiece", kind, "data").SentencePieceProcessor(model_file=place)

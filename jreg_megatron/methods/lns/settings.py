@@ -22,10 +22,10 @@ _NORMS = re.compile(r"decoder\.layers\.(\d+)\.(?:input|pre_mlp)_layernorm\.(?:we
 class LayerNormScalingConfig(Settings):
     """Settings of LayerNorm scaling (arXiv 2502.05795, *The Curse of Depth*).
 
-    The outputs of both norms of layer l are multiplied by ``1 / sqrt(l)``; the final norm's is not. The model
-    is another one by it. Published with it: all weights are drawn alike, without a smaller scale for the
-    layers' output projections. Others of the same name draw the norms' gains so and let them learn; that is
-    another method.
+    The outputs of both norms of layer l are multiplied by ``1 / sqrt(l)``; the final norm's is not. This
+    changes the model. The authors draw all initial weights in the same way, without a smaller scale for
+    output projections. Some code under this name only starts the norms' gains at these values and lets them
+    learn; that is another method.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -36,7 +36,7 @@ class LayerNormScalingConfig(Settings):
     title: ClassVar[str] = "LayerNorm scaling"
     about: ClassVar[str] = (
         "the outputs of both norms of layer l times 1 / sqrt(l) (arXiv 2502.05795). It changes the model: "
-        "give the same flag in every run of it."
+        "give the same flag whenever you run it."
     )
     in_full_graphs: ClassVar[bool] = True
     in_overlap: ClassVar[bool] = True
@@ -48,8 +48,7 @@ class LayerNormScalingConfig(Settings):
 
     power: float = setting(
         0.5,
-        "p, where the norms of layer l are multiplied by 1 / l^p, >= 0. At 0 nothing changes. The paper "
-        "takes 0.5.",
+        "p, >= 0: the norms of layer l are multiplied by 1 / l^p. At 0 nothing changes. The paper uses 0.5.",
         float,
         "P",
     )

@@ -22,7 +22,7 @@ def norms(h: Tensor) -> Tensor:
 
 
 def update_ratios(h_in: Tensor, h_out: Tensor, norm_in: Tensor | None = None) -> Tensor:
-    """``|h_out - h_in| / |h_in|`` of every token: how much a layer adds, beside what was there.
+    """``|h_out - h_in| / |h_in|`` of every token: how much a layer adds, relative to its input.
 
     Args:
         h_in: the layer's input, ``[..., h]``, any floating type.

@@ -24,7 +24,7 @@ class NormsConfig(Settings):
     title: ClassVar[str] = "norms of the residual stream"
     about: ClassVar[str] = (
         "mean, RMS and largest norm of the states h_0..h_L, and update ratios |h_l - h_(l-1)| / |h_(l-1)|; "
-        "all tokens count, the first one of a sequence too. One flag turns them on."
+        "all tokens count, also the first one of a sequence. One flag turns them on."
     )
     in_full_graphs: ClassVar[bool] = True
     in_overlap: ClassVar[bool] = True

@@ -1,1 +1,1 @@
-"""Peri-LN: a norm behind each module of a layer too (arXiv 2502.02732)."""
+"""Peri-LN: a norm after each module of a layer too (arXiv 2502.02732)."""

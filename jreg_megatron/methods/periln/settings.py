@@ -20,8 +20,8 @@ _NORMS = {"self_attn_bda": "post_attention_norm", "mlp_bda": "post_mlp_norm"}
 class PeriLNConfig(Settings):
     """Settings of Peri-LN (arXiv 2502.02732): ``h + Norm(Module(Norm(h)))`` for attention and MLP.
 
-    The norms behind the modules are of the model's kind and have gains that are learned. The paper can have
-    a norm on the embedding too: ``embedding``. The model is another one by it.
+    The norms after the modules are of the model's kind; their gains are learned. With ``embedding`` there is
+    a norm on the embedding's output too, as in the paper. This changes the model.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -31,18 +31,16 @@ class PeriLNConfig(Settings):
     prefix: ClassVar[str] = "periln"
     title: ClassVar[str] = "Peri-LN"
     about: ClassVar[str] = (
-        "a norm behind attention and MLP too, h + Norm(Module(Norm(h))) (arXiv 2502.02732). It changes the "
-        "model: give the same flag in every run of it."
+        "a norm after attention and MLP too, h + Norm(Module(Norm(h))) (arXiv 2502.02732). It changes the "
+        "model: give the same flag whenever you run it."
     )
     in_full_graphs: ClassVar[bool] = True
     in_overlap: ClassVar[bool] = True
 
     refused: ClassVar[Mapping[str, str]] = OTHER_LAYERS
 
-    gain: float = setting(
-        1.0, "where the gains of these norms start, above 0. The paper takes 1.", float, "G"
-    )
-    embedding: bool = setting(False, "put such a norm on the embedding's output too.", bool)
+    gain: float = setting(1.0, "where the gains of these norms start, above 0. The paper uses 1.", float, "G")
+    embedding: bool = setting(False, "also put such a norm on the embedding's output.", bool)
 
     def __post_init__(self) -> None:
         self.require("gain", self.gain, is_finite(self.gain) and self.gain > 0, "a finite number above 0")
@@ -53,7 +51,7 @@ class PeriLNConfig(Settings):
         return frozenset([*_NORMS.values(), *["embedding.norm"] * self.embedding])
 
     def prepare(self, chunk: nn.Module) -> None:
-        """Put the norms behind attention and MLP of every layer of the chunk, and behind its embedding."""
+        """Put norms after attention and MLP of every layer, and with ``embedding`` after the embedding."""
         from jreg_megatron.stream.support import plain_layers
 
         layers = [layer for _, layer in plain_layers(chunk, self.name)]

@@ -18,8 +18,8 @@ class SlowQKConfig(Settings):
 
     In each training iteration the optimizer's update of W_Q and W_K is multiplied by a number: by
     ``multiplier`` for the first iterations, then by one that rises linearly to 1. The update has the weight
-    decay in it. README.md of the methods tells what is published. There a rule ends the hold; we know of no
-    formula of it, so the hold is a number here.
+    decay in it. ``jreg_megatron/methods/README.md`` says what is published. The authors end the first phase
+    by a rule whose formula we do not know, so here it is a number.
 
     Raises:
         UserError: for a value that is not allowed; the message names the setting, the value and the fix.
@@ -36,16 +36,16 @@ class SlowQKConfig(Settings):
     in_full_graphs: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "multi_latent_attention": "it has no W_Q and W_K of that kind",
-        "attention_output_gate": "its queries lie among gates in one weight",
-        "use_precision_aware_optimizer": "the weights that are updated are inside of the optimizer",
-        "optimizer_cpu_offload": "the weights that are updated are copies on the host",
+        "attention_output_gate": "one weight then holds queries and gates",
+        "use_precision_aware_optimizer": "the updated weights are then inside the optimizer",
+        "optimizer_cpu_offload": "the updated weights are then copies on the host",
         **dict.fromkeys(("use_torch_fsdp2", "use_megatron_fsdp"), "each rank has other rows of a weight"),
     }
 
     multiplier: float = setting(
         0.25,
-        "what the optimizer's update of W_Q and W_K is multiplied by, weight decay included, 0 to 1. At 1 "
-        "nothing changes.",
+        "multiplies the optimizer's update of W_Q and W_K, weight decay included, 0 to 1. At 1 nothing "
+        "changes.",
         float,
         "FACTOR",
     )
@@ -53,12 +53,12 @@ class SlowQKConfig(Settings):
         0.5, "the share of the layers, from the last one down, above 0 and at most 1.", float, "SHARE"
     )
     hold_iterations: int | None = setting(
-        None, "how many iterations it holds, from the first one. Published: 4% of the training.", int, "N"
+        None, "how many iterations the multiplier holds. Published: 4% of the training.", int, "N"
     )
     ramp_iterations: int | None = setting(
         None,
-        "over how many iterations it then rises to 1. Left out: a quarter of those that it holds, as "
-        "published.",
+        "the iterations over which the multiplier then rises to 1. Without it: a quarter of "
+        "--slowqk-hold-iterations, as published.",
         int,
         "N",
     )
@@ -75,11 +75,11 @@ class SlowQKConfig(Settings):
         allowed = ramp is None or (is_integer(ramp) and ramp >= 0)
         self.require("ramp_iterations", ramp, allowed, "a whole number >= 0, or left out")
         allowed = hold != 0 or bool(ramp)
-        self.require("hold_iterations", hold, allowed, "above 0, or else ramp_iterations given and above 0")
+        self.require("hold_iterations", hold, allowed, "above 0; or give a ramp above 0")
 
     @property
     def has_schedule(self) -> bool:
-        """It does: the multiplier depends on the iteration."""
+        """True: the multiplier depends on the iteration."""
         return True
 
     def multiplier_at(self, iteration: int) -> float:

@@ -1,4 +1,4 @@
-"""Slower queries and keys of a built model: a part of the optimizer's update is taken back."""
+"""Slower queries and keys of a built model: a part of the optimizer's update is undone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jreg_megatron.stream.anatomy import residual_layers
 from jreg_megatron.stream.method import Call, Method, Place
 
 Held = tuple[Tensor, int]
-"""What an optimizer updates of a weight: all of it or, flat, a shard; and the shard's first element."""
+"""What an optimizer updates of a weight, all of it or a flat shard; and the index of its first element."""
 
 
 class SlowQK(Method):
     """Multiplies the update of W_Q and W_K in the upper layers.
 
-    The optimizer steps as ever, on the float32 weights that this rank updates, or on its shard of them.
+    The optimizer steps as usual, on the float32 weights that this rank updates, or on its shard of them.
     Before the step the rows of Q and K are kept; after it they are ``old + multiplier * (new - old)``. So
     Adam's moments are those of an ordinary step, and the result is that of a learning rate times the
     multiplier.
@@ -98,9 +98,9 @@ class SlowQK(Method):
             self._take_part(inner, {weight: found for weight, found in held.items() if found is not None})
         if missing := len(self._rows.keys() - updated):
             raise UserError(
-                f"{self.settings.name} does not know a {type(optimizer).__name__}, in which it finds "
-                f"{len(self._rows) - missing} of {len(self._rows)} weights of queries and keys; take Adam, "
-                "with or without the distributed optimizer"
+                f"{self.settings.name} does not support a {type(optimizer).__name__}: it finds only "
+                f"{len(self._rows) - missing} of {len(self._rows)} weights of queries and keys there; use "
+                "Adam, with or without the distributed optimizer"
             )
 
     def _take_part(self, inner: torch.optim.Optimizer, held: dict[Tensor, Held]) -> None:
@@ -108,7 +108,7 @@ class SlowQK(Method):
         old: list[Tensor] = []
 
         def multiplier() -> float:
-            # Before the first micro-batch somebody may take an empty step, as torch's checkpoints do.
+            # torch's checkpoints take an empty step before the first micro-batch.
             return 1.0 if self._iteration is None else float(self.settings.multiplier_at(self._iteration))
 
         def parts() -> list[Tensor]:
@@ -150,9 +150,9 @@ def rows_of_q_and_k(attention: Any, name: str) -> list[tuple[int, int]]:
     of_group = (queries + 2) * head
     if rows != groups * of_group:
         raise UserError(
-            f"{name} does not know a linear_qkv of {rows} rows: {groups} query groups of {queries} heads of "
-            f"{head} have {groups * of_group}; take no gates, and at least as many query groups as "
-            "tensor-parallel ranks"
+            f"{name} does not support a linear_qkv of {rows} rows: {groups} query groups of {queries} heads "
+            f"of {head} have {groups * of_group}; leave output gates out, and give at least as many query "
+            "groups as tensor-parallel ranks"
         )
     first_rows = (group * of_group for group in range(groups))
     return [(first * width, (first + (queries + 1) * head) * width) for first in first_rows]

@@ -1,4 +1,4 @@
-"""Displacement and its gradients over whole states: in plain torch, or as one fused kernel each."""
+"""Displacement and its gradients for whole states, in plain torch or as fused kernels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _CHECKED_TOKENS = (4, 4)  # sequence and batch, so that rows are found by both
 
 
 class Kernels(Protocol):
-    """What both ways offer. States are ``[..., h]`` of any floating type, those of one call on one device."""
+    """An implementation. States are ``[..., h]`` of any floating type; all of one call are on one device."""
 
     @property
     def kind(self) -> str:
-        """``torch``, or ``triton`` and its version: those of one kind round alike, and are as fast."""
+        """``torch``, or ``triton`` and its version. Kernels of one kind round in the same way."""
 
     @property
     def name(self) -> str:
-        """The kind, and for a report what else there is to say of them."""
+        """The kind, and for the start-up line why it is used, if there is a reason."""
 
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi ``[...]`` of every token as in ``formulas.displacement``, without a graph."""
@@ -45,7 +45,7 @@ class Kernels(Protocol):
         hands_down: bool = False,
         rows: Rows | None = None,
     ) -> Gradients:
-        """The gradients of ``coefficient * factor * sum of weight * Psi``, the output's on top of its own.
+        """The gradients of ``coefficient * factor * sum of weight * Psi``; the output's adds to ``grad_out``.
 
         ``Psi = (1 - u.v) / 2`` with ``u = a / |a|``, ``v = b / |b|`` has the gradients
         ``dPsi/da = -(v - (u.v) u) / (2 |a|)`` and ``dPsi/db = -(u - (u.v) v) / (2 |b|)``. With
@@ -55,25 +55,26 @@ class Kernels(Protocol):
         Args:
             h_in: the layer's input ``[..., h]``.
             h_out: the layer's output, same shape; the type may differ.
-            grad_out: gradient that has come to ``h_out``, same shape.
+            grad_out: the incoming gradient of ``h_out``, same shape.
             coefficient: float32 tensor of one element on the states' device.
-            factor: what the coefficient is multiplied by; the fused kernels take it in float32.
-            token_weights: ``[...]``, what each token counts for; by default each counts 1.
-            needs_grad_in: whether the gradient for ``h_in`` is wanted.
-            needs_psi: whether Psi is.
-            above: what these kernels have handed down from the layer above, whose input is this ``h_out``.
-                That layer's gradient for it is then added too.
-            rows: those that have a gradient; Psi is not given then. By default all have.
-            hands_down: whether the layer below will add the gradient for ``h_in``; it is not made here then.
+            factor: multiplies the coefficient; float32 in the fused kernels.
+            token_weights: ``[...]``, the weight of each token; 1 by default.
+            needs_grad_in: whether to compute the gradient for ``h_in``.
+            needs_psi: whether to compute Psi.
+            above: what the same kernels handed down from the layer above, whose input is this ``h_out``. That
+                layer's gradient for it is then added too.
+            rows: the rows that have a gradient; without Psi. By default all rows have one.
+            hands_down: the layer below will add the gradient for ``h_in``, so it is not computed here.
 
         Returns:
             The total is ``grad_out`` plus the gradient for ``h_out``; Psi is as :meth:`displacement` gives
-            it. Computed in float32 (float64 for float64 states) and rounded once. What is not wanted is None.
+            it. Computed in float32 (float64 for float64 states) and rounded once. None for what was not
+            asked for.
         """
 
 
 def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) -> Kernels:
-    """The kernels for a model: Triton's on a GPU, after they have shown there that their numbers are right.
+    """The kernels for a model: on a GPU Triton's, after a check of their numbers on that GPU.
 
     Args:
         wanted: "auto", "triton" or "torch".
@@ -82,8 +83,8 @@ def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) ->
         dtype: their type.
 
     Raises:
-        UserError: if Triton is asked for where it does not run; if its kernels give wrong numbers.
-        DeviceFault: if they make the device fail.
+        UserError: if Triton is asked for and does not run, or if its kernels give wrong numbers.
+        DeviceFault: if its kernels make the device fail.
     """
     if wanted == "torch":
         return eager.KERNELS
@@ -104,16 +105,16 @@ def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) ->
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if wanted == "triton":
         raise UserError(
-            f"{flag_of('kernels')} is 'triton', but {why_not}; take 'torch', or 'auto' for what runs here"
+            f"{flag_of('kernels')} is 'triton', but {why_not}; use 'torch', or 'auto' for what runs here"
         )
     return eager.TorchKernels(why_not)
 
 
 def refuse_fault(device: torch.device) -> None:
-    """Refuse to go on with a device on which nothing runs any more, whoever was told of it first.
+    """Refuse to continue on a device on which nothing runs any more.
 
     Raises:
-        DeviceFault: if it is one.
+        DeviceFault: if ``device`` is such a device.
     """
     if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return  # nothing has run there
@@ -127,7 +128,7 @@ def refuse_fault(device: torch.device) -> None:
 
 
 def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype) -> None:
-    """Compare kernels with plain torch in float64 on a few tokens, on the very device, width and type.
+    """Compare kernels with plain torch in float64 on a few tokens, on this device and in this width and type.
 
     Raises:
         UserError: if they differ by more than the type's rounding.

@@ -15,10 +15,10 @@ _LONGEST_SUM, _SHORTEST_PIECE = 1024, 64
 
 @dataclass(frozen=True)
 class TorchKernels:
-    """See ``Kernels``. In place where it can be: memory is what takes the time."""
+    """See ``Kernels``. Works in place where possible, because memory traffic takes the time."""
 
     why: str = ""
-    """The reason for which they stand in for others, if they do."""
+    """Why they are used instead of Triton's, if that is so."""
 
     @property
     def kind(self) -> str:
@@ -108,7 +108,7 @@ KERNELS = TorchKernels()
 
 
 def computed_in(h_in: Tensor, h_out: Tensor) -> torch.dtype:
-    """The type that is computed in: float32, or float64 if a state has it."""
+    """The type to compute in: float32, or float64 if a state has it."""
     return torch.float64 if torch.float64 in (h_in.dtype, h_out.dtype) else torch.float32
 
 
@@ -117,7 +117,7 @@ def _as(h: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _inverse_norms(h: Tensor) -> Tensor:
-    """Of rows, ``[..., 1]``; 0 for a row of norm zero, so that what it multiplies is 0."""
+    """The inverse norms of rows, ``[..., 1]``; 0 for a row of norm zero, so that products with it are 0."""
     return _norms(h).reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
 
 

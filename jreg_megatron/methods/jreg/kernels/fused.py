@@ -28,7 +28,7 @@ _PER_THREAD = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: rows and columns of a program's tile, and its warps."""
+    """How a kernel is split: rows and columns of a program's tile, and its warps."""
 
     rows: int
     columns: int
@@ -55,7 +55,7 @@ class TritonKernels:
     """See :class:`jreg_megatron.methods.jreg.kernels.Kernels`."""
 
     tile: Tile | None = None
-    """Instead of the one that :func:`tile_for` gives; for tests."""
+    """Used instead of :func:`tile_for`'s, if given; for tests."""
 
     @property
     def kind(self) -> str:
@@ -90,7 +90,7 @@ class TritonKernels:
     ) -> Gradients:
         """The gradients for both states, Psi, which costs nothing here, and what is handed down.
 
-        That is one tensor of three numbers for each token: see the program.
+        What is handed down is one tensor with three numbers per token; see the program.
         """
         compute = computed_in(h_in, h_out)
         device = h_in.device

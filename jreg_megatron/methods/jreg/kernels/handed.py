@@ -1,4 +1,4 @@
-"""What kernels give: the gradients of a layer, and what they hand to the layer below."""
+"""Results of the kernels: a layer's gradients, and what they hand down to the layer below."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Each stride-th row of a state ``[s, ...]``, along its first axis."""
+    """Every stride-th row of a state ``[s, ...]``, along its first axis."""
 
     stride: int
     first: int
-    """In 0..stride - 1."""
+    """The first of them, in 0..stride - 1."""
 
 
 class Above(NamedTuple):
@@ -24,17 +24,17 @@ class Above(NamedTuple):
     h_out: Tensor
     """The output of the layer above, ``[..., h]``."""
     numbers: tuple[Tensor, ...]
-    """Numbers of each token; the kernels alone know which."""
+    """Numbers per token, whose meaning only the kernels know."""
 
 
 class Gradients(NamedTuple):
-    """What :meth:`Kernels.gradients` gives."""
+    """The result of :meth:`Kernels.gradients`."""
 
     grad_in: Tensor | None
     """The gradient for the layer's input, in its type."""
     total: Tensor
-    """The gradient that came to the layer's output plus what is added to it, in the output's type."""
+    """The incoming gradient of the layer's output plus the added one, in the output's type."""
     psi: Tensor | None
     """Psi of every token, ``[...]``."""
     handed: Above | None
-    """What the layer below needs in place of ``grad_in``."""
+    """What the layer below needs instead of ``grad_in``."""

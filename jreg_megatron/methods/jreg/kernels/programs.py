@@ -1,8 +1,8 @@
 """The Triton programs: displacement and its gradients for a tile of rows.
 
 Every number is read once and written once: a row that fits into the tile stays in registers, so norms,
-Psi and gradients come from one reading; a wider one is read again for each, from the cache. No atomics: a
-result never varies. ``COMPUTE`` is the type that is computed in. The strides count elements of a state
+Psi and gradients need one read. A wider row is read again for each of them, from the cache. No atomics, so
+results do not vary. ``COMPUTE`` is the type to compute in. The strides count elements of a state
 ``[s, b, h]``, whose hidden axis is contiguous, as is all that is written.
 """
 
