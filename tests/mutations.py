@@ -700,13 +700,13 @@ FAULTS = [
     Fault(
         "start a recipe without Apex as if it were there",
         "recipe/machine.py",
-        (("find_spec(APEX_FUSION) is None", "False"),),
+        (("not has_apex()", "False"),),
         APEX,
     ),
     Fault(
         "start a recipe without fused gradients where Apex is there",
         "recipe/machine.py",
-        (("find_spec(APEX_FUSION) is None", "True"),),
+        (("not has_apex()", "True"),),
         APEX,
     ),
     Fault(

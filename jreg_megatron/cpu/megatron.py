@@ -15,6 +15,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from jreg_megatron.mcore.dataset_helper import use_built_helper
+from jreg_megatron.mcore.installed import has_training_loop
 from jreg_megatron.runtime.extras import uncompiled
 from jreg_megatron.runtime.fork import end_with_the_parent
 
@@ -31,8 +32,6 @@ def import_for_the_cpu() -> None:
     torch.compile = uncompiled  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_model
 
-    from jreg_megatron.cpu import has_training_loop
-
     if has_training_loop():
         import megatron.training  # noqa: F401
 
@@ -43,8 +42,6 @@ def install() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
-
-    from jreg_megatron.cpu import has_training_loop
 
     if has_training_loop():
         import megatron.training

@@ -14,12 +14,11 @@ import shutil
 import subprocess
 from argparse import Namespace
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
+from jreg_megatron.mcore.installed import NO_FUSION, has_apex
 from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
-from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.announcement import number_as_text
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.runtime.errors import UserError
@@ -31,8 +30,7 @@ _NOT_HERE = "not on this machine, so not checked"
 
 def flags_without_apex(args: Namespace) -> list[str]:
     """The flag that Megatron needs where Apex is not installed, unless ``args`` have it."""
-    is_missing = args.gradient_accumulation_fusion and find_spec(APEX_FUSION) is None
-    return ["--no-gradient-accumulation-fusion"] if is_missing else []
+    return [NO_FUSION] if args.gradient_accumulation_fusion and not has_apex() else []
 
 
 @dataclass(frozen=True)

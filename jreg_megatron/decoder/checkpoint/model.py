@@ -22,6 +22,7 @@ from jreg_megatron.decoder.checkpoint.arguments import (
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
+from jreg_megatron.mcore.installed import need_training_loop
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone
@@ -193,8 +194,7 @@ def import_megatron(device: torch.device) -> None:
             make_local_layers_torchs()
             if device.index is not None:
                 torch.cuda.set_device(device)
-    if not cpu.has_training_loop():
-        raise UserError("Megatron checkpoints need megatron-core 0.19 or later; upgrade it")
+    need_training_loop("reading Megatron's checkpoints")
 
 
 @contextmanager
