@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_toy import write_documents
 from harness import TOY, run_ranks
 
 torch.set_num_threads(1)  # the ranks of a test have two cores to share
@@ -29,14 +30,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_toy_data(prefix: Path) -> None:
     """A Megatron dataset of 20,000 random tokens below 255 in documents of 100, 255 ending each."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, size=(200, 100))
     tokens[:, -1] = VOCABULARY - 1
-    for document in tokens:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    write_documents(prefix, tokens)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,16 @@ def documents(count: int, seed: int = 0) -> list[str]:
     return [" ".join(draw.choices(words, k=draw.randint(1, 80))) + "." for _ in range(count)]
 
 
+def write_documents(prefix: Path | str, documents: Iterable[Sequence[int]], dtype: type = np.uint16) -> None:
+    """A token file of documents of one sequence each, by Megatron's builder."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for ids in documents:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+
+
 def write_jsonl(path: Path, texts: Iterable[Text], key: str = "text") -> Path:
     """JSON lines, one in two of them with its text escaped."""
     with path.open("w", encoding="utf-8", newline="") as stream:

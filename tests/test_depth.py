@@ -17,6 +17,7 @@ import depth_reference as plain
 import numpy
 import pytest
 import torch
+from data_toy import write_documents
 from harness import read_scalars, run_function, run_ranks
 from small_models import VOCABULARY, small_model
 from test_attach import build_model, forward, step
@@ -25,7 +26,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jreg_megatron import AttenuationConfig, DepthConfig, JRegConfig, UserError, attach
-from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
@@ -226,9 +226,7 @@ def test_depth_is_in_table_json_csv_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
-    token_file.write_documents(
-        tmp_path / "some", iter(text.content.tolist() for text in documents(30, 20)), 400
-    )
+    write_documents(tmp_path / "some", [text.content.tolist() for text in documents(30, 20)])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin"]
     out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
     measure_main([str(word) for word in (*words, *out, "--depth")])
@@ -351,7 +349,7 @@ def test_depth_of_an_evaluation_is_in_table_json_csv_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
-    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth"]
     out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
     evaluate_main([str(word) for word in (*words, *out)])
@@ -374,7 +372,7 @@ def test_states_that_overflow_are_refused_in_one_line(
         model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     model.save_pretrained(tmp_path / "model")
-    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth", "--dtype", "float16"]
     with pytest.raises(SystemExit) as stop:
         evaluate_main([str(word) for word in (*words, "--quiet", "--json", tmp_path / "o.json")])

@@ -17,11 +17,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from data_toy import write_documents
 from small_models import LAYERS, VOCABULARY, small_model
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
@@ -341,7 +341,7 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
 ) -> None:
     model = small_model(family, **more)
     model.save_pretrained(tmp_path / "odd")
-    token_file.write_documents(tmp_path / "ids", iter(IDS[:1]), 400)
+    write_documents(tmp_path / "ids", IDS[:1])
     files = tmp_path / "out.json", tmp_path / "out.csv"
     text = ("--text", tmp_path / "ids.bin")
     run(tmp_path / "odd", *text, "--json", files[0], "--csv", files[1], "--layers")
@@ -374,7 +374,7 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
 def test_token_files_give_the_figures_of_the_text_they_were_made_from(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    token_file.write_documents(tmp_path / "ids", iter(IDS), 400)
+    write_documents(tmp_path / "ids", IDS)
     for name, source in (("a", text), ("b", tmp_path / "ids.bin"), ("c", tmp_path / "ids")):
         run(folder, "--text", source, "--json", tmp_path / f"{name}.json", "--quiet")
     a, b, c = (json.loads((tmp_path / f"{name}.json").read_text())["models"] for name in "abc")
