@@ -12,13 +12,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.demo.training import each, progress, run_logged
 from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
 from jreg_megatron.runtime.lock import lock
+from jreg_megatron.runtime.programs import each, progress, run_logged
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from jreg_megatron.claims.evidence import Trained
