@@ -37,6 +37,7 @@ from jreg_megatron.mcore.arguments import add_arguments
 from jreg_megatron.mcore.samples import dataset_config
 from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import UserError, megatrons_refusals
+from jreg_megatron.runtime.flags import flag_of
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import refuse_unsupported
 
@@ -56,7 +57,7 @@ def refuse_other_tasks(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    given = [f"--{name.replace('_', '-')}" for name in _OTHER_TASKS if getattr(args, name, None)]
+    given = [flag_of(name) for name in _OTHER_TASKS if getattr(args, name, None)]
     given += ["--dataloader-type external"] if args.dataloader_type == "external" else []
     for flag in given:
         raise UserError(

@@ -1803,7 +1803,7 @@ FAULTS = [
     ),
     Fault(
         "say nothing of a limit beside the paper's means",
-        "evaluate/show.py",
+        "evaluate/table.py",
         (("if not missing and limit is not None:", "if not missing and limit is None:"),),
         PAPER_TASKS,
     ),
@@ -2025,7 +2025,7 @@ FAULTS = [
     Fault(
         "train experts under tensor parallelism without sequence parallelism",
         "mcore/preflight/sizes.py",
-        (("tensor_parallel(args) > 1 and not args.sequence_parallel", "False"),),
+        (("args.tensor_model_parallel_size > 1 and not args.sequence_parallel", "False"),),
         PREFLIGHT,
     ),
     Fault(

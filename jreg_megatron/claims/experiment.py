@@ -12,8 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
+from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count

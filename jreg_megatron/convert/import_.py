@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.convert import place
+from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
 from jreg_megatron.decoder.load import Reference
 from jreg_megatron.runtime.errors import UserError
@@ -16,11 +16,11 @@ from jreg_megatron.runtime.extras import need
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    place.run("import", _parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
+    command.run("import", _parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
-    return place.parser(
+    return command.parser(
         "import",
         ("FOLDER", "config.json and safetensors of a Llama"),
         "new folder, for Megatron's --load",
@@ -55,13 +55,13 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     model = model_of(reference, str(source), dtype=getattr(torch, options.dtype) if options.dtype else "auto")
     weights = to_megatron(model.state_dict(), config)
     flags = [*megatron_flags(config), *_tokenizer_flags(source, config.vocab_size)]
-    with place.made_beside(options.output) as folder:
+    with command.made_beside(options.output) as folder:
         (folder / RELEASE).mkdir()
         _save(folder / RELEASE, weights, config.vocab_size, flags, model.dtype)
         # After all weights, as Megatron does it: this file makes the folder a checkpoint.
         (folder / TRACKER).write_text(f"{RELEASE}\n")
         decoder = load_megatron(folder, dtype=model.dtype, device=device)
-        difference = place.check_logits(decoder, model, "imported")
+        difference = command.check_logits(decoder, model, "imported")
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in weights.values()),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -169,7 +170,7 @@ def megatron_flags(config: Any) -> list[str]:
     flags: list[str | float] = ["--kv-channels", head_width(config), "--rotary-base", int(rope["rope_theta"])]
     for theirs, ours in _SAME.items():
         name = "norm_epsilon" if ours == "layernorm_epsilon" else ours
-        flags += [f"--{name.replace('_', '-')}", getattr(config, theirs)]
+        flags += [flag_of(name), getattr(config, theirs)]
     if config.num_key_value_heads != config.num_attention_heads:
         flags += ["--group-query-attention", "--num-query-groups", config.num_key_value_heads]
     flags += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"]

@@ -13,7 +13,8 @@ from typing import Any
 from jreg_megatron.data import tokenizing
 from jreg_megatron.data.corpus import FORMATS
 from jreg_megatron.data.tokenizing import TokenizerSettings
-from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.flags import check_least
 from jreg_megatron.runtime.output import check_outputs
 
 _NUMBER: Any = {"type": int, "metavar": "N"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.report.check import checked, read_json
+from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import versions, write_json
 from jreg_megatron.runtime.programs import each, progress, run_logged

@@ -24,8 +24,9 @@ from jreg_megatron.decoder.load import (
     load,
 )
 from jreg_megatron.runtime import output
-from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.flags import check_least
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation
@@ -115,7 +116,7 @@ def _checked(args: Namespace) -> list[Reference]:
 
 def _write(args: Namespace, done: list[Evaluation]) -> None:
     from jreg_megatron.evaluate.evaluation import document
-    from jreg_megatron.evaluate.show import csv_rows, print_tables
+    from jreg_megatron.evaluate.table import csv_rows, print_tables
 
     found = {
         "format": FORMAT,

@@ -20,6 +20,7 @@ from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import announcement, identity, request
 from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.flags import flag_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,7 +140,7 @@ def _flags(asked: Namespace) -> list[str]:
     args = parse([*asked.flags, *asked.user_flags], asked.world_size)
     for name in ("global_batch_size", "seq_length"):
         if not getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing in {asked.recipe}; give it a number >= 1")
+            raise UserError(f"{flag_of(name)} is missing in {asked.recipe}; give it a number >= 1")
     iterations = asked.tokens // (args.global_batch_size * args.seq_length)
     if iterations < 1:
         raise UserError(f"TOKENS is {asked.tokens}, which is less than one batch; raise it")

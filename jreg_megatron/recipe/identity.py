@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
 
 FILE = "run.json"
 _NAMES = (
@@ -26,7 +27,7 @@ def settings(args: Namespace) -> dict[str, Any]:
 
     of_methods = tuple(f"{method.prefix}_" for method in known.METHODS)
     names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith(of_methods))]
-    found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
+    found = {flag_of(name): getattr(args, name, None) for name in names}
     kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return kept
 
