@@ -120,9 +120,8 @@ def about(name: str, how: Mapping[str, str]) -> dict[str, Any]:
     """The head of a command's JSON document: format, versions, and how it was made, on which machine."""
     machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
     machine += f", Python {platform.python_version()}"
-    versions = output.versions("megatron-core", "torch", "lm_eval", "scipy")
     how = {**how, "finished": date.today().isoformat(), "machine": machine}
-    return {"format": f"jreg_megatron {name}", "version": 1, "versions": versions, "how": how}
+    return output.document(name, "megatron-core", "torch", "lm_eval", "scipy", how=how)
 
 
 def put_out(

@@ -31,8 +31,6 @@ from jreg_megatron.runtime.flags import check_least
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation
 
-FORMAT = "jreg_megatron evaluation"
-SEEDS_FORMAT = "jreg_megatron evaluation over seeds"
 USUAL_PARTS = ("tasks", "read-out", "layer-drop")
 PARTS = (*USUAL_PARTS, "depth")
 
@@ -70,8 +68,8 @@ def _run(args: Namespace) -> None:
         need("scipy", "comparing over seeds", "analysis")
         from jreg_megatron.evaluate.seeds import compare_seeds, csv_rows, print_tables
 
-        found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
-        _put_out(args, found | compare_seeds(args.models), csv_rows, print_tables)
+        found = output.document("evaluation over seeds", "scipy", **compare_seeds(args.models))
+        _put_out(args, found, csv_rows, print_tables)
         return
     references = _checked(args)
     texts = [] if args.parts == ["tasks"] and args.lens is None else texts_of(args)
@@ -118,14 +116,9 @@ def _write(args: Namespace, done: list[Evaluation]) -> None:
     from jreg_megatron.evaluate.evaluation import document
     from jreg_megatron.evaluate.table import csv_rows, print_tables
 
-    found = {
-        "format": FORMAT,
-        "version": 1,
-        "versions": output.versions("torch", "transformers", "megatron-core", "lm_eval", "scipy"),
-        "limit": args.limit,
-        "max_tokens": args.max_tokens or None,
-        **document(done, describe(args)),
-    }
+    packages = ("torch", "transformers", "megatron-core", "lm_eval", "scipy")
+    limits = {"limit": args.limit, "max_tokens": args.max_tokens or None}
+    found = output.document("evaluation", *packages, **limits, **document(done, describe(args)))
     _put_out(args, found, csv_rows, print_tables)
 
 

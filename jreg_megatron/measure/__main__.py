@@ -17,8 +17,6 @@ from jreg_megatron.decoder.load import (
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
-FORMAT = "jreg_megatron measurement"
-
 _DEFAULT_TOKENS = 512
 
 _EXAMPLES = """examples:
@@ -83,13 +81,9 @@ def _measure(args: Namespace) -> None:
     from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
 
     models: list[dict[str, Any]] = []
-    document = {
-        "format": FORMAT,
-        "version": 1,
-        "text": {"source": source, "max_tokens": args.max_tokens or None},
-        "versions": output.versions("torch", "transformers", "megatron-core"),
-        "models": models,
-    }
+    text = {"source": source, "max_tokens": args.max_tokens or None}
+    packages = ("torch", "transformers", "megatron-core")
+    document = output.document("measurement", *packages, text=text, models=models)
 
     def show(console: Any) -> None:
         print_summary(console, models)

@@ -188,6 +188,12 @@ def write_bytes(path: str, data: bytes) -> None:
         ) from error
 
 
+def document(kind: str, *packages: str, **content: Any) -> dict[str, Any]:
+    """A JSON document: its format and the version of that, the versions of ``packages``, and its content."""
+    head = {"format": f"jreg_megatron {kind}", "version": 1, "versions": versions(*packages)}
+    return head | content
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of the installed ones of these packages, this package first."""
     found = {}
