@@ -11,7 +11,7 @@ from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
 from jreg_megatron.decoder.load import Reference
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.extras import need, without_noise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     single_process()
-    with building.without_noise():
+    with without_noise():
         model: Any = building.build(arguments.model_arguments(vars(args), dtype, vocab_size)).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
@@ -103,7 +103,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     sharded = model.sharded_state_dict(metadata=metadata | {"dp_cp_group": group})
-    with building.without_noise():
+    with without_noise():
         dist_checkpointing.save({"model": sharded} | common, str(folder), content_metadata=metadata)
     # Megatron-Core before 0.19 reads this file; newer versions read either.
     torch.save(common | {"content_metadata": metadata}, folder / "common.pt")

@@ -25,7 +25,7 @@ LLAMA3_ROPE = {
 """The numbers of Megatron's ``--use-rope-scaling``; its training loop has no others."""
 
 # Features of Megatron's GPTModel that a Llama and a Qwen lack: argument, their values, the feature, and a
-# model of Megatron-Bridge with this feature.
+# model of Megatron-Bridge with this feature. What cannot be measured either is refused before.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -35,7 +35,6 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("swiglu", (True,), "has another activation than SwiGLU (no --swiglu)", None),
     ("glu_linear_offset", (0, None), "has --glu-linear-offset", "gpt-oss"),
     ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value", "gpt-oss"),
-    ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)", None),
     ("position_embedding_type", ("rope",), "has no rotary positions (--position-embedding-type)", None),
     ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)", "Nemotron"),
     ("rotary_interleaved", (False,), "has --rotary-interleaved", "ERNIE 4.5"),
@@ -44,7 +43,6 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("softmax_type", ("vanilla", None), "has another softmax (--softmax-type)", "gpt-oss"),
     ("attention_output_gate", (False,), "has --attention-output-gate", "Qwen3-Next"),
     ("apply_residual_connection_post_layernorm", (False,), "takes the residual behind the norm", None),
-    ("experimental_attention_variant", (None,), "has --experimental-attention-variant", "Qwen3-Next"),
     ("linear_attention_freq", (None,), "has linear attention", "Qwen3-Next"),
     ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),
 )

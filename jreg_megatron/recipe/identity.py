@@ -9,6 +9,7 @@ from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.flags import flag_of
+from jreg_megatron.runtime.output import write_json
 
 FILE = "run.json"
 _NAMES = (
@@ -63,4 +64,4 @@ def refuse_another(file: Path, asked: dict[str, Any]) -> None:
 def write(file: Path, asked: dict[str, Any]) -> None:
     """Write the settings of a run."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked, indent=2) + "\n")
+    write_json(str(file), asked)

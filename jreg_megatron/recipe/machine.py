@@ -5,7 +5,6 @@ Each check returns a text for the table, or raises a :class:`UserError` where th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.installed import NO_FUSION, has_apex
 from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
@@ -120,8 +120,7 @@ def check_tokenizer(args: Namespace) -> None:
     """Refuse a tokenizer that differs from the one in the manifests of the data."""
     if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
         return
-    with open(args.tokenizer_model, "rb") as stream:
-        ours = hashlib.file_digest(stream, "sha256").hexdigest()
+    ours = sha256_of(Path(args.tokenizer_model))
     for flag, prefix in local_prefixes(args):
         manifest = Path(re.sub(r"_[^_]+_document$", ".manifest.json", prefix))
         try:

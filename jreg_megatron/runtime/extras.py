@@ -40,8 +40,16 @@ def errors_alone(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Keep warnings, and what Megatron and torch say below an error, from the user."""
+    with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def silence_megatron() -> None:
-    """Keep all warnings, and what Megatron says below an error, from the user of this process, for good."""
+    """The same in this process, for good."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

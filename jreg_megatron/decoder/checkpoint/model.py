@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +22,7 @@ from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_s
 from jreg_megatron.mcore.installed import need_training_loop
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone
+from jreg_megatron.runtime.extras import without_noise
 from jreg_megatron.stream.anatomy import described_layers
 from jreg_megatron.stream.attachment import place_of, prepare
 from jreg_megatron.stream.settings import Settings
@@ -195,14 +192,6 @@ def import_megatron(device: torch.device) -> None:
             if device.index is not None:
                 torch.cuda.set_device(device)
     need_training_loop("reading Megatron's checkpoints")
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Hide logs and warnings of Megatron and torch."""
-    with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def build(args: Namespace) -> nn.Module:
