@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jreg_megatron.decoder.hugging_face import decoder_of, encoder_of, load_hugging_face
-from jreg_megatron.decoder.load import Reference, check_model_arguments, find_models, step_of
+from jreg_megatron.decoder.load import check_model_arguments
+from jreg_megatron.decoder.reference import Reference, find_models, step_of
 from jreg_megatron.runtime.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
-from jreg_megatron.decoder.load import Reference
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.extras import need, without_noise
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import GGUF_ENDING, Reference, step_of
+from jreg_megatron.decoder.reference import GGUF_ENDING, Reference, step_of
 from jreg_megatron.decoder.structure import find_structure
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import errors_alone, need

@@ -16,13 +16,8 @@ from jreg_megatron.data.texts import (
     texts_of,
     training_speeches,
 )
-from jreg_megatron.decoder.load import (
-    Reference,
-    add_model_arguments,
-    check_model_arguments,
-    find_models,
-    load,
-)
+from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
+from jreg_megatron.decoder.reference import Reference, find_models
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.extras import need

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jreg_megatron.data.texts import Text
-from jreg_megatron.decoder.load import Reference, hub_revisions, step_of
+from jreg_megatron.decoder.reference import Reference, hub_revisions, step_of
 from jreg_megatron.paper import numbers
 from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.extras import need
