@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 USUAL_PARTS = ("tasks", "read-out", "layer-drop")
 PARTS = (*USUAL_PARTS, "depth")
 
-_DEFAULT_TOKENS = 512
-
 _EXAMPLES = """examples:
   jreg-megatron evaluate Qwen/Qwen3-0.6B --tasks paper --device cuda --dtype bfloat16
   jreg-megatron evaluate baseline=runs/a jreg=runs/b --json evaluation.json
@@ -159,8 +157,6 @@ def parser() -> ArgumentParser:
     own: dict[str, Any] = {"action": "append", "default": [], "metavar": "FOLDER"}
     group.add_argument("--include-path", **own, help="a folder of your own task files; can be repeated")
     text, _ = add_text_arguments(parser)
-    first = "read the first N tokens of each text; 0 reads all (default: %(default)s)"
-    text.add_argument("--max-tokens", type=int, default=_DEFAULT_TOKENS, metavar="N", help=first)
     lens = (
         "also read each layer out through a lens: an affine map of its states to the last layer's, fitted by "
         "least squares on these texts (default: the other speeches)"
