@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -128,21 +129,6 @@ def decoder_of(
     config = model.config.get_text_config(decoder=True)
     device = model.device
 
-    @torch.inference_mode()
-    def logits(tokens: Tensor) -> Tensor:
-        found: Any = _called(model, tokens.to(device))
-        if not hasattr(found, "logits"):
-            found = found["logits" if isinstance(found, dict) else 0]
-        else:
-            found = found.logits
-        if found.ndim != 3 or found.shape[:2] != tokens.shape:
-            raise UserError(
-                f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
-                f"{list(tokens.shape)}; give a causal language model that predicts at every position"
-            )
-        out: Tensor = found
-        return out
-
     # In an encoder-decoder, num_hidden_layers is the encoder's.
     counts = _settings(
         config, "decoder_layers num_decoder_layers num_hidden_layers n_layer n_layers num_layers"
@@ -153,6 +139,7 @@ def decoder_of(
     )
     max_length = next((int(length) for length in lengths if length > 0), None)
     ids = getattr(config, "vocab_size", None) or len(model.get_output_embeddings().weight)
+    logits = partial(_logits, model, name)
     structure = find_structure(model, logits, int(ids), name, num_layers, max_length)
     if num_layers not in (None, len(structure.layers)):
         note(
@@ -206,6 +193,22 @@ def _called(module: nn.Module, tokens: Tensor) -> Any:
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
+
+
+@torch.inference_mode()
+def _logits(model: Any, name: str, tokens: Tensor) -> Tensor:
+    """Logits ``[b, s, V]`` of token ids ``[b, s]``."""
+    output = _called(model, tokens.to(model.device))
+    if hasattr(output, "logits"):
+        found: Tensor = output.logits
+    else:
+        found = output["logits" if isinstance(output, dict) else 0]
+    if found.ndim != 3 or found.shape[:2] != tokens.shape:
+        raise UserError(
+            f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
+            f"{list(tokens.shape)}; give a causal language model that predicts at every position"
+        )
+    return found
 
 
 class _HeadReached(Exception):
