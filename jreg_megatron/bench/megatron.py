@@ -36,9 +36,9 @@ def make_ready(on_cpu: bool) -> None:
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
         if not has_transformer_engine():
-            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+            from jreg_megatron.mcore import local_layers
 
-            make_local_layers_torchs()
+            local_layers.install()
     need_training_loop("bench step")
     use_built_helper()
 

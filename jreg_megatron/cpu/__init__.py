@@ -2,7 +2,7 @@
 
 Megatron-Core names CUDA by hand in a few hundred places. :func:`enable` redirects those names to the
 CPU for the life of the process; :data:`FLAGS` choose the code paths that need no CUDA kernel. A run on
-GPUs redirects nothing; only the self-test takes from here what Megatron lacks without Transformer Engine.
+GPUs redirects nothing.
 """
 
 from __future__ import annotations

@@ -155,9 +155,9 @@ def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.matmul.allow_tf32 = False
     if transformer_impl == "local":
-        from jreg_megatron.cpu.megatron import make_local_layers_torchs
+        from jreg_megatron.mcore import local_layers
 
-        make_local_layers_torchs()  # so that float32 is float32
+        local_layers.install()  # so that float32 is float32
     dist.init_process_group("nccl", timeout=timeout)
 
 

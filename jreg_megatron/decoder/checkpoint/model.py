@@ -186,9 +186,9 @@ def import_megatron(device: torch.device) -> None:
         if device.type == "cpu":
             cpu.enable()
         else:
-            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+            from jreg_megatron.mcore import local_layers
 
-            make_local_layers_torchs()
+            local_layers.install()
             if device.index is not None:
                 torch.cuda.set_device(device)
     need_training_loop("reading Megatron's checkpoints")
