@@ -692,13 +692,13 @@ FAULTS = [
     ),
     Fault(
         "start a recipe without Apex as if it were there",
-        "recipe/machine.py",
+        "recipe/__main__.py",
         (("not has_apex()", "False"),),
         APEX,
     ),
     Fault(
         "start a recipe without fused gradients where Apex is there",
-        "recipe/machine.py",
+        "recipe/__main__.py",
         (("not has_apex()", "True"),),
         APEX,
     ),

@@ -44,6 +44,7 @@ def _nothing_started(number: int, _: object) -> NoReturn:
 def _train(asked: Namespace) -> None:
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import parse
+    from jreg_megatron.mcore.installed import NO_FUSION, has_apex
     from jreg_megatron.methods import known
     from jreg_megatron.recipe import machine, plan
     from jreg_megatron.stream.support import refuse_unsupported
@@ -59,7 +60,7 @@ def _train(asked: Namespace) -> None:
     if not asked.dry_run and last_checkpoint(args.save) >= args.train_iters:
         print(f"{asked.run} has all of its {args.train_iters:,} iterations: nothing to do")
         return
-    added = machine.flags_without_apex(args)
+    added = [NO_FUSION] if args.gradient_accumulation_fusion and not has_apex() else []
     flags += added
     planned = plan.make(flags, asked.world_size)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
-from jreg_megatron.mcore.installed import NO_FUSION, has_apex
 from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
 from jreg_megatron.recipe.announcement import number_as_text
 from jreg_megatron.recipe.plan import Plan
@@ -26,11 +25,6 @@ from jreg_megatron.runtime.errors import UserError
 _SAVED_BYTES = 14
 """Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
 _NOT_HERE = "not on this machine, so not checked"
-
-
-def flags_without_apex(args: Namespace) -> list[str]:
-    """The flag that Megatron needs where Apex is not installed, unless ``args`` have it."""
-    return [NO_FUSION] if args.gradient_accumulation_fusion and not has_apex() else []
 
 
 @dataclass(frozen=True)
