@@ -67,15 +67,9 @@ def load_hugging_face(
             has_words = len(tokenizer) > len(tokenizer.added_tokens_decoder)
         except Exception:  # the error comes when a text has to be read
             has_words = False
-    return decoder_of(
-        model if device == "auto" else model.to(device),
-        tokenizer if has_words else None,
-        name=reference.name,
-        source=reference.source,
-        kind="gguf" if is_gguf else "hugging_face",
-        revision=reference.revision,
-        step=reference.step,
-    )
+    model = model if device == "auto" else model.to(device)
+    kind = "gguf" if is_gguf else "hugging_face"
+    return decoder_of(model, tokenizer if has_words else None, reference, kind)
 
 
 def model_of(reference: Reference, source: str, *, trust_remote_code: bool = False, **how: Any) -> Any:
@@ -112,21 +106,14 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
 
 
 def decoder_of(
-    model: Any,
-    tokenizer: Any | None,
-    *,
-    name: str,
-    source: str,
-    kind: str = "hugging_face",
-    revision: str | None = None,
-    step: int | None = None,
+    model: Any, tokenizer: Any | None, reference: Reference, kind: str = "hugging_face"
 ) -> Decoder:
     """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers.
 
     Raises:
         UserError: if its layers cannot be found, or it is no causal decoder.
     """
-    config = model.config.get_text_config(decoder=True)
+    config, name = model.config.get_text_config(decoder=True), reference.name
     device = model.device
 
     # In an encoder-decoder, num_hidden_layers is the encoder's.
@@ -162,10 +149,10 @@ def decoder_of(
 
     return Decoder(
         name=name,
-        source=source,
+        source=reference.source,
         kind=kind,
-        revision=revision,
-        step=step_of(revision or source) if step is None else step,
+        revision=reference.revision,
+        step=step_of(reference.revision or reference.source) if reference.step is None else reference.step,
         model=model,
         layers=structure.layers,
         final_norm=structure.final_norm,
