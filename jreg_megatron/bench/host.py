@@ -19,7 +19,7 @@ from jreg_megatron.bench.rounds import rounds
 from jreg_megatron.bench.variants import Attached, Variant
 from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.runtime.extras import without_noise
+from jreg_megatron.runtime.imports import without_noise
 
 _WIDTH, _SEQUENCE, _BATCH, _HEADS, _VOCABULARY = 16, 8, 2, 2, 32
 _NEVER = 10**6

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from jreg_megatron.mcore.installed import NO_FUSION, has_apex, has_transformer_engine, need_training_loop
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import silence_megatron
 from jreg_megatron.runtime.fork import be_alone_unless_started, take_one_thread
+from jreg_megatron.runtime.imports import silence_megatron
 
 _NEVER = 10**9
 

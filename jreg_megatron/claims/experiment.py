@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
+from jreg_megatron.runtime.imports import need
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.programs import each, progress, run_logged
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.imports import need
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer

@@ -11,7 +11,7 @@ from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
 from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need, without_noise
+from jreg_megatron.runtime.imports import need, without_noise
 
 
 def main(argv: list[str] | None = None) -> None:

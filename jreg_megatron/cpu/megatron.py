@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from jreg_megatron.mcore.dataset_helper import use_built_helper
 from jreg_megatron.mcore.installed import has_training_loop
-from jreg_megatron.runtime.extras import uncompiled
 from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.imports import uncompiled
 
 _FOR_GPUS = ("transformer_engine", "apex", "amp_C")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import need, without_compilation, without_noise
+from jreg_megatron.runtime.imports import need, without_compilation, without_noise
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's types that read a SentencePiece model."""

@@ -17,7 +17,7 @@ from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.reference import GGUF_ENDING, Reference, step_of
 from jreg_megatron.decoder.structure import find_structure
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone, need
+from jreg_megatron.runtime.imports import errors_alone, need
 from jreg_megatron.runtime.output import note
 
 

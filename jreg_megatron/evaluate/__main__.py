@@ -20,8 +20,8 @@ from jreg_megatron.decoder.load import add_model_arguments, check_model_argument
 from jreg_megatron.decoder.reference import Reference, find_models
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import check_least
+from jreg_megatron.runtime.imports import need
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation

@@ -1,4 +1,4 @@
-"""Files for other programs, such as JSON and CSV, written whole or not at all."""
+"""What commands write: files such as JSON and CSV, whole or not at all; tables and notes on the console."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.extras import silence_megatron
 from jreg_megatron.runtime.flags import Parser, count
 from jreg_megatron.runtime.fork import be_alone_unless_started, fork_ranks, take_one_thread, world_size_of
+from jreg_megatron.runtime.imports import silence_megatron
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
 

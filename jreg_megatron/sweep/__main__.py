@@ -17,8 +17,8 @@ from typing import Any
 from jreg_megatron.recipe.request import SMOKE_ITERATIONS
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE, UserError, user_errors_exit
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count, split_at
+from jreg_megatron.runtime.imports import need
 from jreg_megatron.sweep import grid, queue
 from jreg_megatron.sweep.grid import Sweep, node_rank
 

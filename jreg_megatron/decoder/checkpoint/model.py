@@ -22,7 +22,7 @@ from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_s
 from jreg_megatron.mcore.installed import need_training_loop
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import without_noise
+from jreg_megatron.runtime.imports import without_noise
 from jreg_megatron.stream.anatomy import described_layers
 from jreg_megatron.stream.attachment import place_of, prepare
 from jreg_megatron.stream.settings import Settings

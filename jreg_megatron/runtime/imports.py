@@ -1,4 +1,4 @@
-"""Packages that only some inputs and tools need."""
+"""How packages are imported: those that may be missing, and Megatron without its noise and compilation."""
 
 from __future__ import annotations
 
