@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from data_toy import megatrons_datasets
 
 from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.demo import __main__ as demo_command
@@ -145,8 +146,6 @@ def test_tokenizer_never_saw_the_held_out_years(
 def test_megatron_reads_it_with_the_given_flags(
     demo: DemoData, speeches: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -157,19 +156,8 @@ def test_megatron_reads_it_with_the_given_flags(
     assert tokenizer.vocab_size == demo.vocab_size
     assert args.padded_vocab_size == 4096
     blend, per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=64,
-        blend=blend,
-        blend_per_split=per_split,
-        split=args.split,
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        mid_level_dataset_surplus=0.005,
-    )
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [8, 8, 0], lambda: True, config).build()
+    which = {"blend": blend, "blend_per_split": per_split, "split": args.split}
+    train, valid, _ = megatrons_datasets([8, 8, 0], 64, tokenizer, **which)
     for dataset, held_out in ((train, False), (valid, True)):
         ids = dataset[0]["tokens"].tolist()
         assert tokenizer.eod not in ids, "choose another sample: this one spans two speeches"
