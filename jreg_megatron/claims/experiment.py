@@ -61,7 +61,7 @@ def filling(args: Namespace, name: str) -> Iterator[None]:
     Raises:
         UserError: if a package is missing, the folder cannot be written, or another process fills it.
     """
-    for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
+    for package in ("jinja2", "vl_convert", "lm_eval", "scipy"):
         need(package, name, "analysis")
     for file in (f"{name}.html", f"{name}.json", _LOCK, _WORDS):
         if (args.output / file).is_dir():

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for package in ("rich", "scipy", "tqdm", "vl_convert"):
+    for package in ("scipy", "vl_convert"):
         need(package, "a sweep", "analysis")
     sweep = _sweep(options)
     if options.report:
