@@ -15,6 +15,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import (
@@ -22,15 +23,23 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, get_tokenizer
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training import arguments, get_args, get_timers, get_tokenizer, pretrain
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor, nn
 
-from jreg_megatron.mcore import initialization
+from jreg_megatron.mcore import initialization, installed, preflight
+from jreg_megatron.mcore.arguments import add_arguments
 from jreg_megatron.mcore.samples import dataset_config
 from jreg_megatron.methods import known
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, megatrons_refusals
+from jreg_megatron.runtime.flags import flag_of
+from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.support import refuse_unsupported
 
 _OTHER_TASKS = (
     *("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir"),
@@ -48,7 +57,7 @@ def refuse_other_tasks(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    given = [f"--{name.replace('_', '-')}" for name in _OTHER_TASKS if getattr(args, name, None)]
+    given = [flag_of(name) for name in _OTHER_TASKS if getattr(args, name, None)]
     given += ["--dataloader-type external"] if args.dataloader_type == "external" else []
     for flag in given:
         raise UserError(
@@ -56,12 +65,36 @@ def refuse_other_tasks(args: argparse.Namespace) -> None:
         )
 
 
-def model_config(args: argparse.Namespace) -> Any:
-    """The configuration of the model that Megatron's loop builds, from validated arguments."""
-    config = gpt_config_from_args(args)
-    if args.init_fan_in:
-        initialization.set_fan_in(config.transformer, args)
-    return config
+def read_arguments(*settings: Settings) -> Any:
+    """Megatron's configuration from the command line of this process, checked and validated.
+
+    ``settings`` are those of methods without flags there.
+
+    Raises:
+        UserError: for the first mistake, or with Megatron's words.
+    """
+    with megatrons_refusals():
+        asked = arguments.parse_args(add_arguments)
+    installed.refuse_without_nvidias_packages(asked)
+    settings = (*settings, *known.settings_in(asked))
+    refuse_other_tasks(asked)
+    refuse_unsupported(asked, *settings)
+    preflight.check_arguments(asked)
+    if not (asked.use_checkpoint_args or asked.yaml_cfg):
+        for of_one in settings:
+            of_one.refuse_layers(asked.num_layers)
+    with megatrons_refusals():
+        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        config = gpt_config_from_args(args)
+        if args.init_fan_in:
+            initialization.set_fan_in(config.transformer, args)
+        return pretrain_cfg_container_from_args(args, config)
+
+
+def train(config: Any) -> None:
+    """Run Megatron's training loop with a configuration of :func:`read_arguments`."""
+    kind = ModelType.encoder_or_decoder
+    pretrain(config, datasets, kind, forward_step, get_embedding_ranks=embedding_ranks)
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

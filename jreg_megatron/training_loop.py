@@ -29,7 +29,7 @@ from jreg_megatron.stream.handle import Handle
 from jreg_megatron.stream.method import Metrics
 from jreg_megatron.stream.preparation import prepare, prepares
 from jreg_megatron.stream.settings import Settings, flags_of
-from jreg_megatron.stream.support import LAYER_NOT_SEEN, refuse_unsupported
+from jreg_megatron.stream.support import LAYER_NOT_SEEN, is_since_0_19, refuse_unsupported
 
 _NOT_ATTACHED = (
     "jreg_megatron is not attached to the model, since megatron.training.training.setup_model_and_optimizer "
@@ -560,11 +560,9 @@ def _refuse_another_model_to_generate(args: Namespace, settings: tuple[Settings,
 
 def _refuse_optimizer(args: Namespace) -> None:
     """Refuse now what Megatron refuses at the optimizer's first step, or loses; the rules are of 0.19."""
-    from megatron.core import __version__
-
     from jreg_megatron.mcore.preflight import optimizer
 
-    if tuple(map(int, __version__.split(".")[:2])) >= (0, 19):
+    if is_since_0_19():
         optimizer.combination(args)
         optimizer.resuming(args)
 

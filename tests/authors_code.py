@@ -23,7 +23,8 @@ from torch import nn
 
 from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.data.texts import Text
-from jreg_megatron.decoder.load import find_models, load
+from jreg_megatron.decoder.load import load
+from jreg_megatron.decoder.reference import find_models
 from jreg_megatron.evaluate.depth import depth
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.methods.depth.formulas import CONTRIBUTIONS, voids

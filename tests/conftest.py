@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_toy import megatrons_datasets, write_documents
 from harness import TOY, run_ranks
 
 torch.set_num_threads(1)  # the ranks of a test have two cores to share
@@ -29,14 +30,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_toy_data(prefix: Path) -> None:
     """A Megatron dataset of 20,000 random tokens below 255 in documents of 100, 255 ending each."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, size=(200, 100))
     tokens[:, -1] = VOCABULARY - 1
-    for document in tokens:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    write_documents(prefix, tokens)
 
 
 @pytest.fixture(scope="session")
@@ -72,24 +68,11 @@ def toy_masked_steps(toy_data: Path) -> Steps:
 
 
 def read_steps(data: Path, eod_mask_loss: bool) -> Steps:
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
     class Tokenizer:
         vocab_size, eod, pad, unique_identifiers = VOCABULARY, VOCABULARY - 1, -1, {"class": "test"}
 
-    config = GPTDatasetConfig(
-        random_seed=3,
-        sequence_length=LENGTH,
-        blend=([str(data)], None),
-        split="90,10,0",
-        tokenizer=Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=eod_mask_loss,
-    )
-    sizes = [ITERATIONS * BATCH, 0, 0]
-    samples = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    how = {"random_seed": 3, "eod_mask_loss": eod_mask_loss, "blend": ([str(data)], None), "split": "90,10,0"}
+    samples = megatrons_datasets([ITERATIONS * BATCH, 0, 0], LENGTH, Tokenizer(), **how)[0]
     steps = []
     for step in range(ITERATIONS):
         rows = [samples[step * BATCH + row] for row in range(BATCH)]

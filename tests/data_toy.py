@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -33,6 +34,27 @@ def documents(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(500)]
     return [" ".join(draw.choices(words, k=draw.randint(1, 80))) + "." for _ in range(count)]
+
+
+def write_documents(prefix: Path | str, documents: Iterable[Sequence[int]], dtype: type = np.uint16) -> None:
+    """A token file of documents of one sequence each, by Megatron's builder."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for ids in documents:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def megatrons_datasets(sizes: list[int], length: int, tokenizer: Any, **more: Any) -> Any:
+    """Megatron's training, validation and test set: so many samples of so many tokens. ``more`` are fields of
+    its configuration."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    plain = {"random_seed": 1, **dict.fromkeys(("reset_position_ids", "reset_attention_mask"), False)}
+    how = {**plain, "eod_mask_loss": False, "tokenizer": tokenizer, "sequence_length": length} | more
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, GPTDatasetConfig(**how)).build()
 
 
 def write_jsonl(path: Path, texts: Iterable[Text], key: str = "text") -> Path:

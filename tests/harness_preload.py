@@ -13,10 +13,11 @@ import torch
 torch.set_num_threads(1)
 
 from jreg_megatron import cpu  # noqa: E402
+from jreg_megatron.mcore.installed import has_training_loop  # noqa: E402
 
 cpu.enable()
 
-if cpu.has_training_loop():
+if has_training_loop():
     # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
     import torch._dynamo
     from megatron.training.arguments import add_megatron_arguments

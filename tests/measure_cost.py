@@ -22,7 +22,8 @@ from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.data.texts import Text
 from jreg_megatron.data.windows import batches
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import find_models, load
+from jreg_megatron.decoder.load import load
+from jreg_megatron.decoder.reference import find_models
 from jreg_megatron.measure.measurement import BatchSums, measure
 from jreg_megatron.runtime.output import versions
 

@@ -18,19 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def only(file: str, *names: str) -> tuple[str, ...]:
+    """These tests of a file."""
+    return tuple(f"tests/{file}.py::test_{name}" for name in names)
+
+
 TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
 BRIDGE = ("tests/test_bridge.py",)
 PADDING = ("tests/test_equivalence.py", "-k", "padding")
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
-CUT_INTERVALS = (
-    "tests/test_pretrain.py::test_a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
-    "tests/test_pretrain.py::test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it",
-    "tests/test_pretrain.py::"
-    "test_what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped",
+CUT_INTERVALS = only(
+    "test_pretrain",
+    "a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
+    "sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it",
+    "what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped",
 )
 CHANGED = ("tests/test_megatron_checkpoint.py", "-k", "that_a_method_changed_give")
-LINE = (
-    "tests/test_launch.py::test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses",
+LINE = only(
+    "test_launch", "a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses"
 )
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
@@ -47,39 +54,31 @@ STRUCTURE = ("tests/test_structure.py",)
 DEPTH = ("tests/test_depth.py", "-k", "(loops_on_its or use_of_layers) and llama")
 DEPTH_TRAINING = ("tests/test_depth.py", "-k", "attenuation")
 DEPTH_REFUSED = ("tests/test_depth.py", "-k", "layout_cannot")
-DROWNED = tuple(
-    f"tests/test_structure.py::{name}"
-    for name in (
-        "test_logits_that_are_masked_or_large_do_not_switch_a_check_off",
-        "test_a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail",
-    )
+DROWNED = only(
+    "test_structure",
+    "logits_that_are_masked_or_large_do_not_switch_a_check_off",
+    "a_token_that_gives_nan_neither_switches_a_check_off_nor_makes_it_fail",
 )
-FORMS = tuple(
-    f"tests/test_structure.py::{name}"
-    for name in (
-        "test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said",
-        "test_a_norm_among_the_layers_is_not_taken_for_one_of_them",
-        "test_a_branch_whose_sum_is_kept_in_a_dict_is_refused",
-        "test_a_model_of_another_form_is_measured_too",
-        "test_a_short_context_and_a_scale_by_a_word_are_read_out",
-    )
+FORMS = only(
+    "test_structure",
+    "a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said",
+    "a_norm_among_the_layers_is_not_taken_for_one_of_them",
+    "a_branch_whose_sum_is_kept_in_a_dict_is_refused",
+    "a_model_of_another_form_is_measured_too",
+    "a_short_context_and_a_scale_by_a_word_are_read_out",
 )
-OWN = tuple(
-    f"tests/test_structure.py::{name}"
-    for name in (
-        "test_a_model_whose_states_depend_on_something_else_is_refused_in_one_line",
-        "test_a_look_ahead_within_blocks_is_seen",
-    )
+OWN = only(
+    "test_structure",
+    "a_model_whose_states_depend_on_something_else_is_refused_in_one_line",
+    "a_look_ahead_within_blocks_is_seen",
 )
-STATES = tuple(
-    f"tests/test_structure.py::{name}"
-    for name in (
-        "test_a_norm_that_other_heads_share_is_the_final_one_on_the_last_layers_output",
-        "test_layers_that_write_to_their_input_are_measured_and_left_out_by_what_they_were_given",
-        "test_a_state_that_is_written_to_between_layers_is_refused",
-        "test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line",
-        "test_a_layer_that_returns_a_named_tuple_can_be_left_out",
-    )
+STATES = only(
+    "test_structure",
+    "a_norm_that_other_heads_share_is_the_final_one_on_the_last_layers_output",
+    "layers_that_write_to_their_input_are_measured_and_left_out_by_what_they_were_given",
+    "a_state_that_is_written_to_between_layers_is_refused",
+    "a_layer_that_runs_otherwise_on_a_long_text_is_one_line",
+    "a_layer_that_returns_a_named_tuple_can_be_left_out",
 )
 REPORT = ("tests/test_report.py",)
 REPORT_JOINS = ("tests/test_report_joins.py", "-k", "figure_of_depth")
@@ -96,32 +95,26 @@ CONVERT = ("tests/test_convert.py",)
 FIRST_STEP = ("tests/test_first_step.py",)
 ANATOMY = ("tests/test_residual_stream.py",)
 HYBRID = ("tests/test_hybrid.py",)
-EXPORT = tuple(
-    f"tests/test_convert.py::{name}"
-    for name in (
-        "test_rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there",
-        "test_arguments_by_older_names_are_exported",
-        "test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it",
-    )
+EXPORT = only(
+    "test_convert",
+    "rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there",
+    "arguments_by_older_names_are_exported",
+    "what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it",
 )
-TOLD = tuple(
-    f"tests/test_megatron_checkpoint.py::{name}"
-    for name in (
-        "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
-        "test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows",
-    )
+TOLD = only(
+    "test_megatron_checkpoint",
+    "the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
+    "a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows",
 )
-CHECKPOINT = tuple(
-    f"tests/test_megatron_checkpoint.py::{name}"
-    for name in (
-        "test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
-        "test_a_model_that_cannot_be_run_is_refused_by_name",
-        "test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
-        "test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
-        "test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
-        "test_special_tokens_are_those_of_the_megatron_that_saved",
-        "test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation",
-    )
+CHECKPOINT = only(
+    "test_megatron_checkpoint",
+    "hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
+    "a_model_that_cannot_be_run_is_refused_by_name",
+    "a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
+    "what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
+    "the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
+    "special_tokens_are_those_of_the_megatron_that_saved",
+    "samples_that_the_decoder_would_see_otherwise_are_no_last_validation",
 )
 """Those of the file that need no training."""
 VARIANTS = ("tests/test_variants.py",)
@@ -722,14 +715,14 @@ FAULTS = [
     ),
     Fault(
         "start a recipe without Apex as if it were there",
-        "recipe/machine.py",
-        (("find_spec(APEX_FUSION) is None", "False"),),
+        "recipe/__main__.py",
+        (("not has_apex()", "False"),),
         APEX,
     ),
     Fault(
         "start a recipe without fused gradients where Apex is there",
-        "recipe/machine.py",
-        (("find_spec(APEX_FUSION) is None", "True"),),
+        "recipe/__main__.py",
+        (("not has_apex()", "True"),),
         APEX,
     ),
     Fault(
@@ -1389,7 +1382,7 @@ FAULTS = [
     ),
     Fault(
         "let a packed sequence see the one before it",
-        "cpu/attention.py",
+        "mcore/local_layers.py",
         (("(sequence[:, None] != sequence) | ", ""),),
         PADDING,
     ),
@@ -1620,31 +1613,31 @@ FAULTS = [
     ),
     Fault(
         "leave the gradient of the key that heads share to a rank's own heads",
-        "cpu/attention.py",
+        "mcore/local_layers.py",
         (("        if self._width_shared:\n", "        if False:\n"),),
         VARIANTS,
     ),
     Fault(
         "sum the gradient of a norm that every rank has whole",
-        "cpu/megatron.py",
+        "mcore/local_layers.py",
         (("if config.multi_latent_attention and not config.sequence_parallel:", "if False:"),),
         VARIANTS,
     ),
     Fault(
         "take values to be as wide as keys",
-        "cpu/attention.py",
+        "mcore/local_layers.py",
         (("        if v_channels is not None:\n", "        if False:\n"),),
         VARIANTS,
     ),
     Fault(
         "leave a window to Megatron's mask",
-        "cpu/attention.py",
+        "mcore/local_layers.py",
         (("self.attn_mask_type == AttnMaskType.causal and", "False and"),),
         VARIANTS,
     ),
     Fault(
         "give a window without an end one",
-        "cpu/attention.py",
+        "mcore/local_layers.py",
         (("is not None and self._looks_back >= 0:", "is not None:"),),
         VARIANTS,
     ),
@@ -1667,7 +1660,7 @@ FAULTS = [
     ),
     Fault(
         "hand on a norm of an fp32 residual in fp32",
-        "cpu/megatron.py",
+        "mcore/local_layers.py",
         (("        if config.fp32_residual_connection:\n", "        if False:\n"),),
         VARIANTS,
     ),
@@ -1826,7 +1819,7 @@ FAULTS = [
     ),
     Fault(
         "say nothing of a limit beside the paper's means",
-        "evaluate/show.py",
+        "evaluate/table.py",
         (("if not missing and limit is not None:", "if not missing and limit is None:"),),
         PAPER_TASKS,
     ),
@@ -2048,7 +2041,7 @@ FAULTS = [
     Fault(
         "train experts under tensor parallelism without sequence parallelism",
         "mcore/preflight/sizes.py",
-        (("tensor_parallel(args) > 1 and not args.sequence_parallel", "False"),),
+        (("args.tensor_model_parallel_size > 1 and not args.sequence_parallel", "False"),),
         PREFLIGHT,
     ),
     Fault(

@@ -106,12 +106,12 @@ def recipe(work: Path, is_toy: bool) -> Part:
 
 def make_up_data(folder: Path, tokens: int) -> None:
     """Documents of a thousand random tokens, for a run whose loss nobody reads."""
-    from jreg_megatron.data.token_file import write_documents
+    from data_toy import write_documents
 
     draw = random.Random(0).choices
     for name in ("train", "validation"):
         documents = (draw(range(31_000), k=1000) for _ in range(tokens // 1000))
-        write_documents(folder / f"{name}_text_document", documents, 31_999)
+        write_documents(folder / f"{name}_text_document", documents)
 
 
 def device() -> str:

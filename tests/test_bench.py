@@ -36,6 +36,7 @@ from jreg_megatron.bench.step import Measured, summarize
 from jreg_megatron.bench.variants import Variant
 from jreg_megatron.demo import training as demo
 from jreg_megatron.demo.data import prepare
+from jreg_megatron.mcore import installed
 from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime import output
 
@@ -560,7 +561,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
         assert row["is_fine"] and (tmp_path / row["result"]).stat().st_size > 100
         if row["result"].endswith(".json"):
             assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_{on_gpu.device()}_{row['part']}\.json", row["result"])
-            assert json.loads((tmp_path / row["result"]).read_text())["format"] == results.FORMAT
+            assert json.loads((tmp_path / row["result"]).read_text())["format"] == "jreg_megatron benchmark"
     assert "passed, 0 failed" in (tmp_path / "selftest.log").read_text()
     log = (tmp_path / "recipe_170m.log").read_text()
     assert "nproc-per-node 1" in log and "--train-iters 1907" in log
@@ -690,7 +691,7 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
 def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(megatron, "find_spec", lambda _: None)
+    monkeypatch.setattr(installed, "find_spec", lambda _: None)
     words = megatron.arguments_of(default_options(on_cpu=False), 3)
     assert "--no-gradient-accumulation-fusion" in words and "unfused" in words
     assert [note.split(",")[0][:22] for note in megatron.notes(on_cpu=False)] == [
@@ -698,7 +699,7 @@ def test_on_a_gpu_without_nvidias_packages_the_step_does_without_and_the_result_
         "Without Apex the steps",
     ]
     assert megatron.notes(on_cpu=True) == []
-    monkeypatch.setattr(megatron, "find_spec", lambda name: name)
+    monkeypatch.setattr(installed, "find_spec", lambda name: name)
     words = megatron.arguments_of(default_options(on_cpu=False), 3)
     assert "--no-gradient-accumulation-fusion" not in words and "transformer_engine" in words
     assert megatron.notes(on_cpu=False) == []

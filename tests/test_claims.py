@@ -20,9 +20,10 @@ from jreg_megatron.claims.evidence import evaluation_name, find, gather
 from jreg_megatron.claims.rules import Claim, Question
 from jreg_megatron.claims.toy import runs as toys_of
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.demo.training import Run, run_logged, train_all
+from jreg_megatron.demo.training import Run, train_all
 from jreg_megatron.paper import TASKS
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.programs import run_logged
 
 SEEDS = (1, 2, 3, 4)
 COMMON = {

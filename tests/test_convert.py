@@ -18,8 +18,8 @@ from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
 from jreg_megatron.convert import export, import_
+from jreg_megatron.convert.command import check_place, made_beside
 from jreg_megatron.convert.llama import LLAMA3_ROPE, from_megatron, refuse_other
-from jreg_megatron.convert.place import check_place, made_beside
 from jreg_megatron.data import vocabulary
 from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.data.texts import Text, held_out_speeches
@@ -437,7 +437,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
 def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal\n"
-        "from jreg_megatron.convert.place import made_beside\n"
+        "from jreg_megatron.convert.command import made_beside\n"
         f"with made_beside(pathlib.Path({str(tmp_path / 'out')!r})) as folder:\n"
         "    (folder / 'config.json').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

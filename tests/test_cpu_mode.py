@@ -372,11 +372,11 @@ def local_parts_where_transformer_engine_and_apex_are_installed() -> bool:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from jreg_megatron.cpu.megatron import make_local_layers_torchs
+    from jreg_megatron.mcore import local_layers
 
     gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = FusedLayerNorm
     moe_utils.te_general_gemm = lambda *_: None
-    make_local_layers_torchs()
+    local_layers.install()
     norms = backends.LocalSpecProvider().layer_norm(), gpt_layer_specs.LNImpl, transformer_block.LayerNormImpl
     return {*norms} == {WrappedTorchNorm} and moe_utils.te_general_gemm is None
 

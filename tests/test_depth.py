@@ -17,6 +17,7 @@ import depth_reference as plain
 import numpy
 import pytest
 import torch
+from data_toy import write_documents
 from harness import read_scalars, run_function, run_ranks
 from small_models import VOCABULARY, small_model
 from test_attach import build_model, forward, step
@@ -25,10 +26,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jreg_megatron import AttenuationConfig, DepthConfig, JRegConfig, UserError, attach
-from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.evaluate.__main__ import main as evaluate_main
 from jreg_megatron.evaluate.depth import depth
 from jreg_megatron.measure.__main__ import main as measure_main
@@ -106,7 +107,7 @@ MIDDLES = {
 
 @pytest.mark.parametrize("family", MIDDLES)
 def test_depth_of_a_model_is_that_of_plain_loops_on_its_states(family: str) -> None:
-    decoder = decoder_of(small_model(family).double(), None, name=family, source=family)
+    decoder = decoder_of(small_model(family).double(), None, Reference(family, family))
     texts = documents(5, 40, 12)
     measured = measure(decoder, texts, batch_size=2, depth=True)
     states = [states_of(decoder, text.content, MIDDLES[family]) for text in texts]
@@ -129,7 +130,7 @@ def test_attention_is_what_mixes_tokens_whichever_runs_first() -> None:
     model = small_model("llama").double()
     for layer in model.model.layers:
         layer.forward = partial(side_by_side, layer)
-    decoder = decoder_of(model, None, name="small", source="small")
+    decoder = decoder_of(model, None, Reference("small", "small"))
     texts = documents(5, 40)
     measured = measure(decoder, texts, depth=True)["with_first_token"]
     states = [states_of(decoder, text.content, "+self_attn") for text in texts]
@@ -141,7 +142,7 @@ def test_an_mlp_first_layer_has_no_figures_of_an_attention_first_one(
 ) -> None:
     model = small_model("llama").double()
     model.model.layers[2].forward = partial(mlp_first, model.model.layers[2])
-    decoder = decoder_of(model, None, name="small", source="small")
+    decoder = decoder_of(model, None, Reference("small", "small"))
     measured = measure(decoder, documents(20), depth=True)["with_first_token"]
     assert "layer 3 of small (LlamaDecoderLayer) has no" in capsys.readouterr().err
     assert measured["mlp_ratio"]["pre_norm"] is None and measured["void_share"]["pre_norm"]
@@ -151,7 +152,7 @@ def test_a_state_of_norm_0_spoils_the_ratios_of_its_layer_alone() -> None:
     model = small_model("llama").double()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = 0.0
-    decoder = decoder_of(model, None, name="small", source="small")
+    decoder = decoder_of(model, None, Reference("small", "small"))
     (text,) = documents(40)
     text.content[20] = 7
     measured = measure(decoder, [text], depth=True)["with_first_token"]
@@ -167,7 +168,7 @@ def test_a_state_of_norm_0_spoils_the_ratios_of_its_layer_alone() -> None:
 
 
 def test_what_a_method_takes_from_a_layers_output_is_no_part_of_what_its_mlp_adds() -> None:
-    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
     texts = documents(1, 40)  # nothing is found in one token alone
     as_it_is = measure(decoder, texts, depth=True)["with_first_token"]
     decoder.layers[-1].register_forward_hook(lambda _, given, output: output - 0.5 * given[0])
@@ -178,7 +179,7 @@ def test_what_a_method_takes_from_a_layers_output_is_no_part_of_what_its_mlp_add
 
 
 def test_a_text_of_several_sequences_weighs_them_by_their_tokens() -> None:
-    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
     (text,) = documents(64 + 20)
     pieces = [text.content[:64], text.content[64:]]
     measured = measure(decoder, [text], depth=True)["with_first_token"]
@@ -190,7 +191,7 @@ def test_a_text_of_several_sequences_weighs_them_by_their_tokens() -> None:
 
 
 def test_what_a_short_text_has_not_is_not_counted() -> None:
-    decoder = decoder_of(small_model("llama").double(), None, name="small", source="small")
+    decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
     long, short, single = documents(9, 2, 1)
     both = measure(decoder, [long, short, single], depth=True)["with_first_token"]
     alone = measure(decoder, [long], depth=True)["with_first_token"]
@@ -204,7 +205,7 @@ def test_what_a_short_text_has_not_is_not_counted() -> None:
 def test_a_model_without_a_state_between_attention_and_mlp_has_the_rest(
     family: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decoder = decoder_of(small_model(family), None, name=family, source=family)
+    decoder = decoder_of(small_model(family), None, Reference(family, family))
     measured = measure(decoder, documents(20), depth=True)["with_first_token"]
     assert "layer 1 of " in capsys.readouterr().err
     assert all(measured[name]["pre_norm"] is None for name in formulas.CONTRIBUTIONS)
@@ -226,9 +227,7 @@ def test_depth_is_in_table_json_csv_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
-    token_file.write_documents(
-        tmp_path / "some", iter(text.content.tolist() for text in documents(30, 20)), 400
-    )
+    write_documents(tmp_path / "some", [text.content.tolist() for text in documents(30, 20)])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin"]
     out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
     measure_main([str(word) for word in (*words, *out, "--depth")])
@@ -332,7 +331,7 @@ def assert_evaluated(decoder: Decoder, texts: list[Text], rel: float, absolute: 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_the_use_of_layers_is_that_of_runs_without_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jreg_megatron.evaluate.layers._MAX_LOGITS", 7 * VOCABULARY)
-    decoder = decoder_of(small_model(family), None, name=family, source=family)
+    decoder = decoder_of(small_model(family), None, Reference(family, family))
     assert_evaluated(decoder, documents(5, 40, 2, 12), 2e-4, 1e-5)
 
 
@@ -341,7 +340,7 @@ def test_a_layer_that_does_nothing_changes_nothing_where_it_is_skipped() -> None
     with torch.no_grad():
         for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
             module.weight.zero_()
-    decoder = decoder_of(model, None, name="small", source="small")
+    decoder = decoder_of(model, None, Reference("small", "small"))
     found = depth(decoder, documents(20), Namespace(max_tokens=0, batch_size=2, quiet=True))["skip"]
     assert found["output_largest"][1] == 0 and found["later_largest"][1] == [None, None, 0.0, 0.0]
     assert found["output_largest"][0] > 0.01
@@ -351,7 +350,7 @@ def test_depth_of_an_evaluation_is_in_table_json_csv_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[..., Any]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path / "model")
-    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth"]
     out = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
     evaluate_main([str(word) for word in (*words, *out)])
@@ -374,7 +373,7 @@ def test_states_that_overflow_are_refused_in_one_line(
         model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     model.save_pretrained(tmp_path / "model")
-    token_file.write_documents(tmp_path / "some", iter([documents(30)[0].content.tolist()]), 400)
+    write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])
     words = [tmp_path / "model", "--text", tmp_path / "some.bin", "--parts", "depth", "--dtype", "float16"]
     with pytest.raises(SystemExit) as stop:
         evaluate_main([str(word) for word in (*words, "--quiet", "--json", tmp_path / "o.json")])
@@ -390,7 +389,7 @@ def test_probabilities_that_are_no_numbers_are_refused_where_no_layer_is_read_ou
     model = small_model("llama")
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    decoder = replace(decoder_of(model, None, name="small", source="small"), head=None)
+    decoder = replace(decoder_of(model, None, Reference("small", "small")), head=None)
     with pytest.raises(UserError, match="small gives states or logits that are not finite"):
         depth(decoder, documents(20), Namespace(max_tokens=0, batch_size=2, quiet=True))
 
@@ -407,7 +406,7 @@ def smollm2() -> Path:
 def smollm() -> Decoder:
     weights = smollm2()
     model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name).eval()
-    return decoder_of(model, None, name="SmolLM2", source="SmolLM2")
+    return decoder_of(model, None, Reference("SmolLM2", "SmolLM2"))
 
 
 def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:

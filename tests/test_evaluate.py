@@ -17,6 +17,7 @@ from torch import Tensor
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.evaluation import compare, evaluate
 from jreg_megatron.evaluate.layers import PerText, fit_lens, layer_drop, read_out
@@ -35,7 +36,7 @@ OPTIONS = options()
 
 
 def toy(layers: int = 3, seed: int = 0, tokenizer: Any = None) -> Decoder:
-    return decoder_of(toy_model(layers, seed), tokenizer, name=f"toy {seed}", source="toy")
+    return decoder_of(toy_model(layers, seed), tokenizer, Reference(f"toy {seed}", "toy"))
 
 
 def ids(length: int, below: int = VOCABULARY, seed: int = 0) -> list[int]:
@@ -57,7 +58,7 @@ def test_read_out_is_the_cross_entropy_of_each_layers_state_by_final_norm_and_he
     model = small_model(family)
     vocabulary = model.config.vocab_size
     texts = token_texts(vocabulary)
-    found = read_out(decoder_of(model, None, name=family, source=family), texts, OPTIONS)
+    found = read_out(decoder_of(model, None, Reference(family, family)), texts, OPTIONS)
 
     backbone = model.base_model
     layers, norm = (backbone.h, backbone.ln_f) if family == "gpt2" else (backbone.layers, backbone.norm)
@@ -87,7 +88,7 @@ def test_read_out_is_the_cross_entropy_of_each_layers_state_by_final_norm_and_he
 
 def test_reading_out_the_last_layer_gives_the_loss_that_transformers_itself_computes() -> None:
     model = toy_model()
-    found = read_out(decoder_of(model, None, name="toy", source="toy"), token_texts(), OPTIONS)
+    found = read_out(decoder_of(model, None, Reference("toy", "toy")), token_texts(), OPTIONS)
     for number, text in enumerate(token_texts()):
         tokens = torch.tensor([text.content])
         with torch.no_grad():
@@ -252,7 +253,7 @@ def test_read_out_is_left_out_by_name_where_it_would_be_wrong_and_the_rest_stays
     family: str, more: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = small_model(family, **more)
-    decoder = decoder_of(model, None, name=family, source=family)
+    decoder = decoder_of(model, None, Reference(family, family))
     if family == "granite":
         model.config.logits_scaling = 4.0  # in place of one by a name that is not known
     parts, texts = ["read-out", "layer-drop"], token_texts(model.config.vocab_size)
@@ -276,7 +277,7 @@ def test_read_out_is_left_out_by_name_where_it_would_be_wrong_and_the_rest_stays
 
 def test_a_model_without_a_final_norm_is_read_out_by_its_head_alone() -> None:
     model = small_model("openai-gpt")
-    found = read_out(decoder_of(model, None, name="gpt", source="gpt"), token_texts(96), OPTIONS)
+    found = read_out(decoder_of(model, None, Reference("gpt", "gpt")), token_texts(96), OPTIONS)
     for number, text in enumerate(token_texts(96)):
         with torch.no_grad():
             states = model(input_ids=torch.tensor([text.content]), output_hidden_states=True).hidden_states

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from jreg_megatron.data.speeches import is_validation, read_speeches
 from jreg_megatron.data.texts import held_out_speeches
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.evaluate.language_model import DecoderLM
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.evaluate.tasks import SETS, load_tasks, run_tasks
@@ -30,7 +31,7 @@ LIMIT = 12
 
 
 def toy(begins: bool = False) -> Any:
-    return decoder_of(toy_model(), toy_tokenizer(begins), name="toy", source="toy")
+    return decoder_of(toy_model(), toy_tokenizer(begins), Reference("toy", "toy"))
 
 
 def run(decoder: Any, tasks: dict[str, Any], batch_size: int = 5) -> Any:

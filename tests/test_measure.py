@@ -17,14 +17,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from data_toy import write_documents
 from small_models import LAYERS, VOCABULARY, small_model
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jreg_megatron.data import token_file
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.measure.__main__ import main
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.runtime.errors import UserError
@@ -39,7 +40,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def decoder(model: Any) -> Decoder:
-    return decoder_of(model, None, name="small", source="small")
+    return decoder_of(model, None, Reference("small", "small"))
 
 
 def documents(lengths: Sequence[int], seed: int = 0) -> list[Text]:
@@ -177,7 +178,7 @@ def test_empty_texts_are_passed_over_and_no_text_at_all_is_refused(decoder: Deco
 def test_other_families_measure_as_transformers_states_say(family: str) -> None:
     other = small_model(family)
     texts = documents([20, 9])
-    measured = measure(decoder_of(other, None, name=family, source=family), texts)
+    measured = measure(decoder_of(other, None, Reference(family, family)), texts)
     by_hand = []
     for text in texts:
         with torch.no_grad():
@@ -202,7 +203,7 @@ def test_small_turns_keep_their_digits_in_float32() -> None:
             if "o_proj" in name or "down_proj" in name:
                 parameter.mul_(1e-3)
     texts = documents([30])
-    low = measure(decoder_of(quiet, None, name="quiet", source="quiet"), texts)["with_first_token"]
+    low = measure(decoder_of(quiet, None, Reference("quiet", "quiet")), texts)["with_first_token"]
     exact = reference(quiet.double(), [[texts[0].content]], drop_first=False)
     psi = exact["pre_norm"]["displacement"]
     assert max(psi) < 1e-5
@@ -218,7 +219,7 @@ def test_a_state_that_is_not_finite_is_refused_naming_the_first_such_layer(value
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight[0, 0] = value
     with pytest.raises(UserError, match="broken: the states after layer 3 hold NaN or Inf"):
-        measure(decoder_of(broken, None, name="broken", source=""), documents([5]))
+        measure(decoder_of(broken, None, Reference("broken", "")), documents([5]))
 
 
 def test_an_id_that_the_model_does_not_have_is_named(decoder: Decoder) -> None:
@@ -234,7 +235,7 @@ def test_text_for_a_model_without_a_tokenizer_is_refused(decoder: Decoder) -> No
 
 
 def test_a_model_of_one_layer_has_no_jump_rate() -> None:
-    one = decoder_of(small_model("llama", num_hidden_layers=1), None, name="one", source="one")
+    one = decoder_of(small_model("llama", num_hidden_layers=1), None, Reference("one", "one"))
     figures = measure(one, documents([5]))["with_first_token"]
     assert figures["jump_rate"] == {"pre_norm": None, "post_norm": None}
     assert len(figures["displacement"]["pre_norm"]) == 1
@@ -341,7 +342,7 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
 ) -> None:
     model = small_model(family, **more)
     model.save_pretrained(tmp_path / "odd")
-    token_file.write_documents(tmp_path / "ids", iter(IDS[:1]), 400)
+    write_documents(tmp_path / "ids", IDS[:1])
     files = tmp_path / "out.json", tmp_path / "out.csv"
     text = ("--text", tmp_path / "ids.bin")
     run(tmp_path / "odd", *text, "--json", files[0], "--csv", files[1], "--layers")
@@ -374,7 +375,7 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
 def test_token_files_give_the_figures_of_the_text_they_were_made_from(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    token_file.write_documents(tmp_path / "ids", iter(IDS), 400)
+    write_documents(tmp_path / "ids", IDS)
     for name, source in (("a", text), ("b", tmp_path / "ids.bin"), ("c", tmp_path / "ids")):
         run(folder, "--text", source, "--json", tmp_path / f"{name}.json", "--quiet")
     a, b, c = (json.loads((tmp_path / f"{name}.json").read_text())["models"] for name in "abc")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from checkpoint_toy import GPT2_FLAGS, LLAMA_FLAGS, logits_of, made, some_tokens
+from data_toy import write_documents
 from harness import TOY, read_scalars, run_function, run_ranks
 
 from jreg_megatron import UserError
@@ -543,18 +544,12 @@ def test_what_a_users_own_method_has_changed_is_refused_by_name(
 
 def evaluated(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``evaluate`` says of a model with attenuation, and its losses by Megatron's own model."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     from jreg_megatron.evaluate.__main__ import main
 
     model = made(work / "run", CHANGED["a Llama, attenuated"])
     tokens = {"test": some_tokens(), "fit": torch.cat([some_tokens(seed=seed) for seed in range(2, 14)])}
     for name, rows in tokens.items():
-        builder = IndexedDatasetBuilder(f"{work / name}.bin", dtype=np.uint16)
-        for row in rows:
-            builder.add_document(row, [len(row)])
-        builder.finalize(f"{work / name}.idx")
+        write_documents(work / name, rows)
     argv = [
         "--parts",
         "read-out,layer-drop",

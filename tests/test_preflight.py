@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import pytest
+from data_toy import write_documents
 
 from jreg_megatron.mcore.preflight import check_arguments, optimizer
 from jreg_megatron.runtime.errors import UserError
@@ -432,14 +433,8 @@ def test_nothing_is_refused_that_megatron_takes_and_nothing_left_to_it_that_it_r
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
     def make(documents: list[list[int]], name: str = "text_document", dtype: Any = numpy.uint16) -> str:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        prefix = str(tmp_path / name)
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        for document in documents:
-            builder.add_document(document, [len(document)])
-        builder.finalize(f"{prefix}.idx")
-        return prefix
+        write_documents(tmp_path / name, documents, dtype)
+        return str(tmp_path / name)
 
     return make
 

@@ -19,6 +19,7 @@ import pytest
 from harness import MEGATRON_FSDP, read_scalars, run_ranks
 
 from jreg_megatron import UserError, pretrain
+from jreg_megatron.mcore import installed
 from jreg_megatron.runtime.errors import megatrons_refusals
 
 SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
@@ -426,28 +427,28 @@ def test_a_mistake_is_shown_once_however_slowly_the_first_rank_goes_down(tmp_pat
     [
         ("transformer_engine", "transformer_engine", "install jreg_megatron.te., or give --transformer-impl"),
         ("transformer_engine", "local", None),
-        (pretrain.APEX_FUSION, "local", "install NVIDIA's Apex, or give --no-gradient-accumulation-fusion"),
+        (installed.APEX_FUSION, "local", "install NVIDIA's Apex, or give --no-gradient-accumulation-fusion"),
     ],
 )
 def test_on_a_gpu_nvidias_packages_that_megatron_takes_for_granted_are_asked_for_at_start_up(
     missing: str, implementation: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == missing else name)
     asked = Namespace(transformer_impl=implementation, spec=None, gradient_accumulation_fusion=True)
     if expected is None:
-        pretrain._refuse_without_nvidias_packages(asked)
+        installed.refuse_without_nvidias_packages(asked)
     else:
         with pytest.raises(UserError, match=expected):
-            pretrain._refuse_without_nvidias_packages(asked)
-    pretrain._refuse_without_nvidias_packages(
+            installed.refuse_without_nvidias_packages(asked)
+    installed.refuse_without_nvidias_packages(
         Namespace(transformer_impl="transformer_engine", spec=["a"], gradient_accumulation_fusion=False)
     )
 
 
 def pretrain_without_a_training_loop(_: list[str]) -> None:
-    from jreg_megatron import cpu, pretrain
+    from jreg_megatron import pretrain
 
-    cpu.has_training_loop = lambda: False
+    installed.has_training_loop = lambda: False
     with pytest.raises(SystemExit) as ended:
         pretrain.main(["--cpu"])
     assert ended.value.code == 2

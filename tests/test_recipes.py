@@ -166,7 +166,7 @@ def test_a_dry_run_prints_the_torchrun_command_with_every_flag(
 
 
 def plan_beside_apex(argv: list[str]) -> None:
-    from jreg_megatron.pretrain import APEX_FUSION
+    from jreg_megatron.mcore.installed import APEX_FUSION
     from jreg_megatron.recipe.__main__ import main
 
     with tempfile.TemporaryDirectory() as folder:

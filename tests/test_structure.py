@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
 from jreg_megatron.decoder.hugging_face import decoder_of
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.evaluate.layers import read_out_error, score_own
 from jreg_megatron.measure.measurement import measure
 from jreg_megatron.runtime.errors import UserError
@@ -24,7 +25,7 @@ WIDTH = 16
 
 
 def found_in(model: Any, name: str = "odd") -> Decoder:
-    return decoder_of(model, None, name=name, source=name)
+    return decoder_of(model, None, Reference(name, name))
 
 
 def refused(model: Any) -> str:

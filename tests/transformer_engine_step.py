@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from jreg_megatron.runtime.extras import silence_megatron
+from jreg_megatron.runtime.imports import silence_megatron
 from jreg_megatron.selftest.layouts import Layout
 
 

@@ -19,6 +19,7 @@ from jreg_megatron.bench.rounds import rounds
 from jreg_megatron.bench.variants import Attached, Variant
 from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients
 from jreg_megatron.methods.jreg.settings import JRegConfig
+from jreg_megatron.runtime.imports import without_noise
 
 _WIDTH, _SEQUENCE, _BATCH, _HEADS, _VOCABULARY = 16, 8, 2, 2, 32
 _NEVER = 10**6
@@ -92,7 +93,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 
 def _model(layers: int, device: torch.device) -> Any:
-    from jreg_megatron.decoder.checkpoint.model import import_megatron, without_noise
+    from jreg_megatron.decoder.checkpoint.model import import_megatron
     from jreg_megatron.mcore.one_process import single_process
 
     with without_noise():

@@ -8,12 +8,12 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, TextIO
 
-from jreg_megatron.runtime.errors import UserError, megatrons_refusals
-from jreg_megatron.runtime.extras import silence_megatron
+from jreg_megatron.mcore.installed import NO_FUSION, has_apex, has_transformer_engine, need_training_loop
+from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.fork import be_alone_unless_started, take_one_thread
+from jreg_megatron.runtime.imports import silence_megatron
 
 _NEVER = 10**9
 
@@ -22,7 +22,6 @@ _LOCAL = """
     --transformer-impl local --attention-backend unfused
     --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
 """
-_NO_FUSION = "--no-gradient-accumulation-fusion"
 
 
 def make_ready(on_cpu: bool) -> None:
@@ -36,15 +35,11 @@ def make_ready(on_cpu: bool) -> None:
         take_one_thread()
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it before Blackwell
-        if not _has_transformer_engine():
-            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+        if not has_transformer_engine():
+            from jreg_megatron.mcore import local_layers
 
-            make_local_layers_torchs()
-    if not cpu.has_training_loop():
-        raise UserError(
-            "bench step needs Megatron's training loop, which Megatron-Core's wheel has from 0.19 on; "
-            "upgrade it"
-        )
+            local_layers.install()
+    need_training_loop("bench step")
     use_built_helper()
 
 
@@ -81,8 +76,8 @@ def arguments_of(args: Namespace, steps: int) -> list[str]:
         from jreg_megatron import cpu
 
         return cpu.with_cpu_flags([*argv, *args.more])
-    argv += ["--transformer-impl", "transformer_engine"] if _has_transformer_engine() else _LOCAL.split()
-    return [*argv, *([] if _has_apex() else [_NO_FUSION]), *args.more]
+    argv += ["--transformer-impl", "transformer_engine"] if has_transformer_engine() else _LOCAL.split()
+    return [*argv, *([] if has_apex() else [NO_FUSION]), *args.more]
 
 
 def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
@@ -99,24 +94,13 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
     Raises:
         UserError: for arguments that cannot be, or if Megatron ends before ``work`` is called.
     """
-    from megatron.core.enums import ModelType
-    from megatron.training import arguments, get_args, pretrain, training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training import get_args, training
 
     from jreg_megatron import gpt_pretraining
-    from jreg_megatron.mcore import preflight
-    from jreg_megatron.mcore.arguments import add_arguments
-    from jreg_megatron.stream.support import refuse_unsupported
 
     be_alone_unless_started()
     sys.argv = [sys.argv[0], *argv]
-    asked = arguments.parse_args(add_arguments)
-    gpt_pretraining.refuse_other_tasks(asked)
-    preflight.check_arguments(asked)
-    refuse_unsupported(asked, args.config)
-    with megatrons_refusals():
-        validated = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-        model_config = gpt_pretraining.model_config(validated)
+    config = gpt_pretraining.read_arguments(args.config)
     train_step, is_set_up = training.train_step, False
     found: list[T] = []
 
@@ -130,13 +114,7 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
         return result
 
     training.train_step = steps
-    pretrain(
-        pretrain_cfg_container_from_args(validated, model_config),
-        gpt_pretraining.datasets,
-        ModelType.encoder_or_decoder,
-        gpt_pretraining.forward_step,
-        get_embedding_ranks=gpt_pretraining.embedding_ranks,
-    )
+    gpt_pretraining.train(config)
     if not found:
         raise UserError(
             "Megatron ended the training before anything was measured; leave out the flags after -- that "
@@ -183,21 +161,11 @@ def notes(on_cpu: bool) -> list[str]:
     if on_cpu:
         return []
     found = []
-    if not _has_transformer_engine():
+    if not has_transformer_engine():
         found.append(
             "Without Transformer Engine attention writes its scores to memory: the unmodified step is slower "
             "than with it, and the ratios to it are nearer to 1."
         )
-    if not _has_apex():
-        found.append(f"Without Apex the steps run with {_NO_FUSION}.")
+    if not has_apex():
+        found.append(f"Without Apex the steps run with {NO_FUSION}.")
     return found
-
-
-def _has_transformer_engine() -> bool:
-    return find_spec("transformer_engine") is not None
-
-
-def _has_apex() -> bool:
-    from jreg_megatron.pretrain import APEX_FUSION
-
-    return find_spec(APEX_FUSION) is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.flags import Parser, count, positive
+from jreg_megatron.runtime.flags import Parser, count, flag_of, positive
 
 UNMODIFIED, AGAIN = "unmodified", "unmodified_again"
 MEASURE, JREG, EVERY_STEP, NAIVE = "measure", "jreg", "jreg_every_step", "naive"
@@ -65,7 +65,7 @@ class Shape:
     def megatron_arguments(self) -> list[str]:
         """The Megatron flags of the model and its optimizer, without batch, sequence and data."""
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        flags = [word for name in sizes for word in (f"--{name.replace('_', '-')}", str(getattr(self, name)))]
+        flags = [word for name in sizes for word in (flag_of(name), str(getattr(self, name)))]
         flags += ["--padded-vocab-size", str(self.vocab_size)]
         return [*flags, *_LLAMA.split(), *(_RECIPE if self.recipe else _DEMO).split()]
 
@@ -270,7 +270,7 @@ def _size_model(args: Namespace) -> None:
 
 def _read_more(args: Namespace, more: list[str]) -> None:
     """JREG's settings, and Megatron's arguments among those after ``--``."""
-    from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+    from jreg_megatron.methods.jreg.settings import JRegConfig
 
     given, args.more = JRegConfig.check_flags(more)
     args.config = replace(
@@ -280,9 +280,9 @@ def _read_more(args: Namespace, more: list[str]) -> None:
     )
     for name in ("start_iteration", "stop_iteration", "warmup_iterations", "measure_interval"):
         if hasattr(given, f"jreg_{name}"):
-            raise UserError(f"{flag_of(name)} is set by the benchmark itself; leave it out")
+            raise UserError(f"{JRegConfig.flag(name)} is set by the benchmark itself; leave it out")
     if args.config.coeff == 0:
-        raise UserError(f"{flag_of('coeff')} is 0, so there is no JREG to measure; give a number > 0")
+        raise UserError(f"{JRegConfig.flag('coeff')} is 0, so there is no JREG to measure; give a number > 0")
     args.config.layer_weights(args.model.num_layers)
     for flag in (word.partition("=")[0] for word in more):
         if flag in _OWN:

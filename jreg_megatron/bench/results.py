@@ -14,20 +14,12 @@ from typing import Any
 
 from jreg_megatron.runtime import output
 
-FORMAT, VERSION = "jreg_megatron benchmark", 1
-
 
 def document(argv: list[str], part: str, figures: dict[str, Any]) -> dict[str, Any]:
     """The document of one run: ``argv`` made the figures of ``part`` on this machine."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "command": command(argv),
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": output.versions("megatron-core", "torch", "triton", "transformer-engine", "apex"),
-        part: figures,
-    }
+    made = {"command": command(argv), "date": date.today().isoformat(), "machine": machine()}
+    packages = ("megatron-core", "torch", "triton", "transformer-engine", "apex")
+    return output.document("benchmark", *packages, **made, **{part: figures})
 
 
 def command(argv: list[str]) -> str:

@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field
 from jreg_megatron.methods import known
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.report.check import checked
 from jreg_megatron.report.inputs import Evaluated, History, Score
 from jreg_megatron.report.reading import read, read_history
+from jreg_megatron.runtime.documents import checked
 from jreg_megatron.runtime.errors import UserError
 
 # All runs of an experiment have these in common.

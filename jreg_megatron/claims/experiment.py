@@ -12,13 +12,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.demo.training import each, progress, run_logged
-from jreg_megatron.report.check import checked, read_json
 from jreg_megatron.runtime import output
+from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
+from jreg_megatron.runtime.imports import need
 from jreg_megatron.runtime.lock import lock
+from jreg_megatron.runtime.programs import each, progress, run_logged
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from jreg_megatron.claims.evidence import Trained
@@ -61,7 +61,7 @@ def filling(args: Namespace, name: str) -> Iterator[None]:
     Raises:
         UserError: if a package is missing, the folder cannot be written, or another process fills it.
     """
-    for package in ("jinja2", "vl_convert", "lm_eval", "scipy", "rich"):
+    for package in ("jinja2", "vl_convert", "lm_eval", "scipy"):
         need(package, name, "analysis")
     for file in (f"{name}.html", f"{name}.json", _LOCK, _WORDS):
         if (args.output / file).is_dir():
@@ -120,9 +120,8 @@ def about(name: str, how: Mapping[str, str]) -> dict[str, Any]:
     """The head of a command's JSON document: format, versions, and how it was made, on which machine."""
     machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
     machine += f", Python {platform.python_version()}"
-    versions = output.versions("megatron-core", "torch", "lm_eval", "scipy")
     how = {**how, "finished": date.today().isoformat(), "machine": machine}
-    return {"format": f"jreg_megatron {name}", "version": 1, "versions": versions, "how": how}
+    return output.document(name, "megatron-core", "torch", "lm_eval", "scipy", how=how)
 
 
 def put_out(

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jreg_megatron.convert import place
+from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.imports import need
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
@@ -24,11 +24,11 @@ _OWN = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    place.run("export", _parser().parse_args(argv), _OWN, export, _print)
+    command.run("export", _parser().parse_args(argv), _OWN, export, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = place.parser(
+    parser = command.parser(
         "export",
         ("CHECKPOINTS", "a training's --save folder"),
         "new folder",
@@ -84,7 +84,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     how: dict[str, Any] = {"dtype": dtype, "device": device, "vocab_size": config.vocab_size}
     decoder = decoder_of(checkpoint, source=str(options.source), **how)
     notes: list[str] = []
-    with place.made_beside(options.output) as folder:
+    with command.made_beside(options.output) as folder:
         if tokenizer:
             notes, config.bos_token_id = save_tokenizer(tokenizer, folder)
             config.eos_token_id = tokenizer.eod
@@ -105,7 +105,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
                 "give --vocab-size or --tokenizer-model"
             )
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        difference = place.check_logits(decoder, written, "exported")
+        difference = command.check_logits(decoder, written, "exported")
     return {
         "step": checkpoint.step,
         "dtype": config.dtype,

@@ -7,20 +7,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jreg_megatron.convert import place
+from jreg_megatron.convert import command
 from jreg_megatron.decoder.checkpoint.folder import RELEASE, TRACKER
-from jreg_megatron.decoder.load import Reference
+from jreg_megatron.decoder.reference import Reference
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.imports import need, without_noise
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    place.run("import", _parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
+    command.run("import", _parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
 
 
 def _parser() -> argparse.ArgumentParser:
-    return place.parser(
+    return command.parser(
         "import",
         ("FOLDER", "folder with config.json and safetensors"),
         "new folder, for Megatron's --load",
@@ -55,13 +55,13 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     model = model_of(reference, str(source), dtype=getattr(torch, options.dtype) if options.dtype else "auto")
     weights = to_megatron(model.state_dict(), config)
     flags = [*megatron_flags(config), *_tokenizer_flags(source, config.vocab_size)]
-    with place.made_beside(options.output) as folder:
+    with command.made_beside(options.output) as folder:
         (folder / RELEASE).mkdir()
         _save(folder / RELEASE, weights, config.vocab_size, flags, model.dtype)
         # After all weights, as Megatron does it: this file makes the folder a checkpoint.
         (folder / TRACKER).write_text(f"{RELEASE}\n")
         decoder = load_megatron(folder, dtype=model.dtype, device=device)
-        difference = place.check_logits(decoder, model, "imported")
+        difference = command.check_logits(decoder, model, "imported")
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in weights.values()),
@@ -94,7 +94,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     single_process()
-    with building.without_noise():
+    with without_noise():
         model: Any = building.build(arguments.model_arguments(vars(args), dtype, vocab_size)).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
@@ -103,7 +103,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     sharded = model.sharded_state_dict(metadata=metadata | {"dp_cp_group": group})
-    with building.without_noise():
+    with without_noise():
         dist_checkpointing.save({"model": sharded} | common, str(folder), content_metadata=metadata)
     # Megatron-Core before 0.19 reads this file; newer versions read either.
     torch.save(common | {"content_metadata": metadata}, folder / "common.pt")

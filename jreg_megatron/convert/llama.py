@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jreg_megatron.decoder.checkpoint.folder import bridge_as
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -24,7 +25,7 @@ LLAMA3_ROPE = {
 """The numbers of Megatron's ``--use-rope-scaling``; its training loop has no others."""
 
 # Features of Megatron's GPTModel that a Llama and a Qwen lack: argument, their values, the feature, and a
-# model of Megatron-Bridge with this feature.
+# model of Megatron-Bridge with this feature. What cannot be measured either is refused before.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -34,7 +35,6 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("swiglu", (True,), "has another activation than SwiGLU (no --swiglu)", None),
     ("glu_linear_offset", (0, None), "has --glu-linear-offset", "gpt-oss"),
     ("activation_func_clamp_value", (None,), "has --activation-func-clamp-value", "gpt-oss"),
-    ("qk_l2_norm", (False,), "has norms of queries and keys (--qk-l2-norm)", None),
     ("position_embedding_type", ("rope",), "has no rotary positions (--position-embedding-type)", None),
     ("rotary_percent", (1, None), "turns only a part of each head (--rotary-percent)", "Nemotron"),
     ("rotary_interleaved", (False,), "has --rotary-interleaved", "ERNIE 4.5"),
@@ -43,7 +43,6 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("softmax_type", ("vanilla", None), "has another softmax (--softmax-type)", "gpt-oss"),
     ("attention_output_gate", (False,), "has --attention-output-gate", "Qwen3-Next"),
     ("apply_residual_connection_post_layernorm", (False,), "takes the residual after the norm", None),
-    ("experimental_attention_variant", (None,), "has --experimental-attention-variant", "Qwen3-Next"),
     ("linear_attention_freq", (None,), "has linear attention", "Qwen3-Next"),
     ("use_mup", (False,), "is scaled by MuP (--use-mup)", None),
 )
@@ -169,7 +168,7 @@ def megatron_flags(config: Any) -> list[str]:
     flags: list[str | float] = ["--kv-channels", head_width(config), "--rotary-base", int(rope["rope_theta"])]
     for theirs, ours in _SAME.items():
         name = "norm_epsilon" if ours == "layernorm_epsilon" else ours
-        flags += [f"--{name.replace('_', '-')}", getattr(config, theirs)]
+        flags += [flag_of(name), getattr(config, theirs)]
     if config.num_key_value_heads != config.num_attention_heads:
         flags += ["--group-query-attention", "--num-query-groups", config.num_key_value_heads]
     flags += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"]

@@ -2,18 +2,16 @@
 
 Megatron-Core names CUDA by hand in a few hundred places. :func:`enable` redirects those names to the
 CPU for the life of the process; :data:`FLAGS` choose the code paths that need no CUDA kernel. A run on
-GPUs redirects nothing; only the self-test takes from here what Megatron lacks without Transformer Engine.
+GPUs redirects nothing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 from jreg_megatron.cpu.flags import FLAGS, announcement, with_cpu_flags
 
-__all__ = ["FLAGS", "announcement", "enable", "has_training_loop", "with_cpu_flags"]
+__all__ = ["FLAGS", "announcement", "enable", "with_cpu_flags"]
 
 
 @cache
@@ -27,12 +25,3 @@ def enable() -> None:
     megatron.import_for_the_cpu()
     redirect.install()
     megatron.install()
-
-
-def has_training_loop() -> bool:
-    """Whether ``megatron.training`` comes with ``megatron.core``; wheels before 0.19 hold the core only."""
-    import megatron.core
-
-    loop = importlib.util.find_spec("megatron.training")
-    root = Path(megatron.core.__file__).parents[1]
-    return bool(loop and loop.origin and Path(loop.origin).parents[1] == root)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import multiprocessing
 import sys
 from collections import defaultdict
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from jreg_megatron.mcore.dataset_helper import use_built_helper
-from jreg_megatron.runtime.extras import uncompiled
+from jreg_megatron.mcore.installed import has_training_loop
 from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.imports import uncompiled
 
 _FOR_GPUS = ("transformer_engine", "apex", "amp_C")
 
@@ -31,8 +31,6 @@ def import_for_the_cpu() -> None:
     torch.compile = uncompiled  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_model
 
-    from jreg_megatron.cpu import has_training_loop
-
     if has_training_loop():
         import megatron.training  # noqa: F401
 
@@ -44,7 +42,7 @@ def install() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    from jreg_megatron.cpu import has_training_loop
+    from jreg_megatron.mcore import local_layers
 
     if has_training_loop():
         import megatron.training
@@ -81,7 +79,7 @@ def install() -> None:
     # FSDP2 is given a mesh of CUDA devices by name.
     DeviceMesh.from_group = partial(_on_the_cpu, DeviceMesh.from_group)  # type: ignore[method-assign]
 
-    make_local_layers_torchs()
+    local_layers.install()
     _let_the_distributed_optimizer_resume(DistributedOptimizer)
 
 
@@ -97,57 +95,9 @@ def _write_results_queue(filesystem_async: Any, mode: str = "") -> Any:
     return filesystem_async._results_queue
 
 
-@cache
-def _let_torch_norms_be_sequence_parallel() -> None:
-    """Lift a refusal: torch's norms are local to a token, and that is all sequence parallelism asks of them.
-
-    They only need the mark by which Megatron finds the parameters whose gradients the ranks must sum.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    build = WrappedTorchNorm.__new__
-
-    @wraps(build)
-    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm: torch.nn.Module = build(cls, plain, *args, **kwargs)
-        if config.fp32_residual_connection:
-            norm.register_forward_hook(lambda _, __, normed: normed.to(config.params_dtype))
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            if config.multi_latent_attention and not config.sequence_parallel:
-                # Its norms stand before the heads part, so all ranks have the whole gradient. Megatron would
-                # sum that of q_layernorm, by its name; the mean changes nothing.
-                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(new)
-
-
 def _on_the_cpu(from_group: Any, group: Any, device_type: str, **named: Any) -> DeviceMesh:
     mesh: DeviceMesh = from_group(group, "cpu", **named)
     return mesh
-
-
-def make_local_layers_torchs() -> None:
-    """Have the layers of ``--transformer-impl local`` run in torch alone, for good, on a GPU too.
-
-    Where Transformer Engine or Apex is installed, Megatron takes some of it for these layers as well; where
-    neither is, it misses context parallelism and sequence-parallel norms.
-    """
-    from megatron.core.models import backends
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import transformer_block
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    from jreg_megatron.cpu import attention
-
-    attention.install()
-    gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = WrappedTorchNorm
-    _let_torch_norms_be_sequence_parallel()
-    moe_utils.te_general_gemm = None  # 0.16 misses the name where there is no Transformer Engine
 
 
 def _let_the_distributed_optimizer_resume(optimizer_class: Any) -> None:

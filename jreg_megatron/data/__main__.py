@@ -13,7 +13,8 @@ from typing import Any
 from jreg_megatron.data import tokenizing
 from jreg_megatron.data.corpus import FORMATS
 from jreg_megatron.data.tokenizing import TokenizerSettings
-from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.flags import check_least
 from jreg_megatron.runtime.output import check_outputs
 
 _NUMBER: Any = {"type": int, "metavar": "N"}
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and one line for a user's mistake, 130 for Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     with user_errors_exit("the same command continues from here"):
         args.command(args)
 
@@ -91,17 +92,18 @@ def _inspect(args: Namespace) -> None:
             print(f"Train on all of them with: --data-args-path {args.blend} --split 99,1,0")
 
 
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """The parser of all commands."""
     about = "Turn text into Megatron's token files, and check them."
-    parser = ArgumentParser(prog="jreg-megatron data", description=about)
-    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = ArgumentParser(prog="jreg-megatron data", description=about)
+    commands: Any = made.add_subparsers(required=True, metavar="COMMAND")
     for run, add_flags in ((_prepare, _add_prepare), (_tokenizer, _add_tokenizer), (_inspect, _add_inspect)):
         about = run.__doc__ or ""  # written for the user
         brief = about.partition(". ")[0].rstrip(".")
         command = commands.add_parser(run.__name__[1:], help=brief, description=about)
         command.set_defaults(command=run)
         add_flags(command)
-    return parser
+    return made
 
 
 def _add_prepare(parser: ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import IO, Any
 
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.imports import need
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
 """Formats and their file endings. ``.gz`` or ``.zst`` may follow, except for Parquet."""

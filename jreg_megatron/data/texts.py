@@ -15,6 +15,8 @@ from jreg_megatron.data.speeches import is_validation, read_speeches
 from jreg_megatron.data.token_file import TokenFile
 from jreg_megatron.runtime.errors import UserError
 
+MAX_TOKENS = 512
+"""Of each text, by default."""
 _MAX_BYTES = 1 << 30
 
 
@@ -93,7 +95,8 @@ def named_speeches(names: Sequence[str]) -> list[Text]:
 
 
 def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
-    """Define ``--text``, ``--speeches`` and ``--key``; returns the group, and its mutually exclusive part."""
+    """Define ``--text``, ``--speeches``, ``--key`` and ``--max-tokens``; returns the group, and its mutually
+    exclusive part."""
     group = parser.add_argument_group("texts (default: the held-out State of the Union speeches)")
     which = group.add_mutually_exclusive_group()
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
@@ -103,6 +106,8 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
     which.add_argument("--speeches", **several, metavar="NAME", help=speeches)
     key = "field of JSON lines, column of Parquet (default: %(default)s)"
     group.add_argument("--key", default="text", help=key)
+    first = f"read the first N tokens of each text; 0 reads all (default: {MAX_TOKENS})"
+    group.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=first)
     return group, which
 
 

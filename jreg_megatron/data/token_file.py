@@ -114,15 +114,6 @@ def builder(prefix: Path, vocab_size: int) -> Any:
     return IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(vocab_size))
 
 
-def write_documents(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> int:
-    """Write documents of one sequence each, none of them empty; returns the number of tokens."""
-    writer = builder(prefix, vocab_size)
-    for ids in documents:
-        writer.add_document(ids, [len(ids)])
-    writer.finalize(f"{prefix}.idx")
-    return sum(writer.sequence_lengths)
-
-
 def join(prefix: Path, parts: Iterable[Path], vocab_size: int) -> dict[str, Any]:
     """Join token files to one; returns its numbers of documents, sequences and tokens, and a token's type."""
     whole, sequences = builder(prefix, vocab_size), 0

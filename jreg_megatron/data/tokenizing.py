@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import need, without_compilation
+from jreg_megatron.runtime.imports import need, without_compilation, without_noise
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's types that read a SentencePiece model."""
@@ -133,9 +131,7 @@ def build(settings: TokenizerSettings) -> Tokenizer:
         UserError: if Megatron is too old or cannot build it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), without_compilation():
-        warnings.simplefilter("ignore")
+    with without_noise(), without_compilation():
         try:
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
         except ModuleNotFoundError as error:

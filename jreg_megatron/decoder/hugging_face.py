@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import GGUF_ENDING, Reference, step_of
+from jreg_megatron.decoder.reference import GGUF_ENDING, Reference, step_of
 from jreg_megatron.decoder.structure import find_structure
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone, need
+from jreg_megatron.runtime.imports import errors_alone, need
 from jreg_megatron.runtime.output import note
 
 
@@ -66,15 +67,9 @@ def load_hugging_face(
             has_words = len(tokenizer) > len(tokenizer.added_tokens_decoder)
         except Exception:  # the error comes when a text has to be read
             has_words = False
-    return decoder_of(
-        model if device == "auto" else model.to(device),
-        tokenizer if has_words else None,
-        name=reference.name,
-        source=reference.source,
-        kind="gguf" if is_gguf else "hugging_face",
-        revision=reference.revision,
-        step=reference.step,
-    )
+    model = model if device == "auto" else model.to(device)
+    kind = "gguf" if is_gguf else "hugging_face"
+    return decoder_of(model, tokenizer if has_words else None, reference, kind)
 
 
 def model_of(reference: Reference, source: str, *, trust_remote_code: bool = False, **how: Any) -> Any:
@@ -111,37 +106,15 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
 
 
 def decoder_of(
-    model: Any,
-    tokenizer: Any | None,
-    *,
-    name: str,
-    source: str,
-    kind: str = "hugging_face",
-    revision: str | None = None,
-    step: int | None = None,
+    model: Any, tokenizer: Any | None, reference: Reference, kind: str = "hugging_face"
 ) -> Decoder:
     """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers.
 
     Raises:
         UserError: if its layers cannot be found, or it is no causal decoder.
     """
-    config = model.config.get_text_config(decoder=True)
+    config, name = model.config.get_text_config(decoder=True), reference.name
     device = model.device
-
-    @torch.inference_mode()
-    def logits(tokens: Tensor) -> Tensor:
-        found: Any = _called(model, tokens.to(device))
-        if not hasattr(found, "logits"):
-            found = found["logits" if isinstance(found, dict) else 0]
-        else:
-            found = found.logits
-        if found.ndim != 3 or found.shape[:2] != tokens.shape:
-            raise UserError(
-                f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
-                f"{list(tokens.shape)}; give a causal language model that predicts at every position"
-            )
-        out: Tensor = found
-        return out
 
     # In an encoder-decoder, num_hidden_layers is the encoder's.
     counts = _settings(
@@ -153,6 +126,7 @@ def decoder_of(
     )
     max_length = next((int(length) for length in lengths if length > 0), None)
     ids = getattr(config, "vocab_size", None) or len(model.get_output_embeddings().weight)
+    logits = partial(_logits, model, name)
     structure = find_structure(model, logits, int(ids), name, num_layers, max_length)
     if num_layers not in (None, len(structure.layers)):
         note(
@@ -175,10 +149,10 @@ def decoder_of(
 
     return Decoder(
         name=name,
-        source=source,
+        source=reference.source,
         kind=kind,
-        revision=revision,
-        step=step_of(revision or source) if step is None else step,
+        revision=reference.revision,
+        step=step_of(reference.revision or reference.source) if reference.step is None else reference.step,
         model=model,
         layers=structure.layers,
         final_norm=structure.final_norm,
@@ -206,6 +180,22 @@ def _called(module: nn.Module, tokens: Tensor) -> Any:
     known = signature(module.forward).parameters.values()
     has_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known)
     return module(input_ids=tokens, **{"use_cache": False} if has_cache else {})
+
+
+@torch.inference_mode()
+def _logits(model: Any, name: str, tokens: Tensor) -> Tensor:
+    """Logits ``[b, s, V]`` of token ids ``[b, s]``."""
+    output = _called(model, tokens.to(model.device))
+    if hasattr(output, "logits"):
+        found: Tensor = output.logits
+    else:
+        found = output["logits" if isinstance(output, dict) else 0]
+    if found.ndim != 3 or found.shape[:2] != tokens.shape:
+        raise UserError(
+            f"{name} ({type(model).__name__}) gives logits {list(found.shape)} for token ids "
+            f"{list(tokens.shape)}; give a causal language model that predicts at every position"
+        )
+    return found
 
 
 class _HeadReached(Exception):

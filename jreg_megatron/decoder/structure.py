@@ -95,21 +95,7 @@ def find_structure(
         UserError: if no layers are found, the model looks at later tokens, or its logits change from run to
             run.
     """
-    # Two rows that differ in one token. States before it must not change.
-    widest, length = -1.0, min(_LENGTH, max_length or _LENGTH)
-    for step in _STEPS:
-        some = (torch.arange(length) + step - 1).repeat(2, 1) % max(1, vocab_size - 1)
-        some[1, _at(length)] = (some[1, _at(length)] + step) % vocab_size
-        seen = _record(model, run, some)
-        if (apart := _apart(seen[1])) > widest:
-            widest, tokens, (calls, logits) = apart, some, seen
-        if widest > _CLEAR:
-            break
-    if widest <= _LEAST:
-        raise UserError(
-            f"{name} gives the same logits for different tokens, so its layers cannot be found; check its "
-            "embedding"
-        )
+    tokens, calls, logits = _two_rows(model, run, vocab_size, name, min(_LENGTH, max_length or _LENGTH))
     with torch.inference_mode():
         own, again = comparable(logits, run(tokens))
     if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
@@ -135,7 +121,7 @@ def find_structure(
             "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
             "head, each on the [batch, sequence, hidden] states of the one before; give another model"
         )
-    first, second = last.state_out[:, : _at(length)].float()
+    first, second = last.state_out[:, : _at(tokens.shape[1])].float()
     # The rows may differ by rounding, because experts take both rows' tokens together.
     if (first - second).norm() > torch.finfo(last.state_out.dtype).eps ** 0.5 * first.norm():
         raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
@@ -146,6 +132,30 @@ def find_structure(
     scales = not all(is_same(a.state_out, b.state_in) for a, b in pairwise(chain))
     layers = [call.module for call in chain]
     return Structure(layers, norm, is_all, last.state_out.shape[-1], in_place, scales)
+
+
+def _two_rows(
+    model: nn.Module, run: Callable[[Tensor], Tensor], vocab_size: int, name: str, length: int
+) -> tuple[Tensor, list[_Call], Tensor]:
+    """Two rows of ids that differ in one token, whose logits differ clearly; the calls and logits of a run.
+
+    States before that token must not change.
+    """
+    widest = -1.0
+    for step in _STEPS:
+        some = (torch.arange(length) + step - 1).repeat(2, 1) % max(1, vocab_size - 1)
+        some[1, _at(length)] = (some[1, _at(length)] + step) % vocab_size
+        calls, logits = _record(model, run, some)
+        if (apart := _apart(logits)) > widest:
+            widest, found = apart, (some, calls, logits)
+        if widest > _CLEAR:
+            break
+    if widest <= _LEAST:
+        raise UserError(
+            f"{name} gives the same logits for different tokens, so its layers cannot be found; check its "
+            "embedding"
+        )
+    return found
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:

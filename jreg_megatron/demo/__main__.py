@@ -23,8 +23,8 @@ from jreg_megatron.demo.training import (
     train_all,
 )
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count
+from jreg_megatron.runtime.imports import need
 
 
 def main() -> None:

@@ -1,26 +1,20 @@
-"""The demo's model, and the queue of toys that ``jreg_megatron.pretrain`` trains on this machine's CPU."""
+"""The demo's model, and toys that ``jreg_megatron.pretrain`` trains on this machine's CPU."""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
-import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import Any
 
 from jreg_megatron.demo.data import DemoData
-from jreg_megatron.report.check import checked, read_json
+from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.fork import end_with_the_parent
-from jreg_megatron.runtime.last_error import LastError
 from jreg_megatron.runtime.output import versions, write_json
+from jreg_megatron.runtime.programs import each, progress, run_logged
 
 TENSOR_PARALLEL = 2
 PIPELINE_PARALLEL = 2
@@ -78,8 +72,6 @@ def method_flags(flags: str, iterations: int, teacher: Path) -> list[str]:
 
 ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
 """In a line of Megatron's log: the iteration and the number of all iterations."""
-_LINE_END = re.compile(r"[\r\n]+")  # a progress bar ends its lines with \\r
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -213,97 +205,3 @@ def teach(teacher: Run, data: DemoData, quiet: bool = False) -> None:
         words = ["-m", "jreg_megatron.convert.export", str(teacher.checkpoints), str(teacher.exported)]
         log = teacher.exported.with_suffix(".log")
         asyncio.run(run_logged("exporting the teacher", [*words, "--quiet"], log, lambda _: None))
-
-
-def progress(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:
-    """A bar of finished things, of which few end in a minute."""
-    return tqdm(
-        desc=what,
-        total=total,
-        initial=total - left,
-        disable=quiet,
-        mininterval=0.1 if sys.stderr.isatty() else 60.0,  # a log needs few
-        smoothing=0.02,
-        bar_format="{desc}: {n} of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
-    )
-
-
-def each[T](items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]], width: int) -> None:
-    """Do the work for each item, ``width`` at a time; the first failure ends the others."""
-
-    async def gathered() -> None:
-        places = asyncio.Semaphore(width)
-
-        async def placed(item: T) -> None:
-            async with places:
-                await work(item)
-
-        async with asyncio.TaskGroup() as group:
-            for item in items:
-                group.create_task(placed(item))
-
-    try:
-        asyncio.run(gathered())
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-
-
-async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:
-    """Run this Python with ``arguments`` and one thread; see :func:`logged`.
-
-    Raises:
-        UserError: if it fails; it names ``what`` and the log.
-    """
-    # More threads than cores would only slow each other down.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w", encoding="utf-8") as file:
-        status, why = await logged([sys.executable, *arguments], environment, file, on_line)
-    if status != 0:
-        raise UserError(f"{what} ended with status {status}: {why}; its log is {log}")
-
-
-async def logged(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    log: TextIO,
-    on_line: Callable[[str], None],
-    on_start: Callable[[int], None] = lambda _: None,
-) -> tuple[int, str]:
-    """Run a program. Its output goes to ``log`` and ``on_line``, its process id to ``on_start``.
-
-    It ends when the caller is cancelled or dies.
-
-    Returns:
-        Its exit status, below 0 for a signal, and the line of its output with the reason of a failure.
-
-    Raises:
-        OSError: if it cannot be started.
-    """
-    why = LastError()
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        env=environment,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        preexec_fn=end_with_the_parent,
-    )
-    on_start(process.pid)
-    assert process.stdout is not None
-    try:
-        decoder, last = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
-        while chunk := await process.stdout.read(_CHUNK):
-            text = decoder.decode(chunk)
-            log.write(text)
-            log.flush()
-            *lines, last = _LINE_END.split(last + text)
-            for line in lines:
-                why.read(line)
-                on_line(line)
-        why.read(last)
-        status = await process.wait()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-    return status, str(why)

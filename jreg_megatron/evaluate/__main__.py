@@ -16,26 +16,18 @@ from jreg_megatron.data.texts import (
     texts_of,
     training_speeches,
 )
-from jreg_megatron.decoder.load import (
-    Reference,
-    add_model_arguments,
-    check_model_arguments,
-    find_models,
-    load,
-)
+from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
+from jreg_megatron.decoder.reference import Reference, find_models
 from jreg_megatron.runtime import output
-from jreg_megatron.runtime.errors import UserError, check_least, user_errors_exit
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.errors import UserError, user_errors_exit
+from jreg_megatron.runtime.flags import check_least
+from jreg_megatron.runtime.imports import need
 
 if TYPE_CHECKING:
     from jreg_megatron.evaluate.evaluation import Evaluation
 
-FORMAT = "jreg_megatron evaluation"
-SEEDS_FORMAT = "jreg_megatron evaluation over seeds"
 USUAL_PARTS = ("tasks", "read-out", "layer-drop")
 PARTS = (*USUAL_PARTS, "depth")
-
-_DEFAULT_TOKENS = 512
 
 _EXAMPLES = """examples:
   jreg-megatron evaluate Qwen/Qwen3-0.6B --tasks paper --device cuda --dtype bfloat16
@@ -70,8 +62,8 @@ def _run(args: Namespace) -> None:
         need("scipy", "comparing over seeds", "analysis")
         from jreg_megatron.evaluate.seeds import compare_seeds, csv_rows, print_tables
 
-        found = {"format": SEEDS_FORMAT, "version": 1, "versions": output.versions("scipy")}
-        _put_out(args, found | compare_seeds(args.models), csv_rows, print_tables)
+        found = output.document("evaluation over seeds", "scipy", **compare_seeds(args.models))
+        _put_out(args, found, csv_rows, print_tables)
         return
     references = _checked(args)
     texts = [] if args.parts == ["tasks"] and args.lens is None else texts_of(args)
@@ -116,16 +108,11 @@ def _checked(args: Namespace) -> list[Reference]:
 
 def _write(args: Namespace, done: list[Evaluation]) -> None:
     from jreg_megatron.evaluate.evaluation import document
-    from jreg_megatron.evaluate.show import csv_rows, print_tables
+    from jreg_megatron.evaluate.table import csv_rows, print_tables
 
-    found = {
-        "format": FORMAT,
-        "version": 1,
-        "versions": output.versions("torch", "transformers", "megatron-core", "lm_eval", "scipy"),
-        "limit": args.limit,
-        "max_tokens": args.max_tokens or None,
-        **document(done, describe(args)),
-    }
+    packages = ("torch", "transformers", "megatron-core", "lm_eval", "scipy")
+    limits = {"limit": args.limit, "max_tokens": args.max_tokens or None}
+    found = output.document("evaluation", *packages, **limits, **document(done, describe(args)))
     _put_out(args, found, csv_rows, print_tables)
 
 
@@ -171,8 +158,6 @@ def parser() -> ArgumentParser:
     own: dict[str, Any] = {"action": "append", "default": [], "metavar": "FOLDER"}
     group.add_argument("--include-path", **own, help="a folder of your own task files; can be repeated")
     text, _ = add_text_arguments(parser)
-    first = "read the first N tokens of each text; 0 reads all (default: %(default)s)"
-    text.add_argument("--max-tokens", type=int, default=_DEFAULT_TOKENS, metavar="N", help=first)
     lens = (
         "also read each layer out through a lens: an affine map of its states to the last layer's, fitted by "
         "least squares on these texts (default: the other speeches)"

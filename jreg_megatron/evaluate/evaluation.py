@@ -11,7 +11,7 @@ import numpy as np
 
 from jreg_megatron.data.texts import Text
 from jreg_megatron.decoder.decoder import Decoder
-from jreg_megatron.decoder.load import name_at
+from jreg_megatron.decoder.reference import name_at
 from jreg_megatron.evaluate import layers, paired
 from jreg_megatron.evaluate.depth import depth
 from jreg_megatron.evaluate.layers import PerText, read_out_error

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from jreg_megatron.evaluate.show import MEANS, p_text
+from jreg_megatron.evaluate.table import MEANS, p_text
 from jreg_megatron.paper import TASKS, missing_tasks, numbers, over_seeds, task_means
 from jreg_megatron.paper.over_seeds import Estimate
 from jreg_megatron.report.inputs import Evaluated

@@ -18,7 +18,7 @@ from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.evaluate.speech_tasks import SPEECH_TASKS, write_speech_tasks
 from jreg_megatron.paper import TASKS
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone, need
+from jreg_megatron.runtime.imports import errors_alone, need
 
 SETS = {"speeches": tuple(SPEECH_TASKS), "paper": TASKS}
 """Names of several tasks together."""

@@ -1,1 +1,1 @@
-"""What is known of Megatron's loop: its arguments, its data and its initial weights."""
+"""What is known of Megatron: what is installed, arguments, data, initial weights, torch-only layers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from jreg_megatron.mcore.installed import core_folder
 from jreg_megatron.runtime.errors import UserError
 
 _SAYS_WHY = re.compile(r"error|cannot|denied|no space|read-only", re.IGNORECASE)
@@ -61,15 +61,6 @@ def use_built_helper() -> None:
 
     if _is_compiled(Path(utils.__file__).parent):
         utils.compile_helpers = lambda: None
-
-
-def core_folder() -> Path | None:
-    """The folder of the ``megatron.core`` that will be imported; None if there is none. Imports nothing."""
-    megatron = importlib.util.find_spec("megatron")  # a namespace: several folders may share the name
-    for found in megatron.submodule_search_locations or () if megatron else ():
-        if Path(found, "core", "__init__.py").is_file():
-            return Path(found, "core")
-    return None
 
 
 def _is_compiled(folder: Path) -> bool:

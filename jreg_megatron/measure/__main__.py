@@ -6,20 +6,11 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from typing import Any
 
-from jreg_megatron.data.texts import Text, add_text_arguments, describe, texts_of
-from jreg_megatron.decoder.load import (
-    Reference,
-    add_model_arguments,
-    check_model_arguments,
-    find_models,
-    load,
-)
+from jreg_megatron.data.texts import MAX_TOKENS, Text, add_text_arguments, describe, texts_of
+from jreg_megatron.decoder.load import add_model_arguments, check_model_arguments, load
+from jreg_megatron.decoder.reference import Reference, find_models
 from jreg_megatron.runtime import output
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-
-FORMAT = "jreg_megatron measurement"
-
-_DEFAULT_TOKENS = 512
 
 _EXAMPLES = """examples:
   jreg-megatron measure Qwen/Qwen3-0.6B
@@ -61,8 +52,7 @@ def _parser() -> ArgumentParser:
     text, which = add_text_arguments(parser)
     samples = "read the samples of a Megatron training's last validation, whole"
     which.add_argument("--last-validation", action="store_true", help=samples)
-    first = f"read the first N tokens of each text; 0 reads all (default: {_DEFAULT_TOKENS})"
-    text.add_argument("--max-tokens", type=int, metavar="N", help=first)
+    parser.set_defaults(max_tokens=None)  # it may not be given with --last-validation
     without = "leave each sequence's first token out of the printed figures; JSON and CSV hold both"
     text.add_argument("--drop-first-token", action="store_true", help=without)
     add_model_arguments(parser, "*")
@@ -84,13 +74,9 @@ def _measure(args: Namespace) -> None:
     from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
 
     models: list[dict[str, Any]] = []
-    document = {
-        "format": FORMAT,
-        "version": 1,
-        "text": {"source": source, "max_tokens": args.max_tokens or None},
-        "versions": output.versions("torch", "transformers", "megatron-core"),
-        "models": models,
-    }
+    text = {"source": source, "max_tokens": args.max_tokens or None}
+    packages = ("torch", "transformers", "megatron-core")
+    document = output.document("measurement", *packages, text=text, models=models)
 
     def show(console: Any) -> None:
         print_summary(console, models)
@@ -124,7 +110,7 @@ def _checked(args: Namespace) -> tuple[list[Reference], dict[tuple[str, str | No
     if args.last_validation and args.max_tokens is not None:
         raise UserError("--max-tokens and --last-validation exclude each other; give only one")
     if args.max_tokens is None:
-        args.max_tokens = 0 if args.last_validation else _DEFAULT_TOKENS
+        args.max_tokens = 0 if args.last_validation else MAX_TOKENS
     if args.max_tokens < 0:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 1, or 0 for whole texts")
     if args.paper is None and not args.models:

@@ -20,6 +20,7 @@ from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.recipe import announcement, identity, request
 from jreg_megatron.recipe.supervise import SIGNALS, UNFINISHED
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.flags import flag_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +44,7 @@ def _nothing_started(number: int, _: object) -> NoReturn:
 def _train(asked: Namespace) -> None:
     from jreg_megatron.mcore import preflight
     from jreg_megatron.mcore.arguments import parse
+    from jreg_megatron.mcore.installed import NO_FUSION, has_apex
     from jreg_megatron.methods import known
     from jreg_megatron.recipe import machine, plan
     from jreg_megatron.stream.support import refuse_unsupported
@@ -58,7 +60,7 @@ def _train(asked: Namespace) -> None:
     if not asked.dry_run and last_checkpoint(args.save) >= args.train_iters:
         print(f"{asked.run} has all of its {args.train_iters:,} iterations: nothing to do")
         return
-    added = machine.flags_without_apex(args)
+    added = [NO_FUSION] if args.gradient_accumulation_fusion and not has_apex() else []
     flags += added
     planned = plan.make(flags, asked.world_size)
 
@@ -139,7 +141,7 @@ def _flags(asked: Namespace) -> list[str]:
     args = parse([*asked.flags, *asked.user_flags], asked.world_size)
     for name in ("global_batch_size", "seq_length"):
         if not getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing in {asked.recipe}; give it a number >= 1")
+            raise UserError(f"{flag_of(name)} is missing in {asked.recipe}; give it a number >= 1")
     iterations = asked.tokens // (args.global_batch_size * args.seq_length)
     if iterations < 1:
         raise UserError(f"TOKENS is {asked.tokens}, which is less than one batch; raise it")

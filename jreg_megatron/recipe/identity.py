@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
+from jreg_megatron.runtime.output import write_json
 
 FILE = "run.json"
 _NAMES = (
@@ -26,7 +28,7 @@ def settings(args: Namespace) -> dict[str, Any]:
 
     of_methods = tuple(f"{method.prefix}_" for method in known.METHODS)
     names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith(of_methods))]
-    found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
+    found = {flag_of(name): getattr(args, name, None) for name in names}
     kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return kept
 
@@ -62,4 +64,4 @@ def refuse_another(file: Path, asked: dict[str, Any]) -> None:
 def write(file: Path, asked: dict[str, Any]) -> None:
     """Write the settings of a run."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked, indent=2) + "\n")
+    write_json(str(file), asked)

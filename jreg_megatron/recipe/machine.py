@@ -5,7 +5,6 @@ Each check returns a text for the table, or raises a :class:`UserError` where th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,12 +13,11 @@ import shutil
 import subprocess
 from argparse import Namespace
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from jreg_megatron.data.token_file import sha256_of
 from jreg_megatron.decoder.checkpoint.folder import last_checkpoint
 from jreg_megatron.mcore.preflight.data import local_prefixes, token_file_of, training_blends
-from jreg_megatron.pretrain import APEX_FUSION
 from jreg_megatron.recipe.announcement import number_as_text
 from jreg_megatron.recipe.plan import Plan
 from jreg_megatron.runtime.errors import UserError
@@ -27,12 +25,6 @@ from jreg_megatron.runtime.errors import UserError
 _SAVED_BYTES = 14
 """Bytes of a checkpoint per parameter: bf16 weights (2), fp32 weights and Adam's two moments (4 each)."""
 _NOT_HERE = "not on this machine, so not checked"
-
-
-def flags_without_apex(args: Namespace) -> list[str]:
-    """The flag that Megatron needs where Apex is not installed, unless ``args`` have it."""
-    is_missing = args.gradient_accumulation_fusion and find_spec(APEX_FUSION) is None
-    return ["--no-gradient-accumulation-fusion"] if is_missing else []
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,7 @@ def check_tokenizer(args: Namespace) -> None:
     """Refuse a tokenizer that differs from the one in the manifests of the data."""
     if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
         return
-    with open(args.tokenizer_model, "rb") as stream:
-        ours = hashlib.file_digest(stream, "sha256").hexdigest()
+    ours = sha256_of(Path(args.tokenizer_model))
     for flag, prefix in local_prefixes(args):
         manifest = Path(re.sub(r"_[^_]+_document$", ".manifest.json", prefix))
         try:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jreg_megatron.paper import SIZES
-from jreg_megatron.report.check import printable
+from jreg_megatron.runtime.documents import printable
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.extras import need
+from jreg_megatron.runtime.imports import need
 from jreg_megatron.runtime.output import STDOUT, check_outputs, write_bytes, write_text
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from jreg_megatron.report import tables
-from jreg_megatron.report.check import shortened
 from jreg_megatron.report.figures import figures
 from jreg_megatron.report.inputs import Comparison, Inputs
 from jreg_megatron.report.models import LENGTH, Model, convention, label, models_of
 from jreg_megatron.report.page import Section
 from jreg_megatron.report.paper_profiles import PaperProfiles
+from jreg_megatron.runtime.documents import shortened
 from jreg_megatron.runtime.errors import UserError
 
 # Sections of figures: name, title, and what the names of their figures begin with.

@@ -9,11 +9,11 @@ from typing import Any
 
 from jreg_megatron.paper.over_seeds import INTERVAL, Estimate
 from jreg_megatron.report.charts import BANDS, Axis, Chart, Row, Style, heat_map, lines
-from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Evaluated, Measured
 from jreg_megatron.report.models import Model
 from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.report.tables import LOSS, Cell, Table, p_value
+from jreg_megatron.runtime.documents import shortened
 
 STEP, LAYER = Axis("training step", whole=True, scale="auto"), Axis("layer", whole=True)
 PSI = Axis("displacement Ψ", scale="auto")

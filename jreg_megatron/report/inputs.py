@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from jreg_megatron.report.check import NULL_IS_EMPTY, Name, Text, Texts
+from jreg_megatron.runtime.documents import NULL_IS_EMPTY, Name, Text, Texts
 
 State = Literal["pre_norm", "post_norm"]
 STATES: tuple[State, State] = ("pre_norm", "post_norm")

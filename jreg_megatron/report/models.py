@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
-from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import Evaluated, Inputs, Measured, Origin, Run
+from jreg_megatron.runtime.documents import shortened
 
 LENGTH = 48
 _STEP_OF_REVISION = re.compile(r"[-_.]?step[-_]?\d+(-tokens[\w.]*)?", re.IGNORECASE)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jreg_megatron.methods.jreg.regularizer import RATE_NAME, displacement_name
-from jreg_megatron.report.check import checked, printable, read_json
 from jreg_megatron.report.inputs import STATES, Evaluation, History, Inputs, Measurement, Run, Summary
+from jreg_megatron.runtime.documents import checked, printable, read_json
 from jreg_megatron.runtime.errors import UserError
 
 _VALIDATION = " validation"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from jreg_megatron.report.check import shortened
 from jreg_megatron.report.inputs import STATE_WORDS, STATES, Comparison, Score
 from jreg_megatron.report.models import Model
+from jreg_megatron.runtime.documents import shortened
 
 Cell = float | str | None
 

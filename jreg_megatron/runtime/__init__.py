@@ -1,1 +1,1 @@
-"""For every command: errors, ranks, locks, files that are written whole, optional packages."""
+"""For every command: errors, ranks, programs, locks, files that are written whole, optional packages."""

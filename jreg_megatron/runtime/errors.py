@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -40,18 +39,6 @@ class DeviceFault(UserError):
 def one_line(error: BaseException, most: int | None = None) -> str:
     """An exception's text, or else its type, without line breaks; at most ``most`` characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
-
-
-def check_least(args: Namespace, **least: int) -> None:
-    """Refuse arguments that are given and below their least value; ``least`` is by name.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    for name, limit in least.items():
-        value = getattr(args, name)
-        if value is not None and value < limit:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be >= {limit}")
 
 
 def print_error(message: str) -> None:

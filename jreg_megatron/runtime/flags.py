@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -27,6 +27,23 @@ def refuse(message: str) -> NoReturn:
     """Raise argparse's message as a :class:`UserError`."""
     own = re.sub(r"^argument \S+: (?=\S+ is )", "", message)  # types such as `count` name the setting
     raise UserError(f"{own}; see --help")
+
+
+def flag_of(name: str) -> str:
+    """The flag of an argument: ``--num-layers`` of ``num_layers``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_least(args: Namespace, **least: int) -> None:
+    """Refuse arguments that are given and below their least value; ``least`` is by name.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            raise UserError(f"{flag_of(name)} is {value}; it must be >= {limit}")
 
 
 def count(name: str, least: int = 1, most: int | None = None) -> Callable[[str], int]:

@@ -1,4 +1,4 @@
-"""Files for other programs, such as JSON and CSV, written whole or not at all."""
+"""What commands write: files such as JSON and CSV, whole or not at all; tables and notes on the console."""
 
 from __future__ import annotations
 
@@ -186,6 +186,12 @@ def write_bytes(path: str, data: bytes) -> None:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room or name another file"
         ) from error
+
+
+def document(kind: str, *packages: str, **content: Any) -> dict[str, Any]:
+    """A JSON document: its format and the version of that, the versions of ``packages``, and its content."""
+    head = {"format": f"jreg_megatron {kind}", "version": 1, "versions": versions(*packages)}
+    return head | content
 
 
 def versions(*packages: str) -> dict[str, str]:

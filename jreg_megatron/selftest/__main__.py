@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.extras import silence_megatron
 from jreg_megatron.runtime.flags import Parser, count
 from jreg_megatron.runtime.fork import be_alone_unless_started, fork_ranks, take_one_thread, world_size_of
+from jreg_megatron.runtime.imports import silence_megatron
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
 
@@ -154,9 +154,9 @@ def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.matmul.allow_tf32 = False
     if transformer_impl == "local":
-        from jreg_megatron.cpu.megatron import make_local_layers_torchs
+        from jreg_megatron.mcore import local_layers
 
-        make_local_layers_torchs()  # so that float32 is float32
+        local_layers.install()  # so that float32 is float32
     dist.init_process_group("nccl", timeout=timeout)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 from jreg_megatron.recipe import announcement, identity
 from jreg_megatron.recipe.request import read_words
 from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count, refuse
+from jreg_megatron.runtime.imports import need
 
 TEMPLATE = Path(__file__).with_name("sft.jinja")
 ROLES = ("system", "user", "assistant")

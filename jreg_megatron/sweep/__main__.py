@@ -17,8 +17,8 @@ from typing import Any
 from jreg_megatron.recipe.request import SMOKE_ITERATIONS
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE, UserError, user_errors_exit
-from jreg_megatron.runtime.extras import need
 from jreg_megatron.runtime.flags import Parser, count, split_at
+from jreg_megatron.runtime.imports import need
 from jreg_megatron.sweep import grid, queue
 from jreg_megatron.sweep.grid import Sweep, node_rank
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for package in ("rich", "scipy", "tqdm", "vl_convert"):
+    for package in ("scipy", "vl_convert"):
         need(package, "a sweep", "analysis")
     sweep = _sweep(options)
     if options.report:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from jreg_megatron.report.check import checked, read_json
+from jreg_megatron.runtime.documents import checked, read_json
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 

@@ -14,11 +14,12 @@ from contextlib import nullcontext, suppress
 
 from tqdm import tqdm
 
-from jreg_megatron.demo.training import ITERATION, logged
+from jreg_megatron.demo.training import ITERATION
 from jreg_megatron.recipe.announcement import seconds_as_text
 from jreg_megatron.recipe.supervise import UNFINISHED
 from jreg_megatron.runtime.errors import EXIT_CODE, UserError
 from jreg_megatron.runtime.lock import lock
+from jreg_megatron.runtime.programs import logged
 from jreg_megatron.sweep.grid import Sweep, SweepRun, node_rank
 
 _TASK = "SLURM_ARRAY_TASK_ID"

@@ -22,6 +22,7 @@ from jreg_megatron.methods.attenuation.settings import AttenuationConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
 from jreg_megatron.runtime.output import note
 from jreg_megatron.stream.anatomy import layers_of, sublayers_of
 from jreg_megatron.stream.settings import LAYER_RULES, Settings, flags_of
@@ -152,7 +153,7 @@ def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
             yield f"has layers of its own (--spec {' '.join(spec)})", None
         for name in _BY_NUMBER:
             if arguments.get(name):
-                yield f"is a hybrid model with --{name.replace('_', '-')} {arguments[name]}", None
+                yield f"is a hybrid model with {flag_of(name)} {arguments[name]}", None
     for name, hindrance in _OTHER_MODELS.items():
         if arguments.get(name) and (name != "spec" or pattern is None):
             yield hindrance
@@ -241,7 +242,7 @@ def _tell_of_unknown(arguments: dict[str, Any]) -> None:
     from megatron.core import __version__ as core
 
     told = [
-        f"--{name.replace('_', '-')} {value!r:.40}"
+        f"{flag_of(name)} {value!r:.40}"
         for name, value in sorted(arguments.items())
         if value and has_a_bearing(name)
     ]

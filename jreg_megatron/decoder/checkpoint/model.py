@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +19,10 @@ from jreg_megatron.decoder.checkpoint.arguments import (
 from jreg_megatron.decoder.checkpoint.folder import find_checkpoint
 from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer, vocab_size_of
 from jreg_megatron.decoder.decoder import Decoder, stream_in, stream_out, with_stream
+from jreg_megatron.mcore.installed import need_training_loop
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone
+from jreg_megatron.runtime.imports import without_noise
 from jreg_megatron.stream.anatomy import described_layers
 from jreg_megatron.stream.attachment import place_of
 from jreg_megatron.stream.preparation import prepare
@@ -189,21 +187,12 @@ def import_megatron(device: torch.device) -> None:
         if device.type == "cpu":
             cpu.enable()
         else:
-            from jreg_megatron.cpu.megatron import make_local_layers_torchs
+            from jreg_megatron.mcore import local_layers
 
-            make_local_layers_torchs()
+            local_layers.install()
             if device.index is not None:
                 torch.cuda.set_device(device)
-    if not cpu.has_training_loop():
-        raise UserError("Megatron checkpoints need megatron-core 0.19 or later; upgrade it")
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Hide logs and warnings of Megatron and torch."""
-    with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    need_training_loop("reading Megatron's checkpoints")
 
 
 def build(args: Namespace) -> nn.Module:

@@ -14,6 +14,7 @@ from jreg_megatron.decoder.checkpoint.arguments import all_arguments
 from jreg_megatron.decoder.checkpoint.weights import Checkpoint
 from jreg_megatron.mcore.one_process import single_process
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import flag_of
 
 _OTHER_SAMPLES = (
     *("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"),
@@ -61,7 +62,7 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
         raise UserError(f"{what} comes from no training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
         raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
-    others = [f"--{flag.replace('_', '-')}" for flag in _OTHER_SAMPLES if getattr(args, flag, None)]
+    others = [flag_of(name) for name in _OTHER_SAMPLES if getattr(args, name, None)]
     if args.dataloader_type != "single":
         others.append(f"--dataloader-type {args.dataloader_type}")
     if others:

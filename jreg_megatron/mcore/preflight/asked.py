@@ -7,11 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jreg_megatron.runtime.errors import UserError
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
+from jreg_megatron.runtime.flags import flag_of
 
 Refusals = dict[str, Callable[[Namespace], Any]]
 """Message -> condition. A name in braces stands for the argument's value."""
@@ -37,7 +33,3 @@ def divisible(args: Namespace, name: str, by: str, fix: str = "change one of the
     value, part = getattr(args, name), getattr(args, by)
     if value is not None and value % part:
         raise UserError(f"{flag_of(name)} {value} is not divisible by {flag_of(by)} {part}; {fix}")
-
-
-def tensor_parallel(args: Namespace) -> int:
-    return int(args.tensor_model_parallel_size)

@@ -18,8 +18,9 @@ from jreg_megatron.data.tokenizing import (
     sentencepiece_model,
     told_vocab_size,
 )
-from jreg_megatron.mcore.preflight.asked import divisible, flag_of, given, tensor_parallel
-from jreg_megatron.runtime.errors import UserError, check_least, one_line
+from jreg_megatron.mcore.preflight.asked import divisible, given
+from jreg_megatron.runtime.errors import UserError, one_line
+from jreg_megatron.runtime.flags import check_least, flag_of
 
 _SPLITS = ("train", "valid", "test")
 _DEFAULT_SPLIT = "969,30,1"  # Megatron's
@@ -217,7 +218,7 @@ def _model_vocabulary(args: Namespace) -> int | None:
         size = _exact_tokenizer_size(args) or _hugging_face_size(args)
     if size is None:
         return None
-    multiple = args.make_vocab_size_divisible_by * tensor_parallel(args)
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return int(math.ceil(size / multiple) * multiple)
 
 

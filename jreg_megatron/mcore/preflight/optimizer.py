@@ -6,7 +6,7 @@ from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from jreg_megatron.mcore.dataset_helper import core_folder
+from jreg_megatron.mcore.installed import core_folder
 from jreg_megatron.mcore.preflight.asked import Refusals, refuse
 from jreg_megatron.runtime.errors import UserError
 

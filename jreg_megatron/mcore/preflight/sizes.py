@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 
-from jreg_megatron.mcore.preflight.asked import Refusals, divisible, flag_of, given, refuse, tensor_parallel
-from jreg_megatron.runtime.errors import UserError, check_least
+from jreg_megatron.mcore.preflight.asked import Refusals, divisible, given, refuse
+from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.flags import check_least, flag_of
 
 _TRAINING: Refusals = {
     "--train-iters is {train_iters} and --train-samples is {train_samples}; give only one": lambda args: (
@@ -52,7 +53,7 @@ _EXPERTS: Refusals = {
     ),
     "--num-experts is {num_experts} with --tensor-model-parallel-size {tensor_model_parallel_size}, and "
     "Megatron trains this only with --sequence-parallel; give it too": lambda args: (
-        tensor_parallel(args) > 1 and not args.sequence_parallel and not args.skip_train
+        args.tensor_model_parallel_size > 1 and not args.sequence_parallel and not args.skip_train
     ),
 }
 
@@ -97,7 +98,8 @@ def evaluation_and_saving(args: Namespace) -> None:
 
 
 def world_size(args: Namespace) -> None:
-    tp, pp, cp = tensor_parallel(args), args.pipeline_model_parallel_size, args.context_parallel_size
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp = args.context_parallel_size
     shards = int(args.tensor_parallel_num_weight_shards or tp)
     size = max(tp, shards) * pp * cp
     if args.world_size % size and shards % tp == 0:
@@ -158,7 +160,7 @@ def pipeline(args: Namespace) -> None:
 
 def sequence_length(args: Namespace) -> None:
     length = args.seq_length if args.seq_length is not None else args.encoder_seq_length
-    cp, tp = args.context_parallel_size, tensor_parallel(args)
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
     multiple, why = 1, []
     if cp > 1:
         multiple, why = 2 * cp, [f"2 x --context-parallel-size {cp}"]
@@ -171,8 +173,8 @@ def sequence_length(args: Namespace) -> None:
 
 def batch_sizes(args: Namespace) -> None:
     micro, total = args.micro_batch_size, args.global_batch_size
-    parts = tensor_parallel(args) * args.pipeline_model_parallel_size * args.context_parallel_size
-    replicas = args.world_size // parts
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    replicas = args.world_size // (tp * pp * args.context_parallel_size)
     step = micro * replicas
     # --decrease-batch-size-if-needed allows a remainder, but each replica needs one micro-batch.
     if total is not None and (total < step or (total % step and not args.decrease_batch_size_if_needed)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.runtime.errors import UserError, one_line
-from jreg_megatron.runtime.extras import errors_alone, need
+from jreg_megatron.runtime.imports import errors_alone, need
 
 _FLAG = LETConfig.flag("teacher")
 _NUMBER = re.compile(r"\d+")

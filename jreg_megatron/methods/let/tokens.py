@@ -9,7 +9,7 @@ from typing import Any
 
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.runtime.extras import errors_alone, need
+from jreg_megatron.runtime.imports import errors_alone, need
 
 _HUGGING_FACE = "HuggingFaceTokenizer"
 _SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")

@@ -1,4 +1,4 @@
-"""Packages that only some inputs and tools need."""
+"""How packages are imported: those that may be missing, and Megatron without its noise and compilation."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def errors_alone(*loggers: str) -> Iterator[None]:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Keep warnings, and what Megatron and torch say below an error, from the user."""
+    with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def silence_megatron() -> None:

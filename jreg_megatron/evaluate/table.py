@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from jreg_megatron.decoder.load import name_at
+from jreg_megatron.decoder.reference import name_at
 from jreg_megatron.paper import TASKS, missing_tasks
 from jreg_megatron.runtime.output import print_table
 

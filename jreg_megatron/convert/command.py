@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jreg_megatron.decoder.load import DTYPES
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
-from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, versions, write_json
+from jreg_megatron.runtime.output import STDOUT, add_output_arguments, check_outputs, document, write_json
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder
@@ -53,9 +53,9 @@ def run(
     with user_errors_exit("nothing was written"):
         check_outputs(json=options.json)
         check_place(options.output, own, options.overwrite)
-        report = {"format": f"jreg_megatron {command}", "version": 1, "source": str(options.source)}
-        report |= {"output": str(options.output), **work(options)}
-        report |= {"versions": versions("megatron-core", "torch", "transformers")}
+        places = {"source": str(options.source), "output": str(options.output)}
+        packages = ("megatron-core", "torch", "transformers")
+        report = document(command, *packages, **places, **work(options))
         if options.json:
             write_json(options.json, report)
         if not options.quiet and options.json != STDOUT:

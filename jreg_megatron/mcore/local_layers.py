@@ -1,19 +1,28 @@
-"""The core attention of layers without Transformer Engine."""
+"""The layers of ``--transformer-impl local`` in torch alone, on a GPU too.
+
+Where Transformer Engine or Apex is installed, Megatron takes some of it for these layers as well. Where
+neither is, it misses context parallelism and sequence-parallel norms.
+"""
 
 from __future__ import annotations
 
 import copy
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models import backends
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer import multi_latent_attention, transformer_block
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
 from jreg_megatron.runtime.errors import UserError
@@ -111,8 +120,35 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
         return output
 
 
-def install() -> None:
-    """Let Megatron's layer specs without Transformer Engine take this attention."""
-    from megatron.core.models import backends
+@cache
+def _let_torch_norms_be_sequence_parallel() -> None:
+    """Lift a refusal: torch's norms are local to a token, and that is all sequence parallelism asks of them.
 
+    They only need the mark by which Megatron finds the parameters whose gradients the ranks must sum.
+    """
+    build = WrappedTorchNorm.__new__
+
+    @wraps(build)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm: torch.nn.Module = build(cls, plain, *args, **kwargs)
+        if config.fp32_residual_connection:
+            norm.register_forward_hook(lambda _, __, normed: normed.to(config.params_dtype))
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            if config.multi_latent_attention and not config.sequence_parallel:
+                # Its norms stand before the heads part, so all ranks have the whole gradient. Megatron would
+                # sum that of q_layernorm, by its name; the mean changes nothing.
+                parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def install() -> None:
+    """Have Megatron's layers without Transformer Engine run in torch alone, for good."""
     backends.DotProductAttention = GatheringDotProductAttention
+    gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = WrappedTorchNorm
+    _let_torch_norms_be_sequence_parallel()
+    moe_utils.te_general_gemm = None  # 0.16 misses the name where there is no Transformer Engine
