@@ -27,7 +27,7 @@ from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.handle import Handle
 from jreg_megatron.stream.method import Metrics
-from jreg_megatron.stream.preparation import prepare, prepares
+from jreg_megatron.stream.preparation import have_changed_a_model, prepare, prepares
 from jreg_megatron.stream.settings import Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, is_since_0_19, refuse_unsupported
 
@@ -57,6 +57,8 @@ class _Loop:
     attached: _Attached | None = None
     must_be_asked: bool = False
     """Whether Megatron's arguments must have a method's flag: the launcher has seen one."""
+    is_setting_up: bool = False
+    """Whether Megatron builds and loads the model to which the methods are attached."""
     last_step: int | None = None
     """The iteration of the last training step."""
     decorated: dict[str, Function] = field(default_factory=dict)
@@ -129,6 +131,7 @@ def add_arguments(add_megatron_arguments: Function) -> Function:
 
     @_decorating(add_megatron_arguments)
     def with_jreg(*args: Any, **named: Any) -> ArgumentParser:
+        _decorate_the_loading()
         return known.add_arguments(add_megatron_arguments(*args, **named))
 
     return with_jreg
@@ -156,7 +159,11 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
                 _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
                 args, named = _with_prepared_model(setup_model_and_optimizer, settings, args, named)
-        built = setup_model_and_optimizer(*args, **named)
+        _loop.is_setting_up = True
+        try:
+            built = setup_model_and_optimizer(*args, **named)
+        finally:
+            _loop.is_setting_up = False
         if settings:
             with user_errors_exit():
                 # Without training, what has a schedule is over.
@@ -177,9 +184,15 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
         from megatron.training import get_args
 
         with user_errors_exit():
-            _refuse_other_changes(
-                known.changes_in(saved_args), known.changes_in(get_args()), is_finetuned=False
-            )
+            saved = known.changes_in(saved_args)
+            if _loop.is_setting_up or _loop.attached is not None:
+                _refuse_other_changes(saved, known.changes_in(get_args()), is_finetuned=False)
+            elif not have_changed_a_model(saved):
+                raise UserError(
+                    f"the checkpoint was saved with {flags_of(saved, _NO_FLAG)}, and nothing changes the "
+                    "model that this script builds by itself, without setup_model_and_optimizer, whatever "
+                    "flags it is given; call jreg_megatron.prepare and attach in its code before it loads"
+                )
         return check_checkpoint_args(saved_args, *args, **named)
 
     return with_jreg

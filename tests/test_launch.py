@@ -255,6 +255,39 @@ def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_
     assert not re.search(r"iteration +1/", run.output[-1])
 
 
+BUILDS_BY_ITSELF = """
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import arguments, checkpointing, initialize
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+args = arguments.parse_and_validate_args(args_defaults=dict(no_load_rng=True, no_load_optim=True))
+initialize.initialize_megatron()
+groups = ProcessGroupCollection.use_mpu_process_groups()
+model = GPTModelBuilder(gpt_config_from_args(args)).build_model(groups, pre_process=True, post_process=True)
+{prepare}
+checkpointing.load_checkpoint([model], None, None, strict=False)
+print("it is loaded")
+"""
+"""As Megatron's scripts do that generate text."""
+
+PREPARES = "import jreg_megatron as j; j.prepare([model], [j.LayerNormScalingConfig()])"
+
+
+def test_a_script_that_builds_its_model_by_itself_loads_no_checkpoint_that_a_method_has_changed(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    argv = [*toy_arguments, "--lns-power", 0.5]
+    run_ranks([*argv, "--train-iters", 1, "--save", tmp_path / "saved", "--save-interval", 1])
+    script = tmp_path / "generate.py"
+    for prepare in ("", PREPARES):
+        script.write_text(BUILDS_BY_ITSELF.format(prepare=prepare))
+        run = launch(script, *argv, "--load", tmp_path / "saved", "--train-iters", 1, check=False)
+        assert ("it is loaded" in run.output[0]) is bool(prepare)
+        if not prepare:
+            assert "saved with --lns-power 0.5, and nothing changes the model" in refusal(run)
+
+
 FLAGS_LOST = """
 import runpy, sys
 sys.argv = [word for word in sys.argv if word not in ("--jreg-coeff", "7")]

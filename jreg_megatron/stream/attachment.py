@@ -15,7 +15,7 @@ from jreg_megatron.runtime.ranks import alike_on_every_rank, first_that_differs,
 from jreg_megatron.stream.anatomy import define_layers, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.handle import HANDLE, Handle
 from jreg_megatron.stream.method import Method, Place
-from jreg_megatron.stream.preparation import refuse_other_preparation
+from jreg_megatron.stream.preparation import changed_here, refuse_other_preparation
 from jreg_megatron.stream.scaling import Scaling
 from jreg_megatron.stream.settings import Settings, layer_rule
 from jreg_megatron.stream.support import refuse_built, refuse_fsdp, refuse_unsupported
@@ -76,6 +76,7 @@ def attach(
         method.agree(group)
     count_given = None if callable(num_microbatches) else num_microbatches
     handle = Handle(methods, chunks, counter, iteration, group, count_given)
+    changed_here.update(settings)
     if optimizer is not None:
         try:
             handle.use_optimizer(optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,13 @@ from jreg_megatron.stream.settings import Settings, flags_of, layer_rule
 _PREPARED = "_jreg_prepared"
 """The attribute of a model chunk that holds the settings that changed it."""
 _NO_CHANGE = "no method that changes it"
+changed_here: set[Settings] = set()
+"""What this process has given to :func:`prepare` or ``attach``."""
+
+
+def have_changed_a_model(settings: Iterable[Settings]) -> bool:
+    """Whether all of them are in :data:`changed_here`."""
+    return changed_here >= {*settings}
 
 
 def prepares(settings: Sequence[Settings]) -> bool:
@@ -53,6 +60,7 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
             of_one.prepare(chunk)
         _have_graphs_wait(chunk, changing)
         setattr(chunk, _PREPARED, changing)
+        changed_here.update(changing)
     return chunks
 
 
