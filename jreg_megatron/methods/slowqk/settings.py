@@ -39,6 +39,7 @@ class SlowQKConfig(Settings):
         "attention_output_gate": "one weight then holds queries and gates",
         "use_precision_aware_optimizer": "the updated weights are then inside the optimizer",
         "optimizer_cpu_offload": "the updated weights are then copies on the host",
+        "optimizer_cuda_graph": "its graph keeps the multiplier of the iteration that it was captured in",
         **dict.fromkeys(("use_torch_fsdp2", "use_megatron_fsdp"), "each rank has other rows of a weight"),
     }
 
