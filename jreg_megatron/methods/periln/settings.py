@@ -65,7 +65,8 @@ class PeriLNConfig(Settings):
         if self.embedding and embedding is not None:
             norm = _norm_like(chunk.config, [*layers, embedding][0], self.gain)
             embedding.add_module("norm", norm)
-            embedding.register_forward_hook(lambda _, __, output: norm(output))
+            # With a residual stream in float32 the norm's own output is still of the weights' type.
+            embedding.register_forward_hook(lambda _, __, output: norm(output).to(output.dtype))
 
 
 def _norm_like(config: Any, neighbour: nn.Module, gain: float) -> nn.Module:
