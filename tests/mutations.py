@@ -509,6 +509,12 @@ FAULTS = [
         ("tests/test_methods.py", "-k", "peri_ln_norms"),
     ),
     Fault(
+        "begin a float32 residual stream in the type of Peri-LN's norm on the embedding",
+        "methods/periln/settings.py",
+        (("norm(output).to(output.dtype)", "norm(output)"),),
+        ("tests/test_methods.py", "-k", "float32_as_it_is"),
+    ),
+    Fault(
         "add a bias behind Peri-LN's norm",
         "methods/periln/settings.py",
         (("(norm(added if bias is None else added + bias), None)", "(norm(added), bias)"),),
@@ -567,6 +573,24 @@ FAULTS = [
         "methods/slowqk/settings.py",
         (("beyond = iteration - self.hold_iterations", "beyond = iteration + 1 - self.hold_iterations"),),
         ("tests/test_slowqk.py",),
+    ),
+    Fault(
+        "load a changed model's checkpoint into one that a script has built by itself",
+        "training_loop.py",
+        (("elif not have_changed_a_model(saved):", "elif False:"),),
+        ("tests/test_launch.py", "-k", "by_itself"),
+    ),
+    Fault(
+        "take a step of slow queries and keys that a graph repeats",
+        "methods/slowqk/settings.py",
+        (('"optimizer_cuda_graph"', '"no_such_setting"'),),
+        ("tests/test_methods.py", "-k", "not_supported"),
+    ),
+    Fault(
+        "take a module for a function that adds",
+        "stream/anatomy.py",
+        (("getattr(module, name), nn.Module)", "getattr(module, name), nn.Dropout)"),),
+        ("tests/test_methods.py", "-k", "prepared_once"),
     ),
     Fault(
         "sum a gate's gradient over no other ranks",

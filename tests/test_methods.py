@@ -320,7 +320,7 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(
         (
             SlowQKConfig,
             "multi_latent_attention attention_output_gate use_torch_fsdp2 use_megatron_fsdp "
-            "optimizer_cpu_offload use_precision_aware_optimizer",
+            "optimizer_cpu_offload use_precision_aware_optimizer optimizer_cuda_graph",
         ),
         (LETConfig, "reset_attention_mask reset_position_ids dataloader_inter_document_masking"),
         (LayerNormScalingConfig, "hybrid_layer_pattern mtp_num_layers fused_residual_rmsnorm"),
@@ -468,6 +468,19 @@ def test_peri_ln_norms_what_attention_and_mlp_give_with_their_biases_and_the_emb
     run_function(norms_all_outputs)
 
 
+def leaves_the_stream_its_type() -> None:
+    half = {"bf16": True, "params_dtype": torch.bfloat16, "add_bias_linear": False}
+    model = build_model(fp32_residual_connection=True, normalization="RMSNorm", **half).bfloat16()
+    prepare([model], [PeriLNConfig(embedding=True)])
+    states = states_of(model.bfloat16())
+    forward(model)
+    assert {state.dtype for state in states} == {torch.float32}
+
+
+def test_a_norm_on_the_embedding_leaves_a_residual_stream_in_float32_as_it_is() -> None:
+    run_function(leaves_the_stream_its_type)
+
+
 def scales_what_transformer_engine_joins() -> None:
     class Joined(torch.nn.Linear):
         """Norm and linear layer in one, which returns a bias beside its output."""
@@ -538,6 +551,12 @@ def prepares() -> None:
     wrapped = torch.nn.Module()
     wrapped.module = anew()
     refused("prepare was called for a model in Module", lambda: prepare([wrapped], [PeriLNConfig()]))
+    adding = anew()
+    del adding.decoder.layers[0].mlp_bda
+    adding.decoder.layers[0].mlp_bda = torch.nn.Linear(1, 1)
+    named = "mlp_bda of a TransformerLayer is a module, Linear"
+    refused(named, lambda: prepare([adding], [PeriLNConfig()]))
+    refused(named, lambda: attach(adding, JRegConfig(), num_microbatches=1))
     hybrid = anew()
     hybrid.decoder.layers[0].self_attention = IdentityOp()
     for of_one in (LayerNormScalingConfig(), PeriLNConfig()):

@@ -141,6 +141,12 @@ def _adds_of(module: Any) -> list[str]:
             f"the model's layers are {type(module).__name__}, which has no {' and no '.join(missing)}; "
             "TransformerLayer and MambaLayer of Megatron-Core 0.16 or later are supported"
         )
+    for name in names:
+        if isinstance(add := getattr(module, name), nn.Module):
+            raise UserError(
+                f"{name} of a {type(module).__name__} is a module, {type(add).__name__}, which nothing can "
+                "stand for; give the layer a function, as get_bias_dropout_add is"
+            )
     return names
 
 
