@@ -76,7 +76,7 @@ def attach(
         method.agree(group)
     count_given = None if callable(num_microbatches) else num_microbatches
     handle = Handle(methods, chunks, counter, iteration, group, count_given)
-    changed_here.update(settings)
+    changed_here.update(of_one for of_one in settings if of_one.changes_model)
     if optimizer is not None:
         try:
             handle.use_optimizer(optimizer)
