@@ -87,6 +87,33 @@ def with_graphs(layout: Layout) -> Comparison:
     return comparison
 
 
+OF_MEGATRON = [
+    Layout(local_graphs=True, graphs="layers"),
+    Layout(local_graphs=True, graphs="layers", tensor=2, sequence_parallel=True, methods="all"),
+    Layout(local_graphs=True, graphs="layers", pipeline=2, num_microbatches=4, final_state="post_norm"),
+    Layout(local_graphs=True, graphs="layers", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
+    Layout(local_graphs=True, graphs="layers", recompute="selective", masked=True, tokens="unmasked"),
+    Layout(local_graphs=True, graphs="layers", methods="blocks", data=2, distributed_optimizer=True),
+    Layout(local_graphs=True, graphs="layers", model="mtp"),
+]
+
+
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.name) for layout in OF_MEGATRON])
+def test_a_step_of_megatrons_own_graphs_equals_the_reference_at(layout: Layout) -> None:
+    comparison = run_function(with_local_graphs, layout.world_size, layout, timeout=120)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+def with_local_graphs(layout: Layout) -> Comparison:
+    import local_graph_stand_in
+
+    torch.set_num_threads(1)
+    local_graph_stand_in.install()
+    comparison = compare_step(layout)
+    assert len(local_graph_stand_in.REPLAYS) >= 2 * layout.num_microbatches
+    return comparison
+
+
 @pytest.mark.parametrize(("graphs", "precision"), [("transformer_engine", "bf16"), ("full_iteration", None)])
 def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
     graphs: str, precision: str | None
@@ -110,7 +137,7 @@ def refuses_graphs() -> None:
     for named, changes, settings in (
         ("--jreg-untested-cuda-graphs", {}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_impl 'transformer_engine'", {}, [NormsConfig()]),
-        ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [TAKEN]),
+        ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("--cuda-graph full_iteration .*--jreg-untested-cuda-graphs", FULL, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
