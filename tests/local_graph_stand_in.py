@@ -50,6 +50,14 @@ def install() -> None:
         return allocated
 
     megatrons.alloc_tensor_from_graph_mempool = allocate_in_pool
+    end = megatrons._set_capture_end
+
+    def end_captures() -> None:
+        end()
+        for storage in _POOL.values():
+            full._bytes(storage).fill_(255)  # nothing has been computed
+
+    megatrons._set_capture_end = end_captures
     megatrons._ensure_generator_state_is_cudagraph_safe = lambda generator: generator
     # What Transformer Engine gives.
     megatrons.HAVE_TE_GRAPHS = True
@@ -58,6 +66,11 @@ def install() -> None:
     megatrons.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
     megatrons.TransformerEngineBaseModule = transformer_engine.TECudaRNGStatesTracker = _Nothing
     _mend_pipelines()
+
+
+def train(argv: list[str]) -> None:
+    """``jreg_megatron.pretrain`` with such graphs; the last line tells how often those of each size ran."""
+    full.train(argv, install)
 
 
 def _mend_pipelines() -> None:
@@ -148,6 +161,9 @@ class _Capture(full._Capture):
         for key in alive:
             _add(self._graph._own[key])
         self._graph.held_last = _held()
+
+    def _forget(self, storage: torch.UntypedStorage) -> None:
+        """Not before all is captured: the capture of a backward pass runs on what the forward pass saved."""
 
     def _view_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

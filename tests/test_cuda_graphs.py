@@ -16,7 +16,7 @@ import torch
 from conftest import ITERATIONS
 from harness import read_scalars, run_function, run_ranks
 from reference_training import train
-from test_attach import build_model, step
+from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
@@ -125,7 +125,7 @@ def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
-FULL = {"cuda_graph_impl": "full_iteration"}
+FULL, LOCAL = {"cuda_graph_impl": "full_iteration"}, {"cuda_graph_impl": "local"}
 
 
 def test_graphs_that_nothing_has_compared_are_refused_by_name() -> None:
@@ -137,7 +137,7 @@ def refuses_graphs() -> None:
     for named, changes, settings in (
         ("--jreg-untested-cuda-graphs", {}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_impl 'transformer_engine'", {}, [NormsConfig()]),
-        ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [JRegConfig(coeff=1.0)]),
+        ("--cuda-graph local .*--jreg-untested-cuda-graphs", LOCAL, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("--cuda-graph full_iteration .*--jreg-untested-cuda-graphs", FULL, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
@@ -148,6 +148,7 @@ def refuses_graphs() -> None:
         ("metrics has entropy, .* full_iteration", FULL, [TAKEN, DepthConfig(metrics="entropy")]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
+        ("--depth-metrics has contributions", LOCAL, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
@@ -242,11 +243,27 @@ START, WARMUP, STOP = 3, 4, 9
 CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
 
 
-def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_changes(
-    toy_arguments: list[str], initial_weights: Path, toy_steps: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("graphs", "entry", "replays"),
+    [
+        # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
+        ("full_iteration --cuda-graph-warmup-steps 2", "full_graph_stand_in", "8 6"),
+        # Of 10 steps of training the first runs before the capture, and no evaluation. A rank has two layers,
+        # and a step four micro-batches.
+        ("local", "local_graph_stand_in", f"{(9 + 8) * 2 * 4} {9 * 2 * 4}"),
+    ],
+)
+def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
+    toy_arguments: list[str],
+    initial_weights: Path,
+    toy_steps: Any,
+    tmp_path: Path,
+    graphs: str,
+    entry: str,
+    replays: str,
 ) -> None:
-    # lambda begins, rises and ends in replays of what was captured in step 3. Each second step measures, and
-    # a log has the mean of four.
+    # lambda begins, rises and ends in replays of what was captured before. Each second step measures, and a
+    # log has the mean of four.
     strengths = [
         COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
     ]
@@ -259,13 +276,10 @@ def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_
         *f"--jreg-start-iteration {START} --jreg-warmup-iterations {WARMUP}".split(),
         *f"--jreg-stop-iteration {STOP} --jreg-measure-interval 2 --tensorboard-dir".split(),
     ]
-    in_graph = (
-        "--jreg-untested-cuda-graphs --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 2".split()
-    )
-    run = run_ranks([*argv, tmp_path / "graph", *in_graph], 4, entry="full_graph_stand_in:train")
+    in_graph = f"--jreg-untested-cuda-graphs --cuda-graph-impl {graphs}".split()
+    run = run_ranks([*argv, tmp_path / "graph", *in_graph], 4, entry=f"{entry}:train")
     run_ranks([*argv, tmp_path / "eager"], 4)
-    # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
-    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * 4
+    assert [re.findall("replays: .*", output) for output in run.output] == [[f"replays: {replays}"]] * 4
     graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
     for name in ("lm loss", "grad-norm"):
         np.testing.assert_allclose(graph[name], expected[name], rtol=1e-5, err_msg=name)
@@ -438,6 +452,97 @@ def forgets_what_waits() -> None:
         meter.add(1, torch.ones(3, 1))
         assert meter.totals()[0][0].tolist() == [3.0 * count, 3.0 * count, count]
     reruns.end()
+
+
+def test_steps_of_megatrons_own_graphs_and_evaluations_between_them_are_as_without_graphs() -> None:
+    run_function(steps_and_evaluations_as_without_graphs)
+
+
+def steps_and_evaluations_as_without_graphs() -> None:
+    from megatron.core import parallel_state
+
+    found: list[list[torch.Tensor]] = []
+    now = [0]
+    for in_graphs in (False, True):
+        model, run_step = locally_graphed_model() if in_graphs else (unbiased(), step)
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        methods = (
+            replace(TAKEN, measure_interval=2, start_iteration=3),
+            DepthConfig(metrics="voids,curvature,entropy"),
+            SlowQKConfig(hold_iterations=2, ramp_iterations=3),
+        )
+        handle = attach(model, *methods, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
+
+        def evaluated(model: Any = model, handle: Any = handle) -> torch.Tensor:
+            model.eval()
+            with torch.no_grad():
+                forward(model)
+            model.train()
+            displacement: torch.Tensor = handle.reduce_validation_metrics().displacement
+            return displacement
+
+        found.append([evaluated()])
+        for now[0] in range(1, 6):
+            run_step(model)
+            optimizer.step()
+            metrics = handle.end_iteration(now[0])
+            assert metrics is not None
+            found[-1] += [*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())]
+            found[-1].append(evaluated())
+        handle.detach()
+        parallel_state.destroy_model_parallel()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_attaching_behind_the_step_that_megatron_has_recorded_is_refused_and_detaching_takes_all_off() -> None:
+    run_function(attaches_before_the_first_step_alone)
+
+
+def attaches_before_the_first_step_alone() -> None:
+    model, run_step = locally_graphed_model()
+    layer = model.decoder.layers[0]
+    before = dict(vars(layer)), type(layer.cudagraph_manager)
+    handle = attach(model, TAKEN, NormsConfig(), num_microbatches=1)
+    assert before != (dict(vars(layer)), type(layer.cudagraph_manager))
+    handle.detach()
+    assert before == (dict(vars(layer)), type(layer.cudagraph_manager))
+    run_step(model)
+    with pytest.raises(UserError, match="cuda_graph_impl local, .* before the first step"):
+        attach(model, TAKEN, num_microbatches=1)
+
+
+def locally_graphed_model() -> tuple[Any, Callable[[Any], None]]:
+    """A model whose layers have Megatron's own graphs, and a step of one micro-batch."""
+    import local_graph_stand_in
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.cuda_graphs import create_cudagraphs
+
+    local_graph_stand_in.install()
+    model = unbiased()
+    model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
+    vars(model.config).update(OF_LAYERS | LOCAL)
+    for layer in model.decoder.layers:
+        layer.create_mcore_cudagraph_manager(model.config)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+
+    def run_step(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.main_grad.zero_()
+        step(model)
+        create_cudagraphs()
+        for parameter in model.parameters():
+            parameter.grad = parameter.main_grad + (0 if parameter.grad is None else parameter.grad)
+
+    return model, run_step
+
+
+def unbiased() -> Any:
+    """A model without the bias of keys, whose gradient is what rounding makes it, and as large to Adam."""
+    return build_model(add_bias_linear=False)
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:

@@ -505,6 +505,8 @@ class _LayerTap:
         shown = self._show(self._changed(output) if self._is_begun else output)
         if self._chunk.graphs == "local":
             local_graph.keep(output, shown)
+        if self._watching is not None:  # the layer goes on behind its graphs
+            self._watching.handed_on(output, shown)
         return (shown, *rest) if isinstance(result, tuple) else shown
 
     def _changed(self, layer_output: Tensor) -> Tensor:
