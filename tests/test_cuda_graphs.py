@@ -92,9 +92,34 @@ OF_MEGATRON = [
     Layout(local_graphs=True, graphs="layers", tensor=2, sequence_parallel=True, methods="all"),
     Layout(local_graphs=True, graphs="layers", pipeline=2, num_microbatches=4, final_state="post_norm"),
     Layout(local_graphs=True, graphs="layers", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
-    Layout(local_graphs=True, graphs="layers", recompute="selective", masked=True, tokens="unmasked"),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "recompute": "selective", "masked": True},
+        tokens="unmasked",
+        token_stride=4,
+    ),
     Layout(local_graphs=True, graphs="layers", methods="blocks", data=2, distributed_optimizer=True),
     Layout(local_graphs=True, graphs="layers", model="mtp"),
+    Layout(
+        **{"local_graphs": True, "graphs": "mamba attn", "model": "hybrid", "layers": "Mamba"},
+        pipeline=2,
+        final_state="post_norm",
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "moe_router", "model": "hybrid", "layers": "lone sub-layers"},
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "attn moe_router", "model": "hybrid", "layers": "experts"},
+        **{"data": 2, "expert": 2, "pipeline": 2, "num_microbatches": 4},
+        recompute="selective",
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "model": "hybrid", "layers": "sub-layers as layers"},
+        **{"capacity": 0.5, "num_microbatches": 8},
+        methods="all",
+    ),
 ]
 
 
@@ -114,13 +139,17 @@ def with_local_graphs(layout: Layout) -> Comparison:
     return comparison
 
 
-@pytest.mark.parametrize(("graphs", "precision"), [("transformer_engine", "bf16"), ("full_iteration", None)])
+@pytest.mark.parametrize(
+    ("graphs", "precision"), [("transformer_engine", "bf16"), ("local", "bf16"), ("full_iteration", None)]
+)
 def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
     graphs: str, precision: str | None
 ) -> None:
     layouts = layouts_for(1, graphs=graphs, precision=precision)
-    assert {"gpt", "moe", "hybrid"} <= {layout.model for layout in layouts}
+    assert {"gpt", "hybrid"} <= {layout.model for layout in layouts}
+    assert any(layout.has_experts for layout in layouts)
     assert all(layout.graphs != "none" for layout in layouts)
+    assert all(layout.local_graphs == (graphs == "local") for layout in layouts)
 
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
@@ -252,6 +281,7 @@ CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "
         # and a step four micro-batches.
         ("local", "local_graph_stand_in", f"{(9 + 8) * 2 * 4} {9 * 2 * 4}"),
     ],
+    ids=("iteration", "local"),
 )
 def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
     toy_arguments: list[str],
@@ -497,7 +527,7 @@ def steps_and_evaluations_as_without_graphs() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-def test_attaching_behind_the_step_that_megatron_has_recorded_is_refused_and_detaching_takes_all_off() -> None:
+def test_megatrons_own_graphs_can_be_attached_to_until_they_are_recorded_and_copy_no_state() -> None:
     run_function(attaches_before_the_first_step_alone)
 
 
@@ -509,8 +539,15 @@ def attaches_before_the_first_step_alone() -> None:
     assert before != (dict(vars(layer)), type(layer.cudagraph_manager))
     handle.detach()
     assert before == (dict(vars(layer)), type(layer.cudagraph_manager))
+    handle = attach(model, TAKEN, num_microbatches=1)
     run_step(model)
-    with pytest.raises(UserError, match="cuda_graph_impl local, .* before the first step"):
+    run_step(model)  # nothing has asked what the first step has shown
+    assert handle.end_iteration(2) is not None
+    handle.detach()
+    # The second layer's graph reads what the first one's returned where it lies.
+    first, second = (layer.cudagraph_manager.cudagraph_runners[0] for layer in model.decoder.layers)
+    assert first.fwd_graph_output_surface[0].data_ptr() == second.fwd_graph_input_surface[0].data_ptr()
+    with pytest.raises(UserError, match=r"cuda_graph_impl local, .* before the first step"):
         attach(model, TAKEN, num_microbatches=1)
 
 

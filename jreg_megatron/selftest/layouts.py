@@ -289,6 +289,11 @@ RULES = (
         lambda x: not x.local_graphs or x.graphs not in ("none", "iteration"),
     ),
     _rule(
+        "local_graphs pipeline graphs",
+        "Megatron-Core 0.19.2 itself fails with its own graphs in a pipeline, and of the MLP alone",
+        lambda x: not x.local_graphs or (x.pipeline == 1 and "mlp" not in x.graphs.split()),
+    ),
+    _rule(
         "graphs precision token_stride",
         "JREG refuses a loss scale and a share of the tokens in a graph of the iteration",
         lambda x: x.graphs != "iteration" or (x.precision != "fp16" and x.token_stride == 1),
@@ -405,6 +410,22 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
 )
 """The same where CUDA graphs of layers are asked for."""
 
+LOCAL_GRAPH_MODES: tuple[dict[str, Any], ...] = tuple(
+    {"local_graphs": True, "graphs": "layers", **more}
+    for more in (
+        {},
+        {"methods": "all"},
+        {"methods": "blocks", "num_microbatches": 4},
+        {"recompute": "selective", "final_state": "post_norm"},
+        {"masked": True, "tokens": "unmasked", "token_stride": 4},
+        {"model": "hybrid", "layers": "Mamba"},
+        {"model": "hybrid", "layers": "Mamba", "graphs": "mamba attn", "methods": "all"},
+        {"model": "hybrid", "layers": "experts", "graphs": "attn moe_router", "expert": 2},
+        {"model": "hybrid", "layers": "experts", "graphs": "moe_router", "recompute": "selective"},
+    )
+)
+"""The same where Megatron's own CUDA graphs of layers are asked for."""
+
 FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "iteration"},
     {"graphs": "iteration", "num_microbatches": 4, "masked": True, "tokens": "unmasked"},
@@ -456,7 +477,12 @@ def layouts_for(
     Raises:
         UserError: if the toy model cannot be split in this way.
     """
-    modes = {None: MODES, "full_iteration": FULL_GRAPH_MODES}.get(graphs, GRAPH_MODES)
+    modes = {
+        None: MODES,
+        "transformer_engine": GRAPH_MODES,
+        "local": LOCAL_GRAPH_MODES,
+        "full_iteration": FULL_GRAPH_MODES,
+    }[graphs]
     if overlap:
         modes = OVERLAP_MODES
     powers = [2**n for n in range(world_size.bit_length())]

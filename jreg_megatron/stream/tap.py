@@ -241,7 +241,7 @@ class _ChunkTap:
         self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
         if self.watched and self.graphs == "local" and local_graph.are_captured():
-            self.end_watch()  # the recorded step has shown what there is to see
+            self.end_watch()  # of the recorded step; Megatron replays no layer that has a hook
         # One evaluation shows what there is to see; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
         self._was_evaluated = self._was_evaluated or not chunk.training
@@ -256,11 +256,10 @@ class _ChunkTap:
     def _put_taps_where_needed(self) -> None:
         """A layer with which nothing is done in this micro-batch runs as if nothing were attached.
 
-        What is needed changes between steps alone: all micro-batches of a step are alike. Megatron's own
-        graphs hold for later steps what the taps did when they were recorded.
+        What is needed changes between steps alone: all micro-batches of a step are alike.
         """
         needed: Collection[int] | None = ()
-        if self.recomputes or self.watched or self.graphs == "local":
+        if self.recomputes or self.watched:
             needed = None
         elif self.microbatch is not None:
             needed = getattr(self.microbatch, "layers", None)
@@ -475,10 +474,7 @@ class _LayerTap:
         self, module: Any, begins: bool, run: Callable[..., Any], *given: Any, **named: Any
     ) -> Any:
         """Megatron records, replays or just runs what it has, or will have, in a graph of its own."""
-        run = functools.partial(self._on_capture, run)
-        if named.get("inference_context") is not None:
-            return run(*given, **named)
-        return self._on_replay(module, begins, run, *given, **named)
+        return self._on_replay(module, begins, functools.partial(self._on_capture, run), *given, **named)
 
     def _on_replay(
         self, module: Any, begins: bool, replay: Callable[..., Any], *given: Any, **named: Any
