@@ -42,8 +42,8 @@ LINE = only(
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or (ten_steps and iteration)")
-LOCAL_GRAPHS = ("tests/test_cuda_graphs.py", "-k", "own_graphs_equals and rank and not HybridModel")
-GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel")
+LOCAL_GRAPHS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and rank and not HybridModel")
+GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel and not local")
 RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
 OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
@@ -2246,7 +2246,7 @@ FAULTS = [
         "put the node into the graph of what comes behind experts",
         "stream/tap.py",
         (("self._undo_graphs.append(local_graph.go_around_experts(module, experts))", "pass"),),
-        ("tests/test_cuda_graphs.py", "-k", "own_graphs_equals and experts"),
+        ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and experts"),
     ),
     Fault(
         "attach to layers that Megatron has recorded already",
@@ -2269,7 +2269,7 @@ FAULTS = [
                 "            pass\n\n    def returned",
             ),
         ),
-        ("tests/test_cuda_graphs.py", "-k", "own_graphs_equals and experts"),
+        ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and experts"),
     ),
     Fault(
         "freeze the coefficient of the iteration that is captured",
