@@ -2239,7 +2239,7 @@ FAULTS = [
     Fault(
         "take what Megatron captures in a graph of its own for a layer that is recomputed",
         "stream/tap.py",
-        (('(chunk.graphs == "local" and local_graph.is_capturing())', "False"),),
+        (('(chunk.graphs == "local" and not chunk.is_in_forward)', "False"),),
         LOCAL_GRAPHS,
     ),
     Fault(

@@ -544,7 +544,7 @@ def locally_graphed_model() -> tuple[Any, Callable[[Any], None]]:
     local_graph_stand_in.install()
     model = unbiased()
     model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
-    vars(model.config).update(OF_LAYERS | LOCAL)
+    vars(model.config).update(OF_LAYERS | LOCAL | {"enable_cuda_graph": True})  # its old name
     for layer in model.decoder.layers:
         layer.create_mcore_cudagraph_manager(model.config)
     for parameter in model.parameters():

@@ -20,16 +20,6 @@ from torch import Tensor
 
 from jreg_megatron.runtime.errors import UserError
 
-Around = Callable[..., Any]
-"""Is called in the place of a module's run that may be replayed: with the run, and the run's arguments."""
-
-
-def is_capturing() -> bool:
-    """Whether Megatron captures graphs now; what runs then is no micro-batch."""
-    from megatron.core.transformer import cuda_graphs
-
-    return bool(cuda_graphs.is_graph_capturing())
-
 
 def are_captured() -> bool:
     """Whether the graphs are there, so that no module's own code runs in training any more."""
@@ -53,8 +43,12 @@ def refuse_recorded() -> None:
         )
 
 
-def go_around(module: Any, around: Around) -> Callable[[], None]:
+def go_around(module: Any, around: Callable[..., Any]) -> Callable[[], None]:
     """Go around all of a layer or sub-layer, if it has, or will have, a graph of its own.
+
+    Args:
+        module: the layer or sub-layer.
+        around: is called in the place of what may be replayed, with that and its arguments.
 
     Returns:
         What takes it off again.
@@ -79,13 +73,8 @@ def go_around(module: Any, around: Around) -> Callable[[], None]:
     return undo
 
 
-def go_around_experts(module: Any, around: Around) -> Callable[[], None]:
-    """Go around router, experts and the last bias-dropout-add, if only the first and the last of these have
-    graphs.
-
-    Returns:
-        What takes it off again.
-    """
+def go_around_experts(module: Any, around: Callable[..., Any]) -> Callable[[], None]:
+    """Go around router, experts and the last bias-dropout-add, if the first and the last have graphs."""
     if not getattr(module, "use_partial_cudagraphs", False):
         return _nothing
 

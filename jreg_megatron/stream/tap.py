@@ -426,7 +426,7 @@ class _LayerTap:
         chunk = self._chunk
         if self._is_over:
             return cast(Callable[..., Tensor], factory(*options, **named))
-        is_captured = self._is_captured or (chunk.graphs == "local" and local_graph.is_capturing())
+        is_captured = self._is_captured or (chunk.graphs == "local" and not chunk.is_in_forward)
         is_rerun = not chunk.is_in_forward and not is_captured
         if self._hook is None and is_rerun and chunk.is_training:
             raise UserError(_RERUN_LATER)
