@@ -13,7 +13,7 @@ fails. Memory that was let go of in the capture is the graph's alone. Kernels th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ def install() -> None:
     random.CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str], install: Callable[[], None] = install) -> None:
     """``jreg_megatron.pretrain`` with such graphs; the last line tells how often each was replayed."""
     from jreg_megatron import pretrain
     from jreg_megatron.cpu import flags
@@ -168,8 +168,12 @@ class _Capture(TorchDispatchMode):
             _bytes(_alive(self._graph._from_before[key])).copy_(values)
         for key, (ref, size) in self._own.items():
             storage = torch.UntypedStorage(size) if _is_gone(ref) else _alive(ref)
-            _bytes(storage).fill_(255)  # NaN in every floating type
             self._graph._own[key] = storage
+            self._forget(storage)
+
+    def _forget(self, storage: torch.UntypedStorage) -> None:
+        """Nothing has been computed into memory that was allocated in the capture."""
+        _bytes(storage).fill_(255)  # NaN in every floating type
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}

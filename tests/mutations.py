@@ -41,8 +41,9 @@ LINE = only(
 )
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
-FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or ten_steps")
-GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel")
+FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or (ten_steps and iteration)")
+LOCAL_GRAPHS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and rank and not HybridModel")
+GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel and not local")
 RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
 OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
@@ -2244,8 +2245,55 @@ FAULTS = [
     Fault(
         "take what a CUDA graph captures for a layer of a micro-batch",
         "stream/tap.py",
-        (("(None if self._is_captured else chunk.microbatch), None", "chunk.microbatch, None"),),
+        (("(None if is_captured else chunk.microbatch), None", "chunk.microbatch, None"),),
         ("tests/test_cuda_graphs.py",),
+    ),
+    Fault(
+        "let Megatron's own graphs reuse a layer's output before its backward pass",
+        "stream/local_graph.py",
+        (("_tag_cudagraph_buffer_saved_for_backward(output)", "_apply_cudagraph_buffer_metadata(output)"),),
+        LOCAL_GRAPHS,
+    ),
+    Fault(
+        "have each of Megatron's own graphs copy the state before it",
+        "stream/local_graph.py",
+        (("if shown.data_ptr() == output.data_ptr():", "if False:"),),
+        ("tests/test_cuda_graphs.py", "-k", "until_they_are_recorded"),
+    ),
+    Fault(
+        "take what Megatron captures in a graph of its own for a layer that is recomputed",
+        "stream/tap.py",
+        (('(chunk.graphs == "local" and not chunk.is_in_forward)', "False"),),
+        LOCAL_GRAPHS,
+    ),
+    Fault(
+        "put the node into the graph of what comes behind experts",
+        "stream/tap.py",
+        (("self._undo_graphs.append(local_graph.go_around_experts(module, experts))", "pass"),),
+        ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and experts"),
+    ),
+    Fault(
+        "attach to layers that Megatron has recorded already",
+        "stream/support.py",
+        (("        local_graph.refuse_recorded()", "        pass"),),
+        ("tests/test_cuda_graphs.py", "-k", "until_they_are_recorded"),
+    ),
+    Fault(
+        "leave hooks on layers that Megatron replays",
+        "stream/tap.py",
+        (('self.graphs == "local" and local_graph.are_captured()', "False"),),
+        ("tests/test_cuda_graphs.py", "-k", "until_they_are_recorded"),
+    ),
+    Fault(
+        "compare what a graph behind experts is given with what the layer returns",
+        "stream/layer_watch.py",
+        (
+            (
+                "            self._tapped = _Kept(state)\n\n    def returned",
+                "            pass\n\n    def returned",
+            ),
+        ),
+        ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and experts"),
     ),
     Fault(
         "freeze the coefficient of the iteration that is captured",

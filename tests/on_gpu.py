@@ -77,8 +77,9 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
     if find_spec("transformer_engine") and not is_toy:
         flags = "--transformer-impl transformer_engine --precision bf16"
         found.append(Part("selftest_transformer_engine", 35, [_SELFTEST, *flags.split()]))
-        graphs = f"--cuda-graph transformer_engine {flags}"
-        found.append(Part("selftest_cuda_graph", 45, [_SELFTEST, *graphs.split()]))
+        for graphs in ("transformer_engine", "local"):
+            words_of_graphs = f"--cuda-graph {graphs} {flags}".split()
+            found.append(Part(f"selftest_cuda_graph_{graphs}", 45, [_SELFTEST, *words_of_graphs]))
     if not is_toy:
         found.append(Part("selftest_full_graph", 35, [_SELFTEST, "--cuda-graph", "full_iteration"]))
     return [

@@ -68,7 +68,7 @@ TESTS = {
     "Transformer Engine's layers, with a stand-in for it": (
         "test_transformer_engine::test_step_in_transformer"
     ),
-    "CUDA graphs of single layers, by Transformer Engine, with a stand-in for them": (
+    "CUDA graphs of single layers, Transformer Engine's or Megatron's, with stand-ins for them": (
         "test_cuda_graphs::test_a_step_of_replayed_graphs_equals_the_reference_at"
     ),
     "CUDA graph of a whole iteration, with a stand-in for it": (

@@ -1,4 +1,4 @@
-"""Layers in CUDA graphs of Transformer Engine: Megatron's own code around a stand-in for the graphs."""
+"""Layers and iterations in CUDA graphs: Megatron's own code around stand-ins for the graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from conftest import ITERATIONS
 from harness import read_scalars, run_function, run_ranks
 from reference_training import train
-from test_attach import build_model, step
+from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import JRegConfig, UserError, attach
@@ -66,6 +66,38 @@ LAYOUTS = [
         num_microbatches=8,
         methods="all",
     ),
+    Layout(local_graphs=True, graphs="layers"),
+    Layout(local_graphs=True, graphs="layers", tensor=2, sequence_parallel=True, methods="all"),
+    Layout(local_graphs=True, graphs="layers", pipeline=2, num_microbatches=4, final_state="post_norm"),
+    Layout(local_graphs=True, graphs="layers", pipeline=2, virtual=2, num_microbatches=4, methods="all"),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "recompute": "selective", "masked": True},
+        tokens="unmasked",
+        token_stride=4,
+    ),
+    Layout(local_graphs=True, graphs="layers", methods="blocks", data=2, distributed_optimizer=True),
+    Layout(local_graphs=True, graphs="layers", model="mtp"),
+    Layout(
+        **{"local_graphs": True, "graphs": "mamba attn", "model": "hybrid", "layers": "Mamba"},
+        pipeline=2,
+        final_state="post_norm",
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "moe_router", "model": "hybrid", "layers": "lone sub-layers"},
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "attn moe_router", "model": "hybrid", "layers": "experts"},
+        **{"data": 2, "expert": 2, "pipeline": 2, "num_microbatches": 4},
+        recompute="selective",
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "model": "hybrid", "layers": "sub-layers as layers"},
+        **{"capacity": 0.5, "num_microbatches": 8},
+        methods="all",
+    ),
 ]
 
 
@@ -77,28 +109,36 @@ def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> No
 
 def with_graphs(layout: Layout) -> Comparison:
     import graph_stand_in
+    import local_graph_stand_in
 
     from jreg_megatron.selftest import step
 
     torch.set_num_threads(1)
     step.capture_graphs = graph_stand_in.capture
+    if layout.local_graphs:
+        local_graph_stand_in.install()
     comparison = compare_step(layout)
-    assert len(graph_stand_in.REPLAYS) >= layout.num_microbatches
+    replays = local_graph_stand_in.REPLAYS if layout.local_graphs else graph_stand_in.REPLAYS
+    assert len(replays) >= layout.num_microbatches
     return comparison
 
 
-@pytest.mark.parametrize(("graphs", "precision"), [("transformer_engine", "bf16"), ("full_iteration", None)])
+@pytest.mark.parametrize(
+    ("graphs", "precision"), [("transformer_engine", "bf16"), ("local", "bf16"), ("full_iteration", None)]
+)
 def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
     graphs: str, precision: str | None
 ) -> None:
     layouts = layouts_for(1, graphs=graphs, precision=precision)
-    assert {"gpt", "moe", "hybrid"} <= {layout.model for layout in layouts}
+    assert {"gpt", "hybrid"} <= {layout.model for layout in layouts}
+    assert any(layout.has_experts for layout in layouts)
     assert all(layout.graphs != "none" for layout in layouts)
+    assert all(layout.local_graphs == (graphs == "local") for layout in layouts)
 
 
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
-FULL = {"cuda_graph_impl": "full_iteration"}
+FULL, LOCAL = {"cuda_graph_impl": "full_iteration"}, {"cuda_graph_impl": "local"}
 
 
 def test_graphs_that_nothing_has_compared_are_refused_by_name() -> None:
@@ -110,7 +150,7 @@ def refuses_graphs() -> None:
     for named, changes, settings in (
         ("--jreg-untested-cuda-graphs", {}, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_impl 'transformer_engine'", {}, [NormsConfig()]),
-        ("cuda_graph_impl 'local'", {"cuda_graph_impl": "local"}, [TAKEN]),
+        ("--cuda-graph local .*--jreg-untested-cuda-graphs", LOCAL, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", {"cuda_graph_warmup_steps": 0}, [TAKEN]),
         ("--cuda-graph full_iteration .*--jreg-untested-cuda-graphs", FULL, [JRegConfig(coeff=1.0)]),
         ("cuda_graph_warmup_steps is 0", FULL | {"cuda_graph_warmup_steps": 0}, [TAKEN]),
@@ -121,6 +161,7 @@ def refuses_graphs() -> None:
         ("metrics has entropy, .* full_iteration", FULL, [TAKEN, DepthConfig(metrics="entropy")]),
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
+        ("--depth-metrics has contributions", LOCAL, [TAKEN, DepthConfig()]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
@@ -215,11 +256,28 @@ START, WARMUP, STOP = 3, 4, 9
 CUT = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel")
 
 
-def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_changes(
-    toy_arguments: list[str], initial_weights: Path, toy_steps: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("graphs", "entry", "replays"),
+    [
+        # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
+        ("full_iteration --cuda-graph-warmup-steps 2", "full_graph_stand_in", "8 6"),
+        # Of 10 steps of training the first runs before the capture, and no evaluation. A rank has two layers,
+        # and a step four micro-batches.
+        ("local", "local_graph_stand_in", f"{(9 + 8) * 2 * 4} {9 * 2 * 4}"),
+    ],
+    ids=("iteration", "local"),
+)
+def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
+    toy_arguments: list[str],
+    initial_weights: Path,
+    toy_steps: Any,
+    tmp_path: Path,
+    graphs: str,
+    entry: str,
+    replays: str,
 ) -> None:
-    # lambda begins, rises and ends in replays of what was captured in step 3. Each second step measures, and
-    # a log has the mean of four.
+    # lambda begins, rises and ends in replays of what was captured before. Each second step measures, and a
+    # log has the mean of four.
     strengths = [
         COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
     ]
@@ -232,13 +290,10 @@ def test_ten_steps_of_which_eight_are_replayed_equal_the_reference_while_lambda_
         *f"--jreg-start-iteration {START} --jreg-warmup-iterations {WARMUP}".split(),
         *f"--jreg-stop-iteration {STOP} --jreg-measure-interval 2 --tensorboard-dir".split(),
     ]
-    in_graph = (
-        "--jreg-untested-cuda-graphs --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 2".split()
-    )
-    run = run_ranks([*argv, tmp_path / "graph", *in_graph], 4, entry="full_graph_stand_in:train")
+    in_graph = f"--jreg-untested-cuda-graphs --cuda-graph-impl {graphs}".split()
+    run = run_ranks([*argv, tmp_path / "graph", *in_graph], 4, entry=f"{entry}:train")
     run_ranks([*argv, tmp_path / "eager"], 4)
-    # Of 10 steps of training, and of 8 of evaluation, two run before the capture.
-    assert [re.findall("replays: .*", output) for output in run.output] == [["replays: 8 6"]] * 4
+    assert [re.findall("replays: .*", output) for output in run.output] == [[f"replays: {replays}"]] * 4
     graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
     for name in ("lm loss", "grad-norm"):
         np.testing.assert_allclose(graph[name], expected[name], rtol=1e-5, err_msg=name)
@@ -411,6 +466,104 @@ def forgets_what_waits() -> None:
         meter.add(1, torch.ones(3, 1))
         assert meter.totals()[0][0].tolist() == [3.0 * count, 3.0 * count, count]
     reruns.end()
+
+
+def test_steps_of_megatrons_own_graphs_and_evaluations_between_them_are_as_without_graphs() -> None:
+    run_function(steps_and_evaluations_as_without_graphs)
+
+
+def steps_and_evaluations_as_without_graphs() -> None:
+    from megatron.core import parallel_state
+
+    found: list[list[torch.Tensor]] = []
+    now = [0]
+    for in_graphs in (False, True):
+        model, run_step = locally_graphed_model() if in_graphs else (unbiased(), step)
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        methods = (
+            replace(TAKEN, measure_interval=2, start_iteration=3),
+            DepthConfig(metrics="voids,curvature,entropy"),
+            SlowQKConfig(hold_iterations=2, ramp_iterations=3),
+        )
+        handle = attach(model, *methods, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
+
+        def evaluated(model: Any = model, handle: Any = handle) -> torch.Tensor:
+            model.eval()
+            with torch.no_grad():
+                forward(model)
+            model.train()
+            displacement: torch.Tensor = handle.reduce_validation_metrics().displacement
+            return displacement
+
+        found.append([evaluated()])
+        for now[0] in range(1, 6):
+            run_step(model)
+            optimizer.step()
+            metrics = handle.end_iteration(now[0])
+            assert metrics is not None
+            found[-1] += [*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())]
+            found[-1].append(evaluated())
+        handle.detach()
+        parallel_state.destroy_model_parallel()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_megatrons_own_graphs_can_be_attached_to_until_they_are_recorded_and_copy_no_state() -> None:
+    run_function(attaches_before_the_first_step_alone)
+
+
+def attaches_before_the_first_step_alone() -> None:
+    model, run_step = locally_graphed_model()
+    layer = model.decoder.layers[0]
+    before = dict(vars(layer)), type(layer.cudagraph_manager)
+    handle = attach(model, TAKEN, NormsConfig(), num_microbatches=1)
+    assert before != (dict(vars(layer)), type(layer.cudagraph_manager))
+    handle.detach()
+    assert before == (dict(vars(layer)), type(layer.cudagraph_manager))
+    handle = attach(model, TAKEN, num_microbatches=1)
+    run_step(model)
+    run_step(model)  # nothing has asked what the first step has shown
+    assert handle.end_iteration(2) is not None
+    handle.detach()
+    # The second layer's graph reads what the first one's returned where it lies.
+    first, second = (layer.cudagraph_manager.cudagraph_runners[0] for layer in model.decoder.layers)
+    assert first.fwd_graph_output_surface[0].data_ptr() == second.fwd_graph_input_surface[0].data_ptr()
+    with pytest.raises(UserError, match=r"cuda_graph_impl local, .* before the first step"):
+        attach(model, TAKEN, num_microbatches=1)
+
+
+def locally_graphed_model() -> tuple[Any, Callable[[Any], None]]:
+    """A model whose layers have Megatron's own graphs, and a step of one micro-batch."""
+    import local_graph_stand_in
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.cuda_graphs import create_cudagraphs
+
+    local_graph_stand_in.install()
+    model = unbiased()
+    model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
+    vars(model.config).update(OF_LAYERS | LOCAL | {"enable_cuda_graph": True})  # its old name
+    for layer in model.decoder.layers:
+        layer.create_mcore_cudagraph_manager(model.config)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+
+    def run_step(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.main_grad.zero_()
+        step(model)
+        create_cudagraphs()
+        for parameter in model.parameters():
+            parameter.grad = parameter.main_grad + (0 if parameter.grad is None else parameter.grad)
+
+    return model, run_step
+
+
+def unbiased() -> Any:
+    """A model without the bias of keys, whose gradient is what rounding makes it, and as large to Adam."""
+    return build_model(add_bias_linear=False)
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:

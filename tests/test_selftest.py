@@ -94,6 +94,7 @@ def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
         (["--tp", "8"], "cannot be split over 2 ranks with --tp 8"),
         (["--transformer-impl", "transformer_engine"], "add --precision bf16"),
         (["--cuda-graph", "transformer_engine"], "--transformer-impl transformer_engine --precision bf16"),
+        (["--cuda-graph", "local"], "--transformer-impl transformer_engine --precision bf16"),
         (["--cuda-graph", "full_iteration"], "--cuda-graph is full_iteration, which runs on GPUs only"),
         (["--cuda-graph", "full_iteration", "--precision", "fp16"], "--precision fp16 is not supported with"),
         (["--transformer-impl", "transformer_engine", "--precision", "bf16"], "which is not installed"),

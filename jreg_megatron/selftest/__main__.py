@@ -84,8 +84,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cuda-graph",
-        choices=("transformer_engine", "full_iteration"),
-        help="layouts with CUDA graphs: transformer_engine, graphs of layers, of attention and of the MLP, "
+        choices=("transformer_engine", "local", "full_iteration"),
+        help="layouts with CUDA graphs: transformer_engine or local, graphs of layers and of parts of them, "
         "which need --transformer-impl transformer_engine and --precision bf16; or full_iteration, one graph "
         "of the whole iteration",
     )
@@ -117,7 +117,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _refuse_mistakes(options: argparse.Namespace) -> None:
     layers = options.transformer_impl, options.precision
-    if options.cuda_graph == "transformer_engine" and layers != ("transformer_engine", "bf16"):
+    is_of_layers = options.cuda_graph in ("transformer_engine", "local")
+    if is_of_layers and layers != ("transformer_engine", "bf16"):
         raise UserError(
             f"--cuda-graph {options.cuda_graph} captures bf16 layers of Transformer Engine; add "
             "--transformer-impl transformer_engine --precision bf16"

@@ -60,8 +60,9 @@ class Layout:
     """none, selective, uniform (full) or block (full)."""
     graphs: str = "none"
     """What is in CUDA graphs: none; layers (the whole of each) or some of Megatron's ``--cuda-graph-modules``
-    with spaces between, in Transformer Engine's graphs; iteration, all of it in one of Megatron's. They are
-    captured after a first step."""
+    with spaces between; iteration, all of it in one. They are captured after a first step."""
+    local_graphs: bool = False
+    """Whether graphs of layers are Megatron's own, and not Transformer Engine's."""
     overlap: bool = False
     """Whether one micro-batch goes forward between the parts of another's backward pass, Megatron's
     ``--overlap-moe-expert-parallel-comm``."""
@@ -144,7 +145,7 @@ class Layout:
         words += [f"{self.split} split"] * (self.split != "even")
         words += [f"{self.recompute} recompute"] * (self.recompute != "none")
         words += {"none": [], "iteration": ["CUDA graph of the iteration"]}.get(
-            self.graphs, [f"CUDA graphs of {self.graphs}"]
+            self.graphs, [f"{'local ' * self.local_graphs}CUDA graphs of {self.graphs}"]
         )
         words += ["overlapped experts"] * self.overlap
         words += ["per-token loss"] * self.per_token_loss
@@ -283,6 +284,16 @@ RULES = (
         ),
     ),
     _rule(
+        "local_graphs graphs",
+        "only graphs of layers can be Megatron's own or Transformer Engine's",
+        lambda x: not x.local_graphs or x.graphs not in ("none", "iteration"),
+    ),
+    _rule(
+        "local_graphs pipeline graphs",
+        "Megatron-Core 0.19.2 itself fails with its own graphs in a pipeline, and of the MLP alone",
+        lambda x: not x.local_graphs or (x.pipeline == 1 and "mlp" not in x.graphs.split()),
+    ),
+    _rule(
         "graphs precision token_stride",
         "JREG refuses a loss scale and a share of the tokens in a graph of the iteration",
         lambda x: x.graphs != "iteration" or (x.precision != "fp16" and x.token_stride == 1),
@@ -308,9 +319,9 @@ RULES = (
         lambda x: x.has_experts or not (x.capacity or x.balanced),
     ),
     _rule(
-        "overlap expert pipeline virtual recompute graphs",
+        "overlap expert pipeline virtual recompute graphs local_graphs",
         "Megatron's overlapped schedule needs expert parallelism, virtual stages in a pipeline, no full "
-        "recompute, and the experts in no graph",
+        "recompute, and the experts in no graph, nor anything in one of Megatron's own",
         lambda x: (
             not x.overlap
             or (
@@ -318,6 +329,7 @@ RULES = (
                 and (x.pipeline == 1 or x.virtual > 1)
                 and x.recompute in ("none", "selective")
                 and not {*x.graphs.split()} & {"layers", "mlp", "moe", "iteration"}
+                and not x.local_graphs
             )
         ),
     ),
@@ -398,6 +410,22 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
 )
 """The same where CUDA graphs of layers are asked for."""
 
+LOCAL_GRAPH_MODES: tuple[dict[str, Any], ...] = tuple(
+    {"local_graphs": True, "graphs": "layers", **more}
+    for more in (
+        {},
+        {"methods": "all"},
+        {"methods": "blocks", "num_microbatches": 4},
+        {"recompute": "selective", "final_state": "post_norm"},
+        {"masked": True, "tokens": "unmasked", "token_stride": 4},
+        {"model": "hybrid", "layers": "Mamba"},
+        {"model": "hybrid", "layers": "Mamba", "graphs": "mamba attn", "methods": "all"},
+        {"model": "hybrid", "layers": "experts", "graphs": "attn moe_router", "expert": 2},
+        {"model": "hybrid", "layers": "experts", "graphs": "moe_router", "recompute": "selective"},
+    )
+)
+"""The same where Megatron's own CUDA graphs of layers are asked for."""
+
 FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "iteration"},
     {"graphs": "iteration", "num_microbatches": 4, "masked": True, "tokens": "unmasked"},
@@ -449,7 +477,12 @@ def layouts_for(
     Raises:
         UserError: if the toy model cannot be split in this way.
     """
-    modes = {None: MODES, "full_iteration": FULL_GRAPH_MODES}.get(graphs, GRAPH_MODES)
+    modes = {
+        None: MODES,
+        "transformer_engine": GRAPH_MODES,
+        "local": LOCAL_GRAPH_MODES,
+        "full_iteration": FULL_GRAPH_MODES,
+    }[graphs]
     if overlap:
         modes = OVERLAP_MODES
     powers = [2**n for n in range(world_size.bit_length())]

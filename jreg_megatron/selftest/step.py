@@ -92,6 +92,10 @@ def run_step(
                 dist.destroy_process_group(group)
         return step
     finally:
+        if layout.local_graphs:
+            from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
+
+            delete_cuda_graphs()
         parallel_state.destroy_model_parallel()
 
 
@@ -105,7 +109,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     generators = {}
     if layout.graphs != "none" and transformer_impl == "transformer_engine":
         generators["te_rng_tracker"] = True
-    if layout.graphs == "iteration":
+    if layout.graphs == "iteration" or layout.local_graphs:
         generators["use_cudagraphable_rng"] = True
     model_parallel_cuda_manual_seed(1, **generators)
     config = _transformer_config(layout, transformer_impl)
@@ -157,9 +161,15 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
                 model.zero_grad_buffer()  # type: ignore[operator]
         now[0] = ITERATION
     elif layout.graphs != "none":  # are captured when a step has been seen
+        now[0] = 1
         passes()
-        capture_graphs(wrapped, config, layout)
+        if layout.local_graphs:  # by the schedule itself
+            for model in wrapped:
+                model.zero_grad_buffer()  # type: ignore[operator]
+        else:
+            capture_graphs(wrapped, config, layout)
         handle.reset_training_metrics()
+        now[0] = ITERATION
     reports = passes()
     total = torch.stack([*reports, torch.zeros(2, dtype=torch.float64).to(batch.tokens.device)]).sum(0)
     dist.all_reduce(total)
@@ -247,7 +257,8 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options |= {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}
     elif layout.graphs != "none":
         modules = [] if layout.graphs == "layers" else layout.graphs.split()
-        options |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
+        implementation = "local" if layout.local_graphs else "transformer_engine"
+        options |= {"cuda_graph_impl": implementation, "cuda_graph_modules": modules}
     is_latent = any("+" in kinds for kinds in shape.layers)
     if is_latent:
         options |= LATENT

@@ -37,11 +37,11 @@ def settings_of(layout: Layout) -> list[Settings]:
     """The settings that a layout is run with."""
     rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
     # Before it is captured in a graph lambda is 0; where it is, lambda is less; only ITERATION measures.
-    in_full_graph = layout.graphs == "iteration"
+    starts_later = layout.graphs == "iteration" or layout.local_graphs
     jreg = JRegConfig(
-        start_iteration=2 if in_full_graph else 1,
-        warmup_iterations=ITERATION - 1 if in_full_graph else 0,
-        measure_interval=ITERATION if in_full_graph else 1,
+        start_iteration=2 if starts_later else 1,
+        warmup_iterations=ITERATION - 1 if starts_later else 0,
+        measure_interval=ITERATION if starts_later else 1,
         token_share=1 / layout.token_stride,
         untested_cuda_graphs=layout.graphs != "none",
         untested_overlap=layout.overlap,

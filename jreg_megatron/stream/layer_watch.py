@@ -79,6 +79,11 @@ class LayerWatch:
             self._report(f"{self._name} calls {self._adds[-1]} more than once; {_FIX}", True)
         self._tapped = _Kept(state)
 
+    def handed_on(self, output: Tensor, state: Tensor) -> None:
+        """The layer goes on with ``state`` in the place of ``output``, what its last part has returned."""
+        if self._tapped is not None and self._tapped.is_same(output):
+            self._tapped = _Kept(state)
+
     def returned(self, output: Any) -> None:
         """The layer returns ``output``: the state, or a tuple that begins with it."""
         state = output[0] if isinstance(output, tuple) else output

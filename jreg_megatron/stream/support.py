@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from jreg_megatron.runtime.errors import UserError
-from jreg_megatron.stream import overlap
+from jreg_megatron.stream import local_graph, overlap
 from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.settings import Settings
 
@@ -39,7 +39,7 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),  # the last two before 0.17
-        "its graphs hold what differs between iterations, or may reuse the memory of a layer's states",
+        "a graph repeats what was captured, in memory that other graphs reuse, and no GPU has been compared",
     ),
 }
 """Megatron's settings that give wrong numbers, or have not been shown to give right ones, and why."""
@@ -78,8 +78,9 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     """
     refused = dict(REFUSED)
     graphs = getattr(model_config, "cuda_graph_impl", "none")
-    if graphs in ("transformer_engine", "full_iteration") and _takes(_TAKES_GRAPHS, settings):
-        del refused["cuda_graph_impl"]
+    if graphs != "none" and _takes(_TAKES_GRAPHS, settings):
+        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
+            del refused[name]
         _refuse_graphs(model_config)
         if graphs == "full_iteration":
             _refuse_full_graphs(model_config, settings)
@@ -92,7 +93,7 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         if all(value and value != "none" for value in values):
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
             fix = "turn it off"
-            if name == "cuda_graph_impl" and graphs in ("transformer_engine", "full_iteration"):
+            if name == "cuda_graph_impl":
                 fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on a GPU", settings)
             elif name == overlap.SETTING:
                 fix += _how_to_take(_TAKES_OVERLAP, "--overlap on GPUs", settings)
@@ -123,6 +124,8 @@ def refuse_built(chunk: Any) -> None:
         UserError: naming the setting.
     """
     config = chunk.config
+    if getattr(config, "cuda_graph_impl", "none") == "local" and is_since_0_19():
+        local_graph.refuse_recorded()
     if getattr(config, overlap.SETTING, False) and not hasattr(chunk, "build_schedule_plan"):
         raise UserError(
             f"jreg_megatron does not support {overlap.SETTING} in a {type(chunk).__name__}, of which "
@@ -185,7 +188,7 @@ def _refuse_graphs(model_config: Any) -> None:
             "jreg_megatron does not support fine_grained_activation_offloading with cuda_graph_impl "
             f"{model_config.cuda_graph_impl} yet, since nothing has compared it; turn one of the two off"
         )
-    if model_config.cuda_graph_warmup_steps < 1:
+    if model_config.cuda_graph_impl != "local" and model_config.cuda_graph_warmup_steps < 1:
         raise UserError(
             f"cuda_graph_warmup_steps is {model_config.cuda_graph_warmup_steps}, so no step shows how the "
             "layers' states are joined before they are in graphs; give 1 or more"

@@ -36,6 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream import local_graph
 from jreg_megatron.stream.anatomy import ResidualLayer, final_norm_of, num_layers, residual_layers, unwrap
 from jreg_megatron.stream.layer_watch import LayerWatch, Report
 from jreg_megatron.stream.overlap import SETTING, layers_of, on_passes, wrap
@@ -110,8 +111,7 @@ class Tap:
         From then on layers that are not recomputed have no hook, so they cannot begin to be.
         """
         for chunk in self._chunks:
-            while chunk.watched:
-                chunk.watched.pop().end_watch()
+            chunk.end_watch()
 
     def remove(self) -> None:
         """Take the observer off. Taps that were put on later must be removed first."""
@@ -173,7 +173,8 @@ class _ChunkTap:
         self.recomputes = chunk.config.recompute_granularity == "full"
         """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
-        self.has_graphs = getattr(chunk.config, "cuda_graph_impl", "none") == "transformer_engine"
+        self.graphs: str = getattr(chunk.config, "cuda_graph_impl", "none")
+        """By whose graphs layers are replayed."""
         self.is_planned = bool(getattr(chunk.config, SETTING, False))
         """Whether plans run the layers in training, in which no graph holds a layer's end."""
         self._chunk = chunk
@@ -215,6 +216,10 @@ class _ChunkTap:
     def _watches(self) -> list[LayerWatch]:
         return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
 
+    def end_watch(self) -> None:
+        while self.watched:
+            self.watched.pop().end_watch()
+
     def remember(self, state: Tensor) -> None:
         """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
         storage = StorageWeakRef(state.untyped_storage())  # type: ignore[no-untyped-call]
@@ -235,6 +240,8 @@ class _ChunkTap:
         named = {**dict(zip(_FIRST_ARGUMENTS, given, strict=False)), **named}
         self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
+        if self.watched and self.graphs == "local" and local_graph.are_captured():
+            self.end_watch()  # of the recorded step; Megatron replays no layer that has a hook
         # One evaluation shows what there is to see; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
         self._was_evaluated = self._was_evaluated or not chunk.training
@@ -294,7 +301,7 @@ class _LayerTap:
         self._chunk = chunk
         # Where the taps are on: module, name, the layer's own factory, and the one that stands for it.
         self._places: list[tuple[Any, str, Any, Any]] = []
-        self._graphed = {layer.first: None, layer.last: None} if chunk.has_graphs else {}
+        self._undo_graphs: list[Callable[[], None]] = []
         self._feeds_final_norm = feeds_final_norm
         # Of the run under way; None outside of one and where the run does not count.
         self._microbatch: Any = None
@@ -319,10 +326,26 @@ class _LayerTap:
             ours = functools.partial(tapped, factory)
             self._places.append((module, name, factory, ours))
             setattr(module, name, ours)
-        for module in self._graphed:
-            module._te_cuda_graph_capture = functools.partial(self._on_capture, module._te_cuda_graph_capture)
-            replay = module._te_cuda_graph_replay
-            module._te_cuda_graph_replay = functools.partial(self._on_replay, module, replay)
+        for module in dict.fromkeys((self._layer.first, self._layer.last)):
+            begins = module is self._layer.first
+            if self._chunk.graphs == "transformer_engine":
+                self._undo_graphs.append(self._go_around_graphs(module, begins))
+            elif self._chunk.graphs == "local":
+                whole = functools.partial(self._on_local_graph, module, begins)
+                begins = begins and self._layer.adds[0][1] == "mlp_bda"
+                experts = functools.partial(self._on_local_graph, module, begins)
+                self._undo_graphs.append(local_graph.go_around(module, whole))
+                self._undo_graphs.append(local_graph.go_around_experts(module, experts))
+
+    def _go_around_graphs(self, module: Any, begins: bool) -> Callable[[], None]:
+        capture, replay = module._te_cuda_graph_capture, module._te_cuda_graph_replay
+        module._te_cuda_graph_capture = functools.partial(self._on_capture, capture)
+        module._te_cuda_graph_replay = functools.partial(self._on_replay, module, begins, replay)
+
+        def undo() -> None:
+            del module._te_cuda_graph_capture, module._te_cuda_graph_replay
+
+        return undo
 
     def end(self) -> None:
         """Do nothing any more, even where something else stands for the factories and still calls ours."""
@@ -335,8 +358,8 @@ class _LayerTap:
         if all(getattr(module, name) is ours for module, name, _, ours in self._places):
             for module, name, factory, _ in self._places:
                 setattr(module, name, factory)
-            for module in self._graphed if self._places else ():
-                del module._te_cuda_graph_capture, module._te_cuda_graph_replay
+            while self._undo_graphs:
+                self._undo_graphs.pop()()
             self._places = []
 
     def start_watch(self, config: Any, report: Report) -> None:
@@ -403,11 +426,12 @@ class _LayerTap:
         chunk = self._chunk
         if self._is_over:
             return cast(Callable[..., Tensor], factory(*options, **named))
-        is_rerun = not chunk.is_in_forward and not self._is_captured
+        is_captured = self._is_captured or (chunk.graphs == "local" and not chunk.is_in_forward)
+        is_rerun = not chunk.is_in_forward and not is_captured
         if self._hook is None and is_rerun and chunk.is_training:
             raise UserError(_RERUN_LATER)
-        self._microbatch, self._input = (None if self._is_captured else chunk.microbatch), None
-        self._is_begun = self._is_begun or not self._is_captured
+        self._microbatch, self._input = (None if is_captured else chunk.microbatch), None
+        self._is_begun = self._is_begun or not is_captured
         return functools.partial(self._on_input, factory(*options, **named))
 
     def _tapped_output(
@@ -438,7 +462,7 @@ class _LayerTap:
         return layer_output
 
     def _on_capture(self, capture: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Transformer Engine captures the layer, or a part of it, in a CUDA graph: it is no micro-batch."""
+        """The layer, or a part of it, is captured in a CUDA graph, or may be: it is no micro-batch."""
         of_run = self._microbatch, self._input
         self._microbatch, self._input, self._is_captured = None, None, True
         try:
@@ -446,14 +470,22 @@ class _LayerTap:
         finally:
             self._microbatch, self._input, self._is_captured = *of_run, False
 
-    def _on_replay(self, module: Any, replay: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def _on_local_graph(
+        self, module: Any, begins: bool, run: Callable[..., Any], *given: Any, **named: Any
+    ) -> Any:
+        """Megatron records, replays or just runs what it has, or will have, in a graph of its own."""
+        return self._on_replay(module, begins, functools.partial(self._on_capture, run), *given, **named)
+
+    def _on_replay(
+        self, module: Any, begins: bool, replay: Callable[..., Any], *given: Any, **named: Any
+    ) -> Any:
         """A CUDA graph stands for the layer, or for a part of it. What it holds calls no tap.
 
         A graph of the whole layer holds what a method changes too. A state that a graph returns lies in the
         graph's memory, which is the next one's when its backward pass is over. What a method keeps of it must
         not be needed any longer.
         """
-        if module is self._layer.first:
+        if begins:
             state = named["hidden_states"] if "hidden_states" in named else given[0]
             self._microbatch, self._input = self._chunk.microbatch, state
             self._is_begun = module is not self._layer.last
@@ -462,12 +494,16 @@ class _LayerTap:
         # Where the layer's end is not in the graph, a tap sees it.
         if module is not self._layer.last or layer_input is None or self._chunk.is_planned:
             return result
-        if module is not self._layer.first:
+        if not begins:
             # A graph runs before the input's own node, to which the output's must leave nothing to do.
             self._input = layer_input.view_as(layer_input)
         output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
-        output = self._show(self._changed(output) if self._is_begun else output)
-        return (output, *rest) if isinstance(result, tuple) else output
+        shown = self._show(self._changed(output) if self._is_begun else output)
+        if self._chunk.graphs == "local":
+            local_graph.keep(output, shown)
+        if self._watching is not None:  # the layer goes on behind its graphs
+            self._watching.handed_on(output, shown)
+        return (shown, *rest) if isinstance(result, tuple) else shown
 
     def _changed(self, layer_output: Tensor) -> Tensor:
         if self._change is None or self._input is None:

@@ -80,10 +80,14 @@ class DepthConfig(Settings):
         refuse(WHOLE_SEQUENCE, "sequence_parallel", 1, "need whole sequences on one rank")
         graphs = getattr(model_config, "cuda_graph_impl", "none")
         for metric, of_graphs, reason in (
-            ("contributions", "transformer_engine", "the state between attention and MLP is in its graphs"),
-            ("entropy", "full_iteration", "the host waits for the eigenvalues, and a graph cannot wait"),
+            (
+                "contributions",
+                ("transformer_engine", "local"),
+                "the state between attention and MLP is in its graphs",
+            ),
+            ("entropy", ("full_iteration",), "the host waits for the eigenvalues, and a graph cannot wait"),
         ):
-            if metric in self.chosen and graphs == of_graphs:
+            if metric in self.chosen and graphs in of_graphs:
                 raise UserError(
                     f"{self.flag('metrics')} has {metric}, and cuda_graph_impl is {graphs}: {reason}; "
                     f"give {self.flag('metrics')} voids, or turn the graphs off"

@@ -138,8 +138,8 @@ class JRegConfig(Settings):
     )
     untested_cuda_graphs: bool = setting(
         False,
-        "allow --cuda-graph-impl transformer_engine or full_iteration, which we have not compared on a GPU "
-        "yet. First run the self-test with --cuda-graph on your GPU.",
+        "allow --cuda-graph-impl transformer_engine, local or full_iteration, which we have not compared on "
+        "a GPU yet. First run the self-test with --cuda-graph on your GPU.",
         bool,
     )
     untested_overlap: bool = setting(
