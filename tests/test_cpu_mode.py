@@ -14,7 +14,9 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import run_function
@@ -236,7 +238,26 @@ def gather_unevenly(shapes: list[tuple[int, ...]]) -> list[str]:
     weight = torch.ones(shapes[dist.get_rank()], requires_grad=True)
     filled = [torch.zeros(shape) for shape in shapes]
     dist.all_gather(filled, weight)
-    return wrong + ["part of the graph"] * any(piece.requires_grad for piece in filled)
+    wrong += ["part of the graph"] * any(piece.requires_grad for piece in filled)
+    return wrong + left_under_way(filled, weight.detach())
+
+
+def left_under_way(pieces: list[Any], own: Any) -> list[str]:
+    """What is still under way when an all-gather in the background returns: one may not pass the next."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    under_way: list[Any] = []
+    broadcast = distributed_c10d.broadcast
+
+    def noted(*given: Any) -> Any:
+        work = broadcast(*given)
+        under_way.append(work)
+        return SimpleNamespace(wait=lambda: under_way.remove(work) if work.wait() else None)
+
+    with mock.patch.object(distributed_c10d, "broadcast", noted):
+        dist.all_gather(pieces, own, async_op=True)
+    return ["a piece was not waited for"] * len(under_way)
 
 
 @pytest.mark.parametrize(
