@@ -210,7 +210,7 @@ OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name() -> None:
     for named, more, settings in (
-        ("--overlap on GPUs .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
+        ("--overlap on your GPUs, .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
         ("overlap_moe_expert_parallel_comm yet", {}, [NormsConfig()]),
         ("slow Q/K with overlap_moe_expert_parallel_comm", {}, [TAKEN, SlowQKConfig(hold_iterations=1)]),
         ("is_hybrid_model with", {"is_hybrid_model": True}, [TAKEN]),

@@ -205,6 +205,6 @@ UNKNOWN_SUBLAYERS: dict[str, tuple[type[Any], str]] = {
     "attention_layer that goes on": (GoesOn, "returns another state than its last bias-dropout-add gives"),
     "attention_layer twice": (AttendsTwice, "calls self_attn_bda more than once"),
     "mlp_layer twice": (TwoFeedForwards, "calls mlp_bda more than once"),
-    "mlp_layer that does not run": (HandsOn, "has not run behind its beginning"),
+    "mlp_layer that does not run": (HandsOn, "began and did not end in a forward pass"),
 }
 """Sub-layers of a hybrid model: the name begins with that of the slot that they take."""

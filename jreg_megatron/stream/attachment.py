@@ -54,8 +54,8 @@ def attach(
 
     A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
     one in evaluation mode is measured as validation. A regularized layer is measured in the backward pass:
-    ask for metrics between steps. What is taken for granted of layers and loss is compared with the first
-    step, which raises a ``UserError`` on every rank before the schedule finishes the gradients.
+    ask for metrics between steps. The first step checks what is assumed of layers and loss, and raises a
+    ``UserError`` on every rank before the schedule finishes the gradients.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
@@ -122,7 +122,7 @@ def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None
         if of_one.has_schedule and not knows_iteration:
             raise UserError(
                 f"the settings of {of_one.name} depend on the iteration (such as a start, a warm-up or a "
-                "measure interval); give attach(..., iteration=) a function that tells it, 1-based"
+                "measure interval); give attach(..., iteration=) a function that returns it, 1-based"
             )
     layer_rule(settings)
 
@@ -150,7 +150,7 @@ def place_of(
     num_microbatches: Callable[[], int],
     iteration: Callable[[], int] | None = None,
 ) -> Place:
-    """What a method is told of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
+    """What a method gets to know of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
     config: Any = chunks[0].config
     # Megatron-FSDP has the optimizer's float32 parameters in the place of the model's own between steps.
     own = (getattr(p, "orig_param", p) for chunk in chunks for p in chunk.parameters())
@@ -206,7 +206,7 @@ def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Cal
         def checked() -> int:
             if (told := num_microbatches()) < 1:
                 raise UserError(
-                    f"the function attach(..., num_microbatches=) tells {told}; it must tell >= 1"
+                    f"the function attach(..., num_microbatches=) returned {told}; it must return >= 1"
                 )
             return told
 
@@ -215,7 +215,7 @@ def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Cal
         if not isinstance(num_microbatches, Integral) or num_microbatches < 1:
             raise UserError(
                 f"attach(..., num_microbatches={num_microbatches!r}) must be a whole number >= 1, or a "
-                "function that tells it"
+                "function that returns it"
             )
         return lambda: num_microbatches
     from megatron.core import num_microbatches_calculator as calculator
@@ -223,7 +223,7 @@ def _microbatch_counter(num_microbatches: int | Callable[[], int] | None) -> Cal
     if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
         raise UserError(
             "the number of micro-batches is not known: Megatron's calculator is not initialized; "
-            "give attach(..., num_microbatches=) the number or a function that tells it"
+            "give attach(..., num_microbatches=) the number or a function that returns it"
         )
     count: Callable[[], int] = calculator.get_num_microbatches
     return count

@@ -120,8 +120,8 @@ class FullGraphs:
         still_to_warm_up = wrapper.cuda_graph_warmup_steps - wrapper.curr_iter("training")
         if still_to_warm_up == 0 and not self._is_checked():
             raise UserError(
-                f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and so many steps have not "
-                "shown how the loss is scaled, which cannot be seen in a graph; give more, or call "
+                f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and in these steps "
+                "no loss showed how it is scaled, which a graph cannot show; give more, or call "
                 "end_iteration after each step of your own loop"
             )
         if still_to_warm_up < 0 and num_microbatches != self._num_microbatches:

@@ -29,7 +29,7 @@ HANDLE = "_jreg_handle"
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What is to be told of a micro-batch."""
+    """Who gets to see a micro-batch."""
 
     methods: list[tuple[Method, Any]]
     """Those that are told of its layers, each with what it keeps of the micro-batch."""
@@ -294,7 +294,7 @@ class Handle:
                 f"attach(..., num_microbatches=) is {self._num_microbatches()}, for steps of "
                 f"{self._most_ran:g} micro-batches, and a step had {ran:g}; if the loss is divided by their "
                 f"number, lambda was {self._coeff * ran / self._most_ran:.4g} and not "
-                f"{self._coeff:g}: give a function that tells the number of each step, and call "
+                f"{self._coeff:g}: give a function that returns the number of each step, and call "
                 "end_iteration once a step"
             )
 

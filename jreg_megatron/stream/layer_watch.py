@@ -1,4 +1,4 @@
-"""Is what a tap takes for a layer's input and output what the layer itself is given and returns?
+"""Checks that the input and output which a tap sees are those that the layer itself is given and returns.
 
 A subclass of Megatron's layer may change the state before it calls its base class, or behind the last
 bias-dropout-add. Then the tap sees another state than the next layer does. A forward pass shows it: the
@@ -111,7 +111,7 @@ class LayerWatch:
                 False,  # which ones may be drawn by each rank
             )
         elif self._is_running:
-            self._report(f"the end of {self._name} has not run behind its beginning; {_FIX}", False)
+            self._report(f"{self._name} began and did not end in a forward pass; {_FIX}", False)
 
 
 class _Kept:

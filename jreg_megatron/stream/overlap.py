@@ -3,7 +3,7 @@
 Of each micro-batch a model chunk makes a plan. In it a layer is a few nodes. Each node has a graph of its
 own, which begins at leaves with the memory of what the nodes before returned. Nodes of one micro-batch's
 forward pass and of another's backward pass take turns, on two CUDA streams. So a chunk still has at most one
-micro-batch that goes forward, and the taps work as ever once they are told of a plan's passes.
+micro-batch that goes forward, and the taps work as usual once they know of a plan's passes.
 
 Why gradients are exact: a layer's first node begins at a leaf, the layer's input, and its last node returns
 the layer's output. The backward pass of the last node runs first, and leaves what a method adds for the input

@@ -26,9 +26,9 @@ REFUSED = {
     "enable_hyper_connections": "a layer then has several residual streams",
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
-    "hybrid_context_parallel": "sequences are then shared among other numbers of ranks",
-    "distribute_saved_activations": "a recomputed layer's micro-batch is known by what it takes away",
-    "use_torch_fsdp2 with calculate_per_token_loss": "Megatron divides none of its gradients by the tokens",
+    "hybrid_context_parallel": "each sequence is then split over its own number of ranks",
+    "distribute_saved_activations": "it splits a layer's saved input, by which its micro-batch is found",
+    "use_torch_fsdp2 with calculate_per_token_loss": "Megatron then does not divide gradients by the tokens",
     **dict.fromkeys(
         (
             "heterogeneous_block_specs",
@@ -94,9 +94,9 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
             fix = "turn it off"
             if name == "cuda_graph_impl":
-                fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on a GPU", settings)
+                fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on your GPU", settings)
             elif name == overlap.SETTING:
-                fix += _how_to_take(_TAKES_OVERLAP, "--overlap on GPUs", settings)
+                fix += _how_to_take(_TAKES_OVERLAP, "--overlap on your GPUs", settings)
             raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; {fix}")
     for of_one in settings:
         of_one.refuse(model_config)
@@ -149,7 +149,7 @@ def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> 
     if not is_since_0_19():
         return ""
     flags = [of_one.flag(option) for of_one in settings if hasattr(of_one, option)]
-    return "".join(f", or run the self-test with {selftest} of yours, then give {flag}" for flag in flags)
+    return "".join(f", or run the self-test with {selftest}, then give {flag}" for flag in flags)
 
 
 def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
@@ -176,7 +176,7 @@ def is_since_0_19() -> bool:
 def _refuse_before_0_19(name: str) -> None:
     if not is_since_0_19():
         raise UserError(
-            f"jreg_megatron supports {name} with Megatron-Core 0.19 or later alone; take it, or turn this off"
+            f"jreg_megatron needs Megatron-Core 0.19 or later for {name}; upgrade it, or turn {name} off"
         )
 
 
@@ -190,8 +190,8 @@ def _refuse_graphs(model_config: Any) -> None:
         )
     if model_config.cuda_graph_impl != "local" and model_config.cuda_graph_warmup_steps < 1:
         raise UserError(
-            f"cuda_graph_warmup_steps is {model_config.cuda_graph_warmup_steps}, so no step shows how the "
-            "layers' states are joined before they are in graphs; give 1 or more"
+            f"cuda_graph_warmup_steps is {model_config.cuda_graph_warmup_steps}, so no step runs "
+            "without graphs, in which the layers could be checked; give 1 or more"
         )
 
 
