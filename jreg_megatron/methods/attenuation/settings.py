@@ -59,7 +59,7 @@ class AttenuationConfig(Settings):
     learned: float | None = setting(
         None,
         "learn a factor for every layer; all start at this value, from 0.0001 to 0.9999. A layer's factor is "
-        "the sigmoid of a parameter without weight decay. Not together with a factor or layers.",
+        "the sigmoid of a parameter, which Megatron does not decay. Not together with a factor or layers.",
         float,
         "START",
     )
