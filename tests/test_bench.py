@@ -64,17 +64,18 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 # The host
 
 
-def test_the_host_costs_nothing_in_layers_with_which_nothing_is_done_and_something_in_the_others(
+def test_the_host_is_timed_in_every_way_and_a_measured_layer_costs_more_than_a_resting_one(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "host.json"
     run_ranks(["host", "--layers", 4, "--rounds", 40, "--json", path], entry=ENTRY)
     host = json.loads(path.read_text())["host"]["microseconds"]
     both = {name: of_way["forward"] + of_way["backward"] for name, of_way in host.items()}
-    assert both["regularized"] > both["regularized_no_kernels"] > 0
-    assert both["measured"] > both["measured_no_kernels"] > 0
-    # The noise of a busy machine is some percent of a layer.
-    assert abs(both["resting"]) < 0.1 * both["unmodified"]
+    assert {"unmodified_again", "regularized", "regularized_no_kernels", "neither"} <= both.keys()
+    # On a busy machine a way is known to a tenth of a layer. What is smaller, other tests count.
+    assert both["measured"] > both["measured_no_kernels"]
+    assert both["measured"] > both["resting"]
+    assert abs(both["resting"]) < 0.25 * both["unmodified"]
 
 
 def test_host_refuses_what_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
