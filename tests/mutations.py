@@ -433,6 +433,12 @@ FAULTS = [
         ("tests/test_attach.py", "-k", "does_not_measure"),
     ),
     Fault(
+        "leave the taps on layers with which nothing is done",
+        "stream/tap.py",
+        (("tap.put_on() if is_needed else tap.take_off()", "tap.put_on()"),),
+        ("tests/test_attach.py", "-k", "does_not_measure"),
+    ),
+    Fault(
         "attenuate in the runs that count alone",
         "stream/tap.py",
         (
