@@ -27,7 +27,7 @@ from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.handle import Handle
 from jreg_megatron.stream.method import Metrics
-from jreg_megatron.stream.preparation import have_changed_a_model, prepare, prepares
+from jreg_megatron.stream.preparation import changed_here, prepare, prepares
 from jreg_megatron.stream.settings import Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, is_since_0_19, refuse_unsupported
 
@@ -187,7 +187,7 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
             saved = known.changes_in(saved_args)
             if _loop.is_setting_up or _loop.attached is not None:
                 _refuse_other_changes(saved, known.changes_in(get_args()), is_finetuned=False)
-            elif not have_changed_a_model(saved):
+            elif not changed_here.issuperset(saved):
                 raise UserError(
                     f"the checkpoint was saved with {flags_of(saved, _NO_FLAG)}, and nothing changes the "
                     "model that this script builds by itself, without setup_model_and_optimizer, whatever "

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import readme
 
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.stream.settings import default_text
 
 
@@ -15,7 +15,7 @@ def table() -> str:
     rows = [("flag", "default", "what it sets"), ("---", "---", "---")]
     for f in fields(JRegConfig):
         default = "off" if f.default is False else default_text(f)
-        rows.append((f"`{flag_of(f.name)}`", f"`{default}`", f.metadata["help"].rstrip(".")))
+        rows.append((f"`{JRegConfig.flag(f.name)}`", f"`{default}`", f.metadata["help"].rstrip(".")))
     return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
 
 

@@ -111,7 +111,7 @@ def test_a_mistake_is_one_line_and_status_2(argv: list[str], says: str) -> None:
 def test_on_a_cpu_transformer_engine_is_refused_also_where_it_is_installed(
     has_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("jreg_megatron.mcore.installed.find_spec", lambda name: ModuleSpec(name, None))
     argv = ["--transformer-impl", "transformer_engine", "--precision", "bf16"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     for on_cpu in ([], ["--cpu"], ["--nproc", "2"])[has_gpu:]:

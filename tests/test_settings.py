@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from jreg_megatron import JRegConfig, UserError, layer_weights
 from jreg_megatron.methods import known
-from jreg_megatron.methods.jreg.settings import flag_of
 
 
 def from_command_line(*argv: str) -> JRegConfig:
@@ -51,7 +50,7 @@ def test_every_setting_is_a_flag_in_a_group_of_its_own() -> None:
     text = JRegConfig.add_arguments(argparse.ArgumentParser()).format_help()
     group = text[text.index("JREG, the jump-suppressing regularizer") :]
     for f in fields(JRegConfig):
-        assert flag_of(f.name) in group
+        assert JRegConfig.flag(f.name) in group
 
 
 def test_the_help_of_all_methods_can_be_printed() -> None:
@@ -97,7 +96,7 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(setting: str, value:
     with pytest.raises(UserError) as caught:
         JRegConfig(**{setting: value})
     line = str(caught.value)
-    assert flag_of(setting) in line and "must be" in line and "\n" not in line
+    assert JRegConfig.flag(setting) in line and "must be" in line and "\n" not in line
     assert str(value) in line or isinstance(value, tuple)
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from jreg_megatron.mcore.installed import has_transformer_engine
 from jreg_megatron.runtime.errors import UserError, user_errors_exit
 from jreg_megatron.runtime.flags import Parser, count
 from jreg_megatron.runtime.fork import be_alone_unless_started, fork_ranks, take_one_thread, world_size_of
 from jreg_megatron.runtime.imports import silence_megatron
+from jreg_megatron.runtime.ranks import of_every_rank
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 
 
@@ -136,7 +138,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
                 "--transformer-impl transformer_engine computes float32 in TF32, too coarse for this "
                 "comparison; add --precision bf16"
             )
-        if find_spec("transformer_engine") is None:
+        if not has_transformer_engine():
             raise UserError("--transformer-impl is transformer_engine, which is not installed; use local")
         if not (options.list or on_gpu):
             raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; use local")
@@ -230,8 +232,7 @@ def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> in
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
             if os.environ.get("JREG_SELFTEST_TRACEBACK"):
                 traceback.print_exc()
-        of_ranks: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, error, group=verdicts)
+        of_ranks = of_every_rank(error, verdicts)
         errors = _each_once(of_ranks)
         seconds = time.monotonic() - started
         verdict = "FAIL" if errors else "PASS"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,12 +16,7 @@ _PREPARED = "_jreg_prepared"
 """The attribute of a model chunk that holds the settings that changed it."""
 _NO_CHANGE = "no method that changes it"
 changed_here: set[Settings] = set()
-"""What this process has given to :func:`prepare` or ``attach``."""
-
-
-def have_changed_a_model(settings: Iterable[Settings]) -> bool:
-    """Whether all of them are in :data:`changed_here`."""
-    return changed_here >= {*settings}
+"""What has changed a model in this process, by :func:`prepare` or ``attach``."""
 
 
 def prepares(settings: Sequence[Settings]) -> bool:

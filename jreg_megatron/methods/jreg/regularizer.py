@@ -14,7 +14,7 @@ from jreg_megatron.methods.jreg import kernels
 from jreg_megatron.methods.jreg.formulas import jump_rate
 from jreg_megatron.methods.jreg.kernels import Rows
 from jreg_megatron.methods.jreg.penalty import Strength, add_displacement_gradient, add_input_gradient
-from jreg_megatron.methods.jreg.settings import JRegConfig, flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.ranks import first_that_differs, of_every_rank
 from jreg_megatron.stream.meter import LayerValues, Meter
@@ -26,12 +26,12 @@ RATE_NAME = "jump rate"
 _DISPLACEMENT = "jreg/displacement"
 
 _MASK_OF_OTHER_TOKENS = (
-    f"{flag_of('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; call the "
-    "model with a loss mask or a padding mask [b, s] that has one number per token"
+    f"{JRegConfig.flag('tokens')} is 'unmasked', and the mask is for {{}} tokens, while this rank has {{}}; "
+    "call the model with a loss mask or a padding mask [b, s] that has one number per token"
 )
 _NO_MASK = (
-    f"{flag_of('tokens')} is 'unmasked', but the model was called without a loss mask or padding mask on "
-    "some pipeline stage; call it on every stage with the same one, or leave the setting at 'all'"
+    f"{JRegConfig.flag('tokens')} is 'unmasked', but the model was called without a loss mask or padding "
+    "mask on some pipeline stage; call it on every stage with the same one, or leave the setting at 'all'"
 )
 
 _MOST_STRENGTHS = 1024
@@ -98,7 +98,7 @@ class Regularizer(Method):
         self.training_meter = Meter(place.num_layers, place.device)
         self.validation_meter = Meter(place.num_layers, place.device)
         if settings.coeff > 0:
-            self.added_loss = AddedLoss(settings.coeff, settings.loss_weight, flag_of("loss_weight"))
+            self.added_loss = AddedLoss(settings.coeff, settings.loss_weight, JRegConfig.flag("loss_weight"))
         self._weight_of = settings.gradient_weights(place.num_layers).tolist()
         self._normed_layer = place.num_layers if settings.final_state == "post_norm" else None
         self._strengths: dict[tuple[int, ...], Strength] = {}
@@ -115,7 +115,7 @@ class Regularizer(Method):
         if found := first_that_differs([kind for kind, _ in ranks], group):
             at, first, other = found
             raise UserError(
-                f"{flag_of('kernels')} is {self.settings.kernels!r}, but rank {first} would run "
+                f"{JRegConfig.flag('kernels')} is {self.settings.kernels!r}, but rank {first} would run "
                 f"{ranks[0][1]}, and rank {other} {ranks[at][1]}: they round differently and differ in "
                 "speed; install the same on all ranks, or set it to 'torch'"
             )
@@ -203,9 +203,9 @@ class Regularizer(Method):
                 return h_out
         if microbatch.rows is not None and not self._scaling.is_whole_in_strides(h_out, self._stride):
             self.refuse(
-                f"{flag_of('token_share')} is {self.settings.token_share:g}, so each part of a sequence on a "
-                f"rank must be a multiple of {self._stride} tokens; here a rank has {h_out.shape[0]}: take "
-                "another sequence length, or leave the setting at 1"
+                f"{JRegConfig.flag('token_share')} is {self.settings.token_share:g}, so each part of a "
+                f"sequence on a rank must be a multiple of {self._stride} tokens; here a rank has "
+                f"{h_out.shape[0]}: take another sequence length, or leave the setting at 1"
             )
             return h_out
         on_psi = None

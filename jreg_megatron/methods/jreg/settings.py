@@ -294,6 +294,3 @@ class JRegConfig(Settings):
 
 def _shown(numbers: tuple[Any, ...]) -> str:
     return ",".join(str(n) for n in numbers)
-
-
-flag_of = JRegConfig.flag

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jreg_megatron.methods.jreg.kernels import eager
 from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients, Rows
-from jreg_megatron.methods.jreg.settings import flag_of
+from jreg_megatron.methods.jreg.settings import JRegConfig
 from jreg_megatron.runtime.errors import DeviceFault, UserError
 
 __all__ = ["Above", "DeviceFault", "Gradients", "Kernels", "Rows", "check", "choose", "refuse_fault"]
@@ -105,7 +105,8 @@ def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) ->
         why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if wanted == "triton":
         raise UserError(
-            f"{flag_of('kernels')} is 'triton', but {why_not}; use 'torch', or 'auto' for what runs here"
+            f"{JRegConfig.flag('kernels')} is 'triton', but {why_not}; use 'torch', or 'auto' for "
+            "what runs here"
         )
     return eager.TorchKernels(why_not)
 
@@ -123,7 +124,7 @@ def refuse_fault(device: torch.device) -> None:
     except RuntimeError as error:
         raise DeviceFault(
             f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
-            f"set {flag_of('kernels')} to 'torch', and report it"
+            f"set {JRegConfig.flag('kernels')} to 'torch', and report it"
         ) from error
 
 
@@ -160,5 +161,6 @@ def check(kernels: Kernels, device: torch.device, width: int, dtype: torch.dtype
         if not error <= max(1e-6, torch.finfo(got.dtype).eps):
             raise UserError(
                 f"the kernels of {kernels.name} give wrong numbers on {device} for width {width} in {dtype} "
-                f"(relative error {float(error):.1g}); set {flag_of('kernels')} to 'torch', and report it"
+                f"(relative error {float(error):.1g}); set {JRegConfig.flag('kernels')} to 'torch', and "
+                "report it"
             )
