@@ -363,30 +363,41 @@ def steps_as_without_a_graph() -> None:
     from megatron.core import parallel_state
 
     found: list[list[torch.Tensor]] = []
-    now = [0]
     for in_graph in (False, True):
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()
         model, step_of = graphed_model(None if in_graph else lambda _, wrapper: wrapper.forward_backward_func)
         model.config.cuda_graph_impl = "full_iteration" if in_graph else "none"
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.3)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        methods = (
-            replace(TAKEN, measure_interval=2),
-            DepthConfig(metrics="voids,contributions,curvature"),
-            SlowQKConfig(hold_iterations=2, ramp_iterations=3),
-        )
-        handle = attach(model, *methods, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
-        for now[0] in range(1, 6):
-            step_of(1)
-            optimizer.step()
-            metrics = handle.end_iteration(now[0])
-            assert metrics is not None
-            found.append([*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())])
-    for eager, replayed in zip(found[:5], found[5:], strict=True):
-        torch.testing.assert_close(replayed, eager, rtol=1e-5, atol=1e-7)
+        methods = replace(TAKEN, measure_interval=2), DepthConfig(metrics="voids,contributions,curvature")
+        found.append(five_steps(model, lambda _, step_of=step_of: step_of(1), methods))  # type: ignore[misc]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def five_steps(
+    model: Any,
+    run_step: Callable[[Any], Any],
+    methods: tuple[JRegConfig, DepthConfig],
+    look: Callable[[Any, Any], list[torch.Tensor]] = lambda *_: [],
+) -> list[torch.Tensor]:
+    """Metrics of depth and parameters after each step with slow queries and keys too, and what ``look`` finds
+    in model and handle before and after each."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    now = [0]
+    slow = SlowQKConfig(hold_iterations=2, ramp_iterations=3)
+    handle = attach(model, *methods, slow, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
+    found = look(model, handle)
+    for now[0] in range(1, 6):
+        run_step(model)
+        optimizer.step()
+        metrics = handle.end_iteration(now[0])
+        assert metrics is not None
+        found += [*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())]
+        found += look(model, handle)
+    handle.detach()
+    return found
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
@@ -475,38 +486,21 @@ def test_steps_of_megatrons_own_graphs_and_evaluations_between_them_are_as_witho
 def steps_and_evaluations_as_without_graphs() -> None:
     from megatron.core import parallel_state
 
+    def evaluated(model: Any, handle: Any) -> list[torch.Tensor]:
+        model.eval()
+        with torch.no_grad():
+            forward(model)
+        model.train()
+        return [handle.reduce_validation_metrics().displacement]
+
     found: list[list[torch.Tensor]] = []
-    now = [0]
     for in_graphs in (False, True):
         model, run_step = locally_graphed_model() if in_graphs else (unbiased(), step)
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.3)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         methods = (
             replace(TAKEN, measure_interval=2, start_iteration=3),
             DepthConfig(metrics="voids,curvature,entropy"),
-            SlowQKConfig(hold_iterations=2, ramp_iterations=3),
         )
-        handle = attach(model, *methods, num_microbatches=1, iteration=lambda: now[0], optimizer=optimizer)
-
-        def evaluated(model: Any = model, handle: Any = handle) -> torch.Tensor:
-            model.eval()
-            with torch.no_grad():
-                forward(model)
-            model.train()
-            displacement: torch.Tensor = handle.reduce_validation_metrics().displacement
-            return displacement
-
-        found.append([evaluated()])
-        for now[0] in range(1, 6):
-            run_step(model)
-            optimizer.step()
-            metrics = handle.end_iteration(now[0])
-            assert metrics is not None
-            found[-1] += [*metrics.depth.values(), *(p.detach().clone() for p in model.parameters())]
-            found[-1].append(evaluated())
-        handle.detach()
+        found.append(five_steps(model, run_step, methods, evaluated))
         parallel_state.destroy_model_parallel()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
