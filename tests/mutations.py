@@ -2318,17 +2318,19 @@ FAULTS = [replace(fault, file=file) for file, faults in _BY_FILE.items() for fau
 def first_failure(fault: Fault) -> str | None:
     """The first test that fails with the fault in the package, or None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "jreg_megatron"
-        shutil.copytree(ROOT / "jreg_megatron", package, ignore=shutil.ignore_patterns("__pycache__"))
-        file = package / fault.file
+        # All that git knows, so that each process of a test has the fault, wherever it starts.
+        listed = subprocess.check_output("git ls-files -co --exclude-standard".split(), cwd=ROOT, text=True)
+        for name in (name for name in listed.splitlines() if (ROOT / name).is_file()):
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy)
+        file = Path(folder, "jreg_megatron", fault.file)
         file.write_text(fault.put_into(file.read_text()))
-        # -P: not the working folder, which holds the package without the fault.
-        words = "-P -m pytest -x -q -n 0 --no-header -p no:cacheprovider".split()
-        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        words = "-m pytest -x -q -n 0 --no-header -p no:cacheprovider".split()
         run = subprocess.run(
             [sys.executable, *words, *fault.tests],
-            cwd=ROOT,
-            env=environment,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
