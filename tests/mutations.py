@@ -1966,6 +1966,11 @@ _BY_FILE = {
             HYBRID,
         ),
         Fault(
+            "train a model that has gates without them",
+            (("            _ask_for_attach(chunk, changing)\n", "            pass\n"),),
+            ("tests/test_methods.py", "-k", "prepared_once"),
+        ),
+        Fault(
             "let a graph read a norm of Peri-LN before it is gathered",
             (("[*listed(), *added]", "[*listed()]"),),
             ("tests/test_param_gather.py",),

@@ -177,7 +177,7 @@ def refuses_graphs() -> None:
     vars(model.config).update(OF_LAYERS)
     with (
         mock.patch("megatron.core.package_info.MINOR", 18),
-        pytest.raises(UserError, match="0.19 or later for cuda_graph_impl transformer_engine"),
+        pytest.raises(UserError, match=r"0\.19 or later for cuda_graph_impl transformer_engine"),
     ):
         attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
 

@@ -535,6 +535,8 @@ def prepares() -> None:
     attach(model, LayerNormScalingConfig(), JRegConfig(), num_microbatches=1).detach()
     learned = built(AttenuationConfig(learned=0.3))
     refused("prepared for", lambda: attach(learned, AttenuationConfig(factor=0.9), num_microbatches=1))
+    forward(learned.eval())
+    refused("--attenuation-learned 0.3.*attach", lambda: forward(learned.train()))
     for adding, added in (
         (AttenuationConfig(learned=0.3), "decoder.layers.0.attenuation_gate.weight"),
         (PeriLNConfig(), "decoder.layers.0.post_attention_norm.weight"),

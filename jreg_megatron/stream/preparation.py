@@ -10,6 +10,7 @@ from torch import nn
 
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.anatomy import define_layers, residual_layers, unwrap
+from jreg_megatron.stream.handle import HANDLE
 from jreg_megatron.stream.settings import Settings, flags_of, layer_rule
 
 _PREPARED = "_jreg_prepared"
@@ -54,9 +55,26 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
                 )
             of_one.prepare(chunk)
         _have_graphs_wait(chunk, changing)
+        if any(type(of_one).make is not Settings.make for of_one in changing):
+            _ask_for_attach(chunk, changing)
         setattr(chunk, _PREPARED, changing)
         changed_here.update(changing)
     return chunks
+
+
+def _ask_for_attach(chunk: nn.Module, settings: Sequence[Settings]) -> None:
+    """Refuse to train with parameters that do nothing without :func:`attach`."""
+
+    def look(chunk: nn.Module, _: Any) -> None:
+        if chunk.training:
+            hook.remove()
+            if not hasattr(chunk, HANDLE):
+                raise UserError(
+                    f"the model was prepared for {flags_of(settings, _NO_CHANGE)}, and no method is attached "
+                    "to it; call jreg_megatron.attach with the same settings before training"
+                )
+
+    hook = chunk.register_forward_pre_hook(look)
 
 
 def _have_graphs_wait(chunk: nn.Module, settings: Sequence[Settings]) -> None:
