@@ -14,15 +14,16 @@ import pytest
 import torch
 import variant_step
 from harness import TOY, read_scalars, run_function, run_ranks
+from reference_training import load_weights
 from test_attach import build_model
 from test_cuda_graphs import with_graphs
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
+from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
-from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout
 from jreg_megatron.stream.meter import Meter
@@ -212,7 +213,7 @@ def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name
     for named, more, settings in (
         ("--overlap on your GPUs, .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
         ("overlap_moe_expert_parallel_comm yet", {}, [NormsConfig()]),
-        ("slow Q/K with overlap_moe_expert_parallel_comm", {}, [TAKEN, SlowQKConfig(hold_iterations=1)]),
+        ("LET with overlap_moe", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
         ("is_hybrid_model with", {"is_hybrid_model": True}, [TAKEN]),
         ("use_megatron_fsdp with", {"use_megatron_fsdp": True}, [TAKEN]),
         ("cuda_graph_impl with overlap", {"cuda_graph_impl": "local"}, [TAKEN]),
@@ -246,23 +247,30 @@ def makes_its_own_plans() -> None:
     assert vars(model) == before
 
 
-def test_ten_overlapped_steps_of_megatrons_loop_log_what_they_log_without_the_schedule(
+def test_ten_overlapped_steps_of_megatrons_loop_are_those_without_the_schedule(
     tmp_path: Path,
 ) -> None:
     argv = [
         *(*TOY, "--mock-data", "--train-iters", 10, "--bf16", "--num-experts", 4, "--moe-router-topk", 2),
         *"--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --eval-interval 5".split(),
         *"--eval-iters 1 --jreg-coeff 0.5 --jreg-log-per-layer --norms-measure-interval 1".split(),
+        *"--slowqk-multiplier 0 --slowqk-share 0.5 --slowqk-hold-iterations 10".split(),
     ]
     on = ["--overlap-moe-expert-parallel-comm", "--jreg-untested-overlap"]
+    saved = ["--save", tmp_path / "saved", "--save-interval", 5]
     run_ranks([*argv, "--tensorboard-dir", tmp_path / "plain"], 2)
-    run_ranks([*argv, *on, "--tensorboard-dir", tmp_path / "overlapped"], 2)
+    run_ranks([*argv, *on, *saved, "--tensorboard-dir", tmp_path / "overlapped"], 2)
     plain, overlapped = (read_scalars(tmp_path / name) for name in ("plain", "overlapped"))
     assert {*overlapped} == {*plain}
     assert len(overlapped["jreg loss"]) == 10
     for name in plain:
         if "jreg" in name or "loss" in name:
             assert overlapped[name] == pytest.approx(plain[name], rel=0.02), name
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    half, end = (load_weights(tmp_path / "saved" / f"iter_{number:07}")[name] for number in (5, 10))
+    stays = (half == end).view(4, 4, 3, 16, 64).float().mean((1, 3, 4))  # of each layer's Q, K and V
+    assert (stays[2:, :2] == 1).all(), "held back"
+    assert (stays[:2] < 0.1).all() and (stays[:, 2] < 0.1).all()
 
 
 @pytest.mark.parametrize("case", ["all methods", "masks", "dense layer"])

@@ -34,6 +34,7 @@ class SlowQKConfig(Settings):
     )
 
     in_full_graphs: ClassVar[bool] = True
+    in_overlap: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "multi_latent_attention": "it has no W_Q and W_K of that kind",
         "attention_output_gate": "one weight then holds queries and gates",
