@@ -68,13 +68,13 @@ class JRegCallback:
         self._handle: Handle | None = None
         self._chunks: list[nn.Module] = []
         self._state: Any = None
-        for part in ("model", "ddp", "dist", "comm_overlap", "optimizer"):
-            refuse_unsupported(getattr(config, part, None), *settings)
-            if getattr(getattr(config, part, None), "use_megatron_fsdp", False):
-                raise UserError(
-                    "jreg_megatron does not support use_megatron_fsdp yet in Megatron-Bridge, of which no "
-                    "run with it has been compared; turn it off"
-                )
+        parts = _Parts(config)
+        refuse_unsupported(parts, *settings)
+        if getattr(parts, "use_megatron_fsdp", False):
+            raise UserError(
+                "jreg_megatron does not support use_megatron_fsdp yet in Megatron-Bridge, of which no "
+                "run with it has been compared; turn it off"
+            )
 
         # Functions: a copy of the configuration must not copy this object and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:
@@ -201,6 +201,23 @@ class JRegCallback:
         for logger in (state.mlflow_logger, state.comet_logger):
             if logger:
                 logger.log_metrics(named, step=iteration)
+
+
+class _Parts:
+    """The parts of a ``ConfigContainer`` as one: what Megatron refuses together may lie in two of them.
+
+    Of a name that several have, the first value counts that turns something on. Bridge hands it on later.
+    """
+
+    def __init__(self, config: Any) -> None:
+        named = ("model", "ddp", "dist", "comm_overlap", "optimizer")
+        self._all = [part for name in named if (part := getattr(config, name, None)) is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        values = [getattr(part, name) for part in self._all if hasattr(part, name)]
+        if not values:
+            raise AttributeError(name)
+        return next((value for value in values if value and value != "none"), values[0])
 
 
 def _when_built(model_config: Any, before: Any, hook: Any) -> None:

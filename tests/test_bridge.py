@@ -358,6 +358,44 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
         JRegCallback(config, JRegConfig())
 
 
+@pytest.mark.parametrize(
+    ("named", "parts"),
+    [
+        (
+            "use_torch_fsdp2 with calculate_per_token_loss",
+            {"dist": {"use_torch_fsdp2": True}, "model": {"calculate_per_token_loss": True}},
+        ),
+        (
+            "cuda_graph_impl with overlap_moe_expert_parallel_comm",
+            {
+                "comm_overlap": {"overlap_moe_expert_parallel_comm": True},
+                "model": {"cuda_graph_impl": "local", "overlap_moe_expert_parallel_comm": False},
+            },
+        ),
+        ("--cuda-graph local on your GPU.*JRegConfig", {"model": {"enable_cuda_graph": True}}),
+        (
+            "--cuda-graph full_iteration on your GPU",
+            {"model": {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}},
+        ),
+    ],
+)
+def test_what_lies_in_two_parts_or_has_an_older_name_is_refused_before_anything_is_built(
+    named: str, parts: dict[str, dict[str, Any]]
+) -> None:
+    config = container(dist=SimpleNamespace(), comm_overlap=SimpleNamespace())
+    for part, changes in parts.items():
+        vars(getattr(config, part)).update(changes)
+    taking = "comm_overlap" in parts
+    with pytest.raises(UserError, match=named):
+        JRegCallback(config, JRegConfig(untested_cuda_graphs=taking, untested_overlap=taking))
+
+
+def test_graphs_by_an_older_name_are_allowed_by_the_setting_that_allows_todays() -> None:
+    config = container()
+    vars(config.model).update(external_cuda_graph=True, cuda_graph_warmup_steps=3)
+    JRegCallback(config, JRegConfig(untested_cuda_graphs=True))
+
+
 def test_the_model_configuration_alone_is_refused() -> None:
     with pytest.raises(UserError, match="takes the ConfigContainer"):
         JRegCallback(Provider(), JRegConfig())

@@ -21,6 +21,9 @@ LAYER_NOT_SEEN = (
 
 _NOT_COMPARED = "no run of it has been compared with the reference"
 
+_OF_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+"""Megatron's settings that turn CUDA graphs on; the first two are older."""
+
 REFUSED = {
     overlap.SETTING: "layers then run on two CUDA streams, and no GPU has been compared",
     "enable_hyper_connections": "a layer then has several residual streams",
@@ -38,7 +41,7 @@ REFUSED = {
         "a layer may then lack attention or MLP",
     ),
     **dict.fromkeys(
-        ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),  # the last two before 0.17
+        _OF_GRAPHS,
         "a graph repeats what was captured, in memory that other graphs reuse, and no GPU has been compared",
     ),
 }
@@ -77,9 +80,10 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         UserError: naming the setting that is not supported, why, and what to do.
     """
     refused = dict(REFUSED)
-    graphs = getattr(model_config, "cuda_graph_impl", "none")
+    model_config = _InTodaysNames(model_config)
+    graphs = model_config.cuda_graph_impl
     if graphs != "none" and _takes(_TAKES_GRAPHS, settings):
-        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
+        for name in _OF_GRAPHS:
             del refused[name]
         _refuse_graphs(model_config)
         if graphs == "full_iteration":
@@ -93,13 +97,35 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         if all(value and value != "none" for value in values):
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
             fix = "turn it off"
-            if name == "cuda_graph_impl":
+            if name in _OF_GRAPHS:
                 fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on your GPU", settings)
             elif name == overlap.SETTING:
                 fix += _how_to_take(_TAKES_OVERLAP, "--overlap on your GPUs", settings)
             raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; {fix}")
     for of_one in settings:
         of_one.refuse(model_config)
+
+
+class _InTodaysNames:
+    """A configuration whose ``cuda_graph_impl`` is as Megatron will have it when it has translated its older
+    settings, which it still takes."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+        self.cuda_graph_impl = getattr(given, "cuda_graph_impl", None) or "none"
+        for older, name in (("enable_cuda_graph", "local"), ("external_cuda_graph", "transformer_engine")):
+            if getattr(given, older, False):
+                self.cuda_graph_impl = name
+        for older in ("cuda_graph_modules", "cuda_graph_scope"):
+            parts = getattr(given, older, None) or ()
+            parts = parts.split(",") if isinstance(parts, str) else parts
+            parts = parts if isinstance(parts, list | tuple) else [parts]
+            is_whole = "full_iteration" in (getattr(part, "name", part) for part in parts)
+            if is_whole and (self.cuda_graph_impl != "none" or is_since_0_19()):
+                self.cuda_graph_impl = "full_iteration"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._given, name)
 
 
 def _refuse_freed_inputs(model_config: Any) -> None:
@@ -148,8 +174,12 @@ def _takes(option: str, settings: tuple[Settings, ...]) -> bool:
 def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> str:
     if not is_since_0_19():
         return ""
-    flags = [of_one.flag(option) for of_one in settings if hasattr(of_one, option)]
-    return "".join(f", or run the self-test with {selftest}, then give {flag}" for flag in flags)
+    ways = [
+        f"{of_one.flag(option)}, in code {type(of_one).__name__}({option}=True)"
+        for of_one in settings
+        if hasattr(of_one, option)
+    ]
+    return "".join(f", or run the self-test with {selftest}, then give {way}" for way in ways)
 
 
 def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
