@@ -1169,6 +1169,11 @@ _BY_FILE = {
     ],
     "methods/jreg/regularizer.py": [
         Fault(
+            "say nothing where lambda counts other tokens than the loss",
+            (("{_COUNTS_ALL if counts_all else ''}", ""),),
+            only("test_attach", "the_start_says_where_lambda_counts_other_tokens_than_the_loss_does"),
+        ),
+        Fault(
             "measure a regularized layer in no pass",
             (
                 (
@@ -2003,12 +2008,7 @@ _BY_FILE = {
         Fault("forget the loss scale of fp16", (("if grad_scale is not None:", "if False:"),)),
         Fault(
             "average although the loss is per token",
-            (
-                (
-                    "        if self._config.calculate_per_token_loss:\n            return 1.0\n",
-                    "",
-                ),
-            ),
+            (("        if self.is_per_token:\n            return 1.0\n", ""),),
         ),
         Fault("take another rank's part of the mask", (("[self._sharing.rank()]", "[0]"),)),
         Fault(

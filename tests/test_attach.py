@@ -102,6 +102,24 @@ def only_measures_with_coeff_zero() -> None:
     assert handle.reduce_validation_metrics() is None, "a second call starts from nothing"
 
 
+def says_that_lambda_counts_other_tokens_than_the_loss() -> list[bool]:
+    from jreg_megatron import attach
+
+    model = build_model()
+    said = []
+    for per_token, settings in (
+        (True, JRegConfig(coeff=1.0)),
+        (False, JRegConfig(coeff=1.0)),
+        (True, JRegConfig(coeff=0.0)),
+        (True, JRegConfig(coeff=1.0, tokens="unmasked")),
+    ):
+        model.config.calculate_per_token_loss = per_token
+        handle = attach(model, settings, num_microbatches=1)
+        said.append("--jreg-tokens unmasked" in handle.describe())
+        handle.detach()
+    return said
+
+
 def works_where_there_is_work(recompute: str) -> None:
     import torch
 
@@ -526,6 +544,10 @@ UNSUPPORTED = [
 
 def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it() -> None:
     run_function(leaves_the_model_as_it_was)
+
+
+def test_the_start_says_where_lambda_counts_other_tokens_than_the_loss_does() -> None:
+    assert run_function(says_that_lambda_counts_other_tokens_than_the_loss) == [[True, False, False, False]]
 
 
 def test_with_coeff_zero_gradients_are_untouched_and_displacement_is_measured() -> None:

@@ -79,11 +79,15 @@ class Scaling:
         self._context = _group(chunk, "cp") if chunk.config.context_parallel_size > 1 else None
         self._size = 1 if self._sharing is None else self._sharing.size()
 
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the loss is divided by its own tokens, and what is added too."""
+        return bool(self._config.calculate_per_token_loss)
+
     def fill(self, coefficient: Tensor, coeff: float) -> None:
         """Set ``coefficient`` ``[1]`` to the factor that all layers share: ``g * lambda / M``, or for
         per-token loss ``g * lambda``. No host synchronisation."""
-        per_token = self._config.calculate_per_token_loss
-        coefficient.fill_(coeff if per_token else coeff / self._num_microbatches())
+        coefficient.fill_(coeff if self.is_per_token else coeff / self._num_microbatches())
         grad_scale = self._config.grad_scale_func
         if grad_scale is not None:
             coefficient.copy_(grad_scale(coefficient.clone()))
@@ -96,7 +100,7 @@ class Scaling:
 
     def of_all_tokens(self, state: Tensor) -> float:
         """The factor beside the coefficient and ``w_l`` if all tokens of ``state`` ``[s, b, h]`` count."""
-        if self._config.calculate_per_token_loss:
+        if self.is_per_token:
             return 1.0
         return 1.0 / (state.shape[0] * state.shape[1] * self._size)
 
@@ -114,7 +118,7 @@ class Scaling:
         count, is_cut = mask.sum(), self._sharing is not None and len(mask) == len(state)
         if not is_cut:
             mask = self._shard(mask)
-        if self._config.calculate_per_token_loss:
+        if self.is_per_token:
             return mask, mask
         if is_cut:
             dist.all_reduce(count, group=self._sharing)

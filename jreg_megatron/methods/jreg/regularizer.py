@@ -34,6 +34,12 @@ _NO_MASK = (
     "mask on some pipeline stage; call it on every stage with the same one, or leave the setting at 'all'"
 )
 
+_COUNTS_ALL = (
+    "\n> calculate_per_token_loss: the loss is the mean over the tokens that have one, and JREG counts all "
+    "tokens. If one token in ten has a loss, lambda acts ten times as strong; "
+    f"{JRegConfig.flag('tokens')} unmasked prevents that"
+)
+
 _MOST_STRENGTHS = 1024
 """Most jobs have one per layer. With many sequence lengths they are sometimes all made again."""
 
@@ -121,17 +127,19 @@ class Regularizer(Method):
             )
 
     def describe(self) -> str:
-        """One line that says what was attached."""
+        """What was attached, and what makes lambda stronger than its number."""
         settings, weights = self.settings, self.weights.tolist()
         doing = f"lambda {settings.coeff:g}" if settings.coeff > 0 else "measuring only (lambda 0)"
         rule = f"alpha {settings.alpha:g}" if settings.weights == "softmax" else f"{settings.weights} weights"
         regularized = sum(weight > 0 for weight in self._weight_of)
         is_partly = settings.coeff > 0 and regularized < len(weights)
+        counts_all = settings.coeff > 0 and settings.tokens == "all" and self._scaling.is_per_token
         partly = f"gradient in {regularized} of them, " if is_partly else ""
         return (
             f"> JREG attached: {doing}, {rule}, last state {settings.final_state}, {len(weights)} layers, "
             f"weights of the last {min(4, len(weights))}: {' '.join(f'{w:.3g}' for w in weights[-4:])}, "
             f"{partly}kernels {self.kernels.name}"
+            f"{_COUNTS_ALL if counts_all else ''}"
         )
 
     def begin_microbatch(self, call: Call) -> _Microbatch | None:
