@@ -409,6 +409,7 @@ def smollm() -> Decoder:
     return decoder_of(model, None, Reference("SmolLM2", "SmolLM2"))
 
 
+@pytest.mark.slow
 def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:
     generator = numpy.random.default_rng(1)
     texts = [Text(str(n), generator.integers(1000, 20000, n)) for n in (24, 31)]
@@ -418,6 +419,7 @@ def test_depth_of_smollm2_is_that_of_plain_loops(smollm: Decoder) -> None:
     assert_same(measured["without_first_token"], plain.figures(states, drop=1), rel=2e-4, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_the_use_of_smollm2s_layers_is_that_of_runs_without_them(smollm: Decoder) -> None:
     (text,) = (Text("some", numpy.random.default_rng(1).integers(1000, 20000, 12)),)
     assert_evaluated(smollm, [text], 2e-3, 1e-4)

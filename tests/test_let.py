@@ -255,6 +255,7 @@ def learns_from_smollm2(folder: Path) -> None:
     torch.testing.assert_close(with_pull - without, of_state, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_smollm2_teaches(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

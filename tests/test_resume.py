@@ -62,7 +62,7 @@ def expect_same_when_resumed(
     [
         pytest.param("fp32", "fixed attenuation", marks=pytest.mark.slow),
         ("bf16", "fixed attenuation"),
-        ("fp16", "learned attenuation"),
+        pytest.param("fp16", "learned attenuation", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_with_all_methods_is_the_same_to_the_bit_in(
