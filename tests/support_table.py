@@ -59,6 +59,7 @@ KINDS = {
     "Liger's patch of Megatron, with stand-ins for its kernels": "Liger",
     "residual stream in fp32": "fp32 residual",
     "experts' tokens exchanged by all-to-all": "tokens exchanged",
+    "torch FSDP2 by wrappers of other frameworks, such as Primus; copies of shards": "another's FSDP2",
 }
 """What ``test_variants`` compares with a reference, each with its name there."""
 

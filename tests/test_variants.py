@@ -26,6 +26,8 @@ TP_SP_EP = Layout(tensor=2, sequence_parallel=True, data=2, model="moe", expert=
         ),
         (Layout(pipeline=2, recompute="uniform", final_state="post_norm"), ("Liger",)),
         (Layout(pipeline=2, precision="bf16"), ("fp32 residual",)),
+        (Layout(data=4, fsdp=True), ("another's FSDP2",)),
+        (Layout(data=4, fsdp=True, precision="bf16"), ("another's FSDP2",)),
     ],
     ids=lambda value: value.name if isinstance(value, Layout) else "",
 )

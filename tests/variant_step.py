@@ -14,10 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import run_function
-from megatron.core import tensor_parallel
+from megatron.core import distributed, tensor_parallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.models import backends
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import transformer_block, transformer_config
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from jreg_megatron.methods.attenuation.settings import AttenuationConfig
@@ -184,6 +187,28 @@ def fork_residuals() -> None:
     backends.LocalSpecProvider.layer_norm = lambda *_, **__: Norm
 
 
+def shard_by_another_wrapper() -> None:
+    """Have another wrapper call torch's FSDP2, as AMD's Primus does: copies of shards, types by a policy."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    class OtherTorchFullyShardedDataParallel(_BaseDataParallel):
+        def __init__(self, config: Any, ddp_config: Any, module: torch.nn.Module) -> None:
+            super().__init__(config=config, module=module)
+            self.ddp_config = ddp_config
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+            policy = MixedPrecisionPolicy(param_dtype=config.params_dtype, reduce_dtype=torch.float32)
+            for part in module.modules():
+                if isinstance(part, TransformerLayer | LanguageModelEmbedding):
+                    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+        def finish_grad_sync(self, **_: Any) -> None:
+            pass
+
+    distributed.TorchFullyShardedDataParallel = OtherTorchFullyShardedDataParallel
+
+
 KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "latent": (reference.ReferenceLlama, step.LATENT),
     "window": (WindowLlama, {"window_size": (WINDOW, 0)}),
@@ -197,6 +222,7 @@ KINDS: dict[str, tuple[type[reference.ReferenceLlama], dict[str, Any]]] = {
     "learnable sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "learnable"}),
     "fixed sinks": (SinkLlama, {"num_query_groups": GROUPS, "softmax_type": "off-by-one"}),
     "Liger": (reference.ReferenceLlama, {}),
+    "another's FSDP2": (reference.ReferenceLlama, {}),
     "fixed attenuation": (AttenuatedLlama, {}),
     "norms that fork the residual": (reference.ReferenceLlama, {"fused_residual_rmsnorm": True}),
     "fp32 residual": (reference.ReferenceLlama, {"fp32_residual_connection": True}),
@@ -229,6 +255,8 @@ def _compare_kind(layout: Layout, kind: str) -> Comparison:
     is_latent = kind == "latent"
     if kind == "Liger":
         apply_liger()
+    if kind == "another's FSDP2":
+        shard_by_another_wrapper()
     if kind == "norms that fork the residual":
         fork_residuals()
     transformer_config.TransformerConfig = lambda **given: _CONFIGS[is_latent](**{**given, **options})

@@ -277,7 +277,7 @@ def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
         inner: Any = getattr(wrapper, "module", None)
-        if name == "TorchFullyShardedDataParallel" or isinstance(wrapper, FSDPModule):
+        if name.endswith("TorchFullyShardedDataParallel") or isinstance(wrapper, FSDPModule):
             refused = _refused_in_fsdp2(config)
         elif type(inner).__name__ == "MegatronFSDP" and hasattr(wrapper, "megatron_fsdp_dist_index"):
             refused, inner = _refused_in_megatron_fsdp(wrapper, config), inner.module
