@@ -1898,6 +1898,16 @@ _BY_FILE = {
             (("if shown.data_ptr() == output.data_ptr():", "if False:"),),
             ("tests/test_cuda_graphs.py", "-k", "until_they_are_recorded"),
         ),
+        Fault(
+            "attach to layers whose graphs generate text already",
+            ((" or record.cudagraph_inference_record", ""),),
+            ("tests/test_cuda_graphs.py", "-k", "generated and block"),
+        ),
+        Fault(
+            "replay behind detach what a method changed",
+            (("        chunk.register_forward_pre_hook(_refuse)", "        pass"),),
+            ("tests/test_cuda_graphs.py", "-k", "behind_detach"),
+        ),
     ],
     "stream/meter.py": [
         Fault("log what one rank saw", (("dist.all_reduce(sums, group=group)", "pass"),)),
@@ -2185,6 +2195,16 @@ _BY_FILE = {
             "take what Megatron captures in a graph of its own for a layer that is recomputed",
             (('(chunk.graphs == "local" and not chunk.is_in_forward)', "False"),),
             LOCAL_GRAPHS,
+        ),
+        Fault(
+            "measure where text is generated, and watch layers that a graph captures there",
+            (("else not is_generating", "else True"),),
+            ("tests/test_cuda_graphs.py", "-k", "generated"),
+        ),
+        Fault(
+            "change a layer's output in the graph of its last module by the input of another graph",
+            (("self._input = None if is_part else residual", "self._input = residual"),),
+            ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and layers and HybridModel"),
         ),
         Fault(
             "put the node into the graph of what comes behind experts",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from reference_training import train
 from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
-from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron import AttenuationConfig, JRegConfig, UserError, attach
 from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -98,6 +100,19 @@ LAYOUTS = [
         **{"capacity": 0.5, "num_microbatches": 8},
         methods="all",
     ),
+    Layout(local_graphs=True, graphs="layers", model="hybrid", methods="all"),
+    Layout(local_graphs=True, graphs="layers", model="hybrid", layers="latent attention"),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "model": "moe", "capacity": 0.5, "balanced": True},
+        **{"data": 2, "expert": 2, "num_microbatches": 4},
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "context": 2, "per_token_loss": True, "masked": True},
+        tokens="unmasked",
+        methods="all",
+    ),
+    Layout(local_graphs=True, graphs="layers", token_stride=2, methods="all", precision="fp16"),
 ]
 
 
@@ -110,6 +125,7 @@ def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> No
 def with_graphs(layout: Layout) -> Comparison:
     import graph_stand_in
     import local_graph_stand_in
+    from megatron.core.transformer import transformer_config
 
     from jreg_megatron.selftest import step
 
@@ -117,6 +133,9 @@ def with_graphs(layout: Layout) -> Comparison:
     step.capture_graphs = graph_stand_in.capture
     if layout.local_graphs:
         local_graph_stand_in.install()
+        # The first run of a layer that is no step is captured.
+        config: Any = transformer_config
+        config.TransformerConfig = partial(config.TransformerConfig, cuda_graph_warmup_steps=0)
     comparison = compare_step(layout)
     replays = local_graph_stand_in.REPLAYS if layout.local_graphs else graph_stand_in.REPLAYS
     assert len(replays) >= layout.num_microbatches
@@ -529,18 +548,110 @@ def attaches_before_the_first_step_alone() -> None:
         attach(model, TAKEN, num_microbatches=1)
 
 
-def locally_graphed_model() -> tuple[Any, Callable[[Any], None]]:
-    """A model whose layers have Megatron's own graphs, and a step of one micro-batch."""
+@pytest.mark.parametrize("scope", ["layer", "block"])
+def test_text_is_generated_in_megatrons_own_graphs_as_without_them_and_is_not_measured(scope: str) -> None:
+    run_function(generates_as_without_graphs, 1, scope)
+
+
+def generates_as_without_graphs(scope: str) -> None:
+    import local_graph_stand_in
+    from megatron.core.inference.contexts.static_context import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+    from megatron.core.transformer import attention
+
+    attention.flash_attn_with_kvcache = flash_attention
+    model, run_step = locally_graphed_model(scope)
+    model.config.flash_decode = True
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    methods = TAKEN, NormsConfig(), AttenuationConfig(factor=0.3, layers=(1, 2))
+    handle = attach(model, *methods, num_microbatches=1)
+    tokens, positions = torch.arange(16).view(2, 8) * 7 % 32, torch.arange(8).expand(2, 8)
+    causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens, positions, causal)
+    assert handle.reduce_validation_metrics() is not None
+    handle.detach()
+
+    # The first pass that generates text runs layers to warm up, and is captured.
+    handle = attach(model, *methods, num_microbatches=1)
+    context, found = StaticInferenceContext(2, 8), []
+
+    def generate(begin: int, end: int, mask: Any) -> None:
+        context.sequence_len_offset = begin
+        given = tokens[:, begin:end], positions[:, begin:end], mask
+        found.append(model(*given, inference_context=context, runtime_gather_output=True).clone())
+
+    with torch.inference_mode(), InferenceMode.active():
+        generate(0, 4, causal[:, :, :4, :4])
+        context.enable_decode_mode()
+        for at in range(4, 8):
+            generate(at, at + 1, None)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 3:], rtol=1e-5, atol=1e-5)
+    assert len(local_graph_stand_in.REPLAYS) == 4 * (2 if scope == "layer" else 1)
+    assert handle.reduce_validation_metrics() is None
+    model.train()
+    if scope == "layer":
+        run_step(model)
+        assert handle.end_iteration(1) is not None
+    else:
+        handle.detach()
+        with pytest.raises(UserError, match="before text is generated"):
+            attach(model, *methods, num_microbatches=1)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """In the place of the kernel of that name in flash-attn, for one token ``[b, 1, heads, dim]``."""
+    at = cache_seqlens.long().view(-1, 1, 1, 1).expand_as(k)
+    k_cache.scatter_(1, at, k)
+    v_cache.scatter_(1, at, v)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k_cache) / q.shape[-1] ** 0.5
+    later = torch.arange(k_cache.shape[1], device=q.device) > cache_seqlens.view(-1, 1)
+    weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
+    values = v_cache.masked_fill(later[..., None, None], 0.0)  # nothing was written there
+    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+def test_megatrons_own_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+    run_function(runs_behind_detach, 1, ())
+    run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "keep it attached, or build")
+
+
+def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = "") -> None:
+    model, run_step = locally_graphed_model()
+    handle = attach(model, TAKEN, *changes, num_microbatches=1)
+    run_step(model)
+    handle.detach()
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        forward(model)
+
+
+def locally_graphed_model(scope: str = "layer") -> tuple[Any, Callable[[Any], None]]:
+    """A model whose layers have Megatron's own graphs, or where text is generated the whole block of them;
+    and a step of one micro-batch."""
     import local_graph_stand_in
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.cuda_graphs import create_cudagraphs
+    from megatron.core.transformer.cuda_graphs import CudaGraphManager, create_cudagraphs
+    from megatron.core.transformer.enums import InferenceCudaGraphScope
 
     local_graph_stand_in.install()
     model = unbiased()
     model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
     vars(model.config).update(OF_LAYERS | LOCAL | {"enable_cuda_graph": True})  # its old name
+    model.config.inference_cuda_graph_scope = InferenceCudaGraphScope[scope]
     for layer in model.decoder.layers:
         layer.create_mcore_cudagraph_manager(model.config)
+    if scope == "block":
+        model.decoder.cudagraph_manager = CudaGraphManager(model.config)
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
 
