@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +29,7 @@ from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 from jreg_megatron.stream.meter import Meter
 from jreg_megatron.stream.reruns import Reruns
+from jreg_megatron.stream.support import refuse_unsupported
 
 # Where experts leave tokens out, a micro-batch has few sequences, of which no two begin with the same token:
 # these would tie.
@@ -122,10 +122,12 @@ def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> No
     assert not comparison.found.exceeds(comparison.limit), comparison.found
 
 
-def with_graphs(layout: Layout) -> Comparison:
+def with_graphs(layout: Layout, **options: Any) -> Comparison:
+    """Compare a step of replays; ``options`` are of Megatron's configuration, for its own graphs."""
     import graph_stand_in
     import local_graph_stand_in
     from megatron.core.transformer import transformer_config
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from jreg_megatron.selftest import step
 
@@ -135,7 +137,8 @@ def with_graphs(layout: Layout) -> Comparison:
         local_graph_stand_in.install()
         # The first run of a layer that is no step is captured.
         config: Any = transformer_config
-        config.TransformerConfig = partial(config.TransformerConfig, cuda_graph_warmup_steps=0)
+        options["cuda_graph_warmup_steps"] = 0
+        config.TransformerConfig = lambda **named: TransformerConfig(**named | options)
     comparison = compare_step(layout)
     replays = local_graph_stand_in.REPLAYS if layout.local_graphs else graph_stand_in.REPLAYS
     assert len(replays) >= layout.num_microbatches
@@ -158,6 +161,8 @@ def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
 FULL, LOCAL = {"cuda_graph_impl": "full_iteration"}, {"cuda_graph_impl": "local"}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
+ANY_BATCH = {"step_batch_size_schedule": "0:4 12:8", "eval_global_batch_size": 4}
 
 
 def test_graphs_that_nothing_has_compared_are_refused_by_name() -> None:
@@ -181,6 +186,7 @@ def refuses_graphs() -> None:
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("--depth-metrics has contributions", LOCAL, [TAKEN, DepthConfig()]),
+        ("recompute_modules layernorm with .* loses", LOCAL | RECOMPUTED, [TAKEN]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
@@ -199,6 +205,37 @@ def refuses_graphs() -> None:
         pytest.raises(UserError, match="0.19 or later for cuda_graph_impl transformer_engine"),
     ):
         attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
+
+
+def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> None:
+    sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 2}
+    sizes |= {"global_batch_size": 8, "eval_global_batch_size": 8}
+    allowed = OF_LAYERS | LOCAL | sizes | {"pipeline_model_parallel_size": 2}
+    refuse_unsupported(SimpleNamespace(**allowed), TAKEN)
+    refuse_unsupported(SimpleNamespace(**allowed | ANY_BATCH | {"pipeline_model_parallel_size": 1}), TAKEN)
+    for named, changes in (
+        ("perform_rl_step with cuda_graph_impl local", {"perform_rl_step": True}),
+        ("gtp_weight_remat_size with cuda_graph_impl local", {"gtp_weight_remat_size": 2}),
+        ("recompute_modules mla_up_proj with", RECOMPUTED | {"recompute_modules": ["mla_up_proj"]}),
+        ("eval_micro_batch_size 1 .* the graphs are of 2 sequences", {"eval_micro_batch_size": 1}),
+        ("eval_global_batch_size 6 .* it is not 8", {"eval_global_batch_size": 6}),
+        ("step_batch_size_schedule with cuda_graph_impl local", ANY_BATCH),
+    ):
+        with pytest.raises(UserError, match=named):
+            refuse_unsupported(SimpleNamespace(**allowed | changes), TAKEN)
+
+
+def test_megatron_itself_loses_gradients_of_what_is_recomputed_in_its_own_graphs_which_is_refused() -> None:
+    found = run_function(with_a_recomputed_norm)[0].found
+    assert found.exceeds(replace(found, gradient=0.5)) == ["gradient"]
+    assert "layer_norm_weight" in found.worst_parameter
+
+
+def with_a_recomputed_norm() -> Comparison:
+    from jreg_megatron.stream import support
+
+    support._LOST_IN_LOCAL_GRAPHS = ()
+    return with_graphs(Layout(local_graphs=True, graphs="layers"), **RECOMPUTED)
 
 
 def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:
