@@ -216,6 +216,7 @@ def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> Non
     for named, changes in (
         ("perform_rl_step with cuda_graph_impl local", {"perform_rl_step": True}),
         ("gtp_weight_remat_size with cuda_graph_impl local", {"gtp_weight_remat_size": 2}),
+        ("hidden_dropout 0.1 with cuda_graph_impl local", {"hidden_dropout": 0.1}),
         ("recompute_modules mla_up_proj with", RECOMPUTED | {"recompute_modules": ["mla_up_proj"]}),
         ("eval_micro_batch_size 1 .* the graphs are of 2 sequences", {"eval_micro_batch_size": 1}),
         ("eval_global_batch_size 6 .* it is not 8", {"eval_global_batch_size": 6}),

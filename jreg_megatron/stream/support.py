@@ -209,6 +209,9 @@ def _refuse_local_graphs(model_config: Any) -> None:
         found["perform_rl_step"] = "Megatron then takes graphs off the layers and puts them on again"
     if (value("gtp_weight_remat_size") or 1) > 1:
         found["gtp_weight_remat_size"] = _NOT_COMPARED
+    for name in ("hidden_dropout", "attention_dropout"):
+        if value(name):
+            found[f"{name} {value(name):g}"] = "evaluation then replays a training pass, with dropout"
     recomputed = value("recompute_modules") if value("recompute_granularity") == "selective" else None
     for module in _LOST_IN_LOCAL_GRAPHS:
         if module in (recomputed or ()):
