@@ -224,6 +224,8 @@ def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> Non
     ):
         with pytest.raises(UserError, match=named):
             refuse_unsupported(SimpleNamespace(**allowed | changes), TAKEN)
+    with mock.patch("megatron.core.package_info.MINOR", 20):
+        refuse_unsupported(SimpleNamespace(**allowed | RECOMPUTED), TAKEN)
 
 
 def test_megatron_itself_loses_gradients_of_what_is_recomputed_in_its_own_graphs_which_is_refused() -> None:

@@ -55,7 +55,7 @@ _REFUSED_IN_FULL_GRAPHS = {
 
 _LOST_IN_LOCAL_GRAPHS = ("layernorm", "mla_up_proj", "gdn_norm_out")
 """The ``recompute_modules`` whose output Megatron frees, which have parameters. In a graph of its own the
-backward pass leaves their gradients where nothing reads them; Megatron's main branch has mended that."""
+backward pass leaves their gradients where nothing reads them, before 0.20."""
 
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
@@ -170,9 +170,13 @@ def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) ->
 
 def is_since_0_19() -> bool:
     """Whether Megatron-Core is new enough for its graphs, overlapped experts and Megatron-FSDP."""
+    return _is_since(19)
+
+
+def _is_since(minor: int) -> bool:
     from megatron.core.package_info import MAJOR, MINOR
 
-    return (MAJOR, MINOR) >= (0, 19)
+    return (MAJOR, MINOR) >= (0, minor)
 
 
 def _refuse_before_0_19(name: str) -> None:
@@ -214,7 +218,7 @@ def _refuse_local_graphs(model_config: Any) -> None:
             found[f"{name} {value(name):g}"] = "evaluation then replays a training pass, with dropout"
     recomputed = value("recompute_modules") if value("recompute_granularity") == "selective" else None
     for module in _LOST_IN_LOCAL_GRAPHS:
-        if module in (recomputed or ()):
+        if module in (recomputed or ()) and not _is_since(20):
             found[f"recompute_modules {module}"] = "Megatron-Core 0.19 loses the gradients of its parameters"
     trained, evaluated = (
         [value(f"{part}{name}_batch_size") for name in ("micro", "global")] for part in ("", "eval_")
