@@ -21,6 +21,7 @@ from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
 from jreg_megatron import AttenuationConfig, JRegConfig, UserError, attach
+from jreg_megatron.examples.own_method import ShortConfig
 from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -29,6 +30,7 @@ from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 from jreg_megatron.stream.meter import Meter
 from jreg_megatron.stream.reruns import Reruns
+from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import refuse_unsupported
 
 # Where experts leave tokens out, a micro-batch has few sequences, of which no two begin with the same token:
@@ -435,7 +437,7 @@ def steps_as_without_a_graph() -> None:
 def five_steps(
     model: Any,
     run_step: Callable[[Any], Any],
-    methods: tuple[JRegConfig, DepthConfig],
+    methods: tuple[Settings, ...],
     look: Callable[[Any, Any], list[torch.Tensor]] = lambda *_: [],
 ) -> list[torch.Tensor]:
     """Metrics of depth and parameters after each step with slow queries and keys too, and what ``look`` finds
@@ -556,6 +558,7 @@ def steps_and_evaluations_as_without_graphs() -> None:
     for in_graphs in (False, True):
         model, run_step = locally_graphed_model() if in_graphs else (unbiased(), step)
         methods = (
+            ShortConfig(coeff=1.0),  # by a hook on each layer's output
             replace(TAKEN, measure_interval=2, start_iteration=3),
             DepthConfig(metrics="voids,curvature,entropy"),
         )

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jreg_megatron.runtime.errors import UserError
@@ -109,6 +110,26 @@ def go_around_experts(module: Any, around: Callable[..., Any]) -> Callable[[], N
 
 def _nothing() -> None:
     pass
+
+
+def apart(output: Tensor) -> Tensor:
+    """What a layer returned, as another tensor on the same memory.
+
+    Each replay returns the very same tensor. A hook that a method put on it would belong to the first replay
+    alone.
+    """
+    state: Tensor = _Apart.apply(output)
+    return state
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.detach()  # returned as it is, it would be a view, which the pipeline refuses to free
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def keep(output: Tensor, shown: Tensor) -> None:

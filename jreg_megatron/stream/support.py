@@ -176,7 +176,7 @@ def is_since_0_19() -> bool:
 def _is_since(minor: int) -> bool:
     from megatron.core.package_info import MAJOR, MINOR
 
-    return (MAJOR, MINOR) >= (0, minor)
+    return (0, minor) <= (MAJOR, MINOR)
 
 
 def _refuse_before_0_19(name: str) -> None:

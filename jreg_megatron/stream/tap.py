@@ -509,8 +509,10 @@ class _LayerTap:
             # A graph runs before the input's own node, to which the output's must leave nothing to do.
             self._input = layer_input.view_as(layer_input)
         output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
-        shown = self._show(self._changed(output) if self._is_begun else output)
-        if self._chunk.graphs == "local":
+        is_local = self._chunk.graphs == "local"
+        state = local_graph.apart(output) if is_local and self._microbatch is not None else output
+        shown = self._show(self._changed(state) if self._is_begun else state)
+        if is_local:
             local_graph.keep(output, shown)
         if self._watching is not None:  # the layer goes on behind its graphs
             self._watching.handed_on(output, shown)
