@@ -368,6 +368,26 @@ def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
             np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, err_msg=name)
 
 
+def test_a_batch_that_grows_and_steps_that_are_run_again_are_in_megatrons_own_graphs_as_without(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    at = toy_arguments.index("--global-batch-size")
+    argv = [
+        *(*toy_arguments[:at], *toy_arguments[at + 2 :], "--step-batch-size-schedule", "0:4 384:8"),
+        *"--eval-global-batch-size 8 --train-iters 6 --eval-interval 3 --eval-iters 1".split(),
+        *"--rerun-mode validate_results --no-check-for-nan-in-loss-and-grad".split(),
+        *f"--jreg-coeff {COEFF} --jreg-log-per-layer --attenuation-learned 0.5 --tensorboard-dir".split(),
+    ]
+    in_graphs = "--jreg-untested-cuda-graphs --cuda-graph-impl local".split()
+    run = run_ranks([*argv, tmp_path / "graph", *in_graphs], entry="local_graph_stand_in:train")
+    run_ranks([*argv, tmp_path / "eager"])
+    assert "replays: " in run.output[0]
+    graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
+    assert {*graph} == {*eager} and {*eager["batch-size"]} == {4.0, 8.0}
+    for name in eager:
+        np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_a_graph_of_the_iteration_is_captured_anew_for_what_is_attached_and_detached() -> None:
     run_function(follows_what_is_attached)
 
