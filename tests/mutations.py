@@ -2202,6 +2202,11 @@ _BY_FILE = {
             LOCAL_GRAPHS,
         ),
         Fault(
+            "refuse behind detach what no graph holds",
+            (("any(layer.first is layer.last for layer in changed)", "True"),),
+            ("tests/test_cuda_graphs.py", "-k", "two_graphs"),
+        ),
+        Fault(
             "give methods the very tensor that each replay returns",
             (
                 (

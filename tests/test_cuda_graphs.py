@@ -698,6 +698,35 @@ def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = ""
         forward(model)
 
 
+def test_a_layer_of_two_graphs_is_as_before_behind_detach() -> None:
+    run_function(runs_a_hybrid_behind_detach)
+
+
+def runs_a_hybrid_behind_detach() -> None:
+    import local_graph_stand_in
+    from hybrid_toy import build, losses
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.cuda_graphs import create_cudagraphs
+
+    local_graph_stand_in.install()
+    model = build("*-*-")
+    expected = losses(model)
+    model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
+    vars(model.config).update(OF_LAYERS | LOCAL)
+    for layer in model.decoder.layers:
+        layer.create_mcore_cudagraph_manager(model.config)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    handle = attach(model, TAKEN, AttenuationConfig(factor=0.3), num_microbatches=1)
+    losses(model).mean().backward()
+    create_cudagraphs()
+    with torch.no_grad():
+        assert not torch.allclose(losses(model), expected)
+        handle.detach()
+        torch.testing.assert_close(losses(model), expected)
+    assert len(local_graph_stand_in.REPLAYS) == 2 * 4
+
+
 def locally_graphed_model(scope: str = "layer") -> tuple[Any, Callable[[Any], None]]:
     """A model whose layers have Megatron's own graphs, or where text is generated the whole block of them;
     and a step of one micro-batch."""

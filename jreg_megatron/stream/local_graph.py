@@ -47,15 +47,16 @@ def refuse_recorded() -> None:
         )
 
 
-def refuse_what_they_hold(chunk: nn.Module) -> None:
-    """Refuse to run a chunk any more, if there are graphs: they go on with what a method changed.
+def refuse_what_they_hold(chunk: nn.Module, in_layers: bool) -> None:
+    """Refuse to run a chunk any more, if there are graphs that go on with what a method changed.
 
     Args:
         chunk: unwrapped; a method that changes its layers was detached.
+        in_layers: whether a layer's graph holds the change. A graph that generates text may hold all layers.
     """
     from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 
-    if are_captured() or _CudagraphGlobalRecord.cudagraph_inference_record:
+    if (in_layers and are_captured()) or _CudagraphGlobalRecord.cudagraph_inference_record:
         chunk.register_forward_pre_hook(_refuse)
 
 

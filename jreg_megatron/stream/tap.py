@@ -215,8 +215,10 @@ class _ChunkTap:
                 tap.start_watch(chunk.config, report)
         if final_norm is not None:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
-        if self.graphs == "local" and self.changes:
-            undo.append(functools.partial(local_graph.refuse_what_they_hold, chunk))
+        changed = [layer for layer in layers if layer.number in self.changes]
+        if self.graphs == "local" and changed:
+            in_layers = any(layer.first is layer.last for layer in changed)  # else behind its graphs
+            undo.append(functools.partial(local_graph.refuse_what_they_hold, chunk, in_layers))
 
     def _watches(self) -> list[LayerWatch]:
         return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
