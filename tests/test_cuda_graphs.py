@@ -698,6 +698,24 @@ def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = ""
         forward(model)
 
 
+def test_a_step_of_more_micro_batches_is_refused_where_a_pipelines_graphs_are_in_their_first_order() -> None:
+    run_function(refuses_another_count, 1, 1)
+    run_function(refuses_another_count, 1, 2)
+
+
+def refuses_another_count(stages: int) -> None:
+    model, run_step = locally_graphed_model()
+    count = [1]
+    model.config.pipeline_model_parallel_size = stages
+    attach(model, JRegConfig(untested_cuda_graphs=True), num_microbatches=lambda: count[0])
+    run_step(model)
+    run_step(model)
+    count[0] = 2
+    refusal = pytest.raises(UserError, match="the 1 micro-batches of the first, and now a step has 2")
+    with refusal if stages > 1 else nullcontext():
+        run_step(model)
+
+
 def test_a_layer_of_two_graphs_is_as_before_behind_detach() -> None:
     run_function(runs_a_hybrid_behind_detach)
 
