@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from reference_training import train
 from test_attach import build_model, forward, step
 from test_layouts import ALPHA, BEFORE_LAST, COEFF, FIRST, LAST
 
-from jreg_megatron import JRegConfig, UserError, attach
+from jreg_megatron import AttenuationConfig, JRegConfig, UserError, attach
+from jreg_megatron.examples.own_method import ShortConfig
 from jreg_megatron.methods.depth.settings import DepthConfig
 from jreg_megatron.methods.let.settings import LETConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -28,6 +30,8 @@ from jreg_megatron.selftest.compare import Comparison, compare_step
 from jreg_megatron.selftest.layouts import Layout, layouts_for
 from jreg_megatron.stream.meter import Meter
 from jreg_megatron.stream.reruns import Reruns
+from jreg_megatron.stream.settings import Settings
+from jreg_megatron.stream.support import refuse_unsupported
 
 # Where experts leave tokens out, a micro-batch has few sequences, of which no two begin with the same token:
 # these would tie.
@@ -98,6 +102,19 @@ LAYOUTS = [
         **{"capacity": 0.5, "num_microbatches": 8},
         methods="all",
     ),
+    Layout(local_graphs=True, graphs="layers", model="hybrid", methods="all"),
+    Layout(local_graphs=True, graphs="layers", model="hybrid", layers="latent attention"),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "model": "moe", "capacity": 0.5, "balanced": True},
+        **{"data": 2, "expert": 2, "num_microbatches": 4},
+        methods="all",
+    ),
+    Layout(
+        **{"local_graphs": True, "graphs": "layers", "context": 2, "per_token_loss": True, "masked": True},
+        tokens="unmasked",
+        methods="all",
+    ),
+    Layout(local_graphs=True, graphs="layers", token_stride=2, methods="all", precision="fp16"),
 ]
 
 
@@ -107,9 +124,12 @@ def test_a_step_of_replayed_graphs_equals_the_reference_at(layout: Layout) -> No
     assert not comparison.found.exceeds(comparison.limit), comparison.found
 
 
-def with_graphs(layout: Layout) -> Comparison:
+def with_graphs(layout: Layout, **options: Any) -> Comparison:
+    """Compare a step of replays; ``options`` are of Megatron's configuration, for its own graphs."""
     import graph_stand_in
     import local_graph_stand_in
+    from megatron.core.transformer import transformer_config
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from jreg_megatron.selftest import step
 
@@ -117,6 +137,10 @@ def with_graphs(layout: Layout) -> Comparison:
     step.capture_graphs = graph_stand_in.capture
     if layout.local_graphs:
         local_graph_stand_in.install()
+        # The first run of a layer that is no step is captured.
+        config: Any = transformer_config
+        options["cuda_graph_warmup_steps"] = 0
+        config.TransformerConfig = lambda **named: TransformerConfig(**named | options)
     comparison = compare_step(layout)
     replays = local_graph_stand_in.REPLAYS if layout.local_graphs else graph_stand_in.REPLAYS
     assert len(replays) >= layout.num_microbatches
@@ -139,6 +163,8 @@ def test_the_self_test_on_one_gpu_has_graphs_with_experts_and_in_hybrid_models(
 TAKEN = JRegConfig(coeff=1.0, untested_cuda_graphs=True)
 OF_LAYERS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 3}
 FULL, LOCAL = {"cuda_graph_impl": "full_iteration"}, {"cuda_graph_impl": "local"}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
+ANY_BATCH = {"step_batch_size_schedule": "0:4 12:8", "eval_global_batch_size": 4}
 
 
 def test_graphs_that_nothing_has_compared_are_refused_by_name() -> None:
@@ -162,6 +188,7 @@ def refuses_graphs() -> None:
         ("--jreg-token-share is 0.5", FULL, [replace(TAKEN, token_share=0.5)]),
         ("--depth-metrics has contributions", {}, [TAKEN, DepthConfig()]),
         ("--depth-metrics has contributions", LOCAL, [TAKEN, DepthConfig()]),
+        ("recompute_modules layernorm with .* loses", LOCAL | RECOMPUTED, [TAKEN]),
         ("LET does not support cuda_graph_impl", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
     ):
         vars(model.config).update(
@@ -180,6 +207,40 @@ def refuses_graphs() -> None:
         pytest.raises(UserError, match=r"0\.19 or later for cuda_graph_impl transformer_engine"),
     ):
         attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
+
+
+def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> None:
+    sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 2}
+    sizes |= {"global_batch_size": 8, "eval_global_batch_size": 8}
+    allowed = OF_LAYERS | LOCAL | sizes | {"pipeline_model_parallel_size": 2}
+    refuse_unsupported(SimpleNamespace(**allowed), TAKEN)
+    refuse_unsupported(SimpleNamespace(**allowed | ANY_BATCH | {"pipeline_model_parallel_size": 1}), TAKEN)
+    for named, changes in (
+        ("perform_rl_step with cuda_graph_impl local", {"perform_rl_step": True}),
+        ("gtp_weight_remat_size with cuda_graph_impl local", {"gtp_weight_remat_size": 2}),
+        ("hidden_dropout 0.1 with cuda_graph_impl local", {"hidden_dropout": 0.1}),
+        ("recompute_modules mla_up_proj with", RECOMPUTED | {"recompute_modules": ["mla_up_proj"]}),
+        ("eval_micro_batch_size 1 .* the graphs are of 2 sequences", {"eval_micro_batch_size": 1}),
+        ("eval_global_batch_size 6 .* it is not 8", {"eval_global_batch_size": 6}),
+        ("step_batch_size_schedule with cuda_graph_impl local", ANY_BATCH),
+    ):
+        with pytest.raises(UserError, match=named):
+            refuse_unsupported(SimpleNamespace(**allowed | changes), TAKEN)
+    with mock.patch("megatron.core.package_info.MINOR", 20):
+        refuse_unsupported(SimpleNamespace(**allowed | RECOMPUTED), TAKEN)
+
+
+def test_megatron_itself_loses_gradients_of_what_is_recomputed_in_its_own_graphs_which_is_refused() -> None:
+    found = run_function(with_a_recomputed_norm)[0].found
+    assert found.exceeds(replace(found, gradient=0.5)) == ["gradient"]
+    assert "layer_norm_weight" in found.worst_parameter
+
+
+def with_a_recomputed_norm() -> Comparison:
+    from jreg_megatron.stream import support
+
+    support._LOST_IN_LOCAL_GRAPHS = ()
+    return with_graphs(Layout(local_graphs=True, graphs="layers"), **RECOMPUTED)
 
 
 def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:
@@ -307,6 +368,26 @@ def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
             np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, err_msg=name)
 
 
+def test_a_batch_that_grows_and_steps_that_are_run_again_are_in_megatrons_own_graphs_as_without(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    at = toy_arguments.index("--global-batch-size")
+    argv = [
+        *(*toy_arguments[:at], *toy_arguments[at + 2 :], "--step-batch-size-schedule", "0:4 384:8"),
+        *"--eval-global-batch-size 8 --train-iters 6 --eval-interval 3 --eval-iters 1".split(),
+        *"--rerun-mode validate_results --no-check-for-nan-in-loss-and-grad".split(),
+        *f"--jreg-coeff {COEFF} --jreg-log-per-layer --attenuation-learned 0.5 --tensorboard-dir".split(),
+    ]
+    in_graphs = "--jreg-untested-cuda-graphs --cuda-graph-impl local".split()
+    run = run_ranks([*argv, tmp_path / "graph", *in_graphs], entry="local_graph_stand_in:train")
+    run_ranks([*argv, tmp_path / "eager"])
+    assert "replays: " in run.output[0]
+    graph, eager = read_scalars(tmp_path / "graph"), read_scalars(tmp_path / "eager")
+    assert {*graph} == {*eager} and {*eager["batch-size"]} == {4.0, 8.0}
+    for name in eager:
+        np.testing.assert_allclose(graph[name], eager[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_a_graph_of_the_iteration_is_captured_anew_for_what_is_attached_and_detached() -> None:
     run_function(follows_what_is_attached)
 
@@ -376,7 +457,7 @@ def steps_as_without_a_graph() -> None:
 def five_steps(
     model: Any,
     run_step: Callable[[Any], Any],
-    methods: tuple[JRegConfig, DepthConfig],
+    methods: tuple[Settings, ...],
     look: Callable[[Any, Any], list[torch.Tensor]] = lambda *_: [],
 ) -> list[torch.Tensor]:
     """Metrics of depth and parameters after each step with slow queries and keys too, and what ``look`` finds
@@ -497,6 +578,7 @@ def steps_and_evaluations_as_without_graphs() -> None:
     for in_graphs in (False, True):
         model, run_step = locally_graphed_model() if in_graphs else (unbiased(), step)
         methods = (
+            ShortConfig(coeff=1.0),  # by a hook on each layer's output
             replace(TAKEN, measure_interval=2, start_iteration=3),
             DepthConfig(metrics="voids,curvature,entropy"),
         )
@@ -529,18 +611,157 @@ def attaches_before_the_first_step_alone() -> None:
         attach(model, TAKEN, num_microbatches=1)
 
 
-def locally_graphed_model() -> tuple[Any, Callable[[Any], None]]:
-    """A model whose layers have Megatron's own graphs, and a step of one micro-batch."""
+@pytest.mark.parametrize("scope", ["layer", "block"])
+def test_text_is_generated_in_megatrons_own_graphs_as_without_them_and_is_not_measured(scope: str) -> None:
+    run_function(generates_as_without_graphs, 1, scope)
+
+
+def generates_as_without_graphs(scope: str) -> None:
     import local_graph_stand_in
+    from megatron.core.inference.contexts.static_context import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+    from megatron.core.transformer import attention
+
+    attention.flash_attn_with_kvcache = flash_attention
+    model, run_step = locally_graphed_model(scope)
+    model.config.flash_decode = True
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    methods = TAKEN, NormsConfig(), AttenuationConfig(factor=0.3, layers=(1, 2))
+    handle = attach(model, *methods, num_microbatches=1)
+    tokens, positions = torch.arange(16).view(2, 8) * 7 % 32, torch.arange(8).expand(2, 8)
+    causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens, positions, causal)
+    assert handle.reduce_validation_metrics() is not None
+    handle.detach()
+
+    # The first pass that generates text runs layers to warm up, and is captured.
+    handle = attach(model, *methods, num_microbatches=1)
+    context, found = StaticInferenceContext(2, 8), []
+
+    def generate(begin: int, end: int, mask: Any) -> None:
+        context.sequence_len_offset = begin
+        given = tokens[:, begin:end], positions[:, begin:end], mask
+        found.append(model(*given, inference_context=context, runtime_gather_output=True).clone())
+
+    with torch.inference_mode(), InferenceMode.active():
+        generate(0, 4, causal[:, :, :4, :4])
+        context.enable_decode_mode()
+        for at in range(4, 8):
+            generate(at, at + 1, None)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 3:], rtol=1e-5, atol=1e-5)
+    assert len(local_graph_stand_in.REPLAYS) == 4 * (2 if scope == "layer" else 1)
+    assert handle.reduce_validation_metrics() is None
+    model.train()
+    if scope == "layer":
+        run_step(model)
+        assert handle.end_iteration(1) is not None
+    else:
+        handle.detach()
+        with pytest.raises(UserError, match="before text is generated"):
+            attach(model, *methods, num_microbatches=1)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """In the place of the kernel of that name in flash-attn, for one token ``[b, 1, heads, dim]``."""
+    at = cache_seqlens.long().view(-1, 1, 1, 1).expand_as(k)
+    k_cache.scatter_(1, at, k)
+    v_cache.scatter_(1, at, v)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k_cache) / q.shape[-1] ** 0.5
+    later = torch.arange(k_cache.shape[1], device=q.device) > cache_seqlens.view(-1, 1)
+    weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
+    values = v_cache.masked_fill(later[..., None, None], 0.0)  # nothing was written there
+    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+def test_megatrons_own_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+    run_function(runs_behind_detach, 1, ())
+    run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "keep it attached, or build")
+
+
+def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = "") -> None:
+    model, run_step = locally_graphed_model()
+    handle = attach(model, TAKEN, *changes, num_microbatches=1)
+    run_step(model)
+    handle.detach()
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        forward(model)
+
+
+def test_a_step_of_more_micro_batches_is_refused_where_a_pipelines_graphs_are_in_their_first_order() -> None:
+    run_function(refuses_another_count, 1, 1)
+    run_function(refuses_another_count, 1, 2)
+
+
+def refuses_another_count(stages: int) -> None:
+    model, run_step = locally_graphed_model()
+    count = [1]
+    model.config.pipeline_model_parallel_size = stages
+    attach(model, JRegConfig(untested_cuda_graphs=True), num_microbatches=lambda: count[0])
+    run_step(model)
+    run_step(model)
+    count[0] = 2
+    refusal = pytest.raises(UserError, match="the 1 micro-batches of the first, and now a step has 2")
+    with refusal if stages > 1 else nullcontext():
+        run_step(model)
+
+
+def test_a_layer_of_two_graphs_is_as_before_behind_detach() -> None:
+    run_function(runs_a_hybrid_behind_detach)
+
+
+def runs_a_hybrid_behind_detach() -> None:
+    import local_graph_stand_in
+    from hybrid_toy import build, losses
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.cuda_graphs import create_cudagraphs
+
+    local_graph_stand_in.install()
+    model = build("*-*-")
+    expected = losses(model)
+    model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
+    vars(model.config).update(OF_LAYERS | LOCAL)
+    for layer in model.decoder.layers:
+        layer.create_mcore_cudagraph_manager(model.config)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    handle = attach(model, TAKEN, AttenuationConfig(factor=0.3), num_microbatches=1)
+    losses(model).mean().backward()
+    create_cudagraphs()
+    with torch.no_grad():
+        assert not torch.allclose(losses(model), expected)
+        handle.detach()
+        torch.testing.assert_close(losses(model), expected)
+    assert len(local_graph_stand_in.REPLAYS) == 2 * 4
+
+
+def locally_graphed_model(scope: str = "layer") -> tuple[Any, Callable[[Any], None]]:
+    """A model whose layers have Megatron's own graphs, or where text is generated the whole block of them;
+    and a step of one micro-batch."""
+    import local_graph_stand_in
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.cuda_graphs import CudaGraphManager, create_cudagraphs
+    from megatron.core.transformer.enums import InferenceCudaGraphScope
 
     local_graph_stand_in.install()
     model = unbiased()
     model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
     vars(model.config).update(OF_LAYERS | LOCAL | {"enable_cuda_graph": True})  # its old name
+    model.config.inference_cuda_graph_scope = InferenceCudaGraphScope[scope]
     for layer in model.decoder.layers:
         layer.create_mcore_cudagraph_manager(model.config)
+    if scope == "block":
+        model.decoder.cudagraph_manager = CudaGraphManager(model.config)
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
 

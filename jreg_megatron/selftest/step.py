@@ -247,7 +247,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         options["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(stages, layout.pipeline)
     if layout.recompute == "selective":
         modules = ["core_attn", "mlp" if layout.overlap or not shape.num_experts else "moe"]
-        if transformer_impl == "transformer_engine":
+        if transformer_impl == "transformer_engine" and not layout.local_graphs:
             modules.append("layernorm")
         options |= {"recompute_granularity": "selective", "recompute_modules": modules}
     elif layout.recompute != "none":

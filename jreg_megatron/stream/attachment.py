@@ -53,9 +53,10 @@ def attach(
             something is missing that the settings need.
 
     A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
-    one in evaluation mode is measured as validation. A regularized layer is measured in the backward pass:
-    ask for metrics between steps. The first step checks what is assumed of layers and loss, and raises a
-    ``UserError`` on every rank before the schedule finishes the gradients.
+    one in evaluation mode is measured as validation, unless it generates text (with Megatron's
+    ``inference_context``). A regularized layer is measured in the backward pass: ask for metrics between
+    steps. The first step checks what is assumed of layers and loss, and raises a ``UserError`` on every rank
+    before the schedule finishes the gradients.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]

@@ -72,6 +72,10 @@ class Handle:
         config = cast(Any, chunks[0]).config
         per_token: bool = config.calculate_per_token_loss
         self._is_count_fixed = count_given is not None and added is not None and not per_token
+        # Such graphs share memory in the order of the first step.
+        is_local = getattr(config, "cuda_graph_impl", "none") == "local"
+        self._keeps_count = is_local and config.pipeline_model_parallel_size > 1
+        self._first_count = 0
         self._ran = 0  # micro-batches of this step, of all chunks
         self._most_ran = 0.0
         self._measured: dict[Method, list[int]] = {method: [] for method in self._measuring}
@@ -110,6 +114,8 @@ class Handle:
                     f"the model was put into {found} after attach, which so could not check it; call attach "
                     "with the wrapped model"
                 )
+        if training and self._keeps_count:
+            self._refuse_another_count()
         if training and self._is_count_fixed:
             self._ran += 1
         in_full_graph = self._full_graphs is not None and self._full_graphs.is_in_schedule
@@ -296,6 +302,16 @@ class Handle:
                 f"number, lambda was {self._coeff * ran / self._most_ran:.4g} and not "
                 f"{self._coeff:g}: give a function that returns the number of each step, and call "
                 "end_iteration once a step"
+            )
+
+    def _refuse_another_count(self) -> None:
+        count = self._num_microbatches()
+        self._first_count = self._first_count or count
+        if count != self._first_count:
+            raise UserError(
+                f"with cuda_graph_impl local in a pipeline all steps must have the {self._first_count} "
+                f"micro-batches of the first, and now a step has {count}: the graphs would overwrite each "
+                "other's states; keep to one number, or turn cuda_graph_impl off"
             )
 
     def use_optimizer(self, optimizer: Any) -> None:

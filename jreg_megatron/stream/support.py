@@ -56,6 +56,10 @@ _REFUSED_IN_FULL_GRAPHS = {
 }
 """What is not supported beside ``cuda_graph_impl full_iteration``."""
 
+_LOST_IN_LOCAL_GRAPHS = ("layernorm", "mla_up_proj", "gdn_norm_out")
+"""The ``recompute_modules`` whose output Megatron frees, which have parameters. In a graph of its own the
+backward pass leaves their gradients where nothing reads them, before 0.20."""
+
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
     **dict.fromkeys(
@@ -86,6 +90,8 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
         for name in _OF_GRAPHS:
             del refused[name]
         _refuse_graphs(model_config)
+        if graphs == "local":
+            _refuse_local_graphs(model_config)
         if graphs == "full_iteration":
             _refuse_full_graphs(model_config, settings)
     if getattr(model_config, overlap.SETTING, False) and _takes(_TAKES_OVERLAP, settings):
@@ -189,18 +195,18 @@ def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) ->
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
         if (value := getattr(model_config, name, None)) and value not in ("none", "transformer_engine"):
             found[name] = reason
-    for name, reason in found.items():
-        raise UserError(
-            f"jreg_megatron does not support {name} with {overlap.SETTING} yet, since {reason}; leave one of "
-            "the two out"
-        )
+    _refuse_first(found, overlap.SETTING)
 
 
 def is_since_0_19() -> bool:
     """Whether Megatron-Core is new enough for its graphs, overlapped experts and Megatron-FSDP."""
+    return _is_since(19)
+
+
+def _is_since(minor: int) -> bool:
     from megatron.core.package_info import MAJOR, MINOR
 
-    return (MAJOR, MINOR) >= (0, 19)
+    return (0, minor) <= (MAJOR, MINOR)
 
 
 def _refuse_before_0_19(name: str) -> None:
@@ -225,6 +231,39 @@ def _refuse_graphs(model_config: Any) -> None:
         )
 
 
+def _refuse_local_graphs(model_config: Any) -> None:
+    """Refuse what Megatron's own graphs of layers do wrong or cannot do, and what has not been compared in
+    them. Only Megatron's arguments tell of the batch's sizes."""
+
+    def value(name: str) -> Any:
+        return getattr(model_config, name, None)
+
+    found = {}
+    if value("perform_rl_step"):
+        found["perform_rl_step"] = "Megatron then takes graphs off the layers and puts them on again"
+    if (value("gtp_weight_remat_size") or 1) > 1:
+        found["gtp_weight_remat_size"] = _NOT_COMPARED
+    for name in ("hidden_dropout", "attention_dropout"):
+        if value(name):
+            found[f"{name} {value(name):g}"] = "evaluation then replays a training pass, with dropout"
+    recomputed = value("recompute_modules") if value("recompute_granularity") == "selective" else None
+    for module in _LOST_IN_LOCAL_GRAPHS:
+        if module in (recomputed or ()) and not _is_since(20):
+            found[f"recompute_modules {module}"] = "Megatron-Core 0.19 loses the gradients of its parameters"
+    trained, evaluated = (
+        [value(f"{part}{name}_batch_size") for name in ("micro", "global")] for part in ("", "eval_")
+    )
+    if evaluated[0] and evaluated[0] != trained[0]:
+        found[f"eval_micro_batch_size {evaluated[0]}"] = f"the graphs are of {trained[0]} sequences"
+    if (value("pipeline_model_parallel_size") or 1) > 1:
+        in_order = "in a pipeline graphs share memory in the order of the step that was captured"
+        if value("step_batch_size_schedule"):
+            found["step_batch_size_schedule"] = in_order
+        elif evaluated[1] and evaluated[1] != trained[1]:
+            found[f"eval_global_batch_size {evaluated[1]}"] = f"it is not {trained[1]}, and {in_order}"
+    _refuse_first(found, "cuda_graph_impl local")
+
+
 def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> None:
     """Refuse what has not been compared within a graph of the whole iteration, or cannot be in it."""
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
@@ -240,10 +279,15 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
             "moe_expert_rank_capacity_factor, or by moe_pad_expert_input_to_capacity in a dispatcher that is "
             "not allgather"
         )
+    _refuse_first(found, "cuda_graph_impl full_iteration")
+
+
+def _refuse_first(found: dict[str, str], beside: str) -> None:
+    """Refuse the first of what was found, if anything was, by name and reason."""
     for name, reason in found.items():
         raise UserError(
-            f"jreg_megatron does not support {name} with cuda_graph_impl full_iteration yet, since {reason}; "
-            "leave one of the two out"
+            f"jreg_megatron does not support {name} with {beside} yet, since {reason}; leave one of the two "
+            "out"
         )
 
 

@@ -16,7 +16,7 @@ bias-dropout-add with gradients on in both.) That run happens in the backward pa
 forward, when other micro-batches may have gone forward already. Which one it belongs to is told by its
 input: the checkpoint keeps the tensor that the first run started from, and the second starts from the same
 memory. The final norm runs once, before the last layer is recomputed; then it is shown that layer's input
-without a graph. In evaluation the only run is reported.
+without a graph. In evaluation the only run is reported. Where text is generated, none is.
 
 Changed in every run. What changes a state is part of the model, so it is asked in each run of a layer: in
 both under recompute, in evaluation, and where text is generated. An observer sees what it returns.
@@ -46,6 +46,9 @@ Change = Callable[[int, Tensor, Tensor], Tensor]
 
 _FIRST_ARGUMENTS = ("input_ids",)
 """Of Megatron's models, which callers give by place too."""
+
+_GENERATING = ("inference_context", "inference_params")
+"""What Megatron gives a model that generates text, by its two names."""
 
 Parts = Callable[[Any, int, Tensor, Tensor, Tensor], None]
 """Is shown a micro-batch, a layer's number and input, the state behind its first bias-dropout-add, and the
@@ -212,6 +215,10 @@ class _ChunkTap:
                 tap.start_watch(chunk.config, report)
         if final_norm is not None:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
+        changed = [layer for layer in layers if layer.number in self.changes]
+        if self.graphs == "local" and changed:
+            in_layers = any(layer.first is layer.last for layer in changed)  # else behind its graphs
+            undo.append(functools.partial(local_graph.refuse_what_they_hold, chunk, in_layers))
 
     def _watches(self) -> list[LayerWatch]:
         return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
@@ -236,15 +243,17 @@ class _ChunkTap:
         gone = [key for key, (storage, _) in self._checkpointed.items() if _is_gone(storage)]
         for key in gone:
             del self._checkpointed[key]
-        is_counted = torch.is_grad_enabled() or not chunk.training
         named = {**dict(zip(_FIRST_ARGUMENTS, given, strict=False)), **named}
+        # Megatron may capture a pass that generates text, after runs of its layers to warm up.
+        is_generating = any(named.get(name) is not None for name in _GENERATING)
+        is_counted = torch.is_grad_enabled() if chunk.training else not is_generating
         self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
         if self.watched and self.graphs == "local" and local_graph.are_captured():
             self.end_watch()  # of the recorded step; Megatron replays no layer that has a hook
         # One evaluation shows what there is to see; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
-        self._was_evaluated = self._was_evaluated or not chunk.training
+        self._was_evaluated = self._was_evaluated or (is_counted and not chunk.training)
         self._put_taps_where_needed()
         for watch in self._watches():
             watch.begin()
@@ -432,7 +441,9 @@ class _LayerTap:
             raise UserError(_RERUN_LATER)
         self._microbatch, self._input = (None if is_captured else chunk.microbatch), None
         self._is_begun = self._is_begun or not is_captured
-        return functools.partial(self._on_input, factory(*options, **named))
+        # What is captured in the first module's graph alone is not the input of what the last one's holds.
+        is_part = is_captured and self._layer.first is not self._layer.last
+        return functools.partial(self._on_input, factory(*options, **named), is_part)
 
     def _tapped_output(
         self, factory: Callable[..., Any], *options: Any, **named: Any
@@ -442,8 +453,10 @@ class _LayerTap:
     def _tapped_both(self, factory: Callable[..., Any], *options: Any, **named: Any) -> Callable[..., Tensor]:
         return self._tapped_output(functools.partial(self._tapped_input, factory), *options, **named)
 
-    def _on_input(self, add: Callable[..., Tensor], x_with_bias: Any, residual: Tensor, *rest: Any) -> Tensor:
-        self._input = residual
+    def _on_input(
+        self, add: Callable[..., Tensor], is_part: bool, x_with_bias: Any, residual: Tensor, *rest: Any
+    ) -> Tensor:
+        self._input = None if is_part else residual
         if self._watching is not None:
             self._watching.adds_to(residual)
         state = add(x_with_bias, residual, *rest)
@@ -498,8 +511,10 @@ class _LayerTap:
             # A graph runs before the input's own node, to which the output's must leave nothing to do.
             self._input = layer_input.view_as(layer_input)
         output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
-        shown = self._show(self._changed(output) if self._is_begun else output)
-        if self._chunk.graphs == "local":
+        is_local = self._chunk.graphs == "local"
+        state = local_graph.apart(output) if is_local and self._microbatch is not None else output
+        shown = self._show(self._changed(state) if self._is_begun else state)
+        if is_local:
             local_graph.keep(output, shown)
         if self._watching is not None:  # the layer goes on behind its graphs
             self._watching.handed_on(output, shown)
