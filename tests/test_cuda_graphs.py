@@ -698,6 +698,28 @@ def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = ""
         forward(model)
 
 
+def test_transformer_engines_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+    run_function(captures_and_detaches)
+
+
+def captures_and_detaches() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.enums import CudaGraphModule
+
+    for modules, attenuation, is_held in (([], 0.3, True), (["attn"], 0.3, False), ([], 1.0, False)):
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        model = build_model()
+        vars(model.config).update(OF_LAYERS, cuda_graph_modules=[CudaGraphModule[name] for name in modules])
+        handle = attach(model, TAKEN, AttenuationConfig(factor=attenuation), num_microbatches=1)
+        for layer in model.decoder.layers:
+            layer._te_cuda_graph_capture(torch.randn(8, 1, 16), attention_mask=None)
+        handle.detach()
+        model.config.cuda_graph_impl = "none"  # Megatron looks for graphs that its helper would have made
+        with pytest.raises(UserError, match="keep it attached") if is_held else nullcontext():
+            forward(model)
+
+
 def test_a_step_of_more_micro_batches_is_refused_where_a_pipelines_graphs_are_in_their_first_order() -> None:
     run_function(refuses_another_count, 1, 1)
     run_function(refuses_another_count, 1, 2)

@@ -57,13 +57,18 @@ def refuse_what_they_hold(chunk: nn.Module, in_layers: bool) -> None:
     from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 
     if (in_layers and are_captured()) or _CudagraphGlobalRecord.cudagraph_inference_record:
-        chunk.register_forward_pre_hook(_refuse)
+        chunk.register_forward_pre_hook(refuse_to_run)
 
 
-def _refuse(*_: Any) -> None:
+def refuse_to_run(*_: Any) -> None:
+    """Refuse to run a model whose graphs, of any kind, still have what a detached method changed.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError(
-        "a method that changes the model was detached, and the CUDA graphs of its layers (cuda_graph_impl "
-        "local) still have what it changes; keep it attached, or build the model again"
+        "a method that changes the model was detached, and the CUDA graphs of its layers still have what it "
+        "changes; keep it attached, or build the model again"
     )
 
 

@@ -219,6 +219,11 @@ class _ChunkTap:
         if self.graphs == "local" and changed:
             in_layers = any(layer.first is layer.last for layer in changed)  # else behind its graphs
             undo.append(functools.partial(local_graph.refuse_what_they_hold, chunk, in_layers))
+        undo.append(self._refuse_what_graphs_hold)
+
+    def _refuse_what_graphs_hold(self) -> None:
+        if any(tap.is_changed_in_graph for tap in self._taps):
+            self._chunk.register_forward_pre_hook(local_graph.refuse_to_run)
 
     def _watches(self) -> list[LayerWatch]:
         return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
@@ -319,6 +324,8 @@ class _LayerTap:
         self._will_be_rerun = False
         self._change = chunk.changes.get(layer.number)
         self._is_over = self._is_captured = self._is_begun = False
+        self.is_changed_in_graph = False
+        """Whether a graph of Transformer Engine has captured what a method changes."""
         self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
         self._watching: LayerWatch | None = None  # in the run under way
@@ -523,6 +530,7 @@ class _LayerTap:
     def _changed(self, layer_output: Tensor) -> Tensor:
         if self._change is None or self._input is None:
             return layer_output
+        self.is_changed_in_graph |= self._is_captured and self._chunk.graphs == "transformer_engine"
         return self._change(self.number, self._input, layer_output)
 
     def _show(self, layer_output: Tensor) -> Tensor:
