@@ -131,7 +131,7 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
         ("--widths 768,x", "--widths is x; it must be a whole number in 1..65536"),
         ("--widths 0", "--widths is 0"),
         ("--tokens 0", "--tokens is 0; it must be a whole number >= 1"),
-        ("--tokens 100000000000", "--tokens is 100000000000, which takes more than "),
+        ("--tokens 100000000000", "--tokens is 100000000000"),
         ("--rounds -1", "--rounds is -1"),
         ("--seconds nan", "--seconds is nan"),
     ],
