@@ -28,8 +28,8 @@ _OVER_LAMBDA = {
     ),
     RATE: ("The last layer's jump, at the end", Axis("jump rate ζ (validation)", zero=True)),
 }
-_BESIDE = 0.09
-"""Of the distance of two lambdas, between alphas that share a lambda."""
+_OFFSET = 0.09
+"""Distance between the points of two alphas at one lambda, as a share of that between two lambdas."""
 
 
 def report(sweep: Sweep) -> None:
@@ -78,7 +78,7 @@ def _over_lambda(results: Results, axis: Axis, what: str) -> Chart | None:
         value, values = setting.over_seeds[what], list(setting.by_seed[what].values())
         if value is not None and setting.alpha is not None:
             label, aside = f"α = {setting.alpha:g}", alphas.index(setting.alpha) - (len(alphas) - 1) / 2
-            place = setting.coeff * spacing ** (_BESIDE * aside)
+            place = setting.coeff * spacing ** (_OFFSET * aside)
             found.setdefault(label, {})[place] = value
             seeds += [{"model": label, "x": place, "seed": one} for one in values if len(values) > 1]
     looks = _looks([f"α = {alpha:g}" for alpha in alphas])
