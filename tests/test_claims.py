@@ -218,7 +218,7 @@ def test_the_papers_nine_tasks_are_judged_with_and_without_boolq(runs: Path, tmp
     assert f"a power of {power:.0%}" in found["claims"]["6"]["remark"]
 
 
-def test_what_there_are_no_runs_for_cannot_be_told(tmp_path: Path) -> None:
+def test_a_claim_without_runs_is_not_decided(tmp_path: Path) -> None:
     for seed in SEEDS:
         write_run(tmp_path / "runs" / f"baseline_{seed}", baseline(seed), seed)
     found = judge(tmp_path / "runs", tmp_path / "out")
@@ -279,7 +279,7 @@ def test_runs_of_two_experiments_and_twins_are_refused(tmp_path: Path) -> None:
         gather([tmp_path / "nowhere"])
 
 
-def test_what_is_not_used_is_told(tmp_path: Path) -> None:
+def test_runs_that_are_not_used_are_named(tmp_path: Path) -> None:
     write_run(tmp_path / "a", baseline(1), 1)
     write_run(tmp_path / "b", {800: psi(0.02)}, 1, 0.1)
     write_run(tmp_path / "c", {400: psi(0.02)}, 1, 1.0, global_batch_size="16", train_iters="400")
@@ -460,7 +460,7 @@ def test_as_many_runs_as_asked_train_side_by_side_and_finished_ones_never_again(
     assert sorted(FakeRun.trained) == ["run0", "run1", "run2", "run3", "run4"]
 
 
-def test_a_failed_run_is_told_and_finished_ones_are_kept(fakes: list[FakeRun], tmp_path: Path) -> None:
+def test_a_failed_run_is_named_and_finished_ones_are_kept(fakes: list[FakeRun], tmp_path: Path) -> None:
     bad = FakeRun("bad", 10, tmp_path / "bad")
     with pytest.raises(UserError, match="the bad run ended"):
         train([fakes[0], fakes[1], bad, fakes[2]])

@@ -157,7 +157,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
     assert contents(tmp_path) == whole
 
 
-def test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own(
+def test_files_of_other_programs_are_not_overwritten(
     argv: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     alone = argv[: argv.index("--validation-share")]

@@ -133,7 +133,7 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, Reference("bert", "bert"))
 
 
-def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
+def test_a_norm_that_also_runs_before_the_layers_is_read_only_after_them() -> None:
     class Twice(nn.Module):
         """Normalizes the embedding by the final norm, as nanochat does."""
 
@@ -422,7 +422,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, said: st
     ("text", "step"),
     [("step1000", 1000), ("stage1-step500-tokens2B", 500), ("/x/checkpoint-20", 20), ("main", None)],
 )
-def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
+def test_the_step_of_a_revision_is_read_from_its_name(text: str, step: int | None) -> None:
     assert step_of(text) == step
 
 

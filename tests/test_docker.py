@@ -310,7 +310,7 @@ def test_the_base_keeps_its_torch_and_gets_what_it_lacks(over: Over) -> None:
     assert f'exec "{cluster.venv}/bin/python" -m torch.distributed.run "$@"' in torchrun
 
 
-def test_a_base_too_old_gets_our_pin_over_it_and_it_is_told(over: Over) -> None:
+def test_a_base_that_is_too_old_gets_our_pin_and_a_line_that_says_so(over: Over) -> None:
     cluster = over({"torch": NVIDIA, "helper": "2.0"}, ["helper>=2.5"])
     for version in ("2.6", "3.0", "3.1"):
         wheel(cluster.wheels, "helper", version)

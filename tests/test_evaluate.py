@@ -404,7 +404,7 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says() -> N
     assert 90 <= hits <= 99
 
 
-def test_every_task_counts_alike_in_the_overall_difference() -> None:
+def test_every_task_has_the_same_weight_in_the_overall_difference() -> None:
     a, b = shares(both=10, only_a=0, only_b=8)
     short_a, short_b = np.array([1.0, 1.0, 1, 1, 0, 0, 0, 0]), np.array([1.0, 1.0, 1, 0, 0, 0, 0, 0])
     found = paired.compare_mean([(a, b), (short_a, short_b)])
@@ -431,6 +431,6 @@ def test_p_values_of_several_tests_are_adjusted_as_benjamini_and_hochberg_say() 
     ]
 
 
-def test_means_weigh_every_token_alike() -> None:
+def test_every_token_has_the_same_weight_in_a_mean() -> None:
     found = PerText(np.array([1.0, 3.0]), [0, 0], *[np.array([[4.0], [0.0]])] * 3)
     assert found.mean(found.loss) == [1.0]

@@ -337,7 +337,7 @@ def test_dropping_the_first_token_changes_the_main_figures(folder: Path, text: P
         ("inkling2_text", {}),
     ],
 )
-def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
+def test_without_a_final_norm_there_is_a_note_and_no_value_after_it(
     family: str, more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = small_model(family, **more)

@@ -71,7 +71,7 @@ def kinds_of(model: HybridModel, rule: str = "mixer") -> list[str]:
     "layers",
     ["*- *- *-", "+- +E", "D- G-", "M M- M *-", "* *-", "*-- *", "- *-", "-E M-E- *", "M", "--"],
 )
-def test_a_layer_of_a_hybrid_model_is_a_mixer_with_what_is_feed_forward_behind_it_or_each_sub_layer(
+def test_a_layer_of_a_hybrid_model_is_a_mixer_with_the_feed_forward_after_it_or_each_sub_layer(
     layers: str,
 ) -> None:
     model = HybridModel(layers.replace(" ", ""))
@@ -196,7 +196,7 @@ def refusal_of_kernels(by_rank: list[Any]) -> str | None:
     return None
 
 
-def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None:
+def test_ranks_that_run_torch_for_different_reasons_are_accepted() -> None:
     by_rank = [kernels.eager.TorchKernels(f"there is no /tmp/rank{rank}") for rank in range(2)]
     assert run_function(refusal_of_kernels, 2, by_rank, timeout=180) == [None, None]
 

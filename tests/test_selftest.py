@@ -79,7 +79,7 @@ def test_a_wrong_gradient_fails_every_layout_and_the_report_names_the_worst_para
     assert re.search(r"^\d+ layouts: 0 passed, \d+ failed$", report, re.MULTILINE)
 
 
-def test_an_error_on_one_rank_is_told_and_does_not_hang() -> None:
+def test_an_error_on_one_rank_is_printed_and_does_not_hang() -> None:
     argv = ["--pp", "2", "--precision", "bf16", "--timeout", "3"]
     _, report = run(2, *argv, entry="test_selftest:broken_on_one_rank")
     assert "RuntimeError: the second rank cannot build a model (rank 1)" in report
