@@ -34,13 +34,13 @@ _RESTING = JRegConfig(measure_interval=_NEVER)
 _IDLE = "the same with kernels that do nothing"
 WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
     UNMODIFIED: (None, True, "nothing attached"),
-    AGAIN: (None, True, "the same once more: how much is noise"),
+    AGAIN: (None, True, "the same once more, to show the noise"),
     "regularized": (_REGULARIZED, True, "a gradient in every layer"),
     "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
     "measured": (_MEASURED, True, "every layer measured"),
     "measured_no_kernels": (_MEASURED, False, _IDLE),
-    "neither": (_LAST, False, "a gradient only in the last layer; most layers have nothing to do"),
-    "resting": (_RESTING, True, "attached, in a step that does nothing"),
+    "neither": (_LAST, False, "a gradient only in the last layer: the cost of the other layers"),
+    "resting": (_RESTING, True, "attached, in a step that neither measures nor regularizes"),
 }
 """By way: the settings, whether the kernels do anything, and a description."""
 

@@ -180,9 +180,10 @@ def _about_this_machine(options: argparse.Namespace) -> list[str]:
         except Exception:
             absent.append(what)
     device = torch.cuda.get_device_name() if dist.get_backend() == "nccl" else "CPU"
+    ranks = dist.get_world_size()
     lines = [
         ", ".join(versions),
-        f"{dist.get_world_size()} ranks on {device} with {dist.get_backend()}, "
+        f"{ranks} rank{'s' * (ranks > 1)} on {device} with {dist.get_backend()}, "
         f"{options.transformer_impl} layers",
     ]
     if absent:

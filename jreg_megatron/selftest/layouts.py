@@ -514,10 +514,10 @@ def layouts_for(
         given = " ".join(f"{flag} {n}" for flag, n in asked.items() if n) or "all sizes"
         given += " and --overlap" * overlap
         raise UserError(
-            f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
-            f"{LENGTH} tokens, {BATCH} sequences) cannot be split over {world_size} ranks with {given}"
-            f"{f' in {precision}' if precision else ''}; give sizes that are powers of two and at most 4, "
-            "another number of ranks, or fp32 for experts"
+            f"{given}{f' in {precision}' if precision else ''}: the toy model ({NUM_LAYERS} layers, "
+            f"{NUM_HEADS} heads, {NUM_EXPERTS} experts, {LENGTH} tokens, {BATCH} sequences) cannot be split "
+            f"so over {world_size} rank{'s' * (world_size > 1)}; give powers of two up to 4, another number "
+            "of ranks, or fp32 for experts"
         )
     waiting = list(modes)
 
