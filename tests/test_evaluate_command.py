@@ -216,7 +216,7 @@ def test_a_text_too_short_to_predict_is_one_line(
     text = tmp_path / "short.txt"
     text.write_text("a")
     said = refusal(capsys, folders[0], "--parts", "read-out", "--text", text, "--quiet")
-    assert "no text with a second token" in said
+    assert "--text" in said
 
 
 def test_a_missing_harness_is_one_line_that_says_how_to_install_it(

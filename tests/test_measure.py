@@ -170,7 +170,7 @@ def test_a_text_of_one_token_counts_only_where_the_first_token_counts(decoder: D
 
 def test_empty_texts_are_passed_over_and_no_text_at_all_is_refused(decoder: Decoder) -> None:
     assert measure(decoder, documents([0, 5, 0]))["with_first_token"]["texts"] == 1
-    with pytest.raises(UserError, match="--text holds no token"):
+    with pytest.raises(UserError, match="--text"):
         measure(decoder, documents([0]))
 
 
@@ -218,19 +218,19 @@ def test_a_state_that_is_not_finite_is_refused_naming_the_first_such_layer(value
     broken = small_model("llama")
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight[0, 0] = value
-    with pytest.raises(UserError, match="broken: the states after layer 3 hold NaN or Inf"):
+    with pytest.raises(UserError, match=r"broken: .*layer 3\b"):
         measure(decoder_of(broken, None, Reference("broken", "")), documents([5]))
 
 
 def test_an_id_that_the_model_does_not_have_is_named(decoder: Decoder) -> None:
-    with pytest.raises(UserError, match=f"odd holds the id {VOCABULARY}, but the model has {VOCABULARY}"):
+    with pytest.raises(UserError, match=rf"odd .*id {VOCABULARY}\b"):
         measure(decoder, [Text("odd", [1, VOCABULARY])])
-    with pytest.raises(UserError, match="holds the id -1"):
+    with pytest.raises(UserError, match=r"odd .*id -1"):
         measure(decoder, [Text("odd", [1, -1])])
 
 
 def test_text_for_a_model_without_a_tokenizer_is_refused(decoder: Decoder) -> None:
-    with pytest.raises(UserError, match="has no tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         measure(decoder, [Text("a speech", "words")])
 
 

@@ -241,7 +241,7 @@ def gather(folders: Sequence[Path]) -> Evidence:
     if not any(run.alpha is None for run in runs):
         what = "no run is finished" if not runs else "no baseline, a run with lambda 0, is finished"
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-        raise UserError(f"{what}{f' ({why})' if why else ''}; give the folders of finished runs")
+        raise UserError(f"--runs: {what}{f' ({why})' if why else ''}; give the folders of finished runs")
     _refuse_two_experiments(runs)
     return Evidence(tuple(runs), left_out)
 

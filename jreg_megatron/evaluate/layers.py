@@ -31,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 2e-2  # bf16 and fp16
 _CHECKED_TOKENS = 32
 
-_NOTHING = "there is no text with a second token, so none to predict; give longer texts"
+_NOTHING = "--text has no text of two or more tokens, so there is nothing to predict; give longer texts"
 _RIDGE = 1e-6
 """Share of the mean square of a coordinate that is added to each. States may not fill all dimensions."""
 _FEWEST = 10

@@ -118,7 +118,7 @@ class Sweep(BaseModel):
         """
         file = output / _FILE
         if not file.exists():
-            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start a sweep")
+            raise UserError(f"--output is {output}, which holds no sweep; name a RECIPE to start one")
         kept = checked(file, dict[str, Any], read_json(file))
         found: Sweep = checked(file, cls, kept | {"output": output})
         return found
