@@ -93,11 +93,15 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 
 def _model(layers: int, device: torch.device) -> Any:
-    from jreg_megatron.decoder.checkpoint.model import import_megatron
-    from jreg_megatron.mcore.one_process import single_process
-
     with without_noise():
-        import_megatron(device)
+        from jreg_megatron import cpu
+        from jreg_megatron.mcore import local_layers
+        from jreg_megatron.mcore.one_process import single_process
+
+        if device.type == "cpu":
+            cpu.enable()
+        else:
+            local_layers.install()
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.transformer.transformer_config import TransformerConfig
