@@ -15,7 +15,6 @@ import pytest
 import torch
 from harness import run_ranks
 
-from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.selftest import __main__ as selftest
 from jreg_megatron.selftest.layouts import layouts_for
 
@@ -112,14 +111,16 @@ def test_a_mistake_is_one_line_and_status_2(argv: list[str], says: str) -> None:
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_on_a_cpu_transformer_engine_is_refused_also_where_it_is_installed(
-    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("jreg_megatron.mcore.installed.find_spec", lambda name: ModuleSpec(name, None))
     argv = ["--transformer-impl", "transformer_engine", "--precision", "bf16"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     for on_cpu in ([], ["--cpu"], ["--nproc", "2"])[has_gpu:]:
-        with pytest.raises(UserError, match=r"transformer_engine, .*GPU.* local"):
-            selftest._parse([*argv, *on_cpu])
+        with pytest.raises(SystemExit):
+            selftest.main([*argv, *on_cpu])
+        line = capsys.readouterr().err
+        assert "--transformer-impl is transformer_engine" in line and "GPU" in line
 
 
 def test_one_command_starts_all_ranks_and_leaves_packages_alone_whose_kernels_need_a_gpu(
