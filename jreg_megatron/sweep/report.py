@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import batched, pairwise
@@ -13,7 +12,7 @@ from jreg_megatron.report.charts import Axis, Chart, Style, pictures
 from jreg_megatron.report.figures import LAYER, PSI, curves
 from jreg_megatron.report.inputs import STATE_WORDS
 from jreg_megatron.runtime.lock import lock
-from jreg_megatron.runtime.output import print_table, write_bytes, write_text
+from jreg_megatron.runtime.output import print_table, write_bytes, write_json
 from jreg_megatron.sweep.grid import Sweep
 from jreg_megatron.sweep.results import BASELINE, DIFFERENCE, LOSS, RATE, Results
 
@@ -41,7 +40,7 @@ def report(sweep: Sweep) -> None:
     # Several tasks of an array may end at once.
     with lock(sweep.output / ".report.lock", "the report is being drawn", "name another --output", wait=True):
         results = Results.read(sweep)
-        write_text(str(sweep.output / "summary.json"), json.dumps(results.summary(), indent=2) + "\n")
+        write_json(str(sweep.output / "summary.json"), results.summary())
         svg, png = pictures(_title(results), compose(results), _about(results), width=360)
         drawn = {sweep.output / "sweep.png": png, sweep.output / "sweep.svg": svg.encode()}
         for file, data in drawn.items():
