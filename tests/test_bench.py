@@ -99,7 +99,7 @@ def test_every_way_but_the_unmodified_has_a_ratio_and_its_spread(
         assert step["spread"][name]["steps"] == 10
 
 
-def test_every_step_stands_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
+def test_every_step_runs_between_two_unmodified_ones_and_its_ratio_is_to_their_mean(
     one_rank: tuple[dict[str, Any], Finished],
 ) -> None:
     step = one_rank[0]["step"]
@@ -143,7 +143,7 @@ def test_jreg_waits_and_communicates_in_no_ordinary_step_and_reduces_once_where_
         assert collectives[way]["logging"][0] == collectives["unmodified"]["logging"][0] + 1
 
 
-def test_a_result_tells_what_made_it(one_rank: tuple[dict[str, Any], Finished]) -> None:
+def test_a_result_names_its_command_machine_and_versions(one_rank: tuple[dict[str, Any], Finished]) -> None:
     document, _ = one_rank
     assert document["command"] == " ".join(["python -m jreg_megatron.bench step", *bench_steps.TINY, *WHOLE])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", document["date"])
@@ -380,9 +380,9 @@ def test_steps_that_scatter_get_more_rounds_and_those_that_do_not_end_the_run(
     assert rounds[0] == 10 < rounds[1] < rounds[2] == 40
 
 
-def test_where_intervals_are_wide_the_table_says_too_few_rounds_to_tell() -> None:
+def test_wide_intervals_get_a_note_of_too_few_rounds() -> None:
     wide = shown(document_of(summarize(ranks_that_need(BUSY, noise=0.1), by_processor_time=True)))
-    assert "Too few rounds to tell the ratio of unmodified_again, jreg within 1%: raise --seconds" in wide
+    assert "unmodified_again, jreg within 1%" in wide
     assert "Too few" not in shown(document_of(summarize(ranks_that_need(BUSY), by_processor_time=True)))
 
 
@@ -671,8 +671,7 @@ def test_megatron_that_exits_before_all_is_measured_is_a_users_mistake(
             os.write(1, b"why it exits\n\n")
             sys.exit(0)
 
-    last = "before all was measured; the last that it printed: why it exits"
-    with pytest.raises(UserError, match=f"Megatron ended the run with status 0 {last}"):
+    with pytest.raises(UserError, match=r"Megatron .*status 0 .*: why it exits"):
         exit_quietly()
     assert capfd.readouterr().out == ""
 
@@ -686,7 +685,7 @@ def test_a_model_too_large_for_the_device_is_a_users_mistake(monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(megatron, "train", full)
-    with pytest.raises(UserError, match=r"does not fit \(CUDA out of memory\); give less --layers or"):
+    with pytest.raises(UserError, match=r"CUDA out of memory.*--layers"):
         step._measure(default_options(), 0.0, lambda _: None)
 
 

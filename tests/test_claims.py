@@ -218,7 +218,7 @@ def test_the_papers_nine_tasks_are_judged_with_and_without_boolq(runs: Path, tmp
     assert f"a power of {power:.0%}" in found["claims"]["6"]["remark"]
 
 
-def test_what_there_are_no_runs_for_cannot_be_told(tmp_path: Path) -> None:
+def test_a_claim_without_runs_is_not_decided(tmp_path: Path) -> None:
     for seed in SEEDS:
         write_run(tmp_path / "runs" / f"baseline_{seed}", baseline(seed), seed)
     found = judge(tmp_path / "runs", tmp_path / "out")
@@ -268,18 +268,18 @@ def test_runs_of_two_experiments_and_twins_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{name} is .* in .*a and {value} in .*{name}"):
             gather([tmp_path / "a", tmp_path / name])
     write_run(tmp_path / "short", {400: psi(0.02)}, 1, 1.0, train_iters="400")
-    with pytest.raises(UserError, match=r"800 steps and .*short 400"):
+    with pytest.raises(UserError, match=r"--runs: .*\b800\b.*short.*\b400\b"):
         gather([tmp_path / "a", tmp_path / "short"])
-    with pytest.raises(UserError, match="no baseline"):
+    with pytest.raises(UserError, match=r"--runs: .*lambda 0"):
         gather([tmp_path / "short"])
     write_run(tmp_path / "twin", baseline(1), 1)
-    with pytest.raises(UserError, match="one setting and seed"):
+    with pytest.raises(UserError, match=f"--runs: .*{tmp_path / 'twin'}"):
         gather([tmp_path / "a", tmp_path / "twin"])
-    with pytest.raises(UserError, match="no run is finished"):
+    with pytest.raises(UserError, match=f"--runs: .*{tmp_path / 'nowhere'}"):
         gather([tmp_path / "nowhere"])
 
 
-def test_what_is_not_used_is_told(tmp_path: Path) -> None:
+def test_runs_that_are_not_used_are_named(tmp_path: Path) -> None:
     write_run(tmp_path / "a", baseline(1), 1)
     write_run(tmp_path / "b", {800: psi(0.02)}, 1, 0.1)
     write_run(tmp_path / "c", {400: psi(0.02)}, 1, 1.0, global_batch_size="16", train_iters="400")
@@ -460,9 +460,9 @@ def test_as_many_runs_as_asked_train_side_by_side_and_finished_ones_never_again(
     assert sorted(FakeRun.trained) == ["run0", "run1", "run2", "run3", "run4"]
 
 
-def test_a_failed_run_is_told_and_finished_ones_are_kept(fakes: list[FakeRun], tmp_path: Path) -> None:
+def test_a_failed_run_is_named_and_finished_ones_are_kept(fakes: list[FakeRun], tmp_path: Path) -> None:
     bad = FakeRun("bad", 10, tmp_path / "bad")
-    with pytest.raises(UserError, match="the bad run ended"):
+    with pytest.raises(UserError, match=r"\bbad\b"):
         train([fakes[0], fakes[1], bad, fakes[2]])
     assert {"run0", "run1"} <= set(FakeRun.trained)
     train(fakes[:2])
@@ -474,7 +474,7 @@ def test_finished_runs_of_other_settings_are_refused_before_anything_trains(
 ) -> None:
     train(fakes[:1])
     longer = FakeRun("run0", 20, fakes[0].folder)
-    with pytest.raises(UserError, match="run0 was trained with other settings"):
+    with pytest.raises(UserError, match=r"\brun0\b"):
         train([fakes[1], longer])
     assert FakeRun.trained == ["run0"]
 
@@ -484,7 +484,7 @@ def test_a_bar_that_never_ends_its_line_is_read_too(tmp_path: Path) -> None:
     prints = "for n in range(40000): print(f'{n} of many', end='\\r')\nprint('at last: é' * 1000, end='')"
     asyncio.run(run_logged("it", ["-c", prints], tmp_path / "log", lines.append))
     assert lines[-1] == "39999 of many" and len(lines) == 40000
-    with pytest.raises(UserError, match=r"it ended with status 3: .*; its log is .*log"):
+    with pytest.raises(UserError, match=rf"status 3: why.*{tmp_path / 'log'}"):
         asyncio.run(run_logged("it", ["-c", "print('why'); exit(3)"], tmp_path / "log", lines.append))
 
 

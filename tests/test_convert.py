@@ -141,7 +141,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(both_ways: tuple[dict[
     assert result["generation"] == 2
 
 
-def test_padding_behind_the_vocabulary_stays_behind(both_ways: tuple[dict[str, Any], Path]) -> None:
+def test_padding_after_the_vocabulary_is_left_out(both_ways: tuple[dict[str, Any], Path]) -> None:
     result, _ = both_ways
     assert result["vocabulary"] == (512, 512, 512)
     assert [report.get("rows_of_padding_left_out") for report in result["reports"]] == [64, None, 0]

@@ -351,7 +351,7 @@ def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_any_script_runs_with_the_cpu_flags_behind_its_own(tmp_path: Path) -> None:
+def test_any_script_runs_with_the_cpu_flags_after_its_own(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import json, os, sys, torch, neighbour\n"

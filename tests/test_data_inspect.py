@@ -63,7 +63,7 @@ def test_numbers_are_those_of_the_documents(
     assert told["samples"][0]["text"] == encoder.decode(encoder.encode(texts[0])[:200])
 
 
-def test_it_is_told_in_words_and_with_samples(
+def test_a_token_file_is_described_in_words_and_with_samples(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", ["the first document", *documents(9)])

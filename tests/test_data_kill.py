@@ -151,13 +151,13 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(
     first = start(argv, lambda: watch(log, 0.02))
     wait_for(log.exists)
     assert call(*argv) == 2
-    assert f"out is being made by process {first.pid} on " in capfd.readouterr().err
+    assert f"process {first.pid} on " in capfd.readouterr().err
     first.join(120)
     assert first.exitcode == 0
     assert contents(tmp_path) == whole
 
 
-def test_files_of_others_are_not_taken_over_beside_an_output_of_ones_own(
+def test_files_of_other_programs_are_not_overwritten(
     argv: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     alone = argv[: argv.index("--validation-share")]

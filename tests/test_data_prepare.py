@@ -209,7 +209,7 @@ def test_megatron_reads_it(model: Path, tmp_path: Path) -> None:
     assert [encoder.decode(stored[number].tolist()[:-1]) for number in range(len(stored))] == texts
 
 
-def test_manifest_tells_what_it_was_made_of(model: Path, tmp_path: Path) -> None:
+def test_the_manifest_names_sources_and_settings(model: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS)
     made = prepare(tmp_path / "out", model, source)
     told = manifest(tmp_path / "out")

@@ -106,7 +106,7 @@ def test_an_empty_name_of_a_compiler_means_the_usual_one(
     assert (tree / "megatron" / "core" / "datasets" / f"helpers_cpp{SUFFIX}").exists()
 
 
-def test_what_the_linker_says_is_told_and_not_that_it_has_failed(
+def test_the_error_quotes_the_linker(
     tree: Path, tools: Callable[..., str], compile_in: Callable[[str], None]
 ) -> None:
     makefile = tree / "megatron" / "core" / "datasets" / "Makefile"
@@ -148,7 +148,7 @@ def test_the_first_rank_compiles_and_the_others_do_not(
 
 
 @pytest.mark.parametrize("level", [{}, {"MAKELEVEL": "1", "MAKEFLAGS": "n"}], ids=["alone", "under-make"])
-def test_a_helper_older_than_its_source_is_compiled_anew_and_what_make_says_is_told(
+def test_a_helper_older_than_its_source_is_compiled_again_and_the_error_quotes_make(
     tree: Path,
     tools: Callable[..., str],
     compile_in: Callable[[str], None],

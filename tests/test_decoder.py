@@ -133,7 +133,7 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, Reference("bert", "bert"))
 
 
-def test_a_norm_that_runs_before_the_layers_too_is_seen_behind_them_alone() -> None:
+def test_a_norm_that_also_runs_before_the_layers_is_read_only_after_them() -> None:
     class Twice(nn.Module):
         """Normalizes the embedding by the final norm, as nanochat does."""
 
@@ -169,9 +169,7 @@ def test_a_model_without_layers_is_refused_by_name() -> None:
     model = small_model("llama")
     model.model.layers = nn.ModuleList([nn.ModuleList(list(model.model.layers))])
     model.model.layers.__class__ = _Nested
-    with pytest.raises(
-        UserError, match=r"odd .*has no layers that can be found: no ModuleList.*; give another model"
-    ) as refused:
+    with pytest.raises(UserError, match=r"odd .*ModuleList") as refused:
         decoder_of(_Flat(model), None, Reference("odd", "odd"))
     assert "\n" not in str(refused.value)
 
@@ -330,7 +328,7 @@ def test_a_folder_that_is_no_causal_model_is_one_line(
 def test_a_broken_gguf_file_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing")
-    with pytest.raises(UserError, match=r"broken\.gguf cannot be loaded") as refused:
+    with pytest.raises(UserError, match=r"broken\.gguf") as refused:
         _load(tmp_path / "broken.gguf")
     assert "\n" not in str(refused.value)
 
@@ -376,9 +374,7 @@ def test_a_hub_that_does_not_answer_is_one_line_that_says_the_way_out(
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("huggingface_hub.list_repo_refs", unreachable)
-    with pytest.raises(
-        UserError, match=r"needs the hub, which did not answer \(no network\); name the revisions"
-    ):
+    with pytest.raises(UserError, match=r"\(no network\)"):
         find_models(["EleutherAI/pythia-70m@all"])
 
 
@@ -422,7 +418,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, said: st
     ("text", "step"),
     [("step1000", 1000), ("stage1-step500-tokens2B", 500), ("/x/checkpoint-20", 20), ("main", None)],
 )
-def test_a_revision_tells_its_step(text: str, step: int | None) -> None:
+def test_the_step_of_a_revision_is_read_from_its_name(text: str, step: int | None) -> None:
     assert step_of(text) == step
 
 

@@ -310,7 +310,7 @@ def test_the_base_keeps_its_torch_and_gets_what_it_lacks(over: Over) -> None:
     assert f'exec "{cluster.venv}/bin/python" -m torch.distributed.run "$@"' in torchrun
 
 
-def test_a_base_too_old_gets_our_pin_over_it_and_it_is_told(over: Over) -> None:
+def test_a_base_that_is_too_old_gets_our_pin_and_a_line_that_says_so(over: Over) -> None:
     cluster = over({"torch": NVIDIA, "helper": "2.0"}, ["helper>=2.5"])
     for version in ("2.6", "3.0", "3.1"):
         wheel(cluster.wheels, "helper", version)
@@ -331,7 +331,7 @@ def test_a_need_for_another_torch_ends_the_build(over: Over) -> None:
     wheel(cluster.wheels, "added", "1.5", requires="torch>=2.14")
     wheel(cluster.wheels, "torch", "2.15.0")
     said = cluster.step("cluster_dependencies.sh", "demo", check=False)
-    assert "what jreg_megatron needs does not fit the base" in said
+    assert "does not fit the base" in said
     assert cluster.imported("torch") == NVIDIA
 
 
@@ -369,7 +369,7 @@ def test_the_last_check_refuses_an_image_with(
 
 
 def test_a_base_without_torch_is_refused(over: Over) -> None:
-    with pytest.raises(AssertionError, match="the base has no torch; BASE_IMAGE must be one of NVIDIA's"):
+    with pytest.raises(AssertionError, match=r"torch.*BASE_IMAGE"):
         over({"helper": "2.0"}, [])
 
 

@@ -159,16 +159,16 @@ def test_texts_without_a_second_token_are_left_out() -> None:
 
 
 def test_no_text_with_a_second_token_is_refused() -> None:
-    with pytest.raises(UserError, match="no text with a second token"):
+    with pytest.raises(UserError, match="--text"):
         read_out(toy(), [Text("one", [3])], OPTIONS)
 
 
 def test_weights_that_are_not_numbers_are_refused_by_the_models_name() -> None:
     broken = toy()
     broken.model.lm_head.weight.data[7] = float("nan")
-    with pytest.raises(UserError, match="toy 0 gives logits that are not finite"):
+    with pytest.raises(UserError, match=r"toy 0 .*logits"):
         read_out(broken, token_texts(), OPTIONS)
-    with pytest.raises(UserError, match="toy 0 gives logits that are not finite"):
+    with pytest.raises(UserError, match=r"toy 0 .*logits"):
         evaluated(broken)
 
 
@@ -218,14 +218,12 @@ def test_the_lens_is_the_weighted_least_squares_map_to_the_last_layer_fitted_on_
 
 def test_a_lens_on_the_texts_that_it_is_tested_on_or_on_too_few_is_refused() -> None:
     few = lens_texts(1)
-    with pytest.raises(
-        UserError, match=r"--lens has texts of 29 tokens, but toy 0 needs at least \d+; give more"
-    ):
+    with pytest.raises(UserError, match=r"--lens .*\b29\b.* toy 0 .*\d+"):
         fit_lens(toy(), few, OPTIONS)
     args, how = options(parts=[], lens=[]), {"tasks": {}, "texts": token_texts()}
     (found,) = evaluate(toy(), args, **how, lens_texts=lens_texts())
     assert found.lens is not None and found.lens_tokens == 12 * 29
-    with pytest.raises(UserError, match="--lens names 1 of the texts of the test"):
+    with pytest.raises(UserError, match=r"--lens .*\b1\b"):
         list(evaluate(toy(), args, **how, lens_texts=[*lens_texts(), token_texts()[1]]))
 
 
@@ -237,7 +235,7 @@ def test_a_model_whose_head_does_more_than_is_known_cannot_be_read_out() -> None
         replace(model, final_norm=None),
         replace(model, head=None),
     ):
-        with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\) cannot be read out"):
+        with pytest.raises(UserError, match=r"toy 0 \(LlamaForCausalLM\)"):
             evaluated(wrong)
 
 
@@ -306,7 +304,7 @@ def test_bad_texts_are_found_before_anything_is_run(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("jreg_megatron.evaluate.evaluation.run_tasks", never)
     texts = [*token_texts(), Text("odd", [1, 10**6])]
-    with pytest.raises(UserError, match="odd holds the id 1000000"):
+    with pytest.raises(UserError, match=r"odd .*\b1000000\b"):
         next(evaluate(toy(), options(parts=["tasks", "read-out"]), tasks={}, texts=texts))
 
 
@@ -404,7 +402,7 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says() -> N
     assert 90 <= hits <= 99
 
 
-def test_every_task_counts_alike_in_the_overall_difference() -> None:
+def test_every_task_has_the_same_weight_in_the_overall_difference() -> None:
     a, b = shares(both=10, only_a=0, only_b=8)
     short_a, short_b = np.array([1.0, 1.0, 1, 1, 0, 0, 0, 0]), np.array([1.0, 1.0, 1, 0, 0, 0, 0, 0])
     found = paired.compare_mean([(a, b), (short_a, short_b)])
@@ -431,6 +429,6 @@ def test_p_values_of_several_tests_are_adjusted_as_benjamini_and_hochberg_say() 
     ]
 
 
-def test_means_weigh_every_token_alike() -> None:
+def test_every_token_has_the_same_weight_in_a_mean() -> None:
     found = PerText(np.array([1.0, 3.0]), [0, 0], *[np.array([[4.0], [0.0]])] * 3)
     assert found.mean(found.loss) == [1.0]

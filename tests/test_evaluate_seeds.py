@@ -55,7 +55,7 @@ def documents() -> list[dict[str, Any]]:
     return [evaluation(seed, *gains) for seed, gains in enumerate(zip(EIGHT, BOOLQ, strict=True))]
 
 
-def test_the_papers_test_stands_beside_an_interval_and_the_power_with_and_without_boolq(
+def test_the_papers_test_is_shown_with_an_interval_and_its_power_with_and_without_boolq(
     documents: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files, out = write(tmp_path, documents), (tmp_path / "out.json", tmp_path / "out.csv")
@@ -84,7 +84,7 @@ def test_the_papers_test_stands_beside_an_interval_and_the_power_with_and_withou
     assert "33% of the time" in printed and "+0.41, one-sided p 0.034" in printed
 
 
-def test_a_limit_is_told(
+def test_a_limit_is_named(
     documents: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["--seeds", *write(tmp_path, [document | {"limit": 500} for document in documents])])

@@ -169,19 +169,19 @@ def test_a_task_of_the_users_own_runs(tmp_path: Path) -> None:
 
 def test_a_task_that_has_the_model_write_is_refused_by_name(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own", output_type="generate_until", doc_to_choice=None)
-    with pytest.raises(UserError, match="the task mine lets the model write text"):
+    with pytest.raises(UserError, match=r"\bmine\b"):
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
 def test_a_metric_that_is_no_mean_is_refused_by_name(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own", metric_list=[{"metric": "mcc"}])
-    with pytest.raises(UserError, match="the task mine is measured by mcc"):
+    with pytest.raises(UserError, match=r"\bmine .*\bmcc\b"):
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
 def test_a_mean_that_the_task_takes_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own", metric_list=[{"metric": "acc", "aggregation": "median"}])
-    with pytest.raises(UserError, match=r"the task mine is measured by acc \(median\)"):
+    with pytest.raises(UserError, match=r"\bmine .*\bacc \(median\)"):
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
@@ -211,14 +211,12 @@ def test_an_unknown_task_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
             super().__init__(include_path=[*include_path, *own], include_defaults=False)
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", OfOneFolder)
-    with pytest.raises(
-        UserError, match="--tasks names hellaswagg, which is no task; `lm_eval ls tasks` lists them"
-    ):
+    with pytest.raises(UserError, match=r"--tasks .*hellaswagg.*`lm_eval ls tasks`"):
         load_tasks(["hellaswagg"], [], tmp_path)
 
 
 def test_a_missing_folder_of_tasks_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--include-path is .*/nowhere, which is not a folder"):
+    with pytest.raises(UserError, match=r"--include-path is .*/nowhere\b"):
         load_tasks(["mine"], [str(tmp_path / "nowhere")], tmp_path)
 
 
@@ -239,17 +237,17 @@ def test_data_that_cannot_be_had_is_one_line_that_names_task_and_way_out(
 
 
 def test_a_continuation_longer_than_the_models_context_is_refused(speech_tasks: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"a task has a continuation of \d+ tokens, and toy takes 1 to 8"):
+    with pytest.raises(UserError, match=r"\d+ tokens.* toy .*\b8\b"):
         run(replace(toy(), max_length=8), speech_tasks)
 
 
 def test_a_model_without_a_tokenizer_is_refused_by_name(speech_tasks: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="toy has no tokenizer, which tasks need"):
+    with pytest.raises(UserError, match=r"\btoy .*tokenizer"):
         run(replace(toy(), encode=None), speech_tasks)
 
 
 def test_a_tokenizer_without_beginning_and_end_is_refused_where_one_is_needed(
     speech_tasks: dict[str, Any],
 ) -> None:
-    with pytest.raises(UserError, match="the tokenizer of toy has no token that begins or ends a text"):
+    with pytest.raises(UserError, match=r"tokenizer .*\btoy\b"):
         run(replace(toy(), end_of_text=None), speech_tasks)

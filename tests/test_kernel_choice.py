@@ -26,7 +26,7 @@ def test_triton_on_a_cpu_is_refused_in_one_line(toy_arguments: list[str]) -> Non
     run = run_ranks([*toy_arguments, "--train-iters", 1, "--jreg-kernels", "triton"], check=False)
     assert run.status == [2]
     (line,) = (line for line in run.output[0].splitlines() if line.startswith("jreg_megatron: error"))
-    assert "--jreg-kernels is 'triton', but Triton has no kernels for cpu; use 'torch'" in line
+    assert "--jreg-kernels is 'triton'" in line and "cpu" in line and "'torch'" in line
 
 
 def test_an_unknown_name_is_refused() -> None:
@@ -74,7 +74,7 @@ def test_the_self_check_knows_right_kernels_and_those_that_add_nothing_to_the_ou
 ) -> None:
     check(eager.KERNELS, CPU, width, dtype)
     for times in (0.0, -1.0, 0.9):
-        with pytest.raises(UserError, match="kernels of deaf give wrong numbers"):
+        with pytest.raises(UserError, match="deaf"):
             check(Deaf(times=times), CPU, width, dtype)
 
 
@@ -84,9 +84,7 @@ def test_kernels_that_give_wrong_numbers_on_the_machine_are_refused_before_the_t
 ) -> None:
     check(eager.KERNELS, CPU, 96, dtype)
     for which in range(6):
-        with pytest.raises(
-            UserError, match=r"kernels of wrong give wrong numbers on cpu for width 96 in torch"
-        ):
+        with pytest.raises(UserError, match=r"wrong .*\bcpu\b.* 96 in torch"):
             check(Wrong(which=which), CPU, 96, dtype)
 
 
@@ -100,7 +98,5 @@ def test_a_device_that_fails_in_the_self_check_ends_the_run_there(
     monkeypatch.setattr(kernels, "check", fault)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
-    with pytest.raises(
-        kernels.DeviceFault, match=r"make cuda:0 fail .*memory access was encountered.* to 'torch'"
-    ):
+    with pytest.raises(kernels.DeviceFault, match=r"cuda:0 .*memory access was encountered.*'torch'"):
         choose(kind, torch.device("cuda", 0), 96, torch.bfloat16)

@@ -481,5 +481,5 @@ def test_without_triton_the_torch_path_is_taken_and_says_why(monkeypatch: pytest
     monkeypatch.delattr("jreg_megatron.methods.jreg.kernels.fused", raising=False)
     name = choose("auto", torch.device("cuda"), 64, BF16).name
     assert name.startswith("torch, as Triton does not run here (ModuleNotFoundError")
-    with pytest.raises(UserError, match="--jreg-kernels is 'triton', but Triton does not run here"):
+    with pytest.raises(UserError, match=r"--jreg-kernels is 'triton', .*ModuleNotFoundError"):
         choose("triton", torch.device("cuda"), 64, BF16)

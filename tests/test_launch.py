@@ -106,7 +106,7 @@ def log_by_the_condition(argv: list[str]) -> None:
     [("avg > 0.0", 4, "0.000000E+00"), ("avg > 0.0", 1, "NAN"), ("avg >= 0.0", 4, "0.000000E+00")],
     ids=["0.16", "0.16, one layer", "0.17 and later"],
 )
-def test_a_jump_rate_of_zero_or_none_shows_in_the_line_of_every_megatron_behind_its_own_losses(
+def test_a_jump_rate_of_zero_or_none_is_in_the_line_of_every_megatron_after_its_own_losses(
     condition: str, layers: int, rate: str, toy_arguments: list[str]
 ) -> None:
     argv = [condition, SCRIPT, *toy_arguments, "--num-layers", layers, "--train-iters", 3]
@@ -152,7 +152,7 @@ def test_a_mistake_ends_every_rank_with_one_line(mistake: str, toy_arguments: li
     assert re.search(expected, refusal(run)), refusal(run)
 
 
-def test_a_flag_before_the_script_is_told_where_it_belongs() -> None:
+def test_a_flag_before_the_script_gets_an_error_with_its_right_place() -> None:
     line = refusal(launch("--jreg-coeff", 1, SCRIPT, check=False))
     assert "put it after the script" in line
 

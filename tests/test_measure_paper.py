@@ -46,7 +46,7 @@ def test_a_model_that_the_paper_follows_over_training_is_taken_at_the_branches_n
     assert [zeta for _, zeta in found] == [1.03, 2.79, 5.37, 10.4, 11.2, 20.6]
 
 
-def test_the_papers_figure_stands_beside_ours_and_models_that_cannot_be_had_are_left_out_by_name(
+def test_the_papers_figure_is_shown_with_ours_and_models_that_cannot_be_loaded_are_left_out_by_name(
     hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "passages.jsonl"

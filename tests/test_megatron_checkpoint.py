@@ -697,7 +697,7 @@ def test_damage_is_one_line_and_no_weight_is_made_up(series: Path, tmp_path: Pat
     assert not (tmp_path / "executed").exists(), "a checkpoint is data, and no code of it is run"
 
 
-def test_steps_and_kinds_of_folders_are_told_without_torch(series: Path) -> None:
+def test_steps_and_kinds_of_folders_are_found_without_torch(series: Path) -> None:
     code = (
         "import sys, json; from pathlib import Path; "
         "from jreg_megatron.decoder.checkpoint.folder import is_megatron, megatron_steps; "
@@ -887,7 +887,7 @@ TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> None:
+def test_the_vocabulary_is_read_from_the_checkpoint_or_is_unknown(name: str) -> None:
     from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of
 
     more, rows, expected = TOLD[name]
@@ -897,7 +897,7 @@ def test_the_checkpoint_tells_its_vocabulary_or_it_is_not_known(name: str) -> No
 @pytest.mark.parametrize(
     ("size", "rows", "expected"), [(144, 256, 144), (62, 256, None), (300, 256, None), (62, 128, 62)]
 )
-def test_a_tokenizer_tells_the_vocabulary_if_padding_it_gives_the_rows(
+def test_the_vocabulary_is_the_tokenizers_if_its_padded_size_is_the_number_of_rows(
     size: int, rows: int, expected: int | None
 ) -> None:
     from jreg_megatron.decoder.checkpoint.tokenizer import vocab_size_of

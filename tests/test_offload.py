@@ -34,7 +34,7 @@ def test_a_step_of_offloaded_activations_equals_the_reference_at(layout: Layout)
 
 def test_offloading_frees_a_layers_input_before_its_end_only_with_attn_norm_which_is_refused() -> None:
     config = SimpleNamespace(fine_grained_activation_offloading=True, offload_modules=["attn_norm"])
-    with pytest.raises(UserError, match="offload_modules attn_norm, which frees a layer's input"):
+    with pytest.raises(UserError, match="offload_modules attn_norm"):
         refuse_unsupported(config, JRegConfig())
     found = [run_function(sizes_of_inputs, 1, modules)[0] for modules in (MODULES, ["attn_norm"])]
     assert min(found[0]) > 0
@@ -43,7 +43,7 @@ def test_offloading_frees_a_layers_input_before_its_end_only_with_attn_norm_whic
 
 def test_offloading_the_norm_of_an_mlp_with_which_a_layer_begins_is_refused() -> None:
     layout = Layout(model="hybrid", layers="sub-layers as layers")
-    assert "offload_modules mlp_norm where a layer begins with" in run_function(refusal_of, 1, layout)[0]
+    assert "offload_modules mlp_norm" in run_function(refusal_of, 1, layout)[0]
 
 
 def refusal_of(layout: Layout) -> str:

@@ -42,7 +42,7 @@ def test_the_core_imports_without_megatron() -> None:
     assert not {"megatron", "transformers", "matplotlib", "sentencepiece"} & set(imported)
 
 
-def test_no_room_imports_one_that_stands_below_it_in_contributing() -> None:
+def test_no_room_imports_one_that_is_below_it_in_contributing() -> None:
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("| room in")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
     order = [name.replace("/", ".").strip(".") for row in rows for name in re.findall(r"`([\w/]+)`", row)]

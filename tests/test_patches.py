@@ -72,7 +72,7 @@ def test_a_tree_inside_another_repository_is_patched_all_the_same(tree: Path) ->
     assert contents(vendored) != before
 
 
-def test_a_tree_behind_a_link_into_another_repository_is_patched_all_the_same(tree: Path) -> None:
+def test_a_tree_that_is_a_link_into_another_repository_is_patched_too(tree: Path) -> None:
     (tree / "repository").mkdir()
     (tree / "megatron").rename(tree / "repository" / "megatron")
     subprocess.run(["git", "init", "--quiet", tree], check=True)

@@ -253,7 +253,7 @@ LEFT_TO_MEGATRON: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), LEFT_TO_MEGATRON, ids=[said for _, said in LEFT_TO_MEGATRON])
-def test_what_megatron_itself_tells_in_words_before_the_start_is_left_to_it(
+def test_an_error_that_megatron_explains_before_the_start_is_megatrons(
     args_with: Callable[..., argparse.Namespace],
     changes: dict[str, Any],
     said: str,

@@ -269,7 +269,7 @@ def test_help_shows_megatrons_arguments_and_jregs_in_a_group_of_its_own() -> Non
     assert "--jreg-log-per-layer" in group
 
 
-def test_what_megatron_refuses_is_told_from_what_goes_wrong() -> None:
+def test_a_refusal_of_megatron_becomes_one_line_and_another_error_stays() -> None:
     def end(error: Exception, cause: Exception | None = None, has_begun: bool = False) -> Exception:
         with (
             pytest.raises(type(error) if has_begun else Exception) as caught,

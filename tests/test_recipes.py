@@ -413,7 +413,7 @@ def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
     assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
 
 
-def test_a_dry_run_tells_of_a_method_what_the_start_would_refuse(
+def test_a_dry_run_refuses_a_method_where_the_start_would(
     words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     let = ("--let-stop-iterations", 9, "--let-teacher", "gone")
@@ -636,7 +636,7 @@ def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_sa
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 75, output
         assert len(re.findall(f"got {times}$", output, re.MULTILINE)) == 2, output
-        assert f"the run has saved and ended on {number.name}; the same command resumes it" in output
+        assert re.search(rf"ended on {number.name};.* resumes", output)
 
 
 @pytest.fixture
@@ -743,7 +743,7 @@ def test_a_slurm_job_starts_the_recipe_on_every_node_and_is_requeued_when_it_has
         assert log.read_text().splitlines() == started + (["requeue 41"] if status == 75 else [])
 
 
-def test_the_kubernetes_job_is_valid_and_tells_each_pod_its_place(tmp_path: Path) -> None:
+def test_the_kubernetes_job_is_valid_and_numbers_its_pods(tmp_path: Path) -> None:
     documents = list(yaml.safe_load_all((RECIPES / "kubernetes.yaml").read_text()))
     for document in documents:
         kubernetes_validate.validate(document, "1.31", strict=True)

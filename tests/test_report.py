@@ -189,7 +189,7 @@ def test_numbers_of_depth_that_rounding_took_beyond_their_range_are_shown(
     assert page.column("Where states begin", "baseline")[-1] == "-2.000"
 
 
-def test_settings_that_differ_stand_apart_from_all_of_them(report: Callable[..., Page]) -> None:
+def test_settings_that_differ_are_in_a_table_of_their_own(report: Callable[..., Page]) -> None:
     document = measurement()
     document["models"][1]["settings"] |= {"jreg_alpha": "3", "seed": "7"}
     page = report(write(Path("m.json"), document))
@@ -203,7 +203,7 @@ def test_a_measurement_and_an_evaluation_of_one_source_are_one_model(report: Cal
     assert page.column(HEADLINE, "model") == list(MODELS)
 
 
-def test_a_run_belongs_to_the_model_of_its_name_beside_it(report: Callable[..., Page]) -> None:
+def test_a_run_belongs_to_the_model_with_its_name_in_the_same_folder(report: Callable[..., Page]) -> None:
     page = report(
         write(Path("m.json"), measurement(("baseline",), (200,), 4, source="{}/checkpoints")),
         write_events(Path("baseline/tensorboard"), {100: 3.0, 200: 2.5}),
@@ -213,7 +213,7 @@ def test_a_run_belongs_to_the_model_of_its_name_beside_it(report: Callable[..., 
     assert page.column(HEADLINE, "validation loss") == ["2.5000", "2.6000"]
 
 
-def test_two_inputs_with_one_name_are_told_apart(report: Callable[..., Page]) -> None:
+def test_two_inputs_with_one_name_get_different_names(report: Callable[..., Page]) -> None:
     page = report(
         write(Path("m.json"), measurement(("model",), source="a/model")),
         write(Path("n.json"), measurement(("model",), source="b/model")),
@@ -226,7 +226,7 @@ def test_two_inputs_with_one_name_are_told_apart(report: Callable[..., Page]) ->
     ]
 
 
-def test_one_source_measured_twice_is_told_apart_by_its_files(report: Callable[..., Page]) -> None:
+def test_one_source_measured_twice_gets_the_names_of_its_files(report: Callable[..., Page]) -> None:
     for folder in ("one", "two"):
         Path(folder).mkdir()
     page = report(
@@ -532,7 +532,7 @@ def test_places_without_input_are_refused_in_one_line(
     assert not Path("report.html").exists()
 
 
-def test_a_folder_of_the_demo_stands_for_its_summary(report: Callable[..., Page]) -> None:
+def test_a_folder_of_the_demo_is_read_as_its_summary(report: Callable[..., Page]) -> None:
     Path("demo").mkdir()
     write(Path("demo/summary.json"), summary())
     assert report("demo").column(HEADLINE, "model") == list(MODELS)
@@ -626,4 +626,4 @@ def test_event_files_without_events_are_called_damaged_or_empty(
 ) -> None:
     Path("run").mkdir()
     Path("run/events.out.tfevents.1").write_bytes(content)
-    assert "run holds no events; its files are empty or damaged" in refusal(report, capsys, "run")
+    assert "run holds no events" in refusal(report, capsys, "run")

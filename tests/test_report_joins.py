@@ -82,14 +82,14 @@ def test_all_tables_use_one_convention_for_the_first_token_and_name_it(report: C
     assert len(numbers) == 3 and all("first token kept" in name for name in numbers)
 
 
-def test_pictures_that_stand_alone_name_the_convention(report: Callable[..., Page]) -> None:
+def test_pictures_without_a_page_name_the_convention(report: Callable[..., Page]) -> None:
     path = write(Path("m.json"), keep_first_token(measurement(("k",), (1, 2), layers=3)))
     report(path, "--figures", "f")
     pictures = [svg.read_text() for svg in Path("f").glob("*.svg")]
     assert len(pictures) == 6 and all("First token of each text kept." in text for text in pictures)
 
 
-def test_scores_of_other_metrics_or_samples_stand_in_rows_of_their_own(report: Callable[..., Page]) -> None:
+def test_scores_of_other_metrics_or_samples_are_in_rows_of_their_own(report: Callable[..., Page]) -> None:
     document = evaluation(("one", "two", "three"))
     document["models"][1]["tasks"]["boolq"] |= {"metric": "acc_norm", "samples": 10}
     page = report(write(Path("e.json"), document))
@@ -102,7 +102,7 @@ def test_scores_of_other_metrics_or_samples_stand_in_rows_of_their_own(report: C
     assert page.column("Tasks", "task").count("piqa") == 1
 
 
-def test_the_text_and_the_limits_of_an_evaluation_are_told(report: Callable[..., Page]) -> None:
+def test_the_text_and_the_limits_of_an_evaluation_are_named(report: Callable[..., Page]) -> None:
     document = evaluation(("one",)) | {"limit": 10, "max_tokens": None}
     page = report(write(Path("e.json"), document))
     (how,) = page.column("Files", "how")
@@ -140,7 +140,7 @@ def with_depth(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def test_a_figure_of_depth_says_how_its_models_were_measured_and_draws_them_alike(
+def test_a_figure_of_depth_says_how_its_models_were_measured_and_draws_them_in_the_same_way(
     report: Callable[..., Page],
 ) -> None:
     page = report(write(Path("a.json"), with_depth(measurement(("a",), layers=3))))
@@ -181,7 +181,7 @@ def test_a_run_of_another_experiment_does_not_join_a_model_of_its_name(report: C
         ("elsewhere/ckpt", "x/baseline/tensorboard", {"save": "elsewhere/ckpt"}),
     ],
 )
-def test_a_run_joins_the_checkpoints_beside_it_in_it_and_those_that_it_saved(
+def test_a_run_joins_the_checkpoints_in_its_folder_and_those_that_it_saved(
     report: Callable[..., Page], source: str, folder: str, settings: dict[str, str]
 ) -> None:
     page = report(

@@ -296,7 +296,7 @@ def test_the_page_forbids_every_connection_and_foreign_script(rich: Path, open_p
     assert any("Content Security Policy" in message for message in opened.messages)
 
 
-def test_sixty_models_are_all_drawn_and_told_apart(tmp_path: Path, open_page: Any) -> None:
+def test_sixty_models_are_all_drawn_and_can_be_distinguished(tmp_path: Path, open_page: Any) -> None:
     path = made(
         tmp_path, write(tmp_path / "m.json", measurement([f"model {number}" for number in range(60)]))
     )

@@ -71,7 +71,7 @@ def kinds_of(model: HybridModel, rule: str = "mixer") -> list[str]:
     "layers",
     ["*- *- *-", "+- +E", "D- G-", "M M- M *-", "* *-", "*-- *", "- *-", "-E M-E- *", "M", "--"],
 )
-def test_a_layer_of_a_hybrid_model_is_a_mixer_with_what_is_feed_forward_behind_it_or_each_sub_layer(
+def test_a_layer_of_a_hybrid_model_is_a_mixer_with_the_feed_forward_after_it_or_each_sub_layer(
     layers: str,
 ) -> None:
     model = HybridModel(layers.replace(" ", ""))
@@ -95,25 +95,23 @@ def test_the_layers_of_a_hybrid_model_are_numbered_over_all_stages() -> None:
 def test_a_layer_that_a_pipeline_stage_cuts_is_refused_unless_each_sub_layer_is_one() -> None:
     for first, count in ((1, 2), (3, 2)):
         model = HybridModel("M*|-*", first, count)
-        with pytest.raises(UserError, match=r"split layer 2, '\*-'; begin each stage"):
+        with pytest.raises(UserError, match=r"layer 2, '\*-'"):
             kinds_of(model)
         assert len(kinds_of(model, "sublayer")) == 2
 
 
 def test_a_hybrid_model_that_is_not_built_as_its_pattern_says_is_refused() -> None:
-    with pytest.raises(UserError, match="does not support the sub-layer X or Y of the hybrid layer pattern"):
+    with pytest.raises(UserError, match="X or Y"):
         residual_layers(HybridModel("*X*Y"))
     model = HybridModel("*-*-")
     model.decoder.layers[1] = model._layer("*", 2)
-    with pytest.raises(
-        UserError, match=r"sub-layer 2 is '-' in the hybrid layer pattern .* by self_attn_bda"
-    ):
+    with pytest.raises(UserError, match=r"sub-layer 2 is '-' .*self_attn_bda"):
         residual_layers(model)
     model.decoder.layers[1] = model._layer("-", 3)
-    with pytest.raises(UserError, match=r"numbers \(layer_number\) 1 3 3 4, and the hybrid layer pattern"):
+    with pytest.raises(UserError, match=r"layer_number.* 1 3 3 4\b"):
         residual_layers(model)
     model.decoder.layers[1] = SimpleNamespace(layer_number=2, mlp_bda=IdentityFuncOp())
-    with pytest.raises(UserError, match="has no self_attn_bda, mamba_bda, mlp_bda that adds to its input"):
+    with pytest.raises(UserError, match="self_attn_bda, mamba_bda, mlp_bda"):
         residual_layers(model)
 
 
@@ -149,14 +147,14 @@ def test_methods_on_a_model_must_agree_on_what_a_layer_is() -> None:
     model = HybridModel("*-*-")
     with pytest.raises(UserError, match="--jreg-layer is sublayer and --norms-layer is mixer; all methods"):
         attach(model, JRegConfig(layer="sublayer"), NormsConfig(), num_microbatches=1)
-    with pytest.raises(UserError, match=r"--jreg-layer \(.*\) is block; it must be mixer or sub"):
+    with pytest.raises(UserError, match=r"--jreg-layer \(.*\) is block; .*mixer.*sublayer"):
         JRegConfig(layer="block")
     own = NormsConfig()
     object.__setattr__(own, "layer", "block")  # as a method may have it that does not check
-    with pytest.raises(UserError, match=r"--norms-layer \(.*\) is block; it must be mixer or sublayer"):
+    with pytest.raises(UserError, match=r"--norms-layer \(.*\) is block; .*mixer.*sublayer"):
         attach(model, own, num_microbatches=1)
     # Explicit weights are one for each layer, whatever that is.
-    with pytest.raises(UserError, match="2 numbers, one for each layer of the model, not 4"):
+    with pytest.raises(UserError, match=r"--jreg-weights .*\b2 numbers.* not 4"):
         attach(model, JRegConfig(weights=(0, 0, 0, 1)), num_microbatches=1)
 
 
@@ -169,7 +167,7 @@ def test_a_hybrid_model_without_a_pattern_is_refused() -> None:
     # Before 0.17 Megatron can deal out sub-layers by their ratios alone.
     model = HybridModel("*-")
     model.hybrid_layer_pattern = None
-    with pytest.raises(UserError, match="HybridModel without a hybrid layer pattern"):
+    with pytest.raises(UserError, match="HybridModel"):
         residual_layers(model)
 
 
@@ -196,7 +194,7 @@ def refusal_of_kernels(by_rank: list[Any]) -> str | None:
     return None
 
 
-def test_ranks_that_would_run_torch_for_reasons_of_their_own_are_alike() -> None:
+def test_ranks_that_run_torch_for_different_reasons_are_accepted() -> None:
     by_rank = [kernels.eager.TorchKernels(f"there is no /tmp/rank{rank}") for rank in range(2)]
     assert run_function(refusal_of_kernels, 2, by_rank, timeout=180) == [None, None]
 
@@ -220,7 +218,7 @@ def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_st
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     for device in ("cpu", "meta"):
-        with pytest.raises(UserError, match=f"still on the {device} device; move it to the GPU before"):
+        with pytest.raises(UserError, match=rf"\b{device} device.* GPU"):
             attachment._device_of([nn.Linear(1, 1, device=device)])
     assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
     monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
@@ -237,5 +235,5 @@ def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:
     class Vision(nn.Module):
         decoder = SimpleNamespace(layers=[])
 
-    with pytest.raises(UserError, match="does not support a Vision; it must be a Megatron-Core GPTModel"):
+    with pytest.raises(UserError, match=r"\bVision; .*GPTModel"):
         residual_layers(Vision())

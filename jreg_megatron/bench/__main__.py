@@ -38,7 +38,7 @@ def _finish(args: Namespace, argv: list[str], figures: dict[str, Any]) -> None:
 
     document = results.document(argv, args.part, figures)
     if not args.quiet:
-        # First, so that a full disk does not take all.
+        # Before the file: a full disk must not lose the table too.
         table.print_document(output.console(args), document)
     if args.json is not None:
         output.write_json(args.json, document)

@@ -14,19 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 COUNTED = ("peak_bytes", "kernels", "collectives", "synchronisations")
 _SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _WAITS = (*_SYNCHRONISATIONS, "cudaMemcpy")
-"""Calls in which the host may wait for the device: a copy to memory that is not pinned ends with the copy."""
+"""Calls in which the host may wait for the device. A copy waits if the memory is not pinned."""
 _READS = "aten::_local_scalar_dense"
 _NO_KERNELS = ("Memcpy", "Memset")
 _MEMORY = "[memory]"
 
 
 def busy(step: Callable[[], Any]) -> dict[str, float]:
-    """Run a step under torch's profiler, which looks at the device and at the host's calls for it alone.
+    """Run a step under torch's profiler, which records the device and only the host's calls to it.
 
     Returns:
-        Seconds: ``whole``, until the device has done the step, with a host that the profiler makes slower;
-        ``device``, in which the device did something, NCCL's waiting for other ranks included; ``host``, in
-        which the host did not wait for the device.
+        Seconds. ``whole``: until the device has finished the step; the profiler makes the host slower.
+        ``device``: the device was busy, or NCCL waited for other ranks. ``host``: the host did not wait for
+        the device.
     """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -43,9 +43,9 @@ def count(step: Callable[[], Any]) -> dict[str, int]:
     """Run a step under torch's profiler and count.
 
     Returns:
-        By :data:`COUNTED`: the highest memory of tensors above what was held before; on a GPU what ran on it,
-        copies aside, on a CPU the operations of torch that call no other; calls of torch.distributed, sends
-        and receives too; waits of the host for the device, on a CPU values read from a tensor.
+        By :data:`COUNTED`: the peak memory of tensors, minus the memory before the step; on a GPU its kernels
+        without copies, on a CPU torch's operations that call no other one; calls of torch.distributed with
+        sends and receives; waits of the host for the device, on a CPU reads of a tensor's value.
     """
     on_gpu = dist.get_backend() == "nccl"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -55,7 +55,7 @@ def count(step: Callable[[], Any]) -> dict[str, int]:
     held = torch.cuda.memory_allocated()
     with profile(activities=activities, profile_memory=not on_gpu) as profiler:
         step()
-        # Before the profiler's own wait.
+        # Read before the profiler itself waits.
         peak = torch.cuda.max_memory_allocated() - held
     events = _events(profiler)
     if on_gpu:
@@ -70,7 +70,7 @@ def count(step: Callable[[], Any]) -> dict[str, int]:
 
 
 def _events(profiler: Any) -> list[Any]:
-    """As they were recorded: torch's own list of them takes seconds to make."""
+    """The recorded events, by start. Torch's own list of them takes seconds to make."""
     return sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
 
 
@@ -79,13 +79,13 @@ def _is_on_host(event: Any) -> bool:
 
 
 def _is_on_device(event: Any) -> bool:
-    # "nccl:" names a span, beside NCCL's kernels.
+    # "nccl:" is a span around NCCL's kernels. The kernels are events too.
     is_work = not event.is_user_annotation() and not event.name().startswith("nccl:")
     return is_work and bool(event.device_type().name == "CUDA")
 
 
 def _covered(events: Iterable[Any]) -> float:
-    """Seconds in which at least one of them, in the order of their starts, goes on."""
+    """Seconds in which at least one of the events runs. They are sorted by start."""
     covered = until = 0
     for event in events:
         start, end = event.start_ns(), event.start_ns() + event.duration_ns()
@@ -95,7 +95,7 @@ def _covered(events: Iterable[Any]) -> float:
 
 
 def _leaves(events: Iterable[Any]) -> int:
-    """Operations of torch in which no other begins."""
+    """The number of torch's operations that call no other one."""
     on_host = (event for event in events if _is_on_host(event) and event.name() != _MEMORY)
     spans = sorted(
         (event.start_thread_id(), event.start_ns(), -event.duration_ns(), event.name()) for event in on_host
@@ -110,7 +110,7 @@ def _leaves(events: Iterable[Any]) -> int:
 
 
 def _peak(events: Iterable[Any]) -> int:
-    """The highest sum of what was allocated less what was freed, by events in their order."""
+    """The highest sum of allocations minus frees, in the order of the events."""
     held = peak = 0
     for event in events:
         held += event.nbytes() if event.name() == _MEMORY else 0

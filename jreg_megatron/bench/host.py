@@ -1,7 +1,7 @@
 """What the host does for each layer and micro-batch: Python and launches, in microseconds.
 
-The model's tensors are so small that nothing else takes time. On a GPU that waits for its host this is what a
-method costs. Kernels that do nothing show the share of Python and autograd alone.
+The model's tensors are so small that nothing else takes time. On a GPU that waits for its host, this is the
+cost of a method. With kernels that do nothing, only Python and autograd remain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jreg_megatron.runtime.imports import without_noise
 _WIDTH, _SEQUENCE, _BATCH, _HEADS, _VOCABULARY = 16, 8, 2, 2, 32
 _NEVER = 10**6
 _FASTEST = 0.05
-"""The share of rounds, the fastest ones, whose mean counts: what else the machine does only ever adds."""
+"""The result is the mean of this share of rounds, the fastest ones: other work only adds time."""
 _FEWEST = 5
 
 _REGULARIZED = JRegConfig(coeff=1.0, weights="uniform", measure_interval=_NEVER)
@@ -34,15 +34,15 @@ _RESTING = JRegConfig(measure_interval=_NEVER)
 _IDLE = "the same with kernels that do nothing"
 WAYS: dict[str, tuple[JRegConfig | None, bool, str]] = {
     UNMODIFIED: (None, True, "nothing attached"),
-    AGAIN: (None, True, "the same once more: how much is noise"),
+    AGAIN: (None, True, "the same once more, to show the noise"),
     "regularized": (_REGULARIZED, True, "a gradient in every layer"),
     "regularized_no_kernels": (_REGULARIZED, False, _IDLE),
     "measured": (_MEASURED, True, "every layer measured"),
     "measured_no_kernels": (_MEASURED, False, _IDLE),
-    "neither": (_LAST, False, "a gradient only in the last layer; most layers have nothing to do"),
-    "resting": (_RESTING, True, "attached, in a step that does nothing"),
+    "neither": (_LAST, False, "a gradient only in the last layer: the cost of the other layers"),
+    "resting": (_RESTING, True, "attached, in a step that neither measures nor regularizes"),
 }
-"""What is attached, whether its kernels do anything, and both in words."""
+"""By way: the settings, whether the kernels do anything, and a description."""
 
 
 class _NoKernels:
@@ -66,8 +66,8 @@ class _NoKernels:
 def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
     """Measure.
 
-    ``finish`` gets the sizes, and ``microseconds``: of a layer and micro-batch, forward and backward; of the
-    unmodified way all, of the others what is beyond that.
+    ``finish`` gets the sizes, and ``microseconds`` per layer and micro-batch, forward and backward: of the
+    unmodified way all of them, of the others those in addition to it.
     """
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,11 +93,15 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 
 def _model(layers: int, device: torch.device) -> Any:
-    from jreg_megatron.decoder.checkpoint.model import import_megatron
-    from jreg_megatron.mcore.one_process import single_process
-
     with without_noise():
-        import_megatron(device)
+        from jreg_megatron import cpu
+        from jreg_megatron.mcore import local_layers
+        from jreg_megatron.mcore.one_process import single_process
+
+        if device.type == "cpu":
+            cpu.enable()
+        else:
+            local_layers.install()
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.transformer.transformer_config import TransformerConfig
@@ -149,7 +153,7 @@ def _step_of(model: Any, device: torch.device) -> Callable[[str], tuple[float, f
     def step(name: str) -> tuple[float, float]:
         variant = variants[name]
         with variant.on(1):
-            passes()  # taps go where they are needed
+            passes()  # places the taps
             found = passes()
         if isinstance(variant, Attached):
             variant.handle.reset_training_metrics()

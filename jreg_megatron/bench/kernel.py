@@ -1,4 +1,4 @@
-"""The kernels by themselves, and a layer's whole work in other ways: time and bytes, interleaved."""
+"""Time and bytes of the kernels alone, and time of a layer's whole regularizer in several implementations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SHORTEST_COPY = 50e-6
 _FEWEST_ROUNDS = 3
 _WARM_UP = 3
 _FLUSHED = 8
-"""So many times what the L2 cache holds is read between two timed runs."""
+"""Between two timed runs, this many times the size of the L2 cache is read."""
 _CYCLES = 1_000_000
-"""Of the device's clock: how long it waits at first, while the host launches what is timed."""
+"""The device waits this many cycles of its clock at first, while the host launches the timed work."""
 _MOST_CYCLES = 2**31 - 1
 
 
@@ -46,18 +46,18 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
     """Measure; ``finish`` gets times in seconds, by width.
 
     Raises:
-        UserError: for sizes that the memory does not hold.
+        UserError: if the sizes do not fit into memory.
     """
     on_cpu = args.cpu or not torch.cuda.is_available()
     args.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     args.dtype = getattr(torch, DTYPES[args.dtype or ("fp32" if on_cpu else "bf16")])
     args.rounds = args.rounds or (20 if on_cpu else 200)
-    too_many = f"--tokens is {args.tokens}, which takes more than"
-    # Two states, what has come to both, two gradients; autograd's float32 copies of the states.
+    too_many = f"--tokens is {args.tokens}, which needs more than"
+    # Two states, a gradient that arrives at each, two results; autograd's float32 copies of the states.
     needs = args.tokens * max(args.widths) * (6 * args.dtype.itemsize + 2 * 4)
     has = psutil.virtual_memory().total
     if on_cpu and needs > has:  # a GPU says so itself
-        raise UserError(f"{too_many} {needs / 2**30:,.0f} GiB, and there are {has / 2**30:,.0f}; give less")
+        raise UserError(f"{too_many} this machine's {has / 2**30:,.0f} GiB of memory; give less")
     try:
         finish(measure(args))
     except torch.OutOfMemoryError:
@@ -66,7 +66,7 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 
 
 class Tensors:
-    """A layer's states ``[tokens, h]``, and what has come to both from the rest of the model."""
+    """A layer's states ``[tokens, h]``, and the gradient of each from the rest of the model."""
 
     def __init__(self, args: Namespace, width: int) -> None:
         generator = torch.Generator(args.device).manual_seed(0)
@@ -82,11 +82,11 @@ class Tensors:
 
 
 Way = Callable[[Tensors], tuple[Tensor, ...]]
-"""Returns the gradients of ``h_in`` and ``h_out``, the regularizer's on top of those from the model."""
+"""Returns the gradients of ``h_in`` and ``h_out``: the sum of the model's and the regularizer's."""
 
 
 def bytes_moved(tensors: Tensors) -> dict[str, int]:
-    """What each kernel must read and write at least, in bytes."""
+    """The fewest bytes that each kernel must read and write."""
     state, tokens = tensors.h_in.numel() * tensors.h_in.element_size(), tensors.h_in.shape[0]
     psi = 4 * tokens
     return {"displacement": 2 * state + psi, "gradients": 5 * state + psi}
@@ -98,7 +98,7 @@ def textbook(h_in: Tensor, h_out: Tensor) -> Tensor:
 
 
 def with_jreg(kernels: Kernels) -> Way:
-    """The way of this package."""
+    """This package's implementation."""
 
     def way(t: Tensors) -> tuple[Tensor, ...]:
         strength = Strength(kernels, t.coefficient, FACTOR)
@@ -109,7 +109,7 @@ def with_jreg(kernels: Kernels) -> Way:
 
 
 def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
-    """A way whose regularizer has a value in the forward pass, by which autograd goes back."""
+    """An implementation that computes the regularizer in the forward pass; autograd differentiates it."""
 
     def way(t: Tensors) -> tuple[Tensor, ...]:
         loss = (t.coefficient * FACTOR * regularizer(t.h_in, t.h_out)).sum()
@@ -120,7 +120,7 @@ def with_autograd(regularizer: Callable[[Tensor, Tensor], Tensor]) -> Way:
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """The kernels against a copy, and all that a layer's regularizer does in several ways, by width."""
+    """By width: the kernels compared with a copy, and a layer's whole regularizer in each implementation."""
     names, by_width = [], {}
     notes = ["Device time, by CUDA events. The cache holds other data at the start."]
     if args.device.type == "cpu":
@@ -181,7 +181,7 @@ def _of_width(args: Namespace, tensors: Tensors, kernels: Kernels, ways: dict[st
 
 
 def interleaved(args: Namespace, runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
-    """Seconds of each run in each round."""
+    """Seconds of each run in each round, with all runs in turn."""
     on_gpu = args.device.type == "cuda"
     seconds_of = _CudaClock(args.device) if on_gpu else _cpu_clock
     for once in runs.values():
@@ -204,10 +204,10 @@ def _cpu_clock(once: Callable[[], Any]) -> float:
 
 
 class _CudaClock:
-    """Times what runs on the device, by events, once the host has launched all of it.
+    """Times work on the device with events, after the host has launched all of it.
 
-    The device waits meanwhile. Where it did not wait long enough, the host's time would be in what is timed,
-    so that is timed again with a longer wait.
+    The device waits meanwhile. If it waits too short, the time contains the host's. Then the work is timed
+    again with a longer wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -220,7 +220,7 @@ class _CudaClock:
         started, ended = self._events
         while True:
             cycles = self._cycles.setdefault(once, _CYCLES)
-            self._other.sum()  # reads: what is left in the cache need not be written back later
+            self._other.sum()  # reads: the cache has nothing to write back
             torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
             started.record()
             once()
@@ -231,7 +231,7 @@ class _CudaClock:
                 return float(started.elapsed_time(ended)) / 1e3
             if cycles >= _MOST_CYCLES:
                 raise UserError(
-                    "the host launches kernels too slowly to time the device; try again when less runs"
+                    "the host launches kernels too slowly to time the device; try again on a quieter machine"
                 )
             self._cycles[once] = min(2 * cycles, _MOST_CYCLES)
 
@@ -245,22 +245,22 @@ def _kernel_runs(kernels: Kernels, t: Tensors) -> dict[str, Callable[[], Any]]:
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], Any]:
-    """A copy that reads and writes so many bytes together."""
+    """A copy whose reads and writes together are ``moved`` bytes."""
     source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
 def _compiled(tensors: Tensors) -> tuple[Way | None, str]:
-    """The textbook formula compiled, run once; or None, and why."""
+    """The textbook formula, compiled and run once; or None and the reason."""
     for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(variable, "0") == "1":
             return None, f"{variable}=1"
-    torch._dynamo.reset()  # of another width: it would compile for any from the second one on
+    torch._dynamo.reset()  # without it, the second width would be compiled for all widths
     way = with_autograd(torch.compile(textbook, dynamic=False))
     try:
         way(tensors)
-    except Exception as error:  # no compiler, no Triton, ...: whatever stops it here, it is only a comparison
+    except Exception as error:  # no compiler, no Triton, ...: the other implementations run without it
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None, f"it does not run here ({type(error).__name__}: {str(error).strip().split(chr(10))[0]})"

@@ -17,7 +17,7 @@ from jreg_megatron.runtime.imports import silence_megatron
 
 _NEVER = 10**9
 
-# On a GPU without Transformer Engine torch's own kernels do what its would, attention excepted.
+# On a GPU without Transformer Engine, torch has kernels for the same work, except for attention.
 _LOCAL = """
     --transformer-impl local --attention-backend unfused
     --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
@@ -44,7 +44,7 @@ def make_ready(on_cpu: bool) -> None:
 
 
 def arguments_of(args: Namespace, steps: int) -> list[str]:
-    """Megatron's command line for at most so many steps; ``args`` are from :func:`.options.complete`."""
+    """Megatron's command line for at most ``steps`` steps; ``args`` are from :func:`.options.complete`."""
     shape = args.model
     sizes = {
         "--seq-length": shape.sequence,
@@ -60,10 +60,10 @@ def arguments_of(args: Namespace, steps: int) -> list[str]:
         "--eval-interval": _NEVER,
         "--eval-iters": 0,
         "--manual-gc-interval": 100,
-        # So slow that the model stays what it is.
+        # So small that the model hardly changes.
         "--lr": 1e-6,
         "--lr-decay-style": "constant",
-        # The norm is taken as ever, but none is above this: else some steps would scale their gradients.
+        # The norm is computed, but none is above this. Else only some steps would scale their gradients.
         "--clip-grad": 1e6,
         "--tokenizer-type": "NullTokenizer",
     }
@@ -81,18 +81,17 @@ def arguments_of(args: Namespace, steps: int) -> list[str]:
 
 
 def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
-    """Have Megatron set up a training; ``work`` stands for all of its steps but the first ones.
+    """Let Megatron set up a training and run its first steps, then call ``work`` in place of the others.
 
-    The first one is Megatron's own, which finishes its set-up after it; so are those that fp16's loss scale
-    skips.
+    The first steps are one after which Megatron finishes its set-up, and those that fp16's loss scale skips.
 
     Args:
-        argv: its command line.
-        args: with the ``config`` of what ``work`` attaches.
-        work: called once, with Megatron's ``train_step`` and what that gets. Its result is returned.
+        argv: Megatron's command line.
+        args: has the ``config`` that ``work`` attaches.
+        work: called once, with Megatron's ``train_step`` and its arguments. Its result is returned.
 
     Raises:
-        UserError: for arguments that cannot be, or if Megatron ends before ``work`` is called.
+        UserError: for invalid arguments, or if Megatron ends before ``work`` is called.
     """
     from megatron.training import get_args, training
 
@@ -125,10 +124,10 @@ def train[T](argv: list[str], args: Namespace, work: Callable[..., T]) -> T:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[TextIO]:
-    """Keep what Megatron prints out of sight, also what its libraries print; gives the standard error.
+    """Hide what Megatron and its libraries print; yields the terminal's standard error.
 
     Raises:
-        UserError: where something in it exits, with what was printed last.
+        UserError: if the code inside exits; it quotes the last line that was printed.
     """
 
     def point(to: tuple[int, int]) -> None:
@@ -147,8 +146,8 @@ def quiet() -> Iterator[TextIO]:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
             last = log.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
             raise UserError(
-                f"Megatron ended the run with status {ended.code or 0} before all was measured; the last "
-                f"that it printed: {last or 'nothing'}"
+                f"Megatron ended the run with status {ended.code or 0} before all was measured; its last "
+                f"line: {last or 'none'}"
             ) from None
         finally:
             point(own)
@@ -157,14 +156,14 @@ def quiet() -> Iterator[TextIO]:
 
 
 def notes(on_cpu: bool) -> list[str]:
-    """What makes the steps others than those of a cluster where NVIDIA's packages are installed."""
+    """How the steps differ from those of a cluster with NVIDIA's packages."""
     if on_cpu:
         return []
     found = []
     if not has_transformer_engine():
         found.append(
-            "Without Transformer Engine attention writes its scores to memory: the unmodified step is slower "
-            "than with it, and the ratios to it are nearer to 1."
+            "Without Transformer Engine attention writes its scores to memory, so the unmodified step is "
+            "slower and the ratios are nearer to 1."
         )
     if not has_apex():
         found.append(f"Without Apex the steps run with {NO_FUSION}.")

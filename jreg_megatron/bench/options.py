@@ -20,7 +20,7 @@ WAYS = {
     EVERY_STEP: "lambda {coeff:g}, measuring in every step",
     NAIVE: "all states kept, cosines by autograd at the end",
 }
-"""The ways in which a training step is run, with the settings it is run with."""
+"""The ways to run a training step, with their settings."""
 ATTACHED = (MEASURE, JREG, EVERY_STEP)
 """The ways that measure and log."""
 INTERVAL = 10
@@ -70,8 +70,8 @@ class Shape:
         return [*flags, *_LLAMA.split(), *(_RECIPE if self.recipe else _DEMO).split()]
 
 
-# Micro-batches hold 8,192 tokens, for which the costs are stated. More micro-batches a step would make the
-# optimizer's share, to which JREG adds nothing, smaller.
+# Micro-batches of the recipes hold 8,192 tokens, as in the pages about cost. With more micro-batches a step
+# the optimizer would have a smaller share, and JREG adds nothing to the optimizer.
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -136,7 +136,7 @@ def _add_step(part: ArgumentParser) -> None:
         "at most N rounds. In a round each way runs once, with the unmodified step before and after it "
         "(default: %(default)s)"
     )
-    # With more, Megatron's own work before the first step, of which the number of steps is part, takes long.
+    # Megatron's work before the first step grows with the number of steps.
     _add_number(part, "--rounds", rounds, default=300, most=10_000)
     counted = "also count kernels, collectives, waits and memory of a step; 13 steps more"
     part.add_argument("--count", action="store_true", help=counted)
@@ -162,13 +162,13 @@ def _add_kernel(part: ArgumentParser) -> None:
     rounds = "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
     _add_number(part, "--rounds", rounds)
     _add_seconds(part, 30, "start no round of a width after S seconds (default: %(default)g)")
-    uncompiled = "leave torch.compile out, which is slow to start"
+    uncompiled = "do not compare with torch.compile, which is slow to start"
     part.add_argument("--no-compile", action="store_true", help=uncompiled)
     _add_device(part)
 
 
 _PARTS = {
-    "kernel": ("displacement and gradients by themselves", _add_kernel),
+    "kernel": ("the kernels for displacement and gradients alone", _add_kernel),
     "host": ("the time of Python and kernel launches for a layer", _add_host),
     "step": ("Megatron's training step, unmodified and with JREG", _add_step),
 }
@@ -213,12 +213,12 @@ _OWN = {
     "--train-iters": "--rounds",
     "--train-samples": "--rounds",
 }
-# What belongs to the model by whose name the result goes.
+# Flags that --model sets.
 _OF_THE_MODEL = (
     *("--ffn-hidden-size", "--num-attention-heads", "--group-query-attention", "--num-query-groups"),
     *("--kv-channels", "--vocab-size", "--padded-vocab-size"),
 )
-# What ends the training, or skips steps of it, before all has been measured.
+# Flags that end the training early, or skip steps.
 _ENDING = ("--exit-", "--phase-transition-iterations", "--iterations-to-skip", "--skip-train", "--help")
 
 
@@ -227,7 +227,7 @@ def complete(args: Namespace, more: list[str], world_size: int, on_cpu: bool) ->
 
     Returns:
         ``args`` with what follows from them: ``model``, the shape with the user's sizes; ``config`` of JREG;
-        ``ways``; ``notes``, why others are left out; ``dtype``; ``layout`` and ``data_parallel``; ``more``,
+        ``ways``; ``notes``, why ways are left out; ``dtype``; ``layout`` and ``data_parallel``; ``more``,
         Megatron's arguments among those after ``--``; ``on_cpu``.
 
     Raises:
@@ -304,7 +304,7 @@ def _choose_ways(args: Namespace) -> None:
     elif any(word.startswith("--recompute") for word in args.more):
         why_not[NAIVE] = "its hooks fire twice where layers are recomputed"
     elif args.config.final_state != "pre_norm" or args.config.tokens != "all" or args.config.token_stride > 1:
-        why_not[NAIVE] = "it knows the state before the final norm and all tokens only"
+        why_not[NAIVE] = "it supports only all tokens and the state before the final norm"
     asked = args.ways or [name for name in WAYS if name != UNMODIFIED]
     args.ways = [way for way in asked if way not in why_not]
     left_out = {way: f"{way} is left out: {why}" for way, why in why_not.items() if way in asked}

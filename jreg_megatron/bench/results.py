@@ -1,4 +1,4 @@
-"""A benchmark's result as a JSON document: what it was measured on and with, and the figures."""
+"""A benchmark's result as a JSON document: command, date, machine, versions and figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def document(argv: list[str], part: str, figures: dict[str, Any]) -> dict[str, A
 
 
 def command(argv: list[str]) -> str:
-    """The command that makes the figures again, without where they went."""
+    """The command that repeats the run, without its output options."""
     kept = [
         word
         for before, word in pairwise(["", *argv])

@@ -1,4 +1,4 @@
-"""Rounds in which everything runs in turn, and what their times say where other work disturbs the machine."""
+"""Rounds in which each way runs once, and statistics of times that other work on the machine disturbs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEWEST = 10
-"""Steps from which on an interval is given: a bootstrap of fewer makes it too narrow."""
+"""With fewer steps there is no interval: a bootstrap would make it too narrow."""
 
 _RESAMPLES = 2000
 
@@ -18,13 +18,13 @@ _RESAMPLES = 2000
 def rounds[T](
     names: Sequence[T], most: int, fewest: int = 1, is_over: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[int, T]]:
-    """The number of each round, from 0, with each name in an order drawn anew, the same on every rank.
+    """Yield each round's number, from 0, with each name, in a new random order that all ranks share.
 
     Args:
         names: what runs once in a round.
         most: rounds, at most.
-        fewest: rounds, before whose end ``is_over`` is not asked.
-        is_over: asked before each further round.
+        fewest: rounds that run in any case.
+        is_over: called before each further round.
     """
     generator, order = random.Random(0), list(names)
     for number in range(max(most, fewest)):
@@ -36,7 +36,7 @@ def rounds[T](
 
 
 def times(seconds: Sequence[float]) -> dict[str, Any]:
-    """``seconds``, the median, and its ``quartiles``."""
+    """The median as ``seconds``, and the ``quartiles``."""
     low, middle, high = np.percentile(seconds, [25, 50, 75]).tolist()
     return {"seconds": middle, "quartiles": [low, high]}
 
@@ -46,16 +46,16 @@ def median_ratio(
 ) -> dict[str, Any]:
     """The ratio of an average step, with its 95% confidence interval.
 
-    Steps that measure, or log, are of kinds of their own: the medians of all kinds are averaged, weighted by
-    how many there are in training. A kind that has no ratio does not count.
+    Each kind of step has its own median. The medians are averaged with ``shares`` as weights. A kind without
+    a ratio does not count.
 
     Args:
         ratios: of each step to the unmodified ones around it.
-        kinds: of each.
-        shares: what share of training's steps each kind has.
+        kinds: the kind of each step.
+        shares: each kind's share of the steps of a training.
 
     Returns:
-        ``ratio``; ``confidence_95``, from a bootstrap within each kind, or None for less than
+        ``ratio``; ``confidence_95``, from a bootstrap within each kind, or None for fewer than
         :data:`FEWEST` ratios; ``quartiles`` of the ratios; their number ``steps``.
     """
     of_kinds = [(share, ratios[kinds == name]) for name, share in shares.items() if name in kinds]
@@ -66,7 +66,7 @@ def median_ratio(
     ratio = 0.0
     for share, kind in of_kinds:
         middle = float(np.median(kind))
-        # A kind of few steps does not show how it scatters; then it is taken to scatter as all do.
+        # Few steps do not show how much their kind scatters. Then the scatter of all steps is used.
         scatter = kind - middle if len(kind) >= FEWEST else residuals
         draws = generator.choice(scatter, size=(_RESAMPLES, len(kind)))
         resampled += share / whole * (middle + np.median(draws, axis=1))

@@ -1,8 +1,8 @@
 """The cost of a training step: Megatron's own, run in turn without JREG, with it, and in the naive way.
 
 Megatron sets everything up as for a training run. All ways share one model. Every second step is
-unmodified, and each other one is compared with the two around it: what else the machine does lasts longer
-than a step and hits all three.
+unmodified. Each other step is compared with the two around it, because other work on the machine lasts longer
+than a step and slows all three.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from jreg_megatron.runtime.fork import fork_ranks, world_size_of
 from jreg_megatron.runtime.ranks import of_every_rank
 
 FEWEST_ROUNDS = 2
-"""In the first one all ways that measure do, in the second one none has to."""
+"""In the first one the ways that measure do so, in the second one only those that always measure."""
 SHARES = dict(zip(KINDS, (1 - 1 / INTERVAL, 1 / INTERVAL), strict=True))
-"""What share of training's steps each kind has; a way that never logs has ordinary ones alone."""
+"""Each kind's share of the steps of a training. A way that never logs has only ordinary steps."""
 BUSY = 0.9
-"""The share of a step in which the device does something, from which on the step waits for the device."""
+"""If the device is busy for at least this share of a step, the step waits for the device."""
 ENOUGH = 0.0025
-"""Half the width of an interval, from which on no more rounds are needed."""
+"""If half the width of every interval is at most this, no more rounds are needed."""
 
 _LOOKS = 2
-"""Steps of each way of which is looked at what the device and the host do."""
+"""Steps of each way in which the profiler records device and host."""
 _SLOWER = 3
-"""So many times as long as another one a step may take with the profiler; for the deadline."""
+"""With the profiler a step is up to this many times as long. The deadline includes that."""
 _STEPS_TO_SETTLE = 64
-"""At most so many are skipped until fp16's loss scale fits."""
+"""At most this many are skipped until fp16's loss scale fits."""
 
 
 def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], None]) -> int:
-    """``bench step``: start the ranks, train, gather what they measured; ``finish`` gets it on the first one.
+    """``bench step``: start the ranks, train, gather their results; ``finish`` gets these on the first rank.
 
     Returns:
         The exit status.
@@ -107,12 +107,12 @@ def _by_processor_time(args: Namespace) -> bool:
 
 
 def most_steps(rounds: int) -> int:
-    """How many training steps so many rounds take at most."""
+    """The largest number of training steps that ``rounds`` rounds need."""
     return _STEPS_TO_SETTLE + len(WAYS) * (2 + _LOOKS + 1 + len(KINDS) + 2 * rounds)
 
 
 def kind_of_step(way: str, iteration: int) -> str:
-    """Of which of the :data:`.options.KINDS` a step is."""
+    """The kind of a step, one of :data:`.options.KINDS`."""
     return KINDS[way in ATTACHED and iteration % INTERVAL == 0]
 
 
@@ -128,9 +128,9 @@ class Measured:
     processor: list[float] = field(default_factory=list)
     """Seconds of this process's threads in each."""
     busy: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """By way, what device and host do in a few ordinary steps; empty on a CPU, where they are one."""
+    """By way, :func:`.counting.busy` of a few ordinary steps; empty on a CPU."""
     counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
-    """Of each way's ordinary and logging step; empty if that is not asked for."""
+    """Of each way's ordinary and logging step; empty without ``--count``."""
 
 
 def measure(
@@ -148,14 +148,14 @@ def measure(
 
     Args:
         args: as :func:`.options.complete` has made them.
-        deadline: on the monotonic clock; after it no round begins but the first :data:`FEWEST_ROUNDS`.
-        on_step: told of each step, for a progress bar.
-        train_step: Megatron's; what follows is what it gets.
+        deadline: on the monotonic clock; after it no round begins, except the first :data:`FEWEST_ROUNDS`.
+        on_step: called after each step, for a progress bar.
+        train_step: Megatron's; the arguments after it are its arguments.
     """
     variants = make_variants(model, args.config, args.ways)
 
     def run[T](name: str, iteration: int, around: Callable[[Callable[[], None]], T]) -> T:
-        """A training step that way, which is put on before and taken off after ``around``."""
+        """Put a way on, let ``around`` run a training step, and remove the way."""
         variant = variants[name]
         of_variant = variant.forward_step(forward_step)
 
@@ -168,7 +168,7 @@ def measure(
         on_step()
         return found
 
-    for iteration in (INTERVAL, 1):  # what is done once in a run is done here
+    for iteration in (INTERVAL, 1):  # work that is done once per run
         began = time.monotonic()
         for name in variants:
             run(name, iteration, lambda step: step())
@@ -178,7 +178,7 @@ def measure(
     counts = 1 + len(KINDS) * len(variants) if args.count else 0
     measured = time_rounds(args, run, deadline - _SLOWER * a_step * (looks + counts))
     if looks:
-        run(UNMODIFIED, 1, busy)  # the profiler's own first time
+        run(UNMODIFIED, 1, busy)  # the profiler's warm-up
         for name in [*variants] * _LOOKS:
             measured.busy.setdefault(name, []).append(run(name, 1, busy))
     if counts:
@@ -216,12 +216,12 @@ def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Me
 
 
 def half_width(limits: Sequence[float] | None) -> float:
-    """Of an interval; infinite of too few steps to have one."""
+    """Half the width of an interval; infinite if there is none."""
     return math.inf if limits is None else (limits[1] - limits[0]) / 2
 
 
 def _seconds(step: Callable[[], None]) -> tuple[float, float]:
-    """What a step takes by the clock, and of this process's threads."""
+    """Wall-clock seconds of a step, and processor seconds of this process in it."""
     dist.barrier()
     torch.cuda.synchronize()
     wall, processor = time.perf_counter(), time.process_time()
@@ -232,23 +232,23 @@ def _seconds(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def _first_ranks(flag: bool) -> bool:
-    told = torch.tensor(float(flag), device=torch.cuda.current_device())
-    dist.broadcast(told, 0)
-    return bool(told)
+    first = torch.tensor(float(flag), device=torch.cuda.current_device())
+    dist.broadcast(first, 0)
+    return bool(first)
 
 
 def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:
-    """What the ranks have measured together.
+    """The result of all ranks together.
 
     Args:
         measured: of each rank, in order.
-        by_processor_time: whether the figures are of processor time, which other work on a CPU changes less,
-            for a single rank. Else they are of wall time: a step takes as long as its last rank needs.
+        by_processor_time: for one rank on a CPU: the figures are its processor time, on which other work has
+            less effect. Else they are wall-clock times of the slowest rank.
 
     Returns:
         ``ratio`` and ``spread`` by way; ``median_seconds``; ``busy``, by way the seconds of
-        :func:`.counting.busy` on the rank that has most; ``waits_for``: "device" or "host", "one" on a CPU,
-        where they are one, or "unknown"; counts by way, kind of step and rank, if there are any; all
+        :func:`.counting.busy` on the rank with the most; ``waits_for``: "device", "host", "unknown", or "one"
+        on a CPU, where both are one; counts by way, kind of step and rank, if ``--count`` is given; all
         ``steps``, with seconds by rank.
     """
     first = measured[0]
@@ -292,7 +292,7 @@ def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str
 
 
 def _of_ways(measured: Measured, seconds: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
-    """By way, how the seconds ``[n]`` of steps compare with the mean of those before and after."""
+    """By way, the ratios of the seconds ``[n]`` of steps to the mean of the steps before and after."""
     ratios = 2 * seconds[1:-1] / (seconds[:-2] + seconds[2:])
     names, kinds = np.array(measured.names[1:-1]), np.array(measured.kinds[1:-1])
     ways = [name for name in WAYS if name != UNMODIFIED and name in names]

@@ -19,7 +19,7 @@ COUNTED = {
     "synchronisations": "syncs",
 }
 """What is counted in a step, and its column."""
-TELLS = 0.01
+SHARP = 0.01
 """If half the width of an interval is above this, too few rounds have run."""
 _WAITS_FOR = {
     "one": "Host and device are the same here: a step's time contains the work of both.",
@@ -29,8 +29,7 @@ _WAITS_FOR = {
     "need permissions here (the driver's NVreg_RestrictProfilingToAdminUsers=0).",
 }
 _DEVICE_AND_HOST = (
-    "Device and host: seconds of an ordinary step in which each is busy, by a profiler, which makes the host "
-    "slower."
+    "Device and host: seconds in which each is busy in an ordinary step. The profiler makes the host slower."
 )
 _KERNELS_ON_CPU = "Kernels: torch operations that call no other. Syncs: tensor values that Python reads."
 _KERNELS_ON_GPU = (
@@ -40,7 +39,7 @@ _CLOCKS = {"processor": "seconds of processor time", "wall": "seconds of wall-cl
 
 
 def print_document(console: Console, document: dict[str, Any]) -> None:
-    """Print what a run has found, and what it was found on."""
+    """Print a run's command, machine, versions and figures."""
     machine = document["machine"]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     on = machine.get("device") or f"{machine['processor']}, {machine['cores']} cores, {threads} a rank"
@@ -93,7 +92,7 @@ def print_step(table: Any, console: Console, step: dict[str, Any]) -> None:
 
 
 def print_kernel(table: Any, console: Console, figures: dict[str, Any]) -> None:
-    """Print the kernels beside a copy, and a layer's work in several ways."""
+    """Print the kernels compared with a copy, and a layer's whole regularizer in each implementation."""
     widths = figures["widths"].items()
     rounds = ", ".join(f"{of['rounds']} at {width}" for width, of in widths)
     _lines(
@@ -150,23 +149,23 @@ def _interval(limits: list[float] | None) -> str:
 
 
 def _doubts(spread: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """Notes where the same as before shows a difference, and where a ratio says little."""
+    """Notes if the two unmodified ways differ, and if an interval is wide."""
     intervals = {name: of_way["confidence_95"] for name, of_way in spread.items()}
     if (limits := intervals.get(AGAIN)) and not limits[0] <= 1 <= limits[1]:
         yield (
             f"The machine was too busy: {AGAIN} should have the ratio 1, and its interval does not contain "
-            "it. Run it again when less runs, or for longer."
+            "it. Run it again on a quieter machine, or for longer."
         )
-    wide = [name for name, limits in intervals.items() if limits is None or limits[1] - limits[0] > 2 * TELLS]
+    wide = [name for name, limits in intervals.items() if limits is None or limits[1] - limits[0] > 2 * SHARP]
     if wide:
         yield (
-            f"Too few rounds to tell the ratio of {', '.join(wide)} within {TELLS:.0%}: raise --seconds, or "
+            f"Too few rounds to know the ratio of {', '.join(wide)} within {SHARP:.0%}: raise --seconds, or "
             "name fewer --ways."
         )
 
 
 def _counted(counts: dict[str, Any], what: str, name: str) -> str:
-    """Of the ordinary and the logging step, or once for both."""
+    """The counts of the ordinary and the logging step; one number if they are equal."""
     is_way = name != UNMODIFIED
     sign, shown = "+" * is_way, []
     for kind in KINDS:

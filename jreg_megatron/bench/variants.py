@@ -1,4 +1,4 @@
-"""What a training step is measured with: nothing, measuring, JREG, and the naive way."""
+"""The ways to run a training step: unmodified, measuring, with JREG, naive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Variant:
 
     @contextmanager
     def on(self, iteration: int) -> Iterator[None]:
-        """Have the model run this way in training iteration ``iteration``, 1-based."""
+        """Run the model this way in training iteration ``iteration``, 1-based."""
         yield
 
     def forward_step(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,13 +32,13 @@ class Variant:
         return forward_step
 
     def after_step(self, iteration: int) -> None:
-        """What the training loop does for it after each step."""
+        """The training loop's work for this way after each step."""
 
 
 class Attached(Variant):
     """This package's JREG.
 
-    Attached once and then put on and taken off, so that what is done once in a run is not counted.
+    It is attached once, then put on and removed, so the work of a run's start is not timed.
     """
 
     def __init__(self, model: list[nn.Module], config: JRegConfig, **named: Any) -> None:
@@ -66,8 +66,8 @@ class Attached(Variant):
 class Naive(Variant):
     """JREG as one would write it without this package: keep all states, let autograd do it.
 
-    Forward hooks keep every layer's state ``[s, b, h]``. When the loss is made, ``coeff * sum_l weight_l *
-    mean over tokens of (1 - cos(h_{l-1}, h_l)) / 2`` is added to it; one backward pass goes through both. It
+    Forward hooks keep every layer's state ``[s, b, h]``. The loss gets a second term: ``coeff * sum_l
+    weight_l * mean over tokens of (1 - cos(h_{l-1}, h_l)) / 2``. One backward pass serves both terms. It
     needs every layer on one rank, and a forward pass that runs once.
     """
 

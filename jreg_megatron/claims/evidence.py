@@ -22,7 +22,7 @@ from jreg_megatron.report.reading import read, read_history
 from jreg_megatron.runtime.documents import checked
 from jreg_megatron.runtime.errors import UserError
 
-# All runs of an experiment have these in common.
+# All runs of an experiment have equal values of these.
 _COMMON = (
     *("num_layers", "hidden_size", "ffn_hidden_size"),
     *("num_attention_heads", "num_query_groups", "seq_length"),
@@ -49,7 +49,7 @@ _FEWEST_LAYERS = 4
 
 
 class _Settings(BaseModel):
-    """Megatron's arguments that tell what a run counts for."""
+    """Megatron's arguments by which runs are sorted."""
 
     seed: int
     global_batch_size: Annotated[int, Field(gt=0)]
@@ -113,12 +113,15 @@ class Trained:
         return [step / self.steps for step in self.history.iterations]
 
     def at(self, share: float, values: Sequence[float]) -> float | None:
-        """The one of ``values``, one for each validation, at a share of the steps; None if none is near."""
+        """The value of the validation nearest to a share of the steps; None if none is near.
+
+        ``values`` has one value per validation.
+        """
         done, value = min(zip(self.shares, values, strict=True), key=lambda point: abs(point[0] - share))
         return value if abs(done - share) <= _NEAR else None
 
     def jump_rate(self, layers_below_last: int = 0) -> float:
-        """zeta at the end, of the layer that is so many layers below the last."""
+        """zeta at the end, of layer ``L - layers_below_last``."""
         psi = torch.tensor(self.history.displacement, dtype=torch.float64)
         return float(jump_rate(psi, len(psi) - layers_below_last))
 
@@ -238,7 +241,7 @@ def gather(folders: Sequence[Path]) -> Evidence:
     if not any(run.alpha is None for run in runs):
         what = "no run is finished" if not runs else "no baseline, a run with lambda 0, is finished"
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-        raise UserError(f"{what}{f' ({why})' if why else ''}; give the folders of finished runs")
+        raise UserError(f"--runs: {what}{f' ({why})' if why else ''}; give the folders of finished runs")
     _refuse_two_experiments(runs)
     return Evidence(tuple(runs), left_out)
 

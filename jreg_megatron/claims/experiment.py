@@ -20,14 +20,14 @@ from jreg_megatron.runtime.imports import need
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.programs import each, progress, run_logged
 
-if TYPE_CHECKING:  # they bring torch, which --help does without
+if TYPE_CHECKING:  # they import torch, and --help must not
     from jreg_megatron.claims.evidence import Trained
     from jreg_megatron.report.inputs import Evaluated
 
 DATA = Path("runs/data")
 INTERRUPTED = "finished runs are kept; to resume, start the same command again"
 _LOCK, _WORDS = ".lock", "evaluations/words.json"
-"""With which words the evaluations were made."""
+"""The file of the words of the evaluations."""
 
 
 def parser(name: str, steps: int, fewest_steps: int, seeds: int, **about: Any) -> Parser:
@@ -56,7 +56,7 @@ def parser(name: str, steps: int, fewest_steps: int, seeds: int, **about: Any) -
 
 @contextmanager
 def filling(args: Namespace, name: str) -> Iterator[None]:
-    """Make the output folder of the command ``name``, and hold it.
+    """Make and lock the output folder of the command ``name``.
 
     Raises:
         UserError: if a package is missing, the folder cannot be written, or another process fills it.

@@ -96,7 +96,7 @@ def run_document(run: Trained) -> dict[str, Any]:
 
 def question_document(question: Question) -> dict[str, Any]:
     """The part of a question in a JSON document."""
-    # The paper's test that the number is on the claim's side of the bar.
+    # The paper's test of whether the number is on the claim's side of the bar.
     sign = 1 if question.side == "above" else -1
     beyond = [sign * (value - question.bar) for value in question.values.values()]
     return {

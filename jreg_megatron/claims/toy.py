@@ -11,7 +11,7 @@ from jreg_megatron.demo.training import Run, llama, optimizer
 
 VOCABULARY = 512
 STEPS = 2000
-"""With the smallest batch."""
+"""Steps with the smallest batch."""
 SEEDS = 10
 BATCHES = (8, 16, 32)
 """In sequences; all runs with JREG have the first."""
@@ -29,7 +29,7 @@ TOKENS = BATCHES[0] * SEQUENCE
 STEPS_BY = BATCHES[-1] // BATCHES[0]
 """With multiples of it all batches see the same number of tokens."""
 FEWEST_STEPS = 8 * STEPS_BY
-"""So that each run is evaluated eight times."""
+"""With fewer, a run has fewer than eight validations."""
 
 
 MODEL = llama(8, 64, 192, SEQUENCE)
@@ -39,7 +39,7 @@ _LOGGING = "--log-interval 25 --tensorboard-log-interval 25 --jreg-log-per-layer
 
 
 def runs(folder: Path, steps: int, seeds: int) -> list[Run]:
-    """The runs of the claims, all on as many tokens, each with a folder of its own under ``folder``.
+    """The runs of the claims, all on equally many tokens, each in its own folder under ``folder``.
 
     ``steps`` are those with the smallest batch.
     """
@@ -65,7 +65,7 @@ def flags(model: str, batch: int = BATCHES[0], more: str = "") -> tuple[str, ...
 
 
 def described(steps: int) -> dict[str, str]:
-    """What a page says of the toy, which takes ``steps`` with the first of :data:`BATCHES`."""
+    """A page's description of the toy, which has ``steps`` with the first of :data:`BATCHES`."""
     return {
         "model": " ".join(MODEL.split()),
         "optimizer": " ".join(_OPTIMIZER.split()),

@@ -23,7 +23,7 @@ from jreg_megatron.report.tables import LOSS, NOTHING, Table, interval, number, 
 _STEP_SHARE = Axis("share of the training steps")
 _TEACHER = "teacher"
 _FAR = 8.0
-"""A way so many times as far from its baseline as the usual one would hide the others in a figure."""
+"""A way this many times as far from its baseline as the usual way would hide the others in a figure."""
 
 
 def document(

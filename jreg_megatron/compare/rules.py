@@ -1,4 +1,4 @@
-"""What is asked of each way to train, and the rule that gives a verdict.
+"""The questions about each way to train, and the rule that gives a verdict.
 
 Questions and rule were written before the toys were trained. README.md here lists later changes.
 """

@@ -23,7 +23,7 @@ class Toy(Trained):
     """A trained toy."""
 
     seconds: Sequence[float] = ()
-    """Of a training step, as Megatron logs it: the mean of each log interval."""
+    """Of a training step: the mean over each log interval, as Megatron logs it."""
     kept: Sequence[float] = ()
     """The learned part that each layer keeps of its input, at the end; empty if none is learned."""
     parameters: int | None = None
@@ -33,7 +33,8 @@ class Toy(Trained):
     def seconds_per_step(self) -> float | None:
         """The mean of the lower quartiles of both halves; None for a short training.
 
-        What runs beside it only adds time, so the quartile is below the middle. LET works in the first half.
+        Other work on the machine only adds time, so it is the lower quartile. LET acts only in one half, so
+        both halves count.
         """
         half = len(self.seconds) // 2
         if half < 2:

@@ -10,7 +10,7 @@ from jreg_megatron.claims import toy
 from jreg_megatron.demo.training import METHOD_FLAGS, TEACHER_SEED, Run, llama, method_flags
 
 STEPS = 1500
-"""55 runs and their evaluations then take less than two hours on two cores."""
+"""With it all runs and evaluations need less than two hours on two cores."""
 SEEDS = 5
 FEWEST_STEPS = 50
 
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def runs(self) -> list[tuple[str, int, Run]]:
-        """Each with its way and seed; seed by seed, so that what is there early is paired."""
+        """Each with its way and seed; seed by seed, so that early results are pairs."""
         seeds = range(1, self.seeds + 1)
         return [(name, seed, self.run(name, seed)) for seed in seeds for name in self.names]
 

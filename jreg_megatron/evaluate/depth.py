@@ -150,7 +150,7 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
 
 
 def _embedding_of(decoder: Decoder) -> Tensor | None:
-    """Rows of the input embedding ``[V, h]``; None, and a note, if they do not lie where the states do."""
+    """Rows of the input embedding ``[V, h]``; None, and a note, if they are not as wide as the states."""
     model: Any = decoder.model
     get = getattr(model, "get_input_embeddings", None)
     module = get() if callable(get) else getattr(getattr(model, "embedding", None), "word_embeddings", None)

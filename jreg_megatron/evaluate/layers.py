@@ -31,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 2e-2  # bf16 and fp16
 _CHECKED_TOKENS = 32
 
-_NOTHING = "there is no text with a second token, so none to predict; give longer texts"
+_NOTHING = "--text has no text of two or more tokens, so there is nothing to predict; give longer texts"
 _RIDGE = 1e-6
 """Share of the mean square of a coordinate that is added to each. States may not fill all dimensions."""
 _FEWEST = 10
@@ -130,10 +130,10 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> P
 def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Lens:
     """Fit a lens; it must be tested on other texts.
 
-    Without a map, a middle layer may have a high loss only because its states lie elsewhere in the space.
-    With the map, the loss shows what the layer does not know. The fit is the least-squares fit of Din et al.
-    (arXiv 2303.09435) with a bias. A token has the weight ``1 / |h_L|^2``, because a norm reads only the
-    direction. Else a few tokens with huge states, such as the first of a text, would decide.
+    Without a map, a middle layer may have a high loss only because its states have other directions than the
+    last layer's. With the map, the loss shows what the layer does not know. The fit is the least-squares fit
+    of Din et al. (arXiv 2303.09435) with a bias. A token has the weight ``1 / |h_L|^2``, because a norm reads
+    only the direction. Else a few tokens with huge states, such as the first of a text, would decide.
 
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
@@ -234,7 +234,7 @@ def _measure(
 
 
 def in_parts(decoder: Decoder, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors ``[n, ...]`` in parts of so many tokens that their logits fit into memory."""
+    """Tensors ``[n, ...]`` in parts whose logits fit into memory."""
     size = max(1, _MAX_LOGITS // decoder.vocab_size)
     return zip(*(torch.split(each, size) for each in rows), strict=True)
 

@@ -34,7 +34,7 @@ def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
     if len(seeds) < 2:
         raise UserError("--seeds has one evaluation; give the files of at least two seeds")
     for seed in seeds[1:]:
-        _check_alike(seeds[0], seed)
+        _check_same(seeds[0], seed)
     seen: dict[Any, str] = {}
     for model in (model for seed in seeds for model in seed):
         scores = tuple(model.tasks[name].value for name in TASKS)
@@ -82,7 +82,7 @@ def _pair(file: str) -> list[Evaluated]:
     return found.evaluated
 
 
-def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
+def _check_same(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
     """Refuse seeds that were evaluated differently."""
     files = " and ".join(seed[0].file for seed in (first, other))
     limits = [_limit(seed) for seed in (first, other)]
@@ -95,7 +95,7 @@ def _check_alike(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None
         scores = [model.tasks[name] for model in (*first, *other)]
         if len({(score.metric, score.samples) for score in scores}) > 1:
             raise UserError(
-                f"--seeds: {name} has another metric or number of samples in {files}; evaluate both alike"
+                f"--seeds: {name} has another metric or number of samples in {files}; evaluate both equally"
             )
     names = [[model.name for model in seed] for seed in (first, other)]
     if names[0] == names[1][::-1] != names[1]:

@@ -71,7 +71,7 @@ def _measure(args: Namespace) -> None:
     references, printed = _checked(args)
     texts, source = _texts(args)
     check_model_arguments(args)
-    from jreg_megatron.measure.table import csv_rows, print_beside, print_layers, print_summary
+    from jreg_megatron.measure.table import csv_rows, print_comparison, print_layers, print_summary
 
     models: list[dict[str, Any]] = []
     text = {"source": source, "max_tokens": args.max_tokens or None}
@@ -85,7 +85,8 @@ def _measure(args: Namespace) -> None:
         for model in models if args.depth else []:
             print_layers(console, model, depth=True)
         if printed:
-            print_beside(console, [(model, printed[model["name"], model["revision"]]) for model in models])
+            theirs = [(model, printed[model["name"], model["revision"]]) for model in models]
+            print_comparison(console, theirs)
 
     try:
         for number, reference in enumerate(references, start=1):

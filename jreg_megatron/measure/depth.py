@@ -111,7 +111,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
 
 
 def _made(output: Any) -> Tensor | None:
-    """A copy of the state that a module returns, with its bias if that is returned beside it (Megatron)."""
+    """A copy of the state that a module returns, plus the bias if it returns that too (Megatron)."""
     state, *more = output if isinstance(output, tuple | list) and output else (output,)
     if not is_state(state):
         return None
@@ -184,7 +184,7 @@ class DepthSums:
         self._add_state(after)
         if number <= self._decoder.num_layers and self._parts is not None:
             parts = self._parts[number - 1]
-            # A model may lie on several GPUs: what a layer is given, on the one before.
+            # A model may be on several GPUs. A layer's input is then on the GPU of the layer before.
             state = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
             # Not the layer's output, which a method may have changed.
             middle = state + parts.scale * self._made.pop(parts.attention)

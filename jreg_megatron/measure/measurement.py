@@ -26,7 +26,7 @@ BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
 """The figures with each sequence's first token, and without it."""
 
 _PSI, _PSI_SQUARED, _ANGLE, _NORM, _NORM_SQUARED, _UPDATE, _LARGEST = range(7)
-"""Of :meth:`BatchSums.table`, and beside it."""
+"""Rows of :meth:`BatchSums.table`; the last one is the largest norms."""
 
 
 def measure(

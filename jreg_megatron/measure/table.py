@@ -70,8 +70,8 @@ def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -
     print_table(title, ("layer", *titles.values()), rows, about, console=console, box=SIMPLE_HEAD)
 
 
-def print_beside(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
-    """Print zeta_L of entries of the document, each beside the paper's."""
+def print_comparison(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
+    """Print zeta_L of entries of the document, each with the paper's."""
     columns = ("model", "revision", "paper", "before the final norm", "after it")
     found = [
         [model["name"], model["revision"] or "", f"{printed:g}"]
@@ -98,11 +98,11 @@ def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _of_layer(block: dict[str, Any], what: str, state: str, behind: int) -> float | None:
-    """A figure of layer ``L + behind``; None where there is none. Its numbers begin with layer 1, or with the
-    embedding's output, and all end with layer L."""
+def _of_layer(block: dict[str, Any], what: str, state: str, offset: int) -> float | None:
+    """A figure of layer ``L + offset``; None if there is none. Its numbers begin with layer 1, or with the
+    embedding's output. All end with layer L."""
     row = block[what].get(state) or []
-    value: float | None = row[behind - 1] if len(row) >= 1 - behind else None
+    value: float | None = row[offset - 1] if len(row) >= 1 - offset else None
     return value
 
 

@@ -62,7 +62,7 @@ def figures(
 ) -> list[Figure]:
     """All figures with numbers; comparisons come with the labels of their models.
 
-    ``first`` says whether first tokens are ``kept`` or ``dropped``; ``paper`` lies under the displacement.
+    ``first`` says whether first tokens are ``kept`` or ``dropped``; ``paper`` is under the displacement.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found = [
@@ -94,7 +94,7 @@ def drawn(
 
     Args:
         rows: as for :func:`~.charts.lines`. Values that are not finite are in the table only. There a value
-            stands in ``column`` and ``row``, by default its model and its ``x``; with None as ``row`` not.
+            is in ``column`` and ``row``, by default its model and its ``x``; if ``row`` is None, nowhere.
             The reader chooses a value of ``state``, and of ``first`` if there are several.
         looks: by label, in order; may have more models.
         table: the table, or its caption; by default the title. ``form`` is the format of its numbers.
@@ -111,7 +111,7 @@ def drawn(
     labels = dict.fromkeys(row["model"] for row in found)
     looks = looks or {label: Style.of(0) for label in labels}
     shown = {label: style for label, style in looks.items() if label in labels}
-    found.sort(key=lambda row: not shown[row["model"]].thin)  # what is drawn first lies below
+    found.sort(key=lambda row: not shown[row["model"]].thin)  # later lines are drawn over earlier ones
     x, y = x.fitted(means, "x"), y.fitted(means, "y")
     choices = _choices(rows)
     chosen = {choice.field: next(iter(choice.options)) for choice in choices}
@@ -502,7 +502,7 @@ def _turns(entries: Entries, kind: str) -> Iterator[Row]:
 
 
 def _about(entries: Entries, kinds: Sequence[str], *, after_norm: bool = True) -> tuple[str, str]:
-    """The sentences of a caption on how models were measured, and those under a picture that stands alone.
+    """The sentences of a caption on how models were measured, and those under a picture without a page.
 
     They name the first token, the models without a final norm in a figure with numbers ``after_norm``, and
     different texts. With several ``kinds`` of first token the reader chooses one.

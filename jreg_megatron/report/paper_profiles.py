@@ -31,7 +31,7 @@ class PaperProfiles:
     def rows(self, num_layers: int, of_last: str = "", **fields: str) -> Iterator[Row]:
         """The values, stretched to ``num_layers`` layers for a chart; first and last layers match.
 
-        In a table they stand at the layer of the paper's model; ``of_last`` is a remark on the last layer,
+        In a table they are at the layer of the paper's model; ``of_last`` is a remark on the last layer,
         which is before the final norm.
         """
         for label, setting in zip(self.looks, _SETTINGS, strict=True):

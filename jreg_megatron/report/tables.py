@@ -104,7 +104,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
         row[column] = NOTHING if value is None else number(value, LOSS if "loss" in column else "#.4g") + mark
 
     def at_step(value: int) -> str:
-        """The remark beside a value of another step than that of its row."""
+        """The remark after a value of another step than its row's."""
         return "" if value == step else f" (step {value:,})"
 
     if entry:

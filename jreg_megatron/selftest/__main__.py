@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(layout.name for layout in layouts))
         return 0
-    silence_megatron()  # it warns of what the toy model does on purpose
+    silence_megatron()  # it warns of settings that the toy model has on purpose
     if options.nproc:
         from jreg_megatron import cpu
 
@@ -82,7 +82,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--transformer-impl",
         choices=("local", "transformer_engine"),
         default="local",
-        help="which layers; with transformer_engine give --precision bf16, since it computes float32 in TF32",
+        help="Megatron's local layers (the default), or Transformer Engine's; these need --precision bf16, "
+        "because they compute float32 in TF32",
     )
     parser.add_argument(
         "--cuda-graph",
@@ -145,7 +146,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
 
 
 def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
-    """Make ready the device, Megatron and the process group."""
+    """Set up the device, Megatron and the process group."""
     be_alone_unless_started()
     if wants_cpu or not torch.cuda.is_available():
         from jreg_megatron import cpu
@@ -159,7 +160,7 @@ def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     if transformer_impl == "local":
         from jreg_megatron.mcore import local_layers
 
-        local_layers.install()  # so that float32 is float32
+        local_layers.install()  # they compute float32 in float32
     dist.init_process_group("nccl", timeout=timeout)
 
 
@@ -168,7 +169,7 @@ def _about_this_machine(options: argparse.Namespace) -> list[str]:
 
     from jreg_megatron import __version__
 
-    # Behind the plus is the commit of whatever repository this is run in.
+    # After the plus is the commit of the repository in the current folder.
     core, _, _ = megatron.core.__version__.partition("+")
     versions = [f"jreg_megatron {__version__}", f"Megatron-Core {core}"]
     versions.append(f"torch {torch.__version__}")
@@ -179,9 +180,10 @@ def _about_this_machine(options: argparse.Namespace) -> list[str]:
         except Exception:
             absent.append(what)
     device = torch.cuda.get_device_name() if dist.get_backend() == "nccl" else "CPU"
+    ranks = dist.get_world_size()
     lines = [
         ", ".join(versions),
-        f"{dist.get_world_size()} ranks on {device} with {dist.get_backend()}, "
+        f"{ranks} rank{'s' * (ranks > 1)} on {device} with {dist.get_backend()}, "
         f"{options.transformer_impl} layers",
     ]
     if absent:
@@ -216,7 +218,7 @@ def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> in
     width = max(len(layout.name) for layout in layouts)
     _print(f"{'layout':{width}}  {'loss':>8}  {'gradient':>8}  {'allowed':>8}  seconds")
     passed, failed, captured, reasons = 0, 0, set(), []
-    # A rank that has failed waits here for the others, who wait in the layout's groups for it, and longer.
+    # A rank that has failed waits here for the others. They wait for it too, in the layout's groups.
     verdicts: Any = dist.new_group(backend="gloo", timeout=3 * timeout)
     for layout in layouts:
         started = time.monotonic()
@@ -243,7 +245,7 @@ def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> in
         else:
             passed += 1
         if len(set(of_ranks)) > 1:
-            reasons.append("Stopped: some ranks failed apart from others, which may have broken their groups")
+            reasons.append("Stopped: not all ranks failed in the same way, so their groups may be broken")
             break
     if captured:
         _print(f"Captured: {'; '.join(sorted(captured))}")
@@ -257,7 +259,7 @@ def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> in
 
 
 def _each_once(errors: list[str]) -> list[str]:
-    """What went wrong, by rank; each error once, with the first rank that had it."""
+    """Each of the ranks' errors once, with the first rank that had it."""
     first_rank = {each: rank for rank, each in reversed(list(enumerate(errors))) if each}
     return [f"{each} (rank {rank})" for each, rank in first_rank.items()]
 

@@ -1,4 +1,4 @@
-"""How far a step is from the reference, and how far it may be."""
+"""The differences of a step to the reference, and the largest that are allowed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from jreg_megatron.selftest.toy import (
 )
 
 TOLERANCE = 1e-5
-"""Relative difference that float32 may have to float64."""
+"""Allowed relative difference of float32 to float64."""
 HALF_MARGIN = 2.0
-"""A 16-bit step may be this many times as far from float64 as the reference in the same type is."""
+"""Allowed error of a 16-bit step, as a multiple of the error of the reference in the same type."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Difference:
     norms: float
     """The worst of the norms and update ratios; 0 where they are not measured."""
     gradient: float
-    """The worst parameter's; every layer's is counted by itself."""
+    """The worst parameter's. Each layer's parameter counts alone."""
     worst_parameter: str
 
     @property
@@ -52,11 +52,11 @@ class Difference:
 
     @property
     def losses(self) -> float:
-        """The largest of all but the gradient's."""
+        """The largest difference, without the gradient's."""
         return max(value for name, value in self.values.items() if name != "gradient")
 
     def exceeds(self, limit: Difference) -> list[str]:
-        """The names of the values that are above those of ``limit``, or not numbers."""
+        """The names of the values that are above those of ``limit``, or NaN."""
         return [name for name, value in self.values.items() if not value <= getattr(limit, name)]
 
 
@@ -73,7 +73,7 @@ class Comparison:
 
     found: Difference
     limit: Difference
-    """How large the differences may be."""
+    """The largest allowed differences."""
     captured: str
     """Where in the model the residual stream was read."""
 
@@ -83,7 +83,7 @@ def compare_step(
 ) -> Comparison:
     """Run a step at the layout on the ranks of the default process group, and compare it. Collective.
 
-    A rank that the others leave waiting for ``timeout`` raises.
+    A rank that waits for the others longer than ``timeout`` raises an error.
     """
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     weights = {name: value.to(device) for name, value in draw_weights(shape_of(layout)).items()}
@@ -100,14 +100,14 @@ def compare_step(
 
 
 def _expected(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple[Step, Difference]:
-    """The reference in float64, and how far a step of the layout in its type may be from it."""
+    """The reference in float64, and the allowed differences of a step in the layout's type."""
     exact = reference_step(layout, weights, batch, torch.float64)
     dtype = DTYPES[layout.precision]
     if dtype == torch.float32:
         return exact, _limit(dict.fromkeys(_VALUES, TOLERANCE))
     in_type = difference(reference_step(layout, weights, batch, dtype), exact)
-    # A value can be right by luck, so none is held to less than a share of the type's own rounding. The
-    # largest norm is one token's, so no mean evens out its rounding.
+    # The reference's error in a value can be small by chance, so the rounding of the type is a lower bound.
+    # It is higher for the largest norm, which is one token's: no mean reduces its rounding.
     eps = torch.finfo(dtype).eps
     least = dict.fromkeys(_VALUES, eps / 4) | {"norms": eps}
     limits = {name: HALF_MARGIN * max(value, least[name]) for name, value in in_type.values.items()}
@@ -120,9 +120,9 @@ def difference(
     """Compare a step with the reference.
 
     Args:
-        found: the step; a rank's own pieces of the gradients will do.
+        found: the step, with at least this rank's pieces of the gradients.
         exact: the reference, with whole gradients.
-        sum_over_ranks: where the pieces are on several ranks, sums a float64 CPU tensor over them in place.
+        sum_over_ranks: sums a float64 CPU tensor over ranks in place; None if this rank has all pieces.
 
     Raises:
         AssertionError: if no rank holds some part of some parameter.
@@ -131,7 +131,7 @@ def difference(
         _row(name, place): (name, place, gradient.double().cpu()) for name, place, gradient in exact.gradients
     }
     number = {row: i for i, row in enumerate(wanted)}
-    # Squared difference, squared norm and number of elements; copies count above and below the line.
+    # Squared difference, squared norm and number of elements. A copy adds to both, so the ratio stays.
     sums = torch.zeros(len(wanted), 3, dtype=torch.float64)
     for name, place, piece in found.gradients:
         row = _row(name, place)
@@ -158,7 +158,7 @@ def difference(
 
 
 def _row(name: str, place: Place) -> str:
-    """A parameter's name, with its 1-based layer where it is one of several layers'."""
+    """A parameter's name, with the 1-based number of its layer."""
     return f"{name} of layer {int(place[0]) + 1}" if name.startswith(STACKED) else name  # type: ignore[arg-type]
 
 

@@ -18,10 +18,10 @@ NUM_EXPERTS = 4
 NUM_HEADS = 4
 
 PIPELINE_LAYOUTS = {2: "Etttt|L", 4: "Et|tt|t|L"}
-"""By number of (virtual) stages: a pipeline layout with uneven stages, the last without any layer."""
+"""By number of (virtual) stages: a pipeline layout with uneven stages. The last one has no layer."""
 
 UNEVEN = (1, 3)
-"""Layers of two stages."""
+"""Layers of the two stages of an uneven split."""
 
 HYBRIDS: dict[str, tuple[str, ...]] = {
     "pairs": ("*-", "*-", "*-", "*-"),
@@ -31,7 +31,7 @@ HYBRIDS: dict[str, tuple[str, ...]] = {
     "lone sub-layers": ("--", "*E-", "M", "*"),
     "sub-layers as layers": ("M", "-", "E", "*"),
 }
-"""Layers of a HybridModel, by name. Each is written out: this is the reference's word for what a layer is."""
+"""Layers of a HybridModel, by name. The reference uses these layers; it reads no pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Layout:
     """Model chunks per pipeline stage."""
     context: int = 1
     expert: int = 1
-    """Of the ranks that hold different data (data and context parallelism), those that share the experts."""
+    """Number of ranks of data and context parallelism that share the experts."""
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -54,18 +54,18 @@ class Layout:
     """none, or what Megatron-FSDP shards: no_shard, optim, optim_grads or optim_grads_params."""
     num_microbatches: int = 2
     split: str = "even"
-    """How layers are dealt out to pipeline stages: even, uneven (fewer on the first), embedding and loss
-    (each counts as a layer), layout (a custom pipeline layout, with only the loss on the last stage)."""
+    """The split of layers over pipeline stages: even, uneven (fewer on the first), embedding and loss (each
+    counts as a layer), layout (a custom pipeline layout, with only the loss on the last stage)."""
     recompute: str = "none"
     """none, selective, uniform (full) or block (full)."""
     graphs: str = "none"
-    """What is in CUDA graphs: none; layers (the whole of each) or some of Megatron's ``--cuda-graph-modules``
-    with spaces between; iteration, all of it in one. They are captured after a first step."""
+    """What is in CUDA graphs: none; layers (whole layers); some of Megatron's ``--cuda-graph-modules``, with
+    spaces between; or iteration (all of it in one). They are captured after a first step."""
     local_graphs: bool = False
     """Whether graphs of layers are Megatron's own, and not Transformer Engine's."""
     overlap: bool = False
-    """Whether one micro-batch goes forward between the parts of another's backward pass, Megatron's
-    ``--overlap-moe-expert-parallel-comm``."""
+    """Megatron's ``--overlap-moe-expert-parallel-comm``: one micro-batch's forward pass runs between parts of
+    another's backward pass."""
     per_token_loss: bool = False
     masked: bool = False
     """Whether the loss mask leaves tokens out, unevenly."""
@@ -76,7 +76,7 @@ class Layout:
     packed: bool = False
     """Whether a micro-batch's sequences are packed into one."""
     token_stride: int = 1
-    """Every n-th token of a sequence has the regularizer's gradient."""
+    """1 of this many tokens of a sequence has the regularizer's gradient."""
     final_state: str = "pre_norm"
     precision: str = "fp32"
     """fp32, bf16, or fp16 with a loss scale."""
@@ -85,8 +85,8 @@ class Layout:
     layers: str = "pairs"
     """Of a HybridModel: one of ``HYBRIDS``."""
     capacity: float = 0.0
-    """The share of a micro-batch's tokens that each expert takes: the most wanted, filled up with others that
-    count nothing. 1: it leaves none out. 0: it takes those that are sent to it."""
+    """Each expert's capacity, as a share of a micro-batch's tokens. It keeps the tokens with the largest
+    weight and pads the rest. 1: no token is left out. 0: no capacity."""
     balanced: bool = False
     """Whether the router has an auxiliary loss."""
     tied: bool = False
@@ -96,7 +96,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks that the layout needs."""
+        """Number of ranks."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
@@ -132,7 +132,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """A short name: what differs from one rank that does everything."""
+        """A short name: the differences to the default, which is one rank."""
         sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.virtual, "CP": self.context}
         sizes |= {"EP": self.expert, "DP": self.data}
         words = [f"{letters}{size}" for letters, size in sizes.items() if size > 1] or ["one rank"]
@@ -159,7 +159,7 @@ class Layout:
         words += [f"experts take {self.capacity:.0%}"] * (self.capacity > 0)
         words += ["auxiliary loss"] * self.balanced
         words += ["tied"] * self.tied
-        words += [f"gradient in each {self.token_stride}th token"] * (self.token_stride > 1)
+        words += [f"gradient in 1 of {self.token_stride} tokens"] * (self.token_stride > 1)
         words += ["all methods"] * (self.methods == "all")
         words += ["LayerNorm scaling and Peri-LN"] * (self.methods == "blocks")
         words += [self.precision] * (self.precision != "fp32")
@@ -227,12 +227,12 @@ RULES = (
     ),
     _rule(
         "model layers precision graphs",
-        "rounding sends tokens to other experts, so each takes all, which is compared with graphs alone",
+        "rounding changes the choice of experts, so each gets all tokens, and only graphs are compared",
         lambda x: not x.has_experts or x.precision == "fp32" or x.graphs != "none",
     ),
     _rule(
         "layers context",
-        "the stand-in for a Mamba's mixer does not know context parallelism",
+        "the stand-in for a Mamba's mixer does not support context parallelism",
         lambda x: x.context == 1 or not any("M" in kinds for kinds in x.sublayers),
     ),
     _rule(
@@ -351,7 +351,7 @@ RULES = (
     ),
     _rule(
         "methods model",
-        "LayerNorm scaling and Peri-LN know the layers of a GPTModel without MTP",
+        "LayerNorm scaling and Peri-LN support only a GPTModel without MTP",
         lambda x: x.methods != "blocks" or x.model in ("gpt", "moe"),
     ),
     _rule(
@@ -361,7 +361,7 @@ RULES = (
     ),
     _rule(
         "model layers recompute",
-        "full recompute by block parts attention from MLP in a HybridModel",
+        "full recompute by block splits attention from MLP in a HybridModel",
         lambda x: x.model != "hybrid" or x.recompute != "block" or max(map(len, x.sublayers)) == 1,
     ),
     _rule(
@@ -393,7 +393,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"precision": "fp16", "num_microbatches": 1},
     {"per_token_loss": True, "masked": True, "tokens": "unmasked", "final_state": "post_norm"},
 )
-"""What is varied in addition to sizes: each on some sizes, the first one on the other sizes."""
+"""Variations in addition to sizes. Each runs at some sizes, the first one also at all other sizes."""
 
 GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "layers"},
@@ -408,7 +408,7 @@ GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "mamba mlp", "model": "hybrid", "layers": "Mamba", "methods": "all"},
     {"graphs": "attn moe_router", "model": "hybrid", "layers": "experts"},
 )
-"""The same where CUDA graphs of layers are asked for."""
+"""The same for ``--cuda-graph transformer_engine``."""
 
 LOCAL_GRAPH_MODES: tuple[dict[str, Any], ...] = tuple(
     {"local_graphs": True, "graphs": "layers", **more}
@@ -424,7 +424,7 @@ LOCAL_GRAPH_MODES: tuple[dict[str, Any], ...] = tuple(
         {"model": "hybrid", "layers": "experts", "graphs": "moe_router", "recompute": "selective"},
     )
 )
-"""The same where Megatron's own CUDA graphs of layers are asked for."""
+"""The same for ``--cuda-graph local``."""
 
 FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "iteration"},
@@ -437,7 +437,7 @@ FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = (
     {"graphs": "iteration", "model": "moe", "capacity": 1.0, "balanced": True},
     {"graphs": "iteration", "model": "hybrid", "layers": "experts", "capacity": 1.0, "expert": 2},
 )
-"""The same where a CUDA graph of the iteration is asked for."""
+"""The same for ``--cuda-graph full_iteration``."""
 
 
 OVERLAP_MODES: tuple[dict[str, Any], ...] = tuple(
@@ -451,7 +451,7 @@ OVERLAP_MODES: tuple[dict[str, Any], ...] = tuple(
         {"recompute": "selective", "token_stride": 4},
     )
 )
-"""The same where Megatron's overlapped schedule for experts is asked for."""
+"""The same for ``--overlap``."""
 
 
 def layouts_for(
@@ -514,10 +514,10 @@ def layouts_for(
         given = " ".join(f"{flag} {n}" for flag, n in asked.items() if n) or "all sizes"
         given += " and --overlap" * overlap
         raise UserError(
-            f"the self-test's toy model ({NUM_LAYERS} layers, {NUM_HEADS} heads, {NUM_EXPERTS} experts, "
-            f"{LENGTH} tokens, {BATCH} sequences) cannot be split over {world_size} ranks with {given}"
-            f"{f' in {precision}' if precision else ''}; give sizes that are powers of two and at most 4, "
-            "another number of ranks, or fp32 for experts"
+            f"{given}{f' in {precision}' if precision else ''}: the toy model ({NUM_LAYERS} layers, "
+            f"{NUM_HEADS} heads, {NUM_EXPERTS} experts, {LENGTH} tokens, {BATCH} sequences) cannot be split "
+            f"so over {world_size} rank{'s' * (world_size > 1)}; give powers of two up to 4, another number "
+            "of ranks, or fp32 for experts"
         )
     waiting = list(modes)
 
@@ -528,7 +528,7 @@ def layouts_for(
                 return layout
         return None
 
-    # Every cut has a layout, and where modes are left over, further ones.
+    # Every cut has a layout. If modes are left over, cuts have more.
     chosen = [next_layout(cut) or allowed(cut, modes[0]) for cut in sizes]
     while more := [layout for cut in sizes if (layout := next_layout(cut))]:
         chosen += more

@@ -1,4 +1,4 @@
-"""A Mamba whose mixer is a stand-in of the same contract, since Mamba's own needs CUDA kernels."""
+"""A Mamba layer with a stand-in in torch for the mixer, because Mamba's own mixer needs CUDA kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jreg_megatron.selftest.reference import DECAY
 
 
 class StandInMixer(MegatronModule):  # type: ignore[misc]
-    """Mixes tokens by a state that decays from one to the next, as the reference has it."""
+    """Mixes tokens by a state that decays from token to token, like the reference's."""
 
     def __init__(self, config: Any, d_model: int, pg_collection: Any, **_: Any) -> None:
         super().__init__(config)
@@ -54,8 +54,8 @@ stack_spec = ModuleSpec(
 
 
 def transformer_engine_spec() -> Any:
-    """Megatron's spec for Transformer Engine with this Mamba, and with experts that are computed one by one,
-    whose weights have the names that local ones have."""
+    """Megatron's spec for Transformer Engine with this Mamba. Experts are computed one by one, so their
+    weights have the names of local ones."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 

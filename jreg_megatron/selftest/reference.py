@@ -1,9 +1,9 @@
 """An independent Llama with JREG in plain PyTorch, for one process. Nothing else of this package is imported.
 
-A layer is a row of sub-layers, by the symbols of Megatron's hybrid models: attention ``*``, latent attention
-``+``, the stand-in for a Mamba ``M``, MLP ``-``, experts ``E``.
-Parameters go by the names and shapes that a Megatron checkpoint gives them. The regularizer is written down
-with autograd, as in the paper.
+A layer is a sequence of sub-layers, by the symbols of Megatron's hybrid models: attention ``*``, latent
+attention ``+``, the stand-in for a Mamba ``M``, MLP ``-``, experts ``E``.
+Parameters have the names and shapes of a Megatron checkpoint. The regularizer is the paper's formula, with
+autograd.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Q_RANK, KV_RANK, OWN, SHARED, VALUE = 12, 20, 10, 6, 14
 and of its value. No two are equal, and none is the width of a head without it."""
 
 DECAY = 0.7
-"""What the stand-in for Mamba's mixer keeps of its state from one token to the next."""
+"""The share of its state that the stand-in for Mamba's mixer keeps from token to token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Shape:
     top_k: int = 2
     """Experts that a token is sent to."""
     capacity: float = 0.0
-    """The share of the tokens that an expert takes at most; 0: all."""
+    """The largest share of the tokens for one expert; 0: no limit."""
     mtp_num_layers: int = 0
     """Layers of multi-token prediction after the last layer, each of attention and MLP."""
     tied: bool = False
@@ -68,7 +68,7 @@ class Shape:
         return len(self.layers)
 
     def place(self, name: str, sublayer: int) -> int:
-        """Where a parameter of a sub-layer, counted from 0 over all layers, is in its stack."""
+        """The place of a sub-layer's parameter in its stack; sub-layers count from 0 over all layers."""
         if name == GATE:
             return next(at for at, end in enumerate(accumulate(map(len, self.layers))) if sublayer < end)
         if name in _NORMS_BEHIND.values():
@@ -76,8 +76,7 @@ class Shape:
         return sum(name in self._parameters_of(kind) for kind in "".join(self.layers)[:sublayer])
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter; those of all sub-layers that have it are stacked along a first
-        axis."""
+        """Name and shape of every parameter. Sub-layers with one name are stacked along the first axis."""
         h = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocab_size, h)}
         if not self.tied:
@@ -195,7 +194,7 @@ class ReferenceLlama:
         """Cross-entropy ``[b, s]`` of each token for a normed state ``[b, s, h]``."""
         head = "embedding.word_embeddings.weight" if self.shape.tied else "output_layer.weight"
         logits = normed @ self.parameters[head].T
-        # In float32 also where the model is not, as Megatron has it.
+        # In float32 also if the model is not: Megatron does the same.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
@@ -245,7 +244,7 @@ class ReferenceLlama:
         batch, length, width = normed.shape
         heads = self.shape.num_attention_heads
         size = width // heads
-        # One group per head: query, key and value of a head stand together.
+        # One group per head: query, key and value of a head are neighbours.
         qkv = (normed @ layer["self_attention.linear_qkv.weight"].T).view(batch, length, heads, 3, size)
         query, key, value = (qkv[:, :, :, part].transpose(1, 2) for part in range(3))
         scores = _rotate(query) @ _rotate(key).transpose(-1, -2) / math.sqrt(size)
@@ -254,7 +253,7 @@ class ReferenceLlama:
         return joined @ layer["self_attention.linear_proj.weight"].T
 
     def _latent_attention(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
-        """As DeepSeek-V2 has it (arXiv:2405.04434, section 2.1)."""
+        """As in DeepSeek-V2 (arXiv:2405.04434, section 2.1)."""
         batch, length, _ = normed.shape
         heads = self.shape.num_attention_heads
 
@@ -286,7 +285,7 @@ class ReferenceLlama:
         return (outputs * share.unsqueeze(-2)).sum(-1)
 
     def _taken(self, share: Tensor) -> Tensor:
-        """Which experts ``[b, s, experts]`` take a token, those with the largest share first."""
+        """``[b, s, experts]``: 1 if an expert has capacity for a token, else 0. Large shares come first."""
         taken = torch.zeros_like(share)
         for number in set(self._together.flatten().tolist()):
             own = self._together == number

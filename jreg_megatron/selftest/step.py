@@ -1,4 +1,4 @@
-"""One training step of the toy model with the installed Megatron-Core, cut and run as a layout says."""
+"""One training step of the toy model with the installed Megatron-Core, at a layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _RECOMPUTED = {
     "lone sub-layers": 5,
     "sub-layers as layers": 1,
 }
-"""Sub-layers of a HybridModel that are recomputed together; layers end there in every stage."""
+"""Number of sub-layers of a HybridModel that are recomputed together. It splits no layer."""
 
 LATENT = {
     "multi_latent_attention": True,
@@ -67,9 +67,9 @@ def run_step(
 ) -> Step:
     """Build the model at the layout, run forward and backward with JREG, finish the gradients.
 
-    The default process group must have ``layout.world_size`` ranks. Megatron's parallel state is set up
-    for the step and taken down after it. A collective call; a rank that the others leave waiting for
-    ``timeout`` raises.
+    The default process group must have ``layout.world_size`` ranks. Megatron's parallel state is set up for
+    the step and destroyed after it. A collective call. A rank that waits for the others longer than
+    ``timeout`` raises an error.
     """
     from megatron.core import parallel_state
 
@@ -85,7 +85,7 @@ def run_step(
     )
     try:
         step = _run_step(layout, weights, batch, transformer_impl)
-        # Groups that are left standing make every later step slower; no rank may still need them.
+        # Groups that are kept make every later step slower. After the barrier no rank needs them.
         dist.barrier()
         for group in parallel_state._global_process_group_list or ():
             if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
@@ -105,7 +105,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    # Transformer Engine's generators alone can be in its graphs.
+    # Only Transformer Engine's random generators can be in its graphs.
     generators = {}
     if layout.graphs != "none" and transformer_impl == "transformer_engine":
         generators["te_rng_tracker"] = True
@@ -116,7 +116,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     settings = settings_of(layout)
     prepare(chunks, settings)
-    parts = _parts(chunks, shape_of(layout))  # before FSDP cuts the parameters itself
+    parts = _parts(chunks, shape_of(layout))  # before FSDP splits the parameters
     with torch.no_grad():
         for name, where, data in _pieces(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
@@ -154,16 +154,16 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         return reports
 
     if layout.graphs == "iteration":
-        for iteration in range(1, ITERATION):  # a warm-up; the capture, which is replayed at once
+        for iteration in range(1, ITERATION):  # a warm-up; the capture, which runs the graph too
             now[0] = iteration
             passes()
             for model in wrapped:
                 model.zero_grad_buffer()  # type: ignore[operator]
         now[0] = ITERATION
-    elif layout.graphs != "none":  # are captured when a step has been seen
+    elif layout.graphs != "none":  # they are captured after a first step
         now[0] = 1
         passes()
-        if layout.local_graphs:  # by the schedule itself
+        if layout.local_graphs:  # the schedule captures them
             for model in wrapped:
                 model.zero_grad_buffer()  # type: ignore[operator]
         else:
@@ -178,7 +178,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     gradients = _gathered_gradients(wrapped)
     scale = _loss_scale(layout)
     if layout.graphs == "iteration":
-        handle.detach()  # the graph, too, is taken down before its groups
+        handle.detach()  # destroys the graph, which must end before its process groups
     return Step(
         lm_loss=float(total[0] / total[1]),
         displacement=metrics.displacement,
@@ -194,7 +194,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
 
 
 def capture_graphs(models: list[Any], config: Any, layout: Layout) -> None:
-    """Capture CUDA graphs of the layers as Megatron's loop does it, and empty the gradients. Needs a GPU."""
+    """Capture CUDA graphs of the layers like Megatron's loop, and set the gradients to 0. Needs a GPU."""
     from megatron.core import num_microbatches_calculator as calculator
     from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
@@ -219,12 +219,12 @@ def _norms(metrics: Metrics) -> Tensor:
 
 
 def _expert_tensor_size(layout: Layout) -> int:
-    """Experts that are not shared out are cut like the rest; before 0.19 Megatron loses gradients else."""
+    """Without expert parallelism experts are split like the rest. Megatron before 0.19 needs that."""
     return layout.tensor if layout.expert == 1 else 1
 
 
 def _loss_scale(layout: Layout) -> float:
-    """As large as float16 bears; with per-token loss, the division by the tokens comes after it."""
+    """Near the largest that float16 can hold. It is smaller for per-token loss, which is divided later."""
     return 1.0 if layout.precision != "fp16" else 4.0 if layout.per_token_loss else 1024.0
 
 
@@ -298,7 +298,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        # Batched exchange would mix up messages where the stages before and after are one rank.
+        # Batched exchange would confuse messages if the previous and the next stage are one rank.
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
         deallocate_pipeline_outputs=True,
@@ -316,7 +316,7 @@ def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
         persist_layer_norm=False,
         **options,
     )
-    config.overlap_moe_expert_parallel_comm = layout.overlap  # after its checks, which want 16 bits
+    config.overlap_moe_expert_parallel_comm = layout.overlap  # its check requires 16 bits
     return config
 
 
@@ -365,7 +365,7 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
 
 
 def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Module]:
-    """As Megatron's loop does it: the model's own type, then data parallelism."""
+    """Wrap like Megatron's loop: the number type, then data parallelism."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
@@ -389,7 +389,7 @@ def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Modul
             use_megatron_fsdp=True,
             use_distributed_optimizer=True,
             data_parallel_sharding_strategy=layout.megatron_fsdp,
-            gradient_reduce_div_fusion=dist.get_backend() == "nccl",  # gloo does not know it
+            gradient_reduce_div_fusion=dist.get_backend() == "nccl",  # not in gloo
         )
         return [FullyShardedDataParallel(config, shards, chunk) for chunk in halved]
     ddp_config = DistributedDataParallelConfig(
@@ -421,8 +421,8 @@ def _forward_step(
 
 
 def _padding_mask(layout: Layout, part: Batch, chunk: Any) -> Tensor:
-    """Whole where the model cuts it for sequence parallelism, as a GPTModel does on the first stage. Else
-    cut, as its experts need it."""
+    """Whole if the model splits it for sequence parallelism, like a GPTModel on the first stage. Else split,
+    because the experts need it so."""
     from megatron.core import parallel_state
 
     if not layout.sequence_parallel or (chunk.pre_process and layout.model != "hybrid"):
@@ -442,8 +442,8 @@ def _packed_parameters(layout: Layout, tokens: Tensor) -> Any:
 
 
 def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
-    """The gradient of every parameter by its chunk's number and its name, whole where optimizers, FSDP2 or
-    Megatron-FSDP leave each rank with a shard."""
+    """The gradient of every parameter, by the number of its chunk and its name. Shards of optimizers, FSDP2
+    and Megatron-FSDP are gathered."""
     for model in wrapped:
         ddp: Any = model
         if ddp.ddp_config.use_megatron_fsdp or not ddp.ddp_config.use_distributed_optimizer:
@@ -470,7 +470,7 @@ def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
 
 
 def _whole(parameter: Any) -> Tensor:
-    """The gradient of a parameter in Megatron-FSDP, of which each rank has some rows, or all, or none."""
+    """The whole gradient of a parameter in Megatron-FSDP. A rank has some of its rows, or all, or none."""
     rows: Tensor | None = None if parameter.grad is None else parameter.grad.to_local()
     if parameter.placements[0].is_replicate():
         assert rows is not None
@@ -483,14 +483,14 @@ def _whole(parameter: Any) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What this rank holds of a parameter."""
+    """This rank's part of a parameter."""
 
     name: str
-    """Its chunk's number and its name there."""
+    """The number of the chunk, and the name in it."""
     entry: Any
-    """How Megatron's checkpoints cut it."""
+    """The parameter's entry in Megatron's sharded state dict."""
     shape: Shape | None
-    """Of the model, if it is a hybrid one."""
+    """The model's shape, if it is a hybrid one."""
 
 
 def _parts(chunks: list[nn.Module], shape: Shape) -> list[_Part]:
@@ -511,7 +511,7 @@ def _parts(chunks: list[nn.Module], shape: Shape) -> list[_Part]:
 def _pieces(
     parts: Sequence[_Part], value: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Place, Tensor]]:
-    """``value(name, parameter)`` of every parameter, cut as Megatron's checkpoints cut the parameter.
+    """``value(name, parameter)`` of every parameter, in the pieces of Megatron's checkpoints.
 
     Yields:
         The parameter's name in a checkpoint, the place in it that this rank holds, and the value there.
@@ -531,7 +531,7 @@ def _pieces(
 
 
 def _slice(piece: Any) -> Place:
-    """Where in a parameter a piece of a checkpoint lies; axes that only number pieces come first."""
+    """The place of a checkpoint's piece in its parameter; axes that only number pieces come first."""
     numbers = piece.global_offset[: piece.prepend_axis_num]
     offsets = piece.global_offset[piece.prepend_axis_num :]
     lengths = piece.local_shape
@@ -542,11 +542,11 @@ _NUMBERED = re.compile(r"(decoder\.layers\.)(\d+)\.")
 
 
 def _place(key: str, where: Place, hybrid: Shape | None) -> tuple[str, Place]:
-    """A parameter by the reference's name for it, and its place there.
+    """The reference's name of a parameter, and the place in it.
 
     Args:
         key: its name in a checkpoint; of a hybrid model with the number of its sub-layer.
-        where: its place in what the checkpoint has under that name.
+        where: the place in the checkpoint's entry of that name.
         hybrid: a hybrid model's shape.
     """
     key = key.replace("decoder.final_norm.", "decoder.final_layernorm.")

@@ -24,19 +24,19 @@ MTP_LOSS_SCALING_FACTOR = 0.5
 AUXILIARY_COEFF = 0.5
 
 STACKED = "decoder.layers."
-"""What the names of parameters begin with that are stacked along the layers."""
+"""Parameters whose names begin with this are stacked along the layers."""
 
 ITERATION = 3
-"""The step's number in a training, by which a share of the tokens is chosen."""
+"""The number of the compared step in its training. It chooses the tokens of a token share."""
 
 COEFF, ALPHA = 20.0, 0.7
-"""So strong that the regularizer's gradient is about as large as cross-entropy's."""
+"""They make the regularizer's gradient about as large as that of cross-entropy."""
 
 
 def settings_of(layout: Layout) -> list[Settings]:
-    """The settings that a layout is run with."""
+    """The settings of a layout's methods."""
     rule = "sublayer" if layout.layers == "sub-layers as layers" else "mixer"
-    # Before it is captured in a graph lambda is 0; where it is, lambda is less; only ITERATION measures.
+    # Lambda is 0 before the capture and smaller in it. Only ITERATION measures.
     starts_later = layout.graphs == "iteration" or layout.local_graphs
     jreg = JRegConfig(
         start_iteration=2 if starts_later else 1,
@@ -59,7 +59,7 @@ def settings_of(layout: Layout) -> list[Settings]:
 
 
 def shape_of(layout: Layout) -> Shape:
-    """Sizes of the toy model that a layout runs."""
+    """Sizes of a layout's toy model."""
     return Shape(
         layers=layout.sublayers,
         hidden_size=32,
@@ -67,7 +67,7 @@ def shape_of(layout: Layout) -> Shape:
         num_attention_heads=NUM_HEADS,
         vocab_size=VOCABULARY,
         num_experts=NUM_EXPERTS if layout.has_experts else 0,
-        top_k=2 if layout.precision == "fp32" else NUM_EXPERTS,  # rounding would choose other ones
+        top_k=2 if layout.precision == "fp32" else NUM_EXPERTS,  # rounding would change the choice
         capacity=layout.capacity,
         mtp_num_layers=1 if layout.model == "mtp" else 0,
         tied=layout.tied,
@@ -77,7 +77,7 @@ def shape_of(layout: Layout) -> Shape:
 
 
 def draw_weights(shape: Shape) -> dict[str, Tensor]:
-    """Float32 weights on the CPU, each drawn by its name; large enough that layers turn their input."""
+    """Float32 weights on the CPU, random by name, large enough that layers turn their input."""
     weights = {}
     for name, size in shape.parameters().items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -107,7 +107,7 @@ class Batch:
         return self._each(lambda field: field.to(device))
 
     def part(self, layout: Layout, data_rank: int, micro_batch: int, context_rank: int) -> Batch:
-        """What a rank sees of a micro-batch, ``[micro batch, LENGTH / context]``."""
+        """A rank's part of a micro-batch, ``[micro batch, LENGTH / context]``."""
         rows = self.rows(layout, data_rank, micro_batch)
         columns = positions(layout, context_rank)
         shape = (1, -1) if layout.packed else (layout.micro_batch_size, -1)
@@ -115,13 +115,13 @@ class Batch:
 
     @staticmethod
     def rows(layout: Layout, data_rank: int, micro_batch: int) -> slice:
-        """Which sequences are in a replica's micro-batch."""
+        """The sequences of a replica's micro-batch."""
         first = (data_rank * layout.num_microbatches + micro_batch) * layout.micro_batch_size
         return slice(first, first + layout.micro_batch_size)
 
 
 def positions(layout: Layout, context_rank: int) -> Tensor:
-    """Positions that a context-parallel rank holds: Megatron gives each an early and a late piece."""
+    """Positions of a context-parallel rank. Megatron gives each rank an early and a late piece."""
     pieces = torch.arange(LENGTH).chunk(2 * layout.context)
     return torch.cat((pieces[context_rank], pieces[2 * layout.context - 1 - context_rank]))
 
@@ -137,7 +137,7 @@ def draw_batch(masked: bool, padded: bool = False) -> Batch:
     drawn = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
     loss_mask = torch.ones(BATCH, LENGTH)
     if masked:
-        # Unevenly over sequences and positions, so that no two ranks or micro-batches have equally many.
+        # Unevenly over sequences and positions, so ranks and micro-batches have different numbers.
         share = torch.linspace(0.1, 0.9, BATCH)[:, None] * torch.linspace(0.3, 1.2, LENGTH)
         loss_mask = (torch.rand(BATCH, LENGTH, generator=generator) > share).float()
     lengths = torch.arange(BATCH) * 5 % LENGTH + 1 if padded else torch.full((BATCH,), LENGTH)
@@ -146,12 +146,12 @@ def draw_batch(masked: bool, padded: bool = False) -> Batch:
 
 
 Place = tuple[int | slice, ...]
-"""Where in a parameter a piece of it lies."""
+"""The place of a piece in its parameter."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step gave."""
+    """The results of a training step."""
 
     lm_loss: float
     displacement: Tensor
@@ -164,17 +164,17 @@ class Step:
     gradients: Sequence[tuple[str, Place, Tensor]]
     """The gradient of every parameter, in pieces: its name in a checkpoint, the place, the piece.
 
-    Layers are pieces of their own. A rank of a model cut in parts has its parts; the rest of a step is the
-    same on every rank."""
+    Each layer is at least one piece. A rank has the pieces of its part of the model. All other results are
+    the same on every rank."""
     captured: str = ""
     """Where in the model the residual stream was seen."""
 
 
 def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dtype: torch.dtype) -> Step:
-    """The step in plain torch in one process. Of the layout it uses what changes the loss by definition.
+    """The step in plain torch in one process. Of the split it uses only which tokens are averaged together.
 
-    That is which tokens are averaged together: cross-entropy is a mean over each rank's part of each
-    micro-batch, and then over these; with per-token loss it is one mean over all unmasked tokens.
+    Cross-entropy is a mean for each rank's part of each micro-batch, then the mean of these. With per-token
+    loss it is one mean over all unmasked tokens.
     """
     model = ReferenceLlama(shape_of(layout), weights, dtype)
     states = model.states(batch.tokens, _together(layout).to(batch.tokens.device))
@@ -208,7 +208,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     elif layout.tokens == "unmasked":
         counted = (~batch.padding_mask).to(wide)
         psi_share = _token_shares(layout, counted, counted)
-        if layout.per_token_loss:  # which is divided by the number of tokens that have a loss
+        if layout.per_token_loss:  # Megatron divides by the number of tokens with a loss
             psi_share = counted / batch.loss_mask.sum()
     else:
         counted = torch.ones_like(losses)
@@ -250,7 +250,7 @@ def _layers(name: str, parameter: Tensor) -> list[Place]:
 
 
 def _together(layout: Layout) -> Tensor:
-    """Which tokens choose their experts together, ``[BATCH, LENGTH]``: those of a number."""
+    """``[BATCH, LENGTH]``: tokens with equal numbers compete for the experts' capacity."""
     number = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     parts = itertools.product(
         range(layout.data), range(layout.num_microbatches), range(layout.context), range(layout.tensor)
@@ -262,12 +262,12 @@ def _together(layout: Layout) -> Tensor:
 
 
 def _token_shares(layout: Layout, mask: Tensor, loss_mask: Tensor) -> Tensor:
-    """What each token's loss counts for in the step's loss, ``[BATCH, LENGTH]``.
+    """Each token's weight in the step's loss, ``[BATCH, LENGTH]``.
 
     Args:
-        layout: says which tokens are averaged together.
-        mask: the tokens that this loss has.
-        loss_mask: the tokens that cross-entropy has; a loss further ahead has fewer, but the same weight.
+        layout: it decides which tokens are averaged together.
+        mask: the tokens of this loss.
+        loss_mask: the tokens of cross-entropy. A loss further ahead has fewer, each with the same weight.
     """
     share = torch.zeros_like(mask)
     parts = layout.data * layout.num_microbatches * layout.context

@@ -17,7 +17,7 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.output import write_json
 
 ALPHA, SEED = 1.0, 1234
-"""Where none are asked for."""
+"""The defaults."""
 SWEPT = ("LAMBDA", "ALPHA", "SEED", "RUN")
 """Knobs that a recipe must read from the environment for a sweep."""
 
@@ -49,7 +49,7 @@ class SweepRun(BaseModel):
 
 
 class Sweep(BaseModel):
-    """A recipe and its runs, as ``sweep.json`` in the output folder has them."""
+    """A recipe and its runs: the content of ``sweep.json`` in the output folder."""
 
     output: Path
     recipe: Path
@@ -118,7 +118,7 @@ class Sweep(BaseModel):
         """
         file = output / _FILE
         if not file.exists():
-            raise UserError(f"--output is {output}, where no sweep is; name a RECIPE to start a sweep")
+            raise UserError(f"--output is {output}, which holds no sweep; name a RECIPE to start one")
         kept = checked(file, dict[str, Any], read_json(file))
         found: Sweep = checked(file, cls, kept | {"output": output})
         return found

@@ -27,9 +27,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def train(sweep: Sweep, runs: Sequence[SweepRun]) -> list[int]:
-    """Train the unfinished ones of these runs. A run that fails does not stop the others.
+    """Train those of these runs that are not finished. A run that fails does not stop the others.
 
-    The signals of a scheduler or the keyboard go on to the running recipe, which saves and ends.
+    Signals of a scheduler or the keyboard are passed on to the running recipe, which saves and ends.
 
     Returns:
         The recipe's statuses. The last is 75 if a signal ended the queue, or a run saved and ended early. The
@@ -45,12 +45,12 @@ async def _queue(sweep: Sweep, runs: Sequence[SweepRun], is_new: bool) -> list[i
     asked: list[int] = []
     recipe: int | None = None
 
-    def hand_on(number: int) -> None:
+    def receive(number: int) -> None:
         asked.append(number)
-        tell(number)
+        pass_on(number)
 
-    def tell(number: int) -> None:
-        # Ctrl-C has reached the recipe already.
+    def pass_on(number: int) -> None:
+        # The keyboard sends Ctrl-C to the recipe too.
         if recipe is not None and number != signal.SIGINT:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(recipe, number)
@@ -58,11 +58,11 @@ async def _queue(sweep: Sweep, runs: Sequence[SweepRun], is_new: bool) -> list[i
     def watch(process: int | None) -> None:
         nonlocal recipe
         recipe = process
-        for number in asked:  # while it started
-            tell(number)
+        for number in asked:  # signals that came while it started
+            pass_on(number)
 
     for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, hand_on, number)
+        asyncio.get_running_loop().add_signal_handler(number, receive, number)
     statuses: list[int] = []
     for place, run in enumerate(runs, start=1):
         await asyncio.sleep(0)  # a signal may be waiting
@@ -105,7 +105,7 @@ async def _train(
             if node_rank() == 0:
                 sweep.finished_file(run).write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
             took = f"finished {took}"
-        # A scheduler's signal that reached the recipe alone may have ended it before it could save.
+        # A scheduler's signal may have reached only the recipe, and ended it before it could save.
         elif asked or status in (UNFINISHED, 128 + signal.SIGTERM, 128 + signal.SIGUSR1):
             status, took = UNFINISHED, f"ended early {took}"
         else:
@@ -120,11 +120,11 @@ def array(sweep: Sweep, options: str) -> list[str]:
     The number of a task is the place of its run in ``sweep.json``.
 
     Raises:
-        UserError: if the options have an open quote, or the recipe has no ``slurm.sh`` beside it.
+        UserError: if the options have an open quote, or there is no ``slurm.sh`` in the recipe's folder.
     """
     script = sweep.recipe.parent / "slurm.sh"
     if not script.is_file():
-        raise UserError(f"{script} is missing; keep the recipe in the folder that came with it")
+        raise UserError(f"{script} is missing; copy it there from recipes/")
     try:
         more = shlex.split(options)
     except ValueError as error:
@@ -139,7 +139,7 @@ def array(sweep: Sweep, options: str) -> list[str]:
 
 
 def submit(words: Sequence[str]) -> str:
-    """Submit the array to Slurm; returns the words of sbatch.
+    """Submit the array to Slurm; returns the output of sbatch.
 
     Raises:
         UserError: if sbatch refuses.

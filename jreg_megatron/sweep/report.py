@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import batched, pairwise
@@ -13,7 +12,7 @@ from jreg_megatron.report.charts import Axis, Chart, Style, pictures
 from jreg_megatron.report.figures import LAYER, PSI, curves
 from jreg_megatron.report.inputs import STATE_WORDS
 from jreg_megatron.runtime.lock import lock
-from jreg_megatron.runtime.output import print_table, write_bytes, write_text
+from jreg_megatron.runtime.output import print_table, write_bytes, write_json
 from jreg_megatron.sweep.grid import Sweep
 from jreg_megatron.sweep.results import BASELINE, DIFFERENCE, LOSS, RATE, Results
 
@@ -28,8 +27,8 @@ _OVER_LAMBDA = {
     ),
     RATE: ("The last layer's jump, at the end", Axis("jump rate ζ (validation)", zero=True)),
 }
-_BESIDE = 0.09
-"""Of the distance of two lambdas, between alphas that share a lambda."""
+_OFFSET = 0.09
+"""Distance between the points of two alphas at one lambda, as a share of that between two lambdas."""
 
 
 def report(sweep: Sweep) -> None:
@@ -41,7 +40,7 @@ def report(sweep: Sweep) -> None:
     # Several tasks of an array may end at once.
     with lock(sweep.output / ".report.lock", "the report is being drawn", "name another --output", wait=True):
         results = Results.read(sweep)
-        write_text(str(sweep.output / "summary.json"), json.dumps(results.summary(), indent=2) + "\n")
+        write_json(str(sweep.output / "summary.json"), results.summary())
         svg, png = pictures(_title(results), compose(results), _about(results), width=360)
         drawn = {sweep.output / "sweep.png": png, sweep.output / "sweep.svg": svg.encode()}
         for file, data in drawn.items():
@@ -78,7 +77,7 @@ def _over_lambda(results: Results, axis: Axis, what: str) -> Chart | None:
         value, values = setting.over_seeds[what], list(setting.by_seed[what].values())
         if value is not None and setting.alpha is not None:
             label, aside = f"α = {setting.alpha:g}", alphas.index(setting.alpha) - (len(alphas) - 1) / 2
-            place = setting.coeff * spacing ** (_BESIDE * aside)
+            place = setting.coeff * spacing ** (_OFFSET * aside)
             found.setdefault(label, {})[place] = value
             seeds += [{"model": label, "x": place, "seed": one} for one in values if len(values) > 1]
     looks = _looks([f"α = {alpha:g}" for alpha in alphas])

@@ -19,8 +19,8 @@ from jreg_megatron.sweep.grid import Sweep, SweepRun
 
 BASELINE = "baseline"
 LOSS, DIFFERENCE, RATE = "validation_loss", "difference_to_baseline", "jump_rate"
-# Arguments that differ between the runs of a sweep, and values that a start finds out (the iteration from
-# which it resumes, the rank that writes).
+# Arguments that differ between the runs of a sweep, and values that a run finds when it starts (the iteration
+# from which it resumes, the rank that writes).
 _OWN = {"jreg_coeff", "jreg_alpha", "seed", "save", "load", "tensorboard_dir", "data_cache_path"}
 _FOUND_OUT = {"iteration", "rank", "local_rank", "consumed_train_samples", "consumed_valid_samples"}
 _FOUND_OUT |= {"skipped_train_samples", "num_floating_point_operations_so_far", "nodes", "hostname"}
@@ -204,5 +204,5 @@ def _read(sweep: Sweep, run: SweepRun) -> History:
     for name, value in asked.items():
         had = history.settings.get(name)
         if had is not None and float(had) != value:
-            raise UserError(f"the recipe trained it with {name} {had}; it must take it from the environment")
+            raise UserError(f"the recipe trained it with {name} {had}; it must read it from the environment")
     return history
