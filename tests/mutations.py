@@ -1250,6 +1250,23 @@ _BY_FILE = {
             CHANGED,
         ),
     ],
+    "methods/norms/norms.py": [
+        Fault(
+            "take the norms of a state from before it was written to",
+            ((", state.storage_offset(), writes\n", ", state.storage_offset()\n"),),
+            ("tests/test_methods.py", "-k", "taken_once"),
+        ),
+        Fault(
+            "take the norms of another state for those of the input",
+            (
+                (
+                    "        return norms(state)",
+                    "        return norms(state) if self._last is None else self._last[2]",
+                ),
+            ),
+            ("tests/test_methods.py", "-k", "taken_once"),
+        ),
+    ],
     "methods/periln/settings.py": [
         Fault(
             "leave the norm on the embedding out of Peri-LN",

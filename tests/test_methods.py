@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,6 +177,40 @@ def test_norms_are_those_of_the_states_and_logged_by_layer_from_the_embedding_on
     rows = {f"norms/{what}_layer_{at:02}" for what in ("mean", "rms", "largest") for at in range(3)}
     rows |= {"norms/update_ratio_layer_01", "norms/update_ratio_layer_02"}
     assert named.keys() == rows | {"last residual norm", "largest residual norm"}
+
+
+def takes_norms_once() -> None:
+    from jreg_megatron.methods.norms import norms as module
+
+    taken: list[torch.Tensor] = []
+    norms_of = module.norms
+
+    def counted(state: torch.Tensor) -> torch.Tensor:
+        taken.append(state)
+        return norms_of(state)
+
+    with mock.patch.object(module, "norms", counted):
+        model = build_model()
+        handle = attach(model, NormsConfig(), num_microbatches=1)
+        forward(model)
+        assert len(taken) == 3  # of the embedding's output and those of two layers
+        before, whole = torch.randn(8, 1, 16), torch.randn(9, 1, 16)
+        (method,) = handle.methods
+        for state, is_written, is_known in (
+            (whole[:8], False, True),
+            (whole[1:], False, False),
+            (whole[:8], True, False),
+        ):
+            method.layer(method.training_meter, 1, before, whole[:8])
+            taken.clear()
+            if is_written:
+                whole.zero_()
+            method.layer(method.training_meter, 2, state, before)
+            assert (len(taken) == 1) == is_known
+
+
+def test_the_norms_of_a_state_between_two_layers_are_taken_once_if_nothing_was_written_to_it() -> None:
+    run_function(takes_norms_once)
 
 
 def adds_its_own_loss() -> None:

@@ -181,8 +181,8 @@ def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> 
         if begin < 0 or end > len(modules):
             raise UserError(
                 f"jreg_megatron does not support the hybrid layer pattern {pattern} with these pipeline "
-                f"stages, which split layer {number}, '{kinds}'; begin each stage with a mixer, or count "
-                "every sub-layer as a layer (--jreg-layer sublayer)"
+                f"stages, which split layer {number}, '{kinds}'; begin each stage with a mixer, or "
+                "count every sub-layer as a layer: set 'layer' of each method to 'sublayer'"
             )
         found.append(_layer(number, modules[begin:end], kinds))
     _refuse_parting_recompute(found, config)
@@ -200,8 +200,8 @@ def _refuse_parting_recompute(layers: list[ResidualLayer], config: Any) -> None:
             f"jreg_megatron does not support --recompute-method {config.recompute_method} with "
             f"--recompute-num-layers {config.recompute_num_layers} in a hybrid model of the layers "
             f"{' '.join(layer.kinds for layer in layers)}, since it splits one of them; use uniform with a "
-            "number of sub-layers at which layers end, or count every sub-layer as a layer (--jreg-layer "
-            "sublayer)"
+            "number of sub-layers at which layers end, or count every sub-layer as a layer: set 'layer' of "
+            "each method to 'sublayer'"
         )
 
 

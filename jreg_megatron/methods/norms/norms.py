@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from jreg_megatron.methods.norms.formulas import norms, update_ratios
 from jreg_megatron.methods.norms.settings import NormsConfig
@@ -48,6 +50,12 @@ class NormsMetrics(Readings):
         )
 
 
+def _place(state: Tensor) -> tuple[Any, ...]:
+    """Where a state is in its memory, and how often it was written to."""
+    writes = 0 if state.is_inference() else state._version
+    return state.shape, state.stride(), state.storage_offset(), writes
+
+
 class Norms(Method):
     """Measures norms and update ratios; changes nothing."""
 
@@ -56,19 +64,31 @@ class Norms(Method):
         self.training_meter, self.validation_meter = (
             Meter(place.num_layers, place.device, num_values=3, num_largest=1, first_row=0) for _ in range(2)
         )
+        # The output of the layer that ran last, and its norms. The reference does not keep its memory alive.
+        self._last: tuple[StorageWeakRef, tuple[Any, ...], Tensor] | None = None
 
     @torch.no_grad()
     def layer(
         self, microbatch: Meter, layer_number: int, layer_input: Tensor, layer_output: Tensor
     ) -> Tensor:
         """Measure the layer's output, and the first layer's input too."""
-        norm_in, norm = norms(layer_input), norms(layer_output)
+        norm_in, norm = self._norms_of_input(layer_input), norms(layer_output)
+        storage = StorageWeakRef(layer_output.untyped_storage())  # type: ignore[no-untyped-call]
+        self._last = storage, _place(layer_output), norm
         if layer_number == 1:
             nothing = torch.zeros_like(norm_in)  # nothing was added to the embedding's output
             microbatch.add(0, norm_in, norm_in.square(), nothing)
         ratio = update_ratios(layer_input, layer_output, norm_in)
         microbatch.add(layer_number, norm, norm.square(), ratio)
         return layer_output
+
+    def _norms_of_input(self, state: Tensor) -> Tensor:
+        """Those of the layer below, if its output is this input."""
+        if self._last is not None:
+            storage, place, norm = self._last
+            if storage.cdata == state.untyped_storage()._cdata and place == _place(state):
+                return norm
+        return norms(state)
 
     def read(self, values: LayerValues) -> NormsMetrics:
         """The values by name."""
