@@ -68,13 +68,7 @@ class JRegCallback:
         self._handle: Handle | None = None
         self._chunks: list[nn.Module] = []
         self._state: Any = None
-        parts = _Parts(config)
-        refuse_unsupported(parts, *settings)
-        if getattr(parts, "use_megatron_fsdp", False):
-            raise UserError(
-                "jreg_megatron does not support use_megatron_fsdp yet in Megatron-Bridge, of which no "
-                "run with it has been compared; turn it off"
-            )
+        refuse_unsupported(_Parts(config), *settings)
 
         # Functions: a copy of the configuration must not copy this object and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:

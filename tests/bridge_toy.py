@@ -19,7 +19,7 @@ import harness_preload  # noqa: F401  (Megatron on the CPU, before anything impo
 import torch
 
 ABSENT = (
-    *("datasets", "einops", "fla", "mistral_common", "modelopt", "nvidia_resiliency_ext"),
+    *("datasets", "fla", "mistral_common", "modelopt", "nvidia_resiliency_ext"),
     *("transformer_engine", "megatron.energon"),
 )
 

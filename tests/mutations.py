@@ -27,6 +27,7 @@ def only(file: str, *names: str) -> tuple[str, ...]:
 
 TESTS = ("tests/test_penalty.py", "tests/test_attach.py", "tests/test_equivalence.py")
 BRIDGE = ("tests/test_bridge.py",)
+LORA = ("tests/test_lora.py",)
 PADDING = ("tests/test_equivalence.py", "-k", "padding")
 LOOP = ("tests/test_launch.py", "tests/test_pretrain.py")
 CUT_INTERVALS = only(
@@ -189,6 +190,11 @@ _BY_FILE = {
             "take a part of Bridge's configuration for all",
             (('next((value for value in values if value and value != "none"), values[0])', "values[0]"),),
             BRIDGE,
+        ),
+        Fault(
+            "look for nothing in what Bridge gives its wrappers of the model",
+            (('("model", "ddp", "dist", ', '("model", '),),
+            (*BRIDGE, "-k", "refused_before"),
         ),
         Fault(
             "log nothing of a log interval that an exit of Bridge cuts off",
@@ -1166,6 +1172,16 @@ _BY_FILE = {
         ),
     ],
     "methods/jreg/regularizer.py": [
+        Fault(
+            "leave a layer on a frozen embedding without the regularizer",
+            (
+                (
+                    "in self._regularized and h_out.requires_grad",
+                    "in self._regularized and h_in.requires_grad",
+                ),
+            ),
+            LORA,
+        ),
         Fault(
             "say nothing where lambda counts other tokens than the loss",
             (("{_COUNTS_ALL if counts_all else ''}", ""),),

@@ -9,15 +9,18 @@ import contextlib
 import functools
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
+import test_lora
 from harness import read_scalars, run_function
 
 from jreg_megatron import JRegConfig, UserError, attach
 from jreg_megatron.bridge import JRegCallback
+from jreg_megatron.stream.anatomy import unwrap
 
 harness._context.set_forkserver_preload(["bridge_toy"])
 
@@ -173,6 +176,143 @@ def test_no_step_is_trained_without_the_regularizer_on_any_rank(tmp_path: Path) 
         assert "the same config" in other_config
         assert "give pretrain the callback" in forgotten
         assert "does not support distribute_saved_activations" in changed
+
+
+def in_megatron_fsdp(config: Any, shards: str = "optim_grads_params") -> Any:
+    config.ddp.use_megatron_fsdp = True
+    config.ddp.data_parallel_sharding_strategy = shards
+    config.ddp.gradient_reduce_div_fusion = False  # gloo does not know it
+    return config
+
+
+def with_and_without_shards(folder: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Train with JREG in copies and in shards, then in shards with coefficient 0 and without the callback.
+
+    Returns:
+        The whole weights behind each run, by their names.
+    """
+    from bridge_toy import Callback, recipe, train
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import uneven_dtensor_to_full_tensor
+
+    class Weights(Callback):  # type: ignore[misc]
+        def on_train_end(self, context: Any) -> None:
+            (chunk,) = context.model
+            self.is_sharded = isinstance(chunk, FullyShardedDataParallel)
+            self.found = {
+                name: (uneven_dtensor_to_full_tensor(weight) if self.is_sharded else weight).detach().clone()
+                for name, weight in unwrap(chunk).named_parameters()
+            }
+
+    weights = {}
+    for name, settings in (
+        ("copies", SETTINGS),
+        ("shards", SETTINGS),
+        ("measured", JRegConfig(coeff=0.0)),
+        ("without", None),
+    ):
+        config = recipe(folder / name, **options)
+        if name != "copies":
+            in_megatron_fsdp(config)
+        end = Weights()
+        train(config, [end, *([JRegCallback(config, settings)] if settings else [])])
+        assert end.is_sharded == (name != "copies")
+        weights[name] = end.found
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "allowed", "of_weights"),
+    [
+        (4, {"cut": (2, 1, None)}, 1e-5, 1e-3),
+        (2, {"with_builder": True, "precision": "bf16_mixed"}, 5e-3, None),
+    ],
+    ids=["TP2, SP, DP2", "builder, DP2, bf16"],
+)
+def test_megatron_fsdp_trains_as_copies_of_the_model_do(
+    tmp_path: Path, ranks: int, options: dict[str, Any], allowed: float, of_weights: float | None
+) -> None:
+    weights = run_function(with_and_without_shards, ranks, tmp_path, options, timeout=240)[0]
+    copies, shards, measured, without = (read_scalars(tmp_path / name) for name in weights)
+    for tag in (tag for tag in copies if tag.startswith(("lm loss", "grad-norm", "jreg", "jump"))):
+        near = pytest.approx(copies[tag], rel=allowed, abs=allowed / 5 if "jump" in tag else 0)
+        assert shards[tag] == near, tag
+    assert shards["grad-norm"][2] > 1.01 * without["grad-norm"][2], "JREG starts in iteration 3"
+    assert {tag: measured[tag] for tag in without if "time" not in tag} == without
+    for name, copy in weights["copies"].items():
+        first, measuring, plain = (weights[run][name] for run in ("shards", "measured", "without"))
+        assert measuring.equal(plain), name
+        if of_weights is not None:
+            own = tuple(map(slice, copy.shape))  # the first rank's share in tensor parallelism
+            assert (first[own] - copy).norm() < of_weights * (first - plain).norm(), name
+
+
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 96,
+    "moe_grouped_gemm": False,
+    "expert_model_parallel_size": 2,
+}
+GRAPHS = {"cuda_graph_impl": "transformer_engine", "use_te_rng_tracker": True}
+NOT_IN_MEGATRON_FSDP: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "optim_grads_params and experts that one rank has each": ("optim_grads_params", EXPERTS, {}),
+    "no_shard and expert_model_parallel_size": ("no_shard", EXPERTS, {}),
+    "num_distributed_optimizer_instances": ("optim", {}, {"num_distributed_optimizer_instances": 2}),
+    "cuda_graph_impl transformer_engine": ("optim_grads", GRAPHS, {}),
+}
+"""By what is refused: the strategy, and changes of ``config.model`` and ``config.ddp``."""
+
+
+def refused_in_megatron_fsdp(folder: Path) -> dict[str, str]:
+    from bridge_toy import recipe, train
+    from megatron.core import parallel_state
+
+    said = {}
+    for name, (shards, of_model, of_ddp) in NOT_IN_MEGATRON_FSDP.items():
+        config = in_megatron_fsdp(recipe(folder), shards)
+        vars(config.model).update(of_model)
+        vars(config.ddp).update(of_ddp)
+        with pytest.raises(UserError) as caught:
+            train(config, [JRegCallback(config, JRegConfig(untested_cuda_graphs=True))])
+        said[name] = str(caught.value)
+        parallel_state.destroy_model_parallel()
+    return said
+
+
+def test_what_is_wrong_in_megatron_fsdp_is_refused_before_a_step_on_every_rank(tmp_path: Path) -> None:
+    for on_rank in run_function(refused_in_megatron_fsdp, 2, tmp_path):
+        for name, said in on_rank.items():
+            assert f"does not support FullyShardedDataParallel with {name} yet" in said
+
+
+def adapt_as_bridge_does(chunk: Any, adapted: Sequence[int]) -> None:
+    """Bridge's own LoRA in the place of ``test_lora.adapt``, with that one's weights."""
+    import bridge_toy  # noqa: F401  (what Bridge imports and is not here)
+    import torch
+    from megatron.bridge.peft import recompute, utils
+    from megatron.bridge.peft.lora import LoRA
+
+    utils.HAVE_TE = False
+    recompute.PEFT_RECOMPUTE_PATCHED.clear()  # it knows models by their ids, which return
+    places = [
+        (layer, linear, f"decoder.layers.{at}.{linear}")
+        for at, layer in enumerate(chunk.decoder.layers)
+        for linear in test_lora.LINEARS
+        if layer.layer_number in adapted
+    ]
+    alpha = int(test_lora.SCALE * test_lora.RANK)
+    LoRA(target_modules=[name for *_, name in places], dim=test_lora.RANK, alpha=alpha)([chunk])
+    for layer, linear, _ in places:
+        wrapper = layer.get_submodule(linear)
+        drawn = test_lora.draw_adapter(layer.layer_number, linear, wrapper.to_wrap.weight.shape)
+        with torch.no_grad():
+            for matrix, values in zip(wrapper.adapter.parameters(), drawn, strict=True):
+                matrix.copy_(values)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bridges_low_rank_adapters_get_the_references_gradients(ranks: int) -> None:
+    test_lora.assert_equal_the_reference(ranks, adapt_as_bridge_does)
 
 
 UNMASKED = JRegConfig(coeff=5.0, tokens="unmasked")

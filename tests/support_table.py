@@ -87,7 +87,12 @@ TESTS = {
     "resume at another layout": "test_accidents::test_a_run_resumes_at_another_layout",
     "launcher": "test_launch::test_a_launched_script_gives_the_same_values",
     "Megatron-Bridge, with a stand-in for it": "test_bridge::test_step_equals_the_reference_at",
+    "low-rank adapters (LoRA) on a frozen model, also with recompute and in a pipeline": (
+        "test_lora::test_adapters_on_a_frozen_model_get"
+    ),
     "Megatron-Bridge 0.6.2 itself": "real_bridge::test_two_lines_of_a_recipe_train",
+    "LoRA of Megatron-Bridge 0.6.2": "real_bridge::test_bridges_low_rank_adapters_get",
+    "Megatron-FSDP in Megatron-Bridge 0.6.2": "real_bridge::test_megatron_fsdp_trains_as_copies",
 }
 """What other tests show, each with its file and the beginning of its name."""
 

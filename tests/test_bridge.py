@@ -26,6 +26,7 @@ from harness import run_function
 
 from jreg_megatron import Handle, JRegConfig, UserError
 from jreg_megatron.bridge import JRegCallback
+from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.selftest import compare, step
 from jreg_megatron.selftest.compare import Comparison
 from jreg_megatron.selftest.layouts import Layout
@@ -149,6 +150,7 @@ def compare_step_in_bridge(layout: Layout) -> Comparison:
     [
         Layout(tensor=2, sequence_parallel=True),
         Layout(pipeline=2, virtual=2, num_microbatches=4, precision="fp16"),
+        Layout(data=2, megatron_fsdp="optim_grads_params", recompute="uniform"),
     ],
     ids=lambda layout: layout.name,
 )
@@ -347,7 +349,6 @@ def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() ->
     ("part", "setting"),
     [
         ("model", "enable_hyper_connections"),
-        ("ddp", "use_megatron_fsdp"),
         ("comm_overlap", "overlap_moe_expert_parallel_comm"),
     ],
 )
@@ -372,6 +373,13 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
                 "model": {"cuda_graph_impl": "local", "overlap_moe_expert_parallel_comm": False},
             },
         ),
+        (
+            "use_megatron_fsdp with overlap_moe_expert_parallel_comm",
+            {
+                "comm_overlap": {"overlap_moe_expert_parallel_comm": True},
+                "ddp": {"use_megatron_fsdp": True},
+            },
+        ),
         ("--cuda-graph local on your GPU.*JRegConfig", {"model": {"enable_cuda_graph": True}}),
         (
             "--cuda-graph full_iteration on your GPU",
@@ -388,6 +396,13 @@ def test_what_lies_in_two_parts_or_has_an_older_name_is_refused_before_anything_
     taking = "comm_overlap" in parts
     with pytest.raises(UserError, match=named):
         JRegCallback(config, JRegConfig(untested_cuda_graphs=taking, untested_overlap=taking))
+
+
+def test_slow_queries_and_keys_in_megatron_fsdp_are_refused_before_anything_is_built() -> None:
+    config = container(ddp=SimpleNamespace(use_megatron_fsdp=True))
+    JRegCallback(config, JRegConfig())
+    with pytest.raises(UserError, match="use_megatron_fsdp"):
+        JRegCallback(config, SlowQKConfig(hold_iterations=1, ramp_iterations=1))
 
 
 def test_graphs_by_an_older_name_are_allowed_by_the_setting_that_allows_todays() -> None:
