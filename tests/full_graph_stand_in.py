@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import stream_stand_in
 import torch
 from megatron.core.tensor_parallel import random
 from torch import Tensor
@@ -36,19 +37,10 @@ _TO_THE_HOST = ("tolist", "cpu", "numpy")
 _LATE = ("send", "recv_", "recv_any_source_")
 
 
-_WAIT = Work.wait
-
-
-def _wait_unseen(work: Work, *args: Any) -> Any:
-    """Gloo's wait has operations of its own, which are part of the collective."""
-    with _disable_current_modes():
-        return _WAIT(work, *args)
-
-
-def install() -> None:
-    """Have ``torch.cuda`` capture in a graph of this module."""
+def install(sees_streams: bool = False) -> None:
+    """Have ``torch.cuda`` capture in a graph of this module, in streams of ``stream_stand_in`` if wanted."""
     cuda: Any = torch.cuda
-    cuda.CUDAGraph, cuda.graph = Graph, _Capture
+    cuda.CUDAGraph, cuda.graph = Graph, _InStreams if sees_streams else _Capture
     cuda.graph_pool_handle = lambda: None
     cuda.is_current_stream_capturing = lambda: _Capture.is_under_way
     # Nothing is drawn in what is compared, and Megatron asks the host's generator, which here is the graph's.
@@ -156,12 +148,20 @@ class _Capture(TorchDispatchMode):
     def __enter__(self) -> Any:
         _Capture.is_under_way = True
         self._watch.__enter__()
-        Work.wait = _wait_unseen
+        of_work: Any = Work
+        wait = self._wait = of_work.wait
+
+        def wait_unseen(work: Work, *args: Any) -> Any:
+            """Gloo's wait has operations of its own, which are part of the collective."""
+            with _disable_current_modes():
+                return wait(work, *args)
+
+        of_work.wait = wait_unseen
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        Work.wait = _WAIT
+        Work.wait = self._wait
         self._watch.__exit__(*error)
         _Capture.is_under_way = False
         for key, values in self._before.items():
@@ -235,6 +235,22 @@ class _Capture(TorchDispatchMode):
         return _View(key, value.dtype, value.storage_offset(), tuple(value.size()), tuple(value.stride()))
 
 
+class _InStreams(_Capture):
+    """One in which the order of streams is seen too."""
+
+    def __init__(self, graph: Graph, stream: Any, **_: Any) -> None:
+        super().__init__(graph)
+        self._streams = stream_stand_in.captured(stream)
+
+    def __enter__(self) -> Any:
+        self._streams.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._streams.__exit__(*error)
+        super().__exit__(*error)
+
+
 class _NoCopies(TorchFunctionMode):
     """Refuses what copies numbers between Python and the device and is no operation here."""
 
@@ -247,7 +263,8 @@ class _NoCopies(TorchFunctionMode):
         is_device_given = (kwargs or {}).get("device") is not None
         if name in _TO_THE_HOST and not self._capture.is_hosts(args[0]):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        if name in ("tensor", "as_tensor") and is_device_given:
+        is_there = name == "as_tensor" and isinstance(args[0], Tensor)
+        if name in ("tensor", "as_tensor") and is_device_given and not is_there:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         if is_device_given or any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
             return func(*args, **(kwargs or {}))

@@ -5,6 +5,10 @@ every other one it has waited for. An operation is found that reads what it has 
 where another one may still read. So is memory that is freed for the next user in its own stream while another
 stream may still use it. A backward pass is in the stream in which it is started; torch puts what it does in
 another one in order by itself.
+
+While a CUDA graph is captured, its first stream and those that waited for it belong to the capture. A stream
+of it that waits for work outside of it is found, and an operation in another stream, and a stream that the
+first one has not waited for at the end.
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch._C import ScriptObject
+from torch.distributed import Work
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,15 +48,20 @@ class Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {self: 0}
+        _every.add(self)
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, -1
 
     def wait_stream(self, other: Stream) -> None:
-        _join(self.clock, other.clock)
+        self.wait_event(other.record_event())
 
     def wait_event(self, event: Event) -> None:
+        if event.capture is _captures[-1]:
+            _captures[-1].add(self)
+        elif self in _captures[-1]:
+            _report("a captured stream waits for work outside of the capture")
         _join(self.clock, event.clock)
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -66,9 +78,12 @@ class Event:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
+        self.capture: set[Stream] | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.clock = dict((stream or _stack[-1]).clock)
+        stream = stream or _stack[-1]
+        self.clock = dict(stream.clock)
+        self.capture = _captures[-1] if stream in _captures[-1] else None
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or _stack[-1]).wait_event(self)
@@ -78,6 +93,9 @@ class Event:
 
 
 _host: Clock = {}
+_every: WeakSet[Stream] = WeakSet()
+_captures: list[set[Stream]] = [set()]
+"""At the end the streams of the capture under way."""
 _stack = [Stream()]
 
 
@@ -88,6 +106,23 @@ def _in(stream: Stream | None) -> Iterator[None]:
         yield
     finally:
         _stack.pop()
+
+
+@contextmanager
+def captured(stream: Stream) -> Iterator[None]:
+    """A CUDA graph is captured, which begins in a stream."""
+    _synchronize()
+    _captures.append({stream})
+    with _in(stream):
+        yield
+    if any(stream.clock.get(each, 0) < each.clock[each] for each in _captures.pop()):
+        _report("a captured stream is not joined at the end of the capture")
+    _synchronize()
+
+
+def _synchronize(*_: Any) -> None:
+    for stream in _every:
+        stream.synchronize()
 
 
 @dataclass
@@ -106,6 +141,7 @@ class Order(TorchDispatchMode):
         super().__init__()
         self._memory: dict[int, _Memory] = {}
         self._abroad: dict[int, _Memory] = {}  # used in another stream than its own
+        self._works: dict[Work, Clock] = {}  # what has been sent, and who waits for it comes behind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = func._schema.name.partition("::")
@@ -116,10 +152,15 @@ class Order(TorchDispatchMode):
         self._find_freed(stream)
         if func.is_view:
             return result
+        if _captures[-1] and stream not in _captures[-1]:
+            _report(f"{func} is in no captured stream")
         stream.clock[stream] += 1
         written = {id(x) for x in (given if space == "c10d" else _written(func, args, kwargs or {}))}
         for tensor in given:
             self._use(tensor, stream, id(tensor) in written, str(func))
+        if space == "c10d":
+            works = (Work.unbox(x) for x in tree_leaves(result) if isinstance(x, ScriptObject))
+            self._works |= {work: dict(stream.clock) for work in works}
         old = {x.untyped_storage()._cdata for x in given}
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in old:
@@ -139,7 +180,7 @@ class Order(TorchDispatchMode):
             return  # from before
         before = dict([memory.written]) if not is_written else {**memory.used, **dict([memory.written])}
         if any(stream.clock.get(other, 0) < tick for other, tick in before.items()):
-            self._report(f"{what} does not wait for the memory's last use")
+            _report(f"{what} does not wait for the memory's last use")
         tick = stream.clock[stream]
         memory.used[stream] = tick
         if is_written:
@@ -154,17 +195,21 @@ class Order(TorchDispatchMode):
                 del self._abroad[key]
                 late = [s for s, t in memory.used.items() if stream.clock.get(s, 0) < t]
                 if {*late} - memory.recorded:
-                    self._report("memory is freed while another stream uses it")
+                    _report("memory is freed while another stream uses it")
+
+    def has_waited(self, work: Work) -> None:
+        _join(_stack[-1].clock, self._works.pop(work, {}))
 
     def record(self, tensor: Tensor, stream: Stream) -> None:
         memory = self._memory.get(tensor.untyped_storage()._cdata)
         if memory is not None:
             memory.recorded.add(stream)
 
-    def _report(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack()[:-3] if "jreg_megatron" in f.filename]
-        where = " < ".join(f"{f.filename.rpartition('/')[2]}:{f.name}" for f in frames[:-5:-1])
-        FOUND[f"{what}, {where}"] = FOUND.get(f"{what}, {where}", 0) + 1
+
+def _report(what: str) -> None:
+    frames = [f for f in traceback.extract_stack()[:-2] if "jreg_megatron" in f.filename]
+    where = " < ".join(f"{f.filename.rpartition('/')[2]}:{f.name}" for f in frames[:-5:-1])
+    FOUND[f"{what}, {where}"] = FOUND.get(f"{what}, {where}", 0) + 1
 
 
 def _written(func: Any, args: Any, named: Any) -> list[Tensor]:
@@ -187,7 +232,15 @@ def install() -> Order:
     cuda.stream = _in
     cuda.current_stream = cuda.default_stream = lambda *_: _stack[-1]
     cuda.default_stream = lambda *_: _stack[0]
-    cuda.synchronize = lambda *_: [stream.synchronize() for stream in _stack]
+    cuda.synchronize = _synchronize
     plain: Any = torch.Tensor
     plain.record_stream = functools.partialmethod(_record, order)
+    of_work: Any = Work
+    wait = of_work.wait
+
+    def seen(work: Work, *given: Any) -> Any:
+        order.has_waited(work)
+        return wait(work, *given)
+
+    of_work.wait = seen
     return order

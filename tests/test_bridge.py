@@ -367,7 +367,7 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
             {"dist": {"use_torch_fsdp2": True}, "model": {"calculate_per_token_loss": True}},
         ),
         (
-            "cuda_graph_impl with overlap_moe_expert_parallel_comm",
+            "cuda_graph_impl local with overlap_moe_expert_parallel_comm",
             {
                 "comm_overlap": {"overlap_moe_expert_parallel_comm": True},
                 "model": {"cuda_graph_impl": "local", "overlap_moe_expert_parallel_comm": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import full_graph_stand_in
+import hybrid_ep_stand_in
 import pytest
+import stream_stand_in
 import torch
 import variant_step
 from harness import TOY, read_scalars, run_function, run_ranks
@@ -25,7 +29,8 @@ from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 from jreg_megatron.methods.norms.settings import NormsConfig
 from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.selftest.compare import Comparison, compare_step
-from jreg_megatron.selftest.layouts import Layout
+from jreg_megatron.selftest.layouts import Layout, layouts_for
+from jreg_megatron.selftest.toy import ITERATION
 from jreg_megatron.stream.meter import Meter
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import refuse_built, refuse_unsupported
@@ -84,6 +89,74 @@ def test_an_overlapped_step_of_replayed_graphs_equals_the_reference_at(layout: L
     assert not comparison.found.exceeds(comparison.limit), comparison.found
 
 
+GRAPH = {**EXPERTS, "graphs": "iteration"}
+PADDED, LIMITED = ({"capacity": share, "num_microbatches": 4} for share in (0.5, 1.0))
+
+OVERFLOWING = 0.9
+
+IN_ONE_GRAPH = [
+    (Layout(**GRAPH, **PADDED, balanced=True, methods="all", final_state="post_norm"), None),
+    (
+        Layout(**GRAPH, **STAGES, **LIMITED, per_token_loss=True, masked=True, tokens="unmasked"),
+        OVERFLOWING,
+    ),
+]
+MORE = [
+    *IN_ONE_GRAPH,
+    (Layout(**EXPERTS, **LIMITED, methods="all"), OVERFLOWING),
+    (Layout(**GRAPH, **PADDED, methods="blocks"), None),
+    (Layout(**GRAPH, **STAGES, **PADDED, methods="all"), None),
+    (Layout(**GRAPH, **LIMITED, methods="all"), 2.0),
+    (Layout(**GRAPH, **LIMITED, methods="all"), OVERFLOWING),
+    (
+        Layout(**GRAPH, **STAGES, **LIMITED, methods="all", recompute="selective", final_state="post_norm"),
+        OVERFLOWING,
+    ),
+]
+
+
+def name_of(value: Any) -> str:
+    """Of a layout, or of the capacity of a rank's experts."""
+    return value.name if isinstance(value, Layout) else f"capacity {value}"
+
+
+@pytest.mark.parametrize(("layout", "capacity"), IN_ONE_GRAPH, ids=name_of)
+def test_an_overlapped_iteration_in_a_graph_equals_the_reference_at(
+    layout: Layout, capacity: float | None
+) -> None:
+    comparison, _ = run_function(in_one_graph, layout.world_size, layout, capacity)[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "capacity"), MORE, ids=name_of)
+def test_streams_of_an_overlapped_iteration_are_in_order_in_its_capture_and_where_experts_overflow_at(
+    layout: Layout, capacity: float | None
+) -> None:
+    ranks = run_function(in_one_graph, layout.world_size, layout, capacity, True, timeout=240)
+    comparison, _ = ranks[0]
+    assert not comparison.found.exceeds(comparison.limit), comparison.found
+    assert [found for _, found in ranks] == [{}] * len(ranks)
+
+
+def in_one_graph(
+    layout: Layout, capacity: float | None, watches_streams: bool = False
+) -> tuple[Comparison, dict[str, int]]:
+    """A replayed step, and what its streams did wrong. With a capacity, experts of a rank take a limited
+    number of tokens in all: iterations in which they overflow are run again."""
+    torch.set_num_threads(1)
+    if watches_streams:
+        watch_streams()
+    full_graph_stand_in.install(watches_streams)
+    if capacity is not None:
+        hybrid_ep_stand_in.install(capacity)
+    comparison = compare_step(layout)
+    iterations = 3 if layout.graphs == "iteration" else 1
+    assert len(full_graph_stand_in.REPLAYS) == iterations - 1
+    assert len(hybrid_ep_stand_in.RERUNS) == (iterations if capacity == OVERFLOWING else 0)
+    return comparison, stream_stand_in.FOUND
+
+
 FORKED = "norms that fork the residual"
 
 
@@ -104,6 +177,11 @@ DEEPSEEK = {
 }
 STRONG = JRegConfig(coeff=20.0, alpha=0.7, untested_overlap=True)
 METHODS = [STRONG, NormsConfig(), DepthConfig(metrics="contributions")]
+IN_GRAPH = [
+    replace(STRONG, untested_cuda_graphs=True, measure_interval=ITERATION),
+    NormsConfig(measure_interval=ITERATION),
+    DepthConfig(metrics="contributions", measure_interval=ITERATION),
+]
 SCALED = LayerNormScalingConfig()
 
 
@@ -112,16 +190,17 @@ SCALED = LayerNormScalingConfig()
     [
         ({}, {"mtp_num_layers": 1}, METHODS),
         (STAGES, {}, [SCALED, PeriLNConfig(), *METHODS]),
+        pytest.param(GRAPH | LIMITED, {"mtp_num_layers": 1}, IN_GRAPH, marks=pytest.mark.slow),
     ],
-    ids=["MTP", "LayerNorm scaling, Peri-LN, PP2, VPP2"],
+    ids=["MTP", "LayerNorm scaling, Peri-LN, PP2, VPP2", "MTP, CUDA graph of the iteration"],
 )
 def test_dense_layers_shared_experts_and_all_methods_give_the_same_overlapped_and_not(
-    cut: dict[str, int], options: dict[str, Any], methods: list[Settings]
+    cut: dict[str, Any], options: dict[str, Any], methods: list[Settings]
 ) -> None:
-    layout = Layout(**EXPERTS, **cut, num_microbatches=4)
+    layout = Layout(**{**EXPERTS, "num_microbatches": 4, **cut})
     plain, overlapped = (
         run_function(other_model, layout.world_size, one, DEEPSEEK | options, methods)
-        for one in (replace(layout, overlap=False), layout)
+        for one in (replace(layout, overlap=False, graphs="none"), layout)
     )
     for (measured, gradients), (expected, wanted) in zip(overlapped, plain, strict=True):
         assert measured == pytest.approx(expected, rel=1e-5)
@@ -129,10 +208,21 @@ def test_dense_layers_shared_experts_and_all_methods_give_the_same_overlapped_an
             assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
 
 
-def test_with_coeff_zero_an_overlapped_steps_gradients_are_bit_identical_to_those_without_us() -> None:
-    layout = Layout(**EXPERTS, **STAGES, num_microbatches=4)
-    methods = [replace(STRONG, coeff=0.0), *METHODS[1:]]
-    measuring, plain = (run_function(other_model, 4, layout, DEEPSEEK, some) for some in (methods, []))
+@pytest.mark.parametrize(
+    ("layout", "methods"),
+    [
+        (Layout(**EXPERTS, **STAGES, num_microbatches=4), METHODS),
+        (Layout(**GRAPH, **LIMITED), IN_GRAPH),
+    ],
+    ids=("steps", "graph of the iteration"),
+)
+def test_with_coeff_zero_an_overlapped_steps_gradients_are_bit_identical_to_those_without_us(
+    layout: Layout, methods: list[Any]
+) -> None:
+    methods = [replace(methods[0], coeff=0.0), *methods[1:]]
+    measuring, plain = (
+        run_function(other_model, layout.world_size, layout, DEEPSEEK, some) for some in (methods, [])
+    )
     for (measured, gradients), (_, wanted) in zip(measuring, plain, strict=True):
         assert measured["jreg loss"] > 0
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
@@ -147,6 +237,8 @@ def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
+    if layout.graphs == "iteration":
+        full_graph_stand_in.install()
     make, make_layer = transformer_config.TransformerConfig, specs.get_gpt_layer_local_spec
     build, gather, attach_to = step._build_chunk, step._gathered_gradients, step.attach
     transformer_config.TransformerConfig = lambda **given: make(
@@ -166,7 +258,7 @@ def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]
     def attached(wrapped: list[Any], *settings: Settings, **named: Any) -> Any:
         nothing = SimpleNamespace(displacement=torch.zeros(1), jreg_loss=0.0, jump_rate=0.0)
         if not settings:
-            return SimpleNamespace(captured="", reduce_training_metrics=lambda: nothing)
+            return SimpleNamespace(captured="", reduce_training_metrics=lambda: nothing, detach=lambda: None)
         handle = attach_to(wrapped, *settings, **named)
         reduce = handle.reduce_training_metrics
 
@@ -205,7 +297,11 @@ def left_over(methods: list[Settings]) -> int:
     return sum(isinstance(kept, TransformerLayerNode) for kept in gc.get_objects())
 
 
-TAKEN = JRegConfig(coeff=1.0, untested_overlap=True)
+TAKEN, IN_GRAPHS = (
+    JRegConfig(coeff=1.0, **{flag: True}) for flag in ("untested_overlap", "untested_cuda_graphs")
+)
+BOTH = replace(TAKEN, untested_cuda_graphs=True)
+FULL = {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 1}
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 
@@ -216,21 +312,27 @@ def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name
         ("LET with overlap_moe", {}, [TAKEN, LETConfig(teacher="any", stop_iterations=9)]),
         ("is_hybrid_model with", {"is_hybrid_model": True}, [TAKEN]),
         ("use_megatron_fsdp with", {"use_megatron_fsdp": True}, [TAKEN]),
-        ("cuda_graph_impl with overlap", {"cuda_graph_impl": "local"}, [TAKEN]),
-        (
-            "cuda_graph_impl with overlap",
-            {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": [], "cuda_graph_warmup_steps": 1},
-            [replace(TAKEN, untested_cuda_graphs=True)],
-        ),
+        ("cuda_graph_impl local with overlap", {"cuda_graph_impl": "local"}, [BOTH]),
+        ("--cuda-graph full_iteration --overlap .*--jreg-untested-cuda-graphs", FULL, [TAKEN]),
+        ("--overlap --cuda-graph full_iteration .*--jreg-untested-overlap", FULL, [IN_GRAPHS]),
+        ("num_moe_experts with cuda_graph_impl full", FULL | {"num_moe_experts": 4}, [BOTH]),
     ):
         with pytest.raises(UserError, match=named):
             refuse_unsupported(SimpleNamespace(**OVERLAP, **more), *settings)
     refuse_unsupported(SimpleNamespace(**OVERLAP), TAKEN, NormsConfig())
+    limited = {"num_moe_experts": 4, "moe_expert_rank_capacity_factor": 1.5}
+    refuse_unsupported(SimpleNamespace(**OVERLAP, **FULL, **limited), BOTH, NormsConfig())
     with pytest.raises(UserError, match="Megatron has no such schedule"):
         refuse_built(SimpleNamespace(config=SimpleNamespace(**OVERLAP)))
     with mock.patch("megatron.core.package_info.MINOR", 18), pytest.raises(UserError) as caught:
         refuse_unsupported(SimpleNamespace(**OVERLAP), JRegConfig(coeff=1.0))
     assert "self-test" not in str(caught.value)
+
+
+def test_the_self_test_on_two_gpus_has_overlapped_iterations_in_graphs() -> None:
+    layouts = layouts_for(2, graphs="full_iteration", overlap=True)
+    assert all(layout.overlap and layout.graphs == "iteration" for layout in layouts)
+    assert {"jreg", "all"} <= {layout.methods for layout in layouts}
 
 
 def test_a_model_makes_its_own_plans_again_behind_detach() -> None:
@@ -247,8 +349,9 @@ def makes_its_own_plans() -> None:
     assert vars(model) == before
 
 
+@pytest.mark.parametrize("in_graph", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ten_overlapped_steps_of_megatrons_loop_are_those_without_the_schedule(
-    tmp_path: Path,
+    tmp_path: Path, in_graph: bool
 ) -> None:
     argv = [
         *(*TOY, "--mock-data", "--train-iters", 10, "--bf16", "--num-experts", 4, "--moe-router-topk", 2),
@@ -257,12 +360,22 @@ def test_ten_overlapped_steps_of_megatrons_loop_are_those_without_the_schedule(
         *"--slowqk-multiplier 0 --slowqk-share 0.5 --slowqk-hold-iterations 10".split(),
     ]
     on = ["--overlap-moe-expert-parallel-comm", "--jreg-untested-overlap"]
+    entry, measured = "jreg_megatron.pretrain:main", 10
+    if in_graph:
+        argv += "--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity".split()
+        argv += "--jreg-start-iteration 2 --jreg-warmup-iterations 6 --jreg-measure-interval 2".split()
+        on += "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1".split()
+        on += "--no-check-for-nan-in-loss-and-grad --jreg-untested-cuda-graphs".split()
+        entry, measured = "full_graph_stand_in:train", 5
     saved = ["--save", tmp_path / "saved", "--save-interval", 5]
     run_ranks([*argv, "--tensorboard-dir", tmp_path / "plain"], 2)
-    run_ranks([*argv, *on, *saved, "--tensorboard-dir", tmp_path / "overlapped"], 2)
+    run = run_ranks([*argv, *on, *saved, "--tensorboard-dir", tmp_path / "overlapped"], 2, entry=entry)
+    # The first of ten steps of training and of four of evaluation is run before the capture.
+    replays = [re.findall("replays: .*", output) for output in run.output]
+    assert replays == [["replays: 9 3"] if in_graph else []] * 2
     plain, overlapped = (read_scalars(tmp_path / name) for name in ("plain", "overlapped"))
     assert {*overlapped} == {*plain}
-    assert len(overlapped["jreg loss"]) == 10
+    assert len(overlapped["jreg loss"]) == measured
     for name in plain:
         if "jreg" in name or "loss" in name:
             assert overlapped[name] == pytest.approx(plain[name], rel=0.02), name
@@ -278,9 +391,8 @@ def test_no_stream_uses_memory_that_another_one_may_still_write_or_get(case: str
     assert run_function(in_order, 2, case, timeout=240) == [{}, {}]
 
 
-def in_order(case: str) -> dict[str, int]:
-    import stream_stand_in
-
+def watch_streams() -> None:
+    """Look at the streams of the self-test's steps in this process."""
     from jreg_megatron.selftest import step
 
     torch.set_num_threads(1)
@@ -291,6 +403,10 @@ def in_order(case: str) -> dict[str, int]:
             return run(*args)
 
     step._run_step = watched
+
+
+def in_order(case: str) -> dict[str, int]:
+    watch_streams()
     if case == "dense layer":
         other_model(Layout(**EXPERTS, num_microbatches=4), DEEPSEEK, METHODS)
     else:
@@ -302,9 +418,31 @@ def test_a_meter_sums_what_two_streams_have_added_when_both_have_written_it() ->
     assert run_function(sums_two_streams) == [{}]
 
 
-def sums_two_streams() -> dict[str, int]:
-    import stream_stand_in
+def test_a_captured_sum_waits_for_no_stream_that_added_before_the_capture() -> None:
+    [(found, of_another)] = run_function(sums_in_a_capture)
+    assert found == {}
+    assert [*of_another] == ["a captured stream waits for work outside of the capture, "]
 
+
+def sums_in_a_capture() -> tuple[dict[str, int], dict[str, int]]:
+    order = stream_stand_in.install()
+    meter = Meter(num_layers=2, device=torch.device("cpu"))
+    meter.crosses_streams = True
+    added = torch.ones(4, 1)
+    with order:
+        meter.add(1, added)
+        meter.totals()
+        with stream_stand_in.captured(torch.cuda.Stream()):
+            meter.add(1, added)
+            meter.add(2, added)
+        found = dict(stream_stand_in.FOUND)
+        before = torch.cuda.current_stream()
+        with stream_stand_in.captured(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(before)
+    return found, stream_stand_in.FOUND
+
+
+def sums_two_streams() -> dict[str, int]:
     order = stream_stand_in.install()
     meter = Meter(num_layers=2, device=torch.device("cpu"))
     meter.crosses_streams = True

@@ -128,8 +128,10 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
         )
     if options.cuda_graph == "full_iteration" and options.precision == "fp16":
         raise UserError("--precision fp16 is not supported with --cuda-graph full_iteration; leave it out")
-    if options.overlap and options.cuda_graph:
-        raise UserError("--overlap is not supported with --cuda-graph; leave one of the two out")
+    if options.overlap and is_of_layers:
+        raise UserError(
+            f"--overlap is not supported with --cuda-graph {options.cuda_graph}; leave one of the two out"
+        )
     on_gpu = torch.cuda.is_available() and not (options.cpu or options.nproc)
     if options.cuda_graph and not (options.list or on_gpu):
         raise UserError(f"--cuda-graph is {options.cuda_graph}, which runs on GPUs only; leave it out")

@@ -321,14 +321,14 @@ RULES = (
     _rule(
         "overlap expert pipeline virtual recompute graphs local_graphs",
         "Megatron's overlapped schedule needs expert parallelism, virtual stages in a pipeline, no full "
-        "recompute, and the experts in no graph, nor anything in one of Megatron's own",
+        "recompute, and the experts in no graph of a layer, nor anything in one of Megatron's own",
         lambda x: (
             not x.overlap
             or (
                 x.expert > 1
                 and (x.pipeline == 1 or x.virtual > 1)
                 and x.recompute in ("none", "selective")
-                and not {*x.graphs.split()} & {"layers", "mlp", "moe", "iteration"}
+                and not {*x.graphs.split()} & {"layers", "mlp", "moe"}
                 and not x.local_graphs
             )
         ),
@@ -453,6 +453,11 @@ OVERLAP_MODES: tuple[dict[str, Any], ...] = tuple(
 )
 """The same for ``--overlap``."""
 
+OVERLAP_IN_FULL_GRAPH_MODES: tuple[dict[str, Any], ...] = tuple(
+    {**mode, "graphs": "iteration", "capacity": 1.0, "token_stride": 1} for mode in OVERLAP_MODES
+)
+"""The same where a CUDA graph of the iteration is asked for too."""
+
 
 def layouts_for(
     world_size: int,
@@ -472,7 +477,7 @@ def layouts_for(
         tensor, pipeline, context, expert: fixed sizes; others are varied.
         precision: the type of all layouts; by default each mode's own.
         graphs: Megatron's ``cuda_graph_impl`` of all, if they have CUDA graphs.
-        overlap: whether all have Megatron's overlapped schedule for experts.
+        overlap: whether all have Megatron's overlapped schedule for experts; with ``full_iteration`` too.
 
     Raises:
         UserError: if the toy model cannot be split in this way.
@@ -484,7 +489,7 @@ def layouts_for(
         "full_iteration": FULL_GRAPH_MODES,
     }[graphs]
     if overlap:
-        modes = OVERLAP_MODES
+        modes = OVERLAP_IN_FULL_GRAPH_MODES if graphs else OVERLAP_MODES
     powers = [2**n for n in range(world_size.bit_length())]
     sizes = [
         {"tensor": t, "pipeline": p, "context": c, "data": world_size // (t * p * c)}

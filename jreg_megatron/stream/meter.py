@@ -148,8 +148,10 @@ class Meter:
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """What this rank has added: sums, tokens and how often each row was seen ``[rows, values + 2]``, and
-        the largest values ``[rows, largest values]``."""
+        the largest values ``[rows, largest values]``. Ask between schedules: what Megatron runs after that
+        waits for the current stream, and what is captured in a CUDA graph must not wait for another one."""
         self._sum()
+        self._streams.clear()
         return self._sums, self._largest
 
     def reset(self) -> None:

@@ -62,10 +62,7 @@ backward pass leaves their gradients where nothing reads them, before 0.20."""
 
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
-    **dict.fromkeys(
-        ("cuda_graph_impl", "use_megatron_fsdp", "moe_expert_rank_capacity_factor"),
-        _NOT_COMPARED,
-    ),
+    "use_megatron_fsdp": _NOT_COMPARED,
 }
 """What is not supported beside ``overlap_moe_expert_parallel_comm``."""
 
@@ -86,6 +83,8 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
     refused = dict(REFUSED)
     model_config = _InTodaysNames(model_config)
     graphs = model_config.cuda_graph_impl
+    overlaps = getattr(model_config, overlap.SETTING, False)
+    are_both = bool(overlaps) and graphs == "full_iteration"
     if graphs != "none" and _takes(_TAKES_GRAPHS, settings):
         for name in _OF_GRAPHS:
             del refused[name]
@@ -94,7 +93,7 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
             _refuse_local_graphs(model_config)
         if graphs == "full_iteration":
             _refuse_full_graphs(model_config, settings)
-    if getattr(model_config, overlap.SETTING, False) and _takes(_TAKES_OVERLAP, settings):
+    if overlaps and _takes(_TAKES_OVERLAP, settings):
         del refused[overlap.SETTING]
         _refuse_beside_overlap(model_config, settings)
     _refuse_freed_inputs(model_config)
@@ -104,9 +103,11 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
             shown = "".join(f" {value!r:.40}" for value in values if isinstance(value, str))
             fix = "turn it off"
             if name in _OF_GRAPHS:
-                fix += _how_to_take(_TAKES_GRAPHS, f"--cuda-graph {graphs} on your GPU", settings)
+                selftest = f"--cuda-graph {graphs}{' --overlap' * are_both} on your GPU"
+                fix += _how_to_take(_TAKES_GRAPHS, selftest, settings)
             elif name == overlap.SETTING:
-                fix += _how_to_take(_TAKES_OVERLAP, "--overlap on your GPUs", settings)
+                selftest = f"--overlap{' --cuda-graph full_iteration' * are_both} on your GPUs"
+                fix += _how_to_take(_TAKES_OVERLAP, selftest, settings)
             raise UserError(f"jreg_megatron does not support {name}{shown} yet, since {reason}; {fix}")
     for of_one in settings:
         of_one.refuse(model_config)
@@ -193,8 +194,10 @@ def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) ->
     _refuse_before_0_19(overlap.SETTING)
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
-        if (value := getattr(model_config, name, None)) and value not in ("none", "transformer_engine"):
+        if getattr(model_config, name, None):
             found[name] = reason
+    if model_config.cuda_graph_impl == "local":
+        found["cuda_graph_impl local"] = _NOT_COMPARED
     _refuse_first(found, overlap.SETTING)
 
 
