@@ -359,7 +359,8 @@ def test_any_script_runs_with_the_cpu_flags_after_its_own(tmp_path: Path) -> Non
         "jreg_megatron.cpu.enable()\n"
         "assert __name__ == '__main__'\n"
         "there = torch.ones(2, device='cuda').cuda().to('cuda:0', non_blocking=True)\n"
-        "print(json.dumps([os.environ['RANK'], sys.argv, str(there.device), there.type()]))\n"
+        "line = json.dumps([os.environ['RANK'], sys.argv, str(there.device), there.type()])\n"
+        "os.write(1, f'{line}\\n'.encode())  # at once: the ranks share the pipe\n"
         "sys.exit(3 if '--fail' in sys.argv else 0)\n"
     )
     (tmp_path / "neighbour.py").write_text("")
