@@ -225,6 +225,7 @@ def test_a_model_of_one_layer_trains_and_evaluates(toy_arguments: list[str], tmp
     assert all(math.isnan(value) for value in log["jump rate"])  # it compares two layers
 
 
+@pytest.mark.slow
 def test_a_coefficient_schedule_that_crosses_a_resume_is_bit_identical_to_a_run_without_one(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:

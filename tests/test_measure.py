@@ -505,6 +505,7 @@ def test_a_measurement_with_no_second_token_cannot_drop_the_first(folder: Path, 
         run(folder, "--text", tmp_path / "one.txt", "--drop-first-token", "--quiet")
 
 
+@pytest.mark.slow
 def test_a_real_model_has_the_jump_that_was_measured_by_other_means(tmp_path: Path) -> None:
     from importlib.util import find_spec
 

@@ -77,6 +77,7 @@ def test_ten_steps_with_jreg_equal_the_independent_reference_at(
     assert max(apart.values()) <= 1e-4, apart
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_it_rises_is_resumed_to_the_bit_also_where_weights_are_rounded(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
