@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from jreg_megatron import JRegConfig, attach
 from jreg_megatron.selftest.layouts import LENGTH, NUM_LAYERS, Layout
-from jreg_megatron.selftest.reference import (
-    ATTENTION_NORM,
-    EPS,
-    MLP_NORM,
-    ROPE_BASE,
-    ReferenceLlama,
-    displacements,
-)
+from jreg_megatron.selftest.reference import ReferenceLlama, displacements
+from jreg_megatron.selftest.step import build
 from jreg_megatron.selftest.toy import ALPHA, COEFF, Batch, draw_batch, draw_weights, shape_of
 
 RANK, SCALE = 3, 2.0
@@ -30,8 +24,6 @@ LINEARS = (
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
 ALL = tuple(range(1, NUM_LAYERS + 1))
-NAMES = {"input_layernorm.weight": ATTENTION_NORM, "pre_mlp_layernorm.weight": MLP_NORM}
-"""The reference's names of parameters that a layer without Transformer Engine calls otherwise."""
 
 Adapter = tuple[int, str]
 """A layer's number and the linear layer in it."""
@@ -90,69 +82,6 @@ def let_checkpoints_go_backward(block: Any) -> None:
     block.forward = patched
 
 
-def build(layout: Layout) -> Any:
-    """This rank's chunk of the self-test's model, with the self-test's weights."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=layout.pipeline)
-    model_parallel_cuda_manual_seed(1)
-    shape = shape_of(layout)
-    recompute = {
-        "recompute_granularity": "full",
-        "recompute_method": layout.recompute,
-        "recompute_num_layers": 1,
-    }
-    config = TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=EPS,
-        gated_linear_unit=True,
-        activation_func=nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        pipeline_model_parallel_size=layout.pipeline,
-        pipeline_dtype=torch.float32,
-        deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        **({} if layout.recompute == "none" else recompute),
-    )
-    chunk = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=shape.vocab_size,
-        max_sequence_length=LENGTH,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        rotary_base=int(ROPE_BASE),
-    )
-    weights = draw_weights(shape)
-    with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
-            *_, number, inner = ("", "", *name.removeprefix("decoder.layers.").split(".", 1))
-            if name.startswith("decoder.layers."):
-                place = chunk.decoder.layers[int(number)].layer_number - 1
-                parameter.copy_(weights[f"decoder.layers.{NAMES.get(inner, inner)}"][place])
-            else:
-                parameter.copy_(weights[name])
-    return chunk
-
-
 # -- a step --------------------------------------------------------------------------------------------
 
 
@@ -177,12 +106,15 @@ def step(layout: Layout, adapted: Sequence[int], adapt: Adapt) -> Step:
         finalize_model_grads,
     )
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.set_num_threads(1)
-    chunk = build(layout)
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=layout.pipeline)
+    model_parallel_cuda_manual_seed(1)
+    config, (chunk,), _ = build(layout, draw_weights(shape_of(layout)), "local")
     adapt(chunk, adapted)
-    chunk.config.finalize_model_grads_func = finalize_model_grads
-    model = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+    config.finalize_model_grads_func = finalize_model_grads
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(), chunk)
     settings = JRegConfig(coeff=COEFF, alpha=ALPHA, final_state=layout.final_state)
     handle = attach([model], settings, num_microbatches=layout.num_microbatches)
     batch = draw_batch(masked=False)

@@ -95,13 +95,9 @@ def run(args: Namespace, more: list[str], finish: Callable[[dict[str, Any]], Non
 def _model(layers: int, device: torch.device) -> Any:
     with without_noise():
         from jreg_megatron import cpu
-        from jreg_megatron.mcore import local_layers
         from jreg_megatron.mcore.one_process import single_process
 
-        if device.type == "cpu":
-            cpu.enable()
-        else:
-            local_layers.install()
+        cpu.enable_for(device)
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.transformer.transformer_config import TransformerConfig

@@ -8,10 +8,14 @@ GPUs redirects nothing.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from jreg_megatron.cpu.flags import FLAGS, announcement, with_cpu_flags
 
-__all__ = ["FLAGS", "announcement", "enable", "with_cpu_flags"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FLAGS", "announcement", "enable", "enable_for", "with_cpu_flags"]
 
 
 @cache
@@ -25,3 +29,14 @@ def enable() -> None:
     megatron.import_for_the_cpu()
     redirect.install()
     megatron.install()
+
+
+def enable_for(device: torch.device) -> None:
+    """Import Megatron, and have its local layers run in torch alone on a device: a CPU, for which this is
+    :func:`enable`, or a GPU."""
+    if device.type == "cpu":
+        enable()
+    else:
+        from jreg_megatron.mcore import local_layers
+
+        local_layers.install()

@@ -32,6 +32,7 @@ from jreg_megatron.stream.anatomy import unwrap
 from jreg_megatron.stream.attachment import attach
 from jreg_megatron.stream.method import Metrics
 from jreg_megatron.stream.preparation import prepare
+from jreg_megatron.stream.settings import Settings
 
 _RECOMPUTED = {
     "pairs": 2,
@@ -112,14 +113,8 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     if layout.graphs == "iteration" or layout.local_graphs:
         generators["use_cudagraphable_rng"] = True
     model_parallel_cuda_manual_seed(1, **generators)
-    config = _transformer_config(layout, transformer_impl)
-    chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     settings = settings_of(layout)
-    prepare(chunks, settings)
-    parts = _parts(chunks, shape_of(layout))  # before FSDP splits the parameters
-    with torch.no_grad():
-        for name, where, data in _pieces(parts, lambda _, parameter: parameter):
-            data.copy_(weights[name][where])
+    config, chunks, parts = build(layout, weights, transformer_impl, settings)
     wrapped = _wrap(layout, config, chunks)
     now = [ITERATION]
     handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: now[0])
@@ -226,6 +221,24 @@ def _expert_tensor_size(layout: Layout) -> int:
 def _loss_scale(layout: Layout) -> float:
     """Near the largest that float16 can hold. It is smaller for per-token loss, which is divided later."""
     return 1.0 if layout.precision != "fp16" else 4.0 if layout.per_token_loss else 1024.0
+
+
+def build(
+    layout: Layout, weights: dict[str, Tensor], transformer_impl: str, settings: Sequence[Settings] = ()
+) -> tuple[Any, list[nn.Module], list[Part]]:
+    """This rank's model at the layout, with these weights and what the methods change.
+
+    Returns:
+        Megatron's configuration, the chunks, and what this rank has of each parameter.
+    """
+    config = _transformer_config(layout, transformer_impl)
+    chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
+    prepare(chunks, settings)
+    parts = _parts(chunks, shape_of(layout))  # before FSDP splits the parameters
+    with torch.no_grad():
+        for name, where, data in _pieces(parts, lambda _, parameter: parameter):
+            data.copy_(weights[name][where])
+    return config, chunks, parts
 
 
 def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
@@ -482,7 +495,7 @@ def _whole(parameter: Any) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """This rank's part of a parameter."""
 
     name: str
@@ -493,12 +506,12 @@ class _Part:
     """The model's shape, if it is a hybrid one."""
 
 
-def _parts(chunks: list[nn.Module], shape: Shape) -> list[_Part]:
+def _parts(chunks: list[nn.Module], shape: Shape) -> list[Part]:
     from megatron.core import parallel_state
 
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return [
-        _Part(
+        Part(
             f"{number} {names[entry.data]}", entry, shape if hasattr(chunk, "hybrid_layer_pattern") else None
         )
         for number, chunk in enumerate(chunks)
@@ -509,7 +522,7 @@ def _parts(chunks: list[nn.Module], shape: Shape) -> list[_Part]:
 
 
 def _pieces(
-    parts: Sequence[_Part], value: Callable[[str, Tensor], Tensor]
+    parts: Sequence[Part], value: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Place, Tensor]]:
     """``value(name, parameter)`` of every parameter, in the pieces of Megatron's checkpoints.
 

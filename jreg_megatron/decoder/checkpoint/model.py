@@ -184,14 +184,9 @@ def import_megatron(device: torch.device) -> None:
     from jreg_megatron import cpu
 
     with without_noise():
-        if device.type == "cpu":
-            cpu.enable()
-        else:
-            from jreg_megatron.mcore import local_layers
-
-            local_layers.install()
-            if device.index is not None:
-                torch.cuda.set_device(device)
+        cpu.enable_for(device)
+        if device.type != "cpu" and device.index is not None:
+            torch.cuda.set_device(device)
     need_training_loop("reading Megatron's checkpoints")
 
 
