@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jreg_megatron.runtime.errors import UserError
 
@@ -47,29 +47,15 @@ def refuse_recorded() -> None:
         )
 
 
-def refuse_what_they_hold(chunk: nn.Module, in_layers: bool) -> None:
-    """Refuse to run a chunk any more, if there are graphs that go on with what a method changed.
+def is_held(in_layers: bool) -> bool:
+    """Whether graphs go on with what a method changed that is detached.
 
     Args:
-        chunk: unwrapped; a method that changes its layers was detached.
-        in_layers: whether a layer's graph holds the change. A graph that generates text may hold all layers.
+        in_layers: whether a layer's graph would hold it. A graph that generates text may hold all layers.
     """
     from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 
-    if (in_layers and are_captured()) or _CudagraphGlobalRecord.cudagraph_inference_record:
-        chunk.register_forward_pre_hook(refuse_to_run)
-
-
-def refuse_to_run(*_: Any) -> None:
-    """Refuse to run a model whose graphs, of any kind, still have what a detached method changed.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        "a method that changes the model was detached, and the CUDA graphs of its layers still have what it "
-        "changes; keep it attached, or build the model again"
-    )
+    return (in_layers and are_captured()) or bool(_CudagraphGlobalRecord.cudagraph_inference_record)
 
 
 def go_around(module: Any, around: Callable[..., Any]) -> Callable[[], None]:

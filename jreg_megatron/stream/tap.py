@@ -215,15 +215,16 @@ class _ChunkTap:
                 tap.start_watch(chunk.config, report)
         if final_norm is not None:
             undo.append(final_norm.register_forward_hook(self._after_final_norm).remove)
-        changed = [layer for layer in layers if layer.number in self.changes]
-        if self.graphs == "local" and changed:
-            in_layers = any(layer.first is layer.last for layer in changed)  # else behind its graphs
-            undo.append(functools.partial(local_graph.refuse_what_they_hold, chunk, in_layers))
-        undo.append(self._refuse_what_graphs_hold)
+        if any(layer.number in self.changes for layer in layers):
+            undo.append(self._refuse_what_graphs_hold)
 
     def _refuse_what_graphs_hold(self) -> None:
-        if any(tap.is_changed_in_graph for tap in self._taps):
-            self._chunk.register_forward_pre_hook(local_graph.refuse_to_run)
+        """Refuse to run the chunk any more, if its graphs go on with what a method changed."""
+        is_held = any(tap.is_changed_in_graph for tap in self._taps)
+        if self.graphs == "local":
+            is_held = local_graph.is_held(is_held)
+        if is_held:
+            self._chunk.register_forward_pre_hook(_refuse_to_run)
 
     def _watches(self) -> list[LayerWatch]:
         return [tap.watch for tap in self.watched if tap.watch is not None and self.is_watching]
@@ -298,6 +299,13 @@ class _ChunkTap:
         return self.observer.final_norm(microbatch, num_layers(self._chunk), layer_input, normed)
 
 
+def _refuse_to_run(*_: Any) -> None:
+    raise UserError(
+        "a method that changes the model was detached, and the CUDA graphs of its layers still have what it "
+        "changes; keep it attached, or build the model again"
+    )
+
+
 def _nothing() -> None:
     pass
 
@@ -325,7 +333,7 @@ class _LayerTap:
         self._change = chunk.changes.get(layer.number)
         self._is_over = self._is_captured = self._is_begun = False
         self.is_changed_in_graph = False
-        """Whether a graph of Transformer Engine has captured what a method changes."""
+        """Whether a method changed something where a graph was, or is to be, captured."""
         self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
         self._watching: LayerWatch | None = None  # in the run under way
@@ -530,7 +538,7 @@ class _LayerTap:
     def _changed(self, layer_output: Tensor) -> Tensor:
         if self._change is None or self._input is None:
             return layer_output
-        self.is_changed_in_graph |= self._is_captured and self._chunk.graphs == "transformer_engine"
+        self.is_changed_in_graph |= self._is_captured
         return self._change(self.number, self._input, layer_output)
 
     def _show(self, layer_output: Tensor) -> Tensor:
