@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import mpu
@@ -84,7 +85,8 @@ def read_arguments(*settings: Settings) -> Any:
         for of_one in settings:
             of_one.refuse_layers(asked.num_layers)
     with megatrons_refusals():
-        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        with mock.patch.object(arguments, "parse_args", return_value=asked):
+            args = arguments.parse_and_validate_args()
         config = gpt_config_from_args(args)
         if args.init_fan_in:
             initialization.set_fan_in(config.transformer, args)
@@ -174,13 +176,13 @@ def _sees_tokens(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or _predicts_several_tokens(vp_stage)
 
 
-def _needs_loss_mask() -> bool:
+def needs_loss_mask() -> bool:
     """Whether a method needs the loss mask; Megatron itself gives it to the last pipeline stage only."""
     return any(getattr(get_args(), f"{of_one.prefix}_tokens", "") == "unmasked" for of_one in known.METHODS)
 
 
 def _needs_data(vp_stage: int | None) -> bool:
-    return mpu.get_tensor_model_parallel_rank() == 0 and (_sees_tokens(vp_stage) or _needs_loss_mask())
+    return mpu.get_tensor_model_parallel_rank() == 0 and (_sees_tokens(vp_stage) or needs_loss_mask())
 
 
 def _micro_batch_size(model: nn.Module) -> int:
@@ -196,7 +198,7 @@ def _next_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int)
     if _needs_data(vp_stage):
         sample = next(data_iterator)
     batch = _batch_on_this_tensor_rank(sample, vp_stage, micro_batch_size) if _sees_tokens(vp_stage) else {}
-    if _needs_loss_mask() and batch.get("loss_mask") is None:
+    if needs_loss_mask() and batch.get("loss_mask") is None:
         batch["loss_mask"] = _loss_mask_on_this_tensor_rank(sample, micro_batch_size)
     if not batch:
         return {}

@@ -33,7 +33,7 @@ def install(capacity: float) -> None:
     """
     _install_kernels()
     step: Any = selftest_step
-    make_config, attach = step._transformer_config, step.attach
+    make_config, attach = step.config_of, step.attach
     graphs: Any = full_cuda_graph
     schedules: Any = pipeline_parallel
     wrapper, schedule_of = graphs.FullCudaGraphWrapper, schedules.get_forward_backward_func
@@ -65,7 +65,7 @@ def install(capacity: float) -> None:
         has_graph = chunks[0].config.cuda_graph_impl != "none"
         return schedule_of() if has_graph else in_runner(schedule_of())
 
-    step._transformer_config, step.attach = config_of, attached
+    step.config_of, step.attach = config_of, attached
     schedules.get_forward_backward_func = schedule
     runner: Any = PagedStashRunner
     prepare = runner.prepare_for_rerun

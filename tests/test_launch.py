@@ -372,5 +372,5 @@ def test_copies_of_a_function_are_rebound_and_the_original_is_kept() -> None:
 if __name__ == "__main__":
     from jreg_megatron import gpt_pretraining
 
-    gpt_pretraining._needs_loss_mask = lambda: False
+    gpt_pretraining.needs_loss_mask = lambda: False
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -80,7 +80,7 @@ def _compare(layer: int, layout: Layout, teacher: Path) -> tuple[str, float, flo
     import torch.distributed as dist
 
     from jreg_megatron.selftest import step, toy
-    from jreg_megatron.selftest.compare import _expected, difference
+    from jreg_megatron.selftest.compare import difference, expected_step
 
     config = LETConfig(
         teacher=str(teacher), coeff=COEFF, layer=layer, stop_iterations=STOP, tokens=layout.tokens
@@ -95,7 +95,7 @@ def _compare(layer: int, layout: Layout, teacher: Path) -> tuple[str, float, flo
     step.attach = attached  # type: ignore[attr-defined]
     weights = toy.draw_weights(toy.shape_of(layout))
     batch = toy.draw_batch(layout.masked, layout.padded)
-    exact, limit = _expected(layout, weights, batch)
+    exact, limit = expected_step(layout, weights, batch)
     loss = add_reference(exact, layout, weights, batch, layer, teacher)
     found = step.run_step(layout, weights, batch, "local", timedelta(minutes=1))
     metrics = handles[0].reduce_training_metrics()
@@ -121,7 +121,7 @@ def add_reference(exact: Any, layout: Layout, weights: Any, batch: Any, layer: i
     counted = torch.ones_like(away)
     if layout.tokens == "unmasked":
         counted = (~batch.padding_mask if layout.padded else batch.loss_mask).double()
-        share = toy._token_shares(layout, counted, counted)
+        share = toy.token_shares(layout, counted, counted)
     else:
         share = counted / (batch.loss_mask.sum() if layout.per_token_loss else counted.numel())
     (COEFF * (STOP - ITERATION) / STOP * (share * away).sum()).backward()

@@ -240,7 +240,7 @@ def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]
     if layout.graphs == "iteration":
         full_graph_stand_in.install()
     make, make_layer = transformer_config.TransformerConfig, specs.get_gpt_layer_local_spec
-    build, gather, attach_to = step._build_chunk, step._gathered_gradients, step.attach
+    build, gather, attach_to = step.build_chunk, step.gathered_gradients, step.attach
     transformer_config.TransformerConfig = lambda **given: make(
         **{**given, **options, "perform_initialization": True, "init_method_std": 0.2}
     )
@@ -274,9 +274,9 @@ def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]
         gradients.update(gather(wrapped))
         return gradients
 
-    step._build_chunk, step._gathered_gradients, step.attach = build_chunk, gathered, attached
+    step.build_chunk, step.gathered_gradients, step.attach = build_chunk, gathered, attached
     step.settings_of = lambda _: methods
-    step._pieces, step._parts = (lambda *_: iter(())), (lambda *_: [])
+    step.pieces_of, step.parts_of = (lambda *_: iter(())), (lambda *_: [])
     weights, batch = toy.draw_weights(toy.shape_of(layout)), toy.draw_batch(masked=False)
     found = step.run_step(layout, weights, batch, "local", timedelta(minutes=1))
     return {"lm loss": found.lm_loss, **measured}, gradients

@@ -48,7 +48,7 @@ def gathered_late(layout: Layout) -> Comparison:
         overlap_param_gather=True,
         bucket_size=1,
     )
-    wrap = step._wrap
+    wrap = step.wrap
 
     def wrapped(*given: Any) -> list[Any]:
         models = wrap(*given)
@@ -59,7 +59,7 @@ def gathered_late(layout: Layout) -> Comparison:
         graph_stand_in.capture(models, *given)
         hide(models)
 
-    step._wrap, step.capture_graphs = wrapped, captured
+    step.wrap, step.capture_graphs = wrapped, captured
     return compare_step(layout)
 
 

@@ -213,17 +213,17 @@ def test_ranks_that_would_run_different_kernels_are_refused() -> None:
 def test_with_nccl_a_model_that_is_not_on_its_gpu_yet_is_refused_and_an_empty_stage_is_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert attachment._device_of([nn.Linear(1, 1)]) == torch.device("cpu")
+    assert attachment.device_of([nn.Linear(1, 1)]) == torch.device("cpu")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     for device in ("cpu", "meta"):
         with pytest.raises(UserError, match=rf"\b{device} device.* GPU"):
-            attachment._device_of([nn.Linear(1, 1, device=device)])
-    assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
+            attachment.device_of([nn.Linear(1, 1, device=device)])
+    assert attachment.device_of([nn.Identity()]) == torch.device("cuda", 3)
     monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
-    assert attachment._device_of([nn.Identity()]) == torch.device("cuda", 3)
-    assert attachment._device_of([nn.Linear(1, 1)]) == torch.device("cpu")
+    assert attachment.device_of([nn.Identity()]) == torch.device("cuda", 3)
+    assert attachment.device_of([nn.Linear(1, 1)]) == torch.device("cpu")
 
 
 def test_another_kind_of_model_is_refused_although_it_has_layers() -> None:

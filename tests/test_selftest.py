@@ -60,14 +60,14 @@ def broken_on_one_rank(argv: list[str]) -> int:
     from jreg_megatron.selftest import step
     from jreg_megatron.selftest.__main__ import main
 
-    build = step._build_chunk
+    build = step.build_chunk
 
     def build_chunk(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
             raise RuntimeError("the second rank cannot build a model")
         return build(*args)
 
-    step._build_chunk = build_chunk
+    step.build_chunk = build_chunk
     return main(argv)
 
 

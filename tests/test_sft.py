@@ -25,7 +25,7 @@ from jreg_megatron.sft import __main__ as sft
 pytest.importorskip("trl", reason="the extra sft is not installed (jreg_megatron[sft])")
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sft.sh"
-FLAGS = [*sft._SMOKE.split(), "--chat_template_path", str(sft.TEMPLATE), "--assistant_only_loss", "true"]
+FLAGS = [*sft.SMOKE_FLAGS.split(), "--chat_template_path", str(sft.TEMPLATE), "--assistant_only_loss", "true"]
 MIXTURE = 489_818  # conversations that the data set's page counts
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -160,8 +160,8 @@ def test_a_long_conversation_is_cut_and_left_out_if_no_answer_remains(toy: Path,
 
 
 def test_the_settings_are_the_papers(words_of: Callable[..., list[str]]) -> None:
-    options, flags = sft._request(words_of("model"))
-    asked = sft._parse(flags)
+    options, flags = sft.read_request(words_of("model"))
+    asked = sft.parse(flags)
     assert (asked.learning_rate, asked.lr_scheduler_type, asked.max_steps) == (2e-5, "linear", 957)
     assert options.batch == 512 and options.data == "allenai/tulu-v1-sft-mixture"
     assert not asked.packing and asked.assistant_only_loss and asked.bf16 and asked.max_length == 1024
@@ -188,7 +188,7 @@ def test_a_dry_run_prints_the_table_and_the_torchrun_command_and_starts_nothing(
     assert command[command.index("--nproc-per-node") + 1] == "4"
     module, step, *rest = command[command.index("-m", 4) + 1 :]
     assert (module, step, *rest[:2]) == ("jreg_megatron.sft", "train", str(toy), str(data))
-    asked = sft._parse(rest[2:])
+    asked = sft.parse(rest[2:])
     assert asked.gradient_accumulation_steps * asked.per_device_train_batch_size * 4 == 512
     assert asked.learning_rate == 1e-5
     assert not started and not (tmp_path / "run").exists()
@@ -307,8 +307,8 @@ def test_a_mistake_ends_in_one_line_before_anything_starts(
         monkeypatch.setitem(sys.modules, "trl", None)
     elif prepare == "another run":
         (tmp_path / "run").mkdir()
-        _, flags = sft._request(words_of("x"))
-        held = {name: getattr(sft._parse(flags), name) for name in sft._IDENTITY}
+        _, flags = sft.read_request(words_of("x"))
+        held = {name: getattr(sft.parse(flags), name) for name in sft.IDENTITY}
         (tmp_path / "run" / "sft.json").write_text(json.dumps(held))
     places = {"model": model, "data": data}
     filled = {name: str(value).format(**places) for name, value in ({"DATA": data} | knobs).items()}

@@ -45,7 +45,7 @@ class WindowLlama(reference.ReferenceLlama):
         rows = []
         for at in range(length):
             seen = slice(max(0, at - WINDOW), at + 1)
-            scores = reference._rotate(query)[:, :, at : at + 1] @ reference._rotate(key)[:, :, seen].mT
+            scores = reference.rotate(query)[:, :, at : at + 1] @ reference.rotate(key)[:, :, seen].mT
             rows.append((scores / math.sqrt(width // heads)).softmax(-1) @ value[:, :, seen])
         joined = torch.cat(rows, dim=2).transpose(1, 2).reshape(batch, length, width)
         return joined @ layer[f"{PREFIX}linear_proj.weight"].T
@@ -81,8 +81,8 @@ class SinkLlama(reference.ReferenceLlama):
         )
         queries, keys, values = qkv.tensor_split((heads // GROUPS, heads // GROUPS + 1), dim=3)
         query, key, value = (x.permute(0, 2, 3, 1, 4) for x in (queries, keys, values))  # b, group, head, s
-        scores = reference._rotate(query) @ reference._rotate(key).mT / math.sqrt(query.shape[-1])
-        raised = scores.masked_fill(reference._future(normed), -math.inf).exp()
+        scores = reference.rotate(query) @ reference.rotate(key).mT / math.sqrt(query.shape[-1])
+        raised = scores.masked_fill(reference.future(normed), -math.inf).exp()
         offset = layer.get(OFFSET, normed.new_zeros(heads)).view(GROUPS, -1, 1, 1)
         mixed = raised / (offset.exp() + raised.sum(-1, keepdim=True)) @ value
         return mixed.flatten(1, 2).transpose(1, 2).flatten(2) @ layer[f"{PREFIX}linear_proj.weight"].T

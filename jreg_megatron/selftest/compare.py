@@ -88,7 +88,7 @@ def compare_step(
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     weights = {name: value.to(device) for name, value in draw_weights(shape_of(layout)).items()}
     batch = draw_batch(layout.masked, layout.padded).to(device)
-    exact, limit = _expected(layout, weights, batch)
+    exact, limit = expected_step(layout, weights, batch)
     step = run_step(layout, weights, batch, transformer_impl, timeout)
 
     def sum_over_ranks(sums: Tensor) -> None:
@@ -99,7 +99,7 @@ def compare_step(
     return Comparison(difference(step, exact, sum_over_ranks), limit, step.captured)
 
 
-def _expected(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple[Step, Difference]:
+def expected_step(layout: Layout, weights: dict[str, Tensor], batch: Batch) -> tuple[Step, Difference]:
     """The reference in float64, and the allowed differences of a step in the layout's type."""
     exact = reference_step(layout, weights, batch, torch.float64)
     dtype = DTYPES[layout.precision]

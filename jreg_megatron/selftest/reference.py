@@ -247,8 +247,8 @@ class ReferenceLlama:
         # One group per head: query, key and value of a head are neighbours.
         qkv = (normed @ layer["self_attention.linear_qkv.weight"].T).view(batch, length, heads, 3, size)
         query, key, value = (qkv[:, :, :, part].transpose(1, 2) for part in range(3))
-        scores = _rotate(query) @ _rotate(key).transpose(-1, -2) / math.sqrt(size)
-        mixed = scores.masked_fill(_future(normed), -math.inf).softmax(-1) @ value
+        scores = rotate(query) @ rotate(key).transpose(-1, -2) / math.sqrt(size)
+        mixed = scores.masked_fill(future(normed), -math.inf).softmax(-1) @ value
         joined = mixed.transpose(1, 2).reshape(batch, length, width)
         return joined @ layer["self_attention.linear_proj.weight"].T
 
@@ -269,7 +269,7 @@ class ReferenceLlama:
         key, value = both.tensor_split((OWN,), -1)
         scores = torch.einsum("bqhd,bkhd->bhqk", query[..., :OWN], key)
         scores = scores + torch.einsum("bqhd,bkd->bhqk", _turned(query[..., OWN:]), _turned(shared))
-        share = (scores / math.sqrt(OWN + SHARED)).masked_fill(_future(normed), -math.inf).softmax(-1)
+        share = (scores / math.sqrt(OWN + SHARED)).masked_fill(future(normed), -math.inf).softmax(-1)
         return project(torch.einsum("bhqk,bkhd->bqhd", share, value).flatten(2), "proj")
 
     def _experts(self, layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def _mixed(layer: Mapping[str, Tensor], normed: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-def _future(normed: Tensor) -> Tensor:
+def future(normed: Tensor) -> Tensor:
     """Which tokens ``[s, s]`` a token must not see."""
     length = normed.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
@@ -345,7 +345,7 @@ def _turned(x: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
 
-def _rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor) -> Tensor:
     """Rotary positions on ``[b, heads, s, d]``, the first half of d paired with the second."""
     length, size = x.shape[-2:]
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -115,7 +115,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     model_parallel_cuda_manual_seed(1, **generators)
     settings = settings_of(layout)
     config, chunks, parts = build(layout, weights, transformer_impl, settings)
-    wrapped = _wrap(layout, config, chunks)
+    wrapped = wrap(layout, config, chunks)
     now = [ITERATION]
     handle = attach(wrapped, *settings, num_microbatches=layout.num_microbatches, iteration=lambda: now[0])
     if layout.precision == "fp16":
@@ -170,7 +170,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     dist.all_reduce(total)
     metrics = handle.reduce_training_metrics()
     assert metrics is not None, "JREG saw no state of some layer"
-    gradients = _gathered_gradients(wrapped)
+    gradients = gathered_gradients(wrapped)
     scale = _loss_scale(layout)
     if layout.graphs == "iteration":
         handle.detach()  # destroys the graph, which must end before its process groups
@@ -183,7 +183,7 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
         captured=handle.captured,
         gradients=[
             (name, where, gradient / scale)
-            for name, where, gradient in _pieces(parts, lambda name, _: gradients[name])
+            for name, where, gradient in pieces_of(parts, lambda name, _: gradients[name])
         ],
     )
 
@@ -231,17 +231,17 @@ def build(
     Returns:
         Megatron's configuration, the chunks, and what this rank has of each parameter.
     """
-    config = _transformer_config(layout, transformer_impl)
-    chunks = [_build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
+    config = config_of(layout, transformer_impl)
+    chunks = [build_chunk(layout, config, index, transformer_impl) for index in range(layout.virtual)]
     prepare(chunks, settings)
-    parts = _parts(chunks, shape_of(layout))  # before FSDP splits the parameters
+    parts = parts_of(chunks, shape_of(layout))  # before FSDP splits the parameters
     with torch.no_grad():
-        for name, where, data in _pieces(parts, lambda _, parameter: parameter):
+        for name, where, data in pieces_of(parts, lambda _, parameter: parameter):
             data.copy_(weights[name][where])
     return config, chunks, parts
 
 
-def _transformer_config(layout: Layout, transformer_impl: str) -> Any:
+def config_of(layout: Layout, transformer_impl: str) -> Any:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -339,7 +339,7 @@ def _embedding_ranks(layout: Layout, pipeline_ranks: list[int], *_: Any) -> list
     return sorted(ends)
 
 
-def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str) -> Any:
+def build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -377,7 +377,7 @@ def _build_chunk(layout: Layout, config: Any, index: int, transformer_impl: str)
     return GPTModel(config, layer, **options)
 
 
-def _wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Module]:
+def wrap(layout: Layout, config: Any, chunks: list[nn.Module]) -> list[nn.Module]:
     """Wrap like Megatron's loop: the number type, then data parallelism."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
@@ -454,7 +454,7 @@ def _packed_parameters(layout: Layout, tokens: Tensor) -> Any:
     )
 
 
-def _gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
+def gathered_gradients(wrapped: list[nn.Module]) -> dict[str, Tensor]:
     """The gradient of every parameter, by the number of its chunk and its name. Shards of optimizers, FSDP2
     and Megatron-FSDP are gathered."""
     for model in wrapped:
@@ -506,7 +506,7 @@ class Part:
     """The model's shape, if it is a hybrid one."""
 
 
-def _parts(chunks: list[nn.Module], shape: Shape) -> list[Part]:
+def parts_of(chunks: list[nn.Module], shape: Shape) -> list[Part]:
     from megatron.core import parallel_state
 
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
@@ -521,7 +521,7 @@ def _parts(chunks: list[nn.Module], shape: Shape) -> list[Part]:
     ]
 
 
-def _pieces(
+def pieces_of(
     parts: Sequence[Part], value: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Place, Tensor]]:
     """``value(name, parameter)`` of every parameter, in the pieces of Megatron's checkpoints.

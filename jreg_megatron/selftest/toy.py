@@ -181,14 +181,14 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
     normed = model.final_norm(states[-1])
     losses = model.token_losses(normed, batch.labels)
     wide = losses.dtype
-    share = _token_shares(layout, batch.loss_mask.to(wide), batch.loss_mask.to(wide))
+    share = token_shares(layout, batch.loss_mask.to(wide), batch.loss_mask.to(wide))
     loss = (share * losses).sum()
     lm_loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
 
     ahead = batch.loss_mask.to(wide)
     for losses_ahead in model.predicted_ahead(normed, batch.tokens, batch.labels):
         ahead = shifted(ahead)
-        share_ahead = _token_shares(layout, ahead, batch.loss_mask.to(wide))
+        share_ahead = token_shares(layout, ahead, batch.loss_mask.to(wide))
         factor = MTP_LOSS_SCALING_FACTOR / model.shape.mtp_num_layers
         loss = loss + factor * (share_ahead * losses_ahead).sum()
 
@@ -207,7 +207,7 @@ def reference_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, dty
         counted, psi_share = batch.loss_mask.to(wide), share
     elif layout.tokens == "unmasked":
         counted = (~batch.padding_mask).to(wide)
-        psi_share = _token_shares(layout, counted, counted)
+        psi_share = token_shares(layout, counted, counted)
         if layout.per_token_loss:  # Megatron divides by the number of tokens with a loss
             psi_share = counted / batch.loss_mask.sum()
     else:
@@ -261,7 +261,7 @@ def _together(layout: Layout) -> Tensor:
     return number
 
 
-def _token_shares(layout: Layout, mask: Tensor, loss_mask: Tensor) -> Tensor:
+def token_shares(layout: Layout, mask: Tensor, loss_mask: Tensor) -> Tensor:
     """Each token's weight in the step's loss, ``[BATCH, LENGTH]``.
 
     Args:

@@ -32,13 +32,13 @@ TEMPLATE = Path(__file__).with_name("sft.jinja")
 ROLES = ("system", "user", "assistant")
 SMOKE_STEPS = 2
 
-_SMOKE = """
+SMOKE_FLAGS = """
     --use_cpu true --per_device_train_batch_size 4 --max_length 256 --learning_rate 1e-3 --warmup_steps 0
     --logging_steps 1 --dataset_num_proc 1 --fsdp=
 """
 """One process without a GPU, short texts, and a learning rate that lowers the loss in a few steps."""
 _RUN = "sft.json"
-_IDENTITY = (
+IDENTITY = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "max_length"),
     *("packing", "assistant_only_loss", "seed"),
 )
@@ -174,13 +174,13 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
 
 
 def _start(words: Sequence[str]) -> None:
-    options, flags = _request(words)
+    options, flags = read_request(words)
     if options.smoke is not None:
         _smoke(options, flags)
         return
     if options.model is None:
         raise UserError(f"the model is missing; name the exported folder: {options.recipe} MODEL")
-    asked = _parse(flags)
+    asked = parse(flags)
     run, steps = Path(asked.output_dir), asked.max_steps
     if steps < 1:
         raise UserError(f"--max_steps is {steps}; it must be a whole number >= 1: set STEPS")
@@ -192,7 +192,7 @@ def _start(words: Sequence[str]) -> None:
             f"BATCH is {options.batch}, which {options.gpus} GPUs cannot share in micro-batches of "
             f"{micro_batch}; it must be a multiple of {at_a_time}: change MICRO_BATCH or GPUS"
         )
-    asked_for = {name: getattr(asked, name) for name in _IDENTITY}
+    asked_for = {name: getattr(asked, name) for name in IDENTITY}
     asked_for |= {"MODEL": options.model, "DATA": options.data, "BATCH": options.batch}
     identity.refuse_another(run / _RUN, asked_for)
     done, checkpoint = last_checkpoint(run)
@@ -227,14 +227,14 @@ def _start(words: Sequence[str]) -> None:
 
 
 def _smoke(options: Namespace, flags: list[str]) -> None:
-    folder = Path(_parse(flags).output_dir) / "smoke"
-    flags += [*_SMOKE.split(), "--gradient_accumulation_steps", "2", "--output_dir", str(folder / "run")]
+    folder = Path(parse(flags).output_dir) / "smoke"
+    flags += [*SMOKE_FLAGS.split(), "--gradient_accumulation_steps", "2", "--output_dir", str(folder / "run")]
     flags += ["--max_steps", str(options.smoke)]
     model, data = options.model or str(folder / "model"), folder / "questions.jsonl"
     ranks = [sys.executable, *_rank(model, str(data), flags)]
     print(f"Smoke: {options.model or 'a toy'} on this machine's CPU; its folder is {folder}")
     if options.model:
-        check_model(model, _parse(flags).max_length)
+        check_model(model, parse(flags).max_length)
     if not options.dry_run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -293,13 +293,13 @@ def _parser() -> Any:
     return parser
 
 
-def _parse(flags: Sequence[str]) -> Namespace:
+def parse(flags: Sequence[str]) -> Namespace:
     """TRL's values of the flags; this machine is not checked."""
     asked: Namespace = _parser().parse_args(list(flags))
     return asked
 
 
-def _request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
+def read_request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     """The options of recipe and user, and TRL's flags."""
     parser = Parser(prog="python -m jreg_megatron.sft")
     parser.add_argument("--recipe", type=Path, required=True)

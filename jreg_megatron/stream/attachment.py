@@ -162,13 +162,13 @@ def place_of(
         num_layers=num_layers(chunks[0]),
         hidden_size=config.hidden_size,
         dtype=torch.float32 if config.fp32_residual_connection else dtype,
-        device=_device_of(chunks),
+        device=device_of(chunks),
         scaling=Scaling(chunks[0], num_microbatches),
         iteration=iteration,
     )
 
 
-def _device_of(chunks: Sequence[nn.Module]) -> torch.device:
+def device_of(chunks: Sequence[nn.Module]) -> torch.device:
     """Where this rank's part of the model is; of a stage that has no parameters, where it would be.
 
     Raises:
