@@ -50,6 +50,7 @@ OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
 BENCH_KERNEL = ("tests/test_bench_kernel.py",)
 KERNELS = ("tests/test_kernels.py",)
+PREPARED = ("tests/test_compiled_kernels.py", "-k", "prepared")
 PENALTY = ("tests/test_penalty.py",)
 MEASURE = ("tests/test_measure.py", "tests/test_decoder.py")
 STRUCTURE = ("tests/test_structure.py",)
@@ -1083,6 +1084,23 @@ _BY_FILE = {
             "add the part of the layer above with the wrong sign",
             (("along_both = along + along_above", "along_both = along - along_above"),),
             PENALTY,
+        ),
+    ],
+    "methods/jreg/kernels/fused.py": [
+        Fault(
+            "launch the kernel for aligned states on others",
+            (("(kernel, device, addresses % _ALIGNED == 0, like", "(kernel, device, like"),),
+            PREPARED,
+        ),
+        Fault(
+            "launch a kernel with the strides of other states",
+            (("            *[state.stride() for state in states],\n", ""),),
+            PREPARED,
+        ),
+        Fault(
+            "prepare launches on an AMD GPU",
+            ((' or driver.active.get_current_target().backend != "cuda"', ""),),
+            ("tests/test_compiled_kernels.py", "-k", "amd"),
         ),
     ],
     "methods/jreg/kernels/programs.py": [

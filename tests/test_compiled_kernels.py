@@ -1,7 +1,7 @@
 """What Triton makes of the kernels for GPUs that are not here, launched as the package launches them.
 
-The launches are real up to the last step: the driver is one that only names its GPU, the states are on
-the ``meta`` device, and what would run there is compiled and looked at.
+The launches are real up to the last step: the driver names its GPU and keeps what it is given, and what would
+run there is compiled and looked at. States are on the ``meta`` device, or on the CPU where addresses matter.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from jreg_megatron.methods.jreg.kernels import Above, fused
+from jreg_megatron.methods.jreg.kernels import Above, Rows, fused
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (768, 2048, 3072, 3200, 4096, 8192)
@@ -41,11 +42,18 @@ FAST = [
 ALL = [*product(METHODS, SM_WARPS, (*WIDTHS, 12288), TYPES)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class OfflineDriver:
-    """Names the GPU to compile for, in the place of Triton's driver."""
+    """Stands in for Triton's driver: names the GPU to compile for, and keeps launches."""
 
     arch: int
+    launches: list[tuple[Any, ...]] = field(default_factory=list)
+    """Of each launch the compiled kernel's hash, the grid and the arguments."""
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 2**20},
+        load_binary=lambda *_: (1, 1, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -55,6 +63,12 @@ class OfflineDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(*given: Any) -> None:
+            self.launches.append((metadata.hash, *given[:3], *given[9:]))
+
+        return launch
 
 
 @dataclass
@@ -99,14 +113,15 @@ def compiled(arch: int, method: str, *given: Any, **named: Any) -> Compiled:
     kernels = []
     run = triton.JITFunction.run
 
-    def only_compile(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
-        kernels.append(run(self, *args, warmup=True, **options))
+    def kept(self: Any, *args: Any, **options: Any) -> Any:
+        kernels.append(run(self, *args, **options))
+        return kernels[-1]
 
     with (
         mock.patch.object(driver, "_active", OfflineDriver(arch)),
-        mock.patch.object(triton.JITFunction, "run", only_compile),
+        mock.patch.object(triton.JITFunction, "run", kept),
     ):
-        getattr(fused.KERNELS, method)(*given, **named)
+        getattr(fused.TritonKernels(), method)(*given, **named)
     (kernel,) = kernels
     cubin = Path(triton.knobs.cache.dir) / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
@@ -216,3 +231,70 @@ def test_arithmetic_is_not_fused_so_a_gpu_rounds_as_the_interpreter_does() -> No
         found = compiled(90, method, *operands(method, 2048, (BF16, BF16)))
         assert not found.kernel.metadata.enable_fp_fusion
         assert "fma." not in found.kernel.asm["ptx"]
+
+
+def of_every_kind(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Calls whose launches differ in something on which Triton's choice of a compiled kernel may depend."""
+    size_in, size_out = dtypes
+    weights, coefficient = torch.ones(8, 16), torch.ones(1)
+    memory = torch.ones(8 * 16 * 64 + 1, dtype=size_out)
+    a, b, g = torch.ones(8, 16, 64, dtype=size_in), *(torch.ones(8, 16, 64, dtype=size_out) for _ in range(2))
+    others = {
+        "contiguous": (a, b, g),
+        "on an odd address": (a, memory[1:].view(8, 16, 64), g),
+        "transposed": (a.view(16, 8, 64).transpose(0, 1), b, g),
+        "all transposed": tuple(x.view(16, 8, 64).transpose(0, 1) for x in (a, b, g)),
+        "expanded": (a, b, g[:1, :1].expand(8, 16, 64)),
+        "one sequence": (a[:, :1], b[:, :1], g[:, :1]),
+        "fewer": (a[:5, :3], b[:5, :3], g[:5, :3]),
+        "part of the width": (a[..., :40], b[..., :40], g[..., :40]),
+    }
+    for h_in, h_out, grad in others.values():
+        yield "displacement", (h_in, h_out)
+        for options in (
+            (None, True, True, None, False, None),
+            (weights[: h_in.shape[0], : h_in.shape[1]], False, True, None, True, None),
+            (None, True, True, None, False, Rows(4, 0)),
+            (None, True, True, None, False, Rows(4, 1)),
+            (None, True, True, None, False, Rows(32, 16)),
+        ):
+            yield "gradients", (h_in, h_out, grad, coefficient, 0.3, *options)
+        above = Above(h_out, (torch.ones(3, *h_in.shape[:2]),))
+        yield "gradients", (h_in, h_out, grad, coefficient, 1.0, None, True, True, above, True)
+
+
+def test_a_launch_that_was_prepared_gives_a_gpu_what_tritons_own_launch_gives_it() -> None:
+    calls = [call for dtypes in ((BF16, BF16), (FP32, BF16)) for call in of_every_kind(dtypes)]
+
+    def seen(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        tensors = [[x for x in launch if isinstance(x, Tensor)] for launch in launches]
+        kinds = [[(x.shape, x.stride(), x.dtype) for x in of_one] for of_one in tensors]
+        others = [tuple(x for x in launch if not isinstance(x, Tensor)) for launch in launches]
+        return list(zip(others, kinds, strict=True))
+
+    with mock.patch.object(driver, "_active", OfflineDriver(90)) as offline:
+        for method, given in calls:
+            with mock.patch.object(fused, "_IS_KNOWN", False):
+                getattr(fused.TritonKernels(), method)(*given)
+        tritons, offline.launches = seen(offline.launches), []
+        kernels = fused.TritonKernels()
+        for method, given in (*calls, *reversed(calls)):
+            getattr(kernels, method)(*given)
+    assert seen(offline.launches) == [*tritons, *reversed(tritons)]
+    assert len({launch[0][0] for launch in tritons}) > 8, "several compiled kernels"
+
+
+def test_on_an_amd_gpu_triton_chooses_the_kernel_in_each_launch() -> None:
+    launches = []
+
+    def noted(self: Any, *_: Any, warmup: bool, **__: Any) -> None:
+        launches.append(warmup)
+
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(90)) as offline,
+        mock.patch.object(triton.JITFunction, "run", noted),
+    ):
+        offline.get_current_target = lambda: GPUTarget("hip", "gfx942", 64)
+        for _ in range(2):
+            fused.TritonKernels().displacement(on_meta(768, BF16), on_meta(768, BF16))
+    assert launches == [False, False]

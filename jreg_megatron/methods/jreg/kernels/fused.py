@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from jreg_megatron.methods.jreg.kernels.eager import computed_in
@@ -24,6 +25,11 @@ _LOOPED_BLOCK = 2048
 _SMALLEST_TILE = 1024
 _PER_THREAD = 16
 """Elements of each state per thread: two 16-byte loads in half precision."""
+
+_ALIGNED = 16
+"""Bytes. Triton compiles a kernel for pointers that are multiples of it, and another one for others."""
+_MOST_LAUNCHES = 1024
+"""A job has some ten. With many sequence lengths they are sometimes all made again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ IS_INTERPRETED = isinstance(gradients_kernel, InterpretedFunction)
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+_IS_KNOWN = (3, 3) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+"""Whether we know what this Triton's choice of a compiled kernel depends on, and how one is launched."""
+
 
 @dataclass(frozen=True)
 class TritonKernels:
@@ -56,6 +65,9 @@ class TritonKernels:
 
     tile: Tile | None = None
     """Used instead of :func:`tile_for`'s, if given; for tests."""
+    _launches: dict[tuple[Any, ...], Callable[..., Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def kind(self) -> str:
@@ -71,7 +83,7 @@ class TritonKernels:
         compute = computed_in(h_in, h_out)
         psi = torch.empty(h_in.shape[:-1], dtype=compute, device=h_in.device)
         a, b = _as_sbh(h_in), _as_sbh(h_out)
-        self._launch(displacement_kernel, a, compute, a, b, psi, strides=(a, b))
+        self._launch(displacement_kernel, compute, (a, b), (a, b, psi))
         return psi
 
     def gradients(
@@ -106,10 +118,11 @@ class TritonKernels:
         written = (total if grad_in is None else grad_in, total, numbers)
         self._launch(
             gradients_kernel,
-            a,
             compute,
-            *(a, b, g, coefficient, weights, *written, c, of_c, factor, rows.first if rows else 0),
-            strides=(a, b, g, weights, c),
+            (a, b, g, weights, c),
+            (a, b, g, coefficient, weights, *written, c, of_c),
+            float(factor),
+            rows.first if rows else 0,
             HAS_WEIGHTS=token_weights is not None,
             NEEDS_GRAD_IN=grad_in is not None,
             HAS_ABOVE=above is not None,
@@ -122,32 +135,65 @@ class TritonKernels:
     def _launch(
         self,
         kernel: Any,
-        like: Tensor,
         compute: torch.dtype,
-        *operands: Any,
-        strides: tuple[Tensor, ...],
+        states: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        *numbers: float,
         **options: int,
     ) -> None:
-        length, batch, width = like.shape
-        num_rows = length * batch
-        if num_rows == 0:
+        """Run a kernel on the rows of ``states``. It gets ``tensors``, ``numbers``, sizes and ``options``.
+
+        Triton chooses the compiled kernel in each call, which takes most of a launch's time. Here it is
+        chosen once per key. The key has all that the choice depends on: integers too, but no floating number,
+        which the first of ``numbers`` is.
+        """
+        like = states[0]
+        if like.numel() == 0:
             return
+        device, addresses = like.get_device(), 0
+        if like.is_cuda and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(kernel, compute, states, tensors, *numbers, **options)
+            return
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        key = (
+            *(kernel, device, addresses % _ALIGNED == 0, like.shape, numbers[1:], *options.values()),
+            *[tensor.dtype for tensor in tensors],
+            *[state.stride() for state in states],
+        )
+        launch = self._launches.get(key)
+        if launch is None:
+            if len(self._launches) >= _MOST_LAUNCHES:
+                self._launches.clear()
+            launch = self._prepared(kernel, compute, states, tensors, numbers, options)
+            self._launches[key] = launch
+        launch(*tensors, *numbers)
+
+    def _prepared(
+        self,
+        kernel: Any,
+        compute: torch.dtype,
+        states: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        options: dict[str, int],
+    ) -> Callable[..., Any]:
+        """What launches the kernel on tensors and numbers of this key."""
+        length, batch, width = states[0].shape
         tile = self.tile or tile_for(width)
-        steps = (step for tensor in strides for step in tensor.stride()[:2])
-        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-            kernel[(triton.cdiv(num_rows, tile.rows),)](
-                *operands,
-                num_rows,
-                batch,
-                *steps,
-                WIDTH=width,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                COMPUTE=_TYPES[compute],
-                num_warps=tile.num_warps,
-                enable_fp_fusion=False,  # a GPU rounds as the interpreter does, whatever Triton's default
-                **options,
-            )
+        grid = (triton.cdiv(length * batch, tile.rows), 1, 1)
+        sizes = (length * batch, batch, *(step for state in states for step in state.stride()[:2]))
+        constants = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "COMPUTE": _TYPES[compute]}
+        constants |= options
+        # A GPU rounds as the interpreter does, whatever Triton's default.
+        compiler = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
+        if IS_INTERPRETED or not _IS_KNOWN or driver.active.get_current_target().backend != "cuda":
+            # Triton's choice: on an AMD GPU it also depends on how much memory a state is a part of.
+            return lambda *given: kernel[grid](*given, *sizes, **constants, **compiler)
+        compiled = kernel.warmup(*tensors, *numbers, *sizes, grid=grid, **constants, **compiler)
+        run, last = compiled[grid], (*sizes, *(constants[x] for x in kernel.arg_names if x in constants))
+        return lambda *given: run(*given, *last)
 
 
 KERNELS = TritonKernels()
