@@ -84,7 +84,7 @@ def test_the_cpu_launcher_names_the_killed_rank_and_a_restart_is_bit_identical_t
     assert run.returncode == 128 + 9, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("jreg_megatron: error: ")]
     assert lines == [
-        "jreg_megatron: error: rank 1 was ended by signal 9 (Killed); the other ranks are ended too"
+        "jreg_megatron: error: rank 1 was killed by signal 9 (Killed); the other ranks are terminated"
     ]
     assert_equals(train(tmp_path / "restarted", *saving), whole, 5, 10)
 

@@ -495,11 +495,11 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no JSON that can be read: "),
-        (b'{"format": "jreg_megatron measurement"', "is no JSON"),
+        (b"", "is not readable JSON: "),
+        (b'{"format": "jreg_megatron measurement"', "is not readable JSON"),
         (b"\xff\xfe\x00", "utf-8"),
-        (b"[" * 200_000, "is no JSON that can be read"),
-        (b"1" * 5000, "is no JSON that can be read"),
+        (b"[" * 200_000, "is not readable JSON"),
+        (b"1" * 5000, "is not readable JSON"),
         (b"[]", "the whole is a list of 0"),
         (b'"text"', 'the whole is "text"'),
         (b"{}", "is neither a measurement"),

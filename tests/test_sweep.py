@@ -426,7 +426,7 @@ def test_a_mistake_ends_in_one_line_before_anything_is_started(
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [
-        ("x", "is no JSON"),
+        ("x", "is not readable JSON"),
         ("[]", "the whole is a list of 0"),
         ('{"runs": [{}]}', "recipe is missing"),
     ],
