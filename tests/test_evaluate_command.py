@@ -195,7 +195,7 @@ def test_what_is_finished_is_written_when_a_later_model_fails(
         (["--limit", "0"], "--limit is 0; it must be >= 1"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--speeches", "1800-Nobody-1"], "--speeches names 1800-Nobody-1, which is no speech"),
+        (["--speeches", "1800-Nobody-1"], "--speeches is 1800-Nobody-1, which does not exist"),
         (["--json", "/nowhere/a.json"], "--json is /nowhere/a.json"),
         (["--device", "cuda:77"], "--device is cuda:77"),
     ],
