@@ -164,7 +164,7 @@ def test_a_script_that_is_not_there_is_named() -> None:
 def test_what_is_no_python_script_or_module_is_named(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
     script.write_text("torchrun --nproc-per-node 8 pretrain_gpt.py\n")
-    assert "train.sh is no Python script (" in refusal(launch(script, check=False))
+    assert "train.sh is not a Python script (" in refusal(launch(script, check=False))
     assert "module no_such_module not found" in refusal(launch("-m", "no_such_module", check=False))
 
 
@@ -285,7 +285,7 @@ def test_a_script_that_builds_its_model_by_itself_loads_no_checkpoint_that_a_met
         run = launch(script, *argv, "--load", tmp_path / "saved", "--train-iters", 1, check=False)
         assert ("it is loaded" in run.output[0]) is bool(prepare)
         if not prepare:
-            assert "saved with --lns-power 0.5, and nothing changes the model" in refusal(run)
+            assert "saved with --lns-power 0.5, but this script builds its model" in refusal(run)
 
 
 FLAGS_LOST = """
@@ -311,7 +311,7 @@ runpy.run_path({script!r}, run_name="__main__")
     [
         (FLAGS_LOST, "--periln-... is among Megatron's arguments any more"),
         (OTHER_MEGATRON, "in front of Python's path, but Megatron was imported before"),
-        (STUCK, "two training steps came with args.curr_iteration 0"),
+        (STUCK, "two training steps had args.curr_iteration 0"),
     ],
 )
 def test_a_wrapper_that_would_leave_jreg_out_is_stopped(
