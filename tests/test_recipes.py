@@ -381,7 +381,7 @@ NODE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NODE_RANK": "1"}
     [
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing; NODES is 2, so each node needs the host name"),
         ({"MASTER_PORT": "high"}, "MASTER_PORT is high; it must be a TCP port"),
-        ({"NODE_RANK": "2"}, "NODE_RANK is 2; NODES is 2, so each node needs its own number there, 0 to 1"),
+        ({"NODE_RANK": "2"}, "NODE_RANK is 2; NODES is 2, so each node needs its own number in it, 0 to 1"),
         ({"NODE_RANK": ""}, "NODE_RANK is missing; NODES is 2"),
     ],
 )
