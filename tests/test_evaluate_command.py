@@ -85,7 +85,7 @@ def test_two_models_are_evaluated_compared_and_written(
     assert values == [*b["layer_drop"]["loss"], b["layer_drop"]["unchanged"]]
     assert {row["model"] for row in rows} == {"first", "second", "second - first"}
     printed = capsys.readouterr().out
-    assert "speeches_continuation" in printed and "no public benchmark" in printed
+    assert "speeches_continuation" in printed and "not a public benchmark" in printed
     assert "loss by lens" in printed and "Loss through the lens by layer" in printed
 
 

@@ -134,7 +134,7 @@ def _measurement(documents: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_drop_model, "seed1.json, which is no evaluation of two models"),
+        (_drop_model, "seed1.json, which is not an evaluation of two models"),
         (_drop_task, "seed1.json, where jreg lacks swag of the paper's nine tasks"),
         (_other_metric, "piqa has another metric or number of samples"),
         (_fewer_samples, "race has another metric or number of samples"),
