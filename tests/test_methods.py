@@ -455,7 +455,7 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_as_on_one_rank_and_
     finetuned = run_ranks([*plain, *flags], 2, check=False)
     assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
     finetuned = run_ranks([*load, "--finetune"], 2)
-    assert "was trained with --lns-power 0.5 --periln-gain 0.7, this run has no flag" in finetuned.output[0]
+    assert "trained with --lns-power 0.5 --periln-gain 0.7, and this run has no flag" in finetuned.output[0]
 
 
 def norms_all_outputs() -> None:

@@ -685,8 +685,8 @@ DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda m, x: m.body(x + x[:, :16].mean(1, keepdim=True) * (x.shape[1] > 12)),
         "looks at later tokens in a longer text",
     ),
-    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "different logits for the same tokens"),
-    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "different logits for the same tokens"),
+    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "different logits for the same"),
+    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "different logits for the same"),
 }
 
 

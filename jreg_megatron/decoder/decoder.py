@@ -230,9 +230,7 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
     if is_other(alone, first[:length]):
         where = "in a batch with padding than alone; give --batch-size 1"
         again = "in each run; give another model"
-        raise UserError(
-            f"{decoder.name} gives a text different states {where if batch_size > 1 else again}"
-        )
+        raise UserError(f"{decoder.name} gives a text different states {where if batch_size > 1 else again}")
     if is_other(alone[:early], second[:early]):
         raise UserError(
             f"{decoder.name} looks at later tokens in a longer text; give a causal language model"

@@ -342,7 +342,7 @@ class _LayerTap:
         self._stop_watching_returns: Callable[[], None] = _nothing
 
     def put_on(self) -> None:
-        """Replace the factories ``name(training, fused) -> add`` of the bias-dropout-adds with tapped ones."""
+        """Replace the factories ``name(training, fused) -> add`` of the bias-dropout-adds."""
         if self._places:
             return
         adds = self._layer.adds
