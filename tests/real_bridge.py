@@ -111,7 +111,7 @@ def train_and_resume(folder: Path) -> None:
         train(config, [JRegCallback(config, SETTINGS)])
 
 
-def test_a_resumed_run_goes_on_at_its_iteration_of_the_schedule(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_at_its_iteration_of_the_schedule(tmp_path: Path) -> None:
     run_function(train_and_resume, 2, tmp_path)
     whole, resumed = (read_scalars(tmp_path / name) for name in ("whole", "resumed"))
     for tag, steps in (("lm loss", 2), ("grad-norm", 2), ("jreg loss", 1), ("jump rate", 1)):
@@ -133,7 +133,9 @@ def exit_and_resume(folder: Path) -> list[str]:
     return re.findall(r"^ JREG at (iteration \d) .* (\| .*) \|$", printed.getvalue(), re.MULTILINE)
 
 
-def test_what_an_exit_cuts_off_is_logged_before_it_and_the_rest_after_the_resume(tmp_path: Path) -> None:
+def test_an_interval_that_an_exit_cuts_off_is_logged_before_it_and_the_rest_after_the_resume(
+    tmp_path: Path,
+) -> None:
     _, lines = run_function(exit_and_resume, 2, tmp_path)
     assert lines == [
         ("iteration 2", "| measured in 2 iterations, 1 to 2"),
@@ -279,7 +281,7 @@ def refused_in_megatron_fsdp(folder: Path) -> dict[str, str]:
     return said
 
 
-def test_what_is_wrong_in_megatron_fsdp_is_refused_before_a_step_on_every_rank(tmp_path: Path) -> None:
+def test_wrong_settings_in_megatron_fsdp_are_refused_before_a_step_on_every_rank(tmp_path: Path) -> None:
     for on_rank in run_function(refused_in_megatron_fsdp, 2, tmp_path):
         for name, said in on_rank.items():
             assert f"does not support FullyShardedDataParallel with {name} yet" in said
@@ -394,7 +396,7 @@ def gemma_4() -> str:
     return str(caught.value)
 
 
-def test_a_stock_recipe_whose_layers_go_on_behind_their_mlp_is_refused_by_their_class() -> None:
+def test_a_stock_recipe_whose_layers_continue_after_their_mlp_is_refused_by_their_class() -> None:
     (said,) = run_function(gemma_4)
     assert said.startswith("layer 1 (Gemma4DenseTransformerLayer) returns another state than its last bias")
 

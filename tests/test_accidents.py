@@ -89,7 +89,7 @@ def test_the_cpu_launcher_names_the_killed_rank_and_a_restart_is_bit_identical_t
     assert_equals(train(tmp_path / "restarted", *saving), whole, 5, 10)
 
 
-def test_a_run_killed_while_saving_goes_on_bit_identically_from_the_checkpoint_before(
+def test_a_run_killed_while_saving_resumes_bit_identically_from_the_previous_checkpoint(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, *JREG, "--train-iters", 8]
@@ -238,7 +238,7 @@ def test_a_coefficient_schedule_that_crosses_a_resume_is_bit_identical_to_a_run_
     assert_equals(train(tmp_path / "resumed", *saving), whole, 6, 10)
 
 
-def test_iterations_that_fp16_skips_are_measured_like_others_and_training_goes_on(
+def test_iterations_that_fp16_skips_are_measured_like_others_and_training_continues(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, "--fp16", "--train-iters", 20]

@@ -546,7 +546,7 @@ def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it(
     run_function(leaves_the_model_as_it_was)
 
 
-def test_the_start_says_where_lambda_counts_other_tokens_than_the_loss_does() -> None:
+def test_the_start_says_if_lambda_counts_other_tokens_than_the_loss() -> None:
     assert run_function(says_that_lambda_counts_other_tokens_than_the_loss) == [[True, False, False, False]]
 
 
@@ -562,7 +562,7 @@ def test_a_step_that_does_not_measure_works_for_layers_with_weight_alone_and_in_
 
 
 @pytest.mark.parametrize("final_state", ["pre_norm", "post_norm"])
-def test_a_layer_that_is_set_to_evaluation_by_itself_is_recomputed_and_regularized_all_the_same(
+def test_a_single_layer_in_evaluation_mode_is_still_recomputed_and_regularized(
     final_state: str,
 ) -> None:
     run_function(regularizes_layers_in_evaluation, 1, final_state)
@@ -642,7 +642,7 @@ def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None
         ({"moe_expert_rank_capacity_factor": 1.5}, "moe_expert_rank_capacity_factor"),
     ],
 )
-def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
+def test_features_not_compared_in_megatron_fsdp_are_refused_by_name(
     changed: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch import nn

@@ -61,7 +61,7 @@ def assert_same_work(way: kernel.Way, dtype: torch.dtype) -> None:
     [kernel.with_jreg(eager.KERNELS), kernel.with_autograd(kernel.textbook)],
     ids=[kernel.JREG, kernel.AUTOGRAD],
 )
-def test_each_way_adds_the_regularizers_gradient_to_what_has_come(
+def test_each_way_adds_the_regularizers_gradient_to_the_incoming_one(
     way: kernel.Way, dtype: torch.dtype
 ) -> None:
     assert_same_work(way, dtype)
@@ -105,7 +105,7 @@ def test_a_copy_too_short_to_be_a_measure_gives_no_share_and_a_note() -> None:
     assert "less than 50 us" in printed(figures)
 
 
-def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     figures = figures_of(*"--tokens 3 --widths 8,16 --rounds 1".split())
     assert [note for note in figures["notes"] if "left out" in note] == [
@@ -169,7 +169,7 @@ class FakeEvent:
         return (other.at - self.at) / 1e6
 
 
-def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_waits_until_the_host_has_launched_all_timed_work(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
 
     def sleep(cycles: int) -> None:

@@ -49,7 +49,7 @@ def test_a_verdict_is_where_the_95_percent_interval_over_seeds_lies(shift: float
     assert question(values, side, 0.1).verdict == wanted
 
 
-def test_fewer_than_three_seeds_cannot_tell() -> None:
+def test_fewer_than_three_seeds_decide_nothing() -> None:
     assert question([5.0, 5.1]).verdict == question([5.0]).verdict == question([]).verdict == "cannot tell"
     assert question([5.0, 5.1, 5.2]).verdict == "agrees"
 

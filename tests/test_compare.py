@@ -203,7 +203,7 @@ def test_each_number_is_the_paired_difference_and_the_interval_and_p_are_scipys(
     assert of(found, "jump", "slowqk")["verdict"] == "cannot tell"  # all differences are the same
 
 
-def test_what_the_authors_report_is_asked_of_the_right_runs(plan: Plan, tmp_path: Path) -> None:
+def test_the_authors_results_are_tested_on_the_right_runs(plan: Plan, tmp_path: Path) -> None:
     found = compare(tmp_path, "--quiet")["published"]["questions"]
     by_seed = [list(question["by_seed"].values()) for question in found]
     noise = np.array(NOISE)
@@ -255,16 +255,14 @@ def test_a_toy_that_diverged_is_left_out_by_name_with_its_pair(plan: Plan, tmp_p
     assert found["notes"] == ["periln_seed2 is left out: it has diverged."]
 
 
-def test_only_the_asked_ways_are_compared_and_corrected_for(plan: Plan, tmp_path: Path) -> None:
+def test_only_the_requested_ways_are_compared_and_corrected_for(plan: Plan, tmp_path: Path) -> None:
     found = compare(tmp_path, "--quiet", "--ways", "slowqk_gelu")
     assert list(found["families"]["loss"]["ways"]) == ["slowqk_gelu"]
     one = of(found, "loss", "slowqk_gelu")
     assert one["p"] == one["p_adjusted"]
 
 
-def test_what_is_missing_is_done_and_nothing_else(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_missing_parts_are_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
     again = plan.run("lns", 2)
 
@@ -293,7 +291,7 @@ def test_what_is_missing_is_done_and_nothing_else(
         (["--ways", "jrge"], "invalid choice: 'jrge'"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(
+def test_a_mistake_is_reported_before_anything_runs(
     words: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -343,7 +343,7 @@ MEGATRON = {
         ({"num_attention_heads": 5}, "5 heads", None),
     ],
 )
-def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
+def test_features_that_a_llama_cannot_express_are_refused_by_name_with_a_tool_that_can_export_them(
     has: dict[str, Any], named: str, tool: str | None
 ) -> None:
     from_megatron(Namespace(**MEGATRON), 100, "runs/x")
@@ -369,7 +369,7 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta of 0.5"),
     ],
 )
-def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
+def test_features_that_megatron_cannot_express_are_refused_by_name(has: dict[str, Any], line: str) -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(**SIZES)
@@ -434,7 +434,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_partial_output(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal\n"
         "from jreg_megatron.convert.command import made_beside\n"
@@ -447,7 +447,7 @@ def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
     assert next(tmp_path.iterdir()).name.endswith(".part")
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_atomically(tmp_path: Path) -> None:
     output = tmp_path / "out"
 
     def broken_off() -> None:

@@ -341,7 +341,7 @@ def what_stays_on_cuda() -> list[str]:
     return [name for name, tensor in made.items() if tensor.device.type != "cpu"] + unknown
 
 
-def test_whatever_names_a_cuda_device_is_on_the_cpu() -> None:
+def test_every_name_of_a_cuda_device_means_the_cpu() -> None:
     assert run_function(what_stays_on_cuda) == [[]]
 
 
@@ -403,7 +403,7 @@ def local_parts_where_transformer_engine_and_apex_are_installed() -> bool:
     return {*norms} == {WrappedTorchNorm} and moe_utils.te_general_gemm is None
 
 
-def test_local_layers_take_nothing_of_transformer_engine_and_apex_where_they_are_installed() -> None:
+def test_local_layers_use_nothing_of_transformer_engine_and_apex_even_if_they_are_installed() -> None:
     assert run_function(local_parts_where_transformer_engine_and_apex_are_installed, 1) == [True]
 
 
@@ -422,7 +422,7 @@ def test_a_hybrid_models_spec_is_exchanged_for_one_without_transformer_engine() 
     assert with_cpu_flags(own) == [*own, *FLAGS]
 
 
-def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
+def test_a_gpus_flags_are_removed_from_the_command_line_and_named() -> None:
     argv = [
         "--fp8-format",
         "hybrid",
@@ -449,7 +449,7 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
         *("--experimental-attention-variant dsa", "--experimental-attention-variant=gated_delta_net"),
     ],
 )
-def test_what_a_cpu_cannot_honour_is_refused_by_name(flags: str) -> None:
+def test_flags_without_a_counterpart_on_a_cpu_are_refused_by_name(flags: str) -> None:
     with pytest.raises(UserError, match=re.split("[ =]", flags)[0]):
         with_cpu_flags(flags.split())
 

@@ -209,7 +209,7 @@ def refuses_graphs() -> None:
         attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
 
 
-def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> None:
+def test_features_that_megatrons_own_graphs_do_wrong_are_refused_by_their_arguments() -> None:
     sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 2}
     sizes |= {"global_batch_size": 8, "eval_global_batch_size": 8}
     allowed = OF_LAYERS | LOCAL | sizes | {"pipeline_model_parallel_size": 2}
@@ -230,7 +230,7 @@ def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> Non
         refuse_unsupported(SimpleNamespace(**allowed | RECOMPUTED), TAKEN)
 
 
-def test_megatron_itself_loses_gradients_of_what_is_recomputed_in_its_own_graphs_which_is_refused() -> None:
+def test_megatron_itself_loses_gradients_of_recomputed_modules_in_its_own_graphs_which_are_refused() -> None:
     found = run_function(with_a_recomputed_norm)[0].found
     assert found.exceeds(replace(found, gradient=0.5)) == ["gradient"]
     assert "layer_norm_weight" in found.worst_parameter
@@ -243,7 +243,7 @@ def with_a_recomputed_norm() -> Comparison:
     return with_graphs(Layout(local_graphs=True, graphs="layers"), **RECOMPUTED)
 
 
-def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:
+def test_a_layers_own_capture_and_replay_are_restored_after_detach() -> None:
     run_function(leaves_layers_as_they_were)
 
 
@@ -420,7 +420,7 @@ def follows_what_is_attached() -> None:
     assert any(not torch.equal(attached[name], plain[name]) for name in plain)
 
 
-def test_what_a_captured_graph_could_not_do_rightly_is_refused() -> None:
+def test_features_that_a_captured_graph_cannot_repeat_correctly_are_refused() -> None:
     run_function(refuses_what_a_graph_cannot)
 
 
@@ -436,7 +436,7 @@ def refuses_what_a_graph_cannot() -> None:
         step_of(2)
 
 
-def test_what_is_measured_and_how_the_optimizer_steps_is_the_same_in_a_graph_of_the_iteration() -> None:
+def test_measurements_and_optimizer_steps_are_the_same_in_a_graph_of_the_iteration() -> None:
     run_function(steps_as_without_a_graph)
 
 
@@ -540,7 +540,7 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
     assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
 
 
-def test_what_a_pipeline_stage_has_still_to_sum_belongs_to_the_iteration_that_is_run_again() -> None:
+def test_values_that_a_pipeline_stage_has_still_to_sum_belong_to_the_repeated_iteration() -> None:
     run_function(forgets_what_waits)
 
 
@@ -684,7 +684,7 @@ def flash_attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, values)
 
 
-def test_megatrons_own_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+def test_megatrons_own_graphs_that_still_contain_a_methods_changes_are_refused_after_detach() -> None:
     run_function(runs_behind_detach, 1, ())
     run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "keep it attached, or build")
 
@@ -698,7 +698,7 @@ def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = ""
         forward(model)
 
 
-def test_transformer_engines_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+def test_transformer_engines_graphs_that_still_contain_a_methods_changes_are_refused_after_detach() -> None:
     run_function(captures_and_detaches)
 
 
@@ -738,7 +738,7 @@ def refuses_another_count(stages: int) -> None:
         run_step(model)
 
 
-def test_a_layer_of_two_graphs_is_as_before_behind_detach() -> None:
+def test_a_layer_of_two_graphs_is_as_before_after_detach() -> None:
     run_function(runs_a_hybrid_behind_detach)
 
 

@@ -311,7 +311,7 @@ def test_it_ends_in_one_line_that_names_it(case: Case, ground: Path, tmp_path: P
         assert not (folder / name).exists(), "it looks finished"
 
 
-def test_after_a_full_disk_the_same_command_goes_on(ground: Path, tmp_path: Path) -> None:
+def test_after_a_full_disk_the_same_command_continues(ground: Path, tmp_path: Path) -> None:
     argv = ["prepare", ground / "text.jsonl", "--tokenizer-model", ground / "tokenizer.model"]
     argv += ["--output", tmp_path / "good", "--piece-bytes", "2000"]
     run = start(argv, lambda: full_after(4000)(tmp_path), errors=tmp_path / "errors")

@@ -131,7 +131,7 @@ def test_damaged_leftovers_of_a_killed_run_are_not_trusted(
     assert contents(tmp_path) == whole
 
 
-def test_a_killed_worker_ends_the_run_with_one_line_and_it_goes_on(
+def test_a_killed_worker_ends_the_run_with_one_line_and_the_run_can_continue(
     argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     errors, log = tmp_path / "errors", tmp_path / "log"
@@ -179,7 +179,7 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_continue(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
     errors, log = tmp_path / "errors", tmp_path / "log"
     run = start(argv, lambda: watch(log, 0.05), errors=errors)
     wait_for(lambda: texts_in(log) > 20)

@@ -240,7 +240,7 @@ def test_second_run_says_that_it_is_done_and_does_nothing(
 
 
 @pytest.mark.parametrize("change", ["sources", "tokenizer", "settings", "files"])
-def test_what_changed_is_named_and_made_anew(
+def test_changed_inputs_are_named_and_prepared_again(
     change: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts, argv = DOCUMENTS, ["--no-append-eod"] if change == "settings" else []
@@ -315,7 +315,7 @@ def test_bad_rows_of_parquet_are_refused_by_row(model: Path, tmp_path: Path) -> 
     assert manifest(tmp_path / "out")["outputs"]["out_text_document"]["documents"] == 2
 
 
-def test_a_run_stopped_by_bad_records_goes_on_with_a_higher_limit(
+def test_a_run_stopped_by_bad_records_continues_with_a_higher_limit(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = documents(200)

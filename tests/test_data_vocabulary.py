@@ -25,7 +25,7 @@ def test_two_trainings_give_the_same_bytes_and_no_path(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in one
 
 
-def test_a_second_call_does_nothing_and_a_changed_source_trains_anew(
+def test_a_second_call_is_a_no_op_and_a_changed_source_trains_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = write_jsonl(tmp_path / "text.jsonl", documents(200)), tmp_path / "tokenizer.model"

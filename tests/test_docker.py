@@ -164,14 +164,14 @@ def test_no_secret_is_asked_for_or_kept(file: Path) -> None:
 
 
 @anyone
-def test_what_the_data_tools_need_is_installed(file: Path) -> None:
+def test_packages_of_the_data_tools_are_installed(file: Path) -> None:
     step = next(value for name, value in instructions(file) if name == "RUN" and "_dependencies.sh" in value)
     extras = step.split("_dependencies.sh ")[1].split()
     assert set(extras) <= set(EXTRAS)
     assert "data" in extras or "data" not in EXTRAS
 
 
-def test_nothing_but_what_is_named_goes_into_an_image() -> None:
+def test_only_named_files_go_into_an_image() -> None:
     first, *others = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"
     ]

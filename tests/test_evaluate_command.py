@@ -175,7 +175,7 @@ def test_quiet_says_nothing_and_one_model_has_no_comparison(
     assert found["comparison"] is None and found["models"][0]["read_out"]["text"] == str(text)
 
 
-def test_what_is_finished_is_written_when_a_later_model_fails(
+def test_finished_results_are_written_when_a_later_model_fails(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = save_toy(tmp_path / "broken")
@@ -206,7 +206,7 @@ def test_a_mistake_is_one_line_that_names_it(
     assert said in refusal(capsys, folders[0], *arguments)
 
 
-def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "does not exist" in refusal(capsys, tmp_path / "nowhere")
 
 

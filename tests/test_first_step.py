@@ -178,7 +178,9 @@ def unknown_layers_on_one_stage(kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["goes on", "adds by itself"])
-def test_what_one_pipeline_stage_finds_is_refused_on_all_before_the_gradients_are_finished(kind: str) -> None:
+def test_a_finding_of_one_pipeline_stage_is_refused_on_all_before_the_gradients_are_finished(
+    kind: str,
+) -> None:
     first, second = run_function(unknown_layers_on_one_stage, 2, kind, timeout=180)
     assert first == second
     assert all(line.startswith("layer 3 (") for line in first)
@@ -250,7 +252,7 @@ def breaks_off() -> str:
     return refusal(step, model, handle)
 
 
-def test_a_first_step_that_broke_off_can_be_tried_again() -> None:
+def test_an_aborted_first_step_can_be_repeated() -> None:
     assert run_function(breaks_off) == [""]
 
 
@@ -349,7 +351,7 @@ def scales() -> dict[str, tuple[str, float]]:
     return said
 
 
-def test_a_loss_that_is_scaled_otherwise_is_refused_with_the_lambda_that_it_would_have() -> None:
+def test_a_loss_with_another_scale_is_refused_with_the_lambda_that_it_would_have() -> None:
     (said,) = run_function(scales)
     lambdas = {
         "accumulated twice by the caller": "0.2",
@@ -405,7 +407,7 @@ def batch_ramps_up() -> list[str]:
     return said
 
 
-def test_a_number_of_microbatches_that_is_told_once_and_grows_is_refused_in_the_step_where_it_does() -> None:
+def test_a_fixed_number_of_microbatches_that_grows_is_refused_in_the_step_in_which_it_grows() -> None:
     """Not where it falls short: the last step of an epoch, whose loss is divided as before."""
     (said,) = run_function(batch_ramps_up)
     assert not any(said[:5])
@@ -452,7 +454,7 @@ def stage_in_evaluation() -> list[Any]:
     return [said, had_met]
 
 
-def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
+def test_a_stage_in_evaluation_mode_still_meets_the_others() -> None:
     first, second = run_function(stage_in_evaluation, 2, timeout=180)
     assert first == second
     assert first[0].startswith("jreg_megatron saw no state of some layer") and first[1] == [True]
@@ -508,7 +510,7 @@ def is_wrapped_by_another() -> int:
     return len(asked)
 
 
-def test_what_another_has_wrapped_in_the_first_step_asks_no_rank_later() -> None:
+def test_a_check_that_other_code_has_wrapped_has_no_collective_after_the_first_step() -> None:
     assert run_function(is_wrapped_by_another) == [0]
 
 
@@ -557,7 +559,7 @@ def other_masks_on_two_stages() -> str:
     return refusal(step, model, handle)
 
 
-def test_stages_that_are_given_masks_of_other_tokens_are_refused_behind_the_first_step() -> None:
+def test_stages_that_get_masks_of_other_tokens_are_refused_after_the_first_step() -> None:
     first, second = run_function(other_masks_on_two_stages, 2, timeout=180)
     assert first == second and "saw different tokens in different layers" in first
 

@@ -117,7 +117,7 @@ def launch(argv: list[Any], world_size: int = 1, **named: Any) -> Finished:
     return run_ranks([SCRIPT, *argv], world_size, entry="jreg_megatron.launch:main", **named)
 
 
-def test_a_gpt_checkpoint_that_goes_on_as_a_hybrid_model_gives_the_same_numbers(
+def test_a_gpt_checkpoint_that_is_resumed_as_a_hybrid_model_gives_the_same_numbers(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     models = {"GPTModel": toy_arguments, "HybridModel": hybrid(toy_arguments, "*-*-*-*-")}

@@ -453,7 +453,7 @@ def test_no_kernel_writes_outside_of_its_rows_or_leaves_one_unwritten(
 
 
 @both_ways
-def test_what_is_given_stays_as_it_is(kernels: Kernels) -> None:
+def test_arguments_are_not_changed(kernels: Kernels) -> None:
     case = make_case(["random"], (2, 3, 20), weights=torch.rand(2, 3))
     assert case.weights is not None
     tensors = (case.h_in, case.h_out, case.grad_out, case.weights)

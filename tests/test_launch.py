@@ -157,11 +157,11 @@ def test_a_flag_before_the_script_gets_an_error_with_its_right_place() -> None:
     assert "put it after the script" in line
 
 
-def test_a_script_that_is_not_there_is_named() -> None:
+def test_a_missing_script_is_named() -> None:
     assert "script no/such.py not found" in refusal(launch("no/such.py", check=False))
 
 
-def test_what_is_no_python_script_or_module_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_python_script_or_module_is_named(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
     script.write_text("torchrun --nproc-per-node 8 pretrain_gpt.py\n")
     assert "train.sh is not a Python script (" in refusal(launch(script, check=False))
@@ -248,10 +248,12 @@ def build_otherwise_and_launch(argv: list[str]) -> None:
     launch.main(argv)
 
 
-def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_arguments: list[str]) -> None:
+def test_a_loop_that_builds_its_model_in_another_way_stops_before_the_first_step(
+    toy_arguments: list[str],
+) -> None:
     argv = [SCRIPT, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 1]
     run = run_ranks(argv, 2, entry="test_launch:build_otherwise_and_launch", check=False)
-    assert "jreg_megatron is not attached to the model, since megatron.training" in refusal(run)
+    assert "jreg_megatron is not attached to the model, because megatron.training" in refusal(run)
     assert not re.search(r"iteration +1/", run.output[-1])
 
 

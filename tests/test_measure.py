@@ -403,7 +403,7 @@ def test_a_flag_given_twice_adds_texts(folder: Path, text: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out.json").read_text())["models"][0]["texts"] == 2 * len(IDS)
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_link_stays_and_its_target_is_written(folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "latest.json").symlink_to("real.json")
     run(folder, "--text", text, "--json", tmp_path / "latest.json", "--quiet")
@@ -442,7 +442,7 @@ def test_a_series_has_an_entry_for_each_step(folder: Path, text: Path, tmp_path:
     assert [(each["name"], each["step"]) for each in entries] == [("mine", 10), ("mine", 200)]
 
 
-def test_what_is_finished_stays_when_a_later_model_fails(
+def test_finished_results_stay_when_a_later_model_fails(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"

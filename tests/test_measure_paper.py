@@ -62,7 +62,7 @@ def test_the_papers_figure_is_shown_with_ours_and_models_that_cannot_be_loaded_a
     assert [cell for cell in row if cell not in "│┃"] == ["Llama-3.2-1B", "20.6", *ours]
 
 
-def test_what_is_missing_is_said(
+def test_missing_arguments_and_data_are_reported(
     hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refusal(capsys, "--paper", "GPT-5")

@@ -520,7 +520,7 @@ class OwnConfig(Settings):
         {"own_kind": "modules", "lns_power": 0.5},
     ],
 )
-def test_what_a_users_own_method_has_changed_is_refused_by_name(
+def test_a_model_that_a_users_own_method_has_changed_is_refused_by_name(
     has: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jreg_megatron.decoder.checkpoint.arguments import known_changes
@@ -847,7 +847,7 @@ def saved_by_others(work: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note(tmp_path: Path) -> None:
+def test_checkpoints_of_other_megatrons_give_their_numbers_or_a_note(tmp_path: Path) -> None:
     (found,) = run_function(saved_by_others, 1, tmp_path)
     for name, (off, vocab_size, width, said) in found.items():
         assert off < 1e-5, name

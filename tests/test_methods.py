@@ -261,7 +261,7 @@ def refuses() -> list[str]:
     return [*lines, str(caught.value)]
 
 
-def test_what_cannot_be_attached_is_refused_by_name() -> None:
+def test_settings_that_cannot_be_attached_are_refused_by_name() -> None:
     (lines,) = run_function(refuses)
     for line, named in zip(
         lines,
@@ -362,14 +362,14 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(
         (PeriLNConfig, "hybrid_layer_pattern mtp_num_layers use_transformer_engine_op_fuser"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(kind: Any, names: str) -> None:
+def test_settings_that_are_not_supported_are_refused_by_name(kind: Any, names: str) -> None:
     for name in names.split():
         with pytest.raises(UserError, match=f"{kind.name} does not support {name} "):
             kind(**NEEDED.get(kind, {})).refuse(argparse.Namespace(**{name: True}))
 
 
 @pytest.mark.parametrize(("setting", "value"), [("factor", 0.9), ("layers", (2,))])
-def test_where_a_factor_is_learned_none_is_given(setting: str, value: Any) -> None:
+def test_a_learned_factor_excludes_a_given_one(setting: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"--attenuation-{setting}.*left out.*--attenuation-learned"):
         AttenuationConfig(learned=0.9, **{setting: value})
 

@@ -92,7 +92,7 @@ def test_a_tree_that_the_patch_does_not_fit_stays_as_it_is(tree: Path) -> None:
     assert contents(tree) == before
 
 
-def test_what_is_no_megatron_tree_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_megatron_tree_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path} is no Megatron-LM tree" in apply(tmp_path, status=2)
 
 

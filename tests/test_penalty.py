@@ -144,7 +144,7 @@ def test_gradcheck_in_float64() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_what_leaving_light_layers_out_changes_is_within_the_stated_bound() -> None:
+def test_the_effect_of_leaving_out_light_layers_is_within_the_stated_bound() -> None:
     torch.manual_seed(0)
     layers, coeff = 12, 0.7
     states = (
@@ -271,7 +271,7 @@ def assert_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], 
         assert (one.double() - other.double()).norm() <= error * other.double().norm()
 
 
-def test_layers_one_on_the_other_hand_down_and_get_the_gradients_of_float64_autograd() -> None:
+def test_stacked_layers_hand_down_and_get_the_gradients_of_float64_autograd() -> None:
     chain = Chain()
     gradients = chain.gradients()
     assert chain.recorded.calls == LINKED
@@ -285,7 +285,7 @@ def test_layers_one_on_the_other_hand_down_and_get_the_gradients_of_float64_auto
     assert sorted(chain.psi) == [0, 1, 2, 3]
 
 
-def test_what_is_handed_down_equals_what_autograd_adds_to_rounding() -> None:
+def test_handed_down_gradients_equal_those_of_autograd_up_to_rounding() -> None:
     linked, plain = Chain(), Chain(between=torch.clone)
     assert_close(linked.gradients(), plain.gradients(), 3e-7)
     assert plain.recorded.calls == [(False, False)] * 4
@@ -386,7 +386,7 @@ def test_two_layers_with_one_input_both_count() -> None:
     assert kernels.calls == [(False, True), (False, False), (True, False)]
 
 
-def test_what_a_broken_off_pass_has_handed_down_is_not_taken_by_the_next() -> None:
+def test_gradients_that_an_aborted_pass_handed_down_are_not_used_by_the_next() -> None:
     chain = Chain()
     h = chain.layer(0, chain.x * 1.0)
 

@@ -236,7 +236,7 @@ def exit_in_the_sixth_step(argv: list[str]) -> None:
     pretrain.main(argv)
 
 
-def test_what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped(
+def test_measurements_are_logged_if_a_rerun_ends_training_or_its_last_iterations_are_skipped(
     toy_arguments: list[str], every_iteration: dict[str, list[float]], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, "--jreg-log-per-layer", "--tensorboard-dir", tmp_path / "rerun"]
@@ -293,7 +293,7 @@ def test_a_refusal_of_megatron_becomes_one_line_and_another_error_stays() -> Non
         assert end(error) is error
 
 
-def test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments(tmp_path: Path) -> None:
+def test_a_fault_while_megatron_builds_is_not_a_refusal_of_the_arguments(tmp_path: Path) -> None:
     def end(place: str, error: str) -> str:
         file = tmp_path / "megatron" / place
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -229,7 +229,7 @@ def plan_beside_transformer_engine(argv: list[str]) -> None:
         main(argv)
 
 
-def test_a_flag_that_needs_transformer_engine_is_taken_where_that_is_installed(
+def test_a_flag_that_needs_transformer_engine_is_accepted_if_it_is_installed(
     words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = words_of("llama_170m", "jreg", "--dry-run", "--", "--log-max-attention-logit", RUN=tmp_path)
@@ -413,7 +413,7 @@ def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
     assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
 
 
-def test_a_dry_run_refuses_a_method_where_the_start_would(
+def test_a_dry_run_refuses_the_same_methods_as_the_start(
     words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     let = ("--let-stop-iterations", 9, "--let-teacher", "gone")
@@ -598,7 +598,7 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> No
         machine.check_disk(replace(here, parameters=10**14))
 
 
-def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_says_go_on(
+def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_asks_for_a_restart(
     tmp_path: Path,
 ) -> None:
     rank = tmp_path / "rank.py"

@@ -56,7 +56,7 @@ def unlike(what: str) -> dict[str, Any]:
         ("max_tokens", ["run (text max tokens 512)", "run (text max tokens 4096)"]),
     ],
 )
-def test_what_was_measured_under_other_conditions_is_a_series_of_its_own_that_says_so(
+def test_measurements_under_other_conditions_are_a_separate_series_that_says_so(
     report: Callable[..., Page], what: str, labels: list[str]
 ) -> None:
     page = report(

@@ -79,7 +79,7 @@ def test_the_papers_profiles_lie_under_the_measured_ones_from_the_first_to_the_l
     assert float(table["1"]) == pytest.approx(ENDS[size][1][0] / 100)
 
 
-def test_they_lie_under_a_training_run_too(report: Callable[..., Page]) -> None:
+def test_the_papers_profiles_lie_under_a_training_run_too(report: Callable[..., Page]) -> None:
     page = report(write_events(Path("run"), {100: 3.0}, layers=4), "--paper", "3.4B", "--figures", "figures")
     spec = chart("displacement_in_training")
     assert len(thin(spec)) == 2

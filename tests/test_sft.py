@@ -194,7 +194,7 @@ def test_a_dry_run_prints_the_table_and_the_torchrun_command_and_starts_nothing(
     assert not started and not (tmp_path / "run").exists()
 
 
-def test_a_smoke_run_learns_and_goes_on_from_a_checkpoint_to_the_same_weights(
+def test_a_smoke_run_learns_and_continues_from_a_checkpoint_to_the_same_weights(
     words_of: Callable[..., list[str]], started: list[list[str]], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +225,7 @@ def test_a_smoke_run_learns_and_goes_on_from_a_checkpoint_to_the_same_weights(
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
 
-def test_a_run_goes_on_by_itself_and_says_when_it_is_complete(
+def test_a_run_resumes_by_itself_and_reports_when_it_is_complete(
     words_of: Callable[..., list[str]],
     started: list[list[str]],
     toy: Path,

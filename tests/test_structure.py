@@ -92,7 +92,7 @@ def test_a_model_that_gives_all_tokens_the_same_logits_is_refused() -> None:
     ("family", "counted", "ran"),
     [("longcat_flash", LAYERS, LAYERS // 2), ("mllama", LAYERS, LAYERS - 1)],
 )
-def test_layers_that_the_configuration_counts_otherwise_are_found_and_said(
+def test_layers_that_the_configuration_counts_differently_are_found_and_noted(
     family: str, counted: int, ran: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = small_model(family)
@@ -159,7 +159,7 @@ def test_a_model_without_a_final_norm_on_its_last_layer_has_no_state_after_it(
         torch.testing.assert_close(found.read_out(seen.states[LAYERS]), logits)
 
 
-def test_a_head_that_reads_several_states_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_reads_several_states_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     found_in(small_model("inkling2_text"))
     (note,) = notes(capsys)
     assert "head of odd" in note
@@ -554,7 +554,7 @@ class Halves(Stack):
         return state
 
 
-def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
+def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = Odd(lambda m, x: m.norm(m.body(x)), body=Halves(*stack().parts), norm=nn.LayerNorm(WIDTH))

@@ -272,14 +272,16 @@ def root_cause(rank: int, traceback: str) -> list[str]:
         (["jreg_megatron: error: --lr is -1", "RuntimeError: a rank failed", "bye"], "--lr is -1"),
     ],
 )
-def test_why_a_run_failed_is_our_line_else_an_errors_else_the_last(printed: list[str], why: str) -> None:
+def test_the_reason_of_a_failed_run_is_our_line_else_an_errors_else_the_last(
+    printed: list[str], why: str
+) -> None:
     last_error = LastError()
     for line in printed:
         last_error.read(f"{line}\n")
     assert str(last_error) == why
 
 
-def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
+def test_a_run_that_fails_is_named_with_the_reason_and_the_others_continue(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = "coeff0.1_alpha1_seed1"
@@ -299,7 +301,7 @@ def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
     assert read_summary(toy.folder / "out")["left_out"] == {}
 
 
-def test_what_the_recipe_refuses_for_the_first_run_is_not_tried_with_the_others(
+def test_after_a_refusal_of_the_first_run_the_others_are_not_tried(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy.plan({"baseline_seed1": {"status": 2, "says": ["jreg_megatron: error: DATA is missing; make it"]}})
@@ -308,7 +310,7 @@ def test_what_the_recipe_refuses_for_the_first_run_is_not_tried_with_the_others(
     assert toy.started == ["baseline_seed1"]
 
 
-def test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was(toy: StandIn) -> None:
+def test_sigterm_reaches_the_recipe_and_the_same_command_resumes_it(toy: StandIn) -> None:
     waiting = "coeff0.1_alpha1_seed1"
     toy.plan({waiting: {"waits": True}})
     words = (toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, "--output", toy.folder / "out")
@@ -353,7 +355,7 @@ def test_another_grid_adds_its_runs_after_those_that_are_there(toy: StandIn) -> 
     ]
 
 
-def test_a_sweep_goes_on_with_the_knobs_it_began_with(
+def test_a_sweep_continues_with_its_first_knobs(
     toy: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (toy.recipe, "--coeff", 0.1, "--seeds", 1, "--output", toy.folder / "out")
@@ -431,7 +433,7 @@ def test_a_mistake_ends_in_one_line_before_anything_is_started(
         ('{"runs": [{}]}', "recipe is missing"),
     ],
 )
-def test_a_file_that_is_no_sweep_is_refused_in_one_line(
+def test_a_file_that_is_not_a_sweep_is_refused_in_one_line(
     kept: str, expected: str, toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (toy.folder / "sweep.json").write_text(kept)
@@ -480,7 +482,7 @@ def test_a_dry_run_prints_lines_that_a_shell_takes_and_leaves_nothing(
     ]
 
 
-def test_what_cannot_be_compared_is_left_out_by_name(
+def test_parts_that_cannot_be_compared_are_left_out_by_name(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy.plan(
