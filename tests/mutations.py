@@ -1749,7 +1749,7 @@ _BY_FILE = {
             "meet only the ranks whose stage is in training mode",
             (
                 (
-                    "        if torch.is_grad_enabled():  # alike",
+                    "        if torch.is_grad_enabled():  # the same",
                     "        if torch.is_grad_enabled() and self._chunks[0].training:  # alike",
                 ),
             ),
@@ -1762,7 +1762,7 @@ _BY_FILE = {
         ),
         Fault(
             "ask all ranks in each step where another has wrapped what asks",
-            (("            if not self.has_ended:  # what", "            if True:  # what"),),
+            (("            if not self.has_ended:  # if other", "            if True:  # what"),),
             FIRST_STEP,
         ),
         Fault(
@@ -2043,7 +2043,7 @@ _BY_FILE = {
         ),
         Fault(
             "count what waits in a meter when an iteration is run again",
-            (("            meter.totals()  # what waits", "            pass  # what waits"),),
+            (("            meter.totals()  # sums", "            pass  # what waits"),),
             ("tests/test_cuda_graphs.py", "-k", "still_to_sum"),
         ),
     ],

@@ -1,4 +1,4 @@
-"""JREG in Megatron-Bridge itself, version 0.6.2: what `make test-versions` runs beside tests/test_bridge.py.
+"""JREG in Megatron-Bridge itself, version 0.6.2. `make test-versions` runs this and tests/test_bridge.py.
 
 Its name keeps it out of `make test`, for which Bridge is not installed.
 """
@@ -191,7 +191,7 @@ def with_and_without_shards(folder: Path, options: dict[str, Any]) -> dict[str, 
     """Train with JREG in copies and in shards, then in shards with coefficient 0 and without the callback.
 
     Returns:
-        The whole weights behind each run, by their names.
+        The whole weights after each run, by their names.
     """
     from bridge_toy import Callback, recipe, train
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
@@ -262,7 +262,7 @@ NOT_IN_MEGATRON_FSDP: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "num_distributed_optimizer_instances": ("optim", {}, {"num_distributed_optimizer_instances": 2}),
     "cuda_graph_impl transformer_engine": ("optim_grads", GRAPHS, {}),
 }
-"""By what is refused: the strategy, and changes of ``config.model`` and ``config.ddp``."""
+"""By refused feature: the strategy, and changes of ``config.model`` and ``config.ddp``."""
 
 
 def refused_in_megatron_fsdp(folder: Path) -> dict[str, str]:
@@ -288,7 +288,7 @@ def test_wrong_settings_in_megatron_fsdp_are_refused_before_a_step_on_every_rank
 
 
 def adapt_as_bridge_does(chunk: Any, adapted: Sequence[int]) -> None:
-    """Bridge's own LoRA in the place of ``test_lora.adapt``, with that one's weights."""
+    """Bridge's own LoRA instead of ``test_lora.adapt``, with the same weights."""
     import bridge_toy  # noqa: F401  (what Bridge imports and is not here)
     import torch
     from megatron.bridge.peft import recompute, utils
@@ -321,7 +321,7 @@ UNMASKED = JRegConfig(coeff=5.0, tokens="unmasked")
 
 
 def train_on_padded_sequences(folder: Path) -> None:
-    """With a padding mask on each stage, as Bridge's forward steps behind 0.6.2 give it, or a loss mask."""
+    """With a padding mask on each stage, as in Bridge's forward steps after 0.6.2, or with a loss mask."""
     import torch
     from bridge_toy import LENGTH, recipe, train
 

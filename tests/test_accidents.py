@@ -1,4 +1,4 @@
-"""Life's accidents: what a run promises when a rank dies, a number breaks, or it is started otherwise."""
+"""Accidents: the behaviour of a run when a rank dies, a number breaks, or it is started in another way."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_equals(log: Log, whole: Log, first: int, last: int) -> None:
 def test_when_a_rank_is_killed_the_other_ends_soon_with_an_error_that_names_the_lost_peer(
     layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:
-    # After a checkpoint, whose helper process must not hide that the rank is gone.
+    # After a checkpoint, whose helper process must not hide that the rank has died.
     argv = [1, 2, *toy_arguments, *layout, "--train-iters", 1000, *checkpoints(tmp_path, 1)]
     run = run_ranks(argv, 2, entry="accident:killed", check=False, timeout=180)
     assert run.status == [1, -9]

@@ -1,4 +1,4 @@
-"""``attach`` on a built Megatron model: what it changes, what it leaves alone, what it refuses."""
+"""``attach`` on a built Megatron model: what it changes, what it does not change, what it refuses."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def refuses_means_over_different_tokens() -> None:
     from jreg_megatron import attach
 
     model = build_model()
-    # Of two layers the last one alone has a gradient.
+    # Of two layers only the last one has a gradient.
     handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0), num_microbatches=1)
     step(model)
     loss = forward(model)
@@ -442,7 +442,7 @@ def refuses_by_name() -> list[str]:
 
 
 def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tuple[Any, int, bool]]:
-    """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
+    """An observer's calls in a step of two micro-batches whose backward passes run in order, at the end."""
     import torch
 
     from jreg_megatron.stream.tap import tap_residual_stream
@@ -677,7 +677,7 @@ def test_features_not_compared_in_megatron_fsdp_are_refused_by_name(
 
 
 def type_of_states_in_megatron_fsdp() -> str:
-    """What a method is told of the states of a model in bf16."""
+    """A method's description of the states of a model in bf16."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel

@@ -1,4 +1,4 @@
-"""The benchmark that users run: that it measures what it says, of what it says, and how it refuses."""
+"""The benchmark that users run: it measures what it names, and it refuses mistakes."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_w
     assert not any(found[f"left {way}"] for way in ways)
     added = naive - plain
     assert added.norm() > 1e-3 * plain.norm()
-    # In float32; what JREG leaves out of layers of negligible weight is below a millionth.
+    # In float32. The effect of the layers that JREG leaves out for negligible weight is below a millionth.
     assert (jreg - naive).norm() < 1e-4 * added.norm()
 
 
@@ -242,7 +242,7 @@ def test_kernels_collectives_reads_and_peak_memory_of_a_step_are_counted() -> No
     # Two tensors of four MiB are alive at a time.
     assert 8 << 20 <= found["peak_bytes"] < (8 << 20) + 100_000
     # empty, fill, add, mul, and for each of two values read a view and the reading; empty in the barrier.
-    # What calls them (ones, select, item) does not count.
+    # Their callers (ones, select, item) do not count.
     assert found["kernels"] == 4 + 2 * 2 + 1
 
 

@@ -1,4 +1,4 @@
-"""JREG in Megatron-Bridge as a contract: Bridge is not installed here, so what it does is mirrored.
+"""JREG in Megatron-Bridge as a contract: Bridge is not installed here, so its behaviour is mirrored.
 
 Mirrored is version 0.6.2: `callbacks.CallbackManager.add`, the order of events in `pretrain`, `train` and
 `eval.evaluate`, the hooks of `model_provider.ModelProviderMixin`, and who holds which writer. That Bridge

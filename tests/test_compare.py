@@ -1,4 +1,4 @@
-"""What ``make compare`` promises: paired runs, the rule's numbers, one page, and to resume."""
+"""The promises of ``make compare``: paired runs, the rule's numbers, one page, and to resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEEDS = 4
 STEPS = 400
 NOISE = (0.0, 0.03, -0.01, 0.02)
 EFFECT = {"jreg": 0.0, "slowqk": -0.05, "slowqk_gelu": -0.2, "let": -0.1, "periln": 2.0}
-"""What a method adds to the loss, beside a little noise of each seed."""
+"""A method's change of the loss, besides a little noise of each seed."""
 
 
 def test_holms_correction_is_as_worked_by_hand() -> None:
@@ -163,7 +163,7 @@ def compare(tmp_path: Path, *words: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text is not made, and what would start a process fails."""
+    """The text is not made, and a function that would start a process fails."""
 
     async def fails(what: str, *_: Any) -> None:
         raise AssertionError(f"{what} was started")

@@ -1,7 +1,7 @@
-"""What Triton makes of the kernels for GPUs that are not here, launched as the package launches them.
+"""The kernels as Triton compiles them for GPUs that this machine lacks, launched as in the package.
 
-The launches are real up to the last step: the driver is one that only names its GPU, the states are on
-the ``meta`` device, and what would run there is compiled and looked at.
+The launches are real up to the last step: the driver only names its GPU, the states are on the ``meta``
+device, and the code that would run there is compiled and examined.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ALL = [*product(METHODS, SM_WARPS, (*WIDTHS, 12288), TYPES)]
 
 @dataclass(frozen=True)
 class OfflineDriver:
-    """Names the GPU to compile for, in the place of Triton's driver."""
+    """Replaces Triton's driver, and names the GPU to compile for."""
 
     arch: int
 
@@ -91,7 +91,7 @@ def own_cache(tmp_path: Path) -> Iterator[None]:
 
 
 def compiled(arch: int, method: str, *given: Any, **named: Any) -> Compiled:
-    """What ``KERNELS.method(*given)`` would run."""
+    """The compiled kernels that ``KERNELS.method(*given)`` would run."""
     if method == "linked":
         *given_, above = given
         method, given, named = "gradients", tuple(given_), {**named, "above": above, "hands_down": True}
@@ -149,7 +149,7 @@ def assert_good(
     for what, of_a_column, scalars in (
         # The coefficient, and three numbers from above.
         ("LDG", size_in + (1 + is_gradients + is_linked) * size_out, 4 if is_linked else 1),
-        # Psi, and two numbers more to hand down, in place of the input's gradient.
+        # Psi, and two more numbers to hand down instead of the input's gradient.
         (
             "STG",
             (size_out if is_linked else size_in + size_out) if is_gradients else 0,

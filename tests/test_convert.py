@@ -148,7 +148,7 @@ def test_padding_after_the_vocabulary_is_left_out(both_ways: tuple[dict[str, Any
 
 
 def check_rows_of_padding(tokenizer: Path, work: Path) -> None:
-    """Exports of checkpoints whose rows of padding are told without a tokenizer that is exported, or not."""
+    """Exports without a tokenizer, of checkpoints whose number of padding rows is known or unknown."""
     ids = some_tokens()
     own = logits_of(made(work / "null"), ids)[..., :130]
     for module, source, output in ((export, "null", "1"), (import_, "1", "2"), (export, "2", "3")):
