@@ -337,7 +337,7 @@ def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
     entry: str,
     replays: str,
 ) -> None:
-    # lambda begins, rises and ends in replays of what was captured before. Each second step measures, and a
+    # lambda begins, rises and ends in replays of earlier captures. Each second step measures, and a
     # log has the mean of four.
     strengths = [
         COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
@@ -429,7 +429,7 @@ def refuses_what_a_graph_cannot() -> None:
     handle = attach(model, TAKEN, num_microbatches=1)
     step_of(1)
     with pytest.raises(UserError, match=r"cuda_graph_warmup_steps is 1, .* give more"):
-        step_of(1)  # nothing has asked what the first step has shown
+        step_of(1)  # nobody has read the first step's finding
     handle.end_iteration(1)
     step_of(1)
     with pytest.raises(UserError, match="has 1 micro-batches, and now a step has 2"):
@@ -460,8 +460,8 @@ def five_steps(
     methods: tuple[Settings, ...],
     look: Callable[[Any, Any], list[torch.Tensor]] = lambda *_: [],
 ) -> list[torch.Tensor]:
-    """Metrics of depth and parameters after each step with slow queries and keys too, and what ``look`` finds
-    in model and handle before and after each."""
+    """Metrics of depth and parameters after each step with slow queries and keys too, and the results of
+    ``look`` at model and handle before and after each step."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
@@ -494,7 +494,7 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
     flag = torch.zeros(1, dtype=torch.bool)
 
     def under_runner(model: Any, wrapper: Any) -> Any:
-        """Experts whose tokens do not fit in an iteration; what is left out of them makes other states."""
+        """Experts whose tokens do not fit in an iteration. The tokens that are left out change the states."""
         layer = model.decoder.layers[0].mlp
 
         def fit() -> None:
@@ -601,10 +601,10 @@ def attaches_before_the_first_step_alone() -> None:
     assert before == (dict(vars(layer)), type(layer.cudagraph_manager))
     handle = attach(model, TAKEN, num_microbatches=1)
     run_step(model)
-    run_step(model)  # nothing has asked what the first step has shown
+    run_step(model)  # nobody has read the first step's finding
     assert handle.end_iteration(2) is not None
     handle.detach()
-    # The second layer's graph reads what the first one's returned where it lies.
+    # The second layer's graph reads the first one's output in place.
     first, second = (layer.cudagraph_manager.cudagraph_runners[0] for layer in model.decoder.layers)
     assert first.fwd_graph_output_surface[0].data_ptr() == second.fwd_graph_input_surface[0].data_ptr()
     with pytest.raises(UserError, match=r"cuda_graph_impl local, .* before the first step"):
@@ -673,7 +673,7 @@ def flash_attention(
     cache_seqlens: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """In the place of the kernel of that name in flash-attn, for one token ``[b, 1, heads, dim]``."""
+    """Replaces the kernel of this name in flash-attn, for one token ``[b, 1, heads, dim]``."""
     at = cache_seqlens.long().view(-1, 1, 1, 1).expand_as(k)
     k_cache.scatter_(1, at, k)
     v_cache.scatter_(1, at, v)
@@ -799,7 +799,7 @@ def locally_graphed_model(scope: str = "layer") -> tuple[Any, Callable[[Any], No
 
 
 def unbiased() -> Any:
-    """A model without the bias of keys, whose gradient is what rounding makes it, and as large to Adam."""
+    """A model without the bias of keys. Its gradient is only rounding, which Adam would scale up."""
     return build_model(add_bias_linear=False)
 
 
@@ -818,7 +818,7 @@ def graphed_model(
     model = build_model()
     vars(model.config).update(OF_LAYERS | FULL)
 
-    # Made here, on the device: what is made in a capture is the host's.
+    # Made here, on the device: a tensor that is made in a capture is the host's.
     tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
     given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
 

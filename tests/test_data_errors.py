@@ -51,7 +51,7 @@ class Case:
 
     Attributes:
         name: what is broken.
-        argv: the command; {} stands for a fresh copy of the good things.
+        argv: the command; {} is replaced with a new copy of the good files.
         line: a regular expression for the line, without its beginning.
         damage: done in the copy before.
         before: done in the process that runs the command, before it.
@@ -120,7 +120,7 @@ def parquet(
 
 
 def no_root(folder: Path) -> None:
-    """Go on as nobody, since root may read everything."""
+    """Continue as nobody, because root may read everything."""
     folder.chmod(0o777)
     if os.getuid() == 0:
         for path in (folder, *folder.parents):
@@ -190,7 +190,7 @@ IDX, BIN = "good_text_document.idx", "good_text_document.bin"
 INSPECT = "inspect {}/good_text_document"
 
 CASES = [
-    # What the input is.
+    # The input files.
     Case("no input", prepare(""), r"INPUT is missing; name files"),
     Case("input that is not there", prepare("{}/nowhere.jsonl"), r"\S+/nowhere.jsonl does not exist; correct"),
     Case("pattern without match", prepare("{}/no*.jsonl"), r"\S+/no\*.jsonl does not exist; correct"),
@@ -209,7 +209,7 @@ CASES = [
     Case("only empty texts", prepare("{}/empty.jsonl"), r"\S+/empty.jsonl gave no text for \S+/out_text_document; give other",
          write("empty.jsonl", b'{"text": ""}\n')),
     Case("input that grows", prepare("{}/text.jsonl"), r"\S+/text.jsonl changed while it was read; run", before=grow_while_reading),
-    # What is in it.
+    # The input's content.
     Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz cannot be read \(Truncated compressed stream\); .* fetch the file again", packed("a.jsonl.gz", 2000)),
     Case("gzip that is none", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz cannot be read \(zlib inflate failed: incorrect header",
          write("a.jsonl.gz", b'{"text": "plain"}\n')),
@@ -262,7 +262,7 @@ CASES = [
     Case("all held out", f"{PREPARE} --validation-share 1.5 --validation-output {{}}/v", r"--validation-share is 1.5; it must be >= 0 and < 1"),
     Case("one place for both", f"{PREPARE} --validation-share 0.5 --validation-output {{}}/out", r"--output and --validation-output name one file; "),
     Case("no workers", f"{PREPARE} --workers 0", r"--workers is 0; it must be >= 1"),
-    # What inspect finds.
+    # Errors that inspect finds.
     Case("no token file", "inspect {}/nothing", r"\S+/nothing.idx is not a file; correct the prefix"),
     Case("file instead of a prefix", f"inspect {{}}/{IDX}", r"\S+/good_text_document.idx.idx is not a file; leave .idx out"),
     Case("folder without token files", "inspect {}/hugging_face", r"\S+/hugging_face holds no .idx file; name"),

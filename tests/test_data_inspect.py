@@ -1,4 +1,4 @@
-"""What inspect promises: every token file that Megatron reads is read, and told of by its true numbers."""
+"""The promises of inspect: it reads every token file that Megatron reads, and reports its true numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation that is killed: the same command goes on and gives the same bytes."""
+"""Preparation that is killed: the same command continues and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def argv(source: Path, model: Path, tmp_path: Path) -> list[object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of the output but the manifest, whose times differ; and what it tells of the files."""
+    """All files of the output except the manifest, whose times differ; and its entries about the files."""
     manifest = folder / "out.manifest.json"
     found = {path.name: path.read_bytes() for path in folder.glob("out*") if path != manifest}
     return found | {"outputs": json.dumps(json.loads(manifest.read_text())["outputs"]).encode()}
@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run that nothing disturbs leaves behind."""
+    """The files of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     assert call(*command(source, model, folder / "out")) == 0
     return contents(folder)

@@ -1,4 +1,4 @@
-"""What preparation promises: the bytes of Megatron's tool, from any kind of input, however it is cut."""
+"""The promises of preparation: the bytes of Megatron's tool, from any kind of input, with any pieces."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_held_out_documents_are_the_others_and_copies_stay_together(model: Path,
     source = write_jsonl(tmp_path / "text.jsonl", [*texts, *texts])
     argv = ("--validation-share", 0.1, "--validation-output", tmp_path / "valid" / "held")
     prepare(tmp_path / "train", model, source, *argv, "--piece-bytes", 3000)
-    # A document is held out by the sum of its text alone.
+    # Only the hash of a document's text decides whether it is held out.
     held = [t for t in texts if int(hashlib.blake2b(t.encode(), digest_size=8).hexdigest(), 16) < 0.1 * 2**64]
     kept = [t for t in texts if t not in held]
     assert 15 < len(held) < 45

@@ -1,4 +1,4 @@
-"""What is known of a model by its structure: layers, final norm, head; and which models a user means."""
+"""The structure of a model: layers, final norm, head; and the models that a user names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jreg_megatron.runtime.errors import UserError
 
 
 class Recorder:
-    """Keeps what it sees."""
+    """Keeps the states that it sees."""
 
     def __init__(self, num_layers: int = LAYERS) -> None:
         self.num_layers = num_layers
@@ -56,7 +56,7 @@ def test_states_of_every_family_are_those_that_transformers_itself_returns(famil
     assert found.num_layers == LAYERS
     for number in range(LAYERS):
         torch.testing.assert_close(seen.states[number], returned[number])
-    # Its last entry is behind the final norm.
+    # Its last entry is after the final norm.
     assert seen.normed is not None
     torch.testing.assert_close(seen.normed, returned[LAYERS])
 

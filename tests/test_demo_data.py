@@ -1,4 +1,4 @@
-"""What the demo data promises: the same bytes everywhere, reuse only of whole files, a clean split."""
+"""The promises of the demo's data: the same bytes everywhere, reuse only of whole files, a clean split."""
 
 from __future__ import annotations
 

@@ -98,9 +98,9 @@ MIDDLES = {
     "llama": "post_attention_layernorm",
     "gpt2": "ln_2",
     "gpt_neox": "+attention",  # attention and MLP side by side
-    "gemma2": "pre_feedforward_layernorm",  # with norms behind attention and MLP
+    "gemma2": "pre_feedforward_layernorm",  # with norms after attention and MLP
     "olmo2": "mlp",
-    "granite": "post_attention_layernorm",  # which scales what it adds
+    "granite": "post_attention_layernorm",  # which scales its contribution
     "falcon": "+self_attention",  # which adds in place
 }
 
@@ -169,7 +169,7 @@ def test_a_state_of_norm_0_spoils_the_ratios_of_its_layer_alone() -> None:
 
 def test_a_methods_change_of_a_layers_output_is_not_part_of_its_mlps_contribution() -> None:
     decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
-    texts = documents(1, 40)  # nothing is found in one token alone
+    texts = documents(1, 40)  # a single token shows nothing
     as_it_is = measure(decoder, texts, depth=True)["with_first_token"]
     decoder.layers[-1].register_forward_hook(lambda _, given, output: output - 0.5 * given[0])
     changed = measure(decoder, texts, depth=True)["with_first_token"]
@@ -269,7 +269,7 @@ def runs_of(decoder: Decoder, ids: Any, skipped: int | None = None) -> tuple[Ten
 
 
 def evaluated(decoder: Decoder, texts: list[Text]) -> dict[str, Any]:
-    """What ``depth`` is to give, with loops over layers and tokens."""
+    """The expected result of ``depth``, by loops over layers and tokens."""
     last = decoder.num_layers
     table = decoder.model.get_input_embeddings().weight.detach().double().numpy()
     rows: dict[str, list[list[float]]] = {}
@@ -370,7 +370,9 @@ def test_states_that_overflow_are_refused_in_one_line(
     model = small_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
-        model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
+        model.model.layers[1].mlp.down_proj.weight.clamp_(
+            -6e4, 6e4
+        )  # finite in fp16, unlike its contribution
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     model.save_pretrained(tmp_path / "model")
     write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])

@@ -1,4 +1,4 @@
-"""What layers know and are worth, against plain torch; and what two models differ in, against hand."""
+"""Read-out and skipping of layers, against plain torch; and differences of two models, computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``jreg-megatron evaluate``: what it writes, prints and refuses."""
+"""The command ``jreg-megatron evaluate``: its files, its output and its refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line on standard error with which the command ends."""
+    """The single line on standard error with which the command ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in argv])

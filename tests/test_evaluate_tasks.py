@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the same results as its own model gives, and what is refused."""
+"""Tasks of lm-evaluation-harness: the same results as with its own model, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example of a loop of one's own trains, regularizes, and is the same with tensor parallelism."""
+"""The example of a custom loop trains, regularizes, and is the same with tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What ``attach`` infers is held against the first step: what differs is refused before the optimizer's.
+"""The first step checks the assumptions of ``attach``: a difference is refused before the optimizer's step.
 
-The models are the custom loop's example, the layers those of ``unknown_layers``.
+The models are from the custom loop's example, the layers from ``unknown_layers``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(kind: str | None = None, **settings: Any) -> Any:
 
 
 Loss = Callable[[Any, Any], Any]
-"""What the schedule takes for loss, of the tokens' losses and their mask."""
+"""The schedule's loss, as a function of the tokens' losses and their mask."""
 
 
 def sums(losses: Any, mask: Any) -> Any:
@@ -88,7 +88,7 @@ def schedule(model: Any, loss: Loss = sums, count: int = M, mask: Callable[[int]
 
 
 def refusal(run: Callable[..., Any], *args: Any, **named: Any) -> str:
-    """What a call is refused with; empty if it is not."""
+    """The error line of a call; empty if there is no error."""
     try:
         run(*args, **named)
     except UserError as error:
@@ -106,7 +106,7 @@ def step(model: Any, handle: Any, iteration: int = 1, **named: Any) -> None:
 
 
 def refused_and_detached(forward: Callable[[Any], Any], model: Any) -> str:
-    """What the first forward pass says; after detaching it runs as if nothing had been attached."""
+    """The error of the first forward pass. After detach it runs as if nothing had been attached."""
     handle = attach(model, JRegConfig(), num_microbatches=1)
     said = refusal(forward, model)
     handle.detach()
@@ -151,7 +151,7 @@ def test_a_sub_layer_of_a_hybrid_model_that_treats_the_stream_otherwise_is_refus
 
 
 def unknown_layers_on_one_stage(kind: str) -> list[str]:
-    """A pipeline whose second stage alone has such layers: in training, and in evaluation alone."""
+    """A pipeline in which only the second stage has such layers: in training, and only in evaluation."""
     import torch
     import torch.distributed as dist
     from megatron.core.distributed import finalize_model_grads
@@ -198,7 +198,7 @@ def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[s
 
 
 def changes_in(kind: str) -> list[str]:
-    """A layer that changes its state in training alone, or from the second micro-batch on."""
+    """A layer that changes its state only in training, or from the second micro-batch on."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 
@@ -298,7 +298,7 @@ RUNS_OTHERWISE = (
 
 
 def scales() -> dict[str, tuple[str, float]]:
-    """What each way to scale a loss is refused with, and lambda beside that of the same loss without JREG."""
+    """The error line for each scale of a loss, and lambda relative to the same loss without JREG."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 

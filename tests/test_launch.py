@@ -25,7 +25,7 @@ def launch(*argv: object, world_size: int = 1, check: bool = True, timeout: floa
 
 
 def refusal(run: Finished) -> str:
-    """The one line by which every rank ends."""
+    """The single line with which every rank ends."""
     lines = []
     for output in run.output:
         assert "Traceback" not in output, output
@@ -113,7 +113,7 @@ def test_a_jump_rate_of_zero_or_none_is_in_the_line_of_every_megatron_after_its_
     argv += ["--lr", 0, "--min-lr", 0, "--pipeline-model-parallel-size", min(2, layers), "--log-interval", 2]
     run = run_ranks(argv, min(2, layers), entry="test_launch:log_by_the_condition")
     lines = [line for line in run.output[-1].splitlines() if re.search(r" iteration +\d/", line)]
-    assert len(lines) == 2  # that of the first iteration and that of the interval
+    assert len(lines) == 2  # one of the first iteration and one of the interval
     for line in lines:
         assert f" | jump rate: {rate} | " in line, line
         assert re.search(r" lm loss: 5\.\d+E\+00 \| jreg loss: \d\.\d+E-\d+ \|", line), line

@@ -1,4 +1,4 @@
-"""LET: the gradient of the teacher's pull at every layout, its schedule, its teacher, and what it refuses."""
+"""LET: the gradient toward the teacher at every layout, its schedule, its teacher, and its refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _compare(layer: int, layout: Layout, teacher: Path) -> tuple[str, float, flo
 
 
 def add_reference(exact: Any, layout: Layout, weights: Any, batch: Any, layer: int, teacher: Path) -> float:
-    """Add LET's gradient to that of the reference, in one process in float64; returns the mean of -cos."""
+    """Add LET's gradient to the reference's, in one process in float64. Returns the mean of -cos."""
     from transformers import AutoModelForCausalLM
 
     from jreg_megatron.selftest import toy
@@ -139,7 +139,7 @@ def test_with_jreg_the_gradient_is_that_of_the_loss_at_every_layout_on(ranks: in
         assert loss <= limit, f"{name}: {loss:.1e}"
 
 
-# -- in a loop of one's own ------------------------------------------------------------------------
+# -- in a custom loop ------------------------------------------------------------------------------
 
 
 def of_reference(model: Any, states: list[Any], teacher: Path, layer: int) -> Tensor:
@@ -318,7 +318,7 @@ def test_a_run_that_is_resumed_while_it_falls_or_after_its_end_is_the_same_to_th
     assert all(none[name] == plain[name] for name in ("lm loss", "grad-norm")), "a coefficient of 0"
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_the_coefficient_falls_as_published_and_the_layer_is_the_last_of_the_first_third() -> None:

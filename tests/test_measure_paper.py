@@ -18,7 +18,7 @@ STEPS = (0, 1000, 28000, 29000, 57000, 86000, 114000, 143000)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A toy in the place of two of the paper's models, and nothing in that of the others."""
+    """A toy instead of two of the paper's models, and nothing instead of the others."""
     folder = save_toy(tmp_path / "toy", seed=0)
     for name in numbers()["hub"]:
         monkeypatch.setitem(numbers()["hub"], name, str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""Methods beside JREG: what they measure and change, several at once, and one of a user's own."""
+"""Methods other than JREG: their measurements and changes, several at once, and a user's own method."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attenuates_in_every_run(recompute: str) -> None:
         model(tokens, positions, None)
         torch.testing.assert_close(states[1], h_1 - 0.7 * h_0)
     model.train()
-    for iteration in (1, 2):  # in the first step all layers are looked at
+    for iteration in (1, 2):  # in the first step all layers are observed
         states.clear()
         forward(model).backward()
         runs = [at for at, state in enumerate(states) if torch.equal(state, h_0)]
@@ -162,7 +162,7 @@ def logs_by_name() -> dict[str, float]:
     assert metrics.update_ratio[1].item() == pytest.approx((added / lengths[1]).mean().item())
     with pytest.raises(AttributeError, match="jump_rate"):
         _ = metrics.jump_rate
-    # A state without a number is told, by its layer.
+    # A state that is not finite is reported, by its layer.
     with torch.no_grad():
         model.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = float("inf")
     step(model)
@@ -403,7 +403,7 @@ LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distr
 
 
 def kept(log: dict[str, list[float]]) -> list[list[float]]:
-    """What each layer keeps, by iteration."""
+    """Each layer's factor, by iteration."""
     return [log[f"attenuation/kept_layer_{layer:02}"] for layer in range(1, 5)]
 
 
@@ -466,7 +466,9 @@ def norms_all_outputs() -> None:
     attach(model, settings, JRegConfig(), num_microbatches=1).detach()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):  # a linear layer's is given to what adds, beside its output
+            if name.endswith(
+                ".bias"
+            ):  # a linear layer's bias is passed to the add separately from its output
                 parameter.normal_(std=0.5)
     weights = model.state_dict()
     parallel_state.destroy_model_parallel()

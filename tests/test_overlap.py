@@ -142,8 +142,8 @@ def test_streams_of_an_overlapped_iteration_are_in_order_in_its_capture_and_wher
 def in_one_graph(
     layout: Layout, capacity: float | None, watches_streams: bool = False
 ) -> tuple[Comparison, dict[str, int]]:
-    """A replayed step, and what its streams did wrong. With a capacity, experts of a rank take a limited
-    number of tokens in all: iterations in which they overflow are run again."""
+    """A replayed step, and its streams' errors. With a capacity, a rank's experts take a limited number of
+    tokens in total: iterations in which they overflow are run again."""
     torch.set_num_threads(1)
     if watches_streams:
         watch_streams()
@@ -167,7 +167,7 @@ def test_an_overlapped_step_equals_the_reference_with(kind: str) -> None:
 
 
 Step = tuple[dict[str, float], dict[str, torch.Tensor]]
-"""What was measured, and the gradients, by name."""
+"""Measurements and gradients, by name."""
 
 DEEPSEEK = {
     "moe_layer_freq": [0, 1, 1, 1],

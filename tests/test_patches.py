@@ -135,7 +135,7 @@ def run(tree: Path, *argv: object) -> str:
 
 
 def same(one: Path, other: Path, *tags: str) -> dict[str, list[float]]:
-    """What both runs logged, which must be equal under these tags; returns it of ``one``."""
+    """The values that both runs logged under these tags, which must be equal; returns those of ``one``."""
     logs = read_scalars(one), read_scalars(other)
     for tag in (*tags, "lm loss", "grad-norm", "lm loss validation"):
         assert logs[0][tag] == logs[1][tag] and len(logs[0][tag]) > 0, tag

@@ -23,7 +23,7 @@ COEFFICIENT, FACTOR = 0.7, 0.3
 def strength(
     coefficient: torch.Tensor | None = None, weights: torch.Tensor | None = None, factor: float = FACTOR
 ) -> Strength:
-    """What most tests add."""
+    """The regularizer of most tests."""
     return Strength(
         eager.KERNELS, torch.tensor([COEFFICIENT]) if coefficient is None else coefficient, factor, weights
     )
@@ -54,7 +54,7 @@ def test_gradients_equal_autograd_on_the_textbook_formula(turn: float) -> None:
     upstream = 0.01 * torch.randn_like(h_in)
     ours, reference = (f(h_in, h_out, upstream) for f in (node_gradients, reference_gradients))
     for got, expected in zip(ours, reference, strict=True):
-        # What float32 states can tell: the gradient's direction is the difference of two unit vectors.
+        # The precision of float32 states: the gradient's direction is the difference of two unit vectors.
         assert (got.double() - expected).norm() / expected.norm() < max(2e-6, 2e-7 / turn)
 
 
@@ -176,15 +176,15 @@ class Recorded(eager.TorchKernels):
 
 
 LINKED = [(False, True), (True, True), (True, True), (True, False)]
-"""What four layers one on the other note, from the top."""
+"""The notes of four stacked layers, from the top."""
 
 
 class Chain:
-    """Layers ``h -> h * (1 + scale)`` with one vector of scales each, of which some are regularized.
+    """Layers ``h -> h * (1 + scale)`` with one vector of scales each. Some of them are regularized.
 
     Args:
         factors: of each layer; 0 for one without a node.
-        between: what each state goes through on its way to the next layer.
+        between: a function of each state on its way to the next layer.
         dtypes: the types of the layers' outputs, in turn.
     """
 
@@ -342,7 +342,7 @@ def test_a_state_whose_gradient_is_asked_for_gets_all_of_it_and_nothing_stays_fo
     expected = chain.reference()
     whole = chain.gradients(loss, retain_graph=True)
     for number in (3, 2, 1, 0):
-        # Its own node, if it has one, comes below: what is asked for is the gradient above it.
+        # Its own node, if it has one, is below: the requested gradient is above it.
         own = torch.autograd.grad(loss, chain.states[number], retain_graph=True)[0]
         at_node = Chain((*[0.0] * number, *chain.factors[number:]))
         at_node.token_weights = chain.token_weights
@@ -393,7 +393,7 @@ def test_gradients_that_an_aborted_pass_handed_down_are_not_used_by_the_next() -
     def fail(_: torch.Tensor) -> None:
         raise InterruptedError
 
-    # Another way down, where the pass breaks off. It is older than the node above, which so runs before it.
+    # Another way down, where the pass is aborted. It is older than the node above, so that node runs first.
     scaled = h + h * chain.scales[1]
     scaled.register_hook(fail)
     out = chain.layer(1, h) + scaled

@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.pretrain`` promises about a run: baseline, resume, log, and how mistakes end."""
+"""The promises of ``jreg_megatron.pretrain``: baseline, resume, log, and errors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_measuring_every_second_iteration_logs_the_same_values_there(
 
 
 def means(each: dict[str, list[float]], *intervals: Sequence[int]) -> dict[str, list[float]]:
-    """What a log has for these intervals, where ``each`` has every iteration (1-based) by itself."""
+    """A log's values for these intervals, from ``each``, which has every iteration (1-based) alone."""
     layers = [f"jreg/displacement_layer_{layer:02d}" for layer in (3, 4)]
     of = {tag: [np.mean([each[tag][i - 1] for i in some]) for some in intervals] for tag in layers}
     before_last, last = of.values()
@@ -222,7 +222,7 @@ def test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in
 
 
 def exit_in_the_sixth_step(argv: list[str]) -> None:
-    """As Megatron's rerun state machine ends a run: the loop breaks off behind the step."""
+    """As Megatron's rerun state machine ends a run: the loop ends after the step."""
     from megatron.training import get_args, training
 
     train_step = training.train_step
@@ -366,7 +366,7 @@ MISTAKES = {
 
 
 FOUND_WHILE_RANKS_MEET = ("what Megatron refuses before it builds the model",)
-"""Found by each rank in turn; one that comes later may find that the first is gone."""
+"""Found by each rank in turn. A later rank may find that the first one has ended."""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

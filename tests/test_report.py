@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.report`` promises of its input, its numbers and its files."""
+"""The promises of ``jreg_megatron.report`` about its input, its numbers and its files."""
 
 from __future__ import annotations
 
@@ -410,7 +410,7 @@ def skip(later: Any = None, output: float = 0.1) -> dict[str, Any]:
     return {"later_mean": usual if later is None else later, "output_mean": [output] * LAYERS}
 
 
-# Of which document, where, what stands there, and what is said of it.
+# Document, place, value, and message.
 WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", f"{PSI}.3", float("nan"), f"{AT}.displacement.pre_norm[3]"),
     ("measurement", f"{BLOCK}.jump_rate.post_norm", float("inf"), f"{AT}.jump_rate.post_norm"),

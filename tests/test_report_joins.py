@@ -1,4 +1,4 @@
-"""Which numbers ``jreg_megatron.report`` puts together, and what it says where they are not alike."""
+"""The numbers that ``jreg_megatron.report`` joins, and its remarks if their conditions differ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_LAYER = "Displacement Ψ of each layer"
 
 
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:
-    """A measurement of a user who asked for the figures with the first token."""
+    """A measurement of a user who chose the figures with the first token."""
     for model in document["models"]:
         model["first_token"] = "kept"
     return document

@@ -1,4 +1,4 @@
-"""One dataclass of settings: from Python, YAML and the command line, and what it refuses."""
+"""One dataclass of settings: from Python, YAML and the command line, and its refusals."""
 
 from __future__ import annotations
 

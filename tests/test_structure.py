@@ -1,4 +1,4 @@
-"""What is taken for the layers and the final norm, in real families and in models built to mislead."""
+"""The layers and the final norm that are found, in real families and in misleading models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def notes(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def seen_by(model: Any, found: Decoder) -> Recorder:
-    """What an observer sees; each layer's states must be those of a hook on that layer."""
+    """An observer's states. Each layer's states must equal those of a hook on this layer."""
     by_hook: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: by_hook.append(_first(out))) for layer in found.layers
@@ -169,7 +169,7 @@ def test_a_head_that_reads_several_states_is_noted(capsys: pytest.CaptureFixture
 
 
 class Layer(nn.Module):
-    """Adds to each token what it makes of the mean over it and those before."""
+    """Adds to each token a function of the mean over it and the tokens before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Streams(nn.Module):
 
 
 class Pair(nn.Module):
-    """A layer that hands on its branch and, beside it, the sum of those before."""
+    """A layer that passes on its branch and, separately, the sum of the earlier branches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Project(nn.Linear):
 
 
 class Odd(nn.Module):
-    """A language model of given parts; ``way`` leads from the embedding to what the head reads."""
+    """A language model of given parts; ``way`` is the path from the embedding to the head's input."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -372,7 +372,7 @@ def mask(value: float) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits.masked_fill(ids == VOCABULARY - 1, value)
 
 
-# What a model may do to its logits, and whether its head alone has other ones then.
+# A model's change of its logits, and whether the head alone then gives other logits.
 LOGITS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "masked by -Inf": (mask(-torch.inf), True),
     "masked by the least number": (mask(torch.finfo(torch.float32).min), True),
@@ -542,11 +542,11 @@ def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
     torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
 
 
-# What a model is made of, and what it gives
+# A model's parts, and its expected structure
 
 
 class Halves(Stack):
-    """Halves the state behind each layer, as RWKV does in half precision."""
+    """Halves the state after each layer, as RWKV does in half precision."""
 
     def forward(self, state: Tensor) -> Tensor:
         for part in self.parts:

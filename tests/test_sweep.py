@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.sweep`` promises: every run of the grid once, and what they measured as a result."""
+"""The promises of ``jreg_megatron.sweep``: every run of the grid once, and their measurements as a result."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
 
 class StandIn:
-    """A folder with a recipe that trains nothing, and a plan of what its runs do."""
+    """A folder with a recipe that trains nothing, and a plan of its runs' behaviour."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class StandIn:
         return recipe
 
     def plan(self, runs: dict[str, dict[str, Any]]) -> None:
-        """Say by a run's name what it does: status, says, waits, and the arguments of write_events."""
+        """Set a run's behaviour by its name: status, says, waits, and the arguments of write_events."""
         shutil.rmtree(self.folder / "plan", ignore_errors=True)
         for name, does in ({"default": {}} | runs).items():
             plan = self.folder / "plan" / name
@@ -238,7 +238,7 @@ def test_one_seed_and_an_interval_around_zero_are_not_called_a_difference(
 
 
 def root_cause(rank: int, traceback: str) -> list[str]:
-    """What torchrun prints last."""
+    """torchrun's last lines."""
     others = ["  rank      : 0 (local_rank: 0)", "  exitcode  : 1 (pid: 6)"]
     mine = [f"  rank      : {rank} (local_rank: {rank})", "  exitcode  : 1 (pid: 7)", "  error_file: <N/A>"]
     return [
@@ -578,7 +578,7 @@ case $1 in show) echo localhost;; requeue) echo "$2" >> {folder}/requeued;; esac
 
 @pytest.fixture
 def slurm(toy: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """The commands of a cluster on PATH, which really start what they are given."""
+    """The commands of a cluster on PATH. They really start their scripts."""
     programs = toy.folder / "bin"
     programs.mkdir()
     for name, text in SLURM.items():
@@ -607,7 +607,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     assert sorted(slurm.started) == ["baseline_seed1", "coeff0.1_alpha1_seed1"]
     assert {call.tokens for call in slurm.calls} == {"5000"}
     assert {call.master for call in slurm.calls} == {"localhost"}
-    # Run 1 has saved and ended early, so its task goes back to the queue; the other has drawn what there is.
+    # Run 1 has saved and ended early, so its task goes back to the queue. The other has drawn the results.
     assert (slurm.folder / "requeued").read_text() == "101\n"
     assert list(read_summary(output)["runs"]) == ["baseline_seed1"]
     slurm.plan({})
