@@ -254,8 +254,8 @@ CASES = [
     Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not name it, so this command has not made it; remove it",
          write("out_text_document.bin", b"precious")),
     Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but the run needs about 0.0 GB more .*; make room.* --no-disk-check", before=disk_of(1000)),
-    Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ takes no more data \(File too large\); make room and run the same command again", before=full_after(1500)),
-    Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ takes no more data \(File too large\); make room", before=full_after(4000)),
+    Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ cannot hold more data \(File too large\); make room and run the same command again", before=full_after(1500)),
+    Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ cannot hold more data \(File too large\); make room", before=full_after(4000)),
     Case("worker that dies", PREPARE, r"one of \d workers was killed, perhaps because memory ran out; run the same command again with fewer --workers", before=die_in_a_worker),
     Case("held out, but where", f"{PREPARE} --validation-share 0.1", r"--validation-share and --validation-output need each other; give both"),
     Case("nothing held out", f"{PREPARE} --validation-share 1e-9 --validation-output {{}}/v", r"\S+/text.jsonl gave no text for \S+/v_text_document; .* larger --validation-share"),
@@ -345,7 +345,7 @@ def test_a_disk_that_is_really_full_is_named(
         assert call("prepare", tmp_path / "text.jsonl", *argv, "--piece-bytes", 5000) == 2
         assert "disk has 0.0 GB free, but the run needs about 0.0 GB more" in capfd.readouterr().err
         assert call("prepare", tmp_path / "text.jsonl", *argv, "--no-disk-check") == 2
-        assert "disk takes no more data (No space left on device); make room" in capfd.readouterr().err
+        assert "disk cannot hold more data (No space left on device); make room" in capfd.readouterr().err
 
 
 def test_no_two_cases_have_one_name() -> None:

@@ -150,7 +150,7 @@ def _add_tokenizer(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output", required=True, type=Path, metavar="FILE", help="the model, as in tokenizer.model")
     add("--vocab-size", **_NUMBER, default=32000, help="number of pieces (default: %(default)s)")
-    sample = "about so many bytes of text are the sample, taken evenly from the input (default: %(default)s)"
+    sample = "approximate bytes of text in the sample, taken evenly from the input (default: %(default)s)"
     add("--sample-bytes", **_NUMBER, default=1 << 28, help=sample)
 
 

@@ -66,8 +66,8 @@ def prepare(args: Namespace) -> tuple[dict[str, Any], bool]:
                 if error.errno not in _FULL:
                     raise
                 raise UserError(
-                    f"{args.output.parent} takes no more data ({error.strerror}); make room and run the same "
-                    "command again: it keeps the finished pieces"
+                    f"{args.output.parent} cannot hold more data ({error.strerror}); make room and run the "
+                    "same command again: it keeps the finished pieces"
                 ) from error
         shutil.rmtree(job.folder, ignore_errors=True)
         return _read(job.manifest), made

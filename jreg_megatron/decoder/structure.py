@@ -120,7 +120,7 @@ def find_structure(
         raise UserError(
             f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
             "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
-            "head, each on the [batch, sequence, hidden] states of the one before; give another model"
+            "head, each on the [batch, sequence, hidden] states of the previous one; give another model"
         )
     first, second = last.state_out[:, : _at(tokens.shape[1])].float()
     # The rows may differ by rounding, because an expert processes both rows' tokens together.

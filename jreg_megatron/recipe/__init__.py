@@ -1,1 +1,1 @@
-"""The code behind ``recipes/``: check a run, print its plan, start it, resume it after a crash."""
+"""The code of ``recipes/``: check a run, print its plan, start it, resume it after a crash."""

@@ -66,8 +66,8 @@ def read_words(
     """Read ``OPTIONS -- FLAGS ::: USER'S WORDS -- USER'S FLAGS``.
 
     Returns:
-        What ``parser`` makes of the options and ``user``, with ``--dry-run`` and ``--smoke``, of the words;
-        ``flags`` of the recipe, and ``user_flags``, which override them.
+        The results of ``parser`` for the options, and of ``user``, with ``--dry-run`` and ``--smoke``, for
+        the user's words; and ``flags`` of the recipe, and ``user_flags``, which override them.
     """
     own, rest = split_at("--", words)
     flags, typed = split_at(":::", rest)

@@ -61,7 +61,7 @@ class ResidualLayer:
 
 
 def define_layers(chunks: Sequence[Any], rule: str | None) -> None:
-    """Store in unwrapped model chunks what counts as a layer.
+    """Store the definition of a layer in unwrapped model chunks.
 
     Args:
         chunks: of one model.

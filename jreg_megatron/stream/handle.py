@@ -313,7 +313,7 @@ class Handle:
             raise UserError(
                 f"with cuda_graph_impl local in a pipeline all steps must have the {self._first_count} "
                 f"micro-batches of the first, and now a step has {count}: the graphs would overwrite each "
-                "other's states; keep to one number, or turn cuda_graph_impl off"
+                "other's states; keep the number, or turn cuda_graph_impl off"
             )
 
     def use_optimizer(self, optimizer: Any) -> None:

@@ -1,7 +1,7 @@
 """How a loss on the residual stream is scaled, so that lambda means the same at every layout.
 
-A method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to what the backward pass carries through a
-layer's states; ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
+In the backward pass a method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to the gradients of the
+layers' states. ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
 
     mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
 

@@ -14,9 +14,9 @@ from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
     "jreg_megatron saw no state of some layer in an iteration that it measures, so that layer is not "
-    "regularized either. Known causes: the model was not in training mode, metrics were asked for before the "
+    "regularized either. Known causes: the model was not in training mode, metrics were read before the "
     "backward pass, full recompute did not run a frozen layer again, or FSDP2's MixedPrecisionPolicy casts "
-    "the input of recomputed layers. The run is stopped; correct that, or train without jreg_megatron"
+    "the input of recomputed layers. The run stops; correct this, or train without jreg_megatron"
 )
 
 _NOT_COMPARED = "no run of it has been compared with the reference"
@@ -25,12 +25,12 @@ _OF_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
 """Megatron's settings that turn on CUDA graphs. The first two are from older versions."""
 
 REFUSED = {
-    overlap.SETTING: "layers then run on two CUDA streams, and no GPU has been compared",
+    overlap.SETTING: "layers then run on two CUDA streams, and no GPU run has been compared",
     "enable_hyper_connections": "a layer then has several residual streams",
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "hybrid_context_parallel": "each sequence is then split over its own number of ranks",
-    "distribute_saved_activations": "it splits a layer's saved input, by which its micro-batch is found",
+    "distribute_saved_activations": "it splits a layer's saved input, which identifies its micro-batch",
     "use_torch_fsdp2 with calculate_per_token_loss": "Megatron then does not divide gradients by the tokens",
     **dict.fromkeys(
         (
@@ -42,7 +42,7 @@ REFUSED = {
     ),
     **dict.fromkeys(
         _OF_GRAPHS,
-        "a graph repeats what was captured, in memory that other graphs reuse, and no GPU has been compared",
+        "a graph repeats captured work in memory that other graphs reuse, and no GPU run has been compared",
     ),
 }
 """Megatron's settings that give wrong numbers, or that no comparison has shown to be right, and why."""
@@ -247,7 +247,7 @@ def _refuse_local_graphs(model_config: Any) -> None:
 
     found = {}
     if value("perform_rl_step"):
-        found["perform_rl_step"] = "Megatron then takes graphs off the layers and puts them on again"
+        found["perform_rl_step"] = "Megatron then removes the layers' graphs and puts them back"
     if (value("gtp_weight_remat_size") or 1) > 1:
         found["gtp_weight_remat_size"] = _NOT_COMPARED
     for name in ("hidden_dropout", "attention_dropout"):
