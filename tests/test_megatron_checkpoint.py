@@ -593,7 +593,7 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
     refuse_other_layers({"jreg_coeff": 1.0, "jreg_layer": "mixer", "norms_measure_interval": 2}, "runs/x")
     for has in ({"jreg_layer": "sublayer"}, {"jreg_coeff": 1.0, "norms_layer": "sublayer"}):
         with pytest.raises(
-            UserError, match=r"runs/x was trained with --(jreg|norms)-layer sublayer, and measure"
+            UserError, match=r"runs/x was trained with --(jreg|norms)-layer sublayer, but measure"
         ):
             refuse_other_layers(has, "runs/x")
 

@@ -81,7 +81,8 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"--vocab-size is {vocab_size}, which SentencePiece cannot make ({one_line(error)})"
+            f"--vocab-size is {vocab_size}, which SentencePiece cannot make ({one_line(error)}); lower it "
+            "or give more text"
         ) from error
     return model.getvalue()
 

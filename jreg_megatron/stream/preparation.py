@@ -45,7 +45,8 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
             )
         if done := getattr(chunk, _PREPARED, ()):
             raise UserError(
-                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
+                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}; "
+                "call it once"
             )
         for of_one in changing:
             if of_one.added_parameters and any(parameter.is_meta for parameter in chunk.parameters()):

@@ -336,5 +336,5 @@ def layer_rule(settings: Sequence[Settings]) -> str:
     given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
     if len(given) > 1:
         told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]
-        raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
+        raise UserError(f"{' and '.join(told)}; give all methods on a model the same value")
     return next(iter(given), LAYER_RULES[0])

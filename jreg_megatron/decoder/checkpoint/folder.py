@@ -38,7 +38,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
         if not place.is_dir():
             steps = megatron_steps(folder)
             shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]))
-            there = f"those of {shown}" if steps else "no finished checkpoint"
+            there = f"those of {shown}; give one" if steps else "no finished checkpoint; name another folder"
             raise UserError(f"--step is {step}, but {folder} has {there}")
     else:
         place = _latest(folder)

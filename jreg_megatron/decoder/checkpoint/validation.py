@@ -62,7 +62,9 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
     if not args.train_iters:
         raise UserError(f"{what} comes from no training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
-        raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
+        raise UserError(
+            f"{what} was trained without validation (--eval-iters {args.eval_iters}); give --text"
+        )
     others = [flag_of(name) for name in _OTHER_SAMPLES if getattr(args, name, None)]
     if args.dataloader_type != "single":
         others.append(f"--dataloader-type {args.dataloader_type}")
