@@ -215,7 +215,7 @@ def test_nodes_that_differ_in_apex_are_refused_on_every_rank(toy_arguments: list
     assert run.status == [2, 2]
     for output in run.output:
         assert "Traceback" not in output
-        assert f"jreg_megatron: error: rank 1 has {NO_FUSION}, and rank 0 has not" in output
+        assert f"jreg_megatron: error: rank 1 has {NO_FUSION}, but rank 0 does not" in output
 
 
 def plan_beside_transformer_engine(argv: list[str]) -> None:
