@@ -145,7 +145,7 @@ def test_full_recompute_that_parts_a_layer_is_refused_unless_each_sub_layer_is_o
 
 def test_methods_on_a_model_must_agree_on_what_a_layer_is() -> None:
     model = HybridModel("*-*-")
-    with pytest.raises(UserError, match="--jreg-layer is sublayer and --norms-layer is mixer; give all methods"):
+    with pytest.raises(UserError, match="--jreg-layer is sublayer and --norms-layer is mixer; give all"):
         attach(model, JRegConfig(layer="sublayer"), NormsConfig(), num_microbatches=1)
     with pytest.raises(UserError, match=r"--jreg-layer \(.*\) is block; .*mixer.*sublayer"):
         JRegConfig(layer="block")

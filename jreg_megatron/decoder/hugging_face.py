@@ -246,7 +246,7 @@ def loading_errors(reference: Reference, trusted: bool = False) -> Iterator[None
             ) from error
         if isinstance(error, OSError) and not Path(reference.source).exists():
             raise UserError(
-                f"{at} is no file or folder, and the hub has no such model ({said[:160]}); correct the name, "
-                "the revision or the network access"
+                f"{at} is not a file or folder, and the hub did not return it ({said[:160]}); correct the "
+                "name, the revision or the network access"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error
