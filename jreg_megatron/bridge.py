@@ -37,18 +37,19 @@ _NOT_ATTACHED = (
 class JRegCallback:
     """Attaches methods to the model that Bridge builds, and logs their values while Bridge's loop runs.
 
-    In a log interval or a validation there is one collective and, for each method, one console line of the
-    last rank. TensorBoard, W&B, MLflow and Comet get the same values if Bridge uses them. One all-reduce
-    after the first step of a run checks that every layer is seen. Other steps have none.
+    Each log interval and each validation has one collective. Then the last rank prints one console line per
+    method. TensorBoard, W&B, MLflow and Comet get the same values if Bridge uses them. One all-reduce after
+    the first step of a run checks that every layer was seen. Other steps have no collective.
 
     A log interval that the last iteration or ``exit_interval`` cuts off is logged too. Bridge sends no event
-    on SIGTERM or after ``exit_duration_in_mins``: the values since the last line are then not logged, and the
+    on SIGTERM or after ``exit_duration_in_mins``. Then the values since the last line are not logged, and the
     first line after the resume names its iterations.
 
-    Make one callback per call of ``pretrain`` or ``finetune``. Bridge's own forward steps give the model no
-    loss mask. Those after version 0.6.2 give a padding mask with packed sequences, on every pipeline stage:
-    ``tokens="unmasked"`` follows it. Else it needs a forward step that gives one of the masks on every stage,
-    and without it the first step ends in a :class:`UserError`.
+    Make one callback per call of ``pretrain`` or ``finetune``.
+
+    ``tokens="unmasked"`` needs a padding mask or a loss mask in the model's call, on every pipeline stage.
+    Bridge's own forward steps pass no loss mask. Those after version 0.6.2 pass a padding mask with packed
+    sequences. Without a mask the first step raises a :class:`UserError`.
     """
 
     def __init__(self, config: Any, *settings: Settings) -> None:
@@ -70,7 +71,7 @@ class JRegCallback:
         self._state: Any = None
         refuse_unsupported(_Parts(config), *settings)
 
-        # Functions: a copy of the configuration must not copy this object and its model.
+        # Plain functions. A copy of the configuration would copy the object of a bound method, and its model.
         def attach_to(model: list[nn.Module]) -> list[nn.Module]:
             self._attach(model)
             return model
@@ -85,7 +86,7 @@ class JRegCallback:
         """The handle of the attached model.
 
         Raises:
-            UserError: if nothing is attached: no run continues silently without it.
+            UserError: if nothing is attached, so that no run continues silently without its methods.
         """
         if self._handle is None:
             raise UserError(_NOT_ATTACHED)
@@ -112,7 +113,7 @@ class JRegCallback:
         """
         iteration, config = self._iteration(), context.state.cfg
         every, exit_interval = config.logger.log_interval, config.train.exit_interval
-        # After an exit no event comes.
+        # Bridge sends no event when it exits.
         is_end = iteration % every == 0 or bool(exit_interval and iteration % exit_interval == 0)
         metrics = self.handle.end_iteration(iteration, is_end)
         if is_end and metrics is not None:
@@ -160,7 +161,7 @@ class JRegCallback:
             print(self._handle.describe(), flush=True)
 
     def _iteration(self) -> int:
-        """The current training iteration, 1-based; Bridge counts it after ``on_train_step_end``."""
+        """The current training iteration, 1-based. Bridge increments its step after ``on_train_step_end``."""
         if self._state is None:  # the model trains, but no event came
             raise UserError(_NOT_ATTACHED)
         return int(self._state.train_state.step) + 1
@@ -179,7 +180,7 @@ class JRegCallback:
         suffix: str,
         interval: Sequence[int] | None = None,
     ) -> None:
-        """Log the values; ``suffix`` ends their names. Bridge has its writers on the last rank only."""
+        """Log the values, with ``suffix`` after their names. Only the last rank has Bridge's writers."""
         if metrics is None:
             return
         for reading in metrics.readings if _rank() == _num_ranks() - 1 else ():
@@ -198,9 +199,10 @@ class JRegCallback:
 
 
 class _Parts:
-    """The parts of a ``ConfigContainer`` as one: what Megatron refuses together may lie in two of them.
+    """All parts of a ``ConfigContainer`` as one object: settings that conflict may be in different parts.
 
-    Of a name that several have, the first value counts that turns something on. Bridge hands it on later.
+    If several parts have a setting, the first value that turns it on counts. Bridge later copies it to the
+    other parts.
     """
 
     def __init__(self, config: Any) -> None:
@@ -215,9 +217,9 @@ class _Parts:
 
 
 def _when_built(model_config: Any, before: Any, hook: Any) -> None:
-    """Register ``before`` and ``hook``, called with a rank's chunks before and after they are wrapped.
+    """Register hooks, which Bridge calls with a rank's chunks before and after it wraps them.
 
-    Before that the model is not on its device yet.
+    Before the wrapping, the model is not on its device yet.
     """
     if hasattr(model_config, "register_post_wrap_hook"):  # a model provider
         if before is not None:

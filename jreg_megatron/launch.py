@@ -1,8 +1,8 @@
-"""JREG in an existing Megatron job, whose code does not change.
+"""JREG in an existing Megatron job, without a change of its code.
 
 ``torchrun ... -m jreg_megatron.launch path/to/pretrain_gpt.py ARGS... --jreg-coeff 1`` runs the script with
-its own Megatron. Megatron's parser gets the ``--jreg-...`` flags, its model gets JREG, its log gets the
-values. Without a CUDA device, or with ``--cpu``, the script runs on the CPU. There ``python -m
+its own Megatron. Megatron's parser gets the ``--jreg-...`` flags, its model gets JREG, and its log gets the
+values. Without a CUDA device, or with ``--cpu``, the script runs on the CPU. On the CPU, ``python -m
 jreg_megatron.launch --nproc N SCRIPT.py ARGS...`` starts the ranks faster than torchrun.
 """
 
@@ -23,7 +23,7 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a script with JREG in its training loop; ``argv`` is by default the process's own."""
+    """Run a script with JREG in its training loop; ``argv`` is ``sys.argv[1:]`` by default."""
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.launch",
         usage="python -m jreg_megatron.launch [-h] [--cpu] [--nproc N] [-m] SCRIPT ARGS... [--jreg-... ...]",

@@ -1,9 +1,9 @@
-"""Methods in Megatron's training loop: decorators for eight functions of ``megatron.training``.
+"""Methods in Megatron's training loop: decorators for nine functions of ``megatron.training``.
 
 Megatron has these functions from 0.16 on. :func:`install` decorates them in a running process, for the
-launcher and ``jreg_megatron.pretrain``. The patches write six of the decorators into a Megatron-LM tree;
-:func:`attach_to_model` adds the other two. They do nothing unless a method's flag is given, such as
-``--jreg-coeff``. Megatron's loop is global to a process, and so is its state here.
+launcher and ``jreg_megatron.pretrain``. The patches write six of the decorators into a Megatron-LM tree, and
+:func:`attach_to_model` adds the other three. The decorators are no-ops unless a method's flag is given, such
+as ``--jreg-coeff``. Megatron's loop is global to a process, so the state here is global too.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from jreg_megatron.stream.settings import Settings, flags_of
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, is_since_0_19, refuse_unsupported
 
 _NOT_ATTACHED = (
-    "jreg_megatron is not attached to the model, since megatron.training.training.setup_model_and_optimizer "
-    "was not called before train_step or evaluate; the run stops: call it, or use jreg_megatron.attach in "
-    "the code"
+    "jreg_megatron is not attached to the model, because "
+    "megatron.training.training.setup_model_and_optimizer was not called before train_step or evaluate; the "
+    "run stops: call it, or use jreg_megatron.attach in the code"
 )
 
 _NO_FLAG = "no flag that changes the model"
@@ -49,16 +49,16 @@ class _Attached:
     settings: tuple[Settings, ...]
     handle: Handle
     validations: list[Metrics | None] = field(default_factory=list)
-    """Values of the validation sets since the last report."""
+    """Values of the validation sets since the last report; None for a set that timed out or has no values."""
 
 
 @dataclass
 class _Loop:
     attached: _Attached | None = None
     must_be_asked: bool = False
-    """Whether Megatron's arguments must have a method's flag: the launcher has seen one."""
+    """Whether Megatron's arguments must have a method's flag, because the launcher has seen one."""
     is_setting_up: bool = False
-    """Whether Megatron builds and loads the model to which the methods are attached."""
+    """Whether Megatron is building and loading the model that gets the methods."""
     last_step: int | None = None
     """The iteration of the last training step."""
     decorated: dict[str, Function] = field(default_factory=dict)
@@ -74,10 +74,10 @@ def is_attached() -> bool:
 
 
 def install() -> None:
-    """Decorate the functions of ``megatron.training`` in this process, except those that a patch decorated.
+    """Decorate the functions of ``megatron.training`` in this process, except those that a patch decorates.
 
-    Other modules of Megatron that imported such a function get the decorated one too. From then on a model
-    without a method's flag is refused.
+    Other modules of Megatron that have imported such a function get the decorated function too. From then on
+    a model without a method's flag is refused.
 
     Raises:
         UserError: if Megatron lacks a function, or if its arguments differ.
@@ -95,7 +95,7 @@ def install() -> None:
 
 
 def _decorate_the_end(training: ModuleType) -> None:
-    # It returns whether the process exits, alike on every rank.
+    # It returns whether the process exits, the same on every rank.
     _decorate(training, log_at_the_end, "checkpoint_and_decide_exit")
     _decorate(training, functools.partial(log_at_the_end, ends=lambda _: True), "train")
 
@@ -166,7 +166,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
             _loop.is_setting_up = False
         if settings:
             with user_errors_exit():
-                # Without training, what has a schedule is over.
+                # Without training, every schedule counts as finished.
                 iteration = (lambda: sys.maxsize) if get_args().skip_train else _current_iteration
                 handle = attach(built[0], *settings, iteration=iteration, optimizer=built[1])
             _loop.attached = _Attached(settings, handle)
@@ -189,9 +189,9 @@ def refuse_another_model(check_checkpoint_args: Function) -> Function:
                 _refuse_other_changes(saved, known.changes_in(get_args()), is_finetuned=False)
             elif not changed_here.issuperset(saved):
                 raise UserError(
-                    f"the checkpoint was saved with {flags_of(saved, _NO_FLAG)}, and nothing changes the "
-                    "model that this script builds by itself, without setup_model_and_optimizer, whatever "
-                    "flags it is given; call jreg_megatron.prepare and attach in its code before it loads"
+                    f"the checkpoint was saved with {flags_of(saved, _NO_FLAG)}, but this script builds its "
+                    "model without setup_model_and_optimizer, so no flag can change it; call "
+                    "jreg_megatron.prepare and attach in its code before it loads"
                 )
         return check_checkpoint_args(saved_args, *args, **named)
 
@@ -211,7 +211,7 @@ def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...]
 
 
 def _refuse_another_checkpoint(args: Namespace) -> None:
-    """The same, before Megatron finds that a parameter of a checkpoint is missing, or one too many.
+    """As :func:`refuse_another_model`, but before Megatron finds that a parameter is missing or superfluous.
     Collective."""
     from megatron.core import dist_checkpointing
     from megatron.training import checkpointing, print_rank_0
@@ -224,13 +224,13 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
         folder = checkpointing.get_checkpoint_name(load, *which, return_base_dir=True)
         if dist_checkpointing.check_is_distributed_checkpoint(folder):
             return known.changes_in(dist_checkpointing.load_common_state_dict(folder)["args"])
-        # --ckpt-format torch: a file of each rank. Of its tensors nothing is read here.
+        # --ckpt-format torch: one file per rank. The memory map reads no tensor.
         file = checkpointing.get_checkpoint_name(load, *which)
         return known.changes_in(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["args"])
 
     found, is_finetuned = None, args.finetune
     if torch.distributed.get_rank() == 0:
-        with contextlib.suppress(Exception, CheckpointException):  # Megatron will tell
+        with contextlib.suppress(Exception, CheckpointException):  # Megatron will report it
             if args.load:
                 found = saved(args.load, args.ckpt_step)
         with contextlib.suppress(Exception, CheckpointException):
@@ -242,12 +242,12 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
         _refuse_other_changes(found, own, is_finetuned)
         print_rank_0(
             f"> only weights are taken from the checkpoint: it was trained with {flags_of(found, _NO_FLAG)}, "
-            f"this run has {flags_of(own, _NO_FLAG)}"
+            f"and this run has {flags_of(own, _NO_FLAG)}"
         )
 
 
 def require_attached(train_step: Function) -> Function:
-    """Stop before a step without the methods, or with an unknown iteration."""
+    """Stop before a step without the methods, or with a wrong iteration number."""
 
     @_decorating(train_step)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -278,7 +278,7 @@ def log_training(training_log: Function) -> Function:
         result = training_log(*args, **named)
         if metrics is not None:
             _print(iteration, metrics, _interval(iteration))
-            # A value that the next interval does not measure must be missing there, not zero.
+            # If the next interval does not measure a value, it must be missing there, not zero.
             for reading in metrics.readings:
                 for name in reading.of.headline():
                     totals.pop(name, None)
@@ -288,7 +288,7 @@ def log_training(training_log: Function) -> Function:
 
 
 def measure_validation(evaluate: Function) -> Function:
-    """Keep the values of a validation set."""
+    """Measure a validation set, and keep the values for :func:`log_validation`."""
 
     @_decorating(evaluate)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -339,7 +339,7 @@ def log_validation(evaluate_and_print_results: Function) -> Function:
 
 
 def log_at_the_end(function: Function, *, ends: Callable[[Any], bool] = bool) -> Function:
-    """Log the values since the last line, if ``ends`` is true of the function's result: training is over."""
+    """Log the values since the last line, if ``ends(result)`` says that training is over."""
 
     @_decorating(function)
     def with_jreg(*args: Any, **named: Any) -> Any:
@@ -353,7 +353,7 @@ def log_at_the_end(function: Function, *, ends: Callable[[Any], bool] = bool) ->
 
 _MARK = "_jreg"
 _SHOULD_EXIT = 3
-"""The place of ``should_exit`` in the result of ``train_step``: Megatron's rerun state machine sets it."""
+"""The index of ``should_exit`` in the result of ``train_step``. Megatron's rerun state machine sets it."""
 
 
 def _decorating(function: Function) -> Callable[[Function], Function]:
@@ -368,12 +368,12 @@ _READ = {
     "training_log": ("loss_dict", "total_loss_dict", "iteration", "skipped_iter"),
     "evaluate_and_print_results": ("prefix", "iteration", "write_to_tensorboard"),
 }
-"""The arguments that are read here, by function, with their names in Megatron."""
+"""The arguments that the decorators read, by function, with their names in Megatron."""
 
 
 def _check_arguments(name: str, function: Function) -> None:
     """Raises:
-    UserError: if Megatron's function ``name`` lacks an argument that is read here.
+    UserError: if Megatron's function ``name`` lacks an argument that its decorator reads.
     """
     has = inspect.signature(function).parameters
     if missing := [argument for argument in _READ.get(name, ()) if argument not in has]:
@@ -385,8 +385,8 @@ def _check_arguments(name: str, function: Function) -> None:
 
 
 def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
-    """A function that finds the values of these arguments in a call, at any place."""
-    # Not checked here: a patched tree that changed must still run its jobs without our flags.
+    """A function that finds the values of the arguments in ``_READ`` in a call, by position or by name."""
+    # Not checked here, because a patched tree that has changed must still run jobs without our flags.
     _loop.decorated[name] = function
     signature = inspect.signature(function)
 
@@ -402,10 +402,10 @@ def _arguments_of(name: str, function: Function) -> Callable[[tuple[Any, ...], d
 
 
 def settings_of(args: Namespace) -> tuple[Settings, ...]:
-    """The settings in Megatron's arguments, of each method with a flag.
+    """The settings of each method that has a flag in Megatron's arguments.
 
     Raises:
-        UserError: for a value that is not allowed, or if Megatron lost the flags.
+        UserError: for a value that is not allowed, or if the flags are not in Megatron's arguments.
     """
     if settings := known.settings_in(args):
         return settings
@@ -424,7 +424,7 @@ def _expected() -> _Attached | None:
     """The attached model; None if no method's flag is given.
 
     Raises:
-        UserError: if a flag is given and nothing is attached: no run continues silently without it.
+        UserError: if a flag is given and nothing is attached, so that no run continues silently without it.
     """
     from megatron.training import get_args
 
@@ -437,7 +437,7 @@ def _expected() -> _Attached | None:
 def _end_iteration(
     attached: _Attached, losses: dict[str, Any], totals: dict[str, Any], iteration: int, is_skipped: int
 ) -> Metrics | None:
-    """At the end of a log interval add its values to the totals that Megatron prints."""
+    """End the iteration. At the end of a log interval, add its values to the totals that Megatron prints."""
     from megatron.training import get_args, is_last_rank
 
     if iteration != _current_iteration():
@@ -481,7 +481,7 @@ class _Total(torch.Tensor):
 
 
 class _Average(float):
-    """Is always greater than 0: Megatron 0.16 hides averages of 0, and all versions hide NaN."""
+    """Compares as greater than anything: Megatron 0.16 hides averages of 0, and all versions hide NaN."""
 
     def __truediv__(self, count: float) -> _Average:
         return _Average(float(self) / count)
@@ -505,7 +505,7 @@ def _log_the_rest(metrics: Metrics | None) -> None:
 
 
 def _print(iteration: int, metrics: Metrics, interval: range | None, with_values: bool = False) -> None:
-    """Print each method's line; ``with_values`` where Megatron prints no line of its own."""
+    """Print each method's line. Use ``with_values`` if Megatron prints no line with the values."""
     from megatron.training import print_rank_last
 
     for reading in metrics.readings:
@@ -515,11 +515,11 @@ def _print(iteration: int, metrics: Metrics, interval: range | None, with_values
 
 @user_errors_exit()
 def _check_step() -> None:
-    """Refuse a training step whose iteration does not advance."""
+    """Refuse a training step with the same iteration as the step before."""
     iteration = _current_iteration()
     if iteration == _loop.last_step:
         raise UserError(
-            f"two training steps came with args.curr_iteration {iteration - 1}, so the methods' schedule is "
+            f"two training steps had args.curr_iteration {iteration - 1}, so the methods' schedule is "
             "unknown; set it before each step as Megatron does, or use jreg_megatron.attach in the code"
         )
     _loop.last_step = iteration
@@ -528,7 +528,7 @@ def _check_step() -> None:
 def _with_prepared_model(
     function: Function, settings: tuple[Settings, ...], args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of ``setup_model_and_optimizer``, with methods' changes before the model is wrapped."""
+    """The arguments of ``setup_model_and_optimizer``, with the methods' changes of the unwrapped model."""
     if not prepares(settings):
         return args, named
     bound = inspect.signature(function).bind(*args, **named)
@@ -546,7 +546,7 @@ def _with_prepared_model(
 
 
 def _refuse_another_megatron() -> None:
-    """Refuse a Megatron that was imported before the script put another one in front of the path."""
+    """Refuse a Megatron that was imported before the script put another one first on Python's path."""
     import megatron.core
 
     loaded = Path(megatron.core.__file__).resolve()
@@ -572,7 +572,7 @@ def _refuse_another_model_to_generate(args: Namespace, settings: tuple[Settings,
 
 
 def _refuse_optimizer(args: Namespace) -> None:
-    """Refuse now what Megatron refuses at the optimizer's first step, or loses; the rules are of 0.19."""
+    """Refuse early what Megatron refuses in the optimizer's first step, or loses. The rules are for 0.19."""
     from jreg_megatron.mcore.preflight import optimizer
 
     if is_since_0_19():
@@ -581,12 +581,13 @@ def _refuse_optimizer(args: Namespace) -> None:
 
 
 def _refuse_fusion_on_some_ranks(is_fused: bool) -> None:
-    """Each node of a recipe adds the flag by itself if it lacks Apex."""
+    """Refuse fused gradient accumulation on only some ranks: a recipe's nodes decide alone whether to add the
+    flag, by their Apex."""
     ranks = of_every_rank(is_fused)
     if len(set(ranks)) > 1:
         raise UserError(
-            f"rank {ranks.index(False)} has --no-gradient-accumulation-fusion, and rank {ranks.index(True)} "
-            "has not, so their gradients would round differently; give the flag to all ranks, or install "
+            f"rank {ranks.index(False)} has --no-gradient-accumulation-fusion, but rank {ranks.index(True)} "
+            "does not, so their gradients would round differently; give the flag to all ranks, or install "
             "NVIDIA's Apex on all nodes"
         )
 
@@ -601,7 +602,7 @@ def _current_iteration() -> int:
 
     before: int | None = getattr(get_args(), "curr_iteration", None)
     if before is None and _loop.attached is None:
-        before = getattr(get_args(), "iteration", None)  # of the checkpoint, before the first step
+        before = getattr(get_args(), "iteration", None)  # the checkpoint's, before the first step
     if before is None:
         raise UserError(
             "Megatron's args.curr_iteration is not set, so the methods' schedule is unknown; set it before "

@@ -1,4 +1,4 @@
-"""``jreg_megatron.pretrain`` with one accident on the way; what happens when is in the first arguments."""
+"""``jreg_megatron.pretrain`` with one accident during the run. The first arguments say which, and when."""
 
 from __future__ import annotations
 

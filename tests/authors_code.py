@@ -2,8 +2,8 @@
 
     python tests/authors_code.py MODEL CLONE...
 
-The clones are those of ``jreg_megatron/methods/depth/README.md``. Nothing of theirs is copied, and their
-functions run unchanged; where these use nnsight, ``Traced`` takes its place.
+``jreg_megatron/methods/depth/README.md`` names the clones. Nothing of them is copied, and their functions run
+unchanged; ``Traced`` replaces nnsight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jreg_megatron.measure.measurement import measure
 from jreg_megatron.methods.depth.formulas import CONTRIBUTIONS, voids
 
 LENGTHS = (41, 37, 935)
-"""Tokens of the texts. The last one is too long for what takes a run without each layer."""
+"""Tokens of the texts. The last text is too long for metrics that need a run without each layer."""
 
 
 def theirs(commit: str, path: str, **names: Any) -> SimpleNamespace:
@@ -76,7 +76,7 @@ class Seen:
 
 
 class Traced:
-    """A model of nnsight. It runs when something is asked for, once after each change."""
+    """A model of nnsight. It runs when a value is read, once after each change."""
 
     remote = False
 

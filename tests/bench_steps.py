@@ -1,4 +1,4 @@
-"""The benchmark's ways to run a training step, looked at from inside of Megatron's loop."""
+"""The benchmark's ways to run a training step, observed from inside Megatron's loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNGUARDED = ["--no-check-for-nan-in-loss-and-grad"]  # the guard knows of whole 
 
 
 def gradients(ways: list[str]) -> dict[str, Any]:
-    """The gradients of one batch in each way, one after the other on one model, and what is left on it."""
+    """The gradients of one batch in each way, one after the other on one model, and remaining attributes."""
     from jreg_megatron.bench import megatron, options
     from jreg_megatron.bench.variants import make_variants
 
@@ -101,7 +101,7 @@ def _functions(module: Any) -> list[Any]:
 
 
 def counted(_: object = None) -> dict[str, Any]:
-    """What is counted in a step that is known exactly."""
+    """The counts of a step whose operations are known exactly."""
     import torch.distributed as dist
 
     from jreg_megatron.bench.counting import count

@@ -1,7 +1,7 @@
 """A recipe of Megatron-Bridge 0.6.2 that trains on the CPU, with gloo and without Bridge's dependencies.
 
-Bridge's own code runs unchanged. What it imports and this machine lacks is replaced by modules whose every
-name is a class that makes nothing; the recipe uses none of them.
+Bridge's own code runs unchanged. Packages that this machine lacks are replaced by modules in which every name
+is an empty class. The recipe uses none of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The example of a loop of one's own, on a Megatron-LM tree's core and the toy dataset (see ways_in.py)."""
+"""The example of a custom loop, on a Megatron-LM tree's core and the toy dataset (see ways_in.py)."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ Steps = list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
 
 @pytest.fixture(scope="session")
 def toy_steps(toy_data: Path) -> Steps:
-    """What Megatron's loop sees on the toy dataset: per step the micro-batches of
-    (tokens, labels, loss mask), ``[b, s]`` each."""
+    """The batches of Megatron's loop on the toy dataset: per step the micro-batches of (tokens, labels, loss
+    mask), ``[b, s]`` each."""
     return read_steps(toy_data, eod_mask_loss=False)
 
 

@@ -20,7 +20,7 @@ COLLECTIVES = (
 
 
 def main(argv: list[str]) -> None:
-    """``MODULE:FUNCTION ...``: run that and print, per training step, what was counted in it and after it."""
+    """``MODULE:FUNCTION ...``: run the function, and print the counts in and after each training step."""
     from megatron.training import training
 
     counts = {"collectives": 0, "synchronisations": 0}

@@ -1,4 +1,4 @@
-"""Small corpora and tokenizers for the tests of preparation, and what Megatron's own parts make of them."""
+"""Small corpora and tokenizers for the tests of preparation, and the results of Megatron's own parts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def hugging_face_folder(path: Path, vocab_size: int = 400) -> Path:
 def reference(
     prefix: Path, texts: Iterable[Text], encode: Callable[[str], list[int]], eod: int | None, vocab_size: int
 ) -> dict[str, bytes]:
-    """What Megatron's tool makes of ``texts``: its ``.bin`` and ``.idx``, by Megatron's own builder."""
+    """The ``.bin`` and ``.idx`` that Megatron's tool makes of ``texts``, by Megatron's own builder."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
@@ -122,7 +122,7 @@ def reference(
 
 
 def of_tool(folder: Path, texts: Iterable[Text], model: Path, eod: bool = True) -> dict[str, bytes]:
-    """What Megatron's tool makes of ``texts`` with a SentencePiece model; ``folder`` is for its files."""
+    """The files that Megatron's tool makes of ``texts`` with a SentencePiece model, in ``folder``."""
     encoder = SentencePieceProcessor(model_file=str(model))
     return reference(folder / "wanted", texts, encoder.encode, encoder.eos_id() if eod else None, 400)
 
@@ -151,7 +151,7 @@ def start(
     Args:
         argv: the command line.
         before: called in the new process.
-        errors: a file for what it prints on standard error.
+        errors: a file for its standard error.
     """
 
     def body() -> None:

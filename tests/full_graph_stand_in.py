@@ -1,14 +1,14 @@
-"""Stands in for the CUDA graph of an iteration, in a process without a GPU.
+"""A stand-in for the CUDA graph of an iteration, in a process without a GPU.
 
-Megatron's own ``FullCudaGraphWrapper`` decides what runs, what is captured and when that is replayed. Here is
-the graph: it records every operation of torch and of ``torch.distributed`` with the memory that it reads and
-writes, and a replay runs exactly these on the same memory, without any other Python.
+Megatron's own ``FullCudaGraphWrapper`` decides what runs, what is captured and when it is replayed. This file
+has the graph. It records every operation of torch and of ``torch.distributed`` with the memory that it reads
+and writes. A replay runs exactly these operations on the same memory, without any other Python.
 
-It keeps the rules of a real one. A capture computes nothing: memory from before it is as it was, and what was
-allocated in it holds NaN until the first replay. What would wait for the device, or takes a value from the
-host's memory, is refused. Memory from before the capture is not kept for the replays: one that finds it freed
-fails. Memory that was let go of in the capture is the graph's alone. Kernels that are no operations of torch
-(Triton's) would not be seen; on a CPU none runs.
+It keeps the rules of a real graph. A capture computes nothing: older memory does not change, and memory that
+is allocated in the capture holds NaN until the first replay. Operations that would wait for the device, or
+that read a value from the host's memory, are refused. Memory from before the capture is not kept for replays:
+a replay that finds it freed fails. Memory that is freed in the capture belongs to the graph. Kernels that are
+not torch operations (Triton's) would not be seen; on a CPU none runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def install(sees_streams: bool = False) -> None:
 
 
 def train(argv: list[str], install: Callable[[], None] = install) -> None:
-    """``jreg_megatron.pretrain`` with such graphs; the last line tells how often each was replayed."""
+    """``jreg_megatron.pretrain`` with such graphs. The last line has the number of replays of each."""
     from jreg_megatron import pretrain
     from jreg_megatron.cpu import flags
 
@@ -87,7 +87,7 @@ class _Operation:
 
 
 class Graph:
-    """In the place of ``torch.cuda.CUDAGraph``."""
+    """Replaces ``torch.cuda.CUDAGraph``."""
 
     def __init__(self) -> None:
         self._operations: list[_Operation] = []
@@ -131,7 +131,7 @@ class Graph:
 
 
 class _Capture(TorchDispatchMode):
-    """In the place of ``torch.cuda.graph``."""
+    """Replaces ``torch.cuda.graph``."""
 
     is_under_way = False
     is_making = False
@@ -210,9 +210,9 @@ class _Capture(TorchDispatchMode):
         return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._hosts
 
     def _is_on_the_host(self, name: str, given: Any) -> bool:
-        """Whether it is about tensors of the host alone, which are made in the capture without a device.
+        """Whether all tensors are the host's, which are made in the capture without a device.
 
-        Beside tensors of the device one of a single number is taken, with the value that it has now.
+        Besides tensors of the device, a tensor of a single number is allowed, with its current value.
         """
         tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
         of_host = [value for value in tensors if self.is_hosts(value)]
@@ -252,7 +252,7 @@ class _InStreams(_Capture):
 
 
 class _NoCopies(TorchFunctionMode):
-    """Refuses what copies numbers between Python and the device and is no operation here."""
+    """Refuses copies of numbers between Python and the device that are not operations here."""
 
     def __init__(self, capture: _Capture) -> None:
         super().__init__()

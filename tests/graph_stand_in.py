@@ -1,9 +1,9 @@
-"""Stands in for a CUDA graph of a layer, and for what captures it, in a process without a GPU.
+"""A stand-in for a CUDA graph of a layer and for its capture, in a process without a GPU.
 
-Megatron's own code decides what is captured, what is replayed and what runs beside it. Here are the graph
-and its memory. As with Transformer Engine's graphs, a layer has one of them for each micro-batch that may be
-under way; a replay reads and writes the same memory each time; when the layer's backward pass has run, the
-memory belongs to the graph that runs next, which is told by writing NaN.
+Megatron's own code decides what is captured, what is replayed and what runs without a graph. This file has
+the graph and its memory. As with Transformer Engine's graphs, a layer has one graph for each micro-batch in
+flight. A replay reads and writes the same memory each time. After the layer's backward pass the memory
+belongs to the next graph; NaN is written into it to show this.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNUSED = ("attention_mask", "is_first_microbatch")
 
 
 def capture(models: list[Any], config: Any, layout: Layout) -> None:
-    """In the place of ``selftest.step.capture_graphs``."""
+    """Replaces ``selftest.step.capture_graphs``."""
     package: Any = ModuleType("transformer_engine")  # a replay only looks whether it is there
     package.pytorch = ModuleType("transformer_engine.pytorch")
     sys.modules |= {module.__name__: module for module in (package, package.pytorch)}
@@ -56,7 +56,7 @@ class Graph:
         self._returns_tuple = True
 
     def __call__(self, state: Tensor, **named: Any) -> Any:
-        # A mask of zeros stands for none, and is causal to Transformer Engine alone.
+        # A mask of zeros means no mask. Only to Transformer Engine it is causal.
         self._named = {name: value for name, value in named.items() if name not in _UNUSED}
         REPLAYS.append(self._layer.layer_number)
         outputs: tuple[Tensor, ...] = _Replay.apply(self, state, *self._layer.parameters())
@@ -69,7 +69,7 @@ class Graph:
             self._gradient = torch.empty_like(state)
         with torch.no_grad():
             self._given.copy_(state)
-        # What runs in here has been captured: Megatron must take it for a capture, and nothing else for one.
+        # Code in here is captured. Megatron must see it as a capture, and nothing else.
         cuda_graphs._set_capture_start()  # type: ignore[no-untyped-call]
         try:
             with torch.enable_grad():

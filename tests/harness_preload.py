@@ -18,7 +18,7 @@ from jreg_megatron.mcore.installed import has_training_loop  # noqa: E402
 cpu.enable()
 
 if has_training_loop():
-    # What every rank would import by its first step: tokenizers bring transformers, optimizers bring dynamo.
+    # Every rank needs these by its first step: tokenizers import transformers, optimizers import dynamo.
     import torch._dynamo
     from megatron.training.arguments import add_megatron_arguments
 

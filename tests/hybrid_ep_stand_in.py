@@ -1,8 +1,8 @@
-"""Stands in for the kernels of HybridEP and for experts that run on what these give, without a GPU.
+"""A stand-in for the kernels of HybridEP and for experts that run on their results, without a GPU.
 
-Megatron's own dispatcher, capacity of a rank and rerun are around them. Here each rank gathers all tokens of
-its group and takes those of its experts: as many as it is told to, in an order that the host need not know.
-The tokens that do not fit are left out, and the flag of the handle says so.
+Megatron's own dispatcher, rank capacity and rerun use them. Here each rank gathers all tokens of its group
+and takes those of its experts, up to the given number, in an order that the host need not know. Tokens that
+do not fit are left out, and the handle's flag is set.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _install_kernels() -> None:
 
 
 class Buffer:
-    """In the place of ``deep_ep.HybridEPBuffer``."""
+    """Replaces ``deep_ep.HybridEPBuffer``."""
 
     def __init__(self, group: dist.ProcessGroup, num_local_experts: int, **_: Any) -> None:
         self._group = group
@@ -110,7 +110,7 @@ class Buffer:
         handle: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None, Tensor, Any]:
-        """The tokens of this rank's experts, one expert behind the other, and what is needed to send back."""
+        """The tokens of this rank's experts, one expert after the other, and the handle to send them back."""
         every = self._gather(hidden)
         if handle is None:
             assert routing_map is not None
@@ -133,7 +133,7 @@ class Buffer:
     def combine_with_unpermute(
         self, *, hidden: Tensor, probs: Tensor | None = None, handle: Any, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The sum of what all experts have for each token of this rank, and for each the probabilities."""
+        """The sum of all experts' outputs for each token of this rank, and the probabilities per token."""
         places, is_token, (tokens, num_experts), _ = handle
         number = tokens * self._group.size()
         back = hidden.new_zeros(number, hidden.shape[1])

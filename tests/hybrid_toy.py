@@ -1,4 +1,4 @@
-"""Small hybrid models of any sub-layers on one rank, and what plain hooks and autograd say of their layers.
+"""Small hybrid models of any sub-layers on one rank, and their layers' numbers by plain hooks and autograd.
 
 The modules are Megatron's, and the gated delta net and sparse attention run its own torch code. Stand-ins are
 Mamba's mixer (``jreg_megatron.selftest.mixer``), and the linear layers that sparse attention takes from
@@ -59,10 +59,10 @@ EXPERTS = {
 
 
 def build(pattern: str, **modules: type[Any]) -> Any:
-    """A model whose sub-layers are as the pattern says.
+    """A model with the sub-layers of a pattern.
 
     Args:
-        pattern: without stages; behind a slash the sub-layers that predict a token further ahead.
+        pattern: without stages; after a slash the sub-layers of multi-token prediction.
         modules: by the name of a slot of Megatron's, the class that takes it.
     """
     if not parallel_state.is_initialized():
@@ -193,7 +193,7 @@ def losses(model: Any) -> Tensor:
 def written_out(
     model: Any, layers: Sequence[str], coeff: float, weights: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Displacement of each layer ``[L]`` and gradients by autograd, from what plain hooks see.
+    """Displacement of each layer ``[L]`` from plain hooks, and gradients by autograd.
 
     Args:
         model: with nothing attached.

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, in a process of its own.
+"""The Triton kernels in Triton's interpreter, in a separate process.
 
 ``TRITON_INTERPRET`` is read when Triton is first imported and holds for the whole process, so what the
 tests import must not see it: other tests compile these kernels.
@@ -24,7 +24,7 @@ from torch import Tensor
 from jreg_megatron.methods.jreg.kernels.handed import Gradients
 
 GUARD = 64
-"""Elements on either side of what a kernel writes to."""
+"""Number of elements on either side of a kernel's output."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ NAMED = [
         for cut in cuts
     ),
 ]
-"""What a reader looks for first, and what takes more than two things together to go wrong."""
+"""Layouts that a reader looks for first, and errors that need more than two features together."""
 
 FSDP = [
     Layout(data=2, fsdp=True),
@@ -132,7 +132,7 @@ def rows() -> list[Layout]:
         {
             "operator": "fn",
             "requires": [name for name in rule.names if name in VALUES],
-            # A row may be incomplete, but has what the rule is about.
+            # A row may be incomplete, but it has the fields of the rule.
             "evaluate": lambda row, rule=rule: rule.holds(
                 Layout(**{name: row[name] for name in rule.names if name in row})
             ),

@@ -1,11 +1,11 @@
-"""Stands in for CUDA and its pool of memory under Megatron's own graphs of layers, without a GPU.
+"""A stand-in for CUDA and its memory pool under Megatron's own graphs of layers, without a GPU.
 
-Megatron's own managers, runners and record decide what is recorded, captured and replayed, and which memory
-is held how long. Here are the graph, as in ``full_graph_stand_in``, and the pool that all graphs share.
+Megatron's own managers, runners and record decide what is recorded, captured and replayed, and how long
+memory is held. This file has the graph, as in ``full_graph_stand_in``, and the pool that all graphs share.
 
-As a real pool may give a graph any memory that nobody holds, so a replay writes NaN into all memory of the
-pool that was not held during all of its capture, except what it writes itself. Autograd holds what it saves
-within a capture: Transformer Engine's modules save it by Python, which Megatron sees, and torch's do not.
+A real pool may give a graph any memory that nobody holds. So a replay writes NaN into all memory of the pool
+that was not held during its whole capture, except its own output. Autograd holds tensors that it saves within
+a capture: Transformer Engine's modules save them with Python, which Megatron sees; torch's modules do not.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def install() -> None:
 
     megatrons._set_capture_end = end_captures
     megatrons._ensure_generator_state_is_cudagraph_safe = lambda generator: generator
-    # What Transformer Engine gives.
+    # Values of Transformer Engine.
     megatrons.HAVE_TE_GRAPHS = True
     megatrons.make_weak_ref = _weak
     megatrons.is_fp8_activation_recompute_enabled = lambda: False
@@ -69,15 +69,15 @@ def install() -> None:
 
 
 def train(argv: list[str]) -> None:
-    """``jreg_megatron.pretrain`` with such graphs; the last line tells how often those of each size ran."""
+    """``jreg_megatron.pretrain`` with such graphs. The last line has the number of replays of each size."""
     full.train(argv, install)
 
 
 def _mend_pipelines() -> None:
     """Megatron-Core 0.19.2 runs no such graphs in a pipeline, for two reasons that are not ours.
 
-    What a stage's last graph returns is freed when it is sent, which is refused of a view, and takes the
-    graph's own memory. Its main branch has mended that as here (pull request 6168). And micro-batches share
+    The output of a stage's last graph is freed when it is sent. A view cannot be freed, and the graph's own
+    memory would be lost. The main branch has fixed this as here (pull request 6168). And micro-batches share
     one rotary embedding, which a stage must not do between a backward pass and the next forward pass.
     """
     runner: Any = cuda_graphs._CudaGraphRunner
@@ -146,7 +146,7 @@ class _Graph(full.Graph):
 
 
 class _Capture(full._Capture):
-    """In the place of ``torch.cuda.graph``."""
+    """Replaces ``torch.cuda.graph``."""
 
     def __enter__(self) -> Any:
         self._graph.held_first = _held()
@@ -163,7 +163,7 @@ class _Capture(full._Capture):
         self._graph.held_last = _held()
 
     def _forget(self, storage: torch.UntypedStorage) -> None:
-        """Not before all is captured: the capture of a backward pass runs on what the forward pass saved."""
+        """Only after all captures: that of a backward pass uses tensors that the forward pass saved."""
 
     def _view_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -1,8 +1,8 @@
-"""What measuring costs: time over the model's own forward pass, memory and time over the number of texts.
+"""The cost of measuring: time relative to the model's forward pass, and memory and time by number of texts.
 
     python tests/measure_cost.py MODEL
 
-Rounds with and without measuring take turns in one process, so that what else the machine does hits both.
+Rounds with and without measuring alternate in one process, so that other load on the machine affects both.
 """
 
 from __future__ import annotations

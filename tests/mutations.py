@@ -34,7 +34,7 @@ CUT_INTERVALS = only(
     "test_pretrain",
     "a_run_that_exits_or_ends_within_a_log_interval_logs_its_part_and_names_the_iterations",
     "sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in_it",
-    "what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped",
+    "measurements_are_logged_if_a_rerun_ends_training_or_its_last_iterations_are_skipped",
 )
 CHANGED = ("tests/test_megatron_checkpoint.py", "-k", "that_a_method_changed_give")
 LINE = only(
@@ -64,7 +64,7 @@ DROWNED = only(
 )
 FORMS = only(
     "test_structure",
-    "a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said",
+    "a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_noted",
     "a_norm_among_the_layers_is_not_taken_for_one_of_them",
     "a_branch_whose_sum_is_kept_in_a_dict_is_refused",
     "a_model_of_another_form_is_measured_too",
@@ -102,7 +102,7 @@ EXPORT = only(
     "test_convert",
     "rows_of_padding_are_left_out_without_a_tokenizer_or_the_report_says_that_they_may_be_there",
     "arguments_by_older_names_are_exported",
-    "what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it",
+    "features_that_a_llama_cannot_express_are_refused_by_name_with_a_tool_that_can_export_them",
 )
 TOLD = only(
     "test_megatron_checkpoint",
@@ -114,7 +114,7 @@ CHECKPOINT = only(
     "hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model",
     "a_model_that_cannot_be_run_is_refused_by_name",
     "a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_others",
-    "what_other_megatrons_have_saved_gives_their_numbers_or_a_note",
+    "checkpoints_of_other_megatrons_give_their_numbers_or_a_note",
     "the_vocabulary_is_read_from_the_checkpoint_or_is_unknown",
     "special_tokens_are_those_of_the_megatron_that_saved",
     "samples_that_the_decoder_would_see_otherwise_are_no_last_validation",
@@ -336,7 +336,7 @@ _BY_FILE = {
         Fault(
             "take Megatron's numbers for those that a Llama's config leaves out",
             (("given = rope.get(name)\n", "given = rope.get(name, value)\n"),),
-            ("tests/test_convert.py::test_what_megatron_cannot_express_is_refused_by_name",),
+            ("tests/test_convert.py::test_features_that_megatron_cannot_express_are_refused_by_name",),
         ),
     ],
     "cpu/megatron.py": [
@@ -1203,7 +1203,7 @@ _BY_FILE = {
         Fault(
             "say nothing where lambda counts other tokens than the loss",
             (("{_COUNTS_ALL if counts_all else ''}", ""),),
-            only("test_attach", "the_start_says_where_lambda_counts_other_tokens_than_the_loss_does"),
+            only("test_attach", "the_start_says_if_lambda_counts_other_tokens_than_the_loss"),
         ),
         Fault(
             "measure a regularized layer in no pass",
@@ -1536,9 +1536,7 @@ _BY_FILE = {
         Fault(
             "take what breaks while the model is built for a refusal",
             (("        if is_building:\n", "        if False:\n"),),
-            (
-                "tests/test_pretrain.py::test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments",
-            ),
+            ("tests/test_pretrain.py::test_a_fault_while_megatron_builds_is_not_a_refusal_of_the_arguments",),
         ),
     ],
     "sft/__main__.py": [
@@ -1769,7 +1767,7 @@ _BY_FILE = {
             "meet only the ranks whose stage is in training mode",
             (
                 (
-                    "        if torch.is_grad_enabled():  # alike",
+                    "        if torch.is_grad_enabled():  # the same",
                     "        if torch.is_grad_enabled() and self._chunks[0].training:  # alike",
                 ),
             ),
@@ -1782,7 +1780,7 @@ _BY_FILE = {
         ),
         Fault(
             "ask all ranks in each step where another has wrapped what asks",
-            (("            if not self.has_ended:  # what", "            if True:  # what"),),
+            (("            if not self.has_ended:  # if other", "            if True:  # what"),),
             FIRST_STEP,
         ),
         Fault(
@@ -1970,7 +1968,7 @@ _BY_FILE = {
         Fault(
             "replay behind detach what a method changed",
             (("(in_layers and are_captured()) or ", ""),),
-            ("tests/test_cuda_graphs.py", "-k", "behind_detach"),
+            ("tests/test_cuda_graphs.py", "-k", "after_detach"),
         ),
     ],
     "stream/meter.py": [
@@ -2063,7 +2061,7 @@ _BY_FILE = {
         ),
         Fault(
             "count what waits in a meter when an iteration is run again",
-            (("            meter.totals()  # what waits", "            pass  # what waits"),),
+            (("            meter.totals()  # sums", "            pass  # what waits"),),
             ("tests/test_cuda_graphs.py", "-k", "still_to_sum"),
         ),
     ],
@@ -2365,9 +2363,7 @@ _BY_FILE = {
         Fault(
             "keep a scheduler's signal from the recipe",
             (("                os.kill(recipe, number)", "                pass"),),
-            (
-                "tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was",
-            ),
+            ("tests/test_sweep.py::test_sigterm_reaches_the_recipe_and_the_same_command_resumes_it",),
         ),
     ],
     "training_loop.py": [

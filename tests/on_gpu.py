@@ -1,9 +1,9 @@
-"""What a machine with one GPU can show in eight minutes: ``python tests/on_gpu.py FOLDER``.
+"""Checks for a machine with one GPU in eight minutes: ``python tests/on_gpu.py FOLDER``.
 
-Self-test, kernels, host, the step of three models at alpha 1, and a recipe that is ended and saves. Each part
-has a time of its own and leaves its output in FOLDER. The JSON files are named like those in
-``jreg_megatron/bench/results/``, to be copied there. ``DATA=folder`` is what the recipe trains on, as
-``recipes/fineweb_edu.sh`` makes it; without it the tokens are made up.
+Self-test, kernels, host, the step of three models at alpha 1, and a recipe that gets SIGTERM and saves. Each
+part has its own time limit and leaves its output in FOLDER. The JSON files have the names of those in
+``jreg_megatron/bench/results/``, to be copied there. The recipe trains on ``DATA=folder``, as
+``recipes/fineweb_edu.sh`` makes it; without it on random tokens.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
 GRACE = 20
-"""Seconds that a part has to end when it is told to; the recipe saves then."""
+"""Seconds that a part has to end after SIGTERM. In this time the recipe saves."""
 SAVED = 75
-"""The recipe's exit status when it was told to end and has saved."""
+"""The recipe's exit status if it got SIGTERM and has saved."""
 
 _BENCH, _SELFTEST = "jreg_megatron.bench", "jreg_megatron.selftest"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and what ends it."""
+    """A command, and its time limit."""
 
     name: str
     seconds: float
-    """After which it is told to end."""
+    """Seconds until it gets SIGTERM."""
     words: Sequence[str]
     """A module with its arguments, or a script with its own."""
     result: str = ""
@@ -57,7 +57,7 @@ Start = Callable[[Part, Path, float], int]
 
 
 def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
-    """All of them, in their order; results go to ``folder``, and what nobody needs to ``work``."""
+    """All parts in order. Results go to ``folder``, and temporary files to ``work``."""
     stem = f"{date.today().isoformat()}_{device()}"
 
     def words(usual: str, toy: str) -> list[str]:
@@ -94,7 +94,7 @@ def parts(folder: Path, work: Path, is_toy: bool) -> list[Part]:
 
 
 def recipe(work: Path, is_toy: bool) -> Part:
-    """The smallest one on one GPU, for two minutes, if so much is left."""
+    """The smallest recipe on one GPU, for two minutes, if so much time is left."""
     knobs = {"RUN": str(work / "run"), "GPUS": "1", "PYTHON": sys.executable, "TOKENS": "1000000000"}
     words = [str(ROOT / "recipes/llama_170m.sh"), "jreg"]
     words += ["--dry-run"] if is_toy else []
@@ -116,7 +116,7 @@ def make_up_data(folder: Path, tokens: int) -> None:
 
 
 def device() -> str:
-    """The GPU's name in one word, as in ``h100``; ``cpu`` where there is none."""
+    """The GPU's name in one word, such as ``h100``; ``cpu`` without a GPU."""
     if shutil.which("nvidia-smi") is None:
         return "cpu"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -172,7 +172,7 @@ def run(folder: Path, is_toy: bool, start: Start = start, seconds: float = SECON
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what ``argv`` asks for."""
+    """Run the command line ``argv``."""
     parser = argparse.ArgumentParser(prog="tests/on_gpu.py", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where results go; made if it is not there")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU, to try this script itself")

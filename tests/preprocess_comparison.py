@@ -3,9 +3,9 @@
     python tests/preprocess_comparison.py CLONE [--tokenizer-model FILE] [--rounds 5]
 
 CLONE is a clone of Megatron-LM, with or without a work tree. Both run on the same file with the same number
-of workers, one after the other, round by round. What counts is the processor time of all their processes,
-which other load on the machine hardly changes; what a run on a single document takes, nearly all of it
-imports, is taken off. Prints a row of a Markdown table.
+of workers, one after the other, in rounds. The processor time of all their processes counts, which other load
+on the machine hardly changes. The time of a run on a single document, nearly all of it imports, is
+subtracted. Prints a row of a Markdown table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JREG in Megatron-Bridge itself, version 0.6.2: what `make test-versions` runs beside tests/test_bridge.py.
+"""JREG in Megatron-Bridge itself, version 0.6.2. `make test-versions` runs this and tests/test_bridge.py.
 
 Its name keeps it out of `make test`, for which Bridge is not installed.
 """
@@ -111,7 +111,7 @@ def train_and_resume(folder: Path) -> None:
         train(config, [JRegCallback(config, SETTINGS)])
 
 
-def test_a_resumed_run_goes_on_at_its_iteration_of_the_schedule(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_at_its_iteration_of_the_schedule(tmp_path: Path) -> None:
     run_function(train_and_resume, 2, tmp_path)
     whole, resumed = (read_scalars(tmp_path / name) for name in ("whole", "resumed"))
     for tag, steps in (("lm loss", 2), ("grad-norm", 2), ("jreg loss", 1), ("jump rate", 1)):
@@ -133,7 +133,9 @@ def exit_and_resume(folder: Path) -> list[str]:
     return re.findall(r"^ JREG at (iteration \d) .* (\| .*) \|$", printed.getvalue(), re.MULTILINE)
 
 
-def test_what_an_exit_cuts_off_is_logged_before_it_and_the_rest_after_the_resume(tmp_path: Path) -> None:
+def test_an_interval_that_an_exit_cuts_off_is_logged_before_it_and_the_rest_after_the_resume(
+    tmp_path: Path,
+) -> None:
     _, lines = run_function(exit_and_resume, 2, tmp_path)
     assert lines == [
         ("iteration 2", "| measured in 2 iterations, 1 to 2"),
@@ -189,7 +191,7 @@ def with_and_without_shards(folder: Path, options: dict[str, Any]) -> dict[str, 
     """Train with JREG in copies and in shards, then in shards with coefficient 0 and without the callback.
 
     Returns:
-        The whole weights behind each run, by their names.
+        The whole weights after each run, by their names.
     """
     from bridge_toy import Callback, recipe, train
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
@@ -260,7 +262,7 @@ NOT_IN_MEGATRON_FSDP: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "num_distributed_optimizer_instances": ("optim", {}, {"num_distributed_optimizer_instances": 2}),
     "cuda_graph_impl transformer_engine": ("optim_grads", GRAPHS, {}),
 }
-"""By what is refused: the strategy, and changes of ``config.model`` and ``config.ddp``."""
+"""By refused feature: the strategy, and changes of ``config.model`` and ``config.ddp``."""
 
 
 def refused_in_megatron_fsdp(folder: Path) -> dict[str, str]:
@@ -279,14 +281,14 @@ def refused_in_megatron_fsdp(folder: Path) -> dict[str, str]:
     return said
 
 
-def test_what_is_wrong_in_megatron_fsdp_is_refused_before_a_step_on_every_rank(tmp_path: Path) -> None:
+def test_wrong_settings_in_megatron_fsdp_are_refused_before_a_step_on_every_rank(tmp_path: Path) -> None:
     for on_rank in run_function(refused_in_megatron_fsdp, 2, tmp_path):
         for name, said in on_rank.items():
             assert f"does not support FullyShardedDataParallel with {name} yet" in said
 
 
 def adapt_as_bridge_does(chunk: Any, adapted: Sequence[int]) -> None:
-    """Bridge's own LoRA in the place of ``test_lora.adapt``, with that one's weights."""
+    """Bridge's own LoRA instead of ``test_lora.adapt``, with the same weights."""
     import bridge_toy  # noqa: F401  (what Bridge imports and is not here)
     import torch
     from megatron.bridge.peft import recompute, utils
@@ -319,7 +321,7 @@ UNMASKED = JRegConfig(coeff=5.0, tokens="unmasked")
 
 
 def train_on_padded_sequences(folder: Path) -> None:
-    """With a padding mask on each stage, as Bridge's forward steps behind 0.6.2 give it, or a loss mask."""
+    """With a padding mask on each stage, as in Bridge's forward steps after 0.6.2, or with a loss mask."""
     import torch
     from bridge_toy import LENGTH, recipe, train
 
@@ -394,7 +396,7 @@ def gemma_4() -> str:
     return str(caught.value)
 
 
-def test_a_stock_recipe_whose_layers_go_on_behind_their_mlp_is_refused_by_their_class() -> None:
+def test_a_stock_recipe_whose_layers_continue_after_their_mlp_is_refused_by_their_class() -> None:
     (said,) = run_function(gemma_4)
     assert said.startswith("layer 1 (Gemma4DenseTransformerLayer) returns another state than its last bias")
 

@@ -1,4 +1,4 @@
-"""Training of the independent reference model in one process: AdamW, clipping, and what a log would show.
+"""Training of the independent reference model in one process: AdamW, clipping, and the values of a log.
 
 Weights come from a Megatron ``torch_dist`` checkpoint, read with torch alone.
 """
@@ -18,7 +18,7 @@ SHAPE = Shape(layers=("*-",) * 4, hidden_size=64, ffn_hidden_size=96, num_attent
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All model tensors of a checkpoint; those of the layers are stacked along a first axis."""
+    """All model tensors of a checkpoint. The layers' tensors are stacked along a first axis."""
     reader = dcp.FileSystemReader(checkpoint)
     names = {
         name: torch.empty(entry.size, dtype=torch.float32)

@@ -41,7 +41,7 @@ def measurement(
     source: str = "runs/{}/checkpoints",
     without_norm: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What ``measure --json`` writes; of some models it found no final norm."""
+    """A file of ``measure --json``; some of its models have no final norm."""
     return {
         "format": "jreg_megatron measurement",
         "version": 1,
@@ -100,7 +100,7 @@ def _origin(name: str, source: str, layers: int, step: int | None = None) -> dic
 def evaluation(
     names: Sequence[str] = MODELS, layers: int = LAYERS, source: str = "runs/{}/checkpoints"
 ) -> dict[str, Any]:
-    """What ``evaluate --json`` writes; with two models it compares them."""
+    """A file of ``evaluate --json``; two models are compared."""
     models = []
     for model, name in enumerate(names):
         scores = {task: value + 0.01 * model for task, value in TASKS.items()}
@@ -156,7 +156,7 @@ def evaluation(
 
 
 def summary(names: Sequence[str] = MODELS) -> dict[str, Any]:
-    """What the demo writes."""
+    """A file of the demo."""
     runs = {
         name: {
             **({"coeff": 0.1, "alpha": 3.0} if model % 2 else {}),
@@ -189,7 +189,7 @@ BITS_PER_BYTE = {"metric": "bits_per_byte", "higher_is_better": False, "chance":
 
 
 def evaluation_of(source: Path | str, step: int, scores: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-    """What ``evaluate --json`` writes of one model of eight layers; ``scores`` are of tasks by name."""
+    """A file of ``evaluate --json`` for one model of eight layers; ``scores`` are by task."""
     usual = {"metric": "acc", "interval": None, "samples": 72, "higher_is_better": True, "chance": 0.25}
     model = {"name": "model", "source": str(source), "kind": "megatron", "revision": None, "step": step}
     model |= {"num_layers": 8, "tasks": {task: usual | score for task, score in scores.items()}}
@@ -269,7 +269,7 @@ class Page(HTMLParser):
             self._caption += data
 
     def table(self, caption: str) -> list[list[str]]:
-        """The one table whose caption begins so."""
+        """The only table whose caption begins with this text."""
         (found,) = (rows for whole, rows in self.tables.items() if whole.startswith(caption))
         return found
 
@@ -289,7 +289,7 @@ def page_of(*words: object) -> Page:
 
 
 def refusal(report: Callable[..., Page], capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line with which the command refuses its input."""
+    """The single line with which the command refuses its input."""
     with pytest.raises(SystemExit) as stop:
         report(*words)
     assert stop.value.code == 2

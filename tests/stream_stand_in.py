@@ -1,14 +1,14 @@
 """CUDA's streams and events, and what they put in order, in a process without a GPU.
 
-Everything still runs at once and in the order of the program. Beside it is kept of each stream how much of
-every other one it has waited for. An operation is found that reads what it has not waited for, or writes
-where another one may still read. So is memory that is freed for the next user in its own stream while another
-stream may still use it. A backward pass is in the stream in which it is started; torch puts what it does in
-another one in order by itself.
+Everything still runs at once and in the order of the program. For each stream this file records how much of
+every other stream it has waited for. It finds an operation that reads data for which its stream has not
+waited, or that writes where another stream may still read. It also finds memory that is freed for the next
+user in its own stream while another stream may still use it. A backward pass is in the stream in which it is
+started; torch itself orders its work in other streams.
 
-While a CUDA graph is captured, its first stream and those that waited for it belong to the capture. A stream
-of it that waits for work outside of it is found, and an operation in another stream, and a stream that the
-first one has not waited for at the end.
+While a CUDA graph is captured, its first stream and those that waited for it belong to the capture. The file
+finds a stream of the capture that waits for work outside of it, an operation in another stream, and a stream
+for which the first one has not waited at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOUND: dict[str, int] = {}
 """Each unordered use, and how often."""
 
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
-"""What the host waits for; whatever it starts later comes behind."""
+"""Work for which the host waits. Later work runs after it."""
 
 Clock = dict["Stream", int]
 
@@ -44,7 +44,7 @@ def _join(clock: Clock, other: Clock) -> None:
 
 
 class Stream:
-    """In the place of ``torch.cuda.Stream``."""
+    """Replaces ``torch.cuda.Stream``."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {self: 0}
@@ -74,7 +74,7 @@ class Stream:
 
 
 class Event:
-    """In the place of ``torch.cuda.Event``."""
+    """Replaces ``torch.cuda.Event``."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
@@ -189,7 +189,7 @@ class Order(TorchDispatchMode):
             self._abroad[memory.ref.cdata] = memory
 
     def _find_freed(self, stream: Stream) -> None:
-        """What is freed is the next allocation's in its stream, unless a use elsewhere was recorded."""
+        """Freed memory is for the next allocation in its stream, unless a use in another one was recorded."""
         for key, memory in list(self._abroad.items()):
             if memory.of is stream and memory.ref.expired():
                 del self._abroad[key]
@@ -225,7 +225,7 @@ def _record(tensor: Tensor, order: Order, stream: Stream) -> None:
 
 
 def install() -> Order:
-    """Have ``torch.cuda`` use these; what runs in the mode that is returned is looked at."""
+    """Make ``torch.cuda`` use these. Operations in the returned mode are checked."""
     cuda: Any = torch.cuda
     order = Order()
     cuda.Stream, cuda.Event = Stream, Event

@@ -49,7 +49,7 @@ LAYOUTS: dict[str, Callable[[Layout], bool]] = {
     "tied embeddings": lambda x: x.tied,
     "several methods at once": lambda x: x.methods == "all",
 }
-"""What the layouts show: a row's text, and which layouts show it."""
+"""Rows that layouts show: the text, and the layouts."""
 
 KINDS = {
     "latent attention (MLA)": "latent",
@@ -61,7 +61,7 @@ KINDS = {
     "experts' tokens exchanged by all-to-all": "tokens exchanged",
     "torch FSDP2 by wrappers of other frameworks, such as Primus; copies of shards": "another's FSDP2",
 }
-"""What ``test_variants`` compares with a reference, each with its name there."""
+"""Variants that ``test_variants`` compares with a reference, each with its name there."""
 
 TESTS = {
     "Muon, `dist_muon` (package `emerging_optimizers`)": "test_pretrain::test_muon_that_ranks_share_gives",
@@ -97,7 +97,7 @@ TESTS = {
     "LoRA of Megatron-Bridge 0.6.2": "real_bridge::test_bridges_low_rank_adapters_get",
     "Megatron-FSDP in Megatron-Bridge 0.6.2": "real_bridge::test_megatron_fsdp_trains_as_copies",
 }
-"""What other tests show, each with its file and the beginning of its name."""
+"""Features that other tests show, each with its file and the beginning of its name."""
 
 HERE = Path(__file__).parent
 

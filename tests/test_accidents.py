@@ -1,4 +1,4 @@
-"""Life's accidents: what a run promises when a rank dies, a number breaks, or it is started otherwise."""
+"""Accidents: the behaviour of a run when a rank dies, a number breaks, or it is started in another way."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_equals(log: Log, whole: Log, first: int, last: int) -> None:
 def test_when_a_rank_is_killed_the_other_ends_soon_with_an_error_that_names_the_lost_peer(
     layout: tuple[object, ...], toy_arguments: list[str], tmp_path: Path
 ) -> None:
-    # After a checkpoint, whose helper process must not hide that the rank is gone.
+    # After a checkpoint, whose helper process must not hide that the rank has died.
     argv = [1, 2, *toy_arguments, *layout, "--train-iters", 1000, *checkpoints(tmp_path, 1)]
     run = run_ranks(argv, 2, entry="accident:killed", check=False, timeout=180)
     assert run.status == [1, -9]
@@ -84,12 +84,12 @@ def test_the_cpu_launcher_names_the_killed_rank_and_a_restart_is_bit_identical_t
     assert run.returncode == 128 + 9, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("jreg_megatron: error: ")]
     assert lines == [
-        "jreg_megatron: error: rank 1 was ended by signal 9 (Killed); the other ranks are ended too"
+        "jreg_megatron: error: rank 1 was killed by signal 9 (Killed); the other ranks are terminated"
     ]
     assert_equals(train(tmp_path / "restarted", *saving), whole, 5, 10)
 
 
-def test_a_run_killed_while_saving_goes_on_bit_identically_from_the_checkpoint_before(
+def test_a_run_killed_while_saving_resumes_bit_identically_from_the_previous_checkpoint(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, *JREG, "--train-iters", 8]
@@ -238,7 +238,7 @@ def test_a_coefficient_schedule_that_crosses_a_resume_is_bit_identical_to_a_run_
     assert_equals(train(tmp_path / "resumed", *saving), whole, 6, 10)
 
 
-def test_iterations_that_fp16_skips_are_measured_like_others_and_training_goes_on(
+def test_iterations_that_fp16_skips_are_measured_like_others_and_training_continues(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, "--fp16", "--train-iters", 20]

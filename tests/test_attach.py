@@ -1,4 +1,4 @@
-"""``attach`` on a built Megatron model: what it changes, what it leaves alone, what it refuses."""
+"""``attach`` on a built Megatron model: what it changes, what it does not change, what it refuses."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def refuses_means_over_different_tokens() -> None:
     from jreg_megatron import attach
 
     model = build_model()
-    # Of two layers the last one alone has a gradient.
+    # Of two layers only the last one has a gradient.
     handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0), num_microbatches=1)
     step(model)
     loss = forward(model)
@@ -442,7 +442,7 @@ def refuses_by_name() -> list[str]:
 
 
 def sees_each_layer_once(recompute: str, is_disorderly: bool = False) -> list[tuple[Any, int, bool]]:
-    """What an observer is told in a step of two micro-batches whose backward passes come in order, last."""
+    """An observer's calls in a step of two micro-batches whose backward passes run in order, at the end."""
     import torch
 
     from jreg_megatron.stream.tap import tap_residual_stream
@@ -546,7 +546,7 @@ def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it(
     run_function(leaves_the_model_as_it_was)
 
 
-def test_the_start_says_where_lambda_counts_other_tokens_than_the_loss_does() -> None:
+def test_the_start_says_if_lambda_counts_other_tokens_than_the_loss() -> None:
     assert run_function(says_that_lambda_counts_other_tokens_than_the_loss) == [[True, False, False, False]]
 
 
@@ -562,7 +562,7 @@ def test_a_step_that_does_not_measure_works_for_layers_with_weight_alone_and_in_
 
 
 @pytest.mark.parametrize("final_state", ["pre_norm", "post_norm"])
-def test_a_layer_that_is_set_to_evaluation_by_itself_is_recomputed_and_regularized_all_the_same(
+def test_a_single_layer_in_evaluation_mode_is_still_recomputed_and_regularized(
     final_state: str,
 ) -> None:
     run_function(regularizes_layers_in_evaluation, 1, final_state)
@@ -609,8 +609,8 @@ def test_attach_refuses_by_name_what_it_cannot_do() -> None:
             "iteration=",
             "num_microbatches=0",
             "num_microbatches=2.5",
-            "numbers (layer_number) 1 1, and its config.num_layers tells 2",
-            "numbers (layer_number) 1 2, and its config.num_layers tells 3",
+            "numbers (layer_number) 1 1, but the model has 2 layers",
+            "numbers (layer_number) 1 2, but the model has 3 layers",
             "without a loss mask or padding mask on some pipeline stage",
             "attached to this model already",
         ),
@@ -642,7 +642,7 @@ def test_fsdp2_in_a_cuda_graph_of_the_iteration_is_refused_by_its_name() -> None
         ({"moe_expert_rank_capacity_factor": 1.5}, "moe_expert_rank_capacity_factor"),
     ],
 )
-def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
+def test_features_not_compared_in_megatron_fsdp_are_refused_by_name(
     changed: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch import nn
@@ -677,7 +677,7 @@ def test_what_was_not_compared_in_megatron_fsdp_is_refused_by_its_name(
 
 
 def type_of_states_in_megatron_fsdp() -> str:
-    """What a method is told of the states of a model in bf16."""
+    """A method's description of the states of a model in bf16."""
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel

@@ -1,4 +1,4 @@
-"""The benchmark that users run: that it measures what it says, of what it says, and how it refuses."""
+"""The benchmark that users run: it measures what it names, and it refuses mistakes."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_table_has_every_way_and_nothing_of_what_megatron_prints(
     assert len(printed.splitlines()) < 50
 
 
-def test_what_a_way_does_more_shows_in_its_ratio_and_in_no_other(tmp_path: Path) -> None:
+def test_extra_work_of_a_way_shows_in_its_ratio_and_in_no_other(tmp_path: Path) -> None:
     document, _ = measured(
         tmp_path,
         *("--ways", "unmodified_again,measure,jreg", "--rounds", "5"),
@@ -192,7 +192,7 @@ def test_the_naive_way_has_jregs_gradient_and_every_way_leaves_the_model_as_it_w
     assert not any(found[f"left {way}"] for way in ways)
     added = naive - plain
     assert added.norm() > 1e-3 * plain.norm()
-    # In float32; what JREG leaves out of layers of negligible weight is below a millionth.
+    # In float32. The effect of the layers that JREG leaves out for negligible weight is below a millionth.
     assert (jreg - naive).norm() < 1e-4 * added.norm()
 
 
@@ -242,7 +242,7 @@ def test_kernels_collectives_reads_and_peak_memory_of_a_step_are_counted() -> No
     # Two tensors of four MiB are alive at a time.
     assert 8 << 20 <= found["peak_bytes"] < (8 << 20) + 100_000
     # empty, fill, add, mul, and for each of two values read a view and the reading; empty in the barrier.
-    # What calls them (ones, select, item) does not count.
+    # Their callers (ones, select, item) do not count.
     assert found["kernels"] == 4 + 2 * 2 + 1
 
 
@@ -278,7 +278,7 @@ def test_a_kind_of_few_steps_has_its_share_and_scatters_as_all_do() -> None:
     assert median_ratio(ratios[kinds == "ordinary"], kinds[kinds == "ordinary"], halves)["ratio"] < 1.05
 
 
-def test_what_measuring_and_logging_cost_counts_for_its_share() -> None:
+def test_the_overhead_of_measuring_and_logging_counts_for_its_share() -> None:
     rank = Measured(counts={"unmodified": COUNTS, "jreg": COUNTS})
     costs = {"ordinary": 0.02, "logging": 0.2}
     for iteration in range(1, 11):
@@ -446,7 +446,7 @@ def test_the_device_is_busy_while_any_stream_is_and_the_host_unless_it_waits(
         (0.0, "unknown", "The profiler saw nothing on the device"),
     ],
 )
-def test_a_result_says_what_a_step_waits_for(device: float, waits_for: str, says: str) -> None:
+def test_a_result_names_what_a_step_waits_for(device: float, waits_for: str, says: str) -> None:
     ranks = ranks_that_need(BUSY, BUSY, noise=0)
     for number, rank in enumerate(ranks):
         rank.busy = {way: [{"whole": 3.0, "device": device * number, "host": 1.5}] for way in BUSY}
@@ -569,7 +569,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_each_part_leaves_its_result(
     assert "nproc-per-node 1" in log and "--train-iters 1907" in log
 
 
-def test_a_part_for_a_gpu_that_takes_too_long_is_ended_and_the_next_one_runs(
+def test_a_part_for_a_gpu_that_takes_too_long_is_terminated_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sleeper = tmp_path / "sleeper.sh"
@@ -603,7 +603,7 @@ def shown(document: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def test_where_a_result_went_is_not_part_of_its_command() -> None:
+def test_the_place_of_a_result_is_not_part_of_its_command() -> None:
     words = "step --json somewhere/x.json --quiet --layers 2 --json=y.json -- --lr 1"
     assert results.command(words.split()) == "python -m jreg_megatron.bench step --layers 2 -- --lr 1"
 
@@ -656,7 +656,7 @@ def test_a_mistake_is_refused_in_one_line_before_megatron_starts(
     assert REFUSED[words] in line
 
 
-def test_what_megatron_refuses_is_one_line(tmp_path: Path) -> None:
+def test_a_refusal_of_megatron_is_one_line(tmp_path: Path) -> None:
     finished = run_ranks(["step", *bench_steps.TINY, "--", "--hidden-sise", 3], entry=ENTRY, check=False)
     assert finished.status == [2]
     (line,) = finished.output[0].splitlines()
@@ -714,7 +714,7 @@ def test_steps_that_fp16s_loss_scale_skips_are_not_measured_and_those_alone_are_
     )
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+def test_a_reader_that_closes_the_pipe_gets_no_traceback() -> None:
     kernel = f"'{sys.executable}' -m jreg_megatron.bench kernel --cpu --tokens 3 --widths 8 --rounds 1"
     script = f"set -o pipefail; {kernel} --no-compile --quiet --json - | true"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
@@ -730,7 +730,7 @@ def test_an_error_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("words", ["kernel", "host"])
-def test_what_is_one_process_is_refused_under_torchrun(
+def test_a_command_of_one_process_is_refused_under_torchrun(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

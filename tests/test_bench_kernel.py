@@ -47,7 +47,7 @@ def assert_same_work(way: kernel.Way, dtype: torch.dtype) -> None:
     loss = 1e-5 * ((1 - F.cosine_similarity(a, b, dim=-1)) / 2).sum()
     outputs, upstream = (loss, a, b), (None, t.grad_in.double(), t.grad_out.double())
     expected = torch.autograd.grad(outputs, (a, b), upstream)
-    # What this leaves out is seen: without the regularizer the gradients would be off by more.
+    # A missing regularizer would be seen: without it the gradients would be off by more.
     for got, right, plain in zip(way(t), expected, upstream[1:], strict=True):
         assert got.dtype is dtype
         error, size = (got.double() - right).norm(), (right - plain).norm()
@@ -61,7 +61,7 @@ def assert_same_work(way: kernel.Way, dtype: torch.dtype) -> None:
     [kernel.with_jreg(eager.KERNELS), kernel.with_autograd(kernel.textbook)],
     ids=[kernel.JREG, kernel.AUTOGRAD],
 )
-def test_each_way_adds_the_regularizers_gradient_to_what_has_come(
+def test_each_way_adds_the_regularizers_gradient_to_the_incoming_one(
     way: kernel.Way, dtype: torch.dtype
 ) -> None:
     assert_same_work(way, dtype)
@@ -105,7 +105,7 @@ def test_a_copy_too_short_to_be_a_measure_gives_no_share_and_a_note() -> None:
     assert "less than 50 us" in printed(figures)
 
 
-def test_what_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_cannot_be_compiled_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     figures = figures_of(*"--tokens 3 --widths 8,16 --rounds 1".split())
     assert [note for note in figures["notes"] if "left out" in note] == [
@@ -117,7 +117,7 @@ def test_a_round_runs_everything_once_and_none_begins_after_the_time_is_up() -> 
     ran: list[str] = []
     runs = {name: lambda name=name: ran.append(name) for name in "abc"}
     found = kernel.interleaved(sizes(rounds=7, seconds=60), runs)
-    rounds = [ran[start : start + 3] for start in range(3, len(ran), 3)]  # behind the warm-up
+    rounds = [ran[start : start + 3] for start in range(3, len(ran), 3)]  # after the warm-up
     assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1, "the order changes"
     assert all(len(times) == 7 for times in found.values())
@@ -143,7 +143,7 @@ def test_a_mistake_is_one_line(words: str, message: str) -> None:
 
 
 class FakeEvent:
-    """Of a device that does what is launched while the host's clock goes on; a cycle is a nanosecond."""
+    """A device that runs launched work while the host's clock runs on. A cycle is a nanosecond."""
 
     host = device = 0
 
@@ -155,7 +155,7 @@ class FakeEvent:
 
     @classmethod
     def launch(cls, cycles: int) -> int:
-        """The device begins what is launched when it has done all before; returns when it has done it."""
+        """The device starts launched work after all earlier work. Returns the time when it has finished."""
         cls.device = max(cls.device, cls.host) + cycles
         return cls.device
 
@@ -169,7 +169,7 @@ class FakeEvent:
         return (other.at - self.at) / 1e6
 
 
-def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_waits_until_the_host_has_launched_all_timed_work(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
 
     def sleep(cycles: int) -> None:
@@ -184,7 +184,7 @@ def test_a_gpu_waits_until_the_host_has_launched_all_that_is_timed(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("L2", (), {"L2_cache_size": 1}))
     clock = kernel._CudaClock(CPU)
-    # What the host takes ten milliseconds to launch is timed without them, each time, once the wait is long.
+    # If the wait is long enough, the ten milliseconds that the host needs to launch the work are not timed.
     slow, fast = (lambda: launches(10_000_000, 34_000)), (lambda: launches(10_000, 5_000_000))
     assert [clock(slow), clock(slow), clock(fast), clock(slow)] == pytest.approx(
         [34e-6, 34e-6, 5e-3, 34e-6], rel=1e-9

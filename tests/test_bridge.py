@@ -1,4 +1,4 @@
-"""JREG in Megatron-Bridge as a contract: Bridge is not installed here, so what it does is mirrored.
+"""JREG in Megatron-Bridge as a contract: Bridge is not installed here, so its behaviour is mirrored.
 
 Mirrored is version 0.6.2: `callbacks.CallbackManager.add`, the order of events in `pretrain`, `train` and
 `eval.evaluate`, the hooks of `model_provider.ModelProviderMixin`, and who holds which writer. That Bridge
@@ -352,7 +352,7 @@ def test_a_run_without_the_regularizer_ends_in_a_line_before_its_first_step() ->
         ("comm_overlap", "overlap_moe_expert_parallel_comm"),
     ],
 )
-def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, setting: str) -> None:
+def test_unsupported_settings_are_refused_before_anything_is_built(part: str, setting: str) -> None:
     config = container(comm_overlap=SimpleNamespace())
     setattr(getattr(config, part), setting, True)
     with pytest.raises(UserError, match=f"does not support {setting} yet"):
@@ -387,7 +387,7 @@ def test_what_is_not_supported_is_refused_before_anything_is_built(part: str, se
         ),
     ],
 )
-def test_what_lies_in_two_parts_or_has_an_older_name_is_refused_before_anything_is_built(
+def test_settings_in_two_parts_or_by_an_older_name_are_refused_before_anything_is_built(
     named: str, parts: dict[str, dict[str, Any]]
 ) -> None:
     config = container(dist=SimpleNamespace(), comm_overlap=SimpleNamespace())

@@ -1,4 +1,4 @@
-"""What ``make claims`` promises: the rule's verdicts, the right number for each claim."""
+"""The promises of ``make claims``: the rule's verdicts, the right number for each claim."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_verdict_is_where_the_95_percent_interval_over_seeds_lies(shift: float
     assert question(values, side, 0.1).verdict == wanted
 
 
-def test_fewer_than_three_seeds_cannot_tell() -> None:
+def test_fewer_than_three_seeds_decide_nothing() -> None:
     assert question([5.0, 5.1]).verdict == question([5.0]).verdict == question([]).verdict == "cannot tell"
     assert question([5.0, 5.1, 5.2]).verdict == "agrees"
 
@@ -112,7 +112,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def evaluation(seed: int, jreg: bool, tasks: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What ``evaluate --json`` writes of one model; losses differ by hand-made amounts."""
+    """A file of ``evaluate --json`` for one model; losses differ by hand-made amounts."""
     off = 0.1 + 0.01 * seed if jreg else 0.0
     loss = [3.0 - 0.1 * layer for layer in range(9)]
     read_out = [value - off * (1 + layer / 10) for layer, value in enumerate(loss[:-1])] + [loss[-1]]

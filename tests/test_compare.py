@@ -1,4 +1,4 @@
-"""What ``make compare`` promises: paired runs, the rule's numbers, one page, and to resume."""
+"""The promises of ``make compare``: paired runs, the rule's numbers, one page, and to resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEEDS = 4
 STEPS = 400
 NOISE = (0.0, 0.03, -0.01, 0.02)
 EFFECT = {"jreg": 0.0, "slowqk": -0.05, "slowqk_gelu": -0.2, "let": -0.1, "periln": 2.0}
-"""What a method adds to the loss, beside a little noise of each seed."""
+"""A method's change of the loss, besides a little noise of each seed."""
 
 
 def test_holms_correction_is_as_worked_by_hand() -> None:
@@ -163,7 +163,7 @@ def compare(tmp_path: Path, *words: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text is not made, and what would start a process fails."""
+    """The text is not made, and a function that would start a process fails."""
 
     async def fails(what: str, *_: Any) -> None:
         raise AssertionError(f"{what} was started")
@@ -203,7 +203,7 @@ def test_each_number_is_the_paired_difference_and_the_interval_and_p_are_scipys(
     assert of(found, "jump", "slowqk")["verdict"] == "cannot tell"  # all differences are the same
 
 
-def test_what_the_authors_report_is_asked_of_the_right_runs(plan: Plan, tmp_path: Path) -> None:
+def test_the_authors_results_are_tested_on_the_right_runs(plan: Plan, tmp_path: Path) -> None:
     found = compare(tmp_path, "--quiet")["published"]["questions"]
     by_seed = [list(question["by_seed"].values()) for question in found]
     noise = np.array(NOISE)
@@ -255,16 +255,14 @@ def test_a_toy_that_diverged_is_left_out_by_name_with_its_pair(plan: Plan, tmp_p
     assert found["notes"] == ["periln_seed2 is left out: it has diverged."]
 
 
-def test_only_the_asked_ways_are_compared_and_corrected_for(plan: Plan, tmp_path: Path) -> None:
+def test_only_the_requested_ways_are_compared_and_corrected_for(plan: Plan, tmp_path: Path) -> None:
     found = compare(tmp_path, "--quiet", "--ways", "slowqk_gelu")
     assert list(found["families"]["loss"]["ways"]) == ["slowqk_gelu"]
     one = of(found, "loss", "slowqk_gelu")
     assert one["p"] == one["p_adjusted"]
 
 
-def test_what_is_missing_is_done_and_nothing_else(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_missing_parts_are_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
     again = plan.run("lns", 2)
 
@@ -293,7 +291,7 @@ def test_what_is_missing_is_done_and_nothing_else(
         (["--ways", "jrge"], "invalid choice: 'jrge'"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(
+def test_a_mistake_is_reported_before_anything_runs(
     words: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,8 @@
-"""What Triton makes of the kernels for GPUs that are not here, launched as the package launches them.
+"""The kernels as Triton compiles them for GPUs that this machine lacks, launched as in the package.
 
-The launches are real up to the last step: the driver names its GPU and keeps what it is given, and what would
-run there is compiled and looked at. States are on the ``meta`` device, or on the CPU where addresses matter.
+The launches are real up to the last step: the driver names its GPU and keeps its arguments, and the code that
+would run there is compiled and examined. States are on the ``meta`` device, or on the CPU where addresses
+matter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ALL = [*product(METHODS, SM_WARPS, (*WIDTHS, 12288), TYPES)]
 
 @dataclass
 class OfflineDriver:
-    """Stands in for Triton's driver: names the GPU to compile for, and keeps launches."""
+    """Replaces Triton's driver: names the GPU to compile for, and keeps launches."""
 
     arch: int
     launches: list[tuple[Any, ...]] = field(default_factory=list)
@@ -105,7 +106,7 @@ def own_cache(tmp_path: Path) -> Iterator[None]:
 
 
 def compiled(arch: int, method: str, *given: Any, **named: Any) -> Compiled:
-    """What ``KERNELS.method(*given)`` would run."""
+    """The compiled kernels that ``KERNELS.method(*given)`` would run."""
     if method == "linked":
         *given_, above = given
         method, given, named = "gradients", tuple(given_), {**named, "above": above, "hands_down": True}
@@ -164,7 +165,7 @@ def assert_good(
     for what, of_a_column, scalars in (
         # The coefficient, and three numbers from above.
         ("LDG", size_in + (1 + is_gradients + is_linked) * size_out, 4 if is_linked else 1),
-        # Psi, and two numbers more to hand down, in place of the input's gradient.
+        # Psi, and two more numbers to hand down instead of the input's gradient.
         (
             "STG",
             (size_out if is_linked else size_in + size_out) if is_gradients else 0,

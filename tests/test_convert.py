@@ -148,7 +148,7 @@ def test_padding_after_the_vocabulary_is_left_out(both_ways: tuple[dict[str, Any
 
 
 def check_rows_of_padding(tokenizer: Path, work: Path) -> None:
-    """Exports of checkpoints whose rows of padding are told without a tokenizer that is exported, or not."""
+    """Exports without a tokenizer, of checkpoints whose number of padding rows is known or unknown."""
     ids = some_tokens()
     own = logits_of(made(work / "null"), ids)[..., :130]
     for module, source, output in ((export, "null", "1"), (import_, "1", "2"), (export, "2", "3")):
@@ -343,7 +343,7 @@ MEGATRON = {
         ({"num_attention_heads": 5}, "5 heads", None),
     ],
 )
-def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_export_it(
+def test_features_that_a_llama_cannot_express_are_refused_by_name_with_a_tool_that_can_export_them(
     has: dict[str, Any], named: str, tool: str | None
 ) -> None:
     from_megatron(Namespace(**MEGATRON), 100, "runs/x")
@@ -369,7 +369,7 @@ def test_what_a_llama_cannot_express_is_refused_by_name_with_a_tool_that_can_exp
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta of 0.5"),
     ],
 )
-def test_what_megatron_cannot_express_is_refused_by_name(has: dict[str, Any], line: str) -> None:
+def test_features_that_megatron_cannot_express_are_refused_by_name(has: dict[str, Any], line: str) -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(**SIZES)
@@ -434,7 +434,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_partial_output(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal\n"
         "from jreg_megatron.convert.command import made_beside\n"
@@ -447,7 +447,7 @@ def test_an_export_that_is_killed_leaves_nothing_half(tmp_path: Path) -> None:
     assert next(tmp_path.iterdir()).name.endswith(".part")
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_atomically(tmp_path: Path) -> None:
     output = tmp_path / "out"
 
     def broken_off() -> None:

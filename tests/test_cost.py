@@ -1,4 +1,4 @@
-"""What JREG adds to the communication and the waiting of a run: one all-reduce per log interval."""
+"""JREG's addition to the communication and the waits of a run: one all-reduce per log interval."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_a_step_after_the_first_has_no_collective_and_no_host_sync_more_and_a_lo
         assert len(own["in_step"]) == STEPS
         assert own["in_step"][0]["collectives"] > 0, "the counting works"
         assert own["in_step"][0]["synchronisations"] > 0
-        # In the first step all ranks tell each other what they have found, and read the loss's gradient.
+        # In the first step all ranks exchange their findings, and read the loss's gradient.
         first, own_first = ours["in_step"].pop(0), own["in_step"].pop(0)
         assert first["collectives"] == own_first["collectives"] + 1
         assert ours["in_step"] == own["in_step"]
         pairs = zip(ours["after_step"], own["after_step"], strict=True)
         more = [with_jreg["collectives"] - without["collectives"] for with_jreg, without in pairs]
-        # Megatron logs the first iteration too; the last one's log has no step behind it to be counted.
+        # Megatron logs the first iteration too. After the last log there is no step to be counted.
         assert more == [1, 0, 1, 0, 0]

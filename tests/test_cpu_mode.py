@@ -60,7 +60,7 @@ def slug(name: str) -> str:
 
 
 def pretrain_script() -> None:
-    """Train GPT on made-up text with ``megatron.training``, as told by ``sys.argv``."""
+    """Train GPT on random text with ``megatron.training``, with the arguments of ``sys.argv``."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
@@ -122,15 +122,15 @@ def run_all(root: str) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the logs of all runs."""
     root = tmp_path_factory.mktemp("cpu_mode")
-    # A process of its own: what CPU mode changes is for the life of the process.
+    # A separate process, because CPU mode changes a process until it ends.
     subprocess.run([sys.executable, "-W", "ignore", __file__, "--all", str(root)], check=True, timeout=600)
     return root
 
 
 def losses(root: Path, name: str, what: str = "lm loss") -> list[float]:
-    """What Megatron wrote to TensorBoard, once per iteration.
+    """Megatron's values in TensorBoard, once per iteration.
 
-    The console does not do: its second line is the mean of the first two iterations.
+    The console is not enough: its second line is the mean of the first two iterations.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -199,7 +199,7 @@ def test_a_stage_that_frees_its_output_while_it_is_sent_sends_it_whole() -> None
 
 
 def pieces(dtype: Any, shapes: list[tuple[int, ...]], ranks: list[int]) -> list[Any]:
-    """What each rank has to give: values by which rank and place can be told."""
+    """Each rank's input: values that identify rank and place."""
     import torch
 
     return [
@@ -209,7 +209,7 @@ def pieces(dtype: Any, shapes: list[tuple[int, ...]], ranks: list[int]) -> list[
 
 
 def gather_unevenly(shapes: list[tuple[int, ...]]) -> list[str]:
-    """What is wrong with all-gathers of pieces of these shapes, one a rank, over all ranks and over two."""
+    """Errors of all-gathers of pieces of these shapes, one per rank, over all ranks and over two."""
     import torch
     import torch.distributed as dist
 
@@ -224,7 +224,7 @@ def gather_unevenly(shapes: list[tuple[int, ...]]) -> list[str]:
             own = wanted[ranks.index(dist.get_rank())]
             once = [torch.zeros_like(piece) for piece in wanted]
             assert dist.all_gather(once, own, group=group) is None
-            # As Megatron does it: its own place holds what it gives, and only the last gather is waited for.
+            # As in Megatron: a rank's own place holds its input, and only the last gather is waited for.
             buffers = [torch.zeros(sum(map(len, wanted)), *own.shape[1:], dtype=dtype) for _ in range(20)]
             for buffer in buffers:
                 slots = buffer.split([len(piece) for piece in wanted])
@@ -243,7 +243,7 @@ def gather_unevenly(shapes: list[tuple[int, ...]]) -> list[str]:
 
 
 def left_under_way(pieces: list[Any], own: Any) -> list[str]:
-    """What is still under way when an all-gather in the background returns: one may not pass the next."""
+    """Gathers that are in flight when an asynchronous all-gather returns. One must not overtake another."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -282,7 +282,7 @@ def test_the_redirection_adds_no_warnings(root: Path) -> None:
 
 
 def what_stays_on_cuda() -> list[str]:
-    """What is not on the CPU although it names a CUDA device, and functions that nobody asks here."""
+    """Results that are not on the CPU although they name a CUDA device, and functions that are not tried."""
     import torch
     from torch.utils._device import _device_constructors
 
@@ -341,7 +341,7 @@ def what_stays_on_cuda() -> list[str]:
     return [name for name, tensor in made.items() if tensor.device.type != "cpu"] + unknown
 
 
-def test_whatever_names_a_cuda_device_is_on_the_cpu() -> None:
+def test_every_name_of_a_cuda_device_means_the_cpu() -> None:
     assert run_function(what_stays_on_cuda) == [[]]
 
 
@@ -403,7 +403,7 @@ def local_parts_where_transformer_engine_and_apex_are_installed() -> bool:
     return {*norms} == {WrappedTorchNorm} and moe_utils.te_general_gemm is None
 
 
-def test_local_layers_take_nothing_of_transformer_engine_and_apex_where_they_are_installed() -> None:
+def test_local_layers_use_nothing_of_transformer_engine_and_apex_even_if_they_are_installed() -> None:
     assert run_function(local_parts_where_transformer_engine_and_apex_are_installed, 1) == [True]
 
 
@@ -422,7 +422,7 @@ def test_a_hybrid_models_spec_is_exchanged_for_one_without_transformer_engine() 
     assert with_cpu_flags(own) == [*own, *FLAGS]
 
 
-def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
+def test_a_gpus_flags_are_removed_from_the_command_line_and_named() -> None:
     argv = [
         "--fp8-format",
         "hybrid",
@@ -449,7 +449,7 @@ def test_a_gpus_flags_leave_the_command_line_and_are_named() -> None:
         *("--experimental-attention-variant dsa", "--experimental-attention-variant=gated_delta_net"),
     ],
 )
-def test_what_a_cpu_cannot_honour_is_refused_by_name(flags: str) -> None:
+def test_flags_without_a_counterpart_on_a_cpu_are_refused_by_name(flags: str) -> None:
     with pytest.raises(UserError, match=re.split("[ =]", flags)[0]):
         with_cpu_flags(flags.split())
 

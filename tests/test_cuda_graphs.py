@@ -209,7 +209,7 @@ def refuses_graphs() -> None:
         attach(model, TAKEN, num_microbatches=1, iteration=lambda: 1)
 
 
-def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> None:
+def test_features_that_megatrons_own_graphs_do_wrong_are_refused_by_their_arguments() -> None:
     sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 2}
     sizes |= {"global_batch_size": 8, "eval_global_batch_size": 8}
     allowed = OF_LAYERS | LOCAL | sizes | {"pipeline_model_parallel_size": 2}
@@ -230,7 +230,7 @@ def test_what_megatrons_own_graphs_do_wrong_is_refused_by_its_arguments() -> Non
         refuse_unsupported(SimpleNamespace(**allowed | RECOMPUTED), TAKEN)
 
 
-def test_megatron_itself_loses_gradients_of_what_is_recomputed_in_its_own_graphs_which_is_refused() -> None:
+def test_megatron_itself_loses_gradients_of_recomputed_modules_in_its_own_graphs_which_are_refused() -> None:
     found = run_function(with_a_recomputed_norm)[0].found
     assert found.exceeds(replace(found, gradient=0.5)) == ["gradient"]
     assert "layer_norm_weight" in found.worst_parameter
@@ -243,7 +243,7 @@ def with_a_recomputed_norm() -> Comparison:
     return with_graphs(Layout(local_graphs=True, graphs="layers"), **RECOMPUTED)
 
 
-def test_a_layers_own_capture_and_replay_are_its_own_again_behind_detach() -> None:
+def test_a_layers_own_capture_and_replay_are_restored_after_detach() -> None:
     run_function(leaves_layers_as_they_were)
 
 
@@ -337,7 +337,7 @@ def test_ten_steps_of_replays_equal_the_reference_while_lambda_changes(
     entry: str,
     replays: str,
 ) -> None:
-    # lambda begins, rises and ends in replays of what was captured before. Each second step measures, and a
+    # lambda begins, rises and ends in replays of earlier captures. Each second step measures, and a
     # log has the mean of four.
     strengths = [
         COEFF * min(1.0, max(0, i - START + 1) / WARMUP) * (i < STOP) for i in range(1, ITERATIONS + 1)
@@ -420,7 +420,7 @@ def follows_what_is_attached() -> None:
     assert any(not torch.equal(attached[name], plain[name]) for name in plain)
 
 
-def test_what_a_captured_graph_could_not_do_rightly_is_refused() -> None:
+def test_features_that_a_captured_graph_cannot_repeat_correctly_are_refused() -> None:
     run_function(refuses_what_a_graph_cannot)
 
 
@@ -429,14 +429,14 @@ def refuses_what_a_graph_cannot() -> None:
     handle = attach(model, TAKEN, num_microbatches=1)
     step_of(1)
     with pytest.raises(UserError, match=r"cuda_graph_warmup_steps is 1, .* give more"):
-        step_of(1)  # nothing has asked what the first step has shown
+        step_of(1)  # nobody has read the first step's finding
     handle.end_iteration(1)
     step_of(1)
     with pytest.raises(UserError, match="has 1 micro-batches, and now a step has 2"):
         step_of(2)
 
 
-def test_what_is_measured_and_how_the_optimizer_steps_is_the_same_in_a_graph_of_the_iteration() -> None:
+def test_measurements_and_optimizer_steps_are_the_same_in_a_graph_of_the_iteration() -> None:
     run_function(steps_as_without_a_graph)
 
 
@@ -460,8 +460,8 @@ def five_steps(
     methods: tuple[Settings, ...],
     look: Callable[[Any, Any], list[torch.Tensor]] = lambda *_: [],
 ) -> list[torch.Tensor]:
-    """Metrics of depth and parameters after each step with slow queries and keys too, and what ``look`` finds
-    in model and handle before and after each."""
+    """Metrics of depth and parameters after each step with slow queries and keys too, and the results of
+    ``look`` at model and handle before and after each step."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
@@ -494,7 +494,7 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
     flag = torch.zeros(1, dtype=torch.bool)
 
     def under_runner(model: Any, wrapper: Any) -> Any:
-        """Experts whose tokens do not fit in an iteration; what is left out of them makes other states."""
+        """Experts whose tokens do not fit in an iteration. The tokens that are left out change the states."""
         layer = model.decoder.layers[0].mlp
 
         def fit() -> None:
@@ -540,7 +540,7 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
     assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
 
 
-def test_what_a_pipeline_stage_has_still_to_sum_belongs_to_the_iteration_that_is_run_again() -> None:
+def test_values_that_a_pipeline_stage_has_still_to_sum_belong_to_the_repeated_iteration() -> None:
     run_function(forgets_what_waits)
 
 
@@ -601,10 +601,10 @@ def attaches_before_the_first_step_alone() -> None:
     assert before == (dict(vars(layer)), type(layer.cudagraph_manager))
     handle = attach(model, TAKEN, num_microbatches=1)
     run_step(model)
-    run_step(model)  # nothing has asked what the first step has shown
+    run_step(model)  # nobody has read the first step's finding
     assert handle.end_iteration(2) is not None
     handle.detach()
-    # The second layer's graph reads what the first one's returned where it lies.
+    # The second layer's graph reads the first one's output in place.
     first, second = (layer.cudagraph_manager.cudagraph_runners[0] for layer in model.decoder.layers)
     assert first.fwd_graph_output_surface[0].data_ptr() == second.fwd_graph_input_surface[0].data_ptr()
     with pytest.raises(UserError, match=r"cuda_graph_impl local, .* before the first step"):
@@ -673,7 +673,7 @@ def flash_attention(
     cache_seqlens: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """In the place of the kernel of that name in flash-attn, for one token ``[b, 1, heads, dim]``."""
+    """Replaces the kernel of this name in flash-attn, for one token ``[b, 1, heads, dim]``."""
     at = cache_seqlens.long().view(-1, 1, 1, 1).expand_as(k)
     k_cache.scatter_(1, at, k)
     v_cache.scatter_(1, at, v)
@@ -684,7 +684,7 @@ def flash_attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, values)
 
 
-def test_megatrons_own_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+def test_megatrons_own_graphs_that_still_contain_a_methods_changes_are_refused_after_detach() -> None:
     run_function(runs_behind_detach, 1, ())
     run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "keep it attached, or build")
 
@@ -698,7 +698,7 @@ def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = ""
         forward(model)
 
 
-def test_transformer_engines_graphs_that_still_have_what_a_method_changes_are_refused_behind_detach() -> None:
+def test_transformer_engines_graphs_that_still_contain_a_methods_changes_are_refused_after_detach() -> None:
     run_function(captures_and_detaches)
 
 
@@ -738,7 +738,7 @@ def refuses_another_count(stages: int) -> None:
         run_step(model)
 
 
-def test_a_layer_of_two_graphs_is_as_before_behind_detach() -> None:
+def test_a_layer_of_two_graphs_is_as_before_after_detach() -> None:
     run_function(runs_a_hybrid_behind_detach)
 
 
@@ -799,7 +799,7 @@ def locally_graphed_model(scope: str = "layer") -> tuple[Any, Callable[[Any], No
 
 
 def unbiased() -> Any:
-    """A model without the bias of keys, whose gradient is what rounding makes it, and as large to Adam."""
+    """A model without the bias of keys. Its gradient is only rounding, which Adam would scale up."""
     return build_model(add_bias_linear=False)
 
 
@@ -818,7 +818,7 @@ def graphed_model(
     model = build_model()
     vars(model.config).update(OF_LAYERS | FULL)
 
-    # Made here, on the device: what is made in a capture is the host's.
+    # Made here, on the device: a tensor that is made in a capture is the host's.
     tokens, causal = torch.arange(16).view(2, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
     given, labels = (tokens, torch.arange(8).expand(2, 8), causal), tokens.roll(-1, dims=1)
 

@@ -51,7 +51,7 @@ class Case:
 
     Attributes:
         name: what is broken.
-        argv: the command; {} stands for a fresh copy of the good things.
+        argv: the command; {} is replaced with a new copy of the good files.
         line: a regular expression for the line, without its beginning.
         damage: done in the copy before.
         before: done in the process that runs the command, before it.
@@ -120,7 +120,7 @@ def parquet(
 
 
 def no_root(folder: Path) -> None:
-    """Go on as nobody, since root may read everything."""
+    """Continue as nobody, because root may read everything."""
     folder.chmod(0o777)
     if os.getuid() == 0:
         for path in (folder, *folder.parents):
@@ -190,7 +190,7 @@ IDX, BIN = "good_text_document.idx", "good_text_document.bin"
 INSPECT = "inspect {}/good_text_document"
 
 CASES = [
-    # What the input is.
+    # The input files.
     Case("no input", prepare(""), r"INPUT is missing; name files"),
     Case("input that is not there", prepare("{}/nowhere.jsonl"), r"\S+/nowhere.jsonl does not exist; correct"),
     Case("pattern without match", prepare("{}/no*.jsonl"), r"\S+/no\*.jsonl does not exist; correct"),
@@ -205,11 +205,11 @@ CASES = [
          lambda folder: (folder / "a.jsonl").symlink_to(folder / "gone")),
     Case("input without permission", prepare("{}/text.jsonl"), r"\S+/text.jsonl cannot be read \(Permission denied\); correct",
          lambda folder: (folder / "text.jsonl").chmod(0), no_root),
-    Case("empty file", prepare("{}/empty.jsonl"), r"no text in \S+/empty.jsonl is for \S+/out_text_document; give other", write("empty.jsonl", b"")),
-    Case("only empty texts", prepare("{}/empty.jsonl"), r"no text in \S+/empty.jsonl is for \S+/out_text_document; give other",
+    Case("empty file", prepare("{}/empty.jsonl"), r"\S+/empty.jsonl gave no text for \S+/out_text_document; give other", write("empty.jsonl", b"")),
+    Case("only empty texts", prepare("{}/empty.jsonl"), r"\S+/empty.jsonl gave no text for \S+/out_text_document; give other",
          write("empty.jsonl", b'{"text": ""}\n')),
     Case("input that grows", prepare("{}/text.jsonl"), r"\S+/text.jsonl changed while it was read; run", before=grow_while_reading),
-    # What is in it.
+    # The input's content.
     Case("truncated gzip", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz cannot be read \(Truncated compressed stream\); .* fetch the file again", packed("a.jsonl.gz", 2000)),
     Case("gzip that is none", prepare("{}/a.jsonl.gz"), r"\S+/a.jsonl.gz cannot be read \(zlib inflate failed: incorrect header",
          write("a.jsonl.gz", b'{"text": "plain"}\n')),
@@ -253,16 +253,16 @@ CASES = [
     Case("output without permission", "prepare {}/text.jsonl --tokenizer-model {}/tokenizer.model --output {}/closed/out", r"--output is \S+/closed/out, but \S+/closed cannot be written to; ", no_writing, no_root),
     Case("output of somebody else", PREPARE, r"\S+/out_text_document.bin exists, but \S+/out.manifest.json does not name it, so this command has not made it; remove it",
          write("out_text_document.bin", b"precious")),
-    Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but about 0.0 GB more are needed, .*; make room.* --no-disk-check", before=disk_of(1000)),
-    Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ takes no more data \(File too large\); make room and run the same command again", before=full_after(1500)),
-    Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ takes no more data \(File too large\); make room", before=full_after(4000)),
+    Case("too little disk", PREPARE, r"\S+ has 0.0 GB free, but the run needs about 0.0 GB more .*; make room.* --no-disk-check", before=disk_of(1000)),
+    Case("full disk in a worker", f"{PREPARE} --piece-bytes 4000 --workers 1", r"\S+ cannot hold more data \(File too large\); make room and run the same command again", before=full_after(1500)),
+    Case("full disk in the end", f"{PREPARE} --piece-bytes 2000", r"\S+ cannot hold more data \(File too large\); make room", before=full_after(4000)),
     Case("worker that dies", PREPARE, r"one of \d workers was killed, perhaps because memory ran out; run the same command again with fewer --workers", before=die_in_a_worker),
     Case("held out, but where", f"{PREPARE} --validation-share 0.1", r"--validation-share and --validation-output need each other; give both"),
-    Case("nothing held out", f"{PREPARE} --validation-share 1e-9 --validation-output {{}}/v", r"no text in \S+/text.jsonl is for \S+/v_text_document; .* larger --validation-share"),
+    Case("nothing held out", f"{PREPARE} --validation-share 1e-9 --validation-output {{}}/v", r"\S+/text.jsonl gave no text for \S+/v_text_document; .* larger --validation-share"),
     Case("all held out", f"{PREPARE} --validation-share 1.5 --validation-output {{}}/v", r"--validation-share is 1.5; it must be >= 0 and < 1"),
     Case("one place for both", f"{PREPARE} --validation-share 0.5 --validation-output {{}}/out", r"--output and --validation-output name one file; "),
     Case("no workers", f"{PREPARE} --workers 0", r"--workers is 0; it must be >= 1"),
-    # What inspect finds.
+    # Errors that inspect finds.
     Case("no token file", "inspect {}/nothing", r"\S+/nothing.idx is not a file; correct the prefix"),
     Case("file instead of a prefix", f"inspect {{}}/{IDX}", r"\S+/good_text_document.idx.idx is not a file; leave .idx out"),
     Case("folder without token files", "inspect {}/hugging_face", r"\S+/hugging_face holds no .idx file; name"),
@@ -311,7 +311,7 @@ def test_it_ends_in_one_line_that_names_it(case: Case, ground: Path, tmp_path: P
         assert not (folder / name).exists(), "it looks finished"
 
 
-def test_after_a_full_disk_the_same_command_goes_on(ground: Path, tmp_path: Path) -> None:
+def test_after_a_full_disk_the_same_command_continues(ground: Path, tmp_path: Path) -> None:
     argv = ["prepare", ground / "text.jsonl", "--tokenizer-model", ground / "tokenizer.model"]
     argv += ["--output", tmp_path / "good", "--piece-bytes", "2000"]
     run = start(argv, lambda: full_after(4000)(tmp_path), errors=tmp_path / "errors")
@@ -343,9 +343,9 @@ def test_a_disk_that_is_really_full_is_named(
     write_jsonl(tmp_path / "text.jsonl", documents(2000))
     with small_disk(tmp_path / "disk"):
         assert call("prepare", tmp_path / "text.jsonl", *argv, "--piece-bytes", 5000) == 2
-        assert "disk has 0.0 GB free, but about 0.0 GB more are needed" in capfd.readouterr().err
+        assert "disk has 0.0 GB free, but the run needs about 0.0 GB more" in capfd.readouterr().err
         assert call("prepare", tmp_path / "text.jsonl", *argv, "--no-disk-check") == 2
-        assert "disk takes no more data (No space left on device); make room" in capfd.readouterr().err
+        assert "disk cannot hold more data (No space left on device); make room" in capfd.readouterr().err
 
 
 def test_no_two_cases_have_one_name() -> None:

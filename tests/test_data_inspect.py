@@ -1,4 +1,4 @@
-"""What inspect promises: every token file that Megatron reads is read, and told of by its true numbers."""
+"""The promises of inspect: it reads every token file that Megatron reads, and reports its true numbers."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_negative_id_is_refused_by_its_place(tmp_path: Path, capsys: pytest.Ca
     assert f"{prefix}.bin holds the id -3 as token 2, but no id is negative" in capsys.readouterr().err
 
 
-def test_what_nemo_curators_writer_itself_writes_is_accepted(
+def test_files_of_nemo_curators_own_writer_are_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs where nemo-curator is installed; the layout that the other tests write is this one."""

@@ -1,4 +1,4 @@
-"""Preparation that is killed: the same command goes on and gives the same bytes."""
+"""Preparation that is killed: the same command continues and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def argv(source: Path, model: Path, tmp_path: Path) -> list[object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of the output but the manifest, whose times differ; and what it tells of the files."""
+    """All files of the output except the manifest, whose times differ; and its entries about the files."""
     manifest = folder / "out.manifest.json"
     found = {path.name: path.read_bytes() for path in folder.glob("out*") if path != manifest}
     return found | {"outputs": json.dumps(json.loads(manifest.read_text())["outputs"]).encode()}
@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run that nothing disturbs leaves behind."""
+    """The files of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     assert call(*command(source, model, folder / "out")) == 0
     return contents(folder)
@@ -131,7 +131,7 @@ def test_damaged_leftovers_of_a_killed_run_are_not_trusted(
     assert contents(tmp_path) == whole
 
 
-def test_a_killed_worker_ends_the_run_with_one_line_and_it_goes_on(
+def test_a_killed_worker_ends_the_run_with_one_line_and_the_run_can_continue(
     argv: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     errors, log = tmp_path / "errors", tmp_path / "log"
@@ -179,7 +179,7 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_continue(argv: list[object], whole: dict[str, bytes], tmp_path: Path) -> None:
     errors, log = tmp_path / "errors", tmp_path / "log"
     run = start(argv, lambda: watch(log, 0.05), errors=errors)
     wait_for(lambda: texts_in(log) > 20)

@@ -1,4 +1,4 @@
-"""What preparation promises: the bytes of Megatron's tool, from any kind of input, however it is cut."""
+"""The promises of preparation: the bytes of Megatron's tool, from any kind of input, with any pieces."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_held_out_documents_are_the_others_and_copies_stay_together(model: Path,
     source = write_jsonl(tmp_path / "text.jsonl", [*texts, *texts])
     argv = ("--validation-share", 0.1, "--validation-output", tmp_path / "valid" / "held")
     prepare(tmp_path / "train", model, source, *argv, "--piece-bytes", 3000)
-    # A document is held out by the sum of its text alone.
+    # Only the hash of a document's text decides whether it is held out.
     held = [t for t in texts if int(hashlib.blake2b(t.encode(), digest_size=8).hexdigest(), 16) < 0.1 * 2**64]
     kept = [t for t in texts if t not in held]
     assert 15 < len(held) < 45
@@ -240,7 +240,7 @@ def test_second_run_says_that_it_is_done_and_does_nothing(
 
 
 @pytest.mark.parametrize("change", ["sources", "tokenizer", "settings", "files"])
-def test_what_changed_is_named_and_made_anew(
+def test_changed_inputs_are_named_and_prepared_again(
     change: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts, argv = DOCUMENTS, ["--no-append-eod"] if change == "settings" else []
@@ -315,7 +315,7 @@ def test_bad_rows_of_parquet_are_refused_by_row(model: Path, tmp_path: Path) -> 
     assert manifest(tmp_path / "out")["outputs"]["out_text_document"]["documents"] == 2
 
 
-def test_a_run_stopped_by_bad_records_goes_on_with_a_higher_limit(
+def test_a_run_stopped_by_bad_records_continues_with_a_higher_limit(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = documents(200)

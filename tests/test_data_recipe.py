@@ -1,4 +1,4 @@
-"""recipes/fineweb_edu.sh as a user starts it, on a small corpus in the place of FineWeb-Edu."""
+"""recipes/fineweb_edu.sh as a user starts it, on a small corpus instead of FineWeb-Edu."""
 
 from __future__ import annotations
 

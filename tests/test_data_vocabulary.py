@@ -1,4 +1,4 @@
-"""What training a vocabulary promises: the same bytes, no text lost, a sample from all over the corpus."""
+"""The promises of vocabulary training: the same bytes, no text lost, a sample from the whole corpus."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_two_trainings_give_the_same_bytes_and_no_path(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in one
 
 
-def test_a_second_call_does_nothing_and_a_changed_source_trains_anew(
+def test_a_second_call_is_a_no_op_and_a_changed_source_trains_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = write_jsonl(tmp_path / "text.jsonl", documents(200)), tmp_path / "tokenizer.model"
@@ -38,7 +38,7 @@ def test_a_second_call_does_nothing_and_a_changed_source_trains_anew(
     told = json.loads((tmp_path / "tokenizer.model.manifest.json").read_text())
     assert told["trainer"]["vocab_size"] == 400
     assert told["sources"][0]["path"] == str(source)
-    output.write_bytes(one)  # not what the manifest tells
+    output.write_bytes(one)  # differs from the manifest
     assert train(source, output) != one
 
 

@@ -18,7 +18,7 @@ from jreg_megatron.mcore.dataset_helper import compile_helper
 from jreg_megatron.runtime.errors import UserError
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-# As Megatron's, but a copy of the source stands for the compiled helper.
+# As Megatron's, but a copy of the source replaces the compiled helper.
 MAKEFILE = """
 CPPFLAGS += $(shell python3 -m pybind11 --includes)
 LIBEXT = $(shell python3-config --extension-suffix)
@@ -196,6 +196,6 @@ def test_the_launcher_says_it_once_before_megatron_is_imported(
     )
     said = done.stdout + done.stderr
     assert said.count("jreg_megatron: error: ") == 1 and "PATH has no g++" in said, said
-    if launcher == "--nproc":  # under torchrun the other ranks go on until it ends them
+    if launcher == "--nproc":  # under torchrun the other ranks continue until it ends them
         assert "Megatron is imported" not in said
         assert done.returncode == 2 and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""What is known of a model by its structure: layers, final norm, head; and which models a user means."""
+"""The structure of a model: layers, final norm, head; and the models that a user names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jreg_megatron.runtime.errors import UserError
 
 
 class Recorder:
-    """Keeps what it sees."""
+    """Keeps the states that it sees."""
 
     def __init__(self, num_layers: int = LAYERS) -> None:
         self.num_layers = num_layers
@@ -56,7 +56,7 @@ def test_states_of_every_family_are_those_that_transformers_itself_returns(famil
     assert found.num_layers == LAYERS
     for number in range(LAYERS):
         torch.testing.assert_close(seen.states[number], returned[number])
-    # Its last entry is behind the final norm.
+    # Its last entry is after the final norm.
     assert seen.normed is not None
     torch.testing.assert_close(seen.normed, returned[LAYERS])
 
@@ -266,7 +266,7 @@ def test_tied_weights_that_are_saved_once_are_no_missing_weights(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.norm.bias", "lm_head.bias"])
-def test_weights_that_the_config_leaves_out_are_said(
+def test_weights_that_the_config_leaves_out_are_noted(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_model("llama").save_pretrained(tmp_path)
@@ -315,7 +315,7 @@ def test_a_context_is_known_by_other_names_too(family: str, more: dict[str, Any]
         ({"config.json": '{"model_type": "llama"}'}, "cannot be loaded"),
     ],
 )
-def test_a_folder_that_is_no_causal_model_is_one_line(
+def test_a_folder_that_is_not_a_causal_model_is_one_line(
     tmp_path: Path, content: dict[str, str], said: str
 ) -> None:
     for name, text in content.items():
@@ -367,7 +367,7 @@ def test_all_revisions_of_a_model_on_the_hub_are_its_branches_by_step(
     assert {each.name for each in found} == {"EleutherAI/pythia-70m"}
 
 
-def test_a_hub_that_does_not_answer_is_one_line_that_says_the_way_out(
+def test_a_hub_that_does_not_answer_is_one_line_with_a_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unreachable(_: str) -> None:
@@ -403,7 +403,7 @@ def test_a_path_may_hold_the_marks_of_names_and_revisions(tmp_path: Path) -> Non
         ("{tmp}/weights.pt", "not a known model file"),
     ],
 )
-def test_a_model_that_is_not_there_is_named(tmp_path: Path, model: str, said: str) -> None:
+def test_a_missing_model_is_named(tmp_path: Path, model: str, said: str) -> None:
     for step in (50, 200):
         _folder(tmp_path / "run" / f"checkpoint-{step}")
     _folder(tmp_path / "plain")
@@ -423,6 +423,6 @@ def test_the_step_of_a_revision_is_read_from_its_name(text: str, step: int | Non
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "hpu", "meta"])
-def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+def test_a_missing_device_is_one_line(device: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--device is {device}")):
         check_model_arguments(Namespace(batch_size=1, device=device))

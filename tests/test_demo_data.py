@@ -1,4 +1,4 @@
-"""What the demo data promises: the same bytes everywhere, reuse only of whole files, a clean split."""
+"""The promises of the demo's data: the same bytes everywhere, reuse only of whole files, a clean split."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_the_methods_flags_of_the_demo_are_known_and_turn_each_on() -> None:
         assert settings.prefix == name
 
 
-def test_a_folder_that_is_no_run_of_the_demo_is_not_removed(
+def test_a_folder_that_is_not_a_run_of_the_demo_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "teacher/weights.bin"

@@ -98,9 +98,9 @@ MIDDLES = {
     "llama": "post_attention_layernorm",
     "gpt2": "ln_2",
     "gpt_neox": "+attention",  # attention and MLP side by side
-    "gemma2": "pre_feedforward_layernorm",  # with norms behind attention and MLP
+    "gemma2": "pre_feedforward_layernorm",  # with norms after attention and MLP
     "olmo2": "mlp",
-    "granite": "post_attention_layernorm",  # which scales what it adds
+    "granite": "post_attention_layernorm",  # which scales its contribution
     "falcon": "+self_attention",  # which adds in place
 }
 
@@ -126,7 +126,7 @@ def mlp_first(layer: Any, state: Tensor, **more: Any) -> Tensor:
     return state + layer.self_attn(layer.input_layernorm(state), **more)[0]
 
 
-def test_attention_is_what_mixes_tokens_whichever_runs_first() -> None:
+def test_attention_is_the_module_that_mixes_tokens_whichever_runs_first() -> None:
     model = small_model("llama").double()
     for layer in model.model.layers:
         layer.forward = partial(side_by_side, layer)
@@ -167,9 +167,9 @@ def test_a_state_of_norm_0_spoils_the_ratios_of_its_layer_alone() -> None:
         assert None not in measured[name]["pre_norm"], name
 
 
-def test_what_a_method_takes_from_a_layers_output_is_no_part_of_what_its_mlp_adds() -> None:
+def test_a_methods_change_of_a_layers_output_is_not_part_of_its_mlps_contribution() -> None:
     decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
-    texts = documents(1, 40)  # nothing is found in one token alone
+    texts = documents(1, 40)  # a single token shows nothing
     as_it_is = measure(decoder, texts, depth=True)["with_first_token"]
     decoder.layers[-1].register_forward_hook(lambda _, given, output: output - 0.5 * given[0])
     changed = measure(decoder, texts, depth=True)["with_first_token"]
@@ -190,7 +190,7 @@ def test_a_text_of_several_sequences_weighs_them_by_their_tokens() -> None:
         assert measured[name]["pre_norm"] == pytest.approx(wanted, rel=1e-6), name
 
 
-def test_what_a_short_text_has_not_is_not_counted() -> None:
+def test_numbers_that_a_short_text_lacks_are_not_counted() -> None:
     decoder = decoder_of(small_model("llama").double(), None, Reference("small", "small"))
     long, short, single = documents(9, 2, 1)
     both = measure(decoder, [long, short, single], depth=True)["with_first_token"]
@@ -269,7 +269,7 @@ def runs_of(decoder: Decoder, ids: Any, skipped: int | None = None) -> tuple[Ten
 
 
 def evaluated(decoder: Decoder, texts: list[Text]) -> dict[str, Any]:
-    """What ``depth`` is to give, with loops over layers and tokens."""
+    """The expected result of ``depth``, by loops over layers and tokens."""
     last = decoder.num_layers
     table = decoder.model.get_input_embeddings().weight.detach().double().numpy()
     rows: dict[str, list[list[float]]] = {}
@@ -335,7 +335,7 @@ def test_the_use_of_layers_is_that_of_runs_without_them(family: str, monkeypatch
     assert_evaluated(decoder, documents(5, 40, 2, 12), 2e-4, 1e-5)
 
 
-def test_a_layer_that_does_nothing_changes_nothing_where_it_is_skipped() -> None:
+def test_a_layer_that_does_nothing_changes_nothing_if_it_is_skipped() -> None:
     model = small_model("llama")
     with torch.no_grad():
         for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
@@ -370,7 +370,9 @@ def test_states_that_overflow_are_refused_in_one_line(
     model = small_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
-        model.model.layers[1].mlp.down_proj.weight.clamp_(-6e4, 6e4)  # finite in fp16, unlike what it adds
+        model.model.layers[1].mlp.down_proj.weight.clamp_(
+            -6e4, 6e4
+        )  # finite in fp16, unlike its contribution
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     model.save_pretrained(tmp_path / "model")
     write_documents(tmp_path / "some", [documents(30)[0].content.tolist()])
@@ -491,7 +493,7 @@ def attenuates() -> None:
     assert float(metrics.depth["mlp_ratio"][1]) == pytest.approx(numpy.mean(ratios), rel=1e-4)
 
 
-def test_what_the_mlp_adds_is_without_the_attenuation_of_the_layer() -> None:
+def test_the_mlps_contribution_is_without_the_attenuation_of_the_layer() -> None:
     run_function(attenuates)
 
 
@@ -609,7 +611,7 @@ def test_lone_sub_layers_and_packed_sequences_are_refused_by_name() -> None:
         ),
     ],
 )
-def test_what_a_layout_cannot_give_is_refused_by_name(
+def test_numbers_that_a_layout_cannot_give_are_refused_by_name(
     flags: tuple[object, ...], named: str, toy_arguments: list[str]
 ) -> None:
     run = run_ranks([*toy_arguments, *flags, "--train-iters", 1], 2, check=False)

@@ -1,6 +1,6 @@
-"""What the images promise, without a Docker engine: the files are sound, and their steps do what they say.
+"""The promises of the images, without a Docker engine: the files are sound, and their steps work.
 
-``docker/check.sh`` builds and uses both images, in minutes; here each step runs by itself, in seconds.
+``docker/check.sh`` builds and uses both images, in minutes. Here each step runs alone, in seconds.
 """
 
 from __future__ import annotations
@@ -164,14 +164,14 @@ def test_no_secret_is_asked_for_or_kept(file: Path) -> None:
 
 
 @anyone
-def test_what_the_data_tools_need_is_installed(file: Path) -> None:
+def test_packages_of_the_data_tools_are_installed(file: Path) -> None:
     step = next(value for name, value in instructions(file) if name == "RUN" and "_dependencies.sh" in value)
     extras = step.split("_dependencies.sh ")[1].split()
     assert set(extras) <= set(EXTRAS)
     assert "data" in extras or "data" not in EXTRAS
 
 
-def test_nothing_but_what_is_named_goes_into_an_image() -> None:
+def test_only_named_files_go_into_an_image() -> None:
     first, *others = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"
     ]
@@ -205,7 +205,7 @@ def test_an_unknown_image_is_one_line_and_status_2() -> None:
     ]
 
 
-# The cluster image's steps, over a base that stands in for NVIDIA's
+# The cluster image's steps, with a stand-in for NVIDIA's base
 
 
 def wheel(
@@ -264,7 +264,7 @@ class Cluster:
             wheel(self.wheels, name, version)
             self.pip(self.base, f"{name}=={version}")
         self.step("environment.sh", "--on-base")
-        # A virtual environment sees what its base's Python has; but here that is one, too.
+        # A virtual environment sees the packages of its base's Python, but here the base is one too.
         (self.site(self.venv) / "base.pth").write_text(f"{site}\n")
 
     @staticmethod
@@ -394,7 +394,7 @@ def test_an_extension_that_cannot_be_built_ends_the_build_and_an_empty_one_is_le
 
 @pytest.fixture(scope="module")
 def cpu_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Source and virtual environment as in the CPU image, from what uv has in its cache."""
+    """Source and virtual environment as in the CPU image, from uv's cache."""
     uv = tool("uv")
     folder = tmp_path_factory.mktemp("image")
     source = folder / "jreg_megatron"
@@ -417,7 +417,7 @@ def cpu_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_image(image: Path, *command: str) -> str:
-    """What that entry point says to these arguments."""
+    """The entry point's output for these arguments."""
     path = f"{image / 'venv/bin'}:{os.environ['PATH']}"
     entrypoint = image / "jreg_megatron/docker/entrypoint.sh"
     return run(entrypoint, *command, cwd=image / "work", PATH=path).stdout
@@ -443,7 +443,7 @@ def test_the_entry_point_runs_a_recipe(cpu_image: Path) -> None:
     assert "--jreg-coeff 1 " in text
 
 
-# The entry point and the health check by themselves
+# The entry point and the health check alone
 
 
 def test_the_entry_point_refuses_what_it_does_not_know_in_one_line() -> None:

@@ -23,7 +23,7 @@ CORE, NEWEST = Version(version("megatron-core")), Version("0.19")
 
 
 def runs_here(layout: Layout) -> bool:
-    """Whether this version of Megatron-Core, which need not be the newest, computes the same by itself."""
+    """Whether this version of Megatron-Core, perhaps an older one, itself computes the same."""
     if layout.model == "hybrid" and Version("0.18") > CORE:
         return False  # there was no HybridModel
     if layout.megatron_fsdp != "none" and NEWEST > CORE:
@@ -33,7 +33,7 @@ def runs_here(layout: Layout) -> bool:
     if layout.model == "mtp" and layout.per_token_loss and Version("0.17") > CORE:
         return False  # its loss was divided by other tokens
     is_0_18 = Version("0.18") <= CORE < Version("0.19")
-    # In 0.18 recomputing a layer of multi-token prediction breaks off: unexpected keyword 'padding_mask'.
+    # In 0.18 recompute of a layer of multi-token prediction fails: unexpected keyword 'padding_mask'.
     return not (layout.model == "mtp" and layout.recompute in ("uniform", "block") and is_0_18)
 
 

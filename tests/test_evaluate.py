@@ -1,4 +1,4 @@
-"""What layers know and are worth, against plain torch; and what two models differ in, against hand."""
+"""Read-out and skipping of layers, against plain torch; and differences of two models, computed by hand."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def evaluated(decoder: Decoder, texts: list[Text] | None = None) -> Any:
     return found
 
 
-def test_what_a_finished_part_found_is_known_before_the_next_begins() -> None:
+def test_results_of_a_finished_part_are_known_before_the_next_begins() -> None:
     parts = evaluate(toy(), options(parts=["read-out", "layer-drop"]), tasks={}, texts=token_texts())
     first = next(parts)
     assert first.read_out is not None and first.layer_drop is None

@@ -1,4 +1,4 @@
-"""The command ``jreg-megatron evaluate``: what it writes, prints and refuses."""
+"""The command ``jreg-megatron evaluate``: its files, its output and its refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line on standard error with which the command ends."""
+    """The single line on standard error with which the command ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in argv])
@@ -85,7 +85,7 @@ def test_two_models_are_evaluated_compared_and_written(
     assert values == [*b["layer_drop"]["loss"], b["layer_drop"]["unchanged"]]
     assert {row["model"] for row in rows} == {"first", "second", "second - first"}
     printed = capsys.readouterr().out
-    assert "speeches_continuation" in printed and "no public benchmark" in printed
+    assert "speeches_continuation" in printed and "not a public benchmark" in printed
     assert "loss by lens" in printed and "Loss through the lens by layer" in printed
 
 
@@ -175,7 +175,7 @@ def test_quiet_says_nothing_and_one_model_has_no_comparison(
     assert found["comparison"] is None and found["models"][0]["read_out"]["text"] == str(text)
 
 
-def test_what_is_finished_is_written_when_a_later_model_fails(
+def test_finished_results_are_written_when_a_later_model_fails(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = save_toy(tmp_path / "broken")
@@ -195,7 +195,7 @@ def test_what_is_finished_is_written_when_a_later_model_fails(
         (["--limit", "0"], "--limit is 0; it must be >= 1"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--speeches", "1800-Nobody-1"], "--speeches names 1800-Nobody-1, which is no speech"),
+        (["--speeches", "1800-Nobody-1"], "--speeches is 1800-Nobody-1, which does not exist"),
         (["--json", "/nowhere/a.json"], "--json is /nowhere/a.json"),
         (["--device", "cuda:77"], "--device is cuda:77"),
     ],
@@ -206,7 +206,7 @@ def test_a_mistake_is_one_line_that_names_it(
     assert said in refusal(capsys, folders[0], *arguments)
 
 
-def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "does not exist" in refusal(capsys, tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""The paper's tasks over training seeds: its test, the interval, the power, and what is refused."""
+"""The paper's tasks over training seeds: its test, the interval, the power, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EIGHT, BOOLQ = (0.9, -0.3, 0.45, 0.15, 0.6), (4.5, 0.9, -1.8, 7.2, 2.7)
 
 
 def evaluation(seed: int, eight: float, boolq: float) -> dict[str, Any]:
-    """What ``evaluate --json`` writes of the two models of a seed."""
+    """A file of ``evaluate --json`` for the two models of a seed."""
 
     def task(model: int, name: str) -> dict[str, Any]:
         gain = boolq if name == "boolq" else eight
@@ -134,7 +134,7 @@ def _measurement(documents: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_drop_model, "seed1.json, which is no evaluation of two models"),
+        (_drop_model, "seed1.json, which is not an evaluation of two models"),
         (_drop_task, "seed1.json, where jreg lacks swag of the paper's nine tasks"),
         (_other_metric, "piqa has another metric or number of samples"),
         (_fewer_samples, "race has another metric or number of samples"),
@@ -171,7 +171,7 @@ def test_the_power_is_how_often_the_test_finds_a_true_difference() -> None:
 
 def test_the_papers_ten_seeds_had_60_percent_power_and_17_would_have_80() -> None:
     paper = numbers()["tasks"]["seeds"]
-    # The sd is not printed: it follows from p, within what rounding leaves of it.
+    # The sd is not printed. It follows from p, up to rounding.
     t_values = [stats.t.isf(p, 9) for p in (0.0335, 0.0345)]
     assert 0.405 * math.sqrt(10) / t_values[0] < paper["sd"] < 0.415 * math.sqrt(10) / t_values[1]
     assert power(10, paper["difference"], paper["sd"]) == pytest.approx(0.60, abs=0.005)

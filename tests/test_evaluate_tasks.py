@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the same results as its own model gives, and what is refused."""
+"""Tasks of lm-evaluation-harness: the same results as with its own model, and refusals."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_continuation_is_the_speechs_own_and_the_others_are_not(tmp_path: Path
     assert golds.min() > 0.15 * len(samples)
 
 
-def test_of_the_words_said_before_only_the_right_one_ends_the_sentence(tmp_path: Path) -> None:
+def test_only_the_right_one_of_the_earlier_words_ends_the_sentence(tmp_path: Path) -> None:
     write_speech_tasks(tmp_path, held_out_speeches())
     speeches = {name: " ".join(text.split()) for name, text in read_speeches().items()}
     samples = samples_of(tmp_path, "speeches_last_word")
@@ -179,7 +179,7 @@ def test_a_metric_that_is_no_mean_is_refused_by_name(tmp_path: Path) -> None:
         load_tasks(["mine"], [str(folder)], tmp_path)
 
 
-def test_a_mean_that_the_task_takes_otherwise_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_task_with_another_aggregation_than_the_mean_is_refused_by_name(tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own", metric_list=[{"metric": "acc", "aggregation": "median"}])
     with pytest.raises(UserError, match=r"\bmine .*\bacc \(median\)"):
         load_tasks(["mine"], [str(folder)], tmp_path)
@@ -220,7 +220,7 @@ def test_a_missing_folder_of_tasks_is_refused_by_name(tmp_path: Path) -> None:
         load_tasks(["mine"], [str(tmp_path / "nowhere")], tmp_path)
 
 
-def test_data_that_cannot_be_had_is_one_line_that_names_task_and_way_out(
+def test_missing_data_is_one_line_that_names_task_and_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:

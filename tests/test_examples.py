@@ -1,4 +1,4 @@
-"""The example of a loop of one's own trains, regularizes, and is the same with tensor parallelism."""
+"""The example of a custom loop trains, regularizes, and is the same with tensor parallelism."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_example_gives_the_same_with_tensor_parallelism(baseline: np.ndarray
     np.testing.assert_allclose(cut, baseline, rtol=2e-3, atol=2e-4)
 
 
-def test_a_mistake_is_told_before_anything_is_started() -> None:
+def test_a_mistake_is_reported_before_anything_is_started() -> None:
     run = run_ranks(["--jreg-coeff", -1], entry=EXAMPLE, check=False)
     assert run.status == [2] and "Traceback" not in run.output[0]
     assert "--jreg-coeff (JRegConfig.coeff) is -1.0; it must be" in run.output[0]

@@ -1,6 +1,6 @@
-"""What ``attach`` infers is held against the first step: what differs is refused before the optimizer's.
+"""The first step checks the assumptions of ``attach``: a difference is refused before the optimizer's step.
 
-The models are the custom loop's example, the layers those of ``unknown_layers``.
+The models are from the custom loop's example, the layers from ``unknown_layers``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(kind: str | None = None, **settings: Any) -> Any:
 
 
 Loss = Callable[[Any, Any], Any]
-"""What the schedule takes for loss, of the tokens' losses and their mask."""
+"""The schedule's loss, as a function of the tokens' losses and their mask."""
 
 
 def sums(losses: Any, mask: Any) -> Any:
@@ -88,7 +88,7 @@ def schedule(model: Any, loss: Loss = sums, count: int = M, mask: Callable[[int]
 
 
 def refusal(run: Callable[..., Any], *args: Any, **named: Any) -> str:
-    """What a call is refused with; empty if it is not."""
+    """The error line of a call; empty if there is no error."""
     try:
         run(*args, **named)
     except UserError as error:
@@ -106,7 +106,7 @@ def step(model: Any, handle: Any, iteration: int = 1, **named: Any) -> None:
 
 
 def refused_and_detached(forward: Callable[[Any], Any], model: Any) -> str:
-    """What the first forward pass says; after detaching it runs as if nothing had been attached."""
+    """The error of the first forward pass. After detach it runs as if nothing had been attached."""
     handle = attach(model, JRegConfig(), num_microbatches=1)
     said = refusal(forward, model)
     handle.detach()
@@ -151,7 +151,7 @@ def test_a_sub_layer_of_a_hybrid_model_that_treats_the_stream_otherwise_is_refus
 
 
 def unknown_layers_on_one_stage(kind: str) -> list[str]:
-    """A pipeline whose second stage alone has such layers: in training, and in evaluation alone."""
+    """A pipeline in which only the second stage has such layers: in training, and only in evaluation."""
     import torch
     import torch.distributed as dist
     from megatron.core.distributed import finalize_model_grads
@@ -178,7 +178,9 @@ def unknown_layers_on_one_stage(kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["goes on", "adds by itself"])
-def test_what_one_pipeline_stage_finds_is_refused_on_all_before_the_gradients_are_finished(kind: str) -> None:
+def test_a_finding_of_one_pipeline_stage_is_refused_on_all_before_the_gradients_are_finished(
+    kind: str,
+) -> None:
     first, second = run_function(unknown_layers_on_one_stage, 2, kind, timeout=180)
     assert first == second
     assert all(line.startswith("layer 3 (") for line in first)
@@ -196,7 +198,7 @@ def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[s
 
 
 def changes_in(kind: str) -> list[str]:
-    """A layer that changes its state in training alone, or from the second micro-batch on."""
+    """A layer that changes its state only in training, or from the second micro-batch on."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 
@@ -250,7 +252,7 @@ def breaks_off() -> str:
     return refusal(step, model, handle)
 
 
-def test_a_first_step_that_broke_off_can_be_tried_again() -> None:
+def test_an_aborted_first_step_can_be_repeated() -> None:
     assert run_function(breaks_off) == [""]
 
 
@@ -296,7 +298,7 @@ RUNS_OTHERWISE = (
 
 
 def scales() -> dict[str, tuple[str, float]]:
-    """What each way to scale a loss is refused with, and lambda beside that of the same loss without JREG."""
+    """The error line for each scale of a loss, and lambda relative to the same loss without JREG."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 
@@ -349,7 +351,7 @@ def scales() -> dict[str, tuple[str, float]]:
     return said
 
 
-def test_a_loss_that_is_scaled_otherwise_is_refused_with_the_lambda_that_it_would_have() -> None:
+def test_a_loss_with_another_scale_is_refused_with_the_lambda_that_it_would_have() -> None:
     (said,) = run_function(scales)
     lambdas = {
         "accumulated twice by the caller": "0.2",
@@ -405,7 +407,7 @@ def batch_ramps_up() -> list[str]:
     return said
 
 
-def test_a_number_of_microbatches_that_is_told_once_and_grows_is_refused_in_the_step_where_it_does() -> None:
+def test_a_fixed_number_of_microbatches_that_grows_is_refused_in_the_step_in_which_it_grows() -> None:
     """Not where it falls short: the last step of an epoch, whose loss is divided as before."""
     (said,) = run_function(batch_ramps_up)
     assert not any(said[:5])
@@ -452,7 +454,7 @@ def stage_in_evaluation() -> list[Any]:
     return [said, had_met]
 
 
-def test_a_stage_in_evaluation_mode_meets_the_others_all_the_same() -> None:
+def test_a_stage_in_evaluation_mode_still_meets_the_others() -> None:
     first, second = run_function(stage_in_evaluation, 2, timeout=180)
     assert first == second
     assert first[0].startswith("jreg_megatron saw no state of some layer") and first[1] == [True]
@@ -508,7 +510,7 @@ def is_wrapped_by_another() -> int:
     return len(asked)
 
 
-def test_what_another_has_wrapped_in_the_first_step_asks_no_rank_later() -> None:
+def test_a_check_that_other_code_has_wrapped_has_no_collective_after_the_first_step() -> None:
     assert run_function(is_wrapped_by_another) == [0]
 
 
@@ -557,7 +559,7 @@ def other_masks_on_two_stages() -> str:
     return refusal(step, model, handle)
 
 
-def test_stages_that_are_given_masks_of_other_tokens_are_refused_behind_the_first_step() -> None:
+def test_stages_that_get_masks_of_other_tokens_are_refused_after_the_first_step() -> None:
     first, second = run_function(other_masks_on_two_stages, 2, timeout=180)
     assert first == second and "saw different tokens in different layers" in first
 

@@ -26,7 +26,7 @@ def test_displacement_agrees_with_float64_even_where_a_layer_hardly_turns(width:
     psi, expected = displacement(h_in, h_out), textbook(h_in, h_out)
     assert psi.dtype is torch.float32 and psi.shape == (512, 2)
     torch.testing.assert_close(psi.double(), expected, rtol=3e-4, atol=1e-10)
-    # The mean is what is logged and penalised: no bias is left in it.
+    # The mean is logged and penalised. It must have no bias.
     torch.testing.assert_close(psi.double().mean(), expected.mean(), rtol=1e-5, atol=0)
 
 

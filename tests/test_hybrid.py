@@ -27,11 +27,11 @@ LAYERS = [
     "*E G M-E",
     "M *- M/*-",
 ]
-"""Hybrid models, each layer's sub-layers together; behind a slash what predicts a token further ahead."""
+"""Hybrid models, each layer's sub-layers together; after a slash those of multi-token prediction."""
 
 
 def differences(layers: str, rule: str) -> tuple[float, float, str]:
-    """How far displacement and gradient are from those written out, and what is said of the layers."""
+    """The errors of displacement and gradient, relative to those written out, and the layers' description."""
     import hybrid_toy
 
     own = layers.partition("/")[0]
@@ -56,7 +56,7 @@ def differences(layers: str, rule: str) -> tuple[float, float, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Settings):
-    """A method that looks at the layers before the model is wrapped, and takes what layers there are."""
+    """A method that examines the layers before the model is wrapped, and accepts any layers."""
 
     name: ClassVar[str] = "counts"
     prefix: ClassVar[str] = "counts"
@@ -117,7 +117,7 @@ def launch(argv: list[Any], world_size: int = 1, **named: Any) -> Finished:
     return run_ranks([SCRIPT, *argv], world_size, entry="jreg_megatron.launch:main", **named)
 
 
-def test_a_gpt_checkpoint_that_goes_on_as_a_hybrid_model_gives_the_same_numbers(
+def test_a_gpt_checkpoint_that_is_resumed_as_a_hybrid_model_gives_the_same_numbers(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     models = {"GPTModel": toy_arguments, "HybridModel": hybrid(toy_arguments, "*-*-*-*-")}

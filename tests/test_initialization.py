@@ -53,7 +53,7 @@ def test_every_matrix_of_the_built_model_is_drawn_by_its_inputs_whatever_its_dep
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rank_that_sees_its_share_of_the_inputs_alone_counts_them_all(dtype: torch.dtype) -> None:
+def test_a_rank_that_sees_only_its_share_of_the_inputs_counts_all_of_them(dtype: torch.dtype) -> None:
     config = SimpleNamespace()
     set_fan_in(config, Namespace(use_cpu_initialization=False, tensor_model_parallel_size=4))
     columns = torch.empty(400, 256, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Which kernels a model gets, and what is said about it."""
+"""The kernels that a model gets, and the lines about them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 @dataclass(frozen=True)
 class Wrong(eager.TorchKernels):
-    """Off by a hundredth in Psi, in one of three results, or by a tenth in what is handed down."""
+    """Wrong by a hundredth in Psi, in one of three results, or by a tenth in the handed-down numbers."""
 
     name: str = "wrong"
     which: int = 0
@@ -57,7 +57,7 @@ class Wrong(eager.TorchKernels):
 
 @dataclass(frozen=True)
 class Deaf(eager.TorchKernels):
-    """Hands on the gradient that has come to the output, with nothing added, or the wrong way round."""
+    """Passes on the output's incoming gradient with nothing added, or with the wrong sign."""
 
     name: str = "deaf"
     times: float = 0.0

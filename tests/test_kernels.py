@@ -30,7 +30,7 @@ both_ways = pytest.mark.parametrize("kernels", [eager.KERNELS, TRITON], ids=["to
 
 @dataclass
 class Case:
-    """What a method is given; ``strength`` is coefficient times factor."""
+    """The arguments of the kernels; ``strength`` is coefficient times factor."""
 
     h_in: Tensor
     h_out: Tensor
@@ -74,7 +74,7 @@ def make_case(
 ) -> Case:
     """States of ``shape`` whose row number r is of kind ``kinds[r % len(kinds)]``.
 
-    That of a layer above has the type and the layout of ``h_in``.
+    The state of the layer above has the type and the layout of ``h_in``.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = (-1, shape[-1])
@@ -82,7 +82,7 @@ def make_case(
         torch.randn(shape, generator=generator, dtype=FP64).reshape(rows) for _ in range(4)
     )
     b = a + turned
-    extreme = 1e2 if FP16 in dtypes else 1e18  # what the type holds
+    extreme = 1e2 if FP16 in dtypes else 1e18  # representable in the type
     for row in range(a.shape[0]):
         kind = kinds[row % len(kinds)]
         factors = {"near": (1, 1), "tiny": (1 / extreme, 1 / extreme), "huge": (extreme, extreme)}
@@ -114,7 +114,7 @@ def make_case(
 
 
 def laid_out(h: Tensor, layout: str) -> Tensor:
-    """The same numbers with other strides; what lies between them is NaN."""
+    """The same numbers with other strides. The memory between them holds NaN."""
     if layout == "transposed" and h.dim() > 2:
         return h.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "sliced":
@@ -157,9 +157,9 @@ def reference_of_layer(
 def assert_right(case: Case, got: tuple[Tensor | None, Tensor, Tensor], truncated: bool = False) -> None:
     """Every number is right up to the error of computing in float32 (float64) and one rounding.
 
-    A gradient is a difference of two unit vectors times ``strength / norm``; that of float32's units is
-    right to 1e-6. Psi is that difference squared, so its error shrinks with it. ``truncated``: the
-    interpreter cuts bfloat16 off where a GPU rounds (``test_compiled_kernels.py`` sees that it does).
+    A gradient is a difference of two unit vectors times ``strength / norm``. In float32 the difference is
+    right to 1e-6. Psi is its square, so the error of Psi shrinks with it. ``truncated``: the interpreter
+    truncates bfloat16, but a GPU rounds (``test_compiled_kernels.py`` checks that it does).
     """
     grad_in, total, psi = got
     is_double = FP64 in (case.h_in.dtype, case.h_out.dtype)
@@ -295,7 +295,7 @@ def test_both_ways_agree_to_1e_6_or_the_types_rounding(
 ) -> None:
     case = make_case([kind], (3, 2, 192), dtypes)
     ours, torchs = case.gradients(TRITON), case.gradients(eager.KERNELS)
-    # What a row of norm 1 could have; of a parallel one's gradient nothing is left but rounding.
+    # The bound for a row of norm 1. Of a parallel row's gradient only rounding is left.
     strength = case.coefficient * case.factor
     for got, expected, state in zip(ours, torchs, (case.h_in, case.h_out, None), strict=True):
         assert got is not None and expected is not None and got.dtype is expected.dtype
@@ -453,7 +453,7 @@ def test_no_kernel_writes_outside_of_its_rows_or_leaves_one_unwritten(
 
 
 @both_ways
-def test_what_is_given_stays_as_it_is(kernels: Kernels) -> None:
+def test_arguments_are_not_changed(kernels: Kernels) -> None:
     case = make_case(["random"], (2, 3, 20), weights=torch.rand(2, 3))
     assert case.weights is not None
     tensors = (case.h_in, case.h_out, case.grad_out, case.weights)

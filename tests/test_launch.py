@@ -25,7 +25,7 @@ def launch(*argv: object, world_size: int = 1, check: bool = True, timeout: floa
 
 
 def refusal(run: Finished) -> str:
-    """The one line by which every rank ends."""
+    """The single line with which every rank ends."""
     lines = []
     for output in run.output:
         assert "Traceback" not in output, output
@@ -113,7 +113,7 @@ def test_a_jump_rate_of_zero_or_none_is_in_the_line_of_every_megatron_after_its_
     argv += ["--lr", 0, "--min-lr", 0, "--pipeline-model-parallel-size", min(2, layers), "--log-interval", 2]
     run = run_ranks(argv, min(2, layers), entry="test_launch:log_by_the_condition")
     lines = [line for line in run.output[-1].splitlines() if re.search(r" iteration +\d/", line)]
-    assert len(lines) == 2  # that of the first iteration and that of the interval
+    assert len(lines) == 2  # one of the first iteration and one of the interval
     for line in lines:
         assert f" | jump rate: {rate} | " in line, line
         assert re.search(r" lm loss: 5\.\d+E\+00 \| jreg loss: \d\.\d+E-\d+ \|", line), line
@@ -157,14 +157,14 @@ def test_a_flag_before_the_script_gets_an_error_with_its_right_place() -> None:
     assert "put it after the script" in line
 
 
-def test_a_script_that_is_not_there_is_named() -> None:
+def test_a_missing_script_is_named() -> None:
     assert "script no/such.py not found" in refusal(launch("no/such.py", check=False))
 
 
-def test_what_is_no_python_script_or_module_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_python_script_or_module_is_named(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
     script.write_text("torchrun --nproc-per-node 8 pretrain_gpt.py\n")
-    assert "train.sh is no Python script (" in refusal(launch(script, check=False))
+    assert "train.sh is not a Python script (" in refusal(launch(script, check=False))
     assert "module no_such_module not found" in refusal(launch("-m", "no_such_module", check=False))
 
 
@@ -248,10 +248,12 @@ def build_otherwise_and_launch(argv: list[str]) -> None:
     launch.main(argv)
 
 
-def test_a_loop_that_builds_its_model_otherwise_stops_before_the_first_step(toy_arguments: list[str]) -> None:
+def test_a_loop_that_builds_its_model_in_another_way_stops_before_the_first_step(
+    toy_arguments: list[str],
+) -> None:
     argv = [SCRIPT, *toy_arguments, "--train-iters", 2, "--jreg-coeff", 1]
     run = run_ranks(argv, 2, entry="test_launch:build_otherwise_and_launch", check=False)
-    assert "jreg_megatron is not attached to the model, since megatron.training" in refusal(run)
+    assert "jreg_megatron is not attached to the model, because megatron.training" in refusal(run)
     assert not re.search(r"iteration +1/", run.output[-1])
 
 
@@ -285,7 +287,7 @@ def test_a_script_that_builds_its_model_by_itself_loads_no_checkpoint_that_a_met
         run = launch(script, *argv, "--load", tmp_path / "saved", "--train-iters", 1, check=False)
         assert ("it is loaded" in run.output[0]) is bool(prepare)
         if not prepare:
-            assert "saved with --lns-power 0.5, and nothing changes the model" in refusal(run)
+            assert "saved with --lns-power 0.5, but this script builds its model" in refusal(run)
 
 
 FLAGS_LOST = """
@@ -311,7 +313,7 @@ runpy.run_path({script!r}, run_name="__main__")
     [
         (FLAGS_LOST, "--periln-... is among Megatron's arguments any more"),
         (OTHER_MEGATRON, "in front of Python's path, but Megatron was imported before"),
-        (STUCK, "two training steps came with args.curr_iteration 0"),
+        (STUCK, "two training steps had args.curr_iteration 0"),
     ],
 )
 def test_a_wrapper_that_would_leave_jreg_out_is_stopped(

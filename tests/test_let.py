@@ -1,4 +1,4 @@
-"""LET: the gradient of the teacher's pull at every layout, its schedule, its teacher, and what it refuses."""
+"""LET: the gradient toward the teacher at every layout, its schedule, its teacher, and its refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _compare(layer: int, layout: Layout, teacher: Path) -> tuple[str, float, flo
 
 
 def add_reference(exact: Any, layout: Layout, weights: Any, batch: Any, layer: int, teacher: Path) -> float:
-    """Add LET's gradient to that of the reference, in one process in float64; returns the mean of -cos."""
+    """Add LET's gradient to the reference's, in one process in float64. Returns the mean of -cos."""
     from transformers import AutoModelForCausalLM
 
     from jreg_megatron.selftest import toy
@@ -139,7 +139,7 @@ def test_with_jreg_the_gradient_is_that_of_the_loss_at_every_layout_on(ranks: in
         assert loss <= limit, f"{name}: {loss:.1e}"
 
 
-# -- in a loop of one's own ------------------------------------------------------------------------
+# -- in a custom loop ------------------------------------------------------------------------------
 
 
 def of_reference(model: Any, states: list[Any], teacher: Path, layer: int) -> Tensor:
@@ -202,7 +202,7 @@ def learns_alone(teacher: Path) -> None:
     assert frozen is not None and frozen.let_loss == pytest.approx(away.mean().item(), rel=1e-5)
 
 
-def test_alone_in_a_loop_of_ones_own_it_adds_its_gradient_and_lets_the_teacher_go(teacher: Path) -> None:
+def test_alone_in_a_custom_loop_it_adds_its_gradient_and_releases_the_teacher(teacher: Path) -> None:
     run_function(learns_alone, 1, teacher)
 
 
@@ -228,7 +228,7 @@ def meets_an_unknown_id(teacher: Path) -> list[str]:
     return lines
 
 
-def test_an_id_that_only_a_later_step_has_and_the_teacher_has_not_ends_the_run_in_one_line(
+def test_an_id_that_only_a_later_step_has_and_the_teacher_lacks_ends_the_run_in_one_line(
     tmp_path: Path,
 ) -> None:
     (lines,) = run_function(meets_an_unknown_id, 1, save_teacher(tmp_path / "teacher", 20))
@@ -278,7 +278,7 @@ def test_smollm2_teaches(tmp_path: Path) -> None:
 SHARED = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")
 
 
-def test_a_run_that_is_resumed_while_it_falls_or_behind_its_end_is_the_same_to_the_bit(
+def test_a_run_that_is_resumed_while_it_falls_or_after_its_end_is_the_same_to_the_bit(
     toy_arguments: list[str], tmp_path: Path
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher", 256)
@@ -318,7 +318,7 @@ def test_a_run_that_is_resumed_while_it_falls_or_behind_its_end_is_the_same_to_t
     assert all(none[name] == plain[name] for name in ("lm loss", "grad-norm")), "a coefficient of 0"
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_the_coefficient_falls_as_published_and_the_layer_is_the_last_of_the_first_third() -> None:
@@ -356,7 +356,7 @@ def refuses(folders: dict[str, Path]) -> dict[str, str]:
     return lines
 
 
-def test_what_cannot_teach_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_teach_is_refused_in_one_line(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     names = ("good", "nothing", "encoder", "few tokens", "many tokens", "short")
@@ -433,7 +433,7 @@ def test_a_damaged_teacher_is_refused_by_what_is_wrong_before_it_is_loaded(tmp_p
         ("pretrain", ("--let-stop-iterations", "half"), "--let-stop-iterations: invalid int value: 'half'"),
     ],
 )
-def test_what_is_wrong_ends_every_rank_in_the_same_line_before_there_is_a_model(
+def test_a_mistake_ends_every_rank_with_the_same_line_before_there_is_a_model(
     entry: str, words: tuple[object, ...], said: str, toy_arguments: list[str]
 ) -> None:
     argv = [*([SCRIPT] if entry == "launch" else []), *toy_arguments, "--train-iters", 2, *words]

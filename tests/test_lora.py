@@ -35,7 +35,7 @@ Gradients = dict[Adapter, tuple[Tensor, Tensor]]
 
 
 class LowRank(nn.Module):
-    """Adds ``SCALE * B A x`` to what a linear layer of Megatron returns, as Bridge's ``LoRALinear``."""
+    """Adds ``SCALE * B A x`` to the output of a linear layer of Megatron, as Bridge's ``LoRALinear``."""
 
     def __init__(self, to_wrap: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def let_checkpoints_go_backward(block: Any) -> None:
 
 @dataclass
 class Step:
-    """What a step gave on a rank."""
+    """The results of a step on a rank."""
 
     gradients: Gradients
     displacement: list[float]

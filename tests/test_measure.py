@@ -1,4 +1,4 @@
-"""What is measured of a model equals plain arithmetic on the states that transformers returns."""
+"""A model's measurements equal plain arithmetic on the states that transformers returns."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def mean_of(texts: list[Tensor]) -> Tensor:
 
 
 def reference(model: Any, sequences: Sequence[Sequence[Any]], drop_first: bool) -> dict[str, Any]:
-    """Figures of texts, each a list of its sequences, by the formulas as they stand in the papers."""
+    """Figures of texts, each a list of its sequences, by the papers' formulas."""
     of_texts = []
     for pieces in sequences:
         states = torch.cat([states_of(model, ids)[:, int(drop_first) :] for ids in pieces], dim=1)
@@ -187,7 +187,7 @@ def test_other_families_measure_as_transformers_states_say(family: str) -> None:
             ).hidden_states
         turned = [(1 - cosine_similarity(a, b, dim=-1)) / 2 for a, b in pairwise(states)]
         by_hand.append(torch.stack(turned)[:, 0].mean(dim=1))
-    # What transformers returns for the last layer is behind the final norm.
+    # For the last layer, transformers returns the state after the final norm.
     assert measured["with_first_token"]["displacement"]["post_norm"] == pytest.approx(
         torch.stack(by_hand).mean(dim=0).tolist(), rel=1e-4
     )
@@ -358,7 +358,7 @@ def test_without_a_final_norm_there_is_a_note_and_no_value_after_it(
             input_ids=torch.tensor(IDS[:1]), output_hidden_states=True, use_cache=False
         ).hidden_states
     turned = [float((1 - cosine_similarity(a, b, dim=-1)).mean() / 2) for a, b in pairwise(states)]
-    # Of the odd one, transformers' last state is behind a norm of something else.
+    # For the exception, transformers' last state is after a norm of another state.
     known = LAYERS - (family == "inkling2_text")
     assert entry["displacement"]["pre_norm"][:known] == pytest.approx(turned[:known], rel=1e-4)
     for name in ("displacement_std", "jump_rate", "jump_rate_from", "block_influence", "angular_distance"):
@@ -403,7 +403,7 @@ def test_a_flag_given_twice_adds_texts(folder: Path, text: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out.json").read_text())["models"][0]["texts"] == 2 * len(IDS)
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_link_stays_and_its_target_is_written(folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "latest.json").symlink_to("real.json")
     run(folder, "--text", text, "--json", tmp_path / "latest.json", "--quiet")
@@ -442,7 +442,7 @@ def test_a_series_has_an_entry_for_each_step(folder: Path, text: Path, tmp_path:
     assert [(each["name"], each["step"]) for each in entries] == [("mine", 10), ("mine", 200)]
 
 
-def test_what_is_finished_stays_when_a_later_model_fails(
+def test_finished_results_stay_when_a_later_model_fails(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"

@@ -18,7 +18,7 @@ STEPS = (0, 1000, 28000, 29000, 57000, 86000, 114000, 143000)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A toy in the place of two of the paper's models, and nothing in that of the others."""
+    """A toy instead of two of the paper's models, and nothing instead of the others."""
     folder = save_toy(tmp_path / "toy", seed=0)
     for name in numbers()["hub"]:
         monkeypatch.setitem(numbers()["hub"], name, str(tmp_path / "nowhere"))
@@ -62,7 +62,7 @@ def test_the_papers_figure_is_shown_with_ours_and_models_that_cannot_be_loaded_a
     assert [cell for cell in row if cell not in "│┃"] == ["Llama-3.2-1B", "20.6", *ours]
 
 
-def test_what_is_missing_is_said(
+def test_missing_arguments_and_data_are_reported(
     hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refusal(capsys, "--paper", "GPT-5")

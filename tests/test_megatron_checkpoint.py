@@ -58,7 +58,7 @@ class Displacements:
 
 
 def observed(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """What a checkpoint's decoder gives on its last validation; runs in a process of its own."""
+    """The figures of a checkpoint's decoder on its last validation; runs in a separate process."""
     from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     decoder = load_megatron(folder, step, dtype=torch.float32, device=torch.device("cpu"))
@@ -128,7 +128,7 @@ def logged(folder: Path, tag: str) -> list[float]:
 
 
 def expect_as_logged(found: dict[str, Any], folder: Path, number: int, final_state: str = "pre_norm") -> None:
-    """Hold what a decoder gave against the validation of that number, in the order of logging."""
+    """Compare a decoder's figures with the validation of this number, in the order of logging."""
     assert found["loss"] == pytest.approx(logged(folder, "lm loss")[number], abs=1e-5)
     expected = [logged(folder, displacement_name(layer, LAYERS))[number] for layer in range(1, LAYERS + 1)]
     ours = found["pre_norm"] if final_state == "pre_norm" else [*found["pre_norm"][:-1], found["post_norm"]]
@@ -327,11 +327,11 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
 }
-"""Flags, and what the checkpoint says otherwise: the model is built in one process, by today's names."""
+"""Flags, and arguments that differ in the checkpoint: the model is built in one process, by today's names."""
 
 
 def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What goes into each layer of a ``GPTModel``, or pair of a ``HybridModel``, and into its final norm, by
+    """The inputs of each layer of a ``GPTModel``, or pair of a ``HybridModel``, and of its final norm, by
     plain hooks."""
     states: list[torch.Tensor] = []
 
@@ -348,7 +348,7 @@ def states_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def differences_to_hybrid_models(work: Path) -> dict[str, tuple[float, float, float]]:
-    """How far logits, displacements and an export's logits are from those of ``HybridModel`` itself."""
+    """Differences of logits, displacements and an export's logits to those of ``HybridModel`` itself."""
     from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
@@ -382,7 +382,7 @@ def test_hybrid_models_of_pairs_give_the_numbers_of_megatrons_own_hybrid_model(t
 GROUPED = "--num-layers 3 --group-query-attention --num-query-groups 2"
 TIED = LLAMA_FLAGS.replace("--untie-embeddings-and-output-weights", "")
 EXPERTS = f"{LLAMA_FLAGS} {LATENT} --num-experts 4 --moe-ffn-hidden-size 24"
-CHANGED = {  # the gains of the tied ones are saved as what is added to 1
+CHANGED = {  # the gains of the tied ones are saved minus 1
     "a Llama, attenuated": f"{LLAMA_FLAGS} {GROUPED} --attenuation-factor 0.3 --attenuation-layers 1,3",
     "a GPT-2 that learns attenuation": f"{GPT2_FLAGS} --attenuation-learned 0.8",
     "a hybrid model that learns attenuation": (
@@ -431,7 +431,7 @@ def as_plain(model: Any, folder: Path, flags: str) -> torch.Tensor:
 
 
 def differences_to_changed_models(work: Path) -> dict[str, dict[str, Any]]:
-    """How far what the decoder gives is from what Megatron's model gives, with the method attached to it."""
+    """Differences of the decoder's results to those of Megatron's model with the attached method."""
     from jreg_megatron.convert import import_
 
     ids, found = some_tokens(), dict[str, dict[str, Any]]()
@@ -520,7 +520,7 @@ class OwnConfig(Settings):
         {"own_kind": "modules", "lns_power": 0.5},
     ],
 )
-def test_what_a_users_own_method_has_changed_is_refused_by_name(
+def test_a_model_that_a_users_own_method_has_changed_is_refused_by_name(
     has: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jreg_megatron.decoder.checkpoint.arguments import known_changes
@@ -543,7 +543,7 @@ def test_what_a_users_own_method_has_changed_is_refused_by_name(
 
 
 def evaluated(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``evaluate`` says of a model with attenuation, and its losses by Megatron's own model."""
+    """The results of ``evaluate`` for a model with attenuation, and its losses by Megatron's own model."""
     from jreg_megatron.evaluate.__main__ import main
 
     model = made(work / "run", CHANGED["a Llama, attenuated"])
@@ -593,7 +593,7 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
     refuse_other_layers({"jreg_coeff": 1.0, "jreg_layer": "mixer", "norms_measure_interval": 2}, "runs/x")
     for has in ({"jreg_layer": "sublayer"}, {"jreg_coeff": 1.0, "norms_layer": "sublayer"}):
         with pytest.raises(
-            UserError, match=r"runs/x was trained with --(jreg|norms)-layer sublayer, and measure"
+            UserError, match=r"runs/x was trained with --(jreg|norms)-layer sublayer, but measure"
         ):
             refuse_other_layers(has, "runs/x")
 
@@ -745,8 +745,8 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, file: str, text: str,
 def saved_otherwise(folder: Path, work: Path) -> float:
     """Difference of logits to the same model as other programs would save it.
 
-    Norms have names of their own and lack the one that ``--apply-layernorm-1p`` adds, and some of Megatron's
-    arguments have their older names.
+    Norms have other names and lack the 1 that ``--apply-layernorm-1p`` adds, and some of Megatron's arguments
+    have their older names.
     """
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -803,11 +803,11 @@ SAVED_BY: dict[str, dict[str, Any]] = {
         **{"batch_invariant_backend": "te_native", "save_tokenizer_assets": True, "megatron_fsdp_version": 1},
     },
 }
-"""What other versions save without being told to, and 0.19 does not know."""
+"""Arguments that other versions save by default, and that 0.19 does not know."""
 
 
 def saved_by_others(work: Path) -> dict[str, Any]:
-    """How far logits are from those of Megatron's model, and what the user is told, by what was saved."""
+    """Differences of logits to those of Megatron's model, and the user's notes, by saved arguments."""
     from jreg_megatron.decoder.checkpoint.model import load_megatron
 
     ids, found = some_tokens(), {}
@@ -847,7 +847,7 @@ def saved_by_others(work: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_other_megatrons_have_saved_gives_their_numbers_or_a_note(tmp_path: Path) -> None:
+def test_checkpoints_of_other_megatrons_give_their_numbers_or_a_note(tmp_path: Path) -> None:
     (found,) = run_function(saved_by_others, 1, tmp_path)
     for name, (off, vocab_size, width, said) in found.items():
         assert off < 1e-5, name
@@ -883,7 +883,7 @@ TOLD: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "no padding": (GONE | {"make_vocab_size_divisible_by": 1}, 200, 200),
     "no tokenizer type, and nothing about padding": ({"make_vocab_size_divisible_by": 0}, 256, None),
 }
-"""Arguments beside those of PADDED, rows of the embedding, and how many of them are the vocabulary."""
+"""Arguments besides those of PADDED, rows of the embedding, and the vocabulary's share of them."""
 
 
 @pytest.mark.parametrize("name", TOLD)

@@ -1,4 +1,4 @@
-"""Methods beside JREG: what they measure and change, several at once, and one of a user's own."""
+"""Methods other than JREG: their measurements and changes, several at once, and a user's own method."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attenuates_in_every_run(recompute: str) -> None:
         model(tokens, positions, None)
         torch.testing.assert_close(states[1], h_1 - 0.7 * h_0)
     model.train()
-    for iteration in (1, 2):  # in the first step all layers are looked at
+    for iteration in (1, 2):  # in the first step all layers are observed
         states.clear()
         forward(model).backward()
         runs = [at for at, state in enumerate(states) if torch.equal(state, h_0)]
@@ -162,7 +162,7 @@ def logs_by_name() -> dict[str, float]:
     assert metrics.update_ratio[1].item() == pytest.approx((added / lengths[1]).mean().item())
     with pytest.raises(AttributeError, match="jump_rate"):
         _ = metrics.jump_rate
-    # A state without a number is told, by its layer.
+    # A state that is not finite is reported, by its layer.
     with torch.no_grad():
         model.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = float("inf")
     step(model)
@@ -261,7 +261,7 @@ def refuses() -> list[str]:
     return [*lines, str(caught.value)]
 
 
-def test_what_cannot_be_attached_is_refused_by_name() -> None:
+def test_settings_that_cannot_be_attached_are_refused_by_name() -> None:
     (lines,) = run_function(refuses)
     for line, named in zip(
         lines,
@@ -362,14 +362,14 @@ def test_a_bad_value_is_one_line_with_setting_value_and_fix(
         (PeriLNConfig, "hybrid_layer_pattern mtp_num_layers use_transformer_engine_op_fuser"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(kind: Any, names: str) -> None:
+def test_settings_that_are_not_supported_are_refused_by_name(kind: Any, names: str) -> None:
     for name in names.split():
         with pytest.raises(UserError, match=f"{kind.name} does not support {name} "):
             kind(**NEEDED.get(kind, {})).refuse(argparse.Namespace(**{name: True}))
 
 
 @pytest.mark.parametrize(("setting", "value"), [("factor", 0.9), ("layers", (2,))])
-def test_where_a_factor_is_learned_none_is_given(setting: str, value: Any) -> None:
+def test_a_learned_factor_excludes_a_given_one(setting: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"--attenuation-{setting}.*left out.*--attenuation-learned"):
         AttenuationConfig(learned=0.9, **{setting: value})
 
@@ -403,7 +403,7 @@ LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distr
 
 
 def kept(log: dict[str, list[float]]) -> list[list[float]]:
-    """What each layer keeps, by iteration."""
+    """Each layer's factor, by iteration."""
     return [log[f"attenuation/kept_layer_{layer:02}"] for layer in range(1, 5)]
 
 
@@ -455,7 +455,7 @@ def test_layernorm_scaling_and_peri_ln_in_megatrons_loop_are_as_on_one_rank_and_
     finetuned = run_ranks([*plain, *flags], 2, check=False)
     assert finetuned.status == [2, 2] and "leave out what adds parameters" in finetuned.output[1]
     finetuned = run_ranks([*load, "--finetune"], 2)
-    assert "was trained with --lns-power 0.5 --periln-gain 0.7, this run has no flag" in finetuned.output[0]
+    assert "trained with --lns-power 0.5 --periln-gain 0.7, and this run has no flag" in finetuned.output[0]
 
 
 def norms_all_outputs() -> None:
@@ -466,7 +466,9 @@ def norms_all_outputs() -> None:
     attach(model, settings, JRegConfig(), num_microbatches=1).detach()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):  # a linear layer's is given to what adds, beside its output
+            if name.endswith(
+                ".bias"
+            ):  # a linear layer's bias is passed to the add separately from its output
                 parameter.normal_(std=0.5)
     weights = model.state_dict()
     parallel_state.destroy_model_parallel()

@@ -55,7 +55,7 @@ def refusal_of(layout: Layout) -> str:
 
 
 def offload(modules: list[str]) -> SimpleNamespace:
-    """Have tensors of the CPU offloaded; returns what counts them."""
+    """Make Megatron offload tensors of the CPU. Returns their counter."""
     import megatron.core.extensions.transformer_engine as extension
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
     from megatron.core.transformer import transformer_config

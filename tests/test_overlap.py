@@ -142,8 +142,8 @@ def test_streams_of_an_overlapped_iteration_are_in_order_in_its_capture_and_wher
 def in_one_graph(
     layout: Layout, capacity: float | None, watches_streams: bool = False
 ) -> tuple[Comparison, dict[str, int]]:
-    """A replayed step, and what its streams did wrong. With a capacity, experts of a rank take a limited
-    number of tokens in all: iterations in which they overflow are run again."""
+    """A replayed step, and its streams' errors. With a capacity, a rank's experts take a limited number of
+    tokens in total: iterations in which they overflow are run again."""
     torch.set_num_threads(1)
     if watches_streams:
         watch_streams()
@@ -167,7 +167,7 @@ def test_an_overlapped_step_equals_the_reference_with(kind: str) -> None:
 
 
 Step = tuple[dict[str, float], dict[str, torch.Tensor]]
-"""What was measured, and the gradients, by name."""
+"""Measurements and gradients, by name."""
 
 DEEPSEEK = {
     "moe_layer_freq": [0, 1, 1, 1],
@@ -282,7 +282,7 @@ def other_model(layout: Layout, options: dict[str, Any], methods: list[Settings]
     return {"lm loss": found.lm_loss, **measured}, gradients
 
 
-def test_what_a_plan_keeps_is_freed_as_soon_as_its_backward_pass_is_over() -> None:
+def test_memory_of_a_plan_is_freed_as_soon_as_its_backward_pass_is_over() -> None:
     attached, plain = (run_function(left_over, 2, methods) for methods in (METHODS, []))
     assert attached == plain
 
@@ -305,7 +305,7 @@ FULL = {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": [], "cuda_gra
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 
-def test_what_nothing_has_compared_in_the_overlapped_schedule_is_refused_by_name() -> None:
+def test_features_not_compared_in_the_overlapped_schedule_are_refused_by_name() -> None:
     for named, more, settings in (
         ("--overlap on your GPUs, .*--jreg-untested-overlap", {}, [JRegConfig(coeff=1.0)]),
         ("overlap_moe_expert_parallel_comm yet", {}, [NormsConfig()]),
@@ -335,7 +335,7 @@ def test_the_self_test_on_two_gpus_has_overlapped_iterations_in_graphs() -> None
     assert {"jreg", "all"} <= {layout.methods for layout in layouts}
 
 
-def test_a_model_makes_its_own_plans_again_behind_detach() -> None:
+def test_a_model_makes_its_own_plans_again_after_detach() -> None:
     run_function(makes_its_own_plans)
 
 

@@ -1,4 +1,4 @@
-"""What the repository promises as a package, whatever its formulas do."""
+"""The promises of the repository as a package, apart from its formulas."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -75,7 +75,7 @@ def test_a_zeta_from_an_earlier_layer_on_is_never_smaller() -> None:
         assert last <= before <= two_before, name
 
 
-# .0315 was rounded once more where it stands as .032.
+# .0315 was rounded once more where it is printed as .032.
 @pytest.mark.parametrize(
     ("alpha", "last_four", "above_a_millionth"),
     [(1.0, (0.0315, 0.0855, 0.2325, 0.6321), 14), (3.0, (0.0001, 0.0024, 0.0473, 0.9502), 5)],

@@ -92,7 +92,7 @@ def test_a_tree_that_the_patch_does_not_fit_stays_as_it_is(tree: Path) -> None:
     assert contents(tree) == before
 
 
-def test_what_is_no_megatron_tree_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_megatron_tree_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path} is no Megatron-LM tree" in apply(tmp_path, status=2)
 
 
@@ -135,7 +135,7 @@ def run(tree: Path, *argv: object) -> str:
 
 
 def same(one: Path, other: Path, *tags: str) -> dict[str, list[float]]:
-    """What both runs logged, which must be equal under these tags; returns it of ``one``."""
+    """The values that both runs logged under these tags, which must be equal; returns those of ``one``."""
     logs = read_scalars(one), read_scalars(other)
     for tag in (*tags, "lm loss", "grad-norm", "lm loss validation"):
         assert logs[0][tag] == logs[1][tag] and len(logs[0][tag]) > 0, tag

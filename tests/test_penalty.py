@@ -23,7 +23,7 @@ COEFFICIENT, FACTOR = 0.7, 0.3
 def strength(
     coefficient: torch.Tensor | None = None, weights: torch.Tensor | None = None, factor: float = FACTOR
 ) -> Strength:
-    """What most tests add."""
+    """The regularizer of most tests."""
     return Strength(
         eager.KERNELS, torch.tensor([COEFFICIENT]) if coefficient is None else coefficient, factor, weights
     )
@@ -54,7 +54,7 @@ def test_gradients_equal_autograd_on_the_textbook_formula(turn: float) -> None:
     upstream = 0.01 * torch.randn_like(h_in)
     ours, reference = (f(h_in, h_out, upstream) for f in (node_gradients, reference_gradients))
     for got, expected in zip(ours, reference, strict=True):
-        # What float32 states can tell: the gradient's direction is the difference of two unit vectors.
+        # The precision of float32 states: the gradient's direction is the difference of two unit vectors.
         assert (got.double() - expected).norm() / expected.norm() < max(2e-6, 2e-7 / turn)
 
 
@@ -144,7 +144,7 @@ def test_gradcheck_in_float64() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_what_leaving_light_layers_out_changes_is_within_the_stated_bound() -> None:
+def test_the_effect_of_leaving_out_light_layers_is_within_the_stated_bound() -> None:
     torch.manual_seed(0)
     layers, coeff = 12, 0.7
     states = (
@@ -176,15 +176,15 @@ class Recorded(eager.TorchKernels):
 
 
 LINKED = [(False, True), (True, True), (True, True), (True, False)]
-"""What four layers one on the other note, from the top."""
+"""The notes of four stacked layers, from the top."""
 
 
 class Chain:
-    """Layers ``h -> h * (1 + scale)`` with one vector of scales each, of which some are regularized.
+    """Layers ``h -> h * (1 + scale)`` with one vector of scales each. Some of them are regularized.
 
     Args:
         factors: of each layer; 0 for one without a node.
-        between: what each state goes through on its way to the next layer.
+        between: a function of each state on its way to the next layer.
         dtypes: the types of the layers' outputs, in turn.
     """
 
@@ -271,7 +271,7 @@ def assert_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], 
         assert (one.double() - other.double()).norm() <= error * other.double().norm()
 
 
-def test_layers_one_on_the_other_hand_down_and_get_the_gradients_of_float64_autograd() -> None:
+def test_stacked_layers_hand_down_and_get_the_gradients_of_float64_autograd() -> None:
     chain = Chain()
     gradients = chain.gradients()
     assert chain.recorded.calls == LINKED
@@ -285,7 +285,7 @@ def test_layers_one_on_the_other_hand_down_and_get_the_gradients_of_float64_auto
     assert sorted(chain.psi) == [0, 1, 2, 3]
 
 
-def test_what_is_handed_down_equals_what_autograd_adds_to_rounding() -> None:
+def test_handed_down_gradients_equal_those_of_autograd_up_to_rounding() -> None:
     linked, plain = Chain(), Chain(between=torch.clone)
     assert_close(linked.gradients(), plain.gradients(), 3e-7)
     assert plain.recorded.calls == [(False, False)] * 4
@@ -342,7 +342,7 @@ def test_a_state_whose_gradient_is_asked_for_gets_all_of_it_and_nothing_stays_fo
     expected = chain.reference()
     whole = chain.gradients(loss, retain_graph=True)
     for number in (3, 2, 1, 0):
-        # Its own node, if it has one, comes below: what is asked for is the gradient above it.
+        # Its own node, if it has one, is below: the requested gradient is above it.
         own = torch.autograd.grad(loss, chain.states[number], retain_graph=True)[0]
         at_node = Chain((*[0.0] * number, *chain.factors[number:]))
         at_node.token_weights = chain.token_weights
@@ -386,14 +386,14 @@ def test_two_layers_with_one_input_both_count() -> None:
     assert kernels.calls == [(False, True), (False, False), (True, False)]
 
 
-def test_what_a_broken_off_pass_has_handed_down_is_not_taken_by_the_next() -> None:
+def test_gradients_that_an_aborted_pass_handed_down_are_not_used_by_the_next() -> None:
     chain = Chain()
     h = chain.layer(0, chain.x * 1.0)
 
     def fail(_: torch.Tensor) -> None:
         raise InterruptedError
 
-    # Another way down, where the pass breaks off. It is older than the node above, which so runs before it.
+    # Another way down, where the pass is aborted. It is older than the node above, so that node runs first.
     scaled = h + h * chain.scales[1]
     scaled.register_hook(fail)
     out = chain.layer(1, h) + scaled

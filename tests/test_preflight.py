@@ -253,7 +253,7 @@ LEFT_TO_MEGATRON: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), LEFT_TO_MEGATRON, ids=[said for _, said in LEFT_TO_MEGATRON])
-def test_an_error_that_megatron_explains_before_the_start_is_megatrons(
+def test_an_error_that_megatron_explains_before_the_start_is_left_to_megatron(
     args_with: Callable[..., argparse.Namespace],
     changes: dict[str, Any],
     said: str,
@@ -332,7 +332,7 @@ def test_an_older_package_of_optimizers_is_refused_by_its_version(
     ],
     ids=str,
 )
-def test_what_an_optimizer_of_the_package_does_not_run_with_is_refused(
+def test_flags_that_an_optimizer_of_the_package_does_not_support_are_refused(
     changes: dict[str, Any],
     version: str,
     parts: list[str],
@@ -380,7 +380,7 @@ def megatrons_words(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -
     return None
 
 
-def test_nothing_is_refused_that_megatron_takes_and_nothing_left_to_it_that_it_refuses_without_a_word(
+def test_nothing_that_megatron_accepts_is_refused_and_no_silent_refusal_is_left_to_it(
     args_with: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose = random.Random(1)

@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.pretrain`` promises about a run: baseline, resume, log, and how mistakes end."""
+"""The promises of ``jreg_megatron.pretrain``: baseline, resume, log, and errors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_measuring_every_second_iteration_logs_the_same_values_there(
 
 
 def means(each: dict[str, list[float]], *intervals: Sequence[int]) -> dict[str, list[float]]:
-    """What a log has for these intervals, where ``each`` has every iteration (1-based) by itself."""
+    """A log's values for these intervals, from ``each``, which has every iteration (1-based) alone."""
     layers = [f"jreg/displacement_layer_{layer:02d}" for layer in (3, 4)]
     of = {tag: [np.mean([each[tag][i - 1] for i in some]) for some in intervals] for tag in layers}
     before_last, last = of.values()
@@ -222,7 +222,7 @@ def test_sigterm_within_a_log_interval_logs_the_iterations_that_were_measured_in
 
 
 def exit_in_the_sixth_step(argv: list[str]) -> None:
-    """As Megatron's rerun state machine ends a run: the loop breaks off behind the step."""
+    """As Megatron's rerun state machine ends a run: the loop ends after the step."""
     from megatron.training import get_args, training
 
     train_step = training.train_step
@@ -236,7 +236,7 @@ def exit_in_the_sixth_step(argv: list[str]) -> None:
     pretrain.main(argv)
 
 
-def test_what_was_measured_is_logged_where_a_rerun_ends_training_or_its_last_iterations_are_skipped(
+def test_measurements_are_logged_if_a_rerun_ends_training_or_its_last_iterations_are_skipped(
     toy_arguments: list[str], every_iteration: dict[str, list[float]], tmp_path: Path
 ) -> None:
     argv = [*toy_arguments, *PIPELINE, "--jreg-log-per-layer", "--tensorboard-dir", tmp_path / "rerun"]
@@ -293,7 +293,7 @@ def test_a_refusal_of_megatron_becomes_one_line_and_another_error_stays() -> Non
         assert end(error) is error
 
 
-def test_what_breaks_while_megatron_builds_is_no_refusal_of_the_arguments(tmp_path: Path) -> None:
+def test_a_fault_while_megatron_builds_is_not_a_refusal_of_the_arguments(tmp_path: Path) -> None:
     def end(place: str, error: str) -> str:
         file = tmp_path / "megatron" / place
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +366,7 @@ MISTAKES = {
 
 
 FOUND_WHILE_RANKS_MEET = ("what Megatron refuses before it builds the model",)
-"""Found by each rank in turn; one that comes later may find that the first is gone."""
+"""Found by each rank in turn. A later rank may find that the first one has ended."""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -1,4 +1,4 @@
-"""What the files in ``recipes/`` promise: sizes, layouts, early checks, going on after a crash."""
+"""The promises of the files in ``recipes/``: sizes, layouts, early checks, resume after a crash."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ COMMON = {
 
 @pytest.fixture(scope="session")
 def words_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """What a recipe hands to ``python -m jreg_megatron.recipe``, seen by a stand-in for Python."""
+    """A recipe's arguments for ``python -m jreg_megatron.recipe``, seen by a stand-in for Python."""
     stand_in = tmp_path_factory.mktemp("stand-in") / "python"
     stand_in.write_text('#!/bin/sh\ntest "$1" = -c || printf "%s\\0" "$@"\n')
     stand_in.chmod(0o755)
@@ -79,7 +79,7 @@ def words_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
 
 
 def plan(words: list[str], check: bool = True) -> Finished:
-    """Do what the recipe's Python does, in a process that has imported Megatron."""
+    """Run the recipe's Python code, in a process that has imported Megatron."""
     return run_ranks(words, entry="jreg_megatron.recipe.__main__:main", check=check, timeout=120)
 
 
@@ -215,7 +215,7 @@ def test_nodes_that_differ_in_apex_are_refused_on_every_rank(toy_arguments: list
     assert run.status == [2, 2]
     for output in run.output:
         assert "Traceback" not in output
-        assert f"jreg_megatron: error: rank 1 has {NO_FUSION}, and rank 0 has not" in output
+        assert f"jreg_megatron: error: rank 1 has {NO_FUSION}, but rank 0 does not" in output
 
 
 def plan_beside_transformer_engine(argv: list[str]) -> None:
@@ -229,7 +229,7 @@ def plan_beside_transformer_engine(argv: list[str]) -> None:
         main(argv)
 
 
-def test_a_flag_that_needs_transformer_engine_is_taken_where_that_is_installed(
+def test_a_flag_that_needs_transformer_engine_is_accepted_if_it_is_installed(
     words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = words_of("llama_170m", "jreg", "--dry-run", "--", "--log-max-attention-logit", RUN=tmp_path)
@@ -265,7 +265,7 @@ def toy_of(
     return train
 
 
-# The variants differ in lambda alone (above), and what a layout computes is compared in test_layouts.py.
+# The variants differ only in lambda (above). Layouts are compared in test_layouts.py.
 @pytest.mark.parametrize(
     ("recipe", "variant", "smoke", "layout"),
     [
@@ -309,7 +309,7 @@ def test_a_killed_run_started_again_by_the_same_command_has_the_losses_of_one_th
     resumed = read_scalars(tmp_path / "killed" / "smoke" / "tensorboard")
     for tag in ("lm loss", "jreg loss", "jump rate", "grad-norm"):
         assert len(whole[tag]) == 8
-        # What the killed run had logged after its last checkpoint comes again.
+        # Lines that the killed run had logged after its last checkpoint come again.
         assert sorted(set(resumed[tag])) == sorted(set(whole[tag])), tag
 
 
@@ -381,7 +381,7 @@ NODE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NODE_RANK": "1"}
     [
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing; NODES is 2, so each node needs the host name"),
         ({"MASTER_PORT": "high"}, "MASTER_PORT is high; it must be a TCP port"),
-        ({"NODE_RANK": "2"}, "NODE_RANK is 2; NODES is 2, so each node needs its own number there, 0 to 1"),
+        ({"NODE_RANK": "2"}, "NODE_RANK is 2; NODES is 2, so each node needs its own number in it, 0 to 1"),
         ({"NODE_RANK": ""}, "NODE_RANK is missing; NODES is 2"),
     ],
 )
@@ -413,7 +413,7 @@ def test_a_run_longer_than_its_data_is_refused_unless_epochs_allow_it(
     assert re.search(r"data +│ .*M tokens, read 1\.\d\d times", printed)
 
 
-def test_a_dry_run_refuses_a_method_where_the_start_would(
+def test_a_dry_run_refuses_the_same_methods_as_the_start(
     words_of: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     let = ("--let-stop-iterations", 9, "--let-teacher", "gone")
@@ -589,7 +589,7 @@ def test_weights_that_no_gpu_can_hold_are_refused_and_activations_warned_of() ->
 def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> None:
     args = SimpleNamespace(**vars(A_PLAN.args) | {"save": tmp_path / "run", "load": tmp_path / "run"})
     here = replace(A_PLAN, args=args, parameters=10**6)  # type: ignore[arg-type]
-    # Kept are those of 2000, 4000 and 5000; one more is written before its forerunner is removed.
+    # Those of 2000, 4000 and 5000 are kept. One more is written before the previous one is removed.
     assert machine.check_disk(here).startswith("4 x 14 MB, ")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("4500")
@@ -598,7 +598,7 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> No
         machine.check_disk(replace(here, parameters=10**14))
 
 
-def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_says_go_on(
+def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_asks_for_a_restart(
     tmp_path: Path,
 ) -> None:
     rank = tmp_path / "rank.py"
@@ -620,7 +620,7 @@ def test_signals_of_a_scheduler_reach_the_ranks_as_one_sigterm_and_the_status_sa
         f"ranks = [subprocess.Popen([sys.executable, {str(rank)!r}]) for _ in range(2)]\n"
         "sys.exit(max(rank.wait() for rank in ranks))\n"
     )
-    # A signal to the whole job also reaches a rank by itself, where that has a handler already.
+    # A signal to the whole job also reaches a rank directly, if it has a handler already.
     for number, when, times in ((signal.SIGUSR1, "up", "1"), (signal.SIGTERM, "ready", "[12]")):
         process = subprocess.Popen(
             [*supervisor(tmp_path), sys.executable, str(launcher)],

@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.report`` promises of its input, its numbers and its files."""
+"""The promises of ``jreg_megatron.report`` about its input, its numbers and its files."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def test_a_run_that_does_not_say_which_state_it_logged_is_put_under_neither(
     assert "do not say) in bridge and after the final norm in post." in Path("report.html").read_text()
 
 
-def test_an_interval_that_is_not_there_is_not_made_up(report: Callable[..., Page]) -> None:
+def test_a_missing_interval_is_not_invented(report: Callable[..., Page]) -> None:
     document = evaluation()
     document["comparison"]["read_out"]["interval"][5] = None
     page = report(write(Path("e.json"), document))
@@ -410,7 +410,7 @@ def skip(later: Any = None, output: float = 0.1) -> dict[str, Any]:
     return {"later_mean": usual if later is None else later, "output_mean": [output] * LAYERS}
 
 
-# Of which document, where, what stands there, and what is said of it.
+# Document, place, value, and message.
 WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", f"{PSI}.3", float("nan"), f"{AT}.displacement.pre_norm[3]"),
     ("measurement", f"{BLOCK}.jump_rate.post_norm", float("inf"), f"{AT}.jump_rate.post_norm"),
@@ -495,11 +495,11 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no JSON that can be read: "),
-        (b'{"format": "jreg_megatron measurement"', "is no JSON"),
+        (b"", "is not readable JSON: "),
+        (b'{"format": "jreg_megatron measurement"', "is not readable JSON"),
         (b"\xff\xfe\x00", "utf-8"),
-        (b"[" * 200_000, "is no JSON that can be read"),
-        (b"1" * 5000, "is no JSON that can be read"),
+        (b"[" * 200_000, "is not readable JSON"),
+        (b"1" * 5000, "is not readable JSON"),
         (b"[]", "the whole is a list of 0"),
         (b'"text"', 'the whole is "text"'),
         (b"{}", "is neither a measurement"),
@@ -508,7 +508,7 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
         (b'{"runs": []}', "is neither a measurement"),
     ],
 )
-def test_a_file_of_no_known_format_is_refused_in_one_line(
+def test_a_file_of_unknown_format_is_refused_in_one_line(
     report: Callable[..., Page], capsys: pytest.CaptureFixture[str], content: bytes, said: str
 ) -> None:
     Path("x.json").write_bytes(content)
@@ -538,7 +538,7 @@ def test_a_folder_of_the_demo_is_read_as_its_summary(report: Callable[..., Page]
     assert report("demo").column(HEADLINE, "model") == list(MODELS)
 
 
-def test_what_the_tool_says_is_where_the_page_is(
+def test_the_tool_prints_only_the_path_of_the_page(
     report: Callable[..., Page], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(Path("m.json"), measurement())

@@ -1,4 +1,4 @@
-"""Which numbers ``jreg_megatron.report`` puts together, and what it says where they are not alike."""
+"""The numbers that ``jreg_megatron.report`` joins, and its remarks if their conditions differ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_LAYER = "Displacement Ψ of each layer"
 
 
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:
-    """A measurement of a user who asked for the figures with the first token."""
+    """A measurement of a user who chose the figures with the first token."""
     for model in document["models"]:
         model["first_token"] = "kept"
     return document
@@ -56,7 +56,7 @@ def unlike(what: str) -> dict[str, Any]:
         ("max_tokens", ["run (text max tokens 512)", "run (text max tokens 4096)"]),
     ],
 )
-def test_what_was_measured_under_other_conditions_is_a_series_of_its_own_that_says_so(
+def test_measurements_under_other_conditions_are_a_separate_series_that_says_so(
     report: Callable[..., Page], what: str, labels: list[str]
 ) -> None:
     page = report(

@@ -40,7 +40,7 @@ HOSTILE = (
 
 @dataclass
 class Opened:
-    """A page, with what it asked for and what its console said."""
+    """A page, with its network requests and its console's messages."""
 
     page: Any
     requests: list[str] = field(default_factory=list)

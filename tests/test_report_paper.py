@@ -14,7 +14,7 @@ import pytest
 from report_toy import Page, evaluation, measurement, refusal, write, write_events
 
 DEPTHS = {"170m": 12, "1b": 16, "3.4b": 30}
-# The ends of the printed profiles, in hundredths: the baseline's and that of alpha 1.
+# The ends of the printed profiles, in hundredths: for the baseline and for alpha 1.
 ENDS = {
     "170m": ((25.63, 13.22), (26.36, 0.67)),
     "1b": ((25.00, 9.06), (28.04, 0.39)),
@@ -24,7 +24,7 @@ PER_LAYER = "Displacement Ψ of each layer, mean over tokens"
 
 
 def chart(name: str) -> dict[str, Any]:
-    """What the page draws a figure from."""
+    """The specification of a figure on the page."""
     (text,) = re.findall(
         r'<script[^>]*id="figures"[^>]*>(.*?)</script>', Path("report.html").read_text(), re.S
     )
@@ -79,7 +79,7 @@ def test_the_papers_profiles_lie_under_the_measured_ones_from_the_first_to_the_l
     assert float(table["1"]) == pytest.approx(ENDS[size][1][0] / 100)
 
 
-def test_they_lie_under_a_training_run_too(report: Callable[..., Page]) -> None:
+def test_the_papers_profiles_lie_under_a_training_run_too(report: Callable[..., Page]) -> None:
     page = report(write_events(Path("run"), {100: 3.0}, layers=4), "--paper", "3.4B", "--figures", "figures")
     spec = chart("displacement_in_training")
     assert len(thin(spec)) == 2
@@ -87,7 +87,7 @@ def test_they_lie_under_a_training_run_too(report: Callable[..., Page]) -> None:
     assert max(row["x"] for row in spec["datasets"]["rows"]) == pytest.approx(4)
     column = page.column("Displacement Ψ of each layer at the last validation", "the paper's 3.4B, baseline")
     assert len(column) == 30 and float(column[-1]) == pytest.approx(0.0758)
-    # A picture that stands alone names its source, on as many lines as it takes.
+    # A picture without a page names its source, on as many lines as needed.
     picture = Path("figures/displacement_in_training.svg").read_text()
     assert "2601.18302v1" in picture and "lies at 4." in picture
 

@@ -1,4 +1,4 @@
-"""What counts as a layer, and which models are refused by name before anything runs."""
+"""The definition of a layer, and models that are refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class IdentityFuncOp:
 
 
 class HybridModel(nn.Module):
-    """As much of Megatron's as is looked at: a stage's sub-layers, which know their number."""
+    """The attributes of Megatron's that are read: a stage's sub-layers, with their numbers."""
 
     def __init__(self, pattern: str, first: int = 1, count: int | None = None, **settings: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class HybridModel(nn.Module):
 
 
 def kinds_of(model: HybridModel, rule: str = "mixer") -> list[str]:
-    """A model's layers, told from the numbers of the modules at their ends."""
+    """A model's layers, by the numbers of the modules at their ends."""
     define_layers([model], rule)
     kinds = model.hybrid_layer_pattern.replace("|", "")
     return [kinds[layer.first.layer_number - 1 : layer.last.layer_number] for layer in residual_layers(model)]
@@ -145,7 +145,7 @@ def test_full_recompute_that_parts_a_layer_is_refused_unless_each_sub_layer_is_o
 
 def test_methods_on_a_model_must_agree_on_what_a_layer_is() -> None:
     model = HybridModel("*-*-")
-    with pytest.raises(UserError, match="--jreg-layer is sublayer and --norms-layer is mixer; all methods"):
+    with pytest.raises(UserError, match="--jreg-layer is sublayer and --norms-layer is mixer; give all"):
         attach(model, JRegConfig(layer="sublayer"), NormsConfig(), num_microbatches=1)
     with pytest.raises(UserError, match=r"--jreg-layer \(.*\) is block; .*mixer.*sublayer"):
         JRegConfig(layer="block")
@@ -164,7 +164,7 @@ def test_a_hybrid_model_whose_last_stage_is_empty_is_known() -> None:
 
 
 def test_a_hybrid_model_without_a_pattern_is_refused() -> None:
-    # Before 0.17 Megatron can deal out sub-layers by their ratios alone.
+    # Before 0.17 Megatron can distribute sub-layers only by their ratios.
     model = HybridModel("*-")
     model.hybrid_layer_pattern = None
     with pytest.raises(UserError, match="HybridModel"):
@@ -184,7 +184,7 @@ def test_a_model_that_one_rank_refuses_is_refused_on_every_rank() -> None:
 
 
 def refusal_of_kernels(by_rank: list[Any]) -> str | None:
-    """What attaching says where each rank would run its own; None if nothing before the model."""
+    """The error of attach if each rank would run its own; None if there is none before the model."""
     kernels.choose = lambda *_: by_rank[dist.get_rank()]  # type: ignore[assignment]
     attachment.Handle = lambda *_: None  # type: ignore[assignment,misc]
     try:

@@ -1,4 +1,4 @@
-"""A run that is resumed is the same to the bit as one that goes on, with every method."""
+"""A resumed run is bit-identical to a run without interruption, with every method."""
 
 from __future__ import annotations
 

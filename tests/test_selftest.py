@@ -1,4 +1,4 @@
-"""The self-test that users run on their own machines: what it tries, what it says, how it ends."""
+"""The self-test that users run on their own machines: its layouts, its report, its exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One dataclass of settings: from Python, YAML and the command line, and what it refuses."""
+"""One dataclass of settings: from Python, YAML and the command line, and its refusals."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_layer_weights_follow_the_rule() -> None:
     alpha=st.floats(0, 10),
     share=st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 0.3]),
 )
-def test_the_lightest_layers_are_left_out_as_many_as_weigh_no_more_than_the_stated_share(
+def test_the_lightest_layers_are_left_out_up_to_the_stated_share_of_weight(
     layers: int, alpha: float, share: float
 ) -> None:
     config = JRegConfig(alpha=alpha, negligible_weight=share)

@@ -1,4 +1,4 @@
-"""recipes/sft.sh: the paper's settings, Tulu's format, labels on the answers alone, mistakes in one line."""
+"""recipes/sft.sh: the paper's settings, Tulu's format, labels only on the answers, mistakes in one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the smoke run makes in the place of an exported model."""
+    """The smoke run's model, instead of an exported one."""
     folder = tmp_path_factory.mktemp("toy") / "model"
     sft.make_toy(folder)
     return folder
@@ -52,7 +52,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def words_of(tmp_path: Path) -> Callable[..., list[str]]:
-    """What the recipe hands to ``python -m jreg_megatron.sft``, seen by a stand-in for Python."""
+    """The arguments that the recipe passes to ``python -m jreg_megatron.sft``, from a stand-in for Python."""
     stand_in = tmp_path / "python"
     stand_in.write_text('#!/bin/sh\ntest "$1" = -c || printf "%s\\0" "$@"\n')
     stand_in.chmod(0o755)
@@ -165,7 +165,7 @@ def test_the_settings_are_the_papers(words_of: Callable[..., list[str]]) -> None
     assert (asked.learning_rate, asked.lr_scheduler_type, asked.max_steps) == (2e-5, "linear", 957)
     assert options.batch == 512 and options.data == "allenai/tulu-v1-sft-mixture"
     assert not asked.packing and asked.assistant_only_loss and asked.bf16 and asked.max_length == 1024
-    # One pass over the mixture, unpacked, is what the paper's number of steps comes to.
+    # The paper's number of steps is one pass over the mixture, unpacked.
     assert asked.max_steps == math.ceil(MIXTURE / options.batch)
 
 
@@ -194,7 +194,7 @@ def test_a_dry_run_prints_the_table_and_the_torchrun_command_and_starts_nothing(
     assert not started and not (tmp_path / "run").exists()
 
 
-def test_a_smoke_run_learns_and_goes_on_from_a_checkpoint_to_the_same_weights(
+def test_a_smoke_run_learns_and_continues_from_a_checkpoint_to_the_same_weights(
     words_of: Callable[..., list[str]], started: list[list[str]], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +225,7 @@ def test_a_smoke_run_learns_and_goes_on_from_a_checkpoint_to_the_same_weights(
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
 
-def test_a_run_goes_on_by_itself_and_says_when_it_is_complete(
+def test_a_run_resumes_by_itself_and_reports_when_it_is_complete(
     words_of: Callable[..., list[str]],
     started: list[list[str]],
     toy: Path,

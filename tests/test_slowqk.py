@@ -18,7 +18,7 @@ from jreg_megatron.methods.slowqk.slowqk import rows_of_q_and_k
 
 FLAGS = ("--slowqk-multiplier", 0.25, "--slowqk-hold-iterations", 4, "--slowqk-ramp-iterations", 3)
 MULTIPLIERS = [0.25, 0.25, 0.25, 0.25, 0.5, 0.75, 1.0]
-"""What those flags say, written out."""
+"""The settings of these flags, written out."""
 
 TENSOR, DISTRIBUTED = ("--tensor-model-parallel-size", 2), ("--use-distributed-optimizer",)
 LAYOUTS = {

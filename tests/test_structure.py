@@ -1,4 +1,4 @@
-"""What is taken for the layers and the final norm, in real families and in models built to mislead."""
+"""The layers and the final norm that are found, in real families and in misleading models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def notes(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def seen_by(model: Any, found: Decoder) -> Recorder:
-    """What an observer sees; each layer's states must be those of a hook on that layer."""
+    """An observer's states. Each layer's states must equal those of a hook on this layer."""
     by_hook: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: by_hook.append(_first(out))) for layer in found.layers
@@ -92,7 +92,7 @@ def test_a_model_that_gives_all_tokens_the_same_logits_is_refused() -> None:
     ("family", "counted", "ran"),
     [("longcat_flash", LAYERS, LAYERS // 2), ("mllama", LAYERS, LAYERS - 1)],
 )
-def test_layers_that_the_configuration_counts_otherwise_are_found_and_said(
+def test_layers_that_the_configuration_counts_differently_are_found_and_noted(
     family: str, counted: int, ran: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = small_model(family)
@@ -159,7 +159,7 @@ def test_a_model_without_a_final_norm_on_its_last_layer_has_no_state_after_it(
         torch.testing.assert_close(found.read_out(seen.states[LAYERS]), logits)
 
 
-def test_a_head_that_reads_several_states_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_reads_several_states_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     found_in(small_model("inkling2_text"))
     (note,) = notes(capsys)
     assert "head of odd" in note
@@ -169,7 +169,7 @@ def test_a_head_that_reads_several_states_is_said(capsys: pytest.CaptureFixture[
 
 
 class Layer(nn.Module):
-    """Adds to each token what it makes of the mean over it and those before."""
+    """Adds to each token a function of the mean over it and the tokens before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Streams(nn.Module):
 
 
 class Pair(nn.Module):
-    """A layer that hands on its branch and, beside it, the sum of those before."""
+    """A layer that passes on its branch and, separately, the sum of the earlier branches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Project(nn.Linear):
 
 
 class Odd(nn.Module):
-    """A language model of given parts; ``way`` leads from the embedding to what the head reads."""
+    """A language model of given parts; ``way`` is the path from the embedding to the head's input."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -372,7 +372,7 @@ def mask(value: float) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits.masked_fill(ids == VOCABULARY - 1, value)
 
 
-# What a model may do to its logits, and whether its head alone has other ones then.
+# A model's change of its logits, and whether the head alone then gives other logits.
 LOGITS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "masked by -Inf": (mask(-torch.inf), True),
     "masked by the least number": (mask(torch.finfo(torch.float32).min), True),
@@ -542,11 +542,11 @@ def test_a_layer_that_returns_a_named_tuple_can_be_left_out() -> None:
     torch.testing.assert_close(logits, by_hand(model, [], TOKENS)[1])
 
 
-# What a model is made of, and what it gives
+# A model's parts, and its expected structure
 
 
 class Halves(Stack):
-    """Halves the state behind each layer, as RWKV does in half precision."""
+    """Halves the state after each layer, as RWKV does in half precision."""
 
     def forward(self, state: Tensor) -> Tensor:
         for part in self.parts:
@@ -554,7 +554,7 @@ class Halves(Stack):
         return state
 
 
-def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_said(
+def test_a_state_that_is_scaled_between_layers_keeps_its_angles_and_is_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = Odd(lambda m, x: m.norm(m.body(x)), body=Halves(*stack().parts), norm=nn.LayerNorm(WIDTH))
@@ -685,8 +685,8 @@ DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda m, x: m.body(x + x[:, :16].mean(1, keepdim=True) * (x.shape[1] > 12)),
         "looks at later tokens in a longer text",
     ),
-    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "other logits for the same tokens"),
-    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "other logits for the same tokens"),
+    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "different logits for the same"),
+    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "different logits for the same"),
 }
 
 

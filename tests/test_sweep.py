@@ -1,4 +1,4 @@
-"""What ``jreg_megatron.sweep`` promises: every run of the grid once, and what they measured as a result."""
+"""The promises of ``jreg_megatron.sweep``: every run of the grid once, and their measurements as a result."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
 
 class StandIn:
-    """A folder with a recipe that trains nothing, and a plan of what its runs do."""
+    """A folder with a recipe that trains nothing, and a plan of its runs' behaviour."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class StandIn:
         return recipe
 
     def plan(self, runs: dict[str, dict[str, Any]]) -> None:
-        """Say by a run's name what it does: status, says, waits, and the arguments of write_events."""
+        """Set a run's behaviour by its name: status, says, waits, and the arguments of write_events."""
         shutil.rmtree(self.folder / "plan", ignore_errors=True)
         for name, does in ({"default": {}} | runs).items():
             plan = self.folder / "plan" / name
@@ -238,7 +238,7 @@ def test_one_seed_and_an_interval_around_zero_are_not_called_a_difference(
 
 
 def root_cause(rank: int, traceback: str) -> list[str]:
-    """What torchrun prints last."""
+    """torchrun's last lines."""
     others = ["  rank      : 0 (local_rank: 0)", "  exitcode  : 1 (pid: 6)"]
     mine = [f"  rank      : {rank} (local_rank: {rank})", "  exitcode  : 1 (pid: 7)", "  error_file: <N/A>"]
     return [
@@ -272,14 +272,16 @@ def root_cause(rank: int, traceback: str) -> list[str]:
         (["jreg_megatron: error: --lr is -1", "RuntimeError: a rank failed", "bye"], "--lr is -1"),
     ],
 )
-def test_why_a_run_failed_is_our_line_else_an_errors_else_the_last(printed: list[str], why: str) -> None:
+def test_the_reason_of_a_failed_run_is_our_line_else_an_errors_else_the_last(
+    printed: list[str], why: str
+) -> None:
     last_error = LastError()
     for line in printed:
         last_error.read(f"{line}\n")
     assert str(last_error) == why
 
 
-def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
+def test_a_run_that_fails_is_named_with_the_reason_and_the_others_continue(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = "coeff0.1_alpha1_seed1"
@@ -299,7 +301,7 @@ def test_a_run_that_fails_is_named_with_why_and_the_others_go_on(
     assert read_summary(toy.folder / "out")["left_out"] == {}
 
 
-def test_what_the_recipe_refuses_for_the_first_run_is_not_tried_with_the_others(
+def test_after_a_refusal_of_the_first_run_the_others_are_not_tried(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy.plan({"baseline_seed1": {"status": 2, "says": ["jreg_megatron: error: DATA is missing; make it"]}})
@@ -308,7 +310,7 @@ def test_what_the_recipe_refuses_for_the_first_run_is_not_tried_with_the_others(
     assert toy.started == ["baseline_seed1"]
 
 
-def test_sigterm_reaches_the_recipe_and_the_same_command_goes_on_where_it_was(toy: StandIn) -> None:
+def test_sigterm_reaches_the_recipe_and_the_same_command_resumes_it(toy: StandIn) -> None:
     waiting = "coeff0.1_alpha1_seed1"
     toy.plan({waiting: {"waits": True}})
     words = (toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, "--output", toy.folder / "out")
@@ -353,7 +355,7 @@ def test_another_grid_adds_its_runs_after_those_that_are_there(toy: StandIn) -> 
     ]
 
 
-def test_a_sweep_goes_on_with_the_knobs_it_began_with(
+def test_a_sweep_continues_with_its_first_knobs(
     toy: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (toy.recipe, "--coeff", 0.1, "--seeds", 1, "--output", toy.folder / "out")
@@ -426,12 +428,12 @@ def test_a_mistake_ends_in_one_line_before_anything_is_started(
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [
-        ("x", "is no JSON"),
+        ("x", "is not readable JSON"),
         ("[]", "the whole is a list of 0"),
         ('{"runs": [{}]}', "recipe is missing"),
     ],
 )
-def test_a_file_that_is_no_sweep_is_refused_in_one_line(
+def test_a_file_that_is_not_a_sweep_is_refused_in_one_line(
     kept: str, expected: str, toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (toy.folder / "sweep.json").write_text(kept)
@@ -480,7 +482,7 @@ def test_a_dry_run_prints_lines_that_a_shell_takes_and_leaves_nothing(
     ]
 
 
-def test_what_cannot_be_compared_is_left_out_by_name(
+def test_parts_that_cannot_be_compared_are_left_out_by_name(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy.plan(
@@ -576,7 +578,7 @@ case $1 in show) echo localhost;; requeue) echo "$2" >> {folder}/requeued;; esac
 
 @pytest.fixture
 def slurm(toy: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """The commands of a cluster on PATH, which really start what they are given."""
+    """The commands of a cluster on PATH. They really start their scripts."""
     programs = toy.folder / "bin"
     programs.mkdir()
     for name, text in SLURM.items():
@@ -605,7 +607,7 @@ def test_a_slurm_array_trains_one_run_a_task_and_draws_the_result(
     assert sorted(slurm.started) == ["baseline_seed1", "coeff0.1_alpha1_seed1"]
     assert {call.tokens for call in slurm.calls} == {"5000"}
     assert {call.master for call in slurm.calls} == {"localhost"}
-    # Run 1 has saved and ended early, so its task goes back to the queue; the other has drawn what there is.
+    # Run 1 has saved and ended early, so its task goes back to the queue. The other has drawn the results.
     assert (slurm.folder / "requeued").read_text() == "101\n"
     assert list(read_summary(output)["runs"]) == ["baseline_seed1"]
     slurm.plan({})

@@ -1,6 +1,6 @@
-"""In Megatron's Transformer Engine layers the residual stream is where it is in its own.
+"""In Megatron's Transformer Engine layers the residual stream is at the same place as in its own layers.
 
-Without a GPU: Megatron's code is the real one, Transformer Engine's is a stand-in in plain torch.
+Without a GPU: Megatron's code is real, Transformer Engine is a stand-in in plain torch.
 """
 
 from __future__ import annotations

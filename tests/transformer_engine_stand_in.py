@@ -1,8 +1,8 @@
-"""As much of Transformer Engine as Megatron's layers subclass, in plain torch, for a process that has none.
+"""The classes of Transformer Engine that Megatron's layers subclass, in plain torch, without its kernels.
 
-It has the real one's interfaces and keeps what they promise, without its kernels: one rank, no FP8
-arithmetic. As there, ``checkpoint`` runs first under ``no_grad``, keeps its inputs and runs again on their
-memory; a norm takes any type and gives its weight's; a norm within a linear layer takes its weight's only.
+They have the real interfaces and keep their promises: one rank, no FP8 arithmetic. As in
+the real package, ``checkpoint`` runs first under ``no_grad``, keeps its inputs and runs again on their
+memory. A norm takes any type and returns its weight's. A norm within a linear layer takes only its weight's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 VERSION = "2.6.0"
-"""What the stand-in says it is. Later ones have modules besides, which Megatron imports unasked."""
+"""The stand-in's version. Later versions have more modules, which Megatron imports without a check."""
 
 
 def install() -> None:
@@ -74,7 +74,7 @@ def install() -> None:
 
 
 CALLS: set[str] = set()
-"""What was called that a test wants to be sure of."""
+"""Calls that a test checks."""
 
 
 class _Recipe:
@@ -195,7 +195,7 @@ class SwiGLU(nn.Module):
 
 
 class Sequential(nn.Sequential):
-    """Returns the last operation's output, and behind it the input of each ``MakeExtraOutput``."""
+    """Returns the last operation's output, followed by the input of each ``MakeExtraOutput``."""
 
     def forward(self, x: Tensor) -> Any:
         CALLS.add("ops")

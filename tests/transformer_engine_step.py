@@ -1,7 +1,7 @@
 """Steps of the toy model in Megatron's Transformer Engine specs, compared with the reference.
 
-A process of its own, ``python transformer_engine_step.py RESULTS CASES...``: Megatron looks for Transformer
-Engine when it is imported. Here it finds the stand-in.
+A separate process, ``python transformer_engine_step.py RESULTS CASES...``: Megatron looks for Transformer
+Engine at its import. Here it finds the stand-in.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(results: Path, names: list[str]) -> None:
 
 
 def _run(case: Case, calls: set[str]) -> Any:
-    """The comparison and what was called, or what went wrong."""
+    """The comparison and the calls, or the error."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_config
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class GoesOn(TransformerLayer):  # type: ignore[misc]
-    """Adds a term behind its base class, as Gemma's per-layer embeddings do."""
+    """Adds a term after its base class, as Gemma's per-layer embeddings do."""
 
     def forward(self, *args: Any, **named: Any) -> Any:
         out, context = super().forward(*args, **named)
@@ -146,7 +146,7 @@ UNKNOWN: dict[str, tuple[type[TransformerLayer], str]] = {
     "recomputes itself": (RecomputesItself, "recomputes itself"),
     "wide": (Wide, "has a residual stream of width 128, and the model's hidden size is 64"),
 }
-"""Kinds of layers, and what is said of each; the hidden size is the example's."""
+"""Kinds of layers, and the finding for each; the hidden size is the example's."""
 
 
 def spec_of(kind: str) -> Any:
@@ -162,7 +162,7 @@ def goes_on_spec(config: Any) -> Any:
 
 
 class MambaGoesOn(MambaLayer):  # type: ignore[misc]
-    """Adds a term behind its base class."""
+    """Adds a term after its base class."""
 
     def forward(self, *args: Any, **named: Any) -> Any:
         out = super().forward(*args, **named)
@@ -170,7 +170,7 @@ class MambaGoesOn(MambaLayer):  # type: ignore[misc]
 
 
 class MambaAddsToTheNormed(MambaLayer):  # type: ignore[misc]
-    """Post-norm: the residual is what the norm gives."""
+    """Post-norm: the residual is the norm's output."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         return super().forward(self.norm(hidden_states), *args, **named)
@@ -207,4 +207,4 @@ UNKNOWN_SUBLAYERS: dict[str, tuple[type[Any], str]] = {
     "mlp_layer twice": (TwoFeedForwards, "calls mlp_bda more than once"),
     "mlp_layer that does not run": (HandsOn, "began and did not end in a forward pass"),
 }
-"""Sub-layers of a hybrid model: the name begins with that of the slot that they take."""
+"""Sub-layers of a hybrid model. The name begins with their slot's name."""

@@ -1,4 +1,4 @@
-"""Megatron's training loop with nothing of JREG in it: what `coeff = 0` must equal bit for bit."""
+"""Megatron's training loop without JREG. A run with `coeff = 0` must be bit-identical to it."""
 
 from __future__ import annotations
 

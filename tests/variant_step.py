@@ -89,7 +89,7 @@ class SinkLlama(reference.ReferenceLlama):
 
 
 WIDER, EMBEDDED = 4, 3.0
-"""How much wider the model is than the one with MuP's hyperparameters, and the embedding's factor."""
+"""The model's width relative to that of MuP's hyperparameters, and the embedding's factor."""
 
 
 class MupLlama(reference.ReferenceLlama):
@@ -123,7 +123,7 @@ class AttenuatedLlama(reference.ReferenceLlama):
 
 
 class LossInPlace(torch.autograd.Function):
-    """Cross-entropy ``[s, b]`` that keeps its gradient in the place of the logits, as Liger's does."""
+    """Cross-entropy ``[s, b]`` that keeps its gradient in the logits' memory, as Liger's does."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, *_: Any) -> Tensor:

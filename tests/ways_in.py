@@ -2,10 +2,10 @@
 
     python tests/ways_in.py CLONE [TAG...]
 
-CLONE is a git clone of Megatron-LM. For each tag its scripts run ten steps at TP2 x PP2 on the CPU: as they
-are, by the launcher and with the patch applied; and the example of a loop of one's own runs those of
-``pretrain_gpt.py`` on the tree's ``megatron.core``. Without a TAG all are tried and the table goes into
-``patches/README.md``; the exit status is the number of rows in which two ways differ.
+CLONE is a git clone of Megatron-LM. For each tag its scripts run ten steps at TP2 x PP2 on the CPU:
+unchanged, by the launcher and with the patch applied. The example of a custom loop runs the steps of
+``pretrain_gpt.py`` on the tree's ``megatron.core``. Without a TAG all tags run, and the table goes into
+``patches/README.md``. The exit status is the number of rows in which two ways differ.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def relative(found: list[float], wanted: list[float]) -> float:
 
 
 def loop_of_ones_own(tree: Path, data: Path, folder: Path) -> Log:
-    """What the example's loop gives on the tree's ``megatron.core`` and the script's batches."""
+    """The losses of the example's loop on the tree's ``megatron.core`` with the script's batches."""
     result = folder / f"{tree.name}-code.npz"
     program = Path(__file__).with_name("code_path.py")
     run(CPU, program, tree, data, result, folder=folder, path=str(tree))

@@ -1,1 +1,1 @@
-"""A model between Megatron's ``torch_dist`` checkpoints and Hugging Face's Llama folders, both ways."""
+"""Convert between Megatron's ``torch_dist`` checkpoints and Hugging Face folders of a Llama or Qwen."""

@@ -1,4 +1,4 @@
-"""What export and import share: the command, its checks, and an output folder that is whole or not there."""
+"""Shared by export and import: the command line, its checks, and atomic writing of the output folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Report = dict[str, Any]
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""Largest difference of logits, relative to the largest logit or 1."""
+"""Largest allowed difference of logits, relative to the largest logit, or to 1 if all are smaller."""
 
 
 def parser(
     command: str, source: tuple[str, str], output: str, description: str, epilog: str
 ) -> ArgumentParser:
-    """A parser of the flags of both commands; ``source`` is the first argument's name and help."""
+    """A parser with the flags of both commands; ``source`` is the first argument's name and help."""
     made = ArgumentParser(prog=f"jreg-megatron {command}", description=description, epilog=epilog)
     made.add_argument("source", type=Path, metavar=source[0], help=source[1])
     made.add_argument("output", type=Path, metavar="OUTPUT", help=output)
@@ -73,7 +73,7 @@ def check_logits(decoder: Decoder, model: Any, what: str) -> float:
         The largest difference of their logits.
 
     Raises:
-        UserError: if it is more than rounding.
+        UserError: if the difference is larger than rounding errors.
     """
     import torch
 
@@ -93,10 +93,10 @@ def check_logits(decoder: Decoder, model: Any, what: str) -> float:
 
 
 def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:
-    """Refuse an output folder that cannot be written, or that holds other things.
+    """Refuse an output folder that cannot be written, or that holds other files.
 
-    ``own`` are patterns of the file names that the same command writes. With ``overwrite``, a folder that
-    holds only such files may be replaced.
+    ``own`` are patterns of the file names that the command writes. With ``overwrite``, a folder that holds
+    only such files may be replaced.
 
     Raises:
         UserError: naming the folder.
@@ -118,7 +118,7 @@ def check_place(output: Path, own: tuple[str, ...], overwrite: bool) -> None:
 
 @contextmanager
 def made_beside(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output``. It is moved there at the end of the block, or removed on an error."""
+    """A new folder beside ``output``. At the end of the block it replaces ``output``; an error removes it."""
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}-{os.getpid()}.part")

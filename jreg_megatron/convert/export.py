@@ -34,14 +34,14 @@ def _parser() -> argparse.ArgumentParser:
         "new folder",
         "Write a Megatron torch_dist checkpoint of a Llama, Qwen2 or Qwen3, saved at any layout, as a folder "
         "for transformers, vLLM and others: safetensors, config and tokenizer. No GPU is needed.",
-        "At the end the exported files are loaded. Their logits must be the checkpoint's, and their "
-        "tokenizer must give the ids of the training's tokenizer.",
+        "At the end the exported files are loaded. Their logits must equal the checkpoint's, and their "
+        "tokenizer must give the same ids as the training's tokenizer.",
     )
     parser.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--tokenizer-model", metavar="PATH", help="the training's tokenizer, if it has moved")
+    which("--tokenizer-model", metavar="PATH", help="place of the training's tokenizer, if it has moved")
     which("--no-tokenizer", action="store_true", help="export only weights and config")
-    rows = "rows of the embedding to export, if neither tokenizer nor training shows how many are padding"
+    rows = "rows of the embedding to export, if neither tokenizer nor training shows the vocabulary's size"
     parser.add_argument("--vocab-size", type=int, metavar="N", help=rows)
     return parser
 
@@ -50,7 +50,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """Export, check the written files, and return the report for ``--json``.
 
     Raises:
-        UserError: for a model that neither Llama nor Qwen can express, or files that are missing or damaged.
+        UserError: for a model that neither Llama nor Qwen can express, or for missing or damaged files.
     """
     find_checkpoint(options.source, options.step)
     need("transformers", "export", "analysis")
@@ -92,12 +92,12 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         if scaling:
             weights = scaling.into_norms(weights)
             notes.append(
-                f"the norms' weights hold the factors of {scaling.as_flags()}; train on from an import of "
-                "these files without that flag"
+                f"the norms' weights include the factors of {scaling.as_flags()}; leave this flag out if you "
+                "import these files and continue training"
             )
         weights = to_hugging_face(weights, config)
         _save_model(folder, config, weights)
-        # Transformers 5 writes rotary settings elsewhere. Without these, older programs take 10,000.
+        # Transformers 5 writes these settings under another key. Older programs would assume base 10,000.
         add_to_json(folder / "config.json", older_rope_settings(config))
         if not (told or options.vocab_size):
             notes.append(

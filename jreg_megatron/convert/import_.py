@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "new folder, for Megatron's --load",
         "Write a Llama, Qwen2 or Qwen3 of Hugging Face as a Megatron torch_dist checkpoint, which training "
         "loads at any layout, and print the Megatron flags of the model. No GPU is needed.",
-        "At the end the checkpoint is loaded. Its logits must be the Hugging Face model's.",
+        "At the end the checkpoint is loaded. Its logits must equal the Hugging Face model's.",
     )
 
 
@@ -34,7 +34,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     """Import, check the checkpoint, and return the report for ``--json``.
 
     Raises:
-        UserError: for a model that Megatron cannot express, or files that are missing or damaged.
+        UserError: for a model that Megatron cannot express, or for missing or damaged files.
     """
     source = options.source
     if not (source / "config.json").is_file():
@@ -58,7 +58,7 @@ def import_folder(options: argparse.Namespace) -> dict[str, Any]:
     with command.made_beside(options.output) as folder:
         (folder / RELEASE).mkdir()
         _save(folder / RELEASE, weights, config.vocab_size, flags, model.dtype)
-        # After all weights, as Megatron does it: this file makes the folder a checkpoint.
+        # After all weights, as in Megatron, because this file makes the folder a checkpoint.
         (folder / TRACKER).write_text(f"{RELEASE}\n")
         decoder = load_megatron(folder, dtype=model.dtype, device=device)
         difference = command.check_logits(decoder, model, "imported")
@@ -78,7 +78,7 @@ def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
 
 
 def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[str], dtype: Any) -> None:
-    """Write a ``torch_dist`` checkpoint of the weights, with the arguments that describe them."""
+    """Write a ``torch_dist`` checkpoint of the weights, with the arguments of their model."""
     import torch
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -89,7 +89,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
     from jreg_megatron.mcore.one_process import single_process
 
     args = parse([*FLAGS, *flags], world_size=1)
-    # The rows of padding depend on the training's layout. Megatron adds them at loading.
+    # The number of padding rows depends on the training's layout. Megatron adds them when it loads.
     args.vocab_size = args.padded_vocab_size = vocab_size
     args.make_vocab_size_divisible_by, args.params_dtype = 1, dtype
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
@@ -112,7 +112,7 @@ def _save(folder: Path, weights: dict[str, Any], vocab_size: int, flags: list[st
 def _print(report: dict[str, Any]) -> None:
     print(f"Checked: logits differ by at most {report['largest_logit_difference']:.1e}")
     print("Continue training with these flags, and your own for data, length, batch, optimizer and layout:\n")
-    # One flag with its values on a line, for a shell script.
+    # One line per flag, for a shell script.
     words = [f"\\\n    {w}" if w.startswith("--") else w for w in map(shlex.quote, report["megatron_flags"])]
     print(" ".join(words).removeprefix("\\\n"))
 

@@ -1,7 +1,8 @@
 """Models that both Megatron's ``GPTModel`` and Hugging Face's Llama, Qwen2 or Qwen3 can express.
 
-Their weights have other names, and no number changes. Megatron has queries, keys and values in one matrix,
-group by group (the queries of a group, its key, its value), and gate above up projection in another.
+The conversion renames weights and changes no number. Megatron stores queries, keys and values in one matrix,
+group by group: the queries of a group, its key, its value. It stores the MLP's gate projection above the up
+projection in one matrix.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""The numbers of Megatron's ``--use-rope-scaling``; its training loop has no others."""
+"""The constants of Megatron's ``--use-rope-scaling``. Its training loop cannot set others."""
 
-# Features of Megatron's GPTModel that a Llama and a Qwen lack: argument, their values, the feature, and a
-# model of Megatron-Bridge with this feature. What cannot be measured either is refused before.
+# Features of Megatron's GPTModel that Llama and Qwen lack: argument, allowed values, feature, and a model of
+# Megatron-Bridge with this feature. Features that the tools cannot measure either are refused earlier.
 _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
     ("num_experts", (None,), "is a mixture of experts (--num-experts)", "Qwen3-MoE"),
     ("multi_latent_attention", (False,), "has multi-latent attention", "DeepSeek-V3"),
@@ -50,8 +51,8 @@ _ONLY_IN_MEGATRON: tuple[tuple[str, tuple[Any, ...], str, str | None], ...] = (
 AS_IT_IS = "it cannot be exported, but jreg-megatron measure and evaluate can read the checkpoint"
 
 KINDS = ("llama", "qwen2", "qwen3")
-"""Hugging Face's ``model_type``. A Qwen2 is a Llama with biases in queries, keys and values; a Qwen3 one with
-norms of queries and keys."""
+"""Hugging Face's ``model_type``. A Qwen2 is a Llama with biases in queries, keys and values. A Qwen3 is a
+Llama with norms of queries and keys."""
 
 
 _SAME = {
@@ -66,10 +67,13 @@ _SAME = {
 
 
 def from_megatron(args: Any, vocab_size: int, what: str, is_changed: bool = False) -> Any:
-    """Hugging Face's config of the model that Megatron's arguments describe, without ids of a tokenizer.
+    """Hugging Face's config for Megatron's arguments, without ids of a tokenizer.
 
-    ``vocab_size`` is the number of rows without padding; ``what`` names the checkpoint in messages;
-    ``is_changed`` says that a method has changed the model, which Megatron-Bridge does not know of.
+    Args:
+        args: Megatron's arguments.
+        vocab_size: number of rows without padding.
+        what: name of the checkpoint in messages.
+        is_changed: whether a method has changed the model. Then Megatron-Bridge cannot export it.
 
     Raises:
         UserError: naming the feature that none of ``KINDS`` has.
@@ -117,7 +121,7 @@ def from_megatron(args: Any, vocab_size: int, what: str, is_changed: bool = Fals
 
 def refuse_other(config: Any, what: str) -> None:
     """Raises:
-    UserError: naming a feature in the config that Megatron's ``GPTModel`` lacks, or a type not in ``KINDS``.
+    UserError: for a type not in ``KINDS``, or a feature that Megatron's ``GPTModel`` lacks; it is named.
     """
 
     if config.model_type not in KINDS:
@@ -158,12 +162,12 @@ def older_rope_settings(config: Any) -> dict[str, Any]:
 
 
 def head_width(config: Any) -> int:
-    """Of a query, a key and a value."""
+    """Width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def megatron_flags(config: Any) -> list[str]:
-    """Megatron's flags for a Hugging Face config, each followed by its value."""
+    """Megatron's flags for a Hugging Face config, as separate words."""
     rope = config.rope_parameters
     flags: list[str | float] = ["--kv-channels", head_width(config), "--rotary-base", int(rope["rope_theta"])]
     for theirs, ours in _SAME.items():
@@ -201,7 +205,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     _GATE_UP: _SEPARATE_GATE_UP,
     "mlp.linear_fc2": ("mlp.down_proj",),
 }
-"""Megatron's modules, those of a layer without its number, and what of Hugging Face's holds the same."""
+"""Megatron's modules (a layer's without its number), and Hugging Face's modules with the same weights."""
 
 _OURS, _THEIRS = "decoder.layers.", "model.layers."
 
@@ -232,7 +236,7 @@ def to_megatron(weights: Weights, config: Any) -> Weights:
         number, module, kind = _cut(name, _THEIRS)
         is_tied = module == "lm_head" and config.tie_word_embeddings
         if module not in ours or is_tied:
-            continue  # it comes with the first part of its whole
+            continue  # joined with the first part of its Megatron module
         whole = ours[module]
         parts = [weights[_joined(_THEIRS, number, part, kind)] for part in _MODULES[whole]]
         joint = _join_qkv(parts, config) if whole == _QKV else torch.cat(parts)
@@ -241,7 +245,7 @@ def to_megatron(weights: Weights, config: Any) -> Weights:
 
 
 def _cut(name: str, layers: str) -> tuple[str, str, str]:
-    """A weight's layer, empty for none, its module, and whether it is ``weight`` or ``bias``."""
+    """Split a weight's name: its layer (empty outside the layers), its module, and ``weight`` or ``bias``."""
     module, _, kind = name.rpartition(".")
     if not module.startswith(layers):
         return "", module, kind
@@ -254,7 +258,7 @@ def _joined(layers: str, number: str, module: str, kind: str) -> str:
 
 
 def _on_its_own(weight: Tensor) -> Tensor:
-    """The tensor in its own memory, as safetensors needs it."""
+    """The tensor in a storage of its own, as safetensors requires."""
     whole = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
     return weight if whole else weight.clone(memory_format=torch.contiguous_format)
 

@@ -26,10 +26,10 @@ _SPACE = "▁"
 def save_tokenizer(tokenizer: TrainingTokenizer, folder: Path) -> tuple[list[str], int | None]:
     """Write the tokenizer's files into a folder, and check that they give the training's ids.
 
-    The text ``</s>`` is a control piece for Hugging Face, and plain text for SentencePiece.
+    Hugging Face reads the text ``</s>`` as a control piece, and SentencePiece reads it as plain text.
 
     Returns:
-        Notes for the user, and the id of the piece that begins a document, if there is one.
+        Notes for the user, and the id of the piece that begins a document, or None.
 
     Raises:
         UserError: if transformers' tokenizer gives other ids.
@@ -75,7 +75,7 @@ def write_sentencepiece(tokenizer_model: Path, folder: Path) -> int:
             if 0 <= number < len(model.pieces)
         },
     ).save_pretrained(folder)
-    # Transformers 5 has a new name for the class. It knows the old one, and older programs know only that.
+    # Transformers 5 renamed the class. It still knows the old name, which older programs need.
     add_to_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     return int(model.trainer_spec.model_type)
 
@@ -86,7 +86,7 @@ def add_to_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def sample_texts() -> list[str]:
-    """Texts to compare tokenizers: the sample, and speeches if they are installed."""
+    """Texts to compare tokenizers: the sample, its lines, and speeches if they are installed."""
     from jreg_megatron.data.texts import held_out_speeches
 
     try:
@@ -97,7 +97,7 @@ def sample_texts() -> list[str]:
 
 
 def _fast_tokenizer(model: Any) -> Any:
-    """SentencePiece's model in the library ``tokenizers``."""
+    """SentencePiece's model as one of the library ``tokenizers``."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     trainer, rules = model.trainer_spec, model.normalizer_spec
@@ -118,7 +118,7 @@ def _fast_tokenizer(model: Any) -> Any:
         )
     else:
         raise UserError(
-            "the training's SentencePiece model is of words or characters, which cannot be exported; give "
+            "the training's SentencePiece model is a word or character model, which cannot be exported; give "
             "--no-tokenizer"
         )
     tokenizer = Tokenizer(algorithm)
@@ -144,7 +144,7 @@ def _fast_tokenizer(model: Any) -> Any:
 
 
 def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs that become one piece, best first. SentencePiece scores the piece, not the pair."""
+    """Pairs that merge into one piece, best first. SentencePiece scores the piece, not the pair."""
     found = [
         (-piece.score, vocabulary[left], vocabulary[right], left, right)
         for piece in model.pieces

@@ -1,8 +1,8 @@
 """Megatron's own training loop on a CPU: gloo for NCCL, torch-only layers for fused kernels.
 
-Megatron-Core names CUDA by hand in a few hundred places. :func:`enable` redirects those names to the
-CPU for the life of the process; :data:`FLAGS` choose the code paths that need no CUDA kernel. A run on
-GPUs redirects nothing.
+Megatron-Core names CUDA explicitly in a few hundred places. :func:`enable` redirects these names to the CPU
+until the process ends. :data:`FLAGS` select code paths that need no CUDA kernel. A run on GPUs redirects
+nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["FLAGS", "announcement", "enable", "enable_for", "with_cpu_flags"]
 def enable() -> None:
     """Import Megatron and redirect all its uses of CUDA to the CPU.
 
-    Call it before anything else imports Megatron. Calling it again does nothing.
+    Call it before anything else imports Megatron. A second call is a no-op.
     """
     from jreg_megatron.cpu import megatron, redirect
 
@@ -32,8 +32,8 @@ def enable() -> None:
 
 
 def enable_for(device: torch.device) -> None:
-    """Import Megatron, and have its local layers run in torch alone on a device: a CPU, for which this is
-    :func:`enable`, or a GPU."""
+    """Import Megatron, and make its local layers run in pure torch, on a CPU or a GPU. On a CPU this is
+    :func:`enable`."""
     if device.type == "cpu":
         enable()
     else:

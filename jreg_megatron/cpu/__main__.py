@@ -1,7 +1,7 @@
 """Run a Megatron script on a CPU.
 
-``torchrun --nproc-per-node N -m jreg_megatron.cpu SCRIPT.py ARGS...`` or, with one import of Megatron
-for all ranks and so a much faster start, ``python -m jreg_megatron.cpu --nproc N SCRIPT.py ARGS...``.
+``torchrun --nproc-per-node N -m jreg_megatron.cpu SCRIPT.py ARGS...`` or ``python -m jreg_megatron.cpu
+--nproc N SCRIPT.py ARGS...``. The second starts much faster, because all ranks share one import of Megatron.
 As with torchrun, ``-m MODULE`` can replace ``SCRIPT.py``.
 """
 
@@ -14,7 +14,7 @@ from jreg_megatron.runtime.errors import user_errors_exit
 
 
 def main() -> None:
-    """Run the script named on the command line, with the rest of it and the CPU's flags as arguments."""
+    """Run the script of the command line with its arguments and the CPU's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m jreg_megatron.cpu", description="Run a Megatron script on a CPU."
     )

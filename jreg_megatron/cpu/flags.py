@@ -14,7 +14,7 @@ FLAGS: tuple[str, ...] = tuple(
     --no-gradient-reduce-div-fusion --cuda-graph-impl none --num-workers 0
     """.split()
 )
-"""Appended to the command line, where argparse lets the last value win."""
+"""Appended to the command line, because argparse takes the last value."""
 
 _SWITCHES = """
     --use-flash-attn --tp-comm-overlap --fp8-param-gather --fp4-param-gather --te-rng-tracker
@@ -31,16 +31,16 @@ _WITH_VALUE = """
     --save-dgrads-interval
 """
 _IGNORED = dict.fromkeys(_SWITCHES.split(), 0) | dict.fromkeys(_WITH_VALUE.split(), 1)
-"""Kernels, number formats, memory, network and inspection of a GPU, with the number of values of each flag.
+"""Flags for a GPU's kernels, number formats, memory, network and inspection, with their number of values.
 
-They have no counterpart that argparse would let win, so they leave the command line.
+No flag turns them off again, so they are removed from the command line.
 """
 
 _SPECS = (
     ("megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"),
     ("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
 )
-"""The specs of hybrid models that need Transformer Engine; see ``hybrid.py``."""
+"""The specs of hybrid models that need Transformer Engine. ``hybrid.py`` replaces them."""
 _LOCAL_SPEC = ("jreg_megatron.cpu.hybrid", "stack_spec")
 HYBRID_SPECS = (*_SPECS, _LOCAL_SPEC)
 """All specs of hybrid models whose attention and MLP are those of Megatron's ``GPTModel``."""
@@ -52,7 +52,7 @@ _REFUSED: dict[str, str] = {
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """The value that argparse would give ``flag``, or None where it is absent."""
+    """The value that argparse would give ``flag``, or None if the flag is absent."""
     found = None
     for i, word in enumerate(argv):
         if word == flag:
@@ -63,7 +63,7 @@ def value_of(argv: list[str], flag: str) -> str | None:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """``argv`` without what a CPU ignores, and what it ignores."""
+    """``argv`` without the ignored flags, and the ignored flags."""
     kept: list[str] = []
     ignored: list[str] = []
     i = 0
@@ -78,16 +78,16 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:
-    """The command line that a CPU can run, for the one that a GPU would.
+    """Turn a GPU's command line into one that a CPU can run.
 
     Args:
         argv: arguments of a Megatron script, without the script's name.
 
     Returns:
-        ``argv`` without the flags that only choose a GPU's kernels, followed by :data:`FLAGS`.
+        ``argv`` without the flags that only concern a GPU, followed by :data:`FLAGS`.
 
     Raises:
-        UserError: for what has no counterpart on a CPU.
+        UserError: for a flag without a counterpart on a CPU.
     """
     for flag, instead in _REFUSED.items():
         if value_of(argv, flag) is not None:
@@ -102,7 +102,7 @@ def _names_a_spec(argv: list[str]) -> bool:
 
 
 def announcement(argv: list[str]) -> str:
-    """One line that says what CPU mode replaces in the command line ``argv``."""
+    """One line that lists what CPU mode replaces or ignores in the command line ``argv``."""
     ignored = _split(argv)[1]
     for flag, value in pairwise(FLAGS):
         asked = None if value.startswith("--") else value_of(argv, flag)

@@ -1,7 +1,7 @@
 """A hybrid model's stack of sub-layers without Transformer Engine: attention, latent attention, MLP, experts.
 
-Megatron has its specs for Transformer Engine only. ``--spec jreg_megatron.cpu.hybrid stack_spec`` is the same
-in torch, for Megatron-Core 0.16 to the newest.
+Megatron's own specs need Transformer Engine. ``--spec jreg_megatron.cpu.hybrid stack_spec`` is the same stack
+in torch, for Megatron-Core 0.16 or later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ except ImportError:  # before 0.18
 
 
 class LocalStack(stack):  # type: ignore[misc]
-    """Megatron's stack, whose final norm is otherwise Transformer Engine's whatever the spec says."""
+    """Megatron's stack with torch's final norm. Megatron's own is Transformer Engine's with any spec."""
 
     def __init__(self, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
         if config.multi_latent_attention and hasattr(submodules, "mla_layer"):
@@ -70,7 +70,7 @@ def _mlp() -> Any:
 
 
 def attention_layer(attention: Any, **more: Any) -> Any:
-    """The spec of a sub-layer with this attention after a norm; ``more`` are further parts of it."""
+    """The spec of a sub-layer with this attention after a norm. ``more`` are further submodules."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -83,7 +83,7 @@ def attention_layer(attention: Any, **more: Any) -> Any:
 
 
 def _latent_attention(normed: bool) -> Any:
-    """The attention of a layer whose queries, keys and values are latent, which norms follow or not."""
+    """The spec of a sub-layer of latent attention, with or without norms of queries and keys."""
     layer = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=normed).submodules
     return attention_layer(layer.self_attention)
 
@@ -122,4 +122,4 @@ stack_spec = ModuleSpec(
         ),
     ),
 )
-"""Takes the names of weights that Transformer Engine's spec gives them, so checkpoints fit both."""
+"""Its weights have the same names as with Transformer Engine's spec, so checkpoints fit both."""

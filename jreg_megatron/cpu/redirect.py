@@ -1,4 +1,4 @@
-"""Redirects Megatron's calls of ``torch.cuda`` and of CUDA tensors to the CPU."""
+"""Redirect Megatron's calls of ``torch.cuda`` and of CUDA tensors to the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 _CPU = torch.device("cpu")
 
 
-# What can be given a device by name, in ``torch`` and in its tensors.
+# Functions of ``torch`` and methods of its tensors with an argument ``device``.
 _FACTORIES = """
     arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted empty_quantized
     empty_strided eye from_file full full_like hamming_window hann_window kaiser_window linspace logspace
@@ -27,7 +27,7 @@ _METHODS = "new new_empty new_empty_strided new_full new_ones new_tensor new_zer
 
 
 def _on_cpu(device: Any) -> Any:
-    """``device``, or the CPU where it names a CUDA device, maybe by its number alone."""
+    """``device``, or the CPU if it is a CUDA device, which may be given by its number."""
     if type(device) is int:
         return _CPU
     if isinstance(device, torch.device):
@@ -38,7 +38,7 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _with_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, on the CPU where its ``device`` names a CUDA device."""
+    """``function``, on the CPU if its ``device`` is a CUDA device."""
 
     @wraps(function)
     def on_cpu(*args: Any, **named: Any) -> Any:
@@ -65,11 +65,11 @@ def _no_op() -> Callable[..., None]:
 
 
 def _let_cuda_mean_the_cpu() -> None:
-    """Have torch's functions that take a device by its name make their tensors on the CPU for a CUDA device.
+    """Make torch's functions with an argument ``device`` create CUDA tensors on the CPU.
 
-    A torch function mode would do it too, but Python would then see every operation: a fifth of a small step.
+    A torch function mode would do this too, but it runs Python for every operation: a fifth of a small step.
     """
-    with torch.device(_CPU):  # it remembers at its first call which functions take a device: torch's own
+    with torch.device(_CPU):  # its first use caches the functions that take a device: still torch's own
         torch.empty(0)
     plain: Any = torch.Tensor
     move, tell_type = plain.to, plain.type
@@ -78,7 +78,7 @@ def _let_cuda_mean_the_cpu() -> None:
         return move(tensor, *map(_on_cpu, args), **named)
 
     def type_(tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
-        # Megatron's optimizers sort parameters by the strings 'torch.cuda.FloatTensor' and the like.
+        # Megatron's optimizers sort parameters by strings such as 'torch.cuda.FloatTensor'.
         answer = tell_type(tensor, *args, **named)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
@@ -98,7 +98,7 @@ def _let_cuda_mean_the_cpu() -> None:
 
 
 class _Stream:
-    """A stream or an event of a device that does everything in order."""
+    """A stream or an event of a device that runs everything in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
@@ -120,7 +120,7 @@ _STREAM = _Stream()
 
 
 def install() -> None:
-    """Redirect CUDA to the CPU in this process, for good."""
+    """Redirect CUDA to the CPU until the process ends."""
     cuda = torch.cuda
     nothing = ("set_device", "synchronize", "empty_cache", "set_stream", "check_error")
     memory = ("memory_allocated", "memory_reserved")
@@ -132,12 +132,12 @@ def install() -> None:
         **dict.fromkeys(("current_stream", "default_stream", "cudart"), lambda *_: _STREAM),
         "stream": lambda *_: nullcontext(),
         "is_current_stream_capturing": lambda: False,
-        # Compute capability 10 frees Megatron of wishes about CUDA's launch queue.
+        # With compute capability 10 Megatron does not require a setting of CUDA's launch queue.
         "get_device_capability": lambda *_: (10, 0),
         "get_device_properties": lambda *_: SimpleNamespace(name="cpu", major=10, minor=0),
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
-        # Not torch.manual_seed: that one calls torch.cuda again.
+        # Not torch.manual_seed, which calls torch.cuda again.
         "manual_seed": torch.default_generator.manual_seed,
         **{name: lambda *_: 0 for most in memory for name in (most, f"max_{most}")},
         "device_memory_used": lambda *_: 0,
@@ -150,8 +150,8 @@ def install() -> None:
     cuda.nvtx.range_pop = _no_op()
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
 
-    # A loader draws its workers' seed from what is here the GPU's generator too. After a resume that would
-    # shift the dropout masks.
+    # A loader draws its workers' seed from the CPU's generator, which here is the GPU's too. After a resume
+    # this would shift the dropout masks.
     loader = torch.utils.data.DataLoader
     build = loader.__init__
 
@@ -166,31 +166,31 @@ def install() -> None:
     _let_sends_hold_their_memory()
     _let_all_gathers_be_uneven()
 
-    # Two runs of the same command give the same bits; filling fresh memory would cost and change nothing.
+    # Two runs of the same command give the same bits. Filling new memory would cost time and change nothing.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _let_cuda_mean_the_cpu()
 
 
 def _let_sends_hold_their_memory() -> None:
-    """Keep a tensor until it is sent, also if the sender frees it before.
+    """Keep a tensor until it is sent, even if the sender frees it earlier.
 
-    Megatron before 0.18 frees a stage's output while its send is under way. On a GPU the memory's next
-    user waits in the same stream; here it would overwrite what the next stage has yet to receive.
+    Megatron before 0.18 frees a stage's output while its send is in flight. On a GPU the memory's next user
+    waits in the same stream. Here it would overwrite data that the next stage has not received yet.
     """
     send = distributed_c10d.isend
 
     @wraps(send)
     def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return send(tensor.detach(), *args, **kwargs)  # the same memory, which the request now owns too
+        return send(tensor.detach(), *args, **kwargs)  # the same memory; the request keeps it alive
 
     distributed_c10d.isend = torch.distributed.isend = isend
 
 
 def _let_all_gathers_be_uneven() -> None:
-    """Gather pieces of different sizes, and end one gather before the next: NCCL does both, gloo neither.
+    """Gather pieces of different sizes, and finish one gather before the next. NCCL does both, gloo neither.
 
-    Muon's distributed optimizer gathers weights in this way, and waits only for its last gather.
+    Muon's distributed optimizer gathers weights of different sizes, and waits only for its last gather.
     """
     gather = distributed_c10d.all_gather
 

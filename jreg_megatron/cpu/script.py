@@ -1,4 +1,4 @@
-"""Run a Megatron script of the user's as ``python SCRIPT.py ARGS`` would, on GPUs or on the CPU."""
+"""Run a user's Megatron script as ``python SCRIPT.py ARGS`` does, on GPUs or on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jreg_megatron.runtime.errors import UserError, user_errors_exit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what names the script, and with ``--nproc`` the ranks to run it on; returns the parser."""
+    """Add the script, its arguments and ``--nproc``; returns the parser."""
     parser.add_argument(
         "--nproc",
         type=int,
@@ -39,11 +39,11 @@ def run(
     """Run the script in this process, or with ``--nproc`` in processes forked from it.
 
     Args:
-        options: what a parser with :func:`add_arguments` made of the command line.
+        options: the result of a parser with :func:`add_arguments`.
         on_cpu: redirect CUDA to the CPU, and give the script the flags that this needs.
-        before_import: called when the script's Megatron can be found, and nothing of it is imported.
+        before_import: called when the script's Megatron can be found, before its import.
         make_ready: called when the script's Megatron can be imported, before the script starts.
-        check_at_end: called in every rank where the script has ended well.
+        check_at_end: called in every rank in which the script has ended without an error.
 
     Raises:
         UserError: if there is no such script, or an option does not fit the others.
@@ -65,7 +65,7 @@ def run(
     sys.argv = [script, *arguments]
     if not options.is_module:
         _take_modules_from(Path(script).resolve().parent)
-    # Only now: a script in a Megatron tree gets that tree.
+    # Only now is Megatron imported, so that a script in a Megatron tree gets that tree.
     before_import()
     if on_cpu:
         cpu.enable()
@@ -91,7 +91,7 @@ def run(
 
 
 def _take_modules_from(folder: Path) -> None:
-    """Put the script's folder first on the path, for which ``python -m`` has put the working directory."""
+    """Put the script's folder first on the path, in place of the working directory of ``python -m``."""
     if not sys.flags.safe_path and sys.path[:1] in ([os.getcwd()], [""]):
         del sys.path[0]
     sys.path.insert(0, str(folder))
@@ -112,5 +112,5 @@ def _refuse_script(script: str, is_module: bool) -> None:
         compile(Path(script).read_bytes(), script, "exec")
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            f"{script} is no Python script ({error}); give the Python script itself, such as pretrain_gpt.py"
+            f"{script} is not a Python script ({error}); give the Python script, such as pretrain_gpt.py"
         ) from None

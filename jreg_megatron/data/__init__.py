@@ -1,1 +1,1 @@
-"""Text into Megatron's token files, and a look into them: ``python -m jreg_megatron.data``."""
+"""Encode text into Megatron's token files, and inspect such files: ``python -m jreg_megatron.data``."""

@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _prepare(args: Namespace) -> None:
     """Encode text into Megatron's .bin and .idx. The files are byte for byte those of Megatron's
-    tools/preprocess_data.py --append-eod. After a kill, the same command keeps the finished pieces and makes
-    the others."""
+    tools/preprocess_data.py --append-eod. If a run is killed, the same command continues it: it keeps the
+    finished pieces."""
     from jreg_megatron.data.prepare import prepare
 
     check_least(args, workers=1, max_refused=0, max_record_bytes=1, piece_bytes=1)
@@ -69,7 +69,7 @@ def _tokenizer(args: Namespace) -> None:
 
 
 def _inspect(args: Namespace) -> None:
-    """Verify Megatron's token files, made by any program, and show a summary."""
+    """Verify Megatron's token files, written by any program, and show a summary."""
     from jreg_megatron.data import inspection
 
     check_least(args, samples=0)
@@ -98,7 +98,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(prog="jreg-megatron data", description=about)
     commands: Any = made.add_subparsers(required=True, metavar="COMMAND")
     for run, add_flags in ((_prepare, _add_prepare), (_tokenizer, _add_tokenizer), (_inspect, _add_inspect)):
-        about = run.__doc__ or ""  # written for the user
+        about = run.__doc__ or ""  # shown by --help
         brief = about.partition(". ")[0].rstrip(".")
         command = commands.add_parser(run.__name__[1:], help=brief, description=about)
         command.set_defaults(command=run)
@@ -121,8 +121,8 @@ def _add_prepare(parser: ArgumentParser) -> None:
     no_eod = "do not end documents with the end-of-document id"
     add("--no-append-eod", dest="append_eod", action="store_false", help=no_eod)
     share = (
-        "hold out this share of the documents, >= 0 and < 1. A hash of the text decides, so all copies of a "
-        "text are held out or none"
+        "hold out this share of the documents, >= 0 and < 1. A hash of the text decides, so copies of a text "
+        "stay together"
     )
     add("--validation-share", type=float, default=0.0, metavar="SHARE", help=share)
     held_out = "prefix of the files of held-out documents"
@@ -136,11 +136,11 @@ def _add_prepare(parser: ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add("--workers", **_NUMBER, default=cores, help="processes (default: the cores, %(default)s)")
     piece = (
-        "bytes of input in a piece. A kill loses at most one piece of each worker. A .gz or .zst file is one "
-        "piece (default: 1/256 of the input, at least 1 MiB and at most 64 MiB)"
+        "bytes of input per piece. A killed run loses at most one piece per worker. A .gz or .zst file is "
+        "one piece (default: 1/256 of the input, at least 1 MiB and at most 64 MiB)"
     )
     add("--piece-bytes", **_NUMBER, help=piece)
-    no_check = "do not check whether the disk has room"
+    no_check = "do not check the free disk space"
     add("--no-disk-check", dest="check_disk", action="store_false", help=no_check)
     add("--quiet", action="store_true", help="no progress, no summary")
 
@@ -150,7 +150,7 @@ def _add_tokenizer(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output", required=True, type=Path, metavar="FILE", help="the model, as in tokenizer.model")
     add("--vocab-size", **_NUMBER, default=32000, help="number of pieces (default: %(default)s)")
-    sample = "bytes of text to train on, about, taken evenly from the input (default: %(default)s)"
+    sample = "approximate bytes of text in the sample, taken evenly from the input (default: %(default)s)"
     add("--sample-bytes", **_NUMBER, default=1 << 28, help=sample)
 
 
@@ -168,13 +168,13 @@ def _add_inspect(parser: ArgumentParser) -> None:
 def _add_input(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     files = (
-        "files, patterns and folders, read in this order. The files below a folder are sorted by path. Known "
-        f"endings: {' '.join(chain(*FORMATS.values()))}, and .gz or .zst after them. A document is a line of "
-        "JSON, a row of Parquet, or a text file"
+        "files, patterns and folders, read in this order. The files of a folder are sorted by path. Known "
+        f"endings: {' '.join(chain(*FORMATS.values()))}, optionally followed by .gz or .zst. A document is a "
+        "line of JSON, a row of Parquet, or a text file"
     )
     add("input", nargs="*", metavar="INPUT", help=files)
     add("--format", choices=FORMATS, help="format of all files, whatever their endings")
-    keys = "fields or columns that hold text (default: text). Each makes its own token file"
+    keys = "fields or columns with the text (default: text). Each gets its own token file"
     add("--keys", "--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
     hub = "read a dataset of the Hugging Face hub instead, over the network. Its code is not run"
     add("--hub", metavar="NAME", help=hub)

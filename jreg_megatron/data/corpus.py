@@ -1,4 +1,4 @@
-"""The input of a command: its files are found, cut into pieces, and read record by record."""
+"""The input of a command: find its files, cut them into pieces, and read them record by record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jreg_megatron.runtime.imports import need
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "text": (".txt", ".md")}
 """Formats and their file endings. ``.gz`` or ``.zst`` may follow, except for Parquet."""
 Text = str | list[str]
-"""A document; a list holds its sentences, as in Megatron's tool."""
+"""A document. A list holds its sentences, as in Megatron's tool."""
 
 _KNOWN = " ".join(chain(*FORMATS.values())) + " (and .gz, .zst after them)"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -31,7 +31,7 @@ _MARK = "\ufeff"  # byte order mark
 
 @dataclass(frozen=True)
 class Source:
-    """An input file, as it was found."""
+    """An input file, with its size and time when it was found."""
 
     path: str  # absolute, or the URL of a file on the Hugging Face hub
     format: str  # a key of FORMATS
@@ -44,8 +44,8 @@ class Source:
 class Piece:
     """Part of a file, or several small text files.
 
-    ``start`` is the first byte of plain JSON lines, or the first row group of Parquet; ``stop`` is the one
-    after the last, or None for the end of the file. A line belongs to the piece in which it starts.
+    ``start`` and ``stop`` are bytes in plain JSON lines, and row groups in Parquet. ``stop`` is not included;
+    None means the end of the file. A line belongs to the piece in which it starts.
     """
 
     sources: tuple[Source, ...]
@@ -57,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Record:
-    """A record: its texts, one for each key. An empty line and a refused record have none."""
+    """A record, with one text per key. An empty line and a refused record have no texts."""
 
     file: str
     line: int  # or row, from 1, counted from the start of the piece
@@ -72,17 +72,17 @@ class _Refused(Exception):
 
 
 def find(args: Namespace) -> list[Source]:
-    """The files that the command's flags for its input name, in order.
+    """The input files of the command's arguments, in order.
 
     Raises:
-        UserError: if there are none, or one is missing, unreadable or of unknown format.
+        UserError: if there is no file, or one is missing, unreadable or of unknown format.
     """
     if args.hub is None:
         return find_sources(args.input, args.format)
     if args.input:
         raise UserError(f"--hub {args.hub} and {args.input[0]} exclude each other; give one of them")
-    # The hub's library runs no code of the dataset. The files are read over the network, range by range, so
-    # the disk holds the tokens alone.
+    # The hub's library runs no code of the dataset. The files are read over the network, range by range. Only
+    # the tokens go to the disk.
     datasets = need("datasets", "--hub", "data")
     datasets.logging.set_verbosity_error()
     need("huggingface_hub.utils.logging", "--hub", "data").set_verbosity_error()  # it reports every attempt
@@ -102,9 +102,9 @@ def find(args: Namespace) -> list[Source]:
 def find_sources(inputs: Iterable[str], kind: str | None = None) -> list[Source]:
     """The files that ``inputs`` name, in this order.
 
-    A folder gives the files below it that have a known ending and are not hidden, sorted by path. A pattern
-    such as ``data/*.jsonl`` gives its matches, sorted. ``kind`` is the format of all files, one of
-    :data:`FORMATS`; None to go by the ending.
+    A folder gives all files below it with a known ending, sorted by path; hidden files are left out. A
+    pattern such as ``data/*.jsonl`` gives its matches, sorted. ``kind`` is the format of all files, one of
+    :data:`FORMATS`; with None, the ending decides.
 
     Raises:
         UserError: if something is missing, unreadable, of unknown format, or named twice.
@@ -132,10 +132,10 @@ def refuse_changed(sources: Iterable[Source]) -> None:
 def cut(sources: Sequence[Source], piece_bytes: int | None, columns: Sequence[str]) -> list[Piece]:
     """Cut sources into pieces of about ``piece_bytes`` on disk, in order.
 
-    None is a 256th of the corpus, at least 1 MiB and at most 64 MiB. Plain JSON lines are cut at any line,
+    None means 1/256 of the corpus, at least 1 MiB and at most 64 MiB. Plain JSON lines are cut between lines,
     Parquet between row groups, text between files. A compressed file is one piece, because it can only be
-    read from its start. The number of workers does not matter, so a run can continue with another one.
-    ``columns`` are those of Parquet that hold text.
+    read from its start. The pieces do not depend on the number of workers, so a run can continue with another
+    number. ``columns`` are the text columns of Parquet.
 
     Raises:
         UserError: for Parquet that is damaged or lacks such a column.
@@ -164,7 +164,7 @@ def cut(sources: Sequence[Source], piece_bytes: int | None, columns: Sequence[st
 
 
 def records(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Record]:
-    """Each record of a piece in order, with its texts under ``keys``. Larger ones are refused.
+    """The records of a piece in order, with their texts under ``keys``. Larger records are refused.
 
     Raises:
         UserError: naming the file, if it cannot be read.
@@ -174,7 +174,7 @@ def records(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Recor
 
 
 def lines_before(piece: Piece) -> int:
-    """Lines or rows of the file before the piece. Plain JSON lines are read to count them."""
+    """Number of lines or rows of the file before the piece. For plain JSON lines this reads the file."""
     if not piece.start or piece.sources[0].format != "jsonl":
         return piece.first_row
     count, left = 1, piece.start - 1
@@ -241,7 +241,7 @@ def _opened(path: str, compression: str = "") -> Iterator[IO[bytes]]:
     try:
         with fsspec.open(path, "rb", block_size=16 * _BUFFER) as raw:
             if compression:
-                # The packages gzip and zstandard are slower, and zstandard takes a file that is cut short.
+                # The packages gzip and zstandard are slower, and zstandard accepts a truncated file.
                 pyarrow = need("pyarrow", "reading .gz and .zst", "data")
                 yield io.BufferedReader(pyarrow.CompressedInputStream(raw, compression), _BUFFER)
             else:
@@ -289,7 +289,7 @@ def _lines(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Record
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Read to the end of a line, which memory need not hold; returns the number of bytes."""
+    """Read to the end of a line in blocks, for lines larger than memory. Returns the number of bytes."""
     count = 0
     while part := stream.readline(_BUFFER):
         count += len(part)
@@ -335,7 +335,7 @@ def _files(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Record
 
 @contextmanager
 def _parquet(source: Source, columns: Sequence[str]) -> Iterator[Any]:
-    """An open Parquet file; raises :class:`UserError` if it is damaged or lacks such a column of text."""
+    """An open Parquet file. Raises :class:`UserError` if it is damaged or lacks one of the text columns."""
     parquet = need("pyarrow.parquet", "reading Parquet", "data")
     with _opened(source.path, source.compression) as stream:
         file = parquet.ParquetFile(stream, pre_buffer=False)
@@ -371,17 +371,17 @@ def _rows(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Record]
         try:
             return [_decoded(value or b"", max_bytes) for value in values]
         except _Refused as bad:
-            raise _Refused(bad.kind, bad.reason) from bad  # a line in a value is none of the file
+            raise _Refused(bad.kind, bad.reason) from bad  # lines inside a value are no lines of the file
 
     (source,) = piece.sources
     number, binary = 0, need("pyarrow", "reading Parquet", "data").large_binary()
     with _parquet(source, keys) as file:
         stop = file.metadata.num_row_groups if piece.stop is None else piece.stop
-        # Memory holds one packed row group. Its rows are unpacked in small batches.
+        # Memory holds one compressed row group. Its rows are unpacked in small batches.
         for group in range(piece.start, stop):
             batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(keys), use_threads=False)
             for batch in batches:
-                # As bytes, so that a text that is not UTF-8 is refused alone.
+                # As bytes: if a text is not UTF-8, only this record is refused.
                 for values in zip(*(batch[key].cast(binary).to_pylist() for key in keys), strict=True):
                     number += 1
                     yield _record(source.path, number, texts_of, values)

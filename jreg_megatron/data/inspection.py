@@ -26,10 +26,10 @@ _BITS = 33
 class Summary:
     """A summary of one or several token files, as ``--json`` prints it.
 
-    ``empty`` counts sequences without a token; ``shortest`` and ``longest`` are of documents, in tokens.
-    ``histogram[0]`` counts documents of length 0, ``histogram[k]`` those of length 2^(k-1) to 2^k - 1.
-    ``largest_id`` is None if the tokens were not read. ``checked_sums`` counts files whose SHA-256 is the
-    manifest's.
+    ``empty`` counts sequences without a token. ``shortest`` and ``longest`` are documents' lengths in tokens.
+    ``histogram[0]`` counts documents of length 0, and ``histogram[k]`` those of length 2^(k-1) to 2^k - 1.
+    ``largest_id`` is None if the tokens were not read. ``checked_sums`` counts files whose SHA-256 was
+    compared with a manifest.
     """
 
     prefixes: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Summary:
 
 
 def find_prefixes(names: Iterable[str]) -> list[str]:
-    """Prefixes of token files: the named ones, and all below the named folders, sorted.
+    """Prefixes of token files: the named prefixes, and those of all files below the named folders, sorted.
 
     Raises:
         UserError: for a folder without token files.
@@ -65,11 +65,11 @@ def inspect(prefixes: Sequence[str], vocab_size: int | None, read_tokens: bool) 
 
     Args:
         prefixes: paths without their endings.
-        vocab_size: every id must be below it; None for the manifest's number, if there is a manifest.
-        read_tokens: read all tokens, to check their ids and the manifest's sums.
+        vocab_size: every id must be below it. None means the manifest's number, if there is a manifest.
+        read_tokens: read all tokens, to check their ids and the manifest's checksums.
 
     Raises:
-        UserError: naming the file, for the first error.
+        UserError: for the first error, naming the file.
     """
     from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def inspect(prefixes: Sequence[str], vocab_size: int | None, read_tokens: bool) 
             summary.longest = max(summary.longest, int(lengths.max(initial=0)))
             shortest = int(lengths.min(initial=summary.longest))
             summary.shortest = shortest if summary.shortest is None else min(shortest, summary.shortest)
-            # frexp gives the exponent of the next power of two.
+            # frexp gives the exponent of the next larger power of two.
             counts = numpy.bincount(numpy.frexp(lengths.astype("float64"))[1], minlength=_BITS)
             summary.histogram = (counts + summary.histogram).tolist()
             if read_tokens:
@@ -101,7 +101,7 @@ def inspect(prefixes: Sequence[str], vocab_size: int | None, read_tokens: bool) 
 
 
 def samples(prefix: str, count: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Number, length and beginning of up to ``count`` evenly spaced documents, as ``--json`` prints them."""
+    """Index, length and start of up to ``count`` evenly spaced documents, as ``--json`` prints them."""
     file = TokenFile(prefix)
     count = min(count, file.documents)
     for place in range(count):
@@ -117,7 +117,7 @@ def write_blend(path: str, prefixes: Iterable[str]) -> None:
     """Write the list for Megatron's ``--data-args-path``. It has no weights, so Megatron blends by size.
 
     Raises:
-        UserError: if a path holds a space, where Megatron would split it, or the file cannot be written.
+        UserError: if a path has a space, at which Megatron would split it, or if the file cannot be written.
     """
     absolute = [os.path.abspath(prefix) for prefix in prefixes]
     for prefix in absolute:
@@ -152,7 +152,7 @@ def show(summary: Summary, samples: Iterable[dict[str, Any]]) -> None:
 
 
 def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, bar: Any) -> int:
-    """Check ids and sums; returns the largest id."""
+    """Check ids and checksums; returns the largest id."""
     digest, greatest = hashlib.sha256(), 0
     for start in range(0, len(file.tokens), _CHUNK):
         chunk = file.tokens[start : start + _CHUNK]
@@ -179,7 +179,7 @@ def _read_tokens(file: TokenFile, told: dict[str, Any], vocab_size: int | None, 
 
 
 def _told_by_manifest(prefix: str) -> dict[str, Any]:
-    """The file's entry in a manifest of its folder; empty if there is none."""
+    """The file's checksums and vocabulary size from a manifest in its folder; empty without a manifest."""
     folder, name = os.path.split(os.path.abspath(prefix))
     for path in sorted(Path(folder).glob("*.manifest.json")):
         try:

@@ -1,9 +1,9 @@
 """Turn text into Megatron's token files, in parallel. A killed run can be continued.
 
-The folder ``PREFIX.pieces-0123abcd`` holds what is made, until the end:
+Until the end, the folder ``PREFIX.pieces-0123abcd`` holds all files:
 
 000012.0.bin, 000012.0.idx   the token file of piece 12 for output 0
-000012.json                  written after them: their sums, and the refused records
+000012.json                  written after these two: their checksums, and the refused records
 0.bin, 0.idx                 output 0, joined from all pieces
 refused.jsonl, manifest.json
 """
@@ -42,7 +42,7 @@ from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.lock import lock
 from jreg_megatron.runtime.output import check_outputs, versions
 
-_LAYOUT = 2  # raise it if files change, and nothing else in the fingerprint does
+_LAYOUT = 2  # increase it if the files change and nothing else in the fingerprint does
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,10 +50,10 @@ def prepare(args: Namespace) -> tuple[dict[str, Any], bool]:
     """Prepare a corpus, or continue a stopped run. ``args`` are the command's.
 
     Returns:
-        The manifest, and False if an earlier run has finished it.
+        The manifest, and False if an earlier run had finished the corpus.
 
     Raises:
-        UserError: for anything that stops it. Finished pieces are kept, and the same call continues.
+        UserError: if the run cannot finish. Finished pieces are kept, and the same call continues.
     """
     prefixes = {"output": args.output, "validation-output": args.validation_output}
     check_outputs(True, **{flag: str(prefix) for flag, prefix in prefixes.items() if prefix is not None})
@@ -66,8 +66,8 @@ def prepare(args: Namespace) -> tuple[dict[str, Any], bool]:
                 if error.errno not in _FULL:
                     raise
                 raise UserError(
-                    f"{args.output.parent} takes no more data ({error.strerror}); make room and run the same "
-                    "command again: it keeps the finished pieces"
+                    f"{args.output.parent} cannot hold more data ({error.strerror}); make room and run the "
+                    "same command again: it keeps the finished pieces"
                 ) from error
         shutil.rmtree(job.folder, ignore_errors=True)
         return _read(job.manifest), made
@@ -84,9 +84,9 @@ class _Job:
         self.settings = TokenizerSettings.from_args(args)
         self.pieces = corpus.cut(self.sources, args.piece_bytes, args.keys)
         self.size = sum(piece.size for piece in self.pieces)
-        self.results: dict[int, dict[str, Any]] = {}  # by piece: what its .json holds
+        self.results: dict[int, dict[str, Any]] = {}  # by piece: the content of its .json
         prefixes = [args.output] + ([args.validation_output] if args.validation_share else [])
-        # By the names in the manifest; named as by Megatron's tool.
+        # By the names in the manifest. Megatron's tool gives the same names.
         targets = [Path(f"{prefix}_{key}_document") for prefix in prefixes for key in args.keys]
         self.targets = {os.path.relpath(target, args.output.parent): target for target in targets}
         settings = ("keys", "append_eod", "max_record_bytes", "validation_share", "piece_bytes")
@@ -101,7 +101,7 @@ class _Job:
         self.folder = Path(f"{args.output}.pieces-{self.fingerprint[:8]}")
 
     def is_done(self) -> bool:
-        """Whether an earlier run has made the files, and their sizes are those of the manifest."""
+        """Whether an earlier run has made the files, and their sizes still match the manifest."""
         earlier = _read(self.manifest)
         return earlier.get("fingerprint") == self.fingerprint and all(
             os.path.isfile(file := f"{target}.{ending}") and os.path.getsize(file) == size
@@ -122,7 +122,7 @@ class _Job:
             )
         for number in range(len(self.pieces)):
             result = _read(self.folder / f"{number:06d}.json")
-            # Files that a kill of the whole machine has damaged are made again.
+            # A crash of the machine may damage files. They are made again.
             sums = [(self.folder / name, value) for name, value in result.get("sha256", {}).items()]
             if sums and all(file.is_file() and sha256_of(file) == value for file, value in sums):
                 self._keep(number, result)
@@ -134,9 +134,9 @@ class _Job:
         self._publish(started)
 
     def _take_place(self) -> None:
-        """Make the folder, unless files of others are in the way, and remove those of other settings."""
+        """Make the folder, and remove those of other settings. Refuse to replace files of another origin."""
         earlier = _read(self.manifest)
-        # Where the folder is, an earlier run of the same command has passed here.
+        # If the folder exists, an earlier run of the same command has passed this check.
         known = self.targets if self.folder.exists() else earlier.get("outputs", ())
         for name, target in self.targets.items():
             for file in (f"{target}.bin", f"{target}.idx"):
@@ -162,7 +162,7 @@ class _Job:
         from tqdm import tqdm
 
         workers = min(self.args.workers, len(missing)) or 1
-        # Forked processes have the imported modules and the tokenizer at once.
+        # Forked processes share the imported modules and the tokenizer.
         context = multiprocessing.get_context("fork")
         others = multiprocessing.active_children()
         with ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
@@ -191,7 +191,7 @@ class _Job:
                 ) from error
 
     def encode(self, number: int) -> dict[str, Any]:
-        """Make the files of a piece, in a worker; returns what its ``.json`` holds."""
+        """Make the files of a piece, in a worker. Returns the content of its ``.json``."""
         piece, vocab_size = self.pieces[number], self.tokenizer.vocab_size
         parts = [self._part(number, output) for output in range(len(self.targets))]
         writers = [token_file.builder(part, vocab_size) for part in parts]
@@ -220,7 +220,7 @@ class _Job:
         return result
 
     def _is_held_out(self, text: Text) -> bool:
-        """By a hash of the text, so that copies of a text stay together."""
+        """Whether the text is for validation. A hash of the text decides, so its copies stay together."""
         content = text if isinstance(text, str) else "".join(text)
         share = int.from_bytes(blake2b(content.encode(), digest_size=8).digest()) / 2**64
         return bool(share < self.args.validation_share)
@@ -242,7 +242,7 @@ class _Job:
 
     def _check_refused(self, count: int, refusal: dict[str, Any], piece: Piece) -> None:
         """Raises:
-        UserError: if ``count`` refused records are too many; it names ``refusal`` in ``piece``.
+        UserError: if ``count`` refused records exceed the limit; it names ``refusal`` in ``piece``.
         """
         if count > self.args.max_refused:
             line = refusal["line"] + corpus.lines_before(piece)
@@ -253,7 +253,7 @@ class _Job:
             )
 
     def _check_disk(self) -> None:
-        """Refuse to go on if the disk has no room for the other pieces, and for all of them when joined."""
+        """Stop if the disk has no room for the remaining pieces and for the joined files."""
         read = sum(self.pieces[number].size for number in self.results)
         written = sum(result["bytes"] for result in self.results.values())
         needed = written * (2 * self.size - read) // max(1, read)
@@ -261,8 +261,9 @@ class _Job:
         free = shutil.disk_usage(folder).free
         if self.args.check_disk and needed > free:
             raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB more are needed, by "
-                "the size of the first pieces; make room and run the same command again, or --no-disk-check"
+                f"{folder} has {free / 1e9:.1f} GB free, but the run needs about {needed / 1e9:.1f} GB more "
+                "(estimated from the finished pieces); make room and run the same command again, or give "
+                "--no-disk-check"
             )
 
     def _publish(self, started: float) -> None:
@@ -275,7 +276,7 @@ class _Job:
             if not numbers["tokens"]:
                 more = " and the other files" if self.sources[1:] else ""
                 raise UserError(
-                    f"no text in {self.sources[0].path}{more} is for {target}; give other inputs, other "
+                    f"{self.sources[0].path}{more} gave no text for {target}; give other inputs, other "
                     "--keys or a larger --validation-share"
                 )
             made = {ending: self.folder / f"{output}.{ending}" for ending in ("bin", "idx")}
@@ -310,7 +311,7 @@ class _Job:
             shutil.move(file, place)
 
     def _refused(self) -> Iterator[dict[str, Any]]:
-        """All refused records, with their lines counted from the start of the file."""
+        """All refused records, with line numbers from the start of the file."""
         before = 0
         for number, piece in enumerate(self.pieces):
             before = before if piece.start else 0
@@ -323,7 +324,7 @@ class _Job:
             print(f"{self.args.output}: {words}", flush=True)
 
 
-_jobs: list[_Job] = []  # a worker's job, which it has by the fork; a pickle of a tokenizer may lack something
+_jobs: list[_Job] = []  # a worker's job, inherited by the fork, because not every tokenizer can be pickled
 
 
 def _begin_worker(job: _Job) -> None:

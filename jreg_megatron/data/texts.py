@@ -16,7 +16,7 @@ from jreg_megatron.data.token_file import TokenFile
 from jreg_megatron.runtime.errors import UserError
 
 MAX_TOKENS = 512
-"""Of each text, by default."""
+"""Default of ``--max-tokens``, per text."""
 _MAX_BYTES = 1 << 30
 
 
@@ -30,15 +30,15 @@ class Text:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Files of texts that were found. Iteration reads one text at a time."""
+    """Text files that were found. Iteration reads one text at a time."""
 
     key: str  # field of JSON lines or column of Parquet that holds the text
     _parts: tuple[TokenFile | Source, ...]
 
     @classmethod
     def find(cls, inputs: Sequence[str], key: str = "text") -> TextFiles:
-        """Find files, folders and patterns, as ``jreg-megatron data prepare`` does, and prefixes of
-        ``.bin/.idx`` files (with or without the ending).
+        """Find files, folders and patterns as ``jreg-megatron data prepare`` does, and also prefixes of
+        ``.bin/.idx`` files, with or without the ending.
 
         Raises:
             UserError: for a file that is missing, unreadable, damaged or of unknown format.
@@ -53,7 +53,7 @@ class TextFiles:
         """Each text in order.
 
         Raises:
-            UserError: naming file and line, for a bad record.
+            UserError: for a bad record, naming file and line.
         """
         for part in self._parts:
             if isinstance(part, TokenFile):
@@ -70,12 +70,12 @@ class TextFiles:
 
 
 def held_out_speeches() -> list[Text]:
-    """The speeches that the demo's training leaves out, by year; raises as :func:`read_speeches`."""
+    """The speeches that the demo holds out, by year. Raises as :func:`read_speeches`."""
     return [Text(name, speech) for name, speech in read_speeches().items() if is_validation(name)]
 
 
 def training_speeches() -> list[Text]:
-    """The speeches that the demo trains on, by year; raises as :func:`read_speeches`."""
+    """The speeches that the demo trains on, by year. Raises as :func:`read_speeches`."""
     return [Text(name, speech) for name, speech in read_speeches().items() if not is_validation(name)]
 
 
@@ -90,13 +90,13 @@ def named_speeches(names: Sequence[str]) -> list[Text]:
         if name not in speeches:
             like = [other for other in speeches if other.split("-")[0] == name[:4]]
             near = like or [*list(speeches)[:2], "..."]
-            raise UserError(f"--speeches names {name}, which is no speech; there are {', '.join(near)}")
+            raise UserError(f"--speeches is {name}, which does not exist; there are {', '.join(near)}")
     return [Text(name, speeches[name]) for name in names]
 
 
 def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
-    """Define ``--text``, ``--speeches``, ``--key`` and ``--max-tokens``; returns the group, and its mutually
-    exclusive part."""
+    """Define ``--text``, ``--speeches``, ``--key`` and ``--max-tokens``. Returns the group, and the mutually
+    exclusive group in it."""
     group = parser.add_argument_group("texts (default: the held-out State of the Union speeches)")
     which = group.add_mutually_exclusive_group()
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
@@ -112,7 +112,7 @@ def add_text_arguments(parser: ArgumentParser) -> tuple[Any, Any]:
 
 
 def texts_of(args: Namespace) -> Iterable[Text]:
-    """The texts of :func:`add_text_arguments`. They can be read several times.
+    """The texts that the flags of :func:`add_text_arguments` name. They can be read several times.
 
     Raises:
         UserError: if a file or a speech does not exist.
@@ -123,7 +123,7 @@ def texts_of(args: Namespace) -> Iterable[Text]:
 
 
 def describe(args: Namespace) -> str:
-    """The texts of :func:`add_text_arguments`, in words."""
+    """A phrase for the texts of :func:`texts_of`."""
     if args.speeches:
         return f"speeches {', '.join(args.speeches)}"
     return ", ".join(args.text) if args.text else "the held-out State of the Union speeches"

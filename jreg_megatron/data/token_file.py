@@ -1,6 +1,6 @@
-"""Megatron's token files: read and check them, and write and join them by Megatron's own builder.
+"""Megatron's token files: read, check, write and join them. Megatron's own builder writes.
 
-Megatron's own reader fails with an assertion, or reads past the end of a file that is cut short.
+Megatron's own reader is not used: it fails with an assertion, or reads past the end of a truncated file.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ assert sys.byteorder == "little", "Megatron's files have the byte order of the m
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_MODE_BYTES = 1  # per sequence, at the end of the file, in multimodal data
+_MODE_BYTES = 1  # per sequence, at the end of a multimodal .idx
 _AGAIN = "make the data again"
 _BUFFER = 1 << 20
 
 
 class TokenFile:
-    """A ``.bin`` and its ``.idx``, mapped and not loaded.
+    """A ``.bin`` and its ``.idx``, memory-mapped.
 
     Attributes:
         prefix: the path without the endings.
@@ -41,10 +41,10 @@ class TokenFile:
     """
 
     def __init__(self, prefix: str) -> None:
-        """Read the header, and compare the end of the index with the size of the ``.bin``.
+        """Read the index, and compare its last entry with the size of the ``.bin``.
 
         Raises:
-            UserError: naming the file, if one is missing, of another format, cut short or empty.
+            UserError: if a file is missing, of another format, truncated or empty. It names the file.
         """
         self.prefix = prefix
         hint = "correct the prefix (the path without .bin/.idx)"
@@ -68,10 +68,10 @@ class TokenFile:
         self.tokens = numpy.memmap(bin_name, self.dtype, "r", shape=(end // self._item,))
 
     def verify(self) -> None:
-        """Check that each sequence follows the one before, and that the documents hold all sequences.
+        """Check that each sequence follows the previous one, and that the documents hold all sequences.
 
         Raises:
-            UserError: naming the file, for the first error.
+            UserError: for the first error, naming the file.
         """
         name, ends, count = f"{self.prefix}.idx", self._ends, len(self.lengths)
         if self.dtype.startswith("float"):
@@ -93,16 +93,16 @@ class TokenFile:
             )
 
     def document(self, number: int) -> numpy.ndarray:
-        """The tokens of a document."""
+        """The tokens of document ``number``, from 0."""
         start, stop = self._tokens_before(self._ends[number : number + 2])
         return self.tokens[start:stop]
 
     def document_lengths(self) -> numpy.ndarray:
-        """Tokens of every document."""
+        """The number of tokens of every document."""
         return numpy.diff(self._tokens_before(self._ends))
 
     def _tokens_before(self, sequences: numpy.ndarray) -> numpy.ndarray:
-        """The token at which each sequence starts; one after the last starts at the end."""
+        """The index of each sequence's first token. For one sequence after the last: the number of tokens."""
         starts = self._starts[numpy.minimum(sequences, len(self._starts) - 1)] // self._item
         return numpy.where(sequences < len(self._starts), starts, len(self.tokens))
 
@@ -115,17 +115,17 @@ def builder(prefix: Path, vocab_size: int) -> Any:
 
 
 def join(prefix: Path, parts: Iterable[Path], vocab_size: int) -> dict[str, Any]:
-    """Join token files to one; returns its numbers of documents, sequences and tokens, and a token's type."""
+    """Join token files. Returns the numbers of documents, sequences and tokens, and the token type."""
     whole, sequences = builder(prefix, vocab_size), 0
     lengths, ends = [numpy.zeros(0, "int32")], [numpy.zeros(1, "int64")]
     for part in parts:
         with open(f"{part}.bin", "rb") as source:
             shutil.copyfileobj(source, whole.data_file, _BUFFER)
         _, lengths_of_part, _, ends_of_part = _read_lists(str(part))
-        lengths.append(lengths_of_part.copy())  # and let the file be closed
+        lengths.append(lengths_of_part.copy())  # a copy, so that the mapped file can be closed
         ends.append(ends_of_part[1:] + sequences)
         sequences += len(lengths_of_part)
-    # Megatron's add_index makes a Python object of every number, and collects garbage after every part.
+    # Megatron's add_index is slow: it makes a Python object per number, and collects garbage per part.
     whole.sequence_lengths = numpy.concatenate(lengths)
     whole.document_indices = numpy.concatenate(ends)
     whole.finalize(f"{prefix}.idx")
@@ -141,7 +141,10 @@ def sha256_of(path: Path) -> str:
 
 
 def _read_lists(prefix: str) -> tuple[str, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Of an ``.idx``: the type of a token, each sequence's length and first byte, each document's end."""
+    """From an ``.idx``: the token type, each sequence's length and first byte, and the documents' bounds.
+
+    Document n holds the sequences from ``bounds[n]`` up to ``bounds[n + 1]``.
+    """
     name = f"{prefix}.idx"
     try:
         with open(name, "rb") as stream, open(f"{prefix}.bin", "rb"):

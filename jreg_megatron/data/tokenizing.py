@@ -1,4 +1,4 @@
-"""Megatron's own tokenizers, so that the ids in the data are those that training expects."""
+"""Megatron's own tokenizers, so that data and training have the same ids."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jreg_megatron.runtime.imports import need, without_compilation, without_noi
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's types that read a SentencePiece model."""
 TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
-"""Megatron's types that text can be prepared with here."""
+"""Megatron's types that can encode text here."""
 NULL_TYPES = ("NullTokenizer", "NullMultimodalTokenizer")
-"""Megatron's types without a vocabulary, for data that holds ids already."""
+"""Megatron's types without a vocabulary, for data that is already encoded."""
 _TIKTOKEN_DEFAULT_VOCAB = 2**17
 
 _HUGGING_FACE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -27,7 +27,7 @@ _HUGGING_FACE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What Megatron's flags of the same names say about the tokenizer."""
+    """The values of Megatron's flags of the same names."""
 
     tokenizer_type: str
     tokenizer_model: str
@@ -38,7 +38,7 @@ class TokenizerSettings:
 
     @classmethod
     def from_args(cls, args: Namespace) -> TokenizerSettings:
-        """Take them from arguments that :func:`add_arguments` has defined."""
+        """The settings in arguments that :func:`add_arguments` has defined."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
@@ -47,7 +47,7 @@ class TokenizerSettings:
         return self.tokenizer_type in SENTENCEPIECE_TYPES
 
     def megatron_arguments(self) -> Namespace:
-        """The namespace that Megatron builds a tokenizer from. No code of the hub is executed."""
+        """The namespace from which Megatron builds a tokenizer. It forbids code from the hub."""
         unused = ("vocab_file", "merge_file", "metadata_path", "chat_template", "vocab_size")
         # In Megatron's preprocessing tool these have the same values.
         same = {"rank": 1, "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
@@ -68,7 +68,7 @@ class Tokenizer:
 
 
 def add_arguments(parser: ArgumentParser, required: bool) -> None:
-    """Define the flags, named as Megatron names them."""
+    """Define the tokenizer's flags, with Megatron's names."""
     add = parser.add_argument_group("tokenizer, by Megatron's own flags").add_argument
     types = f"one of {', '.join(TYPES)} (default: %(default)s)"
     add("--tokenizer-type", choices=TYPES, default=TYPES[0], metavar="TYPE", help=types)
@@ -81,10 +81,10 @@ def add_arguments(parser: ArgumentParser, required: bool) -> None:
 
 
 def sentencepiece_model(path: str) -> Any:
-    """A SentencePiece model from a file.
+    """Load a SentencePiece model from a file.
 
     Raises:
-        UserError: if it holds none.
+        UserError: if the file is not a SentencePiece model.
     """
     import sentencepiece
 
@@ -100,10 +100,12 @@ def sentencepiece_model(path: str) -> Any:
 
 
 def identify(settings: TokenizerSettings) -> dict[str, Any]:
-    """What decides the ids: the settings, the sum of the files, and the version of the library.
+    """All that decides the ids: the settings, the files' SHA-256, and the version of the library.
+
+    It does not import Megatron.
 
     Raises:
-        UserError: if the model is not there or not one of its type; found without importing Megatron.
+        UserError: if the model does not exist, or is not of its type.
     """
     model, libraries = Path(settings.tokenizer_model), ["sentencepiece"]
     if settings.is_sentencepiece:
@@ -125,7 +127,7 @@ def identify(settings: TokenizerSettings) -> dict[str, Any]:
 
 
 def build(settings: TokenizerSettings) -> Tokenizer:
-    """Let Megatron build the tokenizer; the first call takes seconds, since it imports Megatron.
+    """Let Megatron build the tokenizer. The first call takes seconds, because it imports Megatron.
 
     Raises:
         UserError: if Megatron is too old or cannot build it.
@@ -142,13 +144,13 @@ def build(settings: TokenizerSettings) -> Tokenizer:
     if not settings.is_sentencepiece:
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()  # it warns of every document beyond a model's length
+        transformers_logging.set_verbosity_error()  # it warns of every document longer than a model's context
     try:
         built = build_tokenizer(settings.megatron_arguments())
         eod = built.eod
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise _not_loadable(settings, error) from error
-    # Megatron counts the tokens of Hugging Face's, among whose ids there may be gaps.
+    # For a Hugging Face tokenizer Megatron returns the number of tokens. Its ids may have gaps.
     ids = [] if settings.is_sentencepiece else built._tokenizer.tokenizer.get_vocab().values()
     return Tokenizer(
         built.tokenize,
@@ -159,17 +161,17 @@ def build(settings: TokenizerSettings) -> Tokenizer:
 
 
 def told_vocab_size(arguments: Mapping[str, Any]) -> int | None:
-    """Tokens of those types whose size Megatron takes from ``--vocab-size``; None for other types.
+    """The vocabulary size of a type for which Megatron takes it from ``--vocab-size``; None for other types.
 
     Args:
-        arguments: Megatron's, by name, as some version of it has made them.
+        arguments: Megatron's arguments by name, from any version of it.
     """
     kind, size = arguments.get("tokenizer_type"), arguments.get("vocab_size")
     if kind == "TikTokenizer":
         return int(size or _TIKTOKEN_DEFAULT_VOCAB)
     if kind not in NULL_TYPES or not size:
         return None
-    # Before 0.18 the NullTokenizer added a token that ends a document. The multimodal one still does.
+    # Before 0.18 the NullTokenizer added an end-of-document token. The multimodal one still does.
     adds_end = kind != "NullTokenizer" or "null_tokenizer_eod_id" not in arguments
     return int(size) + adds_end
 

@@ -1,4 +1,4 @@
-"""Train a SentencePiece model on a sample of a corpus. The bytes are the same every time."""
+"""Train a SentencePiece model on a sample of a corpus. The same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ TRAINER: dict[str, Any] = {
     "max_sentence_length": 1 << 20,
     "num_threads": 4,
 }
-"""SentencePiece's settings. It writes the number of threads into the model. So the number is fixed, for the
-same bytes on every machine. Text is not normalized and spaces stay: decoding returns the text."""
+"""SentencePiece's settings. The number of threads is fixed, because SentencePiece writes it into the model
+and the bytes must be the same on every machine. Text is not normalized and spaces stay: decoding returns the
+text."""
 
 _LINE = 1 << 18
 _PLACES = 256
@@ -37,7 +38,7 @@ _PLACES = 256
 def make(args: Namespace) -> bool:
     """Train and write a model and its manifest. Returns False if an earlier run has made them.
 
-    ``args`` are the command's.
+    ``args`` are the command's arguments.
 
     Raises:
         UserError: if there is not enough text for the vocabulary, or the file cannot be written.
@@ -72,7 +73,7 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
     """
     import sentencepiece
 
-    # An iterator and a buffer: SentencePiece would write file names into the model.
+    # An iterator and a buffer, because SentencePiece would write file names into the model.
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -80,7 +81,8 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"--vocab-size is {vocab_size}, which SentencePiece cannot make ({one_line(error)})"
+            f"--vocab-size is {vocab_size}, which SentencePiece cannot make ({one_line(error)}); lower it "
+            "or give more text"
         ) from error
     return model.getvalue()
 

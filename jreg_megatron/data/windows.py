@@ -16,17 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 class Window:
     """A sequence of token ids."""
 
-    text: int  # number of its text, from 0
+    text: int  # index of its text, from 0
     ids: numpy.ndarray  # int64 [n], n >= 1
-    is_last: bool  # whether it is the last one of its text
+    is_last: bool  # whether it is the last window of its text
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences side by side."""
+    """Sequences of one forward pass."""
 
     windows: tuple[Window, ...]
-    tokens: Tensor  # int64 [b, s], padded at the end, which a causal model's states before it do not see
+    tokens: Tensor  # int64 [b, s], padded at the end, where padding does not affect a causal model's states
     lengths: Tensor  # [b]
 
 

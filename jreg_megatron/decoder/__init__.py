@@ -1,1 +1,1 @@
-"""Any decoder-only language model as layers, final norm and head: Hugging Face, GGUF or Megatron."""
+"""A decoder-only language model as layers, final norm and head, from Hugging Face, GGUF or Megatron."""

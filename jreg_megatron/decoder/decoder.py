@@ -17,16 +17,17 @@ from jreg_megatron.data.windows import Window
 from jreg_megatron.runtime.errors import UserError
 
 See = Callable[[int, Tensor, Tensor], None]
-"""Gets a layer's number 1..L, its input and its output, ``[b, s, h]`` each in the model's type. If there is a
-final norm, it then gets L + 1, the last layer's input, and the final norm of its output."""
+"""An observer. It gets a layer's number 1..L, its input and its output, ``[b, s, h]`` each, in the model's
+type. If there is a final norm, it also gets L + 1, the last layer's input, and the final norm's output."""
 
 _REACH = 32
 """Logits are clipped at this many median distances from the median of their position: about 20 standard
 deviations."""
 _TRIED, _EARLY, _BESIDE, _PADDING = 4096, 8, 3, 3
-"""Tokens of a text; the first of them, which must not see the others; rows in a batch; tokens of padding."""
+"""Number of tokens of the text; of its first tokens, which must not depend on later ones; of rows in a batch;
+of padding tokens."""
 _SHARE = 0.05
-"""Share of tokens that may differ, because rounding may choose another expert."""
+"""Share of tokens whose state may differ, because rounding may choose another expert."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Decoder:
     final_norm: nn.Module | None  # None if no norm runs on the last layer's output
     head: Callable[[Tensor], Tensor] | None
     """Logits ``[b, s, V]`` of states ``[b, s, h]`` after the final norm, or after the last layer if there is
-    no norm. It includes all that the model does to its logits, such as a soft cap. None if they are known to
-    differ from :attr:`logits`."""
-    run: Callable[[Tensor], None]  # token ids [b, s] through all layers and the final norm, for an observer
+    no norm. It includes changes that the model makes to its logits, such as a soft cap. None if its result is
+    known to differ from :attr:`logits`."""
+    run: Callable[[Tensor], None]  # runs ids [b, s] through all layers and the final norm, for observers
     logits: Callable[[Tensor], Tensor]  # [b, s, V] of token ids [b, s]
     encode: Callable[[str], list[int]] | None
-    """The tokenizer: ids of a text, with the special tokens that begin the model's texts."""
+    """The tokenizer: ids of a text, with the special tokens at the start of the model's texts."""
     end_of_text: int | None  # id that ends a document, if the tokenizer has one
     vocab_size: int  # every id is below it
     hidden_size: int
@@ -58,16 +59,16 @@ class Decoder:
     device: torch.device
     dtype: torch.dtype
     in_place: bool = False  # whether a layer writes to its input
-    sequence_first: bool = False  # whether the modules have states [s, b, h], as in Megatron
+    sequence_first: bool = False  # whether the modules' states are [s, b, h], as in Megatron
     settings: Mapping[str, str] = field(default_factory=dict)
     """The training's arguments as text, with those of JREG, if the checkpoint holds them."""
     last_validation: Callable[[], dict[str, Tensor]] | None = None
-    """The samples of the training's last validation, if they can be known: ``tokens``, ``labels`` (the next
-    token of each) and ``loss_mask`` (1.0 if a token's loss counts, else 0.0), ``[n, seq_length]`` each."""
+    """The samples of the training's last validation, if they are known: ``tokens``, ``labels`` (the next
+    tokens) and ``loss_mask`` (1.0 if a token's loss counts, else 0.0), ``[n, seq_length]`` each."""
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """The number of layers, L."""
         return len(self.layers)
 
     def described(self) -> dict[str, Any]:
@@ -79,17 +80,17 @@ class Decoder:
         }
 
     def batch_first(self, states: Tensor) -> Tensor:
-        """States of this model's modules as a view ``[b, s, h]``; and the other way round."""
+        """A view ``[b, s, h]`` of states of this model's modules, or the reverse."""
         return states.transpose(0, 1) if self.sequence_first else states
 
     def windows(self, texts: Iterable[Text], max_tokens: int | None) -> Iterator[Window]:
-        """Cut texts, or their first ``max_tokens``, into sequences of the model's length.
+        """Cut texts, or their first ``max_tokens`` tokens, into sequences of the model's maximum length.
 
-        A text without a token gives none.
+        A text without tokens gives no window.
 
         Raises:
-            UserError: for a text that cannot be read, text without a tokenizer, and ids that are not the
-                model's.
+            UserError: for a text that cannot be read, for text without a tokenizer, and for ids outside the
+                model's vocabulary.
         """
         for number, text in enumerate(texts):
             content: Any = text.content
@@ -142,12 +143,12 @@ class Decoder:
             layer_input, layer_output = inputs.pop(number), stream_out(output)
             see(number, self.batch_first(layer_input), self.batch_first(layer_output))
             if number == self.num_layers and self.final_norm is not None:
-                # The output may be written to before the norm runs.
+                # A copy, because the model may write to the output before the norm runs.
                 last_input, last = layer_input, layer_output.clone()
 
         def tell_normed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal last
-            # The norm may also run for another head. On the last layer's output it is the final norm.
+            # The norm may also run for another head. Only its run on the last layer's output counts.
             if last is not None and is_same_or_scaled(last, stream_in(args, kwargs)):
                 last = None
                 see(self.num_layers + 1, self.batch_first(last_input), self.batch_first(stream_out(output)))
@@ -165,7 +166,7 @@ class Decoder:
     def without_layer(
         self, number: int, rows: slice = slice(None), tokens: slice = slice(None)
     ) -> Iterator[None]:
-        """Let layer ``number`` (1-based) return its input in every forward pass inside the block, in these
+        """Make layer ``number`` (from 1) return its input in every forward pass inside the block, in these
         rows and tokens of a batch."""
         saved: list[Tensor] = []
         part = (tokens, rows) if self.sequence_first else (rows, tokens)
@@ -184,7 +185,7 @@ class Decoder:
 
     @torch.inference_mode()
     def last_states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Run ids: the last layer's output, and the head's input, ``[b, s, h]`` each."""
+        """The last layer's output and the head's input for token ids ``[b, s]``, ``[b, s, h]`` each."""
         seen: dict[int, Tensor] = {}
 
         def see(number: int, _: Tensor, state: Tensor) -> None:
@@ -197,7 +198,7 @@ class Decoder:
 
     @torch.inference_mode()
     def read_out(self, states: Tensor) -> Tensor:
-        """Logits ``[b, s, V]`` of the states ``[b, s, h]`` after any layer, through final norm and head."""
+        """Logits ``[b, s, V]`` of states ``[b, s, h]`` after any layer: the head of their final norm."""
         assert self.head is not None, "the head's own logits are not the model's"
         if self.final_norm is None:
             return self.head(states)
@@ -205,7 +206,7 @@ class Decoder:
 
 
 def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
-    """Run a text alone, and as in a measurement: in a batch, with padding.
+    """Run a text alone, and in a batch with padding, as a measurement does.
 
     Raises:
         UserError: if a token's state depends on the other rows of a batch, or on later tokens.
@@ -228,8 +229,8 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
 
     if is_other(alone, first[:length]):
         where = "in a batch with padding than alone; give --batch-size 1"
-        again = "each time; give another model"
-        raise UserError(f"{decoder.name} gives a text other states {where if batch_size > 1 else again}")
+        again = "in each run; give another model"
+        raise UserError(f"{decoder.name} gives a text different states {where if batch_size > 1 else again}")
     if is_other(alone[:early], second[:early]):
         raise UserError(
             f"{decoder.name} looks at later tokens in a longer text; give a causal language model"
@@ -237,7 +238,7 @@ def refuse_dependence(decoder: Decoder, ids: Any, batch_size: int) -> None:
 
 
 def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream in a layer's arguments: the first state, or the one with the usual name."""
+    """The residual stream in a layer's arguments: the first state, else ``hidden_states``, else any other."""
     named = kwargs.get("hidden_states")
     state = next((each for each in (*args, named, *kwargs.values()) if is_state(each)), None)
     assert state is not None, "a layer was not given the residual stream"
@@ -267,9 +268,9 @@ def is_state(value: Any) -> TypeGuard[Tensor]:
 def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
     """Logits ``[..., V]`` whose differences can be compared, in fp32 or wider.
 
-    The median of each position is subtracted, because a common offset has no meaning. Masked ids (-Inf or the
+    Each position's median is subtracted, because a common offset has no meaning. Masked ids (-Inf or the
     type's smallest number) and ids with a large bias are clipped to the range of the first argument's other
-    logits. NaN counts as 0; NaN in the states gives an error of its own.
+    logits. NaN counts as 0; another check refuses NaN in states.
     """
     centred = []
     for each in (logits, *others):
@@ -283,15 +284,15 @@ def comparable(logits: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two states are the same, perhaps rounded to the other's type or copied to its device."""
+    """Whether two states are equal. One may be rounded to the other's type or copied to its device."""
     if a.shape != b.shape:
         return False
-    a, b = a.nan_to_num(), b.nan_to_num()  # values that are not finite give an error elsewhere
+    a, b = a.nan_to_num(), b.nan_to_num()  # another check refuses values that are not finite
     return torch.equal(a.to(b), b) or torch.equal(a, b.to(a))
 
 
 def is_same_or_scaled(a: Tensor, b: Tensor) -> bool:
-    """Whether ``b`` is ``a`` times a positive number, which changes no cosine and no norm's output."""
+    """Whether ``b`` is ``a`` times a positive factor, which changes neither cosines nor a norm's output."""
     if is_same(a, b):
         return True
     if a.shape != b.shape:

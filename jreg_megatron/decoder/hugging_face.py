@@ -1,4 +1,4 @@
-"""Load models of transformers: names on the hub, folders, and GGUF files."""
+"""Load models with transformers: names on the hub, folders, and GGUF files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jreg_megatron.runtime.output import note
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """The ids of a text by a tokenizer of transformers, with the special tokens that begin it alone."""
+    """A function from text to ids, by a tokenizer of transformers. It drops special tokens after the text."""
 
     def ids(text: str, **how: bool) -> list[int]:
         # verbose would warn about every text that is longer than the model's context.
         found: list[int] = tokenizer(text, verbose=False, **how)["input_ids"]
         return found
 
-    # The special tokens after a text are no part of it.
+    # Count the special tokens after a text, to leave them out.
     plain, whole = ids("a", add_special_tokens=False), ids("a")
     starts = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
     closing = len(whole) - len(plain) - next(starts, len(whole) - len(plain))
@@ -42,10 +42,10 @@ def load_hugging_face(
     """Load a causal language model and its tokenizer.
 
     Args:
-        reference: names it.
-        dtype: of the weights, unpacked ones of a GGUF file too.
+        reference: names the model.
+        dtype: type of the weights, also of the unpacked weights of a GGUF file.
         device: a device, or ``auto`` for all GPUs, which needs ``accelerate``.
-        trust_remote_code: run the model's own code.
+        trust_remote_code: allow the model's own code to run.
 
     Raises:
         UserError: if it cannot be loaded, or is not a causal decoder.
@@ -65,7 +65,7 @@ def load_hugging_face(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
             # A folder without a tokenizer may give one that knows only special tokens.
             has_words = len(tokenizer) > len(tokenizer.added_tokens_decoder)
-        except Exception:  # the error comes when a text has to be read
+        except Exception:  # refused later if there is text to encode
             has_words = False
     model = model if device == "auto" else model.to(device)
     kind = "gguf" if is_gguf else "hugging_face"
@@ -73,10 +73,10 @@ def load_hugging_face(
 
 
 def model_of(reference: Reference, source: str, *, trust_remote_code: bool = False, **how: Any) -> Any:
-    """The model of transformers in ``source``, in evaluation mode; ``how`` is for ``from_pretrained``.
+    """Load the model in ``source`` in evaluation mode, without gradients. ``how`` is for ``from_pretrained``.
 
     Raises:
-        UserError: if it cannot be loaded, or its files lack a weight.
+        UserError: if it cannot be loaded, or its files lack a weight or have one of another size.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -89,7 +89,7 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
         how |= {"output_loading_info": True, "trust_remote_code": trust_remote_code}
         how["ignore_mismatched_sizes"] = True  # refused below, by name
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
-    # Transformers draws random weights for what the files lack, and only warns.
+    # For weights that the files lack, transformers draws random numbers and only warns.
     missing, unused = (sorted(map(str, info[keys])) for keys in ("missing_keys", "unexpected_keys"))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -108,10 +108,10 @@ def model_of(reference: Reference, source: str, *, trust_remote_code: bool = Fal
 def decoder_of(
     model: Any, tokenizer: Any | None, reference: Reference, kind: str = "hugging_face"
 ) -> Decoder:
-    """The parts of a ``transformers`` model in evaluation mode; ``tokenizer`` is one of transformers.
+    """The decoder of a ``transformers`` model in evaluation mode, with its ``transformers`` tokenizer.
 
     Raises:
-        UserError: if its layers cannot be found, or it is no causal decoder.
+        UserError: if its layers cannot be found, or it is not a causal decoder.
     """
     config, name = model.config.get_text_config(decoder=True), reference.name
     device = model.device
@@ -138,7 +138,7 @@ def decoder_of(
     if not structure.feeds_head_alone:
         note(f"the head of {name} reads more than its last layer's output; figures are of this output only")
     output_embedding = model.get_output_embeddings()
-    # An embedding may be the input's too, which runs before the layers.
+    # A tied nn.Embedding also runs before the layers, so a forward pass cannot stop at it.
     ends_there = output_embedding is not None and not isinstance(output_embedding, nn.Embedding)
 
     @torch.inference_mode()
@@ -171,7 +171,7 @@ def decoder_of(
 
 
 def _settings(config: Any, names: str) -> list[Any]:
-    """Those of a configuration's settings that are there and not zero, by their names in the order given."""
+    """The values of these settings that exist in the configuration and are not zero, in the given order."""
     return [value for name in names.split() if (value := getattr(config, name, None))]
 
 
@@ -199,7 +199,7 @@ def _logits(model: Any, name: str, tokens: Tensor) -> Tensor:
 
 
 class _HeadReached(Exception):
-    """Ends a forward pass: all layers have run."""
+    """Ends a forward pass after all layers have run."""
 
 
 def _stop(*_: Any) -> None:
@@ -209,7 +209,7 @@ def _stop(*_: Any) -> None:
 def _head(embedding: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
     """The output embedding, with the known settings that change its logits.
 
-    Before a read-out its logits are compared with the model's own.
+    Before a read-out, the result is compared with the model's own logits.
     """
     kind = next((weight.dtype for weight in embedding.parameters() if weight.is_floating_point()), None)
     scales = [*_settings(config, "logit_scale"), 1.0]
@@ -218,8 +218,8 @@ def _head(embedding: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
     cap = next(iter(_settings(config, "final_logit_softcapping logits_soft_cap output_logit_soft_cap")), None)
 
     def head(states: Tensor) -> Tensor:
-        # Some models have an fp32 residual stream with weights of another type. Hooks are passed by, because
-        # layers are read out in a forward pass that ends at the model's own call of this module.
+        # Some models have an fp32 residual stream with weights of another type. `forward` bypasses the hooks:
+        # the read-out runs inside a forward pass that ends at the model's own call of this module.
         logits: Tensor = embedding.forward(states if kind is None else states.to(kind))
         if scale != 1.0:
             logits = logits * scale
@@ -246,7 +246,7 @@ def loading_errors(reference: Reference, trusted: bool = False) -> Iterator[None
             ) from error
         if isinstance(error, OSError) and not Path(reference.source).exists():
             raise UserError(
-                f"{at} is no file or folder, and the hub does not give it ({said[:160]}); correct the name, "
-                "the revision or the network access"
+                f"{at} is not a file or folder, and the hub did not return it ({said[:160]}); correct the "
+                "name, the revision or the network access"
             ) from error
         raise UserError(f"{at} cannot be loaded as a causal language model: {said[:300]}") from error

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: ArgumentParser, models: str) -> None:
-    """Define MODEL, as often as ``models`` says, and ``--device``, ``--dtype``, ``--trust-remote-code`` and
+    """Define MODEL (``models`` is its ``nargs``), ``--device``, ``--dtype``, ``--trust-remote-code`` and
     ``--batch-size``."""
     parser.add_argument(
         "models",
@@ -28,7 +28,7 @@ def add_model_arguments(parser: ArgumentParser, models: str) -> None:
         "training; @all means all of them",
     )
     add = parser.add_argument_group("how to run the models").add_argument
-    devices = "cpu, cuda, cuda:1, or auto to spread over all GPUs (default: %(default)s)"
+    devices = "cpu, cuda, cuda:1, or auto to spread the model over all GPUs (default: %(default)s)"
     add("--device", default="cpu", help=devices)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="type of the weights (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
@@ -36,7 +36,7 @@ def add_model_arguments(parser: ArgumentParser, models: str) -> None:
 
 
 def check_model_arguments(args: Namespace) -> None:
-    """Refuse what :func:`add_model_arguments` has defined and this machine cannot do.
+    """Refuse a batch size below 1 and a device that this machine does not have.
 
     Raises:
         UserError: naming the flag.
@@ -47,8 +47,8 @@ def check_model_arguments(args: Namespace) -> None:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     try:
         if args.device != "auto":
-            torch.zeros(1, device=args.device).item()  # "meta" has no numbers
-    except Exception as error:  # of torch, or of a device's own package
+            torch.zeros(1, device=args.device).item()  # fails on "meta", which holds no numbers
+    except Exception as error:  # torch's, or that of a device's own package
         raise UserError(
             f"--device is {args.device}, which this machine does not have; give cpu, or a device that torch "
             "sees"
@@ -56,7 +56,7 @@ def check_model_arguments(args: Namespace) -> None:
 
 
 def load(reference: Reference, args: Namespace) -> Decoder:
-    """Load a checkpoint that :func:`find_models` gave, as the flags of :func:`add_model_arguments` say.
+    """Load a checkpoint of :func:`find_models`, with the flags of :func:`add_model_arguments`.
 
     Raises:
         UserError: if it cannot be loaded, or is not a causal decoder.

@@ -1,4 +1,4 @@
-"""The models that a user named as ``[NAME=]MODEL[@REVISION,...]``; found without torch."""
+"""Parse the user's models ``[NAME=]MODEL[@REVISION,...]`` and find them, without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALL = "all"
 class Reference:
     """One checkpoint of a model that the user named."""
 
-    name: str  # for tables and messages; the same for all checkpoints of a series
+    name: str  # for tables and messages; all checkpoints of a series have the same
     source: str  # name on the hub, folder or file
     revision: str | None = None  # on the hub; None for the default, and for a local model
     step: int | None = None  # iteration of a checkpoint; None for the latest
@@ -45,7 +45,7 @@ def find_models(models: Sequence[str]) -> list[Reference]:
     """
     groups = [_expand(model) for model in models]
     names = Counter(group[0].name for group in groups)
-    # Two models of the same name are named by their arguments.
+    # Models of the same name get their arguments as names.
     return [
         replace(reference, name=given) if names[reference.name] > 1 else reference
         for given, group in zip(models, groups, strict=True)
@@ -54,7 +54,7 @@ def find_models(models: Sequence[str]) -> list[Reference]:
 
 
 def step_of(text: str) -> int | None:
-    """The training step in the name of a revision or a folder, as in ``step1000``, ``checkpoint-500``."""
+    """The training step in the name of a revision or a folder, such as ``step1000`` or ``checkpoint-500``."""
     found = re.search(r"(?:step|checkpoint|iter)[-_]?0*(\d+)", Path(text).name)
     return int(found[1]) if found else None
 
@@ -117,7 +117,7 @@ def _pick(path: Path, steps: list[int], wanted: list[str]) -> list[int]:
 
 
 def hub_revisions(source: str) -> list[str]:
-    """A model's branches on the hub whose names hold a training step, by step.
+    """A model's branches on the hub whose names hold a training step, sorted by step.
 
     Raises:
         UserError: if the hub does not answer, or no name holds a step.
@@ -137,7 +137,7 @@ def hub_revisions(source: str) -> list[str]:
 
 
 def _split(model: str, mark: str) -> tuple[str, str]:
-    # A path may hold the mark too.
+    # An existing path may contain the mark.
     paths = (model, model.rpartition("@")[0] or model)
     if mark not in model or any(Path(path).expanduser().exists() for path in paths):
         return "", model

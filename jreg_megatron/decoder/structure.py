@@ -1,8 +1,8 @@
-"""Find the layers and the final norm of a model by what they do, not by their names.
+"""Find the layers and the final norm of a model by their function, not by their names.
 
-Short forward passes show it. The layers are the ``ModuleList`` whose members run in order, each on the output
-of the one before. Only they mix tokens: nothing before or after them does. The final norm is a norm that runs
-on the last layer's output, and the head sees nothing else.
+Short forward passes show the function. The layers are the ``ModuleList`` whose members run in order, each on
+the output of the previous one. No module before or after them mixes tokens. The final norm is a norm that
+runs on the last layer's output. The head sees only this norm's output.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from jreg_megatron.decoder.decoder import (
 from jreg_megatron.runtime.errors import UserError
 
 _LENGTH = 12
-"""Number of tokens in a forward pass, if the model takes so many."""
+"""Number of tokens in a forward pass, unless the model's maximum is smaller."""
 
 
 def _at(length: int) -> int:
-    """The place where the two rows differ. No block of 2 to 6 tokens, in which a model may look ahead, begins
-    here."""
+    """The position of the token that differs between the two rows. A model may look ahead within blocks of 2
+    to 6 tokens; no such block begins here."""
     return length * 7 // 12
 
 
 _SLIGHT, _MUCH, _HALF = 0.02, 0.1, 0.5
-"""Shares of the difference between the rows' logits: the most that may come from elsewhere if all should come
-from one module, the least that must come from the last layer if not all does, and more than rounding."""
+"""Shares of the difference between the rows' logits. At most ``_SLIGHT`` may come from other modules if all
+should come from one. At least ``_MUCH`` must come from the last layer if not all does. ``_HALF`` bounds the
+slack for rounding."""
 _LEAST, _CLEAR = 1e-5, 0.1
-"""Shares of the logits: rows are equal up to the first, and rounding does not hide the second."""
+"""Shares of the logits. A difference up to ``_LEAST`` counts as none. Rounding cannot hide ``_CLEAR``."""
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _STEPS = (1, 2, 5, 11, 23)
-"""From one id to the other. Reserved ids may share an embedding, or have NaN."""
+"""Distances between the two ids. Several are tried: reserved ids may share an embedding, or have NaN."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Structure:
     """The parts of a model."""
 
     layers: Sequence[nn.Module]  # 1..L
-    final_norm: nn.Module | None  # None if no norm runs on the last layer's output, or not on it alone
+    final_norm: nn.Module | None  # None if no norm runs on the last layer's output, or not only on it
     feeds_head_alone: bool  # whether the head sees only the last layer's output
     hidden_size: int
     in_place: bool  # whether a layer writes to its input
@@ -65,10 +66,10 @@ class _Call:
     """A call of a module from states to states."""
 
     module: nn.Module
-    number: int  # of the module's calls, from 1
+    number: int  # index among the module's calls, from 1
     state_in: Tensor
     state_out: Tensor
-    more_in: list[Tensor]  # its other states
+    more_in: list[Tensor]  # other states among its arguments
     more_out: list[Tensor]
     in_place: bool
 
@@ -88,8 +89,8 @@ def find_structure(
         run: logits ``[b, s, V]`` of token ids ``[b, s]``.
         vocab_size: every id is below it.
         name: for messages.
-        num_layers: by the configuration; None if not known.
-        max_length: of a sequence; None if not known.
+        num_layers: number of layers in the configuration; None if not known.
+        max_length: maximum length of a sequence; None if not known.
 
     Raises:
         UserError: if no layers are found, the model looks at later tokens, or its logits change from run to
@@ -100,8 +101,8 @@ def find_structure(
         own, again = comparable(logits, run(tokens))
     if bool((again - own).norm() > max(1e-3, 8 * torch.finfo(logits.dtype).eps) * own.norm()):
         raise UserError(
-            f"{name} gives other logits for the same tokens each time, so it cannot be measured; switch off "
-            "its dropout, its noise and its memory of earlier runs"
+            f"{name} gives different logits for the same tokens in each run, so it cannot be measured; "
+            "switch off its dropout, its noise and its memory of earlier runs"
         )
 
     def effect(call: _Call) -> tuple[bool, bool]:
@@ -111,7 +112,7 @@ def find_structure(
         last = chain[-1]
         if _tells_apart(chain[0].state_in):
             is_last, is_all = effect(last)
-            # Besides the layers in the configuration there may be others, such as a skip to the head.
+            # Other paths to the head may exist beside the configured layers, such as a skip connection.
             if is_last and (is_all or (len(chain) == num_layers and not _hands_on_more(chain))):
                 break
     else:
@@ -119,10 +120,10 @@ def find_structure(
         raise UserError(
             f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
             "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
-            "head, each on the [batch, sequence, hidden] states of the one before; give another model"
+            "head, each on the [batch, sequence, hidden] states of the previous one; give another model"
         )
     first, second = last.state_out[:, : _at(tokens.shape[1])].float()
-    # The rows may differ by rounding, because experts take both rows' tokens together.
+    # The rows may differ by rounding, because an expert processes both rows' tokens together.
     if (first - second).norm() > torch.finfo(last.state_out.dtype).eps ** 0.5 * first.norm():
         raise UserError(f"{name} looks at later tokens, as an encoder does; give a causal language model")
     behind = calls[calls.index(last) + 1 :]
@@ -137,9 +138,9 @@ def find_structure(
 def _two_rows(
     model: nn.Module, run: Callable[[Tensor], Tensor], vocab_size: int, name: str, length: int
 ) -> tuple[Tensor, list[_Call], Tensor]:
-    """Two rows of ids that differ in one token, whose logits differ clearly; the calls and logits of a run.
+    """Two rows of ids that differ in one token, and the calls and logits of their run.
 
-    States before that token must not change.
+    The ids are chosen so that the rows' logits differ clearly.
     """
     widest = -1.0
     for step in _STEPS:
@@ -159,7 +160,7 @@ def _two_rows(
 
 
 def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[list[_Call], Tensor]:
-    """All calls of modules from states to states ``[b, s, h]``, in the order of their ends; the logits."""
+    """All calls from states to states ``[b, s, h]``, in the order in which they return; and the logits."""
     calls: list[_Call] = []
     numbers: Counter[nn.Module] = Counter()
 
@@ -188,7 +189,7 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
                 [copy for _, copy in found],
                 [state.clone() for state in states(*outputs)],
             )
-            # States that it puts into a dict of its arguments are passed on too.
+            # States that the module puts into a dict argument are outputs too.
             new = (
                 each for each in states(*kept(args, kwargs)) if not any(is_same(each, old) for old in more_in)
             )
@@ -203,9 +204,9 @@ def _record(model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Tensor) -
 
 
 def _apart(logits: Tensor) -> float:
-    """The difference of the rows' logits at the differing token, as a share of the logits."""
+    """The difference of the rows' logits at the token that differs, as a share of the logits."""
     at = _at(logits.shape[1])
-    if logits[:, at].isnan().any():  # try other ids; NaN in the states gives an error of its own
+    if logits[:, at].isnan().any():  # try other ids; another check refuses NaN in states
         return 2 * _LEAST
     first, second = comparable(logits)[0][:, at]
     return float((first - second).norm() / first.norm().clamp(min=torch.finfo(first.dtype).tiny))
@@ -213,9 +214,10 @@ def _apart(logits: Tensor) -> float:
 
 @torch.inference_mode()
 def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[bool, bool]:
-    """The effect of a call's output on the logits: is it large and on its own token alone, and is it all?
+    """Whether a call's output has a large effect on its own token's logits and no other, and whether nothing
+    else has an effect on these logits.
 
-    The output is swapped between the rows at the differing token. So these logits should be swapped.
+    The output is swapped between the rows at the token that differs. Then these logits should be swapped.
     """
     numbers, at = count(1), _at(logits.shape[1])
     others = [place for place in range(logits.shape[1]) if place != at]
@@ -223,7 +225,7 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
     def swap(_: nn.Module, __: Any, output: Any) -> Any:
         if next(numbers) != call.number:
             return None
-        # The recorded state, because experts on a GPU may round differently the second time.
+        # Use the recorded state, because experts on a GPU may round differently in each run.
         state = call.state_out.clone()
         state[:, at] = state[:, at].flip(0)
         return with_stream(output, state)
@@ -242,7 +244,7 @@ def _effect(call: _Call, logits: Tensor, run: Callable[[], Tensor]) -> tuple[boo
 
 
 def _chains(model: nn.Module, calls: list[_Call], num_layers: int | None) -> list[list[_Call]]:
-    """The calls of each list of modules that pass the stream on.
+    """The calls of each list of modules that pass the stream from one to the next.
 
     Lists of ``num_layers`` come first, then the longest ones, then the outermost ones.
     """
@@ -273,7 +275,7 @@ def _hands_on_more(chain: list[_Call]) -> bool:
 
 
 def _tells_apart(states: Tensor) -> bool:
-    """Whether each state is of one token: the rows' states differ only at the differing token."""
+    """Whether each state depends on one token: the rows' states differ only at the token that differs."""
     first, second = states.float()
     off = (first - second).norm(dim=-1)
     off[_at(len(off))] = 0
@@ -281,9 +283,10 @@ def _tells_apart(states: Tensor) -> bool:
 
 
 def _is_norm_of(call: _Call, state: Tensor) -> bool:
-    """Whether a call is of a norm and runs on ``state``.
+    """Whether a call is a norm of ``state``.
 
-    A norm's only weights are a scale and a shift. Its output does not depend on the length of its input.
+    A norm's only weights are a scale and a shift. Its output does not depend on the length of its input
+    vector.
     """
     if not is_same_or_scaled(call.state_in, state) or is_same(call.state_out, state):
         return False
@@ -294,6 +297,6 @@ def _is_norm_of(call: _Call, state: Tensor) -> bool:
     try:
         with torch.inference_mode():
             once, twice = (stream_out(call.module(each))[:, :1].float() for each in (some, 2 * some[:, :1]))
-    except Exception:  # it needs more than states
+    except Exception:  # it needs more arguments
         return False
     return not bool((once - twice).norm() > max(0.01, 4 * torch.finfo(state.dtype).eps) * once.norm())

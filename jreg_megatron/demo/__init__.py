@@ -1,1 +1,1 @@
-"""The demonstration run: real text, its tokenizer and a small model, made on the spot."""
+"""The demonstration run: it makes its tokenizer from real text, and trains small models."""

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def lambda_and_alpha(text: str) -> tuple[float, float]:
-    """Two numbers with a colon between them; argparse's error has this function's name."""
+    """Parse two numbers with a colon between them. argparse shows this function's name in its error."""
     coeff, _, alpha = text.partition(":")
     return float(coeff), float(alpha)
 
@@ -58,14 +58,14 @@ def _demo(args: Namespace) -> None:
     need("vl_convert", "the demo's picture", "demo")
     if "let" in args.method:
         need("transformers", "--method let", "analysis")
-    from jreg_megatron.demo.report import report  # these bring torch, which --help does without
+    from jreg_megatron.demo.report import report  # these import torch, which --help must not
     from jreg_megatron.methods.jreg.settings import JRegConfig
 
     summary, picture = args.output / "summary.json", args.output / "report.png"
     settings = {"baseline": (0.0, ALPHA), "jreg": (COEFF, ALPHA)}
     settings |= {f"jreg_{coeff:g}_{alpha:g}": (coeff, alpha) for coeff, alpha in args.also}
     for coeff, alpha in settings.values():
-        JRegConfig(coeff=coeff, alpha=alpha)  # it refuses what is not allowed
+        JRegConfig(coeff=coeff, alpha=alpha)  # refuses wrong values
     runs = [Run(name, args.iterations, args.output / name, *of_jreg) for name, of_jreg in settings.items()]
     how: dict[str, Any] = {"seed": TEACHER_SEED, "flags": TEACHER_FLAGS, "ranks": 1}
     teacher = Run("teacher", args.iterations, args.output / "teacher", **how)
@@ -78,8 +78,8 @@ def _demo(args: Namespace) -> None:
     for folder, mark in marks.items():
         if folder.exists() and not mark.exists():
             raise UserError(
-                f"--output is {args.output}, where {folder.name} is no run of the demo, as {mark.name} is "
-                "missing; name another"
+                f"--output is {args.output}, but {folder.name} in it is not a run of the demo: {mark.name} "
+                "is missing; name another"
             )
     data = prepare(args.data)
     print(
@@ -98,7 +98,7 @@ def _demo(args: Namespace) -> None:
     report(runs, summary, picture)
     print(
         f"JREG: lambda {COEFF:g}, alpha {ALPHA:g}, as in the paper. At alpha 3 the jump moves to earlier\n"
-        "layers, and the jump rate does not show it: make demo ARGS='--also 1:3'"
+        "layers, which the jump rate does not show: make demo ARGS='--also 1:3'"
     )
     print(f"Trained in {time.monotonic() - started:.0f} s. Picture: {picture}")
     print(f"Numbers: {summary}. Logs: {', '.join(str(run.log) for run in runs)}")

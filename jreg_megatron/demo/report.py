@@ -1,4 +1,4 @@
-"""The result of the demo, from TensorBoard files: ``summary.json``, a table and a picture."""
+"""The demo's results from TensorBoard files: ``summary.json``, a table and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's model, and toys that ``jreg_megatron.pretrain`` trains on this machine's CPU."""
+"""The demo's model, and other small models that ``jreg_megatron.pretrain`` trains on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def llama(layers: int, hidden: int, ffn: int, sequence: int, mlp: str = "--swigl
 
 
 def optimizer(peak: str, least: str) -> str:
-    """Megatron's flags of AdamW with a cosine from one learning rate to the other."""
+    """Megatron's flags of AdamW with a cosine schedule from ``peak`` to ``least``."""
     return f"""
     --lr {peak} --min-lr {least} --lr-decay-style cosine --lr-warmup-fraction 0.1
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
@@ -49,7 +49,7 @@ _LOGGING = "--log-interval 10 --tensorboard-log-interval 10 --eval-iters 8 --jre
 FLAGS = tuple(f"{_MODEL} {_OPTIMIZER} {_LAYOUT} {_LOGGING}".split())
 """The demo's flags for Megatron."""
 TEACHER_FLAGS = tuple(f"{llama(4, 64, 176, 128)} {_OPTIMIZER} {_LOGGING}".split())
-"""Those of its teacher for LET."""
+"""The flags of LET's teacher."""
 
 METHOD_FLAGS = {
     "attenuation": "--attenuation-learned 0.98",
@@ -58,14 +58,14 @@ METHOD_FLAGS = {
     "periln": "--periln-gain 1",
     "slowqk": "--slowqk-hold-iterations {hold}",
 }
-"""For :func:`method_flags`. Of the methods beside JREG that train another model; as published, as far as that
-is known."""
+"""Flags of methods other than JREG that change the training, for :func:`method_flags`. The values are the
+published ones, if there are any."""
 TEACHER_SEED = 1000
-"""No other run has it."""
+"""No other run uses it."""
 
 
 def method_flags(flags: str, iterations: int, teacher: Path) -> list[str]:
-    """Megatron's flags of a method in a training of so many iterations; ``teacher`` is LET's."""
+    """Megatron's flags of a method in a training of ``iterations``; ``teacher`` is LET's folder."""
     values = {"hold": max(1, iterations // 25), "half": iterations // 2, "teacher": teacher}
     return [word.format(**values) for word in flags.split()]
 
@@ -76,7 +76,7 @@ ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a toy."""
+    """One training run of a small model."""
 
     name: str
     iterations: int
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the trained model: the last checkpoint."""
+        """Folder of the last checkpoint, the trained model."""
         return self.folder / "checkpoints"
 
     @property
@@ -111,20 +111,20 @@ class Run:
 
     @property
     def finished_file(self) -> Path:
-        """The settings of a finished run."""
+        """File with the settings of a finished run."""
         return self.folder / "finished.json"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two runs of one name the same."""
+        """The settings that identify the run, besides its name."""
         numbers = {"lambda": self.coeff, "alpha": self.alpha, "iterations": self.iterations}
         return numbers | {"seed": self.seed, "flags": list(self.flags)}
 
     def is_finished(self) -> bool:
-        """Whether it was trained to its end.
+        """Whether the run was trained to its end.
 
         Raises:
-            UserError: if that was with other settings.
+            UserError: if it was trained with other settings.
         """
         if not (file := self.finished_file).exists():
             return False
@@ -135,16 +135,16 @@ class Run:
         return True
 
     def command(self, data: DemoData) -> list[str]:
-        """The command's words after the path of Python.
+        """The training command's words after the path of Python.
 
-        Forked ranks start twice as fast as those of torchrun, which all import Megatron.
+        Forked ranks start twice as fast as torchrun's, which all import Megatron.
         """
         return [
             *("-m", "jreg_megatron.cpu", "--nproc", str(self.ranks)),
             *("-m", "jreg_megatron.pretrain", "--cpu"),
             *self.flags,
             *data.megatron_arguments(),
-            # Two runs side by side must not write into one cache.
+            # Two runs in parallel must not write into one cache.
             *("--data-cache-path", str(self.folder / "data_cache")),
             *("--train-iters", str(self.iterations), "--eval-interval", str(max(1, self.iterations // 8))),
             *("--seed", str(self.seed), "--tensorboard-dir", str(self.tensorboard)),
@@ -153,7 +153,7 @@ class Run:
         ]
 
     async def train(self, data: DemoData, on_iteration: Callable[[int], None]) -> None:
-        """Train to the end; ``on_iteration`` gets the number of each logged iteration.
+        """Train to the end. ``on_iteration`` gets the number of each logged iteration.
 
         Raises:
             UserError: if the run fails; it names the log and the reason.
@@ -168,7 +168,7 @@ class Run:
 
 
 def train_all(runs: Sequence[Run], data: DemoData, width: int = 1, quiet: bool = False) -> None:
-    """Train the unfinished runs, ``width`` at a time. A run that was cut off begins again.
+    """Train the unfinished runs, ``width`` at a time. An interrupted run starts again from the beginning.
 
     Raises:
         UserError: if a finished run had other settings (before any training), or if a run fails.
@@ -195,13 +195,13 @@ def train_all(runs: Sequence[Run], data: DemoData, width: int = 1, quiet: bool =
 
 
 def teach(teacher: Run, data: DemoData, quiet: bool = False) -> None:
-    """Train a teacher for LET and export it, as far as that is not done.
+    """Train a teacher for LET and export it, unless this is done already.
 
     Raises:
         UserError: as :func:`train_all`.
     """
     train_all([teacher], data, quiet=quiet)
-    if not teacher.exported.exists():  # it is there only if it is whole
+    if not teacher.exported.exists():  # the export writes it atomically
         words = ["-m", "jreg_megatron.convert.export", str(teacher.checkpoints), str(teacher.exported)]
         log = teacher.exported.with_suffix(".log")
         asyncio.run(run_logged("exporting the teacher", [*words, "--quiet"], log, lambda _: None))

@@ -1,1 +1,1 @@
-"""Evaluates a model and its layers, and compares two models."""
+"""Evaluate a model and its layers, and compare two models."""

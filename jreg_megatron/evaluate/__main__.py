@@ -101,7 +101,7 @@ def _checked(args: Namespace) -> list[Reference]:
     if args.max_tokens < 0 or args.max_tokens == 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; it must be at least 2, or 0 for whole texts")
     if args.lens == [] and args.text:
-        raise UserError("--lens names no texts, and --text are for the test; name others: --lens FILE")
+        raise UserError("--lens has no texts, and those of --text are for the test; give others: --lens FILE")
     check_least(args, limit=1)
     return find_models(args.models)
 
@@ -132,25 +132,25 @@ def parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     seeds = (
-        "compare over training seeds. Each MODEL is then a --json file of one seed, with its baseline and "
-        "its JREG on the paper's tasks. It prints their difference over seeds, the paper's one-sided t-test, "
+        "compare over training seeds. Then each MODEL is a --json file of one seed, with its baseline and "
+        "its JREG on the paper's tasks. Prints their difference over seeds, the paper's one-sided t-test, "
         "a 95%% interval and the test's power, with and without BoolQ"
     )
     parser.add_argument("--seeds", action="store_true", help=seeds)
     names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
     parts = (
         f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop runs the model "
-        "once for each layer, and depth twice. depth shows how near each layer's read-out is to the output, "
-        "the effect of skipping a layer on later layers and on the output, and whether a state points to its "
-        "own token or to the next one"
+        "once for each layer, and depth twice. depth measures the distance of each layer's read-out from the "
+        "output, the effect of a skipped layer on later layers and on the output, and whether a state points "
+        "to its own token or to the next one"
     )
     parser.add_argument("--parts", **names, default=list(USUAL_PARTS), metavar="PART,...", help=parts)
     group = parser.add_argument_group("tasks, by lm-evaluation-harness")
     tasks = (
-        "speeches (default): small tasks made of held-out speeches; they need no network and are no public "
-        "benchmark. paper: the nine tasks of JREG's paper, zero-shot, from the Hugging Face hub: ARC-easy, "
-        "BoolQ, HellaSwag, LAMBADA (lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, with their mean, "
-        "and the mean without BoolQ. Or any task or group of the harness"
+        "speeches (default): small tasks made of held-out speeches; they need no network and are not a "
+        "public benchmark. paper: the nine tasks of JREG's paper, zero-shot, from the Hugging Face hub: "
+        "ARC-easy, BoolQ, HellaSwag, LAMBADA (lambada_openai), PIQA, RACE, SocialIQA, SciQ and SWAG, with "
+        "their mean, and the mean without BoolQ. Or any task or group of the harness"
     )
     group.add_argument("--tasks", **names, default=["speeches"], metavar="TASK,...", help=tasks)
     limit = "run the first N samples of each task (default: all)"
@@ -159,8 +159,8 @@ def parser() -> ArgumentParser:
     group.add_argument("--include-path", **own, help="a folder of your own task files; can be repeated")
     text, _ = add_text_arguments(parser)
     lens = (
-        "also read each layer out through a lens: an affine map of its states to the last layer's, fitted by "
-        "least squares on these texts (default: the other speeches)"
+        "also read each layer out through a lens: an affine map of its states to the last layer's states, "
+        "fitted by least squares on these texts (default: the other speeches)"
     )
     text.add_argument("--lens", nargs="*", metavar="FILE", help=lens)
     add_model_arguments(parser, "+")

@@ -1,9 +1,9 @@
-"""How a model uses its depth: how near each layer is to the output, and what changes without it.
+"""A model's use of depth: the distance of each layer from the output, and the changes without the layer.
 
 *Do Language Models Use Their Depth Efficiently?* (arXiv 2505.13898): KL and top-5 of the read-out, and the
 effect of skipping a layer. *Residual Connections and the Causal Shift* (arXiv 2602.14760): alignment.
 
-``options`` are those of :mod:`jreg_megatron.evaluate.layers`. Every token has the same weight.
+``options`` are as in :mod:`jreg_megatron.evaluate.layers`. Every token has the same weight.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from jreg_megatron.runtime.output import note
 
 _TOP = 5
 _LEAST = 1e-6
-"""The authors' least norm of what a layer adds, to divide by."""
+"""The authors' lower bound for the norm of a layer's contribution, as a divisor."""
 
 
 @torch.inference_mode()
 def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[str, Any]:
     """The metrics, for JSON.
 
-    Over the tokens that predict a next one, by layers 0 (the embedding) to L:
+    Over the tokens that predict a next token, by layers 0 (the embedding) to L:
 
     - ``kl``: KL divergence in nats of the layer's read-out from the whole model's distribution,
-      ``sum p_l (log p_l - log p)``; ``top5_overlap``: the share of the five likeliest tokens of both.
+      ``sum p_l (log p_l - log p)``. ``top5_overlap``: the share of the five likeliest tokens that both have.
       None without a head.
     - ``cosine_to_token`` and ``cosine_to_next_token``: mean cosine of the state and the input embedding of
-      its own token and of the next one; ``turns_over_at``: the first layer at which the second is larger,
-      None if none is. All None where the embeddings do not have the states' width.
+      its own token, and of the next token. ``turns_over_at``: the first layer at which the second cosine is
+      larger, or None. All three are None if the embeddings do not have the states' width.
 
-    Layer s is skipped for all tokens but a sequence's first, which is often an attention sink. Over the same
-    tokens, ``skip`` has by skipped layer 1..L:
+    Layer s is skipped for all tokens except the first of a sequence, which is often an attention sink. Over
+    the same tokens, ``skip`` has by skipped layer 1..L:
 
-    - ``later_mean`` and ``later_largest`` ``[L][L]``: the relative change of what layer j adds,
-      ``|(h_j - h_{j-1})' - (h_j - h_{j-1})| / |h_j - h_{j-1}|``, for j > s; None for the others.
+    - ``later_mean`` and ``later_largest`` ``[L][L]``: the relative change of layer j's contribution,
+      ``|(h_j - h_{j-1})' - (h_j - h_{j-1})| / |h_j - h_{j-1}|``, for j > s; None for other layers.
     - ``output_mean`` and ``output_largest``: ``|p' - p|``, the norm of the change of the probabilities.
 
     Raises:
@@ -64,7 +64,7 @@ def depth(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> dict[s
             changes[1, number - 1, number:] = torch.maximum(changes[1, number - 1, number:], largest)
         refuse_not_finite(decoder, torch.cat((sums.flatten(), changes.flatten())), "states or logits")
     changes[0] /= tokens
-    sums[:, 0].clamp_(min=0)  # it may round to less
+    sums[:, 0].clamp_(min=0)  # rounding may make it negative
     kl, overlap, own, following = (sums / tokens).T.tolist()
     turned = [layer for layer in range(last + 1) if following[layer] > own[layer]]
 
@@ -118,8 +118,9 @@ def _of_states(
 
 
 def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The change of what layers ``number`` + 1..L add, and of the output, if layer ``number`` is skipped: the
-    sum and the largest over the ``counted`` tokens ``[b, s]``. Both runs are rows of one batch."""
+    """The changes of the contributions of layers ``number`` + 1..L, and of the output, without layer
+    ``number``: the sum and the maximum over the ``counted`` tokens ``[b, s]``. Both runs are rows of one
+    batch."""
     found: list[Tensor] = []
     ends: list[Tensor] = []
 
@@ -150,7 +151,7 @@ def _without(decoder: Decoder, ids: Tensor, number: int, counted: Tensor) -> tup
 
 
 def _embedding_of(decoder: Decoder) -> Tensor | None:
-    """Rows of the input embedding ``[V, h]``; None, and a note, if they are not as wide as the states."""
+    """The input embedding ``[V, h]``; None, and a note, if it does not have the states' width."""
     model: Any = decoder.model
     get = getattr(model, "get_input_embeddings", None)
     module = get() if callable(get) else getattr(getattr(model, "embedding", None), "word_embeddings", None)

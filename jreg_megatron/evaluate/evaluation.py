@@ -23,7 +23,7 @@ from jreg_megatron.runtime.output import note
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's results. A part that was left out or is not finished is None."""
+    """One model's results. A part that was not run, or is not finished, is None."""
 
     model: dict[str, Any]  # from Decoder.described
     tasks: dict[str, TaskResult] | None = None
@@ -47,14 +47,14 @@ def evaluate(
     texts: Iterable[Text],
     lens_texts: Iterable[Text] = (),
 ) -> Iterator[Evaluation]:
-    """Evaluate a model. After each part, yield the results so far, so that a later error cannot lose them.
+    """Evaluate a model. Yield the results so far after each part, so that a later error does not lose them.
 
     Args:
         decoder: the model.
-        args: the command's: ``parts``, ``lens``, ``limit``, ``max_tokens``, ``batch_size`` and ``quiet``.
-        tasks: of :func:`jreg_megatron.evaluate.tasks.load_tasks`.
+        args: the command's ``parts``, ``lens``, ``limit``, ``max_tokens``, ``batch_size`` and ``quiet``.
+        tasks: from :func:`jreg_megatron.evaluate.tasks.load_tasks`.
         texts: for the parts about layers.
-        lens_texts: for the fit of the lens; other texts than ``texts``.
+        lens_texts: for the fit of the lens; different from ``texts``.
 
     Raises:
         UserError: if this model cannot run a part; before any part runs, if possible.
@@ -67,7 +67,7 @@ def evaluate(
             note(f"{error}; {' and '.join(left_out)} are left out")
         parts, decoder = parts - {"read-out", "lens"}, replace(decoder, head=None)
     if "lens" in parts and (both := _contents(texts) & _contents(lens_texts)):
-        raise UserError(f"--lens names {len(both)} of the texts of the test; give others")
+        raise UserError(f"--lens has {len(both)} texts that are in the test too; give others")
     if parts - {"tasks"}:
         texts = layers.checked_texts(decoder, texts, args)
     found = Evaluation(decoder.described())
@@ -90,17 +90,17 @@ def _contents(texts: Iterable[Text]) -> set[int]:
 
 
 def document(evaluations: Sequence[Evaluation], text: str) -> dict[str, Any]:
-    """The JSON document without the name of the format. Two models are compared; ``text`` names the texts."""
+    """The JSON document without its head. Two models are compared. ``text`` names the texts."""
     compared = compare(*evaluations) if len(evaluations) == 2 else None
     return {"models": [_model(evaluation, text) for evaluation in evaluations], "comparison": compared}
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, Any]:
-    """The differences of ``b`` to ``a`` on the samples and texts that both have seen, for JSON.
+    """The differences ``b`` minus ``a`` on the samples and texts of both, for JSON.
 
-    A part that cannot be compared is None, and a note says why. ``overall`` is the mean of the paper's nine
-    tasks if both have all nine, else of all tasks with a share of right answers. ``without_boolq`` needs all
-    nine.
+    A part that cannot be compared is None, and a note gives the reason. ``overall`` is the mean of the
+    paper's nine tasks if both models have all nine. Else it is the mean of all tasks with a share of right
+    answers. ``without_boolq`` needs all nine.
     """
     notes: list[str] = []
     first, second = a.tasks or {}, b.tasks or {}
@@ -146,8 +146,8 @@ def _compare_layers(
         notes.append(f"{why}{a.at} has {depths[0]} layers, {b.at} has {depths[1]}.")
     elif first.ids != second.ids:
         notes.append(
-            f"{why}the models cut the texts differently (another tokenizer or another longest sequence), so "
-            "their losses per token do not compare; the task speeches_bits_per_byte compares the whole "
+            f"{why}the models cut the texts differently (another tokenizer or another maximum length), so "
+            "their losses per token are not comparable; the task speeches_bits_per_byte compares the whole "
             "models."
         )
     elif len(first.tokens) < paired.FEWEST:

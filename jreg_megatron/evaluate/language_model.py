@@ -1,4 +1,4 @@
-"""A decoder as a model for lm-evaluation-harness. The import takes seconds."""
+"""A decoder as a model for lm-evaluation-harness. The import of this module takes seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jreg_megatron.evaluate.layers import score_own
 from jreg_megatron.runtime.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]
-"""Any name, the ids of the context, and the ids to score."""
+"""A name (not used), the ids of the context, and the ids to score."""
 
 
 class DecoderLM(TemplateLM):  # type: ignore[misc]
     """Log-likelihoods from a :class:`Decoder`.
 
-    The model sees the end of a text that is too long, as in the harness's own models.
+    Of a text that is too long, the model sees the end, as in the harness's own models.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, quiet: bool) -> None:
@@ -41,7 +41,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text: the one that begins texts, or else the one that ends them."""
+        """The token before a text: the beginning-of-text token, else the end-of-text token."""
         if self._begin:
             return self._begin[-1]
         if self._decoder.end_of_text is None:
@@ -49,7 +49,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         return self._decoder.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, without those that begin a text if ``add_special_tokens`` is False."""
+        """The ids of a text, without leading special tokens if ``add_special_tokens`` is False."""
         ids = self._encode(string)
         return ids[len(self._begin) :] if add_special_tokens is False else ids
 
@@ -85,7 +85,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
                     f"a task has a continuation of {len(wanted)} tokens, and {self._decoder.name} takes 1 to "
                     f"{self._max_length}; leave the task out"
                 )
-        # The longest first: a lack of memory shows at once, and the rows of a batch have similar lengths.
+        # Longest first: a lack of memory shows at once, and the rows of a batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         if order and not self._tried:
             _, context, wanted = requests[order[0]]
@@ -102,10 +102,10 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _answers(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each request's last part, and whether all its ids are the most likely ones."""
+        """Log-likelihood of each request's ids to score, and whether all of them are the most likely ids."""
         kept = [torch.tensor((context + ids)[-(self._max_length + 1) :]) for _, context, ids in requests]
         lengths = [len(wanted) for _, _, wanted in requests]
-        # Padded on the right, which a causal model does not see.
+        # Padded on the right, where padding does not affect a causal model.
         inputs = pad_sequence([ids[:-1] for ids in kept], batch_first=True).to(self._decoder.device)
         rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths))
         ends = list(zip(kept, lengths, strict=True))

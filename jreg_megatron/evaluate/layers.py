@@ -1,6 +1,6 @@
 """The loss after each layer (early exit), also through a fitted lens, and the loss without each layer.
 
-``options`` are the command's ``max_tokens`` (of each text; 0 for all), ``batch_size`` and ``quiet``.
+``options`` are the command's ``max_tokens`` (per text; 0 for all), ``batch_size`` and ``quiet``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jreg_megatron.evaluate.paired import Floats
 from jreg_megatron.runtime.errors import UserError
 
 Scores = tuple[Tensor, Tensor]
-"""Of predictions of n tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
+"""For n predicted tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
 
 _MAX_LOGITS = 1 << 25
-"""Logits at a time: 128 MiB in fp32."""
+"""Number of logits in memory at a time: 128 MiB in fp32."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 2e-2  # bf16 and fp16
@@ -33,9 +33,10 @@ _CHECKED_TOKENS = 32
 
 _NOTHING = "--text has no text of two or more tokens, so there is nothing to predict; give longer texts"
 _RIDGE = 1e-6
-"""Share of the mean square of a coordinate that is added to each. States may not fill all dimensions."""
+"""This share of the coordinates' mean square is added to each (ridge). Without it, states that do not fill
+all dimensions give no unique map."""
 _FEWEST = 10
-"""Tokens for each row of a lens's map. A fit on fewer tokens does not hold on other texts."""
+"""Minimum number of tokens per row of a lens's map. A fit on fewer tokens fails on other texts."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class PerText:
     """Sums over the predicted tokens of each of T texts, for each of C readings of the model."""
 
     tokens: Floats  # [T], the number of predicted tokens
-    ids: list[int]  # [T], a hash of each text's tokens; only models with the same hashes can be compared
+    ids: list[int]  # [T], a hash of each text's tokens; models can be compared only if the hashes are equal
     loss: Floats  # [T, C] in nats
-    correct: Floats  # [T, C], how often the most likely token was right
-    agreed: Floats  # [T, C], how often the most likely token was the whole model's
+    correct: Floats  # [T, C], number of tokens for which the most likely token was right
+    agreed: Floats  # [T, C], number of tokens for which it was the whole model's
 
     def mean(self, sums: Floats) -> list[float]:
         """Means per token, ``[C]``."""
@@ -56,7 +57,7 @@ class PerText:
 
 @dataclass(frozen=True)
 class Lens:
-    """For each layer 0..L-1 the affine map of its states that is nearest to the last layer's states."""
+    """For each layer 0..L-1, the affine map that brings its states nearest to the last layer's states."""
 
     maps: Tensor  # [L, h + 1, h] float32; the last row is the bias
     tokens: int  # in the fit
@@ -70,11 +71,11 @@ class Lens:
 
 
 def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> list[Text]:
-    """Read all texts into token ids, and try the first, before the long runs.
+    """Read all texts into token ids, and run the first text, before the long runs.
 
     Raises:
-        UserError: for a text that cannot be read, ids that are not the model's, nothing to predict, and a
-            model whose states of a text depend on anything else.
+        UserError: for a text that cannot be read, ids outside the vocabulary, texts without a token to
+            predict, and a model whose states of a text depend on anything else.
     """
     ids: dict[int, list[NDArray[np.int64]]] = {}
     for window in decoder.windows(texts, options.max_tokens or None):
@@ -90,11 +91,12 @@ def checked_texts(decoder: Decoder, texts: Iterable[Text], options: Namespace) -
 def read_out(
     decoder: Decoder, texts: Iterable[Text], options: Namespace, lens: Lens | None = None
 ) -> PerText:
-    """Predict each text from the states after layers 0 (the embedding) to L, through final norm and head,
-    which must give the model's own logits, and before them through a lens if there is one.
+    """Predict each text from the states after layers 0 (the embedding) to L, through final norm and head.
+
+    With a lens, the states go through it first. Final norm and head must give the model's own logits.
 
     Raises:
-        UserError: for texts that are too short or not this model's, and logits that are not finite.
+        UserError: for texts that are too short, ids outside the vocabulary, and logits that are not finite.
     """
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
@@ -113,7 +115,7 @@ def read_out(
 
 
 def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> PerText:
-    """Predict each text without layer 1, ... without layer L, and by the whole model; raises as
+    """Predict each text without layer 1, ... without layer L, and with the whole model. Raises as
     :func:`read_out`."""
 
     def readings(ids: Tensor, kept: Tensor, targets: Tensor) -> list[Scores]:
@@ -128,18 +130,19 @@ def layer_drop(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> P
 
 @torch.inference_mode()
 def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Lens:
-    """Fit a lens; it must be tested on other texts.
+    """Fit a lens. Test it on other texts.
 
     Without a map, a middle layer may have a high loss only because its states have other directions than the
-    last layer's. With the map, the loss shows what the layer does not know. The fit is the least-squares fit
-    of Din et al. (arXiv 2303.09435) with a bias. A token has the weight ``1 / |h_L|^2``, because a norm reads
-    only the direction. Else a few tokens with huge states, such as the first of a text, would decide.
+    last layer's states. With the map, the loss shows which information the layer lacks. The fit is the
+    least-squares fit of Din et al. (arXiv 2303.09435) with a bias. A token has the weight ``1 / |h_L|^2``,
+    because a norm reads only the direction. Else a few tokens with huge states, such as the first of a text,
+    would dominate the fit.
 
     Raises:
         UserError: if the texts have too few tokens, or cannot be read.
     """
-    # Least squares needs, for each layer but the last, the products of [its states, 1] by [its states, 1, the
-    # last layer's states], in float64.
+    # For each layer except the last, least squares needs the products of [its states, 1] and [its states, 1,
+    # the last layer's states], in float64.
     sums: dict[int, Tensor] = {}
     tokens = 0
     for ids, kept, _, _ in prediction_batches(decoder, texts, options, "lens"):
@@ -167,7 +170,8 @@ def fit_lens(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Len
 
 
 def states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], None]) -> See:
-    """Passes on the states ``[n, h]`` after layers 0 to L at the positions ``kept`` ``[b, s - 1]``."""
+    """An observer that passes to ``read`` the states ``[n, h]`` after layers 0 to L at the positions ``kept``
+    ``[b, s - 1]``."""
 
     def see(number: int, before: Tensor, after: Tensor) -> None:
         if number == 1:
@@ -181,7 +185,7 @@ def states_at(kept: Tensor, decoder: Decoder, read: Callable[[int, Tensor], None
 def prediction_batches(
     decoder: Decoder, texts: Iterable[Text], options: Namespace, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Batch]]:
-    """Batches of texts on the model's device, with a progress bar; raises as :meth:`Decoder.windows`.
+    """Batches of texts on the model's device, with a progress bar. Raises as :meth:`Decoder.windows`.
 
     Yields:
         Ids ``[b, s]``, the predicting positions ``[b, s - 1]``, the tokens ``[n]`` to predict, and the batch.
@@ -197,7 +201,7 @@ def prediction_batches(
 
 
 def _predictable(decoder: Decoder, texts: Iterable[Text], options: Namespace) -> Iterator[Window]:
-    """The sequences that have a second token."""
+    """The sequences of at least two tokens."""
     return (window for window in decoder.windows(texts, options.max_tokens or None) if len(window.ids) > 1)
 
 
@@ -209,7 +213,7 @@ def _measure(
     readings: Callable[[Tensor, Tensor, Tensor], list[Scores]],
     what: str,
 ) -> PerText:
-    """``readings`` gives the scores of each reading of the model, the whole model last."""
+    """Sum scores over texts. ``readings`` returns the scores of each reading, the whole model's last."""
     windows: list[Window] = []
     sums: list[Floats] = []
     for ids, kept, targets, batch in prediction_batches(decoder, texts, options, what):
@@ -240,7 +244,7 @@ def in_parts(decoder: Decoder, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, decoder: Decoder) -> Scores:
-    """Score the ids ``targets`` ``[n]`` by the logits that ``to_logits`` gives for ``states`` ``[n, h]``.
+    """Score the ids ``targets`` ``[n]`` by the logits ``to_logits(states)`` of ``states`` ``[n, h]``.
 
     Raises:
         UserError: if a logit is NaN, or a target has probability 0.
@@ -256,7 +260,7 @@ def score(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
 
 
 def refuse_not_finite(decoder: Decoder, values: Tensor, what: str = "logits") -> None:
-    """Raise a UserError unless all ``values``, made of ``what`` the model gives, are finite."""
+    """Raise a UserError unless all ``values``, which come from the model's ``what``, are finite."""
     if not bool(values.isfinite().all()):
         raise UserError(
             f"{decoder.name} gives {what} that are not finite with {decoder.dtype}; give --dtype float32, "
@@ -265,8 +269,8 @@ def refuse_not_finite(decoder: Decoder, values: Tensor, what: str = "logits") ->
 
 
 def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tensor) -> Scores:
-    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` at n rows and columns;
-    raises as :func:`score`."""
+    """Score the ids ``targets`` ``[n]`` by the whole model's logits of ids ``[b, s]`` at n rows and columns.
+    Raises as :func:`score`."""
     rows, columns = at
     if decoder.head is None:
         return score(lambda logits: logits, decoder.logits(ids)[rows, columns], targets, decoder)
@@ -275,7 +279,7 @@ def score_own(decoder: Decoder, ids: Tensor, at: Sequence[Tensor], targets: Tens
 
 @torch.inference_mode()
 def read_out_error(decoder: Decoder) -> str | None:
-    """Why no layer can be read out; None if final norm and head give the last layer's own logits."""
+    """The reason why no layer can be read out; None if final norm and head give the model's own logits."""
     ids = (
         torch.arange(_CHECKED_TOKENS, device=decoder.device)[None, : decoder.max_length] % decoder.vocab_size
     )
@@ -285,9 +289,9 @@ def read_out_error(decoder: Decoder) -> str | None:
     last, state = decoder.last_states(ids)
     own = decoder.logits(ids)
     try:
-        # As layers are read out, and as the whole model is scored.
+        # The first is how layers are read out, the second how the whole model is scored.
         reads = (decoder.read_out(last), decoder.head(state))
-    except RuntimeError:  # a projection between them
+    except RuntimeError:  # such as a projection between layers and head
         return f"{what}its head does not take the last layer's states"
     if any(read.shape != own.shape for read in reads):
         return f"{what}its head gives logits of another shape"
@@ -297,4 +301,4 @@ def read_out_error(decoder: Decoder) -> str | None:
     if bool((off <= _TOLERANCE.get(decoder.dtype, _COARSE_TOLERANCE) * size).all()):
         return None
     by = "head" if decoder.final_norm is None else "final norm and head"
-    return f"{what}its last layer's output by {by} misses its logits by up to {float(off.max()):.2g}"
+    return f"{what}its last layer's output through {by} misses its logits by up to {float(off.max()):.2g}"

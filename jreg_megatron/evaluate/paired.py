@@ -1,15 +1,15 @@
-"""Intervals and tests over samples, by scipy: of one model, and of the difference of two.
+"""Intervals and tests over samples, with scipy: for one model, and for the difference of two models.
 
-A figure is a sum of amounts over a sum of weights. With weights of 1 it is a mean; with tokens as weights it
-is nats per token.
+A figure is a sum of amounts divided by a sum of weights. With weights of 1 it is a mean. With numbers of
+tokens as weights it is nats per token.
 
-Intervals are percentile bootstraps over whole samples. A share of one model, such as an accuracy, gets
-Wilson's interval, because a bootstrap has no width at 0 and 1.
+Intervals are percentile bootstraps over whole samples. A share of one model, such as an accuracy, has
+Wilson's interval, because a bootstrap interval has no width at 0 and 1.
 
-Tests are two-sided. Two shares get McNemar's exact test: a binomial test on the samples that only one model
-gets right. Other figures get a permutation test that swaps the models' results sample by sample. It assumes
-no distribution and tests the reported figure; a t-test and Wilcoxon's test do not. :func:`adjusted` corrects
-for several tests by Benjamini and Hochberg's bound on the false discovery rate.
+Tests are two-sided. Two shares have McNemar's exact test: a binomial test on the samples that only one model
+gets right. Other figures have a permutation test that swaps the models' results per sample. It assumes no
+distribution and tests the reported figure; a t-test and Wilcoxon's test do not. :func:`adjusted` corrects for
+several tests by Benjamini and Hochberg's bound on the false discovery rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
 FEWEST = 6
-"""Fewer samples get no interval: a bootstrap would be too narrow, and no test could reach 0.05."""
+"""Fewer samples have no interval: a bootstrap would be too narrow, and no test could reach 0.05."""
 
 _RESAMPLES = 9999
 _SEED = 20
@@ -36,13 +36,14 @@ class Difference(NamedTuple):
     """The second model minus the first, on the same samples."""
 
     difference: float
-    interval: Interval | None  # None for fewer than FEWEST samples, as the p-value
+    interval: Interval | None  # None for fewer than FEWEST samples, like the p-value
     p_value: float | None
     samples: int
 
 
 def interval(amounts: Floats, weights: Floats) -> Interval | None:
-    """Of ``sum(amounts) / sum(weights)``, both ``[n]``; None for fewer than :data:`FEWEST` samples."""
+    """The interval of ``sum(amounts) / sum(weights)``, both ``[n]``; None for fewer than :data:`FEWEST`
+    samples."""
     from scipy import stats
 
     if len(amounts) < FEWEST:
@@ -54,7 +55,7 @@ def interval(amounts: Floats, weights: Floats) -> Interval | None:
 
 
 def compare(a: Floats, b: Floats, weights: Floats) -> Difference:
-    """``b`` minus ``a``: amounts ``[n]`` of the same samples with the same weights ``[n]``."""
+    """The difference ``b`` minus ``a``: amounts ``[n]`` of the same samples with the same weights ``[n]``."""
     from scipy import stats
 
     value = float((b - a).sum() / weights.sum())
@@ -78,14 +79,14 @@ def compare_mean(pairs: Sequence[tuple[Floats, Floats]]) -> Difference:
     if min(len(a) for a, _ in pairs) < FEWEST:
         return Difference(value, None, None, size)
     found = _bootstrap([(b - a, np.ones(len(a))) for a, b in pairs])
-    # A sample is divided by its task's size. Then a plain sum weighs it as the mean of the means does.
+    # Each sample is divided by its task's size. Then a plain sum has the same weights as the mean of means.
     first, second = (np.concatenate([pair[side] / len(pair[side]) for pair in pairs]) for side in (0, 1))
     return Difference(value, found, _permutation(first, second), size)
 
 
 def adjusted(differences: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Differences for JSON, with the adjusted p-values of several tests: of those below x, about a share x
-    are false discoveries. A missing one stays None."""
+    """Differences for JSON, with p-values that are adjusted for several tests: of those below x, at most
+    about a share x are false discoveries. A missing p-value stays None."""
     from scipy import stats
 
     made = [found.p_value for found in differences if found.p_value is not None]
@@ -102,7 +103,7 @@ def is_share(amounts: Floats, weights: Floats) -> bool:
 
 
 def _bootstrap(groups: list[tuple[Floats, Floats]]) -> Interval:
-    """Interval of the mean over groups of ``sum(amounts) / sum(weights)``. It draws within groups."""
+    """The interval of the mean over groups of ``sum(amounts) / sum(weights)``. It draws within groups."""
     from scipy import stats
 
     # scipy draws several arrays independently. Indices keep amounts and weights together.
@@ -127,6 +128,6 @@ def _permutation(a: Floats, b: Floats) -> float:
 
 
 def _how(samples: int) -> dict[str, Any]:
-    """scipy's settings of all resampling."""
+    """scipy's settings for resampling."""
     how = {"n_resamples": _RESAMPLES, "vectorized": True, "rng": np.random.default_rng(_SEED)}
     return how | {"batch": max(1, _BATCH // samples)}

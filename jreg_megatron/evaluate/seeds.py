@@ -20,11 +20,11 @@ def compare_seeds(files: Sequence[str]) -> dict[str, Any]:
     """Differences in the mean of the paper's tasks, over seeds.
 
     Args:
-        files: one ``evaluate --json`` file for each seed, with two models: first the baseline, then JREG.
+        files: one ``evaluate --json`` file per seed, with two models: first the baseline, then JREG.
 
     Returns:
-        The JSON document without the name of the format. Differences are JREG minus baseline in percentage
-        points. Intervals are two-sided 95% t intervals of their mean.
+        The JSON document without its head. Differences are JREG minus baseline in percentage points.
+        Intervals are two-sided 95% t intervals of their mean.
 
     Raises:
         UserError: for fewer than two seeds, a file without two models on all of the paper's tasks, and seeds
@@ -70,7 +70,7 @@ def _pair(file: str) -> list[Evaluated]:
     found = read([Path(file)])
     if len(found.evaluated) != 2 or found.measured or found.runs:
         raise UserError(
-            f"--seeds names {file}, which is no evaluation of two models; make one with: "
+            f"--seeds names {file}, which is not an evaluation of two models; make one with: "
             "jreg-megatron evaluate BASELINE JREG --tasks paper --json FILE"
         )
     for model in found.evaluated:
@@ -105,7 +105,7 @@ def _check_same(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
 
 
 def _limit(seed: Sequence[Evaluated]) -> str | None:
-    """``--limit`` as the report's reader gives it; None for all samples."""
+    """``--limit`` as text, from the report's reader; None for all samples."""
     found = seed[0].how.get("limit")
     return None if found == "none" else found
 

@@ -1,7 +1,7 @@
 """Tasks for lm-evaluation-harness made of held-out speeches. They need no network.
 
-They distinguish similar models, and a trained model from an untrained one. They are no public benchmark, so
-their figures do not compare with published ones.
+They distinguish similar models, and a trained model from an untrained one. They are not a public benchmark,
+so their figures are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _LAST_WORD = re.compile(r"(.*) ([a-z]{5,})[.!?]")
 
 
 def write_speech_tasks(folder: Path, speeches: list[Text]) -> None:
-    """Write each task as YAML and JSON lines, which ``lm_eval --include_path`` reads too."""
+    """Write each task as YAML and JSON lines, for ``lm_eval --include_path``."""
     for name, (make, config) in SPEECH_TASKS.items():
         rng = random.Random(_SEED)
         samples = make(speeches, rng)
-        rng.shuffle(samples)  # the first N are of all speeches
+        rng.shuffle(samples)  # so that the first N come from all speeches
         data = folder / f"{name}.jsonl"
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         data.write_text("".join(lines), encoding="utf-8")
@@ -73,7 +73,7 @@ def _beginnings(speeches: list[Text], _: random.Random) -> list[dict[str, Any]]:
 
 
 def _passages(speech: Text) -> Iterator[tuple[str, str]]:
-    """Passages of whole sentences that do not overlap, each with the sentences after it."""
+    """Passages of whole sentences, each with the sentences after it. They do not overlap."""
     sentences = _SPACE_AFTER_SENTENCE.split(" ".join(str(speech.content).split()))
     while sentences:
         context, sentences = _take(sentences, _CONTEXT_WORDS[0])
@@ -85,7 +85,7 @@ def _passages(speech: Text) -> Iterator[tuple[str, str]]:
 
 
 def _take(sentences: list[str], least: int) -> tuple[str, list[str]]:
-    """The first sentences, with at least ``least`` words together, and the others."""
+    """The first sentences, which together have at least ``least`` words, and the other sentences."""
     words = 0
     for number, sentence in enumerate(sentences, start=1):
         words += len(sentence.split())
@@ -95,7 +95,7 @@ def _take(sentences: list[str], least: int) -> tuple[str, list[str]]:
 
 
 def _choose(right: str, among: Collection[str], rng: random.Random) -> dict[str, Any]:
-    """Choices, and the number of the right one."""
+    """The choices, and the index of the right choice."""
     choices = rng.sample(sorted(set(among) - {right}), _CHOICES - 1)
     gold = rng.randrange(_CHOICES)
     choices.insert(gold, right)
@@ -121,9 +121,9 @@ _MEAN = {"aggregation": "mean", "higher_is_better": True}
 _Maker = Callable[[list[Text], random.Random], list[dict[str, Any]]]
 
 SPEECH_TASKS: dict[str, tuple[_Maker, dict[str, Any]]] = {
-    # Which of four passages continues a speech. The others are of other speeches.
+    # Which of four passages continues a speech? The wrong ones are from other speeches.
     "speeches_continuation": (_continuations, _CHOICE | _metrics("acc", "acc_norm", **_MEAN)),
-    # Which of four words ends a sentence. All four are in the passage before.
+    # Which of four words ends a sentence? All four are in the passage before it.
     "speeches_last_word": (_last_words, _CHOICE | _metrics("acc", **_MEAN)),
     # Bits per byte of the first 4,000 characters of each speech.
     "speeches_bits_per_byte": (_beginnings, _BITS | _metrics("bits_per_byte")),

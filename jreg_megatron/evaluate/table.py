@@ -17,7 +17,7 @@ MEANS = {"mean": "mean of nine", "mean_without_boolq": "without BoolQ"}
 _READ_OUT_TITLES = {"loss": "loss read out", "accuracy": "top-1", "agreement": "agrees with L"}
 _OF_LAYERS = ("read_out", "lens")
 _DEPTH = {"kl": "KL", "top5_overlap": "top 5", "cosine_to_token": "own", "cosine_to_next_token": "next"}
-"""Of layers 0..L."""
+"""Titles of the figures of layers 0..L."""
 _TITLES = {"tasks": "Differences by task", "read_out": "Loss read out by layer"}
 _TITLES |= {"lens": "Loss through the lens by layer"}
 
@@ -48,7 +48,7 @@ def print_tables(console: Any, document: dict[str, Any]) -> None:
 
 
 def _differences(document: dict[str, Any]) -> Iterator[tuple[str, Any, str, dict[str, Any], str]]:
-    """Part, item and metric for CSV, the difference, and its name in a table ("": it has no row there)."""
+    """Part, item and metric for CSV, the difference, and its name in a table (empty: no row there)."""
     comparison = document["comparison"]
     if comparison is None:
         return
@@ -101,7 +101,7 @@ def csv_rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     if not isinstance(figure, list):
                         yield row("depth", layer, f"skip_{metric}", figure)
                         continue
-                    for later, value in enumerate(figure, start=1):  # of layers before it there is none
+                    for later, value in enumerate(figure, start=1):  # None for earlier layers
                         if value is not None:
                             yield row("depth", layer, f"skip_{metric}_{later}", value)
     for part, item, metric, found, _ in _differences(document):
@@ -144,9 +144,8 @@ def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
     about = (
         "KL: from the layer's read-out to the output, in nats. top 5: the share of its five likeliest tokens "
         "that the output has too. own, next: cosine of the state and the embedding of its own token, and of "
-        f"the next token.{turned} later: the layer is skipped; how much that changes what a later layer "
-        "adds, relative to what it adds. prob.: the layer is skipped; the norm of the change of the "
-        "probabilities."
+        f"the next token.{turned} later: the relative change of a later layer's contribution if the layer is "
+        "skipped. prob.: the norm of the change of the probabilities if the layer is skipped."
     )
     _print_by_layer(console, f"Depth of {name}", columns, 3, about)
 
@@ -154,7 +153,7 @@ def _print_depth(console: Any, depth: dict[str, Any], name: str) -> None:
 def _print_by_layer(
     console: Any, title: str, columns: dict[str, list[float | None]], digits: int, about: str
 ) -> None:
-    """Columns by title, of layers 0..L."""
+    """Print columns of layers 0..L, by title."""
     rows = [
         [layer, *("" if cell is None else f"{cell:.{digits if abs(cell) < 100 else 1}f}" for cell in cells)]
         for layer, cells in enumerate(zip(*columns.values(), strict=True))
@@ -168,17 +167,17 @@ def _remarks(document: dict[str, Any]) -> list[str]:
     if lower := [name for name, task in models[0]["tasks"].items() if not task["higher_is_better"]]:
         lines.append(f"Lower is better: {', '.join(lower)}.")
     if any(name.startswith("speeches_") for name in models[0]["tasks"]):
-        lines.append("speeches_* are tasks made of held-out speeches, and no public benchmark.")
+        lines.append("speeches_* are tasks made of held-out speeches, not a public benchmark.")
     missing, limit = missing_tasks(models[0]["tasks"]), document["limit"]
     if missing and len(TASKS) - len(missing) > 1:
         lines.append(f"No mean of the paper's nine tasks. Not run: {', '.join(missing)}.")
     if not missing:
         lines.append(
             "The means are of the paper's nine tasks, by acc_norm if a task has it, else by acc. The paper "
-            "does not say which it took."
+            "does not say which metric it used."
         )
     if not missing and limit is not None:
-        lines.append(f"They are of the first {limit} samples of each task (--limit); the paper took all.")
+        lines.append(f"They are of the first {limit} samples of each task (--limit); the paper used all.")
     if models[0]["tasks"] or (comparison and comparison["read_out"]):
         lines.append("Below a figure: its 95% interval.")
     if comparison:

@@ -21,10 +21,10 @@ from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.imports import errors_alone, need
 
 SETS = {"speeches": tuple(SPEECH_TASKS), "paper": TASKS}
-"""Names of several tasks together."""
+"""Names of sets of tasks."""
 
 _METRICS = ("acc_norm", "acc", "exact_match", "acc_bytes", "bits_per_byte")
-"""A task's figure is the first of these that it has. The paper does not say which it took."""
+"""A task's figure is the first of these metrics that it has. The paper does not say which metric it used."""
 _BITS = "bits_per_byte"
 
 
@@ -37,8 +37,8 @@ class TaskResult:
     amounts: Floats  # [n]: 0 or 1 for an accuracy, bits for bits per byte
     weights: Floats  # [n]: 1, or bytes
     samples: list[str]  # [n], the harness's hash of each sample
-    chance: float | None  # the figure of guessing, for a task with choices
-    others: dict[str, float]  # other figures of the task, by metric
+    chance: float | None  # the expected figure of a random guess, for a task with choices
+    others: dict[str, float]  # the task's other figures, by metric
 
     @property
     def value(self) -> float:
@@ -47,7 +47,7 @@ class TaskResult:
 
 
 def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Find tasks and their data; returns the harness's tasks by name.
+    """Find tasks and their data. Returns the harness's tasks by name.
 
     Args:
         names: tasks and groups of the harness, and keys of :data:`SETS`.
@@ -69,14 +69,14 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
     if set(wanted) & set(SPEECH_TASKS):
         write_speech_tasks(folder, held_out_speeches())
         folders.append(str(folder))
-    # Reading the harness's own thousands of task files takes seconds, and only some tasks need it.
+    # The harness has thousands of task files. To read them takes seconds, and only some tasks need them.
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(wanted) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=folders)
     if unknown := [name for name in wanted if name not in manager.task_index]:
-        unread = "; task files that are no valid YAML are ignored" if include_path else ""
+        unread = "; task files that are not valid YAML are ignored" if include_path else ""
         raise UserError(
-            f"--tasks names {unknown[0]}, which is no task; `lm_eval ls tasks` lists them{unread}"
+            f"--tasks names {unknown[0]}, which is not a task; `lm_eval ls tasks` lists them{unread}"
         )
     datasets.disable_progress_bars()
     tasks: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
         try:
             with _silent():
                 tasks |= manager.load([name])["tasks"]
-        except Exception as error:  # of the harness, of datasets, of a task's own code or templates
+        except Exception as error:  # from the harness, datasets, or a task's own code or templates
             raise UserError(
                 f"the task {name} cannot be loaded ({type(error).__name__}: {one_line(error, 200)}); if its "
                 "data are on the Hugging Face hub, load them once with a network, or give --tasks speeches, "
@@ -107,8 +107,8 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str], folder: Path) 
 def run_tasks(tasks: Mapping[str, Any], decoder: Decoder, args: Namespace) -> dict[str, TaskResult]:
     """Run tasks of :func:`load_tasks` on a model.
 
-    Of the command's arguments, ``batch_size`` is the number of requests at a time, and ``limit`` that of
-    samples of each task; None for all.
+    Of the command's arguments, ``batch_size`` is the number of requests at a time, and ``limit`` is the
+    number of samples of each task; None for all.
 
     Raises:
         UserError: if the model has no tokenizer or gives logits that are not finite.
@@ -129,7 +129,7 @@ def run_tasks(tasks: Mapping[str, Any], decoder: Decoder, args: Namespace) -> di
 
 
 def _metrics_of(task: Any) -> list[str]:
-    """A task's metrics that are a mean over samples, or bits over bytes, in the order of preference."""
+    """A task's metrics that are a mean over samples, or bits per byte, in order of preference."""
     from lm_eval.api.metrics import bits_per_byte, mean
 
     how = task.aggregation()
@@ -173,7 +173,7 @@ def _figure(amounts: Floats, weights: Floats) -> float:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide the harness's progress bars and remarks, and the hub's remarks about failed tries."""
+    """Hide the harness's progress bars and messages, and the hub's messages about failed attempts."""
     import lm_eval.api.task as module
 
     bar = module.tqdm

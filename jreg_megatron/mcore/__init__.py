@@ -1,1 +1,1 @@
-"""What is known of Megatron: what is installed, arguments, data, initial weights, torch-only layers."""
+"""Parts of Megatron that we need: installed packages, arguments, data, initial weights, torch-only layers."""

@@ -33,13 +33,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
 
     for action in parser._actions:
-        # Some of Megatron's help texts hold a bare percent sign (0.19.2), which breaks --help.
+        # Some of Megatron's help texts have a bare percent sign (0.19.2), which breaks --help.
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except (KeyError, TypeError, ValueError):
             action.help = str(action.help).replace("%", "%%")
 
-    # argparse would print the usage of some hundred flags before the error.
+    # argparse would print the usage of several hundred flags before the error.
     parser.error = refuse  # type: ignore[method-assign]
     return parser
 
@@ -63,7 +63,7 @@ def parse(flags: list[str], world_size: int) -> Namespace:
 
 @contextlib.contextmanager
 def as_rank_zero_of(world_size: int, flags: list[str]) -> Iterator[None]:
-    """Give Megatron a command line and a rank, which it reads from the process, and hide what it prints."""
+    """Set the command line and the rank that Megatron reads from the process, and hide its output."""
     here = {"RANK": "0", "WORLD_SIZE": str(world_size)}
     with (
         mock.patch.object(sys, "argv", [sys.argv[0], *flags]),

@@ -1,4 +1,4 @@
-"""Megatron's C++ dataset helper. The wheel has it compiled; a source tree compiles it on first use."""
+"""Megatron's C++ dataset helper. The wheel has it compiled. A source tree compiles it on first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jreg_megatron.mcore.installed import core_folder
 from jreg_megatron.runtime.errors import UserError
 
 _SAYS_WHY = re.compile(r"error|cannot|denied|no space|read-only", re.IGNORECASE)
-"""A line of compiler, linker or make that gives the cause. The linker's line has no "error" in it."""
+"""Finds the line of compiler, linker or make that names the cause. The linker's line has no "error"."""
 
 
 def compile_helper() -> None:
@@ -24,7 +24,7 @@ def compile_helper() -> None:
 
     Megatron does this late, and an error ends every rank with a traceback. Here the first rank of a job
     compiles, or the process that starts the ranks. Megatron's Makefile asks the ``python3`` on ``PATH`` for
-    pybind11 and for the file's name. That may be another Python, so ``make`` is given both.
+    pybind11 and for the file's name. This may be another Python, so both are passed to ``make``.
 
     Raises:
         UserError: naming the missing tool, or with the error of ``make``.
@@ -42,7 +42,7 @@ def compile_helper() -> None:
     includes = Path(torch.__file__).with_name("include"), sysconfig.get_path("include")  # torch has pybind11
     flags = f"CPPFLAGS={' '.join(f'-I{path}' for path in includes)}"
     name = f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"
-    # A make that started this process must not pass on its flags (-n) or its level.
+    # If make started this process, its flags (-n) and its level must not reach this make.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     plain |= {"GCC_COLORS": "", "LC_ALL": "C"}
     command = ["make", "-C", str(folder), flags, name]
@@ -55,7 +55,7 @@ def compile_helper() -> None:
 def use_built_helper() -> None:
     """Stop Megatron's start-up from running ``make`` if the helper is compiled.
 
-    The wheel has no Makefile. Start-up (0.19) runs ``make`` all the same, and its error ends the process.
+    The wheel has no Makefile. Megatron 0.19 runs ``make`` anyway, and its error ends the process.
     """
     from megatron.core.datasets import utils
 
@@ -64,7 +64,7 @@ def use_built_helper() -> None:
 
 
 def _is_compiled(folder: Path) -> bool:
-    """Whether this Python finds the helper there. With a Makefile it must be as new as its source."""
+    """Whether this Python finds the helper in ``folder``. With a Makefile it must be as new as its source."""
     files = [folder / f"helpers_cpp{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     source = folder / "helpers.cpp"
     least = source.stat().st_mtime if (folder / "Makefile").is_file() and source.is_file() else 0.0

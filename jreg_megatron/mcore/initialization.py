@@ -33,13 +33,13 @@ def check(args: Namespace) -> None:
 
 
 def set_fan_in(config: Any, args: Namespace) -> None:
-    """Have a ``TransformerConfig`` draw each matrix from a normal distribution cut at 3 standard deviations.
+    """Make a ``TransformerConfig`` draw each matrix from a normal distribution cut at 3 standard deviations.
 
-    The standard deviation is ``inputs ** -0.5`` for every matrix, embedding and output layer too
-    (arXiv 2601.18302 trained in Meta Lingua, whose defaults these are). Megatron's own rule is 0.02, divided
-    by ``sqrt(2 * layers)`` for the two matrices that write to the residual stream.
+    The standard deviation is ``inputs ** -0.5`` for every matrix, also embedding and output layer. These are
+    the defaults of Meta Lingua, in which arXiv 2601.18302 trained. Megatron's own standard deviation is 0.02,
+    divided by ``sqrt(2 * layers)`` for the two matrices that write to the residual stream.
     """
-    # Those two are split over their inputs. On a GPU a rank draws its share, on a CPU the whole matrix.
+    # These two are split over their inputs. On a GPU a rank draws its share, on a CPU the whole matrix.
     shares = 1 if args.use_cpu_initialization else args.tensor_model_parallel_size
     config.init_method = config.embedding_init_method = partial(_draw, 1)
     config.output_layer_init_method = partial(_draw, shares)
@@ -47,6 +47,6 @@ def set_fan_in(config: Any, args: Namespace) -> None:
 
 def _draw(shares: int, weight: Tensor) -> None:
     std = float(weight.shape[-1] * shares) ** -0.5
-    # In bfloat16 older versions of torch draw the tails too coarsely.
+    # Older versions of torch draw the tails too coarsely in bfloat16.
     drawn = nn.init.trunc_normal_(weight.detach().float(), std=std, a=-_CUT * std, b=_CUT * std)
     weight.detach().copy_(drawn)

@@ -1,4 +1,4 @@
-"""What is installed of Megatron, and of NVIDIA's packages that it needs on a GPU."""
+"""Find which parts of Megatron are installed, and which of NVIDIA's packages that it needs on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jreg_megatron.runtime.errors import UserError
 APEX_FUSION = "fused_weight_gradient_mlp_cuda"
 """Apex's module for fused gradient accumulation in Megatron's own linear layers."""
 NO_FUSION = "--no-gradient-accumulation-fusion"
-"""The flag that Megatron needs without this module."""
+"""Megatron needs this flag if the module is missing."""
 
 
 def has_transformer_engine() -> bool:
@@ -25,7 +25,7 @@ def has_apex() -> bool:
 
 
 def refuse_without_nvidias_packages(asked: Namespace) -> None:
-    """Refuse a missing package that Megatron needs on a GPU when it builds the model.
+    """Refuse to start without a package that Megatron needs to build the model on a GPU.
 
     Raises:
         UserError: naming the package.
@@ -53,7 +53,7 @@ def core_folder() -> Path | None:
 
 
 def has_training_loop() -> bool:
-    """Whether ``megatron.training`` comes with ``megatron.core``; wheels before 0.19 hold the core only."""
+    """Whether ``megatron.training`` comes with ``megatron.core``. Wheels before 0.19 have only the core."""
     import megatron.core
 
     loop = find_spec("megatron.training")
@@ -62,10 +62,10 @@ def has_training_loop() -> bool:
 
 
 def need_training_loop(what: str, instead: str = "") -> None:
-    """Refuse a Megatron-Core without the training loop, or with an older one.
+    """Refuse a Megatron-Core without the training loop of 0.19 or later.
 
     Raises:
-        UserError: naming ``what`` needs it, and what works ``instead``.
+        UserError: naming ``what``, which needs it, and ending with the alternative ``instead``.
     """
     from megatron.core import __version__ as core
 

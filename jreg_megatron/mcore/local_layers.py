@@ -1,7 +1,7 @@
-"""The layers of ``--transformer-impl local`` in torch alone, on a GPU too.
+"""The layers of ``--transformer-impl local`` in pure torch, also on a GPU.
 
-Where Transformer Engine or Apex is installed, Megatron takes some of it for these layers as well. Where
-neither is, it misses context parallelism and sequence-parallel norms.
+If Transformer Engine or Apex is installed, Megatron uses parts of it for these layers too. Without both,
+Megatron lacks context parallelism and sequence-parallel norms.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 
 _SUMS_THE_GRADIENT = "copy_to_tensor_model_parallel_region"
-"""What a Megatron imports for latent attention that sums the gradient itself."""
+"""Name that ``multi_latent_attention`` imports in versions of Megatron that sum the gradient themselves."""
 
 
 class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
-    """Megatron's core attention, with features that otherwise only Transformer Engine's has, in torch.
+    """Megatron's core attention in torch, with features that Megatron has only with Transformer Engine.
 
-    - Context parallelism: of ``2 * C`` equal pieces of a sequence rank ``r`` of ``C`` holds piece ``r`` and
-      piece ``2 * C - 1 - r``. Queries stay where they are. Keys and values of all ranks are gathered and put
-      in order; in the backward pass their gradients are summed and scattered.
-    - Widths of keys and of values that differ, as latent attention has them.
+    - Context parallelism: a sequence has ``2 * C`` equal pieces. Rank ``r`` of ``C`` holds pieces ``r`` and
+      ``2 * C - 1 - r``. Queries stay on their rank. Keys and values of all ranks are gathered and put in
+      order. In the backward pass their gradients are summed and scattered.
+    - Different widths of keys and values, as in latent attention.
     - A causal window; unlimited if its first number is negative.
     - Packed sequences, without context parallelism.
     """
@@ -51,20 +51,20 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         plain = copy.copy(config)
-        plain.context_parallel_size = 1  # the parent refuses more, and what it does needs none
-        plain.masked_softmax_fusion = False  # the fused kernel does not look at the mask
+        plain.context_parallel_size = 1  # the parent refuses more, and its own code does not need it
+        plain.masked_softmax_fusion = False  # the fused kernel ignores the mask
         if k_channels is not None:
             plain.kv_channels = k_channels
         super().__init__(plain, *args, **kwargs)
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         # Latent attention's heads share the rotated end of their keys. Under tensor parallelism Megatron's
-        # local layers lose what other ranks' heads add to its gradient (NVIDIA/Megatron-LM#1699).
+        # local layers lose the gradient from other ranks' heads (NVIDIA/Megatron-LM#1699).
         is_unsummed = k_channels is not None and not hasattr(multi_latent_attention, _SUMS_THE_GRADIENT)
         self._width_shared = config.qk_pos_emb_head_dim if is_unsummed else 0
         self._looks_back: int | None = None
         if self.attn_mask_type == AttnMaskType.causal and self.scale_mask_softmax.window_size is not None:
-            # The parent's window takes the queries for the last ones, looks ahead and drops other masks.
+            # The parent's window assumes that the queries are the last ones, looks ahead, drops other masks.
             self._looks_back = self.scale_mask_softmax.window_size[0]
             self.scale_mask_softmax.window_size = None
 
@@ -80,8 +80,8 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
     ) -> Tensor:
         """As the parent's: states ``[s / C, b, heads, d]`` to ``[s / C, b, heads * d]``.
 
-        ``attention_mask`` is ``[b, 1, s / C, s]``, True where a query must not look; None means causal.
-        States of packed sequences are without ``b``.
+        ``attention_mask`` is ``[b, 1, s / C, s]``, True for keys that a query must not see; None means
+        causal. States of packed sequences have no dimension ``b``.
         """
         if packed_seq_params is not None:
             query, key, value = (x[:, None] for x in (query, key, value))
@@ -90,10 +90,10 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
             key = torch.cat((own, copy_to_tensor_model_parallel_region(shared, group=self.tp_group)), dim=-1)
         group = parallel_state.get_context_parallel_group()
         size = group.size()
-        if packed_seq_params is not None and size > 1:  # each sequence would be cut by itself
+        if packed_seq_params is not None and size > 1:  # each sequence would be cut on its own
             raise UserError(
-                f"packed sequences come with context parallelism over {size} ranks, which CPU mode does not "
-                "support; set the context-parallel size to 1"
+                f"packed sequences come with context parallelism over {size} ranks, which torch-only layers "
+                "do not support; set the context-parallel size to 1"
             )
         everywhere = torch.arange(key.shape[0] * size, device=query.device)
         here = everywhere[-query.shape[0] :]
@@ -122,9 +122,10 @@ class GatheringDotProductAttention(DotProductAttention):  # type: ignore[misc]
 
 @cache
 def _let_torch_norms_be_sequence_parallel() -> None:
-    """Lift a refusal: torch's norms are local to a token, and that is all sequence parallelism asks of them.
+    """Let Megatron use torch's norms with sequence parallelism, which it refuses.
 
-    They only need the mark by which Megatron finds the parameters whose gradients the ranks must sum.
+    Sequence parallelism works with any norm of single tokens. The parameters only need the mark with which
+    Megatron finds gradients that the ranks must sum.
     """
     build = WrappedTorchNorm.__new__
 
@@ -138,8 +139,8 @@ def _let_torch_norms_be_sequence_parallel() -> None:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             if config.multi_latent_attention and not config.sequence_parallel:
-                # Its norms stand before the heads part, so all ranks have the whole gradient. Megatron would
-                # sum that of q_layernorm, by its name; the mean changes nothing.
+                # Latent attention's norms run before the split into heads, so all ranks have the whole
+                # gradient. Megatron would sum that of q_layernorm, by its name; the mean changes nothing.
                 parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
         return norm
 
@@ -147,8 +148,8 @@ def _let_torch_norms_be_sequence_parallel() -> None:
 
 
 def install() -> None:
-    """Have Megatron's layers without Transformer Engine run in torch alone, for good."""
+    """Make Megatron's layers without Transformer Engine run in pure torch, until the process ends."""
     backends.DotProductAttention = GatheringDotProductAttention
     gpt_layer_specs.LNImpl = backends.LNImpl = transformer_block.LayerNormImpl = WrappedTorchNorm
     _let_torch_norms_be_sequence_parallel()
-    moe_utils.te_general_gemm = None  # 0.16 misses the name where there is no Transformer Engine
+    moe_utils.te_general_gemm = None  # 0.16 lacks this name without Transformer Engine

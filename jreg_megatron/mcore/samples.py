@@ -1,4 +1,4 @@
-"""The samples of a training and their order, by Megatron's arguments."""
+"""The samples of a training and their order, from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def dataset_config(args: Namespace, tokenizer: Any, blend: Any, blend_per_split: Any, **where: Any) -> Any:
-    """Megatron's ``GPTDatasetConfig``, for training and for reading its samples again.
+    """Megatron's ``GPTDatasetConfig``, for training and to read a training's samples again.
 
-    ``blend`` and ``blend_per_split`` are from ``get_blend_and_blend_per_split``. ``where`` are other fields,
+    ``blend`` and ``blend_per_split`` are from ``get_blend_and_blend_per_split``. ``where`` has other fields,
     which change no sample.
     """
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig

@@ -46,11 +46,11 @@ def _parser() -> ArgumentParser:
     )
     paper = (
         "measure models of the paper's Tables 1 and 2 instead, by the paper's names, such as Llama-3.2-1B "
-        "(default: all ten). Without --text the text is LAMBADA. The paper's figure is printed too"
+        "(default: all ten). Without --text the text is LAMBADA. The table also has the paper's figures"
     )
     parser.add_argument("--paper", nargs="*", metavar="NAME", help=paper)
     text, which = add_text_arguments(parser)
-    samples = "read the samples of a Megatron training's last validation, whole"
+    samples = "read the whole samples of a Megatron training's last validation"
     which.add_argument("--last-validation", action="store_true", help=samples)
     parser.set_defaults(max_tokens=None)  # it may not be given with --last-validation
     without = "leave each sequence's first token out of the printed figures; JSON and CSV hold both"
@@ -60,8 +60,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--layers", action="store_true", help="also print a line for each layer")
     depth = (
         "also measure how each layer is used, and print a line for each: the share of tokens for which the "
-        "layer is void, what attention and MLP add relative to their input, and the entropy and curvature of "
-        "a sequence's states. It takes several times as long"
+        "layer is void, the contributions of attention and MLP relative to their input, and the entropy and "
+        "curvature of a sequence's states. It takes several times as long"
     )
     parser.add_argument("--depth", action="store_true", help=depth)
     return parser
@@ -96,7 +96,7 @@ def _measure(args: Namespace) -> None:
                 if args.paper is None:
                     raise
                 output.note(f"{reference.at} is left out: {error}")
-            # After each model: finished ones stay if a later one fails.
+            # After each model, so that finished ones stay if a later one fails.
             output.put_out(args, document, csv_rows(models))
     finally:
         if models:

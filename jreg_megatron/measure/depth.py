@@ -1,4 +1,4 @@
-"""Metrics of depth of a decoder. It finds attention and MLP by what the modules of a layer do."""
+"""Metrics of a decoder's use of depth. Attention and MLP are found by their function in a layer."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OF_LAYERS = ("void_share", *CONTRIBUTIONS)
 """Figures of tokens in layers 1..L."""
 
 _LENGTH = 12
-"""Tokens of each of the two rows of a short forward pass. They differ in the first half."""
+"""Number of tokens in each of the two rows of a short forward pass. The rows differ in the first half."""
 _ROUNDINGS = 16
-"""A token's sum of states may be off by this many times the type's precision, relative to its norm."""
+"""Allowed error of a token's sum of states, in units of the type's precision, relative to its norm."""
 _MIXED = 1e-4
-"""A change of this share or more is not fp32 rounding."""
+"""A relative change above this is not fp32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class _Call:
 def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
     """The parts of each layer, from a short forward pass; None, and a note, if a layer has none.
 
-    A layer is ``out = x + c (a + m)``. Two of its modules make a and m. Attention is the one that mixes
-    tokens. If a later module is given ``x + c a``, m comes from that sum. Else both come from x at the
-    same time, and the MLP does not mix tokens.
+    A layer is ``out = x + c (a + m)``. Two of its modules compute a and m. Attention is the module that mixes
+    tokens. If a later module gets ``x + c a``, m is computed from this sum. Else both are computed from x in
+    parallel, and the MLP does not mix tokens.
 
     Args:
         decoder: the model.
-        ids: tokens of a text, ``[s]``; repeated if they are few.
+        ids: tokens of a text, ``[s]``; repeated if there are few.
     """
     length = min(_LENGTH, decoder.max_length or _LENGTH)
     rows = torch.as_tensor(ids)[:length].repeat(length)[:length].repeat(2, 1)
@@ -74,7 +74,7 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = decoder.batch_first(stream_in(args, kwargs))
-        # What differs in the second half after a layer's module was mixed in this layer.
+        # Make the second halves equal. If they differ after a module, this module mixes tokens.
         state[1, length // 2 :] = state[0, length // 2 :]
         entered[:] = [state.to(torch.float64, copy=True)]  # the layer may write to it
         calls.clear()
@@ -104,14 +104,14 @@ def find_parts(decoder: Decoder, ids: Any) -> list[Parts] | None:
     missing = found.index(None)
     note(
         f"layer {missing + 1} of {decoder.name} ({type(decoder.layers[missing]).__name__}) has no "
-        "state between attention and MLP that can be found, so what each adds is left out"
+        "state between attention and MLP that can be found, so their contributions are left out"
         + ("" if decoder.dtype == torch.float32 else "; try --dtype float32")
     )
     return None
 
 
 def _made(output: Any) -> Tensor | None:
-    """A copy of the state that a module returns, plus the bias if it returns that too (Megatron)."""
+    """A copy of the state that a module returns, plus the bias if it also returns one (Megatron)."""
     state, *more = output if isinstance(output, tuple | list) and output else (output,)
     if not is_state(state):
         return None
@@ -121,7 +121,7 @@ def _made(output: Any) -> Tensor | None:
 
 def _parts(decoder: Decoder, before: Tensor, after: Tensor, calls: Sequence[_Call]) -> Parts | None:
     added, eps = after.to(before) - before, torch.finfo(decoder.dtype).eps
-    # Of each token: in trained models the first one's norm is often far above the others.
+    # Per token: in trained models the first token's norm is often far above the others.
     room = _ROUNDINGS * eps * torch.maximum(before.norm(dim=-1), after.to(before).norm(dim=-1))
 
     def is_near(one: Tensor, other: Tensor) -> bool:
@@ -152,7 +152,7 @@ def _parts(decoder: Decoder, before: Tensor, after: Tensor, calls: Sequence[_Cal
 
 
 class DepthSums:
-    """The figures of each sequence of a batch. Sees a decoder's forward pass in :meth:`observing`."""
+    """The figures of each sequence of a batch. :meth:`observing` observes a decoder's forward pass."""
 
     def __init__(self, batch: Batch, decoder: Decoder, parts: Sequence[Parts] | None) -> None:
         self._lengths, self._decoder, self._parts = batch.lengths.tolist(), decoder, parts
@@ -163,7 +163,7 @@ class DepthSums:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """See every forward pass inside the block."""
+        """Observe every forward pass inside the block."""
 
         def keep(module: nn.Module, _: Any, output: Any) -> None:
             made = _made(output)
@@ -184,7 +184,7 @@ class DepthSums:
         self._add_state(after)
         if number <= self._decoder.num_layers and self._parts is not None:
             parts = self._parts[number - 1]
-            # A model may be on several GPUs. A layer's input is then on the GPU of the layer before.
+            # A model may be on several GPUs. Then a layer's input is on the GPU of the previous layer.
             state = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
             # Not the layer's output, which a method may have changed.
             middle = state + parts.scale * self._made.pop(parts.attention)
@@ -200,9 +200,9 @@ class DepthSums:
         )
 
     def table(self) -> Tensor:
-        """Of each sequence, with and without its first token, the means of :data:`OF_LAYERS` in layers 1..L,
+        """For each sequence, with and without its first token: the means of :data:`OF_LAYERS` in layers 1..L,
         then :data:`OF_STATES` at the places 0..L and after the final norm, ``[7 L + 2 P, 2, b]`` float64. NaN
-        where the sequence is too short, and for contributions that are not known."""
+        if the sequence is too short, and for unknown contributions."""
         void = voids(torch.stack(self._norms)[: self._decoder.num_layers + 1])[None].double()
         parts = torch.full((len(CONTRIBUTIONS), *void.shape[1:]), torch.nan, dtype=torch.float64)
         if self._contributions:
@@ -227,8 +227,9 @@ def _of_sequence(states: Tensor) -> Tensor:
 def depth_figures(means: Tensor, num_layers: int) -> dict[str, Any]:
     """Means over texts of :meth:`DepthSums.table`'s first dimension, for JSON.
 
-    :data:`OF_LAYERS` of layers 1..L, before the final norm, and :data:`OF_STATES` of h_0 .. h_L, the last one
-    also after the norm. A number that no text has, or that is not finite, is None, and so is a row of them.
+    They are :data:`OF_LAYERS` of layers 1..L, before the final norm, and :data:`OF_STATES` of h_0 .. h_L; for
+    h_L also after the norm. A number that no text has, or that is not finite, is None. A row of only such
+    numbers is None too.
     """
     of_layers, of_states = means.tensor_split([len(OF_LAYERS) * num_layers])
     found: dict[str, Any] = {}
@@ -247,5 +248,5 @@ def _known(row: Tensor) -> list[float | None] | None:
 
 
 def finite(row: Tensor) -> list[float | None]:
-    """For JSON; None for what is not finite."""
+    """The numbers for JSON; None for a number that is not finite."""
     return [value if math.isfinite(value) else None for value in row.tolist()]

@@ -1,4 +1,4 @@
-"""Measure a model: figures of each layer over tokens and texts. Memory does not grow with their number."""
+"""Measure a model: figures of each layer over tokens and texts. Memory does not grow with the texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCKS = {"kept": "with_first_token", "dropped": "without_first_token"}
 """The figures with each sequence's first token, and without it."""
 
 _PSI, _PSI_SQUARED, _ANGLE, _NORM, _NORM_SQUARED, _UPDATE, _LARGEST = range(7)
-"""Rows of :meth:`BatchSums.table`; the last one is the largest norms."""
+"""Rows of :meth:`BatchSums.table`; the last row is for the largest norms."""
 
 
 def measure(
@@ -40,24 +40,24 @@ def measure(
 ) -> dict[str, Any]:
     """Run texts through a model and measure each layer.
 
-    Texts longer than the model's context are cut into independent sequences. A note on standard error says
-    if the model has no final norm.
+    Texts longer than the model's context are cut into independent sequences. If the model has no final norm,
+    a note on standard error tells this.
 
     Args:
         decoder: the model.
         texts: read once, in order.
-        max_tokens: first tokens of each text; None for all.
-        batch_size: sequences in a batch.
+        max_tokens: number of tokens to read from the start of each text; None for all.
+        batch_size: sequences per batch.
         on_tokens: gets the number of tokens of each finished batch.
-        depth: add the metrics of :func:`jreg_megatron.measure.depth.depth_figures`. A note says if the
-            contributions of attention and MLP cannot be known.
+        depth: add the metrics of :func:`jreg_megatron.measure.depth.depth_figures`. If the contributions of
+            attention and MLP cannot be measured, a note tells this.
 
     Returns:
-        The figures of each of :data:`BLOCKS`; None if no text has a second token.
+        The figures of each of :data:`BLOCKS`. Those without first token are None if no text has a second one.
 
     Raises:
-        UserError: if there is no token, an id is not the model's, a state is NaN or infinite, or the states
-            of a text depend on anything else.
+        UserError: if there is no token, an id is outside the vocabulary, a state is NaN or infinite, or the
+            states of a text depend on anything else.
     """
     if decoder.final_norm is None:
         note(
@@ -96,7 +96,7 @@ def entry(decoder: Decoder, measured: dict[str, Any], drop_first: bool) -> dict[
     """A model's entry in the JSON.
 
     Raises:
-        UserError: if the first token is to be dropped and no text has a second one.
+        UserError: if ``drop_first`` is set and no text has a second token.
     """
     first_token = "dropped" if drop_first else "kept"
     chosen = measured[BLOCKS[first_token]]
@@ -107,9 +107,9 @@ def entry(decoder: Decoder, measured: dict[str, Any], drop_first: bool) -> dict[
 
 
 class BatchSums:
-    """Sums over the tokens of one batch. Sees a decoder's forward pass.
+    """Sums over the tokens of one batch, as an observer of a decoder's forward pass.
 
-    The P places are the states h_0 .. h_L and, if there is a final norm, its output in the place of h_L.
+    The P places are the states h_0 .. h_L and, if there is a final norm, its output instead of h_L.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -126,31 +126,35 @@ class BatchSums:
         self._add(displacement(before, after), norms(after), update_ratios(before, after))
 
     def table(self) -> tuple[Tensor, Tensor]:
-        """Of each sequence, with and without its first token, the means over tokens ``[6, P, 2, b]`` float64:
-        of displacement, its square, ``arccos(cos) / pi``, the state's norm, its square and the update ratio
-        ``|h_l - h_{l-1}| / |h_{l-1}|``; NaN for no token. And the batch's largest norms ``[P, 2]``."""
+        """The means over tokens and the largest norms.
+
+        Returns:
+            For each sequence, with and without its first token, the means ``[6, P, 2, b]`` float64 of
+            displacement, its square, ``arccos(cos) / pi``, the state's norm, its square and the update ratio
+            ``|h_l - h_{l-1}| / |h_{l-1}|``; NaN without tokens. And the batch's largest norms ``[P, 2]``.
+        """
         counts = torch.stack((self._lengths, self._lengths - 1))
         sums = torch.stack([each.cpu() for each in self._sums], dim=1)
         return sums / counts, torch.stack([each.cpu() for each in self._largest])
 
     def _add(self, psi: Tensor, norm: Tensor, update: Tensor) -> None:
         mask = torch.arange(psi.shape[1], device=psi.device) < self._lengths.to(psi.device)[:, None]
-        psi = psi.clamp(0, 1)  # it may round to more
-        # arccos(cos) of cos = 1 - 2 psi, in the form that is exact for small angles.
+        psi = psi.clamp(0, 1)  # rounding may exceed the range
+        # arccos(1 - 2 psi), in a form that is exact for small angles.
         angle = psi.sqrt().asin() * (2 / math.pi)
         update = torch.where(update.isnan(), torch.inf, update)  # 0 / 0 is no number, but it is known
         values = torch.stack((psi, psi.square(), angle, norm, norm.square(), update)).double()
-        values = torch.where(mask, values, 0.0)  # padding may be anything
+        values = torch.where(mask, values, 0.0)  # padding may have any value
         self._sums.append(torch.stack([values[..., skipped:].sum(dim=-1) for skipped in (0, 1)], dim=1))
         self._largest.append(
-            torch.stack([values[_NORM].amax(), pad(values[_NORM, :, 1:], (0, 1)).amax()])  # 0 for no token
+            torch.stack([values[_NORM].amax(), pad(values[_NORM, :, 1:], (0, 1)).amax()])  # 0 without tokens
         )
 
 
 class _Means:
     """The mean over texts of their means over tokens. A text's windows are added in order.
 
-    NaN is a number that a sequence does not have. It counts nowhere.
+    NaN means that a sequence does not have this number. It is left out of the means.
     """
 
     def __init__(self) -> None:
@@ -173,20 +177,23 @@ class _Means:
             self._of_text = 0.0, 0.0
 
     def mean(self) -> Tensor:
-        """NaN for what no text has."""
+        """The mean; NaN for a number that no text has."""
         return torch.as_tensor(self._total) / torch.as_tensor(self._counts)
 
 
 def _figures(means: _Means, largest: Tensor, last: int) -> dict[str, Any]:
-    """For JSON, of a model of ``last`` layers, with its largest norms ``[P]``.
+    """The figures for JSON of a model of ``last`` layers, with its largest norms ``[P]``.
 
-    A dict has an entry for each of :data:`FINAL_STATES`, which differ only in the last layer; a model
-    without a final norm has no ``post_norm``. Displacement Psi_l is in [0, 1], its deviation over tokens
-    (texts have the same weight); the jump rate zeta is of the mean displacement, times 100, and None for
-    a model of one layer; block influence is ``1 - mean cos`` in [0, 2] (ShortGPT, arXiv 2403.03853); the
-    angular distance is in [0, 1] (arXiv 2403.17887, which takes only a text's last token). Norms are of
-    h_0 .. h_L, the other figures of layers 1..L. The update ratio is None for a layer that was given a state
-    of norm 0.
+    A dict has an entry for each of :data:`FINAL_STATES`. The two differ only in the last layer. A model
+    without a final norm has no ``post_norm``.
+
+    - Displacement Psi_l is in [0, 1]. Its deviation is over tokens, with the same weight for each text.
+    - The jump rate zeta is that of the mean displacement, times 100. It is None for a model of one layer.
+    - Block influence is ``1 - mean cos`` in [0, 2] (ShortGPT, arXiv 2403.03853).
+    - The angular distance is in [0, 1] (arXiv 2403.17887, which takes only a text's last token).
+    - The update ratio is None for a layer whose input had norm 0.
+
+    Norms are of h_0 .. h_L, the other figures of layers 1..L.
     """
     own, of_depth = means.mean().tensor_split([_LARGEST * len(largest)])
     mean = torch.cat((own.view(_LARGEST, -1), largest[None]))

@@ -11,17 +11,17 @@ from jreg_megatron.runtime.errors import UserError, one_line
 from jreg_megatron.runtime.imports import need
 
 LAMBADA = "EleutherAI/lambada_openai"
-"""The hub's name of the test set. There are two versions; the paper does not say which it took."""
+"""The hub's name of the test set. There are two versions; the paper does not say which one it used."""
 
 
 def paper_models(names: Sequence[str]) -> list[tuple[Reference, float]]:
-    """Checkpoints of the paper's models (without ``names``: of all), and the zeta_L that it prints.
+    """Checkpoints of the paper's models (without ``names``: of all), each with the paper's zeta_L.
 
     A model that the paper follows over training has one checkpoint for each share of its steps: the branch on
     the hub with the nearest step.
 
     Raises:
-        UserError: for a name that the paper does not have, or if the hub does not answer.
+        UserError: for an unknown name, or if the hub does not answer.
     """
     known, trained, over_training = (
         numbers()[table] for table in ("hub", "open_models", "open_models_over_training")
@@ -50,7 +50,7 @@ def lambada() -> list[Text]:
     datasets = need("datasets", "measuring the paper's models", "data")
     try:
         rows = datasets.load_dataset(LAMBADA, "default", split="test")
-    except Exception as error:  # datasets has no class of its own for what can go wrong here
+    except Exception as error:  # datasets has no exception class for this
         raise UserError(
             f"--paper measures on LAMBADA, the data set {LAMBADA} of the hub, which could not be loaded "
             f"({type(error).__name__}: {one_line(error, 160)}); try with a network, or give its file "

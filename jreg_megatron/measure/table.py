@@ -26,7 +26,7 @@ _LINES |= {
 }
 """The figures in a layer's line, and their titles."""
 _FINE = ("displacement", "displacement_std", "angular_distance", "update_ratio")
-"""Those with four digits; the others have two."""
+"""Figures with four digits; the others have two."""
 _DEPTH = {"void_share": "void", "attention_ratio": "a", "mlp_ratio": "m", "layer_ratio": "a+m"}
 _DEPTH |= {"attention_cosine": "cos\na", "mlp_cosine": "cos\nm", "layer_cosine": "cos\na+m"}
 _DEPTH |= {"matrix_entropy": "entr.", "curvature": "curv."}
@@ -55,7 +55,7 @@ def print_summary(console: Console, models: Sequence[dict[str, Any]]) -> None:
 
 
 def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -> None:
-    """Print a line for each layer, of the metrics of depth or of the others; 0 is the embedding's output."""
+    """Print a line per layer with the metrics of depth, or with the others. 0 is the embedding's output."""
     title, titles, about = ("Use of depth: ", _DEPTH, _ABOUT_DEPTH) if depth else ("", _LINES, "")
     rows, last = [], model["num_layers"]
     for layer in range(last + 1):
@@ -71,7 +71,7 @@ def print_layers(console: Console, model: dict[str, Any], depth: bool = False) -
 
 
 def print_comparison(console: Console, rows: Sequence[tuple[dict[str, Any], float]]) -> None:
-    """Print zeta_L of entries of the document, each with the paper's."""
+    """Print zeta_L of entries of the document, each beside the paper's number."""
     columns = ("model", "revision", "paper", "before the final norm", "after it")
     found = [
         [model["name"], model["revision"] or "", f"{printed:g}"]
@@ -82,7 +82,7 @@ def print_comparison(console: Console, rows: Sequence[tuple[dict[str, Any], floa
 
 
 def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each checkpoint, with and without first token, final state and layer."""
+    """A row for each checkpoint, block (with or without first token), final state and layer."""
     return [
         {key: model[key] for key in ("name", "source", "revision", "step")}
         | {"first_token": first_token, "final_state": state, "layer": index + 1}
@@ -99,8 +99,10 @@ def csv_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _of_layer(block: dict[str, Any], what: str, state: str, offset: int) -> float | None:
-    """A figure of layer ``L + offset``; None if there is none. Its numbers begin with layer 1, or with the
-    embedding's output. All end with layer L."""
+    """A figure of layer ``L + offset``; None if there is none.
+
+    A figure's list begins with layer 1 or with the embedding's output, and ends with layer L.
+    """
     row = block[what].get(state) or []
     value: float | None = row[offset - 1] if len(row) >= 1 - offset else None
     return value

@@ -1,1 +1,1 @@
-"""What the files in ``recipes/`` call: check a run, print its plan, start it, resume it after a crash."""
+"""The code of ``recipes/``: check a run, print its plan, start it, resume it after a crash."""

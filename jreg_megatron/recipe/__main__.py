@@ -1,4 +1,4 @@
-"""Check, announce and start a run: ``python -m jreg_megatron.recipe``, called by ``recipes/*.sh``."""
+"""Check, announce and start a run: ``python -m jreg_megatron.recipe``. ``recipes/*.sh`` calls it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jreg_megatron.runtime.flags import flag_of
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line ``argv``; a run that starts replaces this process."""
+    """Run the command line ``argv``. A run that starts replaces this process."""
     for number in SIGNALS:
         signal.signal(number, _nothing_started)
     with user_errors_exit(), quiet_interrupt():
@@ -121,7 +121,7 @@ def _smoke(asked: Namespace) -> None:
 
 
 def _import_megatron() -> None:
-    """Import Megatron in CPU mode, without its warnings: this process only plans."""
+    """Import Megatron in CPU mode, without its warnings, because this process only plans."""
     from jreg_megatron import cpu
 
     warnings.simplefilter("ignore")
@@ -149,7 +149,8 @@ def _flags(asked: Namespace) -> list[str]:
 
 
 def _become(ranks: Sequence[str], args: Namespace, run: Path | None, is_dry_run: bool) -> None:
-    """Become the small supervisor; this process has all of Megatron in memory. In a dry run print ``ranks``.
+    """Replace this process, which has all of Megatron in memory, with the small supervisor. In a dry run only
+    print the command ``ranks``.
 
     On the first node the supervisor keeps other runs out of the folder ``run``.
     """

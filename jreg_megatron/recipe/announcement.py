@@ -1,4 +1,4 @@
-"""What a run prints before it starts: a table of what was checked, and its command."""
+"""The output of a run before it starts: a table of the checks' results, and its command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def show(title: str, rows: dict[str, str]) -> None:
 def torchrun(gpus: int, nodes: int, meets: Rendezvous | None, flags: Sequence[str]) -> list[str]:
     """``torchrun`` of this Python, for this node's ranks.
 
-    torchrun leaves SIGTERM to the ranks, which save first. Otherwise it would kill them after half a minute.
+    torchrun gets no handler for SIGTERM, so that the ranks can save first. With its handler it would kill
+    them after half a minute.
     """
     from torch.distributed.run import get_args_parser
 
@@ -66,7 +67,7 @@ def torchrun(gpus: int, nodes: int, meets: Rendezvous | None, flags: Sequence[st
 
 
 def as_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command for a shell, one flag a line, with the environment variables that it needs."""
+    """The command for a shell, one flag per line, with the environment variables that it needs."""
     words = [f"{name}={shlex.quote(environment[name])}" for name in _SHOWN if name in environment]
     words += [("\\\n    " if word.startswith("--") else "") + shlex.quote(word) for word in command]
     return " ".join(words)

@@ -1,4 +1,4 @@
-"""Which run a folder holds, so that no other run resumes from its checkpoints."""
+"""Identify the run of a folder, so that no other run resumes from its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAMES = (
     "tokenizer_model",
 )
 _OBSERVING = ("--jreg-kernels", "--jreg-log-per-layer", "--jreg-measure-interval")
-"""Flags that change the log and not the training, beside those of methods that only measure."""
+"""Flags that change only the log, besides those of methods that only measure."""
 
 
 def settings(args: Namespace) -> dict[str, Any]:
     """The settings that identify a run: methods, model, length, learning rate, data; not its layout."""
-    from jreg_megatron.methods import known  # it brings torch
+    from jreg_megatron.methods import known  # it imports torch
 
     of_methods = tuple(f"{method.prefix}_" for method in known.METHODS)
     names = [*_NAMES, *sorted(name for name in vars(args) if name.startswith(of_methods))]
@@ -34,12 +34,12 @@ def settings(args: Namespace) -> dict[str, Any]:
 
 
 def difference(file: Path, asked: dict[str, Any]) -> str | None:
-    """The first setting in ``file`` that is another one in ``asked``, in words; None if none is."""
+    """A phrase for the first setting that differs between ``file`` and ``asked``; None if none differs."""
     try:
         held: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    from jreg_megatron.methods import known  # it brings torch
+    from jreg_megatron.methods import known  # it imports torch
 
     measuring = (f"--{method.prefix}-" for method in known.METHODS if method.only_measures)
     observing = (*_OBSERVING, *measuring)
@@ -52,7 +52,7 @@ def difference(file: Path, asked: dict[str, Any]) -> str | None:
 
 def refuse_another(file: Path, asked: dict[str, Any]) -> None:
     """Raises:
-    UserError: if ``file`` is that of a run with other settings.
+    UserError: if ``file`` is from a run with other settings.
     """
     if found := difference(file, asked):
         raise UserError(

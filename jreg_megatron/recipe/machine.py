@@ -1,6 +1,6 @@
-"""Whether this machine and these files suffice for a run.
+"""Check whether this machine and the files are sufficient for a run.
 
-Each check returns a text for the table, or raises a :class:`UserError` where they do not suffice.
+Each check returns a text for the table, or raises a :class:`UserError` if they are not sufficient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Gpus:
 
     @classmethod
     def of_this_node(cls) -> Gpus:
-        """Their number from torch, the rest from the driver. This makes no context on a GPU."""
+        """Their number from torch, the rest from the driver. It creates no context on a GPU."""
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -83,10 +83,7 @@ def check_memory(plan: Plan, gpus: Gpus) -> str:
 
 
 def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
-    """How often the run reads the training data, as text.
-
-    At the end of the data Megatron silently begins again.
-    """
+    """The number of passes over the training data. At the end of the data Megatron silently begins again."""
     there, most, fullest = 0.0, 0.0, ""
     for flag, share, blend in training_blends(args):
         if any("://" in prefix for _, prefix in blend):
@@ -111,7 +108,7 @@ def check_training_data(args: Namespace, tokens: int, epochs: float) -> str:
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Refuse a tokenizer that differs from the one in the manifests of the data."""
+    """Refuse a tokenizer that differs from that in the data's manifests."""
     if not args.tokenizer_model or not os.path.isfile(args.tokenizer_model):
         return
     ours = sha256_of(Path(args.tokenizer_model))

@@ -1,4 +1,4 @@
-"""The plan of a run: Megatron itself reads the flags; the model is counted without memory for it."""
+"""The plan of a run. Megatron itself reads the flags, and the model is counted without memory for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jreg_megatron.runtime.errors import megatrons_refusals
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run that follow from its flags."""
+    """The numbers that follow from a run's flags."""
 
     args: Namespace
     """Megatron's validated arguments, with the kernels of CPU mode."""
@@ -26,7 +26,7 @@ class Plan:
     state_bytes: float
     """Weights, gradients and optimizer on the fullest GPU, by Megatron's estimate."""
     activation_bytes: float
-    """Activations on it, by Megatron's estimate."""
+    """Activations on this GPU, by Megatron's estimate."""
 
     @property
     def tokens(self) -> int:
@@ -38,7 +38,7 @@ def make(flags: list[str], world_size: int) -> Plan:
     """Let Megatron validate the flags, and count the model.
 
     Raises:
-        UserError: with Megatron's words, if it refuses the flags.
+        UserError: with Megatron's message, if it refuses the flags.
     """
     from megatron.training import arguments
     from megatron.training.theoretical_memory_usage import (
@@ -65,7 +65,7 @@ def make(flags: list[str], world_size: int) -> Plan:
 
 
 def count_parameters(args: Namespace) -> int:
-    """Parameters of the model, which Megatron builds on torch's meta device."""
+    """Number of parameters of the model, which Megatron builds on torch's meta device."""
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
@@ -94,7 +94,7 @@ def count_parameters(args: Namespace) -> int:
 
 
 def rows(request: Namespace, plan: Plan) -> dict[str, str]:
-    """What follows from the plan, for the table: a name and a text each."""
+    """The plan's rows of the table: texts by name."""
     args = plan.args
     coeff = getattr(args, "jreg_coeff", 0.0)
     jreg = f"lambda {coeff:g}, alpha {getattr(args, 'jreg_alpha', 1.0):g}"

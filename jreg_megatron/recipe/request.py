@@ -1,4 +1,4 @@
-"""The request for a run: the words of a recipe file and of its user, read and checked."""
+"""The request for a run: parse and check the words of a recipe file and of its user."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SMOKE_ITERATIONS = 4
 
 
 def read(words: list[str]) -> Namespace:
-    """What a pretraining recipe and its user ask for.
+    """Parse the words of a pretraining recipe and of its user.
 
     Returns:
-        As :func:`read_words`, with ``world_size``, the number of ranks, one a GPU. ``smoke`` is iterations of
-        a toy on the CPU, or None for the real run.
+        As :func:`read_words`, with ``world_size``, the number of ranks, one per GPU. ``smoke`` is the number
+        of iterations of a small model on the CPU, or None for the real run.
 
     Raises:
-        UserError: for a word or value that is not allowed; it names a knob as the recipe's user knows it.
+        UserError: for a word or value that is not allowed. It names a knob as the recipe does.
         SystemExit: after ``--help``.
     """
     parser = Parser(
@@ -33,7 +33,7 @@ def read(words: list[str]) -> Namespace:
     )
     for flag, kind, word, meaning in (
         ("--recipe", Path, "FILE", "the recipe, for messages"),
-        ("--variant", str, "NAME", "jreg or baseline, as the recipe has read it"),
+        ("--variant", str, "NAME", "jreg or baseline, as the recipe read it"),
         ("--run", Path, "FOLDER", "the run's folder: checkpoints, TensorBoard, index cache"),
         ("--nodes", count("NODES"), "N", "number of nodes"),
         ("--gpus", count("GPUS"), "N", "GPUs of each node"),
@@ -66,8 +66,8 @@ def read_words(
     """Read ``OPTIONS -- FLAGS ::: USER'S WORDS -- USER'S FLAGS``.
 
     Returns:
-        What ``parser`` makes of the options and ``user``, with ``--dry-run`` and ``--smoke``, of the words;
-        ``flags`` of the recipe, and ``user_flags``, which override them.
+        The results of ``parser`` for the options, and of ``user``, with ``--dry-run`` and ``--smoke``, for
+        the user's words; and ``flags`` of the recipe, and ``user_flags``, which override them.
     """
     own, rest = split_at("--", words)
     flags, typed = split_at(":::", rest)
@@ -84,7 +84,7 @@ def read_words(
 
 
 class Rendezvous(NamedTuple):
-    """Where the nodes of a run meet, and which of them this one is."""
+    """The address where the nodes of a run meet, and this node's number."""
 
     address: str
     port: int
@@ -95,17 +95,17 @@ def rendezvous(nodes: int, environment: Mapping[str, str] = os.environ) -> Rende
     """``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK``, or None for a run of one node.
 
     Raises:
-        UserError: if one is missing or cannot be.
+        UserError: if one is missing or wrong.
     """
     if nodes == 1:
         return None
     several = f"NODES is {nodes}, so each node needs"
     address = environment.get("MASTER_ADDR")
     if not address:
-        raise UserError(f"MASTER_ADDR is missing; {several} the host name of the first one there")
+        raise UserError(f"MASTER_ADDR is missing; {several} the host name of the first node in it")
     port, rank = environment.get("MASTER_PORT", "29500"), environment.get("NODE_RANK", "")
     if not (port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(f"MASTER_PORT is {port}; it must be a TCP port, the same on every node")
     if not (rank.isdecimal() and int(rank) < nodes):
-        raise UserError(f"NODE_RANK is {rank or 'missing'}; {several} its own number there, 0 to {nodes - 1}")
+        raise UserError(f"NODE_RANK is {rank or 'missing'}; {several} its own number in it, 0 to {nodes - 1}")
     return Rendezvous(address, int(port), int(rank))

@@ -1,4 +1,4 @@
-"""A recipe's flags with the sizes of a toy, so that the recipe runs on a CPU in a minute."""
+"""A recipe's flags with the sizes of a small model, so that the recipe runs on a CPU in a minute."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _DATA = (
 
 
 def ranks(args: Namespace) -> int:
-    """Ranks of the toy: those of one model; two replicas if that makes at most four ranks."""
+    """Number of ranks of the small model: two replicas if they have at most four ranks, else one replica."""
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     return int(model * 2 if model * 2 <= _MOST_RANKS else model)
 
 
 def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
-    """Flags to set after the recipe's: they shrink the model of ``args`` and take the demo's data.
+    """Flags to add after the recipe's. They shrink the model of ``args`` and use the demo's data.
 
-    Heads and their groups stay, so tensor parallelism must divide those of the recipe.
+    The numbers of heads and groups stay, so tensor parallelism must divide the recipe's numbers.
     """
     from jreg_megatron.demo.data import prepare
 
@@ -54,7 +54,7 @@ def flags(args: Namespace, run: Path, iterations: int) -> list[str]:
 
 
 def without_data(flags: list[str]) -> list[str]:
-    """The flags without those that name data; the toy has its own data."""
+    """The flags without those that name data, because the small model has its own data."""
     kept: list[str] = []
     dropping = False
     for word in flags:

@@ -31,10 +31,10 @@ from jreg_megatron.runtime.fork import end_with_the_parent
 from jreg_megatron.runtime.lock import lock
 
 UNFINISHED = os.EX_TEMPFAIL
-"""Exit status of a run that has saved and can go on: 75."""
+"""Exit status of a run that has saved and can be resumed: 75."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""The signals by which a scheduler ends a run; the run saves first."""
+"""The signals with which a scheduler ends a run. The run saves first."""
 _POLL_SECONDS = 0.5
 _INTERRUPT_SECONDS = 5.0
 
@@ -66,7 +66,7 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
                     process.send_signal(signal.SIGINT)
                     interrupted = math.inf
             except KeyboardInterrupt:
-                # A terminal sends SIGINT to the ranks too. If they still run later, they did not get it.
+                # A terminal sends SIGINT to the ranks too. If they still run later, they did not receive it.
                 interrupted = time.monotonic() + _INTERRUPT_SECONDS
     if asked and status == 128 + signal.SIGTERM:
         status = 0
@@ -78,10 +78,10 @@ def run(command: list[str], is_finished: Callable[[], bool]) -> int:
 
 
 def _prepare() -> None:
-    """In the command's process: end when the supervisor is killed, and ignore both signals.
+    """In the command's process: die when the supervisor is killed, and ignore both signals.
 
-    A scheduler may send a signal to every process of a job. The ranks inherit that they ignore it, until
-    Megatron sets its handler of SIGTERM.
+    A scheduler may send a signal to every process of a job. The ranks inherit that they ignore the signals,
+    until Megatron sets its handler for SIGTERM.
     """
     end_with_the_parent()
     for number in SIGNALS:
@@ -130,7 +130,7 @@ def main() -> None:
 
     with user_errors_exit(), ExitStack() as held:
         if folder := options.lock:
-            # Two runs in one folder would spoil its checkpoints.
+            # Two runs in one folder would corrupt its checkpoints.
             folder.mkdir(parents=True, exist_ok=True)
             what, instead = f"{folder} is being trained", "set RUN to another folder"
             held.enter_context(lock(folder / "run.lock", what, instead))

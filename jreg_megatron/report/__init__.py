@@ -1,1 +1,1 @@
-"""``jreg-megatron report``: measurements, evaluations and training runs as one page."""
+"""``jreg-megatron report``: one page of measurements, evaluations and training runs."""

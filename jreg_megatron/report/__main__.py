@@ -25,8 +25,8 @@ INPUT is one or more of:
 
 Several steps of one model are drawn over training if they were measured in the same way. A training run
 and a model are one entry if they have the same name and the model's checkpoints are in the run's folder
-or in its --save. The page opens in any browser without a network and can be printed. Exit status: 0 the
-page is written; 2 a mistake in the command or the input.
+or in its --save. The page opens in any browser without a network, and it can be printed. Exit status: 0 if
+the page was written; 2 for a mistake in the command or the input.
 """
 
 
@@ -91,7 +91,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _drawn(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the picture files: each figure, for each state of the last layer or part."""
+    """Names and contents of the picture files: one per figure and choice of last layer's state or part."""
     from jreg_megatron.report.charts import pictures
 
     for figure in (figure for section in sections for figure in section.figures):

@@ -1,6 +1,6 @@
 """Two kinds of picture as Vega-Lite dictionaries: lines with a marker per value, and a heat map.
 
-Each field of a chart has a name of ours. Names of models are only values. So Vega never reads text of the
+The fields of a chart have fixed names, and names of models are only values. So Vega never reads text of the
 input as an expression, a field or an address.
 """
 
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 Chart = dict[str, Any]
 """A Vega-Lite specification with its rows, as wide as its container and without a legend."""
 
-# The Okabe-Ito palette, for all kinds of colour vision; grey in place of its black, for dark pages.
+# The Okabe-Ito palette, for all kinds of colour vision, with grey instead of black for dark pages.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676")
-# Paths of Vega's symbols for the legends of the page; one more than colours, so that pairs differ.
+# Paths of Vega's symbols, for the page's legends. There is one more than colours, so that pairs differ.
 SYMBOLS = {
     "circle": "M5,0A5,5,0,1,1,-5,0A5,5,0,1,1,5,0Z",
     "square": "M-4.5,-4.5h9v9h-9Z",
@@ -34,22 +34,22 @@ SYMBOLS = {
     "triangle-left": "M-5,0L4.5,5.5V-5.5Z",
 }
 BANDS = 8
-"""More bands would hide each other."""
+"""The maximum number of bands. More would hide each other."""
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 3), (2, 2))
 VEGA_LITE: str = vl_convert.get_vegalite_versions()[-1]
 _SCHEMA = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
 _WIDTH, _HEIGHT = 720, 330
-_LEGEND_WIDTH = 200  # of one of its columns
+_LEGEND_WIDTH = 200  # per column
 _LEGEND = {"orient": "bottom", "title": None, "labelLimit": _LEGEND_WIDTH + 60}
 _LEGEND |= {"symbolSize": 70, "symbolOpacity": 1, "symbolLimit": 0}
 _LOOKS = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
-"""The looks of models; charts side by side may use the same colour for different models."""
+"""The channels of models' looks. Charts side by side may use the same colour for different models."""
 _IS_THIN = "indexof(thin, datum.model) >= 0"
 _PICKED = "length(picked) == 0 || indexof(picked, datum.model) >= 0"
 _LETTERS = 100
 _FEW_TICKS = 10
 _DWARFS, _FAR = 8.0, 20.0
-"""The ratio of largest value to median from which a linear axis hides most values; and most steps."""
+"""Ratios of the largest value to the median above which a linear axis hides most values, or most steps."""
 _SPACED = {"labelOverlap": True, "labelSeparation": 6}
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
 _WORDS = dict.fromkeys(("labelColor", "titleColor"), "#5b6470") | {"labelFontSize": 12}
@@ -66,17 +66,17 @@ _CONFIG = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a model looks in every figure."""
+    """A model's look in every figure."""
 
     colour: str
     symbol: str
     dash: tuple[int, ...]
     thin: bool = False
-    """Whether it is a thin line under the others, for comparison."""
+    """Whether the model is a thin line under the others, for comparison."""
 
     @classmethod
     def of(cls, number: int) -> Style:
-        """The look of model ``number``, from 0; the first 168 are different."""
+        """The look of model ``number``, from 0. The first 168 looks are different."""
         colours, symbols = len(COLOURS), len(SYMBOLS)
         dash = DASHES[number // (colours * symbols) % len(DASHES)]
         return cls(COLOURS[number % colours], list(SYMBOLS)[number % symbols], dash)
@@ -88,7 +88,7 @@ class Axis:
 
     title: str
     format: str = ".4~g"
-    """Of its values, in d3's syntax."""
+    """The format of its values, in d3's syntax."""
     whole: bool = False
     """Whether its values are integers."""
     scale: Literal["linear", "log", "symlog", "auto"] = "linear"
@@ -96,13 +96,13 @@ class Axis:
     zero: bool = False
     """Whether a linear axis begins at 0."""
     ticks: tuple[float, ...] = ()
-    """Empty: Vega chooses them."""
+    """The values of its ticks. If empty, Vega chooses them."""
 
     def fitted(self, rows: Sequence[Row], field: Literal["x", "y"]) -> Axis:
-        """This axis for the values of a field, with a definite scale."""
+        """This axis with the scale and ticks for the values of a field."""
         values = sorted({float(row[field]) for row in rows} if self.whole else [row[field] for row in rows])
         scale = self.scale
-        if scale == "auto" and self.whole:  # some models have steps far apart, such as Pythia
+        if scale == "auto" and self.whole:  # the steps of some models are far apart, such as Pythia's
             is_far = len(values) >= 5 and values[-1] >= _FAR * median(values)
             scale = "linear" if not is_far else "symlog" if values[0] <= 0 else "log"
         elif scale == "auto":
@@ -111,7 +111,7 @@ class Axis:
             scale = "log" if is_far else "linear"
         ticks = self.ticks
         if scale == "linear" and self.whole and values[-1] - values[0] < _FEW_TICKS:
-            # Vega would also draw halves, with the label of the next integer.
+            # Vega would also draw ticks at halves, with the label of the next integer.
             ticks = tuple(range(round(values[0]), round(values[-1]) + 1))
         elif scale != "linear" and not ticks:
             # Vega would label 0.03 and 0.07.
@@ -121,7 +121,7 @@ class Axis:
         return replace(self, scale=scale, ticks=ticks)
 
     def channel(self, field: str) -> dict[str, Any]:
-        """A field along this axis, for a channel of position."""
+        """The Vega-Lite channel of a field on this axis."""
         assert self.scale != "auto", "the axis is fitted to no rows yet"
         ticks: dict[str, Any] = {"format": ",d" if self.whole else ".6~g"}
         if self.scale != "linear":
@@ -151,13 +151,13 @@ def lines(
     """A line for each model through its values, with a marker on each.
 
     Args:
-        rows: ``model``, ``x``, ``y``, with ``band`` also ``low`` and ``high``, and a field for each choice.
-            Rows with ``seed`` in place of ``y`` are faint points. Then only thin models have bands, and the
-            intervals of the others are bars.
+        rows: with ``model``, ``x``, ``y``, a field for each choice, and for ``band`` also ``low`` and
+            ``high``. Rows with ``seed`` instead of ``y`` are faint points. If there are any, only thin models
+            have bands, and the intervals of the others are bars.
         looks: by label, in order.
         x, y: the axes, fitted to the rows.
         choices: the default value of each field that selects rows.
-        band: fill between the ends; with more than :data:`BANDS` models only for picked ones.
+        band: fill between ``low`` and ``high``; with more than :data:`BANDS` models only for picked ones.
         rule: height of a horizontal line.
     """
     choices = choices or {}
@@ -209,7 +209,7 @@ def lines(
 def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
     """Layers over training steps, with displacement as colour on a logarithmic scale.
 
-    ``rows`` have ``step``, ``layer``, ``state`` and ``value``; the colours end at ``low`` and ``high``.
+    ``rows`` have ``step``, ``layer``, ``state`` and ``value``. The colour scale is from ``low`` to ``high``.
     """
     step, layer = _field("step", "ordinal"), _field("layer", "ordinal") | {"title": "layer"}
     step |= {"title": "training step"}
@@ -227,7 +227,7 @@ def heat_map(rows: list[Row], *, low: float, high: float, height: int) -> Chart:
 
 
 def still(chart: Chart, name: str) -> str:
-    """A chart as a static picture for the page, in SVG; its ids begin with ``name``."""
+    """A chart as a static picture for the page, in SVG. Its ids begin with ``name``."""
     return _convert(chart | {"width": _WIDTH}, name)
 
 
@@ -241,8 +241,9 @@ def pictures(
 ) -> tuple[str, bytes]:
     """SVG and PNG as files: rows of charts on white, with titles and legends.
 
-    Charts in a row share a vertical axis with one title. Charts with the same legend share it. A chart is
-    ``width`` pixels wide in the SVG, twice as many in the PNG; ``chosen`` are values of its parameters.
+    Charts in a row share the vertical axis if it has the same title. Charts with the same legend share it. A
+    chart is ``width`` pixels wide in the SVG and twice as wide in the PNG. ``chosen`` are values of its
+    parameters.
     """
     datasets: dict[str, list[Row]] = {}
     params: dict[str, Any] = {}
@@ -287,7 +288,7 @@ _OF_A_PANEL = ("layer", "mark", "encoding", "height", "transform")
 
 
 def _convert(spec: dict[str, Any], name: str) -> str:
-    """An SVG whose ids begin with ``name``; Vega counts them on from picture to picture."""
+    """An SVG whose ids begin with ``name``. Vega's own ids depend on the pictures made before."""
     svg: str = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, allowed_base_urls=[])
     for number, identity in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))):
         svg = svg.replace(f'id="{identity}"', f'id="{name}-{number}"')

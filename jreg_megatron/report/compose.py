@@ -1,4 +1,4 @@
-"""The parts of the page in order; a part without numbers is left out."""
+"""The parts of the page in order. A part without numbers is left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jreg_megatron.report.paper_profiles import PaperProfiles
 from jreg_megatron.runtime.documents import shortened
 from jreg_megatron.runtime.errors import UserError
 
-# Sections of figures: name, title, and what the names of their figures begin with.
+# Sections of figures: name, title, and prefixes of their figures' names.
 _OF_FIGURES = (
     ("layers", "Displacement", ("displacement",)),
     ("training", "Over training", ("jump_rate", "validation_loss")),
@@ -38,7 +38,7 @@ _ABOUT_SOURCES = (
 
 
 def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> tuple[str, list[Section]]:
-    """The subtitle and the parts of the page, with ``paper`` under the displacement per layer.
+    """The subtitle and the parts of the page. ``paper`` is drawn under the displacement per layer.
 
     Raises:
         UserError: if ``paper`` is given and no input has a displacement.
@@ -79,7 +79,7 @@ def compose(inputs: Inputs, paper: PaperProfiles | None = None) -> tuple[str, li
 
 
 def _labelled(comparison: Comparison, models: list[Model]) -> tuple[Comparison, str, str]:
-    """A comparison with the labels of its two models; its file has their names, or name@step."""
+    """A comparison with the labels of its two models. Its file has their names, or name@step."""
     there = [model for model in models if comparison.file in {origin.file for origin in model.origins}]
     labels: list[str] = []
     for name in comparison.models:

@@ -1,4 +1,4 @@
-"""The figures of a report: pure functions of its models. Each has a caption and a table of its numbers."""
+"""The figures of a report, as pure functions of its models. Each has a caption and a table of its numbers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Entries = Sequence[tuple[str, Measured]]
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of the reader: the value of a field in the rows that are shown.
+    """A choice of the reader: the value that a field has in the shown rows.
 
-    ``options`` has the text of each value; the first value is the default.
+    ``options`` has the text of each value. The first value is the default.
     """
 
     field: str
@@ -51,7 +51,7 @@ class Figure:
     """The legend, by label; may be empty."""
     choices: tuple[Choice, ...] = ()
     convention: str = ""
-    """How it was measured: the subtitle of the picture as a file."""
+    """How the numbers were measured: the subtitle of the picture file."""
 
 
 def figures(
@@ -60,9 +60,9 @@ def figures(
     first: str = "kept",
     paper: PaperProfiles | None = None,
 ) -> list[Figure]:
-    """All figures with numbers; comparisons come with the labels of their models.
+    """All figures that have numbers. Comparisons come with the labels of their models.
 
-    ``first`` says whether first tokens are ``kept`` or ``dropped``; ``paper`` is under the displacement.
+    ``first`` is ``kept`` or ``dropped``, for first tokens. ``paper`` is drawn under the displacement.
     """
     looks = {model.label: Style.of(index) for index, model in enumerate(models)}
     found = [
@@ -90,13 +90,14 @@ def drawn(
     band: bool = False,
     rule: float | None = None,
 ) -> Figure | None:
-    """A line for each model; a logarithmic axis can be switched to linear. None without a finite number.
+    """A line for each model. The reader can make a logarithmic axis linear. None without a finite number.
 
     Args:
-        rows: as for :func:`~.charts.lines`. Values that are not finite are in the table only. There a value
-            is in ``column`` and ``row``, by default its model and its ``x``; if ``row`` is None, nowhere.
-            The reader chooses a value of ``state``, and of ``first`` if there are several.
-        looks: by label, in order; may have more models.
+        rows: as for :func:`~.charts.lines`. Values that are not finite are only in the table. A value's place
+            in the table is ``column`` and ``row``, by default its model and its ``x``. With None for ``row``
+            it is not in the table. The reader chooses a value of ``state``, and of ``first`` if there are
+            several.
+        looks: by label, in order. It may have more models.
         table: the table, or its caption; by default the title. ``form`` is the format of its numbers.
     """
     rows = list(rows)
@@ -148,9 +149,9 @@ def curves(
     seeds: Sequence[Row] = (),
     **more: Any,
 ) -> Figure | None:
-    """:func:`drawn` from points by label: the mean of the values at each place, over seeds.
+    """:func:`drawn` for points by label: the mean over seeds of the values at each place.
 
-    With ``band`` its interval is drawn too; ``seeds`` are rows of single seeds.
+    With ``band`` its interval is drawn too. ``seeds`` are rows of single seeds.
     """
     rows: list[Row] = []
     looks: Looks = {}
@@ -208,7 +209,7 @@ def _displacement(
 
 
 def _jump_rate(models: Sequence[Model], looks: Looks, first: str) -> Figure | None:
-    """zeta_L of models that were measured at several steps."""
+    """zeta_L over training, for models that were measured at several steps."""
     entries = [(model.label, entry) for model in models if model.is_series for entry in model.measured]
     rows: list[Row] = [
         {"model": label, "x": entry.step, "y": rate, "state": state}
@@ -273,8 +274,8 @@ _TABLES = {
     "jump_rate": "Jump rate ζ at each validation",
     "validation_loss": "Validation loss, nats per token",
 }
-# Name, what of a model (or several, with words between which the reader chooses), title, caption and axes.
-# {first}: "kept" or "dropped"; {taken}: where the last layer ends.
+# Name, number of a model (or several, with texts among which the reader chooses), title, caption and axes.
+# {first}: "kept" or "dropped". {taken}: before or after the final norm.
 _CURVES = (
     (
         "displacement_in_training",
@@ -418,8 +419,7 @@ def _curve(
     what: str | Mapping[str, str],
     *about: Any,
 ) -> Figure | None:
-    """Numbers over training or by layer, of each run or of the last evaluation or measurement that has
-    them."""
+    """Numbers over training or by layer, from each model's last measurement, evaluation or run with them."""
     title, caption, axes = about
     named = {what: ""} if isinstance(what, str) else what
     parts = {key.format(first=first): words for key, words in named.items()}
@@ -502,10 +502,10 @@ def _turns(entries: Entries, kind: str) -> Iterator[Row]:
 
 
 def _about(entries: Entries, kinds: Sequence[str], *, after_norm: bool = True) -> tuple[str, str]:
-    """The sentences of a caption on how models were measured, and those under a picture without a page.
+    """How the models were measured: the sentences for a caption, and those for a picture file.
 
-    They name the first token, the models without a final norm in a figure with numbers ``after_norm``, and
-    different texts. With several ``kinds`` of first token the reader chooses one.
+    They name the kind of first token, models without a final norm (if the figure has numbers ``after_norm``),
+    and different texts. With several ``kinds`` of first token the reader chooses one.
     """
     texts = {tuple(item for item in e.conditions.items() if item[0].startswith("text ")) for _, e in entries}
     differ = " The models read different texts." if len(texts) > 1 else ""
@@ -518,7 +518,7 @@ def _about(entries: Entries, kinds: Sequence[str], *, after_norm: bool = True) -
 
 
 def _other_texts(used: Mapping[str, Evaluated]) -> str:
-    """The sentence of a caption about models that were evaluated on different texts."""
+    """A caption's sentence on models that were evaluated on different texts; empty if the texts are equal."""
     texts: dict[str, list[str]] = {}
     for label, entry in used.items():
         read_out = entry.read_out or entry.lens or entry.depth
@@ -531,7 +531,7 @@ def _other_texts(used: Mapping[str, Evaluated]) -> str:
 
 
 def _choices(rows: Sequence[Row]) -> list[Choice]:
-    """The fields that select rows; the first row has the default."""
+    """The reader's choices of fields that select rows. The first row has the defaults."""
     found = []
     for name, title in {"state": "last layer", "first": "first token of each text", "part": "shown"}.items():
         values = dict.fromkeys(row[name] for row in rows if name in row)

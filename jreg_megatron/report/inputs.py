@@ -1,4 +1,4 @@
-"""The inputs of a report; measurements and evaluations are the schemas of their JSON files."""
+"""The inputs of a report. Measurements and evaluations are also the schemas of their JSON files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _depth(layers: int, about: ValidationInfo[Any]) -> int:
 
 
 def _per_layer(more: int = 0) -> AfterValidator:
-    """For a list with one entry per layer of the model, and ``more``."""
+    """Checks that a list has one entry per layer of the model, plus ``more``."""
 
     def check(values: list[Any], about: ValidationInfo[Any]) -> list[Any]:
         if len(values) != (length := about.context["layers"] + more):
@@ -58,7 +58,7 @@ def _per_layer(more: int = 0) -> AfterValidator:
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """For a mean that may be rounded beyond its range."""
+    """Checks a range, with room for a mean that was rounded out of it."""
 
     def check(value: float) -> float:
         if not least - _ROUNDING <= value <= most + _ROUNDING:
@@ -96,10 +96,10 @@ Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_rising)]
 Turns = dict[State, Annotated[list[Share], _per_layer()]]
-"""A number of each layer 1..L, by state."""
+"""A number for each layer 1..L, by state."""
 type Known[T] = dict[State, Annotated[list[T | None], _per_layer()] | None]
 type KnownOfStates[T] = dict[State, Annotated[list[T | None], _per_layer(1)] | None]
-"""The same with layer 0, the embedding. What is not known is None."""
+"""The same with layer 0, the embedding. An unknown number is None."""
 
 
 class Part(BaseModel):
@@ -109,7 +109,7 @@ class Part(BaseModel):
 
 
 def _as_words(found: Mapping[str, Any]) -> dict[str, str]:
-    """What is known, as text."""
+    """Values as text, without those that are None."""
     return {
         name.replace("_", " "): value if isinstance(value, str) else f"{value:,.10g}"
         for name, value in found.items()
@@ -118,7 +118,7 @@ def _as_words(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Origin(Part):
-    """The source of a model's numbers; file (a printable name) and versions belong to the whole file."""
+    """The source of a model's numbers. ``file`` is a printable name; it and ``versions`` are per file."""
 
     file: str
     versions: Texts
@@ -131,8 +131,8 @@ class Origin(Part):
 
 
 class Block(Part):
-    """A measurement over one set of tokens: mean and deviation of Psi_l, and zeta_L of two or more layers;
-    with ``--depth`` also the use of depth."""
+    """A measurement over one set of tokens: mean and deviation of Psi_l, zeta_L if there are two or more
+    layers, and with ``--depth`` the use of depth."""
 
     displacement: Turns
     displacement_std: Turns | None = None
@@ -149,7 +149,7 @@ class Block(Part):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """Those of :data:`STATES` with numbers; without a final norm, the first."""
+        """The states of :data:`STATES` that have numbers. Without a final norm, only the first."""
         return STATES if "post_norm" in {*self.displacement, *self.jump_rate} else STATES[:1]
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class Block(Part):
 
 
 class Measured(Origin):
-    """One model of a measurement; ``first_token`` says which of its two blocks the user asked for."""
+    """One model of a measurement. ``first_token`` names the block that the user chose."""
 
     text: Texts
     texts: Count | None = None
@@ -185,18 +185,21 @@ class Measured(Origin):
 
     @cached_property
     def blocks(self) -> dict[str, Block]:
-        """By ``kept`` and ``dropped``, as far as there."""
+        """The existing blocks, by ``kept`` and ``dropped``."""
         found = {"kept": self.with_first_token, "dropped": self.without_first_token}
         return {name: block for name, block in found.items() if block}
 
     @property
     def states(self) -> tuple[State, ...]:
-        """As of a block."""
+        """The states of its blocks."""
         return self.with_first_token.states
 
     def by_layer(self, what: str) -> dict[int, float | None]:
-        """A number of the use of depth, such as ``kept.void_share`` with the first token or
-        ``dropped.void_share``, by layer; empty if it is not known."""
+        """A number of the use of depth, by layer; empty if it is not known.
+
+        Args:
+            what: such as ``kept.void_share`` with first tokens, or ``dropped.void_share`` without them.
+        """
         part, _, name = what.partition(".")
         found = getattr(self.blocks[part], name) if part in self.blocks else {}
         values = found.get(STATES[0]) or []
@@ -204,7 +207,7 @@ class Measured(Origin):
 
     @property
     def how(self) -> dict[str, str]:
-        """How it was measured: text, tokens, dtype and so on."""
+        """The conditions of the measurement: text, tokens, dtype and so on."""
         found: dict[str, Any] = {
             f"text {name}": "none" if value == "null" else value for name, value in self.text.items()
         }
@@ -213,14 +216,14 @@ class Measured(Origin):
 
     @property
     def conditions(self) -> dict[str, str]:
-        """What must be equal in two measurements of one series."""
+        """The conditions that must be equal in all measurements of a series."""
         how = self.how.items()
         text = {name: value for name, value in how if name == "dtype" or name.startswith("text ")}
         return {"first token": self.first_token} | text
 
 
 class Score(Part):
-    """A model's result in a task; ``chance`` is the score of a guess."""
+    """A model's result in a task. ``chance`` is the expected score of a random guess."""
 
     metric: Text
     value: Number
@@ -233,7 +236,7 @@ class Score(Part):
 class ReadOut(Part):
     """Predictions after layers 0..L, read out through the final norm and the head.
 
-    Accuracy is the share of tokens that are predicted right; agreement, as the whole model predicts them.
+    Accuracy is the share of tokens with the right prediction. Agreement is the share with the whole model's.
     """
 
     text: Text | None = None
@@ -244,7 +247,7 @@ class ReadOut(Part):
 
 
 class Skip(Part):
-    """What changes without layer s, for s in 1..L: of what each later layer adds, and of the output."""
+    """The effect of skipping layer s, for s in 1..L, on each later layer's contribution and on the output."""
 
     later_mean: Annotated[list[list[Loss | None]], _per_layer(), AfterValidator(_behind)]
     output_mean: Annotated[list[Annotated[Number, _between(0, sqrt(2))]], _per_layer()]
@@ -252,7 +255,7 @@ class Skip(Part):
 
 class Depth(ReadOut):
     """The use of depth after layers 0..L: KL divergence of the read-out from the whole model's output, the
-    share of its five likeliest tokens, and cosines of the state to two input embeddings."""
+    share of common tokens among the five likeliest, and cosines of the state and two input embeddings."""
 
     kl: Annotated[list[Loss], _per_layer(1)] | None = None
     top5_overlap: Annotated[list[Share], _per_layer(1)] | None = None
@@ -262,8 +265,11 @@ class Depth(ReadOut):
 
     @property
     def alignment(self) -> dict[int, float]:
-        """The cosine to the next token's embedding minus that to its own, of layers 1..L; h_0 is its own.
-        Above 0 the state points to the next token."""
+        """The cosine with the next token's embedding minus that with the own token's, for layers 1..L.
+
+        Layer 0 is left out, because h_0 is the own token's embedding. Above 0 the state points to the next
+        token.
+        """
         pairs = zip(self.cosine_to_next_token or (), self.cosine_to_token or (), strict=False)
         return {layer: following - own for layer, (following, own) in enumerate(pairs) if layer > 0}
 
@@ -274,7 +280,7 @@ class Depth(ReadOut):
 
     @property
     def skip_later(self) -> dict[int, float]:
-        """The change of what later layers add without each layer but the last, mean over them."""
+        """For each layer except the last, the change of later layers' contributions without it, as a mean."""
         rows = enumerate(self.skip.later_mean, start=1) if self.skip else ()
         known = {layer: [value for value in row if value is not None] for layer, row in rows}
         return {layer: fmean(values) for layer, values in known.items() if values}
@@ -288,7 +294,7 @@ class LayerDrop(Part):
 
 
 class Evaluated(Origin):
-    """One model of an evaluation; ``limit`` and ``max_tokens`` belong to the whole file."""
+    """One model of an evaluation. ``limit`` and ``max_tokens`` are per file."""
 
     limit: Loss | None = None
     max_tokens: Loss | None = None
@@ -300,7 +306,7 @@ class Evaluated(Origin):
 
     @property
     def how(self) -> dict[str, str]:
-        """How it was evaluated: text, limit and so on."""
+        """The conditions of the evaluation: text, limit and so on."""
         about = self.read_out or ReadOut()
         found: dict[str, Any] = {"read-out text": about.text, "read-out tokens": about.tokens}
         for name in ("limit", "max_tokens"):
@@ -325,7 +331,7 @@ class Evaluated(Origin):
 
 
 class Difference(Part):
-    """The second model minus the first; ``p_adjusted`` is corrected for several tests."""
+    """The second model minus the first. ``p_adjusted`` is corrected for several tests."""
 
     difference: Number
     interval: Interval | None = None
@@ -413,24 +419,24 @@ class History:
     """Validation over a run's training."""
 
     iterations: list[int]
-    """Iterations of the validations, rising."""
+    """Iterations of the validations, in ascending order."""
     validation_loss: list[float]
     """Cross-entropy in nats per token, one for each of :attr:`iterations`; not finite after a divergence."""
     jump_rate: list[float]
     """zeta_L, one for each of :attr:`iterations`, in hundredths of displacement."""
     profiles: list[list[float]]
-    """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`; the lists are
+    """Displacement of layers 1..L, each in [0, 1], one list for each of :attr:`iterations`. The lists are
     empty without ``--jreg-log-per-layer``."""
     settings: dict[str, str]
     """Megatron's last arguments as text, with ``jreg_coeff`` and the like."""
 
     @property
     def displacement(self) -> list[float]:
-        """Per layer 1..L at the end."""
+        """Displacement of layers 1..L at the last validation."""
         return self.profiles[-1]
 
     def summary(self) -> dict[str, Any]:
-        """The run's part of a ``summary.json``: the last values and the two curves."""
+        """The run's part of a ``summary.json``: the last values, and the curves of loss and jump rate."""
         rows = zip(self.iterations, self.validation_loss, self.jump_rate, strict=True)
         return {
             "validation_loss": self.validation_loss[-1],
@@ -445,14 +451,14 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(History):
-    """A training run; a summary has only the last profile."""
+    """A training run. A run from a summary has only the last profile."""
 
     file: str
     folder: Path
     """The folder of the run's files."""
     name: str
     final_state: State | None
-    """One of :data:`STATES`; None if the run does not say which state it logged."""
+    """The logged state, one of :data:`STATES`; None if the logs do not name it."""
     versions: dict[str, str]
 
     def by_layer(self, what: str) -> dict[int, float | None]:
@@ -465,7 +471,7 @@ class Run(History):
 
 @dataclass(frozen=True)
 class Inputs:
-    """All inputs, in order of the command line."""
+    """All inputs, in the order of the command line."""
 
     measured: list[Measured] = field(default_factory=list)
     evaluated: list[Evaluated] = field(default_factory=list)

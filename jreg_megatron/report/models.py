@@ -1,4 +1,4 @@
-"""Joins the numbers that belong to one model, and gives each model a label that no other has."""
+"""Join the numbers that belong to one model, and give each model a unique label."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Settings of its training; values of the run override those of a measurement."""
+        """Settings of its training. The run's values override those of a measurement."""
         measured = self.measured[-1].settings if self.measured else {}
         return measured | (self.run.settings if self.run else {})
 
@@ -58,7 +58,7 @@ class Model:
 
     @property
     def step(self) -> int | None:
-        """Step of the last measurement; if there is none, of the last evaluation or of the run's end."""
+        """Step of the last measurement, else of the last evaluation, else of the run's end."""
         if last := self.measured[-1:] or self.evaluated[-1:]:
             return last[0].step
         return self.run.iterations[-1] if self.run else None
@@ -85,24 +85,24 @@ def models_of(inputs: Inputs) -> list[Model]:
         if home is None:
             models.append(home := Model(run.name))
         home.run = run
-    for model in models:  # by step; a model without a step is the finished one
+    for model in models:  # by step; a measurement without a step is of the finished model
         model.measured.sort(key=lambda entry: (entry.step is None, entry.step or 0))
     return models
 
 
 def convention(models: Sequence[Model]) -> str:
-    """The first token on a page: ``kept`` or ``dropped`` if all were measured so, otherwise ``kept``."""
+    """The page's kind of first token: ``dropped`` if all measurements have it, else ``kept``."""
     firsts = {entry.first_token for model in models for entry in model.measured}
     return firsts.pop() if len(firsts) == 1 else "kept"
 
 
 def _without_step(origin: Origin) -> str:
-    """A revision without its step: ``stage1`` for ``stage1-step1000-tokens5B``; may be empty."""
+    """The revision without its step: ``stage1`` for ``stage1-step1000-tokens5B``. It may be empty."""
     return _STEP_OF_REVISION.sub("", origin.revision or "").strip("-_.")
 
 
 def _is_of(entry: Measured | Evaluated, model: Model) -> bool:
-    """Whether a measurement or an evaluation belongs to a model that has others."""
+    """Whether a measurement or an evaluation belongs to a model that has some already."""
     if not model.origins:
         return False
     places = [(o.name, o.source, o.num_layers, _without_step(o)) for o in (entry, model.origins[0])]
@@ -119,7 +119,7 @@ def _trained(run: Run, model: Model) -> bool:
     """Whether a run trained a model: same name and layers, and the model's source is in the run's folder."""
     if run.name != model.name or (run.displacement and model.num_layers != len(run.displacement)):
         return False
-    # A source that is no path here is the name of a model on the hub.
+    # A source of Hugging Face that is not a path here is a name on the hub.
     sources = [o.source for o in model.origins if o.kind != "hugging_face" or os.path.exists(o.source)]
     places = {Path(os.path.realpath(source)) for source in sources}
     saved = run.settings.get("save")
@@ -154,7 +154,7 @@ def label(models: Sequence[Model], taken: Iterable[str] = ()) -> None:
 
 
 def _told_apart(twins: Sequence[Model]) -> list[str]:
-    """What differs between models of one name: one property, or several if one is not enough."""
+    """The differences between models of one name: one property, or several if one is not enough."""
     lasts = [model.origins[-1] if model.origins else None for model in twins]
     sources = [model.origins[0].source if model.origins else model.file for model in twins]
     steps = ["" if last is None or last.step is None else f"step {last.step}" for last in lasts]

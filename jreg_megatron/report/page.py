@@ -1,4 +1,4 @@
-"""The page: one HTML file with all it needs, without access to a network."""
+"""The page: one self-contained HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that no HTML parser takes for a tag."""
+    """JSON in which an HTML parser finds no tag."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -81,7 +81,7 @@ def _embedded(data: Any) -> str:
 @cache
 def _library() -> str:
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
-    # Inside a string both spellings are equal; outside of strings neither occurs.
+    # In a string both spellings are equal. Outside of strings neither occurs.
     return re.sub(r"<(?=/script|script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-"""The paper's displacement per layer as thin grey lines under measured ones."""
+"""The paper's displacement per layer, as thin grey lines under the measured ones."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class PaperProfiles:
 
     @property
     def looks(self) -> dict[str, Style]:
-        """The look of each line, by its label."""
+        """The looks of the lines, by label."""
         return {f"the paper's {self.size.upper()}, {words}": style for words, style in _SETTINGS.values()}
 
     def rows(self, num_layers: int, of_last: str = "", **fields: str) -> Iterator[Row]:
-        """The values, stretched to ``num_layers`` layers for a chart; first and last layers match.
+        """The values for a chart, stretched to ``num_layers`` layers so that first and last layers match.
 
-        In a table they are at the layer of the paper's model; ``of_last`` is a remark on the last layer,
-        which is before the final norm.
+        In a table they are at the layers of the paper's model. ``of_last`` is a remark on the last layer,
+        whose output is taken before the final norm.
         """
         for label, setting in zip(self.looks, _SETTINGS, strict=True):
             values = profile(self.size, setting)
@@ -51,7 +51,7 @@ class PaperProfiles:
         )
 
     def words(self, num_layers: int, has_after: bool = False) -> str:
-        """The sentences of a caption; ``has_after``: the chart also has numbers after the final norm."""
+        """The sentences for a caption. ``has_after``: the chart also has numbers after the final norm."""
         base, jreg = (f"{numbers()['zeta'][self.size][setting][0]:g}" for setting in _SETTINGS)
         return (
             f" {self.origin(num_layers)} Its ζ is {base} in the baseline and {jreg} with JREG. It was "

@@ -1,4 +1,4 @@
-"""Files and folders into :class:`~jreg_megatron.report.inputs.Inputs`, every number checked."""
+"""Read files and folders into :class:`~jreg_megatron.report.inputs.Inputs`, and check every number."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SETTING = "/text_summary"
 
 
 def read(paths: Sequence[Path]) -> Inputs:
-    """Read JSON files and TensorBoard folders; a path that is given twice counts once.
+    """Read JSON files and TensorBoard folders. A path that is given twice counts once.
 
     Raises:
-        UserError: for a file of no known format; it names the file and the field.
+        UserError: for a file of unknown format or with a wrong field; it names the file and the field.
     """
     inputs = Inputs()
     for path in {os.path.realpath(path): path for path in paths}.values():
@@ -40,7 +40,8 @@ def files_read(paths: Sequence[Path]) -> set[str]:
 
 
 def _source(path: Path) -> Path:
-    """The file, or the folder of TensorBoard files, that ``path`` leads to."""
+    """The file, or the folder of TensorBoard files, to read for ``path``: itself, its ``tensorboard`` or its
+    ``summary.json``."""
     if not os.path.isdir(path):
         return path
     places = (path, path / "tensorboard")
@@ -61,7 +62,7 @@ def _add(inputs: Inputs, given: Path) -> None:
     if "tfevents" in path.name:
         raise UserError(f"{printable(str(path))} is one TensorBoard file; name its folder")
     found = checked(path, dict, read_json(path))
-    # What a file says once belongs to each of its models.
+    # Fields of the whole file belong to each of its models.
     models = found.get("models")
     common = {"file": printable(str(path)), "versions": None, "text": None}
     common |= {key: found[key] for key in ("versions", "text", "limit", "max_tokens") if key in found}
@@ -85,7 +86,7 @@ def _add(inputs: Inputs, given: Path) -> None:
 
 
 def read_history(folder: Path) -> History:
-    """Read all TensorBoard files of a run, also of one that was resumed.
+    """Read all TensorBoard files of a run, also of a resumed run.
 
     Raises:
         UserError: if there are none, or they hold no validation with JREG's measurements.
@@ -96,9 +97,9 @@ def read_history(folder: Path) -> History:
     if missing:
         raise UserError(f"{folder} holds no '{min(missing)}'; train with JREG's flags and validation data")
     loss, rate = history(_LOSS), history(RATE_NAME + _VALIDATION)
-    # Numbers are padded to one length, so names sort like layers.
+    # Layer numbers are padded to one length, so names sort like layers.
     layers = [history(tag) for tag in sorted(filter(_LAYER.fullmatch, scalars))]
-    # A killed run may have written a part of a validation, which does not count.
+    # A killed run may have written only a part of a validation. This part does not count.
     iterations = sorted(set(loss).intersection(rate, *layers))
     if not iterations:
         raise UserError(f"{folder} holds no whole validation; continue the run")
@@ -116,7 +117,7 @@ def read_history(folder: Path) -> History:
 
 
 def read_scalars(folder: Path, names: str) -> dict[str, dict[int, float]]:
-    """By name and step, the scalars of a run whose whole name matches the regular expression ``names``.
+    """A run's scalars whose whole name matches the regular expression ``names``, by name and step.
 
     Raises:
         UserError: as :func:`read_history`.
@@ -146,7 +147,7 @@ def _scalar(events: Any, tag: str) -> dict[int, float]:
 
 def _tensorboard(folder: Path) -> Run:
     history, place = read_history(folder), folder.resolve()
-    said = history.settings.get("jreg_final_state")  # not logged by an own loop
+    said = history.settings.get("jreg_final_state")  # a custom training loop does not log it
     return Run(
         **vars(history),
         file=printable(str(folder)),

@@ -18,16 +18,16 @@ Cell = float | str | None
 NOTHING = "–"
 HEADLINE = "The last state of each model"
 LOSS = "#.5g"
-"""Five digits, since differences are small."""
+"""Five digits, because differences are small."""
 _CELL, _LONG_CELL = 160, 300
 _ABREAST, _NAMED = 8, 4
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1)
-"""The usual thresholds of p values; rounding moves no p value over them."""
+"""The usual thresholds of p values. Rounding must not move a p value over one of them."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the row."""
+    """A table. Its first column has the rows' names."""
 
     caption: str
     columns: tuple[str, ...]
@@ -39,9 +39,9 @@ class Table:
     def of(
         cls, caption: str, corner: str, columns: Mapping[str, Mapping[Any, Cell]], form: str = "#.4g"
     ) -> Table:
-        """A table by column and row; ``form`` formats its numbers.
+        """A table from cells by column and row. ``form`` is the format of its numbers.
 
-        Rows are numbers, or texts such as ``30, before the final norm``; they are sorted.
+        Rows are numbers, or texts such as ``30, before the final norm``. They are sorted.
         """
 
         def place(row: float | str) -> tuple[float, bool]:
@@ -62,7 +62,7 @@ class Table:
 
     @classmethod
     def of_rows(cls, caption: str, rows: Sequence[Mapping[Any, str]], is_text: bool = False) -> Table:
-        """A table without its empty columns. A column that is no text is a name in a tuple."""
+        """A table without its empty columns. A column's key is its name, or a tuple with its name."""
         names = [name for name in rows[0] if is_text or any(row[name] != NOTHING for row in rows)]
         cells = tuple(tuple(row[name] for name in names) for row in rows)
         return cls(caption, tuple(n if isinstance(n, str) else n[0] for n in names), cells, is_text)
@@ -79,14 +79,14 @@ def number(value: float | None, form: str = "#.4g") -> str:
 
 
 def interval(ends: tuple[float | None, float | None] | None, form: str = "#.4g") -> str:
-    """``0.1 to 0.2``, or nothing."""
+    """An interval as ``0.1 to 0.2``, or a dash."""
     if ends is None or None in ends:
         return NOTHING
     return " to ".join(number(end, form) for end in ends)
 
 
 def headline(models: Sequence[Model], first: str) -> Table:
-    """The main numbers, one row for each model; ``first``: first tokens are ``kept`` or ``dropped``."""
+    """The main numbers, one row for each model. ``first`` is ``kept`` or ``dropped``, for first tokens."""
     caption = HEADLINE
     if any(model.measured for model in models):
         caption += f"; measurements with the first token of each text {first}"
@@ -104,7 +104,7 @@ def _headline_row(model: Model, first: str) -> dict[str, str]:
         row[column] = NOTHING if value is None else number(value, LOSS if "loss" in column else "#.4g") + mark
 
     def at_step(value: int) -> str:
-        """The remark after a value of another step than its row's."""
+        """The remark after a value whose step differs from the row's."""
         return "" if value == step else f" (step {value:,})"
 
     if entry:
@@ -131,7 +131,7 @@ def tasks(models: Sequence[Model]) -> list[Table]:
         for model in models
         if any(entry.tasks for entry in model.evaluated)
     }
-    # A row holds scores of one metric on one number of samples.
+    # The scores in a row have the same metric and number of samples.
     ways = {
         (name, _way(found[name])): None
         for name in dict.fromkeys(name for found in scores.values() for name in found)
@@ -197,7 +197,7 @@ def p_value(value: float | None) -> str:
 
 
 def settings(models: Sequence[Model]) -> list[list[Table]]:
-    """Tables of training settings: those that differ, and all; each may be missing."""
+    """Tables of training settings: those that differ, and all. Each may be missing."""
     known = [model for model in models if model.settings]
     names = sorted({name for model in known for name in model.settings})
     # 3 and 3.0 are equal.
@@ -208,7 +208,7 @@ def settings(models: Sequence[Model]) -> list[list[Table]]:
 
 
 def _side_by_side(caption: str, models: Sequence[Model], names: Sequence[str]) -> Table:
-    """A column for each model; or a column for each setting, if there are too many models."""
+    """A column for each model, or a column for each setting if there are too many models."""
     grid = [
         (shortened(name, 80), *(shortened(model.settings.get(name, NOTHING), _CELL) for model in models))
         for name in names
@@ -278,5 +278,5 @@ def _from_to(values: Sequence[str]) -> str:
 
 
 def whole(value: int | None) -> str:
-    """With a comma at each thousand, or nothing."""
+    """A whole number with a comma at each thousand, or a dash."""
     return NOTHING if value is None else f"{value:,}"

@@ -1,1 +1,1 @@
-"""For every command: errors, ranks, programs, locks, files that are written whole, optional packages."""
+"""Shared by all commands: errors, ranks, programs, locks, atomic writes of files, optional packages."""

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from jreg_megatron.runtime.errors import UserError
 
 _SHOWN, _PLACE = 40, 120
-# Where pydantic's own words are Python's or too long.
+# Replaces messages of pydantic that use Python's terms or are too long.
 _MUST = {
     **dict.fromkeys(("model_type", "dict_type"), "an object"),
     "too_short": "a list with at least one entry",
@@ -22,7 +22,7 @@ _MUST = {
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with escapes for characters that are invisible or change the direction."""
+    """``text`` on one line, with escapes for invisible characters and those that change the direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -39,25 +39,26 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: if it cannot be read or is no JSON.
+        UserError: if it cannot be read or is not JSON.
     """
     file = printable(str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    # Also: no UTF-8 text, nested too deep, a number of thousands of digits.
+    # RecursionError: nested too deep. ValueError also: not UTF-8, or a number with thousands of digits.
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{file} is no JSON that can be read: {printable(str(error))}") from error
+        raise UserError(f"{file} is not readable JSON: {printable(str(error))}") from error
 
 
 def checked(path: Path, schema: Any, value: Any) -> Any:
-    """``value``, the content of a JSON file, as ``schema``: a pydantic model, a dataclass or another type.
+    """Validate ``value``, the content of the JSON file ``path``, against ``schema``.
 
-    Validators raise a ``ValueError`` that says what the value must be.
+    ``schema`` is a pydantic model, a dataclass or another type. Its validators raise a ``ValueError`` whose
+    message completes "it must be".
 
     Raises:
-        UserError: naming the file, the first wrong field, its value and the values allowed.
+        UserError: naming the file, the first wrong field, its value and the allowed values.
     """
     file = printable(str(path))
     try:
@@ -79,8 +80,8 @@ def _as_text(value: Any) -> str:
 
 
 NULL_IS_EMPTY = BeforeValidator(lambda value: {} if value is None else value)
-"""For an object: null is an empty one."""
-# Pydantic's own type for text refuses half of a UTF-16 pair, which JSON allows.
+"""Reads null as an empty object."""
+# Pydantic's own type for text refuses a lone surrogate, which JSON allows.
 Name = Annotated[str, PlainValidator(str)]
 """The name of a field."""
 Text = Annotated[str, PlainValidator(_text)]

@@ -1,4 +1,4 @@
-"""A user's mistake ends with one line on every node, exit status 2, no traceback and no hang."""
+"""A user's mistake gives one line on every node and exit status 2, without a traceback or a hang."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 EXIT_CODE = 2
-"""Exit status after a user's mistake, as argparse has it."""
+"""Exit status after a user's mistake, as in argparse."""
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell has it."""
+"""Exit status after Ctrl-C, as in a shell."""
 
 LINE_START = "jreg_megatron: error: "
-"""Every error line begins with it."""
+"""The start of every error line."""
 
 _REFUSALS = (AssertionError, ImportError, NotImplementedError, OSError, ValueError)
 _IN_MEGATRON = re.compile(r"/megatron/(core|training)/(?!dist_checkpointing|datasets|checkpointing)[^:]*$")
@@ -37,12 +37,12 @@ class DeviceFault(UserError):
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
-    """An exception's text, or else its type, without line breaks; at most ``most`` characters."""
+    """An exception's text without line breaks, cut to ``most`` characters. Its type if it has no text."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
 def print_error(message: str) -> None:
-    """Print an error's line."""
+    """Print an error line on standard error."""
     print(f"{LINE_START}{message}", file=sys.stderr, flush=True)
 
 
@@ -50,15 +50,15 @@ def print_error(message: str) -> None:
 def megatrons_refusals(
     has_begun: Callable[[], bool] = lambda: False, is_building: bool = False
 ) -> Iterator[None]:
-    """Turn an exception by which Megatron refuses its arguments into a :class:`UserError`.
+    """Turn Megatron's refusal of its arguments into a :class:`UserError`.
 
     Args:
         has_begun: whether training has begun. Then an exception is a fault and keeps its traceback.
-        is_building: the model is being built. Then an exception is a fault too if it comes from reading
-            files, or from outside Megatron.
+        is_building: the model is being built. Then an exception from outside Megatron, or from reading
+            files, is a fault too.
 
     Raises:
-        UserError: with Megatron's words, or with the code of an assertion without words.
+        UserError: with Megatron's message, or with the code of an assertion that has no message.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def megatrons_refusals(
 
 @contextmanager
 def quiet_interrupt() -> Iterator[None]:
-    """End on Ctrl-C with status 130 and print nothing, because another process prints the message."""
+    """On Ctrl-C end with status 130 and print nothing, because another process prints the message."""
     try:
         yield
     except KeyboardInterrupt:
@@ -90,8 +90,8 @@ def user_errors_exit(interrupted: str | None = None) -> Iterator[None]:
     With ``interrupted``, Ctrl-C prints this text and ends with status 130.
 
     Usually every rank finds the same mistake at about the same time. The first rank of each node prints it
-    at once. The others wait until the launcher ends them, so the line appears once a node. After half a
-    minute they print it too: the first rank may not have found it.
+    at once. The others wait until the launcher ends them, so the line appears once per node. After half a
+    minute they print it too, because the first rank may not have found the mistake.
 
     Raises:
         SystemExit: with status 2, in place of a :class:`UserError`, or 130 for Ctrl-C.

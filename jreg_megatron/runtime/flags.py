@@ -30,12 +30,12 @@ def refuse(message: str) -> NoReturn:
 
 
 def flag_of(name: str) -> str:
-    """The flag of an argument: ``--num-layers`` of ``num_layers``."""
+    """The flag of an argument: ``--num-layers`` for ``num_layers``."""
     return f"--{name.replace('_', '-')}"
 
 
 def check_least(args: Namespace, **least: int) -> None:
-    """Refuse arguments that are given and below their least value; ``least`` is by name.
+    """Refuse arguments below their minimum. ``least`` has the minimums by argument; None is not checked.
 
     Raises:
         UserError: naming the flag.
@@ -47,7 +47,7 @@ def check_least(args: Namespace, **least: int) -> None:
 
 
 def count(name: str, least: int = 1, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer of at least ``least``; its error calls it ``name``."""
+    """An argparse type: an integer from ``least`` to ``most``. Its error names ``name``."""
     wanted = f"a whole number >= {least}" if most is None else f"a whole number in {least}..{most}"
 
     def parse(text: str) -> int:
@@ -59,7 +59,7 @@ def count(name: str, least: int = 1, most: int | None = None) -> Callable[[str],
 
 
 def positive(name: str) -> Callable[[str], float]:
-    """An argparse type: a finite number above 0; its error calls it ``name``."""
+    """An argparse type: a finite number above 0. Its error names ``name``."""
 
     def parse(text: str) -> float:
         try:
@@ -74,6 +74,6 @@ def positive(name: str) -> Callable[[str], float]:
 
 
 def split_at(mark: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words before the first ``mark`` and the words after it; all are before it if it is missing."""
+    """The words before the first ``mark``, and the words after it. Without a ``mark``, all are before it."""
     at = words.index(mark) if mark in words else len(words)
     return list(words[:at]), list(words[at + 1 :])

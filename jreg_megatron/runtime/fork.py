@@ -20,15 +20,14 @@ from jreg_megatron.runtime.errors import UserError, print_error
 
 _GRACE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
-_NOT_EPHEMERAL = range(20000, 32768)  # outgoing connections take higher ones, by Linux's default
+_NOT_EPHEMERAL = range(20000, 32768)  # Linux takes higher ports for outgoing connections by default
 
 
 def world_size_of(nproc: int | None) -> int:
-    """How many ranks there are, or will be with ``--nproc``.
+    """The number of ranks, by ``--nproc`` or else by torchrun's environment variables.
 
     Raises:
-        UserError: for ``--nproc`` under torchrun or below 1, or if the environment has only a part
-            of what torchrun sets.
+        UserError: for ``--nproc`` under torchrun or below 1, or if only some of torchrun's variables are set.
     """
     if nproc is not None:
         check_nproc(nproc)
@@ -63,14 +62,14 @@ def check_nproc(nproc: int) -> None:
 
 
 def be_alone_unless_started() -> None:
-    """Tell this process that it is the only rank, unless torchrun or :func:`fork_ranks` has started it."""
+    """Set the variables of a single rank, unless torchrun or :func:`fork_ranks` has started this process."""
     alone = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
         os.environ.setdefault(name, value)
 
 
 def take_one_thread() -> None:
-    """Let torch have one thread in this process, as under torchrun, unless ``OMP_NUM_THREADS`` is set.
+    """Limit torch to one thread in this process, as torchrun does, unless ``OMP_NUM_THREADS`` is set.
 
     More threads than free cores make a step many times slower, and the number of threads changes the last
     bits of the losses.
@@ -84,12 +83,11 @@ def take_one_thread() -> None:
 def fork_ranks(count: int, work: Callable[[], None]) -> int:
     """Run ``work`` in ``count`` forked ranks of one job on this machine.
 
-    Most of a short run's time goes into importing Megatron. Forked ranks share one import. The environment
-    has each rank's number, as under torchrun.
+    A short run spends most of its time on the import of Megatron. Forked ranks share one import. Each rank's
+    environment has its number, as under torchrun. If a rank fails, the others are terminated.
 
     Returns:
-        0, or the exit status of the first rank that failed (128 + N after signal N). Then the others are
-        ended.
+        0, or the exit status of the first rank that failed (128 + N after signal N).
     """
     # Every rank needs these by its first step: tokenizers import transformers, optimizers import dynamo.
     import megatron.core.tokenizers.text  # noqa: F401
@@ -120,8 +118,8 @@ def fork_ranks(count: int, work: Callable[[], None]) -> int:
 def _run_rank(rank: int, work: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_the_parent()
-    # A killed rank may have forked, as for Megatron's checkpoints. That process must not keep the rank's
-    # sockets and pipes open: then neither the other ranks nor the launcher would see that the rank is gone.
+    # A killed rank may have forked, as Megatron does to save checkpoints. The child must die too: it keeps
+    # the rank's sockets and pipes open, so neither the other ranks nor the launcher would see the death.
     os.register_at_fork(after_in_child=end_with_the_parent)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     work()
@@ -133,19 +131,19 @@ def end_with_the_parent() -> None:
 
 
 def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
-    """Wait until all ranks have ended, or one has failed; its exit status, or 0."""
+    """Wait until all ranks have ended, or one has failed. Returns its exit status, or 0."""
     running: dict[Any, Any] = {rank.sentinel: (number, rank) for number, rank in enumerate(ranks)}
     while running:
         ended = []
         for sentinel in multiprocessing.connection.wait(list(running)):
             number, rank = running.pop(sentinel)
-            rank.join()  # its pipe is closed a moment before it is gone
+            rank.join()  # the sentinel is ready a moment before the process has ended
             ended.append((rank.exitcode or 0, number))
         # A killed rank comes first: it printed nothing, and the others fail because of it.
         status, number = min(ended)
         if status < 0:
-            what = f"rank {number} was ended by signal {-status} ({signal.strsignal(-status)})"
-            print_error(f"{what}; the other ranks are ended too")
+            what = f"rank {number} was killed by signal {-status} ({signal.strsignal(-status)})"
+            print_error(f"{what}; the other ranks are terminated")
             return 128 - status
         if status := max(ended)[0]:
             return status
@@ -153,7 +151,7 @@ def _first_failure(ranks: list[multiprocessing.context.ForkProcess]) -> int:
 
 
 def _end(ranks: list[multiprocessing.context.ForkProcess]) -> None:
-    """End the ranks that still run. A rank that ignores SIGTERM is killed after a while, as by torchrun."""
+    """Terminate the running ranks. As under torchrun, a rank that ignores SIGTERM is killed after a while."""
     running = [rank for rank in ranks if rank.is_alive()]
     for rank in running:
         rank.terminate()

@@ -1,4 +1,4 @@
-"""How packages are imported: those that may be missing, and Megatron without its noise and compilation."""
+"""Imports of optional packages, and of Megatron without its warnings and without compilation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jreg_megatron.runtime.errors import UserError
 
 
 def need(package: str, purpose: str, extra: str) -> Any:
-    """Import a package of one of this project's extras.
+    """Import ``package``, which this project's extra ``extra`` installs.
 
     Raises:
-        UserError: if it is not installed, with the command that installs it.
+        UserError: if it is not installed; it names ``purpose`` and the command that installs it.
     """
     try:
         return importlib.import_module(package)
@@ -29,7 +29,7 @@ def need(package: str, purpose: str, extra: str) -> Any:
 
 @contextmanager
 def errors_alone(*loggers: str) -> Iterator[None]:
-    """Hide what these loggers say below the level of an error."""
+    """Hide messages of these loggers below the level ERROR."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
@@ -42,27 +42,29 @@ def errors_alone(*loggers: str) -> Iterator[None]:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Keep warnings, and what Megatron and torch say below an error, from the user."""
+    """Hide warnings, and log messages of Megatron and torch below the level ERROR."""
     with errors_alone("megatron", "torch.utils.cpp_extension", "nvidia"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def silence_megatron() -> None:
-    """Hide all warnings, and what Megatron logs below the level of an error, until the process ends."""
+    """Hide all warnings, and Megatron's log messages below the level ERROR, until the process ends."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def without_compilation() -> Any:
-    """A context in which ``torch.compile`` does nothing. Megatron calls it on import; a process that runs no
-    model of it imports Megatron in half the time so."""
+    """A context in which ``torch.compile`` is a no-op.
+
+    Megatron calls it at import. A process that runs no Megatron model then imports it in half the time.
+    """
     from unittest import mock
 
     return mock.patch("torch.compile", uncompiled)
 
 
 def uncompiled(function: Any = None, **_: Any) -> Any:
-    """Replaces ``torch.compile``: returns the function unchanged."""
+    """A no-op in place of ``torch.compile``, also as a decorator with options."""
     return (lambda decorated: decorated) if function is None else function

@@ -1,4 +1,4 @@
-"""Why a run failed, from what it printed."""
+"""Find in a run's output why it failed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 
 from jreg_megatron.runtime.errors import LINE_START
 
-# torchrun's --tee puts "[default1]:" before a rank's lines; torch puts "[rank1]: " before a traceback's.
+# torchrun's --tee puts "[default1]:" before a rank's lines; torch puts "[rank1]: " before traceback lines.
 _LINE = re.compile(r"(?:\[default\d+\]: ?)?(?P<text>(?:\[rank(?P<rank>\d+)\]: ?)?(?P<rest>.*))")
-# The last line of a traceback. torchrun's own only says that a rank failed; the last is of Python going down.
+# The last line of a traceback. Excluded: torchrun's own, which only says that a rank failed, and the error of
+# Python's shutdown.
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception)(?<!ChildFailedError)(?::|$)(?! sys.meta_path is None)")
-# What torchrun prints at the end of the rank that failed first, a line each.
+# At the end torchrun prints these details of the rank that failed first, one per line.
 _ROOT_CAUSE = "Root Cause (first observed failure)"
 _DETAIL = re.compile(r"(?P<name>rank|exitcode|traceback)\s*: (?P<value>.*)")
 
 
 @dataclass
 class LastError:
-    """Reads the lines of a run. Its ``str()`` is the line that says why the run failed."""
+    """Reads the lines of a run. Its ``str()`` is the line with the reason of the failure."""
 
     _ours: str = ""
     _of_ranks: dict[str, str] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class LastError:
             self._root_cause.setdefault(detail["name"], detail["value"])
 
     def __str__(self) -> str:
-        """This package's last error, else the error of the rank that torchrun saw fail first, else the first
-        rank's that printed one (others fail because of it), else the last line.
+        """The first of these that exists: this package's last error; the error of the rank that torchrun saw
+        fail first; the error of the first rank that printed one (others fail because of it); the last line.
         """
         why = self._ours or self._of_root_cause() or self._of_first_rank()
         return why or self._last or "nothing was printed"

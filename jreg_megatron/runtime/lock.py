@@ -13,15 +13,15 @@ from jreg_megatron.runtime.errors import UserError
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, instead: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path`` while the block runs, and remove it then.
+    """Hold the lock file ``path`` while the block runs, then remove it.
 
-    The lock ends with this process, however it ends. Child processes do not hold it.
+    The lock is released when this process ends, even if it is killed. Child processes do not hold it.
 
     Args:
         path: a file in an existing folder.
-        what: for the message: ``runs/x is being trained``.
-        instead: what the user can do instead of waiting: ``choose another --output``.
-        wait: wait for the other process and do not refuse.
+        what: for the message, such as ``runs/x is being trained``.
+        instead: what the user can do instead of waiting, such as ``choose another --output``.
+        wait: wait for the other process instead of refusing.
 
     Raises:
         UserError: naming ``what`` and the process that holds the lock.
@@ -35,10 +35,10 @@ def lock(path: Path, what: str, instead: str, *, wait: bool = False) -> Iterator
             os.close(descriptor)
             raise UserError(f"{what} by {holder}; wait for its end, or {instead}") from error
         except OSError:
-            break  # a file system without locks: the user has to take care
+            break  # a file system without locks: run without the protection
         if _is_still(path, descriptor):
             break
-        os.close(descriptor)  # the process that held it has removed the file meanwhile
+        os.close(descriptor)  # the previous holder has removed the file in the meantime
     try:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

@@ -1,4 +1,4 @@
-"""What commands write: files such as JSON and CSV, whole or not at all; tables and notes on the console."""
+"""Outputs of commands: files such as JSON and CSV, written atomically; tables and notes on the console."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def add_output_arguments(parser: ArgumentParser, csv: bool = True) -> None:
 
 
 def check_outputs(make_folders: bool = False, /, **paths: str | None) -> None:
-    """Refuse files that cannot be written, before time is spent. ``paths`` are by flag.
+    """Refuse at the start files that could not be written at the end. ``paths`` are by flag.
 
-    With ``make_folders``, missing folders are made.
+    With ``make_folders``, missing folders are created.
 
     Raises:
         UserError: naming the flag.
@@ -45,11 +45,11 @@ def check_outputs(make_folders: bool = False, /, **paths: str | None) -> None:
         place = Path(path)
         folder = place.absolute().parent
         if len(os.fsencode(place.name)) > _LONGEST_NAME:
-            raise UserError(f"--{flag} names a file of {len(place.name)} letters; name a shorter one")
+            raise UserError(f"--{flag} has a file name of {len(place.name)} characters; give a shorter one")
         if place.is_dir():
             raise UserError(f"--{flag} is {path}, which is a folder; add a file name to it")
         if make_folders:
-            with suppress(OSError):  # said below
+            with suppress(OSError):  # refused below
                 folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise UserError(f"--{flag} is {path}, but there is no folder {folder}; make it or name another")
@@ -81,12 +81,13 @@ def print_table(
     """Print a table of texts.
 
     Args:
-        title, caption: above and below it.
-        columns: their names. The first holds names; the others hold numbers, unless they are in ``words``.
+        title, caption: texts above and below the table.
+        columns: names of the columns. The first column and those in ``words`` are left-aligned texts; the
+            others are right-aligned numbers.
         rows: the cells.
-        console: rich's; by default standard output.
-        box: rich's, for the lines.
-        bold: numbers of rows, from 0.
+        console: a rich console; by default standard output.
+        box: a rich box, which draws the lines.
+        bold: indices of bold rows, from 0.
     """
     from rich.box import HEAVY_HEAD
     from rich.console import Console
@@ -115,10 +116,11 @@ def put_out(
     rows: Sequence[dict[str, Any]],
     show: Callable[[Any], None] | None = None,
 ) -> None:
-    """Write the files that :func:`add_output_arguments` asks for, as often as there is more to write.
+    """Write the outputs of :func:`add_output_arguments`.
 
-    At last, with ``show``, write to standard output: document or rows, and unless ``--quiet`` what ``show``
-    prints.
+    Without ``show``, write the files. A command calls this again whenever it has more results. With ``show``,
+    at the end, write only to standard output: the document or the rows, and then, unless ``--quiet``, the
+    output of ``show``.
     """
     try:
         if args.json is not None and (args.json == STDOUT) == bool(show):
@@ -158,18 +160,17 @@ def write_text(path: str, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has enough, as `head` has. Python would complain again when it closes the pipe.
+        # The reader has closed the pipe, as `head` does. At exit Python would flush, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        raise UserError(f"standard output takes no more ({error.strerror}); write to a file") from error
+        raise UserError(f"standard output cannot be written ({error.strerror}); write to a file") from error
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file whole or not at all. A link stays and its target is written. A pipe or a device is written
-    directly.
+    """Write a file atomically. For a link, its target is replaced. A pipe or a device is written directly.
 
     Raises:
-        UserError: if the disk is full or the place cannot be written.
+        UserError: if the disk is full or the file cannot be written.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -189,13 +190,13 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def document(kind: str, *packages: str, **content: Any) -> dict[str, Any]:
-    """A JSON document: its format and the version of that, the versions of ``packages``, and its content."""
+    """A JSON document: its format, the format's version, the versions of ``packages``, and ``content``."""
     head = {"format": f"jreg_megatron {kind}", "version": 1, "versions": versions(*packages)}
     return head | content
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed ones of these packages, this package first."""
+    """Versions of this package and of those ``packages`` that are installed."""
     found = {}
     for package in ("jreg_megatron", *packages):
         try:

@@ -1,4 +1,4 @@
-"""Programs that run side by side, each with a log of its own: whether they fail, and why."""
+"""Run programs in parallel, each with its own log, and find why one failed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _CHUNK = 1 << 16
 
 
 def progress(what: str, unit: str, total: int, left: int, quiet: bool) -> Any:
-    """A bar of finished things, of which few end in a minute."""
+    """A progress bar for slow items: only a few finish per minute. ``left`` of ``total`` are not done yet."""
     return tqdm(
         desc=what,
         total=total,
         initial=total - left,
         disable=quiet,
-        mininterval=0.1 if sys.stderr.isatty() else 60.0,  # a log needs few
+        mininterval=0.1 if sys.stderr.isatty() else 60.0,  # few lines in a log
         smoothing=0.02,
         bar_format="{desc}: {n} of {total} " + unit + " |{bar}| {elapsed}, {remaining} left",
     )
 
 
 def each[T](items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]], width: int) -> None:
-    """Do the work for each item, ``width`` at a time; the first failure ends the others."""
+    """Do the work for each item, ``width`` at a time. The first failure cancels the others and is raised."""
 
     async def gathered() -> None:
         places = asyncio.Semaphore(width)
@@ -60,7 +60,7 @@ async def run_logged(what: str, arguments: list[str], log: Path, on_line: Callab
     Raises:
         UserError: if it fails; it names ``what`` and the log.
     """
-    # More threads than cores would only slow each other down.
+    # More threads than cores would slow each other down.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w", encoding="utf-8") as file:
         status, why = await logged([sys.executable, *arguments], environment, file, on_line)
@@ -77,13 +77,13 @@ async def logged(
 ) -> tuple[int, str]:
     """Run a program. Its output goes to ``log`` and ``on_line``, its process id to ``on_start``.
 
-    It ends when the caller is cancelled or dies.
+    The program is terminated when the caller is cancelled or dies.
 
     Returns:
-        Its exit status, below 0 for a signal, and the line of its output with the reason of a failure.
+        Its exit status, negative for a signal, and the line of its output with the reason of a failure.
 
     Raises:
-        OSError: if it cannot be started.
+        OSError: if the program cannot be started.
     """
     why = LastError()
     process = await asyncio.create_subprocess_exec(

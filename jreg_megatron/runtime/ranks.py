@@ -1,4 +1,4 @@
-"""Ranks that compare their values, outside a training step."""
+"""Compare values of ranks, outside a training step."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def first_that_differs(
     """The first value of :func:`of_every_rank` that differs from the first rank's.
 
     Returns:
-        Its place in ``of_all``, and the global numbers of the first rank and of this one. None if all are
-        alike.
+        Its index in ``of_all``, the global number of the first rank, and that of the rank that differs. None
+        if all are equal.
     """
     at = next((at for at, own in enumerate(of_all) if own != of_all[0]), None)
     if at is None:
@@ -36,12 +36,17 @@ def first_that_differs(
 
 
 def alike_on_every_rank[T](check: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """``check()``; where it fails on some ranks only, it fails on all, so that none waits for the others."""
+    """Run ``check``. If it fails on one rank, all ranks raise, so that no rank waits for another. Collective.
+
+    Raises:
+        UserError: with the message of the first rank that failed. A rank with another kind of error raises
+            its own.
+    """
     refusal, error, result = "", None, None
     try:
         result = check()
     except DeviceFault:
-        raise  # NCCL could not tell the others
+        raise  # no collective can reach the other ranks any more
     except Exception as caught:
         error = caught
         refusal = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"

@@ -1,10 +1,11 @@
-"""The parts of a built Megatron model that the residual stream goes through.
+"""The parts of a built Megatron model on the residual stream.
 
-What a layer is. In a ``GPTModel`` a ``TransformerLayer``, which holds attention and MLP. A ``HybridModel``
+What a layer is. In a ``GPTModel``, a layer is a ``TransformerLayer``: attention and MLP. A ``HybridModel``
 has sub-layers. Mixers mix tokens: attention, latent attention, gated delta net, Mamba. The others are
-feed-forward: MLP and experts. There a layer is a mixer with the feed-forward sub-layers after it, so a
-pattern of pairs gives the numbers of the ``GPTModel`` with the same weights. Feed-forward sub-layers before
-the first mixer are one layer. With the setting ``layer`` at ``sublayer`` every sub-layer is a layer.
+feed-forward: MLP and experts. In a ``HybridModel``, a layer is a mixer with the feed-forward sub-layers after
+it. So a pattern of pairs gives the same numbers as the ``GPTModel`` with the same weights. Feed-forward
+sub-layers before the first mixer are one layer. If the setting ``layer`` is ``sublayer``, every sub-layer is
+a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MIXERS, FEED_FORWARD = "*+DGM", "-E"
 """The sub-layers of a hybrid pattern, by Megatron's symbols."""
 
 _ADDS = ("self_attn_bda", "mamba_bda", "mlp_bda")
-"""The bias-dropout-adds, by which a module adds to the residual stream, in call order."""
+"""The bias-dropout-adds, in call order. With these a module adds to the residual stream."""
 
 _RULE = "_jreg_layer"
 
@@ -44,23 +45,23 @@ def unwrap(chunk: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class ResidualLayer:
-    """A layer of a model chunk, as far as the residual stream goes."""
+    """The two ends of a layer on the residual stream."""
 
     number: int
     """1-based over the whole model."""
     first: Any
-    """The module that is given the layer's input."""
+    """The module that gets the layer's input."""
     last: Any
-    """The module that returns the layer's output; in a ``GPTModel`` the same."""
+    """The module that returns the layer's output; in a ``GPTModel`` the same module."""
     adds: tuple[tuple[Any, str], ...]
-    """Module and name of the bias-dropout-add that adds to the layer's input, and of the one that returns the
-    layer's output; a single entry if one does both."""
+    """The first bias-dropout-add, which adds to the layer's input, and the last one, which returns the
+    layer's output: module and attribute each. A single entry if one is both."""
     kinds: str = ""
     """The sub-layers of a hybrid model's layer, in the pattern's symbols."""
 
 
 def define_layers(chunks: Sequence[Any], rule: str | None) -> None:
-    """Store in unwrapped model chunks what counts as a layer.
+    """Store the definition of a layer in unwrapped model chunks.
 
     Args:
         chunks: of one model.
@@ -74,10 +75,10 @@ def define_layers(chunks: Sequence[Any], rule: str | None) -> None:
 
 
 def layers_of(pattern: str, rule: str = "mixer") -> list[str]:
-    """The layers of a hybrid model, each as its sub-layers.
+    """The layers of a hybrid model, each as the symbols of its sub-layers.
 
     Args:
-        pattern: as :func:`sublayers_of` gives it.
+        pattern: as :func:`sublayers_of` returns it.
         rule: one of ``LAYER_RULES``.
 
     Raises:
@@ -131,7 +132,7 @@ def _layer(number: int, modules: Sequence[Any], kinds: str = "") -> ResidualLaye
 
 
 def _adds_of(module: Any) -> list[str]:
-    """The names of a module's bias-dropout-adds that do something; at least one."""
+    """The names of a module's bias-dropout-adds that are not identities; at least one."""
     names = [name for name in _ADDS if not _does_nothing(getattr(module, name, None))]
     missing = ["layer_number"] * (not hasattr(module, "layer_number"))
     if not names:
@@ -144,8 +145,8 @@ def _adds_of(module: Any) -> list[str]:
     for name in names:
         if isinstance(add := getattr(module, name), nn.Module):
             raise UserError(
-                f"{name} of a {type(module).__name__} is a module, {type(add).__name__}, which nothing can "
-                "stand for; give the layer a function, as get_bias_dropout_add is"
+                f"{name} of a {type(module).__name__} is a module, {type(add).__name__}, which jreg_megatron "
+                "cannot replace; give the layer a function, such as get_bias_dropout_add"
             )
     return names
 
@@ -155,7 +156,7 @@ def _does_nothing(part: Any) -> bool:
 
 
 def _hybrid_layers(pattern: str, rule: str, modules: list[Any], config: Any) -> list[ResidualLayer]:
-    """The layers of a hybrid model's chunk, counted by the pattern, since other stages hold other modules."""
+    """The layers of a hybrid model's chunk. The pattern counts them, because other stages hold the rest."""
     adds = [_adds_of(module)[0] for module in modules]
     numbers = [module.layer_number for module in modules]
     start = numbers[0] - 1 if numbers else 0
@@ -206,7 +207,7 @@ def _refuse_parting_recompute(layers: list[ResidualLayer], config: Any) -> None:
 
 
 def described_layers(model: Any) -> str:
-    """What the layers of a hybrid model are, as one line; empty for other models.
+    """One line that describes the layers of a hybrid model; empty for other models.
 
     Args:
         model: as :func:`sublayers_of` takes it.
@@ -224,7 +225,7 @@ def described_layers(model: Any) -> str:
 
 
 def final_norm_of(chunk: Any) -> nn.Module | None:
-    """An unwrapped chunk's final norm; None where it has none, or one that does nothing."""
+    """An unwrapped chunk's final norm; None if it has none, or an identity."""
     norm = getattr(chunk.decoder, "final_layernorm", None)
     if norm is None:
         norm = getattr(chunk.decoder, "final_norm", None)  # HybridModel's
@@ -250,7 +251,7 @@ def last_stage_has_a_layer(chunk: Any) -> bool:
 
 
 def last_stage_is_given_a_layer(model_config: Any) -> bool:
-    """Whether the final norm's pipeline stage gets the last layer, as far as the settings show.
+    """Whether the settings put the last layer on the final norm's pipeline stage.
 
     Args:
         model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
@@ -260,7 +261,7 @@ def last_stage_is_given_a_layer(model_config: Any) -> bool:
         return getattr(model_config, name, None)
 
     if value("mtp_num_layers"):
-        return True  # then Megatron puts the final norm after the last layer, wherever that is
+        return True  # then Megatron puts the final norm on the last layer's stage
     if layout := value("pipeline_model_parallel_layout"):
         return any(getattr(kind, "name", kind) == "decoder" for kind in _stages_of(layout)[-1])
     if value("account_for_loss_in_pipeline_split"):
@@ -271,7 +272,7 @@ def last_stage_is_given_a_layer(model_config: Any) -> bool:
 
 
 def _stages_of(layout: Any) -> list[list[Any]]:
-    """What each stage of a pipeline layout holds, by the names of Megatron's ``LayerType``."""
+    """The contents of each stage of a pipeline layout, in the names of Megatron's ``LayerType``."""
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     given = getattr(layout, "input_data", layout)

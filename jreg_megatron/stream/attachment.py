@@ -29,34 +29,33 @@ def attach(
     group: dist.ProcessGroup | None = None,
     optimizer: Any = None,
 ) -> Handle:
-    """Attach methods to a built Megatron-Core model. Changes no state dict.
+    """Attach methods to a built Megatron-Core model. State dicts do not change. Collective.
 
-    A collective call, on the model or the list of its virtual pipeline chunks, before or after they are
-    wrapped by ``Float16Module`` and DDP. The fp16 loss scale is taken from ``model.config.grad_scale_func``,
-    where Megatron's loop puts it.
+    Call it before or after the model is wrapped in ``Float16Module`` and DDP. It reads the fp16 loss scale
+    from ``model.config.grad_scale_func``, which Megatron's loop sets.
 
     Args:
-        model: a ``GPTModel``, or the list of this rank's chunks.
-        settings: of each method, such as ``JRegConfig(coeff=1.0)``. At most one of each kind.
-        num_microbatches: by what the mean loss of a micro-batch is divided: the micro-batches of one
-            data-parallel replica in a training step. By default Megatron-Core's calculator is asked at each.
-        iteration: tells the current training iteration, 1-based. Needed when the settings depend on it.
+        model: a ``GPTModel`` or ``HybridModel``, or the list of this rank's virtual pipeline chunks.
+        settings: one per method, such as ``JRegConfig(coeff=1.0)``. At most one of each kind.
+        num_microbatches: the divisor of a micro-batch's mean loss: the number of micro-batches of one
+            data-parallel replica in a training step. By default Megatron-Core's calculator gives it in each.
+        iteration: returns the current training iteration, 1-based. Needed if the settings depend on it.
         group: the ranks among which the model and the batch are split, for metrics; by default all.
-        optimizer: the model's, Megatron's or torch's, for a method that takes part in its steps. It can be
-            given later too, by :meth:`Handle.use_optimizer`.
+        optimizer: the model's optimizer, Megatron's or torch's, for methods that need it. It can also be
+            given later, with :meth:`Handle.use_optimizer`.
 
     Returns:
         The handle, with metrics and ``detach()``.
 
     Raises:
-        UserError: if something is attached already, if the model or a setting is not supported, or if
-            something is missing that the settings need.
+        UserError: if methods are attached already, if the model or a setting is not supported, or if the
+            settings need an argument that is missing.
 
-    A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on;
-    one in evaluation mode is measured as validation, unless it generates text (with Megatron's
-    ``inference_context``). A regularized layer is measured in the backward pass: ask for metrics between
-    steps. The first step checks what is assumed of layers and loss, and raises a ``UserError`` on every rank
-    before the schedule finishes the gradients.
+    A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on. A
+    micro-batch in evaluation mode is measured as validation, except in text generation (with Megatron's
+    ``inference_context``). A regularized layer is measured in the backward pass, so ask for metrics between
+    steps. The first step checks the assumptions about layers and loss. If one is wrong, every rank raises a
+    ``UserError`` before the schedule finishes the gradients.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
@@ -88,7 +87,7 @@ def attach(
 
 
 def _refuse_other_settings(settings: Sequence[Settings], group: dist.ProcessGroup | None) -> None:
-    """Refuse settings that differ between ranks, which would train another model on each and hang.
+    """Refuse settings that differ between ranks: each rank would train another model, or the run would hang.
     Collective."""
     ranks = of_every_rank([f"{type(of_one).__name__}: {of_one.as_flags()}" for of_one in settings], group)
     if found := first_that_differs(ranks, group):
@@ -100,7 +99,7 @@ def _refuse_other_settings(settings: Sequence[Settings], group: dist.ProcessGrou
 
 
 def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None:
-    """Refuse what cannot be attached together.
+    """Refuse settings that cannot be attached together.
 
     Args:
         settings: as :func:`attach` gets them.
@@ -115,8 +114,8 @@ def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None
     for of_one in settings:
         if not isinstance(of_one, Settings):
             raise UserError(
-                f"attach() was given {of_one!r:.60} as settings; give it those of each method as an argument "
-                "of their own, such as attach(model, JRegConfig(coeff=1.0), NormsConfig())"
+                f"attach() was given {of_one!r:.60} as settings; give it the settings of each method as a "
+                "separate argument, such as attach(model, JRegConfig(coeff=1.0), NormsConfig())"
             )
         if kinds.count(type(of_one)) > 1:
             raise UserError(f"attach() was given two {type(of_one).__name__}; give it one of each kind")
@@ -151,9 +150,9 @@ def place_of(
     num_microbatches: Callable[[], int],
     iteration: Callable[[], int] | None = None,
 ) -> Place:
-    """What a method gets to know of a built model's unwrapped chunks; the functions are :func:`attach`'s."""
+    """A built model's description for its methods: unwrapped chunks, and functions as in :func:`attach`."""
     config: Any = chunks[0].config
-    # Megatron-FSDP has the optimizer's float32 parameters in the place of the model's own between steps.
+    # Between steps Megatron-FSDP replaces the model's own parameters with the optimizer's float32 ones.
     own = (getattr(p, "orig_param", p) for chunk in chunks for p in chunk.parameters())
     dtype = next((p.dtype for p in own), config.params_dtype)
     return Place(
@@ -169,10 +168,10 @@ def place_of(
 
 
 def device_of(chunks: Sequence[nn.Module]) -> torch.device:
-    """Where this rank's part of the model is; of a stage that has no parameters, where it would be.
+    """The device of this rank's part of the model; of a stage without parameters, the training device.
 
     Raises:
-        UserError: if the model has still to be moved to where it is trained.
+        UserError: if the model is not on its training device yet.
     """
     trained_on = torch.device("cpu")
     backend = dist.get_backend() if dist.is_available() and dist.is_initialized() else ""
@@ -187,7 +186,7 @@ def device_of(chunks: Sequence[nn.Module]) -> torch.device:
 
 
 def _refuse_other_numbers(chunks: Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
-    """Refuse layers that are not numbered 1 to L: their numbers choose weights and rows of the metrics."""
+    """Refuse layers that are not numbered 1 to L: the number selects a layer's weight and row of metrics."""
     own = [layer.number for chunk in chunks for layer in residual_layers(chunk)]
     ranks = of_every_rank(own, group)
     count = num_layers(chunks[0])
@@ -196,8 +195,8 @@ def _refuse_other_numbers(chunks: Sequence[nn.Module], group: dist.ProcessGroup 
     ):
         numbers = " and ".join(dict.fromkeys(" ".join(map(str, rank)) for rank in ranks if rank))
         raise UserError(
-            f"the model's layers have the numbers (layer_number) {numbers}, and its config.num_layers tells "
-            f"{count}; jreg_megatron needs each of 1 to {count} once"
+            f"the model's layers have the numbers (layer_number) {numbers}, but the model has {count} "
+            f"layers; jreg_megatron needs each of 1 to {count} once"
         )
 
 

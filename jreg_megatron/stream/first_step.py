@@ -1,22 +1,23 @@
-"""Checks the assumptions of ``attach`` in the first step. Later steps cost nothing more.
+"""Check the assumptions of ``attach`` in the first step. Later steps have no overhead from this.
 
-``attach`` infers two things from the model and its settings. A job may do otherwise.
+``attach`` assumes two things about the model and the job, which may be wrong:
 
-- Which states are a layer's input and output: :mod:`jreg_megatron.stream.layer_watch` compares them.
-- How the loss is scaled on its way to the parameters. This shows in the gradient at the model's output, which
-  is the losses of a micro-batch's tokens ``[b, s]``. With ``g`` and ``M`` as in ``scaling``, the expected
-  gradient is the setting ``loss_weight`` times
+- Which states are a layer's input and output. :mod:`jreg_megatron.stream.layer_watch` compares them.
+- How the loss is scaled on its way to the parameters. The gradient at the model's output shows this. The
+  output is the losses of a micro-batch's tokens ``[b, s]``. With ``g`` and ``M`` as in ``scaling``, the
+  expected gradient is the setting ``loss_weight`` times
 
     averaged loss     g / M, summed over the tokens of a micro-batch, if any of them counts
     per-token loss    g, for each token that counts
 
-What scales the gradient later scales a method's gradient too.
+Any later scaling of the gradient also scales a method's gradient.
 
-A rank keeps what it finds until all ranks meet, before the first optimizer step: where the schedule finishes
-the gradients, or where metrics are asked for. Then all ranks raise the same error. Without pipeline stages
-all ranks find the same in a layer, and raise it in the forward pass.
+A rank keeps its finding until all ranks meet before the first optimizer step: when the schedule finishes the
+gradients, or when metrics are read. Then all ranks raise the same error. Without pipeline stages all ranks
+find the same error in a layer, so they raise it in the forward pass.
 
-Layers are compared in one step. The scale may need more: a step may overflow, or have no token that counts.
+Layers are compared in one step. The scale may need more steps: a step may overflow, or have no token that
+counts.
 
 The check does not see the scale of a loss that is computed from logits, outside the model. If tokens or
 micro-batches have different weights, it misses a divisor that is wrong by less than a factor of 16.
@@ -40,9 +41,9 @@ from jreg_megatron.stream.overlap import on_passes
 from jreg_megatron.stream.scaling import AddedLoss
 
 _MOST = 1.5
-"""Tokens may have weights, so a ratio up to this passes. A wrong divisor is off by 2 or more."""
+"""A ratio up to this passes, because tokens may have weights. A wrong divisor is off by a factor >= 2."""
 _MOST_WEIGHED = 16.0
-"""The same if tokens are seen to have different weights. A sum that is not divided is off by its tokens."""
+"""The limit if tokens have different weights. A sum that is not divided is off by its number of tokens."""
 _EXACT = 0.01
 _MOST_STEPS = 50
 """The check ends after this many steps without a usable loss scale (fp16 halves its own from 2^32) or without
@@ -57,17 +58,17 @@ _NO_COUNT = (
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank has seen in a step; gradients without fp16's loss scale. Zeros if it has no loss."""
+    """A rank's observations in a step; gradients without fp16's loss scale. Zeros if the rank has no loss."""
 
     finding: str
     runs: int = 0
     """Forward passes of training micro-batches, summed over the chunks."""
     told: int = 0
-    """The number of micro-batches by which a method divided."""
+    """The number of micro-batches by which a method divided its loss."""
     losses: int = 0
     """Micro-batches whose backward pass began at the tokens' losses."""
     gradient: float = 0.0
-    """Of the tokens' losses, summed over the micro-batches."""
+    """The gradient of the tokens' losses, summed over the micro-batches."""
     expected: float = 0.0
     """The expected value, if the loss is a mean over the tokens that count; for per-token loss their sum."""
     expected_of_all: float = 0.0
@@ -75,9 +76,9 @@ class _Seen:
     expected_of_empty: float = 0.0
     """The expected value, if micro-batches without a token that counts get a share of the mean."""
     is_weighted: bool = False
-    """Whether tokens of a micro-batch, or micro-batches, differ in more than which tokens count."""
+    """Whether tokens of a micro-batch that count, or micro-batches, have different weights."""
     num_tokens: int = 0
-    """The loss function's count, for per-token loss."""
+    """The number of tokens that the loss function returned, for per-token loss."""
 
 
 class FirstStep:
@@ -90,11 +91,11 @@ class FirstStep:
         num_microbatches: Callable[[], int],
         group: dist.ProcessGroup | None,
     ) -> None:
-        """Nothing is seen before :meth:`start`.
+        """The checks begin with :meth:`start`.
 
         Args:
             chunks: this rank's model chunks, unwrapped; at least one.
-            added: the loss that a method adds; without one the loss's scale does not matter.
+            added: the loss that a method adds. With None, the loss's scale does not matter.
             num_microbatches: the divisor of that loss.
             group: the ranks that hold the model together; None for all.
         """
@@ -107,7 +108,7 @@ class FirstStep:
         self._finding = ""
         self._is_alike = True
         self._runs = self._told = self._steps = 0
-        # Of each micro-batch: sum, how many are not 0, how many there are, the largest.
+        # The gradient of each micro-batch: sum, number of nonzero elements, number of elements, maximum.
         self._gradients: list[Tensor] = []
         self._meeting: Callable[..., Any] | None = None
         self._num_tokens: Tensor | None = None
@@ -137,7 +138,7 @@ class FirstStep:
             self._undo.append(on_passes(chunk, self._before_chunk, self._after_chunk))
 
     def end(self) -> None:
-        """Take everything off the model."""
+        """Remove all hooks from the model."""
         self._end_layers()
         while self._undo:
             self._undo.pop()()
@@ -148,17 +149,17 @@ class FirstStep:
             self._end_watch = None
 
     def report(self, finding: str, is_alike: bool) -> None:
-        """Keep a finding of this rank that makes a method's numbers wrong. Only the first one is shown.
+        """Keep a finding of this rank, which makes a method's numbers wrong. Only the first finding is shown.
 
         Args:
             finding: one line, for the user.
-            is_alike: whether every rank with the same layers finds it.
+            is_alike: whether every rank with the same layers has this finding.
         """
         if not self._finding:
             self._finding, self._is_alike = finding, is_alike
 
     def forget(self) -> None:
-        """The step was interrupted, or had other passes in it: check the next one."""
+        """Discard this step's observations: it was interrupted, or had other passes. Check the next step."""
         self._runs, self._num_tokens = 0, None
         self._gradients.clear()
 
@@ -167,10 +168,10 @@ class FirstStep:
         self._runs += 1
         self._told = self._num_microbatches()
         if self._finding and self._finalize is None and self._runs > self._told * len(self._chunks):
-            raise UserError(self._finding)  # the next step began, and the ranks have not met
+            raise UserError(self._finding)  # the next step began before the ranks have met
 
     def settle(self) -> None:
-        """Collect what all ranks have seen. A collective call. If it was too little, the checks continue.
+        """Compare the observations of all ranks. Collective. If they are not enough, the checks continue.
 
         Raises:
             UserError: if any rank has a finding; the same on every rank.
@@ -195,7 +196,7 @@ class FirstStep:
 
         @functools.wraps(finalize)
         def settle_first(model: Any, num_tokens: Tensor | None = None, *args: Any, **named: Any) -> Any:
-            if not self.has_ended:  # what another has put around this cannot be taken off
+            if not self.has_ended:  # if other code has wrapped this function, it cannot be removed
                 self._num_tokens = num_tokens
                 self.settle()
             return finalize(model, num_tokens, *args, **named)
@@ -214,7 +215,7 @@ class FirstStep:
         return function
 
     def _before_chunk(self, *_: Any) -> None:
-        if torch.is_grad_enabled():  # alike on all ranks, while a stage may be in evaluation mode by itself
+        if torch.is_grad_enabled():  # the same on all ranks; a single stage may be in evaluation mode
             self._meet_before_the_optimizer()
 
     def _after_chunk(self, chunk: Any, _: Any, output: Any) -> None:
@@ -263,10 +264,10 @@ class FirstStep:
         )
 
     def _is_scale_right(self, added: AddedLoss, ranks: Sequence[_Seen]) -> bool:
-        """Whether the loss is scaled as expected; False also if this step does not show it.
+        """Whether the loss has the expected scale; False also if this step does not show it.
 
         Raises:
-            UserError: if it is scaled otherwise.
+            UserError: if it has another scale.
         """
         gradient, *amounts = (
             sum(getattr(rank, name) for rank in ranks)
@@ -294,7 +295,7 @@ class FirstStep:
         if not is_right and is_weighted and 1 / _MOST_WEIGHED <= ratio <= _MOST_WEIGHED:
             self._say(
                 f"tokens have different weights; on average the loss is {ratio:.3g} times the expected one, "
-                f"by these weights or by a wrong divisor; lambda {added.coeff:g} is not multiplied"
+                f"because of these weights or a wrong divisor; lambda {added.coeff:g} is not multiplied"
             )
             is_right = True
         if is_right:

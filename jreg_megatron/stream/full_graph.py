@@ -1,17 +1,17 @@
 """Methods in Megatron's CUDA graph of a whole iteration, ``--cuda-graph-impl full_iteration``.
 
-Megatron calls its schedule through ``FullCudaGraphWrapper``: a few warm-up steps run as ever, then one call
-is captured, and from there on replayed. A replay runs no Python and repeats the captured operations on the
-same memory. So in every step of such a run, those of the warm-up too, the model's passes do the same: a
-method does all that it does in any iteration. What differs between iterations is done around the wrapper,
-outside of the graph:
+Megatron calls its schedule through ``FullCudaGraphWrapper``. A few warm-up steps run as usual, then one call
+is captured, and later calls replay it. A replay runs no Python. It repeats the captured operations on the
+same memory. So the model's passes do the same work in every step, also in the warm-up: a method does
+everything that any iteration needs. Code around the wrapper, outside of the graph, handles the differences
+between iterations:
 
-- A method fills the buffers that the graph reads, :meth:`Method.before_full_graph`.
-- A meter that must not measure in this iteration gets back the sums that it had.
+- A method fills the buffers that the graph reads, in :meth:`Method.before_full_graph`.
+- If a meter must not measure in this iteration, its previous sums are restored.
 
 Values that wait in a meter are summed at the end of the schedule, within the graph. The first step's checks
-need the host, so they must be over before the capture. A graph that was captured with other methods is
-thrown away where methods are attached or detached; Megatron then warms up again.
+need the host, so they must be over before the capture. When methods are attached or detached, a captured
+graph is discarded, and Megatron warms up again.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.method import Method
 
 _ORIGINAL = "_jreg_original"
-"""An attribute of our function in the place of the wrapper's ``__call__``: Megatron's own."""
+"""The attribute of our replacement of the wrapper's ``__call__`` that holds Megatron's own."""
 
 
 class FullGraphs:
-    """What is done around Megatron's ``FullCudaGraphWrapper``.
+    """Code around the calls of Megatron's ``FullCudaGraphWrapper``.
 
-    There is one at a time, for the model that was attached last: Megatron keeps its graphs in the class.
+    Only one object is active, for the last attached model, because Megatron keeps its graphs in the class.
     """
 
     def __init__(
         self, methods: Sequence[Method], iteration: Callable[[], int] | None, is_checked: Callable[[], bool]
     ) -> None:
-        """Begin with the next step, in the place of what was done for a model before.
+        """Become active with the next step, and replace the object of an earlier model.
 
         Args:
-            methods: all of the model's.
-            iteration: tells the training iteration, 1-based; None if nothing depends on it.
-            is_checked: whether the first step's checks are over, alike on every rank.
+            methods: all methods of the model.
+            iteration: returns the training iteration, 1-based; None if no method depends on it.
+            is_checked: returns whether the first step's checks are over; the same on every rank.
         """
         from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 
         self.is_in_schedule = False
-        """Whether a model's pass now is one that may be captured."""
+        """Whether the model's current pass may be captured."""
         self._methods = methods
         self._iteration = iteration
         self._is_checked = is_checked
@@ -66,7 +66,7 @@ class FullGraphs:
         self._forget_graphs()
 
     def end(self) -> None:
-        """Leave the wrapper to Megatron again; a second call does nothing."""
+        """Restore Megatron's wrapper. A second call is a no-op."""
         if self._wrapper.__call__ is self._ours:
             self._wrapper.__call__ = self._call
             self._forget_graphs()
@@ -74,14 +74,14 @@ class FullGraphs:
     def _forget_graphs(self) -> None:
         from megatron.core.full_cuda_graph import StaticBufferLoader
 
-        self._wrapper.reset_cuda_graph(self._wrapper)  # all that it changes belongs to the class
+        self._wrapper.reset_cuda_graph(self._wrapper)  # it changes attributes of the class only
         for buffers in StaticBufferLoader.static_buffers.values():
             buffers.clear()
 
     def _step(self, wrapper: Any, *args: Any, **named: Any) -> Any:
         """A call of the wrapper: a step of training or of evaluation."""
         kept: list[tuple[Tensor, Tensor]] = []
-        self._sum()  # what has been added outside of the graph
+        self._sum()  # values that were added outside of the graph
         if not named["forward_only"]:
             self._refuse_what_a_graph_cannot(wrapper, named["num_microbatches"])
             iteration = None if self._iteration is None else self._iteration()
@@ -120,9 +120,9 @@ class FullGraphs:
         still_to_warm_up = wrapper.cuda_graph_warmup_steps - wrapper.curr_iter("training")
         if still_to_warm_up == 0 and not self._is_checked():
             raise UserError(
-                f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and in these steps "
-                "no loss showed how it is scaled, which a graph cannot show; give more, or call "
-                "end_iteration after each step of your own loop"
+                f"cuda_graph_warmup_steps is {wrapper.cuda_graph_warmup_steps}, and no loss showed its "
+                "scale in these steps; a graph cannot show it; give more steps, or call end_iteration "
+                "after each step of your own loop"
             )
         if still_to_warm_up < 0 and num_microbatches != self._num_microbatches:
             raise UserError(

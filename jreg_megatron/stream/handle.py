@@ -1,4 +1,4 @@
-"""The handle of attached methods: the residual stream tells it of layers, and the training loop of steps."""
+"""The handle of attached methods. The taps report layers to it, and the training loop reports steps."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ HANDLE = "_jreg_handle"
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """Who gets to see a micro-batch."""
+    """The methods that observe a micro-batch."""
 
     methods: list[tuple[Method, Any]]
-    """Those that are told of its layers, each with what it keeps of the micro-batch."""
+    """Each with its own object for the micro-batch."""
     layers: Set[int] | None
-    """The layers that one of them wants; None for all."""
+    """The layers that at least one of them needs; None for all."""
 
 
 class Handle:
-    """Methods attached to a model. Made by :func:`attach`; the observer of the residual stream."""
+    """Methods attached to a model. :func:`attach` makes it. It is the observer of the residual stream."""
 
     parts: Parts | None = None
-    """Shows the parts of a layer to the methods, if one wants them."""
+    """Passes the parts of a layer to the methods; None if no method needs them."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Handle:
                     f"{type(method).__name__} has a validation_meter, and must have a training_meter"
                 )
         losses = [method.added_loss for method in methods if method.added_loss is not None]
-        # All are scaled alike; one that knows what the script multiplies its loss by is the best to check.
+        # All have the same scale. Prefer one with a loss weight, because the error then names its flag.
         added = max(losses, key=lambda loss: bool(loss.loss_weight_flag), default=None)
         self._coeff = 0.0 if added is None else added.coeff
-        # A number that the caller gives once does not follow the batch, as what a function tells does.
+        # A fixed number does not follow the batch size, as a function does.
         config = cast(Any, chunks[0]).config
         per_token: bool = config.calculate_per_token_loss
         self._is_count_fixed = count_given is not None and added is not None and not per_token
@@ -79,7 +79,7 @@ class Handle:
         self._ran = 0  # micro-batches of this step, of all chunks
         self._most_ran = 0.0
         self._measured: dict[Method, list[int]] = {method: [] for method in self._measuring}
-        """Iterations of this log interval."""
+        """The iterations of this log interval in which each method measures."""
         self._seen_whole: set[Method] = set()
         if any(type(method).parts is not Method.parts for method in methods):
             self.parts = self._parts
@@ -103,15 +103,15 @@ class Handle:
         for chunk in chunks:
             setattr(chunk, HANDLE, self)
 
-    # -- what the residual stream tells ------------------------------------------------------------
+    # -- called by the taps ------------------------------------------------------------------------
 
     def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> _Told | None:
-        """Ask each method whether, and with what, it wants to be told of this micro-batch's layers."""
+        """Let each method decide whether it observes this micro-batch's layers."""
         if training and not self._first_step.has_ended:
             self._first_step.begin_training_microbatch()
             if not self._is_sharded and (found := next(filter(None, map(sharding_of, self._chunks)), "")):
                 raise UserError(
-                    f"the model was put into {found} after attach, which so could not check it; call attach "
+                    f"the model was put into {found} after attach, so attach could not check it; call attach "
                     "with the wrapped model"
                 )
         if training and self._keeps_count:
@@ -136,7 +136,7 @@ class Handle:
         wanted = [getattr(own, "layers", None) for _, own in told]
         every = [layers for layers in wanted if layers is not None]
         layers = frozenset().union(*every) if len(every) == len(wanted) else None
-        # In the first step layers are compared, whoever wants to be told of them.
+        # In the first step layers are compared, even if no method observes them.
         return _Told(told, layers) if told or not self._first_step.has_ended else None
 
     def _parts(
@@ -158,46 +158,48 @@ class Handle:
         return normed
 
     def _refuse(self, finding: str) -> None:
-        """Refuse what this rank alone may have found; in the first step on all ranks, if they meet."""
+        """Refuse a finding that other ranks may lack. In the first step all ranks raise it, if they meet."""
         if self._first_step.has_ended or not self._first_step.ranks_meet:
             raise UserError(finding)
         self._first_step.report(finding, is_alike=False)
 
-    # -- what the user asks ------------------------------------------------------------------------
+    # -- called by the training loop ---------------------------------------------------------------
 
     @property
     def captured(self) -> str:
-        """Where in this rank's part of the model the residual stream is seen, for a report."""
+        """The places of the taps in this rank's part of the model, for a report."""
         return ", ".join(self._tap.places) or "no layer on this rank"
 
     def describe(self) -> str:
-        """What the layers of a hybrid model are, and a line for each method that says what was attached."""
+        """For a hybrid model a line about its layers, then one line per attached method."""
         chunk = self._chunks[0]
         layers = described_layers(chunk)
         lines = [f"> {type(chunk).__name__}: {layers}"] if layers else []
         return "\n".join([*lines, *(method.describe() for method in self.methods)])
 
     def end_iteration(self, iteration: int, is_interval_end: bool = True) -> Metrics | None:
-        """To be called after every training iteration; at the end of a log interval it gives its metrics.
+        """Call it after every training iteration. At the end of a log interval it returns the metrics.
 
-        A collective call there, and after the first iteration that measures, to make sure that every layer
-        is seen; else it does nothing.
+        It is collective at the end of a log interval, after the first iteration that measures (to check that
+        every layer was seen), and until the checks of the first step are over. Otherwise it communicates
+        nothing.
 
         Args:
             iteration: 1-based.
-            is_interval_end: whether a log interval ends with it; the next begins anew.
+            is_interval_end: whether a log interval ends with this iteration. The next call begins a new one.
 
         Returns:
-            Metrics over the interval so far; None if it is not at its end, or nothing was measured in it.
+            Metrics over the interval so far, at its end and after the first iteration that measures. Else, or
+            if nothing was measured, None.
 
         Raises:
             UserError: if some layer was not seen in an iteration that should have measured it, or less often
-                than others.
+                than others; or if the step has more micro-batches than the number given to ``attach``.
         """
         self._settle_first_step()
         if self._is_count_fixed:
             self._check_count()
-        # Told from the settings, not from what this rank saw: all ranks must come to the same.
+        # The settings decide, not this rank's observations, so that all ranks decide the same.
         for method, iterations in self._measured.items():
             if method.settings.measures_at(iteration):
                 iterations.append(iteration)
@@ -209,9 +211,9 @@ class Handle:
         return self._metrics(is_interval_end)
 
     def end_training(self) -> Metrics | None:
-        """To be called where training ends: metrics over the log interval that this cuts off.
+        """Call it at the end of training. It returns the metrics of an unfinished log interval, else None.
 
-        A collective call if :meth:`end_iteration` has still to give metrics for an iteration, else None.
+        Collective if there is an unfinished interval.
         """
         return self._metrics(is_interval_end=True) if self._has_measured else None
 
@@ -262,7 +264,7 @@ class Handle:
         return len(self._validating) == (0 if metrics is None else len(metrics.readings))
 
     def _read(self, meters: dict[Method, Meter | None], measured: dict[Method, list[int]]) -> Metrics | None:
-        """What the meters of methods say; None if nothing was seen of any. Collective."""
+        """Read the meters of methods; None if none has seen every layer. Collective."""
         every = reduce_meters(cast(Sequence[Meter], [*meters.values()]), self._group)
         readings = [
             Reading(method.settings, method.read(values), tuple(measured.get(method, ())))
@@ -277,7 +279,7 @@ class Handle:
         self._first_step.forget()
 
     def _rerun_in_place(self, is_rerun: bool) -> None:
-        """Measure an iteration once that Megatron runs again to validate it."""
+        """Count only the first run of an iteration that Megatron repeats to validate it."""
         for method in self._measuring:
             cast(Meter, method.training_meter).is_paused = is_rerun
         if is_rerun:
@@ -288,9 +290,9 @@ class Handle:
             self._first_step.settle()
 
     def _check_count(self) -> None:
-        """Refuse a step of more micro-batches than those whose scale was seen, if their number was given.
+        """Refuse a step with more micro-batches than the step that showed the scale, if the number is fixed.
 
-        A step of fewer is the last one of an epoch, where the loss is divided as before.
+        A step with fewer is allowed: it is the last one of an epoch, and the divisor does not change.
         """
         ran, self._ran = self._ran / len(self._chunks), 0
         if not self._most_ran:
@@ -311,14 +313,15 @@ class Handle:
             raise UserError(
                 f"with cuda_graph_impl local in a pipeline all steps must have the {self._first_count} "
                 f"micro-batches of the first, and now a step has {count}: the graphs would overwrite each "
-                "other's states; keep to one number, or turn cuda_graph_impl off"
+                "other's states; keep the number, or turn cuda_graph_impl off"
             )
 
     def use_optimizer(self, optimizer: Any) -> None:
         """Give the methods the model's optimizer, Megatron's or torch's, before the first step. Collective.
 
         Raises:
-            UserError: if a method does not know its kind, or torch's lacks a parameter that a method added.
+            UserError: if a method does not support its kind, or if a torch optimizer lacks a parameter that a
+                method added.
         """
 
         def give() -> None:
@@ -334,7 +337,7 @@ class Handle:
             alike_on_every_rank(give, self._group)
 
     def detach(self) -> None:
-        """Leave the model as it was before :func:`attach`. A second call does nothing."""
+        """Restore the model's state before :func:`attach`. A second call is a no-op."""
         for method in self.methods:
             method.detached()
         self._first_step.end()
@@ -351,7 +354,7 @@ class Handle:
 
 
 def _changes(methods: Sequence[Method], chunks: Sequence[nn.Module]) -> dict[int, Change]:
-    """By a layer's number what changes its output: the methods, in the order in which they were attached."""
+    """By layer number, a function that changes the layer's output: all methods' changes, in attach order."""
 
     def of_layer(number: int) -> Change | None:
         changing = [method.change for method in methods if method.changes(number)]

@@ -1,9 +1,9 @@
-"""Checks that the input and output which a tap sees are those that the layer itself is given and returns.
+"""Check that a tap sees the same input and output as the layer itself.
 
-A subclass of Megatron's layer may change the state before it calls its base class, or behind the last
-bias-dropout-add. Then the tap sees another state than the next layer does. A forward pass shows it: the
-tensors must be the same memory with the same values, into which nothing was written in between. Values alone
-would not do: what a layer adds may be zero in the first step, as behind a gate that starts at 0.
+A subclass of Megatron's layer may change the state before it calls its base class, or after the last
+bias-dropout-add. Then the tap sees another state than the next layer. A forward pass shows this: both tensors
+must be the same memory with the same values, and nothing may write into it in between. Equal values are not
+enough: a layer may add zero in the first step, as with a gate that starts at 0.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _FIX = (
 )
 
 _MOST_BETWEEN = 3
-"""Autograd nodes between the state that is tapped and the one that is returned: a view, a type, a copy."""
+"""Autograd nodes allowed between the tapped and the returned state: a view, a type conversion, a copy."""
 
 Report = Callable[[str, bool], None]
-"""Is told what was found, and whether every rank that has the layer finds the same."""
+"""Gets a finding, and whether every rank with this layer has the same finding."""
 
 
 class LayerWatch:
-    """Compares a layer's own argument and return with what the tap sees, in each forward pass."""
+    """Compares a layer's own argument and return value with the tap's states, in each forward pass."""
 
     def __init__(self, layer: ResidualLayer, config: Any, report: Report) -> None:
         classes = dict.fromkeys(type(module).__name__ for module in (layer.first, layer.last))
         self._name = f"layer {layer.number} ({' and '.join(classes)})"
         self._adds = [name for _, name in layer.adds]
         self._hidden_size = config.hidden_size
-        # Transformer Engine's fused norm returns the residual too, maybe as a copy.
+        # Transformer Engine's fused norm also returns the residual, perhaps as a copy.
         self._may_copy = getattr(config, "fused_residual_rmsnorm", False)
         self._report = report
         self._has_run = self._is_running = False
@@ -43,7 +43,7 @@ class LayerWatch:
         self._tapped: _Kept | None = None
 
     def begin(self) -> None:
-        """The model's forward pass begins; the one before may have broken off."""
+        """The model's forward pass begins. The previous one may have been aborted."""
         self._has_run = self._is_running = False
         self._given = self._tapped = None
 
@@ -66,7 +66,7 @@ class LayerWatch:
         self._given, self._tapped = _Kept(state), None
 
     def adds_to(self, residual: Tensor) -> None:
-        """The layer's first bias-dropout-add gets ``residual``: to the tap, the layer's input."""
+        """The layer's first bias-dropout-add gets ``residual``, which the tap takes as the layer's input."""
         if self._given is None:
             self._report(f"{self._name} calls {self._adds[0]} more than once; {_FIX}", True)
         elif not self._given.is_same(residual, self._may_copy):
@@ -74,13 +74,13 @@ class LayerWatch:
         self._given = None
 
     def tapped(self, state: Tensor) -> None:
-        """The layer's last bias-dropout-add returns ``state``, as the tap hands it on."""
+        """The layer's last bias-dropout-add returns ``state``, after the observer's changes."""
         if self._tapped is not None:
             self._report(f"{self._name} calls {self._adds[-1]} more than once; {_FIX}", True)
         self._tapped = _Kept(state)
 
     def handed_on(self, output: Tensor, state: Tensor) -> None:
-        """The layer goes on with ``state`` in the place of ``output``, what its last part has returned."""
+        """The layer continues with ``state`` instead of ``output``, which its last part has returned."""
         if self._tapped is not None and self._tapped.is_same(output):
             self._tapped = _Kept(state)
 
@@ -103,23 +103,23 @@ class LayerWatch:
         self._is_running, self._given, self._tapped = False, None, None
 
     def ended(self) -> None:
-        """The model's forward pass is over, and did not break off."""
+        """The model's forward pass has completed."""
         if not self._has_run:
             self._report(
                 f"{self._name} has not run in a forward pass; jreg_megatron does not support layers that are "
                 "left out; train without it",
-                False,  # which ones may be drawn by each rank
+                False,  # each rank may leave out other layers
             )
         elif self._is_running:
             self._report(f"{self._name} began and did not end in a forward pass; {_FIX}", False)
 
 
 class _Kept:
-    """A state, and a copy of its values, since a layer may change it in place."""
+    """A state, and a copy of its values, because a layer may change it in place."""
 
     def __init__(self, state: Tensor) -> None:
         self._grad_fn = state.grad_fn
-        self._state = state.detach()  # so that no other tensor gets its memory
+        self._state = state.detach()  # keeps the memory, so that no other tensor gets it
         self._values = self._state.clone()
         self._version = _version(state)
 
@@ -136,7 +136,7 @@ class _Kept:
         return torch.allclose(other.to(narrow), self._values.to(narrow), rtol=0.0, atol=0.0, equal_nan=True)
 
     def is_behind(self, other: Tensor) -> bool:
-        """Whether a backward pass from ``other`` comes to the state; a view or a type may lie between."""
+        """Whether a backward pass from ``other`` reaches the state, through a view or a type conversion."""
         function = other.grad_fn
         for _ in range(_MOST_BETWEEN):
             if function is None or function is self._grad_fn:
@@ -146,5 +146,5 @@ class _Kept:
 
 
 def _version(state: Tensor) -> int:
-    """How often something was written into a tensor; what inference mode makes does not count it."""
+    """The number of in-place writes to a tensor; 0 for an inference tensor, which does not count them."""
     return 0 if state.is_inference() else state._version

@@ -1,7 +1,7 @@
 """Means over tokens for each layer, equal at every layout; one collective for the meters of all methods.
 
-Each rank adds what it saw: for every layer the sums of some values over tokens, and the number of tokens.
-Both are summed over *all* ranks, then divided. Copies of the same tokens (tensor parallelism without sequence
+For every layer, each rank has the sums of some values over its tokens, and the number of tokens. Both are
+summed over *all* ranks, then divided. Copies of the same tokens (tensor parallelism without sequence
 parallelism) multiply both by the same number. Shards (sequence, context, data parallelism) add up. A layer of
 another pipeline stage has zeros. So the mean is the same at every layout, and every rank has a buffer of the
 same shape.
@@ -34,12 +34,12 @@ OTHER_TOKENS = (
 
 @dataclass(frozen=True)
 class LayerValues:
-    """What a meter has seen on all ranks: one row for each layer, float64 on the CPU."""
+    """A meter's values over all ranks: one row for each layer, float64 on the CPU."""
 
     means: Tensor
     """``[rows, values]``: the mean over tokens; NaN if no token counted."""
     largest: Tensor
-    """``[rows, largest values]``: over tokens; NaN where a token's value is NaN."""
+    """``[rows, largest values]``: the maximum over tokens; NaN if a token's value is NaN."""
 
 
 class Meter:
@@ -53,13 +53,13 @@ class Meter:
         num_largest: int = 0,
         first_row: int = 1,
     ) -> None:
-        """Nothing is seen yet.
+        """Make an empty meter.
 
         Args:
-            num_layers: of the whole model.
-            device: where the values are.
-            num_values: how many values each token has in a layer.
-            num_largest: for how many of them, the first ones, the largest value is kept too.
+            num_layers: number of layers of the whole model.
+            device: the device of the values.
+            num_values: number of values per token and layer.
+            num_largest: the maximum is kept too for the first ``num_largest`` of them.
             first_row: 1; or 0 to have a row for the embedding's output, ``h_0``, before those of the layers.
         """
         self._first_row = first_row
@@ -67,26 +67,26 @@ class Meter:
         # For each row the sums, the number of tokens, and how often the row was seen.
         self._sums = torch.zeros(rows, num_values + 2, dtype=torch.float64, device=device)
         self._largest = torch.full((rows, num_largest), -torch.inf, dtype=torch.float64, device=device)
-        # Layers' values of one micro-batch that are not summed yet, and what they have in common.
+        # Values of one micro-batch that are not summed yet, by row; and their common shape, type and masking.
         self._waiting: dict[int, tuple[tuple[Tensor, ...], Tensor | None]] = {}
         self._kind: tuple[Any, ...] = ()
         self.crosses_streams = False
         """Whether values come from several CUDA streams."""
         self.is_paused = False
-        """Whether what is added does not count."""
+        """Whether added values are ignored."""
         self._streams: set[Any] = set()
         self._numbers = torch.arange(rows, device=device).unbind()
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, row: int, *values: Tensor, mask: Tensor | None = None) -> None:
-        """Add what one micro-batch has in a layer; no host synchronisation.
+        """Add the values of one layer and micro-batch. No host synchronisation.
 
         The values wait for those of the other layers, so that one operation sums them all.
 
         Args:
             row: the layer's number, 1-based over the whole model; 0 for the embedding's output.
             values: of this rank's tokens, ``[s, b]`` each, in one floating type. Do not write into them
-                later. The largest is kept for the first ``num_largest``.
+                later. The maximum is kept for the first ``num_largest``.
             mask: ``[s, b]``, 1 for the tokens that count and 0 for the others; by default all count.
         """
         if self.is_paused:
@@ -120,7 +120,7 @@ class Meter:
             counts[:, 0] = each.shape[-1]
         else:
             mask = torch.stack(masks).flatten(1)[:, None]
-            # What is left out may be NaN.
+            # Masked values may be NaN.
             largest = torch.where(mask > 0, largest, -torch.inf)
             each = torch.where(mask > 0, each * mask, 0.0)
             tokens = mask.sum(dim=2, dtype=torch.float64)
@@ -141,21 +141,27 @@ class Meter:
             tensor.record_stream(current)
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
-        """The rows as a tensor on the device, without a copy from the host; layers come in few orders."""
+        """The rows as a tensor on the device, without a copy from the host. Cached: few orders occur."""
         if rows not in self._indices:
             self._indices[rows] = torch.stack([self._numbers[row] for row in rows])
         return self._indices[rows]
 
     def totals(self) -> tuple[Tensor, Tensor]:
-        """What this rank has added: sums, tokens and how often each row was seen ``[rows, values + 2]``, and
-        the largest values ``[rows, largest values]``. Ask between schedules: what Megatron runs after that
-        waits for the current stream, and what is captured in a CUDA graph must not wait for another one."""
+        """This rank's totals. They are the meter's own tensors, not copies.
+
+        Call it between schedules: Megatron's later work waits for the current stream, and a capture in a CUDA
+        graph must not wait for another stream.
+
+        Returns:
+            The sums, the number of tokens and how often each row was seen, ``[rows, values + 2]``; and the
+            maxima, ``[rows, largest values]``.
+        """
         self._sum()
         self._streams.clear()
         return self._sums, self._largest
 
     def reset(self) -> None:
-        """Forget everything added so far."""
+        """Discard everything added so far."""
         self._waiting.clear()
         self._sums.zero_()
         self._largest.fill_(-torch.inf)
@@ -164,10 +170,10 @@ class Meter:
 def reduce_meters(
     meters: Sequence[Meter], group: dist.ProcessGroup | None = None
 ) -> list[LayerValues | None]:
-    """What any rank has added to each meter since its last reset. A collective call, one for all of them.
+    """Combine the ranks' totals of each meter since its last reset, with one collective for all meters.
 
-    It is an all-reduce. Where a largest value is wanted it is an all-gather instead, since an all-reduce
-    cannot sum some numbers and take the largest of others.
+    The collective is an all-reduce. If a meter keeps a maximum it is an all-gather, because an all-reduce
+    cannot sum some numbers and take the maximum of others.
 
     Args:
         meters: the same on every rank.
@@ -203,7 +209,7 @@ def reduce_meters(
 
 
 def _values_of(sums: Tensor, largest: Tensor) -> LayerValues | None:
-    """Of the whole model's totals; None if some row was not seen."""
+    """The values from the whole model's totals; None if some row was not seen."""
     values, (num_tokens, times_seen) = sums[:, :-2], sums[:, -2:].unbind(dim=1)
     if (times_seen == 0).any():
         return None

@@ -1,8 +1,7 @@
-"""What a method is: something that measures the residual stream of a model, adds a loss to it, or changes it.
+"""A method: it measures the residual stream of a model, adds a loss to it, or changes it.
 
-A method has settings (:mod:`jreg_megatron.stream.settings`), which make it for a built model. Then its
-functions are called for every micro-batch and every layer. ``jreg_megatron/methods/README.md`` shows how to
-write one.
+A method's settings (:mod:`jreg_megatron.stream.settings`) make it for a built model. Then its functions are
+called for every micro-batch and every layer. ``jreg_megatron/methods/README.md`` shows how to write a method.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ class Place:
     layer_numbers: tuple[int, ...]
     """The layers that this rank holds, 1-based over the whole model."""
     num_layers: int
-    """Of the whole model."""
+    """Number of layers of the whole model."""
     hidden_size: int
     dtype: torch.dtype
-    """Of the states."""
+    """Type of the states."""
     device: torch.device
     scaling: Scaling
     iteration: Callable[[], int] | None = None
-    """Gives the training iteration, 1-based. It may raise while a method is being attached: some loops know
-    the iteration only in their first step."""
+    """Returns the training iteration, 1-based. It may raise while a method is being attached: some loops know
+    the iteration only from their first step on."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Call:
     """The training iteration, 1-based. None in evaluation, in a CUDA graph of whole iterations, and if
     ``attach`` got no ``iteration``."""
     loss_mask: Tensor | None = None
-    """The model's argument ``[b, s]``, or None; often only the last pipeline stage has it."""
+    """The model's argument ``[b, s]``, or None. Often only the last pipeline stage has it."""
     padding_mask: Tensor | None = None
-    """The model's argument ``[b, s]``, True at padding, or None; the same on all pipeline stages."""
+    """The model's argument ``[b, s]``, True at padding, or None. It is the same on all pipeline stages."""
     tokens: Tensor | None = None
     """The model's token ids ``[b, s]``. Only the stage with the embedding is sure to have them."""
     is_packed: bool = False
@@ -64,24 +63,24 @@ class Call:
 
     @property
     def token_mask(self) -> Tensor | None:
-        """The tokens that count, ``[b, s]``: with a padding mask those that are no padding, else those that
-        the loss mask keeps. None without a mask."""
+        """The tokens that count, ``[b, s]``: with a padding mask the tokens that are not padding, else those
+        that the loss mask keeps. None without a mask."""
         return self.loss_mask if self.padding_mask is None else self.padding_mask == 0
 
 
 class Readings:
-    """What a method has measured in a log interval or a validation."""
+    """A method's measurements in a log interval or a validation."""
 
     def headline(self) -> dict[str, float]:
-        """The values of Megatron's console line, by the names they are logged under."""
+        """The values for Megatron's console line, by their logged names."""
         return {}
 
     def per_layer(self) -> dict[str, float]:
-        """The values for TensorBoard and W&B alone, by the names they are logged under."""
+        """The values for TensorBoard and W&B only, by their logged names."""
         return {}
 
     def remarks(self) -> list[str]:
-        """What a reader must know, such as layers without a value."""
+        """Notes for the reader, such as a list of layers without a value."""
         return []
 
 
@@ -93,25 +92,25 @@ class Method:
     """
 
     added_loss: AddedLoss | None = None
-    """The loss that it adds, if any. The first step checks its scale."""
+    """The loss that the method adds, if any. The first step checks its scale."""
     training_meter: Meter | None = None
-    """What it has measured in training since the last log line, if it measures."""
+    """Measurements in training since the last log line; None for a method that does not measure."""
     validation_meter: Meter | None = None
-    """The same for evaluation; it needs a ``training_meter`` too."""
+    """The same for evaluation. Then the method needs a ``training_meter`` too."""
     refuse: Callable[[str], None]
     """Set by ``attach``. Call it with one line for the user about a mistake that only this rank may see. In
     the first step all ranks meet and all raise it; later this rank raises it at once."""
 
     def __init__(self, settings: Any, place: Place) -> None:
-        """Refuse what the model does not allow.
+        """Refuse a model that the method does not support.
 
         Raises:
-            UserError: ``attach`` raises it on every rank if any rank raises it.
+            UserError: if any rank raises it, ``attach`` raises it on every rank.
         """
         self.settings: Any = settings
 
     def agree(self, group: dist.ProcessGroup | None) -> None:
-        """Refuse what differs between ranks. A collective call."""
+        """Refuse differences between ranks. Collective."""
 
     def describe(self) -> str:
         """One line that says what was attached."""
@@ -125,17 +124,17 @@ class Method:
         """
 
     def detached(self) -> None:
-        """The method is removed from the model. Undo what was done elsewhere, such as hooks on the
+        """The method is removed from the model. Undo its changes outside the model, such as hooks on the
         optimizer."""
 
     # -- every run of a layer ----------------------------------------------------------------------
 
     def changes(self, layer_number: int) -> bool:
-        """Whether :meth:`change` is to be called for a layer. Called once, when the method is attached."""
+        """Whether to call :meth:`change` for a layer. Called once, when the method is attached."""
         return type(self).change is not Method.change
 
     def change(self, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
-        """A layer has run: in training, again under recompute, in evaluation, or where text is generated.
+        """A layer has run: in training, again under recompute, in evaluation, or in text generation.
 
         Returns:
             The layer's new output: not a view, and not ``layer_output`` changed in place.
@@ -148,10 +147,10 @@ class Method:
         """A model chunk starts the forward pass of a micro-batch that is trained on or evaluated.
 
         Returns:
-            Any object for this micro-batch; :meth:`layer` and the others get it as ``microbatch``. None: they
-            are not called for it. If the object has an attribute ``layers``, a set of layer numbers, the
-            method needs only these; it may be called for others that another method needs. By default the
-            meter for this micro-batch, or None if nothing is measured in this iteration.
+            Any object for this micro-batch. :meth:`layer` and the others get it as ``microbatch``. With None,
+            they are not called for this micro-batch. If the object has an attribute ``layers``, a set of
+            layer numbers, the method needs only these; it may still be called for layers that another method
+            needs. By default the meter for this micro-batch, or None if the iteration does not measure.
         """
         if call.iteration is not None and not self.settings.measures_at(call.iteration):
             return None
@@ -160,9 +159,9 @@ class Method:
     def before_full_graph(self, iteration: int | None) -> None:
         """Called before each training iteration, run or replayed, with Megatron's CUDA graph of iterations.
 
-        For settings with :attr:`Settings.in_full_graphs`. Write what depends on the iteration into buffers
-        that the graph reads. The rest is in the graph as :meth:`begin_microbatch` returned it for
-        ``iteration`` None. What the graph adds to a meter counts only if the settings measure in this
+        For settings with :attr:`Settings.in_full_graphs`. Write values that depend on the iteration into
+        buffers that the graph reads. Everything else is in the graph as :meth:`begin_microbatch` returned it
+        for ``iteration`` None. The graph's additions to a meter count only if the settings measure in this
         iteration.
 
         Args:
@@ -172,14 +171,14 @@ class Method:
     def parts(
         self, microbatch: Any, layer_number: int, layer_input: Tensor, middle: Tensor, added: Tensor
     ) -> None:
-        """The states within a layer, to look at. Called before :meth:`layer`.
+        """The states within a layer, read-only. Called before :meth:`layer`.
 
         Args:
             microbatch: as in :meth:`layer`.
             layer_number: as there.
             layer_input: as there.
-            middle: the state after attention, or after the first sub-layer of a hybrid model's layer. If that
-                is the only one, ``added``.
+            middle: the state after attention, or after the first sub-layer of a hybrid model's layer. If the
+                layer has only one sub-layer, the same as ``added``.
             added: the layer's output, before any :meth:`change`.
         """
 
@@ -222,16 +221,16 @@ class Reading:
     """The training iterations that measured it; empty if the loop does not call ``end_iteration``."""
 
     def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
-        """The values by the names they are logged under.
+        """The values by their logged names.
 
         Args:
-            per_layer: whether to add each layer's values; by default as the settings say.
+            per_layer: whether to add each layer's values; by default the settings decide.
         """
         wanted = getattr(self.settings, "log_per_layer", True) if per_layer is None else per_layer
         return self.of.headline() | (self.of.per_layer() if wanted else {})
 
     def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
-        """What a reader must know. It names the iterations if they are not the expected ones.
+        """Notes for the reader. They name the measured iterations if these are not the expected ones.
 
         Args:
             interval: the log interval's iterations; None for no check.
@@ -246,7 +245,7 @@ class Reading:
         return said
 
     def line(self, interval: Sequence[int] | None = None, with_values: bool = True) -> str:
-        """The text for a console: the headline's values and the remarks; empty if there are none."""
+        """The console's text: the headline's values and the remarks; empty if there are none."""
         values = self.of.headline() if with_values else {}
         shown = [f"{name}: {value:.6E}" for name, value in values.items()]
         return " | ".join([*shown, *self.remarks(interval)])
@@ -254,9 +253,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What all methods of a model have measured, equal on every rank.
+    """The measurements of all methods of a model, equal on every rank.
 
-    A method's own values are attributes of this too: ``metrics.jump_rate``.
+    A method's own values are attributes too: ``metrics.jump_rate``.
     """
 
     readings: tuple[Reading, ...] = field(default=())
@@ -270,11 +269,11 @@ class Metrics:
         raise AttributeError(f"no attached method has measured '{name}'")
 
     def headline(self) -> dict[str, float]:
-        """The values of Megatron's console line, by the names they are logged under."""
+        """The values for Megatron's console line, by their logged names."""
         return self.scalars(per_layer=False)
 
     def per_layer(self) -> dict[str, float]:
-        """The values of each layer, by the names they are logged under."""
+        """The values of each layer, by their logged names."""
         return {name: value for reading in self.readings for name, value in reading.of.per_layer().items()}
 
     def remarks(self, interval: Sequence[int] | None = None) -> list[str]:
@@ -287,10 +286,10 @@ class Metrics:
         return tuple(sorted({at for reading in self.readings for at in reading.iterations}))
 
     def scalars(self, per_layer: bool | None = None) -> dict[str, float]:
-        """All values by the names they are logged under.
+        """All values by their logged names.
 
         Args:
-            per_layer: whether to add each layer's values; by default as each method's settings say.
+            per_layer: whether to add each layer's values; by default each method's settings decide.
         """
         return {
             name: value for reading in self.readings for name, value in reading.scalars(per_layer).items()
@@ -298,12 +297,12 @@ class Metrics:
 
 
 def layer_name(what: str, layer_number: int, num_layers: int) -> str:
-    """The name under which a layer's value is logged. All layers of a model get names of one length."""
+    """The logged name of a layer's value. The names of all layers of a model have the same length."""
     return f"{what}_layer_{layer_number:0{max(2, len(str(num_layers)))}d}"
 
 
 def by_layer(what: str, values: Tensor, first_layer: int = 1) -> dict[str, float]:
-    """Values of layers ``first_layer`` to L by the names they are logged under."""
+    """Values of layers ``first_layer`` to L by their logged names."""
     numbers = range(first_layer, first_layer + len(values))
     return {
         layer_name(what, n, numbers[-1]): value for n, value in zip(numbers, values.tolist(), strict=True)
@@ -311,12 +310,12 @@ def by_layer(what: str, values: Tensor, first_layer: int = 1) -> dict[str, float
 
 
 def not_finite(what: str, values: Tensor, first_layer: int = 1) -> list[str]:
-    """A remark that names the layers whose value is not a number; none if all are.
+    """A remark that names the layers whose value is not finite; empty if all values are finite.
 
     Args:
-        what: the value, as a reader knows it.
+        what: the value's name for the reader.
         values: ``[L]``. One NaN or Inf in a state makes the layer's mean NaN.
-        first_layer: the number of the first of them.
+        first_layer: the number of the first value's layer.
     """
     bad = [str(at + first_layer) for at, value in enumerate(values.tolist()) if not math.isfinite(value)]
     return [f"{what} not finite in layers: {' '.join(bad)}"] if bad else []

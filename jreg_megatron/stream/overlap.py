@@ -1,14 +1,15 @@
-"""Megatron's schedule for experts, ``overlap_moe_expert_parallel_comm``: neither model nor layer is called.
+"""Megatron's overlapped schedule for experts, ``overlap_moe_expert_parallel_comm``.
 
-Of each micro-batch a model chunk makes a plan. In it a layer is a few nodes. Each node has a graph of its
-own, which begins at leaves with the memory of what the nodes before returned. Nodes of one micro-batch's
-forward pass and of another's backward pass take turns, on two CUDA streams. So a chunk still has at most one
-micro-batch that goes forward, and the taps work as usual once they know of a plan's passes.
+It calls neither the model nor its layers. For each micro-batch a model chunk makes a plan. In the plan a
+layer is a few nodes. Each node has its own autograd graph. The graph's leaves share the memory of the
+previous nodes' outputs. Forward nodes of one micro-batch and backward nodes of another alternate, on two CUDA
+streams. So a chunk still has at most one micro-batch in its forward pass. The taps work as usual if they
+observe the plans' passes.
 
 Why gradients are exact: a layer's first node begins at a leaf, the layer's input, and its last node returns
-the layer's output. The backward pass of the last node runs first, and leaves what a method adds for the input
-in the leaf's ``grad``. There the first node's backward pass adds its own, and the sum is what goes to the
-layer below.
+the layer's output. The last node's backward pass runs first. It leaves a method's gradient for the input in
+the leaf's ``grad``. The first node's backward pass adds its own gradient there. The sum goes to the previous
+layer.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def on_passes(
     Args:
         chunk: unwrapped.
         before: as a forward pre-hook with named arguments.
-        after: as a forward hook. If a pass of the model itself breaks off, its output is None.
-        on_plan: is given each plan, behind ``before``.
+        after: as a forward hook. If a pass of the model itself is aborted, its output is None.
+        on_plan: called with each plan, after ``before``.
 
     Returns:
-        What takes them off again.
+        A function that removes them.
     """
     hooks = [
         chunk.register_forward_pre_hook(before, with_kwargs=True),
@@ -63,7 +64,7 @@ def on_passes(
             hook.remove()
         if build is not None and whole.build_schedule_plan is planned:
             del whole.build_schedule_plan
-            if whole.build_schedule_plan != build:  # somebody else's, which was there before
+            if whole.build_schedule_plan != build:  # other code had replaced it before
                 whole.build_schedule_plan = build
 
     if build is not None:
@@ -72,16 +73,18 @@ def on_passes(
 
 
 def layers_of(plan: Any) -> Iterator[tuple[Any, Any]]:
-    """The first and the last node of each layer of a plan; behind the decoder's come those of multi-token
-    prediction."""
+    """The first and the last node of each layer of a plan. The layers of multi-token prediction come last."""
     for number in range(plan.num_layers()):
         layer = plan.get_layer(number)
         yield layer.pre_dispatch_computation, _last_of(layer.mlp, layer.moe_combine, layer.mtp_post_process)
 
 
 def wrap(node: Any, after: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None) -> None:
-    """Call functions around a node's forward pass, in its stream: with its first input, a leaf, and its
-    output. No node is kept: Megatron frees its memory as soon as the last reference is gone."""
+    """Call functions around a node's forward pass, in its stream.
+
+    ``before`` gets the first input, a leaf. ``after`` gets this input and the output. The node is not kept,
+    because Megatron frees its memory as soon as the last reference is gone.
+    """
     forward = node.forward_func
 
     def around(*inputs: Any) -> Any:
@@ -101,6 +104,5 @@ def _last_node(plan: Any) -> Any:
 
 
 def _last_of(*nodes: Any) -> Any:
-    """The last one that does something; what a dense layer lacks of an expert layer is a node without
-    function."""
+    """The last node that does something. A dense layer has nodes without a function in the experts' place."""
     return [node for node in nodes if hasattr(node, "forward_func")][-1]

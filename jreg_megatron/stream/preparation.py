@@ -17,7 +17,7 @@ _PREPARED = "_jreg_prepared"
 """The attribute of a model chunk that holds the settings that changed it."""
 _NO_CHANGE = "no method that changes it"
 changed_here: set[Settings] = set()
-"""What has changed a model in this process, by :func:`prepare` or ``attach``."""
+"""Settings that changed a model in this process, by :func:`prepare` or ``attach``."""
 
 
 def prepares(settings: Sequence[Settings]) -> bool:
@@ -28,11 +28,11 @@ def prepares(settings: Sequence[Settings]) -> bool:
 def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
     """Let methods change model chunks before these are wrapped and have an optimizer; returns the chunks.
 
-    To be called in a loop of one's own before ``DistributedDataParallel``, once, with the settings that
-    :func:`attach` gets later. Megatron's loop and Bridge do it by themselves.
+    In your own loop, call it once, before ``DistributedDataParallel``, with the settings that :func:`attach`
+    gets later. Megatron's loop and Bridge call it themselves.
 
     Raises:
-        UserError: if a chunk is prepared already, is wrapped already, or is none that a method can change.
+        UserError: if a chunk is prepared already, is wrapped already, or cannot be changed by a method.
     """
     define_layers([unwrap(chunk) for chunk in chunks], layer_rule(settings))
     changing = tuple(of_one for of_one in settings if of_one.changes_modules)
@@ -40,17 +40,18 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
         chunk = unwrap(given)
         if changing and chunk is not given:
             raise UserError(
-                f"prepare was called for a model in {type(given).__name__}, which would not see what "
-                f"{flags_of(changing, _NO_CHANGE)} changes; call it before the model is wrapped"
+                f"prepare was called for a model in {type(given).__name__}, which would not see the changes "
+                f"of {flags_of(changing, _NO_CHANGE)}; call it before the model is wrapped"
             )
         if done := getattr(chunk, _PREPARED, ()):
             raise UserError(
-                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}"
+                f"prepare was called twice for a model, the first time with {flags_of(done, _NO_CHANGE)}; "
+                "call it once"
             )
         for of_one in changing:
             if of_one.added_parameters and any(parameter.is_meta for parameter in chunk.parameters()):
                 raise UserError(
-                    f"{of_one.as_flags()} gives the model parameters, whose first values would be lost with "
+                    f"{of_one.as_flags()} adds parameters, whose initial values would be lost with "
                     "--init-model-with-meta-device; leave one of the two out"
                 )
             of_one.prepare(chunk)
@@ -63,7 +64,7 @@ def prepare(chunks: list[Any], settings: Sequence[Settings]) -> list[Any]:
 
 
 def _ask_for_attach(chunk: nn.Module, settings: Sequence[Settings]) -> None:
-    """Refuse to train with parameters that do nothing without :func:`attach`."""
+    """Refuse to train a prepared model without :func:`attach`: its added parameters would have no effect."""
 
     def look(chunk: nn.Module, _: Any) -> None:
         if chunk.training:
@@ -78,9 +79,10 @@ def _ask_for_attach(chunk: nn.Module, settings: Sequence[Settings]) -> None:
 
 
 def _have_graphs_wait(chunk: nn.Module, settings: Sequence[Settings]) -> None:
-    """Have a graph of a part of a layer wait for the gathered parameters that methods added.
+    """Make a graph of a part of a layer wait for the all-gather of parameters that methods added.
 
-    A replay calls no module, so Megatron waits for the parameters of the modules that it lists itself.
+    A replay calls no module. So Megatron itself waits for the parameters of the modules in a list. The
+    methods' modules are added to this list.
     """
     if not any(of_one.added_parameters for of_one in settings):
         return
@@ -100,7 +102,7 @@ def _also(listed: Callable[[], list[nn.Module]], added: list[nn.Module]) -> list
 
 
 def refuse_other_preparation(chunks: Sequence[nn.Module], settings: Sequence[Settings]) -> None:
-    """Refuse a model that was prepared for other settings than those it is attached with, or not at all."""
+    """Refuse a model that was not prepared, or was prepared for other settings than those of ``attach``."""
     wanted = {of_one for of_one in settings if of_one.changes_modules}
     for chunk in chunks:
         done = getattr(chunk, _PREPARED, ())

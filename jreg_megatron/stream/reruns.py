@@ -1,8 +1,8 @@
 """Iterations that Megatron runs twice: for the experts' capacity, and to validate a result.
 
-With a fixed number of tokens for the experts of a rank (``moe_expert_rank_capacity_factor``) Megatron's
-``PagedStashRunner`` checks after each iteration whether it was too small. If so, it clears the gradients and
-runs the iteration again without the limit. What the first run measured must not count.
+With a fixed number of tokens for the experts of a rank (``moe_expert_rank_capacity_factor``), Megatron's
+``PagedStashRunner`` checks after each iteration whether the number was too small. If so, it clears the
+gradients and runs the iteration again without the limit. The first run's measurements must not count.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Reruns:
     """Restores the meters before an iteration is run again."""
 
     def __init__(self, meters: Sequence[Meter], run_again: Callable[[], None]) -> None:
-        """Begin with the next iteration, of training or of evaluation.
+        """Become active with the next iteration, of training or of evaluation.
 
         Args:
-            meters: all of the model's.
+            meters: all meters of the model.
             run_again: called before an iteration is run again.
         """
         from megatron.core.transformer.moe.paged_stash import PagedStashRunner
@@ -37,7 +37,7 @@ class Reruns:
         ]
 
     def end(self) -> None:
-        """Leave the runner to Megatron again; a second call does nothing."""
+        """Restore Megatron's runner. A second call is a no-op."""
         self._meters = ()
         while self._undo:
             self._undo.pop()()
@@ -48,18 +48,20 @@ class Reruns:
     def _give_back(self) -> None:
         self._run_again()
         for meter in self._meters:
-            meter.totals()  # what waits in it belongs to the iteration too
+            meter.totals()  # sums the waiting values, which belong to the iteration too
         for sums, before in self._before:
             sums.copy_(before)
 
 
 def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
-    """Megatron's rerun state machine repeats an iteration whose result looks wrong, such as a loss that
-    jumps. The first run's measurements count, since the second must give the same.
+    """Call ``tell`` when Megatron's rerun state machine repeats an iteration.
+
+    Megatron repeats an iteration whose result looks wrong, such as a loss that jumps. The first run's
+    measurements count, because the second run must give the same.
 
     Args:
-        tell: called before each run of an iteration and after the last one; its argument says whether a
-            second run begins.
+        tell: called before each run of an iteration and after the last one. Its argument is true if a second
+            run begins.
 
     Returns:
         A function that ends this.
@@ -75,7 +77,7 @@ def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
 
 
 def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[], None]:
-    """:func:`_go_around` a class's method with ``ours`` before it."""
+    """Call ``ours`` before each call of a class's method; see :func:`_go_around`."""
 
     def both(method: Callable[..., Any], *args: Any, **named: Any) -> Any:
         ours()
@@ -86,7 +88,7 @@ def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[]
 
 def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
     """Call ``ours`` instead of a class's method, with that method as its first argument. The returned
-    function undoes this, unless other code replaced the method since."""
+    function undoes this, unless other code has replaced the method in the meantime."""
     method = getattr(owner, name)
 
     @functools.wraps(method)

@@ -1,16 +1,20 @@
 """How a loss on the residual stream is scaled, so that lambda means the same at every layout.
 
-A method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to what the backward pass carries through a
-layer's states; ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
+In the backward pass a method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to the gradients of the
+layers' states. ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
 
     mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
 
-Megatron scales the loss on its way to the parameters, so what is added to a layer's states has to carry
-the same factors. Let ``n`` be the tokens of the micro-batch that this rank holds, ``S`` the number of
-ranks that share a sequence among them by sequence parallelism (the tensor-parallel size with
-``sequence_parallel``, else 1), ``C`` the context-parallel size, ``D`` the data-parallel size, ``M`` the
-number of micro-batches, and ``g`` the loss scale of fp16 training (1 otherwise), which the optimizer
-takes out again.
+Megatron scales the loss on its way to the parameters. So the gradient that a method adds must have the same
+factors. Let
+
+- ``n`` be the number of this rank's tokens in the micro-batch,
+- ``S`` the number of ranks that split a sequence by sequence parallelism (the tensor-parallel size with
+  ``sequence_parallel``, else 1),
+- ``C`` the context-parallel size,
+- ``D`` the data-parallel size,
+- ``M`` the number of micro-batches,
+- ``g`` the loss scale of fp16 training (else 1), by which the optimizer divides again.
 
 *Averaged loss (the default).* The schedule scales by ``g / M``; DDP averages over ``D * C`` ranks. A
 micro-batch of a data-parallel replica has ``n * S * C`` tokens and the whole batch ``n * S * C * D * M``.
@@ -19,18 +23,18 @@ must be ``g * lambda * w_l / (n * S * C * D * M)``. Hence
 
     k = g * lambda * w_l / (n * S * M);
 
-the context-parallel size cancels. Without sequence parallelism every tensor-parallel rank holds all
-tokens and, like cross-entropy's, its gradient is already the whole one: ``S = 1``, no averaging.
+The context-parallel size cancels. Without sequence parallelism every tensor-parallel rank holds all tokens.
+Its gradient is already the whole one, like that of cross-entropy: ``S = 1``, no averaging.
 
-*``calculate_per_token_loss``.* DDP sums, and ``finalize_model_grads`` divides by the number of tokens
-that the loss mask lets through in the whole batch. So ``k = g * lambda * w_l``: every token counts,
-masked ones too, and where a mask is used the effective lambda is larger by all/unmasked.
+*``calculate_per_token_loss``.* DDP sums, and ``finalize_model_grads`` divides by the number of tokens that
+the loss mask keeps in the whole batch. So ``k = g * lambda * w_l``. Every token counts, also masked tokens.
+With a mask, the effective lambda is larger by all/unmasked.
 
 *Unmasked tokens only.* A loss can be averaged as Megatron averages cross-entropy: over the ``m`` unmasked
 tokens of a context-parallel rank's part of a micro-batch, and over these parts. Each unmasked token gets
-``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that share that
-part by sequence parallelism hold its whole mask, so each can count ``m``. But a padding mask may be cut among
-them, as experts need it on later pipeline stages. Then they sum ``m``, the one collective here.
+``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that split this
+part by sequence parallelism hold its whole mask, so each can count ``m``. But a padding mask may be split
+among them, as experts need it on later pipeline stages. Then they sum ``m``, the only collective here.
 
 With per-token loss and a padding mask, Megatron still divides by the loss mask's tokens, so the effective
 lambda is larger by unpadded/unmasked.
@@ -52,7 +56,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AddedLoss:
-    """The scale of the loss that a method adds to the cross-entropy."""
+    """The scale of a loss that a method adds to the cross-entropy."""
 
     coeff: float
     """lambda, > 0."""
@@ -66,22 +70,22 @@ class Scaling:
     """The factors of the derivation above, for one model."""
 
     def __init__(self, chunk: Any, num_microbatches: Callable[[], int]) -> None:
-        """Needs Megatron's groups.
+        """Megatron's process groups must exist.
 
         Args:
             chunk: an unwrapped model chunk.
-            num_microbatches: ``M`` of the current step.
+            num_microbatches: returns ``M`` of the current step.
         """
         self._config = chunk.config
         self._num_microbatches = num_microbatches
         self._sharing = _group(chunk, "tp") if chunk.config.sequence_parallel else None
-        # Megatron gives a rank an early and a late piece of each sequence.
+        # Each of these ranks has an early and a late piece of each sequence.
         self._context = _group(chunk, "cp") if chunk.config.context_parallel_size > 1 else None
         self._size = 1 if self._sharing is None else self._sharing.size()
 
     @property
     def is_per_token(self) -> bool:
-        """Whether the loss is divided by its own tokens, and what is added too."""
+        """Whether Megatron divides gradients by the number of tokens, those of an added loss too."""
         return bool(self._config.calculate_per_token_loss)
 
     def fill(self, coefficient: Tensor, coeff: float) -> None:
@@ -93,23 +97,23 @@ class Scaling:
             coefficient.copy_(grad_scale(coefficient.clone()))
 
     def is_whole_in_strides(self, state: Tensor, stride: int) -> bool:
-        """Whether every stride-th token of ``state`` ``[s, b, h]`` is every stride-th token of the whole
-        sequence. A context-parallel rank has two pieces of a sequence."""
+        """Whether the ranks' every stride-th tokens of ``state`` ``[s, b, h]`` are together every stride-th
+        token of the whole sequence. A context-parallel rank has two pieces of a sequence."""
         length, pieces = state.shape[0], 2 if self._config.context_parallel_size > 1 else 1
         return length % stride == 0 and length * self._size % (pieces * stride) == 0
 
     def of_all_tokens(self, state: Tensor) -> float:
-        """The factor beside the coefficient and ``w_l`` if all tokens of ``state`` ``[s, b, h]`` count."""
+        """The factor besides the coefficient and ``w_l`` if all tokens of ``state`` ``[s, b, h]`` count."""
         if self.is_per_token:
             return 1.0
         return 1.0 / (state.shape[0] * state.shape[1] * self._size)
 
     def of_unmasked_tokens(self, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same if the unmasked tokens count. A collective call if the mask is cut.
+        """The same if only the unmasked tokens count. Collective if the mask is split.
 
         Args:
-            mask: ``[s, b]`` float32, for all tokens of the ranks that share a sequence, or cut to the tokens
-                of ``state``.
+            mask: ``[s, b]`` float32, for all tokens of the ranks that split a sequence, or only for the
+                tokens of ``state``.
             state: ``[s, b, h]`` of this rank.
 
         Returns:
@@ -125,8 +129,7 @@ class Scaling:
         return mask, mask / count.clamp(min=1)
 
     def whole_sequences(self, tokens: Tensor) -> Tensor:
-        """Gather the whole sequences from the context-parallel ranks. A collective call under context
-        parallelism.
+        """Gather the whole sequences from the context-parallel ranks. Collective under context parallelism.
 
         Args:
             tokens: ids, ``[b, s]`` of this rank.
@@ -142,7 +145,7 @@ class Scaling:
         return torch.cat((*early, *reversed(late)), dim=1)
 
     def own_part(self, whole: Tensor) -> Tensor:
-        """This rank's part ``[s, ...]`` of a tensor for whole sequences, ``[s * C * S, ...]``."""
+        """This rank's part ``[s, ...]`` of a tensor ``[s * C * S, ...]`` for whole sequences."""
         if (group := self._context) is not None:
             pieces = whole.chunk(2 * group.size())
             whole = torch.cat((pieces[group.rank()], pieces[-1 - group.rank()]))

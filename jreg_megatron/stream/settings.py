@@ -1,7 +1,7 @@
 """The settings of a method: one frozen dataclass for Python, YAML and the command line.
 
-A method's settings are a subclass of :class:`Settings` with a field for each setting. From the fields come
-the flags of Megatron's parser, the keys of :meth:`Settings.from_mapping` and the README's table.
+A method's settings are a subclass of :class:`Settings` with a field for each setting. The fields define the
+flags of Megatron's parser, the keys of :meth:`Settings.from_mapping` and the README's table.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ OTHER_LAYERS = {
     "mtp_num_layers": "the layers of multi-token prediction would stay as they are",
     "use_transformer_engine_op_fuser": "an MLP is then one operation",
 }
-"""For :attr:`Settings.refused` of a method that changes the layers of a ``GPTModel`` alone."""
+"""For :attr:`Settings.refused` of a method that changes only the layers of a ``GPTModel``."""
 
 LAYER_RULES = ("mixer", "sublayer")
-"""What a layer of a hybrid model is; see :mod:`jreg_megatron.stream.anatomy`."""
+"""Definitions of a hybrid model's layer; see :mod:`jreg_megatron.stream.anatomy`."""
 
 
 def setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
@@ -77,17 +77,17 @@ class Settings:
     # -- what a method may declare -----------------------------------------------------------------
 
     only_measures: ClassVar[bool] = False
-    """Whether it never changes the training, whatever its settings."""
+    """Whether the method never changes the training, with any settings."""
     in_full_graphs: ClassVar[bool] = False
     """Whether the method has been compared within Megatron's CUDA graph of a whole iteration."""
     in_overlap: ClassVar[bool] = False
     """Whether the method has been compared within Megatron's overlapped schedule for experts."""
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Megatron's settings that it does not support: name -> reason."""
+    """Megatron's settings that the method does not support: name -> reason."""
 
     @property
     def has_schedule(self) -> bool:
-        """Whether what the method does depends on the training iteration."""
+        """Whether the method needs the number of the training iteration."""
         return self._measure_interval > 1
 
     @property
@@ -112,7 +112,7 @@ class Settings:
         return any(f".{name}." in f".{parameter}." for name in self.added_parameters)
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse by name what the method does not support; by default what is in :attr:`refused`.
+        """Refuse by name the settings that the method does not support; by default those in :attr:`refused`.
 
         Args:
             model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names. It
@@ -132,7 +132,7 @@ class Settings:
         """As :meth:`refuse`, for settings that do not fit a model of ``num_layers`` layers."""
 
     def refuse_model(self, chunks: Sequence[Any]) -> None:
-        """As :meth:`refuse`, for what only the built model shows; called on every rank.
+        """As :meth:`refuse`, for properties that only the built model shows. Called on every rank.
 
         Args:
             chunks: the unwrapped model chunks of this rank.
@@ -148,12 +148,12 @@ class Settings:
         """
 
     def make(self, place: Place) -> Method:
-        """Make the method for a built model. By default a method that does all its work in :meth:`prepare`.
+        """Make the method for a built model. The default is a method that only works in :meth:`prepare`.
 
         Raises:
             UserError: if the model does not allow it.
         """
-        from jreg_megatron.stream.method import Method  # it brings torch
+        from jreg_megatron.stream.method import Method  # it imports torch
 
         if type(self).prepare is Settings.prepare:
             raise NotImplementedError
@@ -174,7 +174,7 @@ class Settings:
 
     @property
     def _measure_interval(self) -> int:
-        """1 for a method that has no such setting."""
+        """The setting ``measure_interval``; 1 for a method without it."""
         interval: int = getattr(self, "measure_interval", 1)
         return interval
 
@@ -191,12 +191,12 @@ class Settings:
 
     @classmethod
     def is_flag(cls, word: str) -> bool:
-        """Whether a word of a command line is, or begins as, one of the method's flags."""
+        """Whether a word of a command line begins like one of the method's flags."""
         return word.startswith(f"--{cls.prefix}-")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
-        """Build from field names and values, as YAML gives them.
+        """Build from field names and values, such as those of a YAML file.
 
         Raises:
             UserError: for an unknown name, with the nearest known one, or a value that is not allowed.
@@ -211,7 +211,7 @@ class Settings:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add one flag per setting, in a group of their own; returns the parser.
 
-        A flag that is not given leaves nothing in the namespace.
+        A flag that is not given is not in the namespace.
         """
         group = parser.add_argument_group(cls.title, cls.about)
         for f in _fields(cls):
@@ -226,10 +226,10 @@ class Settings:
 
     @classmethod
     def check_flags(cls, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Check the method's flags among a command line's words, before anything else is parsed.
+        """Check the method's flags in a command line before all other flags are parsed.
 
         Returns:
-            The flags that are given, and the other words.
+            The given flags, and the other words.
 
         Raises:
             UserError: for an unknown flag, with the nearest known one, or a value that is not allowed.
@@ -268,7 +268,7 @@ class Settings:
         for f in _fields(self):
             value = getattr(self, f.name)
             if f.name == "layer" and value == f.default:
-                continue  # it is about hybrid models alone
+                continue  # only hybrid models need it
             if f.metadata["parse"] is bool or value is None:
                 words += [self.flag(f.name)] * bool(value)
             else:
@@ -278,7 +278,7 @@ class Settings:
 
     @classmethod
     def _keys(cls) -> dict[str, str]:
-        """The settings' names, and theirs among parsed arguments."""
+        """The settings' names, and their names in parsed arguments."""
         return {f.name: f"{cls.prefix}_{f.name}" for f in _fields(cls)}
 
     @classmethod
@@ -286,17 +286,17 @@ class Settings:
         """Refuse a value unless it is allowed.
 
         Args:
-            name: the setting's.
+            name: the setting's name.
             value: shown to the user.
-            allowed: whether it may stay.
-            what: the allowed values; the message says "it must be" before them.
+            allowed: whether the value is allowed.
+            what: the allowed values, to complete "it must be".
         """
         if not allowed:
             raise UserError(f"{cls.flag(name)} ({cls.__name__}.{name}) is {value}; it must be {what}")
 
 
 def flags_of(settings: Sequence[Settings], none: str) -> str:
-    """The settings of several methods as a user types them; ``none`` where there are none."""
+    """The settings of several methods as a user types them; ``none`` if there are none."""
     return " ".join(of_one.as_flags() for of_one in settings) or none
 
 
@@ -316,7 +316,7 @@ def default_text(f: Field[Any]) -> str:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
+    """Whether a value is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -326,15 +326,15 @@ def is_integer(value: Any) -> bool:
 
 
 def layer_rule(settings: Sequence[Settings]) -> str:
-    """What a layer of a hybrid model is to all methods.
+    """The definition of a hybrid model's layer that all methods share.
 
     Raises:
-        UserError: if they differ.
+        UserError: if the methods' definitions differ.
     """
     for of_one in settings:
         of_one.require_layer()
     given = {of_one.layer_rule: of_one for of_one in settings if of_one.layer_rule is not None}
     if len(given) > 1:
         told = [f"{of_one.flag('layer')} is {rule}" for rule, of_one in given.items()]
-        raise UserError(f"{' and '.join(told)}; all methods on a model must have the same layers")
+        raise UserError(f"{' and '.join(told)}; give all methods on a model the same value")
     return next(iter(given), LAYER_RULES[0])

@@ -1,4 +1,4 @@
-"""What is not supported is refused here by name, before any time is spent on it."""
+"""Refuse unsupported features by name, at start-up."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
     "jreg_megatron saw no state of some layer in an iteration that it measures, so that layer is not "
-    "regularized either. Known causes: the model was not in training mode, metrics were asked for before the "
+    "regularized either. Known causes: the model was not in training mode, metrics were read before the "
     "backward pass, full recompute did not run a frozen layer again, or FSDP2's MixedPrecisionPolicy casts "
-    "the input of recomputed layers. The run is stopped; correct that, or train without jreg_megatron"
+    "the input of recomputed layers. The run stops; correct this, or train without jreg_megatron"
 )
 
 _NOT_COMPARED = "no run of it has been compared with the reference"
 
 _OF_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
-"""Megatron's settings that turn CUDA graphs on; the first two are older."""
+"""Megatron's settings that turn on CUDA graphs. The first two are from older versions."""
 
 REFUSED = {
-    overlap.SETTING: "layers then run on two CUDA streams, and no GPU has been compared",
+    overlap.SETTING: "layers then run on two CUDA streams, and no GPU run has been compared",
     "enable_hyper_connections": "a layer then has several residual streams",
     "enable_mhc_connections": "a layer then has several residual streams",  # its name on main
     "inference_fuse_tp_communication": "attention and MLP then add the residual themselves",
     "hybrid_context_parallel": "each sequence is then split over its own number of ranks",
-    "distribute_saved_activations": "it splits a layer's saved input, by which its micro-batch is found",
+    "distribute_saved_activations": "it splits a layer's saved input, which identifies its micro-batch",
     "use_torch_fsdp2 with calculate_per_token_loss": "Megatron then does not divide gradients by the tokens",
     **dict.fromkeys(
         (
@@ -42,10 +42,10 @@ REFUSED = {
     ),
     **dict.fromkeys(
         _OF_GRAPHS,
-        "a graph repeats what was captured, in memory that other graphs reuse, and no GPU has been compared",
+        "a graph repeats captured work in memory that other graphs reuse, and no GPU run has been compared",
     ),
 }
-"""Megatron's settings that give wrong numbers, or have not been shown to give right ones, and why."""
+"""Megatron's settings that give wrong numbers, or that no comparison has shown to be right, and why."""
 
 
 _REFUSED_IN_FULL_GRAPHS = {
@@ -54,28 +54,28 @@ _REFUSED_IN_FULL_GRAPHS = {
     "use_torch_fsdp2": _NOT_COMPARED,
     "use_megatron_fsdp": _NOT_COMPARED,
 }
-"""What is not supported beside ``cuda_graph_impl full_iteration``."""
+"""Megatron's settings that are not supported together with ``cuda_graph_impl full_iteration``."""
 
 _LOST_IN_LOCAL_GRAPHS = ("layernorm", "mla_up_proj", "gdn_norm_out")
-"""The ``recompute_modules`` whose output Megatron frees, which have parameters. In a graph of its own the
-backward pass leaves their gradients where nothing reads them, before 0.20."""
+"""``recompute_modules`` with parameters, whose output Megatron frees. Before 0.20, the backward pass of a
+local graph writes their gradients to a place that nothing reads."""
 
 _REFUSED_BESIDE_OVERLAP = {
     **dict.fromkeys(("is_hybrid_model", "hybrid_layer_pattern"), "Megatron has no such schedule of it"),
     "use_megatron_fsdp": _NOT_COMPARED,
 }
-"""What is not supported beside ``overlap_moe_expert_parallel_comm``."""
+"""Megatron's settings that are not supported together with ``overlap_moe_expert_parallel_comm``."""
 
 _TAKES_GRAPHS, _TAKES_OVERLAP = "untested_cuda_graphs", "untested_overlap"
-"""The settings of a method by which a user takes what no GPU has shown yet."""
+"""Settings of a method with which a user allows features that no GPU run has compared yet."""
 
 
 def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
-    """Refuse by name what is in ``REFUSED``, and what a method does not support.
+    """Refuse by name the settings in ``REFUSED``, and those that a method does not support.
 
     Args:
         model_config: Megatron's ``TransformerConfig``, or parsed arguments, which use the same names.
-        settings: of the methods.
+        settings: the methods' settings.
 
     Raises:
         UserError: naming the setting that is not supported, why, and what to do.
@@ -114,8 +114,10 @@ def refuse_unsupported(model_config: Any, *settings: Settings) -> None:
 
 
 class _InTodaysNames:
-    """A configuration whose ``cuda_graph_impl`` is as Megatron will have it when it has translated its older
-    settings, which it still takes."""
+    """A configuration whose ``cuda_graph_impl`` includes Megatron's older settings for CUDA graphs.
+
+    Megatron still accepts these, and translates them later.
+    """
 
     def __init__(self, given: Any) -> None:
         self._given = given
@@ -137,7 +139,7 @@ class _InTodaysNames:
 
 def _refuse_freed_inputs(model_config: Any) -> None:
     """Refuse the part of activation offloading that frees a layer's input before the layer ends. The other
-    parts free nothing of the residual stream that is looked at later."""
+    parts free no state of the residual stream that is read later."""
     if _offloads(model_config, "attn_norm"):
         raise UserError(
             "jreg_megatron does not support offload_modules attn_norm, which frees a layer's input before "
@@ -151,7 +153,7 @@ def _offloads(model_config: Any, module: str) -> bool:
 
 
 def refuse_built(chunk: Any) -> None:
-    """Refuse what a built, unwrapped chunk alone shows.
+    """Refuse features that only a built, unwrapped chunk shows.
 
     Raises:
         UserError: naming the setting.
@@ -190,7 +192,7 @@ def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> 
 
 
 def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
-    """Refuse what has not been compared within the overlapped schedule for experts, or cannot be in it."""
+    """Refuse features that the overlapped schedule cannot have, or that were not compared in it."""
     _refuse_before_0_19(overlap.SETTING)
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
@@ -220,7 +222,7 @@ def _refuse_before_0_19(name: str) -> None:
 
 
 def _refuse_graphs(model_config: Any) -> None:
-    """Refuse CUDA graphs where the first step could not be checked."""
+    """Refuse CUDA graphs if the first step could not be checked."""
     _refuse_before_0_19(f"cuda_graph_impl {model_config.cuda_graph_impl}")
     if getattr(model_config, "fine_grained_activation_offloading", False):
         raise UserError(
@@ -235,15 +237,17 @@ def _refuse_graphs(model_config: Any) -> None:
 
 
 def _refuse_local_graphs(model_config: Any) -> None:
-    """Refuse what Megatron's own graphs of layers do wrong or cannot do, and what has not been compared in
-    them. Only Megatron's arguments tell of the batch's sizes."""
+    """Refuse features with which Megatron's own graphs are wrong, or that were not compared in them.
+
+    Only Megatron's arguments have the batch sizes.
+    """
 
     def value(name: str) -> Any:
         return getattr(model_config, name, None)
 
     found = {}
     if value("perform_rl_step"):
-        found["perform_rl_step"] = "Megatron then takes graphs off the layers and puts them on again"
+        found["perform_rl_step"] = "Megatron then removes the layers' graphs and puts them back"
     if (value("gtp_weight_remat_size") or 1) > 1:
         found["gtp_weight_remat_size"] = _NOT_COMPARED
     for name in ("hidden_dropout", "attention_dropout"):
@@ -268,7 +272,7 @@ def _refuse_local_graphs(model_config: Any) -> None:
 
 
 def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> None:
-    """Refuse what has not been compared within a graph of the whole iteration, or cannot be in it."""
+    """Refuse features that a graph of the whole iteration cannot have, or that were not compared in it."""
     found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
     for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
         if getattr(model_config, name, None):
@@ -286,7 +290,7 @@ def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> No
 
 
 def _refuse_first(found: dict[str, str], beside: str) -> None:
-    """Refuse the first of what was found, if anything was, by name and reason."""
+    """Refuse the first entry of ``found``, if there is one, by name and reason."""
     for name, reason in found.items():
         raise UserError(
             f"jreg_megatron does not support {name} with {beside} yet, since {reason}; leave one of the two "
@@ -295,10 +299,10 @@ def _refuse_first(found: dict[str, str], beside: str) -> None:
 
 
 def plain_layers(chunk: nn.Module, name: str) -> list[tuple[int, Any]]:
-    """Number and module of each layer of an unwrapped chunk, for a method that changes what is in them.
+    """Number and module of each layer of an unwrapped chunk, for a method that changes the layers' modules.
 
     Raises:
-        UserError: naming ``name``, the method, if they are not a ``GPTModel``'s with attention and MLP each.
+        UserError: naming the method ``name``, if a layer is not a ``GPTModel``'s, with attention and MLP.
     """
     layers = [(layer.number, layer.first) for layer in residual_layers(chunk)]
     for number, layer in layers:
@@ -312,15 +316,15 @@ def plain_layers(chunk: nn.Module, name: str) -> list[tuple[int, Any]]:
 
 
 def refuse_fsdp(chunk: nn.Module, config: Any) -> None:
-    """Refuse a model chunk in an FSDP that is not known, and what has not been shown to be right in torch's
-    FSDP2 or in Megatron-FSDP; the model's config does not say how it is wrapped.
+    """Refuse a model chunk in an unknown FSDP, and features that were not compared in torch's FSDP2 or in
+    Megatron-FSDP. The model's config does not show its wrapper.
 
     Raises:
         UserError: naming the wrapper.
     """
     wrapper: Any = chunk
     if unwrap(chunk) is chunk and sharding_of(chunk) == _MEGATRON_FSDP:
-        raise UserError("attach was given a model out of its Megatron-FSDP; give it the wrapped model")
+        raise UserError("attach was given a model without its Megatron-FSDP; give it the wrapped model")
     while isinstance(wrapper, nn.Module):
         name = type(wrapper).__name__
         inner: Any = getattr(wrapper, "module", None)
@@ -348,14 +352,14 @@ _MEGATRON_FSDP = "Megatron-FSDP"
 
 
 def sharding_of(chunk: nn.Module) -> str:
-    """By which FSDP an unwrapped model chunk is sharded; empty if by none."""
+    """The FSDP that shards an unwrapped model chunk; empty if none does."""
     if any(isinstance(module, FSDPModule) for module in chunk.modules()):
         return "torch's FSDP2"
     return _MEGATRON_FSDP if any(hasattr(p, "__fsdp_param__") for p in chunk.parameters()) else ""
 
 
 _Refused = dict[str, tuple[bool, str]]
-"""By name: whether the model has it, and why it is not supported."""
+"""By feature: whether the model has it, and why it is not supported."""
 
 
 def _refused_in_fsdp2(config: Any) -> _Refused:

@@ -1,25 +1,25 @@
-"""The seam to Megatron-Core: every layer's residual stream, seen once per micro-batch.
+"""The interface to Megatron-Core: every layer's residual stream, seen once per micro-batch.
 
-Nothing here knows what is done with the states. An observer gets each layer's global number, the state
-before it and the state after it, and returns the state to carry on with, so it may hang an autograd
-node on it. The taps are plain attributes of built layers: no subclass, no spec, no state-dict change.
+This module does not know the use of the states. An observer gets each layer's global number, the state before
+it and the state after it. It returns the state to continue with, so it may attach an autograd node to it. The
+taps are plain attributes of built layers: no subclass, no spec, no change of the state dict.
 
-Where the states are. ``TransformerLayer`` calls ``self_attn_bda(...)(x, residual, p)`` with the layer's
-input as ``residual``, and what ``mlp_bda(...)(...)`` returns is the layer's output; both in every
-version from 0.14 on. A hybrid model's sub-layer has one that adds, ``mamba_bda`` in a ``MambaLayer``, and it
-is both. Forward hooks on the layer would not do: what they return is a view, which the
-pipeline refuses to free; after ``mlp_bda`` the layer itself makes the tensor viewless.
+Where the states are. ``TransformerLayer`` calls ``self_attn_bda(...)(x, residual, p)`` with the layer's input
+as ``residual``. ``mlp_bda(...)(...)`` returns the layer's output. Both hold in every version from 0.14 on. A
+hybrid model's sub-layer has a single bias-dropout-add for both, such as ``mamba_bda`` in a ``MambaLayer``.
+Forward hooks on the layer would not work: they return a view, which the pipeline refuses to free. After
+``mlp_bda`` the layer itself makes the tensor viewless.
 
-Counted once. Under full recompute a layer's forward runs twice, first without gradients; only the run
-that builds the graph is reported. (Which one it is must be asked outside of the layer: it calls its
-bias-dropout-add with gradients on in both.) That run happens in the backward pass, outside of the model's
-forward, when other micro-batches may have gone forward already. Which one it belongs to is told by its
-input: the checkpoint keeps the tensor that the first run started from, and the second starts from the same
-memory. The final norm runs once, before the last layer is recomputed; then it is shown that layer's input
-without a graph. In evaluation the only run is reported. Where text is generated, none is.
+Counted once. Under full recompute a layer's forward runs twice, first without gradients. Only the run that
+builds the graph is reported. (Only code outside of the layer can distinguish the two: the layer calls its
+bias-dropout-add with gradients on in both.) That run is in the backward pass, outside of the model's forward,
+when other micro-batches may have run forward already. Its input identifies its micro-batch: the checkpoint
+keeps the tensor from which the first run started, and the second run starts from the same memory. The final
+norm runs once, before the last layer is recomputed. Then the observer gets that layer's input without a
+graph. In evaluation the only run is reported. In text generation no run is reported.
 
-Changed in every run. What changes a state is part of the model, so it is asked in each run of a layer: in
-both under recompute, in evaluation, and where text is generated. An observer sees what it returns.
+Changed in every run. A function that changes a state is part of the model. So it is called in each run of a
+layer: in both runs under recompute, in evaluation, and in text generation. An observer sees its result.
 """
 
 from __future__ import annotations
@@ -42,29 +42,30 @@ from jreg_megatron.stream.layer_watch import LayerWatch, Report
 from jreg_megatron.stream.overlap import SETTING, layers_of, on_passes, wrap
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
-"""Is given a layer's number, input and output, ``[s, b, h]``, and returns the output to carry on with."""
+"""Gets a layer's number, input and output, ``[s, b, h]``, and returns the output to continue with."""
 
 _FIRST_ARGUMENTS = ("input_ids",)
-"""Of Megatron's models, which callers give by place too."""
+"""Arguments of Megatron's models that callers may also pass by position."""
 
 _GENERATING = ("inference_context", "inference_params")
-"""What Megatron gives a model that generates text, by its two names."""
+"""The argument that Megatron passes to a model in text generation, under its two names."""
 
 Parts = Callable[[Any, int, Tensor, Tensor, Tensor], None]
-"""Is shown a micro-batch, a layer's number and input, the state behind its first bias-dropout-add, and the
-layer's output before any change."""
+"""Gets a micro-batch, a layer's number and input, the state after its first bias-dropout-add, and the layer's
+output before any change."""
 
 _RERUN_LATER = (
-    "a layer runs outside of the model's forward pass, which is known of recomputed layers alone, and none "
-    "was recomputed in the first training step; call attach again where recomputation "
-    "is turned on, or train with it from the first step on"
+    "a layer runs outside of the model's forward pass, as only recomputed layers do, but none was recomputed "
+    "in the first training step; call attach again when recomputation is turned on, or train with it from "
+    "the first step on"
 )
 
 
 class ResidualStreamObserver(Protocol):
-    """What an observer is told. States are ``[s, b, h]``; s is this rank's share of the sequence.
+    """An observer of layers. States are ``[s, b, h]``; s is this rank's share of the sequence.
 
-    One with an attribute ``parts``, of :data:`Parts`, that is not None is shown them before :meth:`layer`.
+    If it has an attribute ``parts``, of type :data:`Parts`, that is not None, this is called before
+    :meth:`layer`.
     """
 
     def begin_microbatch(self, training: bool, given: Mapping[str, Any]) -> Any:
@@ -72,34 +73,35 @@ class ResidualStreamObserver(Protocol):
 
         Args:
             training: whether a backward pass will follow.
-            given: what the model was called with, by the names of its arguments.
+            given: the arguments of the model's call, by name.
 
         Returns:
-            Whatever belongs to this micro-batch; it comes back with each of its layers. If it has an
-            attribute ``layers``, a set of numbers, other layers are not shown. None to be shown nothing.
+            Any object for this micro-batch. The other functions get it as ``microbatch``. If it has an
+            attribute ``layers``, a set of numbers, other layers may be left out. With None they are not
+            called.
         """
 
     def layer(self, microbatch: Any, layer_number: int, layer_input: Tensor, layer_output: Tensor) -> Tensor:
         """Layer ``layer_number`` (1-based over the whole model) has run, before any final norm.
 
         Returns:
-            The tensor to carry on with in place of ``layer_output``.
+            The tensor to continue with instead of ``layer_output``.
         """
 
     def final_norm(self, microbatch: Any, layer_number: int, layer_input: Tensor, normed: Tensor) -> Tensor:
         """The final norm has run on the output of the last layer, whose input is ``layer_input``.
 
-        Where the last layer is still to be recomputed, ``layer_input`` has no graph, and :meth:`layer` is
-        called afterwards, in the backward pass.
+        If the last layer will be recomputed, ``layer_input`` has no graph, and :meth:`layer` is called later,
+        in the backward pass.
 
         Returns:
-            The tensor to carry on with in place of ``normed``.
+            The tensor to continue with instead of ``normed``.
         """
 
 
 @dataclass
 class Tap:
-    """An observer on a model; :meth:`remove` takes it off and leaves the model as it was."""
+    """The taps of an observer on a model. :meth:`remove` restores the model."""
 
     layer_numbers: tuple[int, ...]
     """The layers that this rank holds, 1-based over the whole model."""
@@ -109,15 +111,15 @@ class Tap:
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def end_watch(self) -> None:
-        """Do not compare layers' own arguments and returns any more.
+        """Stop comparing layers' own arguments and return values with the tapped states.
 
-        From then on layers that are not recomputed have no hook, so they cannot begin to be.
+        Then layers that are not recomputed have no hook, so recompute cannot be turned on later.
         """
         for chunk in self._chunks:
             chunk.end_watch()
 
     def remove(self) -> None:
-        """Take the observer off. Taps that were put on later must be removed first."""
+        """Remove the taps. Taps that were put on later must be removed first."""
         self.end_watch()
         while self._undo:
             self._undo.pop()()
@@ -133,16 +135,16 @@ def tap_residual_stream(
 
     Args:
         chunks: this rank's model chunks (one, or one per virtual pipeline stage), wrapped or not.
-        observer: what is told about every layer.
-        report: is told where a layer's own argument and return are not the states that the observer sees.
+        observer: called for every layer.
+        report: called if a layer's own argument or return value is not the state that the observer sees.
             Passes that count are compared until :meth:`Tap.end_watch`.
-        changes: by a layer's number what changes its output, in every run.
+        changes: by layer number, a function that changes the layer's output, in every run.
 
     Returns:
-        The tap, to be kept and removed.
+        The tap. Keep it to remove it later.
 
     Raises:
-        UserError: if a chunk is not built as is known here; the message names what was looked for.
+        UserError: if a chunk has an unknown structure; the message names the missing part.
     """
     chunks = [unwrap(chunk) for chunk in chunks]
     layers = [residual_layers(chunk) for chunk in chunks]
@@ -159,7 +161,7 @@ def tap_residual_stream(
 
 
 class _ChunkTap:
-    """The taps on one model chunk and the micro-batch that is running through it."""
+    """The taps on one model chunk, and its current micro-batch."""
 
     def __init__(
         self,
@@ -172,20 +174,20 @@ class _ChunkTap:
         self.changes = changes
         self.parts: Parts | None = getattr(observer, "parts", None)
         self.microbatch: Any = None
-        """The one that goes forward, or of which layers are being recomputed; None if it does not count."""
+        """The micro-batch in its forward pass, or whose layers are recomputed; None if it does not count."""
         self.recomputes = chunk.config.recompute_granularity == "full"
         """Whether layers are, or have been, recomputed."""
         self.is_in_forward = False
         self.graphs: str = getattr(chunk.config, "cuda_graph_impl", "none")
-        """By whose graphs layers are replayed."""
+        """The setting ``cuda_graph_impl``: the kind of CUDA graphs that replay layers."""
         self.is_planned = bool(getattr(chunk.config, SETTING, False))
-        """Whether plans run the layers in training, in which no graph holds a layer's end."""
+        """Whether plans run the layers in training. Then no graph contains a layer's end."""
         self._chunk = chunk
         self._undo = undo
-        # What checkpoints hold on to, and the micro-batch it belongs to, by the identity of the memory. As
-        # long as the reference is kept, no other memory has that identity, although it may have been freed.
+        # The states that checkpoints keep, and their micro-batches, by the identity of the memory. As long as
+        # the weak reference exists, no other memory gets this identity, even after the memory was freed.
         self._checkpointed: dict[int, tuple[StorageWeakRef, Any]] = {}
-        # What the final norm is compared with: set by the last layer, if both are in this chunk.
+        # For the final norm: the micro-batch and the input of the last layer, if both are in this chunk.
         self.last_layer: tuple[Any, Tensor] | None = None
         self._taps: list[_LayerTap] = []
         self._tapped: Collection[int] | None = None  # the layers on which taps are; None for all
@@ -195,7 +197,7 @@ class _ChunkTap:
 
     @property
     def is_training(self) -> bool:
-        """Whether Megatron recomputes: it asks the block, so a layer may be set to evaluation by itself."""
+        """Whether Megatron recomputes. It reads the block's mode, so a single layer may be in evaluation."""
         return bool(self._chunk.decoder.training)
 
     def put_on(self, layers: Sequence[ResidualLayer], report: Report | None) -> None:
@@ -219,7 +221,7 @@ class _ChunkTap:
             undo.append(self._refuse_what_graphs_hold)
 
     def _refuse_what_graphs_hold(self) -> None:
-        """Refuse to run the chunk any more, if its graphs go on with what a method changed."""
+        """Refuse later runs of the chunk, if its graphs still contain a method's changes."""
         is_held = any(tap.is_changed_in_graph for tap in self._taps)
         if self.graphs == "local":
             is_held = local_graph.is_held(is_held)
@@ -234,13 +236,13 @@ class _ChunkTap:
             self.watched.pop().end_watch()
 
     def remember(self, state: Tensor) -> None:
-        """A layer runs on ``state`` without gradients; if a checkpoint holds it, it will run on it again."""
+        """A layer runs on ``state`` without gradients. If a checkpoint keeps the state, it will run again."""
         storage = StorageWeakRef(state.untyped_storage())  # type: ignore[no-untyped-call]
         self._checkpointed[storage.cdata] = (storage, self.microbatch)
         self.recomputes = True
 
     def recall(self, state: Tensor) -> None:
-        """A layer is recomputed from ``state``: find its micro-batch, or go on with the layer's before."""
+        """A layer is recomputed from ``state``: find its micro-batch, or keep that of the previous layer."""
         found = self._checkpointed.pop(state.untyped_storage()._cdata, None)
         if found is not None:
             self.microbatch = found[1]
@@ -250,14 +252,14 @@ class _ChunkTap:
         for key in gone:
             del self._checkpointed[key]
         named = {**dict(zip(_FIRST_ARGUMENTS, given, strict=False)), **named}
-        # Megatron may capture a pass that generates text, after runs of its layers to warm up.
+        # Megatron may capture a pass of text generation, after warm-up runs of its layers.
         is_generating = any(named.get(name) is not None for name in _GENERATING)
         is_counted = torch.is_grad_enabled() if chunk.training else not is_generating
         self.microbatch = self.observer.begin_microbatch(chunk.training, named) if is_counted else None
         self.is_in_forward = True
         if self.watched and self.graphs == "local" and local_graph.are_captured():
             self.end_watch()  # of the recorded step; Megatron replays no layer that has a hook
-        # One evaluation shows what there is to see; there may be thousands before the first training step.
+        # One evaluation is enough; there may be thousands before the first training step.
         self.is_watching = is_counted and (chunk.training or not self._was_evaluated)
         self._was_evaluated = self._was_evaluated or (is_counted and not chunk.training)
         self._put_taps_where_needed()
@@ -269,9 +271,9 @@ class _ChunkTap:
             tap.follow(*nodes)
 
     def _put_taps_where_needed(self) -> None:
-        """A layer with which nothing is done in this micro-batch runs as if nothing were attached.
+        """Remove the taps from layers that no method needs in this micro-batch.
 
-        What is needed changes between steps alone: all micro-batches of a step are alike.
+        The needed layers change only between steps: all micro-batches of a step need the same.
         """
         needed: Collection[int] | None = ()
         if self.recomputes or self.watched:
@@ -285,7 +287,7 @@ class _ChunkTap:
             self._tapped = needed
 
     def _after_chunk(self, chunk: nn.Module, _: Any, output: Any) -> None:
-        if output is not None and self.microbatch is not None:  # it was counted, and did not break off
+        if output is not None and self.microbatch is not None:  # it was counted, and not aborted
             for watch in self._watches():
                 watch.ended()
         self.is_in_forward = False
@@ -301,7 +303,7 @@ class _ChunkTap:
 
 def _refuse_to_run(*_: Any) -> None:
     raise UserError(
-        "a method that changes the model was detached, and the CUDA graphs of its layers still have what it "
+        "a method that changes the model was detached, but the CUDA graphs of its layers still contain its "
         "changes; keep it attached, or build the model again"
     )
 
@@ -315,17 +317,17 @@ def _is_gone(storage: StorageWeakRef) -> bool:
 
 
 class _LayerTap:
-    """Joins the input and the output of a layer, and both with the micro-batch that they belong to."""
+    """Combines the input and the output of a layer with their micro-batch."""
 
     def __init__(self, layer: ResidualLayer, chunk: _ChunkTap, feeds_final_norm: bool) -> None:
         self.number = layer.number
         self._layer = layer
         self._chunk = chunk
-        # Where the taps are on: module, name, the layer's own factory, and the one that stands for it.
+        # The installed taps: module, attribute, the layer's own factory, and its replacement.
         self._places: list[tuple[Any, str, Any, Any]] = []
         self._undo_graphs: list[Callable[[], None]] = []
         self._feeds_final_norm = feeds_final_norm
-        # Of the run under way; None outside of one and where the run does not count.
+        # State of the current run; None between runs, and in a run that does not count.
         self._microbatch: Any = None
         self._input: Tensor | None = None
         self._middle: Tensor | None = None
@@ -333,14 +335,14 @@ class _LayerTap:
         self._change = chunk.changes.get(layer.number)
         self._is_over = self._is_captured = self._is_begun = False
         self.is_changed_in_graph = False
-        """Whether a method changed something where a graph was, or is to be, captured."""
+        """Whether a method changed a state in a run that was, or may be, captured in a graph."""
         self._hook: RemovableHandle | None = None
         self.watch: LayerWatch | None = None
-        self._watching: LayerWatch | None = None  # in the run under way
+        self._watching: LayerWatch | None = None  # in the current run
         self._stop_watching_returns: Callable[[], None] = _nothing
 
     def put_on(self) -> None:
-        """Have the factories ``name(training, fused) -> add`` of both bias-dropout-adds give tapped ones."""
+        """Replace the factories ``name(training, fused) -> add`` of the bias-dropout-adds."""
         if self._places:
             return
         adds = self._layer.adds
@@ -372,13 +374,13 @@ class _LayerTap:
         return undo
 
     def end(self) -> None:
-        """Do nothing any more, even where something else stands for the factories and still calls ours."""
+        """Stop for good, even if other code has replaced the factories and still calls ours."""
         self._is_over, self._change = True, None
         self.end_hook()
         self.take_off()
 
     def take_off(self) -> None:
-        """Give the layer its own factories back; not where something else stands for ours by now."""
+        """Restore the layer's own factories, unless other code has replaced ours."""
         if all(getattr(module, name) is ours for module, name, _, ours in self._places):
             for module, name, factory, _ in self._places:
                 setattr(module, name, factory)
@@ -387,7 +389,7 @@ class _LayerTap:
             self._places = []
 
     def start_watch(self, config: Any, report: Report) -> None:
-        """Compare the layer's argument and return with what is tapped, in the forward passes that count."""
+        """Compare the layer's argument and return value with the tapped states, in passes that count."""
         self.watch = LayerWatch(self._layer, config, report)
         self._stop_watching_returns = self._layer.last.register_forward_hook(self._after_layer).remove
 
@@ -398,18 +400,18 @@ class _LayerTap:
             self.end_hook()
 
     def start_hook(self) -> None:
-        """Have each run of the layer tell from outside whether it is one of two, and of which micro-batch."""
+        """Add a hook that finds for each run of the layer its micro-batch, and whether it will run again."""
         self._hook = self._layer.first.register_forward_pre_hook(self._before_layer, with_kwargs=True)
 
     def end_hook(self) -> None:
-        """A layer that runs once needs no hook, which would cost more than all else."""
+        """Remove the hook. A layer that runs once does not need it, and it costs more than all the rest."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         self._will_be_rerun = False
 
     def follow(self, first: Any, last: Any) -> None:
-        """The next run of the layer is that of nodes of a schedule's plan, its first and its last."""
+        """The next run of the layer is that of a plan's nodes ``first`` to ``last``."""
         if self._places:
             wrap(first, lambda state, _: self._began_at(state), before=self._begins_at)
             wrap(last, lambda _, output: self.returned(output))
@@ -419,11 +421,11 @@ class _LayerTap:
             self._before_layer(self._layer.first, (state,), {})
 
     def _began_at(self, leaf: Tensor) -> None:
-        if self._input is not None:  # a part of the first node's graph, where a fused norm or a type is first
+        if self._input is not None:  # inside the first node's graph, if a fused norm or a cast comes first
             self._input = leaf
 
     def returned(self, output: Any) -> None:
-        """The layer returns ``output``, or what its last node gives."""
+        """The layer, or its last node in a plan, returns ``output``."""
         if self._watching is not None:
             self._watching.returned(output)
             self._watching = None
@@ -456,7 +458,7 @@ class _LayerTap:
             raise UserError(_RERUN_LATER)
         self._microbatch, self._input = (None if is_captured else chunk.microbatch), None
         self._is_begun = self._is_begun or not is_captured
-        # What is captured in the first module's graph alone is not the input of what the last one's holds.
+        # A state that is captured in the first module's graph is not the input of the last module's graph.
         is_part = is_captured and self._layer.first is not self._layer.last
         return functools.partial(self._on_input, factory(*options, **named), is_part)
 
@@ -490,7 +492,7 @@ class _LayerTap:
         return layer_output
 
     def _on_capture(self, capture: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """The layer, or a part of it, is captured in a CUDA graph, or may be: it is no micro-batch."""
+        """The layer, or a part of it, is or may be captured in a CUDA graph. This is not a micro-batch."""
         of_run = self._microbatch, self._input
         self._microbatch, self._input, self._is_captured = None, None, True
         try:
@@ -501,17 +503,17 @@ class _LayerTap:
     def _on_local_graph(
         self, module: Any, begins: bool, run: Callable[..., Any], *given: Any, **named: Any
     ) -> Any:
-        """Megatron records, replays or just runs what it has, or will have, in a graph of its own."""
+        """Megatron records, replays or runs a part of the model that has, or will have, its own graph."""
         return self._on_replay(module, begins, functools.partial(self._on_capture, run), *given, **named)
 
     def _on_replay(
         self, module: Any, begins: bool, replay: Callable[..., Any], *given: Any, **named: Any
     ) -> Any:
-        """A CUDA graph stands for the layer, or for a part of it. What it holds calls no tap.
+        """A CUDA graph replaces the layer, or a part of it. Code in the graph calls no tap.
 
-        A graph of the whole layer holds what a method changes too. A state that a graph returns lies in the
-        graph's memory, which is the next one's when its backward pass is over. What a method keeps of it must
-        not be needed any longer.
+        A graph of the whole layer also contains a method's changes. A state that a graph returns is in the
+        graph's memory. After its backward pass the next graph reuses this memory, so a method must not keep
+        the state longer.
         """
         if begins:
             state = named["hidden_states"] if "hidden_states" in named else given[0]
@@ -519,11 +521,12 @@ class _LayerTap:
             self._is_begun = module is not self._layer.last
         result = replay(*given, **named)
         layer_input = self._input
-        # Where the layer's end is not in the graph, a tap sees it.
+        # If the layer's end is not in the graph, a tap sees it.
         if module is not self._layer.last or layer_input is None or self._chunk.is_planned:
             return result
         if not begins:
-            # A graph runs before the input's own node, to which the output's must leave nothing to do.
+            # A view hides the input's own node: the output's node must not hand work down to it, because the
+            # graph's backward pass runs between the two.
             self._input = layer_input.view_as(layer_input)
         output, *rest = result if isinstance(result, tuple) else (result,)  # a MambaLayer's is a tensor
         is_local = self._chunk.graphs == "local"
@@ -531,7 +534,7 @@ class _LayerTap:
         shown = self._show(self._changed(state) if self._is_begun else state)
         if is_local:
             local_graph.keep(output, shown)
-        if self._watching is not None:  # the layer goes on behind its graphs
+        if self._watching is not None:  # the layer continues after its graphs
             self._watching.handed_on(output, shown)
         return (shown, *rest) if isinstance(result, tuple) else shown
 
@@ -542,7 +545,7 @@ class _LayerTap:
         return self._change(self.number, self._input, layer_output)
 
     def _show(self, layer_output: Tensor) -> Tensor:
-        """Show the layer to the observer where it counts."""
+        """Show the layer to the observer if the run counts."""
         microbatch, layer_input = self._microbatch, self._input
         self._microbatch = self._input = None
         if microbatch is not None and layer_input is not None:

@@ -1,8 +1,8 @@
-"""Which checkpoints can be run here, and Megatron's arguments for their models.
+"""Decide which checkpoints can be run here, and make Megatron's arguments for their models.
 
-In a ``HybridModel`` attention ('*', latent '+'), MLP ('-') and experts ('E') are modules of their own. A pair
-computes what one layer of a ``GPTModel`` does, so a checkpoint of whole pairs is read as one, under other
-names.
+In a ``HybridModel``, attention ('*', latent '+'), MLP ('-') and experts ('E') are separate modules. A pair
+computes the same as one layer of a ``GPTModel``. So a checkpoint that consists of such pairs is read as a
+``GPTModel``, under other names.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ _OTHER_MODELS = {
     "moe_shared_expert_glu_interleave_size": ("has --moe-shared-expert-glu-interleave-size", None),
     "retro_add_retriever": ("has a retriever (--retro-add-retriever)", None),
 }
-"""By argument: what a checkpoint with it is, and a model of Megatron-Bridge's that is the same."""
+"""By argument: the reason why the checkpoint cannot be run, and a Megatron-Bridge model with this feature."""
 
 _CHANGES = (AttenuationConfig, LayerNormScalingConfig, PeriLNConfig)
-"""The methods that change a model and are run here."""
+"""The methods that change a model and can be run here."""
 
 _PAIRS = {False: ("*-", "*E"), True: ("+-", "+E")}
-"""The layers of a hybrid model that are those of a ``GPTModel``, by whether attention is latent."""
+"""The pairs of a hybrid model that equal a layer of a ``GPTModel``, by whether attention is latent."""
 
 _BY_NUMBER = ("no_rope_freq", "window_attn_skip_freq")
-"""Arguments that count layers; a hybrid model counts sub-layers."""
+"""Arguments that count layers. In a hybrid model they count sub-layers."""
 
 _WORDS = tuple(
     "parallel pipeline virtual overlap offload recompute cuda_graph inference fused fusion fp8 fp4 bf16 "
     "fp16 gtp_".split()
 )
 _BEGINNINGS = (
-    *(f"{method.prefix}_" for method in known.METHODS),  # what changes the model is looked at by itself
+    *(f"{method.prefix}_" for method in known.METHODS),  # known_changes checks these
     *"""
     account_for_ apply_query_key_layer_scaling attention_backend attention_dropout batch_invariant
     calculate_per_token ckpt_ config_logger consumed_ curr_iteration defer_embedding delay_ delta_
@@ -81,37 +81,37 @@ _BEGINNINGS = (
 _NAMES = ("cpu", "load", "rank", "save")
 
 _SINCE_0_18, _SINCE_0_19 = "null_tokenizer_eod_id", "stream_ckpt_dequant"
-"""Arguments that every checkpoint of that version or later has, and none before."""
+"""Arguments that every checkpoint has from that version on, and no older one."""
 
 
 def has_a_bearing(name: str) -> bool:
     """Whether an argument may change what the trained model computes.
 
-    The others say how the model was split, stored, run or trained. The methods' settings are among these;
-    they are checked separately.
+    The other arguments set how the model was split, stored, run or trained. The methods' settings count as
+    such; they are checked separately.
     """
     return not (name in _NAMES or name.startswith(_BEGINNINGS) or any(word in name for word in _WORDS))
 
 
 def pattern_of(arguments: dict[str, Any]) -> str | None:
-    """A hybrid model's sub-layers, without stages and those that predict further ahead; else None."""
+    """A hybrid model's sub-layers, without stage marks and multi-token prediction; None for other models."""
     pattern = sublayers_of(Namespace(**arguments))
     return "" if pattern is None and arguments.get("is_hybrid_model") else pattern
 
 
 def known_changes(arguments: dict[str, Any], what: str) -> tuple[Settings, ...]:
-    """The methods that have changed a checkpoint's model. Refuses what cannot be run here: a model that is
-    neither a ``GPTModel`` nor a hybrid one of the same layers, or was changed by a method not known here.
+    """The methods that have changed a checkpoint's model.
 
     Raises:
-        UserError: naming what it is, and the tool that can export it.
+        UserError: if the model is neither a ``GPTModel`` nor a hybrid model of the same layers, or if an
+            unknown method changed it. It names the reason, and the tool that can export the model.
     """
     changes = known.changes_in(Namespace(**arguments))
     if unknown := [of_one for of_one in changes if type(of_one) not in _CHANGES]:
         raise UserError(
-            f"{what} was trained with {flags_of(unknown, '')}, by which "
+            f"{what} was trained with {flags_of(unknown, '')}, so "
             f"{' and '.join(of_one.name for of_one in unknown)} changed the model; measure, evaluate and "
-            f"export know {', '.join(kind.name for kind in _CHANGES)} alone; its training's own validation "
+            f"export know only {', '.join(kind.name for kind in _CHANGES)}; the training's own validation "
             "logs its figures"
         )
     for is_one, example in _hindrances(arguments):
@@ -126,7 +126,7 @@ def known_changes(arguments: dict[str, Any], what: str) -> tuple[Settings, ...]:
 
 
 def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
-    """Refuse a checkpoint whose training counted other layers than the tools do.
+    """Refuse a checkpoint whose training counted its layers in another way than the tools.
 
     Raises:
         UserError: naming the setting.
@@ -134,14 +134,14 @@ def refuse_other_layers(arguments: dict[str, Any], what: str) -> None:
     for of_one in known.settings_in(Namespace(**arguments)):
         if of_one.layer_rule not in (None, LAYER_RULES[0]):
             raise UserError(
-                f"{what} was trained with {of_one.flag('layer')} {of_one.layer_rule}, and measure and "
+                f"{what} was trained with {of_one.flag('layer')} {of_one.layer_rule}, but measure and "
                 "evaluate count attention with the MLP or experts after it as one layer, so their figures "
-                "would be of other layers; its training's own validation logs the figures of its layers"
+                "would be of other layers; the training's own validation logs the figures of its layers"
             )
 
 
 def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Why the model cannot be run: reasons, each with the model of Megatron-Bridge that has the feature."""
+    """Reasons why the model cannot be run, each with a Megatron-Bridge model that has the feature."""
     pattern, spec = pattern_of(arguments), arguments.get("spec")
     if pattern is not None:
         allowed = _PAIRS[bool(arguments.get("multi_latent_attention"))]
@@ -162,10 +162,10 @@ def _hindrances(arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
 
 
 def all_arguments(saved: dict[str, Any]) -> Namespace:
-    """The saved ones, with the defaults of the Megatron in use for those that the saving one did not know.
+    """The saved arguments under the names of the installed Megatron, with its defaults for missing ones.
 
-    Those of a hybrid model become those of the ``GPTModel`` that computes the same. The user is told of
-    arguments that the Megatron in use does not know.
+    A hybrid model's arguments become those of the equivalent ``GPTModel``. A note to the user lists arguments
+    that the installed Megatron does not know.
     """
     from jreg_megatron.mcore.arguments import parse
 
@@ -183,7 +183,7 @@ def all_arguments(saved: dict[str, Any]) -> Namespace:
 def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) -> Namespace:
     """Megatron's arguments for the model alone, in one process, in torch-only layers."""
     args = all_arguments({name: value for name, value in saved.items() if has_a_bearing(name)})
-    # Where Megatron or Transformer Engine fuse GELU with something, it is the approximation by tanh.
+    # Fused GELU, in Megatron and in Transformer Engine, is the tanh approximation.
     fuses = saved.get("bias_gelu_fusion") or saved.get("use_te_activation_func")
     args.gelu_by_tanh = bool(fuses) and not (args.swiglu or args.squared_relu or args.quick_geglu)
     args.padded_vocab_size = vocab_size
@@ -196,9 +196,9 @@ def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) 
     if factor := args.moe_expert_capacity_factor:
         tell_once(
             f"the experts drop tokens (--moe-expert-capacity-factor {factor}), so the figures of a text "
-            "depend on --batch-size and on the texts beside it"
+            "depend on --batch-size and on the other texts of its batch"
         )
-    # Losses that balance the experts play no part here; these two choose them.
+    # Load-balancing losses have no effect here, but these two types also choose the experts.
     balancing = saved.get("moe_router_load_balancing_type")
     kinds = balancing if isinstance(balancing, list) else [balancing]
     chooses = {"sinkhorn", "quantile_balancing"} & {*kinds}
@@ -207,7 +207,7 @@ def model_arguments(saved: dict[str, Any], dtype: torch.dtype, vocab_size: int) 
 
 
 def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as the Megatron in use names them, those of a hybrid model as a ``GPTModel``'s."""
+    """The arguments under the installed Megatron's names, for a hybrid model those of a ``GPTModel``."""
     saved, pattern = dict(saved), pattern_of(saved)
     for old, new in (
         ("norm_epsilon", "layernorm_epsilon"),
@@ -217,12 +217,12 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
             saved.setdefault(new, saved.pop(old))
     if "disable_bias_linear" in saved:
         saved.setdefault("add_bias_linear", not saved.pop("disable_bias_linear"))
-    # The scripts of older versions had this flag and did not give it to the model.
+    # Scripts of older versions had this flag, but did not pass it to the model.
     if (_SINCE_0_19 if pattern is None else _SINCE_0_18) not in saved:
         saved["rotary_seq_len_interpolation_factor"] = None
     if pattern is not None:
         saved |= dict.fromkeys(("hybrid_layer_pattern", "hybrid_override_pattern", "spec"))
-        # HybridModel is never told of --use-rope-scaling.
+        # Megatron never passes --use-rope-scaling to HybridModel.
         layers = layers_of(pattern)
         saved |= {"num_layers": len(layers), "use_rope_scaling": False}
         saved |= {"moe_layer_freq": [int(kinds[1] == "E") for kinds in layers]} if "E" in pattern else {}
@@ -230,8 +230,10 @@ def _by_todays_names(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def hybrid_name(name: str) -> str:
-    """The name of a weight of the ``GPTModel``, layers not stacked, in the hybrid model. A method has put its
-    own at the end of a pair."""
+    """The hybrid model's name for a weight of the ``GPTModel`` (layers not stacked).
+
+    A method's own parameters are in the second sub-layer of a pair.
+    """
     if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
         number = 2 * int(found[1]) + (not found[2].startswith(("self_attention.", "input_layernorm.")))
         return f"decoder.layers.{number}.{found[2]}"
@@ -249,10 +251,10 @@ def _tell_of_unknown(arguments: dict[str, Any]) -> None:
     if told:
         more = f" and {len(told) - 3} more" if len(told) > 3 else ""
         tell_once(
-            f"the training had {', '.join(told[:3])}{more}, which Megatron-Core {core} does not know; if it "
-            "changes what the model computes, the figures are not this model's"
+            f"the training had {', '.join(told[:3])}{more}, which Megatron-Core {core} does not know; if "
+            "this changes the model's computation, the figures are wrong for this model"
         )
 
 
 tell_once = cache(note)
-"""Print a note only once, for any number of checkpoints."""
+"""Print a note once per process, for any number of checkpoints."""

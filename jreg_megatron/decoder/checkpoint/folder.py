@@ -1,4 +1,4 @@
-"""The checkpoints in a folder of Megatron, found without torch or Megatron."""
+"""Find the checkpoints in a Megatron folder, without torch or Megatron."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jreg_megatron.runtime.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""Megatron's name of a checkpoint that holds weights alone and comes from no training."""
+"""Megatron's name for a checkpoint of weights only, which comes from no training."""
 
 _FINISHED = "metadata.json"  # Megatron writes it after all weights
 _FORMAT = "torch_dist"
@@ -21,7 +21,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
     Args:
         folder: a training's ``--save`` folder, or one ``iter_...`` folder in it.
-        step: iteration; None for the one from which Megatron would continue.
+        step: iteration; None for the checkpoint from which Megatron would continue.
 
     Raises:
         UserError: if it does not exist, is not finished, or has another format.
@@ -38,7 +38,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
         if not place.is_dir():
             steps = megatron_steps(folder)
             shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]))
-            there = f"those of {shown}" if steps else "no finished checkpoint"
+            there = f"those of {shown}; give one" if steps else "no finished checkpoint; name another folder"
             raise UserError(f"--step is {step}, but {folder} has {there}")
     else:
         place = _latest(folder)
@@ -47,13 +47,13 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
 
 def last_checkpoint(folder: str | Path | None) -> int:
-    """Iteration of the checkpoint from which Megatron would continue; 0 without one."""
+    """Iteration of the checkpoint from which Megatron would continue; 0 if there is none."""
     tracked = _tracked(Path(folder)) if folder else None
     return int(tracked) if tracked and tracked != RELEASE else 0
 
 
 def bridge_as(example: str) -> str:
-    """How to export a model that is no Llama; ``example`` is a model that Megatron-Bridge knows."""
+    """Advice to export a model with Megatron-Bridge; ``example`` is a model that Bridge knows."""
     return (
         "export it with Megatron-Bridge's AutoBridge (load_megatron_model, then save_hf_pretrained), as a "
         f"model with the same layers such as {example}"
@@ -61,7 +61,7 @@ def bridge_as(example: str) -> str:
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether a folder holds Megatron checkpoints or is one, in any of Megatron's formats."""
+    """Whether a folder is a Megatron checkpoint or holds some, in any of Megatron's formats."""
     if folder.is_dir() and (step_of(folder) is not None or folder.name == RELEASE):
         files = (_FINISHED, ".metadata", TRACKER)
         return any((folder / file).is_file() for file in files) or _is_legacy(folder)
@@ -69,7 +69,7 @@ def is_megatron(folder: Path) -> bool:
 
 
 def megatron_steps(folder: Path) -> list[int]:
-    """Iterations of the finished checkpoints, rising; of an ``iter_...`` folder its own."""
+    """Iterations of the finished checkpoints, in ascending order. For an ``iter_...`` folder only its own."""
     own = step_of(folder)
     begun = _begun(folder) if own is None else {own: folder}
     return [step for step, path in begun.items() if _is_finished(path)]
@@ -123,7 +123,11 @@ def _tracked(folder: Path) -> str | None:
 
 
 def _latest(folder: Path) -> Path:
-    """The checkpoint from which Megatron would continue, else the last finished one, else the last one."""
+    """The checkpoint from which Megatron would continue, else the last finished one, else the last one.
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
     tracked = _tracked(folder)
     if tracked == RELEASE:
         return folder / RELEASE
@@ -137,5 +141,5 @@ def _latest(folder: Path) -> Path:
 
 
 def _begun(folder: Path) -> dict[int, Path]:
-    """A training's checkpoints by iteration, rising; unfinished ones too."""
+    """A training's checkpoints by iteration, in ascending order, including unfinished ones."""
     return dict(sorted((step, path) for path in folder.glob("iter_*") if (step := step_of(path)) is not None))

@@ -1,4 +1,4 @@
-"""Build Megatron's ``GPTModel`` of a checkpoint in one process, as a decoder."""
+"""Build a checkpoint's ``GPTModel`` in one process, as a decoder."""
 
 from __future__ import annotations
 
@@ -35,19 +35,17 @@ if TYPE_CHECKING:
 def load_megatron(
     folder: Path, step: int | None = None, *, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    """A checkpoint of Megatron's training loop, with the layers of Megatron's ``GPTModel`` and what a method
-    has changed in them.
+    """Load a checkpoint of Megatron's training loop as a ``GPTModel``, with the changes of known methods.
 
-    Its logits are of the vocabulary alone. Megatron's own loss includes the rows of padding, so it is a
-    little higher.
+    Its logits exclude the rows of padding. Megatron's own loss includes them, so it is a little higher.
 
     ``folder`` and ``step`` are as in :func:`find_checkpoint`. For a CPU, Megatron's calls of CUDA are
     redirected until the process ends.
 
     Raises:
-        UserError: if there is no such checkpoint, it is damaged, or its model is no ``GPTModel``, nor a
-            ``HybridModel`` whose sub-layers are pairs of attention with MLP or experts, or is changed in a
-            way that is not known here, or its training counted other layers.
+        UserError: if there is no such checkpoint; if it is damaged; if its model is neither a ``GPTModel``
+            nor a ``HybridModel`` of pairs of attention with MLP or experts; if an unknown method changed the
+            model; or if its training counted its layers in another way.
     """
     checkpoint = open_checkpoint(folder, step, device)
     refuse_other_layers(checkpoint.arguments, str(checkpoint.folder))
@@ -78,7 +76,7 @@ def decoder_of(
     source: str,
     vocab_size: int | None = None,
 ) -> Decoder:
-    """The model of an opened checkpoint, by the user's name ``source``; raises as :func:`load_megatron`.
+    """The model of an opened checkpoint, under the user's name ``source``. Raises as :func:`load_megatron`.
 
     ``vocab_size`` is the number of rows of the embedding without padding, by default from the checkpoint. If
     it is not known, all rows count and the user gets a note.
@@ -97,7 +95,7 @@ def decoder_of(
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     for of_one in changes:
         _change_layers(model, of_one)
-    model.post_process = False  # it ends after the final norm: states without logits
+    model.post_process = False  # its forward pass returns the final norm's output instead of logits
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
     if vocab_size is None:
@@ -158,7 +156,7 @@ def decoder_of(
 
 
 def _change_layers(model: Any, settings: Settings) -> None:
-    """Have a method change the output of layers, in every run from now on."""
+    """Register hooks through which a method changes the output of layers in every forward pass."""
     method = settings.make(place_of([model], lambda: 1))
 
     def change(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -170,7 +168,7 @@ def _change_layers(model: Any, settings: Settings) -> None:
 
 
 def _name(place: Path) -> str:
-    """The run's name: NAME of ``runs/NAME/checkpoints``."""
+    """The run's name, such as NAME in ``runs/NAME/checkpoints``."""
     training = place.absolute().parent
     return training.parent.name if training.name in ("checkpoints", "checkpoint", "ckpt") else training.name
 
@@ -191,10 +189,10 @@ def import_megatron(device: torch.device) -> None:
 
 
 def build(args: Namespace) -> nn.Module:
-    """The whole model on the CPU, without weights.
+    """Build the whole model on the CPU, without the checkpoint's weights.
 
     Raises:
-        UserError: with Megatron's words, for a model that its torch-only layers cannot run.
+        UserError: with Megatron's message, for a model that its torch-only layers cannot run.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args

@@ -20,7 +20,7 @@ class TrainingTokenizer(Tokenizer):
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> TrainingTokenizer | None:
-        """From Megatron's arguments; None if it no longer exists, or its type takes no text."""
+        """The tokenizer in Megatron's arguments; None if it no longer exists, or its type takes no text."""
         settings = settings_of(arguments)
         with suppress(UserError):
             return cls(**vars(build(settings)), settings=settings) if settings else None
@@ -28,9 +28,9 @@ class TrainingTokenizer(Tokenizer):
 
 
 def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingTokenizer | None) -> int | None:
-    """The embedding's rows without padding, by Megatron's saved arguments; None if not known.
+    """The number of the embedding's rows without padding, by Megatron's saved arguments; None if not known.
 
-    ``rows`` counts all rows; ``tokenizer`` is the training's, if it still exists.
+    ``rows`` is the number of all rows. ``tokenizer`` is the training's, if it still exists.
     """
     kind, given, size = arguments.get("tokenizer_type"), arguments.get("vocab_size"), None
     if arguments.get("make_vocab_size_divisible_by", 0) * arguments.get("tensor_model_parallel_size", 0) == 1:
@@ -46,7 +46,7 @@ def vocab_size_of(arguments: dict[str, Any], rows: int, tokenizer: TrainingToken
 
 
 def pads_to(arguments: dict[str, Any], size: int, rows: int, if_unknown: bool = True) -> bool:
-    """Whether Megatron, with these arguments, pads a vocabulary of ``size`` to ``rows``."""
+    """Whether Megatron, with these arguments, pads a vocabulary of ``size`` tokens to ``rows`` rows."""
     multiple = arguments.get("make_vocab_size_divisible_by", 0)
     multiple *= arguments.get("tensor_model_parallel_size", 0)
     return math.ceil(size / multiple) * multiple == rows if multiple else if_unknown

@@ -18,7 +18,7 @@ from jreg_megatron.runtime.flags import flag_of
 
 _OTHER_SAMPLES = (
     *("full_validation", "multiple_validation_sets", "mock_data", "sft", "fim_data"),
-    # Positions start again within a sample, or tokens do not see the document before.
+    # Positions restart within a sample, or tokens do not attend to the previous document.
     *("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
 )
 
@@ -26,11 +26,11 @@ _OTHER_SAMPLES = (
 def last_validation_samples(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The samples of the last validation, from the training's data, as in :attr:`Decoder.last_validation`.
 
-    Megatron saves after the last iteration and then validates once more. A checkpoint of the last iteration
-    gives this validation; other checkpoints give the last one before them.
+    After the last iteration Megatron saves and then validates once more. A checkpoint of the last iteration
+    gives this validation. Other checkpoints give the last validation before them.
 
     Raises:
-        UserError: if data or tokenizer are missing, there was no validation, or it cannot be repeated.
+        UserError: if data or tokenizer are missing, if there was no validation, or if it cannot be repeated.
     """
     args, what = all_arguments(checkpoint.arguments), str(checkpoint.folder)
     consumed = checkpoint.arguments.get("consumed_valid_samples")
@@ -51,9 +51,10 @@ def last_validation_samples(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> tuple[int, int]:
-    """The first sample's number and the number of samples of the last validation before ``iteration``.
+    """The first sample's index (from 0) and the number of samples of the last validation at ``iteration``.
 
-    ``consumed`` counts the validation samples read until then; ``what`` names the checkpoint in messages.
+    ``consumed`` is the number of validation samples read until then. ``what`` names the checkpoint in
+    messages.
 
     Raises:
         UserError: if there was no validation, or its samples are not known here.
@@ -61,7 +62,9 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
     if not args.train_iters:
         raise UserError(f"{what} comes from no training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
-        raise UserError(f"{what} was trained without validation (--eval-iters {args.eval_iters})")
+        raise UserError(
+            f"{what} was trained without validation (--eval-iters {args.eval_iters}); give --text"
+        )
     others = [flag_of(name) for name in _OTHER_SAMPLES if getattr(args, name, None)]
     if args.dataloader_type != "single":
         others.append(f"--dataloader-type {args.dataloader_type}")
@@ -69,7 +72,7 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
         raise UserError(f"{what} was trained with {others[0]}, whose samples are not known here; give --text")
     count = args.eval_iters * int(args.eval_global_batch_size or args.global_batch_size)
     if iteration >= args.train_iters:
-        return consumed, count  # the validation after the last iteration comes after its checkpoint
+        return consumed, count  # the last validation runs after the last checkpoint
     if consumed < count:
         raise UserError(
             f"{what} was saved before the first validation (--eval-interval {args.eval_interval}); give "
@@ -79,7 +82,7 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
 
 
 def _dataset(args: Namespace, cache: str) -> Any:
-    """The validation set as the training built it: in the same order, from as many samples."""
+    """The validation set as the training built it, with the same order and number of samples."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -107,9 +110,9 @@ def _dataset(args: Namespace, cache: str) -> Any:
         args, tokenizer, blend, blend_per_split, path_to_cache=cache, create_attention_mask=False
     )
     if blend:
-        # The order of the training set may take an hour to build.
+        # Leave out the training set: its order may take an hour to build.
         config.split_matrix = [None, config.split_matrix[1], None]
-    # Megatron's numbers of samples of training, validation and test set decide the order.
+    # The order depends on the numbers of samples of the training, validation and test sets, as in Megatron.
     evaluations = args.train_iters // args.eval_interval + 1
     if args.start_eval_at_iter is not None:
         evaluations = max(0, evaluations - args.start_eval_at_iter // args.eval_interval)

@@ -1,6 +1,6 @@
 """Read a ``torch_dist`` checkpoint of any layout in one process.
 
-A checkpoint is data: only torch's and Megatron's own record types are built from its pickles.
+A checkpoint is untrusted data: unpickling builds only torch's and Megatron's own record types.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OLD_COMMON = "common.pt"  # before 0.19
 
 _TRAINING_ONLY = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
 _PREDICTS_AHEAD = "mtp."
-_EXTRA_STATE = "_extra_state"  # scales of number formats
+_EXTRA_STATE = "_extra_state"  # such as scales of FP8
 
 _FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -38,7 +38,7 @@ _FUSED_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
-"""A norm's name, and its name if Transformer Engine has fused it with the next linear layer."""
+"""A norm's name, and its name if Transformer Engine fuses it with the next linear layer."""
 
 
 class Checkpoint:
@@ -48,12 +48,12 @@ class Checkpoint:
         """Read everything but the weights. Megatron must be imported already.
 
         Raises:
-            UserError: if a file is missing or damaged, or names other types than records.
+            UserError: if a file is missing or damaged, or names types that are not allowed.
         """
         self.folder, self.step = folder, step_of(folder)
         with damage_refused(folder):
             with (folder / ".metadata").open("rb") as file:
-                # Torch reads it again, and then it is known to be harmless.
+                # Torch reads it again later. This checks first that it is harmless.
                 listed = _MetadataUnpickler(file).load().state_dict_metadata
             self.common = _read_common(folder, listed)
         if "args" not in self.common:
@@ -68,13 +68,13 @@ class Checkpoint:
             and not name.startswith(_TRAINING_ONLY)
             and _EXTRA_STATE not in name
         }
-        # Shapes of the model's weights by their saved names (layers may be stacked); type of the first one.
+        # The weights' shapes by their saved names (layers may be stacked), and the type of the first weight.
         self.shapes = {name: entry.size for name, entry in weights.items()}
         self.dtype = next((entry.properties.dtype for entry in weights.values()), None)
 
     @property
     def rows(self) -> int:
-        """Of the embedding, with padding.
+        """Number of rows of the embedding, with padding.
 
         Raises:
             UserError: if there is no embedding.
@@ -84,7 +84,7 @@ class Checkpoint:
         return int(self.shapes[_EMBEDDING][0])
 
     def load_into(self, model: nn.Module) -> None:
-        """Load all parameters and buffers of a ``GPTModel`` that is whole in this process.
+        """Load all parameters and buffers into a ``GPTModel`` that is not split over processes.
 
         Raises:
             UserError: if model and checkpoint do not have the same weights, or a file is damaged.
@@ -96,7 +96,7 @@ class Checkpoint:
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         is_hybrid = pattern_of(self.arguments) is not None
         if is_hybrid:
-            metadata["non_homogeneous_layers"] = True  # each layer under a name of its own
+            metadata["non_homogeneous_layers"] = True  # one name per layer, not stacked
         wanted = {
             name: entry
             for name, entry in cast(Any, model).sharded_state_dict(metadata=metadata).items()
@@ -111,12 +111,12 @@ class Checkpoint:
             )
         missing, _ = model.load_state_dict(loaded["model"], strict=False)
         if missing := [name for name in missing if _EXTRA_STATE not in name]:
-            raise UserError(f"{self.folder} gives no weights for {_some(missing)}; it cannot be read")
+            raise UserError(f"{self.folder} has no weights for {_some(missing)}; it cannot be read")
 
     def _match_names(self, wanted: dict[str, Any]) -> None:
         saved = set(self.shapes)
         for entry in wanted.values():
-            # Norms may be fused with the next layer in one of the two.
+            # Either the checkpoint or the model may have the norm fused with the next linear layer.
             pairs = (pair for both in _FUSED_NORMS.items() for pair in (both, both[::-1]))
             others = (entry.key.replace(ours, theirs) for ours, theirs in pairs)
             entry.key = next((name for name in (entry.key, *others) if name in saved), entry.key)
@@ -141,14 +141,14 @@ def _read_common(folder: Path, listed: dict[str, Any]) -> dict[str, Any]:
     reader = FileSystemReader(folder)
     load_distributed(state, storage_reader=reader, planner=_SafePlanner(False, False), no_dist=True)
     common: Any = state[_COMMON]
-    if isinstance(common, io.BytesIO):  # saved within what was saved
+    if isinstance(common, io.BytesIO):  # pickled twice
         common.seek(0)
         common = torch.load(common, map_location="cpu", weights_only=True)
     return dict(common[0])
 
 
 class _SafePlanner(DefaultLoadPlanner):
-    """Torch's planner. It builds only objects that Megatron has declared safe."""
+    """Torch's planner, limited to types that Megatron has declared safe."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
@@ -167,17 +167,17 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         elif (module, name) == ("torch.serialization", "_get_layout"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no record of torch's")
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not one of torch's records")
 
 
 @contextmanager
 def damage_refused(folder: Path) -> Iterator[None]:
-    """Turn errors of torch and Megatron about files into a :class:`UserError` that names the checkpoint."""
+    """Turn torch's and Megatron's errors about files into a :class:`UserError` that names the checkpoint."""
     try:
         yield
     except UserError:
         raise
-    # CheckpointException is no Exception of Python's.
+    # CheckpointException does not derive from Exception.
     except (Exception, CheckpointException) as error:
         cause: BaseException = error
         while isinstance(cause, CheckpointException) and cause.failures:

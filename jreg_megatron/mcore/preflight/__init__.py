@@ -1,11 +1,11 @@
 """Find common mistakes in Megatron's arguments before the start.
 
-Megatron 0.19 finds many of them too, but by a bare assertion, or after the start-up of every rank. Others it
-does not find: without data it trains on random tokens, and under tensor parallelism a token id beyond the
-vocabulary silently becomes zeros. Here each mistake ends in one line with the flag, the value and the fix.
-The checks read only arguments and local files, so every rank gets the same result. Remote data and other
-model types are left to Megatron, and so is what it says in words when it reads its arguments, as about uneven
-and virtual pipeline stages.
+Megatron 0.19 finds many of them too, but with a bare assertion, or after the start-up of every rank. It does
+not find others: without data it trains on random tokens, and under tensor parallelism a token id beyond the
+vocabulary silently becomes zeros. Here each mistake gives one line with the flag, the value and the fix. The
+checks read only arguments and local files, so every rank gets the same result. They leave remote data and
+other model types to Megatron, and also mistakes for which Megatron has a clear message, such as those in
+uneven and virtual pipeline stages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jreg_megatron.mcore.preflight import data, optimizer, sizes
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check arguments that ``megatron.training.arguments.parse_args`` returned; ``args`` is not changed.
+    """Check the result of ``megatron.training.arguments.parse_args``, without a change of ``args``.
 
     With ``--use-checkpoint-args``, ``--yaml-cfg`` or a configuration of heterogeneous layers only the
-    optimizer's package is checked, because the other settings come from elsewhere.
+    optimizer's package is checked, because the other settings come from other places.
 
     Raises:
         UserError: for the first mistake, sizes before data.
@@ -52,7 +52,7 @@ SIZE_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     sizes.sequence_length,
     sizes.batch_sizes,
 )
-"""Checks of the arguments alone. Each may rely on those before it."""
+"""Checks that read only arguments. Each may rely on the earlier ones."""
 
 DATA_CHECKS: tuple[Callable[[Namespace], None], ...] = (
     data.data_source,

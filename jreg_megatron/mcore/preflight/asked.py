@@ -10,12 +10,12 @@ from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.runtime.flags import flag_of
 
 Refusals = dict[str, Callable[[Namespace], Any]]
-"""Message -> condition. A name in braces stands for the argument's value."""
+"""Message -> condition. A name in braces is replaced with the argument's value."""
 
 
 def refuse(args: Namespace, refusals: Refusals) -> None:
     """Raises:
-    UserError: for the first of these that holds. "is None" reads "is missing".
+    UserError: with the first message whose condition is true. "is None" becomes "is missing".
     """
     for message, holds in refusals.items():
         if holds(args):

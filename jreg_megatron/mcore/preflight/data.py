@@ -90,7 +90,7 @@ def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def training_blends(args: Namespace) -> Iterator[tuple[str, float, list[tuple[float | None, str]]]]:
-    """Of the training data: the flag, the share of each dataset for training, and weights with prefixes."""
+    """For the training data: the flag, each dataset's share for training, and weights with prefixes."""
     if args.mock_data or args.sft:
         return
     parts = [float(part) for part in re.split(r"[,/]", args.split or _DEFAULT_SPLIT)]
@@ -103,7 +103,7 @@ def training_blends(args: Namespace) -> Iterator[tuple[str, float, list[tuple[fl
 
 
 def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
-    """A blend's weights and prefixes; the weights are None if not given."""
+    """A blend's weights and prefixes. The weights are None if the blend has none."""
     if not entries:
         raise UserError(f"{flag} is empty; give the prefix of .bin/.idx files")
     if len(entries) % 2 == 0:
@@ -118,7 +118,7 @@ def _weighted(flag: str, entries: list[str]) -> list[tuple[float | None, str]]:
 
 
 def token_file_of(flag: str, prefix: str) -> TokenFile:
-    """The files of a dataset; raises as :class:`TokenFile`, naming ``flag`` too."""
+    """The files of a dataset. Raises as :class:`TokenFile`, and names ``flag`` too."""
     try:
         return TokenFile(prefix)
     except UserError as error:
@@ -149,7 +149,7 @@ def tokenizer(args: Namespace) -> None:
         )
     if args.tokenizer_type in NULL_TYPES and not args.vocab_size:
         raise UserError(f"--vocab-size is missing; --tokenizer-type {args.tokenizer_type} needs it")
-    of_file = (*SENTENCEPIECE_TYPES, "TikTokenizer")  # for the others it may also be a name on the hub
+    of_file = (*SENTENCEPIECE_TYPES, "TikTokenizer")  # other types also take a name on the hub
     needs_model = args.tokenizer_type in (*of_file, "HuggingFaceTokenizer", "SFTTokenizer")
     if needs_model and args.tokenizer_model is None:
         raise UserError(f"--tokenizer-model is missing; --tokenizer-type {args.tokenizer_type} needs it")
@@ -199,7 +199,7 @@ def token_ids(args: Namespace) -> None:
 def _extreme_ids(tokens: Any, windows: int, width: int = 1 << 14) -> tuple[int, int]:
     """Smallest and largest token id in up to ``windows`` evenly spaced pieces of ``width`` tokens.
 
-    The first and the last token are always read; all tokens if the pieces cover them.
+    The first and the last token are always read. All tokens are read if the pieces cover them.
     """
     if len(tokens) <= windows * width:
         starts, width = [0], len(tokens)
@@ -223,7 +223,7 @@ def _model_vocabulary(args: Namespace) -> int | None:
 
 
 def _exact_tokenizer_size(args: Namespace) -> int | None:
-    """Number of tokens of Megatron's tokenizer, for the types where it is cheap to know."""
+    """Number of tokens of Megatron's tokenizer, for types for which it is cheap to find; else None."""
     if args.metadata_path is not None:
         return None  # it may name another class
     if args.tokenizer_type not in SENTENCEPIECE_TYPES:
@@ -242,6 +242,6 @@ def _hugging_face_size(args: Namespace) -> int | None:
         from tokenizers import Tokenizer
 
         ids = Tokenizer.from_file(path).get_vocab(with_added_tokens=True).values()
-    except Exception:  # tokenizers has no class of its own
+    except Exception:  # tokenizers has no exception class
         return None
     return max(ids, default=-1) + 1 + len(args.special_tokens or [])

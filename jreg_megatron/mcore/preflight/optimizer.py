@@ -1,4 +1,4 @@
-"""Checks of the optimizer. Megatron finds these errors after it has built the model, or at a step."""
+"""Checks of the optimizer. Megatron finds these errors after it has built the model, or in a step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jreg_megatron.runtime.errors import UserError
 _EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 """Optimizers of the package ``emerging_optimizers``."""
 _OLDEST = (0, 2)
-"""The oldest version of the package for Megatron-Core 0.19."""
+"""The oldest version of the package that Megatron-Core 0.19 supports."""
 
 
 def package(name: str | None) -> None:
-    """Refuse the optimizer ``name`` if its package is not installed. Imports nothing of Megatron.
+    """Refuse the optimizer ``name`` if its package is not installed. It does not import Megatron.
 
-    A Megatron tree with its own optimizers of these names does not mention the package.
+    A Megatron tree that has its own optimizers of these names does not need the package.
 
     Raises:
         UserError: naming the package.
@@ -51,8 +51,8 @@ _NO_STEP = (
     "is lost; give --no-{0}-optim to {0} the weights alone, or --use-distributed-optimizer instead of "
     "--use-torch-fsdp2"
 )
-# Megatron 0.19 loads Adam's moments from a torch_dist checkpoint and not the number of its step; it reads no
-# torch_dcp checkpoint at all.
+# From a torch_dist checkpoint Megatron 0.19 loads Adam's moments, but not the number of its step. It cannot
+# read a torch_dcp checkpoint.
 _RESUMING_FSDP2: Refusals = {
     "--load is {load} with --ckpt-format torch_dcp, which Megatron 0.19 writes and cannot read; give "
     "--ckpt-format torch_dist": lambda args: args.load and args.ckpt_format == "torch_dcp",
@@ -63,8 +63,8 @@ _RESUMING_FSDP2: Refusals = {
 }
 
 
-# Its save waits forever where a rank has no row of some weight, and so no moments of it; seen on a CPU.
-# Without the optimizer Megatron ends with "does not implement a model-to-main parameter update" as it loads.
+# Megatron-FSDP's save hangs if a rank has no row of some weight, and so no moments of it; seen on a CPU.
+# Without the optimizer, loading ends with "does not implement a model-to-main parameter update".
 _NO_CHECKPOINTS = (
     "--{0} is {{{1}}} with --use-megatron-fsdp, whose optimizer Megatron 0.19 may hang on, and without "
     "which it loads no weights; leave --{0} out, or give --use-distributed-optimizer instead of "
@@ -94,7 +94,7 @@ def combination(args: Namespace) -> None:
 
 
 def resuming(args: Namespace) -> None:
-    """Refuse to save or load the optimizer's state with FSDP2, and what does not run with Megatron-FSDP."""
+    """Refuse to save or load the optimizer's state with FSDP2, and features that Megatron-FSDP lacks."""
     if args.use_torch_fsdp2 and not args.skip_train:
         refuse(args, _RESUMING_FSDP2)
     if args.use_megatron_fsdp and not args.skip_train:

@@ -1,6 +1,6 @@
 """Checks of sizes, training length, learning rate, evaluation and saving, and of the division over ranks.
 
-Megatron says what is wrong with uneven and virtual pipeline stages and with layouts of its own.
+Megatron has its own messages for uneven and virtual pipeline stages and for custom layouts.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def model(args: Namespace) -> None:
 
 
 def pipeline(args: Namespace) -> None:
-    """Check stages of equal size, virtual ones too."""
+    """Check that pipeline stages have equal sizes, virtual stages too."""
     ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     stages = args.pipeline_model_parallel_size
     layers = args.encoder_num_layers if args.num_layers is None else args.num_layers
@@ -132,7 +132,7 @@ def pipeline(args: Namespace) -> None:
     if _other_layer_plan(args) or given(args, "pipeline_model_parallel_layout"):
         return
     if numbers := {name: getattr(args, name) for name in ends if getattr(args, name) is not None}:
-        # Megatron builds wrong stages of these without a word.
+        # Megatron silently builds wrong stages from these.
         rest, middle = layers - sum(numbers.values()), stages - len(numbers)
         if rest < 0 or middle < 0:
             shown = " ".join(f"{flag_of(name)} {number}" for name, number in numbers.items())
@@ -176,7 +176,7 @@ def batch_sizes(args: Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     replicas = args.world_size // (tp * pp * args.context_parallel_size)
     step = micro * replicas
-    # --decrease-batch-size-if-needed allows a remainder, but each replica needs one micro-batch.
+    # --decrease-batch-size-if-needed allows a remainder, but each replica needs at least one micro-batch.
     if total is not None and (total < step or (total % step and not args.decrease_batch_size_if_needed)):
         raise UserError(
             f"--global-batch-size is {total}; it must be a multiple of --micro-batch-size {micro} x "
@@ -185,5 +185,5 @@ def batch_sizes(args: Namespace) -> None:
 
 
 def _other_layer_plan(args: Namespace) -> bool:
-    """Whether a pattern gives the layers. Only Megatron can count them."""
+    """Whether a pattern defines the layers. Only Megatron can count them."""
     return bool(given(args, "hybrid_layer_pattern", "hybrid_override_pattern"))
