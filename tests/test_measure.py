@@ -461,7 +461,7 @@ def test_finished_results_stay_when_a_later_model_fails(
         ("{model} --text {tmp}/missing.txt", "missing.txt does not exist"),
         ("{model} --text {tmp}/bad.jsonl", "bad.jsonl line 2: not JSON"),
         ("{model} --text {tmp}/texts.jsonl --key body", "line 1: no such key"),
-        ("{model} --text {tmp}/empty.txt", "--text holds no token"),
+        ("{model} --text {tmp}/empty.txt", "the texts have no token"),
         ("{model} --speeches 1862-Nobody-1", "1862-Lincoln-1"),
         ("{model} --max-tokens -1", "--max-tokens is -1"),
         ("{model} --batch-size 0", "--batch-size is 0"),

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import kubernetes_validate
 import psutil
 import pytest
+import torch
 import yaml
 from harness import Finished, read_scalars, run_ranks
 
@@ -584,6 +585,33 @@ def test_weights_that_no_gpu_can_hold_are_refused_and_activations_warned_of() ->
     assert "lower MICRO_BATCH" in machine.check_memory(A_PLAN, machine.Gpus(8, "A30", 24 * 10**9))
     with pytest.raises(UserError, match=r"take 8 GB a GPU, and GTX has 6 GB; raise TP or PP"):
         machine.check_memory(A_PLAN, machine.Gpus(8, "GTX", 6 * 10**9))
+
+
+def test_the_memory_is_that_of_the_gpus_that_the_run_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        """#!/bin/bash
+case "$*" in
+    *--id=1*) echo 'H100, 81559';;
+    *--id=MIG*) echo 'No devices were found'; exit 6;;
+    *) echo 'T400, 2048'; echo 'H100, 81559';;
+esac
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, found in (
+        (None, machine.Gpus(2, "T400", 2048 * 2**20)),
+        ("1", machine.Gpus(1, "H100", 81559 * 2**20)),
+        ("MIG-0", machine.Gpus(1, "", None)),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found.count)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine.Gpus.of_this_node() == found
 
 
 def test_checkpoints_that_the_disk_cannot_hold_are_refused(tmp_path: Path) -> None:

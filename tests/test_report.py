@@ -168,7 +168,7 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
     assert [float(cell) for cell in added[2][1:]] == pytest.approx([3 / 90, 5 / 90, 7 / 90], rel=1e-3)
     assert page.table("How many directions")[1] == ["0", "0.000"]
     assert float(page.table("Where states begin")[-1][1]) == pytest.approx(LAYERS / 40 - 0.5, rel=1e-3)
-    skipped = page.table("What changes if a layer is skipped")
+    skipped = page.table("Change without one layer")
     assert float(skipped[-2][2]) == pytest.approx(0.1 * (LAYERS - 1), rel=1e-3)
     assert float(skipped[1][2]) == pytest.approx(0.1 * sum(range(1, LAYERS)) / (LAYERS - 1), rel=1e-3)
     assert (skipped[-1][0], float(skipped[-1][1])) == (str(LAYERS), LAYERS / 100)

@@ -255,7 +255,7 @@ def test_rounding_hides_neither_a_threshold_nor_a_difference(report: Callable[..
     for task, p_value in zip(compared["tasks"], (0.04996, 0.0499999, 0.05, 0.0123456), strict=True):
         compared["tasks"][task] |= {"p_value": p_value, "p_adjusted": p_value}
     page = report(write(Path("e.json"), document))
-    last = page.table("What the middle layers already know")[-1]
+    last = page.table("Next-token loss at each layer")[-1]
     assert last == [str(LAYERS), "0.99996", "1.0000"]
     differences = "jreg minus baseline"
     shown = ["0.04996", "0.0499999", "0.0500", "0.0123"]

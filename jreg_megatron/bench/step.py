@@ -27,7 +27,7 @@ from jreg_megatron.bench.counting import COUNTED, busy, count
 from jreg_megatron.bench.options import ATTACHED, INTERVAL, KINDS, UNMODIFIED, WAYS
 from jreg_megatron.bench.rounds import median_ratio, rounds
 from jreg_megatron.bench.variants import make_variants
-from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, one_line, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.fork import fork_ranks, world_size_of
 from jreg_megatron.runtime.ranks import of_every_rank
 
@@ -84,7 +84,7 @@ def _measure(args: Namespace, deadline: float, finish: Callable[[dict[str, Any]]
             try:
                 measured = megatron.train(megatron.arguments_of(args, most_steps(args.rounds)), args, work)
             except torch.OutOfMemoryError as error:
-                what = " ".join(str(error).split()).partition(". ")[0]
+                what = one_line(error).partition(". ")[0]
                 raise UserError(
                     f"the model does not fit ({what}); give less --layers or --micro-batch"
                 ) from None

@@ -51,7 +51,7 @@ class LocalStack(stack):  # type: ignore[misc]
         super().__init__(config, submodules, *args, **{**kwargs, "post_layer_norm": False})
         if any(isinstance(layer, IdentityOp) for layer in self.layers):
             raise UserError(
-                "CPU mode runs hybrid models of attention ('*'), MLP ('-'), experts ('E') and, from "
+                f"{__name__} has attention ('*'), MLP ('-'), experts ('E') and, from "
                 "Megatron-Core 0.19 on, latent attention ('+') only; leave others out of the hybrid "
                 "layer pattern"
             )

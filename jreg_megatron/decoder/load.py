@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jreg_megatron.decoder.reference import Reference
-from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from jreg_megatron.decoder.decoder import Decoder
@@ -50,8 +50,8 @@ def check_model_arguments(args: Namespace) -> None:
             torch.zeros(1, device=args.device).item()  # fails on "meta", which holds no numbers
     except Exception as error:  # torch's, or that of a device's own package
         raise UserError(
-            f"--device is {args.device}, which this machine does not have; give cpu, or a device that torch "
-            "sees"
+            f"--device is {args.device}, which does not work on this machine ({one_line(error, most=200)}); "
+            "give cpu, or a device that torch sees"
         ) from error
 
 

@@ -158,5 +158,5 @@ def _embedding_of(decoder: Decoder) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == decoder.hidden_size:
         return weight
-    note(f"the input embedding of {decoder.name} is not as wide as its states; alignment is left out")
+    note(f"{decoder.name} has no input embedding as wide as its states; alignment is left out")
     return None

@@ -31,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 2e-2  # bf16 and fp16
 _CHECKED_TOKENS = 32
 
-_NOTHING = "--text has no text of two or more tokens, so there is nothing to predict; give longer texts"
+_NOTHING = "no text has two or more tokens, so there is nothing to predict; give longer texts with --text"
 _RIDGE = 1e-6
 """This share of the coordinates' mean square is added to each (ridge). Without it, states that do not fill
 all dimensions give no unique map."""

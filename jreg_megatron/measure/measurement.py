@@ -85,7 +85,7 @@ def measure(
         if on_tokens is not None:
             on_tokens(int(batch.lengths.sum()))
     if isinstance(largest, float):
-        raise UserError("--text holds no token; give other files")
+        raise UserError("the texts have no token; give others with --text")
     tops_of = zip(means.items(), largest.T, strict=True)
     return {
         name: _figures(mean, top, decoder.num_layers) if mean.texts else None for (name, mean), top in tops_of

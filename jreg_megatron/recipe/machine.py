@@ -38,13 +38,19 @@ class Gpus:
 
     @classmethod
     def of_this_node(cls) -> Gpus:
-        """Their number from torch, the rest from the driver. It creates no context on a GPU."""
+        """Their number from torch, the rest from the driver. It creates no context on a GPU.
+
+        Like torch, it sees only the GPUs in ``CUDA_VISIBLE_DEVICES``. For a part of a GPU (MIG) the name and
+        the memory stay unknown.
+        """
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count or shutil.which("nvidia-smi") is None:
             return cls(count)
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            query.append(f"--id={visible}")
         told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
         rows = [row.rpartition(", ") for row in told.splitlines()]
         sizes = [int(size) * 2**20 for _, _, size in rows if size.strip().isdecimal()]

@@ -303,14 +303,14 @@ _CURVES = (
     (
         "read_out_loss",
         "read_out.loss",
-        "What the middle layers already know",
+        "Next-token loss at each layer",
         f"{_READ_OUT} A lower loss in the middle: the model knows more there. Layer 0 is the embedding.",
         (LAYER, _LOSS),
     ),
     (
         "lens_loss",
         "lens.loss",
-        "What the middle layers know, through a fitted lens",
+        "With a fitted lens: next-token loss at each layer",
         "An affine map first brings the state after each layer near to the last layer's state. It was "
         "fitted on other texts. The remaining loss is what the layer does not know.",
         (LAYER, _LOSS),
@@ -332,7 +332,7 @@ _CURVES = (
     (
         "layer_drop",
         "layer_drop",
-        "What each layer is needed for",
+        "Loss without one layer",
         "The rise of the loss without this one layer. Near 0 the layer does little.",
         (LAYER, Axis("rise of the loss (nats per token)", scale="auto")),
     ),
@@ -402,7 +402,7 @@ _CURVES = (
     (
         "depth_skipping",
         {"depth.skip_output": "of the output", "depth.skip_later": "of later layers"},
-        "What changes if a layer is skipped",
+        "Change without one layer",
         "Of the output: norm of the change of the probabilities. Of later layers: relative change of what "
         "they add, mean over these layers. Means over tokens. A sequence's first token keeps the layer.",
         (LAYER, Axis("change", scale="auto")),

@@ -24,7 +24,7 @@ from typing import Any
 
 from jreg_megatron.recipe import announcement, identity
 from jreg_megatron.recipe.request import read_words
-from jreg_megatron.runtime.errors import UserError, quiet_interrupt, user_errors_exit
+from jreg_megatron.runtime.errors import UserError, one_line, quiet_interrupt, user_errors_exit
 from jreg_megatron.runtime.flags import Parser, count, refuse
 from jreg_megatron.runtime.imports import need
 
@@ -85,7 +85,7 @@ def read_data(data: str) -> tuple[Any, int]:
     try:
         rows = datasets.load_dataset(source[0], split="train", **source[1])
     except Exception as error:  # datasets has no common class for its errors
-        said = " ".join(str(error.__cause__ or error).split())
+        said = one_line(error.__cause__ or error)
         raise UserError(
             f"DATA is {data}, which cannot be read ({type(error).__name__}: {said}); name a JSON-lines file, "
             "a folder of such files, or a data set of the Hugging Face hub, if this machine has a network"

@@ -10,7 +10,7 @@ from torch import Tensor
 from jreg_megatron.methods.jreg.kernels import eager
 from jreg_megatron.methods.jreg.kernels.handed import Above, Gradients, Rows
 from jreg_megatron.methods.jreg.settings import JRegConfig
-from jreg_megatron.runtime.errors import DeviceFault, UserError
+from jreg_megatron.runtime.errors import DeviceFault, UserError, one_line
 
 __all__ = ["Above", "DeviceFault", "Gradients", "Kernels", "Rows", "check", "choose", "refuse_fault"]
 
@@ -102,7 +102,7 @@ def choose(wanted: str, device: torch.device, width: int, dtype: torch.dtype) ->
         raise
     except Exception as error:  # Triton compiles here for the first time: no compiler, no driver
         refuse_fault(device)
-        why_not = f"Triton does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        why_not = f"Triton does not run here ({type(error).__name__}: {one_line(error, most=200)})"
     if wanted == "triton":
         raise UserError(
             f"{JRegConfig.flag('kernels')} is 'triton', but {why_not}; use 'torch', or 'auto' for "
@@ -123,7 +123,7 @@ def refuse_fault(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise DeviceFault(
-            f"Triton's kernels make {device} fail ({' '.join(str(error).split())[:200]}); "
+            f"Triton's kernels make {device} fail ({one_line(error, most=200)}); "
             f"set {JRegConfig.flag('kernels')} to 'torch', and report it"
         ) from error
 
