@@ -86,7 +86,7 @@ def read_arguments(*settings: Settings) -> Any:
             of_one.refuse_layers(asked.num_layers)
     with megatrons_refusals():
         with mock.patch.object(arguments, "parse_args", return_value=asked):
-            args = arguments.parse_and_validate_args()
+            args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
         config = gpt_config_from_args(args)
         if args.init_fan_in:
             initialization.set_fan_in(config.transformer, args)

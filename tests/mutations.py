@@ -1089,7 +1089,7 @@ _BY_FILE = {
     "methods/jreg/kernels/fused.py": [
         Fault(
             "launch the kernel for aligned states on others",
-            (("(kernel, device, addresses % _ALIGNED == 0, like", "(kernel, device, like"),),
+            (("        odd = addresses", "        odd = 1 if addresses % _ALIGNED else 0  # addresses"),),
             PREPARED,
         ),
         Fault(

@@ -238,11 +238,13 @@ def of_every_kind(dtypes: tuple[torch.dtype, torch.dtype]) -> Iterator[tuple[str
     """Calls whose launches differ in something on which Triton's choice of a compiled kernel may depend."""
     size_in, size_out = dtypes
     weights, coefficient = torch.ones(8, 16), torch.ones(1)
-    memory = torch.ones(8 * 16 * 64 + 1, dtype=size_out)
+    input_memory, memory = (torch.ones(8 * 16 * 64 + 1, dtype=dtype) for dtype in dtypes)
     a, b, g = torch.ones(8, 16, 64, dtype=size_in), *(torch.ones(8, 16, 64, dtype=size_out) for _ in range(2))
     others = {
         "contiguous": (a, b, g),
-        "on an odd address": (a, memory[1:].view(8, 16, 64), g),
+        "output on an odd address": (a, memory[1:].view(8, 16, 64), g),
+        "gradient on an odd address": (a, b, memory[1:].view(8, 16, 64)),
+        "input on an odd address": (input_memory[1:].view(8, 16, 64), b, g),
         "transposed": (a.view(16, 8, 64).transpose(0, 1), b, g),
         "all transposed": tuple(x.view(16, 8, 64).transpose(0, 1) for x in (a, b, g)),
         "expanded": (a, b, g[:1, :1].expand(8, 16, 64)),

@@ -603,14 +603,15 @@ esac
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for visible, found in (
-        (None, machine.Gpus(2, "T400", 2048 * 2**20)),
-        ("1", machine.Gpus(1, "H100", 81559 * 2**20)),
-        ("MIG-0", machine.Gpus(1, "", None)),
+    for visible, order, found in (
+        ("", "", machine.Gpus(2, "T400", 2048 * 2**20)),
+        ("1", "PCI_BUS_ID", machine.Gpus(1, "H100", 81559 * 2**20)),
+        ("1", "", machine.Gpus(1)),  # CUDA counts the fastest first
+        ("MIG-0", "", machine.Gpus(1)),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found.count)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
         assert machine.Gpus.of_this_node() == found
 
 

@@ -40,8 +40,9 @@ class Gpus:
     def of_this_node(cls) -> Gpus:
         """Their number from torch, the rest from the driver. It creates no context on a GPU.
 
-        Like torch, it sees only the GPUs in ``CUDA_VISIBLE_DEVICES``. For a part of a GPU (MIG) the name and
-        the memory stay unknown.
+        Like torch, it sees only the GPUs in ``CUDA_VISIBLE_DEVICES``. Name and memory stay unknown for a part
+        of a GPU (MIG), and where GPUs differ and are given by numbers, which CUDA and the driver do not count
+        in the same order.
         """
         import torch
 
@@ -49,9 +50,13 @@ class Gpus:
         if not count or shutil.which("nvidia-smi") is None:
             return cls(count)
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        is_exact = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or visible.startswith(("GPU-", "MIG-"))
+        if visible and is_exact:
             query.append(f"--id={visible}")
         told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        if visible and not is_exact and len(set(told.splitlines())) > 1:
+            return cls(count)
         rows = [row.rpartition(", ") for row in told.splitlines()]
         sizes = [int(size) * 2**20 for _, _, size in rows if size.strip().isdecimal()]
         return cls(count, rows[0][0] if rows else "", min(sizes, default=None))

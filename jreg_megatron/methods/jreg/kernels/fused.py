@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -55,7 +57,7 @@ IS_INTERPRETED = isinstance(gradients_kernel, InterpretedFunction)
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-_IS_KNOWN = (3, 3) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+_IS_KNOWN = re.match(r"3\.[3-9](?!\d)", triton.__version__) is not None
 """Whether we know what this Triton's choice of a compiled kernel depends on, and how one is launched."""
 
 
@@ -144,8 +146,9 @@ class TritonKernels:
         """Run a kernel on the rows of ``states``. It gets ``tensors``, ``numbers``, sizes and ``options``.
 
         Triton chooses the compiled kernel in each call, which takes most of a launch's time. Here it is
-        chosen once per key. The key has all that the choice depends on: integers too, but no floating number,
-        which the first of ``numbers`` is.
+        chosen once per key. The key has all properties of the arguments on which the choice depends: integers
+        too, but no floating number, which the first of ``numbers`` is. Triton's own settings (its debug mode,
+        instrumentation) count as they are at the first launch.
         """
         like = states[0]
         if like.numel() == 0:
@@ -157,8 +160,10 @@ class TritonKernels:
             return
         for tensor in tensors:
             addresses |= tensor.data_ptr()
+        # Triton looks at each address. Nearly always all are aligned.
+        odd = addresses % _ALIGNED and tuple(tensor.data_ptr() % _ALIGNED == 0 for tensor in tensors)
         key = (
-            *(kernel, device, addresses % _ALIGNED == 0, like.shape, numbers[1:], *options.values()),
+            *(kernel, device, odd, like.shape, numbers[1:], *options.values()),
             *[tensor.dtype for tensor in tensors],
             *[state.stride() for state in states],
         )
@@ -188,10 +193,16 @@ class TritonKernels:
         constants |= options
         # A GPU rounds as the interpreter does, whatever Triton's default.
         compiler = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
+
+        def launch(*given: Any) -> None:
+            kernel[grid](*given, *sizes, **constants, **compiler)
+
         if IS_INTERPRETED or not _IS_KNOWN or driver.active.get_current_target().backend != "cuda":
             # Triton's choice: on an AMD GPU it also depends on how much memory a state is a part of.
-            return lambda *given: kernel[grid](*given, *sizes, **constants, **compiler)
+            return launch
         compiled = kernel.warmup(*tensors, *numbers, *sizes, grid=grid, **constants, **compiler)
+        if not isinstance(compiled, CompiledKernel):  # a hook has stopped the compilation, or it still runs
+            return launch
         run, last = compiled[grid], (*sizes, *(constants[x] for x in kernel.arg_names if x in constants))
         return lambda *given: run(*given, *last)
 
