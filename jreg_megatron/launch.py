@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
                     f"{method.flag(given.removeprefix(f'{method.prefix}_'))} comes before {options.script}; "
                     "put it after the script, among its arguments"
                 )
-        options.arguments = known.with_a_flag(options.arguments)
         known.check_flags(options.arguments)
         trains = not {"-h", "--help"} & set(options.arguments)
         script.run(

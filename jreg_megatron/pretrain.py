@@ -14,7 +14,6 @@ import time
 from jreg_megatron.mcore.arguments import CPU_FLAG
 from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
 from jreg_megatron.mcore.installed import need_training_loop
-from jreg_megatron.methods import known
 from jreg_megatron.runtime.errors import megatrons_refusals, user_errors_exit
 from jreg_megatron.runtime.fork import end_with_the_parent
 
@@ -43,7 +42,7 @@ def _run(argv: list[str], started: float) -> None:
         argv = cpu.with_cpu_flags(argv)
     need_training_loop("jreg_megatron.pretrain", ", or use jreg_megatron.attach, which works since 0.16")
     # Megatron reads its arguments from here.
-    sys.argv = [sys.argv[0], *known.with_a_flag(argv)]
+    sys.argv = [sys.argv[0], *argv]
 
     from megatron.training import get_tensorboard_writer, set_startup_timestamps
 

@@ -56,7 +56,9 @@ class _Attached:
 class _Loop:
     attached: _Attached | None = None
     must_be_asked: bool = False
-    """Whether Megatron's arguments must have a method's flag, because the launcher has seen one."""
+    """Whether Megatron's arguments must have a method's flag."""
+    had_flag: bool = False
+    """Whether the command line had one when the script began. A script may take it away."""
     is_setting_up: bool = False
     """Whether Megatron is building and loading the model that gets the methods."""
     last_step: int | None = None
@@ -91,7 +93,7 @@ def install() -> None:
     _decorate(training, measure_validation, "evaluate")
     _decorate(training, log_validation, "evaluate_and_print_results")
     _decorate_the_end(training)
-    _loop.must_be_asked = True
+    _loop.must_be_asked, _loop.had_flag = True, known.has_flag(sys.argv[1:])
 
 
 def _decorate_the_end(training: ModuleType) -> None:
@@ -132,7 +134,14 @@ def add_arguments(add_megatron_arguments: Function) -> Function:
     @_decorating(add_megatron_arguments)
     def with_jreg(*args: Any, **named: Any) -> ArgumentParser:
         _decorate_the_loading()
-        return known.add_arguments(add_megatron_arguments(*args, **named))
+        parser: ArgumentParser = known.add_arguments(add_megatron_arguments(*args, **named))
+        if _loop.must_be_asked:
+            # The script may have added its own methods since the launcher has checked the flags.
+            with user_errors_exit():
+                known.check_flags(sys.argv[1:])
+            if not (_loop.had_flag or known.has_flag(sys.argv[1:])):
+                parser.set_defaults(**known.MEASURING)
+        return parser
 
     return with_jreg
 

@@ -67,6 +67,29 @@ def test_with_coeff_zero_or_no_flag_the_script_is_bit_identical_to_itself(
         assert len(values["jreg loss"]) == 3
 
 
+OWN_METHOD = """
+import runpy
+import sys
+from jreg_megatron.examples.own_method import ShortConfig
+from jreg_megatron.methods import known
+known.METHODS.append(ShortConfig)
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_flag_of_a_users_own_method_turns_on_that_method_alone(
+    toy_arguments: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN_METHOD.format(script=str(SCRIPT)))
+    argv = [*toy_arguments, *CUT, "--train-iters", 2, "--eval-iters", 0]
+    for given, is_measured in ((["--short-coeff", "1e-2"], False), ([], True)):
+        run = launch(script, *argv, *given, "--tensorboard-dir", tmp_path / str(is_measured), world_size=4)
+        assert ("jreg loss" in read_scalars(tmp_path / str(is_measured))) == is_measured, run
+    line = refusal(launch(script, *argv, "--short-coef", "1", world_size=4, check=False))
+    assert "--short-coef;" in line and "--short-coeff" in line
+
+
 def log_by_the_condition(argv: list[str]) -> None:
     """Megatron's line has averages for which ``condition`` holds; the last layer turns nothing.
 

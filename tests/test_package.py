@@ -15,6 +15,8 @@ from mutations import FAULTS, Fault
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import jreg_megatron
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -60,10 +62,13 @@ def test_no_room_imports_one_that_is_below_it_in_contributing() -> None:
         found.add(here)
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not getattr(node, "level", 0), f"{module} has a relative import"
             if names == ["jreg_megatron"]:
-                names = [f"jreg_megatron.{alias.name}" for alias in node.names]
+                names = [f"jreg_megatron.{jreg_megatron._MODULES.get(a.name, a.name)}" for a in node.names]
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                names = [str(of.value) for of in node.args if isinstance(of, ast.Constant)]
             for name in names:
                 there = room(name) if name.startswith("jreg_megatron.") else ""
                 if there in order and order.index(there) > order.index(here):

@@ -15,6 +15,9 @@ from jreg_megatron.methods.periln.settings import PeriLNConfig
 from jreg_megatron.methods.slowqk.settings import SlowQKConfig
 from jreg_megatron.stream.settings import Settings
 
+MEASURING = {f"{JRegConfig.prefix}_coeff": 0.0}
+"""Parsed arguments with which JREG measures and does nothing else."""
+
 METHODS: list[type[Settings]] = [
     *(JRegConfig, NormsConfig, DepthConfig, AttenuationConfig, SlowQKConfig, LETConfig),
     *(LayerNormScalingConfig, PeriLNConfig),
@@ -61,8 +64,3 @@ def check_flags(argv: list[str]) -> None:
     """
     for method in METHODS:
         method.check_flags(argv)
-
-
-def with_a_flag(argv: list[str]) -> list[str]:
-    """``argv``; without a flag of any method it gets ``--jreg-coeff 0``, so that JREG measures."""
-    return argv if has_flag(argv) else [*argv, JRegConfig.flag("coeff"), "0"]
