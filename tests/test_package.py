@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_the_core_imports_without_megatron() -> None:
     assert not {"megatron", "transformers", "matplotlib", "sentencepiece"} & set(imported)
 
 
+def own_files() -> list[str]:
+    """The files that the repository holds, or would hold once they are added."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: no list of the repository's own files")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
+
+
 def test_no_room_imports_one_that_is_below_it_in_contributing() -> None:
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("| room in")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
@@ -77,6 +87,15 @@ def test_no_room_imports_one_that_is_below_it_in_contributing() -> None:
     assert not upward, "\n".join(upward)
 
 
+def test_the_source_distribution_holds_all_files_of_the_repository(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    assert held == {*own_files(), "PKG-INFO"}
+
+
 # te is compiled for one GPU's CUDA; its version is the container's to choose.
 @pytest.mark.parametrize("extra", [None, *sorted(EXTRAS.keys() - {"te"})])
 def test_every_dependency_is_pinned_to_a_version_it_allows(extra: str | None) -> None:
@@ -105,13 +124,9 @@ def test_the_wheel_holds_what_runs_and_no_pictures_pages_or_kept_results(tmp_pat
 
 
 def test_no_file_names_a_package_registry_or_a_path_of_one_machine() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: no list of the repository's own files")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     found = [
         f"{name}:{number}: {line}"
-        for name in names
+        for name in own_files()
         if (ROOT / name).is_file()
         for number, line in enumerate((ROOT / name).read_text(errors="replace").splitlines(), start=1)
         if REGISTRY_HOST.search(line) or MACHINE_PATH.search(line)
