@@ -62,6 +62,17 @@ NAMED = [
     Layout(tensor=2, pipeline=2, context=2, sequence_parallel=True, token_stride=4),
     Layout(pipeline=2, token_stride=2, masked=True, tokens="unmasked", recompute="uniform"),
     Layout(pipeline=2, virtual=2, token_stride=4, final_state="post_norm", recompute="block"),
+    Layout(tensor=2, data=2, methods="all"),
+    Layout(tensor=2, context=2, sequence_parallel=True, methods="all"),
+    Layout(
+        tensor=2,
+        sequence_parallel=True,
+        pipeline=2,
+        virtual=2,
+        recompute="uniform",
+        num_microbatches=4,
+        methods="all",
+    ),
     *(
         Layout(model="hybrid", layers=layers, **cut)
         for layers, cuts in {
