@@ -51,6 +51,7 @@ class LETConfig(Settings):
         "the teacher: a folder with a causal language model of transformers. It must have the tokenizer of "
         "this training. jreg-megatron export makes such a folder from a Megatron checkpoint.",
         metavar="FOLDER",
+        required=True,
     )
     coeff: float = setting(0.1, "the coefficient at the start, >= 0. At 0 nothing changes.", float, "LAMBDA")
     layer: int | None = setting(
@@ -66,6 +67,7 @@ class LETConfig(Settings):
         "training.",
         int,
         "N",
+        required=True,
     )
     tokens: str = setting(
         "all",
