@@ -1,4 +1,4 @@
-"""The teacher: a trained causal language model of transformers, which runs without gradients."""
+"""The teacher: a trained Hugging Face causal language model, which runs without gradients."""
 
 from __future__ import annotations
 
