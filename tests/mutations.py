@@ -1702,8 +1702,8 @@ _BY_FILE = {
             "do not look at the loss's scale",
             (
                 (
-                    '        raise UserError(\n            f"lambda',
-                    '        return bool(\n            f"lambda',
+                    '        raise UserError(\n            f"the loss is',
+                    '        return bool(\n            f"the loss is',
                 ),
             ),
             FIRST_STEP,

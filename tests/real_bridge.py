@@ -257,7 +257,7 @@ EXPERTS = {
 }
 GRAPHS = {"cuda_graph_impl": "transformer_engine", "use_te_rng_tracker": True}
 NOT_IN_MEGATRON_FSDP: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "optim_grads_params and experts that one rank has each": ("optim_grads_params", EXPERTS, {}),
+    "optim_grads_params and experts that are not replicated": ("optim_grads_params", EXPERTS, {}),
     "no_shard and expert_model_parallel_size": ("no_shard", EXPERTS, {}),
     "num_distributed_optimizer_instances": ("optim", {}, {"num_distributed_optimizer_instances": 2}),
     "cuda_graph_impl transformer_engine": ("optim_grads", GRAPHS, {}),

@@ -329,8 +329,8 @@ def test_runs_of_one_name_keep_evaluations_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("step", 400, "is of step 400"),
-        ("source", "elsewhere", "is of checkpoint"),
+        ("step", 400, "has step 400, but"),
+        ("source", "elsewhere", "has checkpoint "),
     ],
 )
 def test_an_evaluation_of_another_model_is_refused(

@@ -139,11 +139,11 @@ def _measurement(documents: list[dict[str, Any]]) -> None:
         (_other_metric, "piqa has another metric or number of samples"),
         (_fewer_samples, "race has another metric or number of samples"),
         (_limit, "--limit was none and 100 in"),
-        (_turn_round, "have baseline and jreg in two orders"),
+        (_turn_round, "baseline and jreg in different orders"),
         (_copy, "baseline is the same model in"),
         (_one_baseline, "baseline is the same model in"),
         (_one_seed, "--seeds has one evaluation; give the files of at least two seeds"),
-        (_measurement, "seed1.json is neither"),
+        (_measurement, "seed1.json is an unknown kind of file"),
     ],
 )
 def test_seeds_that_make_no_mean_are_one_line(

@@ -367,7 +367,7 @@ def test_a_loss_with_another_scale_is_refused_with_the_lambda_that_it_would_have
         if name == "mean, per token":
             assert "calculate_per_token_loss is on, and the loss function returns no number of tokens" in line
         elif name in lambdas:
-            assert f"lambda 0.1 would act like {lambdas[name]}, since" in line, name
+            assert f", so lambda 0.1 would act as {lambdas[name]}; " in line, name
             ratio = float(re.findall(r"the loss is ([\d.]+) times", line)[0]) * WEIGHTS.get(name, 1.0)
             if name in RUNS_OTHERWISE:
                 assert "the model ran 4 times in a step of" in line and "loss-weight" not in line, name
@@ -391,7 +391,7 @@ def waits_for_a_loss() -> list[Any]:
 def test_a_first_step_without_a_token_that_counts_leaves_the_check_to_the_next() -> None:
     ((nothing, halved),) = run_function(waits_for_a_loss)
     assert not nothing
-    assert "lambda 0.1 would act like 0.2" in halved
+    assert "lambda 0.1 would act as 0.2;" in halved
 
 
 def batch_ramps_up() -> list[str]:
@@ -411,8 +411,8 @@ def test_a_fixed_number_of_microbatches_that_grows_is_refused_in_the_step_in_whi
     """Not where it falls short: the last step of an epoch, whose loss is divided as before."""
     (said,) = run_function(batch_ramps_up)
     assert not any(said[:5])
-    assert "is 4, for steps of 4 micro-batches, and a step had 8; " in said[5]
-    assert "lambda was 0.2 and not 0.1:" in said[5]
+    assert "num_microbatches=4)" in said[5] and "a step had 8;" in said[5]
+    assert "lambda 0.1 acted as 0.2;" in said[5]
 
 
 def has_no_loss() -> list[Any]:

@@ -378,8 +378,8 @@ def test_a_model_that_cannot_teach_is_refused_in_one_line(tmp_path: Path) -> Non
 
 SAID = {
     "no layer": ("--let-layer is 3, and the model has 2 layers",),
-    "nothing": ("which is no folder with a model of transformers",),
-    "encoder": ("is no causal language model",),
+    "nothing": ("has no config.json",),
+    "encoder": ("is not a causal language model",),
     "few tokens": ("has 12 tokens, and the data has the id 15",),
     "many tokens": ("has 1200 tokens, and the trained model 32",),
     "short": ("takes sequences of up to 4 tokens, and the training's have 8",),
@@ -453,7 +453,7 @@ def test_whether_a_teacher_looks_ahead_is_seen_in_float32_whatever_it_runs_in(tm
         alike.ln_f.bias[:2] = 200.0
     alike.save_pretrained(tmp_path / "alike")
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(UserError, match="is no causal language model"):
+        with pytest.raises(UserError, match="is not a causal language model"):
             Teacher(str(tmp_path / "encoder"), 32, torch.device("cpu"), dtype)
         teacher = Teacher(str(tmp_path / "alike"), 32, torch.device("cpu"), dtype)
         assert teacher.states(torch.arange(4)[None]).dtype == dtype

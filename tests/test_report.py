@@ -502,10 +502,10 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
         (b"1" * 5000, "is not readable JSON"),
         (b"[]", "the whole is a list of 0"),
         (b'"text"', 'the whole is "text"'),
-        (b"{}", "is neither a measurement"),
+        (b"{}", "unknown kind of file"),
         (b'{"format": "jreg_megatron measurement"}', "version is missing"),
-        (b'{"format": ["jreg_megatron measurement"]}', "is neither a measurement"),
-        (b'{"runs": []}', "is neither a measurement"),
+        (b'{"format": ["jreg_megatron measurement"]}', "unknown kind of file"),
+        (b'{"runs": []}', "unknown kind of file"),
     ],
 )
 def test_a_file_of_unknown_format_is_refused_in_one_line(

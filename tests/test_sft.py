@@ -257,7 +257,7 @@ def test_a_run_resumes_by_itself_and_reports_when_it_is_complete(
         ("no tokenizer", ("{model}",), {}, ["MODEL is {model}", "--no-tokenizer"]),
         ("no end token", ("{model}",), {}, ["MODEL is {model}", "(eos)"]),
         (None, ("{model}",), {"LENGTH": 4096}, ["--max_length is 4,096", "LENGTH"]),
-        (None, ("{model}",), {"DATA": "gone.jsonl"}, ["DATA is gone.jsonl", "not there"]),
+        (None, ("{model}",), {"DATA": "gone.jsonl"}, ["DATA is gone.jsonl", "does not exist"]),
         ("offline", ("{model}",), {"DATA": "a/b"}, ["DATA is a/b", "ConnectionError", "JSON-lines"]),
         ("no messages", ("{model}",), {"DATA": "{data}"}, ["DATA is {data}", "have text", '"role"']),
         ("other roles", ("{model}",), {"DATA": "{data}"}, ["DATA is {data}", "assistant", "human"]),

@@ -29,7 +29,7 @@ def found_in(model: Any, name: str = "odd") -> Decoder:
 
 
 def refused(model: Any) -> str:
-    with pytest.raises(UserError, match="has no layers that can be found") as error:
+    with pytest.raises(UserError, match="no list of layers found in odd ") as error:
         found_in(model)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -129,7 +129,7 @@ def _add_step(part: ArgumentParser) -> None:
     part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
     seconds = (
         "the run ends about S seconds after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). Two rounds run in any case"
+        "%(default)g). At least two rounds run"
     )
     _add_seconds(part, 150, seconds)
     rounds = (
@@ -138,7 +138,7 @@ def _add_step(part: ArgumentParser) -> None:
     )
     # Megatron's work before the first step grows with the number of steps.
     _add_number(part, "--rounds", rounds, default=300, most=10_000)
-    counted = "also count kernels, collectives, waits and memory of a step; 13 steps more"
+    counted = "also count kernels, collectives, waits and memory of a step (adds 13 steps)"
     part.add_argument("--count", action="store_true", help=counted)
     _add_device(part)
     _add_number(part, "--nproc", "start N ranks on this machine's CPU; leave it out under torchrun")
@@ -159,7 +159,7 @@ def _add_kernel(part: ArgumentParser) -> None:
         help="hidden sizes of the states (default: %(default)s)",
     )
     _add_number(part, "--tokens", "rows of a state (default: %(default)s)", default=8192)
-    rounds = "at most N rounds a width, in each of which everything runs once (default: 200; 20 on a CPU)"
+    rounds = "at most N rounds a width; each round runs everything once (default: 200; 20 on a CPU)"
     _add_number(part, "--rounds", rounds)
     _add_seconds(part, 30, "start no round of a width after S seconds (default: %(default)g)")
     uncompiled = "do not compare with torch.compile, which is slow to start"
@@ -173,17 +173,17 @@ _PARTS = {
     "step": ("Megatron's training step, unmodified and with JREG", _add_step),
 }
 _EXAMPLES = """examples:
-  python -m jreg_megatron.bench step                            the demo's model, 2.5 minutes
+  jreg-megatron bench step                                      the demo's model, 2.5 minutes
   torchrun --nproc-per-node 8 -m jreg_megatron.bench step --model 1b --tp 2
-  python -m jreg_megatron.bench step --model 3.4b --layers 12 -- --recompute-granularity selective
-  python -m jreg_megatron.bench host                            Python and launches, 3 minutes on a CPU
+  jreg-megatron bench step --model 3.4b --layers 12 -- --recompute-granularity selective
+  jreg-megatron bench host                                      Python and launches, 3 minutes on a CPU
 """
 
 
 def parser() -> Parser:
     """The parser of all parts."""
     made = Parser(
-        prog="python -m jreg_megatron.bench",
+        prog="jreg-megatron bench",
         description="Measure what JREG costs: each run also measures the same work without it.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,

@@ -270,7 +270,9 @@ def evaluation(run: Trained, file: Path) -> Evaluated:
         ("number of layers", origin.num_layers, len(run.history.displacement)),
     ):
         if has != wanted:
-            raise UserError(f"{file} is of {what} {has}, and {run.folder} ended with {wanted}; delete it")
+            raise UserError(
+                f"{file} has {what} {has}, but run {run.folder} has {wanted}; delete the file and start again"
+            )
     return found[0]
 
 

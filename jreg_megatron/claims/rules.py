@@ -1,6 +1,7 @@
 """The six claims as questions with one number per seed, and the rule that gives a verdict.
 
-Rule, questions and bars were written before the toys were trained. README.md here lists the changes.
+Rule, questions and bars were written before the toys were trained. README.md in this folder lists the
+changes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The models that ``make claims`` trains: small, so that many seeds fit on two cores.
 
-The toy was chosen by the baseline alone, on seeds above 100. No claim uses these seeds. See README.md here.
+The toy was chosen by the baseline alone, on seeds above 100. No claim uses these seeds. See README.md in
+this folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The questions about each way to train, and the rule that gives a verdict.
 
-Questions and rule were written before the toys were trained. README.md here lists later changes.
+Questions and rule were written before the toys were trained. README.md in this folder lists later changes.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _add_prepare(parser: ArgumentParser) -> None:
 
 
 def _add_tokenizer(parser: ArgumentParser) -> None:
-    _add_input(parser)
+    _add_input(parser, "All go into one sample")
     add = parser.add_argument_group("output").add_argument
     add("--output", required=True, type=Path, metavar="FILE", help="the model, as in tokenizer.model")
     add("--vocab-size", **_NUMBER, default=32000, help="number of pieces (default: %(default)s)")
@@ -165,7 +165,7 @@ def _add_inspect(parser: ArgumentParser) -> None:
     tokenizing.add_arguments(parser, required=False)
 
 
-def _add_input(parser: ArgumentParser) -> None:
+def _add_input(parser: ArgumentParser, of_keys: str = "Each gets its own token file") -> None:
     add = parser.add_argument_group("input").add_argument
     files = (
         "files, patterns and folders, read in this order. The files of a folder are sorted by path. Known "
@@ -174,7 +174,7 @@ def _add_input(parser: ArgumentParser) -> None:
     )
     add("input", nargs="*", metavar="INPUT", help=files)
     add("--format", choices=FORMATS, help="format of all files, whatever their endings")
-    keys = "fields or columns with the text (default: text). Each gets its own token file"
+    keys = f"fields or columns with the text (default: text). {of_keys}"
     add("--keys", "--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
     hub = "read a dataset of the Hugging Face hub instead, over the network. Its code is not run"
     add("--hub", metavar="NAME", help=hub)

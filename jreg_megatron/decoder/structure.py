@@ -118,9 +118,9 @@ def find_structure(
     else:
         wanted = "" if num_layers is None else f" of {num_layers} layers (its configuration)"
         raise UserError(
-            f"{name} ({type(model).__name__}) has no layers that can be found: no ModuleList{wanted}, and no "
-            "Sequential or ModuleDict of one type, whose members run once each in order from embedding to "
-            "head, each on the [batch, sequence, hidden] states of the previous one; give another model"
+            f"no list of layers found in {name} ({type(model).__name__}): jreg_megatron looks for a "
+            f"ModuleList{wanted}, a Sequential or a ModuleDict, whose members run once each, in order; give "
+            "another model"
         )
     first, second = last.state_out[:, : _at(tokens.shape[1])].float()
     # The rows may differ by rounding, because an expert processes both rows' tokens together.

@@ -140,9 +140,9 @@ def parser() -> ArgumentParser:
     names: dict[str, Any] = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
     parts = (
         f"run these parts: {', '.join(PARTS)} (default: {', '.join(USUAL_PARTS)}). layer-drop runs the model "
-        "once for each layer, and depth twice. depth measures the distance of each layer's read-out from the "
-        "output, the effect of a skipped layer on later layers and on the output, and whether a state points "
-        "to its own token or to the next one"
+        "once for each layer, and depth runs it twice for each. depth measures the distance of each layer's "
+        "read-out from the output, the effect of a skipped layer on later layers and on the output, and "
+        "whether a state points to its own token or to the next one"
     )
     parser.add_argument("--parts", **names, default=list(USUAL_PARTS), metavar="PART,...", help=parts)
     group = parser.add_argument_group("tasks, by lm-evaluation-harness")

@@ -100,7 +100,8 @@ def _check_same(first: Sequence[Evaluated], other: Sequence[Evaluated]) -> None:
     names = [[model.name for model in seed] for seed in (first, other)]
     if names[0] == names[1][::-1] != names[1]:
         raise UserError(
-            f"--seeds: {files} have {' and '.join(names[0])} in two orders; evaluate the baseline first"
+            f"--seeds: {files} name the models {' and '.join(names[0])} in different orders; evaluate the "
+            "baseline first in both"
         )
 
 

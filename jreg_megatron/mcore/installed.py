@@ -1,4 +1,4 @@
-"""Find which parts of Megatron are installed, and which of NVIDIA's packages that it needs on a GPU."""
+"""Check whether Megatron's training loop, Transformer Engine and Apex are installed."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def _add(inputs: Inputs, given: Path) -> None:
         inputs.comparisons.extend([evaluation.comparison] if evaluation.comparison else [])
     else:
         raise UserError(
-            f"{printable(str(path))} is neither a measurement (measure --json) nor an evaluation (evaluate "
-            "--json) nor a summary.json of the demo or a sweep"
+            f"{printable(str(path))} is an unknown kind of file; give a file of measure --json or evaluate "
+            "--json, or a summary.json of the demo or a sweep"
         )
 
 

@@ -43,8 +43,8 @@ def world_size_of(nproc: int | None) -> int:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if int(size or 1) > 1 and name not in os.environ:
             raise UserError(
-                f"the environment has WORLD_SIZE={size} and no {name}, where the ranks meet; start them with "
-                "torchrun, or set it to the same value on all ranks"
+                f"WORLD_SIZE is {size}, but {name} is not set; start the ranks with torchrun, or set it to "
+                "the same value on every rank"
             )
     return int(size or 1)
 
@@ -168,5 +168,6 @@ def free_port() -> int:
             listener.bind(("", port))
             return port
     raise UserError(
-        f"100 ports in {_NOT_EPHEMERAL.start}..{_NOT_EPHEMERAL.stop - 1} are all taken; free some"
+        f"no free TCP port among 100 tried in {_NOT_EPHEMERAL.start}..{_NOT_EPHEMERAL.stop - 1}; end some "
+        "programs on this machine"
     )

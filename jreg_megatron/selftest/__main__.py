@@ -59,7 +59,7 @@ def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m jreg_megatron.selftest",
+        prog="jreg-megatron selftest",
         description="Run one training step of a toy model with JREG at many layouts, on the Megatron-Core "
         "installed here. Compare every parameter's gradient, the losses and each layer's displacement with a "
         "model in plain torch, which each rank computes alone in float64.",
@@ -75,8 +75,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="all layouts in this type; by default fp32, and one each in bf16 and fp16. In 16 bits the error "
-        "may be twice that of the plain model in the same type",
+        help="all layouts in this type; by default fp32, and one each in bf16 and fp16. In 16 bits the "
+        "allowed error is twice the error of the plain model in the same type",
     )
     parser.add_argument(
         "--transformer-impl",
@@ -110,7 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=count("--timeout", most=86_400),
         default=60,
         metavar="SECONDS",
-        help="a rank that waits longer than this for another one stops the layout (default: 60)",
+        help="stop a layout if a rank waits longer than this for another one (default: 60)",
     )
     parser.add_argument("--list", action="store_true", help="list the layouts and exit")
     options = parser.parse_args(argv)
@@ -250,7 +250,7 @@ def _run(layouts: list[Layout], transformer_impl: str, timeout: timedelta) -> in
             reasons.append("Stopped: not all ranks failed in the same way, so their groups may be broken")
             break
     if captured:
-        _print(f"Captured: {'; '.join(sorted(captured))}")
+        _print(f"States are read at: {'; '.join(sorted(captured))}")
     _print(*reasons)
     not_run = len(layouts) - passed - failed
     _print(

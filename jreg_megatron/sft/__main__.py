@@ -80,7 +80,7 @@ def read_data(data: str) -> tuple[Any, int]:
     datasets = need("datasets", "SFT", "sft")
     path = Path(data)
     if path.suffix in (".json", ".jsonl") and not path.is_file():
-        raise UserError(f"DATA is {data}, which is not there; correct the path")
+        raise UserError(f"DATA is {data}, which does not exist; correct the path")
     source: tuple[str, dict[str, str]] = ("json", {"data_files": data}) if path.is_file() else (data, {})
     try:
         rows = datasets.load_dataset(source[0], split="train", **source[1])
@@ -302,10 +302,12 @@ def parse(flags: Sequence[str]) -> Namespace:
 def read_request(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     """The options of recipe and user, and TRL's flags."""
     parser = Parser(prog="python -m jreg_megatron.sft")
-    parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--gpus", type=count("GPUS"), required=True)
-    parser.add_argument("--batch", type=count("BATCH"), required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the recipe, for messages")
+    parser.add_argument("--gpus", type=count("GPUS"), required=True, metavar="N", help="number of GPUs")
+    batch = "conversations in a step, over all GPUs"
+    parser.add_argument("--batch", type=count("BATCH"), required=True, metavar="N", help=batch)
+    data = "conversations: a JSON-lines file, a folder of such files, or a data set of the Hugging Face hub"
+    parser.add_argument("--data", required=True, help=data)
     user = Parser(
         usage="%(prog)s MODEL [--dry-run] [--smoke [N]] [-- MORE TRL FLAGS]",
         description="Fine-tune an exported model on instructions. All knobs are in the recipe. The "

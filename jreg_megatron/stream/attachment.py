@@ -36,7 +36,7 @@ def attach(
 
     Args:
         model: a ``GPTModel`` or ``HybridModel``, or the list of this rank's virtual pipeline chunks.
-        settings: one per method, such as ``JRegConfig(coeff=1.0)``. At most one of each kind.
+        settings: one per method, as in ``attach(model, A(...), B(...))``. At most one of each kind.
         num_microbatches: the divisor of a micro-batch's mean loss: the number of micro-batches of one
             data-parallel replica in a training step. By default Megatron-Core's calculator gives it in each.
         iteration: returns the current training iteration, 1-based. Needed if the settings depend on it.
@@ -51,11 +51,11 @@ def attach(
         UserError: if methods are attached already, if the model or a setting is not supported, or if the
             settings need an argument that is missing.
 
-    A micro-batch is regularized if the model is in training mode (``model.train()``) and gradients are on. A
-    micro-batch in evaluation mode is measured as validation, except in text generation (with Megatron's
-    ``inference_context``). A regularized layer is measured in the backward pass, so ask for metrics between
-    steps. The first step checks the assumptions about layers and loss. If one is wrong, every rank raises a
-    ``UserError`` before the schedule finishes the gradients.
+    A micro-batch gets added gradients if the model is in training mode (``model.train()``) and gradients are
+    on. A micro-batch in evaluation mode is measured as validation, except in text generation (with
+    Megatron's ``inference_context``). A layer with an added gradient is measured in the backward pass, so
+    ask for metrics between steps. The first step checks the assumptions about layers and loss. If one is
+    wrong, every rank raises a ``UserError`` before the schedule finishes the gradients.
     """
     given = [model] if isinstance(model, nn.Module) else list(model)
     chunks = [unwrap(chunk) for chunk in given]
@@ -109,13 +109,13 @@ def refuse_settings(settings: Sequence[Settings], knows_iteration: bool) -> None
         UserError: naming the settings and what to do.
     """
     if not settings:
-        raise UserError("attach() was given no settings; give it those of a method, such as JRegConfig()")
+        raise UserError("attach() was given no settings; give it those of a method, as in attach(model, A())")
     kinds = [type(of_one) for of_one in settings]
     for of_one in settings:
         if not isinstance(of_one, Settings):
             raise UserError(
                 f"attach() was given {of_one!r:.60} as settings; give it the settings of each method as a "
-                "separate argument, such as attach(model, JRegConfig(coeff=1.0), NormsConfig())"
+                "separate argument, such as attach(model, A(...), B(...))"
             )
         if kinds.count(type(of_one)) > 1:
             raise UserError(f"attach() was given two {type(of_one).__name__}; give it one of each kind")

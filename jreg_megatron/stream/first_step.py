@@ -304,21 +304,22 @@ class FirstStep:
         if not as_told:
             ratio *= self._loss_weight
         remedy = (
-            f"the model ran {ran:g} times in a step of {told}; give attach(..., num_microbatches=) the "
-            "number by which the mean loss of each run is divided"
+            f"the model ran {ran:g} times in a step of {told}; call it once in each micro-batch "
+            "(--global-batch-size sets their number), or in your own loop give attach(..., "
+            "num_microbatches=) the number by which the mean loss of each run is divided"
         )
         if as_told:
             remedy = (
-                "if the loss is a sum, return it and its number of tokens from the loss function; if steps "
-                "are accumulated, give attach(..., num_microbatches=) the number by which the mean loss of a "
-                "micro-batch is divided"
+                "if the loss is a sum, return it and its number of tokens from the loss function; if your "
+                "own loop accumulates steps, give attach(..., num_microbatches=) the number by which the "
+                "mean loss of a micro-batch is divided"
             )
             if weight := added.loss_weight_flag:
                 found = f"{ratio * self._loss_weight:.4g}"
                 remedy += f"; if the script multiplies its loss by {found}, give {weight} {found}"
         raise UserError(
-            f"lambda {added.coeff:g} would act like {added.coeff / ratio:.4g}, since the loss is {ratio:.4g} "
-            f"times the expected one with {told} micro-batches; {remedy}"
+            f"the loss is {ratio:.4g} times the expected one with {told} micro-batches, so lambda "
+            f"{added.coeff:g} would act as {added.coeff / ratio:.4g}; {remedy}"
         )
 
     def _say(self, line: str) -> None:

@@ -299,11 +299,10 @@ class Handle:
             self._most_ran = ran if self._first_step.has_seen_scale else self._num_microbatches()
         if ran > self._most_ran:
             raise UserError(
-                f"attach(..., num_microbatches=) is {self._num_microbatches()}, for steps of "
-                f"{self._most_ran:g} micro-batches, and a step had {ran:g}; if the loss is divided by their "
-                f"number, lambda was {self._coeff * ran / self._most_ran:.4g} and not "
-                f"{self._coeff:g}: give a function that returns the number of each step, and call "
-                "end_iteration once a step"
+                f"attach(..., num_microbatches={self._num_microbatches()}) was for steps of "
+                f"{self._most_ran:g} micro-batches, but a step had {ran:g}; if its loss is divided by "
+                f"{ran:g}, lambda {self._coeff:g} acted as {self._coeff * ran / self._most_ran:.4g}; give a "
+                "function that returns the number of each step, and call end_iteration once a step"
             )
 
     def _refuse_another_count(self) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 
 LAYERS_SEEN_UNEQUALLY = (
-    "jreg_megatron saw some layers in more micro-batches than others, so their means would not be of the "
-    "same tokens: a regularized layer is measured in the backward pass, the others in the forward pass; ask "
-    "for metrics between steps only; after a step without its whole backward pass, first call the handle's "
-    "reset_training_metrics()"
+    "jreg_megatron saw some layers in more micro-batches than others, so their means would be of different "
+    "tokens: a layer with an added gradient is measured in the backward pass, the others in the forward "
+    "pass. Check: metrics are read only between steps; after a step without its whole backward pass, the "
+    "handle's reset_training_metrics() is called first"
 )
 OTHER_TOKENS = (
     "jreg_megatron saw different tokens in different layers: the pipeline stages got different masks; call "

@@ -255,7 +255,7 @@ class Reading:
 class Metrics:
     """The measurements of all methods of a model, equal on every rank.
 
-    A method's own values are attributes too: ``metrics.jump_rate``.
+    A method's own values are attributes too, by their names.
     """
 
     readings: tuple[Reading, ...] = field(default=())

@@ -1,9 +1,10 @@
-"""How a loss on the residual stream is scaled, so that lambda means the same at every layout.
+"""How a loss on the residual stream is scaled, so that its coefficient means the same at every layout.
 
-In the backward pass a method adds the gradient of ``lambda * sum_l w_l * Psi_l`` to the gradients of the
-layers' states. ``Psi_l`` is a function of layer l's states at one token. The result must be the gradient of
+In the backward pass a method adds the gradient of ``coeff * sum_l w_l * f_l`` to the gradients of the
+layers' states. ``f_l`` is a function of layer l's states at one token, and ``w_l`` the layer's weight. The
+result must be the gradient of
 
-    mean over tokens of (CE + lambda * sum_l w_l * Psi_l).
+    mean over tokens of (CE + coeff * sum_l w_l * f_l).
 
 Megatron scales the loss on its way to the parameters. So the gradient that a method adds must have the same
 factors. Let
@@ -18,26 +19,26 @@ factors. Let
 
 *Averaged loss (the default).* The schedule scales by ``g / M``; DDP averages over ``D * C`` ranks. A
 micro-batch of a data-parallel replica has ``n * S * C`` tokens and the whole batch ``n * S * C * D * M``.
-A rank that adds ``k * (sum of Psi over its tokens)`` contributes ``k / (D * C)`` of that sum, and this
-must be ``g * lambda * w_l / (n * S * C * D * M)``. Hence
+A rank that adds ``k * (sum of f over its tokens)`` contributes ``k / (D * C)`` of that sum, and this
+must be ``g * coeff * w_l / (n * S * C * D * M)``. Hence
 
-    k = g * lambda * w_l / (n * S * M);
+    k = g * coeff * w_l / (n * S * M);
 
 The context-parallel size cancels. Without sequence parallelism every tensor-parallel rank holds all tokens.
 Its gradient is already the whole one, like that of cross-entropy: ``S = 1``, no averaging.
 
 *``calculate_per_token_loss``.* DDP sums, and ``finalize_model_grads`` divides by the number of tokens that
-the loss mask keeps in the whole batch. So ``k = g * lambda * w_l``. Every token counts, also masked tokens.
-With a mask, the effective lambda is larger by all/unmasked.
+the loss mask keeps in the whole batch. So ``k = g * coeff * w_l``. Every token counts, also masked tokens.
+With a mask, the effective ``coeff`` is larger by all/unmasked.
 
 *Unmasked tokens only.* A loss can be averaged as Megatron averages cross-entropy: over the ``m`` unmasked
 tokens of a context-parallel rank's part of a micro-batch, and over these parts. Each unmasked token gets
-``g * lambda * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that split this
+``g * coeff * w_l / (m * M)``, with ``m = 1`` and ``M = 1`` for per-token loss. All ranks that split this
 part by sequence parallelism hold its whole mask, so each can count ``m``. But a padding mask may be split
 among them, as experts need it on later pipeline stages. Then they sum ``m``, the only collective here.
 
 With per-token loss and a padding mask, Megatron still divides by the loss mask's tokens, so the effective
-lambda is larger by unpadded/unmasked.
+``coeff`` is larger by unpadded/unmasked.
 
 Every rank knows all of these numbers. The first step checks that the loss is scaled in this way
 (:mod:`jreg_megatron.stream.first_step`).
@@ -59,7 +60,7 @@ class AddedLoss:
     """The scale of a loss that a method adds to the cross-entropy."""
 
     coeff: float
-    """lambda, > 0."""
+    """The loss's coefficient, > 0."""
     loss_weight: float = 1.0
     """The factor by which the script multiplies its cross-entropy, > 0."""
     loss_weight_flag: str = ""
@@ -89,8 +90,8 @@ class Scaling:
         return bool(self._config.calculate_per_token_loss)
 
     def fill(self, coefficient: Tensor, coeff: float) -> None:
-        """Set ``coefficient`` ``[1]`` to the factor that all layers share: ``g * lambda / M``, or for
-        per-token loss ``g * lambda``. No host synchronisation."""
+        """Set ``coefficient`` ``[1]`` to the factor that all layers share: ``g * coeff / M``, or for
+        per-token loss ``g * coeff``. No host synchronisation."""
         coefficient.fill_(coeff if self.is_per_token else coeff / self._num_microbatches())
         grad_scale = self._config.grad_scale_func
         if grad_scale is not None:

@@ -37,7 +37,9 @@ LAYER_RULES = ("mixer", "sublayer")
 """Definitions of a hybrid model's layer; see :mod:`jreg_megatron.stream.anatomy`."""
 
 
-def setting(default: Any, help: str, parse: Any = str, metavar: str | None = None) -> Any:
+def setting(
+    default: Any, help: str, parse: Any = str, metavar: str | None = None, required: bool = False
+) -> Any:
     """A field of a method's settings.
 
     Args:
@@ -45,8 +47,10 @@ def setting(default: Any, help: str, parse: Any = str, metavar: str | None = Non
         help: what it sets, for ``--help`` and the README.
         parse: turns a flag's text into the value; ``bool`` for a flag without a value.
         metavar: the placeholder of the value in ``--help``.
+        required: whether the method's own checks refuse the default, for ``--help``.
     """
-    return field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
+    given = {"help": help, "parse": parse, "metavar": metavar, "required": required}
+    return field(default=default, metadata=given)
 
 
 def layer_setting() -> Any:
@@ -68,7 +72,7 @@ class Settings:
     name: ClassVar[str]
     """The method's name in log lines and errors."""
     prefix: ClassVar[str]
-    """The prefix of its flags, without dashes: ``jreg`` gives ``--jreg-coeff`` and so on."""
+    """The prefix of its flags, without dashes: ``short`` gives ``--short-coeff`` and so on."""
     title: ClassVar[str]
     """The title of its flags in ``--help``."""
     about: ClassVar[str]
@@ -186,7 +190,7 @@ class Settings:
 
     @classmethod
     def flag(cls, name: str) -> str:
-        """The command-line flag of a setting: ``measure_interval`` -> ``--jreg-measure-interval``."""
+        """The command-line flag of a setting: ``measure_interval`` -> ``--PREFIX-measure-interval``."""
         return f"--{cls.prefix}-{name.replace('_', '-')}"
 
     @classmethod
@@ -220,7 +224,7 @@ class Settings:
                 options["action"] = "store_true"
             else:
                 options |= {"type": f.metadata["parse"], "metavar": f.metadata["metavar"]}
-                options["help"] += f" Default: {default_text(f)}."
+                options["help"] += " Required." if f.metadata["required"] else f" Default: {default_text(f)}."
             group.add_argument(cls.flag(f.name), **options)
         return parser
 

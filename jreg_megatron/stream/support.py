@@ -13,10 +13,10 @@ from jreg_megatron.stream.anatomy import residual_layers, unwrap
 from jreg_megatron.stream.settings import Settings
 
 LAYER_NOT_SEEN = (
-    "jreg_megatron saw no state of some layer in an iteration that it measures, so that layer is not "
-    "regularized either. Known causes: the model was not in training mode, metrics were read before the "
-    "backward pass, full recompute did not run a frozen layer again, or FSDP2's MixedPrecisionPolicy casts "
-    "the input of recomputed layers. The run stops; correct this, or train without jreg_megatron"
+    "jreg_megatron saw no state of some layer in an iteration that it measures, so it gets no added "
+    "gradient either. Check: the model is in training mode; metrics are read after the backward pass; with "
+    "full recompute, frozen layers run again too; FSDP2's MixedPrecisionPolicy does not cast the input of "
+    "recomputed layers. Correct this, or train without jreg_megatron"
 )
 
 _NOT_COMPARED = "no run of it has been compared with the reference"
@@ -399,7 +399,7 @@ def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
             strategy == "no_shard" and config.expert_model_parallel_size > 1,
             "each rank then clips gradients by the norm of its own experts",
         ),
-        f"{strategy} and experts that one rank has each": (
+        f"{strategy} and experts that are not replicated": (
             is_scaled_often,
             "Megatron divides their gradients by the data-parallel size once more in each micro-batch",
         ),

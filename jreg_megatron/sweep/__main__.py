@@ -91,7 +91,7 @@ def _submit(sweep: Sweep, options: argparse.Namespace) -> int:
 
 
 def _report(sweep: Sweep) -> None:
-    from jreg_megatron.sweep.report import report  # imported late: it imports what draws
+    from jreg_megatron.sweep.report import report  # imported late, because it imports the plotting library
 
     report(sweep)
 
@@ -126,7 +126,7 @@ def _sweep(options: argparse.Namespace) -> Sweep:
 
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m jreg_megatron.sweep",
+        prog="jreg-megatron sweep",
         usage="%(prog)s RECIPE --coeff LAMBDA... [--alpha ALPHA...] [--seeds SEED...] [--output FOLDER]\n"
         "           [--smoke [N]] [--slurm] [--dry-run] [-- MORE MEGATRON FLAGS]\n"
         "       %(prog)s --output FOLDER [--slurm | --only N | --report]",

@@ -38,7 +38,11 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
         if not place.is_dir():
             steps = megatron_steps(folder)
             shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "...", *steps[-3:]]))
-            there = f"those of {shown}; give one" if steps else "no finished checkpoint; name another folder"
+            there = (
+                f"iterations {shown}; give one of them"
+                if steps
+                else "no finished checkpoint; name another folder"
+            )
             raise UserError(f"--step is {step}, but {folder} has {there}")
     else:
         place = _latest(folder)
@@ -108,7 +112,10 @@ def _refuse_other_formats(place: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place / _FINISHED} cannot be read; give another --step") from error
     if backend != _FORMAT:
-        raise UserError(f"{place} has the format {backend}, but only {_FORMAT} can be read; convert it")
+        raise UserError(
+            f"{place} has the format {backend}, but only {_FORMAT} can be read; save it with "
+            f"--ckpt-format {_FORMAT}"
+        )
     if not (place / ".metadata").is_file():
         raise UserError(f"{place} has no .metadata, so its weights cannot be found; give another --step")
 

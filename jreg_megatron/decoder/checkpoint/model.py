@@ -206,6 +206,7 @@ def build(args: Namespace) -> nn.Module:
         model: nn.Module = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise UserError(
-            f"Megatron cannot build the checkpoint's model from torch-only layers: {one_line(error)}"
+            f"Megatron cannot build the checkpoint's model from torch-only layers: {one_line(error)}; export "
+            "it with Megatron-Bridge, and give the Hugging Face folder"
         ) from error
     return model

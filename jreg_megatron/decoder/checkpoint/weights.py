@@ -111,7 +111,10 @@ class Checkpoint:
             )
         missing, _ = model.load_state_dict(loaded["model"], strict=False)
         if missing := [name for name in missing if _EXTRA_STATE not in name]:
-            raise UserError(f"{self.folder} has no weights for {_some(missing)}; it cannot be read")
+            raise UserError(
+                f"{self.folder} has no weights for {_some(missing)}, which the model needs; give another "
+                "checkpoint"
+            )
 
     def _match_names(self, wanted: dict[str, Any]) -> None:
         saved = set(self.shapes)
@@ -122,12 +125,14 @@ class Checkpoint:
             entry.key = next((name for name in (entry.key, *others) if name in saved), entry.key)
         used = {entry.key for entry in wanted.values()}
         if missing := sorted(used - saved):
-            raise UserError(f"{self.folder} holds no {_some(missing)}, which its arguments need")
+            raise UserError(
+                f"{self.folder} holds no {_some(missing)}, which its arguments need; give another checkpoint"
+            )
         left = sorted(name for name in saved - used if not name.startswith(_PREDICTS_AHEAD))
         if left:
             raise UserError(
-                f"{self.folder} holds {_some(left)}, which Megatron's torch-only layers do not have; its "
-                "layers cannot be built here"
+                f"{self.folder} holds {_some(left)}, which Megatron's torch-only layers do not have; "
+                "export it with Megatron-Bridge, and give the Hugging Face folder"
             )
 
 
@@ -136,7 +141,9 @@ def _read_common(folder: Path, listed: dict[str, Any]) -> dict[str, Any]:
     if old.is_file():
         return dict(torch.load(old, map_location="cpu", weights_only=True))
     if _COMMON not in listed:
-        raise UserError(f"{folder} has no {_OLD_COMMON}, so its arguments are not known")
+        raise UserError(
+            f"{folder} has no {_OLD_COMMON}, so its arguments are not known; give another checkpoint"
+        )
     state = {_COMMON: io.BytesIO()}
     reader = FileSystemReader(folder)
     load_distributed(state, storage_reader=reader, planner=_SafePlanner(False, False), no_dist=True)
@@ -183,7 +190,8 @@ def damage_refused(folder: Path) -> Iterator[None]:
         while isinstance(cause, CheckpointException) and cause.failures:
             cause = next(iter(cause.failures.values()))[0]
         raise UserError(
-            f"{folder} cannot be read: {one_line(cause, 200)}; a file may be missing or cut short"
+            f"{folder} cannot be read: {one_line(cause, 200)}; a file may be missing or cut short; copy it "
+            "again, or give another --step"
         ) from error
 
 

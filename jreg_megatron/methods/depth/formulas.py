@@ -1,7 +1,7 @@
 """Metrics of depth in plain torch; used in training, by ``measure`` and by ``evaluate``.
 
 All take states of any floating type, compute in float32 (float64 for float64 states) and return that type,
-without a graph. README.md here compares them with the authors' code.
+without a graph. README.md in this folder compares them with the authors' code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def voids(norm: Tensor) -> Tensor:
         norm: ``|h_l|`` of the states h_0 .. h_L, ``[L + 1, ...]``.
 
     Returns:
-        1.0 where a layer is void and 0.0 elsewhere, ``[L, ...]`` in the type of ``norm``; NaN for a token
-        from the first layer on whose norm is NaN.
+        1.0 where a layer is void and 0.0 elsewhere, ``[L, ...]`` in the type of ``norm``. Once a token's norm
+        is NaN, NaN for this layer and all later ones.
     """
     change = norm.detach().diff(dim=0)
     spread = change.cummax(dim=0).values - change.cummin(dim=0).values
@@ -73,10 +73,13 @@ def contributions(layer_input: Tensor, middle: Tensor, layer_output: Tensor) -> 
 def matrix_entropy(states: Tensor) -> Tensor:
     """Entropy of the Gram matrix of a sequence's states, *Layer by Layer* (arXiv 2502.02013).
 
+    With p the eigenvalues of K above 0, divided by their sum, it is
+
+        -sum p log p / min(log n, log h).
+
     The mean over tokens is subtracted from each state, and the result is divided by its norm: the n rows of
-    Z. K is ``Z Z^T``, or ``Z^T Z`` if n > h. Entries of K below 0 become 0. The entropy is that of the
-    eigenvalues above 0 of ``K / tr K``, divided by their sum, over ``min(log n, log h)``. The first step and
-    the entries below 0 are from the authors' code. The order of the entropy is 1 (von Neumann).
+    Z. K is ``Z Z^T``, or ``Z^T Z`` if n > h. Entries of K below 0 become 0. The subtraction, the division by
+    the norm and the entries below 0 are from the authors' code. The order of the entropy is 1 (von Neumann).
 
     Args:
         states: of one sequence each, ``[..., n, h]``.

@@ -101,20 +101,20 @@ class JRegConfig(Settings):
     loss_weight: float = setting(
         1.0,
         "the factor by which the script multiplies its cross-entropy, as in 0.5 * CE + 0.5 * KD. JREG is "
-        "not multiplied. The run stops in its first step if the factor is another one.",
+        "not multiplied. If the loss has another factor, the first step stops the run.",
         float,
         "WEIGHT",
     )
     tokens: str = setting(
         "all",
-        "the tokens that count: 'all', or 'unmasked': the tokens that are no padding if the model gets a "
-        "padding mask, else the tokens that the loss mask keeps. Averaged in the same way as cross-entropy.",
+        "the tokens that count: 'all', or 'unmasked': with a padding mask the tokens that are not padding, "
+        "otherwise those that the loss mask keeps. Averaged in the same way as cross-entropy.",
         metavar="TOKENS",
     )
     token_share: float = setting(
         1.0,
         "the share of the tokens that get the gradient, 1/n: every n-th token of a sequence, with n times "
-        "the weight. Each step takes other tokens; on average the gradient is the one of all tokens. All "
+        "the weight. Each step takes other tokens; on average the gradient equals that of all tokens. All "
         "tokens are measured.",
         float,
         "SHARE",

@@ -48,9 +48,10 @@ class LETConfig(Settings):
 
     teacher: str | None = setting(
         None,
-        "the teacher: a folder with a causal language model of transformers. It must have the tokenizer of "
+        "the teacher: a folder with a Hugging Face causal language model. It must have the tokenizer of "
         "this training. jreg-megatron export makes such a folder from a Megatron checkpoint.",
         metavar="FOLDER",
+        required=True,
     )
     coeff: float = setting(0.1, "the coefficient at the start, >= 0. At 0 nothing changes.", float, "LAMBDA")
     layer: int | None = setting(
@@ -66,6 +67,7 @@ class LETConfig(Settings):
         "training.",
         int,
         "N",
+        required=True,
     )
     tokens: str = setting(
         "all",
@@ -74,7 +76,7 @@ class LETConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        what = "the folder of a model of transformers"
+        what = "the folder of a Hugging Face model"
         self.require(
             "teacher", self.teacher, isinstance(self.teacher, str | Path) and self.teacher != "", what
         )

@@ -1,4 +1,4 @@
-"""The teacher: a trained causal language model of transformers, which runs without gradients."""
+"""The teacher: a trained Hugging Face causal language model, which runs without gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(folder: str, length: int | None) -> None:
     """Check a teacher's files without memory for its weights.
 
     Args:
-        folder: the teacher's.
+        folder: the teacher's folder.
         length: tokens in the training's sequences; None if not known.
 
     Raises:
@@ -56,8 +56,8 @@ def _load(folder: str, dtype: torch.dtype, device: str | None = None) -> Any:
     """The model; on device "meta" without the values of its weights."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(
-            f"{_FLAG} is {folder}, which is no folder with a model of transformers (config.json); give "
-            "one: 'hf download NAME --local-dir FOLDER' fetches it from the hub, and 'jreg-megatron "
+            f"{_FLAG} is {folder}, which has no config.json, so it is not a Hugging Face model; give one: "
+            "'hf download NAME --local-dir FOLDER' fetches it from the hub, and 'jreg-megatron "
             "export CHECKPOINTS FOLDER' makes one of a Megatron checkpoint"
         )
     transformers = need("transformers", f"{_FLAG} {folder}", "analysis")
@@ -102,13 +102,13 @@ class Teacher:
         """Load it.
 
         Args:
-            folder: of a model of transformers.
-            width: hidden size of the trained model.
-            device: where it runs.
-            dtype: of its weights.
+            folder: the folder of a Hugging Face model.
+            width: hidden size of the model that is trained.
+            device: where the teacher runs.
+            dtype: the type of the teacher's weights.
 
         Raises:
-            UserError: if it cannot be loaded whole, or is no causal language model.
+            UserError: if it cannot be loaded whole, or is not a causal language model.
         """
         # In 16 bits a small change of a state may be lost in rounding.
         self._model = _load(folder, torch.float32)
@@ -129,7 +129,10 @@ class Teacher:
             ) from error
         off = (first - other).norm(dim=-1) > _MOVED * first.norm(dim=-1)
         if off[:-1].any() or not off[-1]:
-            raise UserError(f"{_FLAG} {folder} is no causal language model, or has no weights; give another")
+            raise UserError(
+                f"{_FLAG} {folder} is not a causal language model, or its states do not depend on the tokens "
+                "(weights of zero); give another model"
+            )
         unit = torch.eye(first.shape[-1], device=device)
         # Interpolation is linear, so it is a matrix, which is faster on a GPU.
         self._resize = torch.nn.functional.interpolate(unit[None], size=width, mode="linear")[0]

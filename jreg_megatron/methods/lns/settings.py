@@ -103,7 +103,10 @@ class LayerNormScalingConfig(Settings):
                 continue
             linear = getattr(getattr(layer, holder), linear_name, None)
             if linear is None:
-                raise UserError(f"{self.name} finds no norm of {holder}; leave one of the two out")
+                raise UserError(
+                    f"{self.flag('power')} does not support this layer: its {holder} has no norm; leave "
+                    f"{self.flag('power')} out"
+                )
             if any(name.endswith("bias") and "norm" not in name for name, _ in linear.named_parameters()):
                 raise UserError(
                     f"{self.name} does not support a bias of {linear_name} where Transformer Engine joins it "

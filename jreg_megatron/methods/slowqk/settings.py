@@ -55,7 +55,11 @@ class SlowQKConfig(Settings):
         0.5, "the share of the layers, from the last one down, above 0 and at most 1.", float, "SHARE"
     )
     hold_iterations: int | None = setting(
-        None, "how many iterations the multiplier holds. Published: 4% of the training.", int, "N"
+        None,
+        "how many iterations the multiplier holds. Published: 4% of the training.",
+        int,
+        "N",
+        required=True,
     )
     ramp_iterations: int | None = setting(
         None,
