@@ -1760,7 +1760,7 @@ _BY_FILE = {
         ),
         Fault(
             "wait for the loss's scale for ever",
-            (("elif self._steps == _MOST_STEPS:", "elif False:"),),
+            (("elif self._steps == MOST_STEPS:", "elif False:"),),
             FIRST_STEP,
         ),
         Fault(

@@ -58,7 +58,7 @@ def checkpoints(toy_data: Path, tokenizer_model: Path, tmp_path_factory: pytest.
 
 def run(module: Any, *argv: object) -> dict[str, Any]:
     """A command's report; called in a rank."""
-    options = module._parser().parse_args([str(word) for word in argv])
+    options = module.parser().parse_args([str(word) for word in argv])
     report: dict[str, Any] = module.export(options) if module is export else module.import_folder(options)
     return report
 

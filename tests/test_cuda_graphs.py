@@ -239,7 +239,7 @@ def test_megatron_itself_loses_gradients_of_recomputed_modules_in_its_own_graphs
 def with_a_recomputed_norm() -> Comparison:
     from jreg_megatron.stream import support
 
-    support._LOST_IN_LOCAL_GRAPHS = ()
+    support.LOST_IN_LOCAL_GRAPHS = ()
     return with_graphs(Layout(local_graphs=True, graphs="layers"), **RECOMPUTED)
 
 

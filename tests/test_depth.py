@@ -330,7 +330,7 @@ def assert_evaluated(decoder: Decoder, texts: list[Text], rel: float, absolute: 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_the_use_of_layers_is_that_of_runs_without_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jreg_megatron.evaluate.layers._MAX_LOGITS", 7 * VOCABULARY)
+    monkeypatch.setattr("jreg_megatron.evaluate.layers.MAX_LOGITS", 7 * VOCABULARY)
     decoder = decoder_of(small_model(family), None, Reference(family, family))
     assert_evaluated(decoder, documents(5, 40, 2, 12), 2e-4, 1e-5)
 

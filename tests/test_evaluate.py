@@ -118,7 +118,7 @@ def test_leaving_a_layer_out_gives_the_loss_of_the_model_built_without_it() -> N
 
 def test_neither_batches_nor_pieces_of_the_logits_change_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     one = read_out(toy(), token_texts(), options(batch_size=1))
-    monkeypatch.setattr(layers, "_MAX_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(layers, "MAX_LOGITS", 3 * VOCABULARY)
     other = read_out(toy(), token_texts(), options(batch_size=7))
     np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
     assert (one.correct == other.correct).all() and one.ids == other.ids
@@ -131,7 +131,7 @@ def test_logits_are_never_held_for_more_than_a_few_positions(monkeypatch: pytest
         widths.append(states.shape[0] * states.shape[1])
         return head_of(whole, states)
 
-    monkeypatch.setattr(layers, "_MAX_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(layers, "MAX_LOGITS", 16 * VOCABULARY)
     read_out(replace(whole, head=head), token_texts(), options(batch_size=7))
     assert max(widths) == 16
 

@@ -17,6 +17,7 @@ from scipy import stats
 from jreg_megatron.evaluate.__main__ import main
 from jreg_megatron.paper import TASKS, numbers
 from jreg_megatron.paper.over_seeds import Estimate, p_one_sided, power, seeds_needed
+from jreg_megatron.runtime.errors import LINE_START
 
 # Of JREG less its baseline, in percentage points, by seed: of the eight tasks, and of BoolQ.
 EIGHT, BOOLQ = (0.9, -0.3, 0.45, 0.15, 0.6), (4.5, 0.9, -1.8, 7.2, 2.7)
@@ -132,18 +133,18 @@ def _measurement(documents: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "named"),
     [
-        (_drop_model, "seed1.json, which is not an evaluation of two models"),
-        (_drop_task, "seed1.json, where jreg lacks swag of the paper's nine tasks"),
-        (_other_metric, "piqa has another metric or number of samples"),
-        (_fewer_samples, "race has another metric or number of samples"),
-        (_limit, "--limit was none and 100 in"),
-        (_turn_round, "baseline and jreg in different orders"),
-        (_copy, "baseline is the same model in"),
-        (_one_baseline, "baseline is the same model in"),
-        (_one_seed, "--seeds has one evaluation; give the files of at least two seeds"),
-        (_measurement, "seed1.json is an unknown kind of file"),
+        (_drop_model, ("--seeds", "seed1.json")),
+        (_drop_task, ("--seeds", "seed1.json", "jreg", "swag")),
+        (_other_metric, ("--seeds", "piqa", "seed0.json", "seed1.json")),
+        (_fewer_samples, ("--seeds", "race", "seed0.json", "seed1.json")),
+        (_limit, ("--seeds", "--limit", "none", "100", "seed0.json", "seed1.json")),
+        (_turn_round, ("--seeds", "baseline", "jreg", "seed0.json", "seed1.json")),
+        (_copy, ("--seeds", "baseline", "seed0.json", "seed1.json")),
+        (_one_baseline, ("--seeds", "baseline", "seed0.json", "seed1.json")),
+        (_one_seed, ("--seeds",)),
+        (_measurement, ("seed1.json",)),
     ],
 )
 def test_seeds_that_make_no_mean_are_one_line(
@@ -151,13 +152,15 @@ def test_seeds_that_make_no_mean_are_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     spoil: Callable[[list[dict[str, Any]]], None],
-    said: str,
+    named: tuple[str, ...],
 ) -> None:
     spoil(documents)
     with pytest.raises(SystemExit) as ended:
         main(["--seeds", *write(tmp_path, documents)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and said in line
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert ended.value.code == 2 and printed.out == ""
+    assert line.startswith(LINE_START) and not [word for word in named if word not in line]
 
 
 def test_the_power_is_how_often_the_test_finds_a_true_difference() -> None:

@@ -256,7 +256,7 @@ def exported_logits(folder: Path, output: Path, ids: torch.Tensor) -> str | torc
     from jreg_megatron.convert import export
 
     try:
-        export.export(export._parser().parse_args([str(folder), str(output)]))
+        export.export(export.parser().parse_args([str(folder), str(output)]))
     except UserError as error:
         assert not output.exists()
         return str(error)
@@ -467,7 +467,7 @@ def differences_to_changed_models(work: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(theirs, str):
             here["exported"] = off(theirs, expected)
             imported = work / f"{name} imported"
-            import_.import_folder(import_._parser().parse_args([str(out), str(imported)]))
+            import_.import_folder(import_.parser().parse_args([str(out), str(imported)]))
             here["imported"] = off(loaded(imported).logits(ids), expected)
     return found
 

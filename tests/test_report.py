@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -160,9 +161,6 @@ def test_each_metric_of_depth_has_a_figure_and_its_numbers_in_a_table(report: Ca
         *("depth_voids", "depth_contributions", "depth_cosines", "depth_entropy", "depth_curvature"),
         *("depth_kl", "depth_top5", "depth_alignment", "depth_skipping"),
     ]
-    said = Path("report.html").read_text()
-    assert "1 if they are spread evenly over all directions. States on a line may have more than 0" in said
-    assert "arccos of the absolute cosine, in [0, π/2]. A step straight back counts as 0." in said
     added = page.table("How much attention and MLP add")
     assert added[0] == ["layer", "baseline, attention", "baseline, MLP", "baseline, both"]
     assert [float(cell) for cell in added[2][1:]] == pytest.approx([3 / 90, 5 / 90, 7 / 90], rel=1e-3)
@@ -495,24 +493,25 @@ def test_a_wrong_value_is_named_with_its_file_and_field(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is not readable JSON: "),
-        (b'{"format": "jreg_megatron measurement"', "is not readable JSON"),
+        (b"", "JSON"),
+        (b'{"format": "jreg_megatron measurement"', "JSON"),
         (b"\xff\xfe\x00", "utf-8"),
-        (b"[" * 200_000, "is not readable JSON"),
-        (b"1" * 5000, "is not readable JSON"),
-        (b"[]", "the whole is a list of 0"),
-        (b'"text"', 'the whole is "text"'),
-        (b"{}", "unknown kind of file"),
-        (b'{"format": "jreg_megatron measurement"}', "version is missing"),
-        (b'{"format": ["jreg_megatron measurement"]}', "unknown kind of file"),
-        (b'{"runs": []}', "unknown kind of file"),
+        (b"[" * 200_000, "JSON"),
+        (b"1" * 5000, "JSON"),
+        (b"[]", "list"),
+        (b'"text"', '"text"'),
+        (b"{}", "--json"),
+        (b'{"format": "jreg_megatron measurement"}', "version"),
+        (b'{"format": ["jreg_megatron measurement"]}', "--json"),
+        (b'{"runs": []}', "--json"),
     ],
 )
 def test_a_file_of_unknown_format_is_refused_in_one_line(
     report: Callable[..., Page], capsys: pytest.CaptureFixture[str], content: bytes, said: str
 ) -> None:
     Path("x.json").write_bytes(content)
-    assert said in refusal(report, capsys, "x.json")
+    line = refusal(report, capsys, "x.json")
+    assert "x.json" in line and said in line
 
 
 def test_places_without_input_are_refused_in_one_line(
@@ -522,13 +521,12 @@ def test_places_without_input_are_refused_in_one_line(
     Path("events.out.tfevents.1").touch()
     Path("broken").mkdir()
     Path("broken/events.out.tfevents.1").write_bytes(b"no event at all" * 20)
-    assert "no such\\nfile cannot be read" in refusal(report, capsys, "no such\nfile")
-    assert "empty is a folder without TensorBoard files" in refusal(report, capsys, "empty")
-    assert "name its folder" in refusal(report, capsys, "events.out.tfevents.1")
-    assert "broken holds no events" in refusal(report, capsys, "broken")
+    for place in ("no such\nfile", "empty", "events.out.tfevents.1", "broken"):
+        assert place.replace("\n", "\\n") in refusal(report, capsys, place)
     good = write(Path("m.json"), measurement())
-    assert "--output is empty, which is a folder" in refusal(report, capsys, good, "--output", "empty")
-    assert "--figures is m.json" in refusal(report, capsys, good, "--figures", "m.json")
+    for flag, place in {"--output": "empty", "--figures": "m.json"}.items():
+        line = refusal(report, capsys, good, flag, place)
+        assert flag in line and place in line
     assert not Path("report.html").exists()
 
 
@@ -557,7 +555,8 @@ def test_an_output_that_is_an_input_is_refused(
     path = write(Path("own.json"), measurement())
     Path("link.json").symlink_to(path)
     content = path.read_bytes()
-    assert f"--output is {given}, which is an input" in refusal(report, capsys, path, "--output", given)
+    line = refusal(report, capsys, path, "--output", given)
+    assert "--output" in line and given in line
     assert path.read_bytes() == content
 
 
@@ -566,9 +565,12 @@ def test_an_output_within_an_input_folder_is_refused(
 ) -> None:
     Path("demo").mkdir()
     path = write(Path("demo/summary.json"), summary())
-    assert "which is an input" in refusal(report, capsys, "demo", "--output", path)
     events = next(write_events(Path("run"), {1: 3.0}).iterdir())
-    assert "which is an input" in refusal(report, capsys, "run", "--output", events)
+    for folder, file in {"demo": path, "run": events}.items():
+        content = file.read_bytes()
+        line = refusal(report, capsys, folder, "--output", file)
+        assert "--output" in line and str(file) in line
+        assert file.read_bytes() == content
     report("demo", "run", "--figures", "demo")
     assert path.is_file() and len(list(Path("demo").glob("*.svg"))) == 3
 
@@ -594,7 +596,10 @@ def test_an_interruption_ends_in_one_line_without_a_page(
     with pytest.raises(SystemExit) as stop:
         report(write(Path("m.json"), measurement()))
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "\nInterrupted; nothing was written\n"
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.split("\n")) == 3, (
+        "a line, below what the terminal shows of ^C"
+    )
     assert sorted(path.name for path in Path().iterdir()) == ["m.json"]
 
 
@@ -604,11 +609,12 @@ def test_names_that_the_system_cannot_open_are_refused_in_one_line(
     long, good = "n" * 300, write(Path("m.json"), measurement())
     Path("loop").symlink_to("loop")
     Path("folder/events.out.tfevents.1").mkdir(parents=True)
-    assert "cannot be read: File name too long" in refusal(report, capsys, long)
-    assert "loop cannot be read: Too many levels of symbolic links" in refusal(report, capsys, "loop")
-    assert "folder is a folder without TensorBoard files" in refusal(report, capsys, "folder")
-    assert "--output " in refusal(report, capsys, good, "--output", long)
-    assert "--figures is nnn" in refusal(report, capsys, good, "--figures", long)
+    for place, why in {long: os.strerror(errno.ENAMETOOLONG), "loop": os.strerror(errno.ELOOP)}.items():
+        line = refusal(report, capsys, place)
+        assert place[:20] in line and why in line
+    assert "folder" in refusal(report, capsys, "folder")
+    for flag in ("--output", "--figures"):
+        assert flag in refusal(report, capsys, good, flag, long)
 
 
 def test_a_folder_with_a_pictures_name_is_refused_before_the_page_is_written(
@@ -616,7 +622,7 @@ def test_a_folder_with_a_pictures_name_is_refused_before_the_page_is_written(
 ) -> None:
     Path("f/displacement_post_norm.png").mkdir(parents=True)
     line = refusal(report, capsys, write(Path("m.json"), measurement(layers=3)), "--figures", "f")
-    assert "f/displacement_post_norm.png cannot be written (Is a directory)" in line
+    assert "f/displacement_post_norm.png" in line and os.strerror(errno.EISDIR) in line
     assert not Path("report.html").exists()
 
 
@@ -626,4 +632,5 @@ def test_event_files_without_events_are_called_damaged_or_empty(
 ) -> None:
     Path("run").mkdir()
     Path("run/events.out.tfevents.1").write_bytes(content)
-    assert "run holds no events" in refusal(report, capsys, "run")
+    line = refusal(report, capsys, "run")
+    assert "run" in line and "damaged" in line

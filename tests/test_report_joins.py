@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,24 +144,35 @@ def with_depth(document: dict[str, Any]) -> dict[str, Any]:
 def test_a_figure_of_depth_says_how_its_models_were_measured_and_draws_them_in_the_same_way(
     report: Callable[..., Page],
 ) -> None:
-    page = report(write(Path("a.json"), with_depth(measurement(("a",), layers=3))))
-    assert page.column("Void layers", "a") == ["0.1000"] * 3
-    said = voids_caption()
-    assert "First token of each text dropped." in said and "different" not in said and "Only" not in said
-    other = keep_first_token(with_depth(measurement(("b",), (1, 2), layers=3, without_norm=("b",))))
-    other["text"]["max_tokens"] = 12
-    page = report("a.json", write(Path("b.json"), other), "--figures", "f")
-    assert [page.column("Void layers", label) for label in "ab"] == [["0.2000"] * 3] * 2
-    said = voids_caption()
-    assert "First token of each text kept. The models read different texts. See the files at the end." in said
-    assert "Only the last of several checkpoints is shown." in said and "norm, so" not in said
-    pictures = [svg.stem for svg in Path("f").glob("*.svg") if "read different texts." in svg.read_text()]
+    """What a caption says is known by what changes it."""
+
+    def caption(share: float, folder: str, *steps: int, max_tokens: int | None = None, **of_b: Any) -> str:
+        """The figure's, for model ``a``, and for ``b`` with the first token if it has steps."""
+        files = [write(Path("a.json"), with_depth(measurement(("a",), layers=3)))]
+        if steps:
+            other = keep_first_token(with_depth(measurement(("b",), steps, layers=3, **of_b)))
+            other["text"] |= {} if max_tokens is None else {"max_tokens": max_tokens}
+            files.append(write(Path("b.json"), other))
+        page = report(*files, "--figures", folder)
+        labels = "ab"[: len(files)]
+        assert [page.column("Void layers", label) for label in labels] == [[f"{share:.4f}"] * 3] * len(files)
+        (said,) = re.findall(
+            r'<figure id="depth_voids".*?<figcaption>(.*?)</figcaption>', captions(), re.DOTALL
+        )
+        return str(said)
+
+    dropped, kept = caption(0.1, "dropped"), caption(0.2, "kept", 2)
+    unlike = caption(0.2, "unlike", 2, max_tokens=12)
+    last = caption(0.2, "last", 1, 2)
+    assert len({dropped, kept, unlike, last}) == 4
+    assert caption(0.2, "bare", 2, without_norm=("b",)) == kept, "the figure is before the final norm"
+    pictures = [svg.stem for svg in Path("kept").glob("*.svg") if svg.read_text() != same(svg, "unlike")]
     assert sorted(pictures) == ["depth_voids", "displacement_post_norm", "displacement_pre_norm"]
 
 
-def voids_caption() -> str:
-    (caption,) = (part for part in captions().split("<figcaption")[1:] if "a layer is void" in part)
-    return caption.partition("</figcaption")[0]
+def same(picture: Path, folder: str) -> str:
+    """The picture of this name in another folder."""
+    return Path(folder, picture.name).read_text()
 
 
 def test_a_run_of_another_experiment_does_not_join_a_model_of_its_name(report: Callable[..., Page]) -> None:

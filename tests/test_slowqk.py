@@ -119,11 +119,11 @@ def slows_torchs_optimizer() -> list[str]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     config = SlowQKConfig(multiplier=0.0, share=0.5, hold_iterations=1)
     lines = []
-    attach(model, config, num_microbatches=1, iteration=lambda: 1)
+    handle = attach(model, config, num_microbatches=1, iteration=lambda: 1)
     with pytest.raises(UserError) as caught:
         forward(model)
     lines.append(str(caught.value))
-    model._jreg_handle.detach()
+    handle.detach()
     other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(UserError) as caught:
         attach(model, config, num_microbatches=1, iteration=lambda: 1, optimizer=other)

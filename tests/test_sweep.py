@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,20 +222,35 @@ def test_the_summary_holds_paired_differences_and_95_percent_t_intervals(
         name: run["history"] for name, run in summary["runs"].items()
     }
     said = " ".join(capsys.readouterr().out.split())
-    assert "lambda 0.1, alpha 1, -0.4167 (-0.7752 to -0.0581). The interval does not contain 0." in said
-    assert "Confirm it with new seeds." in said
+    assert "lambda 0.1, alpha 1, -0.4167 (-0.7752 to -0.0581)" in said
 
 
 def test_one_seed_and_an_interval_around_zero_are_not_called_a_difference(
     toy: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (toy.recipe, "--coeff", 0.1, "--output", toy.folder / "out")
-    toy.plan({f"baseline_seed{s}": {"loss": loss} for s, loss in ((1, 3.5), (2, 2.9))})
+
+    def difference() -> dict[str, Any]:
+        (setting,) = read_summary(toy.folder / "out")["settings"]
+        found: dict[str, Any] = setting["difference_to_baseline"]
+        return found
+
+    def verdict() -> str:
+        """The line on the best setting, without its numbers."""
+        (line,) = (it for it in capsys.readouterr().out.splitlines() if "lambda 0.1, alpha 1, " in it)
+        return re.sub(r"[-+]\d\.\d+", "", line)
+
+    toy.plan({f"baseline_seed{s}": {"loss": loss} for s, loss in ((1, 3.5), (2, 2.9), (4, 3.5), (5, 3.5))})
     assert sweep(*words, "--seeds", 1) == 0
-    assert "add --seeds" in " ".join(capsys.readouterr().out.split())
-    assert read_summary(toy.folder / "out")["settings"][0]["difference_to_baseline"]["low"] is None
+    of_one = verdict()
+    assert "--seeds" in of_one and difference()["low"] is None
     assert sweep(*words, "--seeds", 2) == 0
-    assert "The interval contains 0" in " ".join(capsys.readouterr().out.split())
+    around_zero = verdict()
+    assert difference()["low"] < 0 < difference()["high"]
+    shutil.rmtree(toy.folder / "out")
+    assert sweep(*words, "--seeds", 4, 5) == 0
+    assert difference()["high"] < 0
+    assert len({of_one, around_zero, verdict()}) == 3
 
 
 def root_cause(rank: int, traceback: str) -> list[str]:
@@ -289,10 +305,8 @@ def test_a_run_that_fails_is_named_with_the_reason_and_the_others_continue(
     toy.plan({broken: {"status": 1, "says": says}})
     words = (toy.recipe, "--coeff", 0.1, 1, "--seeds", 1, "--output", toy.folder / "out")
     assert sweep(*words) == 1
-    said = capsys.readouterr().out
-    assert f"{broken}: failed after" in said
-    assert "with status 1: [rank1]: RuntimeError: out of memory; see" in said
-    assert f"Not counted: {broken}: unfinished." in said
+    (line,) = (it for it in capsys.readouterr().out.splitlines() if says[1] in it)
+    assert broken in line and "status 1" in line and f"{toy.folder}/out/{broken}/train.log" in line
     assert read_summary(toy.folder / "out")["left_out"] == {broken: "unfinished"}
     assert toy.started == ["baseline_seed1", broken, "coeff1_alpha1_seed1"]
     toy.plan({})
@@ -306,7 +320,8 @@ def test_after_a_refusal_of_the_first_run_the_others_are_not_tried(
 ) -> None:
     toy.plan({"baseline_seed1": {"status": 2, "says": ["jreg_megatron: error: DATA is missing; make it"]}})
     assert sweep(toy.recipe, "--coeff", 0.1, "--seeds", 1, "--output", toy.folder / "out") == 2
-    assert "with status 2: DATA is missing; make it; see" in capsys.readouterr().out
+    (line,) = (it for it in capsys.readouterr().out.splitlines() if "DATA is missing; make it" in it)
+    assert "baseline_seed1" in line and f"{toy.folder}/out/baseline_seed1/train.log" in line
     assert toy.started == ["baseline_seed1"]
 
 
@@ -319,7 +334,6 @@ def test_sigterm_reaches_the_recipe_and_the_same_command_resumes_it(toy: StandIn
         queue.send_signal(signal.SIGTERM)
         output = queue.communicate(timeout=30)[0]
     assert queue.returncode == 75, output
-    assert "The sweep has stopped" in output
     assert "saving" in (toy.folder / "out" / waiting / "train.log").read_text()
     toy.plan({})
     assert sweep("--output", toy.folder / "out") == 0

@@ -70,7 +70,7 @@ def main(results: Path, names: list[str]) -> None:
     from jreg_megatron.selftest import __main__ as selftest
 
     silence_megatron()
-    selftest._start(True, "transformer_engine", timedelta(seconds=60))
+    selftest.start(True, "transformer_engine", timedelta(seconds=60))
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.transformer import transformer_block
 

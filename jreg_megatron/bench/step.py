@@ -196,7 +196,7 @@ def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Me
     def timed(name: str, iteration: int) -> None:
         if len(measured.names) % 100 == 0:
             gc.collect()  # between steps, as Megatron does
-        wall, processor = run(name, iteration, _seconds)
+        wall, processor = run(name, iteration, seconds_of)
         measured.wall.append(wall)
         measured.processor.append(processor)
         measured.names.append(name)
@@ -206,7 +206,7 @@ def time_rounds(args: Namespace, run: Callable[..., Any], deadline: float) -> Me
         seconds = measured.processor if _by_processor_time(args) else measured.wall
         found = _of_ways(measured, np.array(seconds)).values()
         is_sharp = all(half_width(of_way["confidence_95"]) <= ENOUGH for of_way in found)
-        return _first_ranks(time.monotonic() > deadline or is_sharp)
+        return of_every_rank(time.monotonic() > deadline or is_sharp)[0]
 
     timed(UNMODIFIED, 1)
     for number, name in rounds(args.ways, args.rounds, FEWEST_ROUNDS, is_over):
@@ -220,8 +220,8 @@ def half_width(limits: Sequence[float] | None) -> float:
     return math.inf if limits is None else (limits[1] - limits[0]) / 2
 
 
-def _seconds(step: Callable[[], None]) -> tuple[float, float]:
-    """Wall-clock seconds of a step, and processor seconds of this process in it."""
+def seconds_of(step: Callable[[], None]) -> tuple[float, float]:
+    """Wall-clock seconds of a step, and processor seconds of this process in it. Collective."""
     dist.barrier()
     torch.cuda.synchronize()
     wall, processor = time.perf_counter(), time.process_time()
@@ -229,12 +229,6 @@ def _seconds(step: Callable[[], None]) -> tuple[float, float]:
     torch.cuda.synchronize()
     processor = time.process_time() - processor
     return time.perf_counter() - wall, processor
-
-
-def _first_ranks(flag: bool) -> bool:
-    first = torch.tensor(float(flag), device=torch.cuda.current_device())
-    dist.broadcast(first, 0)
-    return bool(first)
 
 
 def summarize(measured: Sequence[Measured], by_processor_time: bool) -> dict[str, Any]:

@@ -24,11 +24,12 @@ _OWN = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    command.run("export", _parser().parse_args(argv), _OWN, export, _print)
+    command.run("export", parser().parse_args(argv), _OWN, export, _print)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.parser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = command.parser(
         "export",
         ("CHECKPOINTS", "a training's --save folder"),
         "new folder",
@@ -37,13 +38,13 @@ def _parser() -> argparse.ArgumentParser:
         "At the end the exported files are loaded. Their logits must equal the checkpoint's, and their "
         "tokenizer must give the same ids as the training's tokenizer.",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
-    which = parser.add_mutually_exclusive_group().add_argument
+    made.add_argument("--step", type=int, metavar="N", help="iteration (default: the last)")
+    which = made.add_mutually_exclusive_group().add_argument
     which("--tokenizer-model", metavar="PATH", help="place of the training's tokenizer, if it has moved")
     which("--no-tokenizer", action="store_true", help="export only weights and config")
     rows = "rows of the embedding to export, if neither tokenizer nor training shows the vocabulary's size"
-    parser.add_argument("--vocab-size", type=int, metavar="N", help=rows)
-    return parser
+    made.add_argument("--vocab-size", type=int, metavar="N", help=rows)
+    return made
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from jreg_megatron.runtime.imports import need, without_noise
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    command.run("import", _parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
+    command.run("import", parser().parse_args(argv), (RELEASE, TRACKER), import_folder, _print)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     return command.parser(
         "import",
         ("FOLDER", "folder with config.json and safetensors"),

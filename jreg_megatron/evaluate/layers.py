@@ -24,7 +24,7 @@ from jreg_megatron.runtime.errors import UserError
 Scores = tuple[Tensor, Tensor]
 """For n predicted tokens: cross-entropy ``[n]`` in nats, fp32, and the most likely ids ``[n]``."""
 
-_MAX_LOGITS = 1 << 25
+MAX_LOGITS = 1 << 25
 """Number of logits in memory at a time: 128 MiB in fp32."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -239,7 +239,7 @@ def _measure(
 
 def in_parts(decoder: Decoder, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors ``[n, ...]`` in parts whose logits fit into memory."""
-    size = max(1, _MAX_LOGITS // decoder.vocab_size)
+    size = max(1, MAX_LOGITS // decoder.vocab_size)
     return zip(*(torch.split(each, size) for each in rows), strict=True)
 
 

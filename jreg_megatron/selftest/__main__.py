@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _test(layouts: list[Layout], options: argparse.Namespace) -> int:
     timeout = timedelta(seconds=options.timeout)
-    _start(options.cpu or bool(options.nproc), options.transformer_impl, timeout)
+    start(options.cpu or bool(options.nproc), options.transformer_impl, timeout)
     _print(*_about_this_machine(options))
     return _run(layouts, options.transformer_impl, timeout)
 
@@ -147,7 +147,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
             raise UserError("--transformer-impl is transformer_engine, which runs on GPUs only; use local")
 
 
-def _start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
+def start(wants_cpu: bool, transformer_impl: str, timeout: timedelta) -> None:
     """Set up the device, Megatron and the process group."""
     be_alone_unless_started()
     if wants_cpu or not torch.cuda.is_available():

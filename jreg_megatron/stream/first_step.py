@@ -45,7 +45,7 @@ _MOST = 1.5
 _MOST_WEIGHED = 16.0
 """The limit if tokens have different weights. A sum that is not divided is off by its number of tokens."""
 _EXACT = 0.01
-_MOST_STEPS = 50
+MOST_STEPS = 50
 """The check ends after this many steps without a usable loss scale (fp16 halves its own from 2^32) or without
 a token that counts."""
 
@@ -184,9 +184,9 @@ class FirstStep:
             self._steps += 1
             if self._added is None or self._is_scale_right(self._added, ranks):
                 self.end()
-            elif self._steps == _MOST_STEPS:
+            elif self._steps == MOST_STEPS:
                 self.end()
-                self._say(f"{_MOST_STEPS} steps have not shown how the loss is scaled")
+                self._say(f"{MOST_STEPS} steps have not shown how the loss is scaled")
         self.forget()
 
     def _meet_before_the_optimizer(self) -> None:

@@ -56,7 +56,7 @@ _REFUSED_IN_FULL_GRAPHS = {
 }
 """Megatron's settings that are not supported together with ``cuda_graph_impl full_iteration``."""
 
-_LOST_IN_LOCAL_GRAPHS = ("layernorm", "mla_up_proj", "gdn_norm_out")
+LOST_IN_LOCAL_GRAPHS = ("layernorm", "mla_up_proj", "gdn_norm_out")
 """``recompute_modules`` with parameters, whose output Megatron frees. Before 0.20, the backward pass of a
 local graph writes their gradients to a place that nothing reads."""
 
@@ -254,7 +254,7 @@ def _refuse_local_graphs(model_config: Any) -> None:
         if value(name):
             found[f"{name} {value(name):g}"] = "evaluation then replays a training pass, with dropout"
     recomputed = value("recompute_modules") if value("recompute_granularity") == "selective" else None
-    for module in _LOST_IN_LOCAL_GRAPHS:
+    for module in LOST_IN_LOCAL_GRAPHS:
         if module in (recomputed or ()) and not _is_since(20):
             found[f"recompute_modules {module}"] = "Megatron-Core 0.19 loses the gradients of its parameters"
     trained, evaluated = (
