@@ -333,7 +333,7 @@ MISTAKES = {
         ["--num-layers", 5, *PIPELINE],
         r"(?=.*--num-layers)(?=.*\b5\b)(?=.*2)",
     ),
-    "an unknown flag": (["--jreg-coef", 0.1], r"unrecognized arguments: --jreg-coef"),
+    "an unknown flag": (["--jreg-coef", 0.1], r"--jreg-coef;.* --jreg-coeff"),
     "what only Megatron itself checks": (["--clone-scatter-output-in-embedding", "--fp16", "--bf16"], r""),
     "no kind of full recompute": (("--recompute-granularity", "full"), "Megatron refuses .*recompute"),
     "two precisions": (
