@@ -82,10 +82,9 @@ class TritonKernels:
     @torch.no_grad()
     def displacement(self, h_in: Tensor, h_out: Tensor) -> Tensor:
         """Psi of every token."""
-        compute = computed_in(h_in, h_out)
-        psi = torch.empty(h_in.shape[:-1], dtype=compute, device=h_in.device)
+        psi = torch.empty(h_in.shape[:-1], dtype=computed_in(h_in, h_out), device=h_in.device)
         a, b = _as_sbh(h_in), _as_sbh(h_out)
-        self._launch(displacement_kernel, compute, (a, b), (a, b, psi))
+        self._launch(displacement_kernel, (a, b), (a, b, psi))
         return psi
 
     def gradients(
@@ -120,7 +119,6 @@ class TritonKernels:
         written = (total if grad_in is None else grad_in, total, numbers)
         self._launch(
             gradients_kernel,
-            compute,
             (a, b, g, weights, c),
             (a, b, g, coefficient, weights, *written, c, of_c),
             float(factor),
@@ -137,13 +135,14 @@ class TritonKernels:
     def _launch(
         self,
         kernel: Any,
-        compute: torch.dtype,
         states: tuple[Tensor, ...],
         tensors: tuple[Tensor, ...],
         *numbers: float,
         **options: int,
     ) -> None:
-        """Run a kernel on the rows of ``states``. It gets ``tensors``, ``numbers``, sizes and ``options``.
+        """Run a kernel on the rows of ``states``, of which a layer's input and output are the first two.
+
+        The kernel gets ``tensors``, ``numbers``, sizes and ``options``.
 
         Triton chooses the compiled kernel in each call, which takes most of a launch's time. Here it is
         chosen once per key. The key has all properties of the arguments on which the choice depends: integers
@@ -156,7 +155,7 @@ class TritonKernels:
         device, addresses = like.get_device(), 0
         if like.is_cuda and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(kernel, compute, states, tensors, *numbers, **options)
+                self._launch(kernel, states, tensors, *numbers, **options)
             return
         for tensor in tensors:
             addresses |= tensor.data_ptr()
@@ -171,14 +170,13 @@ class TritonKernels:
         if launch is None:
             if len(self._launches) >= _MOST_LAUNCHES:
                 self._launches.clear()
-            launch = self._prepared(kernel, compute, states, tensors, numbers, options)
+            launch = self._prepared(kernel, states, tensors, numbers, options)
             self._launches[key] = launch
         launch(*tensors, *numbers)
 
     def _prepared(
         self,
         kernel: Any,
-        compute: torch.dtype,
         states: tuple[Tensor, ...],
         tensors: tuple[Tensor, ...],
         numbers: tuple[float, ...],
@@ -189,8 +187,14 @@ class TritonKernels:
         tile = self.tile or tile_for(width)
         grid = (triton.cdiv(length * batch, tile.rows), 1, 1)
         sizes = (length * batch, batch, *(step for state in states for step in state.stride()[:2]))
-        constants = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "COMPUTE": _TYPES[compute]}
-        constants |= options
+        compute = _TYPES[computed_in(*states[:2])]
+        constants = {
+            "WIDTH": width,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "COMPUTE": compute,
+            **options,
+        }
         # A GPU rounds as the interpreter does, whatever Triton's default.
         compiler = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
 
