@@ -45,6 +45,7 @@ CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or (ten_steps and iteration)")
 LOCAL_GRAPHS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and rank and not HybridModel")
 GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel and not local")
+DROPPED = ("tests/test_attach.py", "tests/test_cuda_graphs.py", "-k", "is_dropped")
 RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
 OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
 BENCH = ("tests/test_bench.py", "-k", "seconds or fp16 or waits or scatter")
@@ -1791,6 +1792,11 @@ _BY_FILE = {
     ],
     "stream/full_graph.py": [
         Fault(
+            "keep the model of a graph alive that was dropped without detach",
+            (("step = weakref.WeakMethod(self._step)", "step = lambda own=self: own._step"),),
+            DROPPED,
+        ),
+        Fault(
             "count what a replay measures in every iteration",
             (("            sums.copy_(before)", "            pass"),),
             FULL_GRAPH,
@@ -1807,7 +1813,7 @@ _BY_FILE = {
         ),
         Fault(
             "ask a model before this one whether a graph may be captured",
-            (("getattr(call, _ORIGINAL, call)", "call"),),
+            (("getattr(current, _ORIGINAL, current)", "current"),),
             ("tests/test_cuda_graphs.py", "-k", "anew"),
         ),
         Fault(
@@ -2054,6 +2060,16 @@ _BY_FILE = {
         ),
     ],
     "stream/reruns.py": [
+        Fault(
+            "keep a model alive that was dropped without detach",
+            (("kept = weakref.WeakMethod(ours)", "kept = lambda: ours"),),
+            DROPPED,
+        ),
+        Fault(
+            "leave a dropped model's replacement of a method in its class",
+            (("and _CALLED[method]() is None:", "and False:"),),
+            DROPPED,
+        ),
         Fault(
             "measure an iteration twice that Megatron runs again",
             (("            sums.copy_(before)", "            pass"),),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from argparse import Namespace
 from importlib.metadata import version
 from typing import Any
@@ -82,6 +84,27 @@ def leaves_the_model_as_it_was() -> None:
     assert [dict(vars(layer)) for layer in model.decoder.layers] == attributes
     _, after = step(model)
     assert all(torch.equal(gradients[name], after[name]) for name in gradients)
+
+
+def frees_a_dropped_model() -> None:
+    from megatron.core.rerun_state_machine import RerunStateMachine
+
+    from jreg_megatron import attach
+
+    model, megatrons = build_model(), RerunStateMachine.should_run_forward_backward
+
+    def dropped() -> weakref.ref[Any]:
+        """A model that has run a step, and whose handle nobody keeps."""
+        dropped = build_model_like(model)
+        attach(dropped, JRegConfig(coeff=1.0, alpha=0.0), num_microbatches=1)
+        step(dropped)
+        return weakref.ref(dropped)
+
+    references = [dropped() for _ in range(3)]
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+    attach(model, JRegConfig(coeff=1.0), num_microbatches=1).detach()
+    assert RerunStateMachine.should_run_forward_backward is megatrons
 
 
 def only_measures_with_coeff_zero() -> None:
@@ -544,6 +567,10 @@ UNSUPPORTED = [
 
 def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it() -> None:
     run_function(leaves_the_model_as_it_was)
+
+
+def test_a_model_that_is_dropped_without_detach_is_freed() -> None:
+    run_function(frees_a_dropped_model)
 
 
 def test_the_start_says_if_lambda_counts_other_tokens_than_the_loss() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -538,6 +540,36 @@ def forgets_what_is_run_again(in_graph: bool) -> None:
             torch.testing.assert_close(of_this[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
     handle.detach()
     assert megatrons == (PagedStashRunner.data_read, PagedStashRunner.prepare_for_rerun)
+
+
+def test_a_model_of_graphs_that_is_dropped_without_detach_is_freed() -> None:
+    run_function(frees_a_dropped_model_of_graphs)
+
+
+def frees_a_dropped_model_of_graphs() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    def replaced() -> list[Any]:
+        runner = PagedStashRunner
+        return [runner.data_read, runner.prepare_for_rerun, FullCudaGraphWrapper.__call__]
+
+    def attached() -> tuple[Any, Any]:
+        model = build_model()
+        vars(model.config).update(FULL | {"moe_expert_rank_capacity_factor": 1.0})
+        handle = attach(model, TAKEN, num_microbatches=1)
+        parallel_state.destroy_model_parallel()
+        return model, handle
+
+    megatrons = replaced()
+    references = [weakref.ref(attached()[0]) for _ in range(3)]
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+    _, handle = attached()
+    assert all(now is not before for now, before in zip(replaced(), megatrons, strict=True))
+    handle.detach()
+    assert replaced() == megatrons
 
 
 def test_values_that_a_pipeline_stage_has_still_to_sum_belong_to_the_repeated_iteration() -> None:

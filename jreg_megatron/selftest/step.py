@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,7 @@ def run_step(
 
             delete_cuda_graphs()
         parallel_state.destroy_model_parallel()
+        gc.collect()  # Gloo's threads end with the last reference to their group, which the model has
 
 
 def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transformer_impl: str) -> Step:

@@ -17,6 +17,7 @@ graph is discarded, and Megatron warms up again.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,14 +55,17 @@ class FullGraphs:
         self._is_checked = is_checked
         self._num_microbatches = 0
         self._wrapper: Any = FullCudaGraphWrapper
-        call: Any = FullCudaGraphWrapper.__call__
-        self._call: Callable[..., Any] = getattr(call, _ORIGINAL, call)
+        current: Any = FullCudaGraphWrapper.__call__
+        call: Callable[..., Any] = getattr(current, _ORIGINAL, current)
+        step = weakref.WeakMethod(self._step)
 
-        @functools.wraps(self._call)
+        @functools.wraps(call)
         def around(wrapper: Any, *args: Any, **named: Any) -> Any:
-            return self._step(wrapper, *args, **named)
+            ours = step()  # None if the model was dropped without detach
+            return call(wrapper, *args, **named) if ours is None else ours(wrapper, *args, **named)
 
-        setattr(around, _ORIGINAL, self._call)
+        setattr(around, _ORIGINAL, call)
+        self._call = call
         self._ours = self._wrapper.__call__ = around
         self._forget_graphs()
 

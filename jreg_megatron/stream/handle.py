@@ -18,7 +18,7 @@ from jreg_megatron.stream.first_step import FirstStep
 from jreg_megatron.stream.full_graph import FullGraphs
 from jreg_megatron.stream.meter import Meter, reduce_meters
 from jreg_megatron.stream.method import Call, Method, Metrics, Reading
-from jreg_megatron.stream.reruns import Reruns, tell_of_reruns_in_place
+from jreg_megatron.stream.reruns import Reruns, RerunsInPlace
 from jreg_megatron.stream.settings import Settings
 from jreg_megatron.stream.support import LAYER_NOT_SEEN, sharding_of
 from jreg_megatron.stream.tap import Change, Parts, tap_residual_stream
@@ -92,7 +92,7 @@ class Handle:
             self._full_graphs = FullGraphs(methods, iteration, lambda: self._first_step.has_ended)
         both = (meter for method in methods for meter in (method.training_meter, method.validation_meter))
         meters = [meter for meter in both if meter is not None]
-        self._end_reruns_in_place = tell_of_reruns_in_place(self._rerun_in_place)
+        self._reruns_in_place = RerunsInPlace(self._rerun_in_place)
         self._reruns: Reruns | None = None
         if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
             self._reruns = Reruns(meters, self._run_again)
@@ -343,7 +343,7 @@ class Handle:
         self._tap.remove()
         if self._full_graphs is not None:
             self._full_graphs.end()
-        self._end_reruns_in_place()
+        self._reruns_in_place.end()
         if self._reruns is not None:
             self._reruns.end()
         for chunk in self._chunks:

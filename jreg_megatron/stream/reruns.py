@@ -8,6 +8,7 @@ gradients and runs the iteration again without the limit. The first run's measur
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ class Reruns:
         self._run_again = run_again
         self._before: list[tuple[Tensor, Tensor]] = []
         self._undo = [
-            _call_before(PagedStashRunner, "data_read", self._keep),
-            _call_before(PagedStashRunner, "prepare_for_rerun", self._give_back),
+            _go_around(PagedStashRunner, "data_read", self._read),
+            _go_around(PagedStashRunner, "prepare_for_rerun", self._prepare),
         ]
 
     def end(self) -> None:
@@ -42,62 +43,72 @@ class Reruns:
         while self._undo:
             self._undo.pop()()
 
-    def _keep(self) -> None:
+    def _read(self, data_read: Callable[..., Any], *args: Any, **named: Any) -> Any:
         self._before = [(sums, sums.clone()) for meter in self._meters for sums in meter.totals()]
+        return data_read(*args, **named)
 
-    def _give_back(self) -> None:
+    def _prepare(self, prepare_for_rerun: Callable[..., Any], *args: Any, **named: Any) -> Any:
         self._run_again()
         for meter in self._meters:
             meter.totals()  # sums the waiting values, which belong to the iteration too
         for sums, before in self._before:
             sums.copy_(before)
+        return prepare_for_rerun(*args, **named)
 
 
-def tell_of_reruns_in_place(tell: Callable[[bool], None]) -> Callable[[], None]:
-    """Call ``tell`` when Megatron's rerun state machine repeats an iteration.
+class RerunsInPlace:
+    """Tells when Megatron's rerun state machine repeats an iteration.
 
     Megatron repeats an iteration whose result looks wrong, such as a loss that jumps. The first run's
     measurements count, because the second run must give the same.
-
-    Args:
-        tell: called before each run of an iteration and after the last one. Its argument is true if a second
-            run begins.
-
-    Returns:
-        A function that ends this.
     """
-    from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
 
-    def told(should_run: Callable[..., Any], machine: Any, *given: Any, **named: Any) -> Any:
-        runs = should_run(machine, *given, **named)
-        tell(bool(runs) and machine.state == RerunState.RERUNNING_IN_PLACE)
+    def __init__(self, tell: Callable[[bool], None]) -> None:
+        """Become active with the next iteration.
+
+        Args:
+            tell: called before each run of an iteration and after the last one. Its argument is true if a
+                second run begins.
+        """
+        from megatron.core.rerun_state_machine import RerunStateMachine
+
+        self._tell = tell
+        self.end = _go_around(RerunStateMachine, "should_run_forward_backward", self._should_run)
+
+    def _should_run(self, should_run: Callable[..., Any], machine: Any, *args: Any, **named: Any) -> Any:
+        from megatron.core.rerun_state_machine import RerunState
+
+        runs = should_run(machine, *args, **named)
+        self._tell(bool(runs) and machine.state == RerunState.RERUNNING_IN_PLACE)
         return runs
 
-    return _go_around(RerunStateMachine, "should_run_forward_backward", told)
 
-
-def _call_before(owner: Any, name: str, ours: Callable[[], None]) -> Callable[[], None]:
-    """Call ``ours`` before each call of a class's method; see :func:`_go_around`."""
-
-    def both(method: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        ours()
-        return method(*args, **named)
-
-    return _go_around(owner, name, both)
+_CALLED: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[Any]] = weakref.WeakKeyDictionary()
+"""What each replacement of a class's method calls."""
 
 
 def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
-    """Call ``ours`` instead of a class's method, with that method as its first argument. The returned
-    function undoes this, unless other code has replaced the method in the meantime."""
+    """Call ``ours`` instead of a class's method, with that method as its first argument.
+
+    ``ours`` is a bound method, held weakly: a model that is dropped without ``detach`` can be freed.
+
+    Returns:
+        A function that undoes this, unless other code has replaced the method in the meantime.
+    """
     method = getattr(owner, name)
+    while method in _CALLED and _CALLED[method]() is None:  # of a model that was dropped
+        method = method.__wrapped__
+    kept = weakref.WeakMethod(ours)
 
     @functools.wraps(method)
     def around(*args: Any, **named: Any) -> Any:
-        return ours(method, *args, **named)
+        alive = kept()
+        return method(*args, **named) if alive is None else alive(method, *args, **named)
 
     def undo() -> None:
         if getattr(owner, name) is around:
             setattr(owner, name, method)
 
+    _CALLED[around] = kept
     setattr(owner, name, around)
     return undo
