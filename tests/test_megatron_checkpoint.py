@@ -119,8 +119,8 @@ def series(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of iterations 2, 4 and 5: grouped queries, TP2, distributed optimizer."""
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     options = ("--group-query-attention", "--num-query-groups", 2, "--use-distributed-optimizer")
-    run = tmp_path_factory.mktemp("runs") / "grouped"
-    return train(run, toy_data, 2, "--train-iters", 5, "--eod-mask-loss", *layout, *options)
+    options += ("--max-position-embeddings", 48, "--train-iters", 5, "--eod-mask-loss")
+    return train(tmp_path_factory.mktemp("runs") / "grouped", toy_data, 2, *layout, *options)
 
 
 def logged(folder: Path, tag: str) -> list[float]:
@@ -144,7 +144,7 @@ def observed_at(folder: Path, steps: list[int | None]) -> list[dict[str, Any]]:
 
 def test_the_last_checkpoint_and_a_step_give_what_their_own_validations_logged(series: Path) -> None:
     ((last, step),) = run_function(observed_at, 1, series, [None, 4])
-    assert last["decoder"] == ("grouped", 5, LAYERS, 256, 32)
+    assert last["decoder"] == ("grouped", 5, LAYERS, 256, 48)
     expect_as_logged(last, series, -1)
     assert step["decoder"][1] == 4
     expect_as_logged(step, series, 1)

@@ -23,8 +23,7 @@ ENTRY = "jreg_megatron.selftest.__main__:main"
 
 def run(ranks: int, *argv: str, entry: str = ENTRY) -> tuple[int, str]:
     """Status and report of the self-test on that many ranks."""
-    # Eight ranks on two cores wait for each other; FSDP's layouts alone take minutes beside other work.
-    finished = run_ranks(argv, ranks, entry=entry, check=False, timeout=200 if ranks < 8 else 600)
+    finished = run_ranks(argv, ranks, entry=entry, check=False, timeout=200)
     return max(finished.status), finished.output[0]
 
 

@@ -14,6 +14,7 @@ from jreg_megatron.runtime.imports import need
 if TYPE_CHECKING:
     from jreg_megatron.decoder.checkpoint.tokenizer import TrainingTokenizer
     from jreg_megatron.decoder.checkpoint.weights import Checkpoint
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 
 _OWN = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -58,25 +59,16 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jreg_megatron.convert.llama import AS_IT_IS, from_megatron, older_rope_settings, to_hugging_face
+    from jreg_megatron.convert.llama import from_megatron, older_rope_settings, to_hugging_face
     from jreg_megatron.convert.tokenizer import add_to_json, save_tokenizer
-    from jreg_megatron.decoder.checkpoint.arguments import all_arguments, known_changes
+    from jreg_megatron.decoder.checkpoint.arguments import all_arguments
     from jreg_megatron.decoder.checkpoint.model import decoder_of, open_checkpoint
-    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
 
     device = torch.device("cpu")
     checkpoint = open_checkpoint(options.source, options.step, device)
-    what = str(checkpoint.folder)
-    scaling = None
-    for of_one in known_changes(checkpoint.arguments, what):
-        if not isinstance(of_one, LayerNormScalingConfig):
-            raise UserError(
-                f"{what} was trained with {of_one.as_flags()} ({of_one.name}), which no Llama or Qwen of "
-                f"Hugging Face has; {AS_IT_IS}"
-            )
-        scaling = of_one
+    scaling = _norm_scaling(checkpoint)
     args, rows = all_arguments(checkpoint.arguments), checkpoint.rows
-    config = from_megatron(args, rows, what, is_changed=scaling is not None)
+    config = from_megatron(args, rows, str(checkpoint.folder), is_changed=scaling is not None)
     tokenizer = _tokenizer(checkpoint.arguments, options)
     told = _told_vocab_size(checkpoint, rows, tokenizer, options.vocab_size)
     config.vocab_size = told or options.vocab_size or rows
@@ -118,6 +110,23 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "largest_logit_difference": difference,
         "notes": notes,
     }
+
+
+def _norm_scaling(checkpoint: Checkpoint) -> LayerNormScalingConfig | None:
+    """The factors of norms with which the model was trained. A change of another kind is refused."""
+    from jreg_megatron.convert.llama import AS_IT_IS
+    from jreg_megatron.decoder.checkpoint.arguments import known_changes
+    from jreg_megatron.methods.lns.settings import LayerNormScalingConfig
+
+    scaling = None
+    for of_one in known_changes(checkpoint.arguments, str(checkpoint.folder)):
+        if not isinstance(of_one, LayerNormScalingConfig):
+            raise UserError(
+                f"{checkpoint.folder} was trained with {of_one.as_flags()} ({of_one.name}), which no Llama "
+                f"or Qwen of Hugging Face has; {AS_IT_IS}"
+            )
+        scaling = of_one
+    return scaling
 
 
 def _told_vocab_size(

@@ -103,18 +103,10 @@ def run_step(
 
 
 def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transformer_impl: str) -> Step:
-    from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    # Only Transformer Engine's random generators can be in its graphs.
-    generators = {}
-    if layout.graphs != "none" and transformer_impl == "transformer_engine":
-        generators["te_rng_tracker"] = True
-    if layout.graphs == "iteration" or layout.local_graphs:
-        generators["use_cudagraphable_rng"] = True
-    model_parallel_cuda_manual_seed(1, **generators)
+    model_parallel_cuda_manual_seed(1, **_generators(layout, transformer_impl))
     settings = settings_of(layout)
     config, chunks, parts = build(layout, weights, transformer_impl, settings)
     wrapped = wrap(layout, config, chunks)
@@ -123,51 +115,17 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
     if layout.precision == "fp16":
         config.grad_scale_func = lambda loss: loss * _loss_scale(layout)
     config.finalize_model_grads_func = finalize_model_grads
+    schedule = _schedule(layout)
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        data_rank = parallel_state.get_data_parallel_rank()
-        context_rank = parallel_state.get_context_parallel_rank()
-        device = next(wrapped[0].parameters()).device
-        for number in range(layout.num_microbatches):
-            yield vars(batch.part(layout, data_rank, number, context_rank).to(device))
+    def run(iteration: int) -> list[Any]:
+        now[0] = iteration
+        return _passes(layout, wrapped, batch, schedule)
 
-    schedule = get_forward_backward_func()
-    if layout.graphs == "iteration":
-        from megatron.core.full_cuda_graph import FullCudaGraphWrapper
-
-        schedule = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
-
-    def passes() -> list[Any]:
-        iterators = [batches() for _ in wrapped]
-        reports: list[Any] = schedule(
-            forward_step_func=functools.partial(_forward_step, layout),
-            data_iterator=iterators if layout.virtual > 1 else iterators[0],
-            model=wrapped if layout.virtual > 1 else wrapped[0],
-            num_microbatches=layout.num_microbatches,
-            seq_length=LENGTH * layout.micro_batch_size if layout.packed else LENGTH,
-            micro_batch_size=1 if layout.packed else layout.micro_batch_size,
-            forward_only=False,
-        )
-        return reports
-
-    if layout.graphs == "iteration":
-        for iteration in range(1, ITERATION):  # a warm-up; the capture, which runs the graph too
-            now[0] = iteration
-            passes()
-            for model in wrapped:
-                model.zero_grad_buffer()  # type: ignore[operator]
-        now[0] = ITERATION
-    elif layout.graphs != "none":  # they are captured after a first step
-        now[0] = 1
-        passes()
-        if layout.local_graphs:  # the schedule captures them
-            for model in wrapped:
-                model.zero_grad_buffer()  # type: ignore[operator]
-        else:
-            capture_graphs(wrapped, config, layout)
-        handle.reset_training_metrics()
-        now[0] = ITERATION
-    reports = passes()
+    if layout.graphs != "none":
+        _make_graphs(layout, config, wrapped, run)
+        if layout.graphs != "iteration":
+            handle.reset_training_metrics()
+    reports = run(ITERATION)
     total = torch.stack([*reports, torch.zeros(2, dtype=torch.float64).to(batch.tokens.device)]).sum(0)
     dist.all_reduce(total)
     metrics = handle.reduce_training_metrics()
@@ -188,6 +146,67 @@ def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transfor
             for name, where, gradient in pieces_of(parts, lambda name, _: gradients[name])
         ],
     )
+
+
+def _generators(layout: Layout, transformer_impl: str) -> dict[str, bool]:
+    """The kind of random generators that the layout's graphs can contain."""
+    generators = {}
+    if layout.graphs != "none" and transformer_impl == "transformer_engine":
+        generators["te_rng_tracker"] = True
+    if layout.graphs == "iteration" or layout.local_graphs:
+        generators["use_cudagraphable_rng"] = True
+    return generators
+
+
+def _schedule(layout: Layout) -> Callable[..., Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    schedule: Callable[..., Any] = get_forward_backward_func()
+    if layout.graphs == "iteration":
+        from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+        schedule = FullCudaGraphWrapper(schedule, cuda_graph_warmup_steps=1)
+    return schedule
+
+
+def _passes(layout: Layout, wrapped: list[Any], batch: Batch, schedule: Callable[..., Any]) -> list[Any]:
+    """Forward and backward passes of all micro-batches. Returns the reports of :func:`_forward_step`."""
+    from megatron.core import parallel_state
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        data_rank = parallel_state.get_data_parallel_rank()
+        context_rank = parallel_state.get_context_parallel_rank()
+        device = next(wrapped[0].parameters()).device
+        for number in range(layout.num_microbatches):
+            yield vars(batch.part(layout, data_rank, number, context_rank).to(device))
+
+    iterators = [batches() for _ in wrapped]
+    reports: list[Any] = schedule(
+        forward_step_func=functools.partial(_forward_step, layout),
+        data_iterator=iterators if layout.virtual > 1 else iterators[0],
+        model=wrapped if layout.virtual > 1 else wrapped[0],
+        num_microbatches=layout.num_microbatches,
+        seq_length=LENGTH * layout.micro_batch_size if layout.packed else LENGTH,
+        micro_batch_size=1 if layout.packed else layout.micro_batch_size,
+        forward_only=False,
+    )
+    return reports
+
+
+def _make_graphs(layout: Layout, config: Any, wrapped: list[Any], run: Callable[[int], Any]) -> None:
+    """Run the steps after which the next one replays graphs, and set the gradients to 0.
+
+    Args:
+        run: runs a step of this iteration.
+    """
+    # One to warm up; with a graph of the iteration another one, which captures it and runs it too.
+    for iteration in range(1, ITERATION if layout.graphs == "iteration" else 2):
+        run(iteration)
+        if layout.graphs == "iteration" or layout.local_graphs:  # the schedule captures
+            for model in wrapped:
+                model.zero_grad_buffer()
+        else:
+            capture_graphs(wrapped, config, layout)
 
 
 def capture_graphs(models: list[Any], config: Any, layout: Layout) -> None:
@@ -244,51 +263,19 @@ def build(
 
 
 def config_of(layout: Layout, transformer_impl: str) -> Any:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     shape = shape_of(layout)
     dtype = DTYPES[layout.precision]
-    options: dict[str, Any] = {}
     is_hybrid = layout.model == "hybrid"
-    if layout.split == "uneven" and not is_hybrid:
-        options["num_layers_in_first_pipeline_stage"] = UNEVEN[0]
-    elif layout.split == "embedding and loss":
-        options |= {"account_for_embedding_in_pipeline_split": True}
-        options |= {"account_for_loss_in_pipeline_split": True}
-    elif layout.split == "layout":
-        stages = PIPELINE_LAYOUTS[layout.stages]
-        stages = stages.replace("L", "mL") if shape.mtp_num_layers else stages
-        options["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(stages, layout.pipeline)
-    if layout.recompute == "selective":
-        modules = ["core_attn", "mlp" if layout.overlap or not shape.num_experts else "moe"]
-        if transformer_impl == "transformer_engine" and not layout.local_graphs:
-            modules.append("layernorm")
-        options |= {"recompute_granularity": "selective", "recompute_modules": modules}
-    elif layout.recompute != "none":
-        options |= {"recompute_granularity": "full", "recompute_method": layout.recompute}
-        options |= {"recompute_num_layers": _RECOMPUTED[layout.layers] if is_hybrid else 1}
-    if layout.graphs == "iteration":
-        options |= {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}
-    elif layout.graphs != "none":
-        modules = [] if layout.graphs == "layers" else layout.graphs.split()
-        implementation = "local" if layout.local_graphs else "transformer_engine"
-        options |= {"cuda_graph_impl": implementation, "cuda_graph_modules": modules}
     is_latent = any("+" in kinds for kinds in shape.layers)
-    if is_latent:
-        options |= LATENT
-    if shape.num_experts:
-        options |= {
-            "num_moe_experts": shape.num_experts,
-            "moe_router_topk": shape.top_k,
-            "moe_router_load_balancing_type": "aux_loss" if layout.balanced else "none",
-            "moe_aux_loss_coeff": AUXILIARY_COEFF if layout.balanced else 0.0,
-            "moe_token_dispatcher_type": "alltoall" if layout.capacity or layout.overlap else "allgather",
-            "moe_expert_capacity_factor": layout.capacity * shape.num_experts / shape.top_k or None,
-            "moe_pad_expert_input_to_capacity": layout.capacity > 0,
-            "moe_ffn_hidden_size": shape.ffn_hidden_size,
-            "expert_tensor_parallel_size": _expert_tensor_size(layout),
-        }
+    options = (
+        _split_options(layout, shape)
+        | _recompute_options(layout, shape, transformer_impl)
+        | _graph_options(layout)
+        | (LATENT if is_latent else {})
+        | (_expert_options(layout, shape) if shape.num_experts else {})
+    )
     if shape.mtp_num_layers:
         options |= {"mtp_num_layers": shape.mtp_num_layers}
         options |= {"mtp_loss_scaling_factor": MTP_LOSS_SCALING_FACTOR}
@@ -333,6 +320,64 @@ def config_of(layout: Layout, transformer_impl: str) -> Any:
     )
     config.overlap_moe_expert_parallel_comm = layout.overlap  # its check requires 16 bits
     return config
+
+
+def _split_options(layout: Layout, shape: Shape) -> dict[str, Any]:
+    """How the layers are split over pipeline stages."""
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    if layout.split == "uneven" and layout.model != "hybrid":
+        return {"num_layers_in_first_pipeline_stage": UNEVEN[0]}
+    if layout.split == "embedding and loss":
+        return {
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        }
+    if layout.split == "layout":
+        stages = PIPELINE_LAYOUTS[layout.stages]
+        stages = stages.replace("L", "mL") if shape.mtp_num_layers else stages
+        return {"pipeline_model_parallel_layout": PipelineParallelLayerLayout(stages, layout.pipeline)}
+    return {}
+
+
+def _recompute_options(layout: Layout, shape: Shape, transformer_impl: str) -> dict[str, Any]:
+    if layout.recompute == "none":
+        return {}
+    if layout.recompute == "selective":
+        modules = ["core_attn", "mlp" if layout.overlap or not shape.num_experts else "moe"]
+        if transformer_impl == "transformer_engine" and not layout.local_graphs:
+            modules.append("layernorm")
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": layout.recompute,
+        "recompute_num_layers": _RECOMPUTED[layout.layers] if layout.model == "hybrid" else 1,
+    }
+
+
+def _graph_options(layout: Layout) -> dict[str, Any]:
+    if layout.graphs == "none":
+        return {}
+    if layout.graphs == "iteration":
+        return {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}
+    return {
+        "cuda_graph_impl": "local" if layout.local_graphs else "transformer_engine",
+        "cuda_graph_modules": [] if layout.graphs == "layers" else layout.graphs.split(),
+    }
+
+
+def _expert_options(layout: Layout, shape: Shape) -> dict[str, Any]:
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.top_k,
+        "moe_router_load_balancing_type": "aux_loss" if layout.balanced else "none",
+        "moe_aux_loss_coeff": AUXILIARY_COEFF if layout.balanced else 0.0,
+        "moe_token_dispatcher_type": "alltoall" if layout.capacity or layout.overlap else "allgather",
+        "moe_expert_capacity_factor": layout.capacity * shape.num_experts / shape.top_k or None,
+        "moe_pad_expert_input_to_capacity": layout.capacity > 0,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "expert_tensor_parallel_size": _expert_tensor_size(layout),
+    }
 
 
 def _embedding_ranks(layout: Layout, pipeline_ranks: list[int], *_: Any) -> list[int]:

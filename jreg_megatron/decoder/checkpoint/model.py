@@ -81,21 +81,10 @@ def decoder_of(
     ``vocab_size`` is the number of rows of the embedding without padding, by default from the checkpoint. If
     it is not known, all rows count and the user gets a note.
     """
-    arguments = checkpoint.arguments
-    padded, changes = checkpoint.rows, known_changes(arguments, str(checkpoint.folder))
+    arguments, padded = checkpoint.arguments, checkpoint.rows
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
-        single_process()
-        model: Any = prepare([build(args)], changes)[0]
-        checkpoint.load_into(model)
-    if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-                module.weight.data.add_(1)  # the checkpoint holds weight - 1
-    model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    for of_one in changes:
-        _change_layers(model, of_one)
-    model.post_process = False  # its forward pass returns the final norm's output instead of logits
+        model = _loaded(checkpoint, args, device)
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
     if vocab_size is None:
@@ -153,6 +142,24 @@ def decoder_of(
         settings={name: str(value) for name, value in sorted(arguments.items())},
         last_validation=last_validation,
     )
+
+
+def _loaded(checkpoint: Checkpoint, args: Namespace, device: torch.device) -> Any:
+    """Megatron's model with the checkpoint's weights and its methods' changes, without the head."""
+    arguments = checkpoint.arguments
+    changes = known_changes(arguments, str(checkpoint.folder))
+    single_process()
+    model: Any = prepare([build(args)], changes)[0]
+    checkpoint.load_into(model)
+    if arguments.get("layernorm_zero_centered_gamma") or arguments.get("apply_layernorm_1p"):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+                module.weight.data.add_(1)  # the checkpoint holds weight - 1
+    model.to(device=device, dtype=args.params_dtype).eval().requires_grad_(False)
+    for of_one in changes:
+        _change_layers(model, of_one)
+    model.post_process = False  # its forward pass returns the final norm's output instead of logits
+    return model
 
 
 def _change_layers(model: Any, settings: Settings) -> None:
