@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m jreg_megatron.launch",
         usage="python -m jreg_megatron.launch [-h] [--cpu] [--nproc N] [-m] SCRIPT ARGS... [--jreg-... ...]",
         description="Run a Megatron training script with JREG. Put the --jreg-... flags after SCRIPT, among "
-        "its ARGS. Without a flag of any method, displacement is only measured.",
+        "its ARGS. If you give no flag of a method, displacement is only measured.",
         allow_abbrev=False,
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU (the default without CUDA)")

@@ -15,7 +15,7 @@ from jreg_megatron.mcore.arguments import CPU_FLAG
 from jreg_megatron.mcore.dataset_helper import compile_helper, use_built_helper
 from jreg_megatron.mcore.installed import need_training_loop
 from jreg_megatron.runtime.errors import megatrons_refusals, user_errors_exit
-from jreg_megatron.runtime.fork import end_with_the_parent
+from jreg_megatron.runtime.fork import be_alone_unless_started, end_with_the_parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +31,7 @@ def _run(argv: list[str], started: float) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A rank that outlives a killed torchrun would write into the folder of the next run.
         end_with_the_parent()
+    be_alone_unless_started()
     compile_helper()
     on_cpu = CPU_FLAG in argv or not torch.cuda.is_available()
     if on_cpu:

@@ -164,7 +164,7 @@ def attach_to_model(setup_model_and_optimizer: Function) -> Function:
                     _check_arguments(name, function)
                 refuse_unsupported(get_args(), *settings)
                 _refuse_another_model_to_generate(get_args(), settings)
-                _refuse_another_checkpoint(get_args())
+                _refuse_another_checkpoint(get_args(), settings)
                 _refuse_optimizer(get_args())
                 _refuse_fusion_on_some_ranks(get_args().gradient_accumulation_fusion)
                 args, named = _with_prepared_model(setup_model_and_optimizer, settings, args, named)
@@ -219,7 +219,7 @@ def _refuse_other_changes(saved: tuple[Settings, ...], own: tuple[Settings, ...]
         )
 
 
-def _refuse_another_checkpoint(args: Namespace) -> None:
+def _refuse_another_checkpoint(args: Namespace, settings: tuple[Settings, ...]) -> None:
     """As :func:`refuse_another_model`, but before Megatron finds that a parameter is missing or superfluous.
     Collective."""
     from megatron.core import dist_checkpointing
@@ -246,7 +246,7 @@ def _refuse_another_checkpoint(args: Namespace) -> None:
             if found is None and args.pretrained_checkpoint:
                 found, is_finetuned = saved(args.pretrained_checkpoint, None), True
     found, is_finetuned = of_every_rank((found, is_finetuned))[0]
-    own = known.changes_in(args)
+    own = tuple(of_one for of_one in settings if of_one.changes_model)
     if found is not None and found != own:
         _refuse_other_changes(found, own, is_finetuned)
         print_rank_0(

@@ -45,6 +45,7 @@ CPU = ("tests/test_cpu_mode.py",)
 FULL_GRAPH = ("tests/test_cuda_graphs.py", "-k", "(replayed_iteration and PP2) or (ten_steps and iteration)")
 LOCAL_GRAPHS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and local and rank and not HybridModel")
 GRAPHS_OF_HYBRIDS = ("tests/test_cuda_graphs.py", "-k", "replayed_graphs and HybridModel and not local")
+ASK = "changes = known_changes(arguments, str(checkpoint.folder))"
 DROPPED = ("tests/test_attach.py", "tests/test_cuda_graphs.py", "-k", "is_dropped")
 RERUNS = ("tests/test_cuda_graphs.py", "-k", "runs_again")
 OVERLAP = ("tests/test_overlap.py", "-k", "overlapped_step_equals")
@@ -501,6 +502,14 @@ _BY_FILE = {
                 ),
             ),
             CHANGED,
+        ),
+        Fault(
+            "look at a checkpoint's model before asking whether it can run",
+            (
+                (f"    {ASK}  # first: it refuses what cannot run\n", ""),
+                ("        model = _loaded(", f"        {ASK}\n        model = _loaded("),
+            ),
+            ("tests/test_megatron_checkpoint.py", "-k", "cannot_be_run_is_refused"),
         ),
         Fault(
             "take the training's sequence length for the model's longest context",
@@ -1818,7 +1827,7 @@ _BY_FILE = {
         ),
         Fault(
             "ask a model before this one whether a graph may be captured",
-            (("getattr(current, _ORIGINAL, current)", "current"),),
+            (("_REPLACED.get(current, current)", "current"),),
             ("tests/test_cuda_graphs.py", "-k", "anew"),
         ),
         Fault(
@@ -2067,12 +2076,12 @@ _BY_FILE = {
     "stream/reruns.py": [
         Fault(
             "keep a model alive that was dropped without detach",
-            (("kept = weakref.WeakMethod(ours)", "kept = lambda: ours"),),
+            (("_CALLED[around] = weakref.WeakMethod(ours)", "_CALLED[around] = lambda: ours"),),
             DROPPED,
         ),
         Fault(
             "leave a dropped model's replacement of a method in its class",
-            (("and _CALLED[method]() is None:", "and False:"),),
+            (("method = _without_what_is_over(getattr(owner, name))", "method = getattr(owner, name)"),),
             DROPPED,
         ),
         Fault(

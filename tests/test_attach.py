@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 import weakref
@@ -105,6 +106,36 @@ def frees_a_dropped_model() -> None:
     assert [reference() for reference in references] == [None] * 3
     attach(model, JRegConfig(coeff=1.0), num_microbatches=1).detach()
     assert RerunStateMachine.should_run_forward_backward is megatrons
+
+
+def detaches_in_any_order() -> None:
+    from megatron.core.rerun_state_machine import RerunStateMachine
+
+    from jreg_megatron import attach
+
+    model = build_model()
+    other = build_model_like(model)
+    megatrons = RerunStateMachine.should_run_forward_backward
+    first, second = (attach(one, JRegConfig(coeff=1.0), num_microbatches=1) for one in (model, other))
+    first.detach()
+    second.detach()
+    assert RerunStateMachine.should_run_forward_backward is megatrons
+
+    first = attach(model, JRegConfig(coeff=1.0), num_microbatches=1)
+    ours, calls = RerunStateMachine.should_run_forward_backward, []
+
+    @functools.wraps(ours)
+    def of_another_program(*args: Any) -> Any:
+        calls.append(args)
+        return ours(*args)
+
+    RerunStateMachine.should_run_forward_backward = of_another_program
+    first.detach()
+    second = attach(other, JRegConfig(coeff=1.0), num_microbatches=1)
+    machine = RerunStateMachine()
+    assert machine.should_run_forward_backward([]) and len(calls) == 1
+    second.detach()
+    assert RerunStateMachine.should_run_forward_backward is of_another_program
 
 
 def only_measures_with_coeff_zero() -> None:
@@ -571,6 +602,10 @@ def test_attach_changes_no_forward_value_and_no_state_dict_and_detach_undoes_it(
 
 def test_a_model_that_is_dropped_without_detach_is_freed() -> None:
     run_function(frees_a_dropped_model)
+
+
+def test_models_are_detached_in_any_order_and_another_programs_change_of_megatron_stays() -> None:
+    run_function(detaches_in_any_order)
 
 
 def test_the_start_says_if_lambda_counts_other_tokens_than_the_loss() -> None:

@@ -603,6 +603,7 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
     [
         ({"hybrid_layer_pattern": "M*-M*-"}, ["M*-M*-", "AutoBridge"]),
         ({"hybrid_layer_pattern": "*E*--"}, ["*E*--", "AutoBridge"]),
+        ({"hybrid_layer_pattern": "MEM*EM*-", "num_experts": 4}, ["MEM*EM*-", "AutoBridge"]),
         ({"hybrid_layer_pattern": "-*-*"}, ["-*-*", "AutoBridge"]),
         ({"hybrid_override_pattern": "*-*"}, ["*-*", "AutoBridge"]),
         ({"is_hybrid_model": True}, ["hybrid", "AutoBridge"]),
@@ -618,11 +619,13 @@ def test_a_model_whose_training_took_sub_layers_for_layers_is_not_measured_by_ot
 )
 def test_a_model_that_cannot_be_run_is_refused_by_name(has: dict[str, Any], said: list[str]) -> None:
     from jreg_megatron.decoder.checkpoint.arguments import known_changes
+    from jreg_megatron.decoder.checkpoint.model import decoder_of
 
     for model in ({}, {"hybrid_layer_pattern": "*-|*E/*-"}, {"qk_l2_norm": True, "num_experts": 4}):
         known_changes(model, "runs/x")
+    checkpoint: Any = SimpleNamespace(arguments=has, rows=8, folder="runs/x")
     with pytest.raises(UserError) as caught:
-        known_changes(has, "runs/x")
+        decoder_of(checkpoint, dtype=torch.float32, device=torch.device("cpu"), source="runs/x")
     for part in ("runs/x", *said):
         assert part in str(caught.value)
 

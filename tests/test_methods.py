@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import layout_rows
 import pytest
 import torch
 from harness import MEGATRON_FSDP, read_scalars, run_function, run_ranks
@@ -393,6 +394,17 @@ def test_every_method_has_a_row_in_the_readme() -> None:
     text = (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
     for method in known.METHODS:
         assert f"| [{method.prefix}]({method.prefix}) | `--{method.prefix}-" in text
+
+
+def test_the_readme_says_at_how_many_layouts_each_method_is_compared() -> None:
+    text = (ROOT / "jreg_megatron" / "methods" / "README.md").read_text()
+    methods = [row.methods for row in layout_rows.rows() if row.precision == "fp32"]
+    for names, count in (
+        ("jreg", len(methods)),
+        ("norms, attenuation (learned)", methods.count("all")),
+        ("lns, periln", methods.count("blocks")),
+    ):
+        assert f"| {names} | {count} |" in text
 
 
 def test_the_tests_that_the_readme_names_exist() -> None:

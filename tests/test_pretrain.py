@@ -401,6 +401,34 @@ def test_torchrun_shows_a_mistake_once_and_does_not_hang(toy_arguments: list[str
     assert run.stderr.count("jreg_megatron: error: --jreg-coeff") == 1
 
 
+def without_torchrun(argv: list[str]) -> None:
+    """A command, in a process whose environment says nothing of ranks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    module, *argv = argv
+    if found := argv[0].partition("=")[2]:
+        os.environ[argv.pop(0).partition("=")[0]] = found
+    __import__(module, fromlist=["_"]).main(argv)
+
+
+@pytest.mark.parametrize("module", ["jreg_megatron.pretrain", "jreg_megatron.launch"])
+def test_without_torchrun_a_single_rank_trains(module: str, toy_arguments: list[str]) -> None:
+    script = [SCRIPT] if module.endswith("launch") else []
+    argv = [module, *script, *toy_arguments, "--train-iters", 1]
+    assert "jump rate" in run_ranks(argv, entry="test_pretrain:without_torchrun").output[0]
+
+
+@pytest.mark.parametrize("module", ["jreg_megatron.pretrain", "jreg_megatron.launch"])
+def test_processes_of_srun_that_know_no_rank_do_not_train_alone(
+    module: str, toy_arguments: list[str]
+) -> None:
+    script = [SCRIPT] if module.endswith("launch") else []
+    argv = [module, "SLURM_STEP_NUM_TASKS=2", *script, *toy_arguments, "--train-iters", 1]
+    run = run_ranks(argv, entry="test_pretrain:without_torchrun", check=False)
+    assert run.status == [2]
+    assert re.search("error: SLURM_STEP_NUM_TASKS is 2.*RANK.*torchrun", run.output[0])
+
+
 SLOW_TO_GO_DOWN = """
 import atexit, os, signal, time
 from jreg_megatron.runtime.errors import UserError, user_errors_exit

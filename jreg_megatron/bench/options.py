@@ -128,8 +128,8 @@ def _add_step(part: ArgumentParser) -> None:
     names = f"some of {', '.join(name for name in WAYS if name != UNMODIFIED)}; by default all"
     part.add_argument("--ways", type=_ways, metavar="NAME,...", help=names)
     seconds = (
-        "the run ends about S seconds after its start, earlier if all intervals are narrow (default: "
-        "%(default)g). At least two rounds run"
+        "the run ends about S seconds after its start, earlier if all 95%% intervals are narrower than "
+        "+-0.25%% (default: %(default)g). At least two rounds run"
     )
     _add_seconds(part, 150, seconds)
     rounds = (

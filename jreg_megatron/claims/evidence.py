@@ -147,7 +147,7 @@ class Evidence:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers."""
         return len(self.runs[0].history.displacement)
 
     @property
@@ -339,7 +339,9 @@ def _refuse_two_experiments(runs: Sequence[Trained]) -> None:
             )
         twin = seen.setdefault((run.seed, run.coeff, run.alpha, run.batch), run)
         if twin is not run:
-            raise UserError(f"--runs: {twin.folder} and {run.folder} have one setting and seed; give one")
+            raise UserError(
+                f"--runs: {twin.folder} and {run.folder} have the same settings and seed; give one"
+            )
 
 
 def _is_near(a: int | None, b: int | None) -> bool:

@@ -94,8 +94,8 @@ def evaluate_all(args: Namespace, runs: Sequence[Trained], words: Sequence[str])
         before = checked(asked, list[str], read_json(asked))
         if before != list(words):
             raise UserError(
-                f"--output is {args.output}, where evaluations had {shlex.join(before) or 'no words'}, "
-                f"not {shlex.join(words) or 'none'}; name another --output, or delete them"
+                f"--output is {args.output}, where evaluations were made with the options "
+                f"'{shlex.join(before)}', not '{shlex.join(words)}'; name another --output, or delete them"
             )
     output.write_json(str(asked), list(words))
 

@@ -47,7 +47,7 @@ def _arguments(argv: Sequence[str] | None) -> Namespace:
         "and one JSON file.",
         epilog="ways:\n" + "".join(f"  {name:{width}}  {text}\n" for name, text in ways.items()) + _EPILOG,
     )
-    some = "only these ways, and their baselines (default: all)"
+    some = "only these methods, and their baselines (default: all)"
     parser.add_argument("--ways", help=some, nargs="+", choices=ways, metavar="WAY", default=list(ways))
     return parser.parse_args(argv)
 

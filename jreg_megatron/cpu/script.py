@@ -50,7 +50,7 @@ def run(
         SystemExit: with the script's status.
     """
     from jreg_megatron import cpu
-    from jreg_megatron.runtime.fork import check_nproc, fork_ranks
+    from jreg_megatron.runtime.fork import be_alone_unless_started, check_nproc, fork_ranks, started_by_others
 
     script, arguments = options.script, options.arguments
     _refuse_script(script, options.is_module)
@@ -58,6 +58,8 @@ def run(
         check_nproc(options.nproc)
         if not on_cpu:
             raise UserError("--nproc is for CPU mode; start GPU ranks with torchrun")
+    elif on_cpu or not started_by_others():  # later Megatrons read SLURM's variables
+        be_alone_unless_started()
     if on_cpu:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(cpu.announcement(arguments), flush=True)

@@ -114,7 +114,7 @@ def find_sources(inputs: Iterable[str], kind: str | None = None) -> list[Source]
         raise UserError("INPUT is missing; name files, folders or patterns, before --keys and its values")
     for path, count in Counter(map(os.path.realpath, paths)).items():
         if count > 1:
-            raise UserError(f"{path} is given twice; name it once")
+            raise UserError(f"{path} is given twice; give it once")
     return [_source(path, kind) for path in paths]
 
 

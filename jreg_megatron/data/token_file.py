@@ -59,7 +59,7 @@ class TokenFile:
         self.documents = len(self._ends) - 1
         end = int(self._starts[-1]) + int(self.lengths[-1]) * self._item if len(self.lengths) else 0
         if end <= 0:
-            raise UserError(f"{name} holds no text; make the data again from a file with text")
+            raise UserError(f"{name} has no tokens; make the data again from a file with text")
         if os.path.getsize(bin_name) < end:
             raise UserError(
                 f"{bin_name} is cut short: {os.path.getsize(bin_name)} bytes of the {end} that {name} lists; "

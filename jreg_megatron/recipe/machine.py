@@ -146,7 +146,7 @@ def check_disk(plan: Plan) -> str:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"RUN leads to {args.save}, and {folder} cannot be written; name another folder")
+        raise UserError(f"RUN is {args.save}, and {folder} cannot be written; name another folder")
     every = args.save_retain_interval or args.save_interval
     kept = {*range(every, args.train_iters + 1, every), args.train_iters}
     # Megatron removes a checkpoint after it has written the next one.

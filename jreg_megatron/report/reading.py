@@ -129,7 +129,7 @@ def read_scalars(folder: Path, names: str) -> dict[str, dict[int, float]]:
 def _events(folder: Path) -> tuple[Any, list[str]]:
     """All TensorBoard files of a folder, and the names of their scalars."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not there; train with --tensorboard-dir")
+        raise UserError(f"{folder} does not exist; train with --tensorboard-dir")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})

@@ -27,13 +27,19 @@ def world_size_of(nproc: int | None) -> int:
     """The number of ranks, by ``--nproc`` or else by torchrun's environment variables.
 
     Raises:
-        UserError: for ``--nproc`` under torchrun or below 1, or if only some of torchrun's variables are set.
+        UserError: for ``--nproc`` under torchrun or below 1; if only some of torchrun's variables are set; or
+            if they are not set, and srun or mpirun has started several processes.
     """
     if nproc is not None:
         check_nproc(nproc)
         return nproc
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if (rank, size) == (None, None):
+        if found := started_by_others():
+            raise UserError(
+                f"{found}, but RANK and WORLD_SIZE are not set, so each process would run alone; start the "
+                "ranks with torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
         return 1
     if not ((rank or "").isdecimal() and (size or "").isdecimal()):
         raise UserError(
@@ -49,6 +55,14 @@ def world_size_of(nproc: int | None) -> int:
     return int(size or 1)
 
 
+def started_by_others() -> str:
+    """How srun or mpirun has started this process and others, in words; empty if it is alone."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (count := os.environ.get(name, "1")) != "1":
+            return f"{name} is {count}"
+    return ""
+
+
 def check_nproc(nproc: int) -> None:
     """Refuse ``--nproc`` under torchrun, or below 1.
 
@@ -62,7 +76,12 @@ def check_nproc(nproc: int) -> None:
 
 
 def be_alone_unless_started() -> None:
-    """Set the variables of a single rank, unless torchrun or :func:`fork_ranks` has started this process."""
+    """Set the variables of a single rank, unless torchrun or :func:`fork_ranks` has started this process.
+
+    Raises:
+        UserError: as :func:`world_size_of`.
+    """
+    world_size_of(None)
     alone = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
         os.environ.setdefault(name, value)

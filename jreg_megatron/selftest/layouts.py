@@ -260,7 +260,7 @@ RULES = (
     ),
     _rule(
         "megatron_fsdp expert tensor data context per_token_loss",
-        "Megatron-FSDP divides the gradients of experts that one rank has once more in each micro-batch",
+        "Megatron-FSDP divides gradients of experts without replicas once too often in each micro-batch",
         lambda x: (
             x.megatron_fsdp in ("none", "no_shard", "optim")
             or x.per_token_loss

@@ -87,6 +87,7 @@ def run_step(
     )
     try:
         step = _run_step(layout, weights, batch, transformer_impl)
+        gc.collect()  # frees the model, and graphs, which must end before their groups
         # Groups that are kept make every later step slower. After the barrier no rank needs them.
         dist.barrier()
         for group in parallel_state._global_process_group_list or ():
@@ -99,7 +100,6 @@ def run_step(
 
             delete_cuda_graphs()
         parallel_state.destroy_model_parallel()
-        gc.collect()  # Gloo's threads end with the last reference to their group, which the model has
 
 
 def _run_step(layout: Layout, weights: dict[str, Tensor], batch: Batch, transformer_impl: str) -> Step:
@@ -481,8 +481,8 @@ def _forward_step(
 
 
 def _padding_mask(layout: Layout, part: Batch, chunk: Any) -> Tensor:
-    """Whole if the model splits it for sequence parallelism, like a GPTModel on the first stage. Else split,
-    because the experts need it so."""
+    """The padding mask. Whole if the model splits it for sequence parallelism, like a GPTModel on the first
+    stage. Else split, because the experts need it so."""
     from megatron.core import parallel_state
 
     if not layout.sequence_parallel or (chunk.pre_process and layout.model != "hybrid"):

@@ -26,8 +26,8 @@ from torch import Tensor
 from jreg_megatron.runtime.errors import UserError
 from jreg_megatron.stream.method import Method
 
-_ORIGINAL = "_jreg_original"
-"""The attribute of our replacement of the wrapper's ``__call__`` that holds Megatron's own."""
+_REPLACED: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
+"""By our replacement of the wrapper's ``__call__``: the function that it replaced."""
 
 
 class FullGraphs:
@@ -54,9 +54,10 @@ class FullGraphs:
         self._iteration = iteration
         self._is_checked = is_checked
         self._num_microbatches = 0
+        self._is_over = False
         self._wrapper: Any = FullCudaGraphWrapper
         current: Any = FullCudaGraphWrapper.__call__
-        call: Callable[..., Any] = getattr(current, _ORIGINAL, current)
+        call = _REPLACED.get(current, current)
         step = weakref.WeakMethod(self._step)
 
         @functools.wraps(call)
@@ -64,13 +65,14 @@ class FullGraphs:
             ours = step()  # None if the model was dropped without detach
             return call(wrapper, *args, **named) if ours is None else ours(wrapper, *args, **named)
 
-        setattr(around, _ORIGINAL, call)
+        _REPLACED[around] = call
         self._call = call
         self._ours = self._wrapper.__call__ = around
         self._forget_graphs()
 
     def end(self) -> None:
         """Restore Megatron's wrapper. A second call is a no-op."""
+        self._is_over = True
         if self._wrapper.__call__ is self._ours:
             self._wrapper.__call__ = self._call
             self._forget_graphs()
@@ -84,6 +86,8 @@ class FullGraphs:
 
     def _step(self, wrapper: Any, *args: Any, **named: Any) -> Any:
         """A call of the wrapper: a step of training or of evaluation."""
+        if self._is_over:  # other code had wrapped our replacement, and still calls it
+            return self._call(wrapper, *args, **named)
         kept: list[tuple[Tensor, Tensor]] = []
         self._sum()  # values that were added outside of the graph
         if not named["forward_only"]:

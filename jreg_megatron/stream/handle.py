@@ -299,9 +299,9 @@ class Handle:
             self._most_ran = ran if self._first_step.has_seen_scale else self._num_microbatches()
         if ran > self._most_ran:
             raise UserError(
-                f"attach(..., num_microbatches={self._num_microbatches()}) was for steps of "
-                f"{self._most_ran:g} micro-batches, but a step had {ran:g}; if its loss is divided by "
-                f"{ran:g}, lambda {self._coeff:g} acted as {self._coeff * ran / self._most_ran:.4g}; give a "
+                f"attach(..., num_microbatches={self._num_microbatches()}) fits steps of "
+                f"{self._most_ran:g} micro-batches, but a step had {ran:g}: lambda {self._coeff:g} acted as "
+                f"{self._coeff * ran / self._most_ran:.4g} if the loss was divided by {ran:g}; give a "
                 "function that returns the number of each step, and call end_iteration once a step"
             )
 

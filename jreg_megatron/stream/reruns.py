@@ -83,8 +83,9 @@ class RerunsInPlace:
         return runs
 
 
-_CALLED: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[Any]] = weakref.WeakKeyDictionary()
-"""What each replacement of a class's method calls."""
+_CALLED: weakref.WeakKeyDictionary[Any, Callable[[], Callable[..., Any] | None]]
+_CALLED = weakref.WeakKeyDictionary()
+"""By our replacement of a class's method: a function that returns what it calls, or None if it is over."""
 
 
 def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
@@ -93,22 +94,26 @@ def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], 
     ``ours`` is a bound method, held weakly: a model that is dropped without ``detach`` can be freed.
 
     Returns:
-        A function that undoes this, unless other code has replaced the method in the meantime.
+        A function that undoes this. If other code has replaced the method in the meantime, ours stays and
+        only calls the method.
     """
-    method = getattr(owner, name)
-    while method in _CALLED and _CALLED[method]() is None:  # of a model that was dropped
-        method = method.__wrapped__
-    kept = weakref.WeakMethod(ours)
+    method = _without_what_is_over(getattr(owner, name))
 
     @functools.wraps(method)
     def around(*args: Any, **named: Any) -> Any:
-        alive = kept()
-        return method(*args, **named) if alive is None else alive(method, *args, **named)
+        called = _CALLED[around]()
+        return method(*args, **named) if called is None else called(method, *args, **named)
 
     def undo() -> None:
-        if getattr(owner, name) is around:
-            setattr(owner, name, method)
+        _CALLED[around] = lambda: None
+        setattr(owner, name, _without_what_is_over(getattr(owner, name)))
 
-    _CALLED[around] = kept
+    _CALLED[around] = weakref.WeakMethod(ours)
     setattr(owner, name, around)
     return undo
+
+
+def _without_what_is_over(method: Any) -> Any:
+    while method in _CALLED and _CALLED[method]() is None:
+        method = method.__wrapped__
+    return method

@@ -57,8 +57,8 @@ def layer_setting() -> Any:
     """The field ``layer`` of a method's settings; all methods on a model need the same value."""
     return setting(
         LAYER_RULES[0],
-        "what counts as a layer of a HybridModel: 'mixer', a mixer (attention, Mamba) with the MLPs and "
-        "experts after it, or 'sublayer', every sub-layer. All methods need the same value.",
+        "what one layer of a HybridModel is. With 'mixer': a mixer (attention, Mamba) and the MLPs and "
+        "experts after it. With 'sublayer': each sub-layer. All methods need the same value.",
         metavar="RULE",
     )
 

@@ -194,7 +194,7 @@ def _how_to_take(option: str, selftest: str, settings: tuple[Settings, ...]) -> 
 def _refuse_beside_overlap(model_config: Any, settings: tuple[Settings, ...]) -> None:
     """Refuse features that the overlapped schedule cannot have, or that were not compared in it."""
     _refuse_before_0_19(overlap.SETTING)
-    found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_overlap}
+    found = {of_one.name: "it has not been compared" for of_one in settings if not of_one.in_overlap}
     for name, reason in _REFUSED_BESIDE_OVERLAP.items():
         if getattr(model_config, name, None):
             found[name] = reason
@@ -227,7 +227,7 @@ def _refuse_graphs(model_config: Any) -> None:
     if getattr(model_config, "fine_grained_activation_offloading", False):
         raise UserError(
             "jreg_megatron does not support fine_grained_activation_offloading with cuda_graph_impl "
-            f"{model_config.cuda_graph_impl} yet, since nothing has compared it; turn one of the two off"
+            f"{model_config.cuda_graph_impl} yet, since it has not been compared; turn one of the two off"
         )
     if model_config.cuda_graph_impl != "local" and model_config.cuda_graph_warmup_steps < 1:
         raise UserError(
@@ -273,7 +273,7 @@ def _refuse_local_graphs(model_config: Any) -> None:
 
 def _refuse_full_graphs(model_config: Any, settings: tuple[Settings, ...]) -> None:
     """Refuse features that a graph of the whole iteration cannot have, or that were not compared in it."""
-    found = {of_one.name: "nothing has compared it" for of_one in settings if not of_one.in_full_graphs}
+    found = {of_one.name: "it has not been compared" for of_one in settings if not of_one.in_full_graphs}
     for name, reason in _REFUSED_IN_FULL_GRAPHS.items():
         if getattr(model_config, name, None):
             found[name] = reason
@@ -401,6 +401,6 @@ def _refused_in_megatron_fsdp(wrapper: Any, config: Any) -> _Refused:
         ),
         f"{strategy} and experts that are not replicated": (
             is_scaled_often,
-            "Megatron divides their gradients by the data-parallel size once more in each micro-batch",
+            "Megatron divides their gradients by the data-parallel size once too often in each micro-batch",
         ),
     }

@@ -209,7 +209,7 @@ def node_rank() -> int:
 def _check_recipe(recipe: Path) -> None:
     """Refuse a recipe that is no program, or does not mention each of :data:`SWEPT`."""
     if not recipe.is_file() or not os.access(recipe, os.X_OK | os.R_OK):
-        why = "that cannot be executed or read" if recipe.exists() else "that is not there"
+        why = "that cannot be executed or read" if recipe.exists() else "that does not exist"
         raise UserError(f"RECIPE is {recipe}, a file {why}; name one such as recipes/llama_170m.sh")
     known = set(re.findall(r"\w+", recipe.read_text(errors="replace")))
     if missing := [name for name in SWEPT if name not in known]:

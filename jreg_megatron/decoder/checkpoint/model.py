@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +83,10 @@ def decoder_of(
     it is not known, all rows count and the user gets a note.
     """
     arguments, padded = checkpoint.arguments, checkpoint.rows
+    changes = known_changes(arguments, str(checkpoint.folder))  # first: it refuses what cannot run
     with without_noise():
         args = model_arguments(arguments, dtype, padded)
-        model = _loaded(checkpoint, args, device)
+        model = _loaded(checkpoint, args, changes, device)
     tokenizer = TrainingTokenizer.of(arguments)
     vocab_size = vocab_size or vocab_size_of(arguments, padded, tokenizer)
     if vocab_size is None:
@@ -144,10 +146,11 @@ def decoder_of(
     )
 
 
-def _loaded(checkpoint: Checkpoint, args: Namespace, device: torch.device) -> Any:
+def _loaded(
+    checkpoint: Checkpoint, args: Namespace, changes: Sequence[Settings], device: torch.device
+) -> Any:
     """Megatron's model with the checkpoint's weights and its methods' changes, without the head."""
     arguments = checkpoint.arguments
-    changes = known_changes(arguments, str(checkpoint.folder))
     single_process()
     model: Any = prepare([build(args)], changes)[0]
     checkpoint.load_into(model)

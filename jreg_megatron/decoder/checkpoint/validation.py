@@ -60,7 +60,7 @@ def last_samples(args: Namespace, iteration: int, consumed: int, what: str) -> t
         UserError: if there was no validation, or its samples are not known here.
     """
     if not args.train_iters:
-        raise UserError(f"{what} comes from no training; give --text")
+        raise UserError(f"{what} was not made by a training; give --text")
     if not args.eval_iters or isinstance(args.eval_iters, list):
         raise UserError(
             f"{what} was trained without validation (--eval-iters {args.eval_iters}); give --text"

@@ -49,7 +49,7 @@ class DepthMetrics(Readings):
         return {} if share is None else {VOIDS_NAME: float(share.sum())}
 
     def per_layer(self) -> dict[str, float]:
-        """All values."""
+        """Each layer's values, by the names under which they are logged."""
         return {
             key: value
             for name, values in self.depth.items()

@@ -57,7 +57,7 @@ class DepthConfig(Settings):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The metrics, in the order of :data:`METRICS`; unknown ones last."""
+        """The metrics, in the order of :data:`METRICS`; unknown ones last, for the error that names them."""
         given = dict.fromkeys(name.strip() for name in self.metrics.split(","))
         return tuple(sorted(given, key=lambda name: (*METRICS, name).index(name)))
 

@@ -88,7 +88,7 @@ class LayerNormScalingConfig(Settings):
         }
 
     def _scale(self, number: int) -> float:
-        """Of the norms of layer ``number``, 1-based."""
+        """The factor of the norms of layer ``number``, 1-based."""
         return float(number**-self.power)
 
     def _norms_of(self, layer: Any) -> Iterator[Any]:

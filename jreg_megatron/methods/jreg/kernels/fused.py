@@ -113,7 +113,7 @@ class TritonKernels:
         if needs_grad_in and not hands_down:
             grad_in = torch.empty(h_in.shape, dtype=h_in.dtype, device=device)
         a, b, g = _as_sbh(h_in), _as_sbh(h_out), _as_sbh(grad_out)
-        # What is not there gets a pointer all the same, which the kernel does not touch.
+        # A missing tensor gets a pointer too. The kernel does not touch it.
         weights = a[..., 0] if token_weights is None else token_weights.reshape(a.shape[:2])
         c, (of_c,) = (b, (numbers,)) if above is None else (_as_sbh(above.h_out), above.numbers)
         written = (total if grad_in is None else grad_in, total, numbers)
