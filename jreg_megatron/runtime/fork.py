@@ -35,10 +35,11 @@ def world_size_of(nproc: int | None) -> int:
         return nproc
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if (rank, size) == (None, None):
-        if found := started_by_others():
+        if name := started_by_others():
             raise UserError(
-                f"{found}, but RANK and WORLD_SIZE are not set, so each process would run alone; start the "
-                "ranks with torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set, so each process would run "
+                "alone; start the ranks with torchrun; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+                f"MASTER_PORT; or unset {name} for one process"
             )
         return 1
     if not ((rank or "").isdecimal() and (size or "").isdecimal()):
@@ -56,10 +57,10 @@ def world_size_of(nproc: int | None) -> int:
 
 
 def started_by_others() -> str:
-    """How srun or mpirun has started this process and others, in words; empty if it is alone."""
+    """The variable by which srun or mpirun says that it has started several processes; empty if none does."""
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if (count := os.environ.get(name, "1")) != "1":
-            return f"{name} is {count}"
+        if os.environ.get(name, "1") != "1":
+            return name
     return ""
 
 
