@@ -37,8 +37,8 @@ def world_size_of(nproc: int | None) -> int:
     if (rank, size) == (None, None):
         if name := started_by_others():
             raise UserError(
-                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set, so each process would run "
-                "alone; start the ranks with torchrun; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set, so each process would "
+                "run alone; start the ranks with torchrun; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
                 f"MASTER_PORT; or unset {name} for one process"
             )
         return 1
