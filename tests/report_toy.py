@@ -20,6 +20,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 HEADLINE = "The last state of each model"
+PER_LAYER = "Displacement Ψ of each layer"
 LAYERS = 30
 STEPS = (100, 200, 300, 400, 500, 600, 700, 800)
 MODELS = ("baseline", "jreg")

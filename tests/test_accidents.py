@@ -83,9 +83,8 @@ def test_the_cpu_launcher_names_the_killed_rank_and_a_restart_is_bit_identical_t
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 128 + 9, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("jreg_megatron: error: ")]
-    assert lines == [
-        "jreg_megatron: error: rank 1 was killed by signal 9 (Killed); the other ranks are terminated"
-    ]
+    (line,) = lines
+    assert "rank 1 " in line and "signal 9 (Killed)" in line
     assert_equals(train(tmp_path / "restarted", *saving), whole, 5, 10)
 
 

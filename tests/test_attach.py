@@ -280,7 +280,7 @@ def refuses_means_over_different_tokens() -> None:
     handle = attach(model, JRegConfig(coeff=1.0, alpha=20.0), num_microbatches=1)
     step(model)
     loss = forward(model)
-    with pytest.raises(UserError, match="some layers in more micro-batches than others"):
+    with pytest.raises(UserError, match=r"reset_training_metrics\(\)"):
         handle.reduce_training_metrics()
     loss.backward()
     assert handle.reduce_training_metrics() is not None
@@ -298,11 +298,11 @@ def refuses_a_mask_of_other_tokens() -> None:
     model = build_model()
     attach(model, JRegConfig(coeff=1.0, tokens="unmasked"), num_microbatches=1)
     for shape, told in (
-        ((1, 8), r"\[8, 1\] tokens.* has \[8, 2\]"),
+        ((1, 8), r"\[8, 1\] .*\[8, 2\]"),
         ((16,), r"\[16\]"),
         ((8, 2), r"\[2, 8\]"),
     ):
-        with pytest.raises(UserError, match="the mask is for " + told):
+        with pytest.raises(UserError, match="--jreg-tokens is 'unmasked'.* " + told):
             forward(model, torch.ones(shape))
 
 

@@ -68,10 +68,18 @@ def test_each_way_adds_the_regularizers_gradient_to_the_incoming_one(
 
 
 @pytest.mark.slow
-def test_so_does_the_compiled_one() -> None:
-    way, why_not = kernel._compiled(tiny(torch.float32))
-    assert way is not None, why_not
-    assert_same_work(way, torch.float32)
+def test_the_compiled_way_adds_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_autograd, made = kernel.with_autograd, list[kernel.Way]()
+
+    def keeping(regularizer: Any) -> kernel.Way:
+        made.append(with_autograd(regularizer))
+        return made[-1]
+
+    monkeypatch.setattr(kernel, "with_autograd", keeping)
+    figures = figures_of(*"--tokens 10 --widths 12 --rounds 1 --dtype fp32".split())
+    assert list(figures["widths"]["12"]["ways"]) == [kernel.JREG, kernel.AUTOGRAD, kernel.COMPILED]
+    _, compiled = made
+    assert_same_work(compiled, torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])

@@ -350,7 +350,7 @@ def test_features_that_a_llama_cannot_express_are_refused_by_name_with_a_tool_th
     with pytest.raises(UserError, match=f"^runs/x .*{named}") as caught:
         from_megatron(Namespace(**(MEGATRON | has)), 100, "runs/x")
     assert ("Megatron-Bridge's AutoBridge" in str(caught.value)) == (tool is not None)
-    assert str(caught.value).endswith(tool or "measure and evaluate can read the checkpoint")
+    assert (tool or "jreg-megatron measure") in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_features_that_a_llama_cannot_express_are_refused_by_name_with_a_tool_th
     [
         ({"model_type": "mistral"}, "of type mistral"),
         ({"hidden_act": "gelu"}, "activation gelu"),
-        ({"attention_bias": True}, "biases in attention or MLP alone"),
+        ({"attention_bias": True}, "biases in .* MLP"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding window"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "scaled by yarn"),
         ({"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}}, "factor 32.0"),
@@ -413,14 +413,10 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "torch.py").write_text("raise SystemExit('torch is imported')")
     cases = (
-        (
-            "export",
-            tmp_path / "nothing",
-            "nothing is not a folder; name a Megatron training's --save folder\n",
-        ),
-        ("import_", tmp_path, "has no config.json; give the Hugging Face folder of a Llama\n"),
+        ("export", tmp_path / "nothing", "--save"),
+        ("import_", tmp_path, "config.json"),
     )
-    for module, source, line in cases:
+    for module, source, named in cases:
         done = subprocess.run(
             [sys.executable, "-m", f"jreg_megatron.convert.{module}", source, tmp_path / "out"],
             capture_output=True,
@@ -429,7 +425,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(tmp_path / "path")},
         )
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("jreg_megatron: error: ") and done.stderr.endswith(line)
+        assert done.stderr.startswith(f"jreg_megatron: error: {source} ") and named in done.stderr
         assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

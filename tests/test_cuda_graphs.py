@@ -223,7 +223,7 @@ def test_features_that_megatrons_own_graphs_do_wrong_are_refused_by_their_argume
         ("gtp_weight_remat_size with cuda_graph_impl local", {"gtp_weight_remat_size": 2}),
         ("hidden_dropout 0.1 with cuda_graph_impl local", {"hidden_dropout": 0.1}),
         ("recompute_modules mla_up_proj with", RECOMPUTED | {"recompute_modules": ["mla_up_proj"]}),
-        ("eval_micro_batch_size 1 .* the graphs are of 2 sequences", {"eval_micro_batch_size": 1}),
+        ("eval_micro_batch_size 1 .* 2 sequences", {"eval_micro_batch_size": 1}),
         ("eval_global_batch_size 6 .* it is not 8", {"eval_global_batch_size": 6}),
         ("step_batch_size_schedule with cuda_graph_impl local", ANY_BATCH),
     ):
@@ -435,7 +435,7 @@ def refuses_what_a_graph_cannot() -> None:
         step_of(1)  # nobody has read the first step's finding
     handle.end_iteration(1)
     step_of(1)
-    with pytest.raises(UserError, match="has 1 micro-batches, and now a step has 2"):
+    with pytest.raises(UserError, match=r"\b1 micro-batches.* 2\b"):
         step_of(2)
 
 
@@ -649,7 +649,7 @@ def attaches_before_the_first_step_alone() -> None:
     # The second layer's graph reads the first one's output in place.
     first, second = (layer.cudagraph_manager.cudagraph_runners[0] for layer in model.decoder.layers)
     assert first.fwd_graph_output_surface[0].data_ptr() == second.fwd_graph_input_surface[0].data_ptr()
-    with pytest.raises(UserError, match=r"cuda_graph_impl local\b.* before the first step"):
+    with pytest.raises(UserError, match=r"\battach\b.*cuda_graph_impl local"):
         attach(model, TAKEN, num_microbatches=1)
 
 
@@ -702,7 +702,7 @@ def generates_as_without_graphs(scope: str) -> None:
         assert handle.end_iteration(1) is not None
     else:
         handle.detach()
-        with pytest.raises(UserError, match="before text is generated"):
+        with pytest.raises(UserError, match=r"\battach\b.*cuda_graph_impl local"):
             attach(model, *methods, num_microbatches=1)
 
 
@@ -728,7 +728,7 @@ def flash_attention(
 
 def test_megatrons_own_graphs_that_still_contain_a_methods_changes_are_refused_after_detach() -> None:
     run_function(runs_behind_detach, 1, ())
-    run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "keep it attached, or build")
+    run_function(runs_behind_detach, 1, (AttenuationConfig(factor=0.3),), "detached")
 
 
 def runs_behind_detach(changes: tuple[AttenuationConfig, ...], refusal: str = "") -> None:
@@ -775,7 +775,7 @@ def refuses_another_count(stages: int) -> None:
     run_step(model)
     run_step(model)
     count[0] = 2
-    refusal = pytest.raises(UserError, match="the 1 micro-batches of the first, and now a step has 2")
+    refusal = pytest.raises(UserError, match=r"\b1 micro-batches.* 2\b")
     with refusal if stages > 1 else nullcontext():
         run_step(model)
 

@@ -73,9 +73,7 @@ def test_another_sample_is_refused_by_name(argv: tuple[str, ...]) -> None:
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     done = run("10BT", TOKENIZER=tmp_path / "none.model", DATA=tmp_path / "data")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        f"jreg_megatron: error: TOKENIZER is {tmp_path}/none.model, which is not a file; correct the path"
-    )
+    assert f"\njreg_megatron: error: TOKENIZER is {tmp_path}/none.model, " in f"\n{done.stderr}"
 
 
 def test_mistrals_tokenizer_is_taken_from_its_package_and_no_other_one_is_replaced(tmp_path: Path) -> None:

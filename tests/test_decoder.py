@@ -129,7 +129,7 @@ def test_an_encoder_is_refused_since_it_looks_ahead() -> None:
         intermediate_size=48,
         vocab_size=VOCABULARY,
     )
-    with pytest.raises(UserError, match="looks at later tokens"):
+    with pytest.raises(UserError, match=r"^bert .*later tokens"):
         decoder_of(AutoModelForCausalLM.from_config(config).eval(), None, Reference("bert", "bert"))
 
 
@@ -272,7 +272,8 @@ def test_weights_that_the_config_leaves_out_are_noted(
     small_model("llama").save_pretrained(tmp_path)
     _change_weights(tmp_path, lambda weights: weights | {name: torch.ones(2)})
     assert _load(tmp_path).num_layers == LAYERS
-    assert f"such as {name}; they are ignored" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("Note: ") and f" {name};" in told
 
 
 @pytest.mark.parametrize(
@@ -307,20 +308,12 @@ def test_a_context_is_known_by_other_names_too(family: str, more: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ({"config.json": "{"}, "cannot be loaded"),
-        ({"config.json": '{"model_type": "t5"}'}, "cannot be loaded as a causal language model"),
-        ({"config.json": '{"model_type": "nothing_known"}'}, "cannot be loaded"),
-        ({"config.json": '{"model_type": "llama"}'}, "cannot be loaded"),
-    ],
+    "config",
+    ["{", *(f'{{"model_type": "{kind}"}}' for kind in ("t5", "nothing_known", "llama"))],
 )
-def test_a_folder_that_is_not_a_causal_model_is_one_line(
-    tmp_path: Path, content: dict[str, str], said: str
-) -> None:
-    for name, text in content.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said) as refused:
+def test_a_folder_that_is_not_a_causal_model_is_one_line(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path} cannot be loaded")) as refused:
         _load(tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -394,13 +387,13 @@ def test_a_path_may_hold_the_marks_of_names_and_revisions(tmp_path: Path) -> Non
         ("model.gguf", "does not exist"),
         ("name=", "MODEL is empty"),
         ("", "MODEL is empty"),
-        ("what is this", "neither a path that exists nor a name on the hub"),
-        ("{tmp}/run@7", r"@7 is no checkpoint of .*; there are 50, 200"),
-        ("{tmp}/run@x", "is no checkpoint of"),
-        ("{tmp}/begun@all", r"@all is no checkpoint of .*/begun; there are none"),
-        ("{tmp}/empty", "holds no model"),
-        ("{tmp}/plain@all", "is one model"),
-        ("{tmp}/weights.pt", "not a known model file"),
+        ("what is this", "'what is this'.* hub"),
+        ("{tmp}/run@7", "@7 .*/run;.* 50, 200"),
+        ("{tmp}/run@x", "@x .*/run;.* 50, 200"),
+        ("{tmp}/begun@all", "@all .*/begun;.* none"),
+        ("{tmp}/empty", r"/empty .*config\.json"),
+        ("{tmp}/plain@all", "@all .*/plain is one model"),
+        ("{tmp}/weights.pt", r"/weights\.pt .*\.gguf"),
     ],
 )
 def test_a_missing_model_is_named(tmp_path: Path, model: str, said: str) -> None:

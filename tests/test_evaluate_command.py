@@ -121,7 +121,7 @@ def test_the_papers_nine_tasks_have_their_mean_and_that_without_boolq(
     rows = [row for row in csv.DictReader(files[1].open()) if row["metric"] == "mean_without_boolq"]
     assert [row["model"] for row in rows] == ["first", "second", "second - first"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "mean of nine" in printed and "first 7 samples of each task" in printed
+    assert "mean of nine" in printed and "first 7 samples" in printed
 
 
 def test_fewer_than_the_nine_tasks_have_no_mean_and_the_missing_ones_are_named(
@@ -190,8 +190,8 @@ def test_finished_results_are_written_when_a_later_model_fails(
     [
         (["--parts", "taks"], "--parts names 'taks'; the parts are tasks, read-out, layer-drop"),
         (["--parts", ""], "--parts is empty; the parts are tasks, read-out, layer-drop"),
-        (["--tasks", ","], "--tasks is empty; give speeches, paper or a task of the harness"),
-        (["--max-tokens", "1"], "--max-tokens is 1; it must be at least 2, or 0 for whole texts"),
+        (["--tasks", ","], "--tasks is empty"),
+        (["--max-tokens", "1"], "--max-tokens is 1; it must be at least 2, or 0"),
         (["--limit", "0"], "--limit is 0; it must be >= 1"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt"),

@@ -194,7 +194,7 @@ def test_megatrons_loop_ends_in_one_line_and_saves_nothing(toy_arguments: list[s
     run = run_ranks(argv, 2, check=False)
     assert 2 in run.status and "Traceback" not in "".join(run.output)
     lines = [line for output in run.output for line in output.splitlines() if "jreg_megatron: error" in line]
-    assert lines[0].startswith("jreg_megatron: error: layer 1 (GoesOn) returns another state than")
+    assert lines[0].startswith("jreg_megatron: error: layer 1 (GoesOn) returns another state")
     assert not list(tmp_path.glob("saved/iter*"))
 
 
@@ -570,10 +570,11 @@ def other_masks_on_two_stages() -> str:
 
 def test_stages_that_get_masks_of_other_tokens_are_refused_after_the_first_step() -> None:
     first, second = run_function(other_masks_on_two_stages, 2, timeout=180)
-    assert first == second and "saw different tokens in different layers" in first
+    assert first == second and "loss_mask=" in first and "padding_mask=" in first
 
 
 def test_a_loss_mask_that_one_stage_or_one_rank_lacks_is_refused_on_all() -> None:
     for where in (mask_on_the_last_stage, mask_on_the_second_rank):
         first, second = run_function(where, 2, timeout=180)
-        assert first == second and "without a loss mask or padding mask on some pipeline stage" in first
+        assert first == second
+        assert all(named in first for named in ("--jreg-tokens is 'unmasked'", "loss mask", "'all'"))

@@ -304,7 +304,7 @@ WIDTH = 131
 """Of a micro-batch; no other tensor has it."""
 
 
-def test_values_of_unlike_micro_batches_do_not_pile_up() -> None:
+def test_values_of_micro_batches_of_different_lengths_do_not_accumulate() -> None:
     meter = Meter(4, torch.device("cpu"))
     tokens = 0
     for length in range(1, 40):

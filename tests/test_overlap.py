@@ -322,7 +322,7 @@ def test_features_not_compared_in_the_overlapped_schedule_are_refused_by_name() 
     refuse_unsupported(SimpleNamespace(**OVERLAP), TAKEN, NormsConfig())
     limited = {"num_moe_experts": 4, "moe_expert_rank_capacity_factor": 1.5}
     refuse_unsupported(SimpleNamespace(**OVERLAP, **FULL, **limited), BOTH, NormsConfig())
-    with pytest.raises(UserError, match="Megatron has no such schedule"):
+    with pytest.raises(UserError, match="overlap_moe_expert_parallel_comm in a SimpleNamespace"):
         refuse_built(SimpleNamespace(config=SimpleNamespace(**OVERLAP)))
     with mock.patch("megatron.core.package_info.MINOR", 18), pytest.raises(UserError) as caught:
         refuse_unsupported(SimpleNamespace(**OVERLAP), JRegConfig(coeff=1.0))

@@ -190,7 +190,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"mock_data": False, "data_path": ["0.3", "a", "b", "c"]}, ["--data-path is 0.3 a b c", "a weight"]),
     (
         {"mock_data": False, "data_path": ["0.3", "a", "b"]},
-        ["--data-path names 0.3", "a weight before every"],
+        ["--data-path names 0.3", "a weight"],
     ),
     ({"tokenizer_type": None}, ["--tokenizer-type is missing"]),
     ({"vocab_size": None}, ["--vocab-size is missing", "NullTokenizer"]),
@@ -288,7 +288,8 @@ def test_megatron_fsdp_needs_the_package_einops(
     args_with: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
-    assert "--use-megatron-fsdp needs the package einops" in complaint(args_with(use_megatron_fsdp=True))
+    message = complaint(args_with(use_megatron_fsdp=True))
+    assert message.startswith("--use-megatron-fsdp ") and "pip install einops" in message
 
 
 def test_a_tree_with_an_optimizer_of_its_own_needs_no_package_for_it(
@@ -472,7 +473,7 @@ def test_good_data_pass_however_they_are_named(
         (".bin", 0, "0 bytes of the 6 that"),
         (".idx", 40, ".idx is cut short"),
         (".idx", 20, ".idx is cut short"),
-        (".idx", 0, ".idx is not a Megatron index"),
+        (".idx", 0, ".idx is not a Megatron"),
     ],
 )
 def test_files_cut_short(args_on: Make, write: Any, file: str, keep: int, part: str) -> None:
@@ -490,7 +491,7 @@ def test_other_broken_data(args_with: Make, args_on: Make, write: Any, tmp_path:
     index = Path(f"{prefix}.idx")
     good = index.read_bytes()
     index.write_bytes(b"\x00" * 9 + good[9:])
-    assert "not a Megatron index" in complaint(args_on(prefix))
+    assert f"{index} is not a Megatron" in complaint(args_on(prefix))
     index.write_bytes(good[:9] + b"\x02" + good[10:])
     assert "version 2" in complaint(args_on(prefix))
     index.write_bytes(good)
@@ -507,8 +508,8 @@ def test_token_beyond_the_vocabulary(args_on: Make, write: Any) -> None:
     check_arguments(args_on(write([[127]])))  # 100 tokens are padded to 128
     prefix = write([[1, 2], [128]])
     message = complaint(args_on(prefix))
-    assert f"--data-path names {prefix}, which holds the token id 128" in message
-    assert "vocabulary is 128" in message
+    assert message.startswith(f"--data-path names {prefix}, ")
+    assert "token id 128" in message and "vocabulary is 128" in message
     check_arguments(args_on(prefix, tensor_model_parallel_size=2, world_size=2))  # padded to 256
     check_arguments(args_on(prefix, padded_vocab_size=129))
     assert "vocabulary is 101" in complaint(args_on(prefix, padded_vocab_size=101))
@@ -553,16 +554,16 @@ def test_sentencepiece_vocabulary(
     prefix = write([[384]])
     assert "vocabulary is 384" in complaint(args_on(prefix, **settings, vocab_size=None))
     message = complaint(args_on(prefix, **settings, vocab_size=299))
-    assert "--vocab-size is 299, but the tokenizer has 300 tokens" in message
+    assert message.startswith("--vocab-size is 299, ") and "300 tokens" in message
     message = complaint(args_on(prefix, **settings, vocab_size=None, padded_vocab_size=256))
-    assert "--padded-vocab-size is 256, but the tokenizer has 300 tokens" in message
+    assert message.startswith("--padded-vocab-size is 256, ") and "300 tokens" in message
     legacy = {"tokenizer_sentencepiece_legacy": True, "special_tokens": [f"<x{i}>" for i in range(90)]}
     check_arguments(args_on(prefix, **settings, **legacy, vocab_size=None))  # 390 tokens, padded to 512
     unpadded = {"pad_vocab_size": False, "vocab_size": None}
     assert "--vocab-size is missing" in complaint(args_on(prefix, **settings, **unpadded))
     (tmp_path / "text.model").write_text("not a model")
     message = complaint(args_on(prefix, **settings | {"tokenizer_model": str(tmp_path / "text.model")}))
-    assert f"--tokenizer-model is {tmp_path}/text.model, which is not a SentencePiece model" in message
+    assert f"--tokenizer-model is {tmp_path}/text.model, " in message and "SentencePiece" in message
 
 
 def test_hugging_face_vocabulary(args_on: Make, write: Any, tmp_path: Path) -> None:

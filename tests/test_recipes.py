@@ -323,9 +323,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
     "fewer tokens than a batch": (
         ("jreg",),
         {"TOKENS": 1000},
-        "TOKENS is 1000, which is less than one batch",
+        "TOKENS is 1000, .* batch",
     ),
-    "no GPU": (("jreg",), {}, "--tokenizer-model is .*, which is not a file"),
+    "no GPU": (("jreg",), {}, "--tokenizer-model is .* not a file"),
     "no nodes": (("jreg",), {"NODES": 0}, "NODES is 0; it must be a whole number >= 1"),
     "a layout that the GPUs do not make": (
         ("jreg",),
@@ -429,7 +429,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
     words = words_of("llama_170m", "jreg", "--", "--padded-vocab-size", 4000, **knobs)
     run = plan(words, check=False)
     assert run.status == [2]
-    assert re.search(r"--padded-vocab-size is 4000, but the tokenizer has 4096 tokens", run.output[0])
+    assert re.search(r"--padded-vocab-size is 4000, .* 4096 tokens", run.output[0])
 
 
 def test_a_node_without_enough_gpus_is_refused_and_pointed_to_the_smoke_run(
@@ -439,7 +439,7 @@ def test_a_node_without_enough_gpus_is_refused_and_pointed_to_the_smoke_run(
         words_of("llama_170m", "jreg", *SHORT, DATA=demo_data, RUN=tmp_path, TOKENS=10**6), check=False
     )
     assert run.status == [2]
-    assert re.search(r"GPUS is 4, but this node has \d; .*--smoke", run.output[0])
+    assert re.search(r"GPUS is 4, .* \d; .*--smoke", run.output[0])
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused_and_in_a_dry_run_named(
@@ -464,7 +464,7 @@ def test_a_run_that_is_complete_says_so_and_starts_nothing(
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
     assert "resumes after iteration 1" in plan(words).output[0]
     started = plan(words_of("llama_170m", "jreg", *SHORT, **knobs)).output[0]
-    assert started.endswith("has all of its 1 iterations: nothing to do\n")
+    assert started.endswith(" 1 iterations: nothing to do\n")
 
 
 def blend_of(path: Path, *parts: object) -> Path:
@@ -526,11 +526,11 @@ def test_a_folder_that_holds_another_run_is_refused_by_what_differs(
     refuse(tmp_path / "new" / identity.FILE)
     refuse(jreg_measure_interval=10, jreg_kernels="torch", jreg_log_per_layer=True, norms_measure_interval=5)
     for name, value, expected in (
-        ("jreg_coeff", 0.7, r"--jreg-coeff 0.1, and now it is 0.7; set RUN to another folder"),
-        ("seed", 9, "--seed 1234, and now it is 9"),
-        ("train_iters", 5, "--train-iters 19073, and now it is 5"),
-        ("slowqk_multiplier", 0.0, "--slowqk-multiplier None, and now it is 0.0"),
-        ("lns_power", 0.5, "--lns-power None, and now it is 0.5"),
+        ("jreg_coeff", 0.7, r"--jreg-coeff 0\.1, .* 0\.7; set RUN "),
+        ("seed", 9, "--seed 1234, .* 9"),
+        ("train_iters", 5, "--train-iters 19073, .* 5"),
+        ("slowqk_multiplier", 0.0, r"--slowqk-multiplier None, .* 0\.0"),
+        ("lns_power", 0.5, r"--lns-power None, .* 0\.5"),
     ):
         with pytest.raises(UserError, match=expected):
             refuse(**{name: value})

@@ -20,6 +20,7 @@ from report_toy import (
     HEADLINE,
     LAYERS,
     MODELS,
+    PER_LAYER,
     STEPS,
     TASKS,
     Page,
@@ -31,6 +32,8 @@ from report_toy import (
     write,
     write_events,
 )
+
+from jreg_megatron.report.inputs import STATE_WORDS
 
 
 def test_every_kind_of_input_has_its_part_of_the_page(report: Callable[..., Page]) -> None:
@@ -111,12 +114,11 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     )
     assert page.column(HEADLINE, "λ") == ["0", "0.1", "0", "0.1"]
     assert page.column(HEADLINE, "validation loss") == ["–", "–", "5.5000", "5.5000"]
-    per_layer = "Displacement Ψ of each layer, mean over tokens"
-    assert page.column(per_layer, "layer") == [
+    assert page.column(f"{PER_LAYER},", "layer") == [
         *map(str, range(1, LAYERS)),
         *(f"{LAYERS}, {when} the final norm" for when in ("before", "after")),
     ]
-    cells = [float(cell) for cell in page.column(per_layer, "baseline")]
+    cells = [float(cell) for cell in page.column(f"{PER_LAYER},", "baseline")]
     assert cells == pytest.approx([*before, first["displacement"]["post_norm"][-1]], rel=1e-3)
     assert page.column("Tasks; intervals in brackets", "jreg")[0] == "0.5300 (0.5100 to 0.5500)"
     differences = "jreg minus baseline, on the same samples"
@@ -124,7 +126,7 @@ def test_the_tables_hold_the_numbers_of_the_files(report: Callable[..., Page]) -
     assert page.column(differences, "95% interval")[-1] == "+0.00400 to +0.0180"
     assert page.column(differences, "p") == ["0.0800"] * len(TASKS) + ["< 0.001"]
     assert page.column("Validation loss, nats per token", "step") == [f"{step:,}" for step in STEPS]
-    kl = page.column("How far each layer's prediction is from the final one", "jreg")
+    kl = page.column("How far each layer's prediction", "jreg")
     assert [float(cell) for cell in kl] == pytest.approx(evaluation()["models"][1]["depth"]["kl"], rel=1e-3)
 
 
@@ -337,7 +339,7 @@ def test_a_model_without_a_final_norm_has_no_numbers_after_it(
             assert column not in head
     last = document["models"][-1]["displacement"]["pre_norm"][-1]
     assert float(page.column(HEADLINE, "last Ψ before the final norm")[1]) == pytest.approx(last, rel=1e-3)
-    cells = page.column("Displacement Ψ of each layer, mean over tokens", "jreg")
+    cells = page.column(PER_LAYER, "jreg")
     assert float(cells[LAYERS - 1]) == pytest.approx(last, rel=1e-3) and cells[LAYERS:] == ["–"] * some
     assert not any("jreg, after" in column for column in page.table("Jump rate ζ at each step")[0])
     text = Path("report.html").read_text()
@@ -364,7 +366,7 @@ def test_a_run_that_diverged_is_shown_as_far_as_it_went(report: Callable[..., Pa
     assert page.column("Validation loss, nats per token", "run") == ["3.0000", "not finite"]
 
 
-def test_a_run_that_does_not_say_which_state_it_logged_is_put_under_neither(
+def test_a_run_without_a_named_state_is_in_no_column(
     report: Callable[..., Page],
 ) -> None:
     page = report(
@@ -374,9 +376,10 @@ def test_a_run_that_does_not_say_which_state_it_logged_is_put_under_neither(
     assert "ζ before the final norm" not in page.table(HEADLINE)[0]
     assert page.column(HEADLINE, "ζ after it") == ["–", "0.1000"]
     unknown, known = page.column("Files", "how")
-    assert unknown == "last layer before or after the final norm (the logs do not say)"
-    assert known == "last layer after the final norm"
-    assert "do not say) in bridge and after the final norm in post." in Path("report.html").read_text()
+    of_unknown, of_known = STATE_WORDS[None], STATE_WORDS["post_norm"]
+    assert unknown.endswith(of_unknown) and known.endswith(of_known) and not known.endswith(of_unknown)
+    text = Path("report.html").read_text()
+    assert f"{of_unknown} in bridge" in text and f"{of_known} in post" in text
 
 
 def test_a_missing_interval_is_not_invented(report: Callable[..., Page]) -> None:
@@ -421,7 +424,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("measurement", PSI, {}, "displacement.pre_norm is an object"),
     ("measurement", f"{BLOCK}.displacement", None, f"{AT}.displacement is null"),
     ("measurement", f"{BLOCK}.jump_rate.post_norm", None, "an object with jump_rate.post_norm"),
-    ("measurement", BLOCK, None, "an object with without_first_token"),
+    ("measurement", BLOCK, None, "object with without_first_token"),
     ("measurement", "models.0.with_first_token", None, "models[0].with_first_token is null"),
     ("measurement", "models.0.with_first_token.displacement.pre_norm.1", 7, "with_first_token."),
     ("measurement", "models.0.num_layers", 0, "num_layers is 0; it must be"),
@@ -454,7 +457,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
         skip(output=1.5),
         "output_mean[0] is 1.5; it must be a number from 0 to 1.41",
     ),
-    ("evaluation", f"{BOOLQ}.interval", [2, 1], "the lower end before the upper"),
+    ("evaluation", f"{BOOLQ}.interval", [2, 1], "boolq.interval is a list of 2"),
     ("evaluation", f"{BOOLQ}.value", None, "models[0].tasks.boolq.value is null"),
     ("evaluation", f"{BOOLQ}.value", float("inf"), "boolq.value is Infinity"),
     ("evaluation", "models.0.read_out.loss", [1.0] * 30, "read_out.loss is a list of 30"),

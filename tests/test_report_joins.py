@@ -12,6 +12,7 @@ import pytest
 from report_toy import (
     HEADLINE,
     LAYERS,
+    PER_LAYER,
     Page,
     evaluation,
     measurement,
@@ -19,8 +20,6 @@ from report_toy import (
     write,
     write_events,
 )
-
-PER_LAYER = "Displacement Ψ of each layer"
 
 
 def keep_first_token(document: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_toy import Page, evaluation, measurement, refusal, write, write_events
+from report_toy import PER_LAYER, Page, evaluation, measurement, refusal, write, write_events
+
+from jreg_megatron.report.inputs import STATE_WORDS
 
 DEPTHS = {"170m": 12, "1b": 16, "3.4b": 30}
 # The ends of the printed profiles, in hundredths: for the baseline and for alpha 1.
@@ -20,7 +22,6 @@ ENDS = {
     "1b": ((25.00, 9.06), (28.04, 0.39)),
     "3.4b": ((27.30, 7.58), (27.58, 0.18)),
 }
-PER_LAYER = "Displacement Ψ of each layer, mean over tokens"
 
 
 def chart(name: str) -> dict[str, Any]:
@@ -71,9 +72,10 @@ def test_the_papers_profiles_lie_under_the_measured_ones_from_the_first_to_the_l
         assert [rows[at]["x"] for at in (0, -1)] == pytest.approx([1, layers])
         assert [rows[at]["y"] for at in (0, -1)] == pytest.approx([end / 100 for end in ends])
     said = caption("displacement")
-    assert f"Grey: the paper's {size.upper()} ({depth} layers; arXiv 2601.18302v1, Tables 5 and 16)" in said
-    assert "before the final norm" in said and "It has no numbers after the final norm." in said
-    assert (f"stretched so that layer {depth} lies at {layers}" in said) == (depth != layers)
+    for named in (f"paper's {size.upper()}", f"{depth} layers", "2601.18302v1", "Tables 5 and 16"):
+        assert named in said
+    assert STATE_WORDS["pre_norm"] in said and f"no numbers {STATE_WORDS['post_norm']}" in said
+    assert bool(re.search(rf"layer {depth} \D*{layers}[,.]", said)) == (depth != layers)
     table = dict(zip(page.column(PER_LAYER, "layer"), page.column(PER_LAYER, labels[1]), strict=True))
     assert float(table[f"{depth}, before the final norm"]) == pytest.approx(ENDS[size][1][1] / 100)
     assert float(table["1"]) == pytest.approx(ENDS[size][1][0] / 100)
@@ -85,11 +87,11 @@ def test_the_papers_profiles_lie_under_a_training_run_too(report: Callable[..., 
     assert len(thin(spec)) == 2
     assert [row["x"] for row in lines_of(spec)["run"]] == [1, 2, 3, 4]
     assert max(row["x"] for row in spec["datasets"]["rows"]) == pytest.approx(4)
-    column = page.column("Displacement Ψ of each layer at the last validation", "the paper's 3.4B, baseline")
+    column = page.column(f"{PER_LAYER} at the last validation", "the paper's 3.4B, baseline")
     assert len(column) == 30 and float(column[-1]) == pytest.approx(0.0758)
     # A picture without a page names its source, on as many lines as needed.
     picture = Path("figures/displacement_in_training.svg").read_text()
-    assert "2601.18302v1" in picture and "lies at 4." in picture
+    assert "2601.18302v1" in picture and re.search(r"layer 30 \D*4\.", picture)
 
 
 def test_without_the_flag_nothing_of_the_papers_is_there(report: Callable[..., Page]) -> None:

@@ -135,7 +135,7 @@ def test_full_recompute_that_parts_a_layer_is_refused_unless_each_sub_layer_is_o
     settings = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
     model = HybridModel(pattern, **settings)
     if is_refused:
-        said = f"--recompute-method {method} with --recompute-num-layers {count} in a hybrid model"
+        said = f"--recompute-method {method} with --recompute-num-layers {count} "
         with pytest.raises(UserError, match=said):
             residual_layers(model)
     else:

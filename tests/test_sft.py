@@ -251,7 +251,7 @@ def test_a_run_resumes_by_itself_and_reports_when_it_is_complete(
 @pytest.mark.parametrize(
     ("prepare", "typed", "knobs", "named"),
     [
-        (None, (), {}, ["the model is missing", "sft.sh MODEL"]),
+        (None, (), {}, ["model is missing", "sft.sh MODEL"]),
         (None, ("nowhere",), {}, ["MODEL is nowhere", "export"]),
         ("no config", ("{model}",), {}, ["MODEL is {model}", "jreg-megatron export"]),
         ("no tokenizer", ("{model}",), {}, ["MODEL is {model}", "--no-tokenizer"]),

@@ -645,7 +645,7 @@ def test_a_model_of_another_form_is_measured_too(gives: Any, monkeypatch: pytest
 
 def test_logits_of_the_last_token_alone_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Other, "gives", staticmethod(lambda logits: (logits[:, -1:],)), raising=False)
-    with pytest.raises(UserError, match="predicts at every position"):
+    with pytest.raises(UserError, match=rf"\[\d+, 1, {VOCABULARY}\].* \[\d+, \d+\]"):
         found_in(Other(lambda m, x: m.body(x), body=stack()))
 
 
@@ -683,10 +683,10 @@ DEPENDENT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "padding": (lambda m, x: m.body(x + torch.arange(x.shape[1]).flip(0)[:, None]), "--batch-size 1"),
     "a long prefix": (
         lambda m, x: m.body(x + x[:, :16].mean(1, keepdim=True) * (x.shape[1] > 12)),
-        "looks at later tokens in a longer text",
+        "later tokens in",
     ),
-    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "different logits for the same"),
-    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "different logits for the same"),
+    "noise": (lambda m, x: m.body(nn.functional.dropout(x, 0.1)), "different logits"),
+    "noise behind": (lambda m, x: nn.functional.dropout(m.body(x), 0.1), "different logits"),
 }
 
 
@@ -706,7 +706,7 @@ def test_a_model_whose_states_depend_on_something_else_is_refused_in_one_line(
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
 def test_a_look_ahead_within_blocks_is_seen(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks, "size", size)
-    with pytest.raises(UserError, match="looks at later tokens"):
+    with pytest.raises(UserError, match="later tokens"):
         found_in(Odd(lambda m, x: m.body(x), body=stack(of=Blocks)))
 
 

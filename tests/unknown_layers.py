@@ -132,17 +132,17 @@ class Wide(TransformerLayer):  # type: ignore[misc]
 
 
 UNKNOWN: dict[str, tuple[type[TransformerLayer], str]] = {
-    "goes on": (GoesOn, "returns another state than its last bias-dropout-add gives"),
-    "gate at zero": (GateAtZero, "returns another state than its last bias-dropout-add gives"),
-    "gate at zero, in place": (GateInPlace, "returns another state than its last bias-dropout-add gives"),
-    "scales in place": (Scales, "returns another state than its last bias-dropout-add gives"),
-    "scales unseen": (ScalesUnseen, "returns another state than its last bias-dropout-add gives"),
-    "turns its input": (TurnsItsInput, "adds to another state than it is given"),
+    "goes on": (GoesOn, "returns another state"),
+    "gate at zero": (GateAtZero, "returns another state"),
+    "gate at zero, in place": (GateInPlace, "returns another state"),
+    "scales in place": (Scales, "returns another state"),
+    "scales unseen": (ScalesUnseen, "returns another state"),
+    "turns its input": (TurnsItsInput, "adds to another state"),
     "adds by itself": (AddsByItself, "does not add its residual by self_attn_bda and mlp_bda"),
     "attends twice": (AttendsTwice, "calls self_attn_bda more than once"),
     "two feed-forwards": (TwoFeedForwards, "calls mlp_bda more than once"),
-    "runs twice": (RunsTwice, "runs more than once in a forward pass"),
-    "left out": (LeftOut, "has not run in a forward pass"),
+    "runs twice": (RunsTwice, "runs more than once"),
+    "left out": (LeftOut, "has not run"),
     "recomputes itself": (RecomputesItself, "recomputes itself"),
     "wide": (Wide, "has a residual stream of width 128, and the model's hidden size is 64"),
 }
@@ -198,13 +198,13 @@ class HandsOn(MLPLayer):  # type: ignore[misc]
 
 
 UNKNOWN_SUBLAYERS: dict[str, tuple[type[Any], str]] = {
-    "mamba_layer that goes on": (MambaGoesOn, "returns another state than its last bias-dropout-add gives"),
-    "mamba_layer that adds to the normed": (MambaAddsToTheNormed, "adds to another state than it is given"),
+    "mamba_layer that goes on": (MambaGoesOn, "returns another state"),
+    "mamba_layer that adds to the normed": (MambaAddsToTheNormed, "adds to another state"),
     "mamba_layer twice": (TwoMambas, "calls mamba_bda more than once"),
     "mamba_layer by itself": (MambaByItself, "does not add its residual by mamba_bda"),
-    "attention_layer that goes on": (GoesOn, "returns another state than its last bias-dropout-add gives"),
+    "attention_layer that goes on": (GoesOn, "returns another state"),
     "attention_layer twice": (AttendsTwice, "calls self_attn_bda more than once"),
     "mlp_layer twice": (TwoFeedForwards, "calls mlp_bda more than once"),
-    "mlp_layer that does not run": (HandsOn, "began and did not end in a forward pass"),
+    "mlp_layer that does not run": (HandsOn, "began and did not end"),
 }
 """Sub-layers of a hybrid model. The name begins with their slot's name."""
