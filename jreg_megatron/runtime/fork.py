@@ -38,8 +38,8 @@ def world_size_of(nproc: int | None) -> int:
         if name := started_by_others():
             raise UserError(
                 f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set, so each process would "
-                "run alone; start the ranks with torchrun; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
-                f"MASTER_PORT; or unset {name} for one process"
+                "run alone; start the ranks with torchrun; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
+                f"and MASTER_PORT; or unset {name} for one process"
             )
         return 1
     if not ((rank or "").isdecimal() and (size or "").isdecimal()):
