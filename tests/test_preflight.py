@@ -487,7 +487,8 @@ def test_files_cut_short(args_on: Make, write: Any, file: str, keep: int, part: 
 
 def test_other_broken_data(args_with: Make, args_on: Make, write: Any, tmp_path: Path) -> None:
     prefix = write([[1]])
-    assert "holds no text" in complaint(args_on(write([], "empty")))
+    empty = write([], "empty")
+    assert f"but {empty}.idx has no tokens" in complaint(args_on(empty))
     index = Path(f"{prefix}.idx")
     good = index.read_bytes()
     index.write_bytes(b"\x00" * 9 + good[9:])
