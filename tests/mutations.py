@@ -513,7 +513,7 @@ _BY_FILE = {
         ),
         Fault(
             "take the training's sequence length for the model's longest context",
-            (("max_length=args.max_position_embeddings", "max_length=model.max_sequence_length"),),
+            (("max_length=args.max_position_embeddings", 'max_length=arguments["seq_length"]'),),
             ("tests/test_megatron_checkpoint.py", "-k", "last_checkpoint_and_a_step"),
         ),
         Fault("let padding have its part in the loss", (("[..., :vocab_size]", ""),), CHECKPOINT),

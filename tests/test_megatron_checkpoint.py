@@ -937,7 +937,7 @@ def test_special_tokens_are_those_of_the_megatron_that_saved(saved: dict[str, An
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
         ({"mock_data": True}, "--mock-data"),
-        ({"train_iters": None}, "no training"),
+        ({"train_iters": None}, "by a training"),
     ],
 )
 def test_samples_that_the_decoder_would_see_otherwise_are_no_last_validation(
