@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from harness import MEGATRON_FSDP, read_scalars, run_ranks
 from jreg_megatron import UserError, pretrain
 from jreg_megatron.mcore import installed
 from jreg_megatron.runtime.errors import megatrons_refusals
+from jreg_megatron.runtime.fork import be_alone_unless_started
 
 SCRIPT = Path(__file__).with_name("unmodified_pretrain.py")
 NAMES = ("jreg loss", "jump rate")
@@ -427,6 +429,25 @@ def test_processes_of_srun_that_know_no_rank_do_not_train_alone(
     run = run_ranks(argv, entry="test_pretrain:without_torchrun", check=False)
     assert run.status == [2]
     assert re.search("error: SLURM_STEP_NUM_TASKS is 2.*RANK.*torchrun", run.output[0])
+
+
+STARTED = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
+
+
+@pytest.mark.parametrize(
+    ("given", "local"),
+    [
+        ({}, "0"),
+        (STARTED | {"SLURM_LOCALID": "1"}, "1"),
+        (STARTED | {"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, "2"),
+        (STARTED | {"LOCAL_RANK": "3", "SLURM_LOCALID": "0"}, "3"),
+    ],
+)
+def test_a_rank_without_local_rank_gets_that_of_srun_or_mpirun(given: dict[str, str], local: str) -> None:
+    with mock.patch.dict(os.environ, given, clear=True):
+        be_alone_unless_started()
+        assert {name: os.environ[name] for name in given} == given
+        assert os.environ["LOCAL_RANK"] == local
 
 
 SLOW_TO_GO_DOWN = """

@@ -79,11 +79,14 @@ def check_nproc(nproc: int) -> None:
 def be_alone_unless_started() -> None:
     """Set the variables of a single rank, unless torchrun or :func:`fork_ranks` has started this process.
 
+    If another program has, and has not set ``LOCAL_RANK``, it is taken from srun's or mpirun's variable.
+
     Raises:
         UserError: as :func:`world_size_of`.
     """
     world_size_of(None)
-    alone = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    local = os.environ.get("SLURM_LOCALID") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or "0"
+    alone = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": local, "WORLD_SIZE": "1"}
     for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
         os.environ.setdefault(name, value)
 
