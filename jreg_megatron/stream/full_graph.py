@@ -17,17 +17,15 @@ graph is discarded, and Megatron warms up again.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
 from jreg_megatron.runtime.errors import UserError
+from jreg_megatron.stream.class_method import go_around_method
 from jreg_megatron.stream.method import Method
-
-_REPLACED: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
-"""By our replacement of the wrapper's ``__call__``: the function that it replaced."""
 
 
 class FullGraphs:
@@ -54,27 +52,18 @@ class FullGraphs:
         self._iteration = iteration
         self._is_checked = is_checked
         self._num_microbatches = 0
-        self._is_over = False
         self._wrapper: Any = FullCudaGraphWrapper
-        current: Any = FullCudaGraphWrapper.__call__
-        call = _REPLACED.get(current, current)
-        step = weakref.WeakMethod(self._step)
-
-        @functools.wraps(call)
-        def around(wrapper: Any, *args: Any, **named: Any) -> Any:
-            ours = step()  # None if the model was dropped without detach
-            return call(wrapper, *args, **named) if ours is None else ours(wrapper, *args, **named)
-
-        _REPLACED[around] = call
-        self._call = call
-        self._ours = self._wrapper.__call__ = around
+        for earlier in [*_MADE]:
+            earlier.end()
+        _MADE.add(self)
+        self._undo: Callable[[], None] | None = go_around_method(self._wrapper, "__call__", self._step)
         self._forget_graphs()
 
     def end(self) -> None:
         """Restore Megatron's wrapper. A second call is a no-op."""
-        self._is_over = True
-        if self._wrapper.__call__ is self._ours:
-            self._wrapper.__call__ = self._call
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:
@@ -84,10 +73,8 @@ class FullGraphs:
         for buffers in StaticBufferLoader.static_buffers.values():
             buffers.clear()
 
-    def _step(self, wrapper: Any, *args: Any, **named: Any) -> Any:
+    def _step(self, call: Callable[..., Any], wrapper: Any, *args: Any, **named: Any) -> Any:
         """A call of the wrapper: a step of training or of evaluation."""
-        if self._is_over:  # other code had wrapped our replacement, and still calls it
-            return self._call(wrapper, *args, **named)
         kept: list[tuple[Tensor, Tensor]] = []
         self._sum()  # values that were added outside of the graph
         if not named["forward_only"]:
@@ -101,7 +88,7 @@ class FullGraphs:
         schedule = wrapper.forward_backward_func
         wrapper.forward_backward_func = functools.partial(self._run, schedule)
         try:
-            result = self._call(wrapper, *args, **named)
+            result = call(wrapper, *args, **named)
         finally:
             wrapper.forward_backward_func = schedule
         for sums, before in kept:
@@ -138,3 +125,6 @@ class FullGraphs:
                 f"has {num_microbatches}; keep the batch size, or turn cuda_graph_impl full_iteration off"
             )
         self._num_microbatches = num_microbatches
+
+
+_MADE: WeakSet[FullGraphs] = WeakSet()

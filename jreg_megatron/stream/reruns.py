@@ -7,13 +7,12 @@ gradients and runs the iteration again without the limit. The first run's measur
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from jreg_megatron.stream.class_method import go_around_method
 from jreg_megatron.stream.meter import Meter
 
 
@@ -33,8 +32,8 @@ class Reruns:
         self._run_again = run_again
         self._before: list[tuple[Tensor, Tensor]] = []
         self._undo = [
-            _go_around(PagedStashRunner, "data_read", self._read),
-            _go_around(PagedStashRunner, "prepare_for_rerun", self._prepare),
+            go_around_method(PagedStashRunner, "data_read", self._read),
+            go_around_method(PagedStashRunner, "prepare_for_rerun", self._prepare),
         ]
 
     def end(self) -> None:
@@ -73,7 +72,7 @@ class RerunsInPlace:
         from megatron.core.rerun_state_machine import RerunStateMachine
 
         self._tell = tell
-        self.end = _go_around(RerunStateMachine, "should_run_forward_backward", self._should_run)
+        self.end = go_around_method(RerunStateMachine, "should_run_forward_backward", self._should_run)
 
     def _should_run(self, should_run: Callable[..., Any], machine: Any, *args: Any, **named: Any) -> Any:
         from megatron.core.rerun_state_machine import RerunState
@@ -81,39 +80,3 @@ class RerunsInPlace:
         runs = should_run(machine, *args, **named)
         self._tell(bool(runs) and machine.state == RerunState.RERUNNING_IN_PLACE)
         return runs
-
-
-_CALLED: weakref.WeakKeyDictionary[Any, Callable[[], Callable[..., Any] | None]]
-_CALLED = weakref.WeakKeyDictionary()
-"""By our replacement of a class's method: a function that returns what it calls, or None if it is over."""
-
-
-def _go_around(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
-    """Call ``ours`` instead of a class's method, with that method as its first argument.
-
-    ``ours`` is a bound method, held weakly: a model that is dropped without ``detach`` can be freed.
-
-    Returns:
-        A function that undoes this. If other code has replaced the method in the meantime, ours stays and
-        only calls the method.
-    """
-    method = _without_what_is_over(getattr(owner, name))
-
-    @functools.wraps(method)
-    def around(*args: Any, **named: Any) -> Any:
-        called = _CALLED[around]()
-        return method(*args, **named) if called is None else called(method, *args, **named)
-
-    def undo() -> None:
-        _CALLED[around] = lambda: None
-        setattr(owner, name, _without_what_is_over(getattr(owner, name)))
-
-    _CALLED[around] = weakref.WeakMethod(ours)
-    setattr(owner, name, around)
-    return undo
-
-
-def _without_what_is_over(method: Any) -> Any:
-    while method in _CALLED and _CALLED[method]() is None:
-        method = method.__wrapped__
-    return method
